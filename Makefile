@@ -1,0 +1,56 @@
+# One environment, .venv, serves every target. Stamp files remember what is installed in it and are keyed on
+# pyproject.toml: a second run installs nothing, a changed dependency list does.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+DEMO_OUT ?= build/demo
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test install lint types tests clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Settings: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) DEMO_OUT=$(DEMO_OUT)"
+
+demo: $(RUN_STAMP) ## Compress the embedded sample model and print what was gained and lost
+	$(BIN)/compressor export --drop auto --target onnxruntime --output $(DEMO_OUT) --force
+
+test: lint types tests ## Run everything that CI runs
+
+install: $(DEV_STAMP) ## Create the development environment and do nothing else
+
+lint: $(DEV_STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP) ## mypy --strict on the three packages
+	$(BIN)/mypy
+
+# One thread per worker: several workers with a full OpenMP pool each are slower than one.
+tests: $(DEV_STAMP) ## pytest, doctests included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+clean: ## Remove the environment, build outputs and tool caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is missing or older than Python 3.10; try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Installed editable, so that demo and test share one installation and a changed source file needs no new one.
+# The interpreter is an order-only prerequisite: its date (that of the system's Python) says nothing.
+$(RUN_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[cpu]"
+	@touch $@
+
+# The development extra contains all the demo needs: both stamps are set.
+$(DEV_STAMP): pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[cpu,dev]"
+	@touch $(RUN_STAMP) $@
