@@ -1,0 +1,199 @@
+"""What every target promises: the Runtime and Engine protocols, their options and errors, and how targets are found."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+
+DEVICES = ("cpu", "cuda")
+# The files of this folder that are no targets. Whatever else is put here is one; the contract tests hold it to that.
+NOT_TARGETS = frozenset({"base", "timing"})
+
+Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
+DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]
+# Per input the size of each axis, None for an axis of any size. None in place of the tuple: the file does not say.
+Shapes: TypeAlias = Mapping[str, "tuple[int | None, ...] | None"]
+
+
+class RuntimesError(Exception):
+    """Something asked of a runtime cannot be done; the message is one sentence for the user."""
+
+
+class RuntimeUnavailable(RuntimesError):
+    """The target, or the device asked of it, does not exist on this machine."""
+
+
+class BuildError(RuntimesError):
+    """The engine could not be built from the ONNX file, or opened."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Where an engine runs.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        threads: CPU threads for one inference; None leaves it to the runtime, which takes all physical cores.
+
+    Raises:
+        RuntimesError: An option has a value that no runtime takes.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise RuntimesError(f"Unknown device {self.device!r}; expected one of: {', '.join(DEVICES)}.")
+        if self.threads is not None and self.threads < 1:
+            raise RuntimesError(f"Found threads={self.threads}; expected at least 1, or none given for all cores.")
+
+
+class Engine(Protocol):
+    """An opened executable; a context manager, so that its threads and memory are gone when the block ends.
+
+    Feeds must name exactly `inputs`, with the dtype and shape stated for each. Anything else raises RuntimesError, and
+    so does every use after close().
+    """
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Input names in the order of the ONNX file."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Output names in the order of the ONNX file."""
+
+    @property
+    def input_dtypes(self) -> DTypes:
+        """The dtype of each input."""
+
+    @property
+    def input_shapes(self) -> Shapes:
+        """The shape of each input, None for an axis of any size."""
+
+    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """Run one inference from host memory to host memory."""
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Copy the feeds to where the engine runs; each call of the result is one complete inference on them."""
+
+    def close(self) -> None:
+        """Give back threads and memory. Closing twice is allowed."""
+
+    def __enter__(self) -> Engine:
+        """Return the engine itself."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the engine."""
+
+
+class Runtime(Protocol):
+    """What a target file defines at module level: three facts and three functions."""
+
+    @property
+    def name(self) -> str:
+        """The file's name, and what `--target` takes."""
+
+    @property
+    def description(self) -> str:
+        """One line for `compressor targets`."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices it can run on, the preferred one first."""
+
+    def missing(self) -> str | None:
+        """Return None where the target can be used, else the reason and what to install; imports no engine."""
+
+    def build(self, onnx: Path, out: Path, options: BuildOptions) -> Path:
+        """Make an engine from an ONNX file and return its path.
+
+        Args:
+            onnx: The model; external data lies next to it.
+            out: The folder for what has to be written. A target that runs the ONNX file itself writes nothing.
+            options: Where the engine will run.
+
+        Raises:
+            RuntimeUnavailable: This machine lacks the runtime or the device.
+            BuildError: The runtime refused the model.
+        """
+
+    def load(self, path: Path, options: BuildOptions) -> Engine:
+        """Open what build() returned. Raises like build()."""
+
+
+def targets() -> tuple[str, ...]:
+    """Return the names of all targets, whether or not they can run here, in alphabetical order.
+
+    >>> "onnxruntime" in targets()
+    True
+    """
+    found = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return tuple(sorted(name for name in found if name not in NOT_TARGETS))
+
+
+def runtime(name: str) -> Runtime:
+    """Return the target of that name.
+
+    Raises:
+        RuntimesError: There is no such target; the message lists those there are.
+    """
+    known = targets()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise RuntimesError(f"Unknown target {name!r}; {hint}The targets are: {', '.join(known)}.")
+    return cast(Runtime, importlib.import_module(f"runtimes.{name}"))
+
+
+def check_device(name: str, devices: tuple[str, ...], options: BuildOptions) -> None:
+    """Raise RuntimeUnavailable if a target does not run on the device asked for."""
+    if options.device not in devices:
+        raise RuntimeUnavailable(f"Target {name} runs on {' or '.join(devices)}; found device {options.device!r}.")
+
+
+def check_feeds(feeds: Feeds, dtypes: DTypes, shapes: Shapes) -> None:
+    """Raise RuntimesError unless the feeds have exactly the stated names, each with its dtype and shape.
+
+    Engines differ in what they do with a wrong input (convert, crash, read beyond the end), hence one check for all.
+    """
+    if set(feeds) != set(dtypes):
+        raise RuntimesError(f"Found inputs {_names(feeds)}; the engine expects {_names(dtypes)}.")
+    for name, value in feeds.items():
+        if not isinstance(value, np.ndarray):
+            raise RuntimesError(f"Input {name!r}: found {type(value).__name__}; expected a NumPy array.")
+        if value.dtype != dtypes[name]:
+            raise RuntimesError(f"Input {name!r}: found dtype {value.dtype}; expected {dtypes[name]}.")
+        shape = shapes[name]
+        if shape is not None and not _fits(value.shape, shape):
+            raise RuntimesError(f"Input {name!r}: found shape {_shape(value.shape)}; expected {_shape(shape)}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, for use inside a sentence."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line.rstrip(".") for line in lines if line), type(error).__name__)
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(found) == len(expected) and all(e is None or f == e for f, e in zip(found, expected, strict=True))
+
+
+def _names(names: Mapping[str, object]) -> str:
+    return ", ".join(sorted(names)) or "(none)"
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

@@ -1,0 +1,225 @@
+"""Target onnxruntime: the ONNX file is the engine, run by ONNX Runtime on the CPU or on a CUDA device."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from importlib import metadata, util
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.base import (
+    BuildError,
+    BuildOptions,
+    DTypes,
+    Feeds,
+    RuntimesError,
+    RuntimeUnavailable,
+    Shapes,
+    check_device,
+    check_feeds,
+    first_line,
+)
+
+name = "onnxruntime"
+description = "ONNX Runtime on the CPU or on CUDA; runs model.onnx itself"
+devices = ("cpu", "cuda")
+
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+ERRORS_ONLY = 3
+GET_CUDA = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+
+
+def missing() -> str | None:
+    """Return None where ONNX Runtime can be used, else the reason and the command that changes it."""
+    if util.find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed; pip install onnxruntime (for CUDA: pip install onnxruntime-gpu)"
+    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+        return (
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu (for the CPU alone: onnxruntime)"
+        )
+    return None
+
+
+def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
+    """Check that ONNX Runtime opens the model and return its path: for this target the portable file is the engine.
+
+    Nothing is written to `out`: ONNX Runtime optimises while opening, and a file saved after that would fit this machine
+    only.
+
+    Raises:
+        RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
+        BuildError: ONNX Runtime refused the model.
+    """
+    load(onnx, options).close()
+    return onnx
+
+
+def load(path: Path, options: BuildOptions, *, spinning: bool = True) -> OnnxRuntimeEngine:
+    """Open an ONNX file, with all graph optimisations.
+
+    Args:
+        path: The model; external data lies next to it.
+        options: Device and threads.
+        spinning: Let threads wait actively between runs. Quicker for one engine, but several open ones then take the
+            cores from each other: turn it off for those.
+
+    Raises:
+        RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
+        BuildError: ONNX Runtime refused the model.
+    """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeUnavailable(f"Target {name} cannot be used here: {reason}.")
+    check_device(name, devices, options)
+    if not path.is_file():
+        raise BuildError(f"There is no ONNX file {path}.")
+    return OnnxRuntimeEngine(_open(path, options, spinning=spinning), device=options.device)
+
+
+class OnnxRuntimeEngine:
+    """An open ONNX Runtime session; see runtimes.base.Engine."""
+
+    def __init__(self, session: Any, *, device: str) -> None:
+        self._session = session
+        self._device = device
+        self.inputs: tuple[str, ...] = tuple(value.name for value in session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(value.name for value in session.get_outputs())
+        self.input_dtypes: DTypes = {value.name: _dtype(value) for value in session.get_inputs()}
+        self.input_shapes: Shapes = {value.name: _shape(value) for value in session.get_inputs()}
+
+    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """Run one inference from host memory to host memory."""
+        session = self._live()
+        check_feeds(feeds, self.input_dtypes, self.input_shapes)
+        with _run_errors():
+            return dict(zip(self.outputs, session.run(list(self.outputs), dict(feeds)), strict=True))
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Copy the feeds to the device; each call of the result is one inference on them, its outputs staying there."""
+        import onnxruntime as ort
+
+        session = self._live()
+        check_feeds(feeds, self.input_dtypes, self.input_shapes)
+        copies = {key: np.array(value, order="C") for key, value in feeds.items()}
+        values = {key: ort.OrtValue.ortvalue_from_numpy(value, self._device, 0) for key, value in copies.items()}
+        binding = session.io_binding()
+        for key, value in values.items():
+            binding.bind_ortvalue_input(key, value)
+        for key in self.outputs:
+            binding.bind_output(key, self._device, 0)
+
+        # `values` is a default argument to keep it alive: on the CPU the binding reads its memory without owning it.
+        def step(_held: object = values) -> None:
+            with _run_errors():
+                self._live().run_with_iobinding(binding)
+                binding.synchronize_outputs()
+
+        return step
+
+    def close(self) -> None:
+        """Give back threads and memory. Closing twice is allowed."""
+        self._session = None
+
+    def __enter__(self) -> OnnxRuntimeEngine:
+        """Return the engine itself."""
+        self._live()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the engine."""
+        self.close()
+
+    def _live(self) -> Any:
+        if self._session is None:
+            raise RuntimesError("This engine is closed; load the model again to use it.")
+        return self._session
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _open(path: Path, options: BuildOptions, *, spinning: bool) -> Any:
+    import onnxruntime as ort
+
+    if options.device == "cuda":
+        _need_cuda(ort)
+    try:
+        session = ort.InferenceSession(
+            str(path), _session_options(ort, options, spinning=spinning), providers=_providers(options.device)
+        )
+    except Exception as error:  # the classes of ONNX Runtime's errors have no common base but Exception
+        raise BuildError(f"ONNX Runtime cannot open {path.name}: {first_line(error)}.") from error
+    if options.device == "cuda" and session.get_providers()[0] != CUDA:
+        # It has logged why and gone on with the CPU: the very thing that must not pass for a CUDA result.
+        raise RuntimeUnavailable(
+            f"ONNX Runtime could not start its CUDA provider (found {session.get_providers()[0]}); it needs a CUDA device "
+            "and the CUDA and cuDNN libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'."
+        )
+    return session
+
+
+def _need_cuda(ort: Any) -> None:
+    """Raise RuntimeUnavailable unless this ONNX Runtime was built for CUDA; load the CUDA libraries of pip packages."""
+    if CUDA not in ort.get_available_providers():
+        raise RuntimeUnavailable(f"This ONNX Runtime is built without CUDA; {GET_CUDA}, or use --device cpu.")
+    if hasattr(ort, "preload_dlls"):
+        # It prints what it does not find; whether the provider starts is checked on the session itself.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
+
+
+def _session_options(ort: Any, options: BuildOptions, *, spinning: bool) -> Any:
+    result = ort.SessionOptions()
+    result.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    result.log_severity_level = ERRORS_ONLY
+    result.inter_op_num_threads = 1
+    if options.threads is not None:
+        result.intra_op_num_threads = options.threads
+    result.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    return result
+
+
+def _providers(device: str) -> list[Any]:
+    """Return the providers in order of preference; the CPU follows CUDA for the shape arithmetic that belongs there."""
+    # TF32 off: a float32 model is to be run in float32, or parity with torch would fail for no fault of the model.
+    return [(CUDA, {"use_tf32": "0"}), CPU] if device == "cuda" else [CPU]
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    """Return the NumPy dtype of an ONNX Runtime input, whose type reads "tensor(float)"."""
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    try:
+        dtype: np.dtype[Any] = np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
+    except TypeError as error:
+        raise BuildError(f"Input {value.name!r} has type {value.type}, which NumPy does not have.") from error
+    return dtype
+
+
+def _shape(value: Any) -> tuple[int | None, ...] | None:
+    """Return the axes, None for a symbolic one; an empty list stands for a scalar as well as for an unknown rank."""
+    return tuple(size if isinstance(size, int) else None for size in value.shape) or None
+
+
+@contextlib.contextmanager
+def _run_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimesError:
+        raise
+    except Exception as error:  # see _open
+        raise RuntimesError(f"ONNX Runtime stopped: {first_line(error)}.") from error

@@ -1,0 +1,152 @@
+"""Latency measured so that two engines can be compared: one clock, alternating bursts, raw samples kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from time import perf_counter_ns
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.base import Engine, Feeds, RuntimesError
+
+WARMUP_RUNS = 3
+
+
+class Speedup(NamedTuple):
+    """How many times faster, with a 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The time of every single inference of one engine, in milliseconds, burst by burst.
+
+    Bursts stay apart because samples of one burst share the state of the machine: they say less than as many independent ones.
+
+    Raises:
+        RuntimesError: A burst is empty or holds a time that is not positive and finite.
+
+    >>> Latency(((1.0, 3.0), (2.0, 2.0))).median
+    2.0
+    """
+
+    samples_ms: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples_ms or not all(self.samples_ms):
+            raise RuntimesError("Found a latency without samples; expected at least one in every burst.")
+        if not all(0.0 < sample < float("inf") for sample in chain.from_iterable(self.samples_ms)):
+            raise RuntimesError("Found a latency that is not positive and finite; expected milliseconds.")
+
+    @property
+    def n(self) -> int:
+        """The number of timed inferences."""
+        return sum(map(len, self.samples_ms))
+
+    @property
+    def median(self) -> float:
+        """The median over all bursts, in milliseconds."""
+        return self._percentile(50.0)
+
+    @property
+    def p90(self) -> float:
+        """The 90th percentile over all bursts, in milliseconds."""
+        return self._percentile(90.0)
+
+    @property
+    def p99(self) -> float:
+        """The 99th percentile over all bursts, in milliseconds."""
+        return self._percentile(99.0)
+
+    def speedup_over(self, other: Latency, *, seed: int = 0, resamples: int = 2000) -> Speedup:
+        """Return median(other) / median(self) with a percentile bootstrap 95 % interval; above 1 means self is faster.
+
+        The bootstrap is hierarchical (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8): it
+        draws bursts with replacement, then samples within each drawn burst, so that drift between bursts widens the interval.
+        """
+        rng = np.random.default_rng(seed)
+        ratios = _medians(other, rng, resamples) / _medians(self, rng, resamples)
+        low, high = np.percentile(ratios, [2.5, 97.5])
+        return Speedup(other.median / self.median, float(low), float(high))
+
+    def _percentile(self, q: float) -> float:
+        return float(np.percentile(np.concatenate(self.samples_ms), q))
+
+
+def interleave(
+    openers: Mapping[str, Callable[[], Engine]],
+    feeds: Feeds,
+    *,
+    rounds: int = 6,
+    burst_seconds: float = 1.0,
+    min_runs: int = 5,
+    warmup_seconds: float = 0.3,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Latency]:
+    """Time engines against each other on the same feeds, in bursts ordered A B B A A B, and return the latency of each.
+
+    One engine is open at a time: ONNX Runtime's threads go on spinning after a run and would slow the others down by up to
+    two times on two cores. The order is reversed every round, so that a machine that gets slower favours nobody.
+
+    Args:
+        openers: For each name a function that opens its engine anew.
+        feeds: The inputs; they are put where the engine runs before its clock starts.
+        rounds: Bursts of each engine. Even numbers keep the order fair.
+        burst_seconds: Shortest time of one burst, after warming up.
+        min_runs: Fewest timed inferences of one burst, however long they take.
+        warmup_seconds: Shortest time of untimed inferences at the start of a burst, at least three.
+        progress: Called before each burst with the engine's name, the number of bursts done, and of all bursts.
+
+    Raises:
+        RuntimesError: Nothing to time, or an engine refuses the feeds.
+    """
+    if not openers or rounds < 1 or min_runs < 1:
+        raise RuntimesError(
+            f"Found {len(openers)} engines, {rounds} rounds, {min_runs} runs; expected at least 1 of each."
+        )
+    bursts: dict[str, list[tuple[float, ...]]] = {name: [] for name in openers}
+    for done, name in enumerate(_order(tuple(openers), rounds)):
+        if progress is not None:
+            progress(name, done, rounds * len(openers))
+        with openers[name]() as engine:
+            step = engine.bind(feeds)
+            _repeat(step, seconds=warmup_seconds, runs=WARMUP_RUNS)
+            bursts[name].append(_repeat(step, seconds=burst_seconds, runs=min_runs))
+    return {name: Latency(tuple(samples)) for name, samples in bursts.items()}
+
+
+def _order(names: tuple[str, ...], rounds: int) -> list[str]:
+    """Return the burst order.
+
+    >>> "".join(_order(("A", "B", "C"), 3))
+    'ABCCBAABC'
+    """
+    return [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
+
+
+def _repeat(step: Callable[[], None], *, seconds: float, runs: int) -> tuple[float, ...]:
+    """Call step until both the time has passed and the number of runs is reached; return each call's milliseconds."""
+    samples: list[float] = []
+    end = perf_counter_ns() + int(seconds * 1e9)
+    while len(samples) < runs or perf_counter_ns() < end:
+        start = perf_counter_ns()
+        step()
+        samples.append((perf_counter_ns() - start) / 1e6)
+    return tuple(samples)
+
+
+def _medians(latency: Latency, rng: np.random.Generator, resamples: int) -> npt.NDArray[np.float64]:
+    """Return the median of each bootstrap resample: [resamples]."""
+    bursts = [np.asarray(burst) for burst in latency.samples_ms]
+    medians = np.empty(resamples)
+    for i in range(resamples):
+        drawn = (bursts[j] for j in rng.integers(len(bursts), size=len(bursts)))
+        medians[i] = np.median(np.concatenate([rng.choice(burst, size=burst.size) for burst in drawn]))
+    return medians
