@@ -1,0 +1,5 @@
+"""The base of every error a user is meant to read."""
+
+
+class CompressorError(Exception):
+    """Something the user can act on; the message says what was found, what was expected and what to do."""

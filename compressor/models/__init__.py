@@ -1,0 +1,147 @@
+"""From a MODEL argument to a loaded model: one file per kind of source."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressor.models.base import TASKS, Model, ModelError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["SAMPLE", "TASKS", "Model", "ModelError", "load"]
+
+SAMPLE = Path(__file__).parent.parent / "sample"
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def load(
+    spec: str | Path | torch.nn.Module | None = None,
+    *,
+    task: str | None = None,
+    revision: str | None = None,
+    random_weights: bool = False,
+    trust_remote_code: bool = False,
+    example_inputs: object = None,
+) -> Model:
+    """Load a model in evaluation mode, float32.
+
+    Args:
+        spec: a timm name, a hub id (timm or transformers), a local folder of either kind, ``package.module:factory``
+            (a callable that returns a module and its example inputs), a module, or None for the embedded sample.
+        task: one of `TASKS`; by default what the model's own config says.
+        revision: branch, tag or commit on the hub.
+        random_weights: build the architecture without reading weights (for measuring speed).
+        trust_remote_code: let a transformers repository bring code of its own.
+        example_inputs: for a module: a tensor, a tuple of tensors or a dict of them, first axis the samples.
+
+    Raises:
+        ModelError: unknown model, unreadable files, missing or non-finite weights, unknown task.
+    """
+    if task is not None and task not in TASKS:
+        raise ModelError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}.")
+    if isinstance(spec, torch.nn.Module):
+        module_source = _source("module")
+        model: Model = module_source.wrap(spec, example_inputs, task=task)
+    else:
+        source, where = _locate(str(spec or SAMPLE), revision, random_weights)
+        model = _source(source).load(
+            where,
+            task=task,
+            revision=revision,
+            random_weights=random_weights,
+            trust_remote_code=trust_remote_code,
+        )
+    _check_finite(model)
+    return model
+
+
+def _source(name: str) -> ModuleType:
+    return importlib.import_module(f"compressor.models.{name}")
+
+
+def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str, str]:
+    """Which source reads `spec`, and under which name."""
+    folder = Path(spec)
+    if folder.is_dir():
+        return _folder_source(folder), str(folder)
+    if folder.exists():
+        raise ModelError(
+            f"{spec} is a file; expected a folder with config.json, a model name or package.module:factory."
+        )
+    if _FACTORY.fullmatch(spec):
+        return "module", spec
+    if _is_timm_name(spec):
+        return "timm", spec
+    if spec.count("/") == 1 and not spec.startswith(("/", ".")):
+        return _hub_source(spec, revision)
+    raise ModelError(f"no model named {spec!r}: {_did_you_mean(spec)}")
+
+
+def _folder_source(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} holds no config.json; expected a timm folder or a save_pretrained folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
+    return _config_source(config, str(folder))
+
+
+def _config_source(config: object, where: str) -> str:
+    if isinstance(config, dict) and "architecture" in config:
+        return "timm"
+    if isinstance(config, dict) and "model_type" in config:
+        return "transformers"
+    raise ModelError(
+        f'config.json of {where} names neither timm\'s "architecture" nor transformers\' "model_type"; '
+        "for a model of your own pass package.module:factory."
+    )
+
+
+def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(spec, "config.json", revision=revision)
+    except Exception as error:  # the hub client raises a dozen types: offline, gated, missing, wrong revision
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(
+            f"{spec!r} is no local folder, and its config.json could not be fetched from the hub ({reason}); "
+            "check the name and the connection, or pass a downloaded folder."
+        ) from error
+    source = _config_source(json.loads(Path(path).read_text()), spec)
+    return source, f"hf-hub:{spec}" if source == "timm" else spec
+
+
+def _is_timm_name(spec: str) -> bool:
+    import timm
+
+    return bool(timm.is_model(spec.split(".", maxsplit=1)[0]))
+
+
+def _did_you_mean(spec: str) -> str:
+    import timm
+
+    close = difflib.get_close_matches(spec, timm.list_models(), n=3)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    return f"{hint}expected a timm name, a hub id owner/name, a folder with config.json, or package.module:factory."
+
+
+def _check_finite(model: Model) -> None:
+    for name, parameter in model.module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            broken = int((~torch.isfinite(parameter)).sum())
+            raise ModelError(
+                f"{model.name}: {broken} of {parameter.numel()} values of {name} are NaN or infinite; "
+                "the checkpoint is damaged."
+            )

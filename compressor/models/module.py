@@ -1,0 +1,136 @@
+"""Anyone's own nn.Module: handed over in Python, or named as ``package.module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.preprocess import Preprocess
+
+
+def load(
+    where: str,
+    *,
+    task: str | None,
+    revision: str | None,
+    random_weights: bool,
+    trust_remote_code: bool,
+) -> Model:
+    """Call the factory, which returns a module, or a module and its example inputs.
+
+    Raises:
+        ModelError: the factory cannot be imported or called, or returns something else.
+    """
+    name, attribute = where.split(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own file lies in the current folder
+    try:
+        made = getattr(importlib.import_module(name), attribute)()
+    except Exception as error:  # user code may raise anything
+        raise ModelError(f"{where} could not be called: {type(error).__name__}: {first_line(error)}.") from error
+    module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(
+            f"{where} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
+        )
+    return wrap(module, inputs, task=task, name=where)
+
+
+def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, name: str | None = None) -> Model:
+    """Describe a module by its signature and by what it returns for its example inputs.
+
+    Raises:
+        ModelError: no example inputs, or a forward pass that fails or returns no tensors.
+    """
+    module = module.eval()
+    label = name or type(module).__name__
+    example = _two_samples(_named(module, example_inputs, label))
+    try:
+        with torch.inference_mode():
+            returned = module(**example)
+    except Exception as error:  # user code may raise anything
+        raise ModelError(
+            f"{label} fails on its example inputs: {type(error).__name__}: {first_line(error)}."
+        ) from error
+    outputs = _output_names(returned, label)
+    answer = "logits" if "logits" in outputs else outputs[0]
+    chosen = task or _guess_task(_flatten(returned)[outputs.index(answer)], example)
+    preprocess = Preprocess(tuple(example), "tensor", as_numpy(example))
+    return Model(
+        name=label,
+        source="module",
+        task=chosen,
+        module=module,
+        call=partial(_call, names=tuple(example)),
+        inputs=tuple(example),
+        outputs=outputs,
+        answer=answer,
+        example=example,
+        dynamic_axes={key: _axes(key, value) for key, value in example.items()},
+        preprocess=preprocess,
+        save=partial(_save, label, chosen, example),
+    )
+
+
+def _named(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.Tensor]:
+    if inputs is None:
+        raise ModelError(
+            f"{label} came without example inputs; return (module, inputs), a tensor, tuple or dict of tensors."
+        )
+    if isinstance(inputs, dict):
+        return dict(inputs)
+    values = inputs if isinstance(inputs, tuple) else (inputs,)
+    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+    return dict(zip(names, values, strict=False))
+
+
+def _two_samples(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Two samples, because a batch of one would be traced as a constant."""
+    return {name: torch.cat([value, value])[:2] if len(value) == 1 else value[:2] for name, value in example.items()}
+
+
+def _flatten(returned: Any) -> list[torch.Tensor]:
+    if isinstance(returned, torch.Tensor):
+        return [returned]
+    values = returned.values() if hasattr(returned, "values") else returned
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _output_names(returned: Any, label: str) -> tuple[str, ...]:
+    tensors = _flatten(returned)
+    if not tensors:
+        raise ModelError(
+            f"{label} returned {type(returned).__name__} without tensors; expected a tensor, tuple or dict."
+        )
+    if hasattr(returned, "items"):
+        return tuple(key for key, value in returned.items() if isinstance(value, torch.Tensor))
+    return ("output",) if len(tensors) == 1 else tuple(f"output_{position}" for position in range(len(tensors)))
+
+
+def _call(module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(_flatten(module(**dict(zip(names, tensors, strict=True)))))
+
+
+def _guess_task(answer: torch.Tensor, example: dict[str, torch.Tensor]) -> str:
+    picture = next(iter(example.values())).ndim == 4
+    if answer.ndim == 2:
+        return "image-classification" if picture else "text-classification"
+    return "image-feature-extraction" if picture else "feature-extraction"
+
+
+def _axes(name: str, value: torch.Tensor) -> dict[int, str]:
+    tokens = value.ndim == 2 and not value.is_floating_point()
+    return {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
+
+
+def _save(label: str, task: str, example: dict[str, torch.Tensor], folder: Path) -> None:
+    inputs = {name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype)} for name, value in example.items()}
+    (folder / "config.json").write_text(json.dumps({"model": label, "task": task, "inputs": inputs}, indent=2) + "\n")

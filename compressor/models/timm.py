@@ -1,0 +1,98 @@
+"""Models of timm: by name, from the hub, or from a local folder in timm's own format."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.preprocess import Preprocess
+
+
+def load(
+    where: str,
+    *,
+    task: str | None,
+    revision: str | None,
+    random_weights: bool,
+    trust_remote_code: bool,
+) -> Model:
+    """Load a timm model as a classifier, or as a feature extractor when `task` asks for it.
+
+    Raises:
+        ModelError: the weights cannot be read, or the task is not one of images.
+    """
+    chosen = task or "image-classification"
+    if not chosen.startswith("image"):
+        raise ModelError(f"{where} is a timm model, which cannot do {chosen}; expected image-classification.")
+    folder = Path(where)
+    name = f"local-dir:{where}" if folder.is_dir() else where
+    if revision is not None and not folder.is_dir():
+        name = f"{name}@{revision}"
+    try:
+        module = timm.create_model(name, pretrained=not random_weights).eval().float()
+    except Exception as error:  # timm lets hub, file, pickle and shape errors through as they are
+        raise ModelError(f"timm could not load {where}: {first_line(error)}.") from error
+    return _wrap(
+        module, folder.name if folder.is_dir() else where.removeprefix("hf-hub:"), chosen, where, random_weights
+    )
+
+
+def _wrap(module: torch.nn.Module, name: str, task: str, where: str, random_weights: bool) -> Model:
+    config = resolve_model_data_config(module)
+    example = {"pixel_values": torch.rand(2, *config["input_size"], generator=torch.Generator().manual_seed(0))}
+    classifies = task == "image-classification" and getattr(module, "num_classes", 0) > 0
+    if not classifies:
+        task = "image-feature-extraction"
+    return Model(
+        name=name,
+        source="timm",
+        task=task,
+        module=module,
+        call=_classify if classifies else _features,
+        inputs=("pixel_values",),
+        outputs=("logits",) if classifies else ("last_hidden_state", "pooler_output"),
+        answer="logits" if classifies else "pooler_output",
+        example=example,
+        dynamic_axes={"pixel_values": {0: "batch"}},
+        preprocess=_preprocess(config, example),
+        save=partial(_save, module, where),
+        random_weights=random_weights,
+    )
+
+
+def _classify(module: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (module(pixels),)
+
+
+def _features(module: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    features = module.forward_features(pixels)
+    return features, module.forward_head(features, pre_logits=True)
+
+
+def _preprocess(config: dict[str, Any], example: dict[str, torch.Tensor]) -> Preprocess:
+    transform = create_transform(**config, is_training=False)
+
+    def image(picture: Image.Image) -> npt.NDArray[np.float32]:
+        pixels: npt.NDArray[np.float32] = transform(picture).numpy()
+        return pixels
+
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    return Preprocess(("pixel_values",), "image", as_numpy(example), image=image, image_mode=mode)
+
+
+def _save(module: torch.nn.Module, where: str, folder: Path) -> None:
+    original = Path(where) / "config.json"
+    if original.is_file():
+        shutil.copyfile(original, folder / "config.json")
+    else:
+        timm.models.save_config_for_hf(module, str(folder / "config.json"))

@@ -1,0 +1,283 @@
+"""Models of transformers: hub ids and ``save_pretrained`` folders, with their own tokenizer or image processor."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from PIL import Image
+
+from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.preprocess import Preprocess
+
+HEADS = {
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
+AUTO = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+}
+EXAMPLE_TOKENS = 16
+
+
+def load(
+    where: str,
+    *,
+    task: str | None,
+    revision: str | None,
+    random_weights: bool,
+    trust_remote_code: bool,
+) -> Model:
+    """Load a transformers model with the head its config names, or the one that `task` asks for.
+
+    Raises:
+        ModelError: config or weights cannot be read, or the architecture needs code from the repository.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(where, **options)
+            chosen = task or _task(config, where)
+            module, untrained = _module(where, config, chosen, random_weights, options)
+        except Exception as error:  # transformers lets hub, file and shape errors through as they are
+            raise ModelError(f"transformers could not load {where}: {first_line(error)}.") from error
+        return _wrap(module.eval().float(), where, chosen, options, random_weights, untrained)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No weight-loading bars and no advice on generation while loading."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _task(config: Any, where: str) -> str:
+    if (Path(where) / "modules.json").is_file() or (Path(where) / "config_sentence_transformers.json").is_file():
+        return "sentence-similarity"
+    architecture = (config.architectures or [""])[0]
+    for ending, task in HEADS.items():
+        if architecture.endswith(ending):
+            return task
+    return "image-feature-extraction" if hasattr(config, "image_size") else "feature-extraction"
+
+
+def _module(
+    where: str, config: Any, task: str, random_weights: bool, options: dict[str, Any]
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    kind = getattr(transformers, AUTO[task]) if task in AUTO else (named or transformers.AutoModel)
+    if random_weights:
+        torch.manual_seed(0)
+        return (kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)), ()
+    module, found = kind.from_pretrained(where, **options, dtype=torch.float32, output_loading_info=True)
+    return module, tuple(sorted(found["missing_keys"]))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a module of this task is called: its outputs, and the function that computes them."""
+
+    outputs: tuple[str, ...]
+    answer: str
+    call: Callable[..., tuple[torch.Tensor, ...]]
+
+
+def _wrap(
+    module: Any, where: str, task: str, options: dict[str, Any], random_weights: bool, untrained: tuple[str, ...]
+) -> Model:
+    image = module.main_input_name == "pixel_values"
+    processors = _image_processor(where, options) if image else _tokenizer(where, options)
+    inputs = ("pixel_values",) if image else _text_inputs(module, processors)
+    example = _image_example(module) if image else _text_example(module, inputs)
+    shape = _shape(task, inputs, where)
+    return Model(
+        name=Path(where).name if Path(where).is_dir() else where,
+        source="transformers",
+        task=task,
+        module=module,
+        call=shape.call,
+        inputs=inputs,
+        outputs=shape.outputs,
+        answer=shape.answer,
+        example=example,
+        dynamic_axes={name: {0: "batch"} if image else {0: "batch", 1: "sequence"} for name in inputs},
+        preprocess=_preprocess(module, where, inputs, example, processors, image),
+        save=partial(_save, module, processors, where),
+        untrained=untrained,
+        revision=options["revision"],
+        random_weights=random_weights,
+    )
+
+
+def _shape(task: str, inputs: tuple[str, ...], where: str) -> _Shape:
+    if task.endswith("classification") or task == "text-generation":
+        extra = {"use_cache": False} if task == "text-generation" else {}
+        return _Shape(("logits",), "logits", partial(_logits, inputs=inputs, extra=extra))
+    if task == "sentence-similarity":
+        embed = partial(_sentence, inputs=inputs, pooling=_pooling(where))
+        return _Shape(("last_hidden_state", "sentence_embedding"), "sentence_embedding", embed)
+    return _Shape(("last_hidden_state",), "last_hidden_state", partial(_hidden, inputs=inputs))
+
+
+def _logits(
+    module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], extra: dict[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    return (module(**dict(zip(inputs, tensors, strict=True)), **extra).logits,)
+
+
+def _hidden(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    return (module(**dict(zip(inputs, tensors, strict=True))).last_hidden_state,)
+
+
+def _sentence(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], pooling: str) -> tuple[torch.Tensor, ...]:
+    """Token states, and their pooled unit vector as sentence-transformers computes it."""
+    feeds = dict(zip(inputs, tensors, strict=True))
+    states = module(**feeds).last_hidden_state
+    if pooling == "cls":
+        pooled = states[:, 0]
+    else:
+        mask = feeds["attention_mask"].unsqueeze(-1).to(states.dtype)
+        pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    return states, torch.nn.functional.normalize(pooled, dim=-1)
+
+
+def _pooling(where: str) -> str:
+    """Pooling that a sentence-transformers folder asks for; mean where it says nothing.
+
+    Raises:
+        ModelError: a pooling other than mean and class token.
+    """
+    path = Path(where) / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    config = json.loads(path.read_text())
+    modes = {
+        key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and "pooling_mode" in key
+    }
+    if modes == {"cls_token"}:
+        return "cls"
+    if modes == {"mean_tokens"}:
+        return "mean"
+    raise ModelError(f"{path} asks for pooling by {', '.join(sorted(modes))}; expected mean_tokens or cls_token.")
+
+
+def _text_inputs(module: Any, tokenizer: Any) -> tuple[str, ...]:
+    accepted = inspect.signature(module.forward).parameters
+    wanted = tokenizer.model_input_names if tokenizer is not None else ["input_ids", "attention_mask"]
+    order = ("input_ids", "attention_mask", "token_type_ids")
+    return tuple(name for name in order if name in wanted and name in accepted)
+
+
+def _image_example(module: Any) -> dict[str, torch.Tensor]:
+    config = getattr(module.config, "vision_config", module.config)
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    noise = torch.rand(2, getattr(config, "num_channels", 3), height, width, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": noise}
+
+
+def _text_example(module: Any, inputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Two rows of tokens, the second with padding so that the mask is not a constant."""
+    vocabulary = module.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (2, EXAMPLE_TOKENS), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, EXAMPLE_TOKENS * 3 // 4 :] = 0
+    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {name: values[name] for name in inputs}
+
+
+def _image_processor(where: str, options: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(where, **options)
+    except (OSError, ValueError):  # a folder without preprocessing: float arrays still work as data
+        return None
+
+
+def _tokenizer(where: str, options: dict[str, Any]) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError):  # a folder without tokenizer: token ids still work as data
+        return None
+    if not tokenizer.get_vocab():
+        return None  # transformers makes an empty tokenizer up where there are no files
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _preprocess(
+    module: Any, where: str, inputs: tuple[str, ...], example: dict[str, torch.Tensor], processor: Any, image: bool
+) -> Preprocess:
+    arrays = as_numpy(example)
+    if image:
+        convert = None if processor is None else partial(_pixels, processor)
+        return Preprocess(inputs, "image", arrays, image=convert)
+    convert_text = (
+        None if processor is None else partial(_tokens, processor, inputs, _longest(module, processor, where))
+    )
+    return Preprocess(inputs, "text", arrays, text=convert_text)
+
+
+def _pixels(processor: Any, picture: Image.Image) -> npt.NDArray[np.float32]:
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    array: npt.NDArray[np.float32] = pixels.float().numpy()
+    return array
+
+
+def _tokens(
+    tokenizer: Any, inputs: tuple[str, ...], longest: int, texts: list[str], second: list[str] | None
+) -> dict[str, npt.NDArray[Any]]:
+    encoded = tokenizer(texts, second, padding=True, truncation=True, max_length=longest, return_tensors="np")
+    return {name: encoded[name].astype(np.int64) for name in inputs}
+
+
+def _longest(module: Any, tokenizer: Any, where: str) -> int:
+    """Most tokens the model takes: the least of what tokenizer, positions and sentence-transformers allow."""
+    limits = [tokenizer.model_max_length, getattr(module.config, "max_position_embeddings", None) or 10**9]
+    sentence = Path(where) / "sentence_bert_config.json"
+    if sentence.is_file():
+        limits.append(json.loads(sentence.read_text()).get("max_seq_length") or 10**9)
+    return int(min(limits)) if min(limits) < 10**6 else 2048
+
+
+def _save(module: Any, processor: Any, where: str, folder: Path) -> None:
+    module.config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if getattr(module, "generation_config", None) is not None and module.can_generate():
+        module.generation_config.save_pretrained(folder)
+    for name in (
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+    ):
+        original = Path(where) / name
+        if original.is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(original.read_bytes())

@@ -1,0 +1,64 @@
+"""What a pass is, and `apply`, the only way to run one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from passes.graph import Applied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from passes.graph import Graph
+
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class PassError(Exception):
+    """A pass was asked for something the graph cannot give."""
+
+
+class Pass(Protocol[Result_co]):
+    """A frozen dataclass whose fields are its options; `rewrites` says whether it may change the graph."""
+
+    rewrites: ClassVar[bool]
+    needs_data: ClassVar[bool]
+
+    def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> Result_co:
+        """Analyse or rewrite `graph`; `data` yields batches of named inputs, first axis the samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What a rewrite did: sites changed, and for each site it left alone although asked, the reason."""
+
+    changed: tuple[str, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def apply(step: Pass[Result_co], graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Result_co:
+    """Run one pass and hold it to its contract: same interface, a sound graph, no change by an analysis.
+
+    Raises:
+        PassError: the pass needs data and got none, an analysis changed the graph, or the result is unsound.
+    """
+    name = type(step).__name__
+    if step.needs_data and data is None:
+        raise PassError(f"{name} needs calibration data and got none: pass an iterable of batches.")
+    before = graph.signature()
+    result = step.run(graph, data)
+    if step.rewrites:
+        graph.check()
+    elif graph.signature() != before:
+        raise PassError(f"{name} says it only analyses, but it changed the graph.")
+    graph.history.append(Applied(name, _options(step), before[0], graph.signature()[0]))
+    return result
+
+
+def _options(step: Pass[Any]) -> dict[str, str]:
+    fields = getattr(step, "__dataclass_fields__", {})
+    return {field: repr(getattr(step, field)) for field in fields}

@@ -1,0 +1,562 @@
+"""The traced model: an fx graph, the residual sites found in it by structure, and every edit made to it.
+
+This is the only file that changes fx nodes. A *site* is a residual branch, ``y = x + f(x)``; the *trunk* is the skip
+path ``x``. Sites are described by names, never by fx nodes: node references go stale with the first edit.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+aten = torch.ops.aten
+
+ADDS = frozenset({aten.add.Tensor, aten.add_.Tensor, operator.add})
+ATTENTION_OPS = frozenset({aten.scaled_dot_product_attention.default})
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})
+SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
+LINEAR_OPS = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default})
+CONV_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default})
+CHANNELS_FIRST_OPS = CONV_OPS | {
+    aten.batch_norm.default,
+    aten.group_norm.default,
+    aten.avg_pool2d.default,
+    aten.max_pool2d.default,
+}
+COPIES = frozenset(
+    {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default}
+)
+DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
+CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default})
+ASSERTIONS = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_async.msg,
+        aten._assert_scalar.default,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
+class GraphError(Exception):
+    """The graph is unsound, or a site was asked for that it does not have."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One residual branch ``y = x + f(x)``, by names only.
+
+    ``add`` is the node that adds the branch, ``branch`` its operand ``f(x)``, ``trunk`` the skip value ``x`` and
+    ``root`` the node that holds the complete sum (equal to ``add`` unless several branches share one trunk).
+    ``channel_dim`` is the axis of the trunk that carries the ``width`` features.
+    """
+
+    name: str
+    kind: str
+    block: str
+    order: int
+    width: int
+    channel_dim: int
+    add: str
+    branch: str
+    trunk: str
+    root: str
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One line of a graph's history: the pass, its options, and the number of nodes before and after."""
+
+    name: str
+    options: Mapping[str, str]
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclass
+class Graph:
+    """An fx graph of ATen operators with named inputs and outputs. Mutable on purpose, edited only in this file.
+
+    ``prefix`` is the attribute path under which the user's model hangs in the traced module; it is cut from names.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    prefix: str = ""
+    history: list[Applied] = field(default_factory=list)
+
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in execution order."""
+        return list(self.module.graph.nodes)
+
+    def placeholders(self) -> list[fx.Node]:
+        """The input nodes, in the order of ``inputs``."""
+        return [node for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    def signature(self) -> tuple[int, int, int, tuple[str, ...]]:
+        """Number of nodes, inputs and outputs, and the node names: what an analysis must leave as it was."""
+        nodes = self.nodes()
+        return len(nodes), len(self.inputs), len(output_values(self)), tuple(node.name for node in nodes)
+
+    def parameter_count(self) -> int:
+        """Number of parameters of the traced module, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def fork(self) -> Graph:
+        """An independent graph that shares the weights: editing it leaves this one as it is."""
+        twin = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
+        twin.meta.update(self.module.meta)
+        return Graph(twin, self.inputs, self.outputs, self.prefix, list(self.history))
+
+    def check(self) -> None:
+        """Lint the graph and hold it to its named interface.
+
+        Raises:
+            GraphError: dangling nodes, another number of inputs or outputs than named, or dead pure nodes.
+        """
+        try:
+            self.module.graph.lint()
+        except RuntimeError as error:
+            raise GraphError(f"the graph is unsound after a rewrite: {error}") from error
+        found = (len(self.placeholders()), len(output_values(self)))
+        if found != (len(self.inputs), len(self.outputs)):
+            expected = f"{len(self.inputs)} and {len(self.outputs)}"
+            raise GraphError(f"the graph has {found[0]} inputs and {found[1]} outputs, expected {expected}.")
+        live = live_nodes(self)
+        dead = [node.name for node in self.nodes() if node not in live]
+        if dead:
+            raise GraphError(f"the graph still holds {len(dead)} dead nodes, the first is {dead[0]}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def output_values(graph: Graph) -> list[fx.Node]:
+    """The nodes whose values the graph returns, in order."""
+    (output,) = [node for node in graph.module.graph.nodes if node.op == "output"]
+    flat: list[fx.Node] = []
+    fx.node.map_arg(output.args, flat.append)
+    return flat
+
+
+def attribute(graph: Graph, node: fx.Node) -> Any:
+    """The parameter, buffer or constant behind a ``get_attr`` node."""
+    return functools.reduce(getattr, str(node.target).split("."), graph.module)
+
+
+def value_of(node: fx.Node) -> Any:
+    """The traced (fake) value of a node, or None where tracing left none."""
+    return node.meta.get("val")
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node without users may go.
+
+    Own rule, because fx counts dropout and scaled_dot_product_attention as impure (they draw random numbers), keeps
+    them alive after their branch is gone, and so makes parameter counts and timings lie.
+    """
+    if node.op in ("placeholder", "output"):
+        return False
+    if node.op != "call_function":
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or not schema.is_mutable
+
+
+def live_nodes(graph: Graph, resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
+    """Nodes that the outputs need, with some adds standing for another value (`resolved`, see `resolution`)."""
+    stand_in = resolved or {}
+    seen: set[fx.Node] = {node for node in graph.module.graph.nodes if not is_pure(node)}
+    stack = list(seen)
+    while stack:
+        node = stack.pop()
+        for source in node.all_input_nodes:
+            needed = stand_in.get(source, source)
+            if needed not in seen:
+                seen.add(needed)
+                stack.append(needed)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------------------ sites
+
+
+def find_sites(graph: Graph) -> tuple[Site, ...]:
+    """Find every residual branch by structure alone: no model names, no module classes.
+
+    Sums are flattened first (``x + a(x) + m(x)`` is one trunk with two branches). In a sum, the trunk is the term that
+    the others are computed from, and a term is a branch when it is computed from the trunk, uses parameters, and
+    has no other reader. Values computed before the trunk (masks, rotary tables, batch size) may enter from the side.
+    A sum inside another sum's branch is part of that branch, unless the branch holds a chain of two or more of them:
+    then the outer sum is a group of blocks (a long skip), and the inner ones are the sites.
+    """
+    finder = _Finder(graph)
+    found = finder.outermost(finder.candidates())
+    bases = [_base_name(graph, candidate) for candidate in found]
+    names = _unique_names(bases, [candidate.kind for candidate in found])
+    blocks = _block_names(graph, found, bases)
+    return tuple(
+        Site(
+            name=name,
+            kind=candidate.kind,
+            block=block,
+            order=order,
+            width=int(value_of(candidate.trunk).shape[candidate.channel_dim]),
+            channel_dim=candidate.channel_dim,
+            add=candidate.add.name,
+            branch=candidate.branch.name,
+            trunk=candidate.trunk.name,
+            root=candidate.root.name,
+        )
+        for order, (name, block, candidate) in enumerate(zip(names, blocks, found, strict=True))
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    add: fx.Node
+    branch: fx.Node
+    trunk: fx.Node
+    root: fx.Node
+    region: int
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    kind: str
+    channel_dim: int
+
+
+class _Finder:
+    """Reachability as bit masks over the nodes, so that every ancestor question is one integer operation."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.order = graph.nodes()
+        self.index = {node: position for position, node in enumerate(self.order)}
+        self.ancestors = self._closure()
+        self.from_weights = {node for node in self.order if self._is_constant(node)}
+
+    def _closure(self) -> list[int]:
+        """For each node the set of nodes it is computed from. Shapes are not data: sizes count as sources."""
+        closure: list[int] = []
+        for node in self.order:
+            reached = 0
+            if _is_tensor(node):
+                for source in node.all_input_nodes:
+                    if _is_tensor(source):
+                        reached |= closure[self.index[source]] | (1 << self.index[source])
+            closure.append(reached)
+        return closure
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        inputs = list(self.graph.placeholders())
+        mask = sum(1 << self.index[placeholder] for placeholder in inputs)
+        return not (self.ancestors[self.index[node]] & mask) and node.op != "placeholder"
+
+    def candidates(self) -> list[_Candidate]:
+        found: list[_Candidate] = []
+        for root in self.order:
+            if _is_sum(root) and not _continues(root):
+                found.extend(self._of_sum(root))
+        return found
+
+    def _of_sum(self, root: fx.Node) -> Iterator[_Candidate]:
+        terms = list(_terms(root))
+        trunk = self._trunk([term for _, term in terms])
+        if trunk is None or not _same_shape(trunk, root):
+            return
+        for add, term in terms:
+            if term is not trunk and self._depends(term, trunk) and len(term.users) == 1:
+                candidate = self._candidate(add, term, trunk, root)
+                if candidate is not None:
+                    yield candidate
+
+    def _trunk(self, terms: list[fx.Node]) -> fx.Node | None:
+        """The term that other terms are computed from; the earliest where several are."""
+        sources = [term for term in terms if any(self._depends(other, term) for other in terms if other is not term)]
+        return min(sources, key=self.index.__getitem__, default=None)
+
+    def _depends(self, node: fx.Node, source: fx.Node) -> bool:
+        return bool(self.ancestors[self.index[node]] >> self.index[source] & 1)
+
+    def _candidate(self, add: fx.Node, branch: fx.Node, trunk: fx.Node, root: fx.Node) -> _Candidate | None:
+        nodes = self._region(branch, trunk)
+        weights = self._weights(nodes)
+        if not weights:
+            return None
+        region = sum(1 << self.index[node] for node in nodes)
+        kind = self._kind(nodes)
+        return _Candidate(add, branch, trunk, root, region, nodes, weights, kind, _channel_dim(trunk, nodes))
+
+    def _region(self, branch: fx.Node, trunk: fx.Node) -> tuple[fx.Node, ...]:
+        inside = self.ancestors[self.index[branch]] | (1 << self.index[branch])
+        first, last = self.index[trunk] + 1, self.index[branch] + 1
+        between = [node for node in self.order[first:last] if inside >> self.index[node] & 1]
+        return tuple(node for node in between if self._depends(node, trunk))
+
+    def _weights(self, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """Parameters that enter a region, directly or through tables computed from nothing but parameters."""
+        stack = [source for node in nodes for source in node.all_input_nodes if source in self.from_weights]
+        seen: dict[fx.Node, None] = {}
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen[node] = None
+                stack.extend(node.all_input_nodes)
+        tables = [node for node in seen if node.op == "get_attr"]
+        return tuple(node for node in tables if isinstance(attribute(self.graph, node), torch.nn.Parameter))
+
+    def _kind(self, nodes: tuple[fx.Node, ...]) -> str:
+        if self._is_attention(nodes):
+            return "attention"
+        spatial = [node for node in nodes if node.target in CONV_OPS and not _is_pointwise(node)]
+        if spatial:
+            return "conv"
+        pointwise = [node for node in nodes if node.target in LINEAR_OPS or node.target in CONV_OPS]
+        if pointwise or any(node.target in PRODUCTS for node in nodes):
+            return "mlp" if len(pointwise) > 1 else "other"
+        return "other"
+
+    def _is_attention(self, nodes: tuple[fx.Node, ...]) -> bool:
+        """Fused attention, or a product of two activations beside a normalisation over tokens or channels."""
+        if any(node.target in ATTENTION_OPS for node in nodes):
+            return True
+        products = [node for node in nodes if node.target in PRODUCTS and self._multiplies_activations(node)]
+        return len(products) >= 2 or (bool(products) and any(node.target in SOFTMAX_OPS for node in nodes))
+
+    def _multiplies_activations(self, node: fx.Node) -> bool:
+        operands = [source for source in node.all_input_nodes if _is_tensor(source)]
+        return len(operands) >= 2 and not any(operand in self.from_weights for operand in operands)
+
+    def outermost(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """Drop sums inside a branch (GPT-2's tanh GELU holds one), or the branch if it is itself a chain of blocks."""
+        groups = [outer for outer in candidates if self._inner_sums(outer, candidates) >= 2]
+        flat = [candidate for candidate in candidates if candidate not in groups]
+        return [inner for inner in flat if not any(_inside(inner, outer) for outer in flat)]
+
+    def _inner_sums(self, outer: _Candidate, candidates: list[_Candidate]) -> int:
+        return len({inner.root for inner in candidates if _inside(inner, outer)})
+
+
+def _inside(inner: _Candidate, outer: _Candidate) -> bool:
+    return inner is not outer and inner.root is not outer.root and inner.region & outer.region == inner.region
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    value = value_of(node)
+    return node.op in ("get_attr", "placeholder") or isinstance(value, (torch.Tensor, list, tuple)) or value is None
+
+
+def _is_sum(node: fx.Node) -> bool:
+    plain = node.op == "call_function" and node.target in ADDS and not node.kwargs.get("alpha")
+    return (
+        plain and isinstance(value_of(node), torch.Tensor) and sum(isinstance(arg, fx.Node) for arg in node.args) == 2
+    )
+
+
+def _continues(node: fx.Node) -> bool:
+    """Whether a sum is only a term of a larger sum."""
+    return len(node.users) == 1 and _is_sum(next(iter(node.users)))
+
+
+def _terms(root: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The terms of a flattened sum, each with the add node it is a direct operand of."""
+    for operand in root.all_input_nodes:
+        if _is_sum(operand) and _continues(operand):
+            yield from _terms(operand)
+        else:
+            yield root, operand
+
+
+def _same_shape(left: fx.Node, right: fx.Node) -> bool:
+    shapes = [getattr(value_of(node), "shape", None) for node in (left, right)]
+    return None not in shapes and str(shapes[0]) == str(shapes[1])
+
+
+def _is_pointwise(conv: fx.Node) -> bool:
+    weight = value_of(conv.all_input_nodes[1])
+    return weight is not None and all(int(size) == 1 for size in weight.shape[2:])
+
+
+def _channel_dim(trunk: fx.Node, nodes: tuple[fx.Node, ...]) -> int:
+    """Axis of the features: 1 where the branch reads the trunk channels-first, else the last."""
+    rank = len(value_of(trunk).shape)
+    readers = [node for node in nodes if trunk in node.all_input_nodes]
+    first = rank > 2 and any(node.target in CHANNELS_FIRST_OPS for node in readers)
+    return 1 if first or (rank == 4 and nodes[-1].target in CHANNELS_FIRST_OPS) else rank - 1
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+def _base_name(graph: Graph, candidate: _Candidate) -> str:
+    """Common module path of the branch's weight matrices, e.g. ``blocks.3.attn``; the add node where there is none."""
+    matrices = [node for node in candidate.weights if attribute(graph, node).ndim >= 2] or list(candidate.weights)
+    paths = [str(node.target).removeprefix(graph.prefix).split(".")[:-1] for node in matrices]
+    shared = paths[0]
+    for path in paths[1:]:
+        shared = [a for a, b in _common(shared, path)]
+    return ".".join(shared) or candidate.add.name
+
+
+def _common(left: list[str], right: list[str]) -> Iterator[tuple[str, str]]:
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            return
+        yield a, b
+
+
+def _unique_names(bases: list[str], kinds: list[str]) -> list[str]:
+    """Add the kind where a base is a whole block's path, and a number where weights are shared."""
+    named = [
+        f"{base}.{kind}" if base.split(".")[-1].isdigit() or _mixed(base, bases, kinds) else base
+        for base, kind in zip(bases, kinds, strict=True)
+    ]
+    repeats, seen = Counter(named), Counter[str]()
+    names = []
+    for name in named:
+        seen[name] += 1
+        names.append(f"{name}#{seen[name]}" if repeats[name] > 1 else name)
+    return names
+
+
+def _mixed(base: str, bases: list[str], kinds: list[str]) -> bool:
+    return len({kind for other, kind in zip(bases, kinds, strict=True) if other == base}) > 1
+
+
+def _block_names(graph: Graph, found: list[_Candidate], bases: list[str]) -> list[str]:
+    """Group consecutive sites into blocks: the module path up to its last number, or a new attention."""
+    names: list[str] = []
+    key, members, count = None, list[tuple[str, str]](), 0
+    for candidate, base in zip(found, bases, strict=True):
+        path = _numbered(_module_path(candidate.root).removeprefix(graph.prefix)) or _numbered(base)
+        repeats = (base, candidate.kind) in members
+        restarts = not path and candidate.kind == "attention" and "attention" in [kind for _, kind in members]
+        if path != key or repeats or restarts:
+            key, members, count = path, [], count + 1
+        members.append((base, candidate.kind))
+        earlier = names[: len(names) - len(members) + 1]
+        names.append(path if path and path not in earlier else f"{path or 'block'}#{count}")
+    return names
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _numbered(path: str) -> str:
+    parts = path.split(".")
+    last = max((position for position, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1])
+
+
+def site_named(sites: Collection[Site], name: str) -> Site:
+    """The site of that name.
+
+    Raises:
+        GraphError: there is none.
+    """
+    for site in sites:
+        if site.name == name:
+            return site
+    raise GraphError(f"the graph has no site named {name!r}; it has {len(sites)}: `compressor inspect` lists them.")
+
+
+# ------------------------------------------------------------------------------------------------------------ edits
+
+
+def resolution(graph: Graph, dropped: Collection[Site]) -> dict[fx.Node, fx.Node]:
+    """Which value each add stands for when the given branches count as zero.
+
+    Returns only the adds that change. Operands are read here, at the time of the edit: with two adjacent branches
+    gone, the second add must stand for the trunk before the first.
+    """
+    gone = {(site.add, site.branch) for site in dropped}
+    names = {site.add for site in dropped} | {site.root for site in dropped}
+    stand_in: dict[fx.Node, fx.Node] = {}
+    empty: set[fx.Node] = set()
+    for node in graph.nodes():
+        if not _is_sum(node) or not (node.name in names or empty.intersection(node.all_input_nodes)):
+            continue
+        kept = [term for term in node.args if (node.name, getattr(term, "name", "")) not in gone and term not in empty]
+        if not kept:
+            empty.add(node)
+        elif len(kept) == 1 and isinstance(kept[0], fx.Node):
+            stand_in[node] = stand_in.get(kept[0], kept[0])
+    return stand_in
+
+
+def drop_branches(graph: Graph, dropped: Collection[Site]) -> None:
+    """Rewrite ``y = x + f(x)`` to ``y = x`` for each site; `remove_dead` then takes out what only f needed."""
+    for add, value in resolution(graph, dropped).items():
+        add.replace_all_uses_with(value)
+
+
+def bypass(graph: Graph, node: fx.Node, value: fx.Node) -> None:
+    """Let every reader of `node` read `value` instead."""
+    node.replace_all_uses_with(value)
+
+
+def remove_dead(graph: Graph) -> int:
+    """Remove nodes that no output needs, then parameters, buffers and modules that no node reads.
+
+    Returns:
+        Number of nodes removed.
+    """
+    live = live_nodes(graph)
+    dead = [node for node in reversed(graph.nodes()) if node not in live]
+    for node in dead:
+        graph.module.graph.erase_node(node)
+    _remove_unread_attributes(graph.module)
+    graph.module.recompile()
+    return len(dead)
+
+
+def _remove_unread_attributes(module: fx.GraphModule) -> None:
+    read = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
+    for path, owner in list(module.named_modules()):
+        for registry in (owner._parameters, owner._buffers):
+            for name in list(registry):
+                full = f"{path}.{name}" if path else name
+                if full not in read and not any(full.startswith(target + ".") for target in read):
+                    del registry[name]
+    module.delete_all_unused_submodules()
+
+
+def is_identity(node: fx.Node) -> bool:
+    """Whether a node hands on its first input unchanged at inference time."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target in COPIES:
+        return True
+    if node.target in DROPOUTS:
+        return not node.args[2] if len(node.args) > 2 else not node.kwargs.get("train", True)
+    return node.target in CASTS and _same_type(node, node.args[0])
+
+
+def _same_type(node: fx.Node, source: fx.Node) -> bool:
+    """A cast that changes neither type nor device; one that is asked for a memory format stays."""
+    after, before = value_of(node), value_of(source)
+    if not isinstance(after, torch.Tensor) or not isinstance(before, torch.Tensor):
+        return False
+    return (after.dtype, after.device) == (before.dtype, before.device) and "memory_format" not in node.kwargs
+
+
+def remove_effects(graph: Graph) -> list[str]:
+    """Remove nodes that only assert something about traced values; returns their names."""
+    asserting = [node for node in graph.nodes() if node.target in ASSERTIONS]
+    for node in reversed(asserting):
+        graph.module.graph.erase_node(node)
+    return [node.name for node in asserting]
