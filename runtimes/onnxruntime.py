@@ -33,6 +33,9 @@ devices = ("cpu", "cuda")
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY = 3
+NUMPY_KINDS = frozenset(
+    {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+)
 GET_CUDA = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 
 
@@ -43,7 +46,7 @@ def missing() -> str | None:
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         return (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu (for the CPU alone: onnxruntime)"
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu (CPU alone: onnxruntime)"
         )
     return None
 
@@ -51,8 +54,7 @@ def missing() -> str | None:
 def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
     """Check that ONNX Runtime opens the model and return its path: for this target the portable file is the engine.
 
-    Nothing is written to `out`: ONNX Runtime optimises while opening, and a file saved after that would fit this machine
-    only.
+    Nothing is written to `out`: ONNX Runtime optimises while opening, and what it could save fits no other machine.
 
     Raises:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
@@ -167,8 +169,8 @@ def _open(path: Path, options: BuildOptions, *, spinning: bool) -> Any:
     if options.device == "cuda" and session.get_providers()[0] != CUDA:
         # It has logged why and gone on with the CPU: the very thing that must not pass for a CUDA result.
         raise RuntimeUnavailable(
-            f"ONNX Runtime could not start its CUDA provider (found {session.get_providers()[0]}); it needs a CUDA device "
-            "and the CUDA and cuDNN libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'."
+            f"ONNX Runtime could not start its CUDA provider (found {session.get_providers()[0]}); it needs a CUDA "
+            "device and the CUDA and cuDNN libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'."
         )
     return session
 
@@ -202,11 +204,11 @@ def _providers(device: str) -> list[Any]:
 
 def _dtype(value: Any) -> np.dtype[Any]:
     """Return the NumPy dtype of an ONNX Runtime input, whose type reads "tensor(float)"."""
-    kind = value.type.removeprefix("tensor(").removesuffix(")")
-    try:
-        dtype: np.dtype[Any] = np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
-    except TypeError as error:
-        raise BuildError(f"Input {value.name!r} has type {value.type}, which NumPy does not have.") from error
+    kind = {"tensor(float)": "float32", "tensor(double)": "float64"}.get(value.type, value.type[len("tensor(") : -1])
+    # Not left to np.dtype: it knows bfloat16 as soon as anyone has imported ml_dtypes, which ONNX Runtime refuses.
+    if kind not in NUMPY_KINDS:
+        raise BuildError(f"Input {value.name!r} has type {value.type}, which cannot be fed from NumPy.")
+    dtype: np.dtype[Any] = np.dtype(kind)
     return dtype
 
 

@@ -28,7 +28,8 @@ class Speedup(NamedTuple):
 class Latency:
     """The time of every single inference of one engine, in milliseconds, burst by burst.
 
-    Bursts stay apart because samples of one burst share the state of the machine: they say less than as many independent ones.
+    Bursts stay apart because samples of one burst share the state of the machine: they say less than as many
+    independent ones.
 
     Raises:
         RuntimesError: A burst is empty or holds a time that is not positive and finite.
@@ -68,8 +69,9 @@ class Latency:
     def speedup_over(self, other: Latency, *, seed: int = 0, resamples: int = 2000) -> Speedup:
         """Return median(other) / median(self) with a percentile bootstrap 95 % interval; above 1 means self is faster.
 
-        The bootstrap is hierarchical (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8): it
-        draws bursts with replacement, then samples within each drawn burst, so that drift between bursts widens the interval.
+        The bootstrap is hierarchical (Davison and Hinkley, Bootstrap Methods and their Application, 1997, on
+        hierarchical data): it draws bursts with replacement, then samples within each drawn burst, so that drift from
+        burst to burst widens the interval.
         """
         rng = np.random.default_rng(seed)
         ratios = _medians(other, rng, resamples) / _medians(self, rng, resamples)
@@ -92,8 +94,8 @@ def interleave(
 ) -> dict[str, Latency]:
     """Time engines against each other on the same feeds, in bursts ordered A B B A A B, and return the latency of each.
 
-    One engine is open at a time: ONNX Runtime's threads go on spinning after a run and would slow the others down by up to
-    two times on two cores. The order is reversed every round, so that a machine that gets slower favours nobody.
+    One engine is open at a time: ONNX Runtime's threads go on spinning after a run and would slow the others down, by
+    up to two times on two cores. The order is reversed every round, so that a machine that gets slower favours nobody.
 
     Args:
         openers: For each name a function that opens its engine anew.

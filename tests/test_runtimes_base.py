@@ -1,0 +1,102 @@
+"""Options, discovery and the check of feeds that all engines share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runtimes
+from runtimes.base import BuildOptions, RuntimesError, RuntimeUnavailable, check_device, check_feeds, first_line
+
+DTYPES = {"a": np.dtype("float32"), "b": np.dtype("int64")}
+SHAPES = {"a": (None, 4), "b": None}
+
+
+def feeds(**changed):
+    return {"a": np.zeros((2, 4), np.float32), "b": np.zeros(3, np.int64)} | changed
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_targets_are_the_files_of_the_folder():
+    files = {path.stem for path in Path(runtimes.__file__).parent.glob("*.py")}
+    assert set(runtimes.targets()) == files - {"__init__", "base", "timing"}
+    assert list(runtimes.targets()) == sorted(runtimes.targets())
+
+
+def test_unknown_target_lists_the_known_and_suggests():
+    with pytest.raises(RuntimesError, match=r"'onnxruntme'; did you mean onnxruntime\?.*targets are: .*onnxruntime"):
+        runtimes.runtime("onnxruntme")
+
+
+@pytest.mark.parametrize("name", ["base", "timing", "", "os", "../x"])
+def test_what_is_no_target_is_refused(name):
+    with pytest.raises(RuntimesError, match="The targets are"):
+        runtimes.runtime(name)
+
+
+def test_listing_targets_imports_no_engine_and_no_torch():
+    # All that a listing needs: whatever else appears makes `compressor targets` slow or breaks it without extras.
+    allowed = {"numpy", "runtimes", "__mp_main__"}
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "import runtimes\n"
+        "for name in runtimes.targets(): runtimes.runtime(name).missing()\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(*sorted(m for m in new if not m.startswith('_')))"
+    )
+    assert set(run_python(code).split()) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, r"Unknown device 'tpu'; expected one of: cpu, cuda\."),
+        ({"threads": 0}, r"threads=0; expected at least 1"),
+        ({"threads": -2}, r"threads=-2; expected at least 1"),
+    ],
+)
+def test_build_options_refuse_what_no_runtime_takes(arguments, message):
+    with pytest.raises(RuntimesError, match=message):
+        BuildOptions(**arguments)
+
+
+def test_check_device_names_found_and_expected():
+    with pytest.raises(RuntimeUnavailable, match=r"Target x runs on cuda; found device 'cpu'\."):
+        check_device("x", ("cuda",), BuildOptions())
+    assert check_device("x", ("cpu", "cuda"), BuildOptions(device="cuda")) is None
+
+
+def test_check_feeds_accepts_any_size_of_a_free_axis():
+    for batch in (0, 1, 7):
+        assert check_feeds(feeds(a=np.zeros((batch, 4), np.float32)), DTYPES, SHAPES) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": np.zeros((2, 4), np.float32)}, r"Found inputs a; the engine expects a, b\."),
+        ({}, r"Found inputs \(none\); the engine expects a, b\."),
+        (feeds(c=np.zeros(1)), r"Found inputs a, b, c; the engine expects a, b\."),
+        (feeds(a=np.zeros((2, 4))), r"'a': found dtype float64; expected float32\."),
+        (feeds(a=np.zeros((2, 4), ">f4")), r"'a': found dtype >f4; expected float32\."),
+        (feeds(a=np.zeros(4, np.float32)), r"'a': found shape \[4\]; expected \[any, 4\]\."),
+        (feeds(a=np.zeros((2, 5), np.float32)), r"'a': found shape \[2, 5\]; expected \[any, 4\]\."),
+        (feeds(a=[[0.0] * 4]), r"'a': found list; expected a NumPy array\."),
+    ],
+)
+def test_check_feeds_names_found_and_expected(given, message):
+    with pytest.raises(RuntimesError, match=message):
+        check_feeds(given, DTYPES, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\n  first.\nsecond"), "first"), (KeyError(), "KeyError"), (RuntimeError("one"), "one")],
+)
+def test_first_line(error, line):
+    assert first_line(error) == line
