@@ -1,0 +1,33 @@
+"""What the data side has to know about a model: its inputs, and how a picture or a text becomes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Kind = Literal["image", "text", "tensor"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A model's own preprocessing.
+
+    `inputs` are the model's input names in order. `image` turns one picture of mode `image_mode` into float32
+    [C, H, W]; it is called from several threads at once. `text` tokenises a batch of texts, optionally with second
+    texts, into int64 [rows, tokens] arrays by input name, padded to the longest row of the batch. `example` is one
+    batch of inputs, batch first, that says shapes and dtypes.
+    """
+
+    inputs: tuple[str, ...]
+    kind: Kind
+    example: Mapping[str, npt.NDArray[Any]]
+    image: Callable[[Image.Image], npt.NDArray[np.float32]] | None = None
+    text: Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]] | None = None
+    image_mode: str = "RGB"

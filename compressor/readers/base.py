@@ -1,0 +1,61 @@
+"""What every reader gives back: samples that are named now and prepared later, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy.typing as npt
+
+from compressor.errors import CompressorError
+
+Array = npt.NDArray[Any]
+Feeds = dict[str, Array]
+LabelKind = Literal["class", "score", "tokens"]
+Progress = Callable[[int, int], None]
+
+
+class DataError(CompressorError):
+    """The --data string, or what it points at, cannot be used."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One sample that cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+def no_faults(indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
+    """The check of a reader that has nothing left to find out after reading."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of a source, in an order that depends on their names only.
+
+    `feeds` prepares the samples with the given positions, in that order, as fresh arrays with
+    `rows_per_sample` rows each. `faults` really decodes the given samples and returns the reasons of those that
+    cannot be used, by position. `labels` has one entry a sample. `reading` says in words how the source was understood.
+    """
+
+    ids: tuple[str, ...]
+    feeds: Callable[[Sequence[int]], Feeds]
+    reading: str
+    labels: Array | None = None
+    label_kind: LabelKind | None = None
+    rows_per_sample: int = 1
+    skipped: tuple[Skipped, ...] = ()
+    faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
+
+
+def dims(shape: Sequence[int | str]) -> str:
+    """A shape as people write it.
+
+    >>> dims(("N", 3, 8, 8))
+    '[N, 3, 8, 8]'
+    """
+    return "[" + ", ".join(str(size) for size in shape) + "]"
