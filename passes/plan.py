@@ -1,0 +1,271 @@
+"""Decisions as data: which sites go, by which rule, and why each other one stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from passes.base import PassError
+
+if TYPE_CHECKING:
+    from passes.graph import Site
+    from passes.score import Scores
+
+VERSION = 1
+METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
+KINDS = ("attention", "mlp", "block", "conv", "other")
+_COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One site and what happens to it; `reason` says why in words."""
+
+    site: str
+    action: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to each site of one model, replayable with ``--drop plan.json``.
+
+    `decisions` has one entry per site, in the order of the sites; `order` lists the dropped ones as they were chosen.
+    `fingerprint` names the structure of the model the plan was made for.
+    """
+
+    model: str
+    fingerprint: str
+    rule: str
+    metric: str
+    decisions: tuple[Decision, ...]
+    order: tuple[str, ...] = ()
+    version: int = VERSION
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the sites to drop."""
+        return tuple(decision.site for decision in self.decisions if decision.action == "drop")
+
+    def to_json(self) -> str:
+        """The plan as indented JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            PassError: the text is not JSON, or not a plan of this version.
+        """
+        try:
+            fields = json.loads(text)
+            decisions = tuple(Decision(**decision) for decision in fields.pop("decisions"))
+            plan = Plan(decisions=decisions, order=tuple(fields.pop("order", ())), **fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PassError(f"this is not a plan.json that Compressor wrote ({error}).") from error
+        if plan.version != VERSION:
+            raise PassError(
+                f"the plan has version {plan.version}, expected {VERSION}; make it again with this release."
+            )
+        return plan
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Hold the plan against the sites of a model.
+
+        Raises:
+            PassError: it names unknown sites, or was made for a model of another structure.
+        """
+        known = {site.name for site in sites}
+        unknown = [decision.site for decision in self.decisions if decision.site not in known]
+        if unknown and len(unknown) < len(self.decisions):
+            raise PassError(
+                f"the plan names {len(unknown)} sites that the model does not have, the first is {unknown[0]}."
+            )
+        if self.fingerprint != fingerprint(sites):
+            raise PassError(
+                f"the plan was made for another model ({self.model}): its sites differ from those found here."
+            )
+
+
+def fingerprint(sites: Sequence[Site]) -> str:
+    """A short hash of names, kinds and widths of all sites: the structure a plan applies to."""
+    listing = [(site.name, site.kind, site.block, site.width) for site in sites]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A parsed ``--drop``: how many units of a kind, or which names.
+
+    `unit` is ``site`` (any kind), ``block`` or one kind of site; `count` of them, or `percent` of all of them.
+    """
+
+    text: str
+    unit: str = "site"
+    count: int | None = None
+    percent: float | None = None
+    names: tuple[str, ...] = ()
+
+
+def parse(text: str) -> Selection:
+    """Read ``4``, ``25%``, ``attention:4``, ``block:3`` or a comma-separated list of site names.
+
+    Raises:
+        PassError: an unknown kind, or a percentage above 100.
+
+    >>> parse("attention:4").unit, parse("attention:4").count, parse("25%").percent
+    ('attention', 4, 25.0)
+    """
+    matched = _COUNTED.fullmatch(text.strip())
+    if matched is None:
+        names = tuple(name.strip() for name in text.split(",") if name.strip())
+        if not names:
+            raise PassError(
+                "--drop is empty; expected none, auto, a number, a percentage, kind:number, site names or a plan."
+            )
+        return Selection(text, names=names)
+    kind = matched["kind"] or "site"
+    if kind not in (*KINDS, "site"):
+        raise PassError(f"--drop {text}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
+    number = int(matched["number"])
+    if matched["percent"]:
+        if number > 100:
+            raise PassError(f"--drop {text}: expected at most 100%.")
+        return Selection(text, kind, percent=float(number))
+    return Selection(text, kind, count=number)
+
+
+def choose(
+    selection: Selection,
+    sites: Sequence[Site],
+    metric: str,
+    *,
+    model: str,
+    scores: Scores | None = None,
+    effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Rank the units by a metric and drop the most redundant ones.
+
+    Args:
+        selection: what was asked for, from `parse`.
+        sites: all sites of the model, in order.
+        metric: one of `METRICS`.
+        model: name to write into the plan.
+        scores: needed by cosine, influence and angular.
+        effect: for ``output``: measures, for each unit, how far the model's output moves without it.
+        seed: for ``random``.
+
+    Raises:
+        PassError: unknown names, more units asked for than there are, or an unknown metric.
+    """
+    if selection.names:
+        return _by_name(selection, sites, model)
+    units = _units(selection.unit, sites)
+    count = _count(selection, units)
+    if metric == "angular" and selection.unit in ("site", "block") and scores is not None:
+        values = {name: scores.cosine(name) for name in units}
+        ranked, label = _closest_span(units, count, scores), "angular distance of the span"
+    else:
+        values = _values(units, metric, scores, effect, seed)
+        ranked, label = sorted(units, key=lambda name: values[name]), metric
+    chosen = ranked[:count]
+    reasons = {name: f"{label}: rank {ranked.index(name) + 1} of {len(units)} ({values[name]:.4g})" for name in units}
+    return _plan(selection, sites, model, metric, units, chosen, reasons)
+
+
+def _units(unit: str, sites: Sequence[Site]) -> dict[str, list[Site]]:
+    if unit == "block":
+        return {name: list(members) for name, members in groupby(sites, key=lambda site: site.block)}
+    return {site.name: [site] for site in sites if unit in ("site", site.kind)}
+
+
+def _count(selection: Selection, units: Mapping[str, object]) -> int:
+    count = selection.count
+    if count is None:
+        count = math.floor(len(units) * (selection.percent or 0.0) / 100.0)
+    if count > len(units):
+        raise PassError(f"--drop {selection.text}: the model has only {len(units)} of the kind {selection.unit}.")
+    return count
+
+
+def _values(
+    units: Mapping[str, list[Site]],
+    metric: str,
+    scores: Scores | None,
+    effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None,
+    seed: int,
+) -> dict[str, float]:
+    """A number for each unit; the lowest is dropped first."""
+    names = list(units)
+    if metric == "random":
+        order = random.Random(seed).sample(range(len(names)), len(names))
+        return {name: float(rank) for name, rank in zip(names, order, strict=True)}
+    if metric == "reverse":
+        return {name: float(len(names) - position) for position, name in enumerate(names)}
+    if metric == "output" and effect is not None:
+        return dict(zip(names, effect(list(units.values())), strict=True))
+    if scores is None or metric not in METRICS:
+        raise PassError(f"unknown metric {metric!r}, or no scores for it; expected one of {', '.join(METRICS)}.")
+    if metric == "angular":
+        return {name: (scores.sites.get(name) or scores.blocks[name]).mean("angular") for name in names}
+    return {name: scores.influence(name) for name in names}
+
+
+def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -> list[str]:
+    """The `count` consecutive units whose input and output are closest, first; Gromov et al. 2024."""
+    names, distances = list(units), scores.angular_matrix()
+    states = [scores.states.index(units[name][0].trunk) for name in names] + [len(scores.states) - 1]
+    spans = [(float(distances[states[start], states[start + count]]), start) for start in range(len(names) - count + 1)]
+    finite = [span for span in spans if not math.isnan(span[0])]
+    if not finite:
+        raise PassError(f"no {count} consecutive units have input and output of one shape; ask for fewer.")
+    _, best = min(finite)
+    inside = names[best : best + count]
+    return inside + [name for name in names if name not in inside]
+
+
+def _by_name(selection: Selection, sites: Sequence[Site], model: str) -> Plan:
+    known = {site.name: [site] for site in sites} | _units("block", sites)
+    unknown = [name for name in selection.names if name not in known]
+    if unknown:
+        raise PassError(
+            f"--drop names {unknown[0]!r}, which is neither a site nor a block of the model; "
+            "`compressor inspect` lists them (a plan file must exist and end in .json)."
+        )
+    return _plan(
+        selection, sites, model, "names", known, list(selection.names), dict.fromkeys(known, "named in --drop")
+    )
+
+
+def _plan(
+    selection: Selection,
+    sites: Sequence[Site],
+    model: str,
+    metric: str,
+    units: Mapping[str, list[Site]],
+    chosen: Sequence[str],
+    reasons: Mapping[str, str],
+) -> Plan:
+    gone = {site.name: reasons[unit] for unit in chosen for site in units[unit]}
+    stays = {site.name: reasons[unit] for unit in units if unit not in chosen for site in units[unit]}
+    if metric == "names":
+        stays = dict.fromkeys(stays, "not named in --drop")
+    decisions = tuple(
+        Decision(site.name, "drop", gone[site.name])
+        if site.name in gone
+        else Decision(site.name, "keep", stays.get(site.name, f"not of the kind {selection.unit}"))
+        for site in sites
+    )
+    return Plan(model, fingerprint(sites), selection.text, metric, decisions, tuple(gone))

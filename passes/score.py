@@ -1,0 +1,245 @@
+"""How redundant each branch is: one streaming sweep over calibration data, memory independent of its length.
+
+Formulas, with x the trunk before the norm and y = x + f(x), means over all unpadded tokens of all samples:
+
+- cosine similarity, LLM-Drop (He et al., "What Matters in Transformers?", eq. 1): mean <x, y> / (|x| |y|);
+- Block Influence, ShortGPT (Men et al. 2024, eq. 1): 1 - mean cosine between block input and block output;
+- angular distance, Gromov et al. 2024 (eq. 7): arccos(<x, y> / (|x| |y|)) / pi, over n blocks, at the last unpadded
+  token of texts, over all tokens otherwise;
+- relative update norm: mean |f(x)| / |x|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from passes.base import PassError
+from passes.graph import find_sites
+from passes.run import Program
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from passes.graph import Graph, Site
+
+MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens, in float64: cosine similarity, angular distance, relative update norm."""
+
+    tokens: int = 0
+    cosine: float = 0.0
+    angular: float = 0.0
+    update: float = 0.0
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the tokens of both."""
+        return Moments(
+            self.tokens + other.tokens,
+            self.cosine + other.cosine,
+            self.angular + other.angular,
+            self.update + other.update,
+        )
+
+    def mean(self, name: str) -> float:
+        """Mean of one of the sums; NaN before any token was seen."""
+        return float(getattr(self, name)) / self.tokens if self.tokens else math.nan
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Statistics of every site and block, and of every pair of trunk states.
+
+    Scores of two parts of the data add up (``+``) to the scores of the whole. `states` are the trunk values in order
+    (the input of each site, then the last output); `similarity` and `angular` are [states, states] float64 sums over
+    `tokens` [states, states] and `ends`; pairs of different shape stay at zero tokens.
+    """
+
+    samples: int
+    sites: Mapping[str, Moments]
+    blocks: Mapping[str, Moments]
+    states: tuple[str, ...]
+    similarity: torch.Tensor = field(repr=False)
+    tokens: torch.Tensor = field(repr=False)
+    angular: torch.Tensor = field(repr=False)
+    ends: torch.Tensor = field(repr=False)
+
+    def __add__(self, other: Scores) -> Scores:
+        """Scores of both parts of the data together.
+
+        Raises:
+            PassError: the two are of different graphs.
+        """
+        if self.states != other.states:
+            raise PassError("scores of two different graphs cannot be added: their sites differ.")
+        return Scores(
+            self.samples + other.samples,
+            {name: moments + other.sites[name] for name, moments in self.sites.items()},
+            {name: moments + other.blocks[name] for name, moments in self.blocks.items()},
+            self.states,
+            self.similarity + other.similarity,
+            self.tokens + other.tokens,
+            self.angular + other.angular,
+            self.ends + other.ends,
+        )
+
+    def cosine(self, name: str) -> float:
+        """Mean cosine similarity of a site's or block's input and output; 1 means it changes no direction."""
+        return (self.sites.get(name) or self.blocks[name]).mean("cosine")
+
+    def influence(self, name: str) -> float:
+        """Block Influence, 1 - cosine; low means redundant."""
+        return 1.0 - self.cosine(name)
+
+    def update(self, name: str) -> float:
+        """Mean |f(x)| / |x|."""
+        return (self.sites.get(name) or self.blocks[name]).mean("update")
+
+    def similarity_matrix(self) -> torch.Tensor:
+        """Mean cosine similarity of every pair of states, [states, states]; NaN where shapes differ."""
+        return self.similarity / torch.where(self.tokens > 0, self.tokens, math.nan)
+
+    def angular_matrix(self) -> torch.Tensor:
+        """Mean angular distance in [0, 1] of every pair of states, [states, states]; NaN where shapes differ."""
+        return self.angular / torch.where(self.ends > 0, self.ends, math.nan)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Measure `Scores` of all sites in one sweep over the data. Changes nothing."""
+
+    rewrites: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = True
+
+    def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> Scores:
+        """Run the graph once over `data` and add up the statistics of each batch.
+
+        Raises:
+            PassError: no data, no sites, or values that are not finite (with the first site that has them).
+        """
+        sites = find_sites(graph)
+        if not sites:
+            raise PassError("the graph has no residual site, so there is nothing to score.")
+        sweep = _Sweep(graph, sites)
+        total: Scores | None = None
+        for feeds in data or ():
+            part = sweep.batch(feeds)
+            total = part if total is None else total + part
+        if total is None:
+            raise PassError("Score got no batches of data.")
+        return total
+
+
+class _Sweep:
+    def __init__(self, graph: Graph, sites: tuple[Site, ...]) -> None:
+        self.sites = sites
+        self.blocks = {name: list(members) for name, members in groupby(sites, key=lambda site: site.block)}
+        self.states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
+        self.dims = {site.trunk: site.channel_dim for site in sites} | {site.root: site.channel_dim for site in sites}
+        ends = {members[-1].root for members in self.blocks.values()}
+        self.nodes = {node.name: node for node in graph.nodes()}
+        self.program = Program(graph, keep={*self.states, *ends})
+        self.at_add: dict[str, list[Site]] = {}
+        for site in sites:
+            self.at_add.setdefault(site.root, []).append(site)
+        branches = {site.branch for site in sites if site.add != site.root}
+        if branches:
+            self.program = Program(graph, keep={*self.states, *ends, *branches})
+
+    @torch.inference_mode()
+    def batch(self, feeds: Mapping[str, torch.Tensor]) -> Scores:
+        values = self.program.start(feeds)
+        mask = feeds.get(MASK)
+        site_moments: dict[str, Moments] = {}
+        for node in self.program.walk(values):
+            for site in self.at_add.get(node.name, ()):
+                site_moments[site.name] = self._site(site, values, mask)
+        block_moments = {name: self._block(members, values, mask) for name, members in self.blocks.items()}
+        samples = len(next(iter(feeds.values())))
+        return Scores(samples, site_moments, block_moments, self.states, *self._pairs(values, mask))
+
+    def _site(self, site: Site, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> Moments:
+        before = _rows(values[self.nodes[site.trunk]], site.channel_dim, mask)
+        change = _rows(values[self.nodes[site.branch]], site.channel_dim, mask)
+        return _moments(before, before + change, site.name)
+
+    def _block(self, members: list[Site], values: dict[fx.Node, Any], mask: torch.Tensor | None) -> Moments:
+        first, last = values[self.nodes[members[0].trunk]], values[self.nodes[members[-1].root]]
+        if first.shape != last.shape:
+            return Moments()
+        dim = members[0].channel_dim
+        return _moments(_rows(first, dim, mask), _rows(last, dim, mask), members[0].block)
+
+    def _pairs(self, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Sums over tokens for each pair of states of one shape: cosines, their tokens, angles, their tokens."""
+        count = len(self.states)
+        sums, tokens, angles, ends = torch.zeros(4, count, count, dtype=torch.float64)
+        for members in self._same_shape(values):
+            where = torch.tensor(members)
+            pair = where[:, None], where
+            rows = torch.stack([self._unit(self.states[index], values, mask) for index in members], dim=1)
+            if mask is None:
+                sums[pair], angles[pair] = _pair_sums(rows)
+                tokens[pair] = ends[pair] = float(len(rows))
+            else:
+                sums[pair], tokens[pair] = _pair_sums(rows)[0], float(len(rows))
+                last = [_last_tokens(values[self.nodes[self.states[index]]], mask) for index in members]
+                rows = torch.nn.functional.normalize(torch.stack(last, dim=1), dim=-1)
+                angles[pair], ends[pair] = _pair_sums(rows)[1], float(len(rows))
+        return sums, tokens, angles, ends
+
+    def _same_shape(self, values: dict[fx.Node, Any]) -> list[list[int]]:
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for index, name in enumerate(self.states):
+            groups.setdefault((tuple(values[self.nodes[name]].shape), self.dims[name]), []).append(index)
+        return list(groups.values())
+
+    def _unit(self, name: str, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.normalize(_rows(values[self.nodes[name]], self.dims[name], mask), dim=-1)
+
+
+def _rows(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """A state as float32 rows [tokens, width], padded tokens left out."""
+    rows = value.movedim(channel_dim, -1).float()
+    if mask is not None and rows.ndim == 3 and rows.shape[:2] == mask.shape:
+        return rows[mask.bool()]
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _last_tokens(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if value.ndim != 3 or value.shape[:2] != mask.shape:
+        return value.float().reshape(-1, value.shape[-1])
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask.bool() * positions).argmax(1)
+    return value[torch.arange(len(value), device=mask.device), last].float()
+
+
+def _moments(before: torch.Tensor, after: torch.Tensor, name: str) -> Moments:
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1).double()
+    update = ((after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-12)).double()
+    if not torch.isfinite(cosine).all() or not torch.isfinite(update).all():
+        raise PassError(
+            f"site {name} computes values that are NaN or infinite on the calibration data; "
+            "check the weights and the preprocessing."
+        )
+    angular = torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi
+    return Moments(len(cosine), float(cosine.sum()), float(angular.sum()), float(update.sum()))
+
+
+def _pair_sums(unit: torch.Tensor, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over rows of the cosine and of arccos / pi for each pair, from unit rows [rows, states, width]."""
+    count = unit.shape[1]
+    cosines, angles = torch.zeros(2, count, count, dtype=torch.float64, device=unit.device)
+    for rows in torch.split(unit, chunk):
+        products = rows @ rows.transpose(1, 2)
+        cosines += products.sum(0, dtype=torch.float64)
+        angles += torch.arccos(products.clamp_(-1.0, 1.0)).sum(0, dtype=torch.float64)
+    return cosines, (angles / math.pi).fill_diagonal_(0.0)  # rounding would put a state 1e-4 away from itself
