@@ -71,10 +71,16 @@ class Latency:
 
         The bootstrap is hierarchical (Davison and Hinkley, Bootstrap Methods and their Application, 1997, on
         hierarchical data): it draws bursts with replacement, then samples within each drawn burst, so that drift from
-        burst to burst widens the interval.
+        burst to burst widens the interval. Where both have as many bursts, the same ones are drawn from both: those of
+        one round of interleave() are neighbours in time, and what slowed down both is no difference between them.
         """
         rng = np.random.default_rng(seed)
-        ratios = _medians(other, rng, resamples) / _medians(self, rng, resamples)
+        mine, theirs = (tuple(map(np.asarray, latency.samples_ms)) for latency in (self, other))
+        ratios = np.empty(resamples)
+        for i in range(resamples):
+            drawn = _draw(len(mine), rng)
+            paired = drawn if len(mine) == len(theirs) else _draw(len(theirs), rng)
+            ratios[i] = _median(theirs, paired, rng) / _median(mine, drawn, rng)
         low, high = np.percentile(ratios, [2.5, 97.5])
         return Speedup(other.median / self.median, float(low), float(high))
 
@@ -144,11 +150,14 @@ def _repeat(step: Callable[[], None], *, seconds: float, runs: int) -> tuple[flo
     return tuple(samples)
 
 
-def _medians(latency: Latency, rng: np.random.Generator, resamples: int) -> npt.NDArray[np.float64]:
-    """Return the median of each bootstrap resample: [resamples]."""
-    bursts = [np.asarray(burst) for burst in latency.samples_ms]
-    medians = np.empty(resamples)
-    for i in range(resamples):
-        drawn = (bursts[j] for j in rng.integers(len(bursts), size=len(bursts)))
-        medians[i] = np.median(np.concatenate([rng.choice(burst, size=burst.size) for burst in drawn]))
-    return medians
+def _draw(bursts: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return as many burst numbers as there are bursts, with replacement."""
+    return rng.integers(bursts, size=bursts)
+
+
+def _median(
+    bursts: tuple[npt.NDArray[np.float64], ...], drawn: npt.NDArray[np.int64], rng: np.random.Generator
+) -> float:
+    """Return the median of the drawn bursts, each with its samples drawn again."""
+    resampled = [bursts[number][_draw(bursts[number].size, rng)] for number in drawn]
+    return float(np.median(np.concatenate(resampled)))

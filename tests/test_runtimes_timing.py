@@ -75,6 +75,15 @@ def test_drift_between_bursts_widens_the_interval():
     assert drifted.high - drifted.low > 1.5 * (mixed.high - mixed.low)
 
 
+def test_what_slows_down_both_engines_of_a_round_is_no_difference():
+    # Rounds up to eight times slower than others, the engines always 2 : 1. Paired bursts keep the ratio exact.
+    slowness = np.array([[1.0], [3.0], [8.0], [2.0]]) * np.ones((4, 5))
+    fast, slow = Latency(tuple(map(tuple, slowness))), Latency(tuple(map(tuple, 2 * slowness)))
+    assert fast.speedup_over(slow) == (2.0, 2.0, 2.0)
+    unpaired = fast.speedup_over(Latency(slow.samples_ms[:3]))
+    assert unpaired.high > unpaired.low
+
+
 def test_interval_covers_the_true_ratio():
     # 100 experiments with bursts that share an offset, true ratio 1.25. Nominal 95 %; six bursts make a percentile
     # bootstrap somewhat too narrow, and 100 experiments have a standard error of 2 to 3 points: hence 0.85.
