@@ -650,6 +650,21 @@ def test_a_hub_dataset_of_images(hub: Callable[[FakeDataset], list[Any]]) -> Non
     assert [(sample.id, sample.reason) for sample in data.skipped] == [("5", "no image in this row")]
 
 
+def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("datasets")
+
+    def refuse(name: str, revision: str | None) -> list[str]:
+        raise ConnectionError("no route\nto the hub")
+
+    library.get_dataset_config_names = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert refused("nobody/nothing", vision()) == (
+        "nobody/nothing is neither a file nor a folder here, nor can it be loaded as a hub dataset (no route); check the "
+        "path, or the name and the network"
+    )
+    assert refused("folder/typo.csv", vision()) == f"there is no file or folder 'folder/typo.csv'; expected {FORMS}"
+
+
 def test_a_missing_datasets_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError) as refusal:

@@ -13,6 +13,7 @@ from compressor.readers.noise import random_samples
 from compressor.readers.tables import read_table
 from compressor.readers.texts import read_lines
 
+FILES = (".npy", ".npz", ".txt", ".csv", ".tsv")
 FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"
 
 
@@ -30,7 +31,7 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
         raise DataError(
             f"{spec} cannot be read ({error.strerror or error}); check the path and its permissions"
         ) from error
-    if looks_like(spec):
+    if looks_like(spec) and path.suffix.lower() not in FILES:
         return read_hub(spec, preprocess, task, revision)
     raise DataError(f"there is no file or folder {spec!r}; expected {FORMS}")
 

@@ -44,7 +44,8 @@ def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None)
     # The library raises its own errors, those of the hub client, of the network and of pyarrow
     except Exception as error:
         raise DataError(
-            f"the hub dataset {spec} cannot be loaded ({_first_line(error)}); check its name and the network"
+            f"{spec} is neither a file nor a folder here, nor can it be loaded as a hub dataset "
+            f"({_first_line(error)}); check the path, or the name and the network"
         ) from error
     return dataset_samples(dataset, spec, preprocess, task)
 
