@@ -659,8 +659,8 @@ def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) ->
     library.get_dataset_config_names = refuse  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert refused("nobody/nothing", vision()) == (
-        "nobody/nothing is neither a file nor a folder here, nor can it be loaded as a hub dataset (no route); check the "
-        "path, or the name and the network"
+        "nobody/nothing is neither a file nor a folder here, nor can it be loaded as a hub dataset (no route); check "
+        "the path, or the name and the network"
     )
     assert refused("folder/typo.csv", vision()) == f"there is no file or folder 'folder/typo.csv'; expected {FORMS}"
 
