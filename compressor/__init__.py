@@ -1,3 +1,34 @@
-"""A deployment compiler for pretrained transformers: drop redundant branches, export, and measure what it cost."""
+"""A deployment compiler for pretrained transformers: drop redundant branches, export, and measure what it cost.
+
+>>> import compressor
+>>> report = compressor.export("my_folder", data="images", drop="auto")  # doctest: +SKIP
+>>> compressor.inspect("my_folder", data="images").rows()  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.api import export, inspect
+    from compressor.errors import CompressorError
+    from compressor.settings import Settings
 
 __version__ = "0.1.0"
+__all__ = ["CompressorError", "Settings", "__version__", "export", "inspect"]
+
+_HOMES = {
+    "export": "compressor.api",
+    "inspect": "compressor.api",
+    "CompressorError": "compressor.errors",
+    "Settings": "compressor.settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562): importing the package imports no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compressor' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

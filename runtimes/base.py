@@ -43,6 +43,8 @@ class BuildOptions:
     Attributes:
         device: "cpu" or "cuda".
         threads: CPU threads for one inference; None leaves it to the runtime, which takes all physical cores.
+        spinning: Let threads wait actively between runs. Quicker for one engine, but several open ones then take the
+            cores from each other: turn it off for those.
 
     Raises:
         RuntimesError: An option has a value that no runtime takes.
@@ -50,6 +52,7 @@ class BuildOptions:
 
     device: str = "cpu"
     threads: int | None = None
+    spinning: bool = True
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

@@ -64,14 +64,12 @@ def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
     return onnx
 
 
-def load(path: Path, options: BuildOptions, *, spinning: bool = True) -> OnnxRuntimeEngine:
+def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
     """Open an ONNX file, with all graph optimisations.
 
     Args:
         path: The model; external data lies next to it.
         options: Device and threads.
-        spinning: Let threads wait actively between runs. Quicker for one engine, but several open ones then take the
-            cores from each other: turn it off for those.
 
     Raises:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
@@ -83,7 +81,7 @@ def load(path: Path, options: BuildOptions, *, spinning: bool = True) -> OnnxRun
     check_device(name, devices, options)
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")
-    return OnnxRuntimeEngine(_open(path, options, spinning=spinning), device=options.device)
+    return OnnxRuntimeEngine(_open(path, options), device=options.device)
 
 
 class OnnxRuntimeEngine:
@@ -155,15 +153,13 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def _open(path: Path, options: BuildOptions, *, spinning: bool) -> Any:
+def _open(path: Path, options: BuildOptions) -> Any:
     import onnxruntime as ort
 
     if options.device == "cuda":
         _need_cuda(ort)
     try:
-        session = ort.InferenceSession(
-            str(path), _session_options(ort, options, spinning=spinning), providers=_providers(options.device)
-        )
+        session = ort.InferenceSession(str(path), _session_options(ort, options), providers=_providers(options.device))
     except Exception as error:  # the classes of ONNX Runtime's errors have no common base but Exception
         raise BuildError(f"ONNX Runtime cannot open {path.name}: {first_line(error)}.") from error
     if options.device == "cuda" and session.get_providers()[0] != CUDA:
@@ -185,14 +181,14 @@ def _need_cuda(ort: Any) -> None:
             ort.preload_dlls()
 
 
-def _session_options(ort: Any, options: BuildOptions, *, spinning: bool) -> Any:
+def _session_options(ort: Any, options: BuildOptions) -> Any:
     result = ort.SessionOptions()
     result.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     result.log_severity_level = ERRORS_ONLY
     result.inter_op_num_threads = 1
     if options.threads is not None:
         result.intra_op_num_threads = options.threads
-    result.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    result.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     return result
 
 

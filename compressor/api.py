@@ -1,0 +1,69 @@
+"""The Python API: the commands as functions, with a model name, a folder, or the module itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor import pipeline
+from compressor.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressor.inspection import Inspection
+    from compressor.report import Report
+
+
+def export(
+    model: str | Path | torch.nn.Module | None = None,
+    *,
+    data: str | Path | None = None,
+    drop: str = "auto",
+    metric: str = "cosine",
+    max_loss: float = 1.0,
+    target: str = "onnxruntime",
+    int8: str | None = None,
+    max_int8_loss: float = 0.5,
+    output: str | Path = "compressed",
+    force: bool = False,
+    task: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    batch: int = 1,
+    samples: int | None = None,
+    seed: int = 0,
+    example_inputs: Any = None,
+) -> Report:
+    """Compress a model and write the output folder; the same as ``compressor export``.
+
+    Args are those of `compressor.Settings`; a module also needs `example_inputs` (a tensor, a tuple or a dict).
+
+    Raises:
+        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
+    """
+    return pipeline.export(Settings(**locals()))
+
+
+def inspect(
+    model: str | Path | torch.nn.Module | None = None,
+    *,
+    data: str | Path | None = None,
+    metric: str = "cosine",
+    task: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    samples: int | None = None,
+    seed: int = 0,
+    example_inputs: Any = None,
+) -> Inspection:
+    """Score every site of a model; the same as ``compressor inspect``, without writing files.
+
+    Raises:
+        CompressorError, PassError: one sentence that says what was found and what to do.
+    """
+    return pipeline.inspect(Settings(**locals(), drop="none"))

@@ -1,0 +1,193 @@
+"""The command line: parse, one Settings object, one call, print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from compressor import __version__
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MODEL_HELP = (
+    "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, or package.module:factory "
+    "for a module of your own; without it the embedded sample is used."
+)
+
+
+class Failing(click.Group):
+    """Turns every error that is meant for the user into one sentence and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command: status 1 for what could not be done, 2 for usage, 130 for an interrupt."""
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written.", 130)
+        except OSError as error:
+            _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
+        except Exception as error:
+            _fail(_sentence(error), 2 if type(error).__name__ == "SettingsError" else 1)
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error of ours; anything else is a fault of ours and keeps its traceback."""
+    from compressor.errors import CompressorError
+    from passes.base import PassError
+    from passes.graph import GraphError
+    from runtimes.base import RuntimesError
+
+    if isinstance(error, (CompressorError, PassError, GraphError, RuntimesError)):
+        text = str(error)
+        return text if text.endswith((".", "?", "!", ")")) else f"{text}."
+    raise error
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=Failing, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="compressor")
+def main() -> None:
+    """Drop what a pretrained transformer does not need, export it, and measure what that gained and cost."""
+
+
+def _subject_options(command: Command) -> Command:
+    """Options that name the model and the data."""
+    for option in reversed(
+        (
+            click.argument("model", required=False),
+            click.option(
+                "--data", help="Image folder, .npy/.npz, .txt/.csv, hub dataset id, or 'random' (speed only)."
+            ),
+            click.option("--task", help="Override the task that the model's config names."),
+            click.option("--revision", help="Branch, tag or commit on the hub."),
+            click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own."),
+            click.option(
+                "--random-weights", is_flag=True, help="Build the architecture without its weights (speed only)."
+            ),
+            click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total.  [default: all]"),
+            click.option("--seed", default=0, show_default=True, help="Seed of the data split and of --metric random."),
+            click.option("--quiet", "-q", is_flag=True, help="Show no progress."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@main.command(epilog=MODEL_HELP)
+@_subject_options
+@click.option(
+    "--drop",
+    default="auto",
+    show_default=True,
+    help="none, auto, 4, 25%, attention:4, mlp:2, block:3, site names separated by commas, or a plan.json to replay.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["cosine", "influence", "angular", "random", "reverse", "output"]),
+    default="cosine",
+    show_default=True,
+    help="How the counted forms of --drop rank; output = measured effect on the model's output.",
+)
+@click.option(
+    "--max-loss", default=1.0, show_default=True, help="Most quality --drop auto may lose on validation data, in %."
+)
+@click.option("--target", default="onnxruntime", show_default=True, help="Runtime; `compressor targets` lists them.")
+@click.option(
+    "--int8",
+    is_flag=False,
+    flag_value="static",
+    type=click.Choice(["static", "dynamic"]),
+    help="Quantize to int8: static (the default if no value is given) or dynamic.",
+)
+@click.option(
+    "--max-int8-loss", default=0.5, show_default=True, help="Most int8 may lose before layers return to float, in %."
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the engine runs."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: the runtime's]")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size of the latency measurement."
+)
+@click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
+def export(quiet: bool, **options: Any) -> None:
+    """Compress MODEL and write an engine, its plan and a report of what was gained and lost."""
+    from rich.console import Console
+
+    from compressor import pipeline
+    from compressor.settings import Settings
+
+    report = pipeline.export(Settings(**options), console=_console(quiet), command=_command_line())
+    out = Console()
+    out.print(report.table())
+    out.print(report.summary(), highlight=False, markup=False)
+    out.print(f"Written to {options['output']}.", highlight=False, markup=False)
+
+
+@main.command(epilog=MODEL_HELP)
+@_subject_options
+@click.option(
+    "--metric",
+    type=click.Choice(["cosine", "output"]),
+    default="cosine",
+    show_default=True,
+    help="output also measures each site's effect on the output.",
+)
+@click.option(
+    "--output", "-o", default="inspected", show_default=True, help="Folder for inspect.json and similarity.png."
+)
+def inspect(quiet: bool, output: str, **options: Any) -> None:
+    """Show every site of MODEL: how redundant it is, and what it costs."""
+    from rich.console import Console
+
+    from compressor import pipeline
+    from compressor.settings import Settings
+
+    inspection = pipeline.inspect(Settings(**options, drop="none"), console=_console(quiet))
+    out = Console()
+    out.print(inspection.table())
+    report, picture = inspection.save(Path(output))
+    out.print(f"Written to {report} and {picture}.", highlight=False, markup=False)
+
+
+@main.command()
+def targets() -> None:
+    """List the runtimes: which can be used here, and for the others why not and how to get them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from runtimes.base import runtime
+    from runtimes.base import targets as names
+
+    table = Table()
+    for heading in ("target", "", "what it is, or how to get it"):
+        table.add_column(heading, overflow="fold")
+    for name in names():
+        found = runtime(name)
+        reason = found.missing()
+        state = "[green]ready[/green]" if reason is None else "[yellow]missing[/yellow]"
+        table.add_row(name, state, found.description if reason is None else reason)
+    Console().print(table)
+
+
+def _console(quiet: bool) -> Any:
+    """Progress goes to standard error, so that standard output holds only results."""
+    from rich.console import Console
+
+    return None if quiet else Console(stderr=True)
+
+
+def _command_line() -> str:
+    return shlex.join(["compressor", *sys.argv[1:]])

@@ -1,0 +1,290 @@
+"""Quality of a model's answers: against labels where there are any, against the original model otherwise.
+
+For every sample a few numbers are kept (never the answers themselves), so that any two models can be compared
+sample by sample and every figure gets a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import stats
+
+from compressor.data import Batch, Split
+from compressor.errors import CompressorError
+from compressor.models import Model
+
+Array = npt.NDArray[Any]
+Runner = Callable[[Mapping[str, Array]], Array]
+Columns = dict[str, Array]
+
+BATCH = 32
+RESAMPLES = 999
+METRICS = {
+    "accuracy": "top-1 accuracy in %",
+    "agreement": "top-1 agreement with the original in %",
+    "perplexity": "perplexity",
+    "spearman": "Spearman correlation with the gold scores, x 100",
+    "fidelity": "cosine similarity to the original's features in %",
+}
+
+
+class EvaluationError(CompressorError):
+    """A model gave answers that cannot be judged."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its 95 % bootstrap interval over `n` samples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def metric_for(task: str, label_kind: str | None) -> str:
+    """The metric by which a task is judged, given what labels there are.
+
+    >>> metric_for("image-classification", "class"), metric_for("image-classification", None)
+    ('accuracy', 'agreement')
+    """
+    if task == "text-generation":
+        return "perplexity"
+    if label_kind == "score" and task == "sentence-similarity":
+        return "spearman"
+    if task.endswith("classification"):
+        return "accuracy" if label_kind == "class" else "agreement"
+    return "fidelity"
+
+
+def judge(metric: str, columns: Columns) -> float:
+    """The metric's value from the columns of all samples (or of a resample of them)."""
+    if metric == "perplexity":
+        return float(np.exp(columns["nll"].sum() / max(columns["tokens"].sum(), 1)))
+    if metric == "spearman":
+        return float(stats.spearmanr(columns["cosine"], columns["gold"]).statistic * 100.0)
+    return float(columns[metric].mean() * 100.0)
+
+
+def loss(metric: str, before: float, after: float) -> float:
+    """What was lost, in percent: points of a score, relative increase of perplexity. Negative means better."""
+    return (after / before - 1.0) * 100.0 if metric == "perplexity" else before - after
+
+
+def figure(metric: str, columns: Columns, *, seed: int = 0) -> Figure:
+    """The metric with a percentile bootstrap interval over samples."""
+    return _figure(lambda part: judge(metric, part), columns, seed)
+
+
+def loss_figure(metric: str, before: Columns, after: Columns, *, seed: int = 0) -> Figure:
+    """The loss from `before` to `after`, resampling the same samples of both (a paired bootstrap)."""
+    both = {f"0{key}": value for key, value in before.items()} | {f"1{key}": value for key, value in after.items()}
+
+    def lost(part: Columns) -> float:
+        sides = [{key[1:]: value for key, value in part.items() if key[0] == side} for side in "01"]
+        return loss(metric, judge(metric, sides[0]), judge(metric, sides[1]))
+
+    return _figure(lost, both, seed)
+
+
+def _figure(statistic: Callable[[Columns], float], columns: Columns, seed: int) -> Figure:
+    names = list(columns)
+    count = len(columns[names[0]])
+    value = statistic(columns)
+    if count < 2:
+        return Figure(value, value, value, count)
+
+    def of_resample(*arrays: Array) -> float:
+        return statistic(dict(zip(names, arrays, strict=True)))
+
+    interval = stats.bootstrap(
+        [columns[name] for name in names],
+        of_resample,
+        n_resamples=RESAMPLES,
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Figure(value, float(interval.low), float(interval.high), count)
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Columns of per-sample numbers for each model that was run, and the metric they are judged by."""
+
+    metric: str
+    columns: Mapping[str, Columns]
+
+    def value(self, name: str) -> float:
+        """The metric's value for one model."""
+        return judge(self.metric, self.columns[name])
+
+    def figure(self, name: str) -> Figure:
+        """The metric of one model, with its interval."""
+        return figure(self.metric, self.columns[name])
+
+    def loss_value(self, before: str, after: str) -> float:
+        """What `after` lost against `before`, in percent, without an interval."""
+        return loss(self.metric, self.value(before), self.value(after))
+
+    def loss(self, before: str, after: str) -> Figure:
+        """What `after` lost against `before`, with its interval."""
+        return loss_figure(self.metric, self.columns[before], self.columns[after])
+
+
+def evaluate(
+    split: Split,
+    runners: Mapping[str, Runner],
+    *,
+    metric: str,
+    reference: str,
+    batch_size: int = BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Run all models over a split, batch by batch, side by side.
+
+    Args:
+        split: samples.
+        runners: model name to a function from feeds to its answer (first axis rows).
+        metric: see `metric_for`.
+        reference: the runner that the others are compared with.
+        batch_size: samples a batch.
+        progress: called with samples done and in total.
+
+    Raises:
+        EvaluationError: an answer holds NaN or infinity.
+    """
+    parts: dict[str, list[Columns]] = {name: [] for name in runners}
+    done = 0
+    for batch in split.batches(batch_size):
+        original = runners[reference](batch.feeds)
+        for name, runner in runners.items():
+            answer = original if name == reference else runner(batch.feeds)
+            parts[name].append(compare(metric, batch, answer, original, name))
+        done += len(batch.ids)
+        if progress is not None:
+            progress(done, len(split))
+    return Evaluation(metric, {name: join(columns) for name, columns in parts.items()})
+
+
+def join(parts: list[Columns]) -> Columns:
+    """Columns of consecutive batches as one."""
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def compare(metric: str, batch: Batch, answer: Array, original: Array | None, name: str = "model") -> Columns:
+    """Per-sample numbers of one batch.
+
+    Args:
+        metric: which numbers are needed.
+        batch: feeds and labels.
+        answer: the model's answer, first axis rows.
+        original: the reference model's answer, None where the metric does without.
+        name: for the error message.
+
+    Raises:
+        EvaluationError: the answer is not finite.
+    """
+    if not np.isfinite(answer).all():
+        raise EvaluationError(
+            f"{name} gave NaN or infinity for {batch.ids[0]} or a sample after it; check its weights."
+        )
+    if metric == "perplexity":
+        return _tokens(batch, answer, original)
+    if metric == "spearman":
+        return _pairs(batch, answer)
+    if metric == "fidelity":
+        assert original is not None
+        return {"fidelity": _similarity(answer, original, batch)}
+    columns: Columns = {}
+    if metric == "accuracy":
+        assert batch.labels is not None
+        columns["accuracy"] = (answer.argmax(-1) == batch.labels).astype(np.float64)
+    if original is not None:
+        columns["agreement"] = (answer.argmax(-1) == original.argmax(-1)).astype(np.float64)
+    return columns
+
+
+def _tokens(batch: Batch, answer: Array, original: Array | None) -> Columns:
+    """Negative log-likelihood of each next token; padding and the first token do not count."""
+    ids = torch.from_numpy(batch.feeds["input_ids"])
+    mask = torch.from_numpy(batch.feeds.get("attention_mask", np.ones_like(batch.feeds["input_ids"])))
+    rows = []
+    for row, logits in enumerate(torch.from_numpy(answer)):  # row by row, so that one row of log-probabilities exists
+        counted = mask[row, 1:].bool()
+        nll = torch.nn.functional.cross_entropy(logits[:-1][counted].float(), ids[row, 1:][counted], reduction="sum")
+        same = 0.0
+        if original is not None:
+            same = float((logits.argmax(-1).numpy() == original[row].argmax(-1))[:-1][counted.numpy()].sum())
+        rows.append((float(nll), float(counted.sum()), same))
+    nlls, tokens, agreeing = np.array(rows, dtype=np.float64).T
+    columns = {"nll": nlls, "tokens": tokens}
+    return columns if original is None else columns | {"agreement": agreeing / np.maximum(tokens, 1.0)}
+
+
+def _pairs(batch: Batch, answer: Array) -> Columns:
+    first, second = answer[0::2].astype(np.float64), answer[1::2].astype(np.float64)
+    assert batch.labels is not None
+    return {"cosine": _cosine(first, second), "gold": np.asarray(batch.labels, dtype=np.float64)}
+
+
+def _cosine(left: Array, right: Array) -> Array:
+    norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+    cosine: Array = (left * right).sum(-1) / np.maximum(norms, 1e-12)
+    return cosine
+
+
+def _similarity(answer: Array, original: Array, batch: Batch) -> Array:
+    """Mean cosine over a sample's tokens, padding left out; over its vector where there is one per row."""
+    cosine = _cosine(answer.astype(np.float64), original.astype(np.float64))
+    mask = batch.feeds.get("attention_mask")
+    if mask is not None and cosine.shape == mask.shape:
+        cosine = (cosine * mask).sum(1) / np.maximum(mask.sum(1), 1)
+    per_row = cosine.reshape(len(cosine), -1).mean(1)
+    means: Array = per_row.reshape(-1, batch.rows_per_sample).mean(1)
+    return means
+
+
+def divergence(task: str, answer: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """How far answers moved, per row: KL(original || answer) in nats for logits, 1 - cosine for features.
+
+    Args:
+        task: logits or features.
+        answer: [rows, ..., classes or width].
+        original: the same shape.
+    """
+    if task.endswith("classification") or task == "text-generation":
+        reference = original.float().log_softmax(-1)
+        pointwise = reference.exp() * (reference - answer.float().log_softmax(-1))
+        each = pointwise.sum(-1)
+    else:
+        each = 1.0 - torch.nn.functional.cosine_similarity(answer.float(), original.float(), dim=-1)
+    return each.reshape(len(each), -1).mean(1)
+
+
+def graph_runner(model: Model, run: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]) -> Runner:
+    """A runner over a function from tensors to the outputs of `model`."""
+    position = model.outputs.index(model.answer)
+
+    def answer(feeds: Mapping[str, Array]) -> Array:
+        tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        values: Array = run(tensors)[position].numpy()
+        return values
+
+    return answer
+
+
+def tensor_batches(split: Split, batch_size: int = BATCH) -> Iterator[dict[str, torch.Tensor]]:
+    """The feeds of a split as tensors."""
+    for batch in split.batches(batch_size):
+        yield {name: torch.from_numpy(value) for name, value in batch.feeds.items()}

@@ -1,0 +1,235 @@
+"""``--drop auto``: budgets in, a plan out, by skipping at run time; nothing is rewritten or exported on the way.
+
+Effects of drops do not add up, so each step measures candidates given what is already gone. A candidate's score is
+the increase in output divergence per multiply-add saved. As effects mostly grow with every drop, an earlier score is
+a lower bound in practice: only the front runners are measured again (lazy greedy; Minoux 1978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from compressor.data import Split
+from compressor.evaluate import (
+    BATCH,
+    Array,
+    Columns,
+    compare,
+    divergence,
+    graph_runner,
+    join,
+    judge,
+    loss,
+)
+from compressor.models import Model
+from passes.cost import Costs
+from passes.graph import Graph, Site
+from passes.plan import Decision, Plan, fingerprint
+from passes.run import Forks, Program
+
+FRONT = 6  # candidates measured at a time
+PATIENCE = 3  # candidates in a row that may break the budget before the search ends
+POSITIONS = 64  # tokens of a text at which the divergence of a language model is measured
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Effects:
+    """Output divergence from the original on a few calibration samples, under any drops.
+
+    The original's answers are kept (for language models at `POSITIONS` tokens of each text), no activations.
+    """
+
+    graph: Graph
+    model: Model
+    split: Split
+    sweeps: float = 0.0
+    _originals: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for _, outputs in self._runs(Program(self.graph)):
+            self._originals.append(self._answer(outputs))
+        self.sweeps += 1
+
+    def measure(self, skip: Sequence[Site], candidates: Sequence[Site]) -> tuple[float, dict[Site, float]]:
+        """Divergence under `skip`, and under `skip` with each candidate added: mean over the samples' rows."""
+        forks = Forks(self.graph, skip, candidates)
+        sums: dict[Site | None, float] = dict.fromkeys([None, *candidates], 0.0)
+        rows = 0
+        for index, batch in enumerate(self.split.batches(BATCH)):
+            original = self._originals[index]
+
+            def receive(
+                site: Site | None, outputs: tuple[torch.Tensor, ...], original: torch.Tensor = original
+            ) -> None:
+                sums[site] += float(divergence(self.model.task, self._answer(outputs), original).sum())
+
+            forks.run({name: torch.from_numpy(value) for name, value in batch.feeds.items()}, receive)
+            rows += len(original)
+        self.sweeps += 1 + sum(self._tail_share(site) for site in candidates)
+        return sums[None] / rows, {site: sums[site] / rows for site in candidates}
+
+    def of_units(self, units: Sequence[Sequence[Site]]) -> list[float]:
+        """Divergence when all sites of a unit are dropped, for each unit on its own."""
+        if all(len(unit) == 1 for unit in units):
+            _, effects = self.measure((), [unit[0] for unit in units])
+            return [effects[unit[0]] for unit in units]
+        return [self.measure(list(unit), [])[0] for unit in units]
+
+    def _tail_share(self, site: Site) -> float:
+        """Share of a forward pass that lies behind a site, by its place among the nodes."""
+        names = [node.name for node in self.graph.nodes()]
+        return 1.0 - names.index(site.add) / len(names)
+
+    @torch.inference_mode()
+    def _runs(self, program: Program) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+        for index, batch in enumerate(self.split.batches(BATCH)):
+            yield index, program.run({name: torch.from_numpy(value) for name, value in batch.feeds.items()})
+
+    def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        answer = outputs[self.model.outputs.index(self.model.answer)]
+        if self.model.task == "text-generation" and answer.shape[1] > POSITIONS:
+            return answer[:, torch.linspace(0, answer.shape[1] - 1, POSITIONS).long()].clone()
+        return answer
+
+
+@dataclass
+class Validation:
+    """Loss of the model under any drops on the validation split, by the metric the user is promised.
+
+    The original's answers are kept only for the metrics that compare with them.
+    """
+
+    graph: Graph
+    model: Model
+    split: Split
+    metric: str
+    evaluations: int = 0
+    _originals: list[Array | None] = field(default_factory=list)
+    _before: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._before = judge(self.metric, join(list(self._columns((), first=True))))
+
+    def loss(self, skip: Sequence[Site]) -> float:
+        """What is lost without the branches of `skip`, in percent (see `compressor.evaluate.loss`)."""
+        return loss(self.metric, self._before, judge(self.metric, join(list(self._columns(skip, first=False)))))
+
+    @torch.inference_mode()
+    def _columns(self, skip: Sequence[Site], *, first: bool) -> Iterator[Columns]:
+        self.evaluations += 1
+        answer_of = graph_runner(self.model, Program(self.graph, skip).run)
+        for index, batch in enumerate(self.split.batches(BATCH)):
+            answer = answer_of(batch.feeds)
+            if first:
+                self._originals.append(answer if self.metric in ("agreement", "fidelity") else None)
+            yield compare(self.metric, batch, answer, self._originals[index], self.model.name)
+
+
+def search(
+    graph: Graph,
+    model: Model,
+    sites: Sequence[Site],
+    costs: Costs,
+    effects: Effects,
+    validation: Validation,
+    *,
+    max_loss: float,
+    progress: Progress | None = None,
+) -> Plan:
+    """Drop the cheapest site again and again until the next one would cost more than `max_loss` on validation data.
+
+    Args:
+        graph: the traced model; not changed.
+        model: for its name.
+        sites: all sites of the graph.
+        costs: multiply-adds under any drops.
+        effects: measures output divergence on calibration samples.
+        validation: measures the loss that `max_loss` bounds.
+        max_loss: in percent, see `compressor.evaluate.loss`.
+        progress: called with a line of text at every step.
+    """
+    front = _Front(effects, {site: max(costs.saved(site).multiply_adds, 1) for site in sites})
+    skip: list[Site] = []
+    reasons: dict[Site, str] = {}
+    while front.candidates and _broken_in_a_row(reasons, skip) < PATIENCE:
+        site, added = front.best(skip)
+        lost = validation.loss([*skip, site])
+        note = f"adds {added:.4f} divergence; validation loss {lost:.2f} %"
+        front.candidates.remove(site)
+        if lost <= max_loss:
+            skip.append(site)
+            front.stale()
+            reasons[site] = f"{note} with {len(skip)} dropped"
+        else:
+            reasons[site] = f"{note} would exceed {max_loss:g} % after {len(skip)} dropped"
+        if progress is not None:
+            progress(f"{len(skip)} dropped, {site.name}: {note}")
+    return _plan(graph, model, sites, skip, reasons, front, max_loss)
+
+
+def _broken_in_a_row(reasons: dict[Site, str], skip: Sequence[Site]) -> int:
+    """Number of refusals since the last drop."""
+    tried = list(reasons)
+    last = max((tried.index(site) for site in skip), default=-1)
+    return len(tried) - 1 - last
+
+
+@dataclass
+class _Front:
+    """Candidates with their last measured increase in divergence, measured again only where it can matter."""
+
+    effects: Effects
+    saved: dict[Site, int]
+    base: float = 0.0
+    added: dict[Site, float] = field(default_factory=dict)
+    fresh: set[Site] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.candidates = list(self.saved)
+
+    def best(self, skip: Sequence[Site]) -> tuple[Site, float]:
+        """The candidate with the least added divergence per multiply-add saved, and what it adds."""
+        if not self.added:
+            self._measure(skip, self.candidates)
+        while True:
+            ranked = sorted(self.candidates, key=self._price)
+            if ranked[0] in self.fresh:
+                return ranked[0], self.added[ranked[0]]
+            self._measure(skip, [site for site in ranked if site not in self.fresh][:FRONT])
+
+    def stale(self) -> None:
+        """Forget which measurements hold, after a drop."""
+        self.fresh.clear()
+
+    def _price(self, site: Site) -> float:
+        return self.added[site] / self.saved[site]
+
+    def _measure(self, skip: Sequence[Site], sites: Sequence[Site]) -> None:
+        self.base, found = self.effects.measure(skip, sites)
+        self.added.update({site: value - self.base for site, value in found.items()})
+        self.fresh.update(sites)
+
+
+def _plan(
+    graph: Graph,
+    model: Model,
+    sites: Sequence[Site],
+    skip: Sequence[Site],
+    reasons: dict[Site, str],
+    front: _Front,
+    max_loss: float,
+) -> Plan:
+    def decide(site: Site) -> Decision:
+        if site in skip:
+            return Decision(site.name, "drop", reasons[site])
+        untried = f"not tried: added {front.added.get(site, float('nan')):.4f} divergence when last measured"
+        return Decision(site.name, "keep", reasons.get(site, untried))
+
+    rule = f"auto, at most {max_loss:g} % loss"
+    order = tuple(site.name for site in skip)
+    return Plan(model.name, fingerprint(sites), rule, "output", tuple(decide(site) for site in sites), order)
