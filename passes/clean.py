@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
-from passes.graph import Graph, bypass, is_identity, remove_dead, remove_effects
+from passes.graph import Graph, bypass, is_identity, loosen_views, remove_dead, remove_effects
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clean:
-    """Remove no-ops and dead code.
+    """Remove no-ops and dead code, and make views indifferent to strides.
 
     Before::
 
@@ -33,6 +33,7 @@ class Clean:
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
         """Edit the graph; returns the names of the no-op nodes taken out."""
+        loosen_views(graph)  # first: a view may need the copy before it that goes next
         gone = remove_effects(graph)
         for node in graph.nodes():
             if is_identity(node):

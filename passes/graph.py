@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 aten = torch.ops.aten
 
@@ -33,9 +33,11 @@ CHANNELS_FIRST_OPS = CONV_OPS | {
     aten.avg_pool2d.default,
     aten.max_pool2d.default,
 }
+NORM_OPS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 COPIES = frozenset(
     {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 )
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
 CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default})
 ASSERTIONS = frozenset(
@@ -205,7 +207,7 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     finder = _Finder(graph)
     found = finder.outermost(finder.candidates())
     bases = [_base_name(graph, candidate) for candidate in found]
-    names = _unique_names(bases, [candidate.kind for candidate in found])
+    names = _unique_names([_full_name(graph, *pair) for pair in zip(found, bases, strict=True)])
     blocks = _block_names(graph, found, bases)
     return tuple(
         Site(
@@ -292,7 +294,7 @@ class _Finder:
 
     def _candidate(self, add: fx.Node, branch: fx.Node, trunk: fx.Node, root: fx.Node) -> _Candidate | None:
         nodes = self._region(branch, trunk)
-        weights = self._weights(nodes)
+        weights = self._weights(nodes, trunk)
         if not weights:
             return None
         region = sum(1 << self.index[node] for node in nodes)
@@ -305,9 +307,12 @@ class _Finder:
         between = [node for node in self.order[first:last] if inside >> self.index[node] & 1]
         return tuple(node for node in between if self._depends(node, trunk))
 
-    def _weights(self, nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-        """Parameters that enter a region, directly or through tables computed from nothing but parameters."""
-        stack = [source for node in nodes for source in node.all_input_nodes if source in self.from_weights]
+    def _weights(self, nodes: tuple[fx.Node, ...], trunk: fx.Node) -> tuple[fx.Node, ...]:
+        """Parameters that enter a region, directly or through tables computed from nothing but parameters.
+
+        The trunk may itself be one (a class token that attends to the image): it is not the branch's.
+        """
+        stack = [source for node in nodes for source in node.all_input_nodes if source in self.from_weights - {trunk}]
         seen: dict[fx.Node, None] = {}
         while stack:
             node = stack.pop()
@@ -390,49 +395,113 @@ def _is_pointwise(conv: fx.Node) -> bool:
 
 
 def _channel_dim(trunk: fx.Node, nodes: tuple[fx.Node, ...]) -> int:
-    """Axis of the features: 1 where the branch reads the trunk channels-first, else the last."""
+    """Axis of the trunk's features: the one that the branch's first convolution, norm or linear map reads as such.
+
+    Axes are followed from the trunk through everything that only moves them. The last axis where no path arrives.
+    """
     rank = len(value_of(trunk).shape)
-    readers = [node for node in nodes if trunk in node.all_input_nodes]
-    first = rank > 2 and any(node.target in CHANNELS_FIRST_OPS for node in readers)
-    return 1 if first or (rank == 4 and nodes[-1].target in CHANNELS_FIRST_OPS) else rank - 1
+    axes: dict[fx.Node, list[int | None]] = {trunk: list(range(rank))}
+    for node in nodes:
+        source = next((source for source in node.all_input_nodes if source in axes), None)
+        if source is None:
+            continue
+        position = _feature_position(node)
+        found = axes[source][position] if position is not None and len(axes[source]) > 1 else None
+        if found is not None:
+            return found
+        axes[node] = _moved_axes(node, source, axes[source])
+    return rank - 1
+
+
+def _feature_position(node: fx.Node) -> int | None:
+    """Which axis of its input a node takes for features: by its operator, or by a parameter that has one axis only."""
+    if node.target in CHANNELS_FIRST_OPS:
+        return 1
+    if node.target in LINEAR_OPS | NORM_OPS:
+        return -1
+    for source in node.all_input_nodes:
+        sizes = _sizes(source)
+        features = [position for position, size in enumerate(sizes) if size != "1"]
+        if source.op == "get_attr" and len(features) == 1 and len(sizes) <= len(_sizes(node)):
+            return features[0] - len(sizes)
+    return None
+
+
+def _moved_axes(node: fx.Node, source: fx.Node, axes: list[int | None]) -> list[int | None]:
+    """Which axis of the trunk each axis of `node` is, None for those that are new or merged."""
+    if node.target == aten.permute.default:
+        return [axes[dim] for dim in node.args[1]]  # type: ignore[union-attr,index]
+    if node.target == aten.transpose.int:
+        moved, (first, second) = list(axes), node.args[1:3]
+        moved[first], moved[second] = axes[second], axes[first]  # type: ignore[index]
+        return moved
+    before, after = _sizes(source), _sizes(node)
+    if len(before) == len(after):
+        return axes
+    front = _agreeing(before, after)
+    back = min(_agreeing(before[::-1], after[::-1]), len(after) - front)
+    return [*axes[:front], *[None] * (len(after) - front - back), *axes[len(axes) - back :]]
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    """Sizes as text, because comparing symbolic ones would fix them; those of the first part of a split tensor."""
+    value = value_of(node)
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    return [str(size) for size in getattr(value, "shape", ())]
+
+
+def _agreeing(left: list[str], right: list[str]) -> int:
+    return sum(1 for _ in _common(left, right))
 
 
 # ------------------------------------------------------------------------------------------------------------ names
 
 
 def _base_name(graph: Graph, candidate: _Candidate) -> str:
-    """Common module path of the branch's weight matrices, e.g. ``blocks.3.attn``; the add node where there is none."""
-    matrices = [node for node in candidate.weights if attribute(graph, node).ndim >= 2] or list(candidate.weights)
-    paths = [str(node.target).removeprefix(graph.prefix).split(".")[:-1] for node in matrices]
+    """Common module path of the branch's own weight matrices, e.g. ``blocks.3.attn``; the add node where there is none.
+
+    Matrices that the branch reads itself come first: a table computed beforehand may belong to an earlier block, as
+    T5's position bias does.
+    """
+    read = {source for node in candidate.nodes for source in node.all_input_nodes}
+    matrices = [node for node in candidate.weights if _is_matrix(attribute(graph, node))] or list(candidate.weights)
+    own = [node for node in matrices if node in read] or matrices
+    paths = [str(node.target).removeprefix(graph.prefix).split(".")[:-1] for node in own]
     shared = paths[0]
     for path in paths[1:]:
-        shared = [a for a, b in _common(shared, path)]
+        shared = [a for a, _ in _common(shared, path)]
     return ".".join(shared) or candidate.add.name
 
 
-def _common(left: list[str], right: list[str]) -> Iterator[tuple[str, str]]:
+def _is_matrix(weight: torch.Tensor) -> bool:
+    return sum(size > 1 for size in weight.shape) >= 2
+
+
+def _common(left: Sequence[str], right: Sequence[str]) -> Iterator[tuple[str, str]]:
     for a, b in zip(left, right, strict=False):
         if a != b:
             return
         yield a, b
 
 
-def _unique_names(bases: list[str], kinds: list[str]) -> list[str]:
-    """Add the kind where a base is a whole block's path, and a number where weights are shared."""
-    named = [
-        f"{base}.{kind}" if base.split(".")[-1].isdigit() or _mixed(base, bases, kinds) else base
-        for base, kind in zip(bases, kinds, strict=True)
-    ]
+def _full_name(graph: Graph, candidate: _Candidate, base: str) -> str:
+    """The base, with the kind where the base is the block that does the adding (unless its name says so already).
+
+    Looks at nothing but the site itself: whatever else is dropped, its name stays.
+    """
+    last = base.rpartition(".")[2]
+    adding = _module_path(candidate.add).removeprefix(graph.prefix)
+    return f"{base}.{candidate.kind}" if last.isdigit() or (base == adding and last != candidate.kind) else base
+
+
+def _unique_names(named: list[str]) -> list[str]:
+    """Number the sites that share their weights, and so their name."""
     repeats, seen = Counter(named), Counter[str]()
     names = []
     for name in named:
         seen[name] += 1
         names.append(f"{name}#{seen[name]}" if repeats[name] > 1 else name)
     return names
-
-
-def _mixed(base: str, bases: list[str], kinds: list[str]) -> bool:
-    return len({kind for other, kind in zip(bases, kinds, strict=True) if other == base}) > 1
 
 
 def _block_names(graph: Graph, found: list[_Candidate], bases: list[str]) -> list[str]:
@@ -448,7 +517,24 @@ def _block_names(graph: Graph, found: list[_Candidate], bases: list[str]) -> lis
         members.append((base, candidate.kind))
         earlier = names[: len(names) - len(members) + 1]
         names.append(path if path and path not in earlier else f"{path or 'block'}#{count}")
-    return names
+    return _joined(names, [candidate.kind for candidate in found])
+
+
+def _joined(blocks: list[str], kinds: list[str]) -> list[str]:
+    """Join numbered sublayers to one block: attention alone in ``block.3.layer.0``, the MLP in ``block.3.layer.1``.
+
+    Blocks of one site each are sublayers where they have one numbered parent and are attention first, one MLP last.
+    """
+    joined, members = list(blocks), defaultdict[str, list[int]](list)
+    for position, block in enumerate(blocks):
+        if blocks.count(block) == 1:
+            members[_numbered(block.rpartition(".")[0])].append(position)
+    for parent, positions in members.items():
+        parts = [kinds[position] for position in positions]
+        if parent and parts == ["attention"] * (len(parts) - 1) + ["mlp"] and len(parts) > 1:
+            for position in positions:
+                joined[position] = parent
+    return joined
 
 
 def _module_path(node: fx.Node) -> str:
@@ -552,6 +638,18 @@ def _same_type(node: fx.Node, source: fx.Node) -> bool:
     if not isinstance(after, torch.Tensor) or not isinstance(before, torch.Tensor):
         return False
     return (after.dtype, after.device) == (before.dtype, before.device) and "memory_format" not in node.kwargs
+
+
+def loosen_views(graph: Graph) -> list[str]:
+    """Turn views into reshapes, which give the same values and ask nothing of the strides; returns their names.
+
+    Tracing writes `reshape` as `view` where the strides it saw allow it. They need not allow it any more once a copy
+    or a branch before it is gone.
+    """
+    views = [node for node in graph.nodes() if node.target in VIEWS]
+    for node in views:
+        node.target = aten.reshape.default
+    return [node.name for node in views]
 
 
 def remove_effects(graph: Graph) -> list[str]:
