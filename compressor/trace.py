@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import re
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +18,8 @@ from passes.clean import Clean
 from passes.graph import Graph
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from compressor.models import Model
 
 PREFIX = "model."
@@ -45,8 +52,7 @@ def trace(model: Model) -> Graph:
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.no_grad():
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -66,10 +72,37 @@ def _mutates(node: torch.fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing warnings and half-traced graphs: what matters is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _explain(model: Model, error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """One sentence: what torch.export met, where in the user's code, and what to try."""
     return (
-        f"{model.name} could not be traced by torch.export: {first[:300]}. Compressor needs a forward pass without "
-        "branches on tensor values that works at any batch size; for a transformers model "
-        "try --task to choose another head."
+        f"{model.name} could not be traced by torch.export ({_reason(model, str(error)) or type(error).__name__}); "
+        "Compressor needs a forward pass without branches on tensor values that works at any batch size, "
+        "and for a transformers model --task may choose another head."
     )
+
+
+def _reason(model: Model, text: str) -> str:
+    fixed = re.search(r"\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\].* to be a constant \((\d+)\)", text)
+    if fixed:
+        position, axis, size = (int(number) for number in fixed.groups())
+        return f"the code fixes axis {axis} of input {model.inputs[position]} to {size}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = re.split(r"(?<=[.!;])\s", lines[0])[0].rstrip(".!:;")[:300] if lines else ""
+    places = re.findall(r'File "([^"]+)", line (\d+), in .+\n\s+(.+)', text)
+    if not places:
+        return first
+    path, line, code = places[-1]
+    return f"{first}, at {Path(path).name}:{line}, `{code.strip()[:100]}`"
