@@ -212,7 +212,21 @@ def compare(metric: str, batch: Batch, answer: Array, original: Array | None, na
         columns["accuracy"] = (answer.argmax(-1) == batch.labels).astype(np.float64)
     if original is not None:
         columns["agreement"] = (answer.argmax(-1) == original.argmax(-1)).astype(np.float64)
+        columns["regret"] = _regret(answer, original)
     return columns
+
+
+def _regret(answer: Array, original: Array) -> Array:
+    """How much less probable the original holds the new class than its own, per row.
+
+    Its mean is the loss of accuracy to expect if the original's probabilities are right. It needs no labels and
+    varies far less from sample to sample than right or wrong does.
+    """
+    exponents = np.exp(original.astype(np.float64) - original.max(-1, keepdims=True))
+    probabilities = exponents / exponents.sum(-1, keepdims=True)
+    rows = np.arange(len(original))
+    regret: Array = probabilities.max(-1) - probabilities[rows, answer.argmax(-1)]
+    return regret
 
 
 def _tokens(batch: Batch, answer: Array, original: Array | None) -> Columns:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
 from compressor.errors import CompressorError
@@ -67,11 +68,30 @@ def lower(graph: Graph, model: Model, path: Path) -> Path:
     except OSError:
         raise
     except Exception as error:  # the exporter's errors have no common base
-        raise LowerError(f"{model.name} cannot be written as ONNX: {first_line(error)}.") from error
+        raise LowerError(f"{model.name} cannot be written as ONNX: {first_line(_cause(error))}.") from error
     assert program is not None
+    _tidy(program.model, {*graph.inputs, *graph.outputs})
     with _quiet():
         program.save(str(path))
     return path
+
+
+def _tidy(model: ir.Model, interface: set[str]) -> None:
+    """Drop stack traces (they hold paths of this machine), and keep inner values off the names of the interface."""
+    outer = {*model.graph.inputs, *model.graph.outputs}
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key.endswith("stack_trace")]:
+            del node.metadata_props[key]
+        for value in node.outputs:
+            if value.name in interface and value not in outer:
+                value.name = f"{value.name}_inner"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of a chain: the exporter's own only say that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager

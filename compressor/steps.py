@@ -44,7 +44,7 @@ class Steps:
 
     @contextlib.contextmanager
     def _bar(self, name: str) -> Iterator[Tick]:
-        if self.console is None:
+        if self.console is None or not self.console.is_terminal:
             yield lambda *_, **__: None
             return
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
