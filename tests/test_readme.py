@@ -1,0 +1,111 @@
+"""Every command and snippet of the README does what the README says, run in a folder with the files it speaks of."""
+
+import json
+import re
+import shlex
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from compressor import models, pipeline
+from compressor.cli import main
+from runtimes.timing import interleave
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.S | re.M)
+COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
+COMPRESSOR = [line for line in COMMANDS if line.startswith("compressor ")]
+
+OWN_MODEL = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block() for _ in range(4)], nn.Linear(16, 3)), torch.rand(2, 16)
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """The files the README's commands name: a timm folder, pictures by class, a module of one's own."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(models.SAMPLE, folder / "my_vit")
+    digits = np.load(models.SAMPLE / "digits.npz")
+    for index, (image, label) in enumerate(zip(digits["images"][:120], digits["labels"][:120], strict=True)):
+        (folder / "photos" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "photos" / str(label) / f"{index}.png")
+    (folder / "my_models.py").write_text(OWN_MODEL)
+    rng = np.random.default_rng(0)
+    np.savez(folder / "inputs.npz", input=rng.normal(size=(60, 16)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    """Real timing, but brief: these tests are about commands, not figures."""
+    monkeypatch.setattr(pipeline, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
+
+
+@pytest.mark.parametrize("line", COMPRESSOR)  # in the order of the README: one replays another's plan
+def test_command(line, workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    done = CliRunner().invoke(main, shlex.split(line)[1:], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    if "--output" in line:
+        folder = workspace / shlex.split(line)[shlex.split(line).index("--output") + 1]
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        assert {"model.onnx", "plan.json", "report.json", "config.json"} <= set(files)
+    if "small_vit/plan.json" in line:
+        assert (workspace / "same_again" / "plan.json").read_text() == (workspace / "small_vit" / "plan.json").read_text()
+
+
+def test_python_snippet(workspace, monkeypatch, capsys):
+    (snippet,) = [block for kind, block in BLOCKS if kind == "python"]
+    monkeypatch.chdir(workspace)
+    exec(compile(snippet, "README.md", "exec"), {})
+    quality, speedup = map(float, capsys.readouterr().out.split())
+    assert 0 <= quality <= 100
+    assert speedup > 0
+
+
+def test_make_targets_exist_and_ci_calls_the_readmes_test_command():
+    targets = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
+    named = [line.removeprefix("make ") for line in COMMANDS if line.startswith("make ")]
+    assert named == ["demo", "test"]
+    assert set(named) <= set(targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert len(COMMANDS) == len(COMPRESSOR) + len(named)
+
+
+def test_make_demo_is_the_promised_command():
+    recipe = (ROOT / "Makefile").read_text()
+    assert "compressor export --drop auto --target onnxruntime --output" in recipe
+
+
+def test_drop_forms_of_the_table_parse():
+    from passes.plan import parse
+
+    forms = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", README.split("| `--drop` | drops |")[1].split("\n\n")[0], re.M)
+    named = [form for cell in forms for form in re.findall(r"`([^`]+)`", cell)]
+    assert len(named) >= 8
+    for form in named:
+        if form not in ("auto", "none", "plan.json"):
+            selection = parse(form)
+            assert selection.count is not None or selection.percent is not None or selection.names
