@@ -35,6 +35,8 @@ def export(
     threads: int | None = None,
     batch: int = 1,
     samples: int | None = None,
+    search_samples: int = 64,
+    rounds: int = 6,
     seed: int = 0,
     example_inputs: Any = None,
 ) -> Report:
@@ -58,6 +60,7 @@ def inspect(
     trust_remote_code: bool = False,
     random_weights: bool = False,
     samples: int | None = None,
+    search_samples: int = 64,
     seed: int = 0,
     example_inputs: Any = None,
 ) -> Inspection:

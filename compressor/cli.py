@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from compressor import __version__
+from compressor.errors import CompressorError, SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+INT8 = ("static", "dynamic")
 MODEL_HELP = (
     "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, or package.module:factory "
     "for a module of your own; without it the embedded sample is used."
@@ -26,20 +31,50 @@ class Failing(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command: status 1 for what could not be done, 2 for usage, 130 for an interrupt."""
         try:
-            return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            with _tidy_termination():
+                return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
             _fail("interrupted; nothing was written.", 130)
+        except MemoryError:
+            _fail("the memory is not enough; give fewer --samples, or use a machine with more.", 1)
         except OSError as error:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
         except Exception as error:
-            _fail(_sentence(error), 2 if type(error).__name__ == "SettingsError" else 1)
+            _fail(_sentence(error), 2 if isinstance(error, SettingsError) else 1)
+
+
+class Export(click.Command):
+    """A command whose ``--int8`` takes a value or none, also right before MODEL."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give a bare ``--int8`` its value, so that it never swallows what comes after it."""
+        following = [*args[1:], ""]
+        bare = [arg == "--int8" and value not in INT8 for arg, value in zip(args, following, strict=True)]
+        plain = args.index("--") if "--" in args else len(args)
+        filled = [
+            "--int8=static" if empty and place < plain else arg
+            for place, (arg, empty) in enumerate(zip(args, bare, strict=True))
+        ]
+        return super().parse_args(ctx, filled)
+
+
+@contextlib.contextmanager
+def _tidy_termination() -> Iterator[None]:
+    """Let a SIGTERM (a container being stopped) clean up as an interrupt does, and end with its own status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _sentence(error: Exception) -> str:
     """The message of an error of ours; anything else is a fault of ours and keeps its traceback."""
-    from compressor.errors import CompressorError
     from passes.base import PassError
     from passes.graph import GraphError
     from runtimes.base import RuntimesError
@@ -50,7 +85,7 @@ def _sentence(error: Exception) -> str:
     raise error
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     click.echo(f"Error: {message}", err=True)
     sys.exit(status)
 
@@ -76,6 +111,13 @@ def _subject_options(command: Command) -> Command:
                 "--random-weights", is_flag=True, help="Build the architecture without its weights (speed only)."
             ),
             click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total.  [default: all]"),
+            click.option(
+                "--search-samples",
+                type=click.IntRange(min=1),
+                default=64,
+                show_default=True,
+                help="Calibration samples on which effects on the output are measured.",
+            ),
             click.option("--seed", default=0, show_default=True, help="Seed of the data split and of --metric random."),
             click.option("--quiet", "-q", is_flag=True, help="Show no progress."),
         )
@@ -84,7 +126,7 @@ def _subject_options(command: Command) -> Command:
     return command
 
 
-@main.command(epilog=MODEL_HELP)
+@main.command(cls=Export, epilog=MODEL_HELP)
 @_subject_options
 @click.option(
     "--drop",
@@ -107,7 +149,7 @@ def _subject_options(command: Command) -> Command:
     "--int8",
     is_flag=False,
     flag_value="static",
-    type=click.Choice(["static", "dynamic"]),
+    type=click.Choice(INT8),
     help="Quantize to int8: static (the default if no value is given) or dynamic.",
 )
 @click.option(
@@ -120,6 +162,13 @@ def _subject_options(command: Command) -> Command:
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size of the latency measurement."
 )
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Timed bursts per engine; 2 for a quick look.",
+)
 @click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def export(quiet: bool, **options: Any) -> None:
@@ -131,9 +180,8 @@ def export(quiet: bool, **options: Any) -> None:
 
     report = pipeline.export(Settings(**options), console=_console(quiet), command=_command_line())
     out = Console()
-    out.print(report.table())
-    out.print(report.summary(), highlight=False, markup=False)
-    out.print(f"Written to {options['output']}.", highlight=False, markup=False)
+    out.print(report.table(), highlight=False)
+    out.print(f"{report.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
 
 
 @main.command(epilog=MODEL_HELP)
@@ -153,8 +201,10 @@ def inspect(quiet: bool, output: str, **options: Any) -> None:
     from rich.console import Console
 
     from compressor import pipeline
+    from compressor.folder import check_writable
     from compressor.settings import Settings
 
+    check_writable(Path(output))
     inspection = pipeline.inspect(Settings(**options, drop="none"), console=_console(quiet))
     out = Console()
     out.print(inspection.table())

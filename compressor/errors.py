@@ -3,3 +3,7 @@
 
 class CompressorError(Exception):
     """Something the user can act on; the message says what was found, what was expected and what to do."""
+
+
+class SettingsError(CompressorError):
+    """An option has a value that cannot work; a usage error."""

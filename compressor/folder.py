@@ -9,12 +9,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from compressor.errors import CompressorError
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Less free than a page of a file system: nothing could be written.
+SPARE = 4096
+# Characters of the folder's name in the temporary one, whose length is limited too.
+_SHOWN = 100
 
 
 class FolderError(CompressorError):
@@ -32,16 +37,18 @@ def output_folder(path: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         FolderError: it exists and may not be replaced, it cannot be written, or the disk is full.
     """
-    _check_free(path, force=force)
-    with _readable_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    place = path.resolve()  # a link is followed, and a later change of folder changes nothing
+    _check_free(place, path, force=force)
+    with _readable_errors(path, unwritable=True):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{place.name[:_SHOWN]}.", suffix=".partial", dir=place.parent))
+        _check_name(place)
     try:
-        partial.chmod(0o755)  # mkdtemp makes it private, the finished folder is not
         with _readable_errors(path):
+            partial.chmod(0o755)  # mkdtemp makes it private, the finished folder is not
             yield partial
             write_manifest(partial)
-            _move_into_place(partial, path)
+            _move_into_place(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -49,8 +56,47 @@ def output_folder(path: Path, *, force: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch_folder(beside: Path) -> Iterator[Path]:
     """A folder for files that are not shipped, on the same disk as the output; gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.scratch.", dir=beside.parent) as name:
+    place = beside.resolve()
+    name = tempfile.mkdtemp(prefix=f".{place.name[:_SHOWN]}.", suffix=".scratch", dir=place.parent)
+    try:
         yield Path(name)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before the work that `folder` can be made, or written to.
+
+    Raises:
+        FolderError: it is a file, or lies below one, or may not be written.
+    """
+    place = folder.resolve()
+    with _readable_errors(folder, unwritable=True):
+        nearest = next(parent for parent in (place, *place.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise FolderError(f"{folder} cannot be written ({nearest} is no folder); choose another --output.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FolderError(f"{folder} cannot be written (no permission for {nearest}); choose another --output.")
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]:
+    """Write files into a folder, made if need be: all of them, or none.
+
+    Raises:
+        FolderError: the folder cannot be written, or the disk is full.
+    """
+    made = not folder.exists()
+    with _readable_errors(folder, unwritable=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
+        try:
+            for name, content in contents.items():
+                (partial / name).write_bytes(content)
+            return tuple((partial / name).replace(folder / name) for name in contents)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def write_manifest(folder: Path) -> None:
@@ -67,48 +113,85 @@ def onnx_bytes(path: Path) -> int:
     return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.exists())
 
 
-def _check_free(path: Path, *, force: bool) -> None:
-    if not path.exists() and not path.is_symlink():
-        return
-    if not path.is_dir():
-        raise FolderError(f"{path} exists and is no folder; choose another --output.")
-    empty = not any(path.iterdir())
+def _check_free(place: Path, path: Path, *, force: bool) -> None:
+    """Refuse what may not be replaced; `path` is how the user wrote `place`."""
+    with _readable_errors(path, unwritable=True):
+        if not place.exists():
+            return
+        if not place.is_dir():
+            raise FolderError(f"{path} exists and is no folder; choose another --output.")
+        empty = not any(place.iterdir())
+    if place.is_mount():
+        raise FolderError(f"{path} is a mount point, which cannot be replaced in one move; choose a folder inside it.")
     if not force and not empty:
         raise FolderError(f"the output folder {path} exists; choose another --output, or replace it with --force.")
-    if force and not empty and not (path / MANIFEST).is_file():
+    strange = [] if empty else _strangers(place)
+    if strange:
         raise FolderError(
-            f"{path} holds files that Compressor did not write, so --force does not replace it; move them."
+            f"{path} holds files that Compressor did not write ({strange[0]}), so --force does not replace it; move "
+            "them, or choose another --output."
         )
 
 
-def _move_into_place(partial: Path, path: Path) -> None:
+def _strangers(folder: Path) -> list[str]:
+    """Files that the manifest of a folder does not list: someone's own, which must not be deleted."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    try:
+        listed = set(json.loads((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or one of another program
+        return found or [str(folder)]
+    return [name for name in found if name not in listed and name != MANIFEST]
+
+
+def _check_name(place: Path) -> None:
+    """Find out now, not after a long search, that the disk does not take the name."""
+    with contextlib.suppress(FileNotFoundError):
+        place.stat()
+
+
+def _move_into_place(partial: Path, place: Path) -> None:
     """Swap the finished folder in; an old one is removed only after the new one has its place."""
     old = None
-    if path.exists():
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.rename(old)
+    if place.exists():
+        old = partial.with_suffix(".old")  # as unique as the partial folder's own name
+        place.rename(old)
     try:
-        partial.rename(path)
-    except OSError:
+        partial.rename(place)
+    except BaseException:  # an interrupt too
         if old is not None:
-            old.rename(path)
+            old.rename(place)
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _readable_errors(path: Path) -> Iterator[None]:
+def _readable_errors(path: Path, *, unwritable: bool = False) -> Iterator[None]:
+    """Say in a sentence what the disk refused; with `unwritable`, whatever it refused."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise FolderError(
-                f"the disk of {path.parent} is full; free some space or choose another --output."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in FULL:
+            raise FolderError(_full(path)) from error
+        if unwritable or error.errno == errno.EROFS:
             raise FolderError(f"{path} cannot be written ({error.strerror}); choose another --output.") from error
         raise
+    except Exception as error:  # native writers (ONNX, an engine builder) have error types of their own for a full disk
+        if _free_bytes(path) < SPARE:
+            raise FolderError(_full(path)) from error
+        raise
+
+
+def _full(path: Path) -> str:
+    return f"the disk that holds {path} is full; free some space or choose another --output."
+
+
+def _free_bytes(path: Path) -> float:
+    """Bytes free where a folder is to be made; infinite where the system does not say."""
+    try:
+        return shutil.disk_usage(path.resolve().parent).free
+    except OSError:
+        return float("inf")
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from compressor.folder import write_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,41 +82,46 @@ class Inspection:
         return tuple(entered.get(state, "output") for state in self.scores.states)
 
     def table(self) -> Table:
-        """The sites for a terminal; the most redundant by cosine in each kind stand out."""
+        """The sites for a terminal: scores, parameters, multiply-adds (MACs) of one sample and their share."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         total = self.costs.total
-        title = f"{self.model}: {len(self.sites)} sites, {total.parameters / 1e6:.2f} M parameters, "
-        table = Table(title=f"{title}{total.multiply_adds / 1e9:.3f} G multiply-adds", title_justify="left")
-        table.add_column("site", no_wrap=True)
-        table.add_column("kind")
-        for heading in (
-            "cosine",
-            "angular",
-            "update",
-            *(("effect",) if self.effects is not None else ()),
-            "parameters",
-        ):
-            table.add_column(heading, justify="right")
-        table.add_column("multiply-adds", justify="right")
+        title = f"{self.model}: {len(self.sites)} sites, {scaled(total.parameters)} parameters, "
+        table = Table(
+            title=f"{title}{scaled(total.multiply_adds)} multiply-adds a sample",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+        )
+        table.add_column("site", overflow="fold", min_width=16)
+        table.add_column("kind", no_wrap=True)
+        effects = ("effect",) if self.effects is not None else ()
+        for heading in ("cosine", "angular", "update", *effects, "params", "MACs", "share"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows():
             effect = () if row["effect"] is None else (f"{row['effect']:.4f}",)
-            share = row["multiply_adds"] / max(total.multiply_adds, 1)
-            numbers = (f"{row['cosine']:.4f}", f"{row['angular']:.4f}", f"{row['update']:.3f}", *effect)
-            cost = (f"{row['parameters'] / 1e3:.0f} k", f"{row['multiply_adds'] / 1e6:.1f} M ({share:.1%})")
-            table.add_row(row["name"], row["kind"], *numbers, *cost)
+            share = f"{row['multiply_adds'] / max(total.multiply_adds, 1):.1%}"
+            numbers = (_number(row["cosine"], 4), _number(row["angular"], 4), _number(row["update"], 3), *effect)
+            table.add_row(
+                row["name"], row["kind"], *numbers, scaled(row["parameters"]), scaled(row["multiply_adds"]), share
+            )
         return table
 
     def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write inspect.json and similarity.png into a folder; returns their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        report, picture = folder / "inspect.json", folder / "similarity.png"
-        report.write_text(self.to_json())
-        self.heat_map(picture)
+        """Write inspect.json and similarity.png into a folder; returns their paths.
+
+        Raises:
+            FolderError: the folder cannot be written, or the disk is full; neither file is there then.
+        """
+        report, picture = write_files(
+            folder, {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
+        )
         return report, picture
 
-    def heat_map(self, path: Path) -> None:
-        """Draw the cosine similarity of every pair of trunk states."""
+    def heat_map(self) -> bytes:
+        """The cosine similarity of every pair of trunk states as a PNG picture."""
         from matplotlib.figure import Figure
 
         names = self.state_names()
@@ -121,13 +129,33 @@ class Inspection:
         figure = Figure(figsize=(size + 1.5, size), layout="constrained")
         axes = figure.add_subplot()
         matrix = self.scores.similarity_matrix().numpy()
-        lowest = min(0.0, float(np.nanmin(matrix)))
+        measured = matrix[np.isfinite(matrix)]
+        lowest = min(0.0, float(measured.min())) if measured.size else 0.0
         image = axes.imshow(matrix, vmin=lowest, vmax=1.0, cmap="viridis")
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.set_title(f"{self.model}: cosine similarity of trunk states")
+        axes.set_title(f"{self.model}\ncosine similarity of trunk states", fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.8)
-        figure.savefig(path, dpi=120)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        return picture.getvalue()
+
+
+def scaled(count: int) -> str:
+    """A count in three digits or so.
+
+    >>> scaled(950), scaled(49_792), scaled(5_717_416), scaled(1_258_000_000)
+    ('950', '49.8k', '5.72M', '1.26G')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _number(value: float, digits: int) -> str:
+    """A dash where a site's states have different shapes and there is nothing to compare."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def _nested(rows: list[list[float]]) -> list[list[float | None]]:

@@ -122,7 +122,8 @@ def check_parity(
         name: for the error message.
 
     Raises:
-        LowerError: an output differs by more than `TOLERANCE` of its largest value, or in shape.
+        LowerError: an output differs by more than `TOLERANCE` of its largest value, or in shape, or torch's own is
+            not finite.
     """
     found = run()
     worst = max((_difference(key, value, found[key], name) for key, value in expected.items()), key=_by_difference)
@@ -141,5 +142,10 @@ def _by_difference(parity: Parity) -> float:
 def _difference(output: str, expected: npt.NDArray[Any], found: npt.NDArray[Any], name: str) -> Parity:
     if expected.shape != found.shape:
         raise LowerError(f"{name}: output {output} has shape {found.shape}, torch gives {expected.shape}.")
+    if not np.isfinite(expected).all():
+        raise LowerError(
+            f"{name}: in torch already, output {output} is NaN or infinite on samples of the data; check the weights "
+            "and the preprocessing."
+        )
     scale = float(np.abs(expected).max(initial=1e-12))
     return Parity(output, float(np.abs(found - expected).max(initial=0.0)) / scale, len(expected))

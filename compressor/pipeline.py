@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +22,9 @@ from compressor.errors import CompressorError
 from compressor.evaluate import BATCH, Evaluation, Runner, evaluate, metric_for, tensor_batches
 from compressor.folder import onnx_bytes, output_folder, scratch_folder
 from compressor.inspection import Inspection
-from compressor.lower import Parity, check_parity, lower
+from compressor.lower import OPSET, Parity, check_parity, lower
 from compressor.models import Model
+from compressor.models.base import first_line
 from compressor.quantize import Quantized, quantize
 from compressor.report import Quality, Report, Size
 from compressor.search import Effects, Validation, search
@@ -80,7 +83,9 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     output = Path(settings.output)
     with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
         subject = _load(settings, steps)
-        plan, search_facts = _decide(subject, settings, steps)
+        subject.model.save(folder)
+        with _accepting_data(subject):
+            plan, search_facts = _decide(subject, settings, steps)
         (folder / "plan.json").write_text(plan.to_json())
         with steps.step("rewrite"):
             rewritten = subject.graph.fork()
@@ -101,7 +106,6 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             engines = {name: target.build(path, folder, options) for name, path in files.items()}
         quality = _quality(engines, subject, target, options, steps)
         latency = _latency(engines, subject, settings, target, options, steps)
-        subject.model.save(folder)
         report = Report(
             command=command,
             settings=settings.to_dict(),
@@ -135,9 +139,10 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
     """
     steps = Steps(console)
     subject = _load(settings, steps)
-    scores = _score(subject, steps)
-    effects = _effects(subject, settings, steps) if settings.metric == "output" else None
-    measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
+    with _accepting_data(subject):
+        scores = _score(subject, steps)
+        effects = _effects(subject, settings, steps) if settings.metric == "output" else None
+        measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
     return Inspection(subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured)
 
 
@@ -150,7 +155,22 @@ def _usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     reason = target.missing()
     if reason is not None:
         raise RuntimeUnavailable(f"target {settings.target} cannot be used here: {reason}.")
-    return target, BuildOptions(device=settings.device, threads=settings.threads)
+    options = BuildOptions(device=settings.device, threads=settings.threads)
+    if options.device != target.devices[0]:
+        _probe(target, options)
+    return target, options
+
+
+def _probe(target: Runtime, options: BuildOptions) -> None:
+    """Build the smallest model there is: whether the device is there should not be learnt after a search."""
+    from onnx import TensorProto, helper, save
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", ends[:1], ends[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.onnx")
+        save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
+        target.build(path, Path(folder), options)
 
 
 def _load(settings: Settings, steps: Steps) -> _Subject:
@@ -212,6 +232,18 @@ def _check_trained(graph: Graph, model: Model) -> None:
             f"the checkpoint of {model.name} lacks {len(absent)} weights that {model.task} needs, the first is "
             f"{absent[0]}; choose a fine-tuned checkpoint, or another --task."
         )
+
+
+@contextlib.contextmanager
+def _accepting_data(subject: _Subject) -> Iterator[None]:
+    """Torch's refusal of an input (a token id beyond the vocabulary, too long a row) is the data's fault; say so."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        raise PipelineError(
+            f"{subject.model.name} fails on samples of {subject.data.source} ({first_line(error)}); check that they "
+            "fit it, such as token ids below the vocabulary's size and rows no longer than its positions."
+        ) from error
 
 
 def _score(subject: _Subject, steps: Steps) -> Scores:
@@ -300,7 +332,8 @@ def _parity(path: Path, graph: Graph, subject: _Subject, target: Runtime, option
     worst = Parity("", 0.0, 0)
     with target.load(target.build(path, path.parent, options), options) as engine:
         for feeds in (batch, {name: value[:1] for name, value in batch.items()}):
-            outputs = run(graph, {name: _tensor(value) for name, value in feeds.items()})
+            with _accepting_data(subject):
+                outputs = run(graph, {name: _tensor(value) for name, value in feeds.items()})
             expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
             found = check_parity(expected, partial(engine.run, feeds), name=path.name)
             worst = max(worst, found, key=lambda parity: parity.difference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     from passes.plan import Plan
 
 VERSION = 1
-LOWER_IS_BETTER = {"perplexity"}
+# A metric's name short enough for a column, and its unit.
+LABELS = {
+    "accuracy": ("top-1 accuracy", "%"),
+    "agreement": ("top-1 agreement", "%"),
+    "perplexity": ("perplexity", ""),
+    "spearman": ("Spearman x 100", ""),
+    "fidelity": ("feature cosine", "%"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,37 +104,49 @@ class Report:
         return self.latency["result"].speedup_over(self.latency[over])
 
     def table(self) -> Table:
-        """The headline figures for a terminal."""
+        """The headline figures for a terminal, 80 columns wide; below a figure stands its 95 % interval."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(title=f"{self.model['name']} on {self.settings['target']}", title_justify="left")
-        table.add_column("")
-        variants = list(self.latency)
-        for name in variants:
-            table.add_column(name, justify="right")
-        if self.quality is not None:
-            table.add_row(METRICS[self.quality.metric], *(_interval(self.quality.figures[name]) for name in variants))
-            table.add_row("  lost by the result", *(_loss(self.quality.loss.get(name)) for name in variants))
-        batch = self.settings["batch"]
-        table.add_row(f"latency in ms, batch {batch}", *(f"{self.latency[name].median:.2f}" for name in variants))
-        table.add_row("  speed-up of the result", *(self._speedup_cell(name) for name in variants))
-        table.add_row("parameters", *(f"{self.sizes[name].parameters / 1e6:.2f} M" for name in variants))
-        table.add_row("multiply-adds", *(f"{self.sizes[name].multiply_adds / 1e9:.3f} G" for name in variants))
-        table.add_row("model.onnx", *(f"{self.sizes[name].bytes / 1e6:.2f} MB" for name in variants))
+        title = f"{self.model['name']} on {self.settings['target']}, batch {self.settings['batch']}"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for name in self.latency:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self._rows():
+            table.add_row(*row)
         return table
 
-    def _speedup_cell(self, name: str) -> str:
-        if name == "result":
-            return ""
-        speedup = self.speedup(name)
-        return f"{speedup.ratio:.2f}x ({speedup.low:.2f}–{speedup.high:.2f})"
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        variants = list(self.latency)
+        if self.quality is not None:
+            label, unit = LABELS[self.quality.metric]
+            figures = [self.quality.figures[name] for name in variants]
+            lost = [self.quality.loss.get(name) for name in variants]
+            percent = "%" if self.quality.metric == "perplexity" else unit
+            yield f"{label}{_unit(unit)}", *(f"{figure.value:.2f}" for figure in figures)
+            yield "", *(_dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
+            yield f"  result's loss{_unit(percent)}", *(f"{each.value:+.2f}" if each else "" for each in lost)
+            yield "", *(_dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
+        speedups = [None if name == "result" else self.speedup(name) for name in variants]
+        yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
+        yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
+        yield "", *(_dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
+        yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
+        yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
+        yield "ONNX file, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
 
     def summary(self) -> str:
         """What was dropped and what to read with care, as lines of text."""
         dropped = self.plan.order or self.plan.dropped
         sites = f"Dropped {len(dropped)} of {len(self.plan.decisions)} sites: {', '.join(dropped) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
-        return "\n".join([sites, *quality, *self.notes])
+        meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
+        return "\n".join([sites, *meaning, *quality, *self.notes])
+
+    def _judged(self) -> str:
+        count = self.quality.figures["result"].n if self.quality is not None else 0
+        return f"on {count} test samples; ranges are 95 % intervals"
 
 
 def _latency(latency: Latency) -> dict[str, Any]:
@@ -139,9 +159,9 @@ def _latency(latency: Latency) -> dict[str, Any]:
     }
 
 
-def _interval(figure: Figure) -> str:
-    return f"{figure.value:.2f} ({figure.low:.2f}–{figure.high:.2f})"
+def _unit(unit: str) -> str:
+    return f", {unit}" if unit else ""
 
 
-def _loss(figure: Figure | None) -> str:
-    return "" if figure is None else f"{figure.value:+.2f} ({figure.low:+.2f} to {figure.high:+.2f})"
+def _dim(text: str) -> str:
+    return f"[dim]{text}[/dim]"

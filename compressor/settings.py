@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressor.errors import CompressorError
-from passes.plan import METRICS
+from compressor.errors import SettingsError
+from compressor.models.base import TASKS
+from passes.base import PassError
+from passes.plan import METRICS, parse
+from runtimes.base import DEVICES, RuntimesError, runtime
 
 INT8 = ("static", "dynamic")
-
-
-class SettingsError(CompressorError):
-    """An option has a value that cannot work; a usage error."""
+# No module path holds these: a leading minus, a colon, a percent sign, a space.
+_NO_SITE = re.compile(r"^-|[:%\s]")
 
 
 @dataclass(frozen=True)
@@ -65,24 +67,78 @@ class Settings:
     example_inputs: Any = None
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise SettingsError(f"unknown metric {self.metric!r}; expected one of {', '.join(METRICS)}.")
-        if self.int8 not in (None, *INT8):
-            raise SettingsError(f"--int8 {self.int8}: expected {' or '.join(INT8)}.")
-        if not 0.0 <= self.max_loss <= 100.0 or not 0.0 <= self.max_int8_loss <= 100.0:
-            raise SettingsError(
-                f"a loss of {self.max_loss} % or {self.max_int8_loss} % is no budget; expected 0 to 100."
-            )
-        if min(self.batch, self.search_samples, self.rounds) < 1:
-            raise SettingsError("batch, search samples and rounds must be at least 1.")
-        if self.drop == "auto" and self.data is not None and str(self.data) == "random":
-            raise SettingsError("--drop auto needs real data; with --data random pass a number, names or a plan file.")
+        for check in (_check_texts, _check_choices, _check_numbers, _check_target, _check_drop, _check_data):
+            check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "example_inputs"}
         plain["model"] = type(self.model).__name__ if isinstance(self.model, torch.nn.Module) else _text(self.model)
         return plain | {"data": _text(self.data), "output": str(self.output)}
+
+
+def _check_texts(settings: Settings) -> None:
+    for name in ("model", "data", "output", "drop"):
+        value = getattr(settings, name)
+        if isinstance(value, str) and not value.strip():
+            raise SettingsError(f"{name} is empty; give a value, or leave the option out for its default.")
+
+
+def _check_choices(settings: Settings) -> None:
+    for name, choices in (("metric", METRICS), ("int8", INT8), ("device", DEVICES), ("task", TASKS)):
+        value = getattr(settings, name)
+        if value not in choices and not (value is None and name in ("int8", "task")):
+            raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name in ("max_loss", "max_int8_loss"):
+        value = getattr(settings, name)
+        if not 0.0 <= value <= 100.0:
+            raise SettingsError(f"{name.replace('_', '-')} is {value:g}, which is no budget in %; expected 0 to 100.")
+    for name, least in (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise SettingsError(f"{name.replace('_', '-')} is {value}; expected at least {least}.")
+
+
+def _check_target(settings: Settings) -> None:
+    try:
+        runtime(settings.target)
+    except RuntimesError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _check_drop(settings: Settings) -> None:
+    """What can be known without the model; names are held against its sites later."""
+    drop = settings.drop
+    if drop in ("none", "auto") or drop.endswith(".json"):
+        return
+    try:
+        selection = parse(drop)
+    except PassError as error:
+        raise SettingsError(str(error)) from error
+    strange = [name for name in selection.names if _NO_SITE.search(name)]
+    if strange:
+        raise SettingsError(
+            f"--drop {drop}: {strange[0]!r} is no count and no site name; expected none, auto, a number such as 4, "
+            "a percentage such as 25%, kind:number such as attention:4, site names with commas, or a plan.json."
+        )
+
+
+def _check_data(settings: Settings) -> None:
+    if settings.data is None and settings.model is not None:
+        raise SettingsError(
+            "no data given; pass --data with a folder or file of samples, or --data random for speed only."
+        )
+    if settings.drop != "auto":
+        return
+    if str(settings.data) == "random":
+        raise SettingsError("--drop auto needs real data; with --data random pass a number, names or a plan file.")
+    if settings.random_weights:
+        raise SettingsError(
+            "--drop auto needs trained weights; with --random-weights pass a number, names or a plan file."
+        )
 
 
 def _text(value: object) -> str | None:

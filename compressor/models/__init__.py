@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressor.models.base import TASKS, Model, ModelError
+from compressor.models.base import TASKS, Model, ModelError, why
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE", "TASKS", "Model", "ModelError", "load"]
 
 SAMPLE = Path(__file__).parent.parent / "sample"
+_EXPECTED = "expected a timm name, a hub id owner/name, a folder with config.json, or package.module:factory"
+_PICKLE = (
+    "a pickled module is not opened, because reading it may run code; load it in Python and pass the module to "
+    "compressor.export, or write a package.module:factory"
+)
+_FILES = {
+    ".onnx": "an ONNX file is what Compressor writes, not what it reads; pass the model it was made from",
+    ".safetensors": "weights alone are no model; pass the folder that holds them beside config.json",
+    ".json": "pass the folder that holds it",
+} | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLE)
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -73,16 +83,16 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
     if folder.is_dir():
         return _folder_source(folder), str(folder)
     if folder.exists():
-        raise ModelError(
-            f"{spec} is a file; expected a folder with config.json, a model name or package.module:factory."
-        )
+        raise ModelError(f"{spec} is a file; {_FILES.get(folder.suffix.lower(), _EXPECTED)}.")
     if _FACTORY.fullmatch(spec):
         return "module", spec
     if _is_timm_name(spec):
         return "timm", spec
     if spec.count("/") == 1 and not spec.startswith(("/", ".")):
         return _hub_source(spec, revision)
-    raise ModelError(f"no model named {spec!r}: {_did_you_mean(spec)}")
+    if folder.is_absolute() or spec.startswith((".", "~")):
+        raise ModelError(f"there is no folder {spec}; {_EXPECTED}.")
+    raise ModelError(f"no model named {spec!r}; {_did_you_mean(spec)}{_EXPECTED}.")
 
 
 def _folder_source(folder: Path) -> str:
@@ -98,9 +108,9 @@ def _folder_source(folder: Path) -> str:
 
 
 def _config_source(config: object, where: str) -> str:
-    if isinstance(config, dict) and "architecture" in config:
+    if isinstance(config, dict) and isinstance(config.get("architecture"), str):
         return "timm"
-    if isinstance(config, dict) and "model_type" in config:
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
         return "transformers"
     raise ModelError(
         f'config.json of {where} names neither timm\'s "architecture" nor transformers\' "model_type"; '
@@ -114,11 +124,7 @@ def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
     try:
         path = hf_hub_download(spec, "config.json", revision=revision)
     except Exception as error:  # the hub client raises a dozen types: offline, gated, missing, wrong revision
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ModelError(
-            f"{spec!r} is no local folder, and its config.json could not be fetched from the hub ({reason}); "
-            "check the name and the connection, or pass a downloaded folder."
-        ) from error
+        raise ModelError(f"{spec!r} is no local folder and could not be fetched from the hub: {why(error)}.") from error
     source = _config_source(json.loads(Path(path).read_text()), spec)
     return source, f"hf-hub:{spec}" if source == "timm" else spec
 
@@ -132,9 +138,10 @@ def _is_timm_name(spec: str) -> bool:
 def _did_you_mean(spec: str) -> str:
     import timm
 
-    close = difflib.get_close_matches(spec, timm.list_models(), n=3)
-    hint = f"did you mean {', '.join(close)}? " if close else ""
-    return f"{hint}expected a timm name, a hub id owner/name, a folder with config.json, or package.module:factory."
+    wanted, names = spec.lower().replace("-", "_"), timm.list_models()
+    begun = [name for name in names if name.startswith(wanted)]
+    close = begun[:3] or difflib.get_close_matches(wanted, names, n=3)
+    return f"did you mean {', '.join(close)}? " if close else ""
 
 
 def _check_finite(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ TASKS = (
     "sentence-similarity",
     "text-generation",
 )
+LONGEST = 200
+_UNREACHABLE = "the hub cannot be reached and it was not downloaded before; connect, or pass a downloaded folder"
 
 
 class ModelError(CompressorError):
@@ -73,6 +76,38 @@ def as_numpy(example: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+    """The first line of an error's text, with the next where it only announces it; at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.rstrip(".") if len(text) <= LONGEST else f"{text[:LONGEST].rstrip(' .')} ..."
+
+
+def why(error: BaseException) -> str:
+    """Why a library could not load a model, in words that say what to do where the cause is a known one."""
+    text = str(error).lower()
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text or "weights only" in text:
+        return "its weights are a pickle that runs code when it is read, which is refused; convert it to safetensors"
+    if "trust_remote_code" in text:
+        return "it brings code of its own, which is not run; pass --trust-remote-code if you trust its author"
+    return of_hub(error) or first_line(error)
+
+
+def of_hub(error: BaseException) -> str | None:
+    """What a failed download means; None where the error is not one of the hub client's."""
+    from huggingface_hub import errors
+
+    meanings: tuple[tuple[type[Exception], str], ...] = (
+        (errors.GatedRepoError, "access to it has to be asked for on the hub; do so, then log in with `hf auth login`"),
+        (errors.RepositoryNotFoundError, "the hub has no such repository, or it is private; check the name"),
+        (errors.RevisionNotFoundError, "the hub has the repository, but not that revision; check --revision"),
+        (errors.LocalEntryNotFoundError, _UNREACHABLE),
+        (errors.OfflineModeIsEnabled, _UNREACHABLE),
+        (errors.EntryNotFoundError, "the repository lacks a needed file; expected a timm or transformers model"),
+        (errors.HFValidationError, "that is no name the hub allows; expected owner/name"),
+        (ConnectionError, _UNREACHABLE),
+    )
+    found = next((text for kind, text in meanings if isinstance(error, kind)), None)
+    cause = error.__cause__ or error.__context__
+    return found if found is not None or cause is None else of_hub(cause)

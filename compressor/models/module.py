@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.preprocess import Preprocess
+
+# Axes of the answer, where a task fixes them.
+AXES = {"image-classification": 2, "text-classification": 2, "sentence-similarity": 2, "text-generation": 3}
 
 
 def load(
@@ -34,7 +38,7 @@ def load(
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own file lies in the current folder
     try:
         made = getattr(importlib.import_module(name), attribute)()
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise ModelError(f"{where} could not be called: {type(error).__name__}: {first_line(error)}.") from error
     module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, torch.nn.Module):
@@ -50,9 +54,11 @@ def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, name
     Raises:
         ModelError: no example inputs, or a forward pass that fails or returns no tensors.
     """
-    module = module.eval()
+    module = module.eval().float()
     label = name or type(module).__name__
-    example = _two_samples(_named(module, example_inputs, label))
+    named = _named(module, example_inputs, label)
+    _check_example(named, label)
+    example = _two_samples(named)
     try:
         with torch.inference_mode():
             returned = module(**example)
@@ -62,7 +68,7 @@ def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, name
         ) from error
     outputs = _output_names(returned, label)
     answer = "logits" if "logits" in outputs else outputs[0]
-    chosen = task or _guess_task(_flatten(returned)[outputs.index(answer)], example)
+    chosen = _task(task, _flatten(returned)[outputs.index(answer)], example, label)
     preprocess = Preprocess(tuple(example), "tensor", as_numpy(example))
     return Model(
         name=label,
@@ -86,21 +92,40 @@ def _named(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.
             f"{label} came without example inputs; return (module, inputs), a tensor, tuple or dict of tensors."
         )
     if isinstance(inputs, dict):
-        return dict(inputs)
-    values = inputs if isinstance(inputs, tuple) else (inputs,)
-    names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+        return {str(key): value for key, value in inputs.items()}
+    values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    names = list(inspect.signature(module.forward).parameters)
+    if len(values) > len(names):
+        raise ModelError(f"{label} came with {len(values)} example inputs, but forward takes {len(names)}.")
     return dict(zip(names, values, strict=False))
 
 
+def _check_example(example: dict[str, Any], label: str) -> None:
+    """Every input must be a tensor whose first axis holds as many samples as that of the others."""
+    for name, value in example.items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) == 0:
+            found = f"the shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ModelError(f"{label}: example input {name} is {found}; expected a tensor, first axis the samples.")
+    if len({len(value) for value in example.values()}) > 1:
+        rows = ", ".join(f"{name} {len(value)}" for name, value in example.items())
+        raise ModelError(f"{label}: the example inputs have different numbers of samples ({rows}); expected the same.")
+
+
 def _two_samples(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Two samples, because a batch of one would be traced as a constant."""
-    return {name: torch.cat([value, value])[:2] if len(value) == 1 else value[:2] for name, value in example.items()}
+    """Two samples, because a batch of one would be traced as a constant; floats as float32, as the module."""
+    return {name: _floating(torch.cat([value, value])[:2].detach().cpu()) for name, value in example.items()}
+
+
+def _floating(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _flatten(returned: Any) -> list[torch.Tensor]:
     if isinstance(returned, torch.Tensor):
         return [returned]
-    values = returned.values() if hasattr(returned, "values") else returned
+    values = returned.values() if hasattr(returned, "items") else returned
+    if not isinstance(values, Iterable):
+        return []
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
@@ -117,6 +142,20 @@ def _output_names(returned: Any, label: str) -> tuple[str, ...]:
 
 def _call(module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(_flatten(module(**dict(zip(names, tensors, strict=True)))))
+
+
+def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tensor], label: str) -> str:
+    """The task asked for if the answer has its shape, else the one that shape suggests."""
+    if answer.ndim < 2 or len(answer) != 2:
+        raise ModelError(
+            f"{label} answers two samples with the shape {list(answer.shape)}; expected a first axis of samples and "
+            "at least one more."
+        )
+    axes = AXES.get(task or "", answer.ndim)
+    if answer.ndim != axes or (task == "text-generation" and "input_ids" not in example):
+        needs = "input_ids and logits [batch, tokens, vocabulary]" if axes == 3 else "an answer [batch, values]"
+        raise ModelError(f"{label} answers with {answer.ndim} axes, but {task} needs {needs}; leave --task out.")
+    return task or _guess_task(answer, example)
 
 
 def _guess_task(answer: torch.Tensor, example: dict[str, torch.Tensor]) -> str:

@@ -13,8 +13,9 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.models._hub import save_config_for_hf
 
-from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.models.base import Model, ModelError, as_numpy, why
 from compressor.preprocess import Preprocess
 
 
@@ -33,7 +34,10 @@ def load(
     """
     chosen = task or "image-classification"
     if not chosen.startswith("image"):
-        raise ModelError(f"{where} is a timm model, which cannot do {chosen}; expected image-classification.")
+        raise ModelError(
+            f"{where} is a timm model, which cannot do {chosen}; expected image-classification or "
+            "image-feature-extraction."
+        )
     folder = Path(where)
     name = f"local-dir:{where}" if folder.is_dir() else where
     if revision is not None and not folder.is_dir():
@@ -41,10 +45,19 @@ def load(
     try:
         module = timm.create_model(name, pretrained=not random_weights).eval().float()
     except Exception as error:  # timm lets hub, file, pickle and shape errors through as they are
-        raise ModelError(f"timm could not load {where}: {first_line(error)}.") from error
+        raise ModelError(f"timm could not load {where}: {why(error)}{_tags(where, error)}.") from error
+    if task == "image-classification" and getattr(module, "num_classes", 0) == 0:
+        raise ModelError(f"{where} has no classifier (num_classes is 0); leave --task out, or choose another model.")
     return _wrap(
         module, folder.name if folder.is_dir() else where.removeprefix("hf-hub:"), chosen, where, random_weights
     )
+
+
+def _tags(where: str, error: Exception) -> str:
+    """The tags there are, where the one asked for does not exist."""
+    if "pretrained tag" not in str(error):
+        return ""
+    return f"; expected one of {', '.join(timm.list_pretrained(where.split('.', maxsplit=1)[0] + '.*'))}"
 
 
 def _wrap(module: torch.nn.Module, name: str, task: str, where: str, random_weights: bool) -> Model:
@@ -95,4 +108,4 @@ def _save(module: torch.nn.Module, where: str, folder: Path) -> None:
     if original.is_file():
         shutil.copyfile(original, folder / "config.json")
     else:
-        timm.models.save_config_for_hf(module, str(folder / "config.json"))
+        save_config_for_hf(module, str(folder / "config.json"))

@@ -18,7 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
-from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.models.base import Model, ModelError, as_numpy, why
 from compressor.preprocess import Preprocess
 
 HEADS = {
@@ -55,8 +55,10 @@ def load(
             config = transformers.AutoConfig.from_pretrained(where, **options)
             chosen = task or _task(config, where)
             module, untrained = _module(where, config, chosen, random_weights, options)
+        except ModelError:
+            raise
         except Exception as error:  # transformers lets hub, file and shape errors through as they are
-            raise ModelError(f"transformers could not load {where}: {first_line(error)}.") from error
+            raise ModelError(f"transformers could not load {where}: {why(error)}.") from error
         return _wrap(module.eval().float(), where, chosen, options, random_weights, untrained)
 
 
