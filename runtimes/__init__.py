@@ -1,8 +1,8 @@
 """The execution world: an ONNX file in, a running engine out.
 
-Every file here except `base` and `timing` is a target, and its name is what `--target` takes. No file imports torch,
-and none imports its engine before it is asked to build or load something, so that listing the targets is quick and
-works everywhere.
+Every file here that `base.NOT_TARGETS` does not name is a target, and its name is what `--target` takes. No file
+imports torch, and none imports its engine before it is asked to build or load something, so that listing the targets
+is quick and works everywhere.
 """
 
 from runtimes.base import (

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 DEVICES = ("cpu", "cuda")
 # The files of this folder that are no targets. Whatever else is put here is one; the contract tests hold it to that.
-NOT_TARGETS = frozenset({"base", "timing"})
+NOT_TARGETS = frozenset({"base", "qdq", "tensorrt_engine", "timing"})
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]
@@ -38,13 +38,18 @@ class BuildError(RuntimesError):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Where an engine runs.
+    """Where an engine runs, and on which sizes.
+
+    A runtime that takes any size ignores the sizes; one that plans its memory and kernels ahead is quickest at the
+    middle one and refuses what lies outside.
 
     Attributes:
         device: "cpu" or "cuda".
         threads: CPU threads for one inference; None leaves it to the runtime, which takes all physical cores.
         spinning: Let threads wait actively between runs. Quicker for one engine, but several open ones then take the
             cores from each other: turn it off for those.
+        batches: Smallest, usual and largest size of a free first axis, the batch.
+        lengths: Smallest, usual and largest size of every other free axis, such as the tokens of a text.
 
     Raises:
         RuntimesError: An option has a value that no runtime takes.
@@ -53,12 +58,34 @@ class BuildOptions:
     device: str = "cpu"
     threads: int | None = None
     spinning: bool = True
+    batches: tuple[int, int, int] = (1, 1, 8)
+    lengths: tuple[int, int, int] = (1, 128, 512)
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise RuntimesError(f"Unknown device {self.device!r}; expected one of: {', '.join(DEVICES)}.")
         if self.threads is not None and self.threads < 1:
             raise RuntimesError(f"Found threads={self.threads}; expected at least 1, or none given for all cores.")
+        for name, sizes in (("batches", self.batches), ("lengths", self.lengths)):
+            if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+                raise RuntimesError(
+                    f"Found {name}={sizes}; expected three sizes of at least 1: smallest, usual and largest."
+                )
+
+
+@dataclass(frozen=True)
+class Int8Style:
+    """How an int8 file has to be written for a target.
+
+    Attributes:
+        activations: "uint8" with a zero point, or symmetric "int8".
+        convolutions: Whether convolutions get int8 inputs too.
+        dynamic: Whether the target runs int8 with activation ranges found at run time.
+    """
+
+    activations: Literal["uint8", "int8"]
+    convolutions: bool
+    dynamic: bool
 
 
 class Engine(Protocol):
@@ -103,7 +130,7 @@ class Engine(Protocol):
 
 
 class Runtime(Protocol):
-    """What a target file defines at module level: three facts and three functions."""
+    """What a target file defines at module level: four facts and three functions."""
 
     @property
     def name(self) -> str:
@@ -116,6 +143,10 @@ class Runtime(Protocol):
     @property
     def devices(self) -> tuple[str, ...]:
         """The devices it can run on, the preferred one first."""
+
+    @property
+    def int8(self) -> Int8Style:
+        """How to quantize for it."""
 
     def missing(self) -> str | None:
         """Return None where the target can be used, else the reason and what to install; imports no engine."""

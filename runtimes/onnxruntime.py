@@ -18,6 +18,7 @@ from runtimes.base import (
     BuildOptions,
     DTypes,
     Feeds,
+    Int8Style,
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
@@ -29,6 +30,8 @@ from runtimes.base import (
 name = "onnxruntime"
 description = "ONNX Runtime on the CPU or on CUDA; runs model.onnx itself"
 devices = ("cpu", "cuda")
+# Its CPU kernels run a convolution in int8 only if the output is quantized too, and uint8 activations lose less.
+int8 = Int8Style(activations="uint8", convolutions=False, dynamic=True)
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"

@@ -24,7 +24,7 @@ def run_python(code):
 
 def test_targets_are_the_files_of_the_folder():
     files = {path.stem for path in Path(runtimes.__file__).parent.glob("*.py")}
-    assert set(runtimes.targets()) == files - {"__init__", "base", "timing"}
+    assert set(runtimes.targets()) == files - {"__init__", "base", "qdq", "tensorrt_engine", "timing"}
     assert list(runtimes.targets()) == sorted(runtimes.targets())
 
 
@@ -33,7 +33,7 @@ def test_unknown_target_lists_the_known_and_suggests():
         runtimes.runtime("onnxruntme")
 
 
-@pytest.mark.parametrize("name", ["base", "timing", "", "os", "../x"])
+@pytest.mark.parametrize("name", ["base", "qdq", "timing", "", "os", "../x"])
 def test_what_is_no_target_is_refused(name):
     with pytest.raises(RuntimesError, match="The targets are"):
         runtimes.runtime(name)
@@ -58,6 +58,8 @@ def test_listing_targets_imports_no_engine_and_no_torch():
         ({"device": "tpu"}, r"Unknown device 'tpu'; expected one of: cpu, cuda\."),
         ({"threads": 0}, r"threads=0; expected at least 1"),
         ({"threads": -2}, r"threads=-2; expected at least 1"),
+        ({"batches": (0, 1, 2)}, r"batches=\(0, 1, 2\); expected three sizes of at least 1"),
+        ({"lengths": (1, 9, 8)}, r"lengths=\(1, 9, 8\); expected three sizes"),
     ],
 )
 def test_build_options_refuse_what_no_runtime_takes(arguments, message):

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
-from runtimes.base import DEVICES, BuildError, BuildOptions, RuntimesError
+from runtimes.base import DEVICES, BuildError, BuildOptions, Int8Style, RuntimesError
 
 # float32 sums of at most 16 terms of size about 1, in any order, TF32 not allowed: 1e-5 leaves a factor of ten.
 TOLERANCE = 1e-5
@@ -102,6 +102,7 @@ def test_facts(target):
     assert "\n" not in target.description
     assert target.devices
     assert set(target.devices) <= set(DEVICES)
+    assert isinstance(target.int8, Int8Style)
 
 
 def test_missing_says_how_to_get_it(target):
