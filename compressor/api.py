@@ -31,7 +31,7 @@ def export(
     revision: str | None = None,
     trust_remote_code: bool = False,
     random_weights: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     batch: int = 1,
     samples: int | None = None,

@@ -156,7 +156,7 @@ def _subject_options(command: Command) -> Command:
     "--max-int8-loss", default=0.5, show_default=True, help="Most int8 may lose before layers return to float, in %."
 )
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the engine runs."
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where the engine runs.  [default: as the target prefers]"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: the runtime's]")
 @click.option(

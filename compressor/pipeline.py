@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
         subject = _load(settings, steps)
         subject.model.save(folder)
+        options = _sized(options, subject, settings)
         with _accepting_data(subject):
             plan, search_facts = _decide(subject, settings, steps)
         (folder / "plan.json").write_text(plan.to_json())
@@ -103,7 +104,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         _ship(files["result"], folder / "model.onnx")
         files["result"] = folder / "model.onnx"
         with steps.step(f"build for {target.name}"):
-            engines = {name: target.build(path, folder, options) for name, path in files.items()}
+            engines = {name: target.build(path, path.parent, options) for name, path in files.items()}
         quality = _quality(engines, subject, target, options, steps)
         latency = _latency(engines, subject, settings, target, options, steps)
         report = Report(
@@ -152,13 +153,32 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
 def _usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
     target = runtime(settings.target)
+    if settings.int8 == "dynamic" and not target.int8.dynamic:
+        raise PipelineError(
+            f"target {settings.target} has no dynamic int8, it needs the ranges in the file; use --int8 static."
+        )
     reason = target.missing()
     if reason is not None:
         raise RuntimeUnavailable(f"target {settings.target} cannot be used here: {reason}.")
-    options = BuildOptions(device=settings.device, threads=settings.threads)
+    device = target.devices[0] if settings.device is None else settings.device
+    options = BuildOptions(device=device, threads=settings.threads)
     if options.device != target.devices[0]:
         _probe(target, options)
     return target, options
+
+
+def _sized(options: BuildOptions, subject: _Subject, settings: Settings) -> BuildOptions:
+    """The options with the sizes that an engine will meet: from one row up to the batches of the evaluation."""
+    parts = (subject.data.calibration, subject.data.validation, subject.data.test)
+    rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
+    options = dataclasses.replace(options, batches=(1, settings.batch, rows))
+    axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis != 0]
+    if not axes:
+        return options
+    usual = _timing_feeds(subject.data.test, settings.batch)
+    feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
+    longest = max(found[name].shape[axis] for found in feeds for name, axis in axes)
+    return dataclasses.replace(options, lengths=(1, max(usual[name].shape[axis] for name, axis in axes), longest))
 
 
 def _probe(target: Runtime, options: BuildOptions) -> None:
@@ -352,6 +372,7 @@ def _quantized(
     """Int8 versions of baseline and result, each from its own float file; the float baseline becomes ``original``."""
     made: dict[str, Path] = {"original": files["baseline"]}
     facts: dict[str, Quantized] = {}
+    mode: Literal["static", "dynamic"] = "dynamic" if settings.int8 == "dynamic" else "static"
     for name, source in files.items():
         if name == "result" and source == files["baseline"]:
             made[name], facts[name] = made["baseline"], facts["baseline"]
@@ -362,19 +383,30 @@ def _quantized(
                 source,
                 made[name],
                 lambda: (batch.feeds for batch in subject.data.calibration.batches(BATCH)),
-                mode="dynamic" if settings.int8 == "dynamic" else "static",
-                loss=None if _no_quality(subject) else partial(_int8_loss, source, subject, target, options),
+                mode=mode,
+                activations="uint8" if mode == "dynamic" else target.int8.activations,
+                convolutions=mode == "static" and target.int8.convolutions,
+                loss=_int8_loss(source, subject, target, options),
                 max_loss=settings.max_int8_loss,
                 progress=lambda text, tick=tick: tick(text=text),  # type: ignore[misc]
             )
     return made, facts
 
 
-def _int8_loss(floating: Path, subject: _Subject, target: Runtime, options: BuildOptions, quantized: Path) -> float:
-    """What int8 lost against its own float file on validation data, in percent."""
-    engines = {"float": floating, "int8": quantized}
-    evaluation = _run_all(engines, subject, subject.data.validation, "float", target, options, lambda *_: None)
-    return evaluation.loss_value("float", "int8")
+def _int8_loss(
+    source: Path, subject: _Subject, target: Runtime, options: BuildOptions
+) -> Callable[[Path], float] | None:
+    """What measures how much an int8 file lost against its float file on validation data, in percent; None: nothing."""
+    if _no_quality(subject) is not None:
+        return None
+    floating = target.build(source, source.parent, options)
+
+    def loss(quantized: Path) -> float:
+        engines = {"float": floating, "int8": target.build(quantized, quantized.parent, options)}
+        evaluation = _run_all(engines, subject, subject.data.validation, "float", target, options, lambda *_: None)
+        return evaluation.loss_value("float", "int8")
+
+    return loss
 
 
 def _run_all(

@@ -34,7 +34,7 @@ class Settings:
         target: name of the runtime.
         int8: None, ``static`` or ``dynamic``.
         max_int8_loss: most quality that int8 may lose against float before layers return to float, in percent.
-        device: ``cpu`` or ``cuda``, where the engine runs.
+        device: ``cpu`` or ``cuda``, where the engine runs; None takes the one that the target prefers.
         threads: threads of the engine; None leaves it to the runtime.
         batch: batch size of the latency measurement.
         samples: most samples used in total; None takes all.
@@ -57,7 +57,7 @@ class Settings:
     revision: str | None = None
     trust_remote_code: bool = False
     random_weights: bool = False
-    device: str = "cpu"
+    device: str | None = None
     threads: int | None = None
     batch: int = 1
     samples: int | None = None
@@ -87,7 +87,7 @@ def _check_texts(settings: Settings) -> None:
 def _check_choices(settings: Settings) -> None:
     for name, choices in (("metric", METRICS), ("int8", INT8), ("device", DEVICES), ("task", TASKS)):
         value = getattr(settings, name)
-        if value not in choices and not (value is None and name in ("int8", "task")):
+        if value not in choices and not (value is None and name in ("int8", "device", "task")):
             raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from passes.base import Rewritten
-from passes.graph import drop_branches, find_sites, remove_dead, site_named
+from passes.graph import drop_branches, remove_dead
+from passes.sites import find_sites, site_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

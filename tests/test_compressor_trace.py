@@ -6,8 +6,8 @@ from torch import nn
 
 from compressor import models
 from compressor.trace import TraceError, trace
-from passes.graph import find_sites
 from passes.run import run
+from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}

@@ -9,8 +9,9 @@ from compressor.trace import trace
 from passes.base import apply
 from passes.clean import Clean
 from passes.drop import Drop
-from passes.graph import GraphError, find_sites
+from passes.graph import GraphError
 from passes.run import run
+from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}

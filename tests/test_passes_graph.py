@@ -18,8 +18,9 @@ from compressor import models
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
-from passes.graph import GraphError, drop_branches, find_sites, live_nodes, remove_dead, site_named
+from passes.graph import GraphError, drop_branches, live_nodes, remove_dead
 from passes.run import run
+from passes.sites import find_sites, site_named
 from tests.architectures import TIMM, TRANSFORMERS, promised
 
 GOLDEN = Path(__file__).parent / "golden"

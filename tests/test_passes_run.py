@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
-from passes.graph import find_sites
 from passes.run import Forks, Program, run
+from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS
 
 NAMES = ("vit", "hf_bert", "vit_parallel_scaling")

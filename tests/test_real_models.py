@@ -16,10 +16,10 @@ from compressor.lower import lower
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
-from passes.graph import find_sites
 from passes.plan import choose, parse
 from passes.run import run
 from passes.score import Score
+from passes.sites import find_sites
 from runtimes import onnxruntime as target
 from runtimes.base import BuildOptions
 
