@@ -5,8 +5,12 @@ Formulas, with x the trunk before the norm and y = x + f(x), means over all unpa
 - cosine similarity, LLM-Drop (He et al., "What Matters in Transformers?", eq. 1): mean <x, y> / (|x| |y|);
 - Block Influence, ShortGPT (Men et al. 2024, eq. 1): 1 - mean cosine between block input and block output;
 - angular distance, Gromov et al. 2024 (eq. 7): arccos(<x, y> / (|x| |y|)) / pi, over n blocks, at the last unpadded
-  token of texts, over all tokens otherwise;
+  token of each text, over all tokens otherwise;
 - relative update norm: mean |f(x)| / |x|.
+
+A text is what comes with an ``attention_mask``. A block ends with the complete sum of its last site, so where norms
+follow the sums (BERT) its output is taken before the last of them. States are compared in float32, as LLM-Drop does,
+and summed in float64.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from passes.base import PassError
-from passes.graph import find_sites
 from passes.run import Program
+from passes.sites import find_sites
 
 if TYPE_CHECKING:
     from torch import fx
@@ -33,9 +37,13 @@ MASK = "attention_mask"
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens, in float64: cosine similarity, angular distance, relative update norm."""
+    """Sums in float64: cosine similarity and relative update norm over `tokens`, angular distance over `ends`.
+
+    `ends` are the last tokens of texts, and all tokens otherwise.
+    """
 
     tokens: int = 0
+    ends: int = 0
     cosine: float = 0.0
     angular: float = 0.0
     update: float = 0.0
@@ -44,6 +52,7 @@ class Moments:
         """Moments of the tokens of both."""
         return Moments(
             self.tokens + other.tokens,
+            self.ends + other.ends,
             self.cosine + other.cosine,
             self.angular + other.angular,
             self.update + other.update,
@@ -51,7 +60,8 @@ class Moments:
 
     def mean(self, name: str) -> float:
         """Mean of one of the sums; NaN before any token was seen."""
-        return float(getattr(self, name)) / self.tokens if self.tokens else math.nan
+        count = self.ends if name == "angular" else self.tokens
+        return float(getattr(self, name)) / count if count else math.nan
 
 
 @dataclass(frozen=True)
@@ -167,16 +177,14 @@ class _Sweep:
         return Scores(samples, site_moments, block_moments, self.states, *self._pairs(values, mask))
 
     def _site(self, site: Site, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> Moments:
-        before = _rows(values[self.nodes[site.trunk]], site.channel_dim, mask)
-        change = _rows(values[self.nodes[site.branch]], site.channel_dim, mask)
-        return _moments(before, before + change, site.name)
+        before, change = values[self.nodes[site.trunk]].float(), values[self.nodes[site.branch]].float()
+        return _moments(before, before + change, site.channel_dim, mask, site.name)
 
     def _block(self, members: list[Site], values: dict[fx.Node, Any], mask: torch.Tensor | None) -> Moments:
         first, last = values[self.nodes[members[0].trunk]], values[self.nodes[members[-1].root]]
         if first.shape != last.shape:
             return Moments()
-        dim = members[0].channel_dim
-        return _moments(_rows(first, dim, mask), _rows(last, dim, mask), members[0].block)
+        return _moments(first.float(), last.float(), members[0].channel_dim, mask, members[0].block)
 
     def _pairs(self, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Sums over tokens for each pair of states of one shape: cosines, their tokens, angles, their tokens."""
@@ -185,15 +193,13 @@ class _Sweep:
         for members in self._same_shape(values):
             where = torch.tensor(members)
             pair = where[:, None], where
-            rows = torch.stack([self._unit(self.states[index], values, mask) for index in members], dim=1)
-            if mask is None:
-                sums[pair], angles[pair] = _pair_sums(rows)
-                tokens[pair] = ends[pair] = float(len(rows))
-            else:
-                sums[pair], tokens[pair] = _pair_sums(rows)[0], float(len(rows))
-                last = [_last_tokens(values[self.nodes[self.states[index]]], mask) for index in members]
-                rows = torch.nn.functional.normalize(torch.stack(last, dim=1), dim=-1)
-                angles[pair], ends[pair] = _pair_sums(rows)[1], float(len(rows))
+            states = [(values[self.nodes[self.states[index]]], self.dims[self.states[index]]) for index in members]
+            rows = [_rows(value, dim, mask) for value, dim in states]
+            sums[pair], angles[pair] = _pair_sums(rows)
+            tokens[pair] = ends[pair] = float(len(rows[0]))
+            if mask is not None:
+                last = [_ends(value, dim, mask) for value, dim in states]
+                angles[pair], ends[pair] = _pair_sums(last)[1], float(len(last[0]))
         return sums, tokens, angles, ends
 
     def _same_shape(self, values: dict[fx.Node, Any]) -> list[list[int]]:
@@ -201,9 +207,6 @@ class _Sweep:
         for index, name in enumerate(self.states):
             groups.setdefault((tuple(values[self.nodes[name]].shape), self.dims[name]), []).append(index)
         return list(groups.values())
-
-    def _unit(self, name: str, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> torch.Tensor:
-        return torch.nn.functional.normalize(_rows(values[self.nodes[name]], self.dims[name], mask), dim=-1)
 
 
 def _rows(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
@@ -214,32 +217,43 @@ def _rows(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> t
     return rows.reshape(-1, rows.shape[-1])
 
 
-def _last_tokens(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    if value.ndim != 3 or value.shape[:2] != mask.shape:
-        return value.float().reshape(-1, value.shape[-1])
+def _ends(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows at which angular distance is taken: the last unpadded token of each text, or all tokens."""
+    rows = value.movedim(channel_dim, -1)
+    if mask is None or rows.ndim != 3 or rows.shape[:2] != mask.shape:
+        return _rows(value, channel_dim, None)
     positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask.bool() * positions).argmax(1)
-    return value[torch.arange(len(value), device=mask.device), last].float()
+    last = (mask.bool() * positions).argmax(1)  # on whichever side the padding is
+    return rows[torch.arange(len(rows), device=mask.device), last].float()
 
 
-def _moments(before: torch.Tensor, after: torch.Tensor, name: str) -> Moments:
-    cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1).double()
-    update = ((after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-12)).double()
+def _moments(
+    before: torch.Tensor, after: torch.Tensor, channel_dim: int, mask: torch.Tensor | None, name: str
+) -> Moments:
+    x, y = _rows(before, channel_dim, mask), _rows(after, channel_dim, mask)
+    cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1).double()
+    update = ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)).double()
     if not torch.isfinite(cosine).all() or not torch.isfinite(update).all():
         raise PassError(
             f"site {name} computes values that are NaN or infinite on the calibration data; "
             "check the weights and the preprocessing."
         )
-    angular = torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi
-    return Moments(len(cosine), float(cosine.sum()), float(angular.sum()), float(update.sum()))
+    at_ends = cosine
+    if mask is not None:
+        x, y = _ends(before, channel_dim, mask), _ends(after, channel_dim, mask)
+        at_ends = torch.nn.functional.cosine_similarity(x, y, dim=-1).double()
+    angular = torch.arccos(at_ends.clamp(-1.0, 1.0)) / math.pi
+    return Moments(len(cosine), len(at_ends), float(cosine.sum()), float(angular.sum()), float(update.sum()))
 
 
-def _pair_sums(unit: torch.Tensor, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over rows of the cosine and of arccos / pi for each pair, from unit rows [rows, states, width]."""
-    count = unit.shape[1]
-    cosines, angles = torch.zeros(2, count, count, dtype=torch.float64, device=unit.device)
-    for rows in torch.split(unit, chunk):
-        products = rows @ rows.transpose(1, 2)
+def _pair_sums(states: list[torch.Tensor], chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over rows of the cosine and of arccos / pi for each pair of states, each given as rows [tokens, width]."""
+    count = len(states)
+    cosines, angles = torch.zeros(2, count, count, dtype=torch.float64, device=states[0].device)
+    for start in range(0, len(states[0]), chunk):  # all states of all tokens side by side would double the memory
+        rows = torch.stack([state[start : start + chunk] for state in states], dim=1)
+        unit = torch.nn.functional.normalize(rows, dim=-1)
+        products = unit @ unit.transpose(1, 2)
         cosines += products.sum(0, dtype=torch.float64)
         angles += torch.arccos(products.clamp_(-1.0, 1.0)).sum(0, dtype=torch.float64)
     return cosines, (angles / math.pi).fill_diagonal_(0.0)  # rounding would put a state 1e-4 away from itself
