@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from passes.graph import Applied
 
@@ -59,6 +59,6 @@ def apply(step: Pass[Result_co], graph: Graph, data: Iterable[Mapping[str, torch
     return result
 
 
-def _options(step: Pass[Any]) -> dict[str, str]:
-    fields = getattr(step, "__dataclass_fields__", {})
-    return {field: repr(getattr(step, field)) for field in fields}
+def _options(step: object) -> dict[str, str]:
+    options = fields(step) if is_dataclass(step) else ()  # class facts such as `rewrites` are no options
+    return {option.name: repr(getattr(step, option.name)) for option in options}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 VERSION = 1
 METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
 KINDS = ("attention", "mlp", "block", "conv", "other")
+ACTIONS = ("drop", "keep")
 _COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
 
 
@@ -67,15 +68,29 @@ class Plan:
         """
         try:
             fields = json.loads(text)
+            version = fields.get("version")
+            if version != VERSION:
+                raise PassError(f"the plan has version {version}, expected {VERSION}; make it again with this release.")
             decisions = tuple(Decision(**decision) for decision in fields.pop("decisions"))
-            plan = Plan(decisions=decisions, order=tuple(fields.pop("order", ())), **fields)
+            plan = Plan(decisions=decisions, order=tuple(fields.pop("order")), **fields)
+            plan._check_fields()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PassError(f"this is not a plan.json that Compressor wrote ({error}).") from error
-        if plan.version != VERSION:
-            raise PassError(
-                f"the plan has version {plan.version}, expected {VERSION}; make it again with this release."
-            )
         return plan
+
+    def _check_fields(self) -> None:
+        """Raise ValueError unless every field has its type and the drops are ordered completely."""
+        texts = [self.model, self.fingerprint, self.rule, self.metric, *self.order]
+        texts += [text for decision in self.decisions for text in (decision.site, decision.action, decision.reason)]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a name, action or reason is not text")
+        for decision in self.decisions:
+            if decision.action not in ACTIONS:
+                raise ValueError(f"{decision.site} has the action {decision.action!r}, expected drop or keep")
+        if sorted(self.order) != sorted(self.dropped):
+            raise ValueError("the order lists other sites than those that are dropped")
+        if len({decision.site for decision in self.decisions}) < len(self.decisions):
+            raise ValueError("a site is decided twice")
 
     def check(self, sites: Sequence[Site]) -> None:
         """Hold the plan against the sites of a model.
@@ -85,11 +100,12 @@ class Plan:
         """
         known = {site.name for site in sites}
         unknown = [decision.site for decision in self.decisions if decision.site not in known]
-        if unknown and len(unknown) < len(self.decisions):
+        foreign = self.fingerprint != fingerprint(sites)
+        if unknown and not (foreign and len(unknown) == len(self.decisions)):
             raise PassError(
                 f"the plan names {len(unknown)} sites that the model does not have, the first is {unknown[0]}."
             )
-        if self.fingerprint != fingerprint(sites):
+        if foreign:
             raise PassError(
                 f"the plan was made for another model ({self.model}): its sites differ from those found here."
             )
@@ -108,7 +124,8 @@ def fingerprint(sites: Sequence[Site]) -> str:
 class Selection:
     """A parsed ``--drop``: how many units of a kind, or which names.
 
-    `unit` is ``site`` (any kind), ``block`` or one kind of site; `count` of them, or `percent` of all of them.
+    `unit` is ``site`` (any kind), ``block`` or one kind of site; `count` of them, or `percent` of all of them, rounded
+    down to whole units (25% of 10 sites are 2).
     """
 
     text: str
@@ -174,15 +191,16 @@ def choose(
         return _by_name(selection, sites, model)
     units = _units(selection.unit, sites)
     count = _count(selection, units)
-    if metric == "angular" and selection.unit in ("site", "block") and scores is not None:
-        values = {name: scores.cosine(name) for name in units}
-        ranked, label = _closest_span(units, count, scores), "angular distance of the span"
-    else:
-        values = _values(units, metric, scores, effect, seed)
-        ranked, label = sorted(units, key=lambda name: values[name]), metric
-    chosen = ranked[:count]
-    reasons = {name: f"{label}: rank {ranked.index(name) + 1} of {len(units)} ({values[name]:.4g})" for name in units}
-    return _plan(selection, sites, model, metric, units, chosen, reasons)
+    if metric == "angular" and selection.unit in ("site", "block") and count and scores is not None:
+        inside, reasons = _closest_span(units, count, scores)
+        return _plan(selection, sites, model, metric, units, inside, reasons)
+    values = _values(units, metric, scores, effect, seed)
+    # A unit without a value (a block whose input and output differ in shape) goes last.
+    ranked = sorted(units, key=lambda name: (math.isnan(values[name]), values[name]))
+    reasons = {
+        name: f"{metric}: rank {rank} of {len(units)} ({values[name]:.4g})" for rank, name in enumerate(ranked, start=1)
+    }
+    return _plan(selection, sites, model, metric, units, ranked[:count], reasons)
 
 
 def _units(unit: str, sites: Sequence[Site]) -> dict[str, list[Site]]:
@@ -214,26 +232,37 @@ def _values(
         return {name: float(rank) for name, rank in zip(names, order, strict=True)}
     if metric == "reverse":
         return {name: float(len(names) - position) for position, name in enumerate(names)}
-    if metric == "output" and effect is not None:
+    if metric not in METRICS:
+        raise PassError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}.")
+    if metric == "output":
+        if effect is None:
+            raise PassError("the metric output needs measured effects and got none; pass `effect`.")
         return dict(zip(names, effect(list(units.values())), strict=True))
-    if scores is None or metric not in METRICS:
-        raise PassError(f"unknown metric {metric!r}, or no scores for it; expected one of {', '.join(METRICS)}.")
+    if scores is None:
+        raise PassError(f"the metric {metric} needs scores and got none; run Score first.")
     if metric == "angular":
         return {name: (scores.sites.get(name) or scores.blocks[name]).mean("angular") for name in names}
     return {name: scores.influence(name) for name in names}
 
 
-def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -> list[str]:
-    """The `count` consecutive units whose input and output are closest, first; Gromov et al. 2024."""
+def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -> tuple[list[str], dict[str, str]]:
+    """The `count` consecutive units whose input and output are closest (Gromov et al. 2024), and a reason for each.
+
+    A span starts and ends at states of the trunk, so it takes both or none of two branches added to the same state.
+    """
     names, distances = list(units), scores.angular_matrix()
     states = [scores.states.index(units[name][0].trunk) for name in names] + [len(scores.states) - 1]
-    spans = [(float(distances[states[start], states[start + count]]), start) for start in range(len(names) - count + 1)]
+    starts = [place for place in range(len(names) + 1) if place == 0 or states[place] != states[place - 1]]
+    spans = [
+        (float(distances[states[start], states[start + count]]), start) for start in starts if start + count in starts
+    ]
     finite = [span for span in spans if not math.isnan(span[0])]
     if not finite:
-        raise PassError(f"no {count} consecutive units have input and output of one shape; ask for fewer.")
-    _, best = min(finite)
+        raise PassError(f"no {count} consecutive units lead from one state to another of its shape; ask for fewer.")
+    distance, best = min(finite)
     inside = names[best : best + count]
-    return inside + [name for name in names if name not in inside]
+    span = f"the closest of {len(finite)} spans of {count} ({distance:.4g})"
+    return inside, {name: f"angular: {'in' if name in inside else 'not in'} {span}" for name in names}
 
 
 def _by_name(selection: Selection, sites: Sequence[Site], model: str) -> Plan:
