@@ -25,6 +25,8 @@ Columns = dict[str, Array]
 
 BATCH = 32
 RESAMPLES = 999
+DRAWS = 2_000_000  # samples drawn at a time in a bootstrap, 16 MB a column
+LARGEST_NLL = 700.0  # exp() of more overflows; a model this far off is lost anyway
 METRICS = {
     "accuracy": "top-1 accuracy in %",
     "agreement": "top-1 agreement with the original in %",
@@ -64,55 +66,71 @@ def metric_for(task: str, label_kind: str | None) -> str:
 
 
 def judge(metric: str, columns: Columns) -> float:
-    """The metric's value from the columns of all samples (or of a resample of them)."""
+    """The metric's value from the columns of all samples."""
+    return float(_judge(metric, columns))
+
+
+def _judge(metric: str, columns: Columns) -> Array:
+    """The metric along the last axis of the columns, so that many resamples are judged at once."""
+    value: Array
     if metric == "perplexity":
-        return float(np.exp(columns["nll"].sum() / max(columns["tokens"].sum(), 1)))
-    if metric == "spearman":
-        return float(stats.spearmanr(columns["cosine"], columns["gold"]).statistic * 100.0)
-    return float(columns[metric].mean() * 100.0)
+        mean = columns["nll"].sum(-1) / np.maximum(columns["tokens"].sum(-1), 1.0)
+        value = np.exp(np.minimum(mean, LARGEST_NLL))
+    elif metric == "spearman":
+        value = _correlation(stats.rankdata(columns["cosine"], axis=-1), stats.rankdata(columns["gold"], axis=-1)) * 100
+    else:
+        value = columns[metric].mean(-1) * 100.0
+    return value
+
+
+def _correlation(left: Array, right: Array) -> Array:
+    """Pearson correlation along the last axis; 0 where one side is constant, as nothing is told apart there."""
+    left, right = left - left.mean(-1, keepdims=True), right - right.mean(-1, keepdims=True)
+    spread = np.sqrt((left**2).sum(-1) * (right**2).sum(-1))
+    correlation: Array = (left * right).sum(-1) / np.where(spread > 0, spread, 1.0)
+    return correlation
 
 
 def loss(metric: str, before: float, after: float) -> float:
     """What was lost, in percent: points of a score, relative increase of perplexity. Negative means better."""
-    return (after / before - 1.0) * 100.0 if metric == "perplexity" else before - after
+    return float(_loss(metric, np.asarray(before), np.asarray(after)))
+
+
+def _loss(metric: str, before: Array, after: Array) -> Array:
+    lost: Array = (after / before - 1.0) * 100.0 if metric == "perplexity" else before - after
+    return lost
 
 
 def figure(metric: str, columns: Columns, *, seed: int = 0) -> Figure:
     """The metric with a percentile bootstrap interval over samples."""
-    return _figure(lambda part: judge(metric, part), columns, seed)
+    return _figure(lambda part: _judge(metric, part), columns, seed)
 
 
 def loss_figure(metric: str, before: Columns, after: Columns, *, seed: int = 0) -> Figure:
     """The loss from `before` to `after`, resampling the same samples of both (a paired bootstrap)."""
     both = {f"0{key}": value for key, value in before.items()} | {f"1{key}": value for key, value in after.items()}
 
-    def lost(part: Columns) -> float:
+    def lost(part: Columns) -> Array:
         sides = [{key[1:]: value for key, value in part.items() if key[0] == side} for side in "01"]
-        return loss(metric, judge(metric, sides[0]), judge(metric, sides[1]))
+        return _loss(metric, _judge(metric, sides[0]), _judge(metric, sides[1]))
 
     return _figure(lost, both, seed)
 
 
-def _figure(statistic: Callable[[Columns], float], columns: Columns, seed: int) -> Figure:
-    names = list(columns)
-    count = len(columns[names[0]])
-    value = statistic(columns)
+def _figure(statistic: Callable[[Columns], Array], columns: Columns, seed: int) -> Figure:
+    """Percentile bootstrap (Efron 1979): `statistic` of `RESAMPLES` draws of the samples with replacement."""
+    count = len(next(iter(columns.values())))
+    value = float(statistic(columns))
     if count < 2:
         return Figure(value, value, value, count)
-
-    def of_resample(*arrays: Array) -> float:
-        return statistic(dict(zip(names, arrays, strict=True)))
-
-    interval = stats.bootstrap(
-        [columns[name] for name in names],
-        of_resample,
-        n_resamples=RESAMPLES,
-        paired=True,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Figure(value, float(interval.low), float(interval.high), count)
+    rng = np.random.default_rng(seed)
+    at_once = max(1, DRAWS // count)
+    drawn = []
+    for start in range(0, RESAMPLES, at_once):
+        rows = rng.integers(0, count, (min(at_once, RESAMPLES - start), count))
+        drawn.append(statistic({name: column[rows] for name, column in columns.items()}))
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
+    return Figure(value, float(low), float(high), count)
 
 
 # ------------------------------------------------------------------------------------------------------- running
@@ -195,10 +213,10 @@ def compare(metric: str, batch: Batch, answer: Array, original: Array | None, na
     Raises:
         EvaluationError: the answer is not finite.
     """
-    if not np.isfinite(answer).all():
-        raise EvaluationError(
-            f"{name} gave NaN or infinity for {batch.ids[0]} or a sample after it; check its weights."
-        )
+    finite = np.isfinite(answer).reshape(len(answer), -1).all(1)
+    if not finite.all():
+        first = batch.ids[int(finite.argmin()) // batch.rows_per_sample]
+        raise EvaluationError(f"{name} gave NaN or infinity for sample {first}; check its weights.")
     if metric == "perplexity":
         return _tokens(batch, answer, original)
     if metric == "spearman":
@@ -230,12 +248,12 @@ def _regret(answer: Array, original: Array) -> Array:
 
 
 def _tokens(batch: Batch, answer: Array, original: Array | None) -> Columns:
-    """Negative log-likelihood of each next token; padding and the first token do not count."""
+    """Negative log-likelihood of each next token; padding and the first token of a text do not count."""
     ids = torch.from_numpy(batch.feeds["input_ids"])
     mask = torch.from_numpy(batch.feeds.get("attention_mask", np.ones_like(batch.feeds["input_ids"])))
     rows = []
     for row, logits in enumerate(torch.from_numpy(answer)):  # row by row, so that one row of log-probabilities exists
-        counted = mask[row, 1:].bool()
+        counted = (mask[row, 1:] * mask[row, :-1]).bool()  # with padding on the left, the first token is not at 0
         nll = torch.nn.functional.cross_entropy(logits[:-1][counted].float(), ids[row, 1:][counted], reduction="sum")
         same = 0.0
         if original is not None:
@@ -269,13 +287,16 @@ def _similarity(answer: Array, original: Array, batch: Batch) -> Array:
     return means
 
 
-def divergence(task: str, answer: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+def divergence(
+    task: str, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """How far answers moved, per row: KL(original || answer) in nats for logits, 1 - cosine for features.
 
     Args:
         task: logits or features.
         answer: [rows, ..., classes or width].
         original: the same shape.
+        mask: [rows, tokens], 0 at padding, which does not count where there is an answer for each token.
     """
     if task.endswith("classification") or task == "text-generation":
         reference = original.float().log_softmax(-1)
@@ -283,6 +304,8 @@ def divergence(task: str, answer: torch.Tensor, original: torch.Tensor) -> torch
         each = pointwise.sum(-1)
     else:
         each = 1.0 - torch.nn.functional.cosine_similarity(answer.float(), original.float(), dim=-1)
+    if mask is not None and each.shape == mask.shape:
+        return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
     return each.reshape(len(each), -1).mean(1)
 
 
