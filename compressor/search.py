@@ -7,32 +7,39 @@ a lower bound in practice: only the front runners are measured again (lazy greed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import fx
 
 from compressor.data import Split
 from compressor.evaluate import (
     BATCH,
     Array,
     Columns,
+    EvaluationError,
     compare,
     divergence,
     graph_runner,
     join,
     judge,
     loss,
+    tensor_batches,
 )
 from compressor.models import Model
 from passes.cost import Costs
 from passes.graph import Graph, Site
 from passes.plan import Decision, Plan, fingerprint
 from passes.run import Forks, Program
+from passes.score import MASK
 
 FRONT = 6  # candidates measured at a time
 PATIENCE = 3  # candidates in a row that may break the budget before the search ends
 POSITIONS = 64  # tokens of a text at which the divergence of a language model is measured
+ROUNDING = 1e-9  # percent by which a sum of losses may exceed the limit through rounding alone
 
 Progress = Callable[[str], None]
 
@@ -41,7 +48,11 @@ Progress = Callable[[str], None]
 class Effects:
     """Output divergence from the original on a few calibration samples, under any drops.
 
-    The original's answers are kept (for language models at `POSITIONS` tokens of each text), no activations.
+    The original's answers are kept (for language models at `POSITIONS` tokens of each text), no activations. `sweeps`
+    counts forward passes over these samples, by the share of the graph's nodes that were executed.
+
+    Raises:
+        EvaluationError: the original itself gives NaN or infinity.
     """
 
     graph: Graph
@@ -51,27 +62,31 @@ class Effects:
     _originals: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for _, outputs in self._runs(Program(self.graph)):
-            self._originals.append(self._answer(outputs))
+        program = Program(self.graph)
+        self._computed = _computed(program.order)
+        with torch.inference_mode():
+            for feeds in tensor_batches(self.split):
+                self._originals.append(self._answer(program.run(feeds)))
+        if not all(bool(torch.isfinite(answer).all()) for answer in self._originals):
+            raise EvaluationError(f"{self.model.name} gave NaN or infinity on calibration data; check its weights.")
         self.sweeps += 1
 
     def measure(self, skip: Sequence[Site], candidates: Sequence[Site]) -> tuple[float, dict[Site, float]]:
-        """Divergence under `skip`, and under `skip` with each candidate added: mean over the samples' rows."""
+        """Divergence under `skip`, and under `skip` with each candidate added: mean over the samples' rows.
+
+        Infinite where the answers are no longer finite.
+        """
         forks = Forks(self.graph, skip, candidates)
         sums: dict[Site | None, float] = dict.fromkeys([None, *candidates], 0.0)
         rows = 0
-        for index, batch in enumerate(self.split.batches(BATCH)):
-            original = self._originals[index]
-
-            def receive(
-                site: Site | None, outputs: tuple[torch.Tensor, ...], original: torch.Tensor = original
-            ) -> None:
-                sums[site] += float(divergence(self.model.task, self._answer(outputs), original).sum())
-
-            forks.run({name: torch.from_numpy(value) for name, value in batch.feeds.items()}, receive)
+        for original, feeds in zip(self._originals, tensor_batches(self.split), strict=True):
+            receive = partial(self._add, sums, original, self._mask(feeds, original))
+            forks.run(feeds, receive)
             rows += len(original)
-        self.sweeps += 1 + sum(self._tail_share(site) for site in candidates)
-        return sums[None] / rows, {site: sums[site] / rows for site in candidates}
+        executed = _computed(forks.main.order) + sum(_computed(tail.order[start:]) for _, tail, start, _ in forks.tails)
+        self.sweeps += executed / self._computed
+        means = {site: total / rows if math.isfinite(total) else math.inf for site, total in sums.items()}
+        return means[None], {site: means[site] for site in candidates}
 
     def of_units(self, units: Sequence[Sequence[Site]]) -> list[float]:
         """Divergence when all sites of a unit are dropped, for each unit on its own."""
@@ -80,21 +95,40 @@ class Effects:
             return [effects[unit[0]] for unit in units]
         return [self.measure(list(unit), [])[0] for unit in units]
 
-    def _tail_share(self, site: Site) -> float:
-        """Share of a forward pass that lies behind a site, by its place among the nodes."""
-        names = [node.name for node in self.graph.nodes()]
-        return 1.0 - names.index(site.add) / len(names)
-
-    @torch.inference_mode()
-    def _runs(self, program: Program) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-        for index, batch in enumerate(self.split.batches(BATCH)):
-            yield index, program.run({name: torch.from_numpy(value) for name, value in batch.feeds.items()})
+    def _add(
+        self,
+        sums: dict[Site | None, float],
+        original: torch.Tensor,
+        mask: torch.Tensor | None,
+        site: Site | None,
+        outputs: tuple[torch.Tensor, ...],
+    ) -> None:
+        sums[site] += float(divergence(self.model.task, self._answer(outputs), original, mask).sum())
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        answer = outputs[self.model.outputs.index(self.model.answer)]
-        if self.model.task == "text-generation" and answer.shape[1] > POSITIONS:
-            return answer[:, torch.linspace(0, answer.shape[1] - 1, POSITIONS).long()].clone()
-        return answer
+        return self._positions(outputs[self.model.outputs.index(self.model.answer)])
+
+    def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
+        mask = feeds.get(MASK)
+        return None if mask is None or original.ndim < 3 else self._positions(mask)
+
+    def _positions(self, values: torch.Tensor) -> torch.Tensor:
+        if self.model.task == "text-generation" and values.shape[1] > POSITIONS:
+            return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()].clone()
+        return values
+
+
+def _computed(nodes: Sequence[fx.Node]) -> int:
+    """Nodes that compute: parameters, which all stand at the front of a traced graph, cost nothing."""
+    return sum(node.op.startswith("call") for node in nodes)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a candidate loses, in percent; only a lower bound if `samples` is fewer than the validation split has."""
+
+    percent: float
+    samples: int
 
 
 @dataclass
@@ -104,32 +138,69 @@ class Validation:
     A few hundred labels measure a loss of accuracy only to a point or two, and a search that takes the best of many
     candidates takes the luckiest. Accuracy is therefore held to its expected loss as well (`regret` in
     `compressor.evaluate`), and the larger of the two counts. The original's answers are kept for the metrics that
-    compare with them.
+    compare with them. `sweeps` counts passes over the split; one that stops early counts by its share of the samples.
     """
 
     graph: Graph
     model: Model
     split: Split
     metric: str
-    evaluations: int = 0
+    sweeps: float = 0.0
     _originals: list[Array | None] = field(default_factory=list)
-    _before: float = 0.0
+    _whole: Columns = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._before = judge(self.metric, join(list(self._columns((), first=True))))
+        self._whole = join(list(self._columns((), first=True)))
+        self._before = judge(self.metric, self._whole)
 
-    def loss(self, skip: Sequence[Site]) -> float:
-        """What is lost without the branches of `skip`, in percent (see `compressor.evaluate.loss`)."""
-        columns = join(list(self._columns(skip, first=False)))
+    @property
+    def evaluations(self) -> float:
+        """Passes over the split so far, rounded for the report."""
+        return round(self.sweeps, 2)
+
+    def loss(self, skip: Sequence[Site], *, limit: float = math.inf) -> Loss:
+        """What is lost without the branches of `skip` (see `compressor.evaluate.loss`).
+
+        Stops as soon as the loss is certain to exceed `limit`, whatever the other samples give. Answers that are no
+        longer finite are an infinite loss.
+        """
+        parts: list[Columns] = []
+        try:
+            for part in self._columns(skip, first=False):
+                parts.append(part)
+                columns = join(parts)
+                certain = self._certain(columns)
+                if certain > limit + ROUNDING:
+                    return Loss(certain, self._samples(columns))
+        except EvaluationError:
+            return Loss(math.inf, len(self.split))
         measured = loss(self.metric, self._before, judge(self.metric, columns))
-        return max(measured, float(columns["regret"].mean()) * 100.0) if self.metric == "accuracy" else measured
+        if self.metric == "accuracy":
+            measured = max(measured, self._certain(columns))
+        return Loss(measured, self._samples(columns))
+
+    def _certain(self, columns: Columns) -> float:
+        """A lower bound of the loss, given the first samples: the others may lose nothing, but not win anything."""
+        count = len(next(iter(self._whole.values())))
+        if self.metric == "accuracy":
+            return float(columns["regret"].sum()) / count * 100.0
+        if self.metric in ("agreement", "fidelity"):
+            return float((1.0 - columns[self.metric]).sum()) / count * 100.0
+        if self.metric == "perplexity":  # the others' tokens could at best be foretold with certainty
+            padded = {"nll": columns["nll"].sum(keepdims=True), "tokens": self._whole["tokens"].sum(keepdims=True)}
+            return loss(self.metric, self._before, judge(self.metric, padded))
+        return -math.inf
+
+    def _samples(self, columns: Columns) -> int:
+        done = len(next(iter(columns.values())))
+        return done * len(self.split) // len(next(iter(self._whole.values())))
 
     @torch.inference_mode()
     def _columns(self, skip: Sequence[Site], *, first: bool) -> Iterator[Columns]:
-        self.evaluations += 1
         answer_of = graph_runner(self.model, Program(self.graph, skip).run)
         for index, batch in enumerate(self.split.batches(BATCH)):
             answer = answer_of(batch.feeds)
+            self.sweeps += len(batch.ids) / len(self.split)
             if first:
                 self._originals.append(answer if self.metric in ("accuracy", "agreement", "fidelity") else None)
             yield compare(self.metric, batch, answer, self._originals[index], self.model.name)
@@ -163,10 +234,11 @@ def search(
     reasons: dict[Site, str] = {}
     while front.candidates and _broken_in_a_row(reasons, skip) < PATIENCE:
         site, added = front.best(skip)
-        lost = validation.loss([*skip, site])
-        note = f"adds {added:.4f} divergence; validation loss {lost:.2f} %"
+        lost = validation.loss([*skip, site], limit=max_loss)
+        bound = "" if lost.samples == len(validation.split) else f"at least (after {lost.samples} samples) "
+        note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         front.candidates.remove(site)
-        if lost <= max_loss:
+        if lost.percent <= max_loss:
             skip.append(site)
             front.stale()
             reasons[site] = f"{note} with {len(skip)} dropped"
