@@ -216,6 +216,7 @@ def inspect(quiet: bool, output: str, **options: Any) -> None:
 def targets() -> None:
     """List the runtimes: which can be used here, and for the others why not and how to get them."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from runtimes.base import runtime
@@ -228,7 +229,7 @@ def targets() -> None:
         found = runtime(name)
         reason = found.missing()
         state = "[green]ready[/green]" if reason is None else "[yellow]missing[/yellow]"
-        table.add_row(name, state, found.description if reason is None else reason)
+        table.add_row(name, state, escape(found.description if reason is None else reason))  # [gpu] is no markup
     Console().print(table)
 
 
