@@ -2,7 +2,6 @@
 
 import gc
 import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -82,10 +81,10 @@ def options(target):
 
 @pytest.fixture(scope="module")
 def built(target, options, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(target.name)
     return {
         name: target.build(write(folder / f"{name}.onnx"), folder, options)
         for name, write in {"vision": save_vision, "text": save_text}.items()
+        for folder in [tmp_path_factory.mktemp(f"{target.name}-{name}")]
     }
 
 
@@ -200,7 +199,8 @@ def test_leaving_the_block_closes(target, options, built):
 
 
 def test_a_moved_engine_still_opens(target, options, built, tmp_path):
-    with target.load(Path(shutil.copy(built["vision"], tmp_path)), options) as opened:
+    moved = shutil.copytree(built["vision"].parent, tmp_path / "moved")
+    with target.load(moved / built["vision"].name, options) as opened:
         assert opened.run(pixels(1))["logits"].shape == (1, 4)
 
 

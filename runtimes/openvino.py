@@ -1,0 +1,164 @@
+"""Target openvino: the ONNX file as OpenVINO's own IR, run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.base import (
+    BuildError,
+    BuildOptions,
+    DTypes,
+    Feeds,
+    Int8Style,
+    RuntimesError,
+    RuntimeUnavailable,
+    Shapes,
+    check_device,
+    check_feeds,
+)
+
+name = "openvino"
+description = "OpenVINO on the CPU; writes openvino_model.xml and .bin beside model.onnx"
+devices = ("cpu",)
+int8 = Int8Style(activations="uint8", convolutions=False, dynamic=False)
+
+FILE = "openvino_model.xml"  # the name that optimum-intel's OVModel classes look for
+
+
+def missing() -> str | None:
+    """Return None where OpenVINO can be used, else the reason and the command that changes it."""
+    if util.find_spec("openvino") is None:
+        return 'openvino is not installed; pip install "compressor-ai[openvino]"'
+    return None
+
+
+def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
+    """Convert an ONNX file to OpenVINO's IR in the folder `out` and return the path of the .xml file.
+
+    Weights keep their precision: OpenVINO would store float32 as float16 if nobody asked.
+
+    Raises:
+        RuntimeUnavailable: OpenVINO or the device is not there.
+        BuildError: OpenVINO refused the model.
+    """
+    _need(options)
+    import openvino
+
+    try:
+        model = openvino.Core().read_model(str(onnx))
+        openvino.save_model(model, str(out / FILE), compress_to_fp16=False)
+    except RuntimeError as error:
+        raise BuildError(f"OpenVINO cannot read {onnx.name}: {_reason(error)}.") from error
+    return out / FILE
+
+
+def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
+    """Compile the IR that build() wrote for low latency, in float32 where the model is float32.
+
+    Raises:
+        RuntimeUnavailable: OpenVINO or the device is not there.
+        BuildError: OpenVINO refused the model.
+    """
+    _need(options)
+    import openvino
+
+    if not path.is_file():
+        raise BuildError(f"There is no OpenVINO model {path}.")
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        # OpenVINO computes float32 models in bfloat16 where the processor can: another precision than was asked for.
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    if options.threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    try:
+        return OpenVinoEngine(openvino.Core().compile_model(str(path), "CPU", settings))
+    except RuntimeError as error:
+        raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
+
+
+class OpenVinoEngine:
+    """A compiled OpenVINO model with one inference request; see runtimes.base.Engine."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._ports = {_port_name(port): port for port in (*compiled.inputs, *compiled.outputs)}
+        self.inputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.inputs)
+        self.outputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.outputs)
+        self.input_dtypes: DTypes = {
+            key: np.dtype(self._ports[key].get_element_type().to_dtype()) for key in self.inputs
+        }
+        self.input_shapes: Shapes = {key: _shape(self._ports[key]) for key in self.inputs}
+
+    def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+        """Run one inference from host memory to host memory."""
+        self.bind(feeds)()
+        request = self._live()
+        return {key: np.array(request.get_tensor(self._ports[key]).data) for key in self.outputs}
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Copy the feeds into tensors of OpenVINO; each call of the result is one inference on them."""
+        import openvino
+
+        request = self._live()
+        check_feeds(feeds, self.input_dtypes, self.input_shapes)
+        tensors = {key: openvino.Tensor(np.array(value, order="C")) for key, value in feeds.items()}
+        for key, tensor in tensors.items():
+            request.set_tensor(self._ports[key], tensor)
+
+        def step(_held: object = tensors) -> None:
+            try:
+                self._live().infer()
+            except RuntimeError as error:
+                raise RuntimesError(f"OpenVINO failed while running: {_reason(error)}.") from error
+
+        return step
+
+    def close(self) -> None:
+        """Give back threads and memory. Closing twice is allowed."""
+        self._request = None
+
+    def __enter__(self) -> OpenVinoEngine:
+        """Return the engine itself."""
+        self._live()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the engine."""
+        self.close()
+
+    def _live(self) -> Any:
+        if self._request is None:
+            raise RuntimesError("This engine is closed; load the model again to use it.")
+        return self._request
+
+
+def _need(options: BuildOptions) -> None:
+    reason = missing()
+    if reason is not None:
+        raise RuntimeUnavailable(f"Target {name} cannot be used here: {reason}.")
+    check_device(name, devices, options)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an OpenVINO error: the first ones name its own source files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".!") if lines else type(error).__name__
+
+
+def _port_name(port: Any) -> str:
+    """The ONNX name of an input or output; OpenVINO may add names of its own."""
+    return str(port.get_any_name())
+
+
+def _shape(port: Any) -> tuple[int | None, ...]:
+    return tuple(None if size.is_dynamic else int(size.get_length()) for size in port.get_partial_shape())
