@@ -94,8 +94,11 @@ class TensorRTEngine:
         self._live()
         check_feeds(feeds, self.input_dtypes, self.input_shapes)
         bound = self._reserve(feeds)
-        self._upload(bound, feeds)
-        self._device.wait()
+        try:
+            self._upload(bound, feeds)
+        except RuntimesError:
+            self._release(bound)
+            raise
 
         def step() -> None:
             self._execute(bound)
