@@ -50,7 +50,7 @@ class Export(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Give a bare ``--int8`` its value, so that it never swallows what comes after it."""
-        following = [*args[1:], ""]
+        following = [*args, ""][1:]
         bare = [arg == "--int8" and value not in INT8 for arg, value in zip(args, following, strict=True)]
         plain = args.index("--") if "--" in args else len(args)
         filled = [

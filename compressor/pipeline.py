@@ -34,10 +34,11 @@ from compressor.trace import trace
 from passes.base import apply
 from passes.cost import Costs
 from passes.drop import Drop
-from passes.graph import Graph, Site, find_sites
+from passes.graph import Graph, Site
 from passes.plan import Plan, choose, parse
 from passes.run import run
 from passes.score import Score, Scores
+from passes.sites import find_sites
 from runtimes.base import BuildOptions, Engine, Runtime, RuntimeUnavailable, runtime
 from runtimes.timing import Latency, interleave
 
@@ -216,10 +217,6 @@ def _load(settings: Settings, steps: Steps) -> _Subject:
 
 def _data(settings: Settings, model: Model, tick: Tick) -> Data:
     source = settings.data
-    if source is None and settings.model is not None:
-        raise PipelineError(
-            "no data given; pass --data with a folder or file of samples, or --data random for speed only."
-        )
     data = data_module.load(
         str(source or models.SAMPLE / "digits.npz"),
         model.preprocess,
@@ -306,10 +303,6 @@ def _decide(subject: _Subject, settings: Settings, steps: Steps) -> tuple[Plan, 
 
 
 def _search(subject: _Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any]]:
-    if subject.data.random or subject.model.random_weights:
-        raise PipelineError(
-            "--drop auto needs real data and trained weights; pass a number, names or a plan file instead."
-        )
     effects = _effects(subject, settings, steps)
     with steps.step("search") as tick:
         validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
@@ -338,9 +331,11 @@ def _effects(subject: _Subject, settings: Settings, steps: Steps) -> Effects:
 
 def _replay(path: Path, sites: Sequence[Site]) -> Plan:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise PipelineError(f"the plan file {path} cannot be read ({error.strerror}).") from error
+        raise PipelineError(f"the plan file {path} cannot be read ({error.strerror}); check the path.") from error
+    except UnicodeDecodeError as error:
+        raise PipelineError(f"{path} is not a plan.json that Compressor wrote: it is not text.") from error
     plan = Plan.from_json(text)
     plan.check(sites)
     return plan

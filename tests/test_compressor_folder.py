@@ -3,13 +3,16 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from compressor.folder import FolderError, check_writable, output_folder, scratch_folder, write_files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def make(path: Path, *, force: bool = False, content: str = "new") -> None:
@@ -22,7 +25,7 @@ def test_the_manifest_holds_the_true_size_and_hash_of_every_file(tmp_path: Path)
     make(tmp_path / "out")
     files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
     assert files == {"sub/a.txt": {"bytes": 3, "sha256": hashlib.sha256(b"new").hexdigest()}}
-    assert os.listdir(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(143)])
@@ -35,7 +38,7 @@ def test_nothing_is_left_when_the_work_fails(tmp_path: Path, error: BaseExceptio
 
     with pytest.raises(type(error)):
         fail()
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_an_existing_folder_is_refused_without_force_and_replaced_with_it(tmp_path: Path) -> None:
@@ -44,7 +47,7 @@ def test_an_existing_folder_is_refused_without_force_and_replaced_with_it(tmp_pa
         make(tmp_path / "out")
     make(tmp_path / "out", force=True)
     assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "new"
-    assert os.listdir(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out"]
 
 
 def test_an_existing_folder_survives_a_failed_replacement(tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
 def test_a_name_that_the_disk_refuses_is_found_at_once(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="cannot be written"):
         make(tmp_path / ("x" * 300))
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_a_full_disk_is_said_whatever_the_writer_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,12 +123,12 @@ def test_a_full_disk_is_said_whatever_the_writer_raises(tmp_path: Path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(FolderError, match="is full"):
         fail(RuntimeError("native writer failed"))
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_several_files_are_written_all_or_none(tmp_path: Path) -> None:
     assert write_files(tmp_path / "a" / "b", {"x": b"1", "y": b"2"}) == (tmp_path / "a/b/x", tmp_path / "a/b/y")
-    assert sorted(os.listdir(tmp_path / "a" / "b")) == ["x", "y"]
+    assert names(tmp_path / "a" / "b") == ["x", "y"]
     with pytest.raises(FolderError, match="cannot be written"):
         write_files(tmp_path / "c", {"x": b"1", "no/such/folder": b"2"})
     assert not (tmp_path / "c").exists()
