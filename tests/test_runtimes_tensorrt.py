@@ -10,6 +10,8 @@ import enum
 import pickle
 import sys
 import types
+from functools import partial
+from importlib import machinery
 
 import numpy as np
 import onnx
@@ -18,8 +20,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
+from compressor import pipeline
 from compressor.errors import CompressorError
-from compressor.pipeline import export
 from compressor.quantize import quantize
 from compressor.settings import Settings
 from runtimes import qdq
@@ -128,6 +130,7 @@ class Fake:
     def _tensorrt(self):
         fake, module = self, types.ModuleType("tensorrt")
         module.__version__ = self.version
+        module.__spec__ = machinery.ModuleSpec("tensorrt", None)  # torch looks for it
         members = ENUMS[self.version]
         module.NetworkDefinitionCreationFlag = enum.IntEnum("Flag", members["NetworkDefinitionCreationFlag"])
         module.BuilderFlag = enum.IntEnum("BuilderFlag", {"TF32": members["TF32"]})
@@ -919,7 +922,49 @@ def test_dynamic_int8_and_a_missing_target_are_refused_before_any_work(tmp_path,
     monkeypatch.setattr(target, "missing", lambda: "there is no NVIDIA driver; pip install x")
     settings = Settings(target="tensorrt", int8="dynamic", output=tmp_path / "out")
     with pytest.raises(CompressorError, match=r"tensorrt has no dynamic int8.*use --int8 static\."):
-        export(settings)
+        pipeline.export(settings)
     with pytest.raises(RuntimeUnavailable, match=r"target tensorrt cannot be used here: there is no NVIDIA driver"):
-        export(Settings(target="tensorrt", output=tmp_path / "out"))
+        pipeline.export(Settings(target="tensorrt", output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
+def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatch):
+    # Of the calls and files alone: what the stand-in computes is ONNX Runtime's result.
+    output = tmp_path / "out"
+    timed = partial(runtimes.interleave, burst_seconds=0.0, warmup_seconds=0.0, min_runs=2)
+    monkeypatch.setattr(pipeline, "interleave", timed)
+    report = pipeline.export(
+        Settings(
+            target="tensorrt", drop="1", int8="static", max_int8_loss=100, samples=60, batch=3, rounds=1, output=output
+        )
+    )
+    assert set(report.latency) == {"original", "baseline", "result"}
+    assert {"model.onnx", "model.engine", "report.json"} <= {path.name for path in output.iterdir()}
+    assert [path.name for path in output.glob("*.engine")] == ["model.engine"]
+    assert {sizes[place][0] for profile in fake.profiles for sizes in profile.values() for place in (0, 1, 2)} == {
+        1,
+        3,
+        32,
+    }
+    assert {len(feeds["pixel_values"]) for feeds in fake.executed} >= {1, 3, 8}
+    assert qdq.violations(output / "model.onnx") == []
+    assert (fake.memory, fake.streams) == ({}, {})
+
+
+def test_the_sizes_of_texts_reach_from_one_to_the_longest_at_hand():
+    def part(*lengths):
+        def batches(size):
+            chunks = (lengths[start : start + size] for start in range(0, len(lengths), size))
+            return (types.SimpleNamespace(feeds={"ids": np.zeros((len(chunk), max(chunk)))}) for chunk in chunks)
+
+        return types.SimpleNamespace(batches=batches, samples=types.SimpleNamespace(rows_per_sample=2))
+
+    data = types.SimpleNamespace(calibration=part(3, 4), validation=part(*[5] * 40, 19), test=part(6, 11, 7))
+    model = types.SimpleNamespace(dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
+    subject = types.SimpleNamespace(data=data, model=model)
+    sized = pipeline._sized(OPTIONS, subject, Settings(batch=2))
+    assert (sized.batches, sized.lengths) == ((1, 2, 64), (1, 11, 19))
+    model.dynamic_axes = {"ids": {0: "batch"}}
+    assert pipeline._sized(OPTIONS, subject, Settings(batch=100)).batches == (1, 100, 100)
