@@ -1,7 +1,7 @@
 """Target tensorrt: an engine built by NVIDIA TensorRT (10.12 or newer, 11 included) for the GPU of this machine.
 
 Never run on a GPU: type-checked against the bindings 10.16 and 11.4; the order of its calls, and what it does where one
-fails, tested against a stand-in (tests/test_runtimes_tensorrt.py). Whether the real parser takes a file, whether kernels
+fails, tested against a stand-in (tests/test_runtimes_tensorrt.py). Whether the real parser takes a file and kernels
 exist for it, memory, numbers and speed are open.
 
 The network is strongly typed: TensorRT computes in the types of the ONNX file. Those are float32, and int8 where the
