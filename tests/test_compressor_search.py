@@ -52,21 +52,27 @@ def searched(max_loss):
     return auto(max_loss)
 
 
+@dataclasses.dataclass
 class Tensors:
     """A split of ready tensors, in batches of the size asked for."""
 
-    def __init__(self, rows, labels=None):
-        self.rows, self.labels = rows, labels
+    rows: np.ndarray
+    labels: np.ndarray | None = None
+    indices: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        self.indices = tuple(range(len(self.rows))) if not self.indices else self.indices
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.indices)
 
     def batches(self, size):
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            ids = tuple(map(str, range(*part.indices(len(self)))))
+            part = list(self.indices[start : start + size])
             labels = None if self.labels is None else self.labels[part]
-            yield SimpleNamespace(feeds={"x": self.rows[part]}, labels=labels, rows_per_sample=1, ids=ids)
+            yield SimpleNamespace(
+                feeds={"x": self.rows[part]}, labels=labels, rows_per_sample=1, ids=tuple(map(str, part))
+            )
 
 
 def small(change=lambda module: None):
@@ -99,7 +105,7 @@ def test_the_rewritten_graph_keeps_the_budget(max_loss):
     assert expected <= max_loss
     by_name = {site.name: site for site in digits()[3]}
     again = validation.loss([by_name[name] for name in plan.order])
-    assert again.percent == max(found.loss_value("before", "after"), expected)
+    assert again.percent == pytest.approx(max(found.loss_value("before", "after"), expected), abs=1e-6)  # other batches
     if plan.dropped:
         assert f"{again.percent:.2f} % with {len(plan.order)} dropped" in reason(plan, plan.order[-1])
 
@@ -384,6 +390,17 @@ def test_what_is_certain_never_exceeds_the_loss(metric, monkeypatch):
             assert (early.percent > limit) == (whole.percent > limit)
             assert early == whole or early.percent > limit
     assert validation.loss([]).percent == pytest.approx(0.0, abs=1e-6)  # float32 cosines
+
+
+def test_samples_on_which_the_original_wavers_come_first():
+    model, data, graph, _ = digits()
+    validation = Validation(graph, model, data.validation, "accuracy")
+    assert sorted(validation.split.indices) == sorted(data.validation.indices)
+    with torch.inference_mode():
+        answers = torch.cat([run(graph, feeds)[0] for feeds in tensor_batches(validation.split)])
+    best = answers.topk(2).values
+    assert ((best[:, 0] - best[:, 1]).diff() >= -1e-5).all()  # answers in other batches round differently
+    assert validation.loss([]).percent == 0.0
 
 
 def test_perplexity_is_given_up_early_only_when_it_is_lost(monkeypatch):
