@@ -39,6 +39,7 @@ def output_folder(path: Path, *, force: bool) -> Iterator[Path]:
     """
     place = path.resolve()  # a link is followed, and a later change of folder changes nothing
     _check_free(place, path, force=force)
+    check_writable(path)
     with _readable_errors(path, unwritable=True):
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{place.name[:_SHOWN]}.", suffix=".partial", dir=place.parent))
