@@ -81,7 +81,19 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
         wall = time.perf_counter() - start
         report = json.loads((out / "report.json").read_text())
         plain = check_plain(out, Path(samples)) if case.plain else None
-    kept = ("model", "quality", "sizes", "speedup", "plan", "search", "steps", "seconds", "environment", "parity", "notes")
+    kept = (
+        "model",
+        "quality",
+        "sizes",
+        "speedup",
+        "plan",
+        "search",
+        "steps",
+        "seconds",
+        "environment",
+        "parity",
+        "notes",
+    )
     row = {"name": case.name, "flags": list(case.flags), "wall_seconds": wall} | {key: report[key] for key in kept}
     row["model"] = report["model"]["name"]
     row["sizes_of_data"] = report["data"]["sizes"]
@@ -100,7 +112,9 @@ def brief(latency: dict[str, Any]) -> dict[str, Any]:
 def check_plain(out: Path, images: Path) -> float:
     """Top-1 in % by a process that has onnxruntime, numpy and Pillow only."""
     script = Path(__file__).with_name("plain_onnxruntime.py")
-    done = subprocess.run([sys.executable, str(script), str(out), str(images)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(script), str(out), str(images)], check=True, capture_output=True, text=True
+    )
     return float(done.stdout.split("ONNX Runtime ")[1].split(" %")[0])
 
 

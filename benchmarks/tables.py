@@ -89,7 +89,7 @@ def headline() -> str:
         [
             f"- **{speed['ratio']:.2f}x** faster ({speed['low']:.2f}–{speed['high']:.2f}) by dropping alone, at "
             f"{lost['value']:+.2f} points of top-1 lost ({lost['low']:+.2f} to {lost['high']:+.2f}).",
-            f"- **{total['ratio']:.2f}x** faster ({total['low']:.2f}–{total['high']:.2f}) by dropping and int8 together, at "
+            f"- **{total['ratio']:.2f}x** faster ({total['low']:.2f}–{total['high']:.2f}) by dropping and int8, at "
             f"{both['value']:+.2f} points lost ({both['low']:+.2f} to {both['high']:+.2f}).",
             f"- **{int8_row['seconds']:.0f} s** for everything: search, export, int8, proof; "
             f"{ratio:.0f} times one forward pass over the calibration data.",

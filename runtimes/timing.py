@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -95,6 +96,7 @@ def interleave(
     rounds: int = 6,
     burst_seconds: float = 1.0,
     min_runs: int = 5,
+    max_runs: int = 1000,
     warmup_seconds: float = 0.3,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Latency]:
@@ -109,6 +111,7 @@ def interleave(
         rounds: Bursts of each engine. Even numbers keep the order fair.
         burst_seconds: Shortest time of one burst, after warming up.
         min_runs: Fewest timed inferences of one burst, however long they take.
+        max_runs: Most timed inferences of one burst: more of a very quick model say nothing more and fill the report.
         warmup_seconds: Shortest time of untimed inferences at the start of a burst, at least three.
         progress: Called before each burst with the engine's name, the number of bursts done, and of all bursts.
 
@@ -125,8 +128,8 @@ def interleave(
             progress(name, done, rounds * len(openers))
         with openers[name]() as engine:
             step = engine.bind(feeds)
-            _repeat(step, seconds=warmup_seconds, runs=WARMUP_RUNS)
-            bursts[name].append(_repeat(step, seconds=burst_seconds, runs=min_runs))
+            _repeat(step, seconds=warmup_seconds, fewest=WARMUP_RUNS)
+            bursts[name].append(_repeat(step, seconds=burst_seconds, fewest=min_runs, most=max_runs))
     return {name: Latency(tuple(samples)) for name, samples in bursts.items()}
 
 
@@ -139,11 +142,14 @@ def _order(names: tuple[str, ...], rounds: int) -> list[str]:
     return [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
 
 
-def _repeat(step: Callable[[], None], *, seconds: float, runs: int) -> tuple[float, ...]:
-    """Call step until both the time has passed and the number of runs is reached; return each call's milliseconds."""
+def _repeat(step: Callable[[], None], *, seconds: float, fewest: int, most: float = math.inf) -> tuple[float, ...]:
+    """Call step until the time has passed, at least `fewest` and at most `most` times; return the milliseconds of each.
+
+    `fewest` wins over `most`.
+    """
     samples: list[float] = []
     end = perf_counter_ns() + int(seconds * 1e9)
-    while len(samples) < runs or perf_counter_ns() < end:
+    while len(samples) < fewest or (perf_counter_ns() < end and len(samples) < most):
         start = perf_counter_ns()
         step()
         samples.append((perf_counter_ns() - start) / 1e6)

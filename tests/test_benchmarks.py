@@ -18,7 +18,7 @@ def tables():
 
 def test_pages_agree_with_the_results(tables):
     for page in tables.PAGES:
-        assert page.read_text() == tables.filled(page.read_text()), f"run python benchmarks/tables.py: {page.name} is old"
+        assert page.read_text() == tables.filled(page.read_text()), "run python benchmarks/tables.py"
 
 
 def test_every_table_is_shown_and_states_figures(tables):

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from compressor import models, pipeline
+from compressor import models, workshop
 from compressor.cli import main
 from runtimes.timing import interleave
 
@@ -60,7 +60,7 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
     """Real timing, but brief: these tests are about commands, not figures."""
-    monkeypatch.setattr(pipeline, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
+    monkeypatch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
 
 
 @pytest.mark.parametrize("line", COMPRESSOR)  # in the order of the README: one replays another's plan
@@ -73,7 +73,9 @@ def test_command(line, workspace, monkeypatch):
         files = json.loads((folder / "manifest.json").read_text())["files"]
         assert {"model.onnx", "plan.json", "report.json", "config.json"} <= set(files)
     if "small_vit/plan.json" in line:
-        assert (workspace / "same_again" / "plan.json").read_text() == (workspace / "small_vit" / "plan.json").read_text()
+        assert (workspace / "same_again" / "plan.json").read_text() == (
+            workspace / "small_vit" / "plan.json"
+        ).read_text()
 
 
 def test_python_snippet(workspace, monkeypatch, capsys):

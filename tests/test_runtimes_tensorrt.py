@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
-from compressor import pipeline
+from compressor import pipeline, workshop
 from compressor.errors import CompressorError
 from compressor.quantize import quantize
 from compressor.settings import Settings
@@ -934,7 +934,7 @@ def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatc
     # Of the calls and files alone: what the stand-in computes is ONNX Runtime's result.
     output = tmp_path / "out"
     timed = partial(runtimes.interleave, burst_seconds=0.0, warmup_seconds=0.0, min_runs=2)
-    monkeypatch.setattr(pipeline, "interleave", timed)
+    monkeypatch.setattr(workshop, "interleave", timed)
     report = pipeline.export(
         Settings(
             target="tensorrt", drop="1", int8="static", max_int8_loss=100, samples=60, batch=3, rounds=1, output=output
@@ -964,7 +964,7 @@ def test_the_sizes_of_texts_reach_from_one_to_the_longest_at_hand():
     data = types.SimpleNamespace(calibration=part(3, 4), validation=part(*[5] * 40, 19), test=part(6, 11, 7))
     model = types.SimpleNamespace(dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
     subject = types.SimpleNamespace(data=data, model=model)
-    sized = pipeline._sized(OPTIONS, subject, Settings(batch=2))
-    assert (sized.batches, sized.lengths) == ((1, 2, 64), (1, 11, 19))
+    found = workshop.sized(OPTIONS, subject, Settings(batch=2))
+    assert (found.batches, found.lengths) == ((1, 2, 64), (1, 11, 19))
     model.dynamic_axes = {"ids": {0: "batch"}}
-    assert pipeline._sized(OPTIONS, subject, Settings(batch=100)).batches == (1, 100, 100)
+    assert workshop.sized(OPTIONS, subject, Settings(batch=100)).batches == (1, 100, 100)

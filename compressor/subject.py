@@ -1,0 +1,124 @@
+"""The model under work: loaded, traced, its sites found, with its data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from compressor import data as data_module
+from compressor import models
+from compressor.data import Data, Shares
+from compressor.errors import CompressorError
+from compressor.evaluate import metric_for
+from compressor.models import Model
+from compressor.models.base import first_line
+from compressor.settings import Settings
+from compressor.steps import Steps, Tick
+from compressor.trace import trace
+from passes.cost import Costs
+from passes.graph import Graph, Site
+from passes.sites import find_sites
+
+
+class SubjectError(CompressorError):
+    """Model, data and options do not go together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model with its data, its graph, the sites in it and what they cost."""
+
+    model: Model
+    data: Data
+    graph: Graph
+    sites: tuple[Site, ...]
+    costs: Costs
+
+    @property
+    def metric(self) -> str:
+        """The metric that quality is stated in."""
+        return metric_for(self.model.task, self.data.label_kind)
+
+    @property
+    def no_quality_because(self) -> str | None:
+        """Why no quality may be stated; None where it may."""
+        if self.data.random:
+            return "the data is random"
+        if self.model.random_weights:
+            return "the weights are random"
+        return None
+
+
+def load(settings: Settings, steps: Steps) -> Subject:
+    """Load model and data, trace the model, find its sites.
+
+    Raises:
+        CompressorError: either cannot be loaded, the two do not fit, or there is nothing to drop.
+    """
+    with steps.step("load the model"):
+        model = models.load(
+            settings.model,
+            task=settings.task,
+            revision=settings.revision,
+            random_weights=settings.random_weights,
+            trust_remote_code=settings.trust_remote_code,
+            example_inputs=settings.example_inputs,
+        )
+    with steps.step("load the data") as tick:
+        data = _data(settings, model, tick)
+    with steps.step("trace, find the sites"):
+        graph = trace(model)
+        _check_trained(graph, model)
+        sites = find_sites(graph)
+        if not sites:
+            raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
+        return Subject(model, data, graph, sites, Costs(graph, model.example))
+
+
+def _data(settings: Settings, model: Model, tick: Tick) -> Data:
+    source = settings.data
+    data = data_module.load(
+        str(source or models.SAMPLE / "digits.npz"),
+        model.preprocess,
+        task=model.task,
+        seed=settings.seed,
+        shares=Shares(total=settings.samples),
+        revision=settings.revision,
+        progress=tick,
+    )
+    classes = model.classes()
+    if data.label_kind == "class" and classes is not None:
+        parts = (data.calibration, data.validation, data.test)
+        largest = max(int(part.labels.max()) for part in parts if part.labels is not None)
+        if largest >= classes:
+            raise SubjectError(
+                f"{data.source} has labels up to {largest}, but {model.name} knows only {classes} classes (0 to "
+                f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
+            )
+    if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
+        raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
+    return data
+
+
+def _check_trained(graph: Graph, model: Model) -> None:
+    """Refuse a checkpoint that lacks weights the outputs depend on: they would be random."""
+    used = {str(node.target).removeprefix(graph.prefix) for node in graph.nodes() if node.op == "get_attr"}
+    absent = [name for name in model.untrained if name in used]
+    if absent:
+        raise SubjectError(
+            f"the checkpoint of {model.name} lacks {len(absent)} weights that {model.task} needs, the first is "
+            f"{absent[0]}; choose a fine-tuned checkpoint, or another --task."
+        )
+
+
+@contextlib.contextmanager
+def accepting_data(subject: Subject) -> Iterator[None]:
+    """Torch's refusal of an input (a token id beyond the vocabulary, too long a row) is the data's fault; say so."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        raise SubjectError(
+            f"{subject.model.name} fails on samples of {subject.data.source} ({first_line(error)}); check that they "
+            "fit it, such as token ids below the vocabulary's size and rows no longer than its positions."
+        ) from error

@@ -1,0 +1,196 @@
+"""Engines of one subject on one target: built, held against torch, quantized, judged, timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressor.data import Split
+from compressor.errors import CompressorError
+from compressor.evaluate import BATCH, Evaluation, Runner, evaluate
+from compressor.lower import OPSET, Parity, check_parity
+from compressor.quantize import Quantized, quantize
+from compressor.report import Quality
+from compressor.settings import Settings
+from compressor.steps import Steps, Tick
+from compressor.subject import Subject, accepting_data
+from passes.graph import Graph
+from passes.run import run
+from runtimes.base import BuildOptions, Engine, Runtime, RuntimeUnavailable, runtime
+from runtimes.timing import Latency, interleave
+
+PARITY_ROWS = 8
+
+
+class WorkshopError(CompressorError):
+    """The target cannot do what was asked for."""
+
+
+def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
+    """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
+    target = runtime(settings.target)
+    if settings.int8 == "dynamic" and not target.int8.dynamic:
+        raise WorkshopError(
+            f"target {settings.target} has no dynamic int8, it needs the ranges in the file; use --int8 static."
+        )
+    reason = target.missing()
+    if reason is not None:
+        raise RuntimeUnavailable(f"target {settings.target} cannot be used here: {reason}.")
+    device = target.devices[0] if settings.device is None else settings.device
+    options = BuildOptions(device=device, threads=settings.threads)
+    if options.device != target.devices[0]:
+        _probe(target, options)
+    return target, options
+
+
+def _probe(target: Runtime, options: BuildOptions) -> None:
+    """Build the smallest model there is: whether the device is there should not be learnt after a search."""
+    from onnx import TensorProto, helper, save
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", ends[:1], ends[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.onnx")
+        save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
+        target.build(path, Path(folder), options)
+
+
+def sized(options: BuildOptions, subject: Subject, settings: Settings) -> BuildOptions:
+    """The options with the sizes that an engine will meet: from one row up to the batches of the evaluation."""
+    parts = (subject.data.calibration, subject.data.validation, subject.data.test)
+    rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
+    options = dataclasses.replace(options, batches=(1, settings.batch, rows))
+    axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis != 0]
+    if not axes:
+        return options
+    usual = timing_feeds(subject.data.test, settings.batch)
+    feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
+    longest = max(found[name].shape[axis] for found in feeds for name, axis in axes)
+    return dataclasses.replace(options, lengths=(1, max(usual[name].shape[axis] for name, axis in axes), longest))
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """One target at work on one subject. Every engine gets a folder of its own under `scratch`, unless told where."""
+
+    subject: Subject
+    target: Runtime
+    options: BuildOptions
+    scratch: Path
+
+    def build(self, onnx: Path, out: Path | None = None) -> Path:
+        """Build an engine from an ONNX file, in `out` or beside nothing else; returns its path."""
+        folder = self.scratch / f"{onnx.stem}.{self.target.name}" if out is None else out
+        folder.mkdir(exist_ok=True)
+        return self.target.build(onnx, folder, self.options)
+
+    def parity(self, onnx: Path, graph: Graph) -> Parity:
+        """Hold an ONNX file against torch on real samples, as a batch and one by one (a baked-in batch size shows)."""
+        batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
+        worst = Parity("", 0.0, 0)
+        with self.target.load(self.build(onnx), self.options) as engine:
+            for feeds in (batch, {name: value[:1] for name, value in batch.items()}):
+                with accepting_data(self.subject):
+                    outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
+                expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
+                found = check_parity(expected, partial(engine.run, feeds), name=onnx.name)
+                worst = max(worst, found, key=lambda parity: parity.difference)
+        return worst
+
+    def quantized(
+        self, files: Mapping[str, Path], settings: Settings, steps: Steps
+    ) -> tuple[dict[str, Path], dict[str, Quantized]]:
+        """Int8 versions of baseline and result, each from its own float file, which becomes ``original`` for one.
+
+        Returns:
+            ONNX files by variant, and what was done to each int8 one.
+        """
+        made: dict[str, Path] = {"original": files["baseline"]}
+        facts: dict[str, Quantized] = {}
+        for name, source in files.items():
+            if name == "result" and source == files["baseline"]:
+                made[name], facts[name] = made["baseline"], facts["baseline"]
+                continue
+            with steps.step(f"quantize the {name}") as tick:
+                made[name] = self.scratch / f"{name}.int8.onnx"
+                facts[name] = self._quantize(source, made[name], settings, tick)
+        return made, facts
+
+    def _quantize(self, source: Path, destination: Path, settings: Settings, tick: Tick) -> Quantized:
+        mode: Literal["static", "dynamic"] = "dynamic" if settings.int8 == "dynamic" else "static"
+        return quantize(
+            source,
+            destination,
+            lambda: (batch.feeds for batch in self.subject.data.calibration.batches(BATCH)),
+            mode=mode,
+            activations="uint8" if mode == "dynamic" else self.target.int8.activations,
+            convolutions=mode == "static" and self.target.int8.convolutions,
+            loss=self._int8_loss(source),
+            max_loss=settings.max_int8_loss,
+            progress=lambda text: tick(text=text),
+        )
+
+    def _int8_loss(self, source: Path) -> Callable[[Path], float] | None:
+        """What measures the loss of an int8 file against its float file on validation data, in percent."""
+        if self.subject.no_quality_because is not None:
+            return None
+        floating = self.build(source)
+
+        def loss(quantized: Path) -> float:
+            engines = {"float": floating, "int8": self.build(quantized)}
+            evaluation = self._judge(engines, self.subject.data.validation, "float", lambda *_: None)
+            return evaluation.loss_value("float", "int8")
+
+        return loss
+
+    def quality(self, engines: Mapping[str, Path], steps: Steps) -> Quality | None:
+        """Quality on test data, which neither calibration nor search has seen; None where none may be stated."""
+        if self.subject.no_quality_because is not None:
+            return None
+        reference = "original" if "original" in engines else "baseline"
+        with steps.step("measure the quality") as tick:
+            return Quality.of(self._judge(engines, self.subject.data.test, reference, tick))
+
+    def _judge(self, engines: Mapping[str, Path], split: Split, reference: str, tick: Tick) -> Evaluation:
+        """Run several engines side by side over a split."""
+        # Waiting threads that spin would take the cores from the other open engines.
+        shared = dataclasses.replace(self.options, spinning=False)
+        opened: dict[str, Engine] = {}
+        try:
+            for name, path in engines.items():
+                opened[name] = self.target.load(path, shared)
+            runners = {name: _runner(engine, self.subject.model.answer) for name, engine in opened.items()}
+            return evaluate(split, runners, metric=self.subject.metric, reference=reference, progress=tick)
+        finally:
+            for engine in opened.values():
+                engine.close()
+
+    def latency(self, engines: Mapping[str, Path], settings: Settings, steps: Steps) -> dict[str, Latency]:
+        """Time the engines against each other on real inputs."""
+        openers = {name: partial(self.target.load, path, self.options) for name, path in engines.items()}
+        with steps.step("measure the latency") as tick:
+            return interleave(
+                openers,
+                timing_feeds(self.subject.data.test, settings.batch),
+                rounds=settings.rounds,
+                progress=lambda name, done, total: tick(done, total, name),
+            )
+
+
+def _runner(engine: Engine, answer: str) -> Runner:
+    return lambda feeds: engine.run(feeds)[answer]
+
+
+def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[Any]]:
+    """Exactly `batch` rows of real inputs, repeated where the split is smaller."""
+    feeds = next(split.batches(batch)).feeds
+    rows = len(next(iter(feeds.values())))
+    return {name: np.concatenate([value] * (-(-batch // rows)))[:batch] for name, value in feeds.items()}
