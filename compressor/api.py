@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressor import pipeline
 from compressor.settings import Settings
+from runtimes.base import runtime
+from runtimes.base import targets as names
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ def export(
     batch: int = 1,
     samples: int | None = None,
     search_samples: int = 64,
-    rounds: int = 6,
+    rounds: int = 10,
     seed: int = 0,
     example_inputs: Any = None,
 ) -> Report:
@@ -48,6 +50,11 @@ def export(
         CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
     """
     return pipeline.export(Settings(**locals()))
+
+
+def targets() -> dict[str, str | None]:
+    """Every runtime by name: None where it can be used here, else why not and how to get it."""
+    return {name: runtime(name).missing() for name in names()}
 
 
 def inspect(

@@ -102,9 +102,14 @@ def _subject_options(command: Command) -> Command:
         (
             click.argument("model", required=False),
             click.option(
-                "--data", help="Image folder, .npy/.npz, .txt/.csv, hub dataset id, or 'random' (speed only)."
+                "--data",
+                help="Image folder, .npy/.npz, .txt/.csv, hub dataset id, or 'random' (speed only); needed with MODEL.",
             ),
-            click.option("--task", help="Override the task that the model's config names."),
+            click.option(
+                "--task",
+                help="Override the config's task: image-classification, image-feature-extraction, text-classification, "
+                "feature-extraction, sentence-similarity or text-generation.",
+            ),
             click.option("--revision", help="Branch, tag or commit on the hub."),
             click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own."),
             click.option(
@@ -142,7 +147,10 @@ def _subject_options(command: Command) -> Command:
     help="How the counted forms of --drop rank; output = measured effect on the model's output.",
 )
 @click.option(
-    "--max-loss", default=1.0, show_default=True, help="Most quality --drop auto may lose on validation data, in %."
+    "--max-loss",
+    default=1.0,
+    show_default=True,
+    help="Most quality --drop auto may lose on validation data, in %: points of a score, or rise of perplexity.",
 )
 @click.option("--target", default="onnxruntime", show_default=True, help="Runtime; `compressor targets` lists them.")
 @click.option(
@@ -165,7 +173,7 @@ def _subject_options(command: Command) -> Command:
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    default=6,
+    default=10,
     show_default=True,
     help="Timed bursts per engine; 2 for a quick look.",
 )

@@ -5,12 +5,11 @@ additions, LayerNorm, softmax and embeddings stay in float. Weights are symmetri
 and zero point 0; activations have one scale per tensor. Biases stay in float and a Linear's output is not quantized:
 ONNX Runtime's CPU kernels then go straight from the int32 sums to float, and TensorRT accepts no int32 bias.
 
-Kept in float by rule: convolutions, because ONNX Runtime runs one in int8 only if its output is quantized as well (on
-DeiT-Tiny that put the residual stream on 8 bits, raised the KL divergence from the float model from 0.006 to 0.010 and
-gained no time), and weights under 16 channels, where converting costs more than the product.
+Kept in float by rule: convolutions, because ONNX Runtime runs one in int8 only if its output is quantized as well,
+which puts the residual stream of a vision transformer on 8 bits; and weights under 16 channels, where converting costs
+more than the product.
 
-Where a processor has no VNNI instructions, ONNX Runtime's uint8 x int8 product may saturate at 16 bits; the figures
-above come from AVX-512 VNNI.
+Where a processor has no VNNI instructions, ONNX Runtime's uint8 x int8 product may saturate at 16 bits.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from compressor.report import Quality, Report, Size
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import Subject, accepting_data, load
-from compressor.workshop import Workshop, sized, usable
+from compressor.workshop import Workshop, sized, timing_feeds, usable
 from passes.base import apply
 from passes.drop import Drop
 from passes.plan import Plan
@@ -65,7 +65,8 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         with steps.step(f"build for {target.name}"):
             engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in files.items()}
         quality = workshop.quality(engines, steps)
-        latency = workshop.latency(engines, settings, steps)
+        timed = timing_feeds(subject.data.test, settings.batch)
+        latency = workshop.latency(engines, timed, settings.rounds, steps)
         report = Report(
             command=command,
             settings=settings.to_dict(),
@@ -76,10 +77,12 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             quality=quality,
             no_quality_because=subject.no_quality_because,
             latency=latency,
+            timed_inputs={name: list(value.shape) for name, value in timed.items()},
             parity={name: value.difference for name, value in parity.items()},
             int8={name: dataclasses.asdict(value) for name, value in int8.items()},
             search=search_facts,
             steps=tuple(steps.done),
+            passes=tuple(rewritten.history),
             environment=environment(),
             notes=_notes(plan, quality, settings, subject, int8),
         )

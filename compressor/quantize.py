@@ -262,11 +262,7 @@ def _calibrate(job: _Job, linears: Sequence[Linear]) -> tuple[dict[str, Range], 
 
 
 def _typical(moments: npt.NDArray[np.float64], extreme: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranges [2, tensors]: mean of the samples' minima less, of their maxima plus one standard deviation.
-
-    With 256 samples the KL divergence of DeiT-Tiny from its float version is 0.0039, with the extremes 0.0061; the
-    perplexity of a small Llama rises by 0.7 % instead of 1.2 %.
-    """
+    """Ranges [2, tensors]: mean of the samples' minima less, of their maxima plus one standard deviation."""
     mean, square = moments
     deviation = np.sqrt(np.maximum(square - mean**2, 0))
     return np.stack([np.maximum(mean[0] - deviation[0], extreme[0]), np.minimum(mean[1] + deviation[1], extreme[1])])

@@ -15,6 +15,7 @@ from runtimes.timing import Latency
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from passes.graph import Applied
     from passes.plan import Plan
 
 VERSION = 1
@@ -70,10 +71,12 @@ class Report:
     quality: Quality | None
     no_quality_because: str | None
     latency: dict[str, Latency]
+    timed_inputs: dict[str, list[int]]
     parity: dict[str, float]
     int8: dict[str, Any]
     search: dict[str, Any]
     steps: tuple[Step, ...]
+    passes: tuple[Applied, ...]
     environment: dict[str, object]
     notes: tuple[str, ...] = ()
 
@@ -92,6 +95,7 @@ class Report:
             "latency": {name: _latency(latency) for name, latency in self.latency.items()},
             "speedup": {name: self.speedup(name)._asdict() for name in self.latency if name != "result"},
             "steps": [asdict(step) for step in self.steps],
+            "passes": [asdict(applied) for applied in self.passes],
             "seconds": sum(step.seconds for step in self.steps),
             "notes": list(self.notes),
         }

@@ -250,7 +250,7 @@ def search(
         bound = "" if lost.samples == len(validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         front.candidates.remove(site)
-        if lost.percent <= max_loss:
+        if lost.percent <= max_loss + ROUNDING:
             skip.append(site)
             front.stale()
             reasons[site] = f"{note} with {len(skip)} dropped"

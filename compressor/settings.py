@@ -62,7 +62,7 @@ class Settings:
     batch: int = 1
     samples: int | None = None
     search_samples: int = 64
-    rounds: int = 6
+    rounds: int = 10
     seed: int = 0
     example_inputs: Any = None
 

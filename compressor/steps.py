@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from compressor.environment import peak_memory
+from compressor.environment import forget_peak_memory, peak_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +18,7 @@ Tick = Callable[..., None]
 
 @dataclass(frozen=True)
 class Step:
-    """One finished step: seconds it took, and the most memory the process had held by its end, in bytes."""
+    """One finished step: seconds it took, and the most memory the process held meanwhile, in bytes."""
 
     name: str
     seconds: float
@@ -36,6 +36,7 @@ class Steps:
     def step(self, name: str) -> Iterator[Tick]:
         """Time a step. Yields ``tick(done, total, text)`` for its progress bar; every argument may be left out."""
         start = time.perf_counter()
+        forget_peak_memory()
         with self._bar(name) as tick:
             yield tick
         self.done.append(Step(name, time.perf_counter() - start, peak_memory()))

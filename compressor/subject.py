@@ -10,7 +10,7 @@ from compressor import data as data_module
 from compressor import models
 from compressor.data import Data, Shares
 from compressor.errors import CompressorError
-from compressor.evaluate import metric_for
+from compressor.evaluate import metric_for, tensor_batches
 from compressor.models import Model
 from compressor.models.base import first_line
 from compressor.settings import Settings
@@ -19,6 +19,8 @@ from compressor.trace import trace
 from passes.cost import Costs
 from passes.graph import Graph, Site
 from passes.sites import find_sites
+
+COST_SAMPLES = 8  # over which multiply-adds are averaged
 
 
 class SubjectError(CompressorError):
@@ -73,7 +75,16 @@ def load(settings: Settings, steps: Steps) -> Subject:
         sites = find_sites(graph)
         if not sites:
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
-        return Subject(model, data, graph, sites, Costs(graph, model.example))
+        return Subject(model, data, graph, sites, _costs(graph, model, data))
+
+
+def _costs(graph: Graph, model: Model, data: Data) -> Costs:
+    """Costs at the sizes of real samples: a text's multiply-adds depend on its length."""
+    feeds = next(tensor_batches(data.calibration, COST_SAMPLES))
+    try:
+        return Costs(graph, feeds)
+    except (IndexError, RuntimeError) as error:
+        raise _refused(model, data, error) from error
 
 
 def _data(settings: Settings, model: Model, tick: Tick) -> Data:
@@ -84,10 +95,11 @@ def _data(settings: Settings, model: Model, tick: Tick) -> Data:
         task=model.task,
         seed=settings.seed,
         shares=Shares(total=settings.samples),
-        revision=settings.revision,
+        revision=None,  # --revision is the model's; a data set takes its own as owner/name@revision
         progress=tick,
     )
     classes = model.classes()
+    _check_classes(data, model, classes)
     if data.label_kind == "class" and classes is not None:
         parts = (data.calibration, data.validation, data.test)
         largest = max(int(part.labels.max()) for part in parts if part.labels is not None)
@@ -99,6 +111,23 @@ def _data(settings: Settings, model: Model, tick: Tick) -> Data:
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
         raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
     return data
+
+
+def _check_classes(data: Data, model: Model, classes: int | None) -> None:
+    """Refuse what would be scored silently wrong: one output, and class folders numbered unlike the model's classes."""
+    if classes == 1 and not data.random:
+        feature = "image-feature-extraction" if model.task.startswith("image") else "feature-extraction"
+        raise SubjectError(
+            f"{model.name} answers with a single number, of which no class can be told, and regression is not "
+            f"supported yet; pass --task {feature} to hold its features instead, or --data random for speed only."
+        )
+    folders = data.calibration.samples.class_folders
+    if folders is not None and classes is not None and folders != classes:
+        raise SubjectError(
+            f"{data.source} has {folders} class folders, but {model.name} has {classes} classes, so the folders' "
+            "numbers are not its classes; give a folder for each class, in the model's order, or one flat folder of "
+            "images, which is judged by agreement with the original."
+        )
 
 
 def _check_trained(graph: Graph, model: Model) -> None:
@@ -114,11 +143,15 @@ def _check_trained(graph: Graph, model: Model) -> None:
 
 @contextlib.contextmanager
 def accepting_data(subject: Subject) -> Iterator[None]:
-    """Torch's refusal of an input (a token id beyond the vocabulary, too long a row) is the data's fault; say so."""
+    """An index out of range (a token id beyond the vocabulary, too long a row) is the data's fault; say so."""
     try:
         yield
-    except (IndexError, RuntimeError) as error:
-        raise SubjectError(
-            f"{subject.model.name} fails on samples of {subject.data.source} ({first_line(error)}); check that they "
-            "fit it, such as token ids below the vocabulary's size and rows no longer than its positions."
-        ) from error
+    except IndexError as error:
+        raise _refused(subject.model, subject.data, error) from error
+
+
+def _refused(model: Model, data: Data, error: Exception) -> SubjectError:
+    return SubjectError(
+        f"{model.name} fails on samples of {data.source} ({first_line(error)}); check that they fit it, such as token "
+        "ids below the vocabulary's size and rows no longer than its positions."
+    )

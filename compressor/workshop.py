@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +17,7 @@ import torch
 
 from compressor.data import Split
 from compressor.errors import CompressorError
-from compressor.evaluate import BATCH, Evaluation, Runner, evaluate
+from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
 from compressor.lower import OPSET, Parity, check_parity
 from compressor.quantize import Quantized, quantize
 from compressor.report import Quality
@@ -24,10 +26,11 @@ from compressor.steps import Steps, Tick
 from compressor.subject import Subject, accepting_data
 from passes.graph import Graph
 from passes.run import run
-from runtimes.base import BuildOptions, Engine, Runtime, RuntimeUnavailable, runtime
+from runtimes.base import BuildOptions, Engine, Feeds, Runtime, RuntimeUnavailable, runtime
 from runtimes.timing import Latency, interleave
 
 PARITY_ROWS = 8
+TIMING_CANDIDATES = 32  # samples among which the one of median length is timed
 
 
 class WorkshopError(CompressorError):
@@ -146,7 +149,10 @@ class Workshop:
 
         def loss(quantized: Path) -> float:
             engines = {"float": floating, "int8": self.build(quantized)}
-            evaluation = self._judge(engines, self.subject.data.validation, "float", lambda *_: None)
+            try:
+                evaluation = self._judge(engines, self.subject.data.validation, "float", lambda *_: None)
+            except EvaluationError:  # NaN or infinity: the worst loss, so that layers return to float
+                return math.inf
             return evaluation.loss_value("float", "int8")
 
         return loss
@@ -173,14 +179,14 @@ class Workshop:
             for engine in opened.values():
                 engine.close()
 
-    def latency(self, engines: Mapping[str, Path], settings: Settings, steps: Steps) -> dict[str, Latency]:
-        """Time the engines against each other on real inputs."""
+    def latency(self, engines: Mapping[str, Path], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
+        """Time the engines against each other on the same inputs."""
         openers = {name: partial(self.target.load, path, self.options) for name, path in engines.items()}
         with steps.step("measure the latency") as tick:
             return interleave(
                 openers,
-                timing_feeds(self.subject.data.test, settings.batch),
-                rounds=settings.rounds,
+                feeds,
+                rounds=rounds,
                 progress=lambda name, done, total: tick(done, total, name),
             )
 
@@ -190,7 +196,9 @@ def _runner(engine: Engine, answer: str) -> Runner:
 
 
 def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[Any]]:
-    """Exactly `batch` rows of real inputs, repeated where the split is smaller."""
-    feeds = next(split.batches(batch)).feeds
+    """Exactly `batch` rows of real inputs, repeated where the split is smaller; of texts those of median length."""
+    few = itertools.islice((part.feeds for part in split.batches(batch)), max(1, TIMING_CANDIDATES // batch))
+    by_size = sorted(few, key=lambda feeds: sum(value[0].size for value in feeds.values()))
+    feeds = by_size[len(by_size) // 2]
     rows = len(next(iter(feeds.values())))
     return {name: np.concatenate([value] * (-(-batch // rows)))[:batch] for name, value in feeds.items()}

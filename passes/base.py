@@ -34,10 +34,9 @@ class Pass(Protocol[Result_co]):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a rewrite did: sites changed, and for each site it left alone although asked, the reason."""
+    """What a rewrite did: the names of the sites or nodes it changed."""
 
     changed: tuple[str, ...] = ()
-    refused: tuple[tuple[str, str], ...] = ()
 
 
 def apply(step: Pass[Result_co], graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Result_co:

@@ -197,8 +197,10 @@ def choose(
     values = _values(units, metric, scores, effect, seed)
     # A unit without a value (a block whose input and output differ in shape) goes last.
     ranked = sorted(units, key=lambda name: (math.isnan(values[name]), values[name]))
+    places = {name: place for place, name in enumerate(ranked, start=1)}
     reasons = {
-        name: f"{metric}: rank {rank} of {len(units)} ({values[name]:.4g})" for rank, name in enumerate(ranked, start=1)
+        name: f"{metric}: rank {place} of {len(units)} ({_shown(metric, values[name])})"
+        for name, place in places.items()
     }
     return _plan(selection, sites, model, metric, units, ranked[:count], reasons)
 
@@ -243,6 +245,11 @@ def _values(
     if metric == "angular":
         return {name: (scores.sites.get(name) or scores.blocks[name]).mean("angular") for name in names}
     return {name: scores.influence(name) for name in names}
+
+
+def _shown(metric: str, value: float) -> str:
+    """A value under its metric's name: ranks go by 1 - cosine, people read the cosine."""
+    return f"{1.0 - value if metric == 'cosine' else value:.4g}"
 
 
 def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -> tuple[list[str], dict[str, str]]:

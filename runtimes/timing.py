@@ -93,11 +93,11 @@ def interleave(
     openers: Mapping[str, Callable[[], Engine]],
     feeds: Feeds,
     *,
-    rounds: int = 6,
-    burst_seconds: float = 1.0,
+    rounds: int = 10,
+    burst_seconds: float = 0.6,
     min_runs: int = 5,
     max_runs: int = 1000,
-    warmup_seconds: float = 0.3,
+    warmup_seconds: float = 0.2,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Latency]:
     """Time engines against each other on the same feeds, in bursts ordered A B B A A B, and return the latency of each.

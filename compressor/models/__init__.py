@@ -47,7 +47,7 @@ def load(
         spec: a timm name, a hub id (timm or transformers), a local folder of either kind, ``package.module:factory``
             (a callable that returns a module and its example inputs), a module, or None for the embedded sample.
         task: one of `TASKS`; by default what the model's own config says.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit of a hub id.
         random_weights: build the architecture without reading weights (for measuring speed).
         trust_remote_code: let a transformers repository bring code of its own.
         example_inputs: for a module: a tensor, a tuple of tensors or a dict of them, first axis the samples.
@@ -59,6 +59,7 @@ def load(
         raise ModelError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}.")
     if isinstance(spec, torch.nn.Module):
         module_source = _source("module")
+        module_source.refuse(type(spec).__name__, revision=revision, random_weights=random_weights)
         model: Model = module_source.wrap(spec, example_inputs, task=task)
     else:
         source, where = _locate(str(spec or SAMPLE), revision, random_weights)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ def load(
     """Call the factory, which returns a module, or a module and its example inputs.
 
     Raises:
-        ModelError: the factory cannot be imported or called, or returns something else.
+        ModelError: the factory cannot be imported or called, or returns something else; an option that a module
+            has no use for.
     """
+    refuse(where, revision=revision, random_weights=random_weights)
     name, attribute = where.split(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own file lies in the current folder
     try:
-        made = getattr(importlib.import_module(name), attribute)()
+        with _current_folder():
+            made = getattr(importlib.import_module(name), attribute)()
     except (Exception, SystemExit) as error:  # user code may raise anything
         raise ModelError(f"{where} could not be called: {type(error).__name__}: {first_line(error)}.") from error
     module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -46,6 +48,37 @@ def load(
             f"{where} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
     return wrap(module, inputs, task=task, name=where)
+
+
+def refuse(label: str, *, revision: str | None, random_weights: bool) -> None:
+    """Refuse what only a published architecture has: revisions, and weights apart from it.
+
+    Raises:
+        ModelError: either was asked for.
+    """
+    if revision is not None:
+        raise ModelError(f"{label} is code, not a hub repository, so it has no revision; leave --revision out.")
+    if random_weights:
+        raise ModelError(
+            f"{label} comes with the weights its code gives it; leave --random-weights out, or make them random there."
+        )
+
+
+@contextlib.contextmanager
+def _current_folder() -> Iterator[None]:
+    """Let the user's own file in the current folder be imported: last on the path, and only meanwhile.
+
+    A folder there called ``datasets`` or ``openvino`` must not pass for the library.
+    """
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, name: str | None = None) -> Model:

@@ -39,8 +39,12 @@ def load(
             "image-feature-extraction."
         )
     folder = Path(where)
+    if revision is not None and not where.startswith("hf-hub:"):
+        raise ModelError(
+            f"{where} is no hub id, so it has no revision {revision!r}; leave --revision out, or pass owner/name."
+        )
     name = f"local-dir:{where}" if folder.is_dir() else where
-    if revision is not None and not folder.is_dir():
+    if revision is not None:
         name = f"{name}@{revision}"
     try:
         module = timm.create_model(name, pretrained=not random_weights).eval().float()
@@ -48,9 +52,8 @@ def load(
         raise ModelError(f"timm could not load {where}: {why(error)}{_tags(where, error)}.") from error
     if task == "image-classification" and getattr(module, "num_classes", 0) == 0:
         raise ModelError(f"{where} has no classifier (num_classes is 0); leave --task out, or choose another model.")
-    return _wrap(
-        module, folder.name if folder.is_dir() else where.removeprefix("hf-hub:"), chosen, where, random_weights
-    )
+    label = folder.name if folder.is_dir() else where.removeprefix("hf-hub:")
+    return _wrap(module, label, chosen, where, revision, random_weights)
 
 
 def _tags(where: str, error: Exception) -> str:
@@ -60,7 +63,9 @@ def _tags(where: str, error: Exception) -> str:
     return f"; expected one of {', '.join(timm.list_pretrained(where.split('.', maxsplit=1)[0] + '.*'))}"
 
 
-def _wrap(module: torch.nn.Module, name: str, task: str, where: str, random_weights: bool) -> Model:
+def _wrap(
+    module: torch.nn.Module, name: str, task: str, where: str, revision: str | None, random_weights: bool
+) -> Model:
     config = resolve_model_data_config(module)
     example = {"pixel_values": torch.rand(2, *config["input_size"], generator=torch.Generator().manual_seed(0))}
     classifies = task == "image-classification" and getattr(module, "num_classes", 0) > 0
@@ -79,6 +84,7 @@ def _wrap(module: torch.nn.Module, name: str, task: str, where: str, random_weig
         dynamic_axes={"pixel_values": {0: "batch"}},
         preprocess=_preprocess(config, example),
         save=partial(_save, module, where),
+        revision=revision,
         random_weights=random_weights,
     )
 

@@ -33,6 +33,8 @@ AUTO = {
     "text-classification": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
 }
+# Where sentence-transformers says how its embedding is made of the model's answer.
+SENTENCE = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
 EXAMPLE_TOKENS = 16
 
 
@@ -53,13 +55,14 @@ def load(
     with _quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(where, **options)
-            chosen = task or _task(config, where)
+            beside = _beside(where, revision)
+            chosen = task or _task(config, beside)
             module, untrained = _module(where, config, chosen, random_weights, options)
         except ModelError:
             raise
         except Exception as error:  # transformers lets hub, file and shape errors through as they are
             raise ModelError(f"transformers could not load {where}: {why(error)}.") from error
-        return _wrap(module.eval().float(), where, chosen, options, random_weights, untrained)
+        return _wrap(module.eval().float(), where, chosen, options, beside, random_weights, untrained)
 
 
 @contextlib.contextmanager
@@ -78,10 +81,34 @@ def _quiet() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _task(config: Any, where: str) -> str:
-    if (Path(where) / "modules.json").is_file() or (Path(where) / "config_sentence_transformers.json").is_file():
-        return "sentence-similarity"
+def _beside(where: str, revision: str | None) -> dict[str, Path]:
+    """The files of sentence-transformers that lie beside the model, by name: in a folder, or on the hub."""
+    found = {name: _optional(where, name, revision) for name in SENTENCE}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def _optional(where: str, name: str, revision: str | None) -> Path | None:
+    """A file of a local folder or of a hub repository; None where it has no such file."""
+    if Path(where).is_dir():
+        path = Path(where) / name
+        return path if path.is_file() else None
+    fetched = transformers.utils.cached_file(
+        where,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,  # offline, what was downloaded before is what there is
+    )
+    return None if fetched is None else Path(fetched)
+
+
+def _task(config: Any, beside: dict[str, Path]) -> str:
     architecture = (config.architectures or [""])[0]
+    # A cross-encoder is of sentence-transformers too, but it judges a pair instead of embedding a sentence.
+    embeds = "modules.json" in beside or "config_sentence_transformers.json" in beside
+    if embeds and not architecture.endswith("ForSequenceClassification"):
+        return "sentence-similarity"
     for ending, task in HEADS.items():
         if architecture.endswith(ending):
             return task
@@ -91,13 +118,23 @@ def _task(config: Any, where: str) -> str:
 def _module(
     where: str, config: Any, task: str, random_weights: bool, options: dict[str, Any]
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    kind = getattr(transformers, AUTO[task]) if task in AUTO else (named or transformers.AutoModel)
+    kind = getattr(transformers, AUTO[task]) if task in AUTO else _headless((config.architectures or [""])[0])
     if random_weights:
         torch.manual_seed(0)
         return (kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)), ()
     module, found = kind.from_pretrained(where, **options, dtype=torch.float32, output_loading_info=True)
     return module, tuple(sorted(found["missing_keys"]))
+
+
+def _headless(architecture: str) -> Any:
+    """The class of that name if it answers with hidden states, such as T5EncoderModel; AutoModel otherwise.
+
+    The name comes from a file, so it must not reach anything else that transformers holds.
+    """
+    named = getattr(transformers, architecture, None)
+    model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    bare = architecture.endswith(("Model", "Encoder")) and not architecture.endswith(("HeadModel", "HeadsModel"))
+    return named if model and bare else transformers.AutoModel
 
 
 @dataclass(frozen=True)
@@ -110,13 +147,19 @@ class _Shape:
 
 
 def _wrap(
-    module: Any, where: str, task: str, options: dict[str, Any], random_weights: bool, untrained: tuple[str, ...]
+    module: Any,
+    where: str,
+    task: str,
+    options: dict[str, Any],
+    beside: dict[str, Path],
+    random_weights: bool,
+    untrained: tuple[str, ...],
 ) -> Model:
     image = module.main_input_name == "pixel_values"
     processors = _image_processor(where, options) if image else _tokenizer(where, options)
     inputs = ("pixel_values",) if image else _text_inputs(module, processors)
     example = _image_example(module) if image else _text_example(module, inputs)
-    shape = _shape(task, inputs, where)
+    shape = _shape(task, inputs, where, beside)
     return Model(
         name=Path(where).name if Path(where).is_dir() else where,
         source="transformers",
@@ -128,20 +171,20 @@ def _wrap(
         answer=shape.answer,
         example=example,
         dynamic_axes={name: {0: "batch"} if image else {0: "batch", 1: "sequence"} for name in inputs},
-        preprocess=_preprocess(module, where, inputs, example, processors, image),
-        save=partial(_save, module, processors, where),
+        preprocess=_preprocess(module, beside, inputs, example, processors, image),
+        save=partial(_save, module, processors, beside),
         untrained=untrained,
         revision=options["revision"],
         random_weights=random_weights,
     )
 
 
-def _shape(task: str, inputs: tuple[str, ...], where: str) -> _Shape:
+def _shape(task: str, inputs: tuple[str, ...], where: str, beside: dict[str, Path]) -> _Shape:
     if task.endswith("classification") or task == "text-generation":
         extra = {"use_cache": False} if task == "text-generation" else {}
         return _Shape(("logits",), "logits", partial(_logits, inputs=inputs, extra=extra))
     if task == "sentence-similarity":
-        embed = partial(_sentence, inputs=inputs, pooling=_pooling(where))
+        embed = partial(_sentence, inputs=inputs, pooling=_pooling(where, beside))
         return _Shape(("last_hidden_state", "sentence_embedding"), "sentence_embedding", embed)
     return _Shape(("last_hidden_state",), "last_hidden_state", partial(_hidden, inputs=inputs))
 
@@ -168,16 +211,16 @@ def _sentence(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], pool
     return states, torch.nn.functional.normalize(pooled, dim=-1)
 
 
-def _pooling(where: str) -> str:
-    """Pooling that a sentence-transformers folder asks for; mean where it says nothing.
+def _pooling(where: str, beside: dict[str, Path]) -> str:
+    """Pooling that sentence-transformers asks for; mean where it says nothing.
 
     Raises:
         ModelError: a pooling other than mean and class token.
     """
-    path = Path(where) / "1_Pooling" / "config.json"
-    if not path.is_file():
+    name = "1_Pooling/config.json"
+    if name not in beside:
         return "mean"
-    config = json.loads(path.read_text())
+    config = json.loads(beside[name].read_text())
     modes = {
         key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and "pooling_mode" in key
     }
@@ -185,7 +228,9 @@ def _pooling(where: str) -> str:
         return "cls"
     if modes == {"mean_tokens"}:
         return "mean"
-    raise ModelError(f"{path} asks for pooling by {', '.join(sorted(modes))}; expected mean_tokens or cls_token.")
+    raise ModelError(
+        f"{name} of {where} asks for pooling by {', '.join(sorted(modes))}; expected mean_tokens or cls_token."
+    )
 
 
 def _text_inputs(module: Any, tokenizer: Any) -> tuple[str, ...]:
@@ -233,14 +278,19 @@ def _tokenizer(where: str, options: dict[str, Any]) -> Any:
 
 
 def _preprocess(
-    module: Any, where: str, inputs: tuple[str, ...], example: dict[str, torch.Tensor], processor: Any, image: bool
+    module: Any,
+    beside: dict[str, Path],
+    inputs: tuple[str, ...],
+    example: dict[str, torch.Tensor],
+    processor: Any,
+    image: bool,
 ) -> Preprocess:
     arrays = as_numpy(example)
     if image:
         convert = None if processor is None else partial(_pixels, processor)
         return Preprocess(inputs, "image", arrays, image=convert)
     convert_text = (
-        None if processor is None else partial(_tokens, processor, inputs, _longest(module, processor, where))
+        None if processor is None else partial(_tokens, processor, inputs, _longest(module, processor, beside))
     )
     return Preprocess(inputs, "text", arrays, text=convert_text)
 
@@ -258,28 +308,21 @@ def _tokens(
     return {name: encoded[name].astype(np.int64) for name in inputs}
 
 
-def _longest(module: Any, tokenizer: Any, where: str) -> int:
+def _longest(module: Any, tokenizer: Any, beside: dict[str, Path]) -> int:
     """Most tokens the model takes: the least of what tokenizer, positions and sentence-transformers allow."""
     limits = [tokenizer.model_max_length, getattr(module.config, "max_position_embeddings", None) or 10**9]
-    sentence = Path(where) / "sentence_bert_config.json"
-    if sentence.is_file():
+    sentence = beside.get("sentence_bert_config.json")
+    if sentence is not None:
         limits.append(json.loads(sentence.read_text()).get("max_seq_length") or 10**9)
     return int(min(limits)) if min(limits) < 10**6 else 2048
 
 
-def _save(module: Any, processor: Any, where: str, folder: Path) -> None:
+def _save(module: Any, processor: Any, beside: dict[str, Path], folder: Path) -> None:
     module.config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     if getattr(module, "generation_config", None) is not None and module.can_generate():
         module.generation_config.save_pretrained(folder)
-    for name in (
-        "modules.json",
-        "sentence_bert_config.json",
-        "config_sentence_transformers.json",
-        "1_Pooling/config.json",
-    ):
-        original = Path(where) / name
-        if original.is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(original.read_bytes())
+    for name, original in beside.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(original.read_bytes())

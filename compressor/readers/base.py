@@ -40,6 +40,7 @@ class Samples:
     `feeds` prepares the samples with the given positions, in that order, as fresh arrays with
     `rows_per_sample` rows each. `faults` really decodes the given samples and returns the reasons of those that
     cannot be used, by position. `labels` has one entry a sample. `reading` says in words how the source was understood.
+    `class_folders` counts the subfolders that labels were taken from, those without a picture included.
     """
 
     ids: tuple[str, ...]
@@ -48,6 +49,7 @@ class Samples:
     labels: Array | None = None
     label_kind: LabelKind | None = None
     rows_per_sample: int = 1
+    class_folders: int | None = None
     skipped: tuple[Skipped, ...] = ()
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
 

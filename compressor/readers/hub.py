@@ -15,29 +15,34 @@ from compressor.readers.base import DataError, LabelKind, Samples
 from compressor.readers.images import pictures
 from compressor.readers.tables import Table, table_samples
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+){0,2}")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?(:[\w.+-]+){0,2}")
 SPLITS = ("validation", "test", "train")  # test comes second: its labels are often withheld
 
 
 def looks_like(spec: str) -> bool:
-    """Whether a string has the form owner/name, owner/name:config, :split or :config:split.
+    """Whether a string has the form owner/name or owner/name@revision, then :config, :split, :config:split or nothing.
 
-    >>> looks_like("nyu-mll/glue:sst2"), looks_like("./folder/images")
-    (True, False)
+    >>> looks_like("nyu-mll/glue:sst2"), looks_like("nyu-mll/glue@main:sst2"), looks_like("./folder/images")
+    (True, True, False)
     """
     return NAME.fullmatch(spec) is not None
 
 
 def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None) -> Samples:
-    """A hub dataset; the code that a dataset repository may hold is never run."""
+    """A hub dataset, at the revision that `spec` names after @, else at the one given.
+
+    The code that a dataset repository may hold is never run: datasets 4 and later no longer can.
+    """
     try:
         library = importlib.import_module("datasets")
     except ImportError as error:
         raise DataError(
             f"{spec} is neither a file nor a folder here; to read it as a hub dataset, install the datasets library: "
-            'pip install "compressor-ai[hub]"'
+            "pip install datasets"
         ) from error
-    name, *parts = spec.split(":")
+    place, *parts = spec.split(":")
+    name, _, named = place.partition("@")
+    revision = named or revision
     try:
         config, split = _part(library, name, parts, revision)
         dataset = library.load_dataset(name, config, split=split, revision=revision)

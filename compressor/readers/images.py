@@ -76,8 +76,13 @@ class Pictures:
 
 def pictures(name: str, ids: tuple[str, ...], load: Callable[[int], Image.Image], preprocess: Preprocess) -> Pictures:
     """Pictures that are prepared as the model's first input; DataError where the model takes none."""
-    if preprocess.kind != "image" or preprocess.image is None:
+    if preprocess.kind != "image":
         raise DataError(f"{name} holds images, but the model takes {preprocess.kind} inputs; give --data of that kind")
+    if preprocess.image is None:
+        raise DataError(
+            f"{name} holds images, but the model comes without the preprocessing that makes inputs of them; add its "
+            "preprocessor_config.json, or give ready model inputs as .npy"
+        )
     example = preprocess.example[preprocess.inputs[0]]
     return Pictures(name, ids, load, preprocess, Store(example.shape[1:], example.dtype))
 
@@ -112,7 +117,10 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
     labels = None if flat else np.array([label for _, label in found], dtype=np.int64)
     reading = "flat image folder" if flat else f"image folder, {len(classes)} class folders"
     kind: LabelKind | None = None if flat else "class"
-    return Samples(ids, source.feeds, reading, labels=labels, label_kind=kind, faults=source.faults)
+    folders = None if flat else len(classes)
+    return Samples(
+        ids, source.feeds, reading, labels=labels, label_kind=kind, class_folders=folders, faults=source.faults
+    )
 
 
 def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str]) -> None:

@@ -61,8 +61,13 @@ def tokens(
     name: str, first: Sequence[str], second: Sequence[str] | None, paired: bool, preprocess: Preprocess
 ) -> Tokens:
     """Texts for a model that takes texts; DataError for any other model."""
-    if preprocess.kind != "text" or preprocess.text is None:
+    if preprocess.kind != "text":
         raise DataError(f"{name} holds texts, but the model takes {preprocess.kind} inputs; give --data of that kind")
+    if preprocess.text is None:
+        raise DataError(
+            f"{name} holds texts, but the model comes without a tokenizer; add its tokenizer files (tokenizer.json, "
+            "tokenizer_config.json), or give token ids as .npy"
+        )
     return Tokens(name, first, second, paired, preprocess)
 
 
