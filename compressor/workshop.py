@@ -26,7 +26,7 @@ from compressor.steps import Steps, Tick
 from compressor.subject import Subject, accepting_data
 from passes.graph import Graph
 from passes.run import run
-from runtimes.base import BuildOptions, Engine, Feeds, Runtime, RuntimeUnavailable, runtime
+from runtimes.base import BuildOptions, Engine, Feeds, Runtime, need, runtime, targets
 from runtimes.timing import Latency, interleave
 
 PARITY_ROWS = 8
@@ -40,18 +40,28 @@ class WorkshopError(CompressorError):
 def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
     target = runtime(settings.target)
-    if settings.int8 == "dynamic" and not target.int8.dynamic:
-        raise WorkshopError(
-            f"target {settings.target} has no dynamic int8, it needs the ranges in the file; use --int8 static."
-        )
-    reason = target.missing()
-    if reason is not None:
-        raise RuntimeUnavailable(f"target {settings.target} cannot be used here: {reason}.")
     device = target.devices[0] if settings.device is None else settings.device
     options = BuildOptions(device=device, threads=settings.threads)
+    if settings.int8 is not None:
+        _check_int8(target, settings.int8, device)
+    need(target.name, target.missing(), target.devices, options)
     if options.device != target.devices[0]:
         _probe(target, options)
     return target, options
+
+
+def _check_int8(target: Runtime, mode: str, device: str) -> None:
+    """Refuse an int8 that the target would compute in float, on another device than asked for, or not at all."""
+    if device not in target.int8.devices:
+        others = " or ".join(name for name in targets() if device in runtime(name).int8.devices)
+        raise WorkshopError(
+            f"target {target.name} has int8 on {' and '.join(target.int8.devices)} only; on {device} int8 needs "
+            f"--target {others}."
+        )
+    if mode == "dynamic" and not target.int8.dynamic:
+        raise WorkshopError(
+            f"target {target.name} has no dynamic int8, it needs the ranges in the file; use --int8 static."
+        )
 
 
 def _probe(target: Runtime, options: BuildOptions) -> None:

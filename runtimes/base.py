@@ -7,9 +7,10 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]
 # Per input the size of each axis, None for an axis of any size. None in place of the tuple: the file does not say.
 Shapes: TypeAlias = Mapping[str, "tuple[int | None, ...] | None"]
+
+Opened = TypeVar("Opened")
+Self = TypeVar("Self", bound="Closing[Any]")
 
 
 class RuntimesError(Exception):
@@ -75,14 +79,16 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Int8Style:
-    """How an int8 file has to be written for a target.
+    """How an int8 file has to be written for a target, and where the target computes in int8.
 
     Attributes:
+        devices: Those of the target's devices on which an int8 file is computed in int8, and there.
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
         dynamic: Whether the target runs int8 with activation ranges found at run time.
     """
 
+    devices: tuple[str, ...]
     activations: Literal["uint8", "int8"]
     convolutions: bool
     dynamic: bool
@@ -129,6 +135,33 @@ class Engine(Protocol):
         """Close the engine."""
 
 
+class Closing(Generic[Opened]):
+    """The closing half of an engine: holds what its library opened until close(), and refuses every use after that."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened: Opened | None = opened
+
+    def close(self) -> None:
+        """Give back threads and memory. Closing twice is allowed."""
+        self._opened = None
+
+    def __enter__(self: Self) -> Self:
+        """Return the engine itself."""
+        self._live()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the engine."""
+        self.close()
+
+    def _live(self) -> Opened:
+        if self._opened is None:
+            raise RuntimesError("This engine is closed; load the model again to use it.")
+        return self._opened
+
+
 class Runtime(Protocol):
     """What a target file defines at module level: four facts and three functions."""
 
@@ -146,7 +179,7 @@ class Runtime(Protocol):
 
     @property
     def int8(self) -> Int8Style:
-        """How to quantize for it."""
+        """How to quantize for it, and for which of its devices."""
 
     def missing(self) -> str | None:
         """Return None where the target can be used, else the reason and what to install; imports no engine."""
@@ -190,6 +223,29 @@ def runtime(name: str) -> Runtime:
         hint = f"did you mean {near[0]}? " if near else ""
         raise RuntimesError(f"Unknown target {name!r}; {hint}The targets are: {', '.join(known)}.")
     return cast(Runtime, importlib.import_module(f"runtimes.{name}"))
+
+
+def need(name: str, missing: str | None, devices: tuple[str, ...], options: BuildOptions) -> None:
+    """Raise RuntimeUnavailable unless a target can be used on this machine and on the device asked for.
+
+    Args:
+        name: The target.
+        missing: What its missing() returned.
+        devices: Those it runs on.
+        options: Name the device.
+    """
+    if missing is not None:
+        raise RuntimeUnavailable(f"Target {name} cannot be used here: {missing}.")
+    check_device(name, devices, options)
+
+
+def installed(distribution: str) -> bool:
+    """Return whether pip knows the distribution, whose name is not always that of the module."""
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def check_device(name: str, devices: tuple[str, ...], options: BuildOptions) -> None:

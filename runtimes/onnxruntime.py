@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,25 @@ import numpy.typing as npt
 from runtimes.base import (
     BuildError,
     BuildOptions,
+    Closing,
     DTypes,
     Feeds,
     Int8Style,
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
-    check_device,
     check_feeds,
     first_line,
+    installed,
+    need,
 )
 
 name = "onnxruntime"
 description = "ONNX Runtime on the CPU or on CUDA; runs model.onnx itself"
 devices = ("cpu", "cuda")
 # Its CPU kernels run a convolution in int8 only if the output is quantized too, and uint8 activations lose less.
-int8 = Int8Style(activations="uint8", convolutions=False, dynamic=True)
+# On CUDA it would compute Q/DQ in float and leave dynamic quantization to the CPU: there is no kernel for either.
+int8 = Int8Style(devices=("cpu",), activations="uint8", convolutions=False, dynamic=True)
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -46,7 +48,7 @@ def missing() -> str | None:
     """Return None where ONNX Runtime can be used, else the reason and the command that changes it."""
     if util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; pip install onnxruntime (for CUDA: pip install onnxruntime-gpu)"
-    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+    if installed("onnxruntime") and installed("onnxruntime-gpu"):
         return (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu (CPU alone: onnxruntime)"
@@ -78,20 +80,17 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
         BuildError: ONNX Runtime refused the model.
     """
-    reason = missing()
-    if reason is not None:
-        raise RuntimeUnavailable(f"Target {name} cannot be used here: {reason}.")
-    check_device(name, devices, options)
+    need(name, missing(), devices, options)
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")
     return OnnxRuntimeEngine(_open(path, options), device=options.device)
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Closing[Any]):
     """An open ONNX Runtime session; see runtimes.base.Engine."""
 
     def __init__(self, session: Any, *, device: str) -> None:
-        self._session = session
+        super().__init__(session)
         self._device = device
         self.inputs: tuple[str, ...] = tuple(value.name for value in session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(value.name for value in session.get_outputs())
@@ -126,34 +125,6 @@ class OnnxRuntimeEngine:
                 binding.synchronize_outputs()
 
         return step
-
-    def close(self) -> None:
-        """Give back threads and memory. Closing twice is allowed."""
-        self._session = None
-
-    def __enter__(self) -> OnnxRuntimeEngine:
-        """Return the engine itself."""
-        self._live()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the engine."""
-        self.close()
-
-    def _live(self) -> Any:
-        if self._session is None:
-            raise RuntimesError("This engine is closed; load the model again to use it.")
-        return self._session
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _open(path: Path, options: BuildOptions) -> Any:

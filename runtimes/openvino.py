@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,20 @@ import numpy.typing as npt
 from runtimes.base import (
     BuildError,
     BuildOptions,
+    Closing,
     DTypes,
     Feeds,
     Int8Style,
     RuntimesError,
-    RuntimeUnavailable,
     Shapes,
-    check_device,
     check_feeds,
+    need,
 )
 
 name = "openvino"
 description = "OpenVINO on the CPU; writes openvino_model.xml and .bin beside model.onnx"
 devices = ("cpu",)
-int8 = Int8Style(activations="uint8", convolutions=False, dynamic=False)
+int8 = Int8Style(devices=("cpu",), activations="uint8", convolutions=False, dynamic=False)
 
 FILE = "openvino_model.xml"  # the name that optimum-intel's OVModel classes look for
 
@@ -35,7 +34,7 @@ FILE = "openvino_model.xml"  # the name that optimum-intel's OVModel classes loo
 def missing() -> str | None:
     """Return None where OpenVINO can be used, else the reason and the command that changes it."""
     if util.find_spec("openvino") is None:
-        return 'openvino is not installed; pip install "compressor-ai[openvino]"'
+        return "openvino is not installed; pip install openvino"
     return None
 
 
@@ -48,7 +47,7 @@ def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: OpenVINO or the device is not there.
         BuildError: OpenVINO refused the model.
     """
-    _need(options)
+    need(name, missing(), devices, options)
     import openvino
 
     try:
@@ -66,7 +65,7 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
         RuntimeUnavailable: OpenVINO or the device is not there.
         BuildError: OpenVINO refused the model.
     """
-    _need(options)
+    need(name, missing(), devices, options)
     import openvino
 
     if not path.is_file():
@@ -84,11 +83,11 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
         raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Closing[Any]):
     """A compiled OpenVINO model with one inference request; see runtimes.base.Engine."""
 
     def __init__(self, compiled: Any) -> None:
-        self._request = compiled.create_infer_request()
+        super().__init__(compiled.create_infer_request())
         self._ports = {_port_name(port): port for port in (*compiled.inputs, *compiled.outputs)}
         self.inputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.inputs)
         self.outputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.outputs)
@@ -120,33 +119,6 @@ class OpenVinoEngine:
                 raise RuntimesError(f"OpenVINO failed while running: {_reason(error)}.") from error
 
         return step
-
-    def close(self) -> None:
-        """Give back threads and memory. Closing twice is allowed."""
-        self._request = None
-
-    def __enter__(self) -> OpenVinoEngine:
-        """Return the engine itself."""
-        self._live()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the engine."""
-        self.close()
-
-    def _live(self) -> Any:
-        if self._request is None:
-            raise RuntimesError("This engine is closed; load the model again to use it.")
-        return self._request
-
-
-def _need(options: BuildOptions) -> None:
-    reason = missing()
-    if reason is not None:
-        raise RuntimeUnavailable(f"Target {name} cannot be used here: {reason}.")
-    check_device(name, devices, options)
 
 
 def _reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,8 +26,9 @@ from runtimes.base import (
     Int8Style,
     RuntimesError,
     RuntimeUnavailable,
-    check_device,
     first_line,
+    installed,
+    need,
 )
 from runtimes.tensorrt_engine import Device, Refused, Shape, TensorRTEngine, reason
 
@@ -40,9 +41,9 @@ name = "tensorrt"
 description = "NVIDIA TensorRT on CUDA; builds model.engine for this GPU (written without one: never run yet)"
 devices = ("cuda",)
 # Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions.
-int8 = Int8Style(activations="int8", convolutions=True, dynamic=False)
+int8 = Int8Style(devices=("cuda",), activations="int8", convolutions=True, dynamic=False)
 
-GET = 'pip install "compressor-ai[gpu]"'
+GET = "pip install tensorrt cuda-bindings"
 OLDEST = (10, 12)
 TIMINGS = "tensorrt.timing"
 
@@ -51,7 +52,7 @@ def missing() -> str | None:
     """Return None where TensorRT and a CUDA device are there, else the reason and what to install."""
     if util.find_spec("tensorrt") is None:
         return f"tensorrt is not installed; on a machine with an NVIDIA GPU: {GET}"
-    if not _installed("cuda-bindings"):
+    if not installed("cuda-bindings"):
         return f"cuda-bindings is not installed, which copies data to the GPU; {GET}"
     found = _cuda_devices()
     if found is None:
@@ -121,14 +122,6 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
     return opened
 
 
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _cuda_devices() -> int | None:
     """Return how many devices the driver shows, None without a driver. Asks the driver itself, the quickest way."""
     try:
@@ -143,17 +136,16 @@ def _cuda_devices() -> int | None:
 
 def _check_ready(options: BuildOptions) -> None:
     """Raise RuntimeUnavailable unless the package, new enough, and the device asked for are there."""
-    absent = missing()
-    if absent is not None:
-        raise RuntimeUnavailable(f"Target {name} cannot be used here: {absent}.")
-    check_device(name, devices, options)
+    need(name, missing(), devices, options)
     try:
         import tensorrt as trt
     except (ImportError, OSError) as error:
         raise RuntimeUnavailable(f"TensorRT is installed but cannot be loaded: {first_line(error)}.") from error
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if version < OLDEST:
-        raise RuntimeUnavailable(f"Found TensorRT {trt.__version__}; expected 10.12 or newer: {GET}.")
+        raise RuntimeUnavailable(
+            f"Found TensorRT {trt.__version__}; expected 10.12 or newer: pip install --upgrade tensorrt."
+        )
 
 
 def _made(value: T | None, otherwise: str) -> T:

@@ -6,13 +6,12 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base import DTypes, Feeds, RuntimesError, Shapes, check_feeds, first_line
+from runtimes.base import Closing, DTypes, Feeds, RuntimesError, Shapes, check_feeds, first_line
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -21,8 +20,6 @@ Shape = tuple[int, ...]
 
 ALIGNMENT = 256
 """Bytes; what TensorRT asks of every address."""
-
-CLOSED = "This engine is closed; load the model again to use it."
 
 
 class Refused(Exception):
@@ -39,7 +36,7 @@ class _Bound:
     outputs: dict[str, Shape] = field(default_factory=dict)
 
 
-class TensorRTEngine:
+class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
     """An open TensorRT engine with one execution context and one CUDA stream; see runtimes.base.Engine."""
 
     def __init__(
@@ -53,9 +50,8 @@ class TensorRTEngine:
     ) -> None:
         import tensorrt as trt
 
+        super().__init__((engine, context))
         names = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
-        self._engine: trt.ICudaEngine | None = engine
-        self._context: trt.IExecutionContext | None = context
         self._device, self._keep, self._said = device, keep, said
         self._active: _Bound | None = None
         self._last: _Bound | None = None
@@ -113,25 +109,10 @@ class TensorRTEngine:
         self._device.held.close()
         self._last = None
         # In this order: a context must not outlive its engine, nor the engine its runtime and logger.
-        self._context = None
-        self._engine = None
+        engine = None if self._opened is None else self._opened[0]
+        super().close()
+        del engine
         self._keep = ()
-
-    def __enter__(self) -> TensorRTEngine:
-        """Return the engine itself."""
-        self._live()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the engine."""
-        self.close()
-
-    def _live(self) -> tuple[trt.ICudaEngine, trt.IExecutionContext]:
-        if self._engine is None or self._context is None:
-            raise RuntimesError(CLOSED)
-        return self._engine, self._context
 
     def _reserve(self, feeds: Feeds) -> _Bound:
         """Tell the context the shapes and find room for every input and output; on failure nothing stays reserved."""

@@ -671,7 +671,7 @@ def test_a_missing_datasets_library_is_named_with_its_command(monkeypatch: pytes
         load("nobody/nothing", vision(), task="image-classification")
     assert str(refusal.value) == (
         "nobody/nothing is neither a file nor a folder here; to read it as a hub dataset, install the datasets "
-        'library: pip install "compressor-ai[hub]"'
+        "library: pip install datasets"
     )
 
 

@@ -1,14 +1,26 @@
 """Options, discovery and the check of feeds that all engines share."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import runtimes
-from runtimes.base import BuildOptions, RuntimesError, RuntimeUnavailable, check_device, check_feeds, first_line
+from runtimes.base import (
+    BuildOptions,
+    Closing,
+    RuntimesError,
+    RuntimeUnavailable,
+    check_device,
+    check_feeds,
+    first_line,
+    installed,
+    need,
+)
 
 DTYPES = {"a": np.dtype("float32"), "b": np.dtype("int64")}
 SHAPES = {"a": (None, 4), "b": None}
@@ -71,6 +83,37 @@ def test_check_device_names_found_and_expected():
     with pytest.raises(RuntimeUnavailable, match=r"Target x runs on cuda; found device 'cpu'\."):
         check_device("x", ("cuda",), BuildOptions())
     assert check_device("x", ("cpu", "cuda"), BuildOptions(device="cuda")) is None
+
+
+def test_need_names_what_is_missing_before_the_device():
+    with pytest.raises(
+        RuntimeUnavailable, match=r"^Target x cannot be used here: y is not installed; pip install y\.$"
+    ):
+        need("x", "y is not installed; pip install y", ("cuda",), BuildOptions())
+    with pytest.raises(RuntimeUnavailable, match=r"^Target x runs on cuda; found device 'cpu'\.$"):
+        need("x", None, ("cuda",), BuildOptions())
+    assert need("x", None, ("cpu",), BuildOptions()) is None
+
+
+def test_installed_goes_by_the_name_of_the_distribution():
+    assert installed("numpy")
+    assert not installed("no-such-distribution")
+
+
+def test_what_is_closed_holds_nothing_and_refuses_every_use():
+    held = np.zeros(1)
+    alive = weakref.ref(held)
+    closing = Closing(held)
+    with closing as entered:
+        assert entered is closing
+        assert closing._live() is held
+    closing.close()
+    del held
+    gc.collect()
+    assert alive() is None
+    for use in (closing._live, closing.__enter__):
+        with pytest.raises(RuntimesError, match=r"^This engine is closed; load the model again to use it\.$"):
+            use()
 
 
 def test_check_feeds_accepts_any_size_of_a_free_axis():

@@ -102,11 +102,14 @@ def test_facts(target):
     assert target.devices
     assert set(target.devices) <= set(DEVICES)
     assert isinstance(target.int8, Int8Style)
+    assert target.int8.devices
+    assert set(target.int8.devices) <= set(target.devices)
 
 
 def test_missing_says_how_to_get_it(target):
     reason = target.missing()
     assert reason is None or "pip install" in reason
+    assert "compressor" not in (reason or "")  # an extra of ours is no package that pip finds
 
 
 def test_engine_describes_its_inputs_and_outputs(target, options, built, engine):

@@ -34,7 +34,7 @@ def installed(monkeypatch, *distributions):
             raise metadata.PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr(target.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
 
 
 def test_the_portable_file_is_the_engine(relu, tmp_path):

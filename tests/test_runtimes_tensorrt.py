@@ -8,6 +8,7 @@ It cannot show that the real parser, kernels or numbers are right.
 import ctypes
 import enum
 import pickle
+import re
 import sys
 import types
 from functools import partial
@@ -431,13 +432,13 @@ def check_sentence(error, *words):
 )
 def test_missing_names_the_first_thing_that_lacks(monkeypatch, package, bindings, found, word):
     monkeypatch.setattr(target.util, "find_spec", lambda name: {"tensorrt": package}[name])
-    monkeypatch.setattr(target, "_installed", lambda name: {"cuda-bindings": bindings}[name])
+    monkeypatch.setattr(target, "installed", lambda name: {"cuda-bindings": bindings}[name])
     monkeypatch.setattr(target, "_cuda_devices", lambda: found)
     reason = target.missing()
     assert (reason is None) == (word is None)
     if reason is not None:
         assert word in reason
-        assert 'pip install "compressor-ai[gpu]"' in reason
+        assert "pip install tensorrt cuda-bindings" in reason
 
 
 def test_devices_are_counted_by_the_driver(monkeypatch):
@@ -461,7 +462,10 @@ def test_what_cannot_be_used_is_refused_before_any_work(fake, tmp_path, monkeypa
     with pytest.raises(RuntimeUnavailable, match=r"Target tensorrt runs on cuda; found device 'cpu'\."):
         target.build(path, tmp_path, BuildOptions(device="cpu"))
     fake.trt.__version__ = "10.9.0.34"
-    with pytest.raises(RuntimeUnavailable, match=r"Found TensorRT 10\.9\.0\.34; expected 10\.12 or newer: pip install"):
+    with pytest.raises(
+        RuntimeUnavailable,
+        match=r"Found TensorRT 10\.9\.0\.34; expected 10\.12 or newer: pip install --upgrade tensorrt",
+    ):
         target.load(path, OPTIONS)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(RuntimeUnavailable, match="installed but cannot be loaded"):
@@ -923,8 +927,27 @@ def test_dynamic_int8_and_a_missing_target_are_refused_before_any_work(tmp_path,
     settings = Settings(target="tensorrt", int8="dynamic", output=tmp_path / "out")
     with pytest.raises(CompressorError, match=r"tensorrt has no dynamic int8.*use --int8 static\."):
         pipeline.export(settings)
-    with pytest.raises(RuntimeUnavailable, match=r"target tensorrt cannot be used here: there is no NVIDIA driver"):
+    with pytest.raises(RuntimeUnavailable, match=r"Target tensorrt cannot be used here: there is no NVIDIA driver"):
         pipeline.export(Settings(target="tensorrt", output=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "mode", "words"),
+    [
+        (
+            "onnxruntime",
+            "cuda",
+            "static",
+            "target onnxruntime has int8 on cpu only; on cuda int8 needs --target tensorrt.",
+        ),
+        ("onnxruntime", "cuda", "dynamic", "on cuda int8 needs --target tensorrt."),
+        ("tensorrt", "cpu", "static", "has int8 on cuda only; on cpu int8 needs --target onnxruntime or openvino."),
+    ],
+)
+def test_int8_is_refused_on_a_device_that_has_none(tmp_path, name, device, mode, words):
+    with pytest.raises(CompressorError, match=re.escape(words)):
+        pipeline.export(Settings(target=name, device=device, int8=mode, output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
