@@ -98,9 +98,24 @@ def _data(settings: Settings, model: Model, tick: Tick) -> Data:
         revision=None,  # --revision is the model's; a data set takes its own as owner/name@revision
         progress=tick,
     )
+    _check_classes(data, model)
+    if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
+        raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
+    return data
+
+
+def _check_classes(data: Data, model: Model) -> None:
+    """Refuse what accuracy and agreement would be silently wrong on: one output, labels of other classes."""
     classes = model.classes()
-    _check_classes(data, model, classes)
-    if data.label_kind == "class" and classes is not None:
+    if classes is None or data.random:
+        return
+    if classes == 1:
+        feature = "image-feature-extraction" if model.task.startswith("image") else "feature-extraction"
+        raise SubjectError(
+            f"{model.name} answers with a single number, of which no class can be told, and regression is not "
+            f"supported yet; pass --task {feature} to hold its features instead, or --data random for speed only."
+        )
+    if data.label_kind == "class":
         parts = (data.calibration, data.validation, data.test)
         largest = max(int(part.labels.max()) for part in parts if part.labels is not None)
         if largest >= classes:
@@ -108,21 +123,8 @@ def _data(settings: Settings, model: Model, tick: Tick) -> Data:
                 f"{data.source} has labels up to {largest}, but {model.name} knows only {classes} classes (0 to "
                 f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
             )
-    if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
-        raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
-    return data
-
-
-def _check_classes(data: Data, model: Model, classes: int | None) -> None:
-    """Refuse what would be scored silently wrong: one output, and class folders numbered unlike the model's classes."""
-    if classes == 1 and not data.random:
-        feature = "image-feature-extraction" if model.task.startswith("image") else "feature-extraction"
-        raise SubjectError(
-            f"{model.name} answers with a single number, of which no class can be told, and regression is not "
-            f"supported yet; pass --task {feature} to hold its features instead, or --data random for speed only."
-        )
     folders = data.calibration.samples.class_folders
-    if folders is not None and classes is not None and folders != classes:
+    if folders not in (None, classes):
         raise SubjectError(
             f"{data.source} has {folders} class folders, but {model.name} has {classes} classes, so the folders' "
             "numbers are not its classes; give a folder for each class, in the model's order, or one flat folder of "

@@ -7,7 +7,7 @@ import json
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -641,6 +641,32 @@ def test_a_hub_dataset_of_texts(hub: Callable[[FakeDataset], list[Any]]) -> None
     assert asked == [("nobody/texts", config, split, "v1") for config, split in parts_asked]
 
 
+def test_a_hub_dataset_at_a_revision_of_its_own(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    asked = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
+    specs = ("nobody/texts", "nobody/texts@v2", "nobody/texts@refs/convert/parquet:train", "nobody/texts@v2:large:test")
+    for spec in specs:
+        assert len(texts_of(load(spec, language(), task="feature-extraction"))) == 3
+    assert [(name, *rest) for name, _, *rest in asked] == [
+        ("nobody/texts", "validation", None),
+        ("nobody/texts", "validation", "v2"),
+        ("nobody/texts", "train", "refs/convert/parquet"),
+        ("nobody/texts", "test", "v2"),
+    ]
+
+
+def test_a_datasets_library_that_may_run_code_is_refused(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    asked = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
+    for version in ("3.6.0", "2.14.dev0"):
+        sys.modules["datasets"].__version__ = version  # type: ignore[attr-defined]
+        assert refused("nobody/texts", language()) == (
+            f"found datasets {version}, which may run code that a data set brings; expected 4 or later: "
+            'pip install "datasets>=4"'
+        )
+    assert asked == []
+    sys.modules["datasets"].__version__ = "4.0.0"  # type: ignore[attr-defined]
+    assert len(texts_of(load("nobody/texts", language(), task="feature-extraction"))) == 3
+
+
 def test_a_hub_dataset_of_images(hub: Callable[[FakeDataset], list[Any]]) -> None:
     pictures: list[Any] = [Image.new("L", (5, 5), 10 * number) for number in range(5)]
     columns: dict[str, list[Any]] = {"image": [*pictures, None], "label": [0, 1, 2, 3, 4, 5]}
@@ -720,6 +746,30 @@ def test_refused_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "none of the 4 images in broken can be decoded (first: 0.png: not an image that can be identified); check how "
         "they were copied"
     )
+
+
+def test_a_model_without_its_preprocessing_is_told_from_one_of_another_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        paint(Path(f"few/{number}.png"), 9)
+    Path("x.txt").write_text("a\nb\nc\n")
+    assert refused("few", replace(vision(), image=None)) == (
+        "few holds images, but the model comes without the preprocessing that makes inputs of them; add its "
+        "preprocessor_config.json, or give ready model inputs as .npy"
+    )
+    assert refused("x.txt", replace(language(), text=None)) == (
+        "x.txt holds texts, but the model comes without a tokenizer; add its tokenizer files (tokenizer.json, "
+        "tokenizer_config.json), or give token ids as .npy"
+    )
+    assert refused("x.txt", vision()) == "x.txt holds texts, but the model takes image inputs; give --data of that kind"
+
+
+def test_class_folders_are_counted_with_the_empty_ones(folder: Path) -> None:
+    (folder / "c").mkdir()
+    assert load(str(folder), vision(), task="image-classification").calibration.samples.class_folders == 3
+    assert load(str(folder / "a"), vision(), task="image-classification").calibration.samples.class_folders is None
 
 
 def test_refused_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

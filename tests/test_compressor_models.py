@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,3 +255,211 @@ def test_a_hub_id_while_offline_says_so_in_one_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"'nobody/no-such-model' is no local folder .* the hub cannot be reached"):
         load("nobody/no-such-model")
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+}
+PICTURE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16} | {
+    "image_size": 16,
+    "patch_size": 8,
+}
+ROUND_TRIPS = [
+    ("BertForMaskedLM", "BertConfig", SMALL, None, "BertModel", "feature-extraction"),
+    ("ViTForImageClassification", "ViTConfig", PICTURE, "image-feature-extraction", "ViTModel", None),
+    ("ViTForImageClassification", "ViTConfig", PICTURE, None, "ViTForImageClassification", "image-classification"),
+    ("CLIPVisionModel", "CLIPVisionConfig", PICTURE, None, "CLIPVisionModel", "image-feature-extraction"),
+    (
+        "T5EncoderModel",
+        "T5Config",
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40},
+        None,
+        "T5EncoderModel",
+        "feature-extraction",
+    ),
+    (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 32},
+        None,
+        "GPT2LMHeadModel",
+        "text-generation",
+    ),
+    (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 32},
+        "feature-extraction",
+        "GPT2Model",
+        None,
+    ),
+]
+
+
+def saved(folder: Path, kind: str, config: str, sizes: dict[str, int]) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    getattr(transformers, kind)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "config", "sizes", "task", "loaded", "found"), ROUND_TRIPS)
+def test_a_saved_model_loads_with_the_head_of_its_task(
+    tmp_path: Path, kind: str, config: str, sizes: dict[str, int], task: str | None, loaded: str, found: str | None
+) -> None:
+    model = load(saved(tmp_path / "m", kind, config, sizes), task=task)
+    assert model.task == (found or task)
+    assert type(model.module).__name__ == loaded
+    with torch.inference_mode():
+        answers = model.call(model.module, *model.example.values())
+    assert len(answers) == len(model.outputs)
+    assert all(torch.isfinite(answer).all() for answer in answers)
+    assert load(tmp_path / "m", task=task, random_weights=True).random_weights
+
+
+def test_the_body_of_a_model_with_a_head_keeps_its_weights(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = load(saved(tmp_path / "m", "BertForMaskedLM", "BertConfig", SMALL))
+    whole = transformers.BertForMaskedLM.from_pretrained(tmp_path / "m").eval()
+    feeds = dict(zip(model.inputs, model.example.values(), strict=True))
+    with torch.inference_mode():
+        expected = whole.bert(**feeds).last_hidden_state
+        torch.testing.assert_close(model.call(model.module, *feeds.values())[0], expected)
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "pipeline", "PretrainedConfig", "BertTokenizer", "no_such", "os"])
+def test_a_name_in_the_config_reaches_models_only(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path / "m", "BertModel", "BertConfig", SMALL)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"architectures": [name]}))
+    assert type(load(folder).module).__name__ == "BertModel"
+
+
+def sentence(folder: Path, pooling: str) -> Path:
+    """What sentence-transformers writes beside a model."""
+    saved(folder, "BertModel", "BertConfig", SMALL)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    (folder / "modules.json").write_text("[]")
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
+    return folder
+
+
+def as_hub(cache: Path, folder: Path, revision: str) -> None:
+    """Lay a folder into a hub cache as the hub client does, as nobody/sentences at one revision."""
+    repository = cache / "models--nobody--sentences"
+    commit = revision.encode().hex().ljust(40, "0")[:40]
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+
+
+def test_a_sentence_model_on_the_hub_is_read_like_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    as_hub(tmp_path / "cache", sentence(tmp_path / "cls", "cls_token"), "main")
+    as_hub(tmp_path / "cache", sentence(tmp_path / "mean", "mean_tokens"), "v2")
+    as_hub(tmp_path / "cache", saved(tmp_path / "plain", "BertModel", "BertConfig", SMALL), "plain")
+    for revision, folder in ((None, "cls"), ("v2", "mean")):
+        model, local = load("nobody/sentences", revision=revision), load(tmp_path / folder)
+        assert model.task == local.task == "sentence-similarity"
+        assert model.revision == revision
+        with torch.inference_mode():
+            embeddings = [each.call(each.module, *each.example.values())[1] for each in (model, local)]
+        torch.testing.assert_close(*embeddings)
+        (tmp_path / f"out-{folder}").mkdir()
+        model.save(tmp_path / f"out-{folder}")
+        assert (tmp_path / f"out-{folder}" / "1_Pooling" / "config.json").read_bytes() == (
+            tmp_path / folder / "1_Pooling" / "config.json"
+        ).read_bytes()
+    assert load("nobody/sentences", revision="plain").task == "feature-extraction"
+
+
+def test_the_longest_row_of_a_sentence_model_is_respected_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pytest.importorskip("compressor.models.transformers")
+    folder = sentence(tmp_path / "m", "mean_tokens")
+    asked = []
+
+    def cached_file(where: str, name: str, *, revision: str | None, **flags: bool) -> str | None:
+        asked.append((where, name, revision))
+        assert flags["_raise_exceptions_for_missing_entries"] is False
+        return str(folder / name) if (folder / name).is_file() else None
+
+    monkeypatch.setattr(source.transformers.utils, "cached_file", cached_file)
+    beside = source._beside("nobody/sentences", "v1")
+    assert asked == [("nobody/sentences", name, "v1") for name in source.SENTENCE]
+    assert set(beside) == {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    module, tokenizer = load(folder).module, type("Tokenizer", (), {"model_max_length": 512})
+    assert source._longest(module, tokenizer, beside) == 7
+    assert source._longest(module, tokenizer, {}) == SMALL["max_position_embeddings"]
+
+
+def test_a_pooling_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="asks for pooling by lasttoken; expected mean_tokens or cls_token"):
+        load(sentence(tmp_path / "m", "lasttoken"))
+
+
+def test_a_cross_encoder_is_a_classifier(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", "BertForSequenceClassification", "BertConfig", SMALL)
+    (folder / "config_sentence_transformers.json").write_text("{}")
+    assert load(folder).task == "text-classification"
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def test_options_that_a_model_has_no_use_for_are_refused(factories: Path, tmp_path: Path) -> None:
+    x = torch.ones(1, 3)
+    with pytest.raises(ModelError, match=r"own_factories:good is code, not a hub repository.* leave --revision out"):
+        load("own_factories:good", revision="v1")
+    with pytest.raises(ModelError, match=r"comes with the weights its code gives it; leave --random-weights out"):
+        load("own_factories:good", random_weights=True)
+    with pytest.raises(ModelError, match=r"Sum is code"):
+        load(Sum(), example_inputs=(x, x), revision="v1")
+    with pytest.raises(ModelError, match=r"Sum comes with the weights"):
+        load(Sum(), example_inputs=(x, x), random_weights=True)
+    with pytest.raises(ModelError, match=r"vit_tiny_patch16_224 is no hub id, so it has no revision 'v1'"):
+        load("vit_tiny_patch16_224", revision="v1")
+    with pytest.raises(ModelError, match=r"is a local folder, so it has no revision 'v1'; leave --revision out"):
+        load(saved(tmp_path / "m", "BertModel", "BertConfig", SMALL), revision="v1")
+
+
+def test_a_timm_model_of_the_hub_remembers_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pytest.importorskip("compressor.models.timm")
+    asked, made = [], source.timm.create_model("test_vit", pretrained=False)
+
+    def create_model(name: str, *, pretrained: bool) -> torch.nn.Module:
+        asked.append((name, pretrained))
+        return made
+
+    monkeypatch.setattr(source.timm, "create_model", create_model)
+    model = source.load("hf-hub:nobody/vit", task=None, revision="v1", random_weights=False, trust_remote_code=False)
+    assert asked == [("hf-hub:nobody/vit@v1", True)]
+    assert model.revision == "v1"
+
+
+def test_the_current_folder_is_on_the_path_only_while_the_factory_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise SystemExit('shadowed')\n")
+    (tmp_path / "here_factories.py").write_text(f"import json, sys\nseen = sys.path[-1]\n{FACTORIES}")
+    monkeypatch.delitem(sys.modules, "here_factories", raising=False)
+    before = list(sys.path)
+    assert load("here_factories:good").inputs == ("x",)
+    assert sys.modules["here_factories"].seen == str(tmp_path)
+    assert sys.path == before
+    with pytest.raises(ModelError, match="kaboom"):
+        load("here_factories:fails")
+    assert sys.path == before

@@ -51,6 +51,8 @@ def load(
     Raises:
         ModelError: config or weights cannot be read, or the architecture needs code from the repository.
     """
+    if revision is not None and Path(where).is_dir():
+        raise ModelError(f"{where} is a local folder, so it has no revision {revision!r}; leave --revision out.")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _quiet():
         try:

@@ -40,6 +40,7 @@ def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None)
             f"{spec} is neither a file nor a folder here; to read it as a hub dataset, install the datasets library: "
             "pip install datasets"
         ) from error
+    _check_version(library)
     place, *parts = spec.split(":")
     name, _, named = place.partition("@")
     revision = named or revision
@@ -53,6 +54,15 @@ def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None)
             f"({_first_line(error)}); check the path, or the name and the network"
         ) from error
     return dataset_samples(dataset, spec, preprocess, task)
+
+
+def _check_version(library: Any) -> None:
+    version = str(getattr(library, "__version__", ""))
+    if re.match(r"[0-3]\.", version):
+        raise DataError(
+            f"found datasets {version}, which may run code that a data set brings; expected 4 or later: "
+            'pip install "datasets>=4"'
+        )
 
 
 def dataset_samples(dataset: Any, name: str, preprocess: Preprocess, task: str) -> Samples:
