@@ -33,6 +33,8 @@ def report(metric: str | None) -> Report:
         int8={},
         search={},
         steps=(),
+        passes=(),
+        timed_inputs={"pixel_values": [1, 3, 224, 224]},
         environment={},
         notes=("A note.",),
     )

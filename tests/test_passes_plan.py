@@ -223,7 +223,7 @@ def test_the_most_similar_go_first(metric):
     chosen = plan_for("block:1", metric, scores=scores_of(SITES, lambda _: 0.5, blocks=blocks))
     assert chosen.order == ("b.2.attention", "b.2.mlp")
     reason = next(decision.reason for decision in chosen.decisions if decision.site == "b.2.mlp")
-    assert reason == f"{metric}: rank 1 of 6 (0.4)"
+    assert reason == f"{metric}: rank 1 of 6 ({'0.6' if metric == 'cosine' else '0.4'})"  # influence = 1 - cosine
 
 
 def test_equal_scores_keep_the_order_of_the_model():
