@@ -128,12 +128,12 @@ def check_plain(out: Path, images: Path) -> float:
 @functools.cache  # one figure for all cases of a model and data
 @torch.inference_mode()
 def plain_sweep(spec: str, samples: str, random_weights: bool) -> float:
-    """Seconds of one forward pass of the eager model over the calibration data, decoded before: median of five."""
+    """Seconds of one forward pass of the eager model over the calibration data, decoded before: median of three."""
     model = models.load(spec, random_weights=random_weights)
     calibration = data.load(samples, model.preprocess, task=model.task).calibration
     batches = list(tensor_batches(calibration))
     model.call(model.module, *batches[0].values())
-    return median(_seconds(model, batches) for _ in range(5))
+    return median(_seconds(model, batches) for _ in range(3))
 
 
 def _seconds(model: models.Model, batches: list[dict[str, torch.Tensor]]) -> float:
