@@ -96,7 +96,7 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
         "notes",
     )
     row = {"name": case.name, "flags": list(case.flags), "wall_seconds": wall} | {key: report[key] for key in kept}
-    row["model"] = report["model"]["name"]
+    row["model"], row["sites"] = report["model"]["name"], len(report["model"]["sites"])
     row["sizes_of_data"] = report["data"]["sizes"]
     row["latency"] = {name: brief(latency) for name, latency in report["latency"].items()}
     row["top1_plain_onnxruntime"] = plain
