@@ -119,6 +119,8 @@ def _ship(source: Path, destination: Path) -> Path:
 
     model = onnx.load(str(source))
     onnx.save_model(model, str(destination), save_as_external_data=True, location=destination.name + ".data")
+    # onnx makes the weights readable by their owner alone; whoever may read the model must be able to read them too.
+    shutil.copymode(destination, destination.with_name(destination.name + ".data"))
     return destination
 
 

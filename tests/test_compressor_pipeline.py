@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -193,3 +194,20 @@ def test_inspect_takes_a_module() -> None:
     inspection = compressor.inspect(Residual(), example_inputs=torch.zeros(2, 8), data="random")
     assert len(inspection.rows()) == 3
     assert (SAMPLE / "digits.npz").is_file()
+
+
+def test_external_weights_are_shipped_under_their_new_name_and_as_readable_as_the_model(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 64]) for name in "xy"]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "big", ends[:1], ends[1:], [weight]
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    source = tmp_path / "result.onnx"
+    onnx.save_model(model, source, save_as_external_data=True, location="result.onnx.data", size_threshold=0)
+    (tmp_path / "out").mkdir()
+    shipped = pipeline._ship(source, tmp_path / "out" / "model.onnx")
+    source.with_name("result.onnx.data").unlink()
+    weights = shipped.with_name("model.onnx.data")
+    assert weights.stat().st_mode == shipped.stat().st_mode
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(onnx.load(shipped).graph.initializer[0]), 1.0)
