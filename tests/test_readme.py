@@ -63,19 +63,26 @@ def short_timing(monkeypatch):
     monkeypatch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
 
 
-@pytest.mark.parametrize("line", COMPRESSOR)  # in the order of the README: one replays another's plan
-def test_command(line, workspace, monkeypatch):
-    monkeypatch.chdir(workspace)
+def execute(line):
+    if "--output" in line:  # made by a test before this one
+        shutil.rmtree(shlex.split(line)[shlex.split(line).index("--output") + 1], ignore_errors=True)
     done = CliRunner().invoke(main, shlex.split(line)[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("line", COMPRESSOR)
+def test_command(line, workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    plan = workspace / "small_vit" / "plan.json"
+    if "small_vit/plan.json" in line and not plan.exists():  # tests may run in any order, in several processes
+        execute(next(maker for maker in COMPRESSOR if "--output small_vit" in maker))
+    execute(line)
     if "--output" in line:
         folder = workspace / shlex.split(line)[shlex.split(line).index("--output") + 1]
         files = json.loads((folder / "manifest.json").read_text())["files"]
         assert {"model.onnx", "plan.json", "report.json", "config.json"} <= set(files)
     if "small_vit/plan.json" in line:
-        assert (workspace / "same_again" / "plan.json").read_text() == (
-            workspace / "small_vit" / "plan.json"
-        ).read_text()
+        assert (workspace / "same_again" / "plan.json").read_text() == plan.read_text()
 
 
 def test_python_snippet(workspace, monkeypatch, capsys):
