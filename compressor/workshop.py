@@ -100,7 +100,7 @@ class Workshop:
     scratch: Path
 
     def build(self, onnx: Path, out: Path | None = None) -> Path:
-        """Build an engine from an ONNX file, in `out` or beside nothing else; returns its path."""
+        """Build an engine from an ONNX file, in `out` or in a folder of its own; returns its path."""
         folder = self.scratch / f"{onnx.stem}.{self.target.name}" if out is None else out
         folder.mkdir(exist_ok=True)
         return self.target.build(onnx, folder, self.options)
