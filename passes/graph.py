@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,9 @@ import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten = torch.ops.aten
 
@@ -220,6 +224,95 @@ def drop_branches(graph: Graph, dropped: Collection[Site]) -> None:
 def bypass(graph: Graph, node: fx.Node, value: fx.Node) -> None:
     """Let every reader of `node` read `value` instead."""
     node.replace_all_uses_with(value)
+
+
+def insert_call(
+    graph: Graph, target: Callable[..., Any], *args: Any, before: fx.Node, options: Mapping[str, Any] | None = None
+) -> fx.Node:
+    """A new node ahead of `before` that calls an operator; its traced value is derived from those of its inputs.
+
+    Args:
+        graph: what is edited.
+        target: an ATen operator.
+        args: its arguments; nodes among them must stand ahead of `before`.
+        before: the node it is put in front of, whose place in the module tree it takes over.
+        options: its keyword arguments.
+
+    Raises:
+        GraphError: the operator refuses the shapes of these inputs.
+    """
+    with graph.module.graph.inserting_before(before):
+        node = graph.module.graph.call_function(target, args, dict(options or {}))
+    if "nn_module_stack" in before.meta:
+        node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
+    derive(node)
+    return node
+
+
+def insert_constant(graph: Graph, name: str, tensor: torch.Tensor, *, before: fx.Node) -> fx.Node:
+    """A new node ahead of `before` that reads `tensor`, which becomes a parameter of the module.
+
+    Args:
+        graph: what is edited.
+        name: wanted name; made unique, with underscores for what Python does not allow.
+        tensor: the value; it is not copied.
+        before: the node it is put in front of.
+    """
+    free = re.sub(r"\W", "_", f"fitted_{name}")
+    path = next(path for path in _numbered_names(free) if not hasattr(graph.module, path))
+    parameter = torch.nn.Parameter(tensor, requires_grad=False)
+    graph.module.register_parameter(path, parameter)
+    with graph.module.graph.inserting_before(before):
+        node = graph.module.graph.get_attr(path)
+    node.meta["val"] = _mode(graph).from_tensor(parameter, static_shapes=True)
+    return node
+
+
+def rewire(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Let one reader of `old` read `new` instead, wherever it does so."""
+    reader.replace_input_with(old, new)
+
+
+def set_arguments(graph: Graph, node: fx.Node, *args: Any) -> None:
+    """Give a node other positional arguments, and derive its traced value again."""
+    node.args = args
+    derive(node)
+
+
+def derive(node: fx.Node) -> None:
+    """Derive a call's traced value from those of its inputs.
+
+    Raises:
+        GraphError: the operator refuses them.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    assert callable(node.target)
+    try:
+        node.meta["val"] = node.target(*args, **kwargs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise GraphError(f"{node.name} ({node.target}) does not take its new inputs: {error}") from error
+
+
+def derive_all(graph: Graph) -> None:
+    """Derive the traced values of all calls again, in order: shapes after a change flow on by themselves.
+
+    Raises:
+        GraphError: an operator refuses the new shapes, with the first such node.
+    """
+    for node in graph.nodes():
+        if node.op == "call_function":
+            derive(node)
+
+
+def _mode(graph: Graph) -> FakeTensorMode:
+    """The mode that the traced values live in."""
+    modes: Iterator[FakeTensorMode | None] = (getattr(value_of(node), "fake_mode", None) for node in graph.nodes())
+    return next(mode for mode in modes if mode is not None)
+
+
+def _numbered_names(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(1))
 
 
 def remove_dead(graph: Graph) -> int:
