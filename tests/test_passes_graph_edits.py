@@ -60,7 +60,7 @@ def test_what_an_operator_refuses_is_named(graph):
     (site,) = find_sites(graph)
     nodes = named(graph)
     constant = insert_constant(graph, "w", torch.zeros(4, 7), before=nodes[site.add])
-    with pytest.raises(GraphError, match="aten.linear.default"):
+    with pytest.raises(GraphError, match=r"aten\.linear\.default"):
         insert_call(graph, aten.linear.default, nodes[site.trunk], constant, before=nodes[site.add])
 
 
