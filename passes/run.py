@@ -1,13 +1,13 @@
-"""Run a graph as if some branches were gone, without editing it.
+"""Run a graph node by node: with some branches skipped, or beside variants of it that share its beginning.
 
-An interpreted run that lets chosen adds stand for their other operand equals the rewritten graph bit for bit, so
-scoring and search need no rewriting, no export and no second copy of the model.
+An interpreted run that lets chosen adds stand for their other operand equals the rewritten graph bit for bit. A fork
+of a graph shares its weights, so that scoring and search need no export and no second copy of the model.
 """
 
 from __future__ import annotations
 
-import bisect
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import fx
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from passes.graph import Graph, Site
+
+Key = TypeVar("Key")
 
 
 class Program:
@@ -97,40 +99,98 @@ def run(graph: Graph, feeds: Mapping[str, torch.Tensor], *, skip: Collection[Sit
     return Program(graph, skip).run(feeds)
 
 
-class Forks:
-    """Outputs under every one of several further drops, sharing all the work before the first difference.
+class Forks(Generic[Key]):
+    """Outputs of a graph and of several variants of it, sharing all the work before each one's first difference.
 
-    For each batch the graph runs once under `skip`; just before a candidate's add the run forks: the values alive at
-    that point are reused and only the tail is computed again without the candidate's branch. Nothing outlives the
-    batch.
+    For each batch the main graph runs once; as soon as it has computed all that a variant has in common with it, the
+    run forks: those values are reused and only the variant's tail is computed. Nothing outlives the batch.
+
+    Args:
+        main: the graph that the variants are derived from.
+        variants: forks of it, rewritten in any way; nodes left alone keep their names.
     """
 
-    def __init__(self, graph: Graph, skip: Sequence[Site], candidates: Sequence[Site]) -> None:
-        position = {node.name: index for index, node in enumerate(graph.nodes())}
-        self.main = Program(graph, skip)
-        self.main_positions = [position[node.name] for node in self.main.order]
-        self.tails: list[tuple[Site, Program, int, int]] = []
-        for site in sorted(candidates, key=lambda site: position[site.add]):
-            tail = Program(graph, [*skip, site])
-            start = bisect.bisect_left([position[node.name] for node in tail.order], position[site.add])
-            self.tails.append((site, tail, start, bisect.bisect_left(self.main_positions, position[site.add])))
+    def __init__(self, main: Graph, variants: Mapping[Key, Graph]) -> None:
+        position = {node.name: index for index, node in enumerate(Program(main).order)}
+        self.tails = sorted((_tail(key, main, variant, position) for key, variant in variants.items()), key=_place)
+        self.main = Program(main, keep={name for tail in self.tails for name in tail.shared.values()})
+
+    @property
+    def share(self) -> float:
+        """Work of one run in forward passes of the main graph, by the share of nodes that are computed."""
+        tails = sum(_calls(tail.program.order[tail.start :]) for tail in self.tails)
+        return 1.0 + tails / max(_calls(self.main.order), 1)
 
     @torch.inference_mode()
     def run(
-        self, feeds: Mapping[str, torch.Tensor], receive: Callable[[Site | None, tuple[torch.Tensor, ...]], None]
+        self, feeds: Mapping[str, torch.Tensor], receive: Callable[[Key | None, tuple[torch.Tensor, ...]], None]
     ) -> None:
-        """Run one batch; `receive` gets each candidate's outputs, and with None those without any candidate."""
+        """Run one batch; `receive` gets each variant's outputs with its key, and with None those of the main graph."""
         values = self.main.start(feeds)
-        computed = 0
-        trunk_run = self.main.walk(values)
-        for site, tail, start, fork in self.tails:
-            for _ in range(fork - computed):
+        by_name = {node.name: node for node in self.main.order}
+        computed, trunk_run = 0, self.main.walk(values)
+        for tail in self.tails:
+            for _ in range(tail.fork - computed):
                 next(trunk_run)
-            computed = max(computed, fork)
-            receive(site, _finish(tail, dict(values), start))
+            computed = max(computed, tail.fork)
+            common = {node: values[by_name[name]] for node, name in tail.shared.items()}
+            receive(tail.key, _finish(tail.program, tail.program.constants | common, tail.start))
         for _ in trunk_run:
             pass
         receive(None, self.main.results(values))
+
+
+@dataclass(frozen=True)
+class _Tail(Generic[Key]):
+    """A variant's program from position `start` on, after position `fork` of the main one.
+
+    `shared` gives for each value it takes over the name of the main graph's node.
+    """
+
+    key: Key
+    program: Program
+    start: int
+    fork: int
+    shared: Mapping[fx.Node, str]
+
+
+def _tail(key: Key, main: Graph, variant: Graph, position: Mapping[str, int]) -> _Tail[Key]:
+    program = Program(variant)
+    same = _unchanged(main, variant, program.order, position)
+    changed = (place for place, node in enumerate(program.order) if node.op != "get_attr" and node not in same)
+    start = next(changed, len(program.order))
+    read = {source for node in program.order[start:] for source in node.all_input_nodes} | set(program.outputs)
+    before = {node for node in program.order[:start] if node.op != "get_attr"}
+    shared = {node: node.name for node in read & before}
+    fork = max((position[name] + 1 for name in shared.values()), default=0)
+    return _Tail(key, program, start, fork, shared)
+
+
+def _unchanged(main: Graph, variant: Graph, order: Sequence[fx.Node], position: Mapping[str, int]) -> set[fx.Node]:
+    """Nodes of a variant that compute what the node of the same name computes in the main graph."""
+    originals = {node.name: node for node in main.nodes() if node.name in position}
+    same: set[fx.Node] = set()
+    for node in order:
+        twin = originals.get(node.name)
+        if twin is None or (node.op, node.target) != (twin.op, twin.target) or _listed(node) != _listed(twin):
+            continue
+        moved = node.op == "get_attr" and attribute(variant, node) is not attribute(main, twin)
+        if not moved and same.issuperset(node.all_input_nodes):
+            same.add(node)
+    return same
+
+
+def _listed(node: fx.Node) -> str:
+    return str((node.args, node.kwargs))  # nodes print as their names
+
+
+def _place(tail: _Tail[Any]) -> int:
+    return tail.fork
+
+
+def _calls(nodes: Sequence[fx.Node]) -> int:
+    """Nodes that compute: parameters, which all stand at the front of a traced graph, cost nothing."""
+    return sum(node.op.startswith("call") for node in nodes)
 
 
 def _finish(program: Program, values: dict[fx.Node, Any], start: int) -> tuple[torch.Tensor, ...]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
+from passes.graph import insert_constant, remove_dead, rewire
 from passes.run import Forks, Program, run
 from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS
@@ -46,34 +47,86 @@ def test_skip_equals_the_rewritten_graph(case):
         assert equal(rewritten.module(*model.example.values()), expected)
 
 
+def dropped(graph, *names):
+    variant = graph.fork()
+    apply(Drop(names), variant)
+    return variant
+
+
 @settings(max_examples=30, deadline=None)
 @given(cases)
 def test_forks_equal_separate_runs(case):
     model, graph, sites = traced(case[0])
-    skip = [sites[position] for position in case[1]]
-    rest = [site for site in sites if site not in skip]
-    received = []
-    forks = Forks(graph, skip, rest)
-    forks.run(model.example, lambda site, outputs: received.append((site, outputs)))
-    assert [site for site, _ in received] == [*rest_in_order(graph, rest), None]
-    for site, outputs in received:
-        assert equal(outputs, run(graph, model.example, skip=[*skip, *([site] if site else [])]))
+    gone = [sites[position].name for position in case[1]]
+    rest = [site.name for site in sites if site.name not in gone]
+    main = dropped(graph, *gone)
+    received = {}
+    forks = Forks(main, {name: dropped(graph, *gone, name) for name in rest})
+    forks.run(model.example, received.__setitem__)
+    assert set(received) == {None, *rest}
+    for name, outputs in received.items():
+        assert equal(outputs, run(dropped(graph, *gone, *([name] if name else [])), model.example))
 
 
-def rest_in_order(graph, sites):
-    position = {node.name: index for index, node in enumerate(graph.nodes())}
-    return sorted(sites, key=lambda site: position[site.add])
+def test_forks_compute_only_what_differs(monkeypatch):
+    """Work is counted by nodes: a variant equal to the main graph costs nothing, one without its last site little."""
+    model, graph, sites = traced("vit")
+    assert Forks(graph, {"same": graph.fork()}).share == 1.0
+    shares = [Forks(graph, {site.name: dropped(graph, site.name)}).share for site in sites]
+    assert shares == sorted(shares, reverse=True)
+    assert 1.0 < shares[-1] < shares[0] < 2.0
+    steps, step = [], Program.step
+
+    def counted(program, node, values):
+        steps.append(node)
+        return step(program, node, values)
+
+    monkeypatch.setattr(Program, "step", counted)
+    Forks(graph, {"last": dropped(graph, sites[-1].name)}).run(model.example, lambda *_: None)
+    calls = sum(node.op.startswith("call") for node in steps)
+    assert calls == pytest.approx(shares[-1] * sum(node.op.startswith("call") for node in Program(graph).order))
+
+
+def test_a_variant_may_read_what_the_main_graph_has_freed():
+    """A later site that reads an early state: the main run must hold on to it."""
+    model, graph, sites = traced("vit")
+    variant = graph.fork()
+    nodes = {node.name: node for node in variant.nodes()}
+    last = nodes[sites[-1].add]
+    rewire(variant, last, nodes[sites[-1].branch], nodes[sites[0].trunk])
+    remove_dead(variant)
+    received = {}
+    Forks(graph, {"early": variant}).run(model.example, received.__setitem__)
+    assert equal(received["early"], run(variant, model.example))
+    assert not equal(received["early"], received[None])
+
+
+def test_a_constant_of_the_same_name_and_other_value_is_a_difference():
+    model, graph, sites = traced("vit")
+    variants = {}
+    for value in (0.0, 1.0):
+        variant = graph.fork()
+        nodes = {node.name: node for node in variant.nodes()}
+        add = nodes[sites[1].add]
+        constant = insert_constant(variant, "c", torch.full((sites[1].width,), value), before=add)
+        rewire(variant, add, nodes[sites[1].branch], constant)
+        remove_dead(variant)
+        variants[value] = variant
+    received = {}
+    Forks(variants[0.0], {1.0: variants[1.0]}).run(model.example, received.__setitem__)
+    assert equal(received[1.0], run(variants[1.0], model.example))
+    assert not equal(received[1.0], received[None])
 
 
 def test_forks_can_be_run_again_on_other_batches():
     model, graph, sites = traced("vit")
-    forks = Forks(graph, [], sites)
+    forks = Forks(graph, {site.name: dropped(graph, site.name) for site in sites})
     flipped = {"x": model.example["x"].flip(0)}
     for feeds in (model.example, flipped, model.example):
-        received = []
-        forks.run(feeds, lambda _, outputs, received=received: received.append(outputs))
-        assert equal(received[-1], run(graph, feeds))
-        assert equal(received[0], run(graph, feeds, skip=[sites[0]]))
+        received = {}
+        forks.run(feeds, received.__setitem__)
+        assert equal(received[None], run(graph, feeds))
+        assert equal(received[sites[0].name], run(graph, feeds, skip=[sites[0]]))
 
 
 @pytest.mark.parametrize("name", NAMES)
