@@ -6,6 +6,7 @@ path ``x``. Sites are described by names, never by fx nodes: node references go 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -287,8 +289,11 @@ def derive(node: fx.Node) -> None:
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
     assert callable(node.target)
+    modes = (getattr(value_of(known), "fake_mode", None) for known in node.graph.nodes)
+    mode = next((mode for mode in modes if mode is not None), None)  # without it, arange makes a real tensor
     try:
-        node.meta["val"] = node.target(*args, **kwargs)
+        with enable_python_dispatcher(), mode or contextlib.nullcontext():  # addcmul broadcasts only under the former
+            node.meta["val"] = node.target(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise GraphError(f"{node.name} ({node.target}) does not take its new inputs: {error}") from error
 
