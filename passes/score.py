@@ -194,7 +194,7 @@ class _Sweep:
             where = torch.tensor(members)
             pair = where[:, None], where
             states = [(values[self.nodes[self.states[index]]], self.dims[self.states[index]]) for index in members]
-            rows = [_rows(value, dim, mask) for value, dim in states]
+            rows = [rows_of(value, dim, mask) for value, dim in states]
             sums[pair], angles[pair] = _pair_sums(rows)
             tokens[pair] = ends[pair] = float(len(rows[0]))
             if mask is not None:
@@ -209,7 +209,7 @@ class _Sweep:
         return list(groups.values())
 
 
-def _rows(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
+def rows_of(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
     """A state as float32 rows [tokens, width], padded tokens left out."""
     rows = value.movedim(channel_dim, -1).float()
     if mask is not None and rows.ndim == 3 and rows.shape[:2] == mask.shape:
@@ -221,7 +221,7 @@ def _ends(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> t
     """The rows at which angular distance is taken: the last unpadded token of each text, or all tokens."""
     rows = value.movedim(channel_dim, -1)
     if mask is None or rows.ndim != 3 or rows.shape[:2] != mask.shape:
-        return _rows(value, channel_dim, None)
+        return rows_of(value, channel_dim, None)
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask.bool() * positions).argmax(1)  # on whichever side the padding is
     return rows[torch.arange(len(rows), device=mask.device), last].float()
@@ -230,7 +230,7 @@ def _ends(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> t
 def _moments(
     before: torch.Tensor, after: torch.Tensor, channel_dim: int, mask: torch.Tensor | None, name: str
 ) -> Moments:
-    x, y = _rows(before, channel_dim, mask), _rows(after, channel_dim, mask)
+    x, y = rows_of(before, channel_dim, mask), rows_of(after, channel_dim, mask)
     cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1).double()
     update = ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)).double()
     if not torch.isfinite(cosine).all() or not torch.isfinite(update).all():
