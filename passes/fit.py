@@ -6,8 +6,8 @@ before it were dropped stands for the whole span. From a regressor r the least-s
 
 - ``state``: x itself (TOAST/TBA, Cannistraci et al., arXiv 2410.04941, made affine and residual);
 - ``normalised``: what the branch's first linear map reads, mostly the normalised x;
-- ``previous``: the branch output m that was last added to x, with the target y - (x - m) (ReplaceMe, Shopkhoev et al.,
-  NeurIPS 2025, made affine): such a map can be folded into that branch's own output projection.
+- ``previous``: the branch output m that was last added to x (ReplaceMe, Shopkhoev et al., NeurIPS 2025, made affine).
+  The stand-in maps m itself, m + A m + b, and can be folded into that branch's own output projection.
 
 Sums are streamed in float64 over all unpadded tokens; no activation outlives its batch. The ridge strength is the one
 with the least error on held-out batches: even batches judge the fit of odd ones and the other way round.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import fx
 
 SOURCES = ("state", "normalised", "previous")
+FORMS = ("constant", "scale", "linear", "low-rank")
 STRENGTHS = (1e-8, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean variance of a regressor's features
 
 
@@ -99,24 +100,29 @@ class Regression:
         """The ridge solution of a form.
 
         Args:
-            form: ``constant``, ``scale``, ``linear`` or ``low-rank``.
+            form: one of `FORMS`.
             strength: ridge strength relative to the mean variance of the regressor's features.
             rank: of ``low-rank``: reduced-rank regression (Izenman 1975), the best of that rank for these rows.
             biased: without, neither side is centred and the map has no bias, as TBA and ReplaceMe have it.
+
+        Raises:
+            PassError: there is no such form, or no such rank.
         """
+        if form not in FORMS or (rank is not None and rank < 1):
+            raise PassError(f"there is no {form} map of rank {rank}; forms are {', '.join(FORMS)}, ranks start at 1.")
         mean_r, mean_t, rr, tr = self._centred if biased else (self.r * 0, self.t * 0, self.rr, self.tr)
         ridge = max(strength * float(rr.diagonal().mean()), torch.finfo(torch.float64).tiny)
+        # What holds no variance holds no information either, only what rounding left of the sums before centring.
+        floor = float(self.rr.diagonal().max().clamp(min=0)) * len(self.r) * torch.finfo(torch.float64).eps
         if form == "constant":
             return Map((), mean_t)
         if form == "scale":
-            scale = tr.diagonal() / (rr.diagonal() + ridge)
+            scale = torch.where(rr.diagonal() > floor, tr.diagonal() / (rr.diagonal() + ridge), 0.0)
             return Map((scale,), mean_t - scale * mean_r if biased else None)
         values, vectors, projected = self._spectrum if biased else _spectrum(rr, tr)
-        # Directions that hold no variance hold no information either, only rounding.
-        floor = float(values[-1].clamp(min=0)) * len(values) * torch.finfo(torch.float64).eps
         inverse = torch.where(values > floor, 1.0 / (values.clamp(min=0) + ridge), 0.0)
         matrix = (projected * inverse) @ vectors.T
-        factors = (matrix,) if form == "linear" else _reduced(matrix, rr, rank or max(len(self.r) // 4, 1))
+        factors = (matrix,) if form == "linear" else _reduced(matrix, rr, rank)
         return Map(factors, mean_t - matrix_times(factors, mean_r) if biased else None)
 
     @cached_property
@@ -144,10 +150,10 @@ def matrix_times(factors: tuple[torch.Tensor, ...], vector: torch.Tensor) -> tor
     return vector
 
 
-def _reduced(matrix: torch.Tensor, rr: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Project a full solution on the `rank` directions of its predictions that vary most."""
+def _reduced(matrix: torch.Tensor, rr: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Project a full solution on the `rank` directions (a quarter of all) of its predictions that vary most."""
     _, directions = torch.linalg.eigh(matrix @ rr @ matrix.T)
-    kept = directions[:, -min(rank, len(directions)) :]
+    kept = directions[:, -min(max(len(matrix) // 4, 1) if rank is None else rank, len(matrix)) :]
     return kept.T @ matrix, kept
 
 
@@ -155,11 +161,12 @@ def _reduced(matrix: torch.Tensor, rr: torch.Tensor, rank: int) -> tuple[torch.T
 class StandIn:
     """What to put in a branch's place: a map of a source, and the share of |t|^2 that it leaves unexplained.
 
-    `unexplained` is measured on held-out batches; leaving the branch out altogether has 1.
+    `unexplained` is measured on held-out batches (on the same where there is one only); leaving the branch out
+    altogether has 1, whatever the source.
     """
 
     source: str
-    map: Map
+    map: Map = field(repr=False)
     unexplained: float
     strength: float = 0.0
 
@@ -183,39 +190,40 @@ class Fits:
             PassError: the site has no source for this form, with the reason.
         """
         if form in ("fuse", "replaceme"):
-            if "previous" in self.refused:
-                raise PassError(self.refused["previous"])
-            found = self._fitted("previous", "linear", rank, published=form == "replaceme")
-        elif form == "tba":
-            found = self._fitted("state", "linear", rank, published=True)
-        else:
-            own = [source for source in ("state", "normalised") if source in self.halves]
-            tried = own if form != "constant" else own[:1]
-            found = min((self._fitted(source, form, rank) for source in tried), key=lambda fit: fit.unexplained)
-        return found
+            return self._fitted("previous", "linear", rank, published=form == "replaceme")
+        if form == "tba":
+            return self._fitted("state", "linear", rank, published=True)
+        own = [source for source in ("state", "normalised") if source in self.halves] or ["state"]
+        tried = own if form != "constant" else own[:1]
+        return min((self._fitted(source, form, rank) for source in tried), key=lambda fit: fit.unexplained)
 
     def _fitted(self, source: str, form: str, rank: int | None, *, published: bool = False) -> StandIn:
+        if source not in self.halves:
+            raise PassError(f"{self.refused.get(source, f'no fit was asked for from the source {source!r}')}.")
         even, odd = self.halves[source]
-        power = max((even + odd).power(), 1e-300)
-        if published:
-            # The published objective leaves out a shift in the target: x T ~ y is t ~ x (T - I) without a bias.
-            fitted = (even + odd).solve(form, biased=False)
-            held_out = [odd.error(even.solve(form, biased=False)), even.error(odd.solve(form, biased=False))]
-            return StandIn(source, fitted, sum(held_out) / 2 / power)
-        whole = even + odd
-        if form == "constant" or not even.rows or not odd.rows:
-            fitted = whole.solve(form, STRENGTHS[2], rank=rank)
-            return StandIn(source, fitted, whole.error(fitted) / power, STRENGTHS[2])
+        whole, pairs = even + odd, ((even, odd), (odd, even))
+        power, alone = max(whole.power(), 1e-300), not (even.rows and odd.rows)
+
+        # The published objective leaves out a shift in the target: x T ~ y is t ~ x (T - I) without a bias.
+        def solved(rows: Regression, form: str, strength: float) -> Map:
+            return rows.solve(form, strength, rank=rank, biased=not published)
 
         def held_out_error(form: str, strength: float) -> float:
-            pairs = ((even, odd), (odd, even))
-            return sum(other.error(half.solve(form, strength, rank=rank)) * other.rows for half, other in pairs)
+            return sum(other.error(solved(half, form, strength)) * other.rows for half, other in pairs) / whole.rows
 
         # The strength of the full map serves the one of low rank too, which is cut from it.
-        judged = "scale" if form == "scale" else "linear"
-        strength = min(STRENGTHS, key=lambda strength: held_out_error(judged, strength))
-        fitted = whole.solve(form, strength, rank=rank)
-        return StandIn(source, fitted, held_out_error(form, strength) / whole.rows / power, strength)
+        judged, strength = "linear" if form == "low-rank" else form, 0.0 if published else STRENGTHS[2]
+        if not (published or alone or form == "constant"):
+            strength = min(STRENGTHS, key=lambda strength: held_out_error(judged, strength))
+        fitted = solved(whole, form, strength)
+        error = whole.error(fitted) if alone else held_out_error(form, strength)
+        return StandIn(source, _beside_itself(fitted) if source == "previous" else fitted, error / power, strength)
+
+
+def _beside_itself(fitted: Map) -> Map:
+    """The map of r + A r + b."""
+    (matrix,) = fitted.factors
+    return Map((matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device),), fitted.bias)
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,7 @@ class Fit:
     `sites` are sites of the original that the current graph still has. Changes nothing.
     """
 
-    original: Graph
+    original: Graph = field(repr=False)
     sites: tuple[Site, ...]
     sources: tuple[str, ...] = SOURCES
 
@@ -273,8 +281,6 @@ class _Sweep:
                 if (name, source) not in self.sums:
                     continue
                 regressor, target = current[place.source(source)], goal - without
-                if source == "previous":
-                    target = target + regressor
                 rows = [rows_of(value, self.dims[name], mask) for value in (regressor, target)]
                 if not all(bool(torch.isfinite(row).all()) for row in rows):
                     raise PassError(f"site {name} computes values that are NaN or infinite on the calibration data.")

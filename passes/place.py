@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from passes.base import PassError
 from passes.graph import is_sum, value_of
 from passes.sites import CONV_OPS, LINEAR_OPS, aten
@@ -49,13 +51,14 @@ def place_of(graph: Graph, site: Site) -> Place:
     """Find a site of the original graph in the current one.
 
     Raises:
-        PassError: its branch is gone already.
+        PassError: its branch is gone already, or the state that it is computed from.
     """
     nodes = {node.name: node for node in graph.nodes()}
-    if site.add not in nodes or site.branch not in nodes or nodes[site.branch] not in nodes[site.add].all_input_nodes:
-        raise PassError(f"the branch of {site.name} is gone already, so nothing can stand in for it.")
-    add, branch = nodes[site.add], nodes[site.branch]
-    trunk = nodes[site.trunk] if site.trunk in nodes else _other(add, branch)
+    add, branch = _sum_of(nodes, site)
+    root = nodes.get(site.root) or _root(add, site)
+    trunk = nodes.get(site.trunk) or _trunk(root, branch)
+    if trunk is None:
+        raise PassError(f"the state before {site.name} is gone: what was put beside it has taken its place.")
     refused: dict[str, str] = {}
     normalised = _read_first(branch, trunk)
     if normalised is None:
@@ -67,16 +70,55 @@ def place_of(graph: Graph, site: Site) -> Place:
         add=add.name,
         branch=branch.name,
         trunk=trunk.name,
-        root=site.root if site.root in nodes else add.name,
+        root=root.name,
         normalised=None if normalised is None else normalised.name,
         previous=None if isinstance(previous, str) else previous.name,
         refused=refused,
     )
 
 
-def _other(add: fx.Node, branch: fx.Node) -> fx.Node:
-    others = [node for node in add.all_input_nodes if node is not branch]
-    return others[0] if others else branch
+def _sum_of(nodes: Mapping[str, fx.Node], site: Site) -> tuple[fx.Node, fx.Node]:
+    """The sum that adds a branch now, and the branch; another one than at first where a branch beside it is gone."""
+    branch = nodes.get(site.branch)
+    if branch is None:
+        raise PassError(f"the branch of {site.name} is gone already, so nothing can stand in for it.")
+    add, *others = branch.users
+    if others or not is_sum(add):
+        raise PassError(f"the branch of {site.name} is no term of a sum any more: a map was put behind it.")
+    return add, branch
+
+
+def _root(add: fx.Node, site: Site) -> fx.Node:
+    """The complete sum, where the one that was complete at first is gone with one of its terms."""
+    while site.add != site.root and len(add.users) == 1 and is_sum(reader := next(iter(add.users))):
+        if any(term.op == "get_attr" for term in reader.all_input_nodes):
+            break  # a constant that stands for a later branch
+        add = reader
+    return add
+
+
+def _trunk(root: fx.Node, branch: fx.Node) -> fx.Node | None:
+    """The term of a sum that the branch is computed from, where the one it had at first is gone: the earliest."""
+    order = {node: position for position, node in enumerate(root.graph.nodes)}
+    above = _ancestors(branch)
+    return min((term for term in _terms(root) if term in above), key=order.__getitem__, default=None)
+
+
+def _terms(root: fx.Node) -> Iterator[fx.Node]:
+    for operand in root.all_input_nodes:
+        if is_sum(operand) and len(operand.users) == 1:
+            yield from _terms(operand)
+        else:
+            yield operand
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    seen, stack = {node}, [node]
+    while stack:
+        fresh = set(stack.pop().all_input_nodes) - seen
+        seen |= fresh
+        stack.extend(fresh)
+    return seen - {node}
 
 
 def _read_first(branch: fx.Node, trunk: fx.Node) -> fx.Node | None:
@@ -110,12 +152,18 @@ def _previous(site: Site, add: fx.Node, branch: fx.Node, trunk: fx.Node) -> fx.N
     if not is_sum(trunk):
         return f"{site.name} cannot be folded backwards: its trunk is no sum, {trunk.name} lies between"
     inside = {add, *_between(trunk, branch)}
-    if not inside.issuperset(trunk.users):
-        return f"{site.name} cannot be folded backwards: the state before it has other readers"
+    readers = {reader for node in (trunk, *inside - {add}) for reader in node.users if _is_tensor(reader)}
+    if not inside.issuperset(readers):
+        return f"{site.name} cannot be folded backwards: the state before it, or what is made of it, has other readers"
     for operand in trunk.all_input_nodes:
-        if len(operand.users) == 1 and projection(operand) is not None:
+        if len(operand.users) == 1 and trunk.args.count(operand) == 1 and projection(operand) is not None:
             return operand
     return f"{site.name} cannot be folded backwards: what is added before it does not end in a linear map"
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a reader sees values; a size is the same whatever is folded."""
+    return node.op == "output" or isinstance(value_of(node), (torch.Tensor, list, tuple))
 
 
 def projection(node: fx.Node) -> fx.Node | None:

@@ -69,7 +69,8 @@ class Replace:
 
 def _stand_in(graph: Graph, writer: _Writer, place: Place, nodes: Mapping[str, fx.Node], source: fx.Node) -> None:
     add, branch, trunk = nodes[place.add], nodes[place.branch], nodes[place.trunk]
-    alone = source is trunk and set(add.all_input_nodes) == {trunk, branch}
+    # Beside another branch the trunk has to stay a term of its own: that branch's site is known by it.
+    alone = source is trunk and set(add.all_input_nodes) == {trunk, branch} and place.root == place.add
     if alone and len(writer.map.factors) == 1 and writer.map.factors[0].ndim == 1:
         bypass(graph, add, writer.scale(trunk, writer.map.factors[0] + 1.0, before=add))
         return
