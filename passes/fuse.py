@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from passes.base import Rewritten
-from passes.graph import ADDS, attribute, bypass, insert_call, insert_constant, is_sum, remove_dead
+from passes.graph import ADDS, attribute, bypass, insert_call, insert_constant, is_sum, remove_dead, value_of
 from passes.place import SCALINGS
 from passes.sites import aten
 
@@ -71,8 +71,8 @@ class _Linear:
 
 
 def _linear(graph: Graph, node: object) -> _Linear | None:
-    """A linear node with constant weights that one other node reads."""
-    if getattr(node, "target", None) is not LINEAR:
+    """A linear node with constant weights."""
+    if getattr(node, "target", None) is not LINEAR or node.kwargs:  # type: ignore[attr-defined]
         return None
     source, weight, bias = (*node.args, None)[:3]  # type: ignore[attr-defined]
     tensors = [_constant(graph, each) for each in (weight, bias)]
@@ -96,8 +96,16 @@ def _operands(graph: Graph, node: fx.Node) -> tuple[fx.Node, torch.Tensor] | Non
         constant = _constant(graph, other)
         one_axis = constant is not None and constant.numel() == constant.shape[-1:].numel()
         if constant is not None and one_axis and getattr(moving, "op", None) == "call_function":
-            return moving, constant.reshape(-1)  # type: ignore[return-value]
+            return (moving, constant.reshape(-1)) if _same_form(node, moving) else None  # type: ignore[arg-type,return-value]
     return None
+
+
+def _same_form(left: fx.Node, right: fx.Node) -> bool:
+    """Whether two values have one type and shape: a constant that widens either has to stay."""
+    forms = [
+        (getattr(value, "dtype", None), str(getattr(value, "shape", ""))) for value in map(value_of, (left, right))
+    ]
+    return forms[0] == forms[1]
 
 
 def _alone(node: fx.Node) -> bool:
@@ -145,7 +153,8 @@ def shift_after_sum(graph: Graph, node: fx.Node) -> str | None:
         return None
     for term in found[0].all_input_nodes:
         inner = _linear(graph, term)
-        if inner is not None and _alone(term) and found[1].numel() == len(inner.weight):
+        once = _alone(term) and found[0].args.count(term) == 1
+        if inner is not None and once and found[1].numel() == len(inner.weight):
             bias = found[1] if inner.bias is None else inner.bias + found[1]
             _replaced(graph, term, inner.source, inner.weight, bias, inner.node)
             bypass(graph, node, found[0])
@@ -155,8 +164,9 @@ def shift_after_sum(graph: Graph, node: fx.Node) -> str | None:
 
 def linear_after_linear(graph: Graph, node: fx.Node) -> str | None:
     """Two linear maps on top of each other, where one of both takes fewer multiply-adds."""
-    outer = _linear(graph, node)
-    inner = None if outer is None else _linear(graph, outer.source)
+    if node.target is not LINEAR or getattr(node.args[0], "target", None) is not LINEAR:
+        return None  # told before any weight is read
+    outer, inner = _linear(graph, node), _linear(graph, node.args[0])
     if outer is None or inner is None or not _alone(inner.node):
         return None
     weight = outer.weight @ inner.weight
@@ -177,7 +187,9 @@ def residual_after_residual(graph: Graph, node: fx.Node) -> str | None:
     if inner is None or trunk is None or not _alone(inner.node):
         return None
     weight = inner.weight + outer.weight + outer.weight @ inner.weight
-    bias = _zero_or(inner.bias, weight) + outer.weight @ _zero_or(inner.bias, weight) + _zero_or(outer.bias, weight)
+    bias = outer.bias
+    if inner.bias is not None:
+        bias = inner.bias + outer.weight @ inner.bias + (0.0 if bias is None else bias)
     _replaced(graph, inner.node, trunk, weight, bias, inner.node)
     bypass(graph, node, first)
     return node.name
@@ -186,22 +198,24 @@ def residual_after_residual(graph: Graph, node: fx.Node) -> str | None:
 def _residual(graph: Graph, node: fx.Node) -> tuple[_Linear | None, fx.Node | None]:
     """The linear map and the trunk of ``x + linear(x)``."""
     if is_sum(node):
-        for branch, trunk in (node.all_input_nodes, node.all_input_nodes[::-1]):
+        for branch, trunk in (node.args[:2], node.args[1::-1]):
+            assert isinstance(branch, torch.fx.Node)
+            assert isinstance(trunk, torch.fx.Node)
+            if not _alone(branch) or trunk not in branch.all_input_nodes:
+                continue
             found = _linear(graph, branch)
-            if found is not None and found.source is trunk and _alone(branch):
+            if found is not None and found.source is trunk and len(found.weight) == found.weight.shape[1]:
                 return found, trunk
     return None, None
-
-
-def _zero_or(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    return weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def affine_after_norm(graph: Graph, node: fx.Node) -> str | None:
     """A scale or a shift behind a layer norm with weights goes into them."""
     found = _operands(graph, node) if node.target in SCALINGS | ADDS else None
     norm = None if found is None else found[0]
-    if found is None or norm is None or norm.target is not LAYER_NORM or not _alone(norm) or len(norm.args) < 4:
+    if found is None or norm is None or norm.target is not LAYER_NORM or not _alone(norm):
+        return None
+    if len(norm.args) < 4 or norm.kwargs:
         return None
     weight, bias = (_constant(graph, each) for each in norm.args[2:4])
     if weight is None or bias is None or weight.shape != found[1].shape:
