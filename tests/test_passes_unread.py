@@ -18,20 +18,8 @@ from passes.graph import derive_all, value_of
 from passes.run import run
 from passes.sites import find_sites
 from passes.unread import Unread
-from tests.architectures import (
-    DECODER,
-    PICTURE,
-    TEXT,
-    TIMM,
-    TRANSFORMERS,
-    VIT,
-    Architecture,
-    pictures,
-    segments,
-    timm_model,
-    tokens,
-    transformers_model,
-)
+from tests import architectures
+from tests.architectures import Architecture, pictures, segments, timm_model, tokens, transformers_model
 
 aten = torch.ops.aten
 
@@ -68,22 +56,20 @@ def read_at(reader, build, read):
 
 
 def llama(position):
-    build = transformers_model("LlamaModel", tokens, **DECODER)
+    build = transformers_model("LlamaModel", tokens, **architectures.DECODER)
     return read_at(TextReader, build, lambda out: out.last_hidden_state[:, position])
 
 
-CLIP = transformers_model("CLIPVisionModelWithProjection", pictures, **PICTURE)
+CLIP = transformers_model("CLIPVisionModelWithProjection", pictures, **architectures.PICTURE)
 
 HEADS = (
-    one_token(
-    ),
-    one_token("eva_rotary", timm_model("eva02_tiny_patch14_224", **VIT, global_pool="token")),
-    one_token("beit_class_token", timm_model("beit_base_patch16_224", **VIT, global_pool="token")),
-    one_token("vit_norm_qk", timm_model("vit_tiny_patch16_224", **VIT, qk_norm=True)),
-    one_token("hf_vit_head", transformers_model("ViTForImageClassification", pictures, **PICTURE)),
+    one_token("eva_rotary", timm_model("eva02_tiny_patch14_224", **architectures.VIT, global_pool="token")),
+    one_token("beit_class_token", timm_model("beit_base_patch16_224", **architectures.VIT, global_pool="token")),
+    one_token("vit_norm_qk", timm_model("vit_tiny_patch16_224", **architectures.VIT, qk_norm=True)),
+    one_token("hf_vit_head", transformers_model("ViTForImageClassification", pictures, **architectures.PICTURE)),
     one_token("hf_clip_head", read_at(Reader, CLIP, lambda out: out.image_embeds)),
-    one_token("hf_bert_head", transformers_model("BertForSequenceClassification", segments, **TEXT)),
-    one_token("hf_roberta_head", transformers_model("RobertaForSequenceClassification", tokens, **TEXT)),
+    one_token("hf_bert_head", transformers_model("BertForSequenceClassification", segments, **architectures.TEXT)),
+    one_token("hf_roberta_head", transformers_model("RobertaForSequenceClassification", tokens, **architectures.TEXT)),
     one_token("hf_llama_last", llama(-1)),
 )
 # The rest of the listed architectures is read at all tokens: pooled, or with the last hidden state for an output.
@@ -92,7 +78,7 @@ READ_AT_FEW = {
     *("vit", "deit_distilled", "deit3", "vit_registers", "vit_swiglu", "vit_post_norm", "coat_lite", "convit", "tnt"),
     *("vit_parallel_scaling", "vit_parallel_things", "vit_parallel_layerscale"),
 }
-ALL = HEADS + TIMM + TRANSFORMERS
+ALL = HEADS + architectures.TIMM + architectures.TRANSFORMERS
 CASES = [pytest.param(case, id=case.name, marks=[] if case.name in READ_AT_FEW else [pytest.mark.slow]) for case in ALL]
 
 
