@@ -97,7 +97,7 @@ def match(call: Call, keys: fx.Node, protected: int, removed: Count, real: fx.No
     linked = call(aten.add.Tensor, call(aten.to.dtype, partner, torch.float32), plus(call, kept, protected))
     stays = call(aten.sub.Tensor, rank, minus(call, removed, protected))
     place_a = call(aten.where.self, call(aten.lt.Scalar, rank, removed), linked, stays)
-    zero = call(aten.mul.Tensor, call(aten.slice.Tensor, rank, 1, 0, 1), 0.0)
+    zero = _zero(call, rank)
     places = [call(aten.add.Tensor, zero, _range(call, protected)), place_a] if protected else [place_a]
     after = call(aten.add.Tensor, _range(call, _size(call, second)), plus(call, kept, protected))
     joined = call(aten.cat.default, [*places, call(aten.add.Tensor, zero, after)], 1)
@@ -111,6 +111,11 @@ def _size(call: Call, node: fx.Node, axis: int = 1) -> Count:
 
 def _range(call: Call, count: Count) -> fx.Node:
     return call(aten.arange.default, count, options=FLOAT)
+
+
+def _zero(call: Call, vector: fx.Node) -> fx.Node:
+    """A column of zeros ``[B, 1]``, to give a row of constants its samples."""
+    return call(aten.mul.Tensor, call(aten.amin.default, vector, [1], True), 0.0)
 
 
 def _apart(call: Call, scores: fx.Node, real: fx.Node, protected: int) -> fx.Node:
@@ -163,7 +168,7 @@ def keep(call: Call, score: fx.Node, count: Count, protected: int, sizes: fx.Nod
     free = call(aten.slice.Tensor, score, 1, protected, LAST)
     place = call(aten.add.Tensor, _rank(call, free), float(protected))
     if protected:
-        zero = call(aten.mul.Tensor, call(aten.slice.Tensor, place, 1, 0, 1), 0.0)
+        zero = _zero(call, place)
         place = call(aten.cat.default, [call(aten.add.Tensor, zero, _range(call, protected)), place], 1)
     assign = _assign(call, place, count, dtype)
     left = sizes
@@ -220,7 +225,7 @@ def from_token(call: Call, vector: fx.Node, start: int) -> fx.Node:
         return call(aten.slice.Tensor, vector, 1, start, LAST)
     if start == 0:
         return vector
-    zero = call(aten.mul.Tensor, call(aten.slice.Tensor, vector, 1, 0, 1), 0.0)
+    zero = _zero(call, vector)
     ones = call(aten.expand.default, call(aten.add.Tensor, zero, 1.0), [-1, -start])
     return call(aten.cat.default, [ones, vector], 1)
 
