@@ -13,6 +13,7 @@ from runtimes.base import targets as names
 if TYPE_CHECKING:
     import torch
 
+    from compressor.front import Front
     from compressor.inspection import Inspection
     from compressor.report import Report
 
@@ -23,7 +24,13 @@ def export(
     data: str | Path | None = None,
     drop: str = "auto",
     metric: str = "cosine",
-    max_loss: float = 1.0,
+    actions: str | None = None,
+    max_loss: float | None = None,
+    speedup: float | None = None,
+    latency: float | None = None,
+    cost: str = "latency",
+    heal: str = "none",
+    heal_budget: float = 300.0,
     target: str = "onnxruntime",
     int8: str | None = None,
     max_int8_loss: float = 0.5,
@@ -50,6 +57,39 @@ def export(
         CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
     """
     return pipeline.export(Settings(**locals()))
+
+
+def sweep(
+    model: str | Path | torch.nn.Module | None = None,
+    *,
+    data: str | Path | None = None,
+    actions: str | None = None,
+    max_loss: float = 20.0,
+    points: int = 8,
+    cost: str = "latency",
+    target: str = "onnxruntime",
+    int8: str | None = None,
+    output: str | Path = "front",
+    force: bool = False,
+    task: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    threads: int | None = None,
+    batch: int = 1,
+    samples: int | None = None,
+    search_samples: int = 64,
+    rounds: int = 10,
+    seed: int = 0,
+    example_inputs: Any = None,
+) -> Front:
+    """Find the best plans at every budget and write the folder; the same as ``compressor sweep``.
+
+    Raises:
+        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
+    """
+    asked = {name: value for name, value in locals().items() if name != "points"}
+    return pipeline.sweep(Settings(**asked), points=points)
 
 
 def targets() -> dict[str, str | None]:

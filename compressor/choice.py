@@ -1,33 +1,69 @@
-"""Which sites go: from ``--drop`` and ``--metric`` to a plan, by names, ranks, search or an earlier plan."""
+"""What happens to which site: from the settings to a plan, by names, ranks, search or an earlier plan."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compressor import __version__, prices
+from compressor.effects import Effects
 from compressor.errors import CompressorError
 from compressor.evaluate import tensor_batches
-from compressor.search import Effects, Validation, search
+from compressor.front import Point, efficient
+from compressor.journal import Journal
+from compressor.prices import Prices
+from compressor.rewrite import Rewriter
+from compressor.search import Search
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Subject
+from compressor.validation import Validation
+from compressor.workshop import Workshop
 from passes.base import apply
-from passes.graph import Site
-from passes.plan import Plan, choose, parse
+from passes.graph import Graph, Site
+from passes.plan import Plan, acting, choose, parse
 from passes.score import Score, Scores
+
+CORRECTIONS = 3  # times that a search goes on because the engine was slower than predicted
 
 
 class ChoiceError(CompressorError):
     """A plan file cannot be read."""
 
 
-def decide(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and what it took to find it (for the report)."""
+@dataclass(frozen=True)
+class Choice:
+    """The plan, the graph it leads to, and what it took to find it (for the report).
+
+    `validation` is what a search has used; None where there was no search.
+    """
+
+    plan: Plan
+    graph: Graph
+    facts: dict[str, Any]
+    validation: Validation | None = None
+
+
+def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
+    """Make the plan and carry it out on a fork of the subject's graph."""
+    rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+    if settings.drop == "auto":
+        return _searched(subject, settings, rewriter, workshop, steps)
+    plan, facts = _named(subject, settings, steps)
+    with steps.step("rewrite") as tick:
+        graph = rewriter.carried_out(plan.changes, tick)
+    return Choice(plan, graph, facts)
+
+
+def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any]]:
+    """The plan that the settings spell out: nothing, a file, names, or the best of a ranking."""
     if settings.drop == "none":
         return choose(parse("0"), subject.sites, "reverse", model=subject.model.name), {}
-    if settings.drop == "auto":
-        return _search(subject, settings, steps)
     if settings.drop.endswith(".json"):
         return _replay(Path(settings.drop), subject.sites), {}
     selection = parse(settings.drop)
@@ -44,29 +80,129 @@ def decide(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, di
             effect=None if effects is None else effects.of_units,
             seed=settings.seed,
         )
-    return plan, {} if effects is None else {"sweeps": effects.sweeps, "samples": len(effects.split)}
+    facts = {} if effects is None else {"sweeps": effects.sweeps, "samples": len(effects.split)}
+    return acting(plan, settings.chosen_actions[0]), facts
 
 
-def _search(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any]]:
+def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, steps: Steps) -> Choice:
+    journal = journal_of(subject, settings)
+    search = begin(subject, settings, rewriter, workshop, journal, steps)
+    wished = _wish(settings, search.prices)
+    enough = wished
+    for _ in range(CORRECTIONS):
+        with steps.step("search") as tick:
+            search.progress = partial(_line, tick)
+            search.run(enough)
+        if wished == math.inf or search.speedup < enough:
+            break
+        timings = workshop.clock({"as it is": subject.graph, "result": search.graph}, settings, steps)
+        reached = timings["as it is"] / timings["result"]
+        if reached >= wished:
+            break
+        enough = search.speedup * wished / reached * 1.01
+    journal.forget()
+    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, facts_of(search), search.validation)
+
+
+def _line(tick: Tick, text: str) -> None:
+    tick(text=text)
+
+
+def begin(
+    subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, journal: Journal, steps: Steps
+) -> Search:
+    """A search that is ready to run."""
     effects = effects_on_output(subject, settings, steps)
-    with steps.step("search") as tick:
+    with steps.step("validate the original"):
         validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
-        plan = search(
-            subject.graph,
-            subject.model,
-            subject.sites,
-            subject.costs,
-            effects,
-            validation,
-            max_loss=settings.max_loss,
-            progress=lambda text: tick(text=text),
-        )
-    return plan, {
-        "samples": len(effects.split),
-        "sweeps": round(effects.sweeps, 2),
-        "validation_samples": len(subject.data.validation),
-        "validation_sweeps": validation.evaluations,
+    return Search(
+        rewriter,
+        effects,
+        validation,
+        _prices(subject, settings, workshop, journal, steps),
+        settings.chosen_actions,
+        settings.loss_limit,
+        journal,
+    )
+
+
+def _prices(subject: Subject, settings: Settings, workshop: Workshop, journal: Journal, steps: Steps) -> Prices:
+    """What rewritten graphs cost: timed on the target once, unless the user wants multiply-adds."""
+    inputs = {name: tuple(value.shape) for name, value in workshop.timed_inputs(settings).items()}
+    if settings.cost == "macs":
+        return prices.counted(subject.graph, inputs)
+    return prices.timed(
+        subject.graph,
+        inputs,
+        subject.sites,
+        lambda graphs: journal.recall("timings", lambda: workshop.clock(graphs, settings, steps)),
+    )
+
+
+def _wish(settings: Settings, found: Prices) -> float:
+    """The speed-up that was asked for; infinite where the loss alone ends the search."""
+    if settings.latency is not None:
+        return found.timings["as it is"] / settings.latency
+    return math.inf if settings.speedup is None else settings.speedup
+
+
+def rule(settings: Settings) -> str:
+    """The rule of a search, in words."""
+    parts = [f"at most {settings.loss_limit:g} % loss"] if settings.loss_limit < 100.0 else []
+    parts += [f"{settings.speedup:g}x faster"] if settings.speedup is not None else []
+    parts += [f"{settings.latency:g} ms"] if settings.latency is not None else []
+    return ", ".join(["auto", *parts])
+
+
+def facts_of(search: Search) -> dict[str, Any]:
+    """What a search took and found, as plain JSON values."""
+    found = search.prices
+    return {
+        "actions": list(search.actions),
+        "samples": len(search.effects.split),
+        "sweeps": round(search.effects.sweeps, 2),
+        "fit_sweeps": round(search.rewriter.sweeps, 2),
+        "validation_samples": len(search.validation.split),
+        "validation_sweeps": search.validation.evaluations,
+        "recalled": search.journal.found,
+        "predicted_speedup": search.speedup,
+        "prices": {"unit": found.unit, "timings": dict(found.timings), "largest_error": found.error},
+        "steps": [asdict(step) for step in search.steps],
     }
+
+
+def points_of(search: Search, model: str) -> list[Point]:
+    """One point for each change that the search made, after the model as it is."""
+    costs = [search.whole, *(step.cost for step in search.steps)]
+    losses = [0.0, *(step.loss for step in search.steps)]
+    divergences = [0.0, *(step.divergence for step in search.steps)]
+    work = [search.work.multiply_adds, *(step.multiply_adds for step in search.steps)]
+    kept = efficient(costs, losses)
+    return [
+        Point(
+            number=number,
+            plan=search.plan(model, f"sweep, point {number}", number),
+            loss=losses[number],
+            divergence=divergences[number],
+            predicted=search.whole / cost,
+            multiply_adds=work[number],
+            efficient=kept[number],
+        )
+        for number, cost in enumerate(costs)
+    ]
+
+
+def journal_of(subject: Subject, settings: Settings) -> Journal:
+    """The journal beside the output folder; another search's values are not taken over."""
+    # What only says how the result is built, measured or adapted later changes nothing that a search measures.
+    later = {"output", "force", "rounds", "heal", "heal_budget", "speedup", "latency", "max_int8_loss"}
+    asked = {key: value for key, value in settings.to_dict().items() if key not in later}
+    data = subject.data.describe()
+    told = [__version__, asked, settings.loss_limit, subject.model.source, subject.model.revision, data["test_ids"]]
+    told.append([(site.name, site.kind, site.width) for site in subject.sites])
+    output = Path(settings.output).resolve()
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()
+    return Journal(digest, output.with_name(f".{output.name}.journal"))
 
 
 def effects_on_output(subject: Subject, settings: Settings, steps: Steps) -> Effects:

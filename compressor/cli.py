@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import click
 
@@ -36,7 +36,9 @@ class Failing(click.Group):
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was written.", 130)
+            _fail(
+                "interrupted; no output was written. A search goes on where it stopped if the command is repeated.", 130
+            )
         except MemoryError:
             _fail("the memory is not enough; give fewer --samples, or use a machine with more.", 1)
         except OSError as error:
@@ -131,6 +133,100 @@ def _subject_options(command: Command) -> Command:
     return command
 
 
+class Milliseconds(click.ParamType[float]):
+    """A latency such as 5ms or 5."""
+
+    name = "latency"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a latency as milliseconds."""
+        text = str(value).strip().removesuffix("ms")
+        try:
+            return float(text)
+        except ValueError:
+            self.fail(f"{value!r} is no latency; expected milliseconds such as 5ms", param, ctx)
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, or a number with a unit: 90, 90s, 5m, 1h."""
+
+    name = "duration"
+    units: ClassVar[dict[str, float]] = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a duration as seconds."""
+        text = str(value).strip()
+        number, unit = (text[:-1], text[-1]) if text[-1:] in self.units else (text, "s")
+        try:
+            return float(number) * self.units[unit]
+        except ValueError:
+            self.fail(f"{value!r} is no duration; expected seconds, or a number with s, m or h such as 5m", param, ctx)
+
+
+def _search_options(command: Command) -> Command:
+    """Options of the search for a plan."""
+    for option in reversed(
+        (
+            click.option(
+                "--actions",
+                help="What may be done to a site: drop, constant, scale, low-rank[:RANK], linear, fuse, or the "
+                "published tba, replaceme. auto chooses among several, with commas; other forms of --drop take one.",
+            ),
+            click.option(
+                "--cost",
+                type=click.Choice(["latency", "macs"]),
+                default="latency",
+                show_default=True,
+                help="What auto saves: time on the target, or multiply-adds (the same plan on every machine).",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _engine_options(command: Command) -> Command:
+    """Options of the engine and its timing."""
+    for option in reversed(
+        (
+            click.option(
+                "--target", default="onnxruntime", show_default=True, help="Runtime; `compressor targets` lists them."
+            ),
+            click.option(
+                "--int8",
+                is_flag=False,
+                flag_value="static",
+                type=click.Choice(INT8),
+                help="Quantize to int8: static (the default if no value is given) or dynamic.",
+            ),
+            click.option(
+                "--device",
+                type=click.Choice(["cpu", "cuda"]),
+                help="Where the engine runs.  [default: as the target prefers]",
+            ),
+            click.option(
+                "--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: the runtime's]"
+            ),
+            click.option(
+                "--batch",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                help="Batch size of the latency measurement.",
+            ),
+            click.option(
+                "--rounds",
+                type=click.IntRange(min=1),
+                default=10,
+                show_default=True,
+                help="Timed bursts per engine; 2 for a quick look.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @main.command(cls=Export, epilog=MODEL_HELP)
 @_subject_options
 @click.option(
@@ -146,36 +242,26 @@ def _subject_options(command: Command) -> Command:
     show_default=True,
     help="How the counted forms of --drop rank; output = measured effect on the model's output.",
 )
+@_search_options
 @click.option(
     "--max-loss",
-    default=1.0,
-    show_default=True,
-    help="Most quality --drop auto may lose on validation data, in %: points of a score, or rise of perplexity.",
+    type=float,
+    help="Most quality --drop auto may lose on validation data, in %: points of a score, or rise of perplexity.  "
+    "[default: 1; unlimited with --speedup or --latency]",
 )
-@click.option("--target", default="onnxruntime", show_default=True, help="Runtime; `compressor targets` lists them.")
+@click.option("--speedup", type=float, help="How many times faster --drop auto shall make the model, such as 1.5.")
+@click.option("--latency", type=Milliseconds(), help="The latency --drop auto shall reach, such as 5ms.")
 @click.option(
-    "--int8",
-    is_flag=False,
-    flag_value="static",
-    type=click.Choice(INT8),
-    help="Quantize to int8: static (the default if no value is given) or dynamic.",
+    "--heal",
+    type=click.Choice(["none", "closed-form", "distill"]),
+    default="none",
+    show_default=True,
+    help="Adapt what is left, without labels; taken back where it does not help on validation data.",
 )
+@click.option("--heal-budget", type=Duration(), default="5m", show_default=True, help="Most time healing takes.")
+@_engine_options
 @click.option(
     "--max-int8-loss", default=0.5, show_default=True, help="Most int8 may lose before layers return to float, in %."
-)
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="Where the engine runs.  [default: as the target prefers]"
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: the runtime's]")
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch size of the latency measurement."
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    help="Timed bursts per engine; 2 for a quick look.",
 )
 @click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
@@ -190,6 +276,33 @@ def export(quiet: bool, **options: Any) -> None:
     out = Console()
     out.print(report.table(), highlight=False)
     out.print(f"{report.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
+    if report.missed():
+        sys.exit(1)
+
+
+@main.command(cls=Export, epilog=MODEL_HELP)
+@_subject_options
+@_search_options
+@click.option(
+    "--max-loss", default=20.0, show_default=True, help="Loss on validation data at which the front ends, in %."
+)
+@click.option(
+    "--points", type=click.IntRange(min=2), default=8, show_default=True, help="Plans to build, time and test."
+)
+@_engine_options
+@click.option("--output", "-o", default="front", show_default=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
+def sweep(quiet: bool, points: int, **options: Any) -> None:
+    """Find the best plans of MODEL at every budget, in one run: what speed costs what quality."""
+    from rich.console import Console
+
+    from compressor import pipeline
+    from compressor.settings import Settings
+
+    front = pipeline.sweep(Settings(**options), points=points, console=_console(quiet), command=_command_line())
+    out = Console()
+    out.print(front.table(), highlight=False)
+    out.print(f"{front.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
 
 
 @main.command(epilog=MODEL_HELP)

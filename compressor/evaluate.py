@@ -151,6 +151,16 @@ class Evaluation:
         """The metric of one model, with its interval."""
         return figure(self.metric, self.columns[name])
 
+    def label_free(self, name: str) -> dict[str, Figure]:
+        """Agreement with the reference in % and divergence from it, as far as the answers allow."""
+        columns = self.columns[name]
+        scales = {"agreement": 100.0, "divergence": 1.0}
+        return {
+            key: _figure(lambda part, key=key, scale=scale: part[key].mean(-1) * scale, columns, 0)  # type: ignore[misc]
+            for key, scale in scales.items()
+            if key in columns
+        }
+
     def loss_value(self, before: str, after: str) -> float:
         """What `after` lost against `before`, in percent, without an interval."""
         return loss(self.metric, self.value(before), self.value(after))
@@ -217,14 +227,15 @@ def compare(metric: str, batch: Batch, answer: Array, original: Array | None, na
     if not finite.all():
         first = batch.ids[int(finite.argmin()) // batch.rows_per_sample]
         raise EvaluationError(f"{name} gave NaN or infinity for sample {first}; check its weights.")
+    moved = {} if original is None else {"divergence": _moved(metric, batch, answer, original)}
     if metric == "perplexity":
-        return _tokens(batch, answer, original)
+        return _tokens(batch, answer, original) | moved
     if metric == "spearman":
-        return _pairs(batch, answer)
+        return _pairs(batch, answer) | moved
     if metric == "fidelity":
         assert original is not None
         return {"fidelity": _similarity(answer, original, batch)}
-    columns: Columns = {}
+    columns: Columns = moved
     if metric == "accuracy":
         assert batch.labels is not None
         columns["accuracy"] = (answer.argmax(-1) == batch.labels).astype(np.float64)
@@ -232,6 +243,19 @@ def compare(metric: str, batch: Batch, answer: Array, original: Array | None, na
         columns["agreement"] = (answer.argmax(-1) == original.argmax(-1)).astype(np.float64)
         columns["regret"] = _regret(answer, original)
     return columns
+
+
+def _moved(metric: str, batch: Batch, answer: Array, original: Array) -> Array:
+    """Divergence from the original's answers, per sample; row by row, so that one row of probabilities exists."""
+    task = "feature-extraction" if metric in ("spearman", "fidelity") else "text-generation"
+    mask = batch.feeds.get("attention_mask")
+    rows = []
+    for row in range(len(answer)):
+        moved, before = (torch.from_numpy(side[row : row + 1]) for side in (answer, original))
+        padding = torch.from_numpy(mask[row : row + 1]) if mask is not None and answer.ndim > 2 else None
+        rows.append(float(divergence(task, moved, before, padding)))
+    means: Array = np.array(rows).reshape(-1, batch.rows_per_sample).mean(1)
+    return means
 
 
 def _regret(answer: Array, original: Array) -> Array:

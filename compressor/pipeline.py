@@ -8,24 +8,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choice import decide, effects_on_output, score
+from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, journal_of, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.folder import onnx_bytes, output_folder, scratch_folder
+from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.inspection import Inspection
 from compressor.lower import lower
 from compressor.quantize import Quantized
-from compressor.report import Quality, Report, Size
+from compressor.report import Report, Size
+from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import Subject, accepting_data, load
+from compressor.validation import Validation
 from compressor.workshop import Workshop, sized, timing_feeds, usable
-from passes.base import apply
-from passes.drop import Drop
-from passes.plan import Plan
+from passes.cost import Costs
+from passes.graph import Graph
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from compressor.heal import Healed
 
 
 def export(settings: Settings, *, console: Console | None = None, command: str = "compressor.export(...)") -> Report:
@@ -48,16 +52,18 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         subject.model.save(folder)
         workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
         with accepting_data(subject):
-            plan, search_facts = decide(subject, settings, steps)
-        (folder / "plan.json").write_text(plan.to_json())
-        with steps.step("rewrite"):
-            rewritten = subject.graph.fork()
-            apply(Drop(plan.dropped), rewritten)
+            choice = decide(subject, settings, workshop, steps)
+            (folder / "plan.json").write_text(choice.plan.to_json())
+            rewritten, healed = _healed(choice, subject, settings, steps)
+        final = finished(rewritten)
         with steps.step("lower to ONNX, check against torch"):
             dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
-            result = lower(rewritten, subject.model, scratch / "result.onnx") if plan.dropped else dense
-            parity = {"baseline": workshop.parity(dense, subject.graph)}
-            parity["result"] = workshop.parity(result, rewritten) if plan.dropped else parity["baseline"]
+            result = lower(final, subject.model, scratch / "result.onnx")
+            parity = {
+                "baseline": workshop.parity(dense, subject.graph),
+                "result": workshop.parity(result, rewritten),  # as it was before it was folded
+            }
+        costs = Costs(final, subject.costs.example)
         files, int8 = {"baseline": dense, "result": result}, dict[str, Quantized]()
         if settings.int8 is not None:
             files, int8 = workshop.quantized(files, settings, steps)
@@ -72,22 +78,75 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             settings=settings.to_dict(),
             model=_describe(subject),
             data=subject.data.describe(),
-            plan=plan,
-            sizes={name: _size(name, files[name], subject, plan) for name in files},
+            plan=choice.plan,
+            sizes={name: _size(files[name], subject.costs if name != "result" else costs) for name in files},
             quality=quality,
             no_quality_because=subject.no_quality_because,
             latency=latency,
             timed_inputs={name: list(value.shape) for name, value in timed.items()},
             parity={name: value.difference for name, value in parity.items()},
             int8={name: dataclasses.asdict(value) for name, value in int8.items()},
-            search=search_facts,
+            search=choice.facts,
+            healed=None if healed is None else dataclasses.asdict(healed),
             steps=tuple(steps.done),
-            passes=tuple(rewritten.history),
+            passes=tuple(final.history),
             environment=environment(),
-            notes=_notes(plan, quality, settings, subject, int8),
+            notes=(),
         )
+        report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
         (folder / "report.json").write_text(report.to_json())
     return report
+
+
+def sweep(
+    settings: Settings, *, points: int = 8, console: Console | None = None, command: str = "compressor.sweep(...)"
+) -> Front:
+    """Find the plans at every budget in one search, measure some of them, write the folder.
+
+    Args:
+        settings: as for `export`; the search goes on until `max_loss` is lost.
+        points: plans that are built, timed side by side and judged on test data.
+        console: where progress is shown; None shows nothing.
+        command: the command line, for the report.
+
+    Raises:
+        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
+    """
+    target, options = usable(settings)
+    steps = Steps(console)
+    output = Path(settings.output)
+    with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
+        subject = load(settings, steps)
+        workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
+        with accepting_data(subject):
+            journal = journal_of(subject, settings)
+            rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+            search = begin(subject, settings, rewriter, workshop, journal, steps)
+            with steps.step("search") as tick:
+                search.progress = lambda text: tick(text=text)
+                search.run()
+            found = points_of(search, subject.model.name)
+            chosen = spread(len(found), points, [point.efficient for point in found])
+            built = {str(place): rewriter.carried_out(found[place].plan.changes) for place in chosen}
+        quality, latency = workshop.measured(built, settings, steps)
+        front = Front(
+            command=command,
+            settings=settings.to_dict() | {"points": points},
+            model=subject.model.name,
+            metric=None if quality is None else quality.metric,
+            data=subject.data.describe(),
+            points=tuple(with_measurements(point, latency.get(str(point.number)), quality) for point in found),
+            search=facts_of(search),
+            environment=environment(),
+            seconds=sum(step.seconds for step in steps.done),
+        )
+        (folder / "plans").mkdir()
+        for point in front.points:
+            (folder / plan_name(point)).write_text(point.plan.to_json())
+        (folder / "sweep.json").write_text(front.to_json())
+        (folder / "sweep.png").write_bytes(front.picture())
+        journal.forget()
+    return front
 
 
 def inspect(settings: Settings, *, console: Console | None = None) -> Inspection:
@@ -138,24 +197,49 @@ def _describe(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _size(name: str, path: Path, subject: Subject, plan: Plan) -> Size:
-    gone = [site for site in subject.sites if site.name in plan.dropped] if name == "result" else []
-    cost = subject.costs.under(gone)
-    return Size(cost.parameters, cost.multiply_adds, onnx_bytes(path))
+def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) -> tuple[Graph, Healed | None]:
+    """The rewritten graph, adapted to its changes if that was asked for and helps."""
+    if settings.heal == "none" or not choice.plan.changes:
+        return choice.graph, None
+    from compressor.heal import heal
+
+    with steps.step(f"heal ({settings.heal})") as tick:
+        validation = choice.validation
+        if validation is None:
+            validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
+        return heal(
+            settings.heal,
+            choice.graph,
+            subject.graph,
+            subject.model,
+            subject.data.calibration,
+            validation,
+            changed=[site for site in subject.sites if site.name in choice.plan.changes],
+            budget=settings.heal_budget,
+            seed=settings.seed,
+            progress=tick,
+        )
+
+
+def _size(path: Path, costs: Costs) -> Size:
+    return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path))
 
 
 def _notes(
-    plan: Plan, quality: Quality | None, settings: Settings, subject: Subject, int8: Mapping[str, Quantized]
+    report: Report, settings: Settings, subject: Subject, int8: Mapping[str, Quantized], healed: Healed | None
 ) -> tuple[str, ...]:
     notes = []
-    if settings.drop == "auto" and not plan.dropped:
-        notes.append(f"No site could be dropped within {settings.max_loss:g} % loss on validation data.")
-    if quality is not None and settings.drop == "auto" and quality.loss["baseline"].value > settings.max_loss:
-        lost = quality.loss["baseline"].value
-        notes.append(
-            f"The loss on test data, {lost:.2f} %, exceeds the {settings.max_loss:g} % that held on "
-            f"{len(subject.data.validation)} validation samples; more samples make the choice more reliable."
-        )
+    if settings.drop == "auto" and not report.plan.changes:
+        notes.append(f"No site could be changed within {settings.loss_limit:g} % loss on validation data.")
+    if report.quality is not None and settings.drop == "auto":
+        lost = report.quality.loss["baseline"].value
+        if lost > settings.loss_limit:
+            notes.append(
+                f"The loss on test data, {lost:.2f} %, exceeds the {settings.loss_limit:g} % that held on "
+                f"{len(subject.data.validation)} validation samples; more samples make the choice more reliable."
+            )
+    if healed is not None:
+        notes.append(healed.note)
     for name, facts in int8.items():
         if facts.loss is not None and facts.loss > settings.max_int8_loss:
             notes.append(
@@ -163,7 +247,7 @@ def _notes(
             )
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_named(subject.data)}.")
-    return tuple(notes)
+    return (*notes, *report.missed())
 
 
 def _named(data: Data) -> str:

@@ -28,6 +28,8 @@ LABELS = {
     "fidelity": ("feature cosine", "%"),
 }
 
+LABEL_FREE = {"agreement": "agreement with the original, %", "divergence": "divergence from the original"}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -40,18 +42,24 @@ class Size:
 
 @dataclass(frozen=True)
 class Quality:
-    """Metric, each variant's figure on test data, and what the result lost against baseline and original."""
+    """Metric, each variant's figure on test data, and what the result lost against baseline and original.
+
+    `label_free` compares the result's answers with those of the float model before any change, where that makes sense:
+    ``agreement`` in %, ``divergence`` in nats (of features: 1 - cosine).
+    """
 
     metric: str
     figures: dict[str, Figure]
     loss: dict[str, Figure]
+    label_free: dict[str, Figure]
 
     @staticmethod
     def of(evaluation: Evaluation) -> Quality:
         """Figures and paired losses of an evaluation that holds ``result`` and what it is compared with."""
         names = list(evaluation.columns)
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
-        return Quality(evaluation.metric, {name: evaluation.figure(name) for name in names}, losses)
+        figures = {name: evaluation.figure(name) for name in names}
+        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"))
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Report:
     parity: dict[str, float]
     int8: dict[str, Any]
     search: dict[str, Any]
+    healed: dict[str, Any] | None
     steps: tuple[Step, ...]
     passes: tuple[Applied, ...]
     environment: dict[str, object]
@@ -88,11 +97,12 @@ class Report:
             "plan": {
                 "rule": self.plan.rule,
                 "metric": self.plan.metric,
-                "dropped": list(self.plan.order or self.plan.dropped),
+                "dropped": list(self.plan.dropped),
+                "changes": self.plan.changes,
             },
             "sizes": {name: asdict(size) for name, size in self.sizes.items()},
             "quality": None if self.quality is None else asdict(self.quality),
-            "latency": {name: _latency(latency) for name, latency in self.latency.items()},
+            "latency": {name: brief(latency) for name, latency in self.latency.items()},
             "speedup": {name: self.speedup(name)._asdict() for name in self.latency if name != "result"},
             "steps": [asdict(step) for step in self.steps],
             "passes": [asdict(applied) for applied in self.passes],
@@ -139,6 +149,9 @@ class Report:
             yield "", *(_dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
             yield f"  result's loss{_unit(percent)}", *(f"{each.value:+.2f}" if each else "" for each in lost)
             yield "", *(_dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
+            for name, each in self.quality.label_free.items():
+                if name != self.quality.metric:
+                    yield LABEL_FREE[name], *([""] * (len(variants) - 1)), f"{each.value:.4g}"
         speedups = [None if name == "result" else self.speedup(name) for name in variants]
         yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
         yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
@@ -149,18 +162,35 @@ class Report:
 
     def summary(self) -> str:
         """What was dropped and what to read with care, as lines of text."""
-        dropped = self.plan.order or self.plan.dropped
-        sites = f"Dropped {len(dropped)} of {len(self.plan.decisions)} sites: {', '.join(dropped) or 'none'}."
+        changes = [name if action == "drop" else f"{name} ({action})" for name, action in self.plan.changes.items()]
+        done = "Dropped" if len(self.plan.dropped) == len(changes) else "Changed"
+        sites = f"{done} {len(changes)} of {len(self.plan.decisions)} sites: {', '.join(changes) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
         return "\n".join([sites, *meaning, *quality, *self.notes])
+
+    def missed(self) -> tuple[str, ...]:
+        """Wishes for speed that the measured result does not fulfil, one sentence each."""
+        wanted, latency = self.settings["speedup"], self.settings["latency"]
+        reached, median = self.speedup().ratio, self.latency["result"].median
+        found = []
+        if wanted is not None and reached < wanted:
+            found.append(
+                f"The result is {reached:.2f}x faster, not {wanted:g}x as asked for; allow a larger --max-loss."
+            )
+        if latency is not None and median > latency:
+            found.append(
+                f"The result takes {median:.2f} ms, not {latency:g} ms as asked for; allow a larger --max-loss."
+            )
+        return tuple(found)
 
     def _judged(self) -> str:
         count = self.quality.figures["result"].n if self.quality is not None else 0
         return f"on {count} test samples; ranges are 95 % intervals"
 
 
-def _latency(latency: Latency) -> dict[str, Any]:
+def brief(latency: Latency) -> dict[str, Any]:
+    """A latency as plain JSON values: percentiles in ms, and every raw sample."""
     return {
         "median": latency.median,
         "p90": latency.p90,

@@ -1,324 +1,269 @@
-"""``--drop auto``: budgets in, a plan out, by skipping at run time; nothing is rewritten or exported on the way.
+"""The search for a plan: which action at which site, one change after the other, until a budget is used up.
 
-Effects of drops do not add up, so each step measures candidates given what is already gone. A candidate's score is
-the increase in output divergence per multiply-add saved. As effects mostly grow with every drop, an earlier score is
-a lower bound in practice: only the front runners are measured again (lazy greedy; Minoux 1978).
+Effects of changes do not add up, so each step measures candidates on the graph as it is by then: rewritten forks that
+share the weights and all the work before the change. A candidate is a site and an action; its price is the increase in
+output divergence for each unit of cost that it saves. As effects mostly grow with every change, an earlier measurement
+is a lower bound in practice, so that only the front runners are measured again (lazy greedy; Minoux 1978). A stand-in
+that was never measured starts from the effect of the drop it would soften.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-import numpy as np
-import torch
-from torch import fx
-
-from compressor.data import Split
-from compressor.evaluate import (
-    BATCH,
-    Array,
-    Columns,
-    EvaluationError,
-    compare,
-    divergence,
-    graph_runner,
-    join,
-    judge,
-    loss,
-    tensor_batches,
-)
-from compressor.models import Model
-from passes.cost import Costs
+from compressor.effects import Effects
+from compressor.journal import Journal
+from compressor.prices import Prices
+from compressor.rewrite import Rewriter
+from compressor.validation import ROUNDING, Loss, Validation
+from passes.base import PassError
+from passes.fit import Fits
 from passes.graph import Graph, Site
-from passes.plan import Decision, Plan, fingerprint
-from passes.run import Forks, Program
-from passes.score import MASK
+from passes.plan import Decision, Plan, fingerprint, form_and_rank
+from passes.unread import read_parts
 
 FRONT = 6  # candidates measured at a time
-PATIENCE = 3  # candidates in a row that may break the budget before the search ends
-POSITIONS = 64  # tokens of a text at which the divergence of a language model is measured
-ROUNDING = 1e-9  # percent by which a sum of losses may exceed the limit through rounding alone
+PATIENCE = 4  # candidates in a row that may break the budget before the search ends
+# What part of a drop's effect a stand-in that was not measured yet is expected to leave; sorts the front, no more.
+SOFTENED = {"constant": 0.9, "scale": 0.8, "fuse": 0.6, "low-rank": 0.6, "linear": 0.5, "tba": 0.6, "replaceme": 0.6}
 
+Candidate = tuple[str, str]
 Progress = Callable[[str], None]
 
 
-@dataclass
-class Effects:
-    """Output divergence from the original on a few calibration samples, under any drops.
-
-    The original's answers are kept (for language models at `POSITIONS` tokens of each text), no activations. `sweeps`
-    counts forward passes over these samples, by the share of the graph's nodes that were executed.
-
-    Raises:
-        EvaluationError: the original itself gives NaN or infinity.
-    """
-
-    graph: Graph
-    model: Model
-    split: Split
-    sweeps: float = 0.0
-    _originals: list[torch.Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        program = Program(self.graph)
-        self._computed = _computed(program.order)
-        with torch.inference_mode():
-            for feeds in tensor_batches(self.split):
-                self._originals.append(self._answer(program.run(feeds)))
-        if not all(bool(torch.isfinite(answer).all()) for answer in self._originals):
-            raise EvaluationError(f"{self.model.name} gave NaN or infinity on calibration data; check its weights.")
-        self.sweeps += 1
-
-    def measure(self, skip: Sequence[Site], candidates: Sequence[Site]) -> tuple[float, dict[Site, float]]:
-        """Divergence under `skip`, and under `skip` with each candidate added: mean over the samples' rows.
-
-        Infinite where the answers are no longer finite.
-        """
-        forks = Forks(self.graph, skip, candidates)
-        sums: dict[Site | None, float] = dict.fromkeys([None, *candidates], 0.0)
-        rows = 0
-        for original, feeds in zip(self._originals, tensor_batches(self.split), strict=True):
-            receive = partial(self._add, sums, original, self._mask(feeds, original))
-            forks.run(feeds, receive)
-            rows += len(original)
-        executed = _computed(forks.main.order) + sum(_computed(tail.order[start:]) for _, tail, start, _ in forks.tails)
-        self.sweeps += executed / self._computed
-        means = {site: total / rows if math.isfinite(total) else math.inf for site, total in sums.items()}
-        return means[None], {site: means[site] for site in candidates}
-
-    def of_units(self, units: Sequence[Sequence[Site]]) -> list[float]:
-        """Divergence when all sites of a unit are dropped, for each unit on its own."""
-        if all(len(unit) == 1 for unit in units):
-            _, effects = self.measure((), [unit[0] for unit in units])
-            return [effects[unit[0]] for unit in units]
-        return [self.measure(list(unit), [])[0] for unit in units]
-
-    def _add(
-        self,
-        sums: dict[Site | None, float],
-        original: torch.Tensor,
-        mask: torch.Tensor | None,
-        site: Site | None,
-        outputs: tuple[torch.Tensor, ...],
-    ) -> None:
-        sums[site] += float(divergence(self.model.task, self._answer(outputs), original, mask).sum())
-
-    def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self._positions(outputs[self.model.outputs.index(self.model.answer)])
-
-    def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
-        mask = feeds.get(MASK)
-        return None if mask is None or original.ndim < 3 else self._positions(mask)
-
-    def _positions(self, values: torch.Tensor) -> torch.Tensor:
-        if self.model.task == "text-generation" and values.shape[1] > POSITIONS:
-            return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()].clone()
-        return values
-
-
-def _computed(nodes: Sequence[fx.Node]) -> int:
-    """Nodes that compute: parameters, which all stand at the front of a traced graph, cost nothing."""
-    return sum(node.op.startswith("call") for node in nodes)
-
-
 @dataclass(frozen=True)
-class Loss:
-    """What a candidate loses, in percent; only a lower bound if `samples` is fewer than the validation split has."""
+class Step:
+    """One change that was made: its site and action, what it added, and where that led.
 
-    percent: float
-    samples: int
+    `divergence` is the output's distance from the original after it, `loss` what is lost on validation data in percent,
+    `cost` the predicted cost of the whole in the prices' unit and `multiply_adds` its multiply-adds, for the inputs
+    that are timed.
+    """
+
+    site: str
+    action: str
+    added: float
+    divergence: float
+    loss: float
+    cost: float
+    multiply_adds: int
 
 
 @dataclass
-class Validation:
-    """Loss of the model under any drops on the validation split, by the metric the user is promised.
-
-    A few hundred labels measure a loss of accuracy only to a point or two, and a search that takes the best of many
-    candidates takes the luckiest. Accuracy is therefore held to its expected loss as well (`regret` in
-    `compressor.evaluate`), and the larger of the two counts. The original's answers are kept for the metrics that
-    compare with them. `sweeps` counts passes over the split; one that stops early counts by its share of the samples.
-    """
-
-    graph: Graph
-    model: Model
-    split: Split
-    metric: str
-    sweeps: float = 0.0
-    _originals: list[Array | None] = field(default_factory=list)
-    _whole: Columns = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._whole = join(list(self._columns((), first=True)))
-        self._before = judge(self.metric, self._whole)
-        if self.metric in ("accuracy", "agreement"):
-            self._hardest_first()
-
-    @property
-    def evaluations(self) -> float:
-        """Passes over the split so far, rounded for the report."""
-        return round(self.sweeps, 2)
-
-    def loss(self, skip: Sequence[Site], *, limit: float = math.inf) -> Loss:
-        """What is lost without the branches of `skip` (see `compressor.evaluate.loss`).
-
-        Stops as soon as the loss is certain to exceed `limit`, whatever the other samples give. Answers that are no
-        longer finite are an infinite loss.
-        """
-        parts: list[Columns] = []
-        try:
-            for part in self._columns(skip, first=False):
-                parts.append(part)
-                columns = join(parts)
-                certain = self._certain(columns)
-                if certain > limit + ROUNDING:
-                    return Loss(certain, self._samples(columns))
-        except EvaluationError:
-            return Loss(math.inf, len(self.split))
-        measured = loss(self.metric, self._before, judge(self.metric, columns))
-        if self.metric == "accuracy":
-            measured = max(measured, self._certain(columns))
-        return Loss(measured, self._samples(columns))
-
-    def _hardest_first(self) -> None:
-        """Begin with the samples of which the original is least sure: losses show there, so lost checks end soon."""
-        answers = np.concatenate([answer for answer in self._originals if answer is not None])
-        best = np.sort(answers, axis=-1)[:, -2:]
-        order = np.argsort(best[:, -1] - best[:, 0], kind="stable")
-        self.split = dataclasses.replace(self.split, indices=tuple(self.split.indices[row] for row in order))
-        self._originals = [answers[order[start : start + BATCH]] for start in range(0, len(order), BATCH)]
-
-    def _certain(self, columns: Columns) -> float:
-        """A lower bound of the loss, given the first samples: the others may lose nothing, but not win anything."""
-        count = len(next(iter(self._whole.values())))
-        if self.metric == "accuracy":
-            return float(columns["regret"].sum()) / count * 100.0
-        if self.metric in ("agreement", "fidelity"):
-            return float((1.0 - columns[self.metric]).sum()) / count * 100.0
-        if self.metric == "perplexity":  # the others' tokens could at best be foretold with certainty
-            padded = {"nll": columns["nll"].sum(keepdims=True), "tokens": self._whole["tokens"].sum(keepdims=True)}
-            return loss(self.metric, self._before, judge(self.metric, padded))
-        return -math.inf
-
-    def _samples(self, columns: Columns) -> int:
-        done = len(next(iter(columns.values())))
-        return done * len(self.split) // len(next(iter(self._whole.values())))
-
-    @torch.inference_mode()
-    def _columns(self, skip: Sequence[Site], *, first: bool) -> Iterator[Columns]:
-        answer_of = graph_runner(self.model, Program(self.graph, skip).run)
-        for index, batch in enumerate(self.split.batches(BATCH)):
-            answer = answer_of(batch.feeds)
-            self.sweeps += len(batch.ids) / len(self.split)
-            if first:
-                self._originals.append(answer if self.metric in ("accuracy", "agreement", "fidelity") else None)
-            yield compare(self.metric, batch, answer, self._originals[index], self.model.name)
-
-
-def search(
-    graph: Graph,
-    model: Model,
-    sites: Sequence[Site],
-    costs: Costs,
-    effects: Effects,
-    validation: Validation,
-    *,
-    max_loss: float,
-    progress: Progress | None = None,
-) -> Plan:
-    """Drop the cheapest site again and again until the next one would cost more than `max_loss` on validation data.
+class Search:
+    """A search under way: the changes made so far, and what was learnt about the others.
 
     Args:
-        graph: the traced model; not changed.
-        model: for its name.
-        sites: all sites of the graph.
-        costs: multiply-adds under any drops.
+        rewriter: carries changes out, on forks of the original.
         effects: measures output divergence on calibration samples.
-        validation: measures the loss that `max_loss` bounds.
-        max_loss: in percent, see `compressor.evaluate.loss`.
+        validation: measures the loss that `limit` bounds.
+        prices: what each action saves.
+        actions: what may be done to a site.
+        limit: most loss on validation data, in percent.
+        journal: values measured by an earlier run of the same search.
         progress: called with a line of text at every step.
     """
-    front = _Front(effects, {site: max(costs.saved(site).multiply_adds, 1) for site in sites})
-    skip: list[Site] = []
-    reasons: dict[Site, str] = {}
-    while front.candidates and _broken_in_a_row(reasons, skip) < PATIENCE:
-        site, added = front.best(skip)
-        lost = validation.loss([*skip, site], limit=max_loss)
-        bound = "" if lost.samples == len(validation.split) else f"at least (after {lost.samples} samples) "
+
+    rewriter: Rewriter
+    effects: Effects
+    validation: Validation
+    prices: Prices
+    actions: Sequence[str]
+    limit: float
+    journal: Journal = field(default_factory=Journal)
+    progress: Progress | None = None
+    steps: list[Step] = field(default_factory=list)
+    refused: dict[Candidate, str] = field(default_factory=dict)
+    broken_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        self.graph = self.rewriter.original
+        self.work = self.prices.counter.count(self.graph)
+        self.whole = self.cost = self.prices.of(self.work)
+        self.front = _Front(self)
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """The action of each changed site, in order."""
+        return {step.site: step.action for step in self.steps}
+
+    @property
+    def speedup(self) -> float:
+        """Predicted cost of the original over that of the graph as it is now."""
+        return self.whole / max(self.cost, 1e-12)
+
+    def run(self, enough: float = math.inf) -> None:
+        """Go on until no candidate is left, `PATIENCE` in a row break the limit, or the speed-up is `enough`."""
+        while self.broken_in_a_row < PATIENCE and self.speedup < enough:
+            best = self.front.best()
+            if best is None:
+                return
+            self._try(*best)
+
+    def _try(self, site: str, action: str) -> None:
+        added = self.front.added[site, action]
+        self.front.remove((site, action))
+        try:
+            graph = self.rewriter.changed(self.graph, site, action)
+        except PassError as error:
+            self.refused[site, action] = f"{action} refused: {error}"
+            return
+        lost = self._loss(graph, site, action)
+        bound = "" if lost.samples == len(self.validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
-        front.candidates.remove(site)
-        if lost.percent <= max_loss + ROUNDING:
-            skip.append(site)
-            front.stale()
-            reasons[site] = f"{note} with {len(skip)} dropped"
+        if lost.percent <= self.limit + ROUNDING:
+            work = self.prices.counter.count(graph)
+            self.graph, self.cost, self.broken_in_a_row = graph, self.prices.of(work), 0
+            divergence = self.front.base + added
+            self.steps.append(Step(site, action, added, divergence, lost.percent, self.cost, work.multiply_adds))
+            self.front.changed(site)
         else:
-            reasons[site] = f"{note} would exceed {max_loss:g} % after {len(skip)} dropped"
-        if progress is not None:
-            progress(f"{len(skip)} dropped, {site.name}: {note}")
-    return _plan(graph, model, sites, skip, reasons, front, max_loss)
+            self.broken_in_a_row += 1
+            self.refused[site, action] = (
+                f"{action} {note} would exceed {self.limit:g} % after {len(self.steps)} changed"
+            )
+        if self.progress is not None:
+            self.progress(f"{len(self.steps)} changed, {site} {action}: {note}")
 
+    def _loss(self, graph: Graph, site: str, action: str) -> Loss:
+        def measure() -> list[float]:
+            lost = self.validation.loss(graph, limit=self.limit)
+            return [lost.percent, lost.samples]
 
-def _broken_in_a_row(reasons: dict[Site, str], skip: Sequence[Site]) -> int:
-    """Number of refusals since the last drop."""
-    tried = list(reasons)
-    last = max((tried.index(site) for site in skip), default=-1)
-    return len(tried) - 1 - last
+        percent, samples = self.journal.recall(f"loss {self._key(site, action)}", measure)
+        return Loss(percent, int(samples))
+
+    def _key(self, site: str, action: str) -> str:
+        made = ", ".join(f"{name}={done}" for name, done in self.changes.items())
+        return f"{site}={action} after {made}"
+
+    def plan(self, model: str, rule: str, count: int | None = None) -> Plan:
+        """The plan of the first `count` changes (all, where not given), with a reason for every site."""
+        steps = self.steps if count is None else self.steps[:count]
+        taken = {step.site: step for step in steps}
+
+        def decide(site: Site) -> Decision:
+            if site.name in taken:
+                step = taken[site.name]
+                number = list(taken).index(site.name) + 1
+                reason = f"adds {step.added:.4f} divergence; validation loss {step.loss:.2f} % with {number} changed"
+                return Decision(site.name, step.action, reason)
+            refusals = [reason for (name, _), reason in self.refused.items() if name == site.name]
+            return Decision(site.name, "keep", "; ".join(refusals) or self.front.untried(site.name))
+
+        sites = self.rewriter.sites
+        return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), tuple(taken))
 
 
 @dataclass
 class _Front:
-    """Candidates with their last measured increase in divergence, measured again only where it can matter."""
+    """Candidates with their last known increase in divergence, measured again only where it can matter.
 
-    effects: Effects
-    saved: dict[Site, int]
+    `saved` is what each takes off the cost. It changes too: with the last attention gone, a model that is read at its
+    class token needs the block before for one token only, so that dropping that one's attention saves far more.
+    """
+
+    search: Search
     base: float = 0.0
-    added: dict[Site, float] = field(default_factory=dict)
-    fresh: set[Site] = field(default_factory=set)
+    added: dict[Candidate, float] = field(default_factory=dict)
+    saved: dict[Candidate, float] = field(default_factory=dict)
+    fresh: set[Candidate] = field(default_factory=set)
+    fits: dict[str, Fits] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
+    read: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.candidates = list(self.saved)
-
-    def best(self, skip: Sequence[Site]) -> tuple[Site, float]:
-        """The candidate with the least added divergence per multiply-add saved, and what it adds."""
+    def best(self) -> Candidate | None:
+        """The candidate with the least added divergence for what it saves; None where none is left."""
         if not self.added:
-            self._measure(skip, self.candidates)
-        while True:
+            self._begin()
+        while self.candidates:
             ranked = sorted(self.candidates, key=self._price)
+            if self._price(ranked[0]) == math.inf:
+                return None
             if ranked[0] in self.fresh:
-                return ranked[0], self.added[ranked[0]]
-            self._measure(skip, [site for site in ranked if site not in self.fresh][:FRONT])
+                return ranked[0]
+            self._measure([candidate for candidate in ranked if candidate not in self.fresh][:FRONT])
+        return None
 
-    def stale(self) -> None:
-        """Forget which measurements hold, after a drop."""
+    def remove(self, candidate: Candidate) -> None:
+        """Take a candidate out for good."""
+        self.candidates.remove(candidate)
+
+    def changed(self, site: str) -> None:
+        """After a change: the site is done, and every measurement is of another graph."""
+        self.candidates = [candidate for candidate in self.candidates if candidate[0] != site]
         self.fresh.clear()
+        self.fits.clear()
+        read = set(read_parts(self.search.graph))
+        if not read <= self.read:
+            self._price_again()
+        self.read = read
 
-    def _price(self, site: Site) -> float:
-        return self.added[site] / self.saved[site]
+    def _price_again(self) -> None:
+        """Fewer tokens are read than before: what the drops before them save has changed, and so have stand-ins."""
+        for name in dict.fromkeys(name for name, _ in self.candidates):
+            graph = self.search.rewriter.changed(self.search.graph, name, "drop")
+            more = self.search.cost - self.search.prices.cost(graph) - self.saved[name, "drop"]
+            for candidate in self.saved:
+                if candidate[0] == name:
+                    self.saved[candidate] += more
 
-    def _measure(self, skip: Sequence[Site], sites: Sequence[Site]) -> None:
-        self.base, found = self.effects.measure(skip, sites)
-        self.added.update({site: value - self.base for site, value in found.items()})
-        self.fresh.update(sites)
+    def untried(self, site: str) -> str:
+        """Why a site that was never tried is kept."""
+        value, action = min((value, action) for (name, action), value in self.added.items() if name == site)
+        return f"not tried: {action} added {value:.4f} divergence when last measured"
 
+    def _begin(self) -> None:
+        """Measure every drop; what has not been measured yet starts from there."""
+        names = [site.name for site in self.search.rewriter.sites]
+        self.read = set(read_parts(self.search.graph))
+        drops = [(name, "drop") for name in names]
+        self._measure(drops)
+        for name in names:
+            for action in self.search.actions:
+                self.candidates.append((name, action))
+                softened = SOFTENED.get(form_and_rank(action)[0], 1.0)
+                self.added.setdefault((name, action), self.added[name, "drop"] * softened)
+                self.saved.setdefault((name, action), self.saved[name, "drop"])
 
-def _plan(
-    graph: Graph,
-    model: Model,
-    sites: Sequence[Site],
-    skip: Sequence[Site],
-    reasons: dict[Site, str],
-    front: _Front,
-    max_loss: float,
-) -> Plan:
-    def decide(site: Site) -> Decision:
-        if site in skip:
-            return Decision(site.name, "drop", reasons[site])
-        untried = f"not tried: added {front.added.get(site, float('nan')):.4f} divergence when last measured"
-        return Decision(site.name, "keep", reasons.get(site, untried))
+    def _price(self, candidate: Candidate) -> float:
+        """Divergence for each unit of cost saved; infinite where nothing is saved."""
+        saved = self.saved[candidate]
+        return self.added[candidate] / saved if saved > 0.0 else math.inf
 
-    rule = f"auto, at most {max_loss:g} % loss"
-    order = tuple(site.name for site in skip)
-    return Plan(model.name, fingerprint(sites), rule, "output", tuple(decide(site) for site in sites), order)
+    def _measure(self, candidates: Sequence[Candidate]) -> None:
+        search, journal = self.search, self.search.journal
+        keys = {candidate: f"effect {search._key(*candidate)}" for candidate in candidates}
+        base = f"base {search._key('', '')}"
+        missing = {candidate: key for candidate, key in keys.items() if not journal.knows(key)}
+        if missing or not journal.knows(base):
+            self._run(missing, base)
+        self.base = journal.recall(base, lambda: math.nan)
+        for candidate, key in keys.items():
+            effect, cost, refused = journal.recall(key, lambda: [math.inf, math.inf, "no value"])
+            if refused:
+                search.refused[candidate] = refused
+                self.remove(candidate)
+                continue
+            self.added[candidate] = effect - self.base
+            self.saved[candidate] = search.cost - cost
+            self.fresh.add(candidate)
+
+    def _run(self, keys: Mapping[Candidate, str], base: str) -> None:
+        """Measure candidates side by side and note divergence and cost; what cannot be done is noted as refused."""
+        search = self.search
+        fitted = sorted({name for name, action in keys if action != "drop" and name not in self.fits})
+        if fitted:
+            self.fits |= search.rewriter.fits(search.graph, fitted, search.effects.split)
+        variants: dict[Candidate, Graph] = {}
+        for name, action in keys:
+            try:
+                variants[name, action] = search.rewriter.changed(search.graph, name, action, self.fits.get(name))
+            except PassError as error:
+                search.journal.note(keys[name, action], [math.inf, math.inf, f"{action} refused: {error}"])
+        unchanged, found = search.effects.measure(search.graph, variants)
+        search.journal.note(base, unchanged)
+        for candidate, divergence in found.items():
+            search.journal.note(keys[candidate], [divergence, search.prices.cost(variants[candidate]), ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,14 @@ import torch
 from compressor.errors import SettingsError
 from compressor.models.base import TASKS
 from passes.base import PassError
-from passes.plan import METRICS, parse
+from passes.plan import METRICS, form_and_rank, parse
 from runtimes.base import DEVICES, RuntimesError, runtime
 
 INT8 = ("static", "dynamic")
+METHODS = ("none", "closed-form", "distill")
+COSTS = ("latency", "macs")
+AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse")
+DEFAULT_LOSS = 1.0
 # No module path holds these: a leading minus, a colon, a percent sign, a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
@@ -29,8 +34,16 @@ class Settings:
         data: where samples come from; None takes the sample's own data.
         drop: ``none``, ``auto``, a number, a percentage, ``kind:number``, names, or a plan file.
         metric: how the ranked forms of `drop` rank.
+        actions: what may be done to a site; ``auto`` chooses among several (None: `AUTO_ACTIONS`), the ranked forms
+            and names take one (None: drop).
         max_loss: most quality that may be lost on validation data, in percent: points of accuracy, agreement,
-            feature similarity or Spearman correlation; relative increase of perplexity.
+            feature similarity or Spearman correlation; relative increase of perplexity. None: 1 for ``auto`` without a
+            wish for speed, unlimited with one.
+        speedup: how many times faster ``auto`` shall make the model.
+        latency: the milliseconds ``auto`` shall reach.
+        cost: what ``auto`` saves: ``latency`` as timed on the target, or ``macs`` (multiply-adds).
+        heal: ``none``, ``closed-form`` or ``distill``: how what is left is adapted after the changes.
+        heal_budget: most seconds that healing takes.
         target: name of the runtime.
         int8: None, ``static`` or ``dynamic``.
         max_int8_loss: most quality that int8 may lose against float before layers return to float, in percent.
@@ -47,7 +60,13 @@ class Settings:
     data: str | Path | None = None
     drop: str = "auto"
     metric: str = "cosine"
-    max_loss: float = 1.0
+    actions: str | None = None
+    max_loss: float | None = None
+    speedup: float | None = None
+    latency: float | None = None
+    cost: str = "latency"
+    heal: str = "none"
+    heal_budget: float = 300.0
     target: str = "onnxruntime"
     int8: str | None = None
     max_int8_loss: float = 0.5
@@ -67,8 +86,30 @@ class Settings:
     example_inputs: Any = None
 
     def __post_init__(self) -> None:
-        for check in (_check_texts, _check_choices, _check_numbers, _check_target, _check_drop, _check_data):
+        for check in (
+            _check_texts,
+            _check_choices,
+            _check_numbers,
+            _check_target,
+            _check_drop,
+            _check_actions,
+            _check_data,
+        ):
             check(self)
+
+    @property
+    def loss_limit(self) -> float:
+        """The most that ``auto`` may lose, in percent."""
+        if self.max_loss is not None:
+            return self.max_loss
+        return DEFAULT_LOSS if self.speedup is None and self.latency is None else 100.0
+
+    @property
+    def chosen_actions(self) -> tuple[str, ...]:
+        """The actions to choose among."""
+        if self.actions is not None:
+            return tuple(action.strip() for action in self.actions.split(","))
+        return AUTO_ACTIONS if self.drop == "auto" else ("drop",)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -85,7 +126,15 @@ def _check_texts(settings: Settings) -> None:
 
 
 def _check_choices(settings: Settings) -> None:
-    for name, choices in (("metric", METRICS), ("int8", INT8), ("device", DEVICES), ("task", TASKS)):
+    named = (
+        ("metric", METRICS),
+        ("int8", INT8),
+        ("device", DEVICES),
+        ("task", TASKS),
+        ("cost", COSTS),
+        ("heal", METHODS),
+    )
+    for name, choices in named:
         value = getattr(settings, name)
         if value not in choices and not (value is None and name in ("int8", "device", "task")):
             raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
@@ -94,12 +143,38 @@ def _check_choices(settings: Settings) -> None:
 def _check_numbers(settings: Settings) -> None:
     for name in ("max_loss", "max_int8_loss"):
         value = getattr(settings, name)
-        if not 0.0 <= value <= 100.0:
+        if value is not None and not 0.0 <= value <= 100.0:
             raise SettingsError(f"{name.replace('_', '-')} is {value:g}, which is no budget in %; expected 0 to 100.")
     for name, least in (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1)):
         value = getattr(settings, name)
         if value is not None and value < least:
             raise SettingsError(f"{name.replace('_', '-')} is {value}; expected at least {least}.")
+
+    for name, floor in (("speedup", 1.0), ("latency", 0.0), ("heal_budget", 0.0)):
+        value = getattr(settings, name)
+        if value is not None and not (floor < value < math.inf):
+            raise SettingsError(f"{name.replace('_', '-')} is {value:g}; expected more than {floor:g}.")
+
+
+def _check_actions(settings: Settings) -> None:
+    """Budgets and actions only make sense together with the right kind of ``drop``."""
+    for action in settings.chosen_actions:
+        try:
+            form_and_rank(action)
+        except PassError as error:
+            raise SettingsError(f"--actions: {error}") from error
+    if settings.drop != "auto":
+        if len(settings.chosen_actions) > 1:
+            raise SettingsError(f"--actions {settings.actions}: only --drop auto chooses among several; give one.")
+        for name in ("speedup", "latency"):
+            if getattr(settings, name) is not None:
+                raise SettingsError(
+                    f"--{name} is a wish that --drop auto fulfils; --drop {settings.drop} names the plan."
+                )
+    if settings.speedup is not None and settings.latency is not None:
+        raise SettingsError("found --speedup and --latency, which are one wish in two forms; give one of them.")
+    if settings.latency is not None and settings.cost != "latency":
+        raise SettingsError("--latency needs the target to be timed; leave out --cost macs.")
 
 
 def _check_target(settings: Settings) -> None:

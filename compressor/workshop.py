@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,10 @@ import torch
 from compressor.data import Split
 from compressor.errors import CompressorError
 from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
-from compressor.lower import OPSET, Parity, check_parity
+from compressor.lower import OPSET, Parity, check_parity, lower
 from compressor.quantize import Quantized, quantize
 from compressor.report import Quality
+from compressor.rewrite import finished
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Subject, accepting_data
@@ -30,6 +32,8 @@ from runtimes.base import BuildOptions, Engine, Feeds, Runtime, need, runtime, t
 from runtimes.timing import Latency, interleave
 
 PARITY_ROWS = 8
+CLOCK_ROUNDS = 4  # of the quick timing that a search goes by
+CLOCK_SECONDS = 0.2
 TIMING_CANDIDATES = 32  # samples among which the one of median length is timed
 
 
@@ -105,6 +109,46 @@ class Workshop:
         folder.mkdir(exist_ok=True)
         return self.target.build(onnx, folder, self.options)
 
+    def timed_inputs(self, settings: Settings) -> dict[str, npt.NDArray[Any]]:
+        """The inputs on which engines are timed."""
+        return timing_feeds(self.subject.data.test, settings.batch)
+
+    def clock(self, graphs: Mapping[str, Graph], settings: Settings, steps: Steps) -> dict[str, float]:
+        """Build an engine from each graph, in the precision asked for, and time them quickly against each other.
+
+        Returns:
+            Median milliseconds by name.
+        """
+        with steps.step(f"time {len(graphs)} designs on {self.target.name}") as tick, self._passing() as workshop:
+            engines: dict[str, Path] = {}
+            for number, (name, graph) in enumerate(graphs.items()):
+                tick(number, 2 * len(graphs), f"build {name}")
+                onnx = lower(finished(graph), self.subject.model, workshop.scratch / f"design{number}.onnx")
+                engines[name] = workshop.build(workshop.roughly_quantized(onnx, settings))
+            found = interleave(
+                {name: partial(self.target.load, path, self.options) for name, path in engines.items()},
+                self.timed_inputs(settings),
+                rounds=CLOCK_ROUNDS,
+                burst_seconds=CLOCK_SECONDS,
+                progress=lambda name, done, total: tick(total + done, 2 * total, f"time {name}"),
+            )
+        return {name: latency.median for name, latency in found.items()}
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[Workshop]:
+        """The same workshop in a folder that is gone afterwards."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:
+            yield dataclasses.replace(self, scratch=Path(scratch))
+
+    def roughly_quantized(self, onnx: Path, settings: Settings) -> Path:
+        """An int8 version for timing, its ranges from one batch; the file itself where int8 was not asked for."""
+        if settings.int8 is None:
+            return onnx
+        made = onnx.with_suffix(".int8.onnx")
+        batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
+        self._to_int8(onnx, made, settings, lambda: iter([batch]))
+        return made
+
     def parity(self, onnx: Path, graph: Graph) -> Parity:
         """Hold an ONNX file against torch on real samples, as a batch and one by one (a baked-in batch size shows)."""
         batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
@@ -138,17 +182,36 @@ class Workshop:
         return made, facts
 
     def _quantize(self, source: Path, destination: Path, settings: Settings, tick: Tick) -> Quantized:
+        batches = self.subject.data.calibration.batches
+        return self._to_int8(
+            source,
+            destination,
+            settings,
+            lambda: (batch.feeds for batch in batches(BATCH)),
+            loss=self._int8_loss(source),
+            progress=lambda text: tick(text=text),
+        )
+
+    def _to_int8(
+        self,
+        source: Path,
+        destination: Path,
+        settings: Settings,
+        feeds: Callable[[], Iterator[Feeds]],
+        loss: Callable[[Path], float] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Quantized:
         mode: Literal["static", "dynamic"] = "dynamic" if settings.int8 == "dynamic" else "static"
         return quantize(
             source,
             destination,
-            lambda: (batch.feeds for batch in self.subject.data.calibration.batches(BATCH)),
+            feeds,
             mode=mode,
             activations="uint8" if mode == "dynamic" else self.target.int8.activations,
             convolutions=mode == "static" and self.target.int8.convolutions,
-            loss=self._int8_loss(source),
+            loss=loss,
             max_loss=settings.max_int8_loss,
-            progress=lambda text: tick(text=text),
+            progress=progress,
         )
 
     def _int8_loss(self, source: Path) -> Callable[[Path], float] | None:
@@ -174,6 +237,31 @@ class Workshop:
         reference = "original" if "original" in engines else "baseline"
         with steps.step("measure the quality") as tick:
             return Quality.of(self._judge(engines, self.subject.data.test, reference, tick))
+
+    def measured(
+        self, graphs: Mapping[str, Graph], settings: Settings, steps: Steps
+    ) -> tuple[Evaluation | None, dict[str, Latency]]:
+        """Quality on test data and latency of several graphs side by side, as engines in the precision asked for.
+
+        The first is what the others are compared with. No quality where none may be stated.
+        """
+        with self._passing() as workshop:
+            engines = {name: workshop._engine(name, graph, settings, steps) for name, graph in graphs.items()}
+            evaluation = None
+            if self.subject.no_quality_because is None:
+                with steps.step("measure the quality") as tick:
+                    evaluation = workshop._judge(engines, self.subject.data.test, next(iter(graphs)), tick)
+            return evaluation, workshop.latency(engines, self.timed_inputs(settings), settings.rounds, steps)
+
+    def _engine(self, name: str, graph: Graph, settings: Settings, steps: Steps) -> Path:
+        with steps.step(f"build {name}") as tick:
+            onnx = lower(finished(graph), self.subject.model, self.scratch / f"{name}.onnx")
+            self.parity(onnx, graph)
+            if settings.int8 is None:
+                return self.build(onnx)
+            made = self.scratch / f"{name}.int8.onnx"
+            self._quantize(onnx, made, settings, tick)
+            return self.build(made)
 
     def _judge(self, engines: Mapping[str, Path], split: Split, reference: str, tick: Tick) -> Evaluation:
         """Run several engines side by side over a split."""

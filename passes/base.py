@@ -60,4 +60,4 @@ def apply(step: Pass[Result_co], graph: Graph, data: Iterable[Mapping[str, torch
 
 def _options(step: object) -> dict[str, str]:
     options = fields(step) if is_dataclass(step) else ()  # class facts such as `rewrites` are no options
-    return {option.name: repr(getattr(step, option.name)) for option in options}
+    return {option.name: repr(getattr(step, option.name)) for option in options if option.repr}

@@ -42,6 +42,7 @@ class Costs:
 
     def __init__(self, graph: Graph, example: Mapping[str, torch.Tensor]) -> None:
         self.graph = graph
+        self.example = example
         self.by_node = _count(graph, example)
         self.total = self.under(())
 

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
     import torch
 
-    from passes.graph import Graph
+    from passes.graph import Graph, Site
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Delete the branches of the named sites, and everything that only they used.
+    """Delete the branches of the given sites, and everything that only they used.
+
+    A name is looked up in the graph as it is. A `Site` is taken as it was found in the graph that this one was forked
+    from, whose names may no longer be found once other branches were replaced.
 
     Before::
 
@@ -30,7 +33,7 @@ class Drop:
         return norm(%x)
     """
 
-    sites: tuple[str, ...]
+    sites: tuple[str | Site, ...]
 
     rewrites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
@@ -41,7 +44,8 @@ class Drop:
         Raises:
             GraphError: a name is not a site of the graph.
         """
-        found = find_sites(graph)
-        drop_branches(graph, [site_named(found, name) for name in self.sites])
+        found = find_sites(graph) if any(isinstance(site, str) for site in self.sites) else ()
+        dropped = [site_named(found, site) if isinstance(site, str) else site for site in self.sites]
+        drop_branches(graph, dropped)
         remove_dead(graph)
-        return Rewritten(changed=self.sites)
+        return Rewritten(changed=tuple(site.name for site in dropped))

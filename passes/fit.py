@@ -28,9 +28,12 @@ from passes.graph import Graph, Site
 from passes.place import place_of
 from passes.run import Program
 from passes.score import MASK, rows_of
+from passes.unread import read_parts
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from passes.parts import Part
 
 SOURCES = ("state", "normalised", "previous")
 FORMS = ("constant", "scale", "linear", "low-rank")
@@ -230,12 +233,15 @@ def _beside_itself(fitted: Map) -> Map:
 class Fit:
     """Collect the regressions of some sites in one sweep of the original graph and of the graph as it is now.
 
-    `sites` are sites of the original that the current graph still has. Changes nothing.
+    `sites` are sites of the original that the current graph still has. Where only some tokens of the state behind a
+    site are read later on (the class token, in the last block), the others do not count, unless `all_tokens` is set,
+    as in the published forms. Changes nothing.
     """
 
     original: Graph = field(repr=False)
     sites: tuple[Site, ...]
     sources: tuple[str, ...] = SOURCES
+    all_tokens: bool = False
 
     rewrites: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
@@ -262,6 +268,7 @@ class _Sweep:
         roots = {site.root for site in fit.sites}
         self.before = _Until(fit.original, roots)
         self.now = _Until(graph, {name for place in self.places.values() for name in place.names()})
+        self.read = {} if fit.all_tokens else read_parts(graph)
         self.dims = {site.name: site.channel_dim for site in fit.sites}
         self.roots = {site.name: site.root for site in fit.sites}
         self.sums: dict[tuple[str, str], list[Any]] = {}
@@ -281,7 +288,11 @@ class _Sweep:
                 if (name, source) not in self.sums:
                     continue
                 regressor, target = current[place.source(source)], goal - without
-                rows = [rows_of(value, self.dims[name], mask) for value in (regressor, target)]
+                part = self.read.get(place.root)
+                rows = [
+                    rows_of(_taken(value, part), self.dims[name], None if mask is None else _taken(mask, part))
+                    for value in (regressor, target)
+                ]
                 if not all(bool(torch.isfinite(row).all()) for row in rows):
                     raise PassError(f"site {name} computes values that are NaN or infinite on the calibration data.")
                 yield (name, source), Regression.of(*rows)
@@ -292,6 +303,14 @@ class _Sweep:
             raise PassError("Fit got no batches of data.")
         complete = {source: _both(halves) for source, halves in mine.items()}
         return Fits(complete, dict(self.places[name].refused))
+
+
+def _taken(value: torch.Tensor, part: Part | None) -> torch.Tensor:
+    """The part of a value that is read."""
+    if part is None:
+        return value
+    start = part.start % value.shape[part.axis]
+    return value.narrow(part.axis, start, part.width)
 
 
 def _both(halves: list[Regression | None]) -> tuple[Regression, Regression]:

@@ -1,4 +1,4 @@
-"""Decisions as data: which sites go, by which rule, and why each other one stays."""
+"""Decisions as data: what happens to each site, by which rule, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -18,16 +18,35 @@ if TYPE_CHECKING:
     from passes.graph import Site
     from passes.score import Scores
 
-VERSION = 1
+VERSION = 2  # version 1 knew no actions but drop and keep; its plans are still read
 METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
 KINDS = ("attention", "mlp", "block", "conv", "other")
-ACTIONS = ("drop", "keep")
+FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme")
+PUBLISHED = ("tba", "replaceme")  # forms as others have published them, for comparison
+ACTIONS = ("drop", *FORMS)
 _COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
+
+
+def form_and_rank(action: str) -> tuple[str, int | None]:
+    """Split an action such as ``low-rank:48``; the rank is None where the action names none.
+
+    Raises:
+        PassError: an unknown action, or a rank where there can be none.
+
+    >>> form_and_rank("low-rank:48"), form_and_rank("drop")
+    (('low-rank', 48), ('drop', None))
+    """
+    form, colon, rank = action.partition(":")
+    if form not in ACTIONS or (colon and (form != "low-rank" or not rank.isdigit() or int(rank) < 1)):
+        raise PassError(
+            f"unknown action {action!r}; expected {', '.join(ACTIONS)}, or low-rank:RANK such as low-rank:48."
+        )
+    return form, int(rank) if colon else None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One site and what happens to it; `reason` says why in words."""
+    """One site and what happens to it: ``keep``, or one of `ACTIONS`; `reason` says why in words."""
 
     site: str
     action: str
@@ -38,8 +57,9 @@ class Decision:
 class Plan:
     """What is done to each site of one model, replayable with ``--drop plan.json``.
 
-    `decisions` has one entry per site, in the order of the sites; `order` lists the dropped ones as they were chosen.
-    `fingerprint` names the structure of the model the plan was made for.
+    `decisions` has one entry per site, in the order of the sites; `order` lists the changed ones as they were chosen:
+    a stand-in is fitted on what the changes before it have left. `fingerprint` names the structure of the model the
+    plan was made for.
     """
 
     model: str
@@ -52,8 +72,14 @@ class Plan:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Names of the sites to drop."""
+        """Names of the sites whose branch is deleted, with nothing in its place."""
         return tuple(decision.site for decision in self.decisions if decision.action == "drop")
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """The action of every site that is not kept, in the order in which they are carried out."""
+        actions = {decision.site: decision.action for decision in self.decisions}
+        return {name: actions[name] for name in self.order}
 
     def to_json(self) -> str:
         """The plan as indented JSON."""
@@ -69,8 +95,9 @@ class Plan:
         try:
             fields = json.loads(text)
             version = fields.get("version")
-            if version != VERSION:
+            if version not in (1, VERSION):
                 raise PassError(f"the plan has version {version}, expected {VERSION}; make it again with this release.")
+            fields["version"] = VERSION
             decisions = tuple(Decision(**decision) for decision in fields.pop("decisions"))
             plan = Plan(decisions=decisions, order=tuple(fields.pop("order")), **fields)
             plan._check_fields()
@@ -79,16 +106,16 @@ class Plan:
         return plan
 
     def _check_fields(self) -> None:
-        """Raise ValueError unless every field has its type and the drops are ordered completely."""
+        """Raise ValueError unless every field has its type and the changes are ordered completely."""
         texts = [self.model, self.fingerprint, self.rule, self.metric, *self.order]
         texts += [text for decision in self.decisions for text in (decision.site, decision.action, decision.reason)]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a name, action or reason is not text")
         for decision in self.decisions:
-            if decision.action not in ACTIONS:
-                raise ValueError(f"{decision.site} has the action {decision.action!r}, expected drop or keep")
-        if sorted(self.order) != sorted(self.dropped):
-            raise ValueError("the order lists other sites than those that are dropped")
+            if decision.action != "keep":
+                form_and_rank(decision.action)
+        if sorted(self.order) != sorted(decision.site for decision in self.decisions if decision.action != "keep"):
+            raise ValueError("the order lists other sites than those that are changed")
         if len({decision.site for decision in self.decisions}) < len(self.decisions):
             raise ValueError("a site is decided twice")
 
@@ -172,8 +199,9 @@ def choose(
     scores: Scores | None = None,
     effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None = None,
     seed: int = 0,
+    action: str = "drop",
 ) -> Plan:
-    """Rank the units by a metric and drop the most redundant ones.
+    """Rank the units by a metric and drop, or otherwise change, the most redundant ones.
 
     Args:
         selection: what was asked for, from `parse`.
@@ -183,10 +211,40 @@ def choose(
         scores: needed by cosine, influence and angular.
         effect: for ``output``: measures, for each unit, how far the model's output moves without it.
         seed: for ``random``.
+        action: what happens to the chosen ones, see `acting`.
 
     Raises:
         PassError: unknown names, more units asked for than there are, or an unknown metric.
     """
+    return acting(_choose(selection, sites, metric, model, scores, effect, seed), action)
+
+
+def acting(plan: Plan, action: str) -> Plan:
+    """The same choice with another action than to drop: one stand-in for every run of consecutive chosen sites.
+
+    All sites of a run but the last are dropped first; what is fitted in the place of the last then stands for the run.
+    """
+    form_and_rank(action)
+    if action == "drop":
+        return plan
+    decisions, order = list(plan.decisions), list[str]()
+    for gone, run in groupby(range(len(decisions)), key=lambda place: decisions[place].action == "drop"):
+        if gone:
+            *inside, last = run
+            decisions[last] = replace(decisions[last], action=action)
+            order += [decisions[place].site for place in [*inside, last]]
+    return replace(plan, decisions=tuple(decisions), order=tuple(order))
+
+
+def _choose(
+    selection: Selection,
+    sites: Sequence[Site],
+    metric: str,
+    model: str,
+    scores: Scores | None,
+    effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None,
+    seed: int,
+) -> Plan:
     if selection.names:
         return _by_name(selection, sites, model)
     units = _units(selection.unit, sites)

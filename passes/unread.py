@@ -58,6 +58,11 @@ class Unread:
         return Rewritten(changed=tuple(name for name in names if name in left))
 
 
+def read_parts(graph: Graph) -> dict[str, Part]:
+    """Which part of a value is read, by node name, for the nodes that `Unread` would narrow. Changes nothing."""
+    return {node.name: step.part for node, step in _worthwhile(graph).items()}
+
+
 # ----------------------------------------------------------------------------------------------- what is worth doing
 
 

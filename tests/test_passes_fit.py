@@ -295,7 +295,7 @@ def test_tba_maps_the_whole_state():
     _, graph, sites = traced("vit")
     feeds = {"x": torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(3))}
     site = sites[2]
-    stand_in = fitted(graph, feeds, sites=[site])[site.name].stand_in("tba")
+    stand_in = fitted(graph, feeds, sites=[site], all_tokens=True)[site.name].stand_in("tba")
     x, y = states(graph, feeds, site.trunk, site.root)
     expected = torch.linalg.lstsq(x, y).solution
     assert stand_in.map.bias is None
@@ -313,7 +313,7 @@ def test_replaceme_maps_the_branch_before(dropped):
     feeds = {"x": torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(3))}
     site, now = sites[3], graph.fork()
     apply(Drop((sites[2].name,) if dropped else ()), now)
-    stand_in = fitted(now, feeds, original=graph, sites=[site])[site.name].stand_in("replaceme")
+    stand_in = fitted(now, feeds, original=graph, sites=[site], all_tokens=True)[site.name].stand_in("replaceme")
     m, x = states(now, feeds, *((sites[1].branch, sites[1].add) if dropped else (sites[2].branch, sites[2].add)))
     (after,) = states(graph, feeds, site.root)
     expected = torch.linalg.lstsq(m, after - (x - m)).solution
@@ -545,3 +545,17 @@ def test_values_that_are_not_finite_are_named():
         model.module.blocks[1].mlp.fc2.weight.fill_(math.nan)
     with pytest.raises(PassError, match=r"site blocks\.1\.mlp computes values that are NaN or infinite"):
         fitted(trace(model), model.example)
+
+
+def test_tokens_that_nobody_reads_do_not_count():
+    """Behind the last block only the class token is read: its rows alone make the fit, as if there were no others."""
+    _, graph, sites = traced("vit")
+    feeds = {"x": torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(3))}
+    last, earlier = sites[3], sites[1]
+    x, y = (value.reshape(40, -1, 16)[:, 0] for value in states(graph, feeds, last.trunk, last.root))
+    found = fitted(graph, feeds, sites=[last, earlier])
+    assert found[last.name].halves["state"][0].rows == 40
+    assert found[earlier.name].halves["state"][0].rows > 40
+    close(found[last.name].stand_in("constant").map.bias, (y - x).mean(0), 1e-6)  # float32 states, subtracted
+    everything = fitted(graph, feeds, sites=[last], all_tokens=True)[last.name]
+    assert everything.halves["state"][0].rows == found[earlier.name].halves["state"][0].rows

@@ -1,0 +1,84 @@
+"""What a search has measured so far, kept on disk, so that an interrupted search need not measure it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import CompressorError
+
+
+class JournalError(CompressorError):
+    """The journal of an earlier search cannot be used."""
+
+
+@dataclass
+class Journal:
+    """Measured values by key, one JSON line each in `path`; without a path they are kept in memory only.
+
+    The first line says what was searched (`subject`); a journal of another subject is begun anew. A last line that an
+    interrupt cut short is left out. `found` counts the values that did not have to be measured.
+    """
+
+    subject: str = ""
+    path: Path | None = None
+    found: int = 0
+    _values: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        lines = self._read(self.path)
+        if lines[:1] != [{"subject": self.subject}]:
+            lines = []
+        self._values = {line["key"]: line["value"] for line in lines[1:]}
+        self._write([{"subject": self.subject}, *lines[1:]])
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def recall(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The value of a key; measured, and written down, where it is not known yet."""
+        if key in self._values:
+            self.found += 1
+            return self._values[key]
+        self.note(key, measure())
+        return self._values[key]
+
+    def knows(self, key: str) -> bool:
+        """Whether a key need not be measured."""
+        return key in self._values
+
+    def note(self, key: str, value: Any) -> None:
+        """Write a value down at once; what follows an interrupt finds it."""
+        self._values[key] = value
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
+
+    def forget(self) -> None:
+        """Delete the file: the search is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        assert self.path is not None
+        try:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise JournalError(
+                f"the search's journal {self.path} cannot be written ({error.strerror}); choose another --output."
+            ) from error
+
+    @staticmethod
+    def _read(path: Path) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        try:
+            for text in path.read_text(encoding="utf-8").splitlines():
+                lines.append(json.loads(text))
+        except (OSError, ValueError):  # absent, not ours, or cut short by an interrupt: what was read is good
+            pass
+        return lines

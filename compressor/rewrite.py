@@ -1,0 +1,81 @@
+"""Carry out decisions on a graph: drop branches, fit stand-ins on what is left, fold what folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from compressor.data import Split
+from compressor.evaluate import tensor_batches
+from passes.base import apply
+from passes.drop import Drop
+from passes.fit import Fit, Fits
+from passes.fuse import Fuse
+from passes.graph import Graph, Site
+from passes.plan import PUBLISHED, form_and_rank
+from passes.replace import Replace
+from passes.unread import Unread
+
+
+@dataclass
+class Rewriter:
+    """Rewrites forks of one traced model; the model itself stays as it is.
+
+    Stand-ins are fitted on `split`, given the original's states and those of the graph as it is at that moment, so a
+    plan carried out in its order gives the same weights each time. `sweeps` counts forward passes over `split` (two for
+    each fit: of the original and of the current graph).
+    """
+
+    original: Graph
+    sites: Sequence[Site]
+    split: Split
+    sweeps: float = 0.0
+    _by_name: dict[str, Site] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_name = {site.name: site for site in self.sites}
+
+    def fits(
+        self, current: Graph, names: Iterable[str], split: Split | None = None, *, all_tokens: bool = False
+    ) -> dict[str, Fits]:
+        """The regressions of some sites, all in one sweep over `split` (the calibration samples, where not given)."""
+        samples = self.split if split is None else split
+        self.sweeps += 2 * len(samples) / len(self.split)
+        sites = tuple(self._by_name[name] for name in names)
+        return apply(Fit(self.original, sites, all_tokens=all_tokens), current.fork(), tensor_batches(samples))
+
+    def changed(self, current: Graph, name: str, action: str, fits: Fits | None = None) -> Graph:
+        """A fork of `current` with one more site changed; a stand-in is fitted first where `fits` are not given.
+
+        Raises:
+            PassError: the action cannot be carried out at this site, with the reason.
+        """
+        fork = current.fork()
+        form, rank = form_and_rank(action)
+        if form == "drop":
+            apply(Drop((self._by_name[name],)), fork)
+            return fork
+        found = self.fits(current, [name], all_tokens=form in PUBLISHED)[name] if fits is None else fits
+        apply(Replace(self._by_name[name], found.stand_in(form, rank=rank)), fork)
+        return fork
+
+    def carried_out(self, changes: Mapping[str, str], progress: Callable[[int, int], None] | None = None) -> Graph:
+        """The original with all changes made, in their order.
+
+        Raises:
+            PassError: an action cannot be carried out at its site, with the reason.
+        """
+        graph = self.original.fork()
+        for done, (name, action) in enumerate(changes.items()):
+            if progress is not None:
+                progress(done, len(changes))
+            graph = self.changed(graph, name, action)
+        return graph
+
+
+def finished(graph: Graph) -> Graph:
+    """A fork ready to be lowered: what is linear folded, what nobody reads left out. It computes the same."""
+    fork = graph.fork()
+    apply(Fuse(), fork)
+    apply(Unread(), fork)
+    return fork

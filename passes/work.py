@@ -1,0 +1,146 @@
+"""How much work a graph is at given input sizes, read from its traced shapes: nothing is run."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from passes.graph import value_of
+from passes.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS, aten
+from passes.unread import read_parts
+
+if TYPE_CHECKING:
+    from passes.graph import Graph
+    from passes.parts import Part
+
+# They hand on what is there already, under another shape.
+FREE = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.expand.default,
+        aten.sym_size.int,
+        operator.getitem,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one run of a graph takes.
+
+    `products` are the multiply-adds of linear maps and convolutions, `attention` those of products of two activations,
+    `elements` the values that all other operators write, `operators` how many there are of any kind.
+    """
+
+    products: int
+    attention: int
+    elements: int
+    operators: int
+
+    @property
+    def multiply_adds(self) -> int:
+        """All multiply-adds: what `passes.cost` counts by running."""
+        return self.products + self.attention
+
+
+class Shapes:
+    """Turns the symbolic sizes of traced values into numbers, given the sizes of the inputs.
+
+    Args:
+        graph: any fork of the traced model.
+        inputs: input name to shape.
+    """
+
+    def __init__(self, graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> None:
+        self.known: dict[str, int] = {}
+        self.symbols: dict[Any, int] = {}
+        for node, name in zip(graph.placeholders(), graph.inputs, strict=True):
+            for size, number in zip(value_of(node).shape, inputs[name], strict=True):
+                if isinstance(size, torch.SymInt):
+                    self.symbols[size.node.expr] = int(number)
+
+    def number(self, size: Any) -> int:
+        """A size as a number."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        text = str(size)
+        if text not in self.known:
+            self.known[text] = int(size.node.expr.subs(self.symbols))
+        return self.known[text]
+
+    def of(self, value: torch.Tensor) -> tuple[int, ...]:
+        """A traced value's shape in numbers."""
+        return tuple(self.number(size) for size in value.shape)
+
+
+class Counter:
+    """Counts the work of graphs traced from one model, at one size of the inputs; what it has counted it remembers."""
+
+    def __init__(self, graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = Shapes(graph, inputs)
+        self.counted: dict[str, int] = {}
+
+    def count(self, graph: Graph) -> Work:
+        """The work of one forward pass at those sizes, once what nobody reads is left out (`passes.unread`)."""
+        read = read_parts(graph)
+        products = attention = elements = operators = 0
+        for node in graph.nodes():
+            if (
+                node.op != "call_function"
+                or node.target in FREE
+                or not isinstance(value_of(node), torch.Tensor | list | tuple)
+            ):
+                continue
+            operators += 1
+            share = self._share(node, read.get(node.name))
+            if node.target in LINEAR_OPS | CONV_OPS:
+                products += round(share * self._multiply_adds(node))
+            elif node.target in PRODUCTS | ATTENTION_OPS:
+                attention += round(share * self._multiply_adds(node))
+            else:
+                elements += round(share * self._elements(value_of(node)))
+        return Work(products, attention, elements, operators)
+
+    def _share(self, node: fx.Node, part: Part | None) -> float:
+        """How much of a node's value is read: rows of linear maps and attention cost the same each."""
+        if part is None:
+            return 1.0
+        value = value_of(node)
+        first = value if isinstance(value, torch.Tensor) else value[0]
+        return part.width / self.shapes.number(first.shape[part.axis])
+
+    def _elements(self, value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            return torch.Size(self.shapes.of(value)).numel()
+        return sum(self._elements(each) for each in value if isinstance(each, torch.Tensor))
+
+    def _multiply_adds(self, node: fx.Node) -> int:
+        """Half the operations that torch counts for this operator on tensors without data of these shapes."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._empty(value_of(source)))
+        key = str((node.target, fx.node.map_aggregate((args, kwargs), _described)))
+        if key not in self.counted:
+            call: Callable[..., Any] = node.target  # type: ignore[assignment]
+            with FlopCounterMode(display=False) as counter:
+                call(*args, **kwargs)
+            self.counted[key] = counter.get_total_flops() // 2
+        return self.counted[key]
+
+    def _empty(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.empty(self.shapes.of(value), dtype=value.dtype, device="meta")
+        return self.shapes.number(value) if isinstance(value, torch.SymInt) else value
+
+
+def _described(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
