@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passes.base import PassError
 from passes.graph import Site
-from passes.plan import METRICS, Decision, Plan, choose, fingerprint, parse
+from passes.plan import ACTIONS, METRICS, Decision, Plan, acting, choose, fingerprint, form_and_rank, parse
 from passes.score import Moments, Scores
 
 BLOCKS = 6
@@ -65,27 +65,47 @@ def plan_for(text, metric="reverse", **options):
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 texts = st.text(max_size=20)
-named = st.lists(st.tuples(st.text(min_size=1, max_size=12), st.booleans(), texts), unique_by=lambda entry: entry[0])
+actions = st.sampled_from(["keep", *ACTIONS]) | st.integers(1, 10**6).map("low-rank:{}".format)
+named = st.lists(st.tuples(st.text(min_size=1, max_size=12), actions, texts), unique_by=lambda entry: entry[0])
 
 
 @st.composite
 def plans(draw):
-    decisions = tuple(Decision(name, "drop" if drop else "keep", why) for name, drop, why in draw(named))
-    order = draw(st.permutations([decision.site for decision in decisions if decision.action == "drop"]))
+    decisions = tuple(Decision(*entry) for entry in draw(named))
+    order = draw(st.permutations([decision.site for decision in decisions if decision.action != "keep"]))
     return Plan(draw(texts), draw(texts), draw(texts), draw(st.sampled_from(METRICS)), decisions, tuple(order))
 
 
+@settings(deadline=None)
 @given(plans())
 def test_json_round_trip(plan):
-    assert Plan.from_json(plan.to_json()) == plan
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert list(again.changes.items()) == list(plan.changes.items())  # in order: it decides what is fitted on what
 
 
-@settings(max_examples=30)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)
-    )
-)
+def test_changes_are_in_the_order_chosen():
+    decisions = (Decision("a", "low-rank:3", ""), Decision("b", "keep", ""), Decision("c", "drop", ""))
+    plan = Plan("m", "f", "r", "output", decisions, ("c", "a"))
+    assert list(plan.changes.items()) == [("c", "drop"), ("a", "low-rank:3")]
+    assert plan.dropped == ("c",)
+
+
+def test_plans_of_version_one_are_still_read():
+    """They drop and keep only; what is written from then on has the version of today."""
+    plan = plan_for("2")
+    old = Plan.from_json(edited(version=1))
+    assert old == plan
+    assert json.loads(old.to_json())["version"] == 2
+    assert old.changes == {"b.5.mlp": "drop", "b.5.attention": "drop"}
+
+
+few = st.text(max_size=5)
+values = st.none() | st.booleans() | st.integers() | few
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.recursive(values, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(few, inner, max_size=3)))
 def test_json_that_is_no_plan(content):
     with pytest.raises(PassError):
         Plan.from_json(json.dumps(content))
@@ -102,12 +122,15 @@ def edited(**changes):
     [
         ("", "not a plan.json"),
         ("{", "not a plan.json"),
-        (edited(version=2), "has version 2, expected 1"),
-        (edited(version=None), "has version None, expected 1"),
+        (edited(version=3), "has version 3, expected 2"),
+        (edited(version=None), "has version None, expected 2"),
         (edited(decisions=None), "not a plan.json"),
         (edited(decisions=[{"site": "a"}]), "not a plan.json"),
         (edited(decisions=[{"site": 3, "action": "keep", "reason": ""}], order=[]), "is not text"),
-        (edited(decisions=[{"site": "a", "action": "melt", "reason": ""}], order=[]), "the action 'melt'"),
+        (edited(decisions=[{"site": "a", "action": "melt", "reason": ""}], order=[]), "unknown action 'melt'"),
+        (edited(decisions=[{"site": "a", "action": "drop:4", "reason": ""}], order=["a"]), "unknown action 'drop:4'"),
+        (edited(decisions=[{"site": "a", "action": "linear", "reason": ""}], order=[]), "the order lists other sites"),
+        (edited(decisions=[{"site": "a", "action": "keep", "reason": ""}], order=["a"]), "the order lists other sites"),
         (edited(decisions=[{"site": "a", "action": "keep", "reason": ""}] * 2, order=[]), "decided twice"),
         (edited(order=[]), "the order lists other sites"),
         (edited(surprise=1), "not a plan.json"),
@@ -206,6 +229,64 @@ def test_kinds_that_were_not_asked_for_say_so():
     reasons = {decision.site: decision.reason for decision in plan_for("mlp:2").decisions}
     assert reasons["b.0.attention"] == "not of the kind mlp"
     assert reasons["b.5.mlp"].startswith("reverse: rank 1 of 6")
+
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@given(st.integers(1, 10**9))
+def test_ranks_are_read_back(rank):
+    assert form_and_rank(f"low-rank:{rank}") == ("low-rank", rank)
+
+
+def test_every_action_has_a_form():
+    assert [form_and_rank(action) for action in ACTIONS] == [(action, None) for action in ACTIONS]
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["", "keep", "melt", "low-rank:", "low-rank:0", "low-rank:-3", "low-rank:x", "low-rank:1:2", "linear:4", "drop:"],
+)
+def test_unknown_actions_name_the_known_ones(action):
+    with pytest.raises(PassError, match=f"unknown action {action!r}; expected drop, constant, .* such as low-rank:48"):
+        form_and_rank(action)
+
+
+def test_one_stand_in_for_a_run_of_sites():
+    """Blocks 1 and 2 are four sites in a row, b.4.mlp is a run of one; the others of a run are dropped first."""
+    plan = plan_for("b.4.mlp,b.2,b.1")
+    assert plan.order == ("b.4.mlp", "b.2.attention", "b.2.mlp", "b.1.attention", "b.1.mlp")
+    changed = acting(plan, "low-rank:3")
+    assert list(changed.changes.items()) == [
+        ("b.1.attention", "drop"),
+        ("b.1.mlp", "drop"),
+        ("b.2.attention", "drop"),
+        ("b.2.mlp", "low-rank:3"),
+        ("b.4.mlp", "low-rank:3"),
+    ]
+    assert [decision.reason for decision in changed.decisions] == [decision.reason for decision in plan.decisions]
+    assert Plan.from_json(changed.to_json()) == changed
+    changed.check(SITES)
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, len(SITES) - 1), min_size=1), st.sampled_from(ACTIONS))
+def test_acting_changes_the_same_sites(places, action):
+    plan = plan_for(",".join(SITES[place].name for place in sorted(places)))
+    changed = acting(plan, action)
+    assert set(changed.changes) == set(plan.changes)
+    ends = {SITES[place].name for place in places if place + 1 not in places}
+    assert {name for name, done in changed.changes.items() if done == action} == (
+        set(plan.changes) if action == "drop" else ends
+    )
+    places_in_order = [[site.name for site in SITES].index(name) for name in changed.order]
+    assert places_in_order == sorted(places)
+
+
+def test_choose_passes_the_action_on():
+    assert plan_for("b.3", action="linear").changes == {"b.3.attention": "drop", "b.3.mlp": "linear"}
+    with pytest.raises(PassError, match="unknown action 'melt'"):
+        plan_for("0", action="melt")
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics

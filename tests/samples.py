@@ -1,0 +1,79 @@
+"""Small traced models and splits that the tests of the search share; each is traced once."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from compressor import models
+from compressor.data import Shares, load
+from compressor.trace import trace
+from passes.sites import find_sites
+from tests.architectures import TIMM, TRANSFORMERS
+
+BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
+
+
+@functools.cache
+def digits():
+    """The embedded model, trained, with 160 of its samples: 40 to calibrate, 40 to validate."""
+    model = models.load(None)
+    data = load(str(models.SAMPLE / "digits.npz"), model.preprocess, task=model.task, shares=Shares(total=160))
+    graph = trace(model)
+    return model, data, graph, find_sites(graph)
+
+
+@functools.cache
+def traced(name):
+    """A model of `tests.architectures` with random weights: model, graph and sites."""
+    model = BY_NAME[name].load()
+    graph = trace(model)
+    return model, graph, find_sites(graph)
+
+
+def small(change=lambda module: None, rows=24):
+    """A two-block ViT with random weights (four sites), changed, and some random images."""
+    model = BY_NAME["vit"].load()
+    with torch.no_grad():
+        change(model.module)
+    graph = trace(model)
+    images = np.random.default_rng(0).random((rows, 3, 32, 32), dtype=np.float32)
+    return dataclasses.replace(model, task="image-classification"), graph, find_sites(graph), Tensors({"x": images})
+
+
+def spread(scale=0.2, seed=0):
+    """A change that makes the branches of a model matter: weights straight from initialisation do next to nothing."""
+
+    def change(module):
+        torch.manual_seed(seed)
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * scale)
+
+    return change
+
+
+@dataclasses.dataclass
+class Tensors:
+    """A split of ready arrays by input name; batches are of `most` samples where more are asked for."""
+
+    feeds: dict[str, np.ndarray]
+    labels: np.ndarray | None = None
+    indices: tuple[int, ...] = ()
+    most: int = 32
+
+    def __post_init__(self):
+        self.indices = tuple(range(len(next(iter(self.feeds.values()))))) if not self.indices else self.indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def batches(self, size):
+        size = min(size, self.most)
+        for start in range(0, len(self), size):
+            part = list(self.indices[start : start + size])
+            labels = None if self.labels is None else self.labels[part]
+            feeds = {name: value[part] for name, value in self.feeds.items()}
+            yield SimpleNamespace(feeds=feeds, labels=labels, rows_per_sample=1, ids=tuple(map(str, part)))
