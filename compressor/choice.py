@@ -26,7 +26,7 @@ from compressor.validation import Validation
 from compressor.workshop import Workshop
 from passes.base import apply
 from passes.graph import Graph, Site
-from passes.plan import Plan, acting, choose, parse
+from passes.plan import Plan, acting, choose, merging, parse
 from passes.score import Score, Scores
 
 CORRECTIONS = 3  # times that a search goes on because the engine was slower than predicted
@@ -38,13 +38,14 @@ class ChoiceError(CompressorError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan, the graph it leads to, and what it took to find it (for the report).
+    """The plan, the graph it leads to before tokens are merged, and what it took to find it (for the report).
 
     `validation` is what a search has used; None where there was no search.
     """
 
     plan: Plan
     graph: Graph
+    rewriter: Rewriter
     facts: dict[str, Any]
     validation: Validation | None = None
 
@@ -55,9 +56,10 @@ def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Step
     if settings.drop == "auto":
         return _searched(subject, settings, rewriter, workshop, steps)
     plan, facts = _named(subject, settings, steps)
+    plan = merging(plan, schedule(settings.tokens, subject.sites))
     with steps.step("rewrite") as tick:
         graph = rewriter.carried_out(plan.changes, tick)
-    return Choice(plan, graph, facts)
+    return Choice(plan, graph, rewriter, facts)
 
 
 def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any]]:
@@ -95,13 +97,15 @@ def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop
             search.run(enough)
         if wished == math.inf or search.speedup < enough:
             break
-        timings = workshop.clock({"as it is": subject.graph, "result": search.graph}, settings, steps)
+        timings = workshop.clock({"as it is": subject.graph, "result": search.reduced}, settings, steps)
         reached = timings["as it is"] / timings["result"]
         if reached >= wished:
             break
         enough = search.speedup * wished / reached * 1.01
     journal.forget()
-    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, facts_of(search), search.validation)
+    return Choice(
+        search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts_of(search), search.validation
+    )
 
 
 def _line(tick: Tick, text: str) -> None:
@@ -122,8 +126,33 @@ def begin(
         _prices(subject, settings, workshop, journal, steps),
         settings.chosen_actions,
         settings.loss_limit,
-        journal,
+        given=schedule(settings.tokens, subject.sites),
+        journal=journal,
     )
+
+
+def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
+    """The merges that ``--tokens`` spells out, by attention site; none for ``auto`` and ``none``.
+
+    A number is merged behind every attention, several behind one each. A percentage of the tokens is gone half-way: in
+    two equal steps, after a quarter and a half of the attentions.
+
+    Raises:
+        ChoiceError: another count of numbers than of attentions.
+    """
+    names = [site.name for site in sites if site.kind == "attention"]
+    if tokens in ("auto", "none") or not names:
+        return {}
+    if tokens.endswith("%"):
+        share = round(100.0 * (1.0 - math.sqrt(1.0 - int(tokens[:-1]) / 100.0)))
+        return dict.fromkeys((names[len(names) // 4], names[len(names) // 2]), f"merge:{share}%")
+    numbers = [int(number) for number in tokens.split(",")]
+    numbers = numbers * len(names) if len(numbers) == 1 else numbers
+    if len(numbers) != len(names):
+        raise ChoiceError(
+            f"--tokens has {len(numbers)} numbers, but the model has {len(names)} attentions; give as many."
+        )
+    return {name: f"merge:{number}" for name, number in zip(names, numbers, strict=True) if number}
 
 
 def _prices(subject: Subject, settings: Settings, workshop: Workshop, journal: Journal, steps: Steps) -> Prices:

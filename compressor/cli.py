@@ -173,6 +173,13 @@ def _search_options(command: Command) -> Command:
                 "published tba, replaceme. auto chooses among several, with commas; other forms of --drop take one.",
             ),
             click.option(
+                "--tokens",
+                default="auto",
+                show_default=True,
+                help="Tokens merged in vision transformers and encoders: auto (the search decides, with --drop auto), "
+                "none, 8 behind every attention, 8,8,0,... or 50% by half-way.",
+            ),
+            click.option(
                 "--cost",
                 type=click.Choice(["latency", "macs"]),
                 default="latency",

@@ -54,7 +54,8 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         with accepting_data(subject):
             choice = decide(subject, settings, workshop, steps)
             (folder / "plan.json").write_text(choice.plan.to_json())
-            rewritten, healed = _healed(choice, subject, settings, steps)
+            healed_graph, healed = _healed(choice, subject, settings, steps)
+            rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
         final = finished(rewritten)
         with steps.step("lower to ONNX, check against torch"):
             dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
@@ -127,7 +128,7 @@ def sweep(
                 search.run()
             found = points_of(search, subject.model.name)
             chosen = spread(len(found), points, [point.efficient for point in found])
-            built = {str(place): rewriter.carried_out(found[place].plan.changes) for place in chosen}
+            built = {str(place): rewriter.rewritten(found[place].plan.changes) for place in chosen}
         quality, latency = workshop.measured(built, settings, steps)
         front = Front(
             command=command,

@@ -12,8 +12,9 @@ from passes.drop import Drop
 from passes.fit import Fit, Fits
 from passes.fuse import Fuse
 from passes.graph import Graph, Site
-from passes.plan import PUBLISHED, form_and_rank
+from passes.plan import PUBLISHED, form_and_rank, merged_tokens
 from passes.replace import Replace
+from passes.tokens import ReduceTokens
 from passes.unread import Unread
 
 
@@ -59,8 +60,24 @@ class Rewriter:
         apply(Replace(self._by_name[name], found.stand_in(form, rank=rank)), fork)
         return fork
 
+    def reduced(self, graph: Graph, changes: Mapping[str, str]) -> Graph:
+        """The graph with the tokens merged that `changes` merge; the graph itself where they merge none.
+
+        Tokens are merged last: until then every state has the tokens of the original's, which stand-ins are fitted to.
+
+        Raises:
+            PassError: the tokens of this model cannot be merged there, with the reason.
+        """
+        amounts = {name: merged_tokens(action) for name, action in changes.items()}
+        schedule = tuple((name, amount) for name, amount in amounts.items() if amount)
+        if not schedule:
+            return graph
+        fork = graph.fork()
+        apply(ReduceTokens(schedule), fork)
+        return fork
+
     def carried_out(self, changes: Mapping[str, str], progress: Callable[[int, int], None] | None = None) -> Graph:
-        """The original with all changes made, in their order.
+        """The original with all changes made, in their order, but the merging of tokens (see `reduced`).
 
         Raises:
             PassError: an action cannot be carried out at its site, with the reason.
@@ -69,8 +86,17 @@ class Rewriter:
         for done, (name, action) in enumerate(changes.items()):
             if progress is not None:
                 progress(done, len(changes))
-            graph = self.changed(graph, name, action)
+            if merged_tokens(action) is None:
+                graph = self.changed(graph, name, action)
         return graph
+
+    def rewritten(self, changes: Mapping[str, str]) -> Graph:
+        """The original with all changes made and tokens merged.
+
+        Raises:
+            PassError: an action cannot be carried out at its site, with the reason.
+        """
+        return self.reduced(self.carried_out(changes), changes)
 
 
 def finished(graph: Graph) -> Graph:

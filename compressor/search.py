@@ -21,13 +21,23 @@ from compressor.validation import ROUNDING, Loss, Validation
 from passes.base import PassError
 from passes.fit import Fits
 from passes.graph import Graph, Site
-from passes.plan import Decision, Plan, fingerprint, form_and_rank
+from passes.plan import Decision, Plan, fingerprint, form_and_rank, merged_tokens
 from passes.unread import read_parts
 
 FRONT = 6  # candidates measured at a time
 PATIENCE = 4  # candidates in a row that may break the budget before the search ends
 # What part of a drop's effect a stand-in that was not measured yet is expected to leave; sorts the front, no more.
-SOFTENED = {"constant": 0.9, "scale": 0.8, "fuse": 0.6, "low-rank": 0.6, "linear": 0.5, "tba": 0.6, "replaceme": 0.6}
+MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of the tokens that are tried where merging is allowed
+SOFTENED = {
+    "merge": 0.3,
+    "constant": 0.9,
+    "scale": 0.8,
+    "fuse": 0.6,
+    "low-rank": 0.6,
+    "linear": 0.5,
+    "tba": 0.6,
+    "replaceme": 0.6,
+}
 
 Candidate = tuple[str, str]
 Progress = Callable[[str], None]
@@ -62,6 +72,7 @@ class Search:
         prices: what each action saves.
         actions: what may be done to a site.
         limit: most loss on validation data, in percent.
+        given: changes made before the search begins, which it keeps.
         journal: values measured by an earlier run of the same search.
         progress: called with a line of text at every step.
     """
@@ -72,6 +83,7 @@ class Search:
     prices: Prices
     actions: Sequence[str]
     limit: float
+    given: Mapping[str, str] = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
     steps: list[Step] = field(default_factory=list)
@@ -79,15 +91,27 @@ class Search:
     broken_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        self.graph = self.rewriter.original
-        self.work = self.prices.counter.count(self.graph)
-        self.whole = self.cost = self.prices.of(self.work)
+        self.work = self.prices.counter.count(self.rewriter.original)
+        self.whole = self.prices.of(self.work)
+        self.graph = self.rewriter.carried_out(self.given)
+        self.reduced = self.rewriter.reduced(self.graph, self.given)
+        self.cost = self.prices.cost(self.reduced)
         self.front = _Front(self)
 
     @property
     def changes(self) -> dict[str, str]:
-        """The action of each changed site, in order."""
-        return {step.site: step.action for step in self.steps}
+        """The action of each changed site, in order; tokens may have been merged in several steps, the last counts."""
+        return {**self.given, **{step.site: step.action for step in self.steps}}
+
+    def with_change(self, site: str, action: str, fits: Fits | None = None) -> tuple[Graph, Graph]:
+        """The graph with one more change, as it is before tokens are merged and after.
+
+        Raises:
+            PassError: the action cannot be carried out there.
+        """
+        merges = merged_tokens(action) is not None
+        graph = self.graph if merges else self.rewriter.changed(self.graph, site, action, fits)
+        return graph, self.rewriter.reduced(graph, self.changes | {site: action})
 
     @property
     def speedup(self) -> float:
@@ -106,19 +130,19 @@ class Search:
         added = self.front.added[site, action]
         self.front.remove((site, action))
         try:
-            graph = self.rewriter.changed(self.graph, site, action)
+            graph, reduced = self.with_change(site, action)
         except PassError as error:
             self.refused[site, action] = f"{action} refused: {error}"
             return
-        lost = self._loss(graph, site, action)
+        lost = self._loss(reduced, site, action)
         bound = "" if lost.samples == len(self.validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:
-            work = self.prices.counter.count(graph)
-            self.graph, self.cost, self.broken_in_a_row = graph, self.prices.of(work), 0
+            work = self.prices.counter.count(reduced)
+            self.graph, self.reduced, self.cost, self.broken_in_a_row = graph, reduced, self.prices.of(work), 0
             divergence = self.front.base + added
             self.steps.append(Step(site, action, added, divergence, lost.percent, self.cost, work.multiply_adds))
-            self.front.changed(site)
+            self.front.changed(site, action)
         else:
             self.broken_in_a_row += 1
             self.refused[site, action] = (
@@ -145,6 +169,8 @@ class Search:
         taken = {step.site: step for step in steps}
 
         def decide(site: Site) -> Decision:
+            if site.name in self.given:
+                return Decision(site.name, self.given[site.name], "asked for")
             if site.name in taken:
                 step = taken[site.name]
                 number = list(taken).index(site.name) + 1
@@ -154,7 +180,7 @@ class Search:
             return Decision(site.name, "keep", "; ".join(refusals) or self.front.untried(site.name))
 
         sites = self.rewriter.sites
-        return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), tuple(taken))
+        return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), (*self.given, *taken))
 
 
 @dataclass
@@ -191,12 +217,17 @@ class _Front:
         """Take a candidate out for good."""
         self.candidates.remove(candidate)
 
-    def changed(self, site: str) -> None:
-        """After a change: the site is done, and every measurement is of another graph."""
-        self.candidates = [candidate for candidate in self.candidates if candidate[0] != site]
+    def changed(self, site: str, action: str) -> None:
+        """After a change: the site is done, unless still more tokens can be merged; every measurement is stale."""
+        done = merged_tokens(action)
+        self.candidates = [
+            (name, other)
+            for name, other in self.candidates
+            if name != site or (done is not None and (merged_tokens(other) or 0.0) > done)
+        ]
         self.fresh.clear()
         self.fits.clear()
-        read = set(read_parts(self.search.graph))
+        read = set(read_parts(self.search.reduced))
         if not read <= self.read:
             self._price_again()
         self.read = read
@@ -204,7 +235,9 @@ class _Front:
     def _price_again(self) -> None:
         """Fewer tokens are read than before: what the drops before them save has changed, and so have stand-ins."""
         for name in dict.fromkeys(name for name, _ in self.candidates):
-            graph = self.search.rewriter.changed(self.search.graph, name, "drop")
+            if name in self.search.changes:
+                continue
+            _, graph = self.search.with_change(name, "drop")
             more = self.search.cost - self.search.prices.cost(graph) - self.saved[name, "drop"]
             for candidate in self.saved:
                 if candidate[0] == name:
@@ -217,12 +250,16 @@ class _Front:
 
     def _begin(self) -> None:
         """Measure every drop; what has not been measured yet starts from there."""
-        names = [site.name for site in self.search.rewriter.sites]
-        self.read = set(read_parts(self.search.graph))
+        sites = [site for site in self.search.rewriter.sites if site.name not in self.search.given]
+        names = [site.name for site in sites]
+        self.read = set(read_parts(self.search.reduced))
         drops = [(name, "drop") for name in names]
         self._measure(drops)
-        for name in names:
-            for action in self.search.actions:
+        for name, kind in ((site.name, site.kind) for site in sites):
+            actions = [each for action in self.search.actions for each in (MERGES if action == "merge" else (action,))]
+            for action in actions:
+                if merged_tokens(action) is not None and kind != "attention":
+                    continue
                 self.candidates.append((name, action))
                 softened = SOFTENED.get(form_and_rank(action)[0], 1.0)
                 self.added.setdefault((name, action), self.added[name, "drop"] * softened)
@@ -254,16 +291,17 @@ class _Front:
     def _run(self, keys: Mapping[Candidate, str], base: str) -> None:
         """Measure candidates side by side and note divergence and cost; what cannot be done is noted as refused."""
         search = self.search
-        fitted = sorted({name for name, action in keys if action != "drop" and name not in self.fits})
+        unfitted = ("drop", "merge")
+        fitted = sorted({name for name, action in keys if form_and_rank(action)[0] not in unfitted} - set(self.fits))
         if fitted:
             self.fits |= search.rewriter.fits(search.graph, fitted, search.effects.split)
         variants: dict[Candidate, Graph] = {}
         for name, action in keys:
             try:
-                variants[name, action] = search.rewriter.changed(search.graph, name, action, self.fits.get(name))
+                _, variants[name, action] = search.with_change(name, action, self.fits.get(name))
             except PassError as error:
                 search.journal.note(keys[name, action], [math.inf, math.inf, f"{action} refused: {error}"])
-        unchanged, found = search.effects.measure(search.graph, variants)
+        unchanged, found = search.effects.measure(search.reduced, variants)
         search.journal.note(base, unchanged)
         for candidate, divergence in found.items():
             search.journal.note(keys[candidate], [divergence, search.prices.cost(variants[candidate]), ""])

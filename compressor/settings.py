@@ -19,7 +19,7 @@ from runtimes.base import DEVICES, RuntimesError, runtime
 INT8 = ("static", "dynamic")
 METHODS = ("none", "closed-form", "distill")
 COSTS = ("latency", "macs")
-AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse")
+AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")
 DEFAULT_LOSS = 1.0
 # No module path holds these: a leading minus, a colon, a percent sign, a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
@@ -36,6 +36,8 @@ class Settings:
         metric: how the ranked forms of `drop` rank.
         actions: what may be done to a site; ``auto`` chooses among several (None: `AUTO_ACTIONS`), the ranked forms
             and names take one (None: drop).
+        tokens: ``auto`` (the search merges tokens too), ``none``, a number for every attention, one for each with
+            commas, or the percentage that is gone half-way.
         max_loss: most quality that may be lost on validation data, in percent: points of accuracy, agreement,
             feature similarity or Spearman correlation; relative increase of perplexity. None: 1 for ``auto`` without a
             wish for speed, unlimited with one.
@@ -61,6 +63,7 @@ class Settings:
     drop: str = "auto"
     metric: str = "cosine"
     actions: str | None = None
+    tokens: str = "auto"
     max_loss: float | None = None
     speedup: float | None = None
     latency: float | None = None
@@ -109,7 +112,8 @@ class Settings:
         """The actions to choose among."""
         if self.actions is not None:
             return tuple(action.strip() for action in self.actions.split(","))
-        return AUTO_ACTIONS if self.drop == "auto" else ("drop",)
+        chosen = AUTO_ACTIONS if self.drop == "auto" else ("drop",)
+        return chosen if self.tokens == "auto" else tuple(action for action in chosen if action != "merge")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -159,10 +163,14 @@ def _check_numbers(settings: Settings) -> None:
 def _check_actions(settings: Settings) -> None:
     """Budgets and actions only make sense together with the right kind of ``drop``."""
     for action in settings.chosen_actions:
+        if action == "merge" and settings.drop == "auto":
+            continue  # the search chooses how many
         try:
             form_and_rank(action)
         except PassError as error:
             raise SettingsError(f"--actions: {error}") from error
+    if settings.tokens not in ("auto", "none"):
+        _check_tokens(settings.tokens)
     if settings.drop != "auto":
         if len(settings.chosen_actions) > 1:
             raise SettingsError(f"--actions {settings.actions}: only --drop auto chooses among several; give one.")
@@ -175,6 +183,15 @@ def _check_actions(settings: Settings) -> None:
         raise SettingsError("found --speedup and --latency, which are one wish in two forms; give one of them.")
     if settings.latency is not None and settings.cost != "latency":
         raise SettingsError("--latency needs the target to be timed; leave out --cost macs.")
+
+
+def _check_tokens(text: str) -> None:
+    """The forms of ``tokens`` that need no model; the number of attentions is known later."""
+    if not re.fullmatch(r"\d+(,\d+)*|\d+%", text) or (text.endswith("%") and not 0 < int(text[:-1]) < 75):
+        raise SettingsError(
+            f"--tokens {text}: expected auto, none, a number such as 8, one for each attention such as 8,8,0,8, or a "
+            "percentage below 75% such as 50%."
+        )
 
 
 def _check_target(settings: Settings) -> None:

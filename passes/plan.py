@@ -23,8 +23,28 @@ METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
 KINDS = ("attention", "mlp", "block", "conv", "other")
 FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme")
 PUBLISHED = ("tba", "replaceme")  # forms as others have published them, for comparison
-ACTIONS = ("drop", *FORMS)
+ACTIONS = ("drop", *FORMS, "merge")
 _COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
+
+
+def merged_tokens(action: str) -> int | float | None:
+    """How many tokens an action merges behind its attention, or (a float) what share of them; None for other actions.
+
+    Raises:
+        PassError: no number, or a share of half and more: tokens are merged in pairs.
+
+    >>> merged_tokens("merge:8"), merged_tokens("merge:25%"), merged_tokens("drop")
+    (8, 0.25, None)
+    """
+    form, _, amount = action.partition(":")
+    if form != "merge":
+        return None
+    number = amount.removesuffix("%")
+    if not number.isdigit() or (amount.endswith("%") and int(number) >= 50):
+        raise PassError(
+            f"unknown action {action!r}; expected merge:NUMBER or merge:SHARE% below 50%, such as merge:25%."
+        )
+    return int(number) / 100.0 if amount.endswith("%") else int(number)
 
 
 def form_and_rank(action: str) -> tuple[str, int | None]:
@@ -36,10 +56,12 @@ def form_and_rank(action: str) -> tuple[str, int | None]:
     >>> form_and_rank("low-rank:48"), form_and_rank("drop")
     (('low-rank', 48), ('drop', None))
     """
+    if merged_tokens(action) is not None:
+        return "merge", None
     form, colon, rank = action.partition(":")
     if form not in ACTIONS or (colon and (form != "low-rank" or not rank.isdigit() or int(rank) < 1)):
         raise PassError(
-            f"unknown action {action!r}; expected {', '.join(ACTIONS)}, or low-rank:RANK such as low-rank:48."
+            f"unknown action {action!r}; expected {', '.join(ACTIONS[:-1])}, low-rank:RANK or merge:TOKENS."
         )
     return form, int(rank) if colon else None
 
@@ -74,6 +96,11 @@ class Plan:
     def dropped(self) -> tuple[str, ...]:
         """Names of the sites whose branch is deleted, with nothing in its place."""
         return tuple(decision.site for decision in self.decisions if decision.action == "drop")
+
+    @property
+    def merges(self) -> dict[str, str]:
+        """The attentions behind which tokens are merged."""
+        return {name: action for name, action in self.changes.items() if merged_tokens(action) is not None}
 
     @property
     def changes(self) -> dict[str, str]:
@@ -234,6 +261,24 @@ def acting(plan: Plan, action: str) -> Plan:
             decisions[last] = replace(decisions[last], action=action)
             order += [decisions[place].site for place in [*inside, last]]
     return replace(plan, decisions=tuple(decisions), order=tuple(order))
+
+
+def merging(plan: Plan, merges: Mapping[str, str]) -> Plan:
+    """The plan with tokens merged behind attentions that it keeps.
+
+    Raises:
+        PassError: one of them is changed already.
+    """
+    taken = sorted(set(merges) & set(plan.changes))
+    if taken:
+        raise PassError(f"tokens cannot be merged behind {taken[0]}, which the plan changes; merge none there.")
+    decisions = tuple(
+        replace(decision, action=merges[decision.site], reason="tokens are merged behind it, as asked for")
+        if decision.site in merges
+        else decision
+        for decision in plan.decisions
+    )
+    return replace(plan, decisions=decisions, order=(*plan.order, *merges))
 
 
 def _choose(
