@@ -1,0 +1,221 @@
+"""Which criterion finds the better plan: every published one, and ours, at equal multiply-adds and predicted latency.
+
+    python benchmarks/criteria.py --data-root ../shared/data [--model NAME ...]
+
+For each model and method the plans grow until they save 8, 16, 25 and 35 % of the multiply-adds; the first that saves
+as much is judged on test data, which no method has seen. Exact rewrites (unread tokens, folding) are applied to all
+alike. Latency is what the prices of the search predict, fitted to engines timed in the same run; how far they are off
+on those is part of the result. `python benchmarks/tables.py` makes the tables and pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from main_job import sources
+
+from compressor.choice import begin, effects_on_output, score
+from compressor.environment import environment
+from compressor.evaluate import evaluate, graph_runner
+from compressor.journal import Journal
+from compressor.prices import Prices, counted
+from compressor.rewrite import Rewriter, finished
+from compressor.settings import Settings
+from compressor.steps import Steps
+from compressor.subject import Subject, load
+from compressor.workshop import Workshop, sized, usable
+from passes.base import PassError
+from passes.graph import Graph
+from passes.plan import Plan, acting, choose, parse
+from passes.run import run
+
+Grown = tuple[Mapping[str, str], float | None]  # changes, and what they save where that is known
+
+RESULTS = Path(__file__).parent / "results" / "criteria.json"
+BUDGETS = (0.08, 0.16, 0.25, 0.35)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published way to a plan: what is counted, by which metric, and what takes its place."""
+
+    name: str
+    unit: str
+    metric: str
+    action: str = "drop"
+    seed: int = 0
+
+
+METHODS = (
+    Method("random, seed 0", "site", "random", seed=0),
+    Method("random, seed 1", "site", "random", seed=1),
+    Method("random, seed 2", "site", "random", seed=2),
+    Method("reverse order, block", "block", "reverse"),
+    Method("cosine, attention (LLM-Drop)", "attention", "cosine"),
+    Method("cosine, MLP (LLM-Drop)", "mlp", "cosine"),
+    Method("cosine, block (LLM-Drop)", "block", "cosine"),
+    Method("cosine, joint (LLM-Drop)", "site", "cosine"),
+    Method("Block Influence (ShortGPT)", "block", "influence"),
+    Method("angular, blocks in a row (Gromov)", "block", "angular"),
+    Method("angular + TBA", "block", "angular", "tba"),
+    Method("angular + ReplaceMe LS", "block", "angular", "replaceme"),
+    Method("output effect, one by one", "site", "output"),
+)
+# Ours: a search with these actions. Deletion alone is the greedy deletion of SLEB and FinerCut with our effect.
+SEARCHES = {
+    "greedy deletion": "drop",
+    "ours, without tokens": "drop,constant,scale,low-rank,linear,fuse",
+    "ours": "drop,constant,scale,low-rank,linear,fuse,merge",
+}
+MODELS = {
+    "digits": (None, None),
+    "DeiT-Tiny": ("deit", "images"),
+    "MiniLM": ("minilm", "stsb"),
+    "Llama 260k": ("llama", "tokens"),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model at work: what it is, what a graph costs, and what has been judged."""
+
+    subject: Subject
+    settings: Settings
+    rewriter: Rewriter
+    counts: Prices
+    times: Prices
+
+    def saved(self, graph: Graph) -> float:
+        """Share of the multiply-adds that a graph saves."""
+        return 1.0 - self.counts.cost(graph) / self.counts.cost(self.subject.graph)
+
+
+def plans(bench: Bench, method: Method) -> Iterator[Plan]:
+    """Growing plans of a published method."""
+    subject, steps = bench.subject, Steps()
+    needs_scores = method.metric in ("cosine", "influence", "angular")
+    scores = score(subject, steps) if needs_scores else None
+    effect = None
+    if method.metric == "output":
+        measured = effects_on_output(subject, bench.settings, steps).of_units([[site] for site in subject.sites])
+        effect = lambda _: measured  # noqa: E731
+    for count in range(1, len(subject.sites) + 1):
+        asked = parse(str(count) if method.unit == "site" else f"{method.unit}:{count}")
+        ranking = partial(choose, asked, subject.sites, method.metric, scores=scores, effect=effect, seed=method.seed)
+        try:
+            yield acting(ranking(model=subject.model.name), method.action)
+        except PassError:
+            return  # no more units of this kind
+
+
+def points(bench: Bench, candidates: Iterator[Grown]) -> Iterator[tuple[float, Mapping[str, str], Graph]]:
+    """For each budget the first changes that save as much, with their graph; none where they cannot be made."""
+    wanted = list(BUDGETS)
+    for changes, saved in candidates:
+        if not wanted:
+            return
+        if saved is not None and saved < wanted[0]:
+            continue
+        try:
+            graph = bench.rewriter.rewritten(changes)
+        except PassError as error:
+            click.echo(f"    refused: {error}")
+            return
+        while wanted and bench.saved(graph) >= wanted[0]:
+            yield wanted.pop(0), changes, graph
+
+
+def searched(bench: Bench, actions: str, workshop: Workshop) -> Iterator[Grown]:
+    """The growing plans of one search."""
+    settings = Settings(**{**bench.settings.to_dict(), "actions": actions, "cost": "macs", "max_loss": 100.0})
+    found = begin(bench.subject, settings, bench.rewriter, workshop, Journal(), Steps())
+    found.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
+    click.echo(f"    {len(found.steps)} steps, {found.effects.sweeps:.0f} sweeps")
+    for count in range(1, len(found.steps) + 1):
+        saved = 1.0 - found.steps[count - 1].multiply_adds / bench.counts.cost(bench.subject.graph)
+        yield {step.site: step.action for step in found.steps[:count]}, saved
+
+
+def judged(bench: Bench, graphs: Mapping[str, Graph]) -> dict[str, Any]:
+    """Quality on test data of several graphs, beside the original."""
+    subject = bench.subject
+    runners = {name: graph_runner(subject.model, partial(run, finished(graph))) for name, graph in graphs.items()}
+    runners["original"] = graph_runner(subject.model, partial(run, subject.graph))
+    found = evaluate(subject.data.test, runners, metric=subject.metric, reference="original")
+    return {
+        name: {"figure": asdict(found.figure(name)), "loss": asdict(found.loss("original", name))}
+        | {key: asdict(value) for key, value in found.label_free(name).items()}
+        for name in runners
+    }
+
+
+def measure(model: str, where: Mapping[str, str]) -> dict[str, Any]:
+    """All methods on one model."""
+    spec, data = (None if name is None else where.get(name, name) for name in MODELS[model])
+    settings = Settings(model=spec, data=data, drop="auto")
+    steps = Steps()
+    target, options = usable(settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = load(settings, steps)
+        workshop = Workshop(subject, target, sized(options, subject, settings), Path(scratch))
+        rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+        times = begin(subject, settings, rewriter, workshop, Journal(), steps).prices
+        inputs = {name: tuple(value.shape) for name, value in workshop.timed_inputs(settings).items()}
+        bench = Bench(subject, settings, rewriter, counted(subject.graph, inputs), times)
+        rows = [
+            row
+            for method in METHODS
+            for row in _rows(bench, method.name, (plan.changes for plan in plans(bench, method)))
+        ]
+        for name, actions in SEARCHES.items():
+            rows += _rows(bench, name, searched(bench, actions, workshop))
+    original = judged(bench, {})["original"]
+    return {
+        "model": subject.model.name,
+        "metric": subject.metric,
+        "original": original,
+        "exact": {"saved": bench.saved(finished(subject.graph))},
+        "prices": {"timings": dict(times.timings), "largest_error": times.error},
+        "rows": rows,
+        "samples": len(subject.data.test),
+    }
+
+
+def _rows(bench: Bench, method: str, candidates: Iterator[Grown]) -> list[dict[str, Any]]:
+    start = time.perf_counter()
+    found = list(points(bench, candidates))
+    quality = judged(bench, {str(budget): graph for budget, _, graph in found})
+    rows = []
+    for budget, changes, graph in found:
+        predicted = bench.times.cost(bench.subject.graph) / bench.times.cost(graph)
+        rows.append({"method": method, "budget": budget, "saved": bench.saved(graph), "predicted_speedup": predicted,
+                     "changes": dict(changes)} | quality[str(budget)])  # fmt: skip
+    figures = ", ".join(f"{row['budget']:.0%}: {row['loss']['value']:+.2f}" for row in rows)
+    click.echo(f"  {method}: {figures} ({time.perf_counter() - start:.0f} s)")
+    return rows
+
+
+@click.command()
+@click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--model", "chosen", multiple=True, type=click.Choice(list(MODELS)), help="Only these models.")
+def main(data_root: Path, chosen: tuple[str, ...]) -> None:
+    """Judge every criterion on every model and keep the results."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+    for model in chosen or tuple(MODELS):
+        click.echo(model)
+        start = time.perf_counter()
+        found = measure(model, sources(data_root))
+        results["models"][model] = found | {"seconds": time.perf_counter() - start, "environment": environment()}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
