@@ -32,6 +32,7 @@ class Rewriter:
     split: Split
     sweeps: float = 0.0
     _by_name: dict[str, Site] = field(default_factory=dict)
+    _protected: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._by_name = {site.name: site for site in self.sites}
@@ -72,8 +73,11 @@ class Rewriter:
         schedule = tuple((name, amount) for name, amount in amounts.items() if amount)
         if not schedule:
             return graph
+        places = tuple(sorted(name for name, _ in schedule))
+        if places not in self._protected:
+            self._protected[places] = ReduceTokens(schedule).protects(self.original)
         fork = graph.fork()
-        apply(ReduceTokens(schedule), fork)
+        apply(ReduceTokens(schedule, protected=self._protected[places], trusted=True), fork)
         return fork
 
     def carried_out(self, changes: Mapping[str, str], progress: Callable[[int, int], None] | None = None) -> Graph:

@@ -49,6 +49,8 @@ class ReduceTokens:
             those that are read by position later on.
         unmerge: whether outputs with a value for each token get their old length back; None: where tokens are merged.
             A dropped token has no value to give back.
+        trusted: `protected` was found by `protects` on this model, and the graph is a fork that an error may spoil:
+            nothing is tried out beforehand.
 
     A graph is left as it is where nothing is to be taken, and where an error is raised before the first edit.
     """
@@ -57,6 +59,7 @@ class ReduceTokens:
     method: Literal["merge", "attention", "norm"] = "merge"
     protected: int | None = None
     unmerge: bool | None = None
+    trusted: bool = False
 
     rewrites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
@@ -83,26 +86,39 @@ class ReduceTokens:
         if not chosen:
             return Rewritten()
         chosen.sort(key=lambda pair: pair[0].order)
-        trial = Walk(graph.fork(), chosen[0][0], chosen[-1][0], {}, Reduction(self.method, 0, self.unmerge))
-        trial.run()
-        protected = self._protected(graph, chosen[0][0], trial.read_by_position)
         amounts = {site.root: amount for site, amount in chosen}
-        reduction = Reduction(self.method, protected, self.unmerge)
-        Walk(graph.fork(), chosen[0][0], chosen[-1][0], amounts, reduction).run()  # errors leave the graph as it was
-        Walk(graph, chosen[0][0], chosen[-1][0], amounts, reduction).run()
+        ends = chosen[0][0], chosen[-1][0]
+        if self.trusted and self.protected is not None:
+            reduction = Reduction(self.method, self.protected, self.unmerge)
+        else:
+            reduction = Reduction(self.method, self._protected(graph, *ends), self.unmerge)
+            Walk(graph.fork(), *ends, amounts, reduction).run()  # errors leave the graph as it was
+        Walk(graph, *ends, amounts, reduction).run()
         remove_dead(graph)
         return Rewritten(changed=tuple(site.name for site, _ in chosen))
 
-    def _protected(self, graph: Graph, first: Site, read_by_position: int) -> int:
+    def _protected(self, graph: Graph, first: Site, last: Site) -> int:
+        trial = Walk(graph.fork(), first, last, {}, Reduction(self.method, 0, self.unmerge))
+        trial.run()
         if self.protected is None:
             (trunk,) = [node for node in graph.nodes() if node.name == first.trunk]
-            return max(leading_constants(trunk, 1, from_data(graph.nodes())), read_by_position)
-        if self.protected < read_by_position:
+            return max(leading_constants(trunk, 1, from_data(graph.nodes())), trial.read_by_position)
+        if self.protected < trial.read_by_position:
             raise PassError(
-                f"{self.protected} tokens are to be protected, but the model reads the first {read_by_position} by "
-                "their position: protect as many, or leave the number out."
+                f"{self.protected} tokens are to be protected, but the model reads the first {trial.read_by_position} "
+                "by their position: protect as many, or leave the number out."
             )
         return self.protected
+
+    def protects(self, graph: Graph) -> int:
+        """How many leading tokens stay when this is run on `graph`; the graph is left as it is.
+
+        Raises:
+            PassError: as `run`.
+        """
+        sites = find_sites(graph)
+        chosen = sorted((_attention(sites, name) for name, _ in self.schedule), key=lambda site: site.order)
+        return self._protected(graph, chosen[0], chosen[-1])
 
 
 def _attention(sites: tuple[Site, ...], name: str) -> Site:
