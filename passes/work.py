@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from passes.graph import Graph
     from passes.parts import Part
 
+# With padding by name ("valid", "same") a convolution is another overload.
+CONVOLUTIONS = CONV_OPS | {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 # They hand on what is there already, under another shape.
 FREE = frozenset(
     {
@@ -104,7 +106,7 @@ class Counter:
                 continue
             operators += 1
             share = self._share(node, read.get(node.name))
-            if node.target in LINEAR_OPS | CONV_OPS:
+            if node.target in LINEAR_OPS | CONVOLUTIONS:
                 products += round(share * self._multiply_adds(node))
             elif node.target in PRODUCTS | ATTENTION_OPS:
                 attention += round(share * self._multiply_adds(node))
