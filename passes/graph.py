@@ -270,6 +270,29 @@ def insert_constant(graph: Graph, name: str, tensor: torch.Tensor, *, before: fx
     return node
 
 
+def own(graph: Graph, name: str, tensor: torch.Tensor) -> None:
+    """Give a fork a parameter of its own under every name of the shared one; other forks keep theirs.
+
+    Args:
+        graph: what is edited.
+        name: attribute path of the parameter, the target of the nodes that read it.
+        tensor: the new value; it is not copied.
+
+    Raises:
+        GraphError: there is no such parameter, or the new value has another shape or type.
+    """
+    known = dict(graph.module.named_parameters(remove_duplicate=False))
+    shared = known.get(name)
+    if shared is None or (shared.shape, shared.dtype) != (tensor.shape, tensor.dtype):
+        found = "no parameter" if shared is None else f"{list(shared.shape)} of {shared.dtype}"
+        raise GraphError(f"{name} is {found}; expected {list(tensor.shape)} of {tensor.dtype}.")
+    parameter = torch.nn.Parameter(tensor, requires_grad=False)
+    for path, other in known.items():
+        if other is shared:  # tied weights stay tied
+            owner, _, leaf = path.rpartition(".")
+            graph.module.get_submodule(owner).register_parameter(leaf, parameter)
+
+
 def rewire(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
     """Let one reader of `old` read `new` instead, wherever it does so."""
     reader.replace_input_with(old, new)
