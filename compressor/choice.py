@@ -24,7 +24,7 @@ from compressor.steps import Steps, Tick
 from compressor.subject import Subject
 from compressor.validation import Validation
 from compressor.workshop import Workshop
-from passes.base import apply
+from passes.base import PassError, apply
 from passes.graph import Graph, Site
 from passes.plan import Plan, acting, choose, merging, parse
 from passes.score import Score, Scores
@@ -123,7 +123,7 @@ def begin(
         rewriter,
         effects,
         validation,
-        _prices(subject, settings, workshop, journal, steps),
+        _prices(subject, settings, rewriter, workshop, journal, steps),
         settings.chosen_actions,
         settings.loss_limit,
         given=schedule(settings.tokens, subject.sites),
@@ -155,7 +155,9 @@ def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
     return {name: f"merge:{number}" for name, number in zip(names, numbers, strict=True) if number}
 
 
-def _prices(subject: Subject, settings: Settings, workshop: Workshop, journal: Journal, steps: Steps) -> Prices:
+def _prices(
+    subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, journal: Journal, steps: Steps
+) -> Prices:
     """What rewritten graphs cost: timed on the target once, unless the user wants multiply-adds."""
     inputs = {name: tuple(value.shape) for name, value in workshop.timed_inputs(settings).items()}
     if settings.cost == "macs":
@@ -165,7 +167,16 @@ def _prices(subject: Subject, settings: Settings, workshop: Workshop, journal: J
         inputs,
         subject.sites,
         lambda graphs: journal.recall("timings", lambda: workshop.clock(graphs, settings, steps)),
+        _merged(rewriter) if "merge" in settings.chosen_actions else {},
     )
+
+
+def _merged(rewriter: Rewriter) -> dict[str, Graph]:
+    """A design with fewer tokens, where they can be merged: two steps, after a quarter and a half of the attentions."""
+    try:
+        return {"merged": rewriter.rewritten(schedule("50%", rewriter.sites))}
+    except PassError:
+        return {}
 
 
 def _wish(settings: Settings, found: Prices) -> float:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import nnls
 
+from compressor.rewrite import finished
 from passes.base import apply
 from passes.drop import Drop
 from passes.fit import Map, StandIn
@@ -60,20 +61,28 @@ def counted(graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> Prices:
     return Prices("multiply-adds", Counter(graph, inputs), COUNTED)
 
 
-def timed(graph: Graph, inputs: Mapping[str, tuple[int, ...]], sites: Sequence[Site], clock: Clock) -> Prices:
+def timed(
+    graph: Graph,
+    inputs: Mapping[str, tuple[int, ...]],
+    sites: Sequence[Site],
+    clock: Clock,
+    others: Mapping[str, Graph] | None = None,
+) -> Prices:
     """Prices in milliseconds on the target.
 
-    One engine each is timed of the model as it is, without all branches of one kind, without any branch, with every
-    branch replaced by a linear map, and without the last attention. The weights are the non-negative least-squares
-    solution, relative to each engine's time, so that noise cannot give work a negative price.
+    One engine each is timed of the model as it is, without the branches of one kind, with a linear map in the place of
+    each of them (of all but the last attention: without it, a model that is read at its class token has nothing left
+    to do), and without the last attention. The weights are the non-negative least-squares solution, relative to each
+    engine's time, so that noise cannot give work a negative price.
 
     Args:
         graph: the traced model.
         inputs: shapes of the timed inputs.
         sites: all sites.
         clock: builds engines from graphs and gives the median milliseconds of each.
+        others: further designs to time.
     """
-    designs = _designs(graph, sites)
+    designs = _designs(graph, sites) | {name: finished(design) for name, design in (others or {}).items()}
     counter = Counter(graph, inputs)
     timings = clock(designs)
     rows = np.array([_features(counter.count(design)) for design in designs.values()])
@@ -87,24 +96,26 @@ def timed(graph: Graph, inputs: Mapping[str, tuple[int, ...]], sites: Sequence[S
 
 def _designs(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
     """The graphs whose engines are timed."""
-    kinds = list(dict.fromkeys(site.kind for site in sites))
-    dropped = {f"without {kind}": [site for site in sites if site.kind == kind] for kind in kinds if len(kinds) > 1}
-    dropped["without branches"] = list(sites)
-    attentions = [site for site in sites if site.kind == "attention"]
-    dropped |= {"without the last attention": attentions[-1:]} if attentions else {}
-    designs = {"as it is": graph.fork(), "linear": _all_linear(graph, sites)}
+    last = [site for site in sites if site.kind == "attention"][-1:]
+    others = [site for site in sites if site not in last]
+    kinds = {
+        kind: [site for site in others if site.kind == kind] for kind in dict.fromkeys(site.kind for site in others)
+    }
+    dropped = {f"without {kind}": same for kind, same in kinds.items()} | {"without the last attention": last}
+    designs = {"as it is": graph.fork()} | {f"linear {kind}": _linear(graph, same) for kind, same in kinds.items()}
     for name, gone in dropped.items():
-        designs[name] = graph.fork()
-        apply(Drop(tuple(gone)), designs[name])
-    return designs
+        if gone:
+            designs[name] = graph.fork()
+            apply(Drop(tuple(gone)), designs[name])
+    return {name: finished(design) for name, design in designs.items()}
 
 
-def _all_linear(graph: Graph, sites: Sequence[Site]) -> Graph:
-    """Every branch replaced by a linear map of zeros, where its trunk takes one."""
+def _linear(graph: Graph, sites: Sequence[Site]) -> Graph:
+    """Branches replaced by a linear map each, where their trunk takes one; its values do not matter."""
     fork = graph.fork()
     for site in sites:
-        zeros = torch.zeros(site.width, site.width, dtype=torch.float64)
-        apply(Replace(site, StandIn("state", Map((zeros,), zeros[0]), 1.0)), fork)
+        matrix = 0.01 * torch.eye(site.width, dtype=torch.float64)
+        apply(Replace(site, StandIn("state", Map((matrix,), matrix[0]), 1.0)), fork)
     return fork
 
 
