@@ -90,15 +90,17 @@ class Front:
         return row
 
     def table(self) -> Table:
-        """The points for a terminal: predicted for all, measured for those that were built."""
+        """The points for a terminal: predicted for all, measured for those that were built, with 95 % intervals."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         label = "" if self.metric is None else LABELS[self.metric][0]
         title = f"{self.model} on {self.settings['target']}, batch {self.settings['batch']}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         for heading in ("", "last change", "val. loss", "predicted", "measured", label, "loss on test"):
-            table.add_column(heading, justify="left" if heading == "last change" else "right", overflow="fold")
+            left = heading == "last change"
+            whole = heading == "loss on test"  # an interval stays on one line
+            table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=whole)
         for point in self.points:
             table.add_row(*self._cells(point))
         return table
@@ -109,11 +111,10 @@ class Front:
         measured = "" if point.latency is None else f"{self.speedup(point).ratio:.2f}x"
         value = "" if point.figure is None else f"{point.figure.value:.2f}"
         lost = point.test_loss
-        interval = "" if lost is None else f"{lost.value:+.2f} ({lost.low:+.2f} to {lost.high:+.2f})"
-        mark = "" if point.efficient else " [dim]dominated[/dim]"
+        interval = "" if lost is None else f"{lost.value:+.2f}\n[dim]{lost.low:+.2f} to {lost.high:+.2f}[/dim]"
         return (
-            f"{point.number}",
-            change + mark,
+            f"{point.number}{'*' if point.efficient else ' '}",
+            change,
             f"{point.loss:+.2f}",
             f"{point.predicted:.2f}x",
             measured,
@@ -126,7 +127,8 @@ class Front:
         metric = (
             [] if self.metric is None else [f"Quality: {METRICS[self.metric]}; losses in %, ranges are 95 % intervals."]
         )
-        return "\n".join([*metric, "Export a point with --drop FOLDER/plans/NUMBER.json."])
+        stars = "No other point is both faster and better than one with a *, by what was predicted and validated."
+        return "\n".join([*metric, stars, "Export a point with --drop FOLDER/plans/NUMBER.json."])
 
     def picture(self) -> bytes:
         """Loss against speed-up as a PNG picture: validation of all points, test of those that were built."""
