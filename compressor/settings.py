@@ -226,10 +226,13 @@ def _check_data(settings: Settings) -> None:
     if settings.drop != "auto":
         return
     if str(settings.data) == "random":
-        raise SettingsError("--drop auto needs real data; with --data random pass a number, names or a plan file.")
+        raise SettingsError(
+            "a search (--drop auto, or sweep) needs real data; with --data random export a number, names or a file."
+        )
     if settings.random_weights:
         raise SettingsError(
-            "--drop auto needs trained weights; with --random-weights pass a number, names or a plan file."
+            "a search (--drop auto, or sweep) needs trained weights; with --random-weights export a number, names or a "
+            "file."
         )
 
 

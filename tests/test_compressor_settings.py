@@ -1,12 +1,17 @@
 """Settings: what can be refused before anything is loaded, and their JSON form."""
 
+import inspect
 import json
+import math
 
 import pytest
 import torch
 
+import compressor
 from compressor import CompressorError, Settings
 from compressor.errors import SettingsError
+from compressor.settings import AUTO_ACTIONS, DEFAULT_LOSS, METHODS
+from passes.plan import form_and_rank
 
 
 @pytest.mark.parametrize(
@@ -35,8 +40,32 @@ from compressor.errors import SettingsError
         ({"rounds": 0}, "rounds is 0"),
         ({"search_samples": 0}, "search-samples is 0"),
         ({"model": "vit_tiny_patch16_224"}, "no data given"),
-        ({"data": "random"}, "--drop auto needs real data"),
-        ({"random_weights": True}, "--drop auto needs trained weights"),
+        ({"data": "random"}, "--drop auto, or sweep) needs real data"),
+        ({"random_weights": True}, "--drop auto, or sweep) needs trained weights"),
+        ({"max_loss": -0.1}, "max-loss is -0.1"),
+        ({"speedup": 1.0}, "speedup is 1; expected more than 1"),
+        ({"speedup": math.inf}, "speedup is inf"),
+        ({"speedup": math.nan}, "speedup is nan"),
+        ({"latency": 0.0}, "latency is 0; expected more than 0"),
+        ({"latency": math.nan}, "latency is nan"),
+        ({"heal_budget": 0.0}, "heal-budget is 0"),
+        ({"heal_budget": math.inf}, "heal-budget is inf"),
+        ({"cost": "time"}, "latency or macs"),
+        ({"heal": "prayer"}, "none or closed-form or distill"),
+        ({"actions": "drop,teleport"}, "--actions: unknown action 'teleport'"),
+        ({"actions": ""}, "unknown action ''"),
+        ({"actions": "drop,"}, "unknown action ''"),
+        ({"actions": "keep"}, "unknown action 'keep'"),
+        ({"actions": "drop:3"}, "unknown action 'drop:3'"),
+        ({"actions": "low-rank:0"}, "unknown action 'low-rank:0'"),
+        ({"drop": "2", "actions": "drop,linear"}, "only --drop auto chooses among several"),
+        ({"drop": "2", "speedup": 1.5}, "--speedup is a wish that --drop auto fulfils; --drop 2 names the plan"),
+        ({"drop": "plan.json", "latency": 5.0}, "--latency is a wish"),
+        ({"drop": "none", "latency": 5.0}, "--latency is a wish"),
+        ({"speedup": 1.5, "latency": 5.0}, "one wish in two forms"),
+        ({"latency": 5.0, "cost": "macs"}, "leave out --cost macs"),
+        ({"tokens": "8,"}, "--tokens 8,: expected auto, none, a number"),
+        ({"tokens": "75%"}, "a percentage below 75%"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused_in_a_sentence(options: dict[str, object], words: str) -> None:
@@ -65,3 +94,52 @@ def test_the_settings_survive_json(tmp_path: object) -> None:
 def test_settings_without_a_module_are_made_again_from_their_json() -> None:
     settings = Settings(drop="attention:2", int8="static", samples=60, seed=3)
     assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
+    wishing = Settings(actions="drop, low-rank:8", speedup=1.5, max_loss=3.0, heal="distill", heal_budget=90.0)
+    assert Settings(**json.loads(json.dumps(wishing.to_dict()))) == wishing
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({}, DEFAULT_LOSS),
+        ({"max_loss": 0.0}, 0.0),
+        ({"speedup": 1.5}, 100.0),
+        ({"latency": 5.0}, 100.0),
+        ({"speedup": 1.5, "max_loss": 2.0}, 2.0),
+    ],
+)
+def test_a_wish_for_speed_alone_lifts_the_limit_on_loss(options: dict[str, float], limit: float) -> None:
+    assert Settings(**options).loss_limit == limit  # type: ignore[arg-type]
+
+
+def test_actions_are_those_named_or_the_usual_ones() -> None:
+    assert Settings().chosen_actions == AUTO_ACTIONS
+    assert Settings(tokens="none").chosen_actions == tuple(action for action in AUTO_ACTIONS if action != "merge")
+    assert Settings(drop="2").chosen_actions == ("drop",)
+    assert Settings(drop="2", actions="linear").chosen_actions == ("linear",)
+    assert Settings(actions="drop, low-rank:8 ,fuse").chosen_actions == ("drop", "low-rank:8", "fuse")
+    forms = [form_and_rank(action)[0] for action in AUTO_ACTIONS if action != "merge"]
+    assert len(set(forms)) == len(AUTO_ACTIONS) - 1
+
+
+def test_healing_knows_the_methods_that_may_be_asked_for() -> None:
+    assert pytest.importorskip("compressor.heal").METHODS == METHODS
+
+
+def test_the_api_takes_every_setting_with_the_same_default() -> None:
+    """What `export` hands on are its own arguments, so that a forgotten one would silently keep its default."""
+    fields = inspect.signature(Settings).parameters
+    export = inspect.signature(compressor.export).parameters
+    assert {name: each.default for name, each in export.items()} == {
+        name: each.default for name, each in fields.items()
+    }
+    assert [name for name, each in export.items() if each.kind is not inspect.Parameter.KEYWORD_ONLY] == ["model"]
+    sweep = dict(inspect.signature(compressor.sweep).parameters)
+    assert sweep.pop("points").default == 8
+    other = {"max_loss": 20.0, "output": "front"}
+    assert {name: each.default for name, each in sweep.items()} == {
+        name: other.get(name, fields[name].default) for name in sweep
+    }
+    # One search for all budgets: nothing of what says how far to go, what to heal, or which plan to take.
+    needless = {"drop", "metric", "speedup", "latency", "heal", "heal_budget", "max_int8_loss", "random_weights"}
+    assert set(fields) - set(sweep) == needless
