@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from compressor.search import Search
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Subject
-from compressor.validation import Validation
+from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop
 from passes.base import PassError, apply
 from passes.graph import Graph, Site
 from passes.plan import Plan, acting, choose, merging, parse
 from passes.score import Score, Scores
 
+HEADROOM = 1.5  # times the allowed loss that a search may lose where healing follows, which must win it back
 CORRECTIONS = 3  # times that a search goes on because the engine was slower than predicted
 
 
@@ -40,14 +41,22 @@ class ChoiceError(CompressorError):
 class Choice:
     """The plan, the graph it leads to before tokens are merged, and what it took to find it (for the report).
 
-    `validation` is what a search has used; None where there was no search.
+    `search` is what found it; None where there was no search.
     """
 
     plan: Plan
     graph: Graph
     rewriter: Rewriter
     facts: dict[str, Any]
-    validation: Validation | None = None
+    search: Search | None = None
+
+    def within(self, limit: float) -> Choice:
+        """The longest beginning of a search's changes that loses no more than `limit` on validation data."""
+        assert self.search is not None
+        losses = [0.0, *(step.loss for step in self.search.steps)]
+        count = max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING)
+        plan = self.search.plan(self.plan.model, self.plan.rule, count)
+        return replace(self, plan=plan, graph=self.rewriter.carried_out(plan.changes))
 
 
 def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
@@ -103,9 +112,7 @@ def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop
             break
         enough = search.speedup * wished / reached * 1.01
     journal.forget()
-    return Choice(
-        search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts_of(search), search.validation
-    )
+    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts_of(search), search)
 
 
 def _line(tick: Tick, text: str) -> None:
@@ -125,7 +132,7 @@ def begin(
         validation,
         _prices(subject, settings, rewriter, workshop, journal, steps),
         settings.chosen_actions,
-        settings.loss_limit,
+        settings.loss_limit * (1.0 if settings.heal == "none" else HEADROOM),
         given=schedule(settings.tokens, subject.sites),
         journal=journal,
     )

@@ -13,6 +13,7 @@ from compressor.data import Data
 from compressor.environment import environment
 from compressor.folder import onnx_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
+from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
 from compressor.lower import lower
 from compressor.quantize import Quantized
@@ -21,15 +22,13 @@ from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import Subject, accepting_data, load
-from compressor.validation import Validation
+from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized, timing_feeds, usable
 from passes.cost import Costs
 from passes.graph import Graph
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from compressor.heal import Healed
 
 
 def export(settings: Settings, *, console: Console | None = None, command: str = "compressor.export(...)") -> Report:
@@ -53,8 +52,8 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
         with accepting_data(subject):
             choice = decide(subject, settings, workshop, steps)
+            choice, healed_graph, healed = _healed(choice, subject, settings, steps)
             (folder / "plan.json").write_text(choice.plan.to_json())
-            healed_graph, healed = _healed(choice, subject, settings, steps)
             rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
         final = finished(rewritten)
         with steps.step("lower to ONNX, check against torch"):
@@ -198,14 +197,27 @@ def _describe(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) -> tuple[Graph, Healed | None]:
-    """The rewritten graph, adapted to its changes if that was asked for and helps."""
-    if settings.heal == "none" or not choice.plan.changes:
-        return choice.graph, None
-    from compressor.heal import heal
+def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) -> tuple[Choice, Graph, Healed | None]:
+    """The choice, its graph adapted to its changes if that was asked for and helps, and what healing did.
 
+    A search that healing follows may lose more than is allowed. Where healing does not win it back, the search's last
+    changes are taken back until the rest keeps the limit by itself, and that is healed.
+    """
+    if settings.heal == "none" or not choice.plan.changes:
+        return choice, choice.graph, None
+    budget = settings.heal_budget if choice.search is None else settings.heal_budget / 2
+    graph, healed = _heal(choice, subject, settings, budget, steps)
+    if choice.search is not None and healed.after["loss"] > settings.loss_limit + ROUNDING:
+        choice = choice.within(settings.loss_limit)
+        if not choice.plan.changes:
+            return choice, choice.graph, None
+        graph, healed = _heal(choice, subject, settings, budget, steps)
+    return choice, graph, healed
+
+
+def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, steps: Steps) -> tuple[Graph, Healed]:
     with steps.step(f"heal ({settings.heal})") as tick:
-        validation = choice.validation
+        validation = None if choice.search is None else choice.search.validation
         if validation is None:
             validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
         return heal(
@@ -216,7 +228,7 @@ def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) 
             subject.data.calibration,
             validation,
             changed=[site for site in subject.sites if site.name in choice.plan.changes],
-            budget=settings.heal_budget,
+            budget=budget,
             seed=settings.seed,
             progress=tick,
         )
@@ -240,7 +252,7 @@ def _notes(
                 f"{len(subject.data.validation)} validation samples; more samples make the choice more reliable."
             )
     if healed is not None:
-        notes.append(healed.note)
+        notes.append(f"Healing ({healed.method}): {healed.note}.")
     for name, facts in int8.items():
         if facts.loss is not None and facts.loss > settings.max_int8_loss:
             notes.append(
