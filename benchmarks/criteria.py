@@ -173,7 +173,7 @@ def measure(model: str, where: Mapping[str, str]) -> dict[str, Any]:
         rows = [
             row
             for method in METHODS
-            for row in _rows(bench, method.name, (plan.changes for plan in plans(bench, method)))
+            for row in _rows(bench, method.name, ((plan.changes, None) for plan in plans(bench, method)))
         ]
         for name, actions in SEARCHES.items():
             rows += _rows(bench, name, searched(bench, actions, workshop))
