@@ -20,13 +20,14 @@ class Journal:
     """Measured values by key, one JSON line each in `path`; without a path they are kept in memory only.
 
     The first line says what was searched (`subject`); a journal of another subject is begun anew. A last line that an
-    interrupt cut short is left out. `found` counts the values that did not have to be measured.
+    interrupt cut short is left out. `found` counts the values of an earlier run that did not have to be measured again.
     """
 
     subject: str = ""
     path: Path | None = None
     found: int = 0
     _values: dict[str, Any] = field(default_factory=dict)
+    _earlier: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -35,6 +36,7 @@ class Journal:
         if lines[:1] != [{"subject": self.subject}]:
             lines = []
         self._values = {line["key"]: line["value"] for line in lines[1:]}
+        self._earlier = set(self._values)
         self._write([{"subject": self.subject}, *lines[1:]])
 
     def __len__(self) -> int:
@@ -43,7 +45,8 @@ class Journal:
     def recall(self, key: str, measure: Callable[[], Any]) -> Any:
         """The value of a key; measured, and written down, where it is not known yet."""
         if key in self._values:
-            self.found += 1
+            self.found += key in self._earlier
+            self._earlier.discard(key)
             return self._values[key]
         self.note(key, measure())
         return self._values[key]

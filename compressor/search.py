@@ -173,7 +173,7 @@ class Search:
                 return Decision(site.name, self.given[site.name], "asked for")
             if site.name in taken:
                 step = taken[site.name]
-                number = list(taken).index(site.name) + 1
+                number = len({other.site for other in steps[: steps.index(step) + 1]})
                 reason = f"adds {step.added:.4f} divergence; validation loss {step.loss:.2f} % with {number} changed"
                 return Decision(site.name, step.action, reason)
             refusals = [reason for (name, _), reason in self.refused.items() if name == site.name]
@@ -245,7 +245,10 @@ class _Front:
 
     def untried(self, site: str) -> str:
         """Why a site that was never tried is kept."""
-        value, action = min((value, action) for (name, action), value in self.added.items() if name == site)
+        measured = [(value, action) for (name, action), value in self.added.items() if name == site]
+        if not measured:
+            return "not tried: the budget was met before"
+        value, action = min(measured)
         return f"not tried: {action} added {value:.4f} divergence when last measured"
 
     def _begin(self) -> None:

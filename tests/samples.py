@@ -11,7 +11,7 @@ from compressor import models
 from compressor.data import Shares, load
 from compressor.trace import trace
 from passes.sites import find_sites
-from tests.architectures import TIMM, TRANSFORMERS
+from tests.architectures import TIMM, TRANSFORMERS, VIT, Architecture, timm_model
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 
@@ -33,9 +33,9 @@ def traced(name):
     return model, graph, find_sites(graph)
 
 
-def small(change=lambda module: None, rows=24):
-    """A two-block ViT with random weights (four sites), changed, and some random images."""
-    model = BY_NAME["vit"].load()
+def small(change=lambda module: None, rows=24, depth=2):
+    """A ViT of so many blocks with random weights, read at its class token, changed, and some random images."""
+    model = Architecture("small", timm_model("vit_tiny_patch16_224", **{**VIT, "depth": depth}), {}).load()
     with torch.no_grad():
         change(model.module)
     graph = trace(model)

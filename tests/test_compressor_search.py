@@ -1,434 +1,527 @@
-"""The search for drops: against the rewritten graph, a search without laziness, and planted redundancy."""
+"""The search: against a greedy one that measures everything, with planted effects, and on real models."""
 
 import dataclasses
 import functools
+import itertools
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import compressor.search
-from compressor import models
-from compressor.data import Shares, load
-from compressor.evaluate import EvaluationError, evaluate, graph_runner, metric_for, tensor_batches
-from compressor.search import PATIENCE, Effects, Loss, Validation, search
-from compressor.trace import trace
-from passes.base import apply
-from passes.cost import Costs
-from passes.drop import Drop
-from passes.plan import Plan
-from passes.run import Program, run
-from passes.sites import find_sites
-from tests.architectures import TIMM, TRANSFORMERS
+from compressor.effects import Effects
+from compressor.evaluate import evaluate, graph_runner, metric_for, tensor_batches
+from compressor.journal import Journal
+from compressor.prices import counted
+from compressor.rewrite import Rewriter
+from compressor.search import FRONT, PATIENCE, SOFTENED, Search
+from compressor.validation import Loss, Validation
+from passes.base import PassError
+from passes.graph import Site
+from passes.plan import Plan, merged_tokens
+from passes.run import run
+from tests.samples import digits, small, spread
 
-BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
-
-
-@functools.cache
-def digits():
-    """The embedded model, trained, with 160 of its samples: 40 to calibrate, 40 to validate."""
-    model = models.load(None)
-    data = load(str(models.SAMPLE / "digits.npz"), model.preprocess, task=model.task, shares=Shares(total=160))
-    graph = trace(model)
-    return model, data, graph, find_sites(graph)
+# -------------------------------------------------------------------------------------------------- planted effects
 
 
-def auto(max_loss, samples=16, **changes):
-    model, data, graph, sites = digits()
-    effects = Effects(graph, model, data.calibration.head(samples))
-    metric = changes.get("metric", metric_for(model.task, data.label_kind))
-    validation = Validation(graph, model, data.validation, metric)
-    lines = []
-    plan = search(
-        graph, model, sites, Costs(graph, model.example), effects, validation, max_loss=max_loss, progress=lines.append
+class World:
+    """Sites with planted effects, costs and losses; a graph is the set of changes made to it.
+
+    Effects only ever grow with what else was changed, no stand-in is better than the search expects and none saves
+    more than the drop: the case for which lazy greedy is exact (Minoux 1978). It plays all parts that a search needs.
+    """
+
+    def __init__(self, seed=0, count=8, actions=("drop", "linear", "scale"), refused=(), slope=0.0):
+        rng = np.random.default_rng(seed)
+        self.sites = tuple(
+            Site(f"s{n}", "mlp", f"b{n}", n, 8, 2, f"a{n}", f"f{n}", f"t{n}", f"a{n}") for n in range(count)
+        )
+        self.actions, self.refused, self.slope = actions, dict(refused), slope
+        self.original, self.split, self.counter = frozenset(), range(40), self
+        self.own, self.saves = {}, {}
+        for site in self.sites:
+            drop, saved = rng.random(), int(rng.integers(10, 1000))
+            for share in (0.12, 0.25, 0.37):
+                self.own[site.name, f"merge:{share:.0%}"], self.saves[site.name, f"merge:{share:.0%}"] = (
+                    share**2,
+                    500 * share,
+                )
+            for action in dict.fromkeys(("drop", *actions)):
+                least = SOFTENED.get(action, 1.0)
+                self.own[site.name, action] = drop * (1.0 if action == "drop" else rng.uniform(least, 1.1))
+                self.saves[site.name, action] = saved if action == "drop" else int(saved * rng.uniform(0.3, 1.0))
+        self.pairs = rng.random((count, count)) * 0.2
+        self.whole = 2 * sum(self.saves[site.name, "drop"] for site in self.sites)
+        self.measured, self.tried, self.losses = [], [], 0
+
+    def begin(self, limit=100.0, **options):
+        return Search(self, self, self, self, self.actions, limit, **options)
+
+    def changed(self, graph, name, action, fits=None):
+        self.tried.append((name, action))
+        where = "measured" if fits is not None or action == "drop" else "carried out"
+        if self.refused.get((name, action)) in (where, "always"):
+            raise PassError(f"{name} cannot be {where}.")
+        return graph | {(name, action)}
+
+    def carried_out(self, changes):
+        """Tokens are merged last, see `Rewriter.reduced`."""
+        return frozenset(change for change in changes.items() if merged_tokens(change[1]) is None)
+
+    def reduced(self, graph, changes):
+        return graph | {change for change in changes.items() if merged_tokens(change[1]) is not None}
+
+    def fits(self, graph, names, split):
+        return {name: SimpleNamespace() for name in names}
+
+    def divergence(self, graph):
+        places = sorted(int(name[1:]) for name, _ in graph)
+        together = sum(self.pairs[pair] for pair in itertools.combinations(places, 2))
+        return sum(self.own[change] for change in graph) + float(together)
+
+    def measure(self, graph, variants):
+        self.measured.extend(variants)
+        return self.divergence(graph), {key: self.divergence(variant) for key, variant in variants.items()}
+
+    def loss(self, graph, *, limit):
+        self.losses += 1
+        return Loss(self.slope * self.divergence(graph), len(self.split))
+
+    def count(self, graph):
+        return SimpleNamespace(multiply_adds=self.whole - sum(self.saves[change] for change in graph))
+
+    def of(self, work):
+        return float(work.multiply_adds)
+
+    def cost(self, graph):
+        return self.of(self.count(graph))
+
+    def greedy(self, count):
+        """Measures everything again at each step."""
+        graph, order = frozenset(), []
+        rest = {(site.name, action) for site in self.sites for action in self.actions}
+        while len(order) < count:
+            now = self.divergence(graph)
+            best = min(rest, key=lambda change: (self.divergence(graph | {change}) - now) / self.saves[change])
+            graph, rest = graph | {best}, {change for change in rest if change[0] != best[0]}
+            order.append(best)
+        return order
+
+
+@pytest.fixture
+def nothing_unread(monkeypatch):
+    """Planted graphs have no nodes."""
+    monkeypatch.setattr(compressor.search, "read_parts", lambda graph: {})
+
+
+@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.parametrize("actions", [("drop",), ("drop", "linear", "scale"), ("low-rank:4", "linear")])
+@pytest.mark.parametrize("front", [1, 2, FRONT])
+@pytest.mark.parametrize("seed", range(3))
+def test_laziness_is_exact_where_effects_only_grow(front, seed, actions, monkeypatch):
+    monkeypatch.setattr(compressor.search, "FRONT", front)
+    world = World(seed, count=12, actions=actions)
+    search = world.begin()
+    search.run()
+    assert list(search.changes.items()) == world.greedy(12)
+    every = sum(len(actions) * left for left in range(1, 13))
+    assert len(world.measured) < every
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_steps_state_what_they_led_to():
+    world = World(slope=3.0)
+    search = world.begin()
+    search.run()
+    graph = frozenset()
+    for step in search.steps:
+        before, graph = graph, graph | {(step.site, step.action)}
+        assert step.divergence == pytest.approx(world.divergence(graph), abs=1e-12)
+        assert step.added == pytest.approx(world.divergence(graph) - world.divergence(before), abs=1e-12)
+        assert step.loss == pytest.approx(3.0 * world.divergence(graph), abs=1e-12)
+        assert step.cost == step.multiply_adds == world.cost(graph)
+    assert search.graph == graph
+    assert search.speedup == world.whole / world.cost(graph)
+    assert len(search.steps) == len(world.sites)  # each site once
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 5), st.floats(1.0, 3.0), st.floats(1.0, 3.0))
+def test_a_run_ends_as_soon_as_it_is_fast_enough(seed, first, second):
+    """And a later run for more goes on where it ended, as if it had been asked for more at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressor.search, "read_parts", lambda graph: {})
+        search, whole = World(seed).begin(), World(seed).begin()
+        whole.run()
+        costs = [whole.whole, *(step.cost for step in whole.steps)]
+        for enough in (first, max(first, second)):
+            search.run(enough)
+            needed = next((made for made, cost in enumerate(costs) if whole.whole / cost >= enough), len(whole.steps))
+            assert search.steps == whole.steps[:needed]
+
+
+@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.parametrize("enough", [0.5, 1.0, 1.2, math.inf])
+def test_every_site_has_a_reason(enough):
+    world = World(slope=30.0, refused={("s3", action): "always" for action in ("linear", "scale")})
+    search = world.begin(limit=60.0)
+    search.run(enough)
+    plan = search.plan("m", "auto")
+    assert [decision.site for decision in plan.decisions] == [site.name for site in world.sites]
+    for decision in plan.decisions:
+        if decision.action != "keep":
+            number = plan.order.index(decision.site) + 1
+            assert decision.reason.startswith("adds ")
+            assert decision.reason.endswith(f"% with {number} changed")
+        else:
+            assert decision.reason.split()[0] in ("not", "drop", "linear", "scale")
+        assert "nan" not in decision.reason
+    assert plan.changes == search.changes
+    assert Plan.from_json(plan.to_json()) == plan
+    plan.check(world.sites)
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_shorter_plans_are_the_first_steps():
+    world = World()
+    search = world.begin()
+    search.run()
+    for count in range(len(search.steps) + 1):
+        plan = search.plan("m", "sweep", count)
+        assert list(plan.changes.items()) == list(search.changes.items())[:count]
+        assert all(decision.reason for decision in plan.decisions)
+    assert search.plan("m", "sweep", len(search.steps)) == search.plan("m", "sweep")
+
+
+@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.parametrize("limit", [0.0, 10.0, 40.0])
+def test_so_many_in_a_row_break_the_limit_and_it_ends(limit):
+    world, lines = World(slope=30.0, count=12), []
+    search = world.begin(limit=limit, progress=lines.append)
+    search.run()
+    counts = [int(line.split()[0]) for line in lines]
+    broke = [later == earlier for earlier, later in zip([0, *counts], counts, strict=False)]
+    assert broke[-PATIENCE:] == [True] * PATIENCE
+    assert all(not all(broke[place : place + PATIENCE]) for place in range(len(broke) - PATIENCE))
+    assert world.losses == len(lines)
+    assert all(step.loss <= limit for step in search.steps)
+    refused = [reason for reason in search.refused.values() if f"would exceed {limit:g} %" in reason]
+    assert len(refused) == sum(broke)
+
+
+@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.parametrize("where", ["measured", "carried out", "always"])
+def test_what_cannot_be_done_is_told_and_never_tried_again(where):
+    refused = {(f"s{number}", "linear"): where for number in range(0, 8, 2)}
+    world = World(actions=("drop", "linear"), refused=refused)
+    world.own |= dict.fromkeys(refused, 0.0)  # the search would like each of them best
+    world.pairs[:] = 0.0
+    search = world.begin()
+    search.run()
+    place = "carried out" if where == "carried out" else "measured"
+    for change in refused:
+        assert search.refused[change] == f"linear refused: {change[0]} cannot be {place}."
+        assert world.tried.count(change) <= 1 + (where == "carried out" and world.measured.count(change))
+        assert search.changes[change[0]] == "drop"
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_where_nothing_can_be_done_the_reasons_say_so():
+    world = World(count=3, actions=("linear",), refused={(f"s{number}", "linear"): "always" for number in range(3)})
+    search = world.begin()
+    search.run()
+    assert not search.steps
+    reasons = [decision.reason for decision in search.plan("m", "auto").decisions]
+    assert reasons == [f"linear refused: s{number} cannot be measured." for number in range(3)]
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_what_saves_nothing_is_not_tried():
+    world = World(count=4, actions=("drop", "linear"))
+    world.saves |= {("s1", "linear"): 0, ("s2", "linear"): -50}
+    world.own |= {(f"s{number}", "linear"): 0.0 for number in range(4)}  # all for nothing
+    world.pairs[:] = 0.0
+    search = world.begin()
+    search.run()
+    assert search.changes["s1"] == search.changes["s2"] == "drop"
+    assert search.changes["s0"] == search.changes["s3"] == "linear"
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_what_is_no_longer_finite_is_left_alone():
+    world = World(count=4, actions=("drop",))
+    world.own["s2", "drop"] = math.inf
+    search = world.begin()
+    search.run()
+    assert set(search.changes) == {"s0", "s1", "s3"}
+    assert "not tried: drop added inf divergence" in reason(search.plan("m", "auto"), "s2")
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_what_was_asked_for_stays_and_comes_first():
+    world = World()
+    search = world.begin(given={"s5": "drop", "s2": "merge:25%"})
+    assert search.speedup == world.whole / world.cost({("s5", "drop"), ("s2", "merge:25%")})
+    search.run()
+    assert list(search.changes)[:2] == ["s5", "s2"]
+    assert set(search.changes) == {site.name for site in world.sites}
+    plan = search.plan("m", "auto")
+    assert plan.changes == search.changes
+    assert reason(plan, "s5") == reason(plan, "s2") == "asked for"
+    assert not {"s5", "s2"} & {name for name, _ in world.measured}
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_more_tokens_are_merged_step_by_step():
+    """Only behind attentions; where tokens were merged the branch stays, and the plan holds the last share."""
+    world = World(actions=("drop", "merge"))
+    world.sites = tuple(
+        dataclasses.replace(site, kind="attention" if site.order < 2 else "mlp") for site in world.sites
     )
-    return plan, validation.sweeps, validation, lines
+    world.own |= {(name, "drop"): 50.0 for name in ("s0", "s1")}
+    search = world.begin()
+    search.run()
+    for name in ("s0", "s1"):
+        shares = [merged_tokens(step.action) for step in search.steps if step.site == name]
+        assert shares == sorted(shares)
+        last = max(place for place, step in enumerate(search.steps) if step.site == name)
+        number = len({step.site for step in search.steps[: last + 1]})
+        assert reason(search.plan("m", "auto"), name).endswith(f"% with {number} changed")
+        assert search.changes[name] == search.plan("m", "auto").changes[name] == "merge:37%"
+    assert {search.changes[site.name] for site in world.sites[2:]} == {"drop"}
+    for count in range(len(search.steps) + 1):
+        made = search.plan("m", "sweep", count).changes
+        cost = world.cost(world.reduced(world.carried_out(made), made))
+        assert cost == ([world.whole] + [step.cost for step in search.steps])[count]
 
 
-@functools.cache
-def searched(max_loss):
-    return auto(max_loss)
+# ------------------------------------------------------------------------------------------------------- interrupts
 
 
-@dataclasses.dataclass
-class Tensors:
-    """A split of ready tensors, in batches of the size asked for."""
-
-    rows: np.ndarray
-    labels: np.ndarray | None = None
-    indices: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        self.indices = tuple(range(len(self.rows))) if not self.indices else self.indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def batches(self, size):
-        for start in range(0, len(self), size):
-            part = list(self.indices[start : start + size])
-            labels = None if self.labels is None else self.labels[part]
-            yield SimpleNamespace(
-                feeds={"x": self.rows[part]}, labels=labels, rows_per_sample=1, ids=tuple(map(str, part))
-            )
+def journaled(path, **options):
+    world = World(slope=20.0, count=10, refused={("s1", "linear"): "measured", ("s4", "scale"): "carried out"})
+    return world, world.begin(limit=70.0, journal=Journal("s", path), **options)
 
 
-def small(change=lambda module: None):
-    """A two-block ViT with random weights (four sites), changed, and 24 random images."""
-    model = BY_NAME["vit"].load()
-    with torch.no_grad():
-        change(model.module)
-    graph = trace(model)
-    images = np.random.default_rng(0).random((24, 3, 32, 32), dtype=np.float32)
-    return dataclasses.replace(model, task="image-classification"), graph, find_sites(graph), Tensors(images)
+@pytest.mark.usefixtures("nothing_unread")
+def test_with_the_same_journal_nothing_is_measured_again(tmp_path):
+    first, search = journaled(tmp_path / "j")
+    search.run()
+    second, again = journaled(tmp_path / "j")
+    again.run()
+    assert first.measured
+    assert first.losses
+    assert (second.measured, second.losses) == ([], 0)
+    assert again.plan("m", "auto") == search.plan("m", "auto")
+    assert again.steps == search.steps
+    assert (search.journal.found, again.journal.found) == (0, len(again.journal))
 
 
-# ----------------------------------------------------------------------------------------------- the whole, on digits
+@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.parametrize("after", range(1, 10))
+@pytest.mark.parametrize("part", ["progress", "measure", "loss"])
+def test_an_interrupted_search_goes_on_as_if_nothing_had_been(tmp_path, part, after):
+    whole, uninterrupted = journaled(tmp_path / "whole")
+    uninterrupted.run()
+    count = itertools.count(1)
+
+    def interrupted(function, *arguments, **options):
+        if next(count) == after:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    first, search = journaled(tmp_path / "j")
+    if part == "progress":
+        search.progress = functools.partial(interrupted, lambda line: None)
+    else:
+        setattr(first, part, functools.partial(interrupted, getattr(first, part)))
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    second, resumed = journaled(tmp_path / "j")
+    resumed.run()
+    assert resumed.steps == uninterrupted.steps
+    assert resumed.refused == uninterrupted.refused
+    assert resumed.plan("m", "auto") == uninterrupted.plan("m", "auto")
+    assert first.losses + second.losses == whole.losses
+    assert sorted(first.measured + second.measured) == sorted(whole.measured)
 
 
-@pytest.mark.parametrize("max_loss", [0.0, 2.6, 30.0])
-def test_the_rewritten_graph_keeps_the_budget(max_loss):
-    """Evaluated anew with the drops carried out: 40 samples, so that one wrong answer is 2.5 points."""
-    plan, _, validation, _ = searched(max_loss)
+# ------------------------------------------------------------------------------------------------------- real models
+
+
+def begun(model, graph, sites, split, actions, limit=100.0, *, metric="agreement", held_out=None, **options):
+    return Search(
+        Rewriter(graph, sites, split),
+        Effects(graph, model, split),
+        Validation(graph, model, split if held_out is None else held_out, metric),
+        counted(graph, {name: (1, *value.shape[1:]) for name, value in model.example.items()}),
+        actions,
+        limit,
+        **options,
+    )
+
+
+def on_digits(limit=2.6):
+    """40 samples to validate, so that one wrong answer is 2.5 points."""
+    model, data, graph, sites = digits()
+    metric, split = metric_for(model.task, data.label_kind), data.calibration.head(16)
+    search = begun(model, graph, sites, split, DROPS, limit, metric=metric, held_out=data.validation)
+    search.run()
+    return search, data.test
+
+
+def on_a_small_model(limit=40.0):
+    model, graph, sites, split = small(spread(0.1))
+    parts = dataclasses.replace(split, most=8)  # several batches, so that stand-ins are judged on held-out ones
+    search = begun(model, graph, sites, parts, ALL, limit, held_out=split)
+    search.run()
+    return search, split
+
+
+once = functools.cache(lambda begin: begin())
+DROPS, ALL = ("drop",), ("drop", "constant", "scale", "low-rank:4", "linear", "fuse")
+
+
+@pytest.mark.parametrize("begin", [on_digits, on_a_small_model])
+def test_a_plan_carried_out_anew_gives_the_graph_of_the_search(begin):
+    """Bit for bit: the same sums over the same batches."""
+    search, rows = once(begin)
+    made = search.rewriter
+    plan = Plan.from_json(search.plan("m", "auto").to_json())
+    again = Rewriter(made.original, made.sites, made.split).rewritten(plan.changes)
+    for feeds in tensor_batches(rows):
+        for left, right in zip(run(search.reduced, feeds), run(again, feeds), strict=True):
+            assert torch.equal(left, right)
+    assert search.steps
+    assert search.steps[-1].loss == search.validation.loss(again).percent <= search.limit + 1e-9
+    assert search.steps[-1].cost == search.prices.cost(again)
+    if begin is on_a_small_model:
+        assert len(set(plan.changes.values())) > 1
+
+
+def test_the_budget_is_kept_as_the_user_will_measure_it():
+    search, _ = once(on_digits)
     model, data, graph, _ = digits()
-    rewritten = graph.fork()
-    apply(Drop(plan.dropped), rewritten)
     runners = {
         "before": graph_runner(model, functools.partial(run, graph)),
-        "after": graph_runner(model, functools.partial(run, rewritten)),
+        "after": graph_runner(model, functools.partial(run, search.reduced)),
     }
     found = evaluate(data.validation, runners, metric="accuracy", reference="before")
-    expected = float(found.columns["after"]["regret"].mean()) * 100
-    assert found.loss_value("before", "after") <= max_loss
-    assert expected <= max_loss
-    by_name = {site.name: site for site in digits()[3]}
-    again = validation.loss([by_name[name] for name in plan.order])
-    assert again.percent == pytest.approx(max(found.loss_value("before", "after"), expected), abs=1e-6)  # other batches
-    if plan.dropped:
-        assert f"{again.percent:.2f} % with {len(plan.order)} dropped" in reason(plan, plan.order[-1])
+    regret = float(found.columns["after"]["regret"].mean()) * 100
+    lost = max(found.loss_value("before", "after"), regret)
+    assert lost <= 2.6
+    assert search.steps[-1].loss == pytest.approx(lost, abs=1e-6)  # rounding in other batches
 
 
-def reason(plan, name):
-    return next(decision.reason for decision in plan.decisions if decision.site == name)
-
-
-def test_larger_budgets_drop_more_and_start_the_same():
-    plans = [searched(max_loss)[0] for max_loss in (0.0, 2.6, 30.0)]
-    assert len(plans[0].order) <= len(plans[1].order) <= len(plans[2].order)
-    assert 0 < len(plans[2].order) < 24
-    refused = [next((d.site for d in plan.decisions if "would exceed" in d.reason), None) for plan in plans]
-    assert refused[0] is not None  # no loss at all cannot be kept by dropping everything
-    small_plan, large_plan = plans[1], plans[2]
-    common = 0
-    while common < len(small_plan.order) and small_plan.order[common] == large_plan.order[common]:
-        common += 1
-    # Up to its first refusal the smaller budget walks the same way.
-    first = next(i for i, line in enumerate(searched(2.6)[3]) if not line.startswith(f"{i + 1} dropped"))
-    assert common >= first
-
-
-def test_every_site_has_a_measured_reason():
-    plan, _, _, lines = searched(2.6)
-    for decision in plan.decisions:
-        if decision.action == "drop":
-            assert "validation loss" in decision.reason
-            assert "dropped" in decision.reason
-        else:
-            assert "would exceed 2.6 %" in decision.reason or decision.reason.startswith("not tried: added ")
-        assert "nan" not in decision.reason
-    assert len(lines) == sum("validation loss" in decision.reason for decision in plan.decisions)
-    assert Plan.from_json(plan.to_json()) == plan
-    plan.check(digits()[3])
-
-
-def test_search_is_deterministic():
-    assert auto(2.6)[0] == searched(2.6)[0]
-
-
-def test_search_stops_after_so_many_refusals_in_a_row():
-    lines = searched(0.0)[3]
-    counts = [int(line.split()[0]) for line in lines]
-    refusals = [later == earlier for earlier, later in zip([0, *counts], counts, strict=False)]
-    assert refusals[-PATIENCE:] == [True] * PATIENCE
-    row = 0
-    for refused in refusals[:-1]:
-        row = row + 1 if refused else 0
-        assert row < PATIENCE
+def test_the_search_is_deterministic():
+    (again, _), (first, _) = on_a_small_model(), once(on_a_small_model)
+    assert again.plan("m", "auto") == first.plan("m", "auto")
+    assert again.steps == first.steps
 
 
 def test_stopping_early_changes_no_decision(monkeypatch):
     """A candidate that is certain to break the budget need not be run to the end; with the end the plan is the same."""
-    plan, sweeps, _, _ = searched(2.6)
-    bounded = Validation.loss
+    search, _ = once(on_digits)
+    bounded, tried = Validation.loss, []
 
-    def unbounded(validation, skip, *, limit):
+    def unbounded(validation, graph, *, limit):
         assert limit == 2.6
-        return bounded(validation, skip)
+        tried.append(graph)
+        return bounded(validation, graph)
 
     monkeypatch.setattr(Validation, "loss", unbounded)
-    patient, full, _, lines = auto(2.6)
-    assert (patient.order, patient.dropped) == (plan.order, plan.dropped)
-    assert full == pytest.approx(1 + len(lines))
-    assert sweeps < full
+    patient, _ = on_digits()
+    assert patient.changes == search.changes
+    assert patient.validation.sweeps == pytest.approx(1 + len(tried))
+    assert search.validation.sweeps < patient.validation.sweeps
 
 
-# ------------------------------------------------------------------------------------------------------------ effects
+@pytest.mark.parametrize("seed", range(2))
+def test_drops_alone_equal_a_greedy_that_measures_everything_again(seed):
+    model, graph, sites, split = small(spread(seed=seed))
+    search = begun(model, graph, sites, split, DROPS)
+    search.run()
+    rewriter, effects, prices, order, now = search.rewriter, search.effects, search.prices, [], graph
+    while len(order) < len(sites):
+        forks = {site.name: rewriter.changed(now, site.name, "drop") for site in sites if site.name not in order}
+        base, found = effects.measure(now, forks)
+        saved = {name: prices.cost(now) - prices.cost(fork) for name, fork in forks.items()}
+        order.append(min(found, key=lambda name: (found[name] - base) / saved[name]))
+        now = forks[order[-1]]
+    assert list(search.changes) == order
 
 
-def test_effects_are_measured_under_the_current_drops():
-    """Against a rewritten graph per candidate, divergence written out; torch.equal graphs, so float64 sums only."""
-    model, graph, sites, split = small()
-    effects = Effects(graph, model, split)
-
-    def naive(skip):
-        rewritten = graph.fork()
-        apply(Drop(tuple(site.name for site in skip)), rewritten)
-        total = 0.0
-        for feeds in tensor_batches(split):
-            with torch.inference_mode():
-                p, q = (run(each, feeds)[0].double().softmax(-1) for each in (graph, rewritten))
-            total += float((p * (p.log() - q.log())).sum())
-        return total / len(split)
-
-    for skip in ([], [sites[0]], [sites[1], sites[2]]):
-        rest = [site for site in sites if site not in skip]
-        base, found = effects.measure(skip, rest)
-        assert base == pytest.approx(naive(skip), abs=1e-7)  # the search sums float32 terms
-        for site in rest:
-            assert found[site] == pytest.approx(naive([*skip, site]), abs=1e-7)
-    assert effects.measure([], [])[0] == 0.0
-
-
-def test_effects_of_blocks_are_those_of_all_their_sites():
-    model, graph, sites, split = small()
-    effects = Effects(graph, model, split)
-    blocks = [sites[:2], sites[2:]]
-    assert effects.of_units(blocks) == [effects.measure(list(block), [])[0] for block in blocks]
-    assert effects.of_units([[site] for site in sites]) == list(effects.measure([], sites)[1].values())
-
-
-def test_sweeps_count_the_nodes_that_were_run(monkeypatch):
-    model, graph, sites, split = small()
-    effects = Effects(graph, model, split)
-    assert effects.sweeps == 1.0
-    executed = []
-    step = Program.step
-    monkeypatch.setattr(Program, "step", lambda self, node, values: executed.append(node) or step(self, node, values))
-    computed = lambda nodes: sum(node.op == "call_function" for node in nodes)  # noqa: E731
-    run(graph, next(tensor_batches(split)))
-    one = computed(executed)
-    executed.clear()
-    effects.measure([sites[1]], [sites[0], *sites[2:]])
-    assert effects.sweeps - 1 == pytest.approx(computed(executed) / one, abs=1e-12)
-    assert effects.sweeps - 1 < 4  # forks share what comes before them
-    before = effects.sweeps
-    executed.clear()
-    effects.of_units([sites[:2], sites[2:]])
-    assert effects.sweeps - before == pytest.approx(computed(executed) / one, abs=1e-12)
-
-
-def test_texts_are_compared_where_there_is_no_padding():
-    model = BY_NAME["hf_bert"].load()
-    with torch.no_grad():
-        for parameter in model.module.encoder.parameters():
-            parameter.mul_(8.0 if parameter.ndim > 1 else 1.0)  # random weights start so small that nothing matters
-    graph = trace(model)
-    sites = find_sites(graph)
-    feeds = {name: value.numpy() for name, value in model.example.items()}
-    short = {name: value[1:, :5] for name, value in feeds.items()}  # the second row, whose last two tokens are padding
-    padded = {name: value[1:] for name, value in feeds.items()}
-    measured = []
-    for rows in (short, padded):
-        split = SimpleNamespace(batches=lambda _, rows=rows: iter([SimpleNamespace(feeds=rows)]))
-        measured.append(Effects(graph, model, split).of_units([[site] for site in sites]))
-    assert measured[0] == pytest.approx(measured[1], abs=1e-6)  # 1 - cosine in float32
-    assert min(measured[0]) > 1e-4
-
-
-# ------------------------------------------------------------------------------------------------- choices, on purpose
-
-
-def greedy(effects, sites, saved, count):
-    """Measures everything again at each step."""
-    skip, rest = [], list(sites)
-    while len(skip) < count:
-        base, found = effects.measure(skip, rest)
-        best = min(rest, key=lambda site: (found[site] - base) / saved[site])
-        skip.append(best)
-        rest.remove(best)
-    return [site.name for site in skip]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_choices_equal_those_of_a_search_that_measures_everything_again(seed):
-    def scaled(module):
-        torch.manual_seed(seed)
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-
-    model, graph, sites, split = small(scaled)
-    costs = Costs(graph, model.example)
-    effects = Effects(graph, model, split)
-    validation = Validation(graph, model, split, "agreement")
-    plan = search(graph, model, sites, costs, effects, validation, max_loss=100.0)
-    saved = {site: costs.saved(site).multiply_adds for site in sites}
-    assert list(plan.order) == greedy(effects, sites, saved, len(sites))
-
-
-class Planted:
-    """Effects that only ever grow with what else is gone: the case for which lazy greedy is exact (Minoux 1978)."""
-
-    def __init__(self, sites, seed):
-        rng = np.random.default_rng(seed)
-        self.own = dict(zip(sites, rng.random(len(sites)), strict=True))
-        self.pairs = rng.random((len(sites), len(sites)))
-        self.measured = 0
-
-    def measure(self, skip, candidates):
-        self.measured += len(candidates)
-        return self._of(skip), {site: self._of([*skip, site]) for site in candidates}
-
-    def _of(self, gone):
-        together = sum(self.pairs[a.order, b.order] for a in gone for b in gone if a.order < b.order)
-        return sum(self.own[site] for site in gone) + 0.2 * float(together)
-
-
-@pytest.mark.parametrize("front", [1, 2, 6])
-@pytest.mark.parametrize("seed", range(3))
-def test_laziness_is_exact_where_effects_only_grow(front, seed, monkeypatch):
-    monkeypatch.setattr(compressor.search, "FRONT", front)
-    model, _, graph, sites = digits()
-    costs = Costs(graph, model.example)
-    lazy, eager = Planted(sites, seed), Planted(sites, seed)
-    unlimited = SimpleNamespace(split=[], loss=lambda skip, *, limit: Loss(0.0, 0))
-    plan = search(graph, model, sites, costs, lazy, unlimited, max_loss=1.0)
-    saved = {site: costs.saved(site).multiply_adds for site in sites}
-    assert list(plan.order) == greedy(eager, sites, saved, len(sites))
-    assert lazy.measured < eager.measured
-
-
-@pytest.mark.parametrize(
-    "empty", [("blocks.0.mlp",), ("blocks.1.attn", "blocks.0.mlp"), ("blocks.0.attn", "blocks.1.mlp")]
-)
-def test_branches_that_do_nothing_go_first(empty):
+@pytest.mark.parametrize("empty", [("blocks.0.mlp",), ("blocks.1.attn", "blocks.0.mlp")])
+def test_branches_that_do_next_to_nothing_go_first(empty):
     def plant(module):
+        spread()(module)
         for name in empty:
             branch = module.get_submodule(name)
             last = branch.proj if name.endswith("attn") else branch.fc2
-            last.weight.zero_()
-            last.bias.zero_()
+            last.weight.mul_(1e-6)
+            last.bias.mul_(1e-6)
 
-    model, graph, sites, split = small(plant)
-    effects = Effects(graph, model, split)
-    validation = Validation(graph, model, split, "agreement")
-    plan = search(graph, model, sites, Costs(graph, model.example), effects, validation, max_loss=0.0)
-    assert set(plan.order[: len(empty)]) == set(empty)
-    for name in empty:
-        assert reason(plan, name).startswith("adds 0.0000 divergence; validation loss 0.00 %")
-    assert effects.measure([site for site in sites if site.name in empty], [])[0] == 0.0  # x + 0 is x
+    search = begun(*small(plant), ("drop", "low-rank:4", "linear"), 0.0)
+    search.run()
+    first = list(search.changes.items())[: len(empty)]
+    assert {name for name, _ in first} == set(empty)
+    assert {action for _, action in first} == {"drop"}
+    for step in search.steps[: len(empty)]:
+        assert (step.added, step.loss) == (pytest.approx(0.0, abs=1e-5), pytest.approx(0.0, abs=1e-9))
 
 
-class Fragile(torch.nn.Module):
-    """Without its first branch it takes the root of a negative number."""
+class Straight(torch.nn.Module):
+    """A linear map hidden in three layers, as costly as an MLP."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.head = (torch.nn.Linear(4, 4) for _ in range(3))
-        with torch.no_grad():
-            for layer in (self.a, self.b):
-                layer.weight.zero_()
-            self.a.bias.fill_(9.0)
-            self.b.bias.fill_(0.0)
+        self.fc1, self.fc2 = torch.nn.Linear(16, 256), torch.nn.Linear(256, 16)
 
     def forward(self, x):
-        x = x - 2.0
-        x = x + self.a(x)
-        x = x + self.b(x)
-        return self.head(torch.sqrt(x))
+        return self.fc2(self.fc1(x))
 
 
-def test_a_drop_that_gives_nan_is_refused_and_the_search_goes_on():
-    torch.manual_seed(0)
-    rows = torch.rand(6, 4)
-    model = models.load(Fragile(), example_inputs=rows, task="text-classification")
-    graph = trace(model)
-    sites = find_sites(graph)
-    split = Tensors(rows.numpy())
-    effects, validation = Effects(graph, model, split), Validation(graph, model, split, "agreement")
-    plan = search(graph, model, sites, Costs(graph, model.example), effects, validation, max_loss=99.0)
-    assert plan.dropped == ("b",)
-    assert effects.of_units([[site] for site in sites]) == [math.inf, 0.0]
-    assert "validation loss inf % would exceed 99 %" in reason(plan, "a")
+@pytest.mark.parametrize("action", ["linear", "low-rank:8"])
+def test_a_branch_that_is_linear_is_replaced_and_not_kept(action):
+    """Dropping it loses what the limit forbids; its map does not, and saves most of its multiply-adds."""
+
+    def plant(module):
+        spread(0.3)(module)
+        block = module.blocks[0]
+        block.mlp, block.norm2 = Straight(), torch.nn.Identity()
+        if action == "low-rank:8":
+            block.mlp.fc2.weight[8:] = 0.0
+            block.mlp.fc2.bias[:] = 0.0
+
+    model, graph, sites, split = small(plant, rows=64)
+    search = begun(model, graph, sites, split, ("drop", action), 1.0, metric="fidelity")
+    search.run()
+    linear = next(site.name for site in sites if site.name.startswith("blocks.0.mlp"))
+    assert search.changes[linear] == action
+    assert next(step for step in search.steps if step.site == linear).added == pytest.approx(0.0, abs=1e-4)
 
 
-def test_an_original_that_gives_nan_is_an_error():
-    model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
-    with pytest.raises(EvaluationError, match="gave NaN or infinity on calibration data"):
-        Effects(graph, model, split)
-    with pytest.raises(EvaluationError, match="gave NaN or infinity for sample 0"):
-        Validation(graph, model, split, "agreement")
+def test_savings_are_priced_again_when_fewer_tokens_are_read(monkeypatch):
+    """Without the last attention, the block before is needed for the class token alone: its attention saves more."""
+    model, graph, sites, split = small(spread(), depth=3)
+    search = begun(model, graph, sites, split, DROPS)
+    search.front.best()
+    before = dict(search.front.saved)
+    _, middle, last = (site.name for site in sites if site.kind == "attention")
+    monkeypatch.setattr(search.front, "best", iter([(last, "drop"), None]).__next__)
+    search.run()
+    assert list(search.changes) == [last]
+    after = search.front.saved
+    for name, action in search.front.candidates:
+        fork = search.rewriter.changed(search.graph, name, action)
+        assert after[name, action] == search.cost - search.prices.cost(fork)
+    assert after[middle, "drop"] > before[middle, "drop"]
 
 
-# --------------------------------------------------------------------------------------------------------- validation
-
-
-@pytest.mark.parametrize("metric", ["accuracy", "agreement", "fidelity"])
-def test_what_is_certain_never_exceeds_the_loss(metric, monkeypatch):
-    monkeypatch.setattr(compressor.search, "BATCH", 5)
-    model, graph, sites, split = small()
-    split.labels = np.arange(24) % 5
-    validation = Validation(graph, model, split, metric)
-    for skip in ([sites[0]], sites[:2], sites):
-        whole = validation.loss(skip)
-        assert whole.samples == 24
-        for limit in (0.0, whole.percent / 2, whole.percent, 1e9):
-            early = validation.loss(skip, limit=limit)
-            assert early.percent <= whole.percent + 1e-9
-            assert (early.percent > limit) == (whole.percent > limit)
-            assert early == whole or early.percent > limit
-    assert validation.loss([]).percent == pytest.approx(0.0, abs=1e-6)  # float32 cosines
-
-
-def test_samples_on_which_the_original_wavers_come_first():
-    model, data, graph, _ = digits()
-    validation = Validation(graph, model, data.validation, "accuracy")
-    assert sorted(validation.split.indices) == sorted(data.validation.indices)
-    with torch.inference_mode():
-        answers = torch.cat([run(graph, feeds)[0] for feeds in tensor_batches(validation.split)])
-    best = answers.topk(2).values
-    assert ((best[:, 0] - best[:, 1]).diff() >= -1e-5).all()  # answers in other batches round differently
-    assert validation.loss([]).percent == 0.0
-
-
-def test_perplexity_is_given_up_early_only_when_it_is_lost(monkeypatch):
-    monkeypatch.setattr(compressor.search, "BATCH", 1)
-    model = dataclasses.replace(BY_NAME["hf_bert"].load(), task="text-generation")
-    graph = trace(model)
-    feeds = {name: value.numpy() for name, value in model.example.items()}
-    feeds["input_ids"] = feeds["input_ids"] % 8  # so that the hidden state can pass for logits
-    split = TextSplit({name: np.concatenate([value] * 3) for name, value in feeds.items()})
-    validation = Validation(graph, model, split, "perplexity")
-    sites = find_sites(graph)
-    whole = validation.loss(sites)
-    early = validation.loss(sites, limit=-99.0)
-    assert early.samples < whole.samples == 6
-    assert -99.0 < early.percent <= whole.percent
-    assert validation.loss([]).percent == pytest.approx(0.0, abs=1e-9)
-    assert validation.evaluations == pytest.approx(3 + early.samples / 6, abs=0.005)
-
-
-class TextSplit:
-    def __init__(self, feeds):
-        self.feeds = feeds
-
-    def __len__(self):
-        return len(self.feeds["input_ids"])
-
-    def batches(self, size):
-        for start in range(0, len(self), size):
-            feeds = {name: value[start : start + size] for name, value in self.feeds.items()}
-            ids = tuple(map(str, range(start, start + len(feeds["input_ids"]))))
-            yield SimpleNamespace(feeds=feeds, labels=None, rows_per_sample=1, ids=ids)
+def reason(plan, name):
+    return next(decision.reason for decision in plan.decisions if decision.site == name)

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from passes.base import PassError
 from passes.graph import Site
-from passes.plan import ACTIONS, METRICS, Decision, Plan, acting, choose, fingerprint, form_and_rank, parse
+from passes.plan import (
+    ACTIONS,
+    METRICS,
+    Decision,
+    Plan,
+    acting,
+    choose,
+    fingerprint,
+    form_and_rank,
+    merged_tokens,
+    merging,
+    parse,
+)
 from passes.score import Moments, Scores
 
 BLOCKS = 6
@@ -65,7 +77,9 @@ def plan_for(text, metric="reverse", **options):
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 texts = st.text(max_size=20)
-actions = st.sampled_from(["keep", *ACTIONS]) | st.integers(1, 10**6).map("low-rank:{}".format)
+DONE = [action for action in ACTIONS if action != "merge"]  # merging needs to know how much
+counts = st.integers(1, 10**6)
+actions = st.sampled_from(["keep", *DONE]) | counts.map("low-rank:{}".format) | counts.map("merge:{}".format)
 named = st.lists(st.tuples(st.text(min_size=1, max_size=12), actions, texts), unique_by=lambda entry: entry[0])
 
 
@@ -240,7 +254,8 @@ def test_ranks_are_read_back(rank):
 
 
 def test_every_action_has_a_form():
-    assert [form_and_rank(action) for action in ACTIONS] == [(action, None) for action in ACTIONS]
+    assert [form_and_rank(action) for action in DONE] == [(action, None) for action in DONE]
+    assert form_and_rank("merge:8") == form_and_rank("merge:25%") == ("merge", None)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +263,26 @@ def test_every_action_has_a_form():
     ["", "keep", "melt", "low-rank:", "low-rank:0", "low-rank:-3", "low-rank:x", "low-rank:1:2", "linear:4", "drop:"],
 )
 def test_unknown_actions_name_the_known_ones(action):
-    with pytest.raises(PassError, match=f"unknown action {action!r}; expected drop, constant, .* such as low-rank:48"):
+    with pytest.raises(PassError, match=f"unknown action {action!r}; expected drop, constant, .*, low-rank:RANK"):
         form_and_rank(action)
+
+
+@pytest.mark.parametrize("action", ["merge", "merge:", "merge:50%", "merge:%", "merge:-1", "merge:x", "merge:1.5"])
+def test_tokens_are_merged_by_number_or_by_less_than_half(action):
+    for read in (form_and_rank, merged_tokens):
+        with pytest.raises(PassError, match="expected merge:NUMBER or merge:SHARE% below 50%"):
+            read(action)
+
+
+def test_merges_join_a_plan():
+    plan = merging(plan_for("b.5"), {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"})
+    assert plan.order == ("b.5.attention", "b.5.mlp", "b.1.attention", "b.3.attention")
+    assert plan.merges == {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"}
+    assert [merged_tokens(action) for action in plan.merges.values()] == [0.25, 4]
+    assert merged_tokens("drop") is None
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(PassError, match=r"cannot be merged behind b\.5\.attention, which the plan changes"):
+        merging(plan, {"b.5.attention": "merge:2"})
 
 
 def test_one_stand_in_for_a_run_of_sites():
@@ -270,7 +303,7 @@ def test_one_stand_in_for_a_run_of_sites():
 
 
 @settings(deadline=None)
-@given(st.sets(st.integers(0, len(SITES) - 1), min_size=1), st.sampled_from(ACTIONS))
+@given(st.sets(st.integers(0, len(SITES) - 1), min_size=1), st.sampled_from(DONE))
 def test_acting_changes_the_same_sites(places, action):
     plan = plan_for(",".join(SITES[place].name for place in sorted(places)))
     changed = acting(plan, action)
