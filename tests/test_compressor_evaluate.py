@@ -13,6 +13,7 @@ from scipy import stats
 from compressor.data import Batch
 from compressor.evaluate import (
     LARGEST_NLL,
+    Evaluation,
     EvaluationError,
     compare,
     divergence,
@@ -290,6 +291,38 @@ def test_divergence_leaves_padding_out(task):
     torch.testing.assert_close(found[1:], divergence(task, answer[1:], original[1:]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("metric", "task", "shape", "rows"),
+    [
+        ("accuracy", "image-classification", (4, 6), 1),
+        ("agreement", "text-classification", (4, 6), 1),
+        ("perplexity", "text-generation", (4, 5, 6), 1),
+        ("spearman", "feature-extraction", (4, 6), 2),
+        ("spearman", "feature-extraction", (4, 5, 6), 2),
+    ],
+)
+def test_the_column_of_divergence_is_that_of_the_whole_batch(metric, task, shape, rows, monkeypatch):
+    """One row at a time or all at once: float32 sums in another order, 1e-6."""
+    answer, original = normal(*shape), normal(*shape, seed=1)
+    mask = np.ones((4, 5), np.int64)
+    mask[1, 3:] = mask[2, :2] = 0
+    samples = 4 // rows
+    feeds = {"input_ids": np.random.default_rng(2).integers(0, 6, (4, 5)), "attention_mask": mask}
+    labels = np.arange(samples)
+    if metric == "spearman":  # answers of tokens are no embeddings, so that only the divergence is looked at
+        monkeypatch.setattr("compressor.evaluate._pairs", lambda *_: {})
+    columns = compare(metric, batch(feeds, labels, rows, samples), answer, original)
+    padding = torch.from_numpy(mask) if len(shape) > 2 else None
+    expected = divergence(task, torch.from_numpy(answer), torch.from_numpy(original), padding).numpy()
+    np.testing.assert_allclose(columns["divergence"], expected.reshape(samples, rows).mean(1), rtol=1e-5, atol=1e-6)
+    spoiled = answer.copy()
+    if padding is not None:
+        spoiled[mask == 0] = 7.0
+        again = compare(metric, batch(feeds, labels, rows, samples), spoiled, original)
+        np.testing.assert_array_equal(again["divergence"], columns["divergence"])
+    assert "divergence" not in compare(metric, batch(feeds, labels, rows, samples), answer, None)
+
+
 # ----------------------------------------------------------------------------------------------------------- evaluate
 
 
@@ -336,6 +369,28 @@ def test_evaluation_side_by_side_at_any_batch_size(size):
     assert found.loss("baseline", "result").value == found.loss_value("baseline", "result")
     assert found.figure("result").n == 10
     assert judge("agreement", found.columns["baseline"]) == 100.0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "agreement"])
+def test_what_needs_no_labels_is_measured_against_the_reference(metric):
+    values, labels = normal(10, 4), np.arange(10) % 4
+    runners = {"baseline": lambda feeds: feeds["x"], "result": lambda feeds: feeds["x"] + feeds["x"][:, ::-1] * 0.5}
+    found = evaluate(Fixed(values, labels), runners, metric=metric, reference="baseline", batch_size=3)
+    itself, free = found.label_free("baseline"), found.label_free("result")
+    assert (itself["agreement"].value, itself["divergence"].value) == (100.0, 0.0)
+    answer = values + values[:, ::-1] * 0.5
+    assert free["agreement"].value == pytest.approx(100 * (answer.argmax(1) == values.argmax(1)).mean(), rel=SUMMED)
+    moved = divergence("image-classification", torch.from_numpy(answer), torch.from_numpy(values))
+    assert free["divergence"].value == pytest.approx(float(moved.mean()), rel=1e-5)  # float32, row by row
+    assert free["divergence"].low <= free["divergence"].value <= free["divergence"].high
+    assert free["divergence"].n == 10
+
+
+def test_without_classes_there_is_no_agreement_and_with_features_the_metric_says_it_all():
+    columns = {"cosine": np.ones(4), "gold": np.arange(4.0), "divergence": np.full(4, 0.25)}
+    assert set(Evaluation("spearman", {"result": columns}).label_free("result")) == {"divergence"}
+    features = compare("fidelity", batch(), normal(4, 8), normal(4, 8, seed=1))
+    assert Evaluation("fidelity", {"result": features}).label_free("result") == {}
 
 
 def test_evaluation_names_the_model_that_gives_nan():
