@@ -1,0 +1,151 @@
+"""Prices: multiply-adds as counted, and times of planted engines recovered."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.prices import counted, timed
+from compressor.rewrite import finished
+from passes.base import apply
+from passes.cost import Costs
+from passes.drop import Drop
+from passes.unread import Unread
+from passes.work import Counter, Work
+from tests.samples import small, spread, traced
+
+# Recovered from equations whose columns are scaled to 1 but nearly collinear: float64's 2e-16 with much room.
+SOLVED = 1e-6
+PLANTED = np.array([0.5, 2e-6, 5e-6, 3e-7, 4e-3])  # ms at the start, per multiply-add, attention, element, operator
+
+
+def features(work):
+    return np.array([1.0, work.products, work.attention, work.elements, work.operators])
+
+
+def shapes_of(model, batch=1):
+    return {name: (batch, *value.shape[1:]) for name, value in model.example.items()}
+
+
+def clock_of(graph, inputs, weights=PLANTED, noise=0.0, seed=0):
+    """Milliseconds that are a linear function of the work, up to noise; notes what was timed."""
+    counter, rng, seen = Counter(graph, inputs), np.random.default_rng(seed), {}
+
+    def clock(graphs):
+        seen.update(graphs)
+        exact = {name: float(features(counter.count(each)) @ weights) for name, each in graphs.items()}
+        return {name: value * float(1.0 + noise * rng.standard_normal()) for name, value in exact.items()}
+
+    return clock, seen
+
+
+def without(graph, sites):
+    fork = graph.fork()
+    apply(Drop(tuple(sites)), fork)
+    return fork
+
+
+# ------------------------------------------------------------------------------------------------------ multiply-adds
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["vit", "hf_bert", "hf_llama"])
+def test_counted_prices_are_the_multiply_adds_that_are_run(name, batch):
+    model, graph, sites = traced(name)
+    feeds = {key: value[:1].repeat(batch, *[1] * (value.ndim - 1)) for key, value in model.example.items()}
+    prices = counted(graph, shapes_of(model, batch))
+    assert prices.unit == "multiply-adds"
+    assert prices.error == 0.0
+    assert not prices.timings
+    for skip in ((), sites[:1], sites[1:3]):
+        left = without(graph, skip)
+        narrowed = left.fork()
+        apply(Unread(), narrowed)
+        assert prices.cost(left) == Costs(narrowed, feeds).total.multiply_adds * batch
+
+
+def test_elements_and_operators_are_free_in_multiply_adds():
+    _, graph, _ = traced("vit")
+    assert counted(graph, {"x": (1, 3, 32, 32)}).of(Work(7, 5, 1000, 1000)) == 12.0
+
+
+# ------------------------------------------------------------------------------------------------------ milliseconds
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_bert", "hf_llama", "convnext"])
+def test_times_that_are_linear_in_the_work_are_predicted_exactly(name):
+    model, graph, sites = traced(name)
+    inputs = shapes_of(model)
+    clock, seen = clock_of(graph, inputs)
+    prices = timed(graph, inputs, sites, clock)
+    assert prices.unit == "ms"
+    assert list(prices.timings) == list(seen) == list(prices.fitted)
+    assert prices.error < SOLVED
+    for design, graph_timed in seen.items():
+        assert prices.cost(graph_timed) == pytest.approx(prices.timings[design], rel=SOLVED)
+        assert prices.fitted[design] == pytest.approx(prices.timings[design], rel=SOLVED)
+
+
+def test_planted_weights_are_recovered():
+    """Where the engines tell all five prices apart; then any other graph is predicted too."""
+    model, graph, sites = small(spread(), depth=3)[:3]
+    inputs = shapes_of(model)
+    others = {f"without {site.name}": without(graph, [site]) for site in sites}
+    clock, seen = clock_of(graph, inputs)
+    prices = timed(graph, inputs, sites, clock, others)
+    assert set(others) < set(seen)
+    rows = np.array([features(prices.counter.count(each)) for each in seen.values()])
+    assert np.linalg.matrix_rank(rows / rows.max(0)) == 5
+    np.testing.assert_allclose(prices.weights, PLANTED, rtol=SOLVED)
+    left = without(graph, sites[1:4])
+    assert prices.cost(left) == pytest.approx(float(features(prices.counter.count(left)) @ PLANTED), rel=SOLVED)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.0, 0.3), st.sets(st.integers(0, 4), max_size=3))
+def test_noise_gives_no_work_a_negative_price(seed, noise, free):
+    model, graph, sites = traced("vit")
+    inputs, weights = shapes_of(model), PLANTED.copy()
+    weights[list(free - {0})] = 0.0
+    prices = timed(graph, inputs, sites, clock_of(graph, inputs, weights, noise, seed)[0])
+    assert (prices.weights >= 0.0).all()
+    assert np.isfinite(prices.weights).all()
+    assert prices.cost(without(graph, sites[:1])) <= prices.cost(graph) + 1e-12
+
+
+def test_the_error_is_the_largest_relative_one():
+    model, graph, sites = traced("vit")
+    inputs = shapes_of(model)
+    prices = timed(graph, inputs, sites, clock_of(graph, inputs, noise=0.1)[0])
+    errors = [abs(prices.fitted[name] - time) / time for name, time in prices.timings.items()]
+    assert prices.error == pytest.approx(max(errors), rel=1e-9)
+    assert prices.error > 0.0
+
+
+def test_what_is_timed_is_what_is_lowered():
+    """Finished graphs of the model: all kinds of branches without and with a linear map in their place."""
+    model, graph, sites = traced("vit")
+    inputs = shapes_of(model)
+    before = graph.signature()
+    clock, seen = clock_of(graph, inputs)
+    timed(graph, inputs, sites, clock)
+    expected = {"as it is", "without the last attention"}
+    expected |= {f"{how} {kind}" for how in ("without", "linear") for kind in ("attention", "mlp")}
+    assert set(seen) == expected
+    for design in seen.values():
+        assert finished(design).signature() == design.signature()
+    counter = Counter(graph, inputs)
+    assert counter.count(seen["without attention"]).attention < counter.count(seen["as it is"]).attention
+    assert counter.count(seen["linear mlp"]).products < counter.count(seen["as it is"]).products
+    assert graph.signature() == before
+
+
+def test_a_model_of_one_kind_is_priced():
+    """Without attention, and with a single kind of branch."""
+    model, graph, sites = traced("convnext")
+    assert len({site.kind for site in sites}) == 1
+    inputs = shapes_of(model)
+    clock, seen = clock_of(graph, inputs)
+    prices = timed(graph, inputs, sites, clock)
+    assert not any("attention" in name for name in seen)
+    assert prices.cost(without(graph, sites)) < prices.cost(graph)
