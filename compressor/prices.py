@@ -70,10 +70,10 @@ def timed(
 ) -> Prices:
     """Prices in milliseconds on the target.
 
-    One engine each is timed of the model as it is, without the branches of one kind, with a linear map in the place of
-    each of them (of all but the last attention: without it, a model that is read at its class token has nothing left
-    to do), and without the last attention. The weights are the non-negative least-squares solution, relative to each
-    engine's time, so that noise cannot give work a negative price.
+    One engine each is timed of the model as it is, without the branches of each kind (but for the last attention:
+    without it, a model that is read at its class token has nothing left to do), and with linear maps in the place of
+    one kind, mostly the MLPs. The weights are the non-negative least-squares solution, relative to each engine's time,
+    so that noise cannot give work a negative price.
 
     Args:
         graph: the traced model.
@@ -97,16 +97,14 @@ def timed(
 def _designs(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
     """The graphs whose engines are timed."""
     last = [site for site in sites if site.kind == "attention"][-1:]
-    others = [site for site in sites if site not in last]
+    others = [site for site in sites if site not in last] or list(sites)
     kinds = {
         kind: [site for site in others if site.kind == kind] for kind in dict.fromkeys(site.kind for site in others)
     }
-    dropped = {f"without {kind}": same for kind, same in kinds.items()} | {"without the last attention": last}
-    designs = {"as it is": graph.fork()} | {f"linear {kind}": _linear(graph, same) for kind, same in kinds.items()}
-    for name, gone in dropped.items():
-        if gone:
-            designs[name] = graph.fork()
-            apply(Drop(tuple(gone)), designs[name])
+    designs = {"as it is": graph.fork(), "linear": _linear(graph, list(kinds.values())[-1])}
+    for kind, gone in kinds.items():
+        designs[f"without {kind}"] = graph.fork()
+        apply(Drop(tuple(gone)), designs[f"without {kind}"])
     return {name: finished(design) for name, design in designs.items()}
 
 

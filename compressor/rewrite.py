@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from compressor.data import Split
 from compressor.evaluate import tensor_batches
-from passes.base import apply
+from passes.base import PassError, apply
 from passes.drop import Drop
 from passes.fit import Fit, Fits
 from passes.fuse import Fuse
 from passes.graph import Graph, Site
+from passes.place import place_of
 from passes.plan import PUBLISHED, form_and_rank, merged_tokens
 from passes.replace import Replace
 from passes.tokens import ReduceTokens
@@ -40,10 +41,15 @@ class Rewriter:
     def fits(
         self, current: Graph, names: Iterable[str], split: Split | None = None, *, all_tokens: bool = False
     ) -> dict[str, Fits]:
-        """The regressions of some sites, all in one sweep over `split` (the calibration samples, where not given)."""
+        """The regressions of some sites, all in one sweep over `split` (the calibration samples, where not given).
+
+        Sites whose branch is gone, or has a map behind it by now, are left out.
+        """
         samples = self.split if split is None else split
+        sites = tuple(self._by_name[name] for name in names if _has_place(current, self._by_name[name]))
+        if not sites:
+            return {}
         self.sweeps += 2 * len(samples) / len(self.split)
-        sites = tuple(self._by_name[name] for name in names)
         return apply(Fit(self.original, sites, all_tokens=all_tokens), current.fork(), tensor_batches(samples))
 
     def changed(self, current: Graph, name: str, action: str, fits: Fits | None = None) -> Graph:
@@ -57,6 +63,7 @@ class Rewriter:
         if form == "drop":
             apply(Drop((self._by_name[name],)), fork)
             return fork
+        place_of(current, self._by_name[name])  # says why, where nothing can be fitted there any more
         found = self.fits(current, [name], all_tokens=form in PUBLISHED)[name] if fits is None else fits
         apply(Replace(self._by_name[name], found.stand_in(form, rank=rank)), fork)
         return fork
@@ -101,6 +108,14 @@ class Rewriter:
             PassError: an action cannot be carried out at its site, with the reason.
         """
         return self.reduced(self.carried_out(changes), changes)
+
+
+def _has_place(graph: Graph, site: Site) -> bool:
+    try:
+        place_of(graph, site)
+    except PassError:
+        return False
+    return True
 
 
 def finished(graph: Graph) -> Graph:

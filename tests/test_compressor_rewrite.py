@@ -157,3 +157,18 @@ def test_finished_computes_the_same_with_no_node_more_than_deletion(rewriter, ac
 def test_a_fit_without_a_source_is_refused(rewriter):
     with pytest.raises(PassError, match=rewriter.sites[0].name.replace(".", r"\.")):
         rewriter.changed(rewriter.original, rewriter.sites[0].name, "fuse")
+
+
+def test_a_branch_with_a_map_behind_it_can_neither_be_fitted_nor_dropped(rewriter):
+    """Folding a site into the branch before it makes that branch part of the map: it is left out of further fits."""
+    sites = [site.name for site in rewriter.sites]
+    folded = rewriter.changed(rewriter.original, sites[2], "fuse")
+    found = rewriter.fits(folded, sites)
+    assert sites[1] not in found
+    assert sites[2] not in found
+    assert {sites[0], sites[3]} == set(found)
+    assert rewriter.fits(folded, [sites[1]]) == {}
+    with pytest.raises(PassError, match="blocks"):
+        rewriter.changed(folded, sites[1], "linear")
+    dropped = rewriter.changed(folded, sites[1], "drop")
+    assert torch.equal(outputs(dropped, rewriter.split), outputs(folded, rewriter.split))
