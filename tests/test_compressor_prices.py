@@ -123,20 +123,22 @@ def test_the_error_is_the_largest_relative_one():
 
 
 def test_what_is_timed_is_what_is_lowered():
-    """Finished graphs of the model: all kinds of branches without and with a linear map in their place."""
+    """Finished graphs of the model: as it is, and with branches gone or replaced by linear maps."""
     model, graph, sites = traced("vit")
     inputs = shapes_of(model)
     before = graph.signature()
     clock, seen = clock_of(graph, inputs)
     timed(graph, inputs, sites, clock)
-    expected = {"as it is", "without the last attention"}
-    expected |= {f"{how} {kind}" for how in ("without", "linear") for kind in ("attention", "mlp")}
-    assert set(seen) == expected
+    assert next(iter(seen)) == "as it is"
+    assert {"without attention", "without mlp"} <= set(seen)
     for design in seen.values():
         assert finished(design).signature() == design.signature()
     counter = Counter(graph, inputs)
     assert counter.count(seen["without attention"]).attention < counter.count(seen["as it is"]).attention
-    assert counter.count(seen["linear mlp"]).products < counter.count(seen["as it is"]).products
+    linear = [design for name, design in seen.items() if "linear" in name]
+    assert linear
+    for design in linear:
+        assert counter.count(design).products < counter.count(seen["as it is"]).products
     assert graph.signature() == before
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -64,7 +64,9 @@ def test_texts_are_counted_as_they_run(name, batch, length):
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["vit", "hf_bert", "hf_llama"]), st.sets(st.integers(0, 3)))
 def test_rewritten_graphs_are_counted_as_they_run(name, places):
+    """One attention is left: without any, a class token reads no patch, and `Unread` takes out the stem as well."""
     model, graph, sites = traced(name)
+    assume(name != "vit" or any(site.kind == "attention" for site in sites if site.order not in places))
     feeds, fork = sized(model, 2), graph.fork()
     apply(Drop(tuple(sites[place] for place in places)), fork)
     assert counter_for(graph, feeds).count(fork).multiply_adds == multiply_adds_run(fork, feeds)
