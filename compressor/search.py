@@ -21,7 +21,7 @@ from compressor.validation import ROUNDING, Loss, Validation
 from passes.base import PassError
 from passes.fit import Fits
 from passes.graph import Graph, Site
-from passes.plan import Decision, Plan, fingerprint, form_and_rank, merged_tokens
+from passes.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 from passes.unread import read_parts
 
 FRONT = 6  # candidates measured at a time
@@ -110,6 +110,7 @@ class Search:
             PassError: the action cannot be carried out there.
         """
         merges = merged_tokens(action) is not None
+        fits = None if action in PUBLISHED else fits  # those count all tokens, and are fitted for themselves
         graph = self.graph if merges else self.rewriter.changed(self.graph, site, action, fits)
         return graph, self.rewriter.reduced(graph, self.changes | {site: action})
 
@@ -130,7 +131,9 @@ class Search:
         added = self.front.added[site, action]
         self.front.remove((site, action))
         try:
-            graph, reduced = self.with_change(site, action)
+            # Tried with a fit on all calibration samples, which the front's is where it measures on all of them.
+            everything = len(self.effects.split) == len(self.rewriter.split)
+            graph, reduced = self.with_change(site, action, self.front.fits.get(site) if everything else None)
         except PassError as error:
             self.refused[site, action] = f"{action} refused: {error}"
             return
@@ -294,7 +297,7 @@ class _Front:
     def _run(self, keys: Mapping[Candidate, str], base: str) -> None:
         """Measure candidates side by side and note divergence and cost; what cannot be done is noted as refused."""
         search = self.search
-        unfitted = ("drop", "merge")
+        unfitted = ("drop", "merge", *PUBLISHED)
         fitted = sorted({name for name, action in keys if form_and_rank(action)[0] not in unfitted} - set(self.fits))
         if fitted:
             self.fits |= search.rewriter.fits(search.graph, fitted, search.effects.split)
