@@ -87,9 +87,7 @@ def test_a_line_cut_short_is_left_out(tmp_path, cut):
     assert len(Journal("s", tmp_path / "j")) == 3 + whole
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x80\x81\xff", b"no json\n", b"[1, 2]\n", b"3\n", b"\n"]
-)
+@pytest.mark.parametrize("content", [b"", b"\x80\x81\xff", b"no json\n", b"[1, 2]\n", b"3\n", b"\n"])
 def test_a_file_that_is_no_journal_begins_anew(tmp_path, content):
     (tmp_path / "j").write_bytes(content)
     assert len(Journal("s", tmp_path / "j")) == 0

@@ -60,7 +60,8 @@ class World:
         self.measured, self.tried, self.losses = [], [], 0
 
     def begin(self, limit=100.0, **options):
-        return Search(self, self, self, self, self.actions, limit, **options)
+        effects = SimpleNamespace(split=self.split[:16], measure=lambda *graphs: self.measure(*graphs))
+        return Search(self, effects, self, self, self.actions, limit, **options)
 
     def changed(self, graph, name, action, fits=None):
         self.tried.append((name, action))
