@@ -60,10 +60,12 @@ class World:
         self.measured, self.tried, self.losses = [], [], 0
 
     def begin(self, limit=100.0, **options):
-        effects = SimpleNamespace(split=self.split[:16], measure=lambda *graphs: self.measure(*graphs))
+        effects = SimpleNamespace(split=self.split[:16])
+        effects.measure = lambda main, variants: self.measure(main, variants)  # looked up when called
         return Search(self, effects, self, self, self.actions, limit, **options)
 
     def changed(self, graph, name, action, fits=None):
+        assert fits is None or fits.graph == graph  # fitted on another graph they would repair what is not there
         self.tried.append((name, action))
         where = "measured" if fits is not None or action == "drop" else "carried out"
         if self.refused.get((name, action)) in (where, "always"):
@@ -78,7 +80,7 @@ class World:
         return graph | {change for change in changes.items() if merged_tokens(change[1]) is not None}
 
     def fits(self, graph, names, split):
-        return {name: SimpleNamespace() for name in names}
+        return {name: SimpleNamespace(graph=graph) for name in names}
 
     def divergence(self, graph):
         places = sorted(int(name[1:]) for name, _ in graph)
@@ -213,6 +215,19 @@ def test_so_many_in_a_row_break_the_limit_and_it_ends(limit):
     assert all(step.loss <= limit for step in search.steps)
     refused = [reason for reason in search.refused.values() if f"would exceed {limit:g} %" in reason]
     assert len(refused) == sum(broke)
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_only_breaks_in_a_row_end_it():
+    """Between two changes that hold, fewer than `PATIENCE` do not."""
+    world = World(count=3 * PATIENCE, actions=("drop",))
+    world.own = {(site.name, "drop"): 1.0 + site.order for site in world.sites}
+    world.saves, world.pairs[:] = dict.fromkeys(world.saves, 1), 0.0
+    good = {site.name for site in world.sites[::PATIENCE]}
+    world.loss = lambda graph, *, limit: Loss(0.0 if {name for name, _ in graph} <= good else 9.0, len(world.split))
+    search = world.begin(limit=1.0)
+    search.run()
+    assert set(search.changes) == good
 
 
 @pytest.mark.usefixtures("nothing_unread")
