@@ -229,6 +229,7 @@ def points_of(search: Search, model: str) -> list[Point]:
         Point(
             number=number,
             plan=search.plan(model, f"sweep, point {number}", number),
+            change=(search.steps[number - 1].site, search.steps[number - 1].action) if number else None,
             loss=losses[number],
             divergence=divergences[number],
             predicted=search.whole / cost,

@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Point:
-    """One plan of the front.
+    """One plan of the front, that of the point before with one more `change`: a site and what happens to it.
 
     `loss` is what is lost on validation data in percent, `predicted` the speed-up by the prices of the search,
     `multiply_adds` those of the timed inputs. `efficient` says that no other point is both cheaper and better.
@@ -36,6 +36,7 @@ class Point:
     predicted: float
     multiply_adds: int
     efficient: bool
+    change: tuple[str, str] | None = None
     latency: Latency | None = None
     figure: Figure | None = None
     test_loss: Figure | None = None
@@ -106,7 +107,7 @@ class Front:
         return table
 
     def _cells(self, point: Point) -> tuple[str, ...]:
-        last = next(reversed(point.plan.changes.items()), ("as it is", "drop"))
+        last = point.change or ("as it is", "drop")
         change = last[0] if last[1] == "drop" else f"{last[0]} ({last[1]})"
         measured = "" if point.latency is None else f"{self.speedup(point).ratio:.2f}x"
         value = "" if point.figure is None else f"{point.figure.value:.2f}"

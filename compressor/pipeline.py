@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, journal_of, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
+from compressor.errors import SettingsError
 from compressor.folder import onnx_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
@@ -112,6 +113,8 @@ def sweep(
     Raises:
         CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
     """
+    if settings.tokens not in ("auto", "none"):
+        raise SettingsError(f"a sweep starts from the model as it is; leave out --tokens {settings.tokens}.")
     target, options = usable(settings)
     steps = Steps(console)
     output = Path(settings.output)

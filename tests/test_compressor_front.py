@@ -42,7 +42,16 @@ def quality() -> Evaluation:
 def front(evaluation: Evaluation | None) -> Front:
     kept = efficient(COSTS, LOSSES)
     points = [
-        Point(number, plan(number), LOSSES[number], DIVERGENCES[number], 8.0 / cost, int(cost * 1000), kept[number])
+        Point(
+            number,
+            plan(number),
+            LOSSES[number],
+            DIVERGENCES[number],
+            8.0 / cost,
+            int(cost * 1000),
+            kept[number],
+            next(reversed(plan(number).changes.items()), None),
+        )  # fmt: skip
         for number, cost in enumerate(COSTS)
     ]
     timed = {0: Latency(((9.0, 9.0), (9.0, 9.0))), 3: Latency(((6.0, 6.0), (6.0, 6.0)))}

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from compressor import models, workshop
+from compressor import models, search, settings, workshop
 from compressor.cli import main
 from runtimes.timing import interleave
 
@@ -57,10 +56,16 @@ def workspace(tmp_path_factory):
     return folder
 
 
+def brief(openers, feeds, **options):
+    return interleave(openers, feeds, **(options | {"rounds": 2, "burst_seconds": 0.01, "warmup_seconds": 0.01}))
+
+
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
-    """Real timing, but brief: these tests are about commands, not figures."""
-    monkeypatch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
+    """Real timing and a real search, but brief: these tests are about commands, not figures."""
+    monkeypatch.setattr(workshop, "interleave", brief)
+    monkeypatch.setattr(settings, "AUTO_ACTIONS", ("drop", "linear"))
+    monkeypatch.setattr(search, "PATIENCE", 1)
 
 
 def execute(line):
