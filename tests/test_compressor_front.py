@@ -51,7 +51,7 @@ def front(evaluation: Evaluation | None) -> Front:
             int(cost * 1000),
             kept[number],
             next(reversed(plan(number).changes.items()), None),
-        )  # fmt: skip
+        )
         for number, cost in enumerate(COSTS)
     ]
     timed = {0: Latency(((9.0, 9.0), (9.0, 9.0))), 3: Latency(((6.0, 6.0), (6.0, 6.0)))}
