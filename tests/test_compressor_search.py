@@ -61,7 +61,7 @@ class World:
 
     def begin(self, limit=100.0, **options):
         effects = SimpleNamespace(split=self.split[:16])
-        effects.measure = lambda main, variants: self.measure(main, variants)  # looked up when called
+        effects.measure = lambda main, variants: self.measure(main, variants)  # noqa: PLW0108 - looked up when called
         return Search(self, effects, self, self, self.actions, limit, **options)
 
     def changed(self, graph, name, action, fits=None):
