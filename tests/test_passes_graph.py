@@ -21,6 +21,7 @@ from passes.drop import Drop
 from passes.graph import GraphError, drop_branches, live_nodes, remove_dead
 from passes.run import run
 from passes.sites import find_sites, site_named
+from passes.unread import Unread
 from tests.architectures import TIMM, TRANSFORMERS, promised
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -96,6 +97,27 @@ def test_skipping_equals_rewriting_at_other_batch_sizes_and_names_stay(case):
     left = [site for site in sites if site not in chosen and site.branch in live]
     assert unnumbered(find_sites(rewritten)) == unnumbered(left)
     assert len(left) == len(sites) - len(chosen) or architecture.name == "gcvit"
+
+
+# The others are read at all tokens: pooled, or with the last hidden state for an output.
+READ_AT_FEW = {
+    *("vit", "deit_distilled", "deit3", "vit_registers", "vit_swiglu", "vit_post_norm", "coat_lite", "convit", "tnt"),
+    *("vit_parallel_scaling", "vit_parallel_things", "vit_parallel_layerscale"),
+}
+
+
+@torch.inference_mode()
+def test_what_nobody_reads_is_left_out_and_nothing_else_changes(case):
+    architecture, model, graph, _ = case
+    lean = graph.fork()
+    changed = apply(Unread(), lean).changed
+    assert bool(changed) == (architecture.name in READ_AT_FEW)
+    assert bool(changed) or lean.signature() == graph.signature()
+    for size in (1, 3) if changed else ():
+        batch = feeds(model, size)
+        for left, right in zip(run(graph, batch), run(lean, batch), strict=True):
+            # Products of one row are summed in other blocks than products of many: float32 rounding.
+            torch.testing.assert_close(right, left, atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- traps, one module each
