@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that the text agrees with the results.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that the text agrees with the results. What
+was not measured yet is left as it is. The picture of the criteria is drawn anew too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+
+import tables_criteria
+from tables_tokens import tokens, tokens_operators
 
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
@@ -108,17 +112,33 @@ def _change(row: Row, over: str) -> str:
     return f"{before:.1f} → {after:.1f} ({-lost['high']:+.1f} to {-lost['low']:+.1f} points)"
 
 
-TABLES = {"main_job": main_job, "cost": cost, "headline": headline}
+TABLES = {
+    "main_job": main_job,
+    "cost": cost,
+    "headline": headline,
+    "criteria": tables_criteria.criteria,
+    "tokens": tokens,
+    "tokens_operators": tokens_operators,
+}
 
 
 def filled(text: str) -> str:
     """A page with each of its tables made anew."""
-    for name, table in TABLES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        text = pattern.sub(lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text)
+    for name, make in TABLES.items():
+        table = make()
+        if table is not None:
+            pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+            text = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Fill the pages and draw the picture."""
     for page in PAGES:
         page.write_text(filled(page.read_text()))
+    if tables_criteria.RESULTS.exists():
+        tables_criteria.draw(json.loads(tables_criteria.RESULTS.read_text())["models"], tables_criteria.PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""What merging tokens gains where it counts, in the time of an engine, and what it costs.
+
+    python benchmarks/tokens.py --data-root ../shared/data [--part deit] [--part large] [--rounds 10]
+
+Part `deit`: DeiT-Tiny on real images, by hand-made schedules and by the plans that a search finds together with
+everything else, in float and int8, at batch 1 and 8. Part `large`: ViT-B/16 and ViT-L/16 at 384 pixels with random
+weights, speed only, with the time of each type of operator. All designs of one precision and batch are timed in turns
+in one run. Writes benchmarks/results/tokens.json; `python benchmarks/tables.py` makes the tables.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+import tempfile
+import time
+from collections import Counter as Tally
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+from main_job import brief, sources
+from rich.console import Console
+
+from compressor import report
+from compressor.choice import begin, facts_of, rule, schedule
+from compressor.environment import environment
+from compressor.evaluate import Evaluation, evaluate
+from compressor.journal import Journal
+from compressor.lower import check_parity, lower
+from compressor.rewrite import Rewriter, finished
+from compressor.settings import Settings
+from compressor.steps import Steps
+from compressor.subject import Subject, load
+from compressor.workshop import Workshop, sized, usable
+from passes.graph import Graph
+from passes.run import run
+from passes.work import Counter
+from runtimes.base import Feeds
+from runtimes.timing import Latency, interleave
+
+RESULTS = Path(__file__).parent / "results" / "tokens.json"
+BATCHES = (1, 8)
+PRECISIONS = (None, "static")
+PROFILED = 5  # runs with ONNX Runtime's own clock on, after one to warm up
+AS_IS = "as it is"
+
+
+@dataclass(frozen=True)
+class Design:
+    """Tokens merged as ``--tokens`` says, or, with a `limit`, all that a search changes within that loss in percent."""
+
+    name: str
+    tokens: str = "none"
+    limit: float | None = None
+
+
+DESIGNS = (
+    Design(AS_IS),
+    Design("4 behind each attention", "4"),
+    Design("8 behind each attention", "8"),
+    Design("13 behind each attention", "13"),
+    Design("16 behind each attention", "16"),
+    Design("50% half-way", "50%"),
+    Design("64 at block 3 and 50 at block 7", "0,0,0,64,0,0,0,50,0,0,0,0"),
+    Design("auto, at most 1 % loss", limit=1.0),
+    Design("auto, at most 2 % loss", limit=2.0),
+)
+LARGE_DESIGNS = (Design(AS_IS), Design("8 behind each attention", "8"), Design("50% half-way", "50%"))
+
+
+@dataclass(frozen=True)
+class Large:
+    """A model that is only timed: its timm name, at most how many rounds, and the fewest runs in each."""
+
+    model: str
+    rounds: int
+    min_runs: int
+
+
+LARGE = (Large("vit_base_patch16_224", 10, 5), Large("vit_large_patch16_384", 3, 2))
+
+
+# ---------------------------------------------------------------------------------------------- quality and speed
+
+
+def measure(settings: Settings, designs: Sequence[Design], rounds: int, steps: Steps) -> dict[str, Any]:
+    """Quality and latency of designs, the first being the model as it is, in every precision and batch size."""
+    target, options = usable(settings)
+    subject = load(settings, steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        workshop = Workshop(subject, target, sized(options, subject, settings), Path(scratch))
+        rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+        changes, facts = decided(designs, subject, settings, workshop, rewriter, steps)
+        graphs = {name: rewriter.rewritten(made) for name, made in changes.items()}
+        files = lowered(graphs, workshop, steps)
+        rows: list[dict[str, Any]] = []
+        for precision in PRECISIONS:
+            asked = replace(settings, int8=precision, rounds=rounds)
+            rows += _rows(files, changes, work(graphs, subject), workshop, asked, steps)
+    return {
+        "model": subject.model.name,
+        "metric": subject.metric,
+        "samples": {"search": len(subject.data.validation), "test": len(subject.data.test)},
+        "searches": facts,
+        "rows": rows,
+        "environment": environment(),
+    }
+
+
+def decided(
+    designs: Sequence[Design],
+    subject: Subject,
+    settings: Settings,
+    workshop: Workshop,
+    rewriter: Rewriter,
+    steps: Steps,
+) -> tuple[dict[str, Mapping[str, str]], dict[str, Any]]:
+    """The changes of every design, and what the searches took."""
+    changes: dict[str, Mapping[str, str]] = {}
+    facts: dict[str, Any] = {}
+    journal = Journal()
+    # The widest limit first: a loss that was measured in full or cut short above it tells the same below it.
+    for design in sorted(designs, key=lambda design: -1.0 if design.limit is None else -design.limit):
+        if design.limit is None:
+            changes[design.name] = schedule(design.tokens, subject.sites)
+            continue
+        asked = replace(settings, max_loss=design.limit)
+        search = begin(subject, asked, rewriter, workshop, journal, steps)
+        with steps.step(f"search, {rule(asked)}") as tick:
+            search.progress = partial(_line, tick)
+            search.run()
+        changes[design.name], facts[design.name] = search.changes, facts_of(search)
+    return {design.name: changes[design.name] for design in designs}, facts
+
+
+def _line(tick: Any, text: str) -> None:
+    tick(text=text)
+
+
+def lowered(graphs: Mapping[str, Graph], workshop: Workshop, steps: Steps) -> dict[str, Path]:
+    """ONNX files by name, each held against torch on real samples."""
+    files = {}
+    for number, (name, graph) in enumerate(graphs.items()):
+        with steps.step(f"build {name}"):
+            files[name] = lower(finished(graph), workshop.subject.model, workshop.scratch / f"design{number}.onnx")
+            workshop.parity(files[name], graph)
+    return files
+
+
+def work(graphs: Mapping[str, Graph], subject: Subject) -> dict[str, int]:
+    """Multiply-adds of one sample."""
+    feeds = next(iter(subject.data.test.batches(1))).feeds
+    counter = Counter(subject.graph, {name: tuple(value.shape) for name, value in feeds.items()})
+    return {name: counter.count(graph).multiply_adds for name, graph in graphs.items()}
+
+
+def _rows(
+    files: Mapping[str, Path],
+    changes: Mapping[str, Mapping[str, str]],
+    multiply_adds: Mapping[str, int],
+    workshop: Workshop,
+    settings: Settings,
+    steps: Steps,
+) -> list[dict[str, Any]]:
+    """Every design in one precision, beside the float original."""
+    first, *others = files
+    engines = {"baseline": files[first], **{name: files[name] for name in others}}
+    reference = "baseline"
+    if settings.int8 is not None:
+        engines, _ = workshop.quantized(engines, settings, steps)
+        reference = "original"
+    with steps.step("measure the quality"):
+        quality = judged(engines, workshop, reference)
+    latency = {}
+    for batch in BATCHES:
+        feeds = workshop.timed_inputs(replace(settings, batch=batch))
+        latency[batch] = workshop.latency(engines, feeds, settings.rounds, steps)
+    rows = []
+    for name in (first, *others):
+        engine = "baseline" if name == first else name
+        row = {"design": name, "precision": "float" if settings.int8 is None else "int8", "changes": changes[name]}
+        row["multiply_adds"] = multiply_adds[name]
+        rows.append(row | _quality(quality, engine, reference) | _speed(latency, engine, reference))
+    return rows
+
+
+def judged(engines: Mapping[str, Path], workshop: Workshop, reference: str) -> Evaluation:
+    """Quality of several engines on test data, side by side."""
+    subject = workshop.subject
+    # Waiting threads that spin would take the cores from the other open engines.
+    shared = replace(workshop.options, spinning=False)
+    with contextlib.ExitStack() as stack:
+        opened = {name: stack.enter_context(workshop.target.load(path, shared)) for name, path in engines.items()}
+        runners = {
+            name: lambda feeds, engine=engine: engine.run(feeds)[subject.model.answer]
+            for name, engine in opened.items()
+        }
+        return evaluate(subject.data.test, runners, metric=subject.metric, reference=reference)
+
+
+def _quality(quality: Evaluation, engine: str, reference: str) -> dict[str, Any]:
+    lost = {"float": quality.loss(reference, engine), "same": quality.loss("baseline", engine)}
+    found = {"figure": asdict(quality.figure(engine)), "loss": {name: asdict(value) for name, value in lost.items()}}
+    return found | {name: asdict(value) for name, value in quality.label_free(engine).items()}
+
+
+def _speed(latency: Mapping[int, Mapping[str, Latency]], engine: str, reference: str) -> dict[str, Any]:
+    """Latencies by batch, and how much faster that is than the float original and than the same precision as it is."""
+    found: dict[str, Any] = {"latency": {}, "speedup": {}}
+    for batch, by_engine in latency.items():
+        mine = by_engine[engine]
+        bases = {"float": by_engine[reference], "same": by_engine["baseline"]}
+        found["latency"][str(batch)] = brief(report.brief(mine))
+        found["speedup"][str(batch)] = {name: mine.speedup_over(base)._asdict() for name, base in bases.items()}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ speed only
+
+
+def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
+    """Multiply-adds, latency and the time of each type of operator of a model with random weights."""
+    settings = Settings(model=large.model, data="random", drop="none", random_weights=True)
+    target, options = usable(settings)
+    subject = load(settings, steps)
+    feeds = next(iter(subject.data.test.batches(1))).feeds
+    rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+    graphs = {design.name: rewriter.rewritten(schedule(design.tokens, subject.sites)) for design in LARGE_DESIGNS}
+    multiply_adds = work(graphs, subject)
+    with tempfile.TemporaryDirectory() as scratch:
+        files, differences = {}, {}
+        for number, (name, graph) in enumerate(graphs.items()):
+            with steps.step(f"build {name}"):
+                files[name] = lower(finished(graph), subject.model, Path(scratch) / f"design{number}.onnx")
+                with target.load(files[name], options) as engine:
+                    differences[name] = difference(graph, engine.run(feeds), feeds)
+        with steps.step("measure the latency"):
+            latency = interleave(
+                {name: partial(target.load, path, options) for name, path in files.items()},
+                feeds,
+                rounds=min(rounds, large.rounds),
+                min_runs=large.min_runs,
+            )
+        with steps.step("profile"):
+            profiles = {name: operators(path, feeds) for name, path in files.items()}
+    rows = [
+        {
+            "design": name,
+            "multiply_adds": multiply_adds[name],
+            "difference_from_torch": differences[name],
+            "latency": brief(report.brief(latency[name])),
+            "speedup": latency[name].speedup_over(latency[AS_IS])._asdict(),
+            "operators_ms": profiles[name],
+        }
+        for name in graphs
+    ]
+    return {"model": large.model, "rows": rows, "environment": environment()}
+
+
+def difference(graph: Graph, found: Mapping[str, Any], feeds: Feeds) -> float:
+    """Largest difference from torch on one random sample, relative; above the product's tolerance it is an error."""
+    with torch.inference_mode():
+        outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
+    expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
+    return check_parity(expected, lambda: found, name="design").difference
+
+
+def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED) -> dict[str, float]:
+    """Milliseconds of each type of operator in one run by ONNX Runtime's profiling: medians, the longest first."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.enable_profiling, options.log_severity_level, options.inter_op_num_threads = True, 3, 1
+    options.profile_file_prefix = str(onnx.with_suffix(""))
+    session = ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    for _ in range(runs + 1):
+        session.run(None, dict(feeds))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+    by_run = [Tally[str]() for _ in starts]
+    for event in events:
+        if event["name"].endswith("_kernel_time"):
+            by_run[bisect.bisect_right(starts, event["ts"]) - 1][event["args"]["op_name"]] += event["dur"]
+    kinds = {kind for tally in by_run for kind in tally}
+    times = {kind: median(tally[kind] for tally in by_run[1:]) / 1000.0 for kind in kinds}
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+# --------------------------------------------------------------------------------------------------------- command
+
+
+@click.command()
+@click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--part", "chosen", multiple=True, type=click.Choice(("deit", "large")), help="Only these parts.")
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed bursts of each engine.")
+def main(data_root: Path, chosen: tuple[str, ...], rounds: int) -> None:
+    """Measure token reduction and keep the results; a part that is not chosen keeps its earlier ones."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    steps = Steps(Console(stderr=True))
+    where = sources(data_root)
+    if "deit" in chosen or not chosen:
+        start = time.perf_counter()
+        settings = Settings(model=where["deit"], data=where["images"], drop="auto", cost="latency")
+        results["deit"] = measure(settings, DESIGNS, rounds, steps) | {"seconds": time.perf_counter() - start}
+        _write(results)
+    for large in LARGE if "large" in chosen or not chosen else ():
+        click.echo(large.model, err=True)
+        results.setdefault("large", {})[large.model] = timed(large, rounds, steps)
+        _write(results)
+
+
+def _write(results: Mapping[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
