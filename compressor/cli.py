@@ -170,7 +170,8 @@ def _search_options(command: Command) -> Command:
             click.option(
                 "--actions",
                 help="What may be done to a site: drop, constant, scale, low-rank[:RANK], linear, fuse, or the "
-                "published tba, replaceme. auto chooses among several, with commas; other forms of --drop take one.",
+                "published tba, replaceme, replaceme-cosine. auto chooses among several, with commas; other forms of "
+                "--drop take one.",
             ),
             click.option(
                 "--tokens",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from compressor.data import Split
 from compressor.evaluate import tensor_batches
 from passes.base import PassError, apply
+from passes.cosine import FitCosine
 from passes.drop import Drop
-from passes.fit import Fit, Fits
+from passes.fit import Fit, Fits, StandIn
 from passes.fuse import Fuse
 from passes.graph import Graph, Site
 from passes.place import place_of
@@ -25,7 +28,7 @@ class Rewriter:
 
     Stand-ins are fitted on `split`, given the original's states and those of the graph as it is at that moment, so a
     plan carried out in its order gives the same weights each time. `sweeps` counts forward passes over `split` (two for
-    each fit: of the original and of the current graph).
+    each fit: of the original and of the current graph; two an epoch for ``replaceme-cosine``, which is learned).
     """
 
     original: Graph
@@ -64,9 +67,19 @@ class Rewriter:
             apply(Drop((self._by_name[name],)), fork)
             return fork
         place_of(current, self._by_name[name])  # says why, where nothing can be fitted there any more
-        found = self.fits(current, [name], all_tokens=form in PUBLISHED)[name] if fits is None else fits
-        apply(Replace(self._by_name[name], found.stand_in(form, rank=rank)), fork)
+        if form == "replaceme-cosine":
+            stand_in = self._learned(current, name)
+        else:
+            found = self.fits(current, [name], all_tokens=form in PUBLISHED)[name] if fits is None else fits
+            stand_in = found.stand_in(form, rank=rank)
+        apply(Replace(self._by_name[name], stand_in), fork)
         return fork
+
+    def _learned(self, current: Graph, name: str) -> StandIn:
+        step = FitCosine(self.original, self._by_name[name])
+        stand_in = apply(step, current.fork(), _Batches(self.split))
+        self.sweeps += 2 * step.epochs
+        return stand_in
 
     def reduced(self, graph: Graph, changes: Mapping[str, str]) -> Graph:
         """The graph with the tokens merged that `changes` merge; the graph itself where they merge none.
@@ -108,6 +121,16 @@ class Rewriter:
             PassError: an action cannot be carried out at its site, with the reason.
         """
         return self.reduced(self.carried_out(changes), changes)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The feeds of a split as tensors, as often as they are asked for."""
+
+    split: Split
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return tensor_batches(self.split)
 
 
 def _has_place(graph: Graph, site: Site) -> bool:

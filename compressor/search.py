@@ -37,6 +37,7 @@ SOFTENED = {
     "linear": 0.5,
     "tba": 0.6,
     "replaceme": 0.6,
+    "replaceme-cosine": 0.6,
 }
 
 Candidate = tuple[str, str]

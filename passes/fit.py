@@ -252,7 +252,7 @@ class Fit:
         Raises:
             PassError: no data, a site that is no longer in the graph, or values that are not finite.
         """
-        sweep = _Sweep(self, graph)
+        sweep = Sweep(self, graph)
         for number, feeds in enumerate(data or ()):
             for (site, source), regression in sweep.batch(feeds):
                 sums = sweep.sums[site, source]
@@ -261,7 +261,9 @@ class Fit:
         return {site.name: sweep.fits(site.name) for site in self.sites}
 
 
-class _Sweep:
+class Sweep:
+    """Both graphs of a fit, run side by side up to the last value that it needs."""
+
     def __init__(self, fit: Fit, graph: Graph) -> None:
         self.places = {site.name: place_of(graph, site) for site in fit.sites}
         self.sources = fit.sources
@@ -279,6 +281,17 @@ class _Sweep:
 
     @torch.inference_mode()
     def batch(self, feeds: Mapping[str, torch.Tensor]) -> Iterator[tuple[tuple[str, str], Regression]]:
+        """The sums of one batch, by site and source."""
+        for name, source, regressor, target in self.rows(feeds):
+            yield (name, source), Regression.of(regressor, target)
+
+    @torch.inference_mode()
+    def rows(self, feeds: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+        """Site, source, and the rows [tokens, width] of regressor and target in one batch.
+
+        Raises:
+            PassError: values that are not finite.
+        """
         original, current = self.before.run(feeds), self.now.run(feeds)
         mask = feeds.get(MASK)
         for name, place in self.places.items():
@@ -289,15 +302,16 @@ class _Sweep:
                     continue
                 regressor, target = current[place.source(source)], goal - without
                 part = self.read.get(place.root)
-                rows = [
+                regressor, target = (
                     rows_of(_taken(value, part), self.dims[name], None if mask is None else _taken(mask, part))
                     for value in (regressor, target)
-                ]
-                if not all(bool(torch.isfinite(row).all()) for row in rows):
+                )
+                if not all(bool(torch.isfinite(rows).all()) for rows in (regressor, target)):
                     raise PassError(f"site {name} computes values that are NaN or infinite on the calibration data.")
-                yield (name, source), Regression.of(*rows)
+                yield name, source, regressor, target
 
     def fits(self, name: str) -> Fits:
+        """The sums of one site over all batches; raises PassError where there were none."""
         mine = {source: halves for (site, source), halves in self.sums.items() if site == name}
         if not all(any(halves) for halves in mine.values()):
             raise PassError("Fit got no batches of data.")

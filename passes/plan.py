@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 VERSION = 2  # version 1 knew no actions but drop and keep; its plans are still read
 METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
 KINDS = ("attention", "mlp", "block", "conv", "other")
-FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme")
-PUBLISHED = ("tba", "replaceme")  # forms as others have published them, for comparison
+FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme", "replaceme-cosine")
+PUBLISHED = ("tba", "replaceme", "replaceme-cosine")  # forms as others have published them, for comparison
 ACTIONS = ("drop", *FORMS, "merge")
 _COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
 
