@@ -47,7 +47,7 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(models.SAMPLE, folder / "my_vit")
     digits = np.load(models.SAMPLE / "digits.npz")
-    for index, (image, label) in enumerate(zip(digits["images"][:120], digits["labels"][:120], strict=True)):
+    for index, (image, label) in enumerate(zip(digits["images"][:60], digits["labels"][:60], strict=True)):
         (folder / "photos" / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / "photos" / str(label) / f"{index}.png")
     (folder / "my_models.py").write_text(OWN_MODEL)
@@ -64,7 +64,7 @@ def brief(openers, feeds, **options):
 def short_timing(monkeypatch):
     """Real timing and a real search, but brief: these tests are about commands, not figures."""
     monkeypatch.setattr(workshop, "interleave", brief)
-    monkeypatch.setattr(settings, "AUTO_ACTIONS", ("drop", "linear"))
+    monkeypatch.setattr(settings, "AUTO_ACTIONS", ("drop",))
     monkeypatch.setattr(search, "PATIENCE", 1)
 
 
