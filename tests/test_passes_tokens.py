@@ -208,7 +208,7 @@ def test_class_and_registers_are_found_by_structure():
         graph = trace(KNOWN[name].load())
         (first, *_) = [site for site in find_sites(graph) if site.kind == "attention"]
         step = ReduceTokens(((first.name, 1),))
-        assert step._protected(graph, first, 0) == count, name
+        assert step.protects(graph) == count, name
 
 
 def test_outputs_may_stay_short():
