@@ -130,10 +130,11 @@ def _panel(axes: Any, name: str, found: Row) -> None:
         above = [max(row["loss"]["high"] - _loss(row), 0.0) for row in mine]
         colour, marker = ("black", "o") if method == OURS[0] else ("tab:red", "s")
         axes.errorbar(saved, lost, yerr=[below, above], fmt=f"{marker}-", color=colour, linewidth=2.2, markersize=5,
-                      capsize=3, zorder=5, label=method)  # fmt: skip
+                      elinewidth=1.0, capsize=3, zorder=5, label=method)  # fmt: skip
     losses = [abs(_loss(row)) for row in rows]
     if losses and max(losses) > 20.0:
         axes.set_yscale("symlog", linthresh=1.0)
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(0.0, color="0.5", linewidth=0.6)
     axes.set_title(name, fontsize=10)
     axes.set_xlabel("multiply-adds saved, %", fontsize=9)
@@ -152,4 +153,5 @@ def _style(method: str, number: int) -> dict[str, Any]:
         return {"color": "0.75", "linewidth": 1.0, "marker": ".", "markersize": 4}
     markers = "v^<>DPX*hdp"
     line = {"linewidth": 1.0, "marker": markers[number % len(markers)], "markersize": 4}
-    return line | {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number % 3]}
+    colours = [f"C{each}" for each in range(10) if each != 3]  # red is ours
+    return line | {"color": colours[number % len(colours)], "linestyle": ("-", "--", ":")[number % 3]}
