@@ -12,7 +12,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint types tests clean
+.PHONY: help demo test install lint types tests slow clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +36,10 @@ types: $(DEV_STAMP) ## mypy --strict on the three packages
 
 # One thread per worker: several workers with a full OpenMP pool each are slower than one.
 tests: $(DEV_STAMP) ## pytest, doctests included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+slow: $(DEV_STAMP) ## the slow tests that `make test` leaves out: benchmark scripts end to end
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 clean: ## Remove the environment, build outputs and tool caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ from passes.work import Counter, Work
 
 Clock = Callable[[Mapping[str, Graph]], Mapping[str, float]]
 
+TINY = 1e-9  # nothing is free: where noise leaves a graph without any priced work
 COUNTED = np.array([0.0, 1.0, 1.0, 0.0, 0.0])  # multiply-adds alone
 
 
@@ -40,7 +41,7 @@ class Prices:
 
     def of(self, work: Work) -> float:
         """The cost of work in `unit`."""
-        return float(_features(work) @ self.weights)
+        return max(float(_features(work) @ self.weights), TINY)
 
     def cost(self, graph: Graph) -> float:
         """The cost of a graph in `unit`."""

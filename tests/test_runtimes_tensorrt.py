@@ -951,7 +951,6 @@ def test_int8_is_refused_on_a_device_that_has_none(tmp_path, name, device, mode,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
 def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatch):
     # Of the calls and files alone: what the stand-in computes is ONNX Runtime's result.
