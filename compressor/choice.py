@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from compressor.evaluate import tensor_batches
 from compressor.front import Point, efficient
 from compressor.journal import Journal
 from compressor.prices import Prices
-from compressor.rewrite import Rewriter
+from compressor.rewrite import Rewriter, finished
 from compressor.search import Search
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
@@ -96,36 +95,44 @@ def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, di
 
 
 def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, steps: Steps) -> Choice:
-    journal = journal_of(subject, settings)
-    search = begin(subject, settings, rewriter, workshop, journal, steps)
+    search = begin(subject, settings, rewriter, workshop, steps)
     wished = _wish(settings, search.prices)
     enough = wished
     for _ in range(CORRECTIONS):
-        with steps.step("search") as tick:
-            search.progress = partial(_line, tick)
-            search.run(enough)
+        go_on(search, steps, enough)
         if wished == math.inf or search.speedup < enough:
             break
-        timings = workshop.clock({"as it is": subject.graph, "result": search.reduced}, settings, steps)
+        designs = {"as it is": finished(subject.graph), "result": finished(search.reduced)}
+        timings = workshop.clock(designs, settings, steps)
         reached = timings["as it is"] / timings["result"]
         if reached >= wished:
             break
         enough = search.speedup * wished / reached * 1.01
-    journal.forget()
+    search.journal.forget()
     return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts_of(search), search)
 
 
-def _line(tick: Tick, text: str) -> None:
-    tick(text=text)
+def go_on(search: Search, steps: Steps, enough: float = math.inf) -> None:
+    """Run a search until it ends, or the speed-up is `enough`, and show how it goes."""
+    with steps.step("search") as tick:
+        search.progress = lambda text: tick(text=text)
+        search.run(enough)
 
 
 def begin(
-    subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, journal: Journal, steps: Steps
+    subject: Subject,
+    settings: Settings,
+    rewriter: Rewriter,
+    workshop: Workshop,
+    steps: Steps,
+    journal: Journal | None = None,
 ) -> Search:
-    """A search that is ready to run."""
+    """A search that is ready to run; without a journal of its own it keeps one beside the output folder."""
     effects = effects_on_output(subject, settings, steps)
     with steps.step("validate the original"):
         validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
+    if journal is None:  # only now: a model that fails on its data leaves nothing behind
+        journal = journal_of(subject, settings)
     return Search(
         rewriter,
         effects,

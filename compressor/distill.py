@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from compressor.data import Split
-from compressor.effects import POSITIONS
+from compressor.effects import spaced
 from compressor.evaluate import divergence, tensor_batches
 from compressor.models import Model
 from passes.graph import Graph, attribute, own
@@ -234,7 +234,7 @@ class Lesson:
         with cheaper():
             answer = self._read(self.student.run(feeds))
         mask = feeds.get(MASK)
-        loss = distance(self.model.task, answer, target, None if mask is None else self._positions(mask, answer))
+        loss = distance(self.model.task, answer, target, None if mask is None else self._spaced(mask))
         for tensor in self.student.trained():
             tensor.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
@@ -252,13 +252,10 @@ class Lesson:
 
     def _read(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         answer = outputs[self.model.outputs.index(self.model.answer)]
-        return self._positions(answer, answer)
+        return self._spaced(answer)
 
-    def _positions(self, values: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        """Of a language model's tokens evenly spaced ones: the logits of all would fill the memory."""
-        if self.model.task != "text-generation" or values.shape[1] <= POSITIONS:
-            return values
-        return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()]
+    def _spaced(self, values: torch.Tensor) -> torch.Tensor:
+        return spaced(values) if self.model.task == "text-generation" else values
 
 
 def distance(task: str, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -98,16 +98,21 @@ class Effects:
         return np.array(each)
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self._positions(outputs[self.model.outputs.index(self.model.answer)])
+        answer = outputs[self.model.outputs.index(self.model.answer)]
+        return spaced(answer) if self.model.task == "text-generation" else answer
 
     def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
         mask = feeds.get(MASK)
-        return None if mask is None or original.ndim < 3 else self._positions(mask)
+        if mask is None or original.ndim < 3:
+            return None
+        return spaced(mask) if self.model.task == "text-generation" else mask
 
-    def _positions(self, values: torch.Tensor) -> torch.Tensor:
-        if self.model.task == "text-generation" and values.shape[1] > POSITIONS:
-            return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()].clone()
+
+def spaced(values: torch.Tensor) -> torch.Tensor:
+    """`POSITIONS` evenly spaced tokens of [rows, tokens, ...]: a language model's logits of all fill the memory."""
+    if values.shape[1] <= POSITIONS:
         return values
+    return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()]
 
 
 def _least(means: npt.NDArray[np.float64]) -> float:

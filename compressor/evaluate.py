@@ -210,7 +210,15 @@ def join(parts: list[Columns]) -> Columns:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def compare(metric: str, batch: Batch, answer: Array, original: Array | None, name: str = "model") -> Columns:
+def compare(
+    metric: str,
+    batch: Batch,
+    answer: Array,
+    original: Array | None,
+    name: str = "model",
+    *,
+    diverging: bool = True,
+) -> Columns:
     """Per-sample numbers of one batch.
 
     Args:
@@ -219,6 +227,7 @@ def compare(metric: str, batch: Batch, answer: Array, original: Array | None, na
         answer: the model's answer, first axis rows.
         original: the reference model's answer, None where the metric does without.
         name: for the error message.
+        diverging: also tell the divergence from the original, which a search does without.
 
     Raises:
         EvaluationError: the answer is not finite.
@@ -227,15 +236,16 @@ def compare(metric: str, batch: Batch, answer: Array, original: Array | None, na
     if not finite.all():
         first = batch.ids[int(finite.argmin()) // batch.rows_per_sample]
         raise EvaluationError(f"{name} gave NaN or infinity for sample {first}; check its weights.")
-    moved = {} if original is None else {"divergence": _moved(metric, batch, answer, original)}
-    if metric == "perplexity":
-        return _tokens(batch, answer, original) | moved
-    if metric == "spearman":
-        return _pairs(batch, answer) | moved
     if metric == "fidelity":
         assert original is not None
         return {"fidelity": _similarity(answer, original, batch)}
-    columns: Columns = moved
+    columns: Columns = {}
+    if original is not None and diverging:
+        columns["divergence"] = _moved(metric, batch, answer, original)
+    if metric == "perplexity":
+        return _tokens(batch, answer, original) | columns
+    if metric == "spearman":
+        return _pairs(batch, answer) | columns
     if metric == "accuracy":
         assert batch.labels is not None
         columns["accuracy"] = (answer.argmax(-1) == batch.labels).astype(np.float64)
@@ -247,7 +257,7 @@ def compare(metric: str, batch: Batch, answer: Array, original: Array | None, na
 
 def _moved(metric: str, batch: Batch, answer: Array, original: Array) -> Array:
     """Divergence from the original's answers, per sample; row by row, so that one row of probabilities exists."""
-    task = "feature-extraction" if metric in ("spearman", "fidelity") else "text-generation"
+    task = "feature-extraction" if metric == "spearman" else "text-generation"
     mask = batch.feeds.get("attention_mask")
     rows = []
     for row in range(len(answer)):

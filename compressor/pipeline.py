@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, journal_of, points_of, score
+from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
@@ -24,7 +24,7 @@ from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import Subject, accepting_data, load
 from compressor.validation import ROUNDING, Validation
-from compressor.workshop import Workshop, sized, timing_feeds, usable
+from compressor.workshop import Workshop, sized, usable
 from passes.cost import Costs
 from passes.graph import Graph
 
@@ -59,11 +59,12 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         final = finished(rewritten)
         with steps.step("lower to ONNX, check against torch"):
             dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
-            result = lower(final, subject.model, scratch / "result.onnx")
-            parity = {
-                "baseline": workshop.parity(dense, subject.graph),
-                "result": workshop.parity(result, rewritten),  # as it was before it was folded
-            }
+            # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
+            same = not choice.plan.changes and final.signature() == subject.graph.signature()
+            result = dense if same else lower(final, subject.model, scratch / "result.onnx")
+            parity = {"baseline": workshop.parity(dense, subject.graph)}
+            # Held against the graph as it was before it was folded.
+            parity["result"] = parity["baseline"] if same else workshop.parity(result, rewritten)
         costs = Costs(final, subject.costs.example)
         files, int8 = {"baseline": dense, "result": result}, dict[str, Quantized]()
         if settings.int8 is not None:
@@ -72,7 +73,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         with steps.step(f"build for {target.name}"):
             engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in files.items()}
         quality = workshop.quality(engines, steps)
-        timed = timing_feeds(subject.data.test, settings.batch)
+        timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
         report = Report(
             command=command,
@@ -122,12 +123,9 @@ def sweep(
         subject = load(settings, steps)
         workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
         with accepting_data(subject):
-            journal = journal_of(subject, settings)
             rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
-            search = begin(subject, settings, rewriter, workshop, journal, steps)
-            with steps.step("search") as tick:
-                search.progress = lambda text: tick(text=text)
-                search.run()
+            search = begin(subject, settings, rewriter, workshop, steps)
+            go_on(search, steps)
             found = points_of(search, subject.model.name)
             chosen = spread(len(found), points, [point.efficient for point in found])
             built = {str(place): rewriter.rewritten(found[place].plan.changes) for place in chosen}
@@ -148,7 +146,7 @@ def sweep(
             (folder / plan_name(point)).write_text(point.plan.to_json())
         (folder / "sweep.json").write_text(front.to_json())
         (folder / "sweep.png").write_bytes(front.picture())
-        journal.forget()
+        search.journal.forget()
     return front
 
 

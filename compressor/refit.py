@@ -9,9 +9,8 @@ on samples that were not fitted, and a map that no strength improves stays as it
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from compressor.effects import Effects
 from compressor.evaluate import tensor_batches
 from compressor.models import Model
 from passes.graph import Graph, Site, attribute, output_values, own
-from passes.run import Program
+from passes.run import Until
 from passes.score import MASK, rows_of
 from passes.sites import aten
 
@@ -130,26 +129,17 @@ def moments(graph: Graph, original: Graph, split: Split, spot: Spot) -> Moments:
     """One sweep of both graphs, each only as far as needed; float64."""
     node = next(node for node in graph.nodes() if node.name == spot.map)
     source, biased = node.all_input_nodes[0].name, len(node.args) > 2
-    now, before = Program(graph, keep={source, spot.behind}), Program(original, keep={spot.behind})
+    now, before = Until(graph, {source, spot.behind}), Until(original, {spot.behind})
     xx: Any = 0
     ex: Any = 0
     for feeds in tensor_batches(split):
-        present, goal = _values(now, feeds, {source, spot.behind}), _values(before, feeds, {spot.behind})
+        present, goal = now.run(feeds), before.run(feeds)
         amiss = goal[spot.behind] - present[spot.behind]
         mask = feeds.get(MASK) if amiss.ndim > 2 else None
         x, e = (rows_of(value, spot.channel_dim, mask).double() for value in (present[source], amiss))
         x = torch.cat([x, torch.full((len(x), 1), float(biased), dtype=x.dtype)], dim=1)
         xx, ex = xx + x.T @ x, ex + e.T @ x
     return Moments(xx, ex)
-
-
-def _values(program: Program, feeds: Mapping[str, torch.Tensor], names: set[str]) -> dict[str, torch.Tensor]:
-    """The named values of one batch, without what comes behind the last of them."""
-    values: dict[fx.Node, Any] = program.start(feeds)
-    wanted = {node: position for position, node in enumerate(program.order) if node.name in names}
-    for _ in itertools.islice(program.walk(values), max(wanted.values()) + 1):
-        pass
-    return {node.name: values[node] for node in wanted}
 
 
 def _variants(graph: Graph, original: Graph, split: Split, spot: Spot) -> Iterator[Graph]:

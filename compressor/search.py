@@ -26,8 +26,8 @@ from passes.unread import read_parts
 
 FRONT = 6  # candidates measured at a time
 PATIENCE = 4  # candidates in a row that may break the budget before the search ends
-# What part of a drop's effect a stand-in that was not measured yet is expected to leave; sorts the front, no more.
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of the tokens that are tried where merging is allowed
+# What part of a drop's effect a stand-in that was not measured yet is expected to leave; sorts the front, no more.
 SOFTENED = {
     "merge": 0.3,
     "constant": 0.9,
@@ -118,7 +118,7 @@ class Search:
     @property
     def speedup(self) -> float:
         """Predicted cost of the original over that of the graph as it is now."""
-        return self.whole / max(self.cost, 1e-12)
+        return self.whole / self.cost
 
     def run(self, enough: float = math.inf) -> None:
         """Go on until no candidate is left, `PATIENCE` in a row break the limit, or the speed-up is `enough`."""

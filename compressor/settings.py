@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from compressor.errors import SettingsError
+from compressor.heal import METHODS
 from compressor.models.base import TASKS
 from passes.base import PassError
 from passes.plan import METRICS, form_and_rank, parse
 from runtimes.base import DEVICES, RuntimesError, runtime
 
 INT8 = ("static", "dynamic")
-METHODS = ("none", "closed-form", "distill")
 COSTS = ("latency", "macs")
 AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")
 DEFAULT_LOSS = 1.0

@@ -109,4 +109,4 @@ class Validation:
             self.sweeps += len(batch.ids) / len(self.split)
             if first:
                 self._originals.append(answer if self.metric in ("accuracy", "agreement", "fidelity") else None)
-            yield compare(self.metric, batch, answer, self._originals[index], self.model.name)
+            yield compare(self.metric, batch, answer, self._originals[index], self.model.name, diverging=False)

@@ -114,7 +114,7 @@ class Workshop:
         return timing_feeds(self.subject.data.test, settings.batch)
 
     def clock(self, graphs: Mapping[str, Graph], settings: Settings, steps: Steps) -> dict[str, float]:
-        """Build an engine from each graph, in the precision asked for, and time them quickly against each other.
+        """Build an engine from each finished graph, in the precision asked for, and time them against each other.
 
         Returns:
             Median milliseconds by name.
@@ -123,7 +123,7 @@ class Workshop:
             engines: dict[str, Path] = {}
             for number, (name, graph) in enumerate(graphs.items()):
                 tick(number, 2 * len(graphs), f"build {name}")
-                onnx = lower(finished(graph), self.subject.model, workshop.scratch / f"design{number}.onnx")
+                onnx = lower(graph, self.subject.model, workshop.scratch / f"design{number}.onnx")
                 engines[name] = workshop.build(workshop.roughly_quantized(onnx, settings))
             found = interleave(
                 {name: partial(self.target.load, path, self.options) for name, path in engines.items()},

@@ -15,7 +15,6 @@ with the least error on held-out batches: even batches judge the fit of odd ones
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,13 +25,11 @@ import torch
 from passes.base import PassError
 from passes.graph import Graph, Site
 from passes.place import place_of
-from passes.run import Program
+from passes.run import Until
 from passes.score import MASK, rows_of
 from passes.unread import read_parts
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from passes.parts import Part
 
 SOURCES = ("state", "normalised", "previous")
@@ -268,8 +265,8 @@ class Sweep:
         self.places = {site.name: place_of(graph, site) for site in fit.sites}
         self.sources = fit.sources
         roots = {site.root for site in fit.sites}
-        self.before = _Until(fit.original, roots)
-        self.now = _Until(graph, {name for place in self.places.values() for name in place.names()})
+        self.before = Until(fit.original, roots)
+        self.now = Until(graph, {name for place in self.places.values() for name in place.names()})
         self.read = {} if fit.all_tokens else read_parts(graph)
         self.dims = {site.name: site.channel_dim for site in fit.sites}
         self.roots = {site.name: site.root for site in fit.sites}
@@ -333,18 +330,3 @@ def _both(halves: list[Regression | None]) -> tuple[Regression, Regression]:
     empty = Regression(0, *(torch.zeros_like(value) for value in (one.r, one.t, one.rr, one.tr, one.tt)))
     even, odd = (empty if half is None else half for half in halves)
     return even, odd
-
-
-class _Until:
-    """A graph run only as far as the named values reach."""
-
-    def __init__(self, graph: Graph, names: set[str]) -> None:
-        self.program = Program(graph, keep=names)
-        self.wanted = {node.name: node for node in self.program.order if node.name in names}
-        self.last = max(self.program.order.index(node) for node in self.wanted.values())
-
-    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        values: dict[fx.Node, Any] = self.program.start(feeds)
-        for _ in itertools.islice(self.program.walk(values), self.last + 1):
-            pass
-        return {name: values[node] for name, node in self.wanted.items()}

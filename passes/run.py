@@ -6,6 +6,7 @@ of a graph shares its weights, so that scoring and search need no export and no 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -152,6 +153,28 @@ class _Tail(Generic[Key]):
     start: int
     fork: int
     shared: Mapping[fx.Node, str]
+
+
+class Until:
+    """A graph run only as far as the named values reach.
+
+    Args:
+        graph: not changed, and not to be changed while this is in use.
+        names: nodes of the graph; those that no output needs are left out.
+    """
+
+    def __init__(self, graph: Graph, names: Collection[str]) -> None:
+        self.program = Program(graph, keep=names)
+        self.wanted = {node.name: node for node in self.program.order if node.name in names}
+        self.last = max(place for place, node in enumerate(self.program.order) if node.name in self.wanted)
+
+    @torch.inference_mode()
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The named values of one batch."""
+        values = self.program.start(feeds)
+        for _ in itertools.islice(self.program.walk(values), self.last + 1):
+            pass
+        return {name: values[node] for name, node in self.wanted.items()}
 
 
 def _tail(key: Key, main: Graph, variant: Graph, position: Mapping[str, int]) -> _Tail[Key]:

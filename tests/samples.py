@@ -10,6 +10,7 @@ import torch
 from compressor import models
 from compressor.data import Shares, load
 from compressor.trace import trace
+from passes.run import Program
 from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS, VIT, Architecture, timm_model
 
@@ -77,3 +78,14 @@ class Tensors:
             labels = None if self.labels is None else self.labels[part]
             feeds = {name: value[part] for name, value in self.feeds.items()}
             yield SimpleNamespace(feeds=feeds, labels=labels, rows_per_sample=1, ids=tuple(map(str, part)))
+
+
+def states(graph, feeds, *names):
+    """Values of named nodes of one batch, copied."""
+    by_name = {node.name: node for node in graph.nodes()}
+    program = Program(graph, keep=names)
+    values = program.start(feeds)
+    with torch.inference_mode():
+        for _ in program.walk(values):
+            pass
+        return [values[by_name[name]].clone() for name in names]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.effects import POSITIONS, SCALES, Effects
+from compressor.effects import POSITIONS, SCALES, Effects, spaced
 from compressor.evaluate import EvaluationError, tensor_batches
 from compressor.trace import trace
 from passes.base import apply
@@ -132,14 +132,12 @@ def test_texts_are_compared_where_there_is_no_padding():
 
 def test_long_texts_are_compared_at_so_many_positions():
     """Spread evenly from the first token to the last, whatever the length."""
-    model, graph, _, split = small()
-    effects = Effects(graph, dataclasses.replace(model, task="text-generation"), split)
     rows = torch.arange(200).repeat(2, 1)
-    taken = effects._positions(rows)
+    taken = spaced(rows)
     assert taken.shape == (2, POSITIONS)
     assert (taken[0, 0], taken[0, -1]) == (0, 199)
     assert set(taken[0].diff().tolist()) <= {3, 4}
-    assert torch.equal(effects._positions(rows[:, :POSITIONS]), rows[:, :POSITIONS])
+    assert torch.equal(spaced(rows[:, :POSITIONS]), rows[:, :POSITIONS])
 
 
 def test_answers_that_are_not_finite_are_infinitely_far():

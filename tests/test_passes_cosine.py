@@ -11,9 +11,9 @@ from passes.base import PassError, apply
 from passes.cosine import FitCosine
 from passes.drop import Drop
 from passes.replace import Replace
-from passes.run import Program, run
+from passes.run import run
 from passes.sites import find_sites
-from tests.samples import small, spread
+from tests.samples import small, spread, states
 
 WIDTH = 16
 # The plain loop subtracts float32 states in float64, the sweep in float32: 1e-7 of states some ten times the target.
@@ -33,13 +33,7 @@ def subject():
 
 def values(graph, feeds, *names):
     """Values of named nodes, float64 rows [tokens, width]."""
-    by_name = {node.name: node for node in graph.nodes()}
-    program = Program(graph, keep=names)
-    found = program.start(feeds)
-    with torch.inference_mode():
-        for _ in program.walk(found):
-            pass
-    return [found[by_name[name]].double().flatten(0, -2).clone() for name in names]
+    return [value.double().flatten(0, -2) for value in states(graph, feeds, *names)]
 
 
 def stacked(subject):

@@ -17,8 +17,9 @@ from passes.drop import Drop
 from passes.fit import STRENGTHS, Fit, Fits, Map, Regression
 from passes.place import place_of
 from passes.replace import Replace
-from passes.run import Program, run
+from passes.run import run
 from passes.sites import find_sites
+from tests import samples
 from tests.architectures import TIMM, TRANSFORMERS
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
@@ -281,13 +282,7 @@ def test_branches_of_a_simpler_form_are_reproduced_by_it(form, rank):
 
 def states(graph, feeds, *names):
     """Values of named nodes, float64 rows [tokens, width]."""
-    by_name = {node.name: node for node in graph.nodes()}
-    program = Program(graph, keep=names)
-    values = program.start(feeds)
-    with torch.inference_mode():
-        for _ in program.walk(values):
-            pass
-        return [values[by_name[name]].double().flatten(0, -2) for name in names]
+    return [value.double().flatten(0, -2) for value in samples.states(graph, feeds, *names)]
 
 
 def test_tba_maps_the_whole_state():

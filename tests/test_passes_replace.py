@@ -17,6 +17,7 @@ from passes.replace import Replace
 from passes.run import Program, run
 from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS
+from tests.samples import states
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 # The same float32 products, in another order where a matrix is multiplied: a few roundings of 1.2e-7.
@@ -52,16 +53,6 @@ def mapped(value, found, dim):
     rows = value.double().movedim(dim, -1)
     result = rows @ found.matrix(rows.shape[-1]).T + (0.0 if found.bias is None else found.bias)
     return result.movedim(-1, dim)
-
-
-def states(graph, feeds, *names):
-    by_name = {node.name: node for node in graph.nodes()}
-    program = Program(graph, keep=names)
-    values = program.start(feeds)
-    with torch.inference_mode():
-        for _ in program.walk(values):
-            pass
-        return [values[by_name[name]].clone() for name in names]
 
 
 def continued(graph, feeds, name, value):

@@ -14,9 +14,9 @@ from torch import nn
 from compressor import models
 from compressor.trace import trace
 from passes.base import PassError, apply
-from passes.run import Program
 from passes.score import Score
 from passes.sites import find_sites
+from tests import samples
 from tests.architectures import TIMM, TRANSFORMERS
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
@@ -133,19 +133,14 @@ def test_parallel_branches_are_each_held_against_the_trunk_alone():
 def naive_matrices(graph, sites, feeds, ends):
     """Double loop over states, samples and tokens, in float64; `ends` says which token ends each row, None for all."""
     names = list(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
-    by_name = {node.name: node for node in graph.nodes()}
-    program = Program(graph, keep=names)
-    values = program.start(feeds)
-    with torch.inference_mode():
-        for _ in program.walk(values):
-            pass
     dims = {site.trunk: site.channel_dim for site in sites} | {sites[-1].root: sites[-1].channel_dim}
-    states = [values[by_name[name]].movedim(dims[name], -1).double() for name in names]
+    found = samples.states(graph, feeds, *names)
+    states = [value.movedim(dims[name], -1).double() for name, value in zip(names, found, strict=True)]
     count = len(states)
     similarity, angular = torch.full((2, count, count), math.nan, dtype=torch.float64)
     for i, left in enumerate(states):
         for j, right in enumerate(states):
-            if values[by_name[names[i]]].shape != values[by_name[names[j]]].shape:
+            if found[i].shape != found[j].shape:
                 continue
             x, y = left.flatten(1, -2), right.flatten(1, -2)
             kept = feeds["attention_mask"].bool() if ends is not None else torch.ones(x.shape[:2], dtype=torch.bool)
