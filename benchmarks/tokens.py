@@ -132,7 +132,7 @@ def decided(
             changes[design.name] = schedule(design.tokens, subject.sites)
             continue
         asked = replace(settings, max_loss=design.limit)
-        search = begin(subject, asked, rewriter, workshop, journal, steps)
+        search = begin(subject, asked, rewriter, workshop, steps, journal)
         with steps.step(f"search, {rule(asked)}") as tick:
             search.progress = partial(_line, tick)
             search.run()

@@ -224,11 +224,15 @@ class _Front:
     def changed(self, site: str, action: str) -> None:
         """After a change: the site is done, unless still more tokens can be merged; every measurement is stale."""
         done = merged_tokens(action)
-        self.candidates = [
-            (name, other)
-            for name, other in self.candidates
-            if name != site or (done is not None and (merged_tokens(other) or 0.0) > done)
+        further = [
+            candidate
+            for candidate in self.candidates
+            if candidate[0] == site and done is not None and (merged_tokens(candidate[1]) or 0.0) > done
         ]
+        self.candidates = [candidate for candidate in self.candidates if candidate[0] != site or candidate in further]
+        for candidate in further:  # what this change has added and saved already is no longer theirs to add and save
+            self.added[candidate] -= self.added[site, action]
+            self.saved[candidate] -= self.saved[site, action]
         self.fresh.clear()
         self.fits.clear()
         read = set(read_parts(self.search.reduced))
@@ -273,9 +277,14 @@ class _Front:
                 self.saved.setdefault((name, action), self.saved[name, "drop"])
 
     def _price(self, candidate: Candidate) -> float:
-        """Divergence for each unit of cost saved; infinite where nothing is saved."""
-        saved = self.saved[candidate]
-        return self.added[candidate] / saved if saved > 0.0 else math.inf
+        """Divergence for each unit of cost saved; infinite where nothing is saved.
+
+        A change that brings the output closer comes before all others, the more it saves the sooner.
+        """
+        added, saved = self.added[candidate], self.saved[candidate]
+        if saved <= 0.0:
+            return math.inf
+        return added * saved if added < 0.0 else added / saved
 
     def _measure(self, candidates: Sequence[Candidate]) -> None:
         search, journal = self.search, self.search.journal

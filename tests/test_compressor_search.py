@@ -316,6 +316,35 @@ def test_more_tokens_are_merged_step_by_step():
         assert cost == ([world.whole] + [step.cost for step in search.steps])[count]
 
 
+@pytest.mark.usefixtures("nothing_unread")
+def test_what_a_merge_has_done_is_not_asked_of_the_next_larger_one_again():
+    """Its last measurement was of both together; left as it was, it would hide what little is still to be done."""
+    world = World(count=3, actions=("merge",))
+    world.sites = tuple(dataclasses.replace(site, kind="attention") for site in world.sites)
+    world.pairs[:] = 0.0
+    search = world.begin()
+    front = search.front
+    front._begin()
+    front._measure([("s0", "merge:12%"), ("s0", "merge:25%")])
+    added, saved = dict(front.added), dict(front.saved)
+    search._try("s0", "merge:12%")
+    assert front.added["s0", "merge:25%"] == added["s0", "merge:25%"] - added["s0", "merge:12%"] > 0.0
+    assert front.saved["s0", "merge:25%"] == saved["s0", "merge:25%"] - saved["s0", "merge:12%"] > 0.0
+    assert front.added["s1", "merge:25%"] == added["s1", "merge:25%"]
+    assert ("s0", "merge:25%") not in front.fresh
+
+
+@pytest.mark.usefixtures("nothing_unread")
+def test_of_changes_that_bring_the_output_closer_the_one_that_saves_more_comes_first():
+    world = World(count=3, actions=("drop",))
+    world.pairs[:] = 0.0
+    for site, added, saved in zip(world.sites, (-0.1, -0.1, 0.001), (100, 900, 100_000), strict=True):
+        world.own[site.name, "drop"], world.saves[site.name, "drop"] = added, saved
+    search = world.begin()
+    search.run()
+    assert list(search.changes) == ["s1", "s0", "s2"]
+
+
 # ------------------------------------------------------------------------------------------------------- interrupts
 
 
