@@ -27,9 +27,9 @@ from passes.unread import read_parts
 FRONT = 6  # candidates measured at a time
 PATIENCE = 4  # candidates in a row that may break the budget before the search ends
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of the tokens that are tried where merging is allowed
+MERGE = "merge:25%"  # measured everywhere at first, as a drop tells nothing about merging the tokens behind it
 # What part of a drop's effect a stand-in that was not measured yet is expected to leave; sorts the front, no more.
 SOFTENED = {
-    "merge": 0.3,
     "constant": 0.9,
     "scale": 0.8,
     "fuse": 0.6,
@@ -260,21 +260,28 @@ class _Front:
         return f"not tried: {action} added {value:.4f} divergence when last measured"
 
     def _begin(self) -> None:
-        """Measure every drop; what has not been measured yet starts from there."""
+        """Measure every drop, and one merge behind every attention; the guesses for all others start from there."""
         sites = [site for site in self.search.rewriter.sites if site.name not in self.search.given]
-        names = [site.name for site in sites]
         self.read = set(read_parts(self.search.reduced))
-        drops = [(name, "drop") for name in names]
-        self._measure(drops)
-        for name, kind in ((site.name, site.kind) for site in sites):
-            actions = [each for action in self.search.actions for each in (MERGES if action == "merge" else (action,))]
-            for action in actions:
-                if merged_tokens(action) is not None and kind != "attention":
-                    continue
-                self.candidates.append((name, action))
-                softened = SOFTENED.get(form_and_rank(action)[0], 1.0)
-                self.added.setdefault((name, action), self.added[name, "drop"] * softened)
-                self.saved.setdefault((name, action), self.saved[name, "drop"])
+        self.candidates = [(site.name, action) for site in sites for action in self._actions(site)]
+        merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
+        self._measure([*((site.name, "drop") for site in sites), *merges])
+        for candidate in self.candidates:
+            if candidate not in self.added:
+                self.added[candidate], self.saved[candidate] = self._guess(*candidate)
+
+    def _actions(self, site: Site) -> list[str]:
+        offered = [each for action in self.search.actions for each in (MERGES if action == "merge" else (action,))]
+        return [action for action in offered if site.kind == "attention" or merged_tokens(action) is None]
+
+    def _guess(self, name: str, action: str) -> tuple[float, float]:
+        """What a candidate may add and save, by what was measured at its site."""
+        share, measured = merged_tokens(action), self.added.get((name, MERGE))
+        if share is None or measured is None:
+            known = (name, "drop")
+            return self.added[known] * SOFTENED.get(form_and_rank(action)[0], 1.0), self.saved[known]
+        part = share / (merged_tokens(MERGE) or share)
+        return measured * min(part, part**2), self.saved[name, MERGE] * part  # the first tokens cost the least
 
     def _price(self, candidate: Candidate) -> float:
         """Divergence for each unit of cost saved; infinite where nothing is saved.

@@ -317,6 +317,20 @@ def test_more_tokens_are_merged_step_by_step():
 
 
 @pytest.mark.usefixtures("nothing_unread")
+def test_tokens_are_merged_early_behind_an_attention_that_must_stay():
+    """That dropping it would be fatal says nothing about the tokens behind it."""
+    world = World(actions=("drop", "merge"))
+    world.sites = tuple(
+        dataclasses.replace(site, kind="attention" if site.order == 3 else "mlp") for site in world.sites
+    )
+    world.own |= {(site.name, "drop"): 500.0 if site.order == 3 else 1.0 for site in world.sites}
+    search = world.begin()
+    search.run()
+    assert (search.steps[0].site, search.steps[0].action) == ("s3", "merge:12%")
+    assert {step.site for step in search.steps[:3]} == {"s3"}
+
+
+@pytest.mark.usefixtures("nothing_unread")
 def test_what_a_merge_has_done_is_not_asked_of_the_next_larger_one_again():
     """Its last measurement was of both together; left as it was, it would hide what little is still to be done."""
     world = World(count=3, actions=("merge",))
