@@ -1,11 +1,12 @@
 """Which criterion finds the better plan: every published one, and ours, at equal multiply-adds and measured latency.
 
-    python benchmarks/criteria.py --data-root ../shared/data [--model NAME ...]
+    python benchmarks/criteria.py --data-root ../shared/data [--model NAME ...] [--method NAME ...]
 
 For each model and method the plans grow until they save 10, 20, 35 and 50 % of the multiply-adds; the first that saves
 as much is judged on test data, which no method has seen. Exact rewrites (unread tokens, folding) are applied to all
 alike. The engines of all plans are timed against each other in one run; what the prices of the search foretold for each
-is kept beside. `python benchmarks/tables.py` makes the tables and pictures.
+is kept beside. With `--method` only those are measured again, against the model as it is in the same run, and the other
+rows stay. `python benchmarks/tables.py` makes the tables and pictures.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,7 +114,8 @@ def plans(bench: Bench, method: Method) -> Iterator[Grown]:
     scores = score(subject, steps) if needs_scores else None
     effect = None
     if method.metric == "output":
-        measured = effects_on_output(subject, bench.settings, steps).of_units([[site] for site in subject.sites])
+        samples = subject.data.calibration.head(bench.settings.search_samples)
+        measured = effects_on_output(subject, samples, steps).of_units([[site] for site in subject.sites])
         effect = lambda _: measured  # noqa: E731
     for count in range(1, len(subject.sites) + 1):
         asked = parse(str(count) if method.unit == "site" else f"{method.unit}:{count}")
@@ -171,8 +173,8 @@ def judged(bench: Bench, graphs: Mapping[tuple[tuple[str, str], ...], Graph]) ->
     return found
 
 
-def measure(model: str, where: Mapping[str, str]) -> dict[str, Any]:
-    """All methods on one model."""
+def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) -> dict[str, Any]:
+    """All methods, or only some, on one model."""
     spec, data = (None if name is None else where.get(name, name) for name in MODELS[model])
     settings = Settings(model=spec, data=data, drop="auto", samples=SAMPLES.get(model))
     steps = Steps()
@@ -186,9 +188,9 @@ def measure(model: str, where: Mapping[str, str]) -> dict[str, Any]:
         counts = counted(subject.graph, {name: tuple(value.shape) for name, value in feeds.items()})
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)
-        rows = [row for method in METHODS for row in _rows(bench, method.name, plans(bench, method))]
-        for name, actions in SEARCHES.items():
-            rows += _rows(bench, name, searched(bench, actions, workshop))
+        ways = {method.name: partial(plans, bench, method) for method in METHODS}
+        ways |= {name: partial(searched, bench, actions, workshop) for name, actions in SEARCHES.items()}
+        rows = [row for name in only or ways for row in _rows(bench, name, ways[name]())]
         engines = {AS_IS: lower(subject.graph, subject.model, Path(scratch) / "original.onnx")} | bench.files
         latency = workshop.latency(engines, feeds, ROUNDS, steps)
     for row in rows:
@@ -229,14 +231,19 @@ def _rows(bench: Bench, method: str, candidates: Iterator[Grown]) -> list[dict[s
 @click.command()
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 @click.option("--model", "chosen", multiple=True, type=click.Choice(list(MODELS)), help="Only these models.")
-def main(data_root: Path, chosen: tuple[str, ...]) -> None:
+@click.option("--method", "only", multiple=True, help="Only these methods; the other rows stay as they are.")
+def main(data_root: Path, chosen: tuple[str, ...], only: tuple[str, ...]) -> None:
     """Judge every criterion on every model and keep the results."""
     for model in chosen or tuple(MODELS):
         click.echo(model)
         start = time.perf_counter()
-        found = measure(model, sources(data_root))
+        found = measure(model, sources(data_root), only)
+        found |= {"seconds": time.perf_counter() - start, "environment": environment()}
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
-        results["models"][model] = found | {"seconds": time.perf_counter() - start, "environment": environment()}
+        if only:
+            rows = [row for row in results["models"][model]["rows"] if row["method"] not in only]
+            found = results["models"][model] | {"rows": rows + found["rows"]}
+        results["models"][model] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import __version__, prices
+from compressor.data import Split
 from compressor.effects import Effects
 from compressor.errors import CompressorError
 from compressor.evaluate import tensor_batches
@@ -25,7 +26,7 @@ from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop
 from passes.base import PassError, apply
 from passes.graph import Graph, Site
-from passes.plan import Plan, acting, choose, merging, parse
+from passes.plan import Plan, acting, choose, form_and_rank, merging, parse
 from passes.score import Score, Scores
 
 HEADROOM = 1.5  # times the allowed loss that a search may lose where healing follows, which must win it back
@@ -79,7 +80,8 @@ def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, di
     selection = parse(settings.drop)
     metric = None if selection.names else settings.metric
     scores = score(subject, steps) if metric in ("cosine", "influence", "angular") else None
-    effects = effects_on_output(subject, settings, steps) if metric == "output" else None
+    samples = subject.data.calibration.head(settings.search_samples)
+    effects = effects_on_output(subject, samples, steps) if metric == "output" else None
     with steps.step("choose"):
         plan = choose(
             selection,
@@ -128,7 +130,8 @@ def begin(
     journal: Journal | None = None,
 ) -> Search:
     """A search that is ready to run; without a journal of its own it keeps one beside the output folder."""
-    effects = effects_on_output(subject, settings, steps)
+    measured, fitted = _shared_out(subject.data.calibration, settings)
+    effects = effects_on_output(subject, measured, steps)
     with steps.step("validate the original"):
         validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
     if journal is None:  # only now: a model that fails on its data leaves nothing behind
@@ -140,9 +143,19 @@ def begin(
         _prices(subject, settings, rewriter, workshop, journal, steps),
         settings.chosen_actions,
         settings.loss_limit * (1.0 if settings.heal == "none" else HEADROOM),
+        fitting=fitted,
         given=schedule(settings.tokens, subject.sites),
         journal=journal,
     )
+
+
+def _shared_out(calibration: Split, settings: Settings) -> tuple[Split, Split]:
+    """The samples that candidates are measured on, and those their maps are fitted on: a map looks best on its own."""
+    count = settings.search_samples
+    if {form_and_rank(action)[0] for action in settings.chosen_actions} <= {"drop", "merge"} or len(calibration) < 2:
+        return calibration.head(count), calibration.head(count)
+    measured = calibration.head(min(count, len(calibration) // 2))
+    return measured, calibration.beside(measured, count)
 
 
 def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
@@ -260,10 +273,10 @@ def journal_of(subject: Subject, settings: Settings) -> Journal:
     return Journal(digest, output.with_name(f".{output.name}.journal"))
 
 
-def effects_on_output(subject: Subject, settings: Settings, steps: Steps) -> Effects:
-    """Effects on the output, measured on the first calibration samples."""
+def effects_on_output(subject: Subject, samples: Split, steps: Steps) -> Effects:
+    """Effects on the output, measured on these samples."""
     with steps.step("run the original"):
-        return Effects(subject.graph, subject.model, subject.data.calibration.head(settings.search_samples))
+        return Effects(subject.graph, subject.model, samples)
 
 
 def score(subject: Subject, steps: Steps) -> Scores:

@@ -96,6 +96,13 @@ class Split:
             return self
         return Split(self.name, self.samples, tuple(self.indices[place * count // n] for place in range(n)))
 
+    def beside(self, other: Split, n: int) -> Split:
+        """At most `n` samples of this part that are not in `other`, evenly spaced; none where there are no more."""
+        taken = set(other.indices)
+        left = tuple(index for index in self.indices if index not in taken)
+        rest = Split(self.name, self.samples, left)
+        return rest.head(n) if left else rest
+
     def _batch(self, start: int, size: int) -> Batch:
         part = self.indices[start : start + size]
         samples = self.samples

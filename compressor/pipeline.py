@@ -164,7 +164,8 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
     subject = load(settings, steps)
     with accepting_data(subject):
         scores = score(subject, steps)
-        effects = effects_on_output(subject, settings, steps) if settings.metric == "output" else None
+        samples = subject.data.calibration.head(settings.search_samples)
+        effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
     return Inspection(subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured)
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from compressor.data import Split
 from compressor.effects import Effects
 from compressor.journal import Journal
 from compressor.prices import Prices
@@ -73,6 +74,7 @@ class Search:
         prices: what each action saves.
         actions: what may be done to a site.
         limit: most loss on validation data, in percent.
+        fitting: calibration samples that the maps of candidates are fitted on, where they are only tried.
         given: changes made before the search begins, which it keeps.
         journal: values measured by an earlier run of the same search.
         progress: called with a line of text at every step.
@@ -84,6 +86,7 @@ class Search:
     prices: Prices
     actions: Sequence[str]
     limit: float
+    fitting: Split
     given: Mapping[str, str] = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
@@ -132,8 +135,8 @@ class Search:
         added = self.front.added[site, action]
         self.front.remove((site, action))
         try:
-            # Tried with a fit on all calibration samples, which the front's is where it measures on all of them.
-            everything = len(self.effects.split) == len(self.rewriter.split)
+            # Carried out with a fit on all calibration samples.
+            everything = len(self.fitting) == len(self.rewriter.split)
             graph, reduced = self.with_change(site, action, self.front.fits.get(site) if everything else None)
         except PassError as error:
             self.refused[site, action] = f"{action} refused: {error}"
@@ -317,7 +320,7 @@ class _Front:
         unfitted = ("drop", "merge", *PUBLISHED)
         fitted = sorted({name for name, action in keys if form_and_rank(action)[0] not in unfitted} - set(self.fits))
         if fitted:
-            self.fits |= search.rewriter.fits(search.graph, fitted, search.effects.split)
+            self.fits |= search.rewriter.fits(search.graph, fitted, search.fitting)
         variants: dict[Candidate, Graph] = {}
         for name, action in keys:
             try:

@@ -170,6 +170,16 @@ def test_head_is_evenly_spaced_and_shares_what_is_prepared(folder: Path) -> None
     assert calls.images == decoded
 
 
+def test_what_lies_beside_a_subset_shares_no_sample_with_it(folder: Path) -> None:
+    test = load(str(folder), vision(), task="image-classification").test
+    head = test.head(3)
+    rest = test.beside(head, 10)
+    assert sorted((*head.ids, *rest.ids)) == sorted(test.ids)
+    assert test.beside(head, 2).ids == (rest.ids[0], rest.ids[1])
+    assert len(test.beside(test, 5)) == 0
+    assert rest.name == test.name
+
+
 def test_batches_repeat_in_the_same_order_with_an_odd_last_one(folder: Path) -> None:
     test = load(str(folder), vision(), task="image-classification").test
     passes = [list(test.batches(4)) for _ in range(2)]

@@ -62,7 +62,7 @@ class World:
     def begin(self, limit=100.0, **options):
         effects = SimpleNamespace(split=self.split[:16])
         effects.measure = lambda main, variants: self.measure(main, variants)  # noqa: PLW0108 - looked up when called
-        return Search(self, effects, self, self, self.actions, limit, **options)
+        return Search(self, effects, self, self, self.actions, limit, self.split[16:32], **options)
 
     def changed(self, graph, name, action, fits=None):
         assert fits is None or fits.graph == graph  # fitted on another graph they would repair what is not there
@@ -331,6 +331,19 @@ def test_tokens_are_merged_early_behind_an_attention_that_must_stay():
 
 
 @pytest.mark.usefixtures("nothing_unread")
+def test_maps_are_measured_on_other_samples_than_they_are_fitted_on():
+    world = World(actions=("linear",))
+    asked = []
+    fits = world.fits
+    world.fits = lambda graph, names, split: asked.append(split) or fits(graph, names, split)
+    search = world.begin()
+    search.run()
+    assert asked
+    assert all(set(split) == set(search.fitting) for split in asked)
+    assert not set(search.fitting) & set(search.effects.split)
+
+
+@pytest.mark.usefixtures("nothing_unread")
 def test_what_a_merge_has_done_is_not_asked_of_the_next_larger_one_again():
     """Its last measurement was of both together; left as it was, it would hide what little is still to be done."""
     world = World(count=3, actions=("merge",))
@@ -421,6 +434,7 @@ def begun(model, graph, sites, split, actions, limit=100.0, *, metric="agreement
         counted(graph, {name: (1, *value.shape[1:]) for name, value in model.example.items()}),
         actions,
         limit,
+        split,
         **options,
     )
 
