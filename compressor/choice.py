@@ -26,7 +26,7 @@ from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop
 from passes.base import PassError, apply
 from passes.graph import Graph, Site
-from passes.plan import Plan, acting, choose, form_and_rank, merging, parse
+from passes.plan import Plan, acting, choose, merging, parse
 from passes.score import Score, Scores
 
 HEADROOM = 1.5  # times the allowed loss that a search may lose where healing follows, which must win it back
@@ -152,7 +152,7 @@ def begin(
 def _shared_out(calibration: Split, settings: Settings) -> tuple[Split, Split]:
     """The samples that candidates are measured on, and those their maps are fitted on: a map looks best on its own."""
     count = settings.search_samples
-    if {form_and_rank(action)[0] for action in settings.chosen_actions} <= {"drop", "merge"} or len(calibration) < 2:
+    if set(settings.chosen_actions) <= {"drop", "merge"} or len(calibration) < 2:
         return calibration.head(count), calibration.head(count)
     measured = calibration.head(min(count, len(calibration) // 2))
     return measured, calibration.beside(measured, count)
