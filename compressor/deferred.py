@@ -174,7 +174,7 @@ def told(engine: Mapping[str, Any]) -> Iterator[str]:
     if engine.get("state") == "deferred":
         yield (
             f"No engine was built: run `compressor build` with this folder on the device. Every figure, and what the "
-            f"search went by, was measured with ONNX Runtime on the CPU here, not with {engine['target']}."
+            f"search went by, was measured with ONNX Runtime on the CPU here, not with {engine['target']} there."
         )
     if "environment" in engine:
         yield (
@@ -182,7 +182,9 @@ def told(engine: Mapping[str, Any]) -> Iterator[str]:
             "was compressed."
         )
         for name, found in engine["measured"].items():
-            same = found.get("agreement", found.get("similarity"))
-            if same is not None:
-                what = "the same answers as torch" if "agreement" in found else "a cosine similarity to torch's answers"
-                yield f"On {same['n']} stored rows the {name} gives {what} of {same['value']:.2f} %."
+            if "agreement" in found:
+                same = found["agreement"]
+                yield f"On {same['n']} stored rows the {name} gives torch's answer in {same['value']:.2f} %."
+            elif "similarity" in found:
+                same = found["similarity"]
+                yield f"On {same['n']} stored rows the {name} is similar to torch by {same['value']:.2f} % (cosine)."

@@ -64,11 +64,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _gpus() -> list[str]:
+def _gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     """Names of NVIDIA's GPUs, as their driver lists them (Linux)."""
     names = []
     with contextlib.suppress(OSError):
-        for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for path in sorted(driver.glob("*/information")):
             models = [line for line in path.read_text().splitlines() if line.startswith("Model:")]
             names += [line.split(":", 1)[1].strip() for line in models]
     return names

@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper, save
 
 import compressor
-from compressor import complete, deferred, workshop
+from compressor import complete, deferred, environment, workshop
 from compressor.answers import INT8_SLACK, Answers, AnswersError, allowed_for
 from compressor.errors import CompressorError, SettingsError
 from compressor.folder import FolderError, write_manifest
@@ -174,7 +174,7 @@ def test_the_report_of_a_deferred_export_tells_its_reader(originals):
     report = complete._restored(report_of(originals["openvino"]), originals["openvino"])
     assert report.table().title == "Residual on ONNX Runtime, for openvino, batch 5"
     assert "run `compressor build` with this folder on the device" in report.summary()
-    assert "with ONNX Runtime on the CPU here, not with openvino" in report.summary()
+    assert "with ONNX Runtime on the CPU here, not with openvino there" in report.summary()
 
 
 def test_the_stored_answers_are_torchs(originals):
@@ -296,7 +296,7 @@ def test_the_device_needs_neither_torch_nor_its_like(folder):
     assert f"Residual on {target}, batch 5" in done.stdout
     assert "result's speed-up" in done.stdout
     assert "Dropped 1 of 3 sites" in done.stdout
-    assert "On 64 stored rows the result gives the same answers as torch of" in " ".join(done.stdout.split())
+    assert "On 64 stored rows the result gives torch's answer in" in " ".join(done.stdout.split())
     _check_completed(before, folder)
     built = {"openvino_model.xml", "openvino_model.bin"} if target == "openvino" else set()
     files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -499,3 +499,19 @@ def test_answers_survive_the_disk_and_damage_is_said(tmp_path):
 def test_int8_may_be_as_far_off_as_twice_what_was_measured():
     assert allowed_for(None) == TOLERANCE
     assert allowed_for(0.02) == pytest.approx(0.04 + TOLERANCE)
+
+
+def test_the_environment_names_gpus(tmp_path):
+    for number, name in enumerate(("NVIDIA A", "NVIDIA B")):
+        (tmp_path / f"000{number}").mkdir()
+        (tmp_path / f"000{number}" / "information").write_text(f"Model: \t\t {name}\nIRQ:   \t\t 7\n")
+    assert environment._gpus(tmp_path) == ["NVIDIA A", "NVIDIA B"]
+    assert environment._gpus(tmp_path / "none") == []
+    assert isinstance(environment.environment()["gpus"], list)
+
+
+def test_features_are_told_as_what_they_are():
+    similar = {"value": 99.5, "low": 99.0, "high": 99.9, "n": 12}
+    part = {"state": "built", "target": "openvino", "environment": {}, "measured": {"result": {"similarity": similar}}}
+    assert list(deferred.told(part))[1:] == ["On 12 stored rows the result is similar to torch by 99.50 % (cosine)."]
+    assert list(deferred.told({"state": "built", "target": "openvino"})) == []
