@@ -35,6 +35,7 @@ def export(
     target: str = "onnxruntime",
     int8: str | None = None,
     max_int8_loss: float = 0.5,
+    defer_build: bool = False,
     output: str | Path = "compressed",
     force: bool = False,
     task: str | None = None,

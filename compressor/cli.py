@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import click
 
 from compressor import __version__
+from compressor.cli_build import build
 from compressor.errors import CompressorError, SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,11 +78,12 @@ def _tidy_termination() -> Iterator[None]:
 
 def _sentence(error: Exception) -> str:
     """The message of an error of ours; anything else is a fault of ours and keeps its traceback."""
-    from passes.base import PassError
-    from passes.graph import GraphError
     from runtimes.base import RuntimesError
 
-    if isinstance(error, (CompressorError, PassError, GraphError, RuntimesError)):
+    # Those of `passes` only where it is loaded: it imports torch, which a device that builds an engine may lack.
+    named = (("passes.base", "PassError"), ("passes.graph", "GraphError"))
+    loaded = [getattr(sys.modules[module], name) for module, name in named if module in sys.modules]
+    if isinstance(error, (CompressorError, RuntimesError, *loaded)):
         text = str(error)
         return text if text.endswith((".", "?", "!", ")")) else f"{text}."
     raise error
@@ -96,6 +98,9 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.version_option(__version__, prog_name="compressor")
 def main() -> None:
     """Drop what a pretrained transformer does not need, export it, and measure what that gained and cost."""
+
+
+main.add_command(build)
 
 
 def _subject_options(command: Command) -> Command:
@@ -271,6 +276,7 @@ def _engine_options(command: Command) -> Command:
 @click.option(
     "--max-int8-loss", default=0.5, show_default=True, help="Most int8 may lose before layers return to float, in %."
 )
+@click.option("--defer-build", is_flag=True, help="Leave the engine to `compressor build` on the device it runs on.")
 @click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def export(quiet: bool, **options: Any) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor import deferred
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
-from compressor.folder import onnx_bytes, output_folder, scratch_folder
+from compressor.folder import copy_onnx, onnx_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
@@ -69,12 +69,16 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         files, int8 = {"baseline": dense, "result": result}, dict[str, Quantized]()
         if settings.int8 is not None:
             files, int8 = workshop.quantized(files, settings, steps)
-        files["result"] = _ship(files["result"], folder / "model.onnx")
+        files["result"] = copy_onnx(files["result"], folder / "model.onnx")
         with steps.step(f"build for {target.name}"):
             engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in files.items()}
         quality = workshop.quality(engines, steps)
         timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
+        engine: dict[str, Any] = {"state": "built", "target": target.name}
+        if settings.defer_build:
+            graphs = {"baseline": subject.graph, "result": rewritten}
+            engine = deferred.write(folder, files, graphs, workshop, settings, steps)
         report = Report(
             command=command,
             settings=settings.to_dict(),
@@ -94,6 +98,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             passes=tuple(final.history),
             environment=environment(),
             notes=(),
+            engine=engine,
         )
         report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
         (folder / "report.json").write_text(report.to_json())
@@ -168,21 +173,6 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
         effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
     return Inspection(subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured)
-
-
-def _ship(source: Path, destination: Path) -> Path:
-    """Copy an ONNX file under its final name, with its external data, whose name is written inside it."""
-    external = source.with_name(source.name + ".data")
-    if not external.exists():
-        shutil.copyfile(source, destination)
-        return destination
-    import onnx
-
-    model = onnx.load(str(source))
-    onnx.save_model(model, str(destination), save_as_external_data=True, location=destination.name + ".data")
-    # onnx makes the weights readable by their owner alone; whoever may read the model must be able to read them too.
-    shutil.copymode(destination, destination.with_name(destination.name + ".data"))
-    return destination
 
 
 def _describe(subject: Subject) -> dict[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressor.evaluate import METRICS, Evaluation, Figure
+from compressor.deferred import told
+from compressor.figures import METRICS, Figure
 from compressor.steps import Step
 from runtimes.timing import Latency
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compressor.evaluate import Evaluation
     from passes.graph import Applied
     from passes.plan import Plan
 
@@ -67,7 +69,8 @@ class Report:
     """Everything measured in one export, and everything needed to repeat it.
 
     The variants are ``original`` (unpruned float, only where the result is int8), ``baseline`` (unpruned, same target
-    and precision as the result) and ``result``. `quality` is None, with the reason, where none may be stated.
+    and precision as the result) and ``result``. `quality` is None, with the reason, where none may be stated. `engine`
+    says whether the engine is built; where it was left to the device, with what, and what was measured there.
     """
 
     command: str
@@ -88,6 +91,7 @@ class Report:
     passes: tuple[Applied, ...]
     environment: dict[str, object]
     notes: tuple[str, ...] = ()
+    engine: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
@@ -129,7 +133,9 @@ class Report:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        title = f"{self.model['name']} on {self.settings['target']}, batch {self.settings['batch']}"
+        late = self.engine.get("state") == "deferred"
+        target = f"ONNX Runtime, for {self.settings['target']}" if late else self.settings["target"]
+        title = f"{self.model['name']} on {target}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         for name in self.latency:
@@ -167,7 +173,7 @@ class Report:
         sites = f"{done} {len(changes)} of {len(self.plan.decisions)} sites: {', '.join(changes) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
-        return "\n".join([sites, *meaning, *quality, *self.notes])
+        return "\n".join([sites, *meaning, *quality, *self.notes, *told(self.engine)])
 
     def missed(self) -> tuple[str, ...]:
         """Wishes for speed that the measured result does not fulfil, one sentence each."""

@@ -49,6 +49,7 @@ class Settings:
         target: name of the runtime.
         int8: None, ``static`` or ``dynamic``.
         max_int8_loss: most quality that int8 may lose against float before layers return to float, in percent.
+        defer_build: leave the engine to `compressor build` on the device; ONNX Runtime on the CPU stands in here.
         device: ``cpu`` or ``cuda``, where the engine runs; None takes the one that the target prefers.
         threads: threads of the engine; None leaves it to the runtime.
         batch: batch size of the latency measurement.
@@ -73,6 +74,7 @@ class Settings:
     target: str = "onnxruntime"
     int8: str | None = None
     max_int8_loss: float = 0.5
+    defer_build: bool = False
     output: str | Path = "compressed"
     force: bool = False
     task: str | None = None
@@ -183,6 +185,8 @@ def _check_actions(settings: Settings) -> None:
         raise SettingsError("found --speedup and --latency, which are one wish in two forms; give one of them.")
     if settings.latency is not None and settings.cost != "latency":
         raise SettingsError("--latency needs the target to be timed; leave out --cost macs.")
+    if settings.latency is not None and settings.defer_build:
+        raise SettingsError("--latency needs the target to be timed, which --defer-build leaves out; give --speedup.")
 
 
 def _check_tokens(text: str) -> None:

@@ -17,9 +17,11 @@ import numpy.typing as npt
 import torch
 
 from compressor.data import Split
+from compressor.deferred import STAND_IN, stand_in
 from compressor.errors import CompressorError
 from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
-from compressor.lower import OPSET, Parity, check_parity, lower
+from compressor.lower import OPSET, lower
+from compressor.parity import Parity, check_parity
 from compressor.quantize import Quantized, quantize
 from compressor.report import Quality
 from compressor.rewrite import finished
@@ -28,7 +30,7 @@ from compressor.steps import Steps, Tick
 from compressor.subject import Subject, accepting_data
 from passes.graph import Graph
 from passes.run import run
-from runtimes.base import BuildOptions, Engine, Feeds, Runtime, need, runtime, targets
+from runtimes.base import BuildOptions, Engine, Feeds, Runtime, check_device, need, runtime, targets
 from runtimes.timing import Latency, interleave
 
 PARITY_ROWS = 8
@@ -48,10 +50,21 @@ def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     options = BuildOptions(device=device, threads=settings.threads)
     if settings.int8 is not None:
         _check_int8(target, settings.int8, device)
-    need(target.name, target.missing(), target.devices, options)
+    if settings.defer_build:
+        check_device(target.name, target.devices, options)
+        target, options = stand_in(target), dataclasses.replace(options, device="cpu")
+    need(target.name, _or_defer(target), target.devices, options)
     if options.device != target.devices[0]:
         _probe(target, options)
     return target, options
+
+
+def _or_defer(target: Runtime) -> str | None:
+    """The reason why a target cannot be used, with the way round it where there is one."""
+    reason = target.missing()
+    if reason is None or target.name == STAND_IN:
+        return reason
+    return f"{reason}, or export with --defer-build here and run `compressor build` on the device"
 
 
 def _check_int8(target: Runtime, mode: str, device: str) -> None:

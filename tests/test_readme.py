@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from compressor import models, search, settings, workshop
+from compressor import complete, models, search, settings, workshop
 from compressor.cli import main
 from runtimes.timing import interleave
 
@@ -64,6 +64,7 @@ def brief(openers, feeds, **options):
 def short_timing(monkeypatch):
     """Real timing and a real search, but brief: these tests are about commands, not figures."""
     monkeypatch.setattr(workshop, "interleave", brief)
+    monkeypatch.setattr(complete, "interleave", brief)
     monkeypatch.setattr(settings, "AUTO_ACTIONS", ("drop",))
     monkeypatch.setattr(search, "PATIENCE", 1)
 
@@ -80,7 +81,7 @@ def execute(line):
 def test_command(line, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     # Tests may run in any order, in several processes: what a command reads is made first if need be.
-    for made in re.findall(r"(\w+)/(?:plans/\d+|plan)\.json", line):
+    for made in re.findall(r"\w+(?=/(?:plans/\d+|plan)\.json)|(?<=compressor build )\w+", line):
         if not (workspace / made).exists():
             execute(next(maker for maker in COMPRESSOR if f"--output {made}" in maker))
     execute(line)
@@ -89,6 +90,9 @@ def test_command(line, workspace, monkeypatch):
         files = set(json.loads((folder / "manifest.json").read_text())["files"])
         engine = {"model.onnx", "plan.json", "report.json", "config.json"}
         assert ({"sweep.json", "sweep.png", "plans/0.json"} if " sweep " in line else engine) <= files
+    if line.startswith("compressor build"):
+        content = json.loads((workspace / made / "report.json").read_text())
+        assert content["engine"]["state"] == "built"
     if "small_vit/plan.json" in line:
         plan = workspace / "small_vit" / "plan.json"
         assert (workspace / "same_again" / "plan.json").read_text() == plan.read_text()
