@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.api import export, inspect, sweep, targets
+    from compressor.api import bench, export, inspect, sweep, targets
     from compressor.errors import CompressorError
     from compressor.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["CompressorError", "Settings", "__version__", "export", "inspect", "sweep", "targets"]
+__all__ = ["CompressorError", "Settings", "__version__", "bench", "export", "inspect", "sweep", "targets"]
 
 _HOMES = {
+    "bench": "compressor.api",
     "export": "compressor.api",
     "inspect": "compressor.api",
     "sweep": "compressor.api",

@@ -114,6 +114,21 @@ def onnx_bytes(path: Path) -> int:
     return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.exists())
 
 
+def ship(source: Path, destination: Path) -> Path:
+    """Copy an ONNX file under its final name, with its external data, whose name is written inside it."""
+    external = source.with_name(source.name + ".data")
+    if not external.exists():
+        shutil.copyfile(source, destination)
+        return destination
+    import onnx
+
+    model = onnx.load(str(source))
+    onnx.save_model(model, str(destination), save_as_external_data=True, location=destination.name + ".data")
+    # onnx makes the weights readable by their owner alone; whoever may read the model must be able to read them too.
+    shutil.copymode(destination, destination.with_name(destination.name + ".data"))
+    return destination
+
+
 def _check_free(place: Path, path: Path, *, force: bool) -> None:
     """Refuse what may not be replaced; `path` is how the user wrote `place`."""
     with _readable_errors(path, unwritable=True):

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor import cells
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
-from compressor.folder import onnx_bytes, output_folder, scratch_folder
+from compressor.folder import onnx_bytes, output_folder, scratch_folder, ship
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
 from compressor.lower import lower
 from compressor.quantize import Quantized
-from compressor.report import Report, Size
+from compressor.report import Quality, Report, Size
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
@@ -66,12 +66,18 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             # Held against the graph as it was before it was folded.
             parity["result"] = parity["baseline"] if same else workshop.parity(result, rewritten)
         costs = Costs(final, subject.costs.example)
-        files, int8 = {"baseline": dense, "result": result}, dict[str, Quantized]()
+        floats = {"baseline": dense, "result": result}
+        factorial = settings.factorial and not same
+        if factorial:
+            floats |= cells.unmerged(choice.plan, healed_graph, workshop)
+        files, int8 = dict(floats), dict[str, Quantized]()
         if settings.int8 is not None:
-            files, int8 = workshop.quantized(files, settings, steps)
-        files["result"] = _ship(files["result"], folder / "model.onnx")
+            files, int8 = workshop.quantized(floats, settings, steps)
+        files["result"] = ship(files["result"], folder / "model.onnx")
+        files, more = cells.parted(floats, files) if factorial else (files, {})
         with steps.step(f"build for {target.name}"):
-            engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in files.items()}
+            built = (files | more).items()
+            engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in built}
         quality = workshop.quality(engines, steps)
         timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
@@ -82,9 +88,9 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             data=subject.data.describe(),
             plan=choice.plan,
             sizes={name: _size(files[name], subject.costs if name != "result" else costs) for name in files},
-            quality=quality,
+            quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
-            latency=latency,
+            latency={name: latency[name] for name in files},
             timed_inputs={name: list(value.shape) for name, value in timed.items()},
             parity={name: value.difference for name, value in parity.items()},
             int8={name: dataclasses.asdict(value) for name, value in int8.items()},
@@ -93,7 +99,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             steps=tuple(steps.done),
             passes=tuple(final.history),
             environment=environment(),
-            notes=(),
+            factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
         )
         report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
         (folder / "report.json").write_text(report.to_json())
@@ -169,21 +175,6 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
     return Inspection(subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured)
 
 
-def _ship(source: Path, destination: Path) -> Path:
-    """Copy an ONNX file under its final name, with its external data, whose name is written inside it."""
-    external = source.with_name(source.name + ".data")
-    if not external.exists():
-        shutil.copyfile(source, destination)
-        return destination
-    import onnx
-
-    model = onnx.load(str(source))
-    onnx.save_model(model, str(destination), save_as_external_data=True, location=destination.name + ".data")
-    # onnx makes the weights readable by their owner alone; whoever may read the model must be able to read them too.
-    shutil.copymode(destination, destination.with_name(destination.name + ".data"))
-    return destination
-
-
 def _describe(subject: Subject) -> dict[str, Any]:
     model = subject.model
     return {
@@ -254,6 +245,8 @@ def _notes(
             )
     if healed is not None:
         notes.append(f"Healing ({healed.method}): {healed.note}.")
+    if settings.factorial and report.factorial is None:
+        notes.append("No factorial: the plan changes nothing.")
     for name, facts in int8.items():
         if facts.loss is not None and facts.loss > settings.max_int8_loss:
             notes.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from runtimes.timing import Latency
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compressor.factorial import Factorial
     from passes.graph import Applied
     from passes.plan import Plan
 
@@ -54,9 +55,8 @@ class Quality:
     label_free: dict[str, Figure]
 
     @staticmethod
-    def of(evaluation: Evaluation) -> Quality:
-        """Figures and paired losses of an evaluation that holds ``result`` and what it is compared with."""
-        names = list(evaluation.columns)
+    def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
+        """Figures and paired losses of the variants `names`: ``result`` and what it is compared with."""
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
         figures = {name: evaluation.figure(name) for name in names}
         return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"))
@@ -88,6 +88,7 @@ class Report:
     passes: tuple[Applied, ...]
     environment: dict[str, object]
     notes: tuple[str, ...] = ()
+    factorial: Factorial | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
@@ -108,6 +109,7 @@ class Report:
             "passes": [asdict(applied) for applied in self.passes],
             "seconds": sum(step.seconds for step in self.steps),
             "notes": list(self.notes),
+            "factorial": None if self.factorial is None else self.factorial.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -167,7 +169,8 @@ class Report:
         sites = f"{done} {len(changes)} of {len(self.plan.decisions)} sites: {', '.join(changes) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
-        return "\n".join([sites, *meaning, *quality, *self.notes])
+        factorial = () if self.factorial is None else self.factorial.conclusion
+        return "\n".join([sites, *meaning, *quality, *factorial, *self.notes])
 
     def missed(self) -> tuple[str, ...]:
         """Wishes for speed that the measured result does not fulfil, one sentence each."""

@@ -130,6 +130,8 @@ class Told:
         self.settings, self.points = settings, points
         return self
 
+    factorial = None
+
     def table(self) -> str:
         return "table"
 
