@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.entries import Entry
 from compressor.evaluate import METRICS, Evaluation, Figure
 from compressor.factorial import Factorial, factorial, place
-from compressor.report import LABELS, brief
+from compressor.report import LABELS, brief, dim
 from compressor.stand import Condition, Measurement
 from runtimes.timing import Latency, Speedup, resampled_medians
 
@@ -165,19 +165,20 @@ class Comparison:
                 table.add_row(
                     each.name,
                     *(f"{value:.2f}" for value in (each.latency.median, each.latency.p90, each.latency.p99)),
-                    f"{speed.ratio:.2f}x ({speed.low:.2f}–{speed.high:.2f})",
+                    f"{speed.ratio:.2f}x",
                     f"{each.throughput:.1f}",
                     _megabytes(None if each.memory is None else each.memory.peak),
                     _megabytes(sizes[each.name]),
                 )
+                table.add_row("", "", "", "", dim(f"{speed.low:.2f}–{speed.high:.2f}"))
         return table
 
     def _quality(self, evaluation: Evaluation) -> Table:
         label = LABELS[evaluation.metric][0]
-        table = _table(f"Quality, loss against {self.reference}", (label, "95 %", "loss, %", "95 %"))
+        table = _table(f"Quality, loss against {self.reference}", (label, "", "loss, %", ""))
         for name, (figure, loss) in self.quality.items():
             ranges = (f"{figure.low:.2f}–{figure.high:.2f}", f"{loss.low:+.2f} to {loss.high:+.2f}")
-            table.add_row(name, f"{figure.value:.2f}", ranges[0], f"{loss.value:+.2f}", ranges[1])
+            table.add_row(name, f"{figure.value:.2f}", dim(ranges[0]), f"{loss.value:+.2f}", dim(ranges[1]))
         return table
 
     def summary(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.evaluate import Evaluation, Figure
-from compressor.report import brief
+from compressor.report import brief, dim
 from runtimes.timing import Latency, Speedup, resampled_medians
 
 if TYPE_CHECKING:
@@ -150,23 +150,32 @@ class Factorial:
 
         title = f"Each alone and both together, {self.where}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        headings = ("", "latency, ms", "speed-up", *(("quality", "loss, %") if self.figures else ()))
-        for heading in headings:
-            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for heading in ("latency, ms", "speed-up", *(("quality", "loss, %") if self.figures else ())):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self._rows():
-            table.add_row(*row[: len(headings)])
+            table.add_row(*row[: len(table.columns)])
         return table
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
+        """Two lines for each cell: its figures, and their intervals below."""
         for name in self.latency:
             speed, figure, lost = self.speed.get(name), self.figures.get(name), self.losses.get(name)
             yield (
                 name,
                 f"{self.latency[name].median:.2f}",
-                f"{speed.ratio:.2f}x ({speed.low:.2f}–{speed.high:.2f})" if speed else "",
+                f"{speed.ratio:.2f}x" if speed else "",
                 f"{figure.value:.2f}" if figure else "",
-                f"{lost.value:+.2f} ({lost.low:+.2f} to {lost.high:+.2f})" if lost else "",
+                f"{lost.value:+.2f}" if lost else "",
             )
+            ranges = (
+                "",
+                "",
+                f"{speed.low:.2f}–{speed.high:.2f}" if speed else "",
+                f"{figure.low:.2f}–{figure.high:.2f}" if figure else "",
+                f"{lost.low:+.2f} to {lost.high:+.2f}" if lost else "",
+            )
+            yield tuple(dim(text) for text in ranges)
 
 
 def factorial(

@@ -148,16 +148,16 @@ class Report:
             lost = [self.quality.loss.get(name) for name in variants]
             percent = "%" if self.quality.metric == "perplexity" else unit
             yield f"{label}{_unit(unit)}", *(f"{figure.value:.2f}" for figure in figures)
-            yield "", *(_dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
+            yield "", *(dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
             yield f"  result's loss{_unit(percent)}", *(f"{each.value:+.2f}" if each else "" for each in lost)
-            yield "", *(_dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
+            yield "", *(dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
             for name, each in self.quality.label_free.items():
                 if name != self.quality.metric:
                     yield LABEL_FREE[name], *([""] * (len(variants) - 1)), f"{each.value:.4g}"
         speedups = [None if name == "result" else self.speedup(name) for name in variants]
         yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
         yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
-        yield "", *(_dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
+        yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
         yield "ONNX file, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
@@ -204,5 +204,6 @@ def _unit(unit: str) -> str:
     return f", {unit}" if unit else ""
 
 
-def _dim(text: str) -> str:
+def dim(text: str) -> str:
+    """Text that stands back, where there is any."""
     return f"[dim]{text}[/dim]"
