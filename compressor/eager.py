@@ -21,12 +21,13 @@ Call = Callable[..., tuple[torch.Tensor, ...]]
 class Module:
     """A loaded model that can be opened like an engine.
 
-    `compiled` keeps what torch.compile made, by the shapes of the inputs: an engine is opened anew for each burst of a
+    `backend` is what compiles for torch.compile. `compiled` keeps what it made, by the shapes of the inputs: an engine is opened anew for each burst of a
     timing, and compiling takes a minute.
     """
 
     model: Model
     compiles: bool = False
+    backend: str = "inductor"
     compiled: dict[tuple[tuple[int, ...], ...], Call] = field(default_factory=dict)
 
     def open(self, options: BuildOptions) -> TorchEngine:
@@ -57,8 +58,8 @@ class Module:
         Raises:
             BuildError: torch.compile failed, as it does without a C++ compiler.
         """
-        made: Call = torch.compile(self._eager, dynamic=False)
         try:
+            made: Call = torch.compile(self._eager, dynamic=False, backend=self.backend)
             made(*tensors)
         except Exception as error:  # whatever the compiler behind it raises
             raise BuildError(

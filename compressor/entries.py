@@ -66,9 +66,14 @@ class Exported:
         Raises:
             CompressorError: it cannot be loaded from there.
         """
-        facts = self.report["model"]
+        facts, spec = self.report["model"], self.report["settings"]["model"]
         if facts["source"] == "module":
-            model = models.load(self.report["settings"]["model"], task=facts["task"])
+            if ":" not in str(spec):
+                raise BenchError(
+                    f"{self.path} was exported from a module that was handed over in Python; name with --model a "
+                    "package.module:factory that makes it."
+                )
+            model = models.load(spec, task=facts["task"])
         else:
             model = models.load(self.path, task=facts["task"], random_weights=True)
         return dataclasses.replace(model, name=facts["name"], random_weights=bool(facts["random_weights"]))

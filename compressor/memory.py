@@ -41,14 +41,19 @@ def measure(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Mem
     """
     # The child finds the packages where this process did, however they were put on its path.
     places = os.pathsep.join(place for place in sys.path if place)
-    done = subprocess.run(
-        [sys.executable, "-m", "compressor.memory"],
-        input=pickle.dumps((target, path, options, dict(feeds))),
-        capture_output=True,
-        check=False,
-        timeout=LIMIT_SECONDS,
-        env={**os.environ, "PYTHONPATH": places},
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "compressor.memory"],
+            input=pickle.dumps((target, path, options, dict(feeds))),
+            capture_output=True,
+            check=False,
+            timeout=LIMIT_SECONDS,
+            env={**os.environ, "PYTHONPATH": places},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PeakMemoryError(
+            f"the process that measures the memory of {path.name} took over {LIMIT_SECONDS:g} s; give smaller --batch."
+        ) from error
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise PeakMemoryError(f"the process that measures the memory of {path.name} failed ({last}).")

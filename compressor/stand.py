@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -72,8 +72,8 @@ class Stand:
     @property
     def reference(self) -> str:
         """What quality is compared with: the baseline, or the eager model of a compiled one."""
-        names = [entry.name for entry in self.judged]
-        return self.against if self.against in names else names[0]
+        place = [entry.name for entry in self.entries].index(self.against)
+        return self.entries[place - 1 if self.entries[place].compiled else place].name  # the eager one comes before it
 
     @property
     def judged(self) -> tuple[Entry, ...]:
@@ -85,11 +85,15 @@ class Stand:
         device = self.settings.device
         if device is None:
             device = "cpu" if entry.target == TORCH else runtime(entry.target).devices[0]
-        first = BuildOptions(device=device, threads=condition.threads)
-        options = sized(first, self.loaded, self.settings)
+        return dataclasses.replace(self._sized, device=device, threads=condition.threads)
+
+    @cached_property
+    def _sized(self) -> BuildOptions:
+        """The sizes that engines will meet; of texts that takes a pass over the data."""
+        options = sized(BuildOptions(), self.loaded, self.settings)
         smallest, usual, largest = options.batches
-        largest = max(largest, *(each.batch for each in self.conditions))
-        return dataclasses.replace(options, batches=(smallest, usual, largest))
+        batches = [condition.batch for condition in self.conditions]
+        return dataclasses.replace(options, batches=(smallest, usual, max(largest, *batches)))
 
     def built(self, scratch: Path, steps: Steps) -> Engines:
         """Build every engine anew, and see that it takes the data's inputs.

@@ -125,6 +125,8 @@ def test_a_plan_that_changes_nothing_has_no_factorial(exported: tuple[Path, Repo
     assert report.factorial is None
     assert "No factorial: the plan changes nothing." in report.notes
     assert not (tmp_path / "out" / "factorial").exists()
+    with pytest.raises(CompressorError, match="name with --model a package"):  # nothing says how to make it again
+        bench(BenchSettings((str(tmp_path / "out"),), output=tmp_path / "bench.json"))
 
 
 class Branch(torch.nn.Module):
@@ -302,6 +304,26 @@ def test_a_torch_engine_answers_as_its_module_and_puts_threads_back() -> None:
         step()
     with pytest.raises(BuildError, match="on the CPU only"):
         Module(model).open(BuildOptions(device="cuda"))
+
+
+def test_a_compiled_module_is_compiled_once_for_each_shape_and_answers_as_the_eager_one() -> None:
+    """Through dynamo alone: its C++ backend takes a minute."""
+    module, inputs = small()
+    compiling = Module(models.load(module, example_inputs=inputs), compiles=True, backend="eager")
+    rows = {count: np.random.default_rng(0).standard_normal((count, 3, 16, 16)).astype(np.float32) for count in (1, 2)}
+    for _ in range(2):  # opened anew for each burst
+        for count, pictures in rows.items():
+            with compiling.open(ONE) as engine, torch.inference_mode():
+                expected = module(torch.from_numpy(pictures)).numpy()
+                # The same operators, called one by one from the traced graph.
+                np.testing.assert_allclose(engine.run({"x": pictures})["output"], expected, rtol=1e-5, atol=1e-6)
+            assert len(compiling.compiled) >= count
+    assert len(compiling.compiled) == 2
+    with (
+        Module(compiling.model, compiles=True, backend="nonsense").open(ONE) as engine,
+        pytest.raises(BuildError, match="leave out --compile"),
+    ):
+        engine.bind({"x": rows[1]})
 
 
 def test_memory_is_that_of_a_process_with_the_engine(exported: tuple[Path, Report, str]) -> None:
