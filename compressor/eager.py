@@ -14,6 +14,7 @@ from compressor.models import Model
 from compressor.models.base import first_line
 from runtimes.base import BuildError, BuildOptions, Closing, DTypes, Feeds, Shapes, check_feeds
 
+SHAPES = 64  # for which one process compiles
 Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -21,8 +22,8 @@ Call = Callable[..., tuple[torch.Tensor, ...]]
 class Module:
     """A loaded model that can be opened like an engine.
 
-    `backend` is what compiles for torch.compile. `compiled` keeps what it made, by the shapes of the inputs: an engine is opened anew for each burst of a
-    timing, and compiling takes a minute.
+    `backend` is what compiles for torch.compile. `compiled` keeps what it made, by the shapes of the inputs: an engine
+    is opened anew for each burst of a timing, and compiling takes a minute.
     """
 
     model: Model
@@ -60,7 +61,9 @@ class Module:
         """
         try:
             made: Call = torch.compile(self._eager, dynamic=False, backend=self.backend)
-            made(*tensors)
+            # Beyond eight shapes or models dynamo would go back to eager, silently, and that would be what is timed.
+            with torch._dynamo.config.patch(recompile_limit=SHAPES, fail_on_recompile_limit_hit=True):
+                made(*tensors)
         except Exception as error:  # whatever the compiler behind it raises
             raise BuildError(
                 f"torch.compile cannot compile {self.model.name} ({first_line(error)}); leave out --compile."
