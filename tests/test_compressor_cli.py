@@ -29,7 +29,9 @@ def invoke(*args: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["export", "--help"], ["sweep", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["export", "--help"], ["sweep", "--help"], ["bench", "--help"]]
+)
 def test_help_and_version_load_no_torch(arguments: list[str]) -> None:
     program = (
         "import sys, compressor\nassert 'torch' not in sys.modules\nfrom compressor.cli import main\n"

@@ -1,9 +1,11 @@
 """The factorial on made-up latencies and answers, where the right answer is known."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from compressor.evaluate import Evaluation
 from compressor.factorial import CELLS, Factorial, factorial, place
@@ -136,6 +138,13 @@ def test_it_becomes_plain_json_with_every_raw_sample() -> None:
     assert content["conclusion"] == list(whole.conclusion)
     assert content["interactions"][0]["verdict"] == "multiplicative"
     assert content["interactions"][0]["ratio"]["ratio"] == whole.interactions[0].ratio.ratio
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(whole.table())
+    lines = stream.getvalue().splitlines()
+    assert not any("…" in line for line in lines)
+    assert [line.split()[0] for line in lines if "100.00" in line and "–" not in line] == ["dense"] * 2 + [
+        "compressed"
+    ] * 2
 
 
 def test_without_quality_none_is_stated() -> None:
