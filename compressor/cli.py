@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from compressor import __version__
+from compressor.cli_bench import bench
 from compressor.cli_build import build
+from compressor.console import Duration, Milliseconds, command_line, console
 from compressor.errors import CompressorError, SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -138,36 +139,6 @@ def _subject_options(command: Command) -> Command:
     return command
 
 
-class Milliseconds(click.ParamType[float]):
-    """A latency such as 5ms or 5."""
-
-    name = "latency"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read a latency as milliseconds."""
-        text = str(value).strip().removesuffix("ms")
-        try:
-            return float(text)
-        except ValueError:
-            self.fail(f"{value!r} is no latency; expected milliseconds such as 5ms", param, ctx)
-
-
-class Duration(click.ParamType[float]):
-    """Seconds, or a number with a unit: 90, 90s, 5m, 1h."""
-
-    name = "duration"
-    units: ClassVar[dict[str, float]] = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read a duration as seconds."""
-        text = str(value).strip()
-        number, unit = (text[:-1], text[-1]) if text[-1:] in self.units else (text, "s")
-        try:
-            return float(number) * self.units[unit]
-        except ValueError:
-            self.fail(f"{value!r} is no duration; expected seconds, or a number with s, m or h such as 5m", param, ctx)
-
-
 def _search_options(command: Command) -> Command:
     """Options of the search for a plan."""
     for option in reversed(
@@ -274,6 +245,11 @@ def _engine_options(command: Command) -> Command:
 @click.option("--heal-budget", type=Duration(), default="5m", show_default=True, help="Most time healing takes.")
 @_engine_options
 @click.option(
+    "--factorial",
+    is_flag=True,
+    help="Measure compression and int8 alone and together: do their speed-ups multiply? Implies --int8.",
+)
+@click.option(
     "--max-int8-loss", default=0.5, show_default=True, help="Most int8 may lose before layers return to float, in %."
 )
 @click.option("--defer-build", is_flag=True, help="Leave the engine to `compressor build` on the device it runs on.")
@@ -286,9 +262,11 @@ def export(quiet: bool, **options: Any) -> None:
     from compressor import pipeline
     from compressor.settings import Settings
 
-    report = pipeline.export(Settings(**options), console=_console(quiet), command=_command_line())
+    report = pipeline.export(Settings(**options), console=console(quiet), command=command_line())
     out = Console()
     out.print(report.table(), highlight=False)
+    if report.factorial is not None:
+        out.print(report.factorial.table(), highlight=False)
     out.print(f"{report.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
     if report.missed():
         sys.exit(1)
@@ -313,7 +291,7 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
     from compressor import pipeline
     from compressor.settings import Settings
 
-    front = pipeline.sweep(Settings(**options), points=points, console=_console(quiet), command=_command_line())
+    front = pipeline.sweep(Settings(**options), points=points, console=console(quiet), command=command_line())
     out = Console()
     out.print(front.table(), highlight=False)
     out.print(f"{front.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
@@ -340,7 +318,7 @@ def inspect(quiet: bool, output: str, **options: Any) -> None:
     from compressor.settings import Settings
 
     check_writable(Path(output))
-    inspection = pipeline.inspect(Settings(**options, drop="none"), console=_console(quiet))
+    inspection = pipeline.inspect(Settings(**options, drop="none"), console=console(quiet))
     out = Console()
     out.print(inspection.table())
     report, picture = inspection.save(Path(output))
@@ -368,12 +346,4 @@ def targets() -> None:
     Console().print(table)
 
 
-def _console(quiet: bool) -> Any:
-    """Progress goes to standard error, so that standard output holds only results."""
-    from rich.console import Console
-
-    return None if quiet else Console(stderr=True)
-
-
-def _command_line() -> str:
-    return shlex.join(["compressor", *sys.argv[1:]])
+main.add_command(bench)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compressor.figures import Array
     from compressor.settings import Settings
     from compressor.steps import Steps
-    from compressor.subject import Subject
+    from compressor.subject import Loaded
     from compressor.workshop import Workshop
     from passes.graph import Graph
 
@@ -120,7 +120,7 @@ def _answers(graphs: Mapping[str, Graph], workshop: Workshop, settings: Settings
     return Answers(feeds, expected, {name: value[:fitting] for name, value in timed.items()}, labels)
 
 
-def _torch(graph: Graph, feeds: Mapping[str, Array], subject: Subject) -> dict[str, Array]:
+def _torch(graph: Graph, feeds: Mapping[str, Array], subject: Loaded) -> dict[str, Array]:
     """Torch's outputs by name, computed a few rows at a time."""
     import torch
 

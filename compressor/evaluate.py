@@ -6,7 +6,7 @@ sample by sample and every figure gets a bootstrap interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,13 +86,31 @@ def figure(metric: str, columns: Columns, *, seed: int = 0) -> Figure:
 
 def loss_figure(metric: str, before: Columns, after: Columns, *, seed: int = 0) -> Figure:
     """The loss from `before` to `after`, resampling the same samples of both (a paired bootstrap)."""
-    both = {f"0{key}": value for key, value in before.items()} | {f"1{key}": value for key, value in after.items()}
+    return paired_figure(metric, (before, after), lambda *values: _loss(metric, *values), seed=seed)
 
-    def lost(part: Columns) -> Array:
-        sides = [{key[1:]: value for key, value in part.items() if key[0] == side} for side in "01"]
-        return _loss(metric, _judge(metric, sides[0]), _judge(metric, sides[1]))
 
-    return bootstrap(lost, both, seed)
+def excess_figure(metric: str, original: Columns, one: Columns, other: Columns, both: Columns) -> Figure:
+    """What two changes lose together beyond the sum of what each loses alone, by a paired bootstrap.
+
+    loss(original, both) - (loss(original, one) + loss(original, other)): 0 where losses add up, negative where the two
+    lose less together.
+    """
+
+    def excess(start: Array, first: Array, second: Array, end: Array) -> Array:
+        return _loss(metric, start, end) - _loss(metric, start, first) - _loss(metric, start, second)
+
+    return paired_figure(metric, (original, one, other, both), excess)
+
+
+def paired_figure(metric: str, models: Sequence[Columns], statistic: Callable[..., Array], *, seed: int = 0) -> Figure:
+    """`statistic` of the metric's values of several models, resampling the same samples of all of them."""
+    merged = {f"{place} {key}": value for place, columns in enumerate(models) for key, value in columns.items()}
+
+    def of(part: Columns) -> Array:
+        sides = [{key: part[f"{place} {key}"] for key in columns} for place, columns in enumerate(models)]
+        return statistic(*(_judge(metric, side) for side in sides))
+
+    return bootstrap(of, merged, seed)
 
 
 # ------------------------------------------------------------------------------------------------------- running
@@ -130,6 +148,10 @@ class Evaluation:
     def loss(self, before: str, after: str) -> Figure:
         """What `after` lost against `before`, with its interval."""
         return loss_figure(self.metric, self.columns[before], self.columns[after])
+
+    def excess(self, original: str, one: str, other: str, both: str) -> Figure:
+        """What two changes lose together beyond the sum of what each loses alone, with its interval."""
+        return excess_figure(self.metric, *(self.columns[name] for name in (original, one, other, both)))
 
 
 def evaluate(

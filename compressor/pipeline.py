@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import deferred
+from compressor import cells, deferred
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
@@ -17,8 +17,9 @@ from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
 from compressor.lower import lower
+from compressor.parity import Parity
 from compressor.quantize import Quantized
-from compressor.report import Report, Size
+from compressor.report import Quality, Report, Size
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
@@ -27,6 +28,7 @@ from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized, usable
 from passes.cost import Costs
 from passes.graph import Graph
+from passes.plan import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,21 +59,19 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             (folder / "plan.json").write_text(choice.plan.to_json())
             rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
         final = finished(rewritten)
-        with steps.step("lower to ONNX, check against torch"):
-            dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
-            # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
-            same = not choice.plan.changes and final.signature() == subject.graph.signature()
-            result = dense if same else lower(final, subject.model, scratch / "result.onnx")
-            parity = {"baseline": workshop.parity(dense, subject.graph)}
-            # Held against the graph as it was before it was folded.
-            parity["result"] = parity["baseline"] if same else workshop.parity(result, rewritten)
+        floats, parity = _lowered(subject, choice.plan, rewritten, final, workshop, steps)
         costs = Costs(final, subject.costs.example)
-        files, int8 = {"baseline": dense, "result": result}, dict[str, Quantized]()
+        factorial = settings.factorial and floats["result"] != floats["baseline"]
+        if factorial:
+            floats |= cells.unmerged(choice.plan, healed_graph, workshop)
+        files, int8 = dict(floats), dict[str, Quantized]()
         if settings.int8 is not None:
-            files, int8 = workshop.quantized(files, settings, steps)
+            files, int8 = workshop.quantized(floats, settings, steps)
         files["result"] = copy_onnx(files["result"], folder / "model.onnx")
+        files, more = cells.parted(floats, files) if factorial else (files, {})
         with steps.step(f"build for {target.name}"):
-            engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in files.items()}
+            built = (files | more).items()
+            engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in built}
         quality = workshop.quality(engines, steps)
         timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
@@ -86,9 +86,9 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             data=subject.data.describe(),
             plan=choice.plan,
             sizes={name: _size(files[name], subject.costs if name != "result" else costs) for name in files},
-            quality=quality,
+            quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
-            latency=latency,
+            latency={name: latency[name] for name in files},
             timed_inputs={name: list(value.shape) for name, value in timed.items()},
             parity={name: value.difference for name, value in parity.items()},
             int8={name: dataclasses.asdict(value) for name, value in int8.items()},
@@ -97,12 +97,28 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             steps=tuple(steps.done),
             passes=tuple(final.history),
             environment=environment(),
-            notes=(),
             engine=engine,
+            factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
         )
         report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
         (folder / "report.json").write_text(report.to_json())
     return report
+
+
+def _lowered(
+    subject: Subject, plan: Plan, rewritten: Graph, final: Graph, workshop: Workshop, steps: Steps
+) -> tuple[dict[str, Path], dict[str, Parity]]:
+    """The ONNX files of baseline and result, each held against torch."""
+    scratch = workshop.scratch
+    with steps.step("lower to ONNX, check against torch"):
+        dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
+        parity = {"baseline": workshop.parity(dense, subject.graph)}
+        # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
+        if not plan.changes and final.signature() == subject.graph.signature():
+            return {"baseline": dense, "result": dense}, parity | {"result": parity["baseline"]}
+        result = lower(final, subject.model, scratch / "result.onnx")
+        # Held against the graph as it was before it was folded.
+        return {"baseline": dense, "result": result}, parity | {"result": workshop.parity(result, rewritten)}
 
 
 def sweep(
@@ -245,6 +261,8 @@ def _notes(
             )
     if healed is not None:
         notes.append(f"Healing ({healed.method}): {healed.note}.")
+    if settings.factorial and report.factorial is None:
+        notes.append("No factorial: the plan changes nothing.")
     for name, facts in int8.items():
         if facts.loss is not None and facts.loss > settings.max_int8_loss:
             notes.append(

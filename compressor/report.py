@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compressor.evaluate import Evaluation
+    from compressor.factorial import Factorial
     from passes.graph import Applied
     from passes.plan import Plan
 
@@ -56,9 +57,8 @@ class Quality:
     label_free: dict[str, Figure]
 
     @staticmethod
-    def of(evaluation: Evaluation) -> Quality:
-        """Figures and paired losses of an evaluation that holds ``result`` and what it is compared with."""
-        names = list(evaluation.columns)
+    def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
+        """Figures and paired losses of the variants `names`: ``result`` and what it is compared with."""
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
         figures = {name: evaluation.figure(name) for name in names}
         return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"))
@@ -92,6 +92,7 @@ class Report:
     environment: dict[str, object]
     notes: tuple[str, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
+    factorial: Factorial | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
@@ -112,6 +113,7 @@ class Report:
             "passes": [asdict(applied) for applied in self.passes],
             "seconds": sum(step.seconds for step in self.steps),
             "notes": list(self.notes),
+            "factorial": None if self.factorial is None else self.factorial.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -152,16 +154,16 @@ class Report:
             lost = [self.quality.loss.get(name) for name in variants]
             percent = "%" if self.quality.metric == "perplexity" else unit
             yield f"{label}{_unit(unit)}", *(f"{figure.value:.2f}" for figure in figures)
-            yield "", *(_dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
+            yield "", *(dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
             yield f"  result's loss{_unit(percent)}", *(f"{each.value:+.2f}" if each else "" for each in lost)
-            yield "", *(_dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
+            yield "", *(dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
             for name, each in self.quality.label_free.items():
                 if name != self.quality.metric:
                     yield LABEL_FREE[name], *([""] * (len(variants) - 1)), f"{each.value:.4g}"
         speedups = [None if name == "result" else self.speedup(name) for name in variants]
         yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
         yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
-        yield "", *(_dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
+        yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
         yield "ONNX file, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
@@ -173,7 +175,8 @@ class Report:
         sites = f"{done} {len(changes)} of {len(self.plan.decisions)} sites: {', '.join(changes) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
-        return "\n".join([sites, *meaning, *quality, *self.notes, *told(self.engine)])
+        factorial = () if self.factorial is None else self.factorial.conclusion
+        return "\n".join([sites, *meaning, *quality, *factorial, *self.notes, *told(self.engine)])
 
     def missed(self) -> tuple[str, ...]:
         """Wishes for speed that the measured result does not fulfil, one sentence each."""
@@ -207,5 +210,6 @@ def _unit(unit: str) -> str:
     return f", {unit}" if unit else ""
 
 
-def _dim(text: str) -> str:
+def dim(text: str) -> str:
+    """Text that stands back, where there is any."""
     return f"[dim]{text}[/dim]"

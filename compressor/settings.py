@@ -48,6 +48,8 @@ class Settings:
         heal_budget: most seconds that healing takes.
         target: name of the runtime.
         int8: None, ``static`` or ``dynamic``.
+        factorial: also measure the compressed model in float, and before its tokens are merged, and say whether the
+            speed-ups of compression and int8 multiply; int8 is ``static`` where it was not asked for.
         max_int8_loss: most quality that int8 may lose against float before layers return to float, in percent.
         defer_build: leave the engine to `compressor build` on the device; ONNX Runtime on the CPU stands in here.
         device: ``cpu`` or ``cuda``, where the engine runs; None takes the one that the target prefers.
@@ -73,6 +75,7 @@ class Settings:
     heal_budget: float = 300.0
     target: str = "onnxruntime"
     int8: str | None = None
+    factorial: bool = False
     max_int8_loss: float = 0.5
     defer_build: bool = False
     output: str | Path = "compressed"
@@ -91,6 +94,8 @@ class Settings:
     example_inputs: Any = None
 
     def __post_init__(self) -> None:
+        if self.factorial and self.int8 is None:
+            object.__setattr__(self, "int8", "static")
         for check in (
             _check_texts,
             _check_choices,

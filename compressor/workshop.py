@@ -23,15 +23,14 @@ from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, eval
 from compressor.lower import OPSET, lower
 from compressor.parity import Parity, check_parity
 from compressor.quantize import Quantized, quantize
-from compressor.report import Quality
 from compressor.rewrite import finished
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
-from compressor.subject import Subject, accepting_data
+from compressor.subject import Loaded, accepting_data
 from passes.graph import Graph
 from passes.run import run
 from runtimes.base import BuildOptions, Engine, Feeds, Runtime, check_device, need, runtime, targets
-from runtimes.timing import Latency, interleave
+from runtimes.timing import Latency, Timeable, interleave
 
 PARITY_ROWS = 8
 CLOCK_ROUNDS = 4  # of the quick timing that a search goes by
@@ -93,7 +92,7 @@ def _probe(target: Runtime, options: BuildOptions) -> None:
         target.build(path, Path(folder), options)
 
 
-def sized(options: BuildOptions, subject: Subject, settings: Settings) -> BuildOptions:
+def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOptions:
     """The options with the sizes that an engine will meet: from one row up to the batches of the evaluation."""
     parts = (subject.data.calibration, subject.data.validation, subject.data.test)
     rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
@@ -111,7 +110,7 @@ def sized(options: BuildOptions, subject: Subject, settings: Settings) -> BuildO
 class Workshop:
     """One target at work on one subject. Every engine gets a folder of its own under `scratch`, unless told where."""
 
-    subject: Subject
+    subject: Loaded
     target: Runtime
     options: BuildOptions
     scratch: Path
@@ -243,13 +242,13 @@ class Workshop:
 
         return loss
 
-    def quality(self, engines: Mapping[str, Path], steps: Steps) -> Quality | None:
+    def quality(self, engines: Mapping[str, Path], steps: Steps) -> Evaluation | None:
         """Quality on test data, which neither calibration nor search has seen; None where none may be stated."""
         if self.subject.no_quality_because is not None:
             return None
         reference = "original" if "original" in engines else "baseline"
         with steps.step("measure the quality") as tick:
-            return Quality.of(self._judge(engines, self.subject.data.test, reference, tick))
+            return self._judge(engines, self.subject.data.test, reference, tick)
 
     def measured(
         self, graphs: Mapping[str, Graph], settings: Settings, steps: Steps
@@ -280,26 +279,35 @@ class Workshop:
         """Run several engines side by side over a split."""
         # Waiting threads that spin would take the cores from the other open engines.
         shared = dataclasses.replace(self.options, spinning=False)
-        opened: dict[str, Engine] = {}
-        try:
-            for name, path in engines.items():
-                opened[name] = self.target.load(path, shared)
-            runners = {name: _runner(engine, self.subject.model.answer) for name, engine in opened.items()}
-            return evaluate(split, runners, metric=self.subject.metric, reference=reference, progress=tick)
-        finally:
-            for engine in opened.values():
-                engine.close()
+        return judge(self._openers(engines, shared), self.subject, split, reference, tick)
 
     def latency(self, engines: Mapping[str, Path], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
         """Time the engines against each other on the same inputs."""
-        openers = {name: partial(self.target.load, path, self.options) for name, path in engines.items()}
-        with steps.step("measure the latency") as tick:
-            return interleave(
-                openers,
-                feeds,
-                rounds=rounds,
-                progress=lambda name, done, total: tick(done, total, name),
-            )
+        return timed(self._openers(engines, self.options), feeds, rounds, steps)
+
+    def _openers(self, engines: Mapping[str, Path], options: BuildOptions) -> dict[str, Callable[[], Engine]]:
+        return {name: partial(self.target.load, path, options) for name, path in engines.items()}
+
+
+def timed(openers: Mapping[str, Callable[[], Timeable]], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
+    """Time engines against each other in one interleaved run."""
+    with steps.step("measure the latency") as tick:
+        return interleave(
+            openers,
+            feeds,
+            rounds=rounds,
+            progress=lambda name, done, total: tick(done, total, name),
+        )
+
+
+def judge(
+    openers: Mapping[str, Callable[[], Engine]], subject: Loaded, split: Split, reference: str, tick: Tick
+) -> Evaluation:
+    """Run engines side by side over a split; the others are compared with the reference."""
+    with contextlib.ExitStack() as opened:
+        engines = {name: opened.enter_context(opener()) for name, opener in openers.items()}
+        runners = {name: _runner(engine, subject.model.answer) for name, engine in engines.items()}
+        return evaluate(split, runners, metric=subject.metric, reference=reference, progress=tick)
 
 
 def _runner(engine: Engine, answer: str) -> Runner:

@@ -21,6 +21,8 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
 COMPRESSOR = [line for line in COMMANDS if line.startswith("compressor ")]
 
+TWO_FACTORS = ("dense float", "dense int8", "compressed float", "compressed int8")
+
 OWN_MODEL = """
 import torch
 from torch import nn
@@ -70,7 +72,7 @@ def short_timing(monkeypatch):
 
 
 def execute(line):
-    if "--output" in line:  # made by a test before this one
+    if "--output" in line and " bench " not in line:  # made by a test before this one
         shutil.rmtree(shlex.split(line)[shlex.split(line).index("--output") + 1], ignore_errors=True)
     done = CliRunner().invoke(main, shlex.split(line)[1:], catch_exceptions=False)
     missed = "--speedup" in line and "as asked for" in done.output  # timing is brief here: a wish may be missed
@@ -81,11 +83,16 @@ def execute(line):
 def test_command(line, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     # Tests may run in any order, in several processes: what a command reads is made first if need be.
-    for made in re.findall(r"\w+(?=/(?:plans/\d+|plan)\.json)|(?<=compressor build )\w+", line):
+    for made in re.findall(
+        r"\w+(?=/(?:plans/\d+|plan)\.json)|(?<=compressor build )\w+|(?<=compressor bench )\w+", line
+    ):
         if not (workspace / made).exists():
             execute(next(maker for maker in COMPRESSOR if f"--output {made}" in maker))
     execute(line)
-    if "--output" in line:
+    if " bench " in line:
+        engines = json.loads((workspace / "bench.json").read_text())["engines"]
+        assert list(engines) == [*(f"proof/{cell}" for cell in TWO_FACTORS), "my_vit (eager)"]
+    elif "--output" in line:
         folder = workspace / shlex.split(line)[shlex.split(line).index("--output") + 1]
         files = set(json.loads((folder / "manifest.json").read_text())["files"])
         engine = {"model.onnx", "plan.json", "report.json", "config.json"}
