@@ -29,6 +29,7 @@ from compressor.workshop import Workshop, sized, usable
 from passes.cost import Costs
 from passes.graph import Graph
 from passes.plan import Plan
+from passes.state import bytes_per_token
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,10 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             model=_describe(subject),
             data=subject.data.describe(),
             plan=choice.plan,
-            sizes={name: _size(files[name], subject.costs if name != "result" else costs) for name in files},
+            sizes={
+                name: _size(path, final, costs) if name == "result" else _size(path, subject.graph, subject.costs)
+                for name, path in files.items()
+            },
             quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
             latency={name: latency[name] for name in files},
@@ -242,8 +246,8 @@ def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, s
         )
 
 
-def _size(path: Path, costs: Costs) -> Size:
-    return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path))
+def _size(path: Path, graph: Graph, costs: Costs) -> Size:
+    return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path), bytes_per_token(graph))
 
 
 def _notes(

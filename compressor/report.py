@@ -36,11 +36,12 @@ LABEL_FREE = {"agreement": "same answers, %", "divergence": "divergence"}
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters, multiply-adds for one sample, and bytes of the ONNX file."""
+    """Parameters, multiply-adds for one sample, bytes of the ONNX file, and of the cache for each token of a text."""
 
     parameters: int
     multiply_adds: int
     bytes: int
+    cache: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ class Report:
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
         yield "ONNX file, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
+        if any(size.cache for size in self.sizes.values()):
+            yield "cache, bytes a token", *(f"{self.sizes[name].cache}" for name in variants)
 
     def summary(self) -> str:
         """What was dropped and what to read with care, as lines of text."""

@@ -21,6 +21,7 @@ from compressor.deferred import STAND_IN, stand_in
 from compressor.errors import CompressorError
 from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
 from compressor.lower import OPSET, lower
+from compressor.models.base import as_numpy
 from compressor.parity import Parity, check_parity
 from compressor.quantize import Quantized, quantize
 from compressor.rewrite import finished
@@ -103,7 +104,10 @@ def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOp
     usual = timing_feeds(subject.data.test, settings.batch)
     feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
     longest = max(found[name].shape[axis] for found in feeds for name, axis in axes)
-    return dataclasses.replace(options, lengths=(1, max(usual[name].shape[axis] for name, axis in axes), longest))
+    least = 0 if subject.model.state else 1
+    if subject.model.state:  # the example has some
+        longest = max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
+    return dataclasses.replace(options, lengths=(least, max(usual[name].shape[axis] for name, axis in axes), longest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +166,17 @@ class Workshop:
         return made
 
     def parity(self, onnx: Path, graph: Graph) -> Parity:
-        """Hold an ONNX file against torch on real samples, as a batch and one by one (a baked-in batch size shows)."""
+        """Hold an ONNX file against torch on real samples, as a batch and one by one (a baked-in batch size shows).
+
+        A language model is also held to it behind a cache of some tokens.
+        """
         batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
+        several = [batch, {name: value[:1] for name, value in batch.items()}]
+        if graph.state:  # the data's cache is empty
+            several.append(as_numpy(self.subject.model.example))
         worst = Parity("", 0.0, 0)
         with self.target.load(self.build(onnx), self.options) as engine:
-            for feeds in (batch, {name: value[:1] for name, value in batch.items()}):
+            for feeds in several:
                 with accepting_data(self.subject):
                     outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
                 expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))

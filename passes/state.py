@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from passes.graph import aten, needed_by, output_values, rewire, set_ends, value_of
@@ -46,12 +47,19 @@ def forget_unread(graph: Graph) -> tuple[str, ...]:
     return lost
 
 
+def bytes_per_token(graph: Graph) -> int:
+    """What the state grows by with each token of a row, in bytes; 0 where there is none."""
+    values = dict(zip(graph.outputs, map(value_of, output_values(graph)), strict=True))
+    kept = (values[name] for name in graph.state)
+    return sum(value.itemsize * math.prod(size for size in value.shape if isinstance(size, int)) for value in kept)
+
+
 def _let_answer(graph: Graph, node: fx.Node, others: Collection[fx.Node]) -> None:
     """Let the length of another state input be asked for instead of a node's."""
     for reader in list(node.users):
         if reader.target is aten.sym_size.int:
             size = value_of(reader)
             for other in others:
-                if str(value_of(other).shape[reader.args[1]]) == str(size):  # type: ignore[index]
+                if str(value_of(other).shape[reader.args[1]]) == str(size):
                     rewire(graph, reader, node, other)
                     break

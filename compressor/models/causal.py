@@ -74,9 +74,9 @@ class Causal:
             name: torch.randn(rows, heads, PAST_TOKENS, width, generator=numbers)
             for name, (heads, width) in self._past().items()
         }
-        values = {**told, "attention_mask": mask, "position_ids": positions(mask.numpy(), told["input_ids"].shape[1])}
-        followed = {name: torch.as_tensor(values[name]) for name in self.followed}
-        return {name: values[name] for name in self.told} | followed | past
+        places = torch.from_numpy(positions(mask.numpy(), told["input_ids"].shape[1]))
+        values = {**told, "attention_mask": mask, "position_ids": places}
+        return {name: values[name] for name in (*self.told, *self.followed)} | past
 
     def complete(self, feeds: Feeds) -> Feeds:
         """Feeds of the data with what follows from them: positions, and a cache of no tokens."""
