@@ -151,5 +151,6 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "max_int8_loss",
         "random_weights",
         "defer_build",
+        "factorial",
     }
     assert set(fields) - set(sweep) == needless
