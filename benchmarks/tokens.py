@@ -33,7 +33,8 @@ from compressor.choice import begin, facts_of, rule, schedule
 from compressor.environment import environment
 from compressor.evaluate import Evaluation, evaluate
 from compressor.journal import Journal
-from compressor.lower import check_parity, lower
+from compressor.lower import lower
+from compressor.parity import check_parity
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps

@@ -10,14 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.api import export, inspect, sweep, targets
+    from compressor.api import bench, export, inspect, sweep, targets
+    from compressor.complete import build
     from compressor.errors import CompressorError
     from compressor.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["CompressorError", "Settings", "__version__", "export", "inspect", "sweep", "targets"]
+__all__ = ["CompressorError", "Settings", "__version__", "bench", "build", "export", "inspect", "sweep", "targets"]
 
 _HOMES = {
+    "bench": "compressor.api",
+    "build": "compressor.complete",
     "export": "compressor.api",
     "inspect": "compressor.api",
     "sweep": "compressor.api",

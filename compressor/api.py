@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import pipeline
+from compressor.benching import BenchSettings
+from compressor.benching import bench as measure
 from compressor.settings import Settings
 from runtimes.base import runtime
 from runtimes.base import targets as names
@@ -13,6 +16,7 @@ from runtimes.base import targets as names
 if TYPE_CHECKING:
     import torch
 
+    from compressor.comparison import Comparison
     from compressor.front import Front
     from compressor.inspection import Inspection
     from compressor.report import Report
@@ -34,7 +38,9 @@ def export(
     heal_budget: float = 300.0,
     target: str = "onnxruntime",
     int8: str | None = None,
+    factorial: bool = False,
     max_int8_loss: float = 0.5,
+    defer_build: bool = False,
     output: str | Path = "compressed",
     force: bool = False,
     task: str | None = None,
@@ -92,6 +98,41 @@ def sweep(
     """
     asked = {name: value for name, value in locals().items() if name != "points"}
     return pipeline.sweep(Settings(**asked), points=points)
+
+
+def bench(
+    *what: str | Path,
+    data: str | Path | None = None,
+    model: str | None = None,
+    against: str | None = None,
+    batch: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    compile: bool = False,
+    target: str | None = None,
+    device: str | None = None,
+    task: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    random_weights: bool = False,
+    samples: int | None = None,
+    rounds: int = 10,
+    seed: int = 0,
+    output: str | Path = "bench.json",
+) -> Comparison:
+    """Measure folders, ONNX files and models side by side and write a JSON file; the same as ``compressor bench``.
+
+    Args are those of `compressor.benching.BenchSettings`.
+
+    Raises:
+        CompressorError, RuntimesError: one sentence that says what was found and what to do.
+    """
+    asked = dict(locals()) | {
+        "what": tuple(map(str, what)),
+        "data": None if data is None else str(data),
+        "batch": tuple(batch),
+        "threads": tuple(threads),
+    }
+    return measure(BenchSettings(**asked))
 
 
 def targets() -> dict[str, str | None]:

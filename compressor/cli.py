@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from compressor import __version__
+from compressor.cli_bench import bench
+from compressor.cli_build import build
+from compressor.console import Duration, Milliseconds, command_line, console
 from compressor.errors import CompressorError, SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,11 +79,12 @@ def _tidy_termination() -> Iterator[None]:
 
 def _sentence(error: Exception) -> str:
     """The message of an error of ours; anything else is a fault of ours and keeps its traceback."""
-    from passes.base import PassError
-    from passes.graph import GraphError
     from runtimes.base import RuntimesError
 
-    if isinstance(error, (CompressorError, PassError, GraphError, RuntimesError)):
+    # Those of `passes` only where it is loaded: it imports torch, which a device that builds an engine may lack.
+    named = (("passes.base", "PassError"), ("passes.graph", "GraphError"))
+    loaded = [getattr(sys.modules[module], name) for module, name in named if module in sys.modules]
+    if isinstance(error, (CompressorError, RuntimesError, *loaded)):
         text = str(error)
         return text if text.endswith((".", "?", "!", ")")) else f"{text}."
     raise error
@@ -96,6 +99,9 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.version_option(__version__, prog_name="compressor")
 def main() -> None:
     """Drop what a pretrained transformer does not need, export it, and measure what that gained and cost."""
+
+
+main.add_command(build)
 
 
 def _subject_options(command: Command) -> Command:
@@ -131,36 +137,6 @@ def _subject_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
-
-
-class Milliseconds(click.ParamType[float]):
-    """A latency such as 5ms or 5."""
-
-    name = "latency"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read a latency as milliseconds."""
-        text = str(value).strip().removesuffix("ms")
-        try:
-            return float(text)
-        except ValueError:
-            self.fail(f"{value!r} is no latency; expected milliseconds such as 5ms", param, ctx)
-
-
-class Duration(click.ParamType[float]):
-    """Seconds, or a number with a unit: 90, 90s, 5m, 1h."""
-
-    name = "duration"
-    units: ClassVar[dict[str, float]] = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read a duration as seconds."""
-        text = str(value).strip()
-        number, unit = (text[:-1], text[-1]) if text[-1:] in self.units else (text, "s")
-        try:
-            return float(number) * self.units[unit]
-        except ValueError:
-            self.fail(f"{value!r} is no duration; expected seconds, or a number with s, m or h such as 5m", param, ctx)
 
 
 def _search_options(command: Command) -> Command:
@@ -269,8 +245,14 @@ def _engine_options(command: Command) -> Command:
 @click.option("--heal-budget", type=Duration(), default="5m", show_default=True, help="Most time healing takes.")
 @_engine_options
 @click.option(
+    "--factorial",
+    is_flag=True,
+    help="Measure compression and int8 alone and together: do their speed-ups multiply? Implies --int8.",
+)
+@click.option(
     "--max-int8-loss", default=0.5, show_default=True, help="Most int8 may lose before layers return to float, in %."
 )
+@click.option("--defer-build", is_flag=True, help="Leave the engine to `compressor build` on the device it runs on.")
 @click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def export(quiet: bool, **options: Any) -> None:
@@ -280,9 +262,11 @@ def export(quiet: bool, **options: Any) -> None:
     from compressor import pipeline
     from compressor.settings import Settings
 
-    report = pipeline.export(Settings(**options), console=_console(quiet), command=_command_line())
+    report = pipeline.export(Settings(**options), console=console(quiet), command=command_line())
     out = Console()
     out.print(report.table(), highlight=False)
+    if report.factorial is not None:
+        out.print(report.factorial.table(), highlight=False)
     out.print(f"{report.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
     if report.missed():
         sys.exit(1)
@@ -307,7 +291,7 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
     from compressor import pipeline
     from compressor.settings import Settings
 
-    front = pipeline.sweep(Settings(**options), points=points, console=_console(quiet), command=_command_line())
+    front = pipeline.sweep(Settings(**options), points=points, console=console(quiet), command=command_line())
     out = Console()
     out.print(front.table(), highlight=False)
     out.print(f"{front.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
@@ -334,7 +318,7 @@ def inspect(quiet: bool, output: str, **options: Any) -> None:
     from compressor.settings import Settings
 
     check_writable(Path(output))
-    inspection = pipeline.inspect(Settings(**options, drop="none"), console=_console(quiet))
+    inspection = pipeline.inspect(Settings(**options, drop="none"), console=console(quiet))
     out = Console()
     out.print(inspection.table())
     report, picture = inspection.save(Path(output))
@@ -362,12 +346,4 @@ def targets() -> None:
     Console().print(table)
 
 
-def _console(quiet: bool) -> Any:
-    """Progress goes to standard error, so that standard output holds only results."""
-    from rich.console import Console
-
-    return None if quiet else Console(stderr=True)
-
-
-def _command_line() -> str:
-    return shlex.join(["compressor", *sys.argv[1:]])
+main.add_command(bench)

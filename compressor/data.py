@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compressor.preprocess import Preprocess
@@ -159,6 +159,8 @@ def load(
     """
     shares = Shares() if shares is None else shares
     samples = read(spec, preprocess, task=task, seed=seed, revision=revision)
+    if preprocess.complete is not None:
+        samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
     usable = tuple(index for index in order if index not in faults)
@@ -178,6 +180,10 @@ def load(
         seed=seed,
         shares=shares,
     )
+
+
+def _completed(feeds: Callable[[Sequence[int]], Feeds], complete: Callable[[Feeds], Feeds]) -> Callable[..., Feeds]:
+    return lambda indices: complete(feeds(indices))
 
 
 def shuffled(ids: Sequence[str], seed: int) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "gpus": _gpus(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
 
@@ -61,6 +62,16 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """Names of NVIDIA's GPUs, as their driver lists them (Linux)."""
+    names = []
+    with contextlib.suppress(OSError):
+        for path in sorted(driver.glob("*/information")):
+            models = [line for line in path.read_text().splitlines() if line.startswith("Model:")]
+            names += [line.split(":", 1)[1].strip() for line in models]
+    return names
 
 
 def _processor() -> str:

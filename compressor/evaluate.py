@@ -6,48 +6,26 @@ sample by sample and every figure gets a bootstrap interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy import stats
 
 from compressor.data import Batch, Split
 from compressor.errors import CompressorError
+from compressor.figures import Array, Columns, Figure, bootstrap
 from compressor.models import Model
 
-Array = npt.NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], Array]
-Columns = dict[str, Array]
 
 BATCH = 32
-RESAMPLES = 999
-DRAWS = 2_000_000  # samples drawn at a time in a bootstrap, 16 MB a column
 LARGEST_NLL = 700.0  # exp() of more overflows; a model this far off is lost anyway
-METRICS = {
-    "accuracy": "top-1 accuracy in %",
-    "agreement": "top-1 agreement with the original in %",
-    "perplexity": "perplexity",
-    "spearman": "Spearman correlation with the gold scores, x 100",
-    "fidelity": "cosine similarity to the original's features in %",
-}
 
 
 class EvaluationError(CompressorError):
     """A model gave answers that cannot be judged."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number with its 95 % bootstrap interval over `n` samples."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def metric_for(task: str, label_kind: str | None) -> str:
@@ -103,34 +81,36 @@ def _loss(metric: str, before: Array, after: Array) -> Array:
 
 def figure(metric: str, columns: Columns, *, seed: int = 0) -> Figure:
     """The metric with a percentile bootstrap interval over samples."""
-    return _figure(lambda part: _judge(metric, part), columns, seed)
+    return bootstrap(lambda part: _judge(metric, part), columns, seed)
 
 
 def loss_figure(metric: str, before: Columns, after: Columns, *, seed: int = 0) -> Figure:
     """The loss from `before` to `after`, resampling the same samples of both (a paired bootstrap)."""
-    both = {f"0{key}": value for key, value in before.items()} | {f"1{key}": value for key, value in after.items()}
-
-    def lost(part: Columns) -> Array:
-        sides = [{key[1:]: value for key, value in part.items() if key[0] == side} for side in "01"]
-        return _loss(metric, _judge(metric, sides[0]), _judge(metric, sides[1]))
-
-    return _figure(lost, both, seed)
+    return paired_figure(metric, (before, after), lambda *values: _loss(metric, *values), seed=seed)
 
 
-def _figure(statistic: Callable[[Columns], Array], columns: Columns, seed: int) -> Figure:
-    """Percentile bootstrap (Efron 1979): `statistic` of `RESAMPLES` draws of the samples with replacement."""
-    count = len(next(iter(columns.values())))
-    value = float(statistic(columns))
-    if count < 2:
-        return Figure(value, value, value, count)
-    rng = np.random.default_rng(seed)
-    at_once = max(1, DRAWS // count)
-    drawn = []
-    for start in range(0, RESAMPLES, at_once):
-        rows = rng.integers(0, count, (min(at_once, RESAMPLES - start), count))
-        drawn.append(statistic({name: column[rows] for name, column in columns.items()}))
-    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
-    return Figure(value, float(low), float(high), count)
+def excess_figure(metric: str, original: Columns, one: Columns, other: Columns, both: Columns) -> Figure:
+    """What two changes lose together beyond the sum of what each loses alone, by a paired bootstrap.
+
+    loss(original, both) - (loss(original, one) + loss(original, other)): 0 where losses add up, negative where the two
+    lose less together.
+    """
+
+    def excess(start: Array, first: Array, second: Array, end: Array) -> Array:
+        return _loss(metric, start, end) - _loss(metric, start, first) - _loss(metric, start, second)
+
+    return paired_figure(metric, (original, one, other, both), excess)
+
+
+def paired_figure(metric: str, models: Sequence[Columns], statistic: Callable[..., Array], *, seed: int = 0) -> Figure:
+    """`statistic` of the metric's values of several models, resampling the same samples of all of them."""
+    merged = {f"{place} {key}": value for place, columns in enumerate(models) for key, value in columns.items()}
+
+    def of(part: Columns) -> Array:
+        sides = [{key: part[f"{place} {key}"] for key in columns} for place, columns in enumerate(models)]
+        return statistic(*(_judge(metric, side) for side in sides))
+
+    return bootstrap(of, merged, seed)
 
 
 # ------------------------------------------------------------------------------------------------------- running
@@ -156,7 +136,7 @@ class Evaluation:
         columns = self.columns[name]
         scales = {"agreement": 100.0, "divergence": 1.0}
         return {
-            key: _figure(lambda part, key=key, scale=scale: part[key].mean(-1) * scale, columns, 0)  # type: ignore[misc]
+            key: bootstrap(lambda part, key=key, scale=scale: part[key].mean(-1) * scale, columns, 0)  # type: ignore[misc]
             for key, scale in scales.items()
             if key in columns
         }
@@ -168,6 +148,10 @@ class Evaluation:
     def loss(self, before: str, after: str) -> Figure:
         """What `after` lost against `before`, with its interval."""
         return loss_figure(self.metric, self.columns[before], self.columns[after])
+
+    def excess(self, original: str, one: str, other: str, both: str) -> Figure:
+        """What two changes lose together beyond the sum of what each loses alone, with its interval."""
+        return excess_figure(self.metric, *(self.columns[name] for name in (original, one, other, both)))
 
 
 def evaluate(

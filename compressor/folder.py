@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from compressor.errors import CompressorError
@@ -100,18 +100,60 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]
                 folder.rmdir()
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file of a folder with size and SHA-256."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
+def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
+    """List files of a folder with size and SHA-256: those named, or every one."""
+    every = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = sorted(set(every if names is None else names) - {MANIFEST})
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files}
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """The files of a folder that Compressor wrote, with their SHA-256.
+
+    Raises:
+        FolderError: there is no manifest, or it is one of another program.
+    """
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return {name: entry["sha256"] for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FolderError(f"{folder} is no folder that Compressor wrote: it has no {MANIFEST} of one.") from error
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Hold files, and the external data that belongs to them, against the manifest: a bad copy is noticed.
+
+    Raises:
+        FolderError: there is no manifest, or a file is missing or has changed.
+    """
+    digests = listed(folder)
+    wanted = list(names)
+    for name in (*wanted, *digests.keys() & {f"{name}.data" for name in wanted}):
+        if not (folder / name).is_file():
+            raise FolderError(f"{folder} lacks {name}; copy the whole folder again.")
+        if _sha256(folder / name) != digests.get(name):
+            raise FolderError(f"{name} in {folder} is not the file that was exported; copy the whole folder again.")
 
 
 def onnx_bytes(path: Path) -> int:
     """Size of an ONNX file together with its external data."""
     return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.exists())
+
+
+def copy_onnx(source: Path, destination: Path) -> Path:
+    """Copy an ONNX file under its final name, with its external data, whose name is written inside it."""
+    external = source.with_name(source.name + ".data")
+    if not external.exists():
+        shutil.copyfile(source, destination)
+        return destination
+    import onnx
+
+    model = onnx.load(str(source))
+    onnx.save_model(model, str(destination), save_as_external_data=True, location=destination.name + ".data")
+    # onnx makes the weights readable by their owner alone; whoever may read the model must be able to read them too.
+    shutil.copymode(destination, destination.with_name(destination.name + ".data"))
+    return destination
 
 
 def _check_free(place: Path, path: Path, *, force: bool) -> None:
@@ -138,10 +180,10 @@ def _strangers(folder: Path) -> list[str]:
     """Files that the manifest of a folder does not list: someone's own, which must not be deleted."""
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     try:
-        listed = set(json.loads((folder / MANIFEST).read_bytes())["files"])
-    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or one of another program
+        ours = listed(folder)
+    except FolderError:
         return found or [str(folder)]
-    return [name for name in found if name not in listed and name != MANIFEST]
+    return [name for name in found if name not in ours and name != MANIFEST]
 
 
 def _check_name(place: Path) -> None:

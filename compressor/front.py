@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from compressor.evaluate import METRICS, Evaluation, Figure
+from compressor.evaluate import Evaluation
+from compressor.figures import METRICS, Figure
 from compressor.report import LABELS, brief
 from runtimes.timing import Latency
 

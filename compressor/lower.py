@@ -1,4 +1,4 @@
-"""From a graph to an ONNX file: the only caller of torch.onnx.export, and the check that the file computes the same."""
+"""From a graph to an ONNX file: the only caller of torch.onnx.export."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
@@ -24,22 +21,10 @@ if TYPE_CHECKING:
     from passes.graph import Graph
 
 OPSET = 20
-# Largest difference allowed, relative to the largest value of the output: float32 sums in another order differ by about
-# 1e-6 a layer; a wrong operator is off by 1e-2 or more.
-TOLERANCE = 1e-4
 
 
 class LowerError(CompressorError):
-    """A graph could not be written as ONNX, or the file computes something else."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Largest difference of an ONNX file's outputs from torch's, relative to the largest output value."""
-
-    output: str
-    difference: float
-    rows: int
+    """A graph could not be written as ONNX."""
 
 
 def lower(graph: Graph, model: Model, path: Path) -> Path:
@@ -106,46 +91,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def check_parity(
-    expected: Mapping[str, npt.NDArray[Any]],
-    run: Callable[[], Mapping[str, npt.NDArray[Any]]],
-    *,
-    name: str,
-) -> Parity:
-    """Compare an engine's outputs on real inputs with torch's.
-
-    Args:
-        expected: output name to torch's value.
-        run: runs the engine on the same inputs.
-        name: for the error message.
-
-    Raises:
-        LowerError: an output differs by more than `TOLERANCE` of its largest value, or in shape, or torch's own is
-            not finite.
-    """
-    found = run()
-    worst = max((_difference(key, value, found[key], name) for key, value in expected.items()), key=_by_difference)
-    if not worst.difference <= TOLERANCE:
-        raise LowerError(
-            f"{name}: output {worst.output} differs from torch by {worst.difference:.2e} of its largest value, "
-            f"allowed is {TOLERANCE:g}; this is a fault of the export, not of your model: please report it."
-        )
-    return worst
-
-
-def _by_difference(parity: Parity) -> float:
-    return np.inf if np.isnan(parity.difference) else parity.difference
-
-
-def _difference(output: str, expected: npt.NDArray[Any], found: npt.NDArray[Any], name: str) -> Parity:
-    if expected.shape != found.shape:
-        raise LowerError(f"{name}: output {output} has shape {found.shape}, torch gives {expected.shape}.")
-    if not np.isfinite(expected).all():
-        raise LowerError(
-            f"{name}: in torch already, output {output} is NaN or infinite on samples of the data; check the weights "
-            "and the preprocessing."
-        )
-    scale = float(np.abs(expected).max(initial=1e-12))
-    return Parity(output, float(np.abs(found - expected).max(initial=0.0)) / scale, len(expected))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor import cells, deferred
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
-from compressor.folder import onnx_bytes, output_folder, scratch_folder
+from compressor.folder import copy_onnx, onnx_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
 from compressor.lower import lower
+from compressor.parity import Parity
 from compressor.quantize import Quantized
-from compressor.report import Report, Size
+from compressor.report import Quality, Report, Size
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
@@ -27,6 +28,8 @@ from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized, usable
 from passes.cost import Costs
 from passes.graph import Graph
+from passes.plan import Plan
+from passes.state import bytes_per_token
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,34 +60,39 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             (folder / "plan.json").write_text(choice.plan.to_json())
             rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
         final = finished(rewritten)
-        with steps.step("lower to ONNX, check against torch"):
-            dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
-            # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
-            same = not choice.plan.changes and final.signature() == subject.graph.signature()
-            result = dense if same else lower(final, subject.model, scratch / "result.onnx")
-            parity = {"baseline": workshop.parity(dense, subject.graph)}
-            # Held against the graph as it was before it was folded.
-            parity["result"] = parity["baseline"] if same else workshop.parity(result, rewritten)
+        floats, parity = _lowered(subject, choice.plan, rewritten, final, workshop, steps)
         costs = Costs(final, subject.costs.example)
-        files, int8 = {"baseline": dense, "result": result}, dict[str, Quantized]()
+        factorial = settings.factorial and floats["result"] != floats["baseline"]
+        if factorial:
+            floats |= cells.unmerged(choice.plan, healed_graph, workshop)
+        files, int8 = dict(floats), dict[str, Quantized]()
         if settings.int8 is not None:
-            files, int8 = workshop.quantized(files, settings, steps)
-        files["result"] = _ship(files["result"], folder / "model.onnx")
+            files, int8 = workshop.quantized(floats, settings, steps)
+        files["result"] = copy_onnx(files["result"], folder / "model.onnx")
+        files, more = cells.parted(floats, files) if factorial else (files, {})
         with steps.step(f"build for {target.name}"):
-            engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in files.items()}
+            built = (files | more).items()
+            engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in built}
         quality = workshop.quality(engines, steps)
         timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
+        engine: dict[str, Any] = {"state": "built", "target": target.name}
+        if settings.defer_build:
+            graphs = {"baseline": subject.graph, "result": rewritten}
+            engine = deferred.write(folder, files, graphs, workshop, settings, steps)
         report = Report(
             command=command,
             settings=settings.to_dict(),
             model=_describe(subject),
             data=subject.data.describe(),
             plan=choice.plan,
-            sizes={name: _size(files[name], subject.costs if name != "result" else costs) for name in files},
-            quality=quality,
+            sizes={
+                name: _size(path, final, costs) if name == "result" else _size(path, subject.graph, subject.costs)
+                for name, path in files.items()
+            },
+            quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
-            latency=latency,
+            latency={name: latency[name] for name in files},
             timed_inputs={name: list(value.shape) for name, value in timed.items()},
             parity={name: value.difference for name, value in parity.items()},
             int8={name: dataclasses.asdict(value) for name, value in int8.items()},
@@ -93,11 +101,28 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             steps=tuple(steps.done),
             passes=tuple(final.history),
             environment=environment(),
-            notes=(),
+            engine=engine,
+            factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
         )
         report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
         (folder / "report.json").write_text(report.to_json())
     return report
+
+
+def _lowered(
+    subject: Subject, plan: Plan, rewritten: Graph, final: Graph, workshop: Workshop, steps: Steps
+) -> tuple[dict[str, Path], dict[str, Parity]]:
+    """The ONNX files of baseline and result, each held against torch."""
+    scratch = workshop.scratch
+    with steps.step("lower to ONNX, check against torch"):
+        dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
+        parity = {"baseline": workshop.parity(dense, subject.graph)}
+        # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
+        if not plan.changes and final.signature() == subject.graph.signature():
+            return {"baseline": dense, "result": dense}, parity | {"result": parity["baseline"]}
+        result = lower(final, subject.model, scratch / "result.onnx")
+        # Held against the graph as it was before it was folded.
+        return {"baseline": dense, "result": result}, parity | {"result": workshop.parity(result, rewritten)}
 
 
 def sweep(
@@ -170,21 +195,6 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
     return Inspection(subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured)
 
 
-def _ship(source: Path, destination: Path) -> Path:
-    """Copy an ONNX file under its final name, with its external data, whose name is written inside it."""
-    external = source.with_name(source.name + ".data")
-    if not external.exists():
-        shutil.copyfile(source, destination)
-        return destination
-    import onnx
-
-    model = onnx.load(str(source))
-    onnx.save_model(model, str(destination), save_as_external_data=True, location=destination.name + ".data")
-    # onnx makes the weights readable by their owner alone; whoever may read the model must be able to read them too.
-    shutil.copymode(destination, destination.with_name(destination.name + ".data"))
-    return destination
-
-
 def _describe(subject: Subject) -> dict[str, Any]:
     model = subject.model
     return {
@@ -236,8 +246,8 @@ def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, s
         )
 
 
-def _size(path: Path, costs: Costs) -> Size:
-    return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path))
+def _size(path: Path, graph: Graph, costs: Costs) -> Size:
+    return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path), bytes_per_token(graph))
 
 
 def _notes(
@@ -255,6 +265,8 @@ def _notes(
             )
     if healed is not None:
         notes.append(f"Healing ({healed.method}): {healed.note}.")
+    if settings.factorial and report.factorial is None:
+        notes.append("No factorial: the plan changes nothing.")
     for name, facts in int8.items():
         if facts.loss is not None and facts.loss > settings.max_int8_loss:
             notes.append(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressor.evaluate import METRICS, Evaluation, Figure
+from compressor.deferred import told
+from compressor.figures import METRICS, Figure
 from compressor.steps import Step
 from runtimes.timing import Latency
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compressor.evaluate import Evaluation
+    from compressor.factorial import Factorial
     from passes.graph import Applied
     from passes.plan import Plan
 
@@ -33,11 +36,12 @@ LABEL_FREE = {"agreement": "same answers, %", "divergence": "divergence"}
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters, multiply-adds for one sample, and bytes of the ONNX file."""
+    """Parameters, multiply-adds for one sample, bytes of the ONNX file, and of the cache for each token of a text."""
 
     parameters: int
     multiply_adds: int
     bytes: int
+    cache: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,8 @@ class Quality:
     label_free: dict[str, Figure]
 
     @staticmethod
-    def of(evaluation: Evaluation) -> Quality:
-        """Figures and paired losses of an evaluation that holds ``result`` and what it is compared with."""
-        names = list(evaluation.columns)
+    def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
+        """Figures and paired losses of the variants `names`: ``result`` and what it is compared with."""
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
         figures = {name: evaluation.figure(name) for name in names}
         return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"))
@@ -67,7 +70,8 @@ class Report:
     """Everything measured in one export, and everything needed to repeat it.
 
     The variants are ``original`` (unpruned float, only where the result is int8), ``baseline`` (unpruned, same target
-    and precision as the result) and ``result``. `quality` is None, with the reason, where none may be stated.
+    and precision as the result) and ``result``. `quality` is None, with the reason, where none may be stated. `engine`
+    says whether the engine is built; where it was left to the device, with what, and what was measured there.
     """
 
     command: str
@@ -88,6 +92,8 @@ class Report:
     passes: tuple[Applied, ...]
     environment: dict[str, object]
     notes: tuple[str, ...] = ()
+    engine: dict[str, Any] = field(default_factory=dict)
+    factorial: Factorial | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
@@ -108,6 +114,7 @@ class Report:
             "passes": [asdict(applied) for applied in self.passes],
             "seconds": sum(step.seconds for step in self.steps),
             "notes": list(self.notes),
+            "factorial": None if self.factorial is None else self.factorial.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -129,7 +136,9 @@ class Report:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        title = f"{self.model['name']} on {self.settings['target']}, batch {self.settings['batch']}"
+        late = self.engine.get("state") == "deferred"
+        target = f"ONNX Runtime, for {self.settings['target']}" if late else self.settings["target"]
+        title = f"{self.model['name']} on {target}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         for name in self.latency:
@@ -146,19 +155,21 @@ class Report:
             lost = [self.quality.loss.get(name) for name in variants]
             percent = "%" if self.quality.metric == "perplexity" else unit
             yield f"{label}{_unit(unit)}", *(f"{figure.value:.2f}" for figure in figures)
-            yield "", *(_dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
+            yield "", *(dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
             yield f"  result's loss{_unit(percent)}", *(f"{each.value:+.2f}" if each else "" for each in lost)
-            yield "", *(_dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
+            yield "", *(dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
             for name, each in self.quality.label_free.items():
                 if name != self.quality.metric:
                     yield LABEL_FREE[name], *([""] * (len(variants) - 1)), f"{each.value:.4g}"
         speedups = [None if name == "result" else self.speedup(name) for name in variants]
         yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
         yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
-        yield "", *(_dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
+        yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
         yield "ONNX file, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
+        if any(size.cache for size in self.sizes.values()):
+            yield "cache, bytes a token", *(f"{self.sizes[name].cache}" for name in variants)
 
     def summary(self) -> str:
         """What was dropped and what to read with care, as lines of text."""
@@ -167,7 +178,8 @@ class Report:
         sites = f"{done} {len(changes)} of {len(self.plan.decisions)} sites: {', '.join(changes) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
-        return "\n".join([sites, *meaning, *quality, *self.notes])
+        factorial = () if self.factorial is None else self.factorial.conclusion
+        return "\n".join([sites, *meaning, *quality, *factorial, *self.notes, *told(self.engine)])
 
     def missed(self) -> tuple[str, ...]:
         """Wishes for speed that the measured result does not fulfil, one sentence each."""
@@ -201,5 +213,6 @@ def _unit(unit: str) -> str:
     return f", {unit}" if unit else ""
 
 
-def _dim(text: str) -> str:
+def dim(text: str) -> str:
+    """Text that stands back, where there is any."""
     return f"[dim]{text}[/dim]"

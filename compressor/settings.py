@@ -48,7 +48,10 @@ class Settings:
         heal_budget: most seconds that healing takes.
         target: name of the runtime.
         int8: None, ``static`` or ``dynamic``.
+        factorial: also measure the compressed model in float, and before its tokens are merged, and say whether the
+            speed-ups of compression and int8 multiply; int8 is ``static`` where it was not asked for.
         max_int8_loss: most quality that int8 may lose against float before layers return to float, in percent.
+        defer_build: leave the engine to `compressor build` on the device; ONNX Runtime on the CPU stands in here.
         device: ``cpu`` or ``cuda``, where the engine runs; None takes the one that the target prefers.
         threads: threads of the engine; None leaves it to the runtime.
         batch: batch size of the latency measurement.
@@ -72,7 +75,9 @@ class Settings:
     heal_budget: float = 300.0
     target: str = "onnxruntime"
     int8: str | None = None
+    factorial: bool = False
     max_int8_loss: float = 0.5
+    defer_build: bool = False
     output: str | Path = "compressed"
     force: bool = False
     task: str | None = None
@@ -89,6 +94,8 @@ class Settings:
     example_inputs: Any = None
 
     def __post_init__(self) -> None:
+        if self.factorial and self.int8 is None:
+            object.__setattr__(self, "int8", "static")
         for check in (
             _check_texts,
             _check_choices,
@@ -183,6 +190,8 @@ def _check_actions(settings: Settings) -> None:
         raise SettingsError("found --speedup and --latency, which are one wish in two forms; give one of them.")
     if settings.latency is not None and settings.cost != "latency":
         raise SettingsError("--latency needs the target to be timed; leave out --cost macs.")
+    if settings.latency is not None and settings.defer_build:
+        raise SettingsError("--latency needs the target to be timed, which --defer-build leaves out; give --speedup.")
 
 
 def _check_tokens(text: str) -> None:

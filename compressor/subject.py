@@ -28,14 +28,11 @@ class SubjectError(CompressorError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model with its data, its graph, the sites in it and what they cost."""
+class Loaded:
+    """A model with its data: what engines are fed and judged with."""
 
     model: Model
     data: Data
-    graph: Graph
-    sites: tuple[Site, ...]
-    costs: Costs
 
     @property
     def metric(self) -> str:
@@ -50,6 +47,15 @@ class Subject:
         if self.model.random_weights:
             return "the weights are random"
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject(Loaded):
+    """A model with its data, its graph, the sites in it and what they cost."""
+
+    graph: Graph
+    sites: tuple[Site, ...]
+    costs: Costs
 
 
 def load(settings: Settings, steps: Steps) -> Subject:
@@ -68,7 +74,7 @@ def load(settings: Settings, steps: Steps) -> Subject:
             example_inputs=settings.example_inputs,
         )
     with steps.step("load the data") as tick:
-        data = _data(settings, model, tick)
+        data = load_data(settings, model, tick)
     with steps.step("trace, find the sites"):
         graph = trace(model)
         _check_trained(graph, model)
@@ -87,7 +93,12 @@ def _costs(graph: Graph, model: Model, data: Data) -> Costs:
         raise _refused(model, data, error) from error
 
 
-def _data(settings: Settings, model: Model, tick: Tick) -> Data:
+def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
+    """The data, read as the model needs it.
+
+    Raises:
+        CompressorError: it cannot be read, or does not fit the model.
+    """
     source = settings.data
     data = data_module.load(
         str(source or models.SAMPLE / "digits.npz"),
@@ -144,7 +155,7 @@ def _check_trained(graph: Graph, model: Model) -> None:
 
 
 @contextlib.contextmanager
-def accepting_data(subject: Subject) -> Iterator[None]:
+def accepting_data(subject: Loaded) -> Iterator[None]:
     """An index out of range (a token id beyond the vocabulary, too long a row) is the data's fault; say so."""
     try:
         yield

@@ -58,7 +58,7 @@ def trace(model: Model) -> Graph:
                 program = program.run_decompositions({})
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
-    graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX)
+    graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
     apply(Clean(), graph)
     return graph
 

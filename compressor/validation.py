@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from compressor.data import Split
-from compressor.evaluate import BATCH, Array, Columns, EvaluationError, compare, graph_runner, join, judge, loss
+from compressor.evaluate import BATCH, EvaluationError, compare, graph_runner, join, judge, loss
+from compressor.figures import Array, Columns
 from compressor.models import Model
 from passes.graph import Graph
 from passes.run import Program

@@ -17,19 +17,21 @@ import numpy.typing as npt
 import torch
 
 from compressor.data import Split
+from compressor.deferred import STAND_IN, stand_in
 from compressor.errors import CompressorError
 from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
-from compressor.lower import OPSET, Parity, check_parity, lower
+from compressor.lower import OPSET, lower
+from compressor.models.base import as_numpy
+from compressor.parity import Parity, check_parity
 from compressor.quantize import Quantized, quantize
-from compressor.report import Quality
 from compressor.rewrite import finished
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
-from compressor.subject import Subject, accepting_data
+from compressor.subject import Loaded, accepting_data
 from passes.graph import Graph
 from passes.run import run
-from runtimes.base import BuildOptions, Engine, Feeds, Runtime, need, runtime, targets
-from runtimes.timing import Latency, interleave
+from runtimes.base import BuildOptions, Engine, Feeds, Runtime, check_device, need, runtime, targets
+from runtimes.timing import Latency, Timeable, interleave
 
 PARITY_ROWS = 8
 CLOCK_ROUNDS = 4  # of the quick timing that a search goes by
@@ -48,10 +50,21 @@ def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     options = BuildOptions(device=device, threads=settings.threads)
     if settings.int8 is not None:
         _check_int8(target, settings.int8, device)
-    need(target.name, target.missing(), target.devices, options)
+    if settings.defer_build:
+        check_device(target.name, target.devices, options)
+        target, options = stand_in(target), dataclasses.replace(options, device="cpu")
+    need(target.name, _or_defer(target), target.devices, options)
     if options.device != target.devices[0]:
         _probe(target, options)
     return target, options
+
+
+def _or_defer(target: Runtime) -> str | None:
+    """The reason why a target cannot be used, with the way round it where there is one."""
+    reason = target.missing()
+    if reason is None or target.name == STAND_IN:
+        return reason
+    return f"{reason}, or export with --defer-build here and run `compressor build` on the device"
 
 
 def _check_int8(target: Runtime, mode: str, device: str) -> None:
@@ -80,7 +93,7 @@ def _probe(target: Runtime, options: BuildOptions) -> None:
         target.build(path, Path(folder), options)
 
 
-def sized(options: BuildOptions, subject: Subject, settings: Settings) -> BuildOptions:
+def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOptions:
     """The options with the sizes that an engine will meet: from one row up to the batches of the evaluation."""
     parts = (subject.data.calibration, subject.data.validation, subject.data.test)
     rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
@@ -91,14 +104,17 @@ def sized(options: BuildOptions, subject: Subject, settings: Settings) -> BuildO
     usual = timing_feeds(subject.data.test, settings.batch)
     feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
     longest = max(found[name].shape[axis] for found in feeds for name, axis in axes)
-    return dataclasses.replace(options, lengths=(1, max(usual[name].shape[axis] for name, axis in axes), longest))
+    least = 0 if subject.model.state else 1
+    if subject.model.state:  # the example has some
+        longest = max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
+    return dataclasses.replace(options, lengths=(least, max(usual[name].shape[axis] for name, axis in axes), longest))
 
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
     """One target at work on one subject. Every engine gets a folder of its own under `scratch`, unless told where."""
 
-    subject: Subject
+    subject: Loaded
     target: Runtime
     options: BuildOptions
     scratch: Path
@@ -150,11 +166,17 @@ class Workshop:
         return made
 
     def parity(self, onnx: Path, graph: Graph) -> Parity:
-        """Hold an ONNX file against torch on real samples, as a batch and one by one (a baked-in batch size shows)."""
+        """Hold an ONNX file against torch on real samples, as a batch and one by one (a baked-in batch size shows).
+
+        A language model is also held to it behind a cache of some tokens.
+        """
         batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
+        several = [batch, {name: value[:1] for name, value in batch.items()}]
+        if graph.state:  # the data's cache is empty
+            several.append(as_numpy(self.subject.model.example))
         worst = Parity("", 0.0, 0)
         with self.target.load(self.build(onnx), self.options) as engine:
-            for feeds in (batch, {name: value[:1] for name, value in batch.items()}):
+            for feeds in several:
                 with accepting_data(self.subject):
                     outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
                 expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
@@ -230,13 +252,13 @@ class Workshop:
 
         return loss
 
-    def quality(self, engines: Mapping[str, Path], steps: Steps) -> Quality | None:
+    def quality(self, engines: Mapping[str, Path], steps: Steps) -> Evaluation | None:
         """Quality on test data, which neither calibration nor search has seen; None where none may be stated."""
         if self.subject.no_quality_because is not None:
             return None
         reference = "original" if "original" in engines else "baseline"
         with steps.step("measure the quality") as tick:
-            return Quality.of(self._judge(engines, self.subject.data.test, reference, tick))
+            return self._judge(engines, self.subject.data.test, reference, tick)
 
     def measured(
         self, graphs: Mapping[str, Graph], settings: Settings, steps: Steps
@@ -267,26 +289,35 @@ class Workshop:
         """Run several engines side by side over a split."""
         # Waiting threads that spin would take the cores from the other open engines.
         shared = dataclasses.replace(self.options, spinning=False)
-        opened: dict[str, Engine] = {}
-        try:
-            for name, path in engines.items():
-                opened[name] = self.target.load(path, shared)
-            runners = {name: _runner(engine, self.subject.model.answer) for name, engine in opened.items()}
-            return evaluate(split, runners, metric=self.subject.metric, reference=reference, progress=tick)
-        finally:
-            for engine in opened.values():
-                engine.close()
+        return judge(self._openers(engines, shared), self.subject, split, reference, tick)
 
     def latency(self, engines: Mapping[str, Path], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
         """Time the engines against each other on the same inputs."""
-        openers = {name: partial(self.target.load, path, self.options) for name, path in engines.items()}
-        with steps.step("measure the latency") as tick:
-            return interleave(
-                openers,
-                feeds,
-                rounds=rounds,
-                progress=lambda name, done, total: tick(done, total, name),
-            )
+        return timed(self._openers(engines, self.options), feeds, rounds, steps)
+
+    def _openers(self, engines: Mapping[str, Path], options: BuildOptions) -> dict[str, Callable[[], Engine]]:
+        return {name: partial(self.target.load, path, options) for name, path in engines.items()}
+
+
+def timed(openers: Mapping[str, Callable[[], Timeable]], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
+    """Time engines against each other in one interleaved run."""
+    with steps.step("measure the latency") as tick:
+        return interleave(
+            openers,
+            feeds,
+            rounds=rounds,
+            progress=lambda name, done, total: tick(done, total, name),
+        )
+
+
+def judge(
+    openers: Mapping[str, Callable[[], Engine]], subject: Loaded, split: Split, reference: str, tick: Tick
+) -> Evaluation:
+    """Run engines side by side over a split; the others are compared with the reference."""
+    with contextlib.ExitStack() as opened:
+        engines = {name: opened.enter_context(opener()) for name, opener in openers.items()}
+        runners = {name: _runner(engine, subject.model.answer) for name, engine in engines.items()}
+        return evaluate(split, runners, metric=subject.metric, reference=reference, progress=tick)
 
 
 def _runner(engine: Engine, answer: str) -> Runner:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
-from passes.graph import Graph, bypass, is_identity, loosen_views, remove_dead, remove_effects
+from passes.graph import CASTS, COPIES, DROPOUTS, Graph, bypass, loosen_views, remove_dead, remove_effects, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,3 +43,22 @@ class Clean:
                 gone.append(node.name)
         remove_dead(graph)
         return Rewritten(changed=tuple(gone))
+
+
+def is_identity(node: fx.Node) -> bool:
+    """Whether a node hands on its first input unchanged at inference time."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target in COPIES:
+        return True
+    if node.target in DROPOUTS:
+        return not node.args[2] if len(node.args) > 2 else not node.kwargs.get("train", True)
+    return node.target in CASTS and _same_type(node, node.args[0])
+
+
+def _same_type(node: fx.Node, source: fx.Node) -> bool:
+    """A cast that changes neither type nor device; one that is asked for a memory format stays."""
+    after, before = value_of(node), value_of(source)
+    if not isinstance(after, torch.Tensor) or not isinstance(before, torch.Tensor):
+        return False
+    return (after.dtype, after.device) == (before.dtype, before.device) and "memory_format" not in node.kwargs

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from passes.base import Rewritten
 from passes.graph import drop_branches, remove_dead
 from passes.sites import find_sites, site_named
+from passes.state import forget_unread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -47,5 +48,6 @@ class Drop:
         found = find_sites(graph) if any(isinstance(site, str) for site in self.sites) else ()
         dropped = [site_named(found, site) if isinstance(site, str) else site for site in self.sites]
         drop_branches(graph, dropped)
+        forget_unread(graph)
         remove_dead(graph)
         return Rewritten(changed=tuple(site.name for site in dropped))

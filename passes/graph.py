@@ -84,6 +84,7 @@ class Graph:
     """An fx graph of ATen operators with named inputs and outputs. Mutable on purpose, edited only in this file.
 
     ``prefix`` is the attribute path under which the user's model hangs in the traced module; it is cut from names.
+    ``state`` says which output of one call is which input of the next, such as a key-value cache.
     """
 
     module: fx.GraphModule
@@ -91,6 +92,7 @@ class Graph:
     outputs: tuple[str, ...]
     prefix: str = ""
     history: list[Applied] = field(default_factory=list)
+    state: Mapping[str, str] = field(default_factory=dict)
 
     def nodes(self) -> list[fx.Node]:
         """All nodes in execution order."""
@@ -113,7 +115,7 @@ class Graph:
         """An independent graph that shares the weights: editing it leaves this one as it is."""
         twin = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
         twin.meta.update(self.module.meta)
-        return Graph(twin, self.inputs, self.outputs, self.prefix, list(self.history))
+        return Graph(twin, self.inputs, self.outputs, self.prefix, list(self.history), self.state)
 
     def check(self) -> None:
         """Lint the graph and hold it to its named interface.
@@ -172,8 +174,13 @@ def is_pure(node: fx.Node) -> bool:
 
 def live_nodes(graph: Graph, resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
     """Nodes that the outputs need, with some adds standing for another value (`resolved`, see `resolution`)."""
+    return needed_by({node for node in graph.module.graph.nodes if not is_pure(node)}, resolved)
+
+
+def needed_by(nodes: Collection[fx.Node], resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
+    """Some nodes and all that their values come from."""
     stand_in = resolved or {}
-    seen: set[fx.Node] = {node for node in graph.module.graph.nodes if not is_pure(node)}
+    seen = set(nodes)
     stack = list(seen)
     while stack:
         node = stack.pop()
@@ -293,6 +300,30 @@ def own(graph: Graph, name: str, tensor: torch.Tensor) -> None:
             graph.module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
+def set_ends(graph: Graph, inputs: Mapping[fx.Node, str], outputs: Mapping[str, fx.Node]) -> None:
+    """Give a graph fewer inputs or outputs, or other names for them.
+
+    Args:
+        graph: what is edited.
+        inputs: placeholder to name; one that is left out goes.
+        outputs: name to the node of its value, in the order they are to have.
+
+    Raises:
+        GraphError: an input that should go is still read.
+    """
+    (output,) = [node for node in graph.nodes() if node.op == "output"]
+    output.args = (tuple(outputs.values()),)
+    remove_dead(graph)
+    for node in graph.placeholders():
+        if node not in inputs:
+            if node.users:
+                raise GraphError(f"{node.name} cannot go, {next(iter(node.users)).name} still reads it.")
+            graph.module.graph.erase_node(node)
+    graph.module.graph.set_codegen(fx.graph.CodeGen())  # the traced one insists on the arguments that were traced
+    graph.module.recompile()
+    graph.inputs, graph.outputs = tuple(inputs[node] for node in graph.placeholders()), tuple(outputs)
+
+
 def rewire(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
     """Let one reader of `old` read `new` instead, wherever it does so."""
     reader.replace_input_with(old, new)
@@ -367,25 +398,6 @@ def _remove_unread_attributes(module: fx.GraphModule) -> None:
                 if full not in read and not any(full.startswith(target + ".") for target in read):
                     del registry[name]
     module.delete_all_unused_submodules()
-
-
-def is_identity(node: fx.Node) -> bool:
-    """Whether a node hands on its first input unchanged at inference time."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if node.target in COPIES:
-        return True
-    if node.target in DROPOUTS:
-        return not node.args[2] if len(node.args) > 2 else not node.kwargs.get("train", True)
-    return node.target in CASTS and _same_type(node, node.args[0])
-
-
-def _same_type(node: fx.Node, source: fx.Node) -> bool:
-    """A cast that changes neither type nor device; one that is asked for a memory format stays."""
-    after, before = value_of(node), value_of(source)
-    if not isinstance(after, torch.Tensor) or not isinstance(before, torch.Tensor):
-        return False
-    return (after.dtype, after.device) == (before.dtype, before.device) and "memory_format" not in node.kwargs
 
 
 def loosen_views(graph: Graph) -> list[str]:

@@ -11,6 +11,7 @@ from passes.base import PassError, Rewritten
 from passes.graph import bypass, insert_call, insert_constant, remove_dead, rewire, value_of
 from passes.place import Place, place_of
 from passes.sites import aten
+from passes.state import forget_unread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -63,6 +64,7 @@ class Replace:
             _fold_backwards(graph, writer, place, nodes)
         else:
             _stand_in(graph, writer, place, nodes, nodes[place.source(self.stand_in.source)])
+        forget_unread(graph)
         remove_dead(graph)
         return Rewritten(changed=(self.site.name,))
 

@@ -53,7 +53,8 @@ class BuildOptions:
         spinning: Let threads wait actively between runs. Quicker for one engine, but several open ones then take the
             cores from each other: turn it off for those.
         batches: Smallest, usual and largest size of a free first axis, the batch.
-        lengths: Smallest, usual and largest size of every other free axis, such as the tokens of a text.
+        lengths: Smallest, usual and largest size of every other free axis, such as the tokens of a text, or of its
+            cache, which is empty at first.
 
     Raises:
         RuntimesError: An option has a value that no runtime takes.
@@ -70,10 +71,10 @@ class BuildOptions:
             raise RuntimesError(f"Unknown device {self.device!r}; expected one of: {', '.join(DEVICES)}.")
         if self.threads is not None and self.threads < 1:
             raise RuntimesError(f"Found threads={self.threads}; expected at least 1, or none given for all cores.")
-        for name, sizes in (("batches", self.batches), ("lengths", self.lengths)):
-            if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+        for name, sizes, least in (("batches", self.batches, 1), ("lengths", self.lengths, 0)):
+            if not least <= sizes[0] <= sizes[1] <= sizes[2]:
                 raise RuntimesError(
-                    f"Found {name}={sizes}; expected three sizes of at least 1: smallest, usual and largest."
+                    f"Found {name}={sizes}; expected three sizes of at least {least}: smallest, usual and largest."
                 )
 
 
@@ -97,8 +98,8 @@ class Int8Style:
 class Engine(Protocol):
     """An opened executable; a context manager, so that its threads and memory are gone when the block ends.
 
-    Feeds must name exactly `inputs`, with the dtype and shape stated for each. Anything else raises RuntimesError, and
-    so does every use after close().
+    Feeds must hold all `inputs`, with the dtype and shape stated for each; others are not looked at. Anything else
+    raises RuntimesError, and so does every use after close().
     """
 
     @property
@@ -254,21 +255,29 @@ def check_device(name: str, devices: tuple[str, ...], options: BuildOptions) -> 
         raise RuntimeUnavailable(f"Target {name} runs on {' or '.join(devices)}; found device {options.device!r}.")
 
 
-def check_feeds(feeds: Feeds, dtypes: DTypes, shapes: Shapes) -> None:
-    """Raise RuntimesError unless the feeds have exactly the stated names, each with its dtype and shape.
+def taken(feeds: Feeds, dtypes: DTypes, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
+    """The feeds of the stated names, each with its dtype and shape; what else there is stays out.
 
-    Engines differ in what they do with a wrong input (convert, crash, read beyond the end), hence one check for all.
+    A model that lost layers takes less than the data gives, such as no cache for an attention that is gone. Engines
+    differ in what they do with a wrong input (convert, crash, read beyond the end), hence one check for all.
+
+    Raises:
+        RuntimesError: one is missing, or of another dtype or shape.
     """
-    if set(feeds) != set(dtypes):
+    if not set(dtypes) <= set(feeds):
         raise RuntimesError(f"Found inputs {_names(feeds)}; the engine expects {_names(dtypes)}.")
-    for name, value in feeds.items():
-        if not isinstance(value, np.ndarray):
-            raise RuntimesError(f"Input {name!r}: found {type(value).__name__}; expected a NumPy array.")
-        if value.dtype != dtypes[name]:
-            raise RuntimesError(f"Input {name!r}: found dtype {value.dtype}; expected {dtypes[name]}.")
-        shape = shapes[name]
-        if shape is not None and not _fits(value.shape, shape):
-            raise RuntimesError(f"Input {name!r}: found shape {_shape(value.shape)}; expected {_shape(shape)}.")
+    for name in dtypes:
+        _check_feed(name, feeds[name], dtypes[name], shapes[name])
+    return {name: feeds[name] for name in dtypes}
+
+
+def _check_feed(name: str, value: object, dtype: npt.DTypeLike, shape: tuple[int | None, ...] | None) -> None:
+    if not isinstance(value, np.ndarray):
+        raise RuntimesError(f"Input {name!r}: found {type(value).__name__}; expected a NumPy array.")
+    if value.dtype != dtype:
+        raise RuntimesError(f"Input {name!r}: found dtype {value.dtype}; expected {dtype}.")
+    if shape is not None and not _fits(value.shape, shape):
+        raise RuntimesError(f"Input {name!r}: found shape {_shape(value.shape)}; expected {_shape(shape)}.")
 
 
 def first_line(error: BaseException) -> str:

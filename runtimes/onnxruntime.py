@@ -22,10 +22,10 @@ from runtimes.base import (
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
-    check_feeds,
     first_line,
     installed,
     need,
+    taken,
 )
 
 name = "onnxruntime"
@@ -100,7 +100,7 @@ class OnnxRuntimeEngine(Closing[Any]):
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""
         session = self._live()
-        check_feeds(feeds, self.input_dtypes, self.input_shapes)
+        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
         with _run_errors():
             return dict(zip(self.outputs, session.run(list(self.outputs), dict(feeds)), strict=True))
 
@@ -109,7 +109,7 @@ class OnnxRuntimeEngine(Closing[Any]):
         import onnxruntime as ort
 
         session = self._live()
-        check_feeds(feeds, self.input_dtypes, self.input_shapes)
+        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
         copies = {key: np.array(value, order="C") for key, value in feeds.items()}
         values = {key: ort.OrtValue.ortvalue_from_numpy(value, self._device, 0) for key, value in copies.items()}
         binding = session.io_binding()

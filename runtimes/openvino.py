@@ -19,8 +19,8 @@ from runtimes.base import (
     Int8Style,
     RuntimesError,
     Shapes,
-    check_feeds,
     need,
+    taken,
 )
 
 name = "openvino"
@@ -107,7 +107,7 @@ class OpenVinoEngine(Closing[Any]):
         import openvino
 
         request = self._live()
-        check_feeds(feeds, self.input_dtypes, self.input_shapes)
+        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
         tensors = {key: openvino.Tensor(np.array(value, order="C")) for key, value in feeds.items()}
         for key, tensor in tensors.items():
             request.set_tensor(self._ports[key], tensor)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shlex
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
@@ -120,6 +121,31 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
         opened = TensorRTEngine(engine, context, device, keep=(log, runtime), said=said)
         device.held = held.pop_all()
     return opened
+
+
+def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:
+    """Return what builds and times the same engine with TensorRT's own tool, by major version; both run beside `onnx`.
+
+    Types are those of the file in both: 11 knows no other network. 10 copies inputs for each run and waits asleep
+    unless told not to, and 11 captures a CUDA graph unless told not to; this package does none of these.
+
+    Args:
+        onnx: The model, with its inputs' shapes.
+        options: `batches` and `lengths`, as for build().
+    """
+    import onnx as onnx_package
+
+    graph = onnx_package.load(str(onnx), load_external_data=False).graph
+    kinds = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    shapes = {key: tuple(axis.dim_value if axis.HasField("dim_value") else -1 for axis in kinds[key]) for key in kinds}
+    ranges = {key: _range(shape, options) for key, shape in shapes.items() if -1 in shape}
+    flags = [f"--onnx={onnx.name}", f"--saveEngine={onnx.stem}.engine", f"--timingCacheFile={TIMINGS}", "--noTF32"]
+    for place, kind in enumerate(("min", "opt", "max") if ranges else ()):
+        sizes = (f"{key}:{'x'.join(map(str, sized[place]))}" for key, sized in ranges.items())
+        flags.append(f"--{kind}Shapes={','.join(sizes)}")
+    flags.append("--profilingVerbosity=detailed")
+    own = {"10": ["--stronglyTyped", "--useSpinWait", "--noDataTransfers"], "11": ["--noCudaGraph"]}
+    return {version: shlex.join(["trtexec", *flags, *more]) for version, more in own.items()}
 
 
 def _cuda_devices() -> int | None:

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from time import perf_counter_ns
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base import Engine, Feeds, RuntimesError
+from runtimes.base import Feeds, RuntimesError
 
 WARMUP_RUNS = 3
+RESAMPLES = 2000
+
+
+class Timeable(Protocol):
+    """What of an engine its timing needs."""
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Put the feeds where the engine runs; each call of the result is one complete inference on them."""
+
+    def __enter__(self) -> Timeable:
+        """Return the engine itself."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the engine."""
 
 
 class Speedup(NamedTuple):
@@ -23,6 +40,12 @@ class Speedup(NamedTuple):
     ratio: float
     low: float
     high: float
+
+    @staticmethod
+    def of(ratio: float, resampled: npt.NDArray[np.float64]) -> Speedup:
+        """The ratio with the percentile interval of its resamples."""
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return Speedup(ratio, float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -67,30 +90,41 @@ class Latency:
         """The 99th percentile over all bursts, in milliseconds."""
         return self._percentile(99.0)
 
-    def speedup_over(self, other: Latency, *, seed: int = 0, resamples: int = 2000) -> Speedup:
+    def speedup_over(self, other: Latency, *, seed: int = 0, resamples: int = RESAMPLES) -> Speedup:
         """Return median(other) / median(self) with a percentile bootstrap 95 % interval; above 1 means self is faster.
 
-        The bootstrap is hierarchical (Davison and Hinkley, Bootstrap Methods and their Application, 1997, on
-        hierarchical data): it draws bursts with replacement, then samples within each drawn burst, so that drift from
-        burst to burst widens the interval. Where both have as many bursts, the same ones are drawn from both: those of
-        one round of interleave() are neighbours in time, and what slowed down both is no difference between them.
+        The bootstrap is that of `resampled_medians`.
         """
-        rng = np.random.default_rng(seed)
-        mine, theirs = (tuple(map(np.asarray, latency.samples_ms)) for latency in (self, other))
-        ratios = np.empty(resamples)
-        for i in range(resamples):
-            drawn = _draw(len(mine), rng)
-            paired = drawn if len(mine) == len(theirs) else _draw(len(theirs), rng)
-            ratios[i] = _median(theirs, paired, rng) / _median(mine, drawn, rng)
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        return Speedup(other.median / self.median, float(low), float(high))
+        mine, theirs = resampled_medians((self, other), seed=seed, resamples=resamples)
+        return Speedup.of(other.median / self.median, theirs / mine)
 
     def _percentile(self, q: float) -> float:
         return float(np.percentile(np.concatenate(self.samples_ms), q))
 
 
+def resampled_medians(
+    latencies: Sequence[Latency], *, seed: int = 0, resamples: int = RESAMPLES
+) -> npt.NDArray[np.float64]:
+    """Return bootstrap medians, [latencies, resamples], so that any function of several medians gets an interval.
+
+    The bootstrap is hierarchical (Davison and Hinkley, Bootstrap Methods and their Application, 1997, on hierarchical
+    data): it draws bursts with replacement, then samples within each drawn burst, so that drift from burst to burst
+    widens the interval. Latencies with as many bursts as the first get the same ones drawn: those of one round of
+    interleave() are neighbours in time, and what slowed all of them down is no difference between them.
+    """
+    rng = np.random.default_rng(seed)
+    bursts = [tuple(map(np.asarray, latency.samples_ms)) for latency in latencies]
+    medians = np.empty((len(bursts), resamples))
+    for i in range(resamples):
+        drawn = _draw(len(bursts[0]), rng)
+        for place, each in enumerate(bursts):
+            paired = drawn if len(each) == len(drawn) else _draw(len(each), rng)
+            medians[place, i] = _median(each, paired, rng)
+    return medians
+
+
 def interleave(
-    openers: Mapping[str, Callable[[], Engine]],
+    openers: Mapping[str, Callable[[], Timeable]],
     feeds: Feeds,
     *,
     rounds: int = 10,

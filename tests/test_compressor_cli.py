@@ -29,7 +29,10 @@ def invoke(*args: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["export", "--help"], ["sweep", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["export", "--help"], ["sweep", "--help"], ["bench", "--help"], ["build", "--help"]],
+)
 def test_help_and_version_load_no_torch(arguments: list[str]) -> None:
     program = (
         "import sys, compressor\nassert 'torch' not in sys.modules\nfrom compressor.cli import main\n"
@@ -83,6 +86,7 @@ def test_every_form_of_int8_parses_as_meant(arguments: list[str], int8: str | No
         (["export", "--drop", "2", "--latency", "5ms"], 2, "--latency is a wish that --drop auto fulfils"),
         (["export", "--speedup", "1.5", "--latency", "5ms"], 2, "one wish in two forms"),
         (["export", "--latency", "5ms", "--cost", "macs"], 2, "leave out --cost macs"),
+        (["export", "--latency", "5ms", "--defer-build"], 2, "give --speedup"),
         (["export", "--actions", "teleport"], 2, "unknown action 'teleport'"),
         (["export", "--drop", "2", "--actions", "drop,linear"], 2, "only --drop auto chooses among several"),
         (["export", "--speedup", "0.5"], 2, "speedup is 0.5; expected more than 1"),
@@ -130,6 +134,8 @@ class Told:
         self.settings, self.points = settings, points
         return self
 
+    factorial = None
+
     def table(self) -> str:
         return "table"
 
@@ -176,6 +182,7 @@ def test_every_setting_is_an_option() -> None:
         (["--actions", "drop,low-rank:8"], {"actions": "drop,low-rank:8"}),
         (["--actions", "tba", "--drop", "block:2"], {"actions": "tba", "drop": "block:2"}),
         (["--tokens", "none"], {"tokens": "none"}),
+        (["--defer-build", "--target", "tensorrt"], {"defer_build": True, "target": "tensorrt"}),
     ],
 )
 def test_options_arrive_in_their_units(

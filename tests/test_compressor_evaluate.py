@@ -248,7 +248,7 @@ def test_intervals_are_decided_by_the_seed(seed):
 def test_resamples_do_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch):
     columns = {"fidelity": np.random.default_rng(1).random(40)}
     expected = figure("fidelity", columns)
-    monkeypatch.setattr("compressor.evaluate.DRAWS", 40 * 7)
+    monkeypatch.setattr("compressor.figures.DRAWS", 40 * 7)
     assert figure("fidelity", columns) == expected
 
 

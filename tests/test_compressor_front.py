@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from compressor.evaluate import METRICS, Evaluation
+from compressor.evaluate import Evaluation
+from compressor.figures import METRICS
 from compressor.front import Front, Point, efficient, plan_name, spread, with_measurements
 from passes.plan import Decision, Plan
 from runtimes.timing import Latency

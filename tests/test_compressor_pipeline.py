@@ -20,6 +20,7 @@ from PIL import Image
 import compressor
 from compressor import CompressorError, pipeline, workshop
 from compressor.cli import main
+from compressor.folder import copy_onnx
 from compressor.front import Front
 from compressor.models import SAMPLE
 from compressor.report import Report
@@ -220,7 +221,7 @@ def test_external_weights_are_shipped_under_their_new_name_and_as_readable_as_th
     source = tmp_path / "result.onnx"
     onnx.save_model(model, source, save_as_external_data=True, location="result.onnx.data", size_threshold=0)
     (tmp_path / "out").mkdir()
-    shipped = pipeline._ship(source, tmp_path / "out" / "model.onnx")
+    shipped = copy_onnx(source, tmp_path / "out" / "model.onnx")
     source.with_name("result.onnx.data").unlink()
     weights = shipped.with_name("model.onnx.data")
     assert weights.stat().st_mode == shipped.stat().st_mode

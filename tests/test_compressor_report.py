@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from compressor.evaluate import METRICS, Figure
+from compressor.figures import METRICS, Figure
 from compressor.report import LABELS, Quality, Report, Size
 from passes.plan import Decision, Plan
 from runtimes.timing import Latency

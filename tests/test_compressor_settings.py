@@ -141,5 +141,16 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         name: other.get(name, fields[name].default) for name in sweep
     }
     # One search for all budgets: nothing of what says how far to go, what to heal, or which plan to take.
-    needless = {"drop", "metric", "speedup", "latency", "heal", "heal_budget", "max_int8_loss", "random_weights"}
+    needless = {
+        "drop",
+        "metric",
+        "speedup",
+        "latency",
+        "heal",
+        "heal_budget",
+        "max_int8_loss",
+        "random_weights",
+        "defer_build",
+        "factorial",
+    }
     assert set(fields) - set(sweep) == needless

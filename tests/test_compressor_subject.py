@@ -28,7 +28,7 @@ class Answering(torch.nn.Module):
 
 
 def checked(model: Model, data: object, **options: Any) -> Data:
-    return subject._data(Settings(model="any", data=str(data), **options), model, lambda done, total: None)
+    return subject.load_data(Settings(model="any", data=str(data), **options), model, lambda done, total: None)
 
 
 def vectors(folder: Path) -> Path:

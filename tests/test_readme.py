@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from compressor import models, search, settings, workshop
+from compressor import complete, models, search, settings, workshop
 from compressor.cli import main
 from runtimes.timing import interleave
 
@@ -20,6 +20,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
 COMPRESSOR = [line for line in COMMANDS if line.startswith("compressor ")]
+
+TWO_FACTORS = ("dense float", "dense int8", "compressed float", "compressed int8")
 
 OWN_MODEL = """
 import torch
@@ -64,12 +66,13 @@ def brief(openers, feeds, **options):
 def short_timing(monkeypatch):
     """Real timing and a real search, but brief: these tests are about commands, not figures."""
     monkeypatch.setattr(workshop, "interleave", brief)
+    monkeypatch.setattr(complete, "interleave", brief)
     monkeypatch.setattr(settings, "AUTO_ACTIONS", ("drop",))
     monkeypatch.setattr(search, "PATIENCE", 1)
 
 
 def execute(line):
-    if "--output" in line:  # made by a test before this one
+    if "--output" in line and " bench " not in line:  # made by a test before this one
         shutil.rmtree(shlex.split(line)[shlex.split(line).index("--output") + 1], ignore_errors=True)
     done = CliRunner().invoke(main, shlex.split(line)[1:], catch_exceptions=False)
     missed = "--speedup" in line and "as asked for" in done.output  # timing is brief here: a wish may be missed
@@ -80,15 +83,23 @@ def execute(line):
 def test_command(line, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     # Tests may run in any order, in several processes: what a command reads is made first if need be.
-    for made in re.findall(r"(\w+)/(?:plans/\d+|plan)\.json", line):
+    for made in re.findall(
+        r"\w+(?=/(?:plans/\d+|plan)\.json)|(?<=compressor build )\w+|(?<=compressor bench )\w+", line
+    ):
         if not (workspace / made).exists():
             execute(next(maker for maker in COMPRESSOR if f"--output {made}" in maker))
     execute(line)
-    if "--output" in line:
+    if " bench " in line:
+        engines = json.loads((workspace / "bench.json").read_text())["engines"]
+        assert list(engines) == [*(f"proof/{cell}" for cell in TWO_FACTORS), "my_vit (eager)"]
+    elif "--output" in line:
         folder = workspace / shlex.split(line)[shlex.split(line).index("--output") + 1]
         files = set(json.loads((folder / "manifest.json").read_text())["files"])
         engine = {"model.onnx", "plan.json", "report.json", "config.json"}
         assert ({"sweep.json", "sweep.png", "plans/0.json"} if " sweep " in line else engine) <= files
+    if line.startswith("compressor build"):
+        content = json.loads((workspace / made / "report.json").read_text())
+        assert content["engine"]["state"] == "built"
     if "small_vit/plan.json" in line:
         plan = workspace / "small_vit" / "plan.json"
         assert (workspace / "same_again" / "plan.json").read_text() == plan.read_text()

@@ -984,7 +984,7 @@ def test_the_sizes_of_texts_reach_from_one_to_the_longest_at_hand():
         return types.SimpleNamespace(batches=batches, samples=types.SimpleNamespace(rows_per_sample=2))
 
     data = types.SimpleNamespace(calibration=part(3, 4), validation=part(*[5] * 40, 19), test=part(6, 11, 7))
-    model = types.SimpleNamespace(dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
+    model = types.SimpleNamespace(state={}, dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
     subject = types.SimpleNamespace(data=data, model=model)
     found = workshop.sized(OPTIONS, subject, Settings(batch=2))
     assert (found.batches, found.lengths) == ((1, 2, 64), (1, 11, 19))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class Model:
         untrained: parameter names that the checkpoint did not hold; a traced graph must not read them.
         save: writes the model's config and preprocessing into a folder, under the ecosystem's own file names.
         random_weights: no checkpoint was read, so no quality may be stated.
+        state: output name to the input name that it is in the next call, such as a key-value cache.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Model:
     untrained: tuple[str, ...] = ()
     revision: str | None = None
     random_weights: bool = False
+    state: Mapping[str, str] = field(default_factory=dict)
 
     def classes(self) -> int | None:
         """Number of classes of a classifier, by its last weight; None for other tasks."""

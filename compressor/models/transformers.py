@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import transformers
 from PIL import Image
 
 from compressor.models.base import Model, ModelError, as_numpy, why
+from compressor.models.causal import Causal, causal
 from compressor.preprocess import Preprocess
 
 HEADS = {
@@ -146,6 +147,7 @@ class _Shape:
     outputs: tuple[str, ...]
     answer: str
     call: Callable[..., tuple[torch.Tensor, ...]]
+    cached: Causal | None = None
 
 
 def _wrap(
@@ -161,7 +163,13 @@ def _wrap(
     processors = _image_processor(where, options) if image else _tokenizer(where, options)
     inputs = ("pixel_values",) if image else _text_inputs(module, processors)
     example = _image_example(module) if image else _text_example(module, inputs)
-    shape = _shape(task, inputs, where, beside)
+    shape = _shape(module, task, inputs, where, beside)
+    preprocess = _preprocess(module, beside, inputs, example, processors, image)
+    axes: dict[str, dict[int, str]] = {name: {0: "batch"} if image else {0: "batch", 1: "sequence"} for name in inputs}
+    state: dict[str, str] = {}
+    if shape.cached is not None:
+        inputs, axes, state = shape.cached.inputs, shape.cached.dynamic_axes, shape.cached.state
+        example, preprocess = shape.cached.example(example), replace(preprocess, complete=shape.cached.complete)
     return Model(
         name=Path(where).name if Path(where).is_dir() else where,
         source="transformers",
@@ -172,16 +180,20 @@ def _wrap(
         outputs=shape.outputs,
         answer=shape.answer,
         example=example,
-        dynamic_axes={name: {0: "batch"} if image else {0: "batch", 1: "sequence"} for name in inputs},
-        preprocess=_preprocess(module, beside, inputs, example, processors, image),
+        dynamic_axes=axes,
+        preprocess=preprocess,
         save=partial(_save, module, processors, beside),
         untrained=untrained,
         revision=options["revision"],
         random_weights=random_weights,
+        state=state,
     )
 
 
-def _shape(task: str, inputs: tuple[str, ...], where: str, beside: dict[str, Path]) -> _Shape:
+def _shape(module: Any, task: str, inputs: tuple[str, ...], where: str, beside: dict[str, Path]) -> _Shape:
+    cached = causal(module, inputs) if task == "text-generation" else None
+    if cached is not None:
+        return _Shape(cached.outputs, "logits", cached.call, cached)
     if task.endswith("classification") or task == "text-generation":
         extra = {"use_cache": False} if task == "text-generation" else {}
         return _Shape(("logits",), "logits", partial(_logits, inputs=inputs, extra=extra))

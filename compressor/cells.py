@@ -1,0 +1,75 @@
+"""The cells of a factorial in an export: the engines that it needs beside those of the report, and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from compressor.evaluate import Evaluation
+from compressor.factorial import CELLS, Factorial, factorial, place
+from compressor.folder import copy_onnx
+from compressor.lower import lower
+from compressor.rewrite import finished
+from compressor.settings import Settings
+from compressor.workshop import Workshop
+from passes.graph import Graph
+from passes.plan import Plan, merged_tokens
+from runtimes.timing import Latency
+
+FOLDER = "factorial"
+# Cells that a report with int8 measures anyway, by the name they have there.
+VARIANTS = {"dense float": "original", "dense int8": "baseline", "compressed int8": "result"}
+CHANGES = "changes"
+
+
+def unmerged(plan: Plan, graph: Graph, workshop: Workshop) -> dict[str, Path]:
+    """The ONNX file of a plan's changes without its merging of tokens, where it has both; `graph` is that model."""
+    merging = [merged_tokens(action) is not None for action in plan.changes.values()]
+    if not any(merging) or all(merging):
+        return {}
+    made = lower(finished(graph), workshop.subject.model, workshop.scratch / f"{CHANGES}.onnx")
+    workshop.parity(made, graph)
+    return {CHANGES: made}
+
+
+def parted(floats: Mapping[str, Path], files: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The files of the report's variants, and those of the cells that it lacks.
+
+    Args:
+        floats: ONNX files before int8: ``baseline``, ``result`` and, where tokens are merged, ``changes``.
+        files: the same after int8, with ``original`` for the float baseline.
+    """
+    more = {"compressed float": floats["result"]}
+    if CHANGES in floats:
+        more |= {f"{CHANGES} float": floats[CHANGES], f"{CHANGES} int8": files[CHANGES]}
+    return {name: path for name, path in files.items() if name != CHANGES}, more
+
+
+def measured(
+    latency: Mapping[str, Latency],
+    evaluation: Evaluation | None,
+    files: Mapping[str, Path],
+    settings: Settings,
+    folder: Path,
+) -> Factorial:
+    """The factorial of an export, and every cell's ONNX file in its folder, so that it can be measured again."""
+    named = {cell: VARIANTS.get(cell, cell) for cell in CELLS if VARIANTS.get(cell, cell) in latency}
+    (folder / FOLDER).mkdir()
+    shipped = {cell: _file(cell, files[name], folder) for cell, name in named.items()}
+    columns = {} if evaluation is None else {cell: evaluation.columns[name] for cell, name in named.items()}
+    return factorial(
+        {cell: latency[name] for cell, name in named.items()},
+        None if evaluation is None else replace(evaluation, columns=columns),
+        shipped,
+        place(settings.target, settings.batch, settings.threads),
+    )
+
+
+def _file(cell: str, path: Path, folder: Path) -> str:
+    """Where a cell's file lies in the folder; put there unless it is the result itself."""
+    if path.parent == folder:
+        return path.name
+    name = f"{FOLDER}/{cell.replace(' ', '.')}.onnx"
+    copy_onnx(path, folder / name)
+    return name

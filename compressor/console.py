@@ -1,0 +1,66 @@
+"""What the commands share: values with units on the command line, and where progress goes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any, ClassVar
+
+import click
+
+
+class Milliseconds(click.ParamType[float]):
+    """A latency such as 5ms or 5."""
+
+    name = "latency"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a latency as milliseconds."""
+        text = str(value).strip().removesuffix("ms")
+        try:
+            return float(text)
+        except ValueError:
+            self.fail(f"{value!r} is no latency; expected milliseconds such as 5ms", param, ctx)
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, or a number with a unit: 90, 90s, 5m, 1h."""
+
+    name = "duration"
+    units: ClassVar[dict[str, float]] = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a duration as seconds."""
+        text = str(value).strip()
+        number, unit = (text[:-1], text[-1]) if text[-1:] in self.units else (text, "s")
+        try:
+            return float(number) * self.units[unit]
+        except ValueError:
+            self.fail(f"{value!r} is no duration; expected seconds, or a number with s, m or h such as 5m", param, ctx)
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas, such as 1,8."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read numbers separated by commas."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers; expected such as 1,8", param, ctx)
+
+
+def console(quiet: bool) -> Any:
+    """Progress goes to standard error, so that standard output holds only results."""
+    from rich.console import Console
+
+    return None if quiet else Console(stderr=True)
+
+
+def command_line() -> str:
+    """The command that runs, as a shell takes it."""
+    return shlex.join(["compressor", *sys.argv[1:]])

@@ -1,0 +1,190 @@
+"""Engines that are built on another machine: what stands in for the target here, and what is left for the device.
+
+The folder gets everything that `compressor build` needs there: the ONNX files of result and baseline, real inputs with
+torch's answers, and the ``engine`` part of report.json, which says what to build and how far it may be off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.answers import Answers, allowed_for, bytes_of
+from compressor.folder import copy_onnx
+from runtimes.base import BuildOptions, Engine, Int8Style, Runtime, runtime
+
+if TYPE_CHECKING:
+    from compressor.figures import Array
+    from compressor.settings import Settings
+    from compressor.steps import Steps
+    from compressor.subject import Loaded
+    from compressor.workshop import Workshop
+    from passes.graph import Graph
+
+STAND_IN = "onnxruntime"
+FOLDER = "deferred"
+ANSWERS = f"{FOLDER}/answers.npz"
+COMMANDS = "trtexec.txt"
+ROWS = 64  # most samples that are stored
+LIMIT = 32 * 1024**2  # bytes of ANSWERS; more only where a single sample with its answers is larger
+TIMED_LIMIT = LIMIT // 4  # of these, for the inputs to be timed
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """ONNX Runtime on this CPU in the place of a target that is elsewhere; its int8 files are written as that wants."""
+
+    int8: Int8Style
+    name: str = STAND_IN
+    description: str = "ONNX Runtime on the CPU, in the place of the target"
+    devices: tuple[str, ...] = ("cpu",)
+
+    def missing(self) -> str | None:
+        """As ONNX Runtime says."""
+        return runtime(self.name).missing()
+
+    def build(self, onnx: Path, out: Path, options: BuildOptions) -> Path:
+        """As ONNX Runtime does: the file itself is the engine."""
+        return runtime(self.name).build(onnx, out, options)
+
+    def load(self, path: Path, options: BuildOptions) -> Engine:
+        """As ONNX Runtime does."""
+        return runtime(self.name).load(path, options)
+
+
+def write(
+    folder: Path,
+    files: Mapping[str, Path],
+    graphs: Mapping[str, Graph],
+    workshop: Workshop,
+    settings: Settings,
+    steps: Steps,
+) -> dict[str, Any]:
+    """Write what the device needs into an output folder.
+
+    Args:
+        folder: holds ``model.onnx`` already.
+        files: the ONNX file of each variant, in the precision asked for.
+        graphs: ``baseline`` and ``result`` as torch runs them.
+        workshop: with the stand-in for the target.
+        settings: what was asked for.
+        steps: where the time is noted.
+
+    Returns:
+        The ``engine`` part of the report.
+
+    Raises:
+        BuildError: the target will refuse one of the files.
+    """
+    target = runtime(settings.target)
+    device = target.devices[0] if settings.device is None else settings.device
+    options = replace(workshop.options, device=device)
+    with steps.step("write what the device needs"):
+        (folder / FOLDER).mkdir()
+        for name, path in files.items():
+            if name != "result":
+                copy_onnx(path, folder / FOLDER / f"{name}.onnx")
+        answers = _answers(graphs, workshop, settings)
+        answers.save(folder / ANSWERS)
+        measured = {name: _measured(answers, name, path, workshop) for name, path in files.items()}
+    quantized = [name for name in files if settings.int8 is not None and name != "original"]
+    return {
+        "state": "deferred",
+        "target": target.name,
+        "options": asdict(options),
+        "files": {name: "model.onnx" if name == "result" else f"{FOLDER}/{name}.onnx" for name in files},
+        "answer": workshop.subject.model.answer,
+        "metric": None if workshop.subject.no_quality_because is not None else workshop.subject.metric,
+        "allowed": {name: allowed_for(measured[name]["parity"] if name in quantized else None) for name in files},
+        "stand_in": {"target": workshop.target.name, "device": "cpu", "rows": len(answers), "measured": measured},
+        "commands": _commands(folder, files, options) if target.name == "tensorrt" else {},
+    }
+
+
+def _answers(graphs: Mapping[str, Graph], workshop: Workshop, settings: Settings) -> Answers:
+    """Test samples with torch's answers to them, as many as fit, and the inputs to be timed, within their share."""
+    subject, per = workshop.subject, workshop.subject.data.test.samples.rows_per_sample
+    batch = next(subject.data.test.batches(ROWS // per))
+    timed = workshop.timed_inputs(settings)
+    fitting = max(1, TIMED_LIMIT * settings.batch // max(1, bytes_of(timed)))
+    first = {name: value[:per] for name, value in batch.feeds.items()}
+    sample = bytes_of(first, *(_torch(graph, first, subject) for graph in graphs.values()))
+    rows = per * max(1, min(len(batch.ids), (LIMIT - TIMED_LIMIT) // sample))
+    feeds = {name: value[:rows] for name, value in batch.feeds.items()}
+    expected = {name: _torch(graph, feeds, subject) for name, graph in graphs.items()}
+    labels = batch.labels[:rows] if batch.labels is not None and subject.metric == "accuracy" else None
+    return Answers(feeds, expected, {name: value[:fitting] for name, value in timed.items()}, labels)
+
+
+def _torch(graph: Graph, feeds: Mapping[str, Array], subject: Loaded) -> dict[str, Array]:
+    """Torch's outputs by name, computed a few rows at a time."""
+    import torch
+
+    from compressor.answers import AT_ONCE
+    from compressor.subject import accepting_data
+    from passes.run import run
+
+    def parts() -> Iterator[tuple[torch.Tensor, ...]]:
+        for start in range(0, len(next(iter(feeds.values()))), AT_ONCE):
+            part = {name: torch.from_numpy(value[start : start + AT_ONCE]) for name, value in feeds.items()}
+            yield run(graph, part)
+
+    with accepting_data(subject):
+        columns = zip(*parts(), strict=True)
+        return {
+            name: np.concatenate([value.numpy() for value in values])
+            for name, values in zip(graph.outputs, columns, strict=True)
+        }
+
+
+def _measured(answers: Answers, name: str, path: Path, workshop: Workshop) -> dict[str, Any]:
+    """What the stand-in makes of a file: how far it is from torch, and how often it gives the same answer."""
+    subject = workshop.subject
+    with workshop.target.load(path, workshop.options) as engine:
+        parity = answers.hold(engine, name, allowed=float("inf"))
+        found: dict[str, Any] = {"parity": parity.difference}
+        if subject.no_quality_because is None:
+            found |= answers.judged(engine, name, answer=subject.model.answer, metric=subject.metric)
+    return found
+
+
+def _commands(folder: Path, files: Mapping[str, Path], options: BuildOptions) -> dict[str, str]:
+    """Check the files by TensorRT's rules, and write the same build as a line of its own tool, for each version."""
+    from runtimes import qdq, tensorrt
+
+    for path in files.values():
+        qdq.check(path)
+    lines = tensorrt.command_lines(folder / "model.onnx", options)
+    text = [f"# TensorRT {version}, in this folder\n{line}\n" for version, line in lines.items()]
+    (folder / COMMANDS).write_text("\n".join(text))
+    return lines
+
+
+def stand_in(target: Runtime) -> Runtime:
+    """What runs here in the place of a target."""
+    return StandIn(target.int8)
+
+
+def told(engine: Mapping[str, Any]) -> Iterator[str]:
+    """What a report's ``engine`` part says to the reader about where its figures come from, as sentences."""
+    if engine.get("state") == "deferred":
+        yield (
+            f"No engine was built: run `compressor build` with this folder on the device. Every figure, and what the "
+            f"search went by, was measured with ONNX Runtime on the CPU here, not with {engine['target']} there."
+        )
+    if "environment" in engine:
+        yield (
+            f"Latency was measured with {engine['target']} on this device; quality with ONNX Runtime where the model "
+            "was compressed."
+        )
+        for name, found in engine["measured"].items():
+            if "agreement" in found:
+                same = found["agreement"]
+                yield f"On {same['n']} stored rows the {name} gives torch's answer in {same['value']:.2f} %."
+            elif "similarity" in found:
+                same = found["similarity"]
+                yield f"On {same['n']} stored rows the {name} is similar to torch by {same['value']:.2f} % (cosine)."
