@@ -43,7 +43,7 @@ from passes.run import run
 Grown = tuple[Mapping[str, str], float]  # changes, and the most that they can save
 
 RESULTS = Path(__file__).parent / "results" / "criteria.json"
-SAMPLES = {"MiniLM": 800}  # of which half are for the test; the others use all there are
+SAMPLES = {"MiniLM": 600}  # of which half are for the test; the others use all there are
 AS_IS = "as it is"
 ROUNDS = 6  # timed bursts of each engine
 BUDGETS = (0.1, 0.2, 0.35, 0.5)

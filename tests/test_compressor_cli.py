@@ -311,7 +311,10 @@ def test_inspect_writes_its_files_and_keeps_progress_off_standard_output(tmp_pat
 def test_an_interrupt_ends_in_one_line_and_leaves_at_most_a_journal(
     tmp_path: Path, options: tuple[str, ...], after: str, number: signal.Signals, status: int, left: set[str]
 ) -> None:
-    command = [sys.executable, "-c", "from compressor.cli import main; main()", "export", "--samples", "60", *options]
+    # A shell that starts the tests in the background lets its children ignore interrupts.
+    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heeded}\nfrom compressor.cli import main\nmain()"
+    command = [sys.executable, "-c", program, "export", "--samples", "60", *options]
     with subprocess.Popen(
         [*command, "--output", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
