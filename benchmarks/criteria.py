@@ -242,7 +242,7 @@ def main(data_root: Path, chosen: tuple[str, ...], only: tuple[str, ...]) -> Non
         found = measure(model, sources(data_root), only)
         found |= {"seconds": time.perf_counter() - start, "environment": environment()}
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
-        if only:
+        if only and model in results["models"]:
             rows = [row for row in results["models"][model]["rows"] if row["method"] not in only]
             found = results["models"][model] | {"rows": rows + found["rows"]}
         results["models"][model] = found
