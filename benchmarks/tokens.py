@@ -11,7 +11,6 @@ in one run. Writes benchmarks/results/tokens.json; `python benchmarks/tables.py`
 from __future__ import annotations
 
 import bisect
-import contextlib
 import json
 import tempfile
 import time
@@ -29,9 +28,9 @@ from main_job import brief, sources
 from rich.console import Console
 
 from compressor import report
-from compressor.choice import begin, facts_of, rule, schedule
+from compressor.choice import begin, facts_of, go_on, schedule
 from compressor.environment import environment
-from compressor.evaluate import Evaluation, evaluate
+from compressor.evaluate import Evaluation
 from compressor.journal import Journal
 from compressor.lower import lower
 from compressor.parity import check_parity
@@ -39,7 +38,7 @@ from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import Subject, load
-from compressor.workshop import Workshop, sized, usable
+from compressor.workshop import Workshop, judge, sized, usable
 from passes.graph import Graph
 from passes.run import run
 from passes.work import Counter
@@ -134,15 +133,9 @@ def decided(
             continue
         asked = replace(settings, max_loss=design.limit)
         search = begin(subject, asked, rewriter, workshop, steps, journal)
-        with steps.step(f"search, {rule(asked)}") as tick:
-            search.progress = partial(_line, tick)
-            search.run()
+        go_on(search, steps)
         changes[design.name], facts[design.name] = search.changes, facts_of(search)
     return {design.name: changes[design.name] for design in designs}, facts
-
-
-def _line(tick: Any, text: str) -> None:
-    tick(text=text)
 
 
 def lowered(graphs: Mapping[str, Graph], workshop: Workshop, steps: Steps) -> dict[str, Path]:
@@ -194,16 +187,10 @@ def _rows(
 
 def judged(engines: Mapping[str, Path], workshop: Workshop, reference: str) -> Evaluation:
     """Quality of several engines on test data, side by side."""
-    subject = workshop.subject
     # Waiting threads that spin would take the cores from the other open engines.
     shared = replace(workshop.options, spinning=False)
-    with contextlib.ExitStack() as stack:
-        opened = {name: stack.enter_context(workshop.target.load(path, shared)) for name, path in engines.items()}
-        runners = {
-            name: lambda feeds, engine=engine: engine.run(feeds)[subject.model.answer]
-            for name, engine in opened.items()
-        }
-        return evaluate(subject.data.test, runners, metric=subject.metric, reference=reference)
+    openers = {name: partial(workshop.target.load, path, shared) for name, path in engines.items()}
+    return judge(openers, workshop.subject, workshop.subject.data.test, reference, lambda *_: None)
 
 
 def _quality(quality: Evaluation, engine: str, reference: str) -> dict[str, Any]:

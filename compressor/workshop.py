@@ -104,9 +104,9 @@ def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOp
     usual = timing_feeds(subject.data.test, settings.batch)
     feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
     longest = max(found[name].shape[axis] for found in feeds for name, axis in axes)
-    least = 0 if subject.model.state else 1
-    if subject.model.state:  # the example has some
-        longest = max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
+    least = 1
+    if subject.model.state:  # the data's cache is empty, that of the example is not
+        least, longest = 0, max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
     return dataclasses.replace(options, lengths=(least, max(usual[name].shape[axis] for name, axis in axes), longest))
 
 

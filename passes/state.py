@@ -24,6 +24,8 @@ def forget_unread(graph: Graph) -> tuple[str, ...]:
     Returns:
         The names of the outputs that went, as they were.
     """
+    if not graph.state:
+        return ()
     outputs = dict(zip(graph.outputs, output_values(graph), strict=True))
     inputs = dict(zip(graph.inputs, graph.placeholders(), strict=True))
     needed = needed_by([node for name, node in outputs.items() if name not in graph.state])

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compressor.search
+from compressor.choice import _shared_out
 from compressor.effects import Effects
 from compressor.evaluate import evaluate, graph_runner, metric_for, tensor_batches
 from compressor.journal import Journal
 from compressor.prices import counted
 from compressor.rewrite import Rewriter
 from compressor.search import FRONT, PATIENCE, SOFTENED, Search
+from compressor.settings import Settings
 from compressor.validation import Loss, Validation
 from passes.base import PassError
 from passes.graph import Site
@@ -341,6 +343,18 @@ def test_maps_are_measured_on_other_samples_than_they_are_fitted_on():
     assert asked
     assert all(set(split) == set(search.fitting) for split in asked)
     assert not set(search.fitting) & set(search.effects.split)
+
+
+@pytest.mark.parametrize(
+    ("asked", "apart"), [("linear", True), ("drop,scale", True), ("drop", False), ("drop,merge", False)]
+)
+def test_samples_are_shared_out_where_maps_are_fitted(asked, apart):
+    calibration = digits()[1].calibration
+    for count in (8, 10_000):
+        measured, fitted = _shared_out(calibration, Settings(actions=asked, search_samples=count))
+        assert len(fitted) <= count
+        assert set(measured.indices).isdisjoint(fitted.indices) == apart
+        assert abs(len(measured) - len(fitted)) <= 1
 
 
 @pytest.mark.usefixtures("nothing_unread")
