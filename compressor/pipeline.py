@@ -61,13 +61,10 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
         final = finished(rewritten)
         floats, parity = _lowered(subject, choice.plan, rewritten, final, workshop, steps)
-        costs = Costs(final, subject.costs.example)
         factorial = settings.factorial and floats["result"] != floats["baseline"]
         if factorial:
             floats |= cells.unmerged(choice.plan, healed_graph, workshop)
-        files, int8 = dict(floats), dict[str, Quantized]()
-        if settings.int8 is not None:
-            files, int8 = workshop.quantized(floats, settings, steps)
+        files, int8 = (dict(floats), {}) if settings.int8 is None else workshop.quantized(floats, settings, steps)
         files["result"] = copy_onnx(files["result"], folder / "model.onnx")
         files, more = cells.parted(floats, files) if factorial else (files, {})
         with steps.step(f"build for {target.name}"):
@@ -86,10 +83,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             model=_describe(subject),
             data=subject.data.describe(),
             plan=choice.plan,
-            sizes={
-                name: _size(path, final, costs) if name == "result" else _size(path, subject.graph, subject.costs)
-                for name, path in files.items()
-            },
+            sizes=_sizes(files, subject, final),
             quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
             latency={name: latency[name] for name in files},
@@ -246,8 +240,16 @@ def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, s
         )
 
 
-def _size(path: Path, graph: Graph, costs: Costs) -> Size:
-    return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path), bytes_per_token(graph))
+def _sizes(files: Mapping[str, Path], subject: Subject, final: Graph) -> dict[str, Size]:
+    result = (final, Costs(final, subject.costs.example))
+
+    def of(path: Path, graph: Graph, costs: Costs) -> Size:
+        return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path), bytes_per_token(graph))
+
+    return {
+        name: of(path, *(result if name == "result" else (subject.graph, subject.costs)))
+        for name, path in files.items()
+    }
 
 
 def _notes(
