@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -273,7 +275,9 @@ def insert_constant(graph: Graph, name: str, tensor: torch.Tensor, *, before: fx
     graph.module.register_parameter(path, parameter)
     with graph.module.graph.inserting_before(before):
         node = graph.module.graph.get_attr(path)
-    node.meta["val"] = _mode(graph).from_tensor(parameter, static_shapes=True)
+    mode = _mode(graph.module.graph)
+    assert mode is not None  # every input of a traced graph has one
+    node.meta["val"] = mode.from_tensor(parameter, static_shapes=True)
     return node
 
 
@@ -343,30 +347,33 @@ def derive(node: fx.Node) -> None:
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
     assert callable(node.target)
-    modes = (getattr(value_of(known), "fake_mode", None) for known in node.graph.nodes)
-    mode = next((mode for mode in modes if mode is not None), None)  # without it, arange makes a real tensor
+    mode = _mode(node.graph) or contextlib.nullcontext()  # without it, arange makes a real tensor
     try:
-        with enable_python_dispatcher(), mode or contextlib.nullcontext():  # addcmul broadcasts only under the former
+        with enable_python_dispatcher(), mode:  # addcmul broadcasts only under the former
             node.meta["val"] = node.target(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise GraphError(f"{node.name} ({node.target}) does not take its new inputs: {error}") from error
 
 
-def derive_all(graph: Graph) -> None:
-    """Derive the traced values of all calls again, in order: shapes after a change flow on by themselves.
+def name_size(node: fx.Node) -> None:
+    """Let a symbolic size stand for itself, as that of an input does, and no longer for how it was computed.
 
-    Raises:
-        GraphError: an operator refuses the new shapes, with the first such node.
+    Sizes computed from sizes nest, and shapes behind them are compared by simplifying the whole expression: five
+    reductions of a text took six times as long to write down. A number stays what it is.
     """
-    for node in graph.nodes():
-        if node.op == "call_function":
-            derive(node)
+    size, mode = value_of(node), _mode(node.graph)
+    if not isinstance(size, torch.SymInt) or mode is None:
+        return
+    hint: Any = size.node.hint  # the size in the example that was traced
+    example = torch.empty(hint, device="meta")
+    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    node.meta["val"] = mode.from_tensor(example, symbolic_context=dynamic, source=ConstantSource(node.name)).shape[0]
 
 
-def _mode(graph: Graph) -> FakeTensorMode:
+def _mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode that the traced values live in."""
-    modes: Iterator[FakeTensorMode | None] = (getattr(value_of(node), "fake_mode", None) for node in graph.nodes())
-    return next(mode for mode in modes if mode is not None)
+    modes = (getattr(value_of(node), "fake_mode", None) for node in graph.nodes)
+    return next((mode for mode in modes if mode is not None), None)
 
 
 def _numbered_names(name: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ import torch
 
 from passes import merge as arithmetic
 from passes.base import PassError
-from passes.graph import value_of
+from passes.graph import name_size, value_of
 
 if TYPE_CHECKING:
     from torch import fx
@@ -56,6 +56,8 @@ def next_stage(call: Any, root: fx.Node, amount: float, attended: Attended, past
     method, protected = past.reduction.method, past.reduction.protected
     removed = _removed(call, root, old, amount, past.reduction)
     count, kind = arithmetic.minus(call, old, removed), value_of(root).dtype
+    if not isinstance(count, int):
+        name_size(count)
     if method == "attention":
         return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, kind)
     keys = _mean_keys(call, attended)
