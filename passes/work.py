@@ -81,6 +81,13 @@ class Shapes:
             self.known[text] = int(size.node.expr.subs(self.symbols))
         return self.known[text]
 
+    def learn(self, node: fx.Node) -> None:
+        """Work out a size that stands for itself (`passes.graph.name_size`) from those it was computed of."""
+        size = value_of(node)
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.expr not in self.symbols:
+            args = fx.node.map_arg(node.args, lambda source: self.number(value_of(source)))
+            self.symbols[size.node.expr] = int(node.target(*args))  # type: ignore[operator]
+
     def of(self, value: torch.Tensor) -> tuple[int, ...]:
         """A traced value's shape in numbers."""
         return tuple(self.number(size) for size in value.shape)
@@ -98,6 +105,7 @@ class Counter:
         read = read_parts(graph)
         products = attention = elements = operators = 0
         for node in graph.nodes():
+            self.shapes.learn(node)
             if (
                 node.op != "call_function"
                 or node.target in FREE

@@ -13,6 +13,7 @@ from passes.cost import Costs
 from passes.drop import Drop
 from passes.fit import Map, StandIn
 from passes.replace import Replace
+from passes.tokens import ReduceTokens
 from passes.unread import Unread
 from passes.work import Counter, Shapes, Work
 from tests.samples import traced
@@ -59,6 +60,15 @@ def test_texts_are_counted_as_they_run(name, batch, length):
     model, graph, _ = traced(name)
     feeds = sized(model, batch, length)
     assert counter_for(graph, feeds).count(graph).multiply_adds == multiply_adds_run(graph, feeds)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 9), (2, 20)])
+def test_merged_texts_are_counted_as_they_run(batch, length):
+    """Behind a reduction lengths stand for themselves; what they are follows from what they were computed of."""
+    model, graph, sites = traced("hf_bert")
+    feeds, fork = sized(model, batch, length), graph.fork()
+    apply(ReduceTokens(tuple((site.name, 0.3) for site in sites if site.kind == "attention")), fork)
+    assert counter_for(graph, feeds).count(fork).multiply_adds == multiply_adds_run(fork, feeds)
 
 
 @settings(max_examples=12, deadline=None)
