@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tables_criteria
+import tables_matrix
 from tables_tokens import tokens, tokens_operators
 
 HERE = Path(__file__).parent
@@ -121,6 +122,8 @@ TABLES = {
     "cost": cost,
     "headline": headline,
     "criteria": tables_criteria.criteria,
+    "matrix": tables_matrix.matrix,
+    "rivals": tables_matrix.rivals,
     "tokens": tokens,
     "tokens_operators": tokens_operators,
 }

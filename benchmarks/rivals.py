@@ -1,0 +1,73 @@
+"""What another tool makes of the dense model of an exported folder: an ONNX file with int8 in it.
+
+    python benchmarks/rivals.py TOOL FOLDER IMAGES OUTPUT
+
+FOLDER is an export with `--factorial`. Each tool is used as its documentation says, with its own defaults. An
+environment for all of them: `pip install onnxruntime "optimum-onnx[onnxruntime]" nncf pillow` (optimum-onnx needs an
+older transformers than Compressor does).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+DENSE = Path("factorial") / "dense.float.onnx"
+CALIBRATION = 250  # images; none of the test
+
+
+def onnxruntime_dynamic(folder: Path, images: Path, output: Path) -> None:
+    """Dynamic int8 as ONNX Runtime gives it: weights of all products, activations measured at run time."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(folder / DENSE, output)
+
+
+def optimum_dynamic(folder: Path, images: Path, output: Path) -> None:
+    """The dynamic quantization of optimum-onnx for processors with AVX512-VNNI."""
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
+        dense = shutil.copy(folder / DENSE, Path(scratch) / "model.onnx")
+        ORTQuantizer(Path(dense)).quantize(config, save_dir=scratch)
+        shutil.copy(Path(scratch) / "model_quantized.onnx", output)
+
+
+def nncf_static(folder: Path, images: Path, output: Path) -> None:
+    """Post-training quantization of NNCF for transformers, calibrated on images that are not for the test."""
+    import nncf
+    import onnx
+
+    model = onnx.load(folder / DENSE)
+    name = model.graph.input[0].name
+    data = nncf.Dataset(list(calibration(folder, images)), lambda picture: {name: picture})
+    onnx.save(nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION), output)
+
+
+def calibration(folder: Path, images: Path) -> Iterator[Any]:
+    """Preprocessed images ``[1, 3, H, W]``, none of those that the folder was judged on."""
+    from plain_onnxruntime import pixels
+
+    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    test = set(json.loads((folder / "report.json").read_text())["data"]["test_ids"])
+    names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.*") if path.parent != images)
+    for name in [name for name in names if name not in test][:: max(1, len(names) // (2 * CALIBRATION))][:CALIBRATION]:
+        yield pixels(images / name, config)[None]
+
+
+TOOLS: dict[str, Callable[[Path, Path, Path], None]] = {
+    "ONNX Runtime dynamic int8": onnxruntime_dynamic,
+    "optimum-onnx dynamic int8": optimum_dynamic,
+    "NNCF int8": nncf_static,
+}
+
+
+if __name__ == "__main__":
+    TOOLS[sys.argv[1]](*map(Path, sys.argv[2:5]))
