@@ -145,6 +145,16 @@ class Evaluation:
         """What `after` lost against `before`, in percent, without an interval."""
         return loss(self.metric, self.value(before), self.value(after))
 
+    def expected_loss(self, reference: str, after: str) -> float:
+        """What `after` is to lose against the reference on further samples, in percent.
+
+        A few hundred labels tell a loss of accuracy to a point or so, as one changed answer is luck or bad luck; the
+        regret (`_regret`) tells it far more closely. For other metrics it is the loss that was measured.
+        """
+        if "regret" in self.columns[after]:
+            return float(self.columns[after]["regret"].mean()) * 100.0
+        return self.loss_value(reference, after)
+
     def loss(self, before: str, after: str) -> Figure:
         """What `after` lost against `before`, with its interval."""
         return loss_figure(self.metric, self.columns[before], self.columns[after])

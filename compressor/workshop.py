@@ -237,7 +237,7 @@ class Workshop:
         )
 
     def _int8_loss(self, source: Path) -> Callable[[Path], float] | None:
-        """What measures the loss of an int8 file against its float file on validation data, in percent."""
+        """What measures the loss to expect of an int8 file against its float file, on validation data, in percent."""
         if self.subject.no_quality_because is not None:
             return None
         floating = self.build(source)
@@ -248,7 +248,7 @@ class Workshop:
                 evaluation = self._judge(engines, self.subject.data.validation, "float", lambda *_: None)
             except EvaluationError:  # NaN or infinity: the worst loss, so that layers return to float
                 return math.inf
-            return evaluation.loss_value("float", "int8")
+            return evaluation.expected_loss("float", "int8")
 
         return loss
 

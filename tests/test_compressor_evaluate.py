@@ -371,6 +371,19 @@ def test_evaluation_side_by_side_at_any_batch_size(size):
     assert judge("agreement", found.columns["baseline"]) == 100.0
 
 
+def test_the_loss_to_expect_is_what_the_reference_would_regret():
+    """One answer of ten changes to a class that the reference held a little less probable, and hits the label."""
+    values = np.log(np.full((10, 2), (0.6, 0.4)))
+    changed = values.copy()
+    changed[3] = changed[3, ::-1]
+    labels = np.zeros(10, np.int64)
+    labels[3] = 1
+    runners = {"float": lambda feeds: values[: len(feeds["x"])], "int8": lambda feeds: changed[: len(feeds["x"])]}
+    found = evaluate(Fixed(values, labels), runners, metric="accuracy", reference="float", batch_size=10)
+    assert found.loss_value("float", "int8") == pytest.approx(-10.0)  # luck
+    assert found.expected_loss("float", "int8") == pytest.approx(100 * 0.2 / 10)
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "agreement"])
 def test_what_needs_no_labels_is_measured_against_the_reference(metric):
     values, labels = normal(10, 4), np.arange(10) % 4
