@@ -62,7 +62,14 @@ def lower(graph: Graph, model: Model, path: Path) -> Path:
 
 
 def _tidy(model: ir.Model, interface: set[str]) -> None:
-    """Drop stack traces (they hold paths of this machine), and keep inner values off the names of the interface."""
+    """Drop what does not belong into a file for others, and keep inner values off the names of the interface.
+
+    Stack traces hold paths of this machine. What is noted of a weight beside the weight contradicts it as soon as a
+    tool transposes it: ONNX Runtime's own dynamic quantization stopped there.
+    """
+    for weight in model.graph.initializers.values():
+        weight.shape = weight.type = None  # the tensor itself says
+        weight.metadata_props.clear()
     outer = {*model.graph.inputs, *model.graph.outputs}
     for node in model.graph.all_nodes():
         for key in [key for key in node.metadata_props if key.endswith("stack_trace")]:

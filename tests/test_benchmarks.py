@@ -36,6 +36,11 @@ def of_tokens():
 
 
 @pytest.fixture(scope="module")
+def of_matrix():
+    return script("tables_matrix")
+
+
+@pytest.fixture(scope="module")
 def of_criteria():
     return script("tables_criteria")
 
@@ -212,7 +217,65 @@ def test_the_picture_of_criteria(of_criteria, made_up, tmp_path):
         assert picture.std() > 0.05  # something is drawn
 
 
+# -------------------------------------------------------------------------------------------- made-up results: matrix
+
+
+def over(ratio, width=0.1):
+    return {"ratio": ratio, "low": ratio - width, "high": ratio + width}
+
+
+def matrix_run(both=2.4):
+    """One run on one target: two engines at batch 1, and the interaction of their factorial."""
+    speed = {"change": over(1.5), "int8": over(1.6), "both": over(both)}
+    lost = {"change": figure(1.0), "int8": figure(0.2), "both": figure(1.3)}
+    whole = {"change": "compression", "speedup": speed, "ratio": over(both / 2.4, 0.02), "verdict": "multiplicative",
+             "loss": lost, "excess": figure(0.1)}  # fmt: skip
+    names = {"export/dense float": 1.0, "export/compressed int8": both}
+    timed = [
+        {"engine": name, "batch": 1, "latency": {"median": 10.0 / ratio}, "speedup": over(ratio)}
+        for name, ratio in names.items()
+    ]
+    engines = {name: {"figure": figure(80.0), "loss": figure(0.5), "bytes": 5e6} for name in names}
+    return {"against": "export/dense float", "measurements": timed, "engines": engines,
+            "factorials": [{"interactions": [{"change": "merging tokens"}, whole]}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("second", "told"), [(2.45, "all of them lie"), (3.0, "all but 1 lie")])
+def test_the_tables_of_the_matrix(of_matrix, second, told):
+    sizes = {"result": {"multiply_adds": 70}, "original": {"multiply_adds": 100}}
+    targets = {"onnxruntime": matrix_run(), "onnxruntime (again)": matrix_run(second)}
+    found = {"DeiT-Tiny": {"plan": {"blocks.1.attn": "drop"}, "sizes": sizes, "targets": targets}}
+    text = of_matrix.matrix_table(found)
+    assert (
+        "| DeiT-Tiny | onnxruntime, 1 | 1.50x (1.40–1.60) | 1.60x (1.50–1.70) | 2.40x (2.30–2.50) | "
+        "1.000 (0.980–1.020) multiplicative | +1.00, +0.20, +1.30; beyond the sum +0.10 (-0.90 to +1.10) |" in text
+    )
+    assert (
+        "Aim 2.5x at a loss of at most 1.5 points on DeiT-Tiny, ONNX Runtime, batch 1: missed (2.40x, +1.30)." in text
+    )
+    assert f"of 1 speed-ups {told} within each other's intervals" in text
+    assert "- DeiT-Tiny: blocks.1.attn drop; 30.0% fewer multiply-adds." in text
+    lines = of_matrix.rivals_table(found).splitlines()
+    assert lines[3] == (
+        "| DeiT-Tiny, onnxruntime | Compressor, compressed int8 | 4.2 ms, 2.40x (2.30–2.50) | 80.00 | "
+        "+0.50 (-0.50 to +1.50) | 5.0 MB |"
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.mark.slow
+def test_the_matrix_runs_on_the_sample(of_matrix, monkeypatch, tmp_path):
+    matrix = script("matrix")
+    sample = Path(importlib.import_module("compressor").__file__).parent / "sample"
+    where = {"images": str(sample / "digits.npz")}
+    case = matrix.Case("digits", str(sample), ("--drop", "2", "--samples", "120"), rounds=1, again=True)
+    monkeypatch.setattr(matrix, "TARGETS", ("onnxruntime",))
+    found = matrix.measure(case, where, None, None, tmp_path)
+    assert list(found["targets"]) == ["onnxruntime", "onnxruntime (again)"]
+    assert "| digits, onnxruntime | ONNX Runtime dynamic int8 |" in of_matrix.rivals_table({"digits": found})
+    assert "| digits | onnxruntime, 8 |" in of_matrix.matrix_table({"digits": found})
 
 
 def test_the_tables_know_the_methods_by_their_names(of_criteria):
