@@ -37,8 +37,9 @@ from compressor.subject import Subject, load
 from compressor.workshop import Workshop, sized, usable
 from passes.base import PassError
 from passes.graph import Graph
-from passes.plan import acting, choose, parse
+from passes.plan import acting
 from passes.run import run
+from passes.selection import choose, parse
 
 Grown = tuple[Mapping[str, str], float]  # changes, and the most that they can save
 

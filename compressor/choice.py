@@ -26,8 +26,9 @@ from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop
 from passes.base import PassError, apply
 from passes.graph import Graph, Site
-from passes.plan import Plan, acting, choose, merging, parse
+from passes.plan import Plan, acting, merging
 from passes.score import Score, Scores
+from passes.selection import choose, parse
 
 HEADROOM = 1.5  # times the allowed loss that a search may lose where healing follows, which must win it back
 CORRECTIONS = 3  # times that a search goes on because the engine was slower than predicted

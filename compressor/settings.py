@@ -14,7 +14,8 @@ from compressor.errors import SettingsError
 from compressor.heal import METHODS
 from compressor.models.base import TASKS
 from passes.base import PassError
-from passes.plan import METRICS, form_and_rank, parse
+from passes.plan import form_and_rank
+from passes.selection import METRICS, parse
 from runtimes.base import DEVICES, RuntimesError, runtime
 
 INT8 = ("static", "dynamic")

@@ -129,7 +129,7 @@ def test_make_demo_is_the_promised_command():
 
 
 def test_drop_forms_of_the_table_parse():
-    from passes.plan import parse
+    from passes.selection import parse
 
     forms = re.findall(
         r"^\| ((?:`[^`]+`(?:, )?)+) \|", README.split("| `--drop` | changes |")[1].split("\n\n")[0], re.M

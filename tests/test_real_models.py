@@ -16,9 +16,9 @@ from compressor.lower import lower
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
-from passes.plan import choose, parse
 from passes.run import run
 from passes.score import Score
+from passes.selection import choose, parse
 from passes.sites import find_sites
 from runtimes import onnxruntime as target
 from runtimes.base import BuildOptions
