@@ -78,11 +78,14 @@ METHODS = (
     Method("output effect, one by one", "site", "output"),
 )
 # Ours: a search with these actions. Deletion alone is the greedy deletion of SLEB and FinerCut with our effect.
+MAPS = "drop,constant,scale,low-rank,linear,fuse"
 SEARCHES = {
     "greedy deletion": "drop",
-    "ours, without tokens": "drop,constant,scale,low-rank,linear,fuse",
-    "ours": "drop,constant,scale,low-rank,linear,fuse,merge",
+    "ours, without tokens": MAPS,
+    "ours": f"{MAPS},merge",
+    "ours, by time": f"{MAPS},merge",
 }
+BY_TIME = "ours, by time"  # its budgets are shares of the predicted time, as those of an export are
 MODELS = {
     "digits": (None, None),
     "DeiT-Tiny": ("deit", "images"),
@@ -104,9 +107,10 @@ class Bench:
     judged: dict[tuple[tuple[str, str], ...], dict[str, Any]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
 
-    def saved(self, graph: Graph) -> float:
-        """Share of the multiply-adds that a graph saves."""
-        return 1.0 - self.counts.cost(graph) / self.counts.cost(self.subject.graph)
+    def saved(self, graph: Graph, prices: Prices | None = None) -> float:
+        """Share of the multiply-adds that a graph saves, or of what other prices say."""
+        prices = self.counts if prices is None else prices
+        return 1.0 - prices.cost(graph) / prices.cost(self.subject.graph)
 
 
 def plans(bench: Bench, method: Method) -> Iterator[Grown]:
@@ -129,7 +133,9 @@ def plans(bench: Bench, method: Method) -> Iterator[Grown]:
         yield acting(plan, method.action).changes, bench.saved(bench.rewriter.rewritten(plan.changes))
 
 
-def points(bench: Bench, candidates: Iterator[Grown]) -> Iterator[tuple[float, Mapping[str, str], Graph]]:
+def points(
+    bench: Bench, candidates: Iterator[Grown], prices: Prices
+) -> Iterator[tuple[float, Mapping[str, str], Graph]]:
     """For each budget the first changes that save as much, with their graph; none where they cannot be made."""
     wanted = list(BUDGETS)
     for changes, saved in candidates:
@@ -142,19 +148,20 @@ def points(bench: Bench, candidates: Iterator[Grown]) -> Iterator[tuple[float, M
         except PassError as error:
             click.echo(f"    refused: {error}")
             return
-        while wanted and bench.saved(graph) >= wanted[0]:
+        while wanted and bench.saved(graph, prices) >= wanted[0]:
             yield wanted.pop(0), changes, graph
 
 
-def searched(bench: Bench, actions: str, workshop: Workshop) -> Iterator[Grown]:
-    """The growing plans of one search."""
-    settings = Settings(**{**bench.settings.to_dict(), "actions": actions, "cost": "macs"})
+def searched(bench: Bench, name: str, workshop: Workshop) -> Iterator[Grown]:
+    """The growing plans of one search, with what they save of what it counts."""
+    cost = "latency" if name == BY_TIME else "macs"
+    settings = Settings(**{**bench.settings.to_dict(), "actions": SEARCHES[name], "cost": cost})
     found = begin(bench.subject, settings, bench.rewriter, workshop, Steps(), Journal())
     found.limit = math.inf  # perplexity can more than double
     found.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
     click.echo(f"    {len(found.steps)} steps, {found.effects.sweeps:.0f} sweeps")
-    for count in range(1, len(found.steps) + 1):
-        saved = 1.0 - found.steps[count - 1].multiply_adds / bench.counts.cost(bench.subject.graph)
+    for count, step in enumerate(found.steps, start=1):
+        saved = 1.0 - step.cost / found.prices.cost(bench.subject.graph)
         yield {step.site: step.action for step in found.steps[:count]}, saved
 
 
@@ -192,7 +199,7 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)
         ways = {method.name: partial(plans, bench, method) for method in METHODS}
-        ways |= {name: partial(searched, bench, actions, workshop) for name, actions in SEARCHES.items()}
+        ways |= {name: partial(searched, bench, name, workshop) for name in SEARCHES}
         rows = [row for name in only or ways for row in _rows(bench, name, ways[name]())]
         engines = {AS_IS: lower(subject.graph, subject.model, Path(scratch) / "original.onnx")} | bench.files
         latency = workshop.latency(engines, feeds, ROUNDS, steps)
@@ -216,7 +223,7 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
 
 def _rows(bench: Bench, method: str, candidates: Iterator[Grown]) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    found = list(points(bench, candidates))
+    found = list(points(bench, candidates, bench.times if method == BY_TIME else bench.counts))
     by_changes = {tuple(changes.items()): graph for _, changes, graph in found}
     unknown = {changes: graph for changes, graph in by_changes.items() if changes not in bench.judged}
     if unknown:  # several methods come to the same plan
