@@ -6,6 +6,7 @@ are enough (and onnx for TensorRT, whose files are checked by its rules once mor
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,15 @@ from compressor.deferred import ANSWERS, FOLDER
 from compressor.environment import environment
 from compressor.errors import CompressorError, SettingsError
 from compressor.figures import Figure
-from compressor.folder import check_files, check_writable, listed, scratch_folder, write_files, write_manifest
+from compressor.folder import (
+    FolderError,
+    check_files,
+    check_writable,
+    listed,
+    scratch_folder,
+    write_files,
+    write_manifest,
+)
 from compressor.report import Quality, Report, Size, brief
 from compressor.steps import Steps
 from runtimes.base import BuildOptions, Runtime, need, runtime
@@ -85,9 +94,24 @@ def build(
         latency = device.timed(engines, content["settings"], rounds, steps)
         report = _completed(content, place, part | {"measured": measured}, latency, steps)
         made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
-    write_files(place, {REPORT: (json.dumps(_json(content, report), indent=2) + "\n").encode()})
+    completed = _json(content, report)
+    written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode(), **_card(completed, place)}
+    write_files(place, written)
     write_manifest(place, (*listed(place), *(path.name for path in made)))
     return report
+
+
+def _card(content: Json, place: Path) -> dict[str, bytes]:
+    """The model card with the device's figures; none where it cannot be made, or where someone has edited it.
+
+    The card that is there says by itself that its figures are the stand-in's.
+    """
+    with contextlib.suppress(ImportError, FolderError):
+        from compressor import card
+
+        check_files(place, (card.NAME,))
+        return {card.NAME: card.card(content, place).encode()}
+    return {}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import cells, deferred
+from compressor import card, cells, deferred
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
@@ -100,6 +100,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         )
         report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
         (folder / "report.json").write_text(report.to_json())
+        card.write(folder)
     return report
 
 
@@ -196,6 +197,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "source": model.source,
         "task": model.task,
         "revision": model.revision,
+        "hub_id": model.hub_id,
         "random_weights": model.random_weights,
         "inputs": list(model.inputs),
         "outputs": list(model.outputs),

@@ -185,6 +185,7 @@ def _wrap(
         save=partial(_save, module, processors, beside),
         untrained=untrained,
         revision=options["revision"],
+        hub_id=None if random_weights or Path(where).is_dir() else where,
         random_weights=random_weights,
         state=state,
     )
