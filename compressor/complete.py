@@ -42,6 +42,7 @@ Json = dict[str, Any]
 
 REPORT = "report.json"
 PLAN = "plan.json"
+CARD = "README.md"
 FAULT = (
     "the engine computes something else than the model, so nothing was written: check it with --target onnxruntime, "
     "and report it with the versions of the driver and of the target"
@@ -94,23 +95,32 @@ def build(
         latency = device.timed(engines, content["settings"], rounds, steps)
         report = _completed(content, place, part | {"measured": measured}, latency, steps)
         made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
-    completed = _json(content, report)
-    written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode(), **_card(completed, place)}
-    write_files(place, written)
-    write_manifest(place, (*listed(place), *(path.name for path in made)))
+    completed, ours = _json(content, report), _is_ours(place / CARD)
+    card = _card(completed, place) if ours else {}
+    write_files(place, {REPORT: (json.dumps(completed, indent=2) + "\n").encode(), **card})
+    kept = (name for name in listed(place) if ours or name != CARD)
+    write_manifest(place, (*kept, *(path.name for path in made)))
     return report
 
 
-def _card(content: Json, place: Path) -> dict[str, bytes]:
-    """The model card with the device's figures; none where it cannot be made, or where someone has edited it.
+def _is_ours(card: Path) -> bool:
+    """Whether the model card is as Compressor wrote it; one that someone has edited is theirs."""
+    try:
+        check_files(card.parent, (card.name,))
+    except FolderError:
+        return False
+    return True
 
-    The card that is there says by itself that its figures are the stand-in's.
+
+def _card(content: Json, place: Path) -> dict[str, bytes]:
+    """The model card with the device's figures, by its name; none where what makes it is not installed.
+
+    The card that is there then says by itself that its figures are the stand-in's.
     """
-    with contextlib.suppress(ImportError, FolderError):
+    with contextlib.suppress(ImportError):
         from compressor import card
 
-        check_files(place, (card.NAME,))
-        return {card.NAME: card.card(content, place).encode()}
+        return {CARD: card.card(content, place).encode()}
     return {}
 
 

@@ -108,11 +108,12 @@ def _prepares(content: Json) -> bool:
 def _arrays(content: Json, folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape, with a batch of one, and type of inputs that are given as they are."""
     known = recipe.shapes(folder)
-    timed, found = content["timed_inputs"], {}
+    timed = content["timed_inputs"]
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in content["model"]["inputs"]:
-        kind = "float32" if name == "pixel_values" else "int64"
-        shape, kind = known.get(name, (tuple(timed.get(name, (1,))[1:]), kind))
-        found[name] = (1, *shape), {"bool": "bool_"}.get(kind, kind)
+        guessed = tuple(timed.get(name, (1,))[1:]), "float32" if name == "pixel_values" else "int64"
+        shape, kind = known.get(name, guessed)
+        found[name] = (1, *shape), "bool_" if kind == "bool" else kind
     return found
 
 
