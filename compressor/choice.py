@@ -282,11 +282,18 @@ def effects_on_output(subject: Subject, samples: Split, steps: Steps) -> Effects
 def score(subject: Subject, steps: Steps) -> Scores:
     """Scores of all sites on the calibration data."""
     with steps.step("score the sites") as tick:
-        batches = _ticking(tensor_batches(subject.data.calibration), len(subject.data.calibration), tick)
+        batches = ticking(tensor_batches(subject.data.calibration), len(subject.data.calibration), tick)
         return apply(Score(), subject.graph, batches)
 
 
-def _ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:
+def ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:
+    """The batches, with progress told after each.
+
+    Args:
+        batches: feeds by input name.
+        total: rows of all of them.
+        tick: takes rows done and all rows.
+    """
     done = 0
     for feeds in batches:
         yield feeds

@@ -17,6 +17,7 @@ from compressor.folder import write_files
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compressor.study import Study
     from passes.cost import Costs
     from passes.graph import Site
     from passes.score import Scores
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Scores and costs of every site. `effects` is each site's output divergence when dropped alone, if measured."""
+    """Scores and costs of every site.
+
+    `effects` is each site's output divergence when dropped alone, `study` how redundancy runs over depth, positions and
+    kinds of tokens; both only if measured.
+    """
 
     model: str
     sites: tuple[Site, ...]
@@ -32,6 +37,7 @@ class Inspection:
     costs: Costs
     data: dict[str, Any]
     effects: Sequence[float] | None = None
+    study: Study | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict per site, in order."""
@@ -109,16 +115,23 @@ class Inspection:
             )
         return table
 
-    def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write inspect.json and similarity.png into a folder; returns their paths.
+    def save(self, folder: Path, *, command: str = "") -> tuple[Path, ...]:
+        """Write inspect.json and similarity.png into a folder, and study.json and study.html; returns their paths.
+
+        Args:
+            folder: made if need be.
+            command: the command line, for the study's page.
 
         Raises:
-            FolderError: the folder cannot be written, or the disk is full; neither file is there then.
+            FolderError: the folder cannot be written, or the disk is full; no file is there then.
         """
-        report, picture = write_files(
-            folder, {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
-        )
-        return report, picture
+        files = {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
+        if self.study is not None:
+            from compressor.study_page import page
+
+            files["study.json"] = self.study.to_json().encode()
+            files["study.html"] = page(self.study, command=command).to_html().encode()
+        return write_files(folder, files)
 
     def heat_map(self) -> bytes:
         """The cosine similarity of every pair of trunk states as a PNG picture."""

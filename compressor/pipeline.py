@@ -23,6 +23,7 @@ from compressor.report import Quality, Report, Size
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
+from compressor.study import study as studied
 from compressor.subject import Subject, accepting_data, load
 from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized, usable
@@ -170,11 +171,12 @@ def sweep(
     return front
 
 
-def inspect(settings: Settings, *, console: Console | None = None) -> Inspection:
+def inspect(settings: Settings, *, study: bool = False, console: Console | None = None) -> Inspection:
     """Score every site of a model on its calibration data; changes and exports nothing.
 
     Args:
         settings: model, data and metric; with the metric ``output`` each site's effect on the output is measured too.
+        study: also measure how redundancy runs over depth, positions and kinds of tokens, and how stable it is.
         console: where progress is shown; None shows nothing.
 
     Raises:
@@ -187,7 +189,10 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
         samples = subject.data.calibration.head(settings.search_samples)
         effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
-    return Inspection(subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured)
+        found = studied(subject, steps, seed=settings.seed) if study else None
+    return Inspection(
+        subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured, found
+    )
 
 
 def _describe(subject: Subject) -> dict[str, Any]:
