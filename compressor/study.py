@@ -149,7 +149,7 @@ def changed(changes: Changes, kinds: Sequence[str]) -> dict[str, Any]:
         if by_kind[0, place]
     }
     places = {
-        name: [_mean(value, count) for value, count in zip(by_place[row], by_place[0], strict=True)]
+        name: [_short(_mean(value, count)) for value, count in zip(by_place[row], by_place[0], strict=True)]
         for row, name in ((1, "cosine"), (2, "update"))
     }
     return {**means, "kinds": found, "positions": {"tokens": [int(count) for count in by_place[0]], **places}}
@@ -173,6 +173,11 @@ def _held(by_kind: Any, samples: Any, kinds: Sequence[str]) -> dict[str, Any]:
         "kind": kinds[int(kind[top])] if kind[top] >= 0 else None,
         "massive": float(np.mean((largest > MASSIVE) & (ratio > TIMES))),
     }
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits: a long text has a number for each position and branch."""
+    return None if value is None else round(value, 6)
 
 
 def _mean(total: float, count: float) -> float | None:

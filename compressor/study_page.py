@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressor.page import CATEGORIES, WIDTH, Chart, Page, Points, Prose, Section, Table, Tile
-from compressor.study_text import mean_by_kind, mean_by_position
+from compressor.study_text import cosine, mean_by_kind, mean_by_position
 
 if TYPE_CHECKING:
     import altair
@@ -49,8 +49,8 @@ def page(study: Study, *, command: str = "") -> Page:
 def _tiles(study: Study, sites: Sequence[Row]) -> Iterator[Tile]:
     known = sorted((row for row in sites if row["cosine"] is not None), key=lambda row: row["cosine"])
     if known:
-        yield Tile("least changing branch", f"{known[-1]['cosine']:.3f}", known[-1]["name"])
-        yield Tile("most changing branch", f"{known[0]['cosine']:.3f}", known[0]["name"])
+        yield Tile("least changing branch", cosine(known[-1]["cosine"]), known[-1]["name"])
+        yield Tile("most changing branch", cosine(known[0]["cosine"]), known[0]["name"])
     if study.stability is not None:
         half = study.stability.halves
         yield Tile("halves agree (Spearman)", f"{half.spearman:.3f}", f"{half.low:.3f} to {half.high:.3f}")
@@ -122,10 +122,11 @@ def _cells(sites: Sequence[Row]) -> Iterator[dict[str, Any]]:
     width = -(-longest // BINS)
     for row in sites:
         tokens, cosines = row["positions"]["tokens"], row["positions"]["cosine"]
-        for start in range(0, len(tokens), width):
-            count = sum(tokens[start : start + width])
+        starts = [0, *range(1, len(tokens), width)]  # the first token stands apart: it is another kind
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            count = sum(tokens[start:end])
             if count:
-                pairs = zip(tokens[start : start + width], cosines[start : start + width], strict=True)
+                pairs = zip(tokens[start:end], cosines[start:end], strict=True)
                 total = sum(many * value for many, value in pairs if value is not None)
                 yield {"name": row["name"], "position": start, "cosine": total / count}
 
@@ -253,7 +254,7 @@ def _lines(
     import altair as alt
 
     data = alt.Data(values=list(rows))
-    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     chart: altair.TopLevelMixin = (
         alt.Chart(data)
         .mark_line(point=True)

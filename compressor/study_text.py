@@ -28,21 +28,30 @@ def sentences(study: Study) -> Iterator[str]:
     yield from _stability(study)
 
 
+def cosine(value: float) -> str:
+    """A cosine in three digits, or its distance from 1 where these would hide it.
+
+    >>> cosine(0.9183), cosine(0.99996)
+    ('0.918', '1 - 4.0e-05')
+    """
+    return f"{value:.3f}" if 1.0 - value >= 5e-4 or value >= 1.0 else f"1 - {1.0 - value:.1e}"
+
+
 def _depth(sites: Sequence[Row], blocks: Sequence[Row]) -> Iterator[str]:
     if not sites:
         return
-    ranked = sorted(sites, key=lambda row: row["cosine"])
+    most, *_, least = sorted(sites, key=lambda row: row["cosine"]) if len(sites) > 1 else [sites[0]] * 2
     yield (
-        f"The branch that changes the stream least is {ranked[-1]['name']} (cosine of before and after "
-        f"{ranked[-1]['cosine']:.3f}), the one that changes it most {ranked[0]['name']} ({ranked[0]['cosine']:.3f})."
+        f"The branch that changes the stream least is {least['name']} (cosine of before and after "
+        f"{cosine(least['cosine'])}), the one that changes it most {most['name']} ({cosine(most['cosine'])})."
     )
     if len(blocks) >= 3:
         third = max(1, len(blocks) // 3)
         parts = blocks[:third], blocks[third:-third], blocks[-third:]
-        early, middle, late = (sum(row["cosine"] for row in part) / max(len(part), 1) for part in parts)
+        early, middle, late = (cosine(sum(row["cosine"] for row in part) / max(len(part), 1)) for part in parts)
         yield (
-            f"Over depth, a block's input and output are similar by {early:.3f} in the first third, {middle:.3f} in "
-            f"the middle and {late:.3f} in the last third."
+            f"Over depth, a block's input and output are similar by {early} in the first third, {middle} in "
+            f"the middle and {late} in the last third."
         )
 
 
@@ -56,8 +65,8 @@ def _roles(sites: Sequence[Row]) -> Iterator[str]:
     less = sum(attention > mlp for attention, mlp in pairs)
     means = [sum(values) / len(pairs) for values in zip(*pairs, strict=True)]
     yield (
-        f"Attention changes the stream less than the MLP in {less} of {len(pairs)} blocks (mean cosine {means[0]:.3f} "
-        f"against {means[1]:.3f})."
+        f"Attention changes the stream less than the MLP in {less} of {len(pairs)} blocks (mean cosine "
+        f"{cosine(means[0])} against {cosine(means[1])})."
     )
 
 
@@ -75,7 +84,7 @@ def _kinds(sites: Sequence[Row], kinds: Sequence[str]) -> Iterator[str]:
     means = mean_by_kind(sites, kinds, "cosine")
     if len(means) > 1:
         ordered = sorted(means.items(), key=lambda pair: pair[1])
-        listed = ", ".join(f"{kind} {value:.3f}" for kind, value in ordered)
+        listed = ", ".join(f"{kind} {cosine(value)}" for kind, value in ordered)
         yield f"By kind of token, from most to least changed by a branch (mean cosine over sites): {listed}."
 
 
@@ -98,9 +107,9 @@ def _positions(sites: Sequence[Row]) -> Iterator[str]:
     low, high = min(means, key=lambda pair: pair[1]), max(means, key=lambda pair: pair[1])
     others = sorted(value for _, value in means[1:])
     yield (
-        f"Along the {len(means)} positions the mean cosine runs from {low[1]:.3f} (position {low[0]}) to {high[1]:.3f} "
-        f"(position {high[0]}); position 0 has {means[0][1]:.3f}, the median of the others is "
-        f"{others[len(others) // 2]:.3f}."
+        f"Along the {len(means)} positions the mean cosine runs from {cosine(low[1])} (position {low[0]}) to "
+        f"{cosine(high[1])} (position {high[0]}); position 0 has {cosine(means[0][1])}, the median of the others is "
+        f"{cosine(others[len(others) // 2])}."
     )
 
 
@@ -120,12 +129,10 @@ def _massive(states: Sequence[Row]) -> Iterator[str]:
     if not states:
         return
     most = max(states, key=lambda row: row["ratio_most"])
-    text = (
-        f"The largest activation is {most['ratio_most']:.0f} times the median of its sample, before {most['name']}"
-        if most["name"] != "output"
-        else f"The largest activation is {most['ratio_most']:.0f} times the median of its sample, in the last state"
-    )
-    where = f", in channel {most['channel']} for {most['channel_share']:.0%} of the samples, at a {most['kind']} token"
+    place = "in the last state" if most["name"] == "output" else f"before {most['name']}"
+    text = f"The largest activation is {most['ratio_most']:.0f} times the median of its sample, {place}"
+    where = f", in channel {most['channel']} for {most['channel_share']:.0%} of the samples"
+    where += f", at a token of kind {most['kind']}"
     share = max(row["massive"] for row in states)
     yield f"{text}{where}; {NEVER if share == 0 else f'massive activations occur in {share:.0%} of the samples'}."
 
@@ -135,13 +142,9 @@ def _stability(study: Study) -> Iterator[str]:
     if found is None:
         yield f"How stable the ranking is cannot be told from {study.samples} samples and {len(study.sites)} sites."
         return
-    half = found.halves
+    half, small = found.halves, found.sizes[0]
     yield (
         f"Rankings by two random halves of the {study.samples} samples agree by Spearman {half.spearman:.3f} (5 to 95 "
-        f"%: {half.low:.3f} to {half.high:.3f}; Kendall {half.kendall:.3f})."
-    )
-    small = found.sizes[0]
-    yield (
-        f"{small.samples} samples rank the sites as all do by {small.spearman:.3f} ({small.low:.3f} to "
-        f"{small.high:.3f}); the {found.top} most redundant are the same set in {found.kept:.0%} of bootstrap draws."
+        f"%: {half.low:.3f} to {half.high:.3f}; Kendall {half.kendall:.3f}), of {small.samples} samples and all by "
+        f"{small.spearman:.3f} ({small.low:.3f} to {small.high:.3f}); the {found.top} most redundant are the same set in {found.kept:.0%} of bootstrap draws."
     )
