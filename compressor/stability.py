@@ -65,17 +65,18 @@ def stability(
     rng = np.random.default_rng(seed)
     sizes = sizes_below(samples)
     every = _means(tokens, sums, np.arange(samples)[None])
-    tick = (lambda _: None) if progress is None else lambda done: progress(done, 2 + len(sizes))
     halves = _agreement(*_halves(tokens, sums, rng), samples // 2)
     found = []
     for done, size in enumerate(sizes):
-        tick(1 + done)
+        if progress is not None:
+            progress(done, len(sizes))
         drawn = np.stack([rng.permutation(samples)[:size] for _ in range(DRAWS)])
         found.append(_agreement(_means(tokens, sums, drawn), np.repeat(every, DRAWS, 0), size))
-    drawn = _means(tokens, sums, rng.integers(0, samples, (DRAWS, samples)))
-    tick(2 + len(sizes))
+    again = _means(tokens, sums, rng.integers(0, samples, (DRAWS, samples)))
+    if progress is not None:
+        progress(len(sizes), len(sizes))
     top = max(1, sites // 4)
-    return Stability(halves, tuple(found), _ranks(every, drawn), top, _kept(every, drawn, top))
+    return Stability(halves, tuple(found), _ranks(every, again), top, _kept(every, again, top))
 
 
 def sizes_below(samples: int) -> tuple[int, ...]:

@@ -253,7 +253,7 @@ def _lines(
     """A line with points for each colour; hovering names the branch."""
     import altair as alt
 
-    data = alt.Data(values=list(rows))
+    data = alt.InlineData(list(rows))
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
     chart: altair.TopLevelMixin = (
         alt.Chart(data)
@@ -275,7 +275,7 @@ def _heat(cells: Sequence[Row]) -> altair.TopLevelMixin:
 
     names = list(dict.fromkeys(cell["name"] for cell in cells))
     chart: altair.TopLevelMixin = (
-        alt.Chart(alt.Data(values=list(cells)))
+        alt.Chart(alt.InlineData(list(cells)))
         .mark_rect()
         .encode(
             x=alt.X("position:O", title="position", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
@@ -293,7 +293,7 @@ def _ranks(rows: Sequence[Row]) -> altair.TopLevelMixin:
     import altair as alt
 
     names = [row["name"] for row in rows]
-    base = alt.Chart(alt.Data(values=list(rows))).encode(
+    base = alt.Chart(alt.InlineData(list(rows))).encode(
         y=alt.Y("name:N", sort=names, title=None),
         color=alt.Color("of:N", title="branch", scale=alt.Scale(range=list(CATEGORIES))),
         tooltip=[

@@ -146,5 +146,6 @@ def _stability(study: Study) -> Iterator[str]:
     yield (
         f"Rankings by two random halves of the {study.samples} samples agree by Spearman {half.spearman:.3f} (5 to 95 "
         f"%: {half.low:.3f} to {half.high:.3f}; Kendall {half.kendall:.3f}), of {small.samples} samples and all by "
-        f"{small.spearman:.3f} ({small.low:.3f} to {small.high:.3f}); the {found.top} most redundant are the same set in {found.kept:.0%} of bootstrap draws."
+        f"{small.spearman:.3f} ({small.low:.3f} to {small.high:.3f}); the {found.top} most redundant are the same set "
+        f"in {found.kept:.0%} of bootstrap draws."
     )

@@ -31,11 +31,9 @@ def digits():
 @pytest.mark.parametrize(
     ("name", "leading"),
     [
-        ("vit", ("class",)),
         ("vit_registers", ("class", *["register"] * 4)),
         ("deit_distilled", ("class", "distillation")),
         ("hf_dinov2_registers", ("class", *["register"] * 4)),
-        ("swin", ()),
     ],
 )
 def test_tokens_of_pictures_are_called_by_what_is_known(name, leading):
@@ -155,7 +153,7 @@ def deit():
 @pytest.mark.parametrize("subject", [llama, minilm, deit])
 def test_of_trained_models_the_first_token_is_changed_least_and_rankings_are_stable(subject):
     model, data, first, most = subject()
-    found = compressor.inspect(model, data=data, samples=64, study=True).study
+    found = compressor.inspect(model, data=data, samples=40, study=True).study
     rows = found.site_rows()
     assert min(rows, key=lambda row: row["cosine"])["name"] == most
     means = {kind: np.mean([row["kinds"][kind]["cosine"] for row in rows]) for kind in found.found.kinds}
