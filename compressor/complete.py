@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from compressor.answers import Answers
+from compressor.changed import Changed
 from compressor.deferred import ANSWERS, FOLDER
 from compressor.environment import environment
 from compressor.errors import CompressorError, SettingsError
@@ -225,4 +226,4 @@ def _quality(stored: Json | None) -> Quality | None:
         return None
     parts = (stored["figures"], stored["loss"], stored["label_free"])
     figures = ({name: Figure(**figure) for name, figure in part.items()} for part in parts)
-    return Quality(stored["metric"], *figures)
+    return Quality(stored["metric"], *figures, tuple(Changed(**each) for each in stored["changed"]))

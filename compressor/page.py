@@ -171,7 +171,7 @@ def bundle() -> str:
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    library: str = vl_convert.javascript_bundle(vl_version=version)
+    library: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
     # Inside <script> only these three can end it or change how it is read; in strings and patterns \x3c means the same.
     for tag in ("</script", "<script", "<!--"):
         library = library.replace(tag, f"\\x3c{tag[1:]}")
