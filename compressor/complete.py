@@ -224,6 +224,7 @@ def _restored(content: Json, place: Path) -> Report:
 def _quality(stored: Json | None) -> Quality | None:
     if stored is None:
         return None
-    parts = (stored["figures"], stored["loss"], stored["label_free"])
-    figures = ({name: Figure(**figure) for name, figure in part.items()} for part in parts)
-    return Quality(stored["metric"], *figures, tuple(Changed(**each) for each in stored["changed"]))
+    figures, loss, label_free = (
+        {name: Figure(**figure) for name, figure in stored[part].items()} for part in ("figures", "loss", "label_free")
+    )
+    return Quality(stored["metric"], figures, loss, label_free, tuple(Changed(**each) for each in stored["changed"]))

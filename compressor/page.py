@@ -71,6 +71,10 @@ class Chart:
         """The chart as Vega-Lite, in the style of the page."""
         found: dict[str, Any] = self.chart.to_dict(validate=False)
         found.pop("$schema", None)  # the address of a schema: nothing here may name the network
+        if not {"vconcat", "hconcat", "facet"} & set(found):  # those do without: their parts have widths
+            found.setdefault("width", WIDTH)
+            if found["width"] == WIDTH:
+                found["autosize"] = {"type": "fit-x", "contains": "padding"}
         return found | {"config": found.get("config", {}) | style()}
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from passes.plan import Plan
 
 VERSION = 1
+REPORT = "report.json"
 # A metric's name short enough for a column, and its unit.
 LABELS = {
     "accuracy": ("top-1 accuracy", "%"),
@@ -50,8 +51,8 @@ class Quality:
     """Metric, each variant's figure on test data, and what the result lost against baseline and original.
 
     `label_free` compares the result's answers with those of the float model before any change, where that makes sense:
-    ``agreement`` in %, ``divergence`` in nats (of features: 1 - cosine). `changed` are samples that a classifier answers
-    differently now, those that the original was surest of first.
+    ``agreement`` in %, ``divergence`` in nats (of features: 1 - cosine). `changed` are samples that a classifier
+    answers differently now, those that the original was surest of first.
     """
 
     metric: str
