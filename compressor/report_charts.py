@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +25,10 @@ COLOURS = {
     "dropped": CATEGORIES[0],
     "linear": CATEGORIES[1],
     "low-rank": CATEGORIES[2],
-    "fuse": CATEGORIES[3],
+    "fuse": GOOD,
     "constant": CATEGORIES[4],
     "scale": CATEGORIES[5],
-    "tokens merged": GOOD,
+    "tokens merged": CATEGORIES[3],
 }
 
 
@@ -47,13 +48,16 @@ def bars(rows: Sequence[Row], *, title: str, form: str, expected: str = "") -> a
     """
     shown = [row | {"start": 0.0} for row in rows]
     names = [row["name"] for row in rows]
+    low, high = min(0.0, *(row["low"] for row in rows)), max(0.0, *(row["high"] for row in rows))
+    domain = [low, high + 0.12 * (high - low)]  # room for the values that are written behind the bars
     tips = [alt.Tooltip("name:N", title="cell"), *_interval(title, form)]
     base = alt.Chart(table(shown)).encode(y=alt.Y("name:N", sort=names, title=None, axis=alt.Axis(ticks=False)))
-    groups = list(dict.fromkeys(row["group"] for row in rows))
     colour = alt.Color(
-        "group:N", title=None, scale=alt.Scale(domain=groups, range=[QUIET, ACCENT][: len(groups)]), legend=_above()
+        "group:N", title=None, scale=alt.Scale(domain=["float", "int8"], range=[QUIET, ACCENT]), legend=_above()
     )
-    x = alt.X("value:Q", title=title, axis=alt.Axis(format=form, tickCount=6), scale=alt.Scale(zero=False, nice=True))
+    x = alt.X(
+        "value:Q", title=title, axis=alt.Axis(format=".2~f", tickCount=6), scale=alt.Scale(domain=domain, nice=False)
+    )
     layers = [
         base.mark_bar(height=18, cornerRadius=2).encode(x=x, x2="start:Q", color=colour, tooltip=tips),
         base.mark_rule(strokeWidth=1.5, color=INK).encode(x="low:Q", x2="high:Q"),
@@ -76,7 +80,7 @@ def site_map(rows: Sequence[Row], blocks: Sequence[str], tokens: Mapping[str, in
         blocks: in order.
         tokens: that enter a block; empty where none are merged.
     """
-    width = WIDTH - 130
+    width = WIDTH - 100
     wide = width / len(blocks) >= NARROW
     lanes = list(dict.fromkeys(row["place"] for row in rows))
     present = [name for name in COLOURS if any(row["done"] == name for row in rows)]
@@ -84,7 +88,8 @@ def site_map(rows: Sequence[Row], blocks: Sequence[str], tokens: Mapping[str, in
     colours = [COLOURS[name] for name in present] + [CATEGORIES[3 + place % 3] for place in range(len(others))]
     axis = alt.Axis(title="block", orient="bottom", labelAngle=0 if wide else -90, labelOverlap="greedy", ticks=False)
     x = alt.X("block:N", sort=list(blocks), scale=alt.Scale(paddingInner=0.08), axis=axis)
-    base = alt.Chart(table(rows)).encode(x=x, y=alt.Y("place:N", sort=lanes, title=None, axis=alt.Axis(ticks=False)))
+    y = alt.Y("place:N", sort=lanes, title=None, scale=alt.Scale(paddingInner=0.08), axis=alt.Axis(ticks=False))
+    base = alt.Chart(table(rows)).encode(x=x, y=y)
     cells = base.mark_rect(cornerRadius=3).encode(
         color=alt.Color(
             "done:N", title=None, scale=alt.Scale(domain=[*present, *others], range=colours), legend=_above()
@@ -109,7 +114,7 @@ def _tokens(x: alt.X, tokens: Mapping[str, int], width: float) -> Any:
         x=x, y=y, tooltip=["block:N", alt.Tooltip("tokens:Q", title="tokens that enter")]
     )
     written = base.mark_text(dy=-7, color=MUTED, fontSize=10.5).encode(text="tokens:Q")
-    bar = base.mark_bar(color=GOOD, opacity=0.75, cornerRadius=2)
+    bar = base.mark_bar(color=COLOURS["tokens merged"], opacity=0.75, cornerRadius=2)
     return alt.layer(*([bar, written] if width / len(rows) >= NARROW / 1.5 else [bar])).properties(
         width=width, height=80
     )
@@ -125,7 +130,7 @@ def front(points: Sequence[Row], measured: Row | None, *, metric: str) -> alt.To
     """
     kinds = ["a plan on the way", "the chosen plan", "the result as measured"]
     scale = alt.Scale(domain=kinds, range=[QUIET, ACCENT, BAD])
-    x = alt.X("predicted:Q", title="times faster", scale=alt.Scale(zero=False, nice=True))
+    x = alt.X("predicted:Q", title="times faster", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=8))
     y = alt.Y("loss:Q", title=f"loss of {metric}, %", scale=alt.Scale(zero=False, nice=True))
     base = alt.Chart(table(points)).encode(x=x, y=y)
     tips = [
@@ -159,10 +164,15 @@ def front(points: Sequence[Row], measured: Row | None, *, metric: str) -> alt.To
 
 def scatter(rows: Sequence[Row]) -> alt.TopLevelMixin:
     """Each site's measured effect against its score: ``site``, ``kind``, ``cosine``, ``effect``."""
-    scale = alt.Scale(type="log") if all(row["effect"] > 0.0 for row in rows) else alt.Scale(type="symlog")
+    effects = [row["effect"] for row in rows]
+    scale, axis = alt.Scale(type="symlog"), alt.Axis(tickCount=6)
+    if min(effects) > 0.0:  # otherwise a branch without which the output is closer than with it
+        powers = range(math.floor(math.log10(min(effects))), math.ceil(math.log10(max(effects))) + 1)
+        scale = alt.Scale(type="log", nice=False, padding=12)
+        axis = alt.Axis(values=[part * 10.0**power for power in powers for part in (1, 3)], format="~g")
     apart = "score: cosine similarity of the branch's input and output"
     x = alt.X("cosine:Q", title=apart, scale=alt.Scale(zero=False))
-    y = alt.Y("effect:Q", title="effect: output divergence without it", scale=scale, axis=alt.Axis(tickCount=6))
+    y = alt.Y("effect:Q", title="effect: output divergence without it", scale=scale, axis=axis)
     chart: alt.Chart = (
         alt.Chart(table(rows), height=320)
         .mark_point(filled=True, size=70, opacity=0.9)
@@ -252,8 +262,10 @@ def _distribution(
         if count
     ]
     axis = alt.Axis(title="ms" if last else None, labels=last, ticks=last, domain=last)
-    x = alt.X("from:Q", scale=alt.Scale(domain=[float(edges[0]), float(edges[-1])], nice=False), axis=axis)
-    bare = alt.Axis(labels=False, ticks=False, grid=False, domain=False, titleAngle=0, titleAlign="right", titleY=40)
+    x = alt.X(
+        "from:Q", bin="binned", scale=alt.Scale(domain=[float(edges[0]), float(edges[-1])], nice=False), axis=axis
+    )
+    bare = alt.Axis(labels=False, ticks=False, grid=False, domain=False, titleAngle=0, titleAlign="right", titleY=32)
     y = alt.Y("n:Q", title=name, axis=bare)
     tips = [
         alt.Tooltip("from:Q", title="from, ms", format=".3f"),
@@ -267,7 +279,7 @@ def _distribution(
         alt.Chart(table(rows)).mark_bar(color=ACCENT, opacity=0.8).encode(x=x, x2="to:Q", y=y, tooltip=tips),
         rule.mark_rule(color=INK, strokeWidth=1.5),
         text.encode(text=alt.Text("median:Q", format=".2f")),
-    ).properties(width=width, height=70)
+    ).properties(width=width, height=56)
 
 
 def _interval(title: str, form: str) -> Iterator[alt.Tooltip]:

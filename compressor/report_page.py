@@ -123,8 +123,8 @@ def _target(content: Json) -> str:
 def _tiles(content: Json) -> Iterator[Tile]:
     latency, sizes, quality = content["latency"], content["sizes"], content["quality"]
     for name, over in content["speedup"].items():
-        label = "Speed-up" if len(content["speedup"]) == 1 else f"Speed-up over the {name}"
-        yield Tile(label, f"{over['ratio']:.2f}×", f"{over['low']:.2f}–{over['high']:.2f}, over {VARIANTS[name]}")
+        label = "Speed-up at int8" if name == "baseline" and len(content["speedup"]) > 1 else "Speed-up"
+        yield Tile(label, f"{over['ratio']:.2f}×", f"{over['low']:.2f}–{over['high']:.2f}, over the {name}")
     start = next(name for name in OF_A_REPORT if name in latency)
     yield Tile(
         "Latency", f"{latency['result']['median']:.3g} ms", f"{latency[start]['median']:.3g} ms {start}, medians"
@@ -138,7 +138,9 @@ def _tiles(content: Json) -> Iterator[Tile]:
             f"{_range(figure)}; {start} {_value(quality['figures'][start], unit)}",
         )
         yield Tile(
-            "Loss", f"{lost['value']:+.2f} {_lost(content)}", f"{_range(lost, signed=True)}, against the {start}"
+            "Loss",
+            f"{lost['value']:+.2f} {_lost(content)}".rstrip(),
+            f"{_range(lost, signed=True)}, against the {start}",
         )
     for label, key, scale, unit in (
         ("ONNX file", "bytes", 1e6, "MB"),
@@ -441,7 +443,7 @@ def _done(action: str) -> str:
 def _lost(content: Json) -> str:
     """The unit of a loss."""
     metric = content["quality"]["metric"]
-    return "%" if metric == "perplexity" else "points"
+    return "%" if metric == "perplexity" else LABELS[metric][1]
 
 
 def _value(figure: Json, unit: str) -> str:
