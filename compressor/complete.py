@@ -20,7 +20,8 @@ from compressor.environment import environment
 from compressor.errors import CompressorError, SettingsError
 from compressor.figures import Figure
 from compressor.folder import check_files, check_writable, listed, scratch_folder, write_files, write_manifest
-from compressor.report import Quality, Report, Size, brief
+from compressor.report import REPORT, Quality, Report, Size, brief
+from compressor.report_page import PAGE, html, shown_in
 from compressor.steps import Steps
 from runtimes.base import BuildOptions, Runtime, need, runtime
 from runtimes.timing import Latency, interleave
@@ -32,11 +33,16 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-REPORT = "report.json"
 PLAN = "plan.json"
 FAULT = (
     "the engine computes something else than the model, so nothing was written: check it with --target onnxruntime, "
     "and report it with the versions of the driver and of the target"
+)
+
+
+NO_PAGE = (
+    "report.html is the export's, with the figures measured there: altair, jinja2 and vl-convert-python make it anew, "
+    "where they are installed."
 )
 
 
@@ -86,7 +92,13 @@ def build(
         latency = device.timed(engines, content["settings"], rounds, steps)
         report = _completed(content, place, part | {"measured": measured}, latency, steps)
         made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
-    write_files(place, {REPORT: (json.dumps(_json(content, report), indent=2) + "\n").encode()})
+    completed = _json(content, report)
+    page = _page(place, completed)
+    if page is None:
+        report = replace(report, notes=(*report.notes, NO_PAGE))
+        completed["notes"] = list(report.notes)
+    text = (json.dumps(completed, indent=2) + "\n").encode()
+    write_files(place, {REPORT: text} if page is None else {REPORT: text, PAGE: page})
     write_manifest(place, (*listed(place), *(path.name for path in made)))
     return report
 
@@ -186,7 +198,7 @@ def _completed(content: Json, place: Path, part: Json, latency: Mapping[str, Lat
     seconds = {step.name: step.seconds for step in steps.done}
     engine = part | {"state": "built", "stand_in": stand_in, "environment": environment(), "seconds": seconds}
     report = replace(before, latency=dict(latency), engine=engine)
-    kept = tuple(note for note in before.notes if note not in before.missed())
+    kept = tuple(note for note in before.notes if note not in (*before.missed(), NO_PAGE))
     return replace(report, notes=(*kept, *report.missed()))
 
 
@@ -199,6 +211,15 @@ def _json(content: Json, report: Report) -> Json:
         "notes": list(report.notes),
         "engine": report.engine,
     }
+
+
+def _page(place: Path, content: Json) -> bytes | None:
+    """report.html anew, with the samples that the export's shows; None where what draws it is not installed."""
+    earlier = place / PAGE
+    try:
+        return html(content, shown_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
+    except ImportError:
+        return None
 
 
 def _restored(content: Json, place: Path) -> Report:

@@ -66,7 +66,7 @@ def bars(rows: Sequence[Row], *, title: str, form: str, expected: str = "") -> a
     if any("expected" in row for row in rows):
         tip = alt.Tooltip("expected:Q", title=expected, format=form)
         mark = base.transform_filter("isValid(datum.expected)").mark_point(
-            shape="diamond", size=70, filled=False, stroke=BAD, strokeWidth=2
+            shape="diamond", size=60, fill="var(--page)", stroke=INK, strokeWidth=1.5, opacity=1
         )
         layers.append(mark.encode(x="expected:Q", tooltip=["name:N", tip]))
     return alt.layer(*layers).properties(height=BAR * len(rows))

@@ -228,7 +228,10 @@ def _factorial(content: Json) -> Section | None:
         lost = [_bar(name, cell["loss"], "value", " %") for name, cell in cells.items() if cell["loss"]]
         chart = bars(lost, title="loss against dense float, %", form="+.2~f")
         parts.append(Chart(chart, "Loss of quality of each cell; the table below holds the figures.", INTERVALS))
-    return Section("Compression and int8, alone and together", [*parts, Table(headings, rows, caption=INTERVALS)])
+    parts.append(Table(headings, rows, caption=INTERVALS))
+    changes = " changes: the compressed model before its tokens are merged." if "changes float" in cells else ""
+    parts.append(Prose(f"dense: the model as it is. compressed: the result's plan.{changes}"))
+    return Section("Compression and int8, alone and together", parts)
 
 
 def _bar(name: str, figure: Json, key: str, unit: str) -> Json:
