@@ -25,7 +25,7 @@ COLOURS = {
     "dropped": CATEGORIES[0],
     "linear": CATEGORIES[1],
     "low-rank": CATEGORIES[2],
-    "fuse": GOOD,
+    "fused": GOOD,
     "constant": CATEGORIES[4],
     "scale": CATEGORIES[5],
     "tokens merged": CATEGORIES[3],

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ VARIANTS = {
     "baseline": "the model as it is, built like the result",
     "result": "what this export made",
 }
-DONE = {"keep": "kept", "drop": "dropped", "merge": "tokens merged"}
+DONE = {"keep": "kept", "drop": "dropped", "merge": "tokens merged", "fuse": "fused"}
 OF_A_REPORT = ("original", "baseline", "result")
 SLOWEST = 99.5  # percentile of all runs at which the axis of latencies ends
 
@@ -112,7 +113,8 @@ def _lead(content: Json) -> Iterator[str]:
     quality = content["quality"]
     if quality is not None:
         judged = quality["figures"]["result"]["n"]
-        yield f"{METRICS[quality['metric']].capitalize()}, on {judged} test samples of {content['data']['source']}."
+        metric, source = _capital(METRICS[quality["metric"]]), Path(content["data"]["source"]).name
+        yield f"{metric}, on {judged} test samples of {source}."
 
 
 def _target(content: Json) -> str:
@@ -142,14 +144,14 @@ def _tiles(content: Json) -> Iterator[Tile]:
             f"{lost['value']:+.2f} {_lost(content)}".rstrip(),
             f"{_range(lost, signed=True)}, against the {start}",
         )
-    for label, key, scale, unit in (
-        ("ONNX file", "bytes", 1e6, "MB"),
-        ("Parameters", "parameters", 1e6, "M"),
-        ("Multiply-adds", "multiply_adds", 1e9, "G"),
+    for label, key, unit in (
+        ("ONNX file", "bytes", "B"),
+        ("Parameters", "parameters", ""),
+        ("Multiply-adds", "multiply_adds", ""),
     ):
         after, before = sizes["result"][key], sizes[start][key]
-        share = f"{after / before:.0%} of {before / scale:.3g} {unit}" if before else ""
-        yield Tile(label, f"{after / scale:.3g} {unit}", share)
+        share = f"{after / before:.0%} of {_scaled(before)}{unit}" if before else ""
+        yield Tile(label, f"{_scaled(after)}{unit}", share)
 
 
 def _notes(content: Json) -> Section | None:
@@ -324,11 +326,12 @@ def _search(content: Json) -> Section | None:
         measured = {"predicted": speed["ratio"], "low": speed["low"], "high": speed["high"]}
         measured |= {"loss": lost["value"], "loss_low": lost["low"], "loss_high": lost["high"]}
     metric = "quality" if quality is None else LABELS[quality["metric"]][0]
+    unit = content["search"]["prices"]["unit"]
     best = sum(point["efficient"] for point in points)
     facts = (
         f"The search made {len(points) - 1} changes one after the other and {chosen} of them were taken. Plans on the "
-        "way are placed by the predicted speed-up and the loss on validation data, the result by what was measured "
-        f"on test data, against the baseline. {best} of {len(points)} are not beaten by another in both."
+        f"way are placed by the speed-up predicted in {unit} and the loss on validation data, the result by what was "
+        f"measured on test data, against the baseline. {best} of {len(points)} are not beaten by another in both."
     )
     chart = Chart(front(rows, measured, metric=metric), f"Loss against speed-up of {len(points)} plans.", INTERVALS)
     return Section("What speed costs", [Prose(facts), chart])
@@ -389,7 +392,7 @@ def _latencies(content: Json) -> Section:
     total = sum(map(len, samples.values()))
     inputs = ", ".join(f"{name} {shape}" for name, shape in content["timed_inputs"].items())
     caption = (
-        f"{total} runs on {inputs}, interleaved. Lines: medians. {beyond} runs slower than {end:.3g} ms are not drawn."
+        f"{total} runs on {inputs}, interleaved. Lines: medians. Slower than {end:.3g} ms and not drawn: {beyond}."
     )
     chart = Chart(latencies(samples, end), f"Distribution of the latency of {', '.join(samples)}.", caption)
     return Section("Latency", [chart])
@@ -441,6 +444,18 @@ def _done(action: str) -> str:
     """
     form = action.partition(":")[0]
     return DONE.get(form, form)
+
+
+def _scaled(count: int) -> str:
+    """A count in three digits or so.
+
+    >>> _scaled(950), _scaled(49_792), _scaled(5_717_416), _scaled(1_258_000_000)
+    ('950 ', '49.8 k', '5.72 M', '1.26 G')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} "
 
 
 def _lost(content: Json) -> str:

@@ -69,7 +69,8 @@ def test_names_cannot_become_tags_or_end_a_script(evil: str) -> None:
 
 def test_the_charts_data_is_what_was_given(evil: str) -> None:
     (data,) = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', evil, re.S)
-    assert json.loads(data)[0]["data"]["values"][0]["x"] == EVIL
+    (rows,) = json.loads(data)[0]["datasets"].values()
+    assert rows[0]["x"] == EVIL
 
 
 def test_nothing_is_loaded(evil: str) -> None:
@@ -108,9 +109,8 @@ def test_what_is_not_given_is_left_out() -> None:
 
 
 def test_numbers_are_aligned_and_words_are_not() -> None:
-    document = Page(
-        "t", [], [], [Section("s", [Table(["", "n", "w"], [["a", ("1", "0–2"), "x"]], words=["w"])])]
-    ).to_html()
+    table = Table(["", "n", "w"], [["a", ("1", "0–2"), "x"]], words=["w"])
+    document = Page("t", [], [], [Section("s", [table])]).to_html()
     reader = Reader(document)
     cells = [attributes.get("class") for tag, attributes in reader.tags if tag == "td"]
     assert cells == ["number", None]
