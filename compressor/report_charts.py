@@ -128,8 +128,8 @@ def front(points: Sequence[Row], measured: Row | None, *, metric: str) -> alt.To
         measured: ``predicted``, ``low``, ``high``, ``loss``, ``loss_low``, ``loss_high``; None without quality.
         metric: what is lost.
     """
-    kinds = ["a plan on the way", "the chosen plan", "the result as measured"]
-    scale = alt.Scale(domain=kinds, range=[QUIET, ACCENT, BAD])
+    kinds = ["a plan on the way", "the chosen plan", *(["the result as measured"] if measured is not None else [])]
+    scale = alt.Scale(domain=kinds, range=[QUIET, ACCENT, BAD][: len(kinds)])
     x = alt.X("predicted:Q", title="times faster", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=8))
     y = alt.Y("loss:Q", title=f"loss of {metric}, %", scale=alt.Scale(zero=False, nice=True))
     base = alt.Chart(table(points)).encode(x=x, y=y)

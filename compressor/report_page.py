@@ -328,12 +328,14 @@ def _search(content: Json) -> Section | None:
     metric = "quality" if quality is None else LABELS[quality["metric"]][0]
     unit = content["search"]["prices"]["unit"]
     best = sum(point["efficient"] for point in points)
+    end = "" if measured is None else ", the result by what was measured on test data, against the baseline"
     facts = (
         f"The search made {len(points) - 1} changes one after the other and {chosen} of them were taken. Plans on the "
-        f"way are placed by the speed-up predicted in {unit} and the loss on validation data, the result by what was "
-        f"measured on test data, against the baseline. {best} of {len(points)} are not beaten by another in both."
+        f"way are placed by the predicted speed-up (in {unit}) and the loss on validation data{end}. "
+        f"{best} of {len(points)} are not beaten by another in both."
     )
-    chart = Chart(front(rows, measured, metric=metric), f"Loss against speed-up of {len(points)} plans.", INTERVALS)
+    caption = "" if measured is None else INTERVALS
+    chart = Chart(front(rows, measured, metric=metric), f"Loss against speed-up of {len(points)} plans.", caption)
     return Section("What speed costs", [Prose(facts), chart])
 
 
