@@ -55,21 +55,31 @@ def tokens_left(graph: Graph, sites: Sequence[Site], split: Split) -> dict[str, 
         split: samples.
     """
     left = {site.add: site for site in find_sites(graph)}
-    program = Program(graph, keep={site.trunk for site in left.values()} | {site.root for site in left.values()})
+    if not left:
+        return {}
+    last = list(left.values())[-1]
+    (root,) = [node for node in graph.nodes() if node.name == last.root]
+    readers = {node.name for node in root.users}  # among them the merging behind it, if there is any
+    program = Program(graph, keep={site.trunk for site in left.values()} | readers | {last.root})
     values = program.start(next(tensor_batches(split, split.samples.rows_per_sample)))
     with torch.inference_mode():
         for _ in program.walk(values):
             pass
-    shapes = {node.name: value for node, value in values.items() if isinstance(value, torch.Tensor)}
+    states = {node.name: value for node, value in values.items() if isinstance(value, torch.Tensor)}
+    shape = states[last.root].shape
+    after = [_tokens(states[name], last) for name in readers & set(states) if _alike(states[name].shape, shape, last)]
+    behind = min([_tokens(states[last.root], last), *after])
     found: dict[str, int] = {}
-    behind = None
     for site in reversed(sites):
         here = left.get(site.add)
-        if behind is None and here is not None:
-            behind = _tokens(shapes[here.root], here)
-        behind = behind if here is None else _tokens(shapes[here.trunk], here)
-        found[site.name] = behind if behind is not None else 0
-    return {site.name: found[site.name] for site in sites if found[site.name]}
+        behind = behind if here is None else _tokens(states[here.trunk], here)
+        found[site.name] = behind
+    return {site.name: found[site.name] for site in sites}
+
+
+def _alike(found: torch.Size, state: torch.Size, site: Site) -> bool:
+    """Whether a value has the shape of a state but for the number of its tokens."""
+    return len(found) == len(state) and found[0] == state[0] and found[site.channel_dim] == state[site.channel_dim]
 
 
 def state_names(sites: Sequence[Site], scores: Scores) -> tuple[str, ...]:
