@@ -261,7 +261,7 @@ def _distribution(
         for left, right, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
         if count
     ]
-    axis = alt.Axis(title="ms" if last else None, labels=last, ticks=last, domain=last)
+    axis = alt.Axis(title="ms" if last else None, labels=last, ticks=last, domain=last, tickCount=10)
     x = alt.X(
         "from:Q", bin="binned", scale=alt.Scale(domain=[float(edges[0]), float(edges[-1])], nice=False), axis=axis
     )

@@ -12,6 +12,7 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run")  # fmt: skip
+PATIENCE = 120_000  # ms; a busy machine is no fault of the page
 # What a chart's marks are in the SVG that Vega draws; axes and legends are marks too, but with other roles.
 MARKS = "g.role-mark path, g.role-mark rect, g.role-mark line, g.role-mark text"
 
@@ -47,6 +48,7 @@ def browser() -> Iterator[Any]:
 def opened(chromium: Any, file: Path, *, scheme: str = "light") -> Opened:
     """Open a file and wait until its charts are drawn."""
     found = Opened(chromium.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 900}))
+    found.page.set_default_timeout(PATIENCE)
     found.page.on("request", lambda request: found.requests.append(request.url))
     found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
     found.page.on("console", lambda message: found.complaints.append(f"{message.type}: {message.text}"))

@@ -136,7 +136,7 @@ def _check_tiles(page, content):
     assert tiles["Speed-up at int8"] == f"{content['speedup']['baseline']['ratio']:.2f}×"
     assert tiles["Top-1 accuracy"] == f"{content['quality']['figures']['result']['value']:.2f} %"
     assert tiles["Loss"] == f"{content['quality']['loss']['original']['value']:+.2f} %"
-    assert tiles["ONNX file"] == f"{content['sizes']['result']['bytes'] / 1e6:.3g} MB"
+    assert tiles["ONNX file"] == f"{content['sizes']['result']['bytes'] / 1e3:.3g} kB"
 
 
 # ------------------------------------------------------------------------------------- the figures of report.json
