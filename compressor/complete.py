@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from compressor.answers import Answers
+from compressor.changed import Changed
 from compressor.deferred import ANSWERS, FOLDER
 from compressor.environment import environment
 from compressor.errors import CompressorError, SettingsError
@@ -28,7 +29,8 @@ from compressor.folder import (
     write_files,
     write_manifest,
 )
-from compressor.report import Quality, Report, Size, brief
+from compressor.report import REPORT, Quality, Report, Size, brief
+from compressor.report_page import PAGE, html, shown_in
 from compressor.steps import Steps
 from runtimes.base import BuildOptions, Runtime, need, runtime
 from runtimes.timing import Latency, interleave
@@ -40,12 +42,17 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-REPORT = "report.json"
 PLAN = "plan.json"
 CARD = "README.md"
 FAULT = (
     "the engine computes something else than the model, so nothing was written: check it with --target onnxruntime, "
     "and report it with the versions of the driver and of the target"
+)
+
+
+NO_PAGE = (
+    "report.html is the export's, with the figures measured there: altair, jinja2 and vl-convert-python make it anew, "
+    "where they are installed."
 )
 
 
@@ -96,8 +103,13 @@ def build(
         report = _completed(content, place, part | {"measured": measured}, latency, steps)
         made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
     completed, ours = _json(content, report), _is_ours(place / CARD)
-    card = _card(completed, place) if ours else {}
-    write_files(place, {REPORT: (json.dumps(completed, indent=2) + "\n").encode(), **card})
+    page = _page(place, completed)
+    if page is None:
+        report = replace(report, notes=(*report.notes, NO_PAGE))
+        completed["notes"] = list(report.notes)
+    written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode()}
+    written |= {} if page is None else {PAGE: page}
+    write_files(place, written | (_card(completed, place) if ours else {}))
     kept = (name for name in listed(place) if ours or name != CARD)
     write_manifest(place, (*kept, *(path.name for path in made)))
     return report
@@ -219,7 +231,7 @@ def _completed(content: Json, place: Path, part: Json, latency: Mapping[str, Lat
     seconds = {step.name: step.seconds for step in steps.done}
     engine = part | {"state": "built", "stand_in": stand_in, "environment": environment(), "seconds": seconds}
     report = replace(before, latency=dict(latency), engine=engine)
-    kept = tuple(note for note in before.notes if note not in before.missed())
+    kept = tuple(note for note in before.notes if note not in (*before.missed(), NO_PAGE))
     return replace(report, notes=(*kept, *report.missed()))
 
 
@@ -232,6 +244,15 @@ def _json(content: Json, report: Report) -> Json:
         "notes": list(report.notes),
         "engine": report.engine,
     }
+
+
+def _page(place: Path, content: Json) -> bytes | None:
+    """report.html anew, with the samples that the export's shows; None where what draws it is not installed."""
+    earlier = place / PAGE
+    try:
+        return html(content, shown_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
+    except ImportError:
+        return None
 
 
 def _restored(content: Json, place: Path) -> Report:
@@ -257,6 +278,7 @@ def _restored(content: Json, place: Path) -> Report:
 def _quality(stored: Json | None) -> Quality | None:
     if stored is None:
         return None
-    parts = (stored["figures"], stored["loss"], stored["label_free"])
-    figures = ({name: Figure(**figure) for name, figure in part.items()} for part in parts)
-    return Quality(stored["metric"], *figures)
+    figures, loss, label_free = (
+        {name: Figure(**figure) for name, figure in stored[part].items()} for part in ("figures", "loss", "label_free")
+    )
+    return Quality(stored["metric"], figures, loss, label_free, tuple(Changed(**each) for each in stored["changed"]))

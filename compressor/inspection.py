@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.evidence import nested, state_names
 from compressor.folder import write_files
 
 if TYPE_CHECKING:
@@ -75,17 +76,14 @@ class Inspection:
                 for name in self.scores.blocks
             },
             "states": list(self.state_names()),
-            "similarity": _nested(self.scores.similarity_matrix().tolist()),
-            "angular_distance": _nested(self.scores.angular_matrix().tolist()),
+            "similarity": nested(self.scores.similarity_matrix().tolist()),
+            "angular_distance": nested(self.scores.angular_matrix().tolist()),
         }
         return json.dumps(_finite(content), indent=2) + "\n"
 
     def state_names(self) -> tuple[str, ...]:
         """A readable name per trunk state: the site it enters, then the output of the last."""
-        entered: dict[str, str] = {}
-        for site in self.sites:
-            entered.setdefault(site.trunk, site.name)
-        return tuple(entered.get(state, "output") for state in self.scores.states)
+        return state_names(self.sites, self.scores)
 
     def table(self) -> Table:
         """The sites for a terminal: scores, parameters, multiply-adds (MACs) of one sample and their share."""
@@ -169,10 +167,6 @@ def scaled(count: int) -> str:
 def _number(value: float, digits: int) -> str:
     """A dash where a site's states have different shapes and there is nothing to compare."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-
-def _nested(rows: list[list[float]]) -> list[list[float | None]]:
-    return [[None if math.isnan(value) else value for value in row] for row in rows]
 
 
 def _finite(value: Any) -> Any:

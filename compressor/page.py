@@ -71,6 +71,10 @@ class Chart:
         """The chart as Vega-Lite, in the style of the page."""
         found: dict[str, Any] = self.chart.to_dict(validate=False)
         found.pop("$schema", None)  # the address of a schema: nothing here may name the network
+        if not {"vconcat", "hconcat", "facet"} & set(found):  # those do without: their parts have widths
+            found.setdefault("width", WIDTH)
+            if found["width"] == WIDTH:
+                found["autosize"] = {"type": "fit-x", "contains": "padding"}
         return found | {"config": found.get("config", {}) | style()}
 
 
@@ -171,7 +175,7 @@ def bundle() -> str:
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    library: str = vl_convert.javascript_bundle(vl_version=version)
+    library: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
     # Inside <script> only these three can end it or change how it is read; in strings and patterns \x3c means the same.
     for tag in ("</script", "<script", "<!--"):
         library = library.replace(tag, f"\\x3c{tag[1:]}")

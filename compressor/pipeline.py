@@ -12,6 +12,7 @@ from compressor.choice import Choice, begin, decide, effects_on_output, facts_of
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
+from compressor.evidence import tokens_left
 from compressor.folder import copy_onnx, onnx_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
@@ -19,12 +20,14 @@ from compressor.inspection import Inspection
 from compressor.lower import lower
 from compressor.parity import Parity
 from compressor.quantize import Quantized
-from compressor.report import Quality, Report, Size
+from compressor.report import REPORT, Quality, Report, Size
+from compressor.report_page import PAGE, html
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
 from compressor.subject import Subject, accepting_data, load
+from compressor.thumbnails import shown
 from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized, usable
 from passes.cost import Costs
@@ -98,11 +101,27 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             environment=environment(),
             engine=engine,
             factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
+            evidence=_evidence(choice, rewritten, subject),
         )
         report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
-        (folder / "report.json").write_text(report.to_json())
+        _write(report, folder, subject)
         card.write(folder)
     return report
+
+
+def _write(report: Report, folder: Path, subject: Subject) -> None:
+    """report.json, and report.html from the same values, with what people see of the samples it names."""
+    content = report.to_dict()
+    places = [] if report.quality is None else [each.place for each in report.quality.changed]
+    (folder / REPORT).write_text(report.to_json())
+    (folder / PAGE).write_text(html(content, shown(subject.data.test, places)), encoding="utf-8")
+
+
+def _evidence(choice: Choice, rewritten: Graph, subject: Subject) -> dict[str, Any]:
+    """What the choice was based on, and the tokens that its plan leaves where it merges some."""
+    if not choice.plan.merges:
+        return choice.evidence
+    return choice.evidence | {"tokens": tokens_left(rewritten, subject.sites, subject.data.test)}
 
 
 def _lowered(
