@@ -133,7 +133,7 @@ def directly(graph, sites, feeds, kinds):
     return by_kind, by_place
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(1, 5), st.booleans(), st.integers(0, 99))
 def test_streamed_sums_are_those_of_all_tokens(lengths, size, left, seed):
     """Whatever the batches are, and padded to whichever length, on either side."""
