@@ -145,7 +145,7 @@ def on_device(*arguments):
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
 def test_the_folder_is_whole_but_for_the_engine(originals, target):
     folder = originals[target]
-    expected = {"model.onnx", "plan.json", "report.json", "config.json", "manifest.json"}
+    expected = {"model.onnx", "plan.json", "report.json", "report.html", "config.json", "manifest.json"}
     expected |= {"deferred/answers.npz", "deferred/baseline.onnx"}
     if target != "onnxruntime":
         expected.add("deferred/original.onnx")

@@ -91,7 +91,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 def test_the_manifest_lists_every_file_with_its_true_hash(exported: tuple[Path, Report]) -> None:
     folder, _ = exported
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    assert {"model.onnx", "plan.json", "report.json", "config.json"} <= set(files)
+    assert {"model.onnx", "plan.json", "report.json", "report.html", "config.json"} <= set(files)
     assert set(files) | {"manifest.json"} == {path.name for path in folder.iterdir()}
     for name, entry in files.items():
         assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
