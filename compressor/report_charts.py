@@ -235,7 +235,7 @@ def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> 
     return chart
 
 
-def latencies(samples: Mapping[str, Sequence[float]], end: float) -> alt.TopLevelMixin:
+def distributions(samples: Mapping[str, Sequence[float]], end: float) -> alt.TopLevelMixin:
     """The distribution of each variant's latency, one below the other on the same axis.
 
     Args:

@@ -91,7 +91,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 def test_the_manifest_lists_every_file_with_its_true_hash(exported: tuple[Path, Report]) -> None:
     folder, _ = exported
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    assert {"model.onnx", "plan.json", "report.json", "config.json", "README.md"} <= set(files)
+    assert {"model.onnx", "plan.json", "report.json", "report.html", "config.json", "README.md"} <= set(files)
     content = json.loads((folder / "report.json").read_text())
     assert (folder / "README.md").read_text(encoding="utf-8") == card.card(content, folder)
     assert set(files) | {"manifest.json"} == {path.name for path in folder.iterdir()}

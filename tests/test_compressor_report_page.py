@@ -14,7 +14,8 @@ import torch
 import compressor
 from compressor import workshop
 from compressor.page import Chart, Gallery, Table
-from compressor.report_page import _rank_correlation, html, page, shown_in
+from compressor.report_page import html, page, shown_in
+from compressor.report_sections import _rank_correlation
 from runtimes.timing import interleave
 from tests.browser import browser, opened
 from tests.test_compressor_benching import small
@@ -313,5 +314,5 @@ def test_the_file_is_listed_and_small(folder):
 def test_nothing_here_needs_torch():
     """The page is made anew on the device."""
     source = Path(compressor.__file__).parent
-    for name in ("page.py", "report_page.py", "report_charts.py"):
+    for name in ("page.py", "report_page.py", "report_sections.py", "report_charts.py", "report_text.py"):
         assert "torch" not in re.sub(r'"""[\s\S]*?"""|#.*', "", (source / name).read_text())
