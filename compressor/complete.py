@@ -29,8 +29,8 @@ from compressor.folder import (
     write_files,
     write_manifest,
 )
+from compressor.pages.report import PAGE, html, shown_in
 from compressor.report import REPORT, Quality, Report, Size, brief
-from compressor.report_page import PAGE, html, shown_in
 from compressor.steps import Steps
 from runtimes.base import BuildOptions, Runtime, need, runtime
 from runtimes.timing import Latency, interleave
@@ -130,7 +130,7 @@ def _card(content: Json, place: Path) -> dict[str, bytes]:
     The card that is there then says by itself that its figures are the stand-in's.
     """
     with contextlib.suppress(ImportError):
-        from compressor import card
+        from compressor.pages import card
 
         return {CARD: card.card(content, place).encode()}
     return {}

@@ -125,7 +125,7 @@ class Inspection:
         """
         files = {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
         if self.study is not None:
-            from compressor.study_page import page
+            from compressor.pages.study import page
 
             files["study.json"] = self.study.to_json().encode()
             files["study.html"] = page(self.study, command=command).to_html().encode()

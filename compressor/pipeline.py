@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import card, cells, deferred
+from compressor import cells, deferred
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
@@ -18,16 +18,17 @@ from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
 from compressor.lower import lower
+from compressor.pages import card
+from compressor.pages.report import PAGE, html
+from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
 from compressor.quantize import Quantized
 from compressor.report import REPORT, Quality, Report, Size
-from compressor.report_page import PAGE, html
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
 from compressor.subject import Subject, accepting_data, load
-from compressor.thumbnails import shown
 from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized, usable
 from passes.cost import Costs

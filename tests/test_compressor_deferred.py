@@ -19,8 +19,8 @@ from compressor import complete, deferred, environment, workshop
 from compressor.answers import INT8_SLACK, Answers, AnswersError, allowed_for
 from compressor.errors import CompressorError, SettingsError
 from compressor.folder import FolderError, write_manifest
+from compressor.pages.report import html, shown_in
 from compressor.parity import TOLERANCE, ParityError
-from compressor.report_page import html, shown_in
 from compressor.settings import Settings
 from runtimes import base, openvino, tensorrt
 from runtimes.base import BuildError, BuildOptions, RuntimeUnavailable

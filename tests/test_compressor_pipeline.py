@@ -18,11 +18,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 import compressor
-from compressor import CompressorError, card, pipeline, workshop
+from compressor import CompressorError, pipeline, workshop
 from compressor.cli import main
 from compressor.folder import copy_onnx
 from compressor.front import Front
 from compressor.models import SAMPLE
+from compressor.pages import card
 from compressor.report import Report
 from compressor.settings import Settings
 from compressor.validation import Loss, Validation

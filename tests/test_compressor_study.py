@@ -12,8 +12,8 @@ from click.testing import CliRunner
 import compressor
 from compressor import pipeline
 from compressor.cli import main
+from compressor.pages.study import page
 from compressor.study import kinds_of
-from compressor.study_page import page
 from passes.study import Kinds
 from tests import samples
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressor.page import Cell
+from compressor.pages.page import Cell
 from compressor.report import LABELS
 
 Json = dict[str, Any]

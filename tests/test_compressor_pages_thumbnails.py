@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from compressor.data import Split
+from compressor.pages.thumbnails import LONGEST, SIDE, shown
 from compressor.readers.base import Samples
 from compressor.readers.images import BrokenImageError
-from compressor.thumbnails import LONGEST, SIDE, shown
 
 
 def split(feed=None, seen=None) -> Split:

@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from compressor.page import ACCENT, BAD, CATEGORIES, GOOD, INK, MUTED, QUIET, WIDTH
+from compressor.pages.page import ACCENT, BAD, CATEGORIES, GOOD, INK, MUTED, QUIET, WIDTH
 
 Json = dict[str, Any]
 Row = dict[str, Any]

@@ -13,9 +13,9 @@ import torch
 
 import compressor
 from compressor import workshop
-from compressor.page import Chart, Gallery, Table
-from compressor.report_page import html, page, shown_in
-from compressor.report_sections import _rank_correlation
+from compressor.pages.page import Chart, Gallery, Table
+from compressor.pages.report import html, page, shown_in
+from compressor.pages.report_sections import _rank_correlation
 from runtimes.timing import interleave
 from tests.browser import browser, opened
 from tests.test_compressor_benching import small
@@ -81,8 +81,9 @@ def parts(content, heading, kind):
 
 
 def rows_of(spec):
-    """All rows of data of a chart."""
-    return [row for rows in spec["datasets"].values() for row in rows]
+    """All rows of data of a chart, once for each mark that shows them: equal rows are stored once."""
+    shown = re.findall(r'"data": \{"name": "([^"]+)"\}', json.dumps(spec))
+    return [row for name in shown for row in spec["datasets"][name]]
 
 
 # --------------------------------------------------------------------------------------------------- in a browser
@@ -176,8 +177,8 @@ def test_the_front_ends_with_the_chosen_plan(content):
     assert [point["loss"] for point in found["front"][1:]] == [step["loss"] for step in found["steps"]]
     assert found["front"][found["chosen"]]["predicted"] == pytest.approx(found["predicted_speedup"], rel=1e-12)
     (chart,) = parts(content, "What speed costs", Chart)
-    chosen = [row["number"] for row in rows_of(chart.spec) if row.get("kind") == "the chosen plan"]
-    assert chosen == [found["chosen"]]
+    chosen = {row["number"] for row in rows_of(chart.spec) if row.get("kind") == "the chosen plan"}
+    assert chosen == {found["chosen"]}
 
 
 def test_scores_and_effects_are_of_the_same_branches(content):
@@ -216,7 +217,8 @@ def test_tables_and_bars_hold_the_factorials_figures(content):
 
 def test_every_run_is_drawn_or_counted(content):
     (chart,) = parts(content, "Latency", Chart)
-    beyond = int(re.search(r"not drawn: (\d+)", chart.caption)[1])
+    found = re.search(r"not drawn: (\d+)", chart.caption)
+    beyond = int(found[1]) if found else 0  # a quiet machine has none
     total = sum(cell["latency"]["n"] for cell in content["factorial"]["cells"].values())
     assert sum(row.get("n", 0) for row in rows_of(chart.spec)) + beyond == total
     assert f"{total} runs" in chart.caption
@@ -313,6 +315,6 @@ def test_the_file_is_listed_and_small(folder):
 
 def test_nothing_here_needs_torch():
     """The page is made anew on the device."""
-    source = Path(compressor.__file__).parent
-    for name in ("page.py", "report_page.py", "report_sections.py", "report_charts.py", "report_text.py"):
+    source = Path(compressor.__file__).parent / "pages"
+    for name in ("page.py", "report.py", "report_sections.py", "report_charts.py", "report_text.py"):
         assert "torch" not in re.sub(r'"""[\s\S]*?"""|#.*', "", (source / name).read_text())

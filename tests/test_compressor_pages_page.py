@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import altair as alt
 import pytest
 
-from compressor.page import Chart, Code, Example, Gallery, Page, Points, Prose, Section, Table, Tile, bundle
+from compressor.pages.page import Chart, Code, Example, Gallery, Page, Points, Prose, Section, Table, Tile, bundle
 
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror=alert(1)>&\"'"
 LOADING = {"src", "href", "srcset", "data", "action", "poster", "background"}

@@ -10,12 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from compressor import report_sections as sections
 from compressor.deferred import told
 from compressor.figures import METRICS
-from compressor.page import Cell, Page, Points, Prose, Section, Table, Tile
-from compressor.report import LABELS
-from compressor.report_text import (
+from compressor.pages import report_sections as sections
+from compressor.pages.page import Cell, Page, Points, Prose, Section, Table, Tile
+from compressor.pages.report_text import (
     INTERVALS,
     capital,
     cell,
@@ -27,6 +26,7 @@ from compressor.report_text import (
     value_text,
     with_unit,
 )
+from compressor.report import LABELS
 
 Json = dict[str, Any]
 

@@ -1,11 +1,11 @@
-"""study.html: the charts and tables of a study, on the page that `compressor.page` makes."""
+"""study.html: the charts and tables of a study, on the page that `compressor.pages.page` makes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compressor.page import CATEGORIES, WIDTH, Chart, Page, Points, Prose, Section, Table, Tile
+from compressor.pages.page import CATEGORIES, WIDTH, Chart, Page, Points, Prose, Section, Table, Tile
 from compressor.study_text import cosine, mean_by_kind, mean_by_position
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from compressor import card, loader, recipe
 from compressor.lower import lower
 from compressor.models import load
+from compressor.pages import card, loader, recipe
 from compressor.trace import trace
 from runtimes import onnxruntime, openvino, tensorrt
 from runtimes.base import BuildOptions

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from compressor.page import Chart, Example, Gallery, Part, Points, Prose, Section, Table
+from compressor.pages.page import Chart, Example, Gallery, Part, Points, Prose, Section, Table
+from compressor.pages.report_text import INTERVALS, cell, done, times
 from compressor.report import LABELS
-from compressor.report_text import INTERVALS, cell, done, times
 
 Json = dict[str, Any]
 
@@ -22,7 +22,7 @@ def factorial(content: Json) -> Section | None:
     found = content["factorial"]
     if found is None:
         return None
-    from compressor.report_charts import bars
+    from compressor.pages.report_charts import bars
 
     cells = found["cells"]
     judged = content["quality"] is not None
@@ -79,7 +79,7 @@ def sites(content: Json) -> Section | None:
     every = content["model"]["sites"]
     if not every:
         return None
-    from compressor.report_charts import site_map
+    from compressor.pages.report_charts import site_map
 
     labels = _labels([site["block"] for site in every])
     changes, reasons = content["plan"]["changes"], content["plan"]["reasons"]
@@ -131,7 +131,7 @@ def search(content: Json) -> Section | None:
     points = content["search"].get("front", [])
     if len(points) < 2:
         return None
-    from compressor.report_charts import front
+    from compressor.pages.report_charts import front
 
     chosen, quality = content["search"]["chosen"], content["quality"]
     rows = [
@@ -172,7 +172,7 @@ def scores(content: Json) -> Section | None:
     ]
     if len(rows) < 3:
         return None
-    from compressor.report_charts import scatter
+    from compressor.pages.report_charts import scatter
 
     rank = _rank_correlation([row["cosine"] for row in rows], [row["effect"] for row in rows])
     text = (
@@ -195,7 +195,7 @@ def states(content: Json) -> Section | None:
     evidence = content["evidence"]
     if len(evidence.get("states", [])) < 3:
         return None
-    from compressor.report_charts import heat_map
+    from compressor.pages.report_charts import heat_map
 
     names = evidence["states"]
     text = (
@@ -208,7 +208,7 @@ def states(content: Json) -> Section | None:
 
 def latencies(content: Json) -> Section:
     """The distributions of all latencies: of the factorial's cells, or else of the report's variants."""
-    from compressor.report_charts import distributions
+    from compressor.pages.report_charts import distributions
 
     cells = content["factorial"]
     source = content["latency"] if cells is None else {k: each["latency"] for k, each in cells["cells"].items()}

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import recipe
 from compressor.deferred import told
 from compressor.figures import METRICS
-from compressor.loader import TITLES, loader, templates
+from compressor.pages import recipe
+from compressor.pages.loader import TITLES, loader, templates
 from compressor.report import LABELS
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import recipe
+from compressor.pages import recipe
 
 if TYPE_CHECKING:
     from jinja2 import Environment
