@@ -152,11 +152,12 @@ def points(
             yield wanted.pop(0), changes, graph
 
 
-def searched(bench: Bench, name: str, workshop: Workshop) -> Iterator[Grown]:
-    """The growing plans of one search, with what they save of what it counts."""
+def searched(bench: Bench, name: str, workshop: Workshop, timed: Journal) -> Iterator[Grown]:
+    """The growing plans of one search, with what they save of what it counts; `timed` knows the prices of time."""
     cost = "latency" if name == BY_TIME else "macs"
     settings = Settings(**{**bench.settings.to_dict(), "actions": SEARCHES[name], "cost": cost})
-    found = begin(bench.subject, settings, bench.rewriter, workshop, Steps(), Journal())
+    journal = timed if name == BY_TIME else Journal()
+    found = begin(bench.subject, settings, bench.rewriter, workshop, Steps(), journal)
     found.limit = math.inf  # perplexity can more than double
     found.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
     click.echo(f"    {len(found.steps)} steps, {found.effects.sweeps:.0f} sweeps")
@@ -193,13 +194,14 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
         subject = load(settings, steps)
         workshop = Workshop(subject, target, sized(options, subject, settings), Path(scratch))
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
-        times = begin(subject, settings, rewriter, workshop, steps, Journal()).prices
+        timed = Journal()
+        times = begin(subject, settings, rewriter, workshop, steps, timed).prices
         feeds = workshop.timed_inputs(settings)
         counts = counted(subject.graph, {name: tuple(value.shape) for name, value in feeds.items()})
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)
         ways = {method.name: partial(plans, bench, method) for method in METHODS}
-        ways |= {name: partial(searched, bench, name, workshop) for name in SEARCHES}
+        ways |= {name: partial(searched, bench, name, workshop, timed) for name in SEARCHES}
         rows = [row for name in only or ways for row in _rows(bench, name, ways[name]())]
         engines = {AS_IS: lower(subject.graph, subject.model, Path(scratch) / "original.onnx")} | bench.files
         latency = workshop.latency(engines, feeds, ROUNDS, steps)

@@ -145,6 +145,7 @@ def inspect(
     *,
     data: str | Path | None = None,
     metric: str = "cosine",
+    study: bool = False,
     task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -159,4 +160,6 @@ def inspect(
     Raises:
         CompressorError, PassError: one sentence that says what was found and what to do.
     """
-    return pipeline.inspect(Settings(**locals(), drop="none"))
+    asked = dict(locals())
+    asked.pop("study")
+    return pipeline.inspect(Settings(**asked, drop="none"), study=study)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from compressor.data import Split
 from compressor.effects import Effects
 from compressor.errors import CompressorError
 from compressor.evaluate import tensor_batches
+from compressor.evidence import evidence, few_scores
 from compressor.front import Point, efficient
 from compressor.journal import Journal
 from compressor.prices import Prices
@@ -42,7 +43,7 @@ class ChoiceError(CompressorError):
 class Choice:
     """The plan, the graph it leads to before tokens are merged, and what it took to find it (for the report).
 
-    `search` is what found it; None where there was no search.
+    `search` is what found it; None where there was no search. `evidence` is what it was based on, see evidence.py.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Choice:
     rewriter: Rewriter
     facts: dict[str, Any]
     search: Search | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
 
     def within(self, limit: float) -> Choice:
         """The longest beginning of a search's changes that loses no more than `limit` on validation data."""
@@ -57,7 +59,8 @@ class Choice:
         losses = [0.0, *(step.loss for step in self.search.steps)]
         count = max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING)
         plan = self.search.plan(self.plan.model, self.plan.rule, count)
-        return replace(self, plan=plan, graph=self.rewriter.carried_out(plan.changes))
+        graph = self.rewriter.carried_out(plan.changes)
+        return replace(self, plan=plan, graph=graph, facts=self.facts | {"chosen": count})
 
 
 def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
@@ -65,24 +68,32 @@ def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Step
     rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
     if settings.drop == "auto":
         return _searched(subject, settings, rewriter, workshop, steps)
-    plan, facts = _named(subject, settings, steps)
+    plan, facts, known = _named(subject, settings, steps)
     plan = merging(plan, schedule(settings.tokens, subject.sites))
     with steps.step("rewrite") as tick:
         graph = rewriter.carried_out(plan.changes, tick)
-    return Choice(plan, graph, rewriter, facts)
+    return Choice(plan, graph, rewriter, facts, evidence=known)
 
 
-def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any]]:
-    """The plan that the settings spell out: nothing, a file, names, or the best of a ranking."""
+def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
+    """The plan that the settings spell out (nothing, a file, names, or the best of a ranking), facts and evidence."""
     if settings.drop == "none":
-        return choose(parse("0"), subject.sites, "reverse", model=subject.model.name), {}
+        return choose(parse("0"), subject.sites, "reverse", model=subject.model.name), {}, {}
     if settings.drop.endswith(".json"):
-        return _replay(Path(settings.drop), subject.sites), {}
+        return _replay(Path(settings.drop), subject.sites), {}, {}
     selection = parse(settings.drop)
     metric = None if selection.names else settings.metric
     scores = score(subject, steps) if metric in ("cosine", "influence", "angular") else None
     samples = subject.data.calibration.head(settings.search_samples)
     effects = effects_on_output(subject, samples, steps) if metric == "output" else None
+    alone: dict[str, float] = {}
+
+    def effect(units: Sequence[Sequence[Site]]) -> Sequence[float]:
+        assert effects is not None
+        found = effects.of_units(units)
+        alone.update({unit[0].name: value for unit, value in zip(units, found, strict=True) if len(unit) == 1})
+        return found
+
     with steps.step("choose"):
         plan = choose(
             selection,
@@ -90,11 +101,11 @@ def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, di
             settings.metric,
             model=subject.model.name,
             scores=scores,
-            effect=None if effects is None else effects.of_units,
+            effect=None if effects is None else effect,
             seed=settings.seed,
         )
     facts = {} if effects is None else {"sweeps": effects.sweeps, "samples": len(effects.split)}
-    return acting(plan, settings.chosen_actions[0]), facts
+    return acting(plan, settings.chosen_actions[0]), facts, evidence(subject.sites, scores, alone)
 
 
 def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, steps: Steps) -> Choice:
@@ -112,7 +123,11 @@ def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop
             break
         enough = search.speedup * wished / reached * 1.01
     search.journal.forget()
-    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts_of(search), search)
+    with steps.step("score the sites"):
+        scores = few_scores(subject.graph, search.effects.split)
+    known = evidence(subject.sites, scores, search.front.alone)
+    facts = facts_of(search) | {"front": front_of(search), "chosen": len(search.steps)}
+    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts, search, known)
 
 
 def go_on(search: Search, steps: Steps, enough: float = math.inf) -> None:
@@ -239,6 +254,21 @@ def facts_of(search: Search) -> dict[str, Any]:
     }
 
 
+def front_of(search: Search) -> list[dict[str, Any]]:
+    """Every plan on the way of a search, as plain JSON values: predicted speed-up, loss on validation data in %."""
+    return [
+        {
+            "number": point.number,
+            "change": None if point.change is None else list(point.change),
+            "loss": point.loss,
+            "predicted": point.predicted,
+            "multiply_adds": point.multiply_adds,
+            "efficient": point.efficient,
+        }
+        for point in points_of(search, "")
+    ]
+
+
 def points_of(search: Search, model: str) -> list[Point]:
     """One point for each change that the search made, after the model as it is."""
     costs = [search.whole, *(step.cost for step in search.steps)]
@@ -283,11 +313,18 @@ def effects_on_output(subject: Subject, samples: Split, steps: Steps) -> Effects
 def score(subject: Subject, steps: Steps) -> Scores:
     """Scores of all sites on the calibration data."""
     with steps.step("score the sites") as tick:
-        batches = _ticking(tensor_batches(subject.data.calibration), len(subject.data.calibration), tick)
+        batches = ticking(tensor_batches(subject.data.calibration), len(subject.data.calibration), tick)
         return apply(Score(), subject.graph, batches)
 
 
-def _ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:
+def ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:
+    """The batches, with progress told after each.
+
+    Args:
+        batches: feeds by input name.
+        total: rows of all of them.
+        tick: takes rows done and all rows.
+    """
     done = 0
     for feeds in batches:
         yield feeds

@@ -309,7 +309,13 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
 @click.option(
     "--output", "-o", default="inspected", show_default=True, help="Folder for inspect.json and similarity.png."
 )
-def inspect(quiet: bool, output: str, **options: Any) -> None:
+@click.option(
+    "--study",
+    is_flag=True,
+    help="Also answer how redundancy runs over depth, positions and kinds of tokens, and how stable the ranking is: "
+    "study.json and study.html.",
+)
+def inspect(quiet: bool, output: str, study: bool, **options: Any) -> None:
     """Show every site of MODEL: how redundant it is, and what it costs."""
     from rich.console import Console
 
@@ -318,11 +324,13 @@ def inspect(quiet: bool, output: str, **options: Any) -> None:
     from compressor.settings import Settings
 
     check_writable(Path(output))
-    inspection = pipeline.inspect(Settings(**options, drop="none"), console=console(quiet))
+    inspection = pipeline.inspect(Settings(**options, drop="none"), study=study, console=console(quiet))
     out = Console()
     out.print(inspection.table())
-    report, picture = inspection.save(Path(output))
-    out.print(f"Written to {report} and {picture}.", highlight=False, markup=False)
+    if inspection.study is not None:
+        out.print("\n".join(inspection.study.summary()), highlight=False, markup=False)
+    *files, last = map(str, inspection.save(Path(output), command=command_line()))
+    out.print(f"Written to {', '.join(files)} and {last}.", highlight=False, markup=False)
 
 
 @main.command()

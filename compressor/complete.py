@@ -6,6 +6,7 @@ are enough (and onnx for TensorRT, whose files are checked by its rules once mor
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from compressor.answers import Answers
+from compressor.changed import Changed
 from compressor.deferred import ANSWERS, FOLDER
 from compressor.environment import environment
 from compressor.errors import CompressorError, SettingsError
 from compressor.figures import Figure
-from compressor.folder import check_files, check_writable, listed, scratch_folder, write_files, write_manifest
-from compressor.report import Quality, Report, Size, brief
+from compressor.folder import (
+    FolderError,
+    check_files,
+    check_writable,
+    listed,
+    scratch_folder,
+    write_files,
+    write_manifest,
+)
+from compressor.pages.report import PAGE, html, shown_in
+from compressor.report import REPORT, Quality, Report, Size, brief
 from compressor.steps import Steps
 from runtimes.base import BuildOptions, Runtime, need, runtime
 from runtimes.timing import Latency, interleave
@@ -31,11 +42,17 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-REPORT = "report.json"
 PLAN = "plan.json"
+CARD = "README.md"
 FAULT = (
     "the engine computes something else than the model, so nothing was written: check it with --target onnxruntime, "
     "and report it with the versions of the driver and of the target"
+)
+
+
+NO_PAGE = (
+    "report.html is the export's, with the figures measured there: altair, jinja2 and vl-convert-python make it anew, "
+    "where they are installed."
 )
 
 
@@ -85,9 +102,38 @@ def build(
         latency = device.timed(engines, content["settings"], rounds, steps)
         report = _completed(content, place, part | {"measured": measured}, latency, steps)
         made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
-    write_files(place, {REPORT: (json.dumps(_json(content, report), indent=2) + "\n").encode()})
-    write_manifest(place, (*listed(place), *(path.name for path in made)))
+    completed, ours = _json(content, report), _is_ours(place / CARD)
+    page = _page(place, completed)
+    if page is None:
+        report = replace(report, notes=(*report.notes, NO_PAGE))
+        completed["notes"] = list(report.notes)
+    written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode()}
+    written |= {} if page is None else {PAGE: page}
+    write_files(place, written | (_card(completed, place) if ours else {}))
+    kept = (name for name in listed(place) if ours or name != CARD)
+    write_manifest(place, (*kept, *(path.name for path in made)))
     return report
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether the model card is as Compressor wrote it; one that someone has edited is theirs."""
+    try:
+        check_files(card.parent, (card.name,))
+    except FolderError:
+        return False
+    return True
+
+
+def _card(content: Json, place: Path) -> dict[str, bytes]:
+    """The model card with the device's figures, by its name; none where what makes it is not installed.
+
+    The card that is there then says by itself that its figures are the stand-in's.
+    """
+    with contextlib.suppress(ImportError):
+        from compressor.pages import card
+
+        return {CARD: card.card(content, place).encode()}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -185,7 +231,7 @@ def _completed(content: Json, place: Path, part: Json, latency: Mapping[str, Lat
     seconds = {step.name: step.seconds for step in steps.done}
     engine = part | {"state": "built", "stand_in": stand_in, "environment": environment(), "seconds": seconds}
     report = replace(before, latency=dict(latency), engine=engine)
-    kept = tuple(note for note in before.notes if note not in before.missed())
+    kept = tuple(note for note in before.notes if note not in (*before.missed(), NO_PAGE))
     return replace(report, notes=(*kept, *report.missed()))
 
 
@@ -198,6 +244,15 @@ def _json(content: Json, report: Report) -> Json:
         "notes": list(report.notes),
         "engine": report.engine,
     }
+
+
+def _page(place: Path, content: Json) -> bytes | None:
+    """report.html anew, with the samples that the export's shows; None where what draws it is not installed."""
+    earlier = place / PAGE
+    try:
+        return html(content, shown_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
+    except ImportError:
+        return None
 
 
 def _restored(content: Json, place: Path) -> Report:
@@ -223,6 +278,7 @@ def _restored(content: Json, place: Path) -> Report:
 def _quality(stored: Json | None) -> Quality | None:
     if stored is None:
         return None
-    parts = (stored["figures"], stored["loss"], stored["label_free"])
-    figures = ({name: Figure(**figure) for name, figure in part.items()} for part in parts)
-    return Quality(stored["metric"], *figures)
+    figures, loss, label_free = (
+        {name: Figure(**figure) for name, figure in stored[part].items()} for part in ("figures", "loss", "label_free")
+    )
+    return Quality(stored["metric"], figures, loss, label_free, tuple(Changed(**each) for each in stored["changed"]))

@@ -14,9 +14,9 @@ from compressor.eager import Module
 from compressor.errors import CompressorError, SettingsError
 from compressor.folder import onnx_bytes
 from compressor.models import Model
+from compressor.report import REPORT
 from runtimes.base import BuildOptions, Engine, Runtime, runtime
 
-REPORT = "report.json"
 TORCH = "torch"
 
 

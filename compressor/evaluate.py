@@ -7,12 +7,13 @@ sample by sample and every figure gets a bootstrap interval.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from scipy import stats
 
+from compressor.changed import Changed, changed_of, worst
 from compressor.data import Batch, Split
 from compressor.errors import CompressorError
 from compressor.figures import Array, Columns, Figure, bootstrap
@@ -118,10 +119,14 @@ def paired_figure(metric: str, models: Sequence[Columns], statistic: Callable[..
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Columns of per-sample numbers for each model that was run, and the metric they are judged by."""
+    """Columns of per-sample numbers for each model that was run, and the metric they are judged by.
+
+    `changed` names, for classifiers, the samples that each model answers differently: those of the largest regret.
+    """
 
     metric: str
     columns: Mapping[str, Columns]
+    changed: Mapping[str, Sequence[Changed]] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
         """The metric's value for one model."""
@@ -187,16 +192,20 @@ def evaluate(
         EvaluationError: an answer holds NaN or infinity.
     """
     parts: dict[str, list[Columns]] = {name: [] for name in runners}
+    changed: dict[str, list[Changed]] = {name: [] for name in runners}
     done = 0
     for batch in split.batches(batch_size):
         original = runners[reference](batch.feeds)
         for name, runner in runners.items():
             answer = original if name == reference else runner(batch.feeds)
-            parts[name].append(compare(metric, batch, answer, original, name))
+            columns = compare(metric, batch, answer, original, name)
+            parts[name].append(columns)
+            if metric in ("accuracy", "agreement"):
+                changed[name] = worst([*changed[name], *changed_of(batch, answer, original, columns["regret"], done)])
         done += len(batch.ids)
         if progress is not None:
             progress(done, len(split))
-    return Evaluation(metric, {name: join(columns) for name, columns in parts.items()})
+    return Evaluation(metric, {name: join(columns) for name, columns in parts.items()}, changed)
 
 
 def join(parts: list[Columns]) -> Columns:

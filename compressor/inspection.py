@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.evidence import nested, state_names
 from compressor.folder import write_files
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from compressor.study import Study
     from passes.cost import Costs
     from passes.graph import Site
     from passes.score import Scores
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Scores and costs of every site. `effects` is each site's output divergence when dropped alone, if measured."""
+    """Scores and costs of every site.
+
+    `effects` is each site's output divergence when dropped alone, `study` how redundancy runs over depth, positions and
+    kinds of tokens; both only if measured.
+    """
 
     model: str
     sites: tuple[Site, ...]
@@ -32,6 +38,7 @@ class Inspection:
     costs: Costs
     data: dict[str, Any]
     effects: Sequence[float] | None = None
+    study: Study | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict per site, in order."""
@@ -69,17 +76,14 @@ class Inspection:
                 for name in self.scores.blocks
             },
             "states": list(self.state_names()),
-            "similarity": _nested(self.scores.similarity_matrix().tolist()),
-            "angular_distance": _nested(self.scores.angular_matrix().tolist()),
+            "similarity": nested(self.scores.similarity_matrix().tolist()),
+            "angular_distance": nested(self.scores.angular_matrix().tolist()),
         }
         return json.dumps(_finite(content), indent=2) + "\n"
 
     def state_names(self) -> tuple[str, ...]:
         """A readable name per trunk state: the site it enters, then the output of the last."""
-        entered: dict[str, str] = {}
-        for site in self.sites:
-            entered.setdefault(site.trunk, site.name)
-        return tuple(entered.get(state, "output") for state in self.scores.states)
+        return state_names(self.sites, self.scores)
 
     def table(self) -> Table:
         """The sites for a terminal: scores, parameters, multiply-adds (MACs) of one sample and their share."""
@@ -109,16 +113,23 @@ class Inspection:
             )
         return table
 
-    def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write inspect.json and similarity.png into a folder; returns their paths.
+    def save(self, folder: Path, *, command: str = "") -> tuple[Path, ...]:
+        """Write inspect.json and similarity.png into a folder, and study.json and study.html; returns their paths.
+
+        Args:
+            folder: made if need be.
+            command: the command line, for the study's page.
 
         Raises:
-            FolderError: the folder cannot be written, or the disk is full; neither file is there then.
+            FolderError: the folder cannot be written, or the disk is full; no file is there then.
         """
-        report, picture = write_files(
-            folder, {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
-        )
-        return report, picture
+        files = {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
+        if self.study is not None:
+            from compressor.pages.study import page
+
+            files["study.json"] = self.study.to_json().encode()
+            files["study.html"] = page(self.study, command=command).to_html().encode()
+        return write_files(folder, files)
 
     def heat_map(self) -> bytes:
         """The cosine similarity of every pair of trunk states as a PNG picture."""
@@ -156,10 +167,6 @@ def scaled(count: int) -> str:
 def _number(value: float, digits: int) -> str:
     """A dash where a site's states have different shapes and there is nothing to compare."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-
-def _nested(rows: list[list[float]]) -> list[list[float | None]]:
-    return [[None if math.isnan(value) else value for value in row] for row in rows]
 
 
 def _finite(value: Any) -> Any:

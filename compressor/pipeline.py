@@ -12,17 +12,22 @@ from compressor.choice import Choice, begin, decide, effects_on_output, facts_of
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
+from compressor.evidence import tokens_left
 from compressor.folder import copy_onnx, onnx_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
 from compressor.lower import lower
+from compressor.pages import card
+from compressor.pages.report import PAGE, html
+from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
 from compressor.quantize import Quantized
-from compressor.report import Quality, Report, Size
+from compressor.report import REPORT, Quality, Report, Size
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
+from compressor.study import study as studied
 from compressor.subject import Subject, accepting_data, load
 from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized, usable
@@ -97,10 +102,27 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             environment=environment(),
             engine=engine,
             factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
+            evidence=_evidence(choice, rewritten, subject),
         )
         report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
-        (folder / "report.json").write_text(report.to_json())
+        _write(report, folder, subject)
+        card.write(folder)
     return report
+
+
+def _write(report: Report, folder: Path, subject: Subject) -> None:
+    """report.json, and report.html from the same values, with what people see of the samples it names."""
+    content = report.to_dict()
+    places = [] if report.quality is None else [each.place for each in report.quality.changed]
+    (folder / REPORT).write_text(report.to_json())
+    (folder / PAGE).write_text(html(content, shown(subject.data.test, places)), encoding="utf-8")
+
+
+def _evidence(choice: Choice, rewritten: Graph, subject: Subject) -> dict[str, Any]:
+    """What the choice was based on, and the tokens that its plan leaves where it merges some."""
+    if not choice.plan.merges:
+        return choice.evidence
+    return choice.evidence | {"tokens": tokens_left(rewritten, subject.sites, subject.data.test)}
 
 
 def _lowered(
@@ -169,11 +191,12 @@ def sweep(
     return front
 
 
-def inspect(settings: Settings, *, console: Console | None = None) -> Inspection:
+def inspect(settings: Settings, *, study: bool = False, console: Console | None = None) -> Inspection:
     """Score every site of a model on its calibration data; changes and exports nothing.
 
     Args:
         settings: model, data and metric; with the metric ``output`` each site's effect on the output is measured too.
+        study: also measure how redundancy runs over depth, positions and kinds of tokens, and how stable it is.
         console: where progress is shown; None shows nothing.
 
     Raises:
@@ -186,7 +209,10 @@ def inspect(settings: Settings, *, console: Console | None = None) -> Inspection
         samples = subject.data.calibration.head(settings.search_samples)
         effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
-    return Inspection(subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured)
+        found = studied(subject, steps, seed=settings.seed) if study else None
+    return Inspection(
+        subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured, found
+    )
 
 
 def _describe(subject: Subject) -> dict[str, Any]:
@@ -196,6 +222,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "source": model.source,
         "task": model.task,
         "revision": model.revision,
+        "hub_id": model.hub_id,
         "random_weights": model.random_weights,
         "inputs": list(model.inputs),
         "outputs": list(model.outputs),

@@ -22,7 +22,8 @@ class Preprocess:
     `inputs` are the model's input names in order. `image` turns one picture of mode `image_mode` into float32
     [C, H, W]; it is called from several threads at once. `text` tokenises a batch of texts, optionally with second
     texts, into int64 [rows, tokens] arrays by input name, padded to the longest row of the batch. `example` is one
-    batch of inputs, batch first, that says shapes and dtypes. `complete` adds what the model takes beyond those and
+    batch of inputs, batch first, that says shapes and dtypes. `class_first`: the tokenizer puts a class token in front
+    of every text. `complete` adds what the model takes beyond those and
     follows from them: positions, an empty cache.
     """
 
@@ -32,4 +33,5 @@ class Preprocess:
     image: Callable[[Image.Image], npt.NDArray[np.float32]] | None = None
     text: Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]] | None = None
     image_mode: str = "RGB"
+    class_first: bool = False
     complete: Callable[[dict[str, npt.NDArray[Any]]], dict[str, npt.NDArray[Any]]] | None = None

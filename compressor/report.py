@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compressor.changed import Changed
 from compressor.deferred import told
 from compressor.figures import METRICS, Figure
 from compressor.steps import Step
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from passes.plan import Plan
 
 VERSION = 1
+REPORT = "report.json"
 # A metric's name short enough for a column, and its unit.
 LABELS = {
     "accuracy": ("top-1 accuracy", "%"),
@@ -49,20 +51,23 @@ class Quality:
     """Metric, each variant's figure on test data, and what the result lost against baseline and original.
 
     `label_free` compares the result's answers with those of the float model before any change, where that makes sense:
-    ``agreement`` in %, ``divergence`` in nats (of features: 1 - cosine).
+    ``agreement`` in %, ``divergence`` in nats (of features: 1 - cosine). `changed` are samples that a classifier
+    answers differently now, those that the original was surest of first.
     """
 
     metric: str
     figures: dict[str, Figure]
     loss: dict[str, Figure]
     label_free: dict[str, Figure]
+    changed: tuple[Changed, ...] = ()
 
     @staticmethod
     def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
         """Figures and paired losses of the variants `names`: ``result`` and what it is compared with."""
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
         figures = {name: evaluation.figure(name) for name in names}
-        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"))
+        changed = tuple(evaluation.changed.get("result", ()))
+        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"), changed)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Report:
     The variants are ``original`` (unpruned float, only where the result is int8), ``baseline`` (unpruned, same target
     and precision as the result) and ``result``. `quality` is None, with the reason, where none may be stated. `engine`
     says whether the engine is built; where it was left to the device, with what, and what was measured there.
+    `evidence` is what the plan was based on (see evidence.py), with the tokens left where some are merged.
     """
 
     command: str
@@ -94,6 +100,7 @@ class Report:
     notes: tuple[str, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
     factorial: Factorial | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
@@ -105,6 +112,7 @@ class Report:
                 "metric": self.plan.metric,
                 "dropped": list(self.plan.dropped),
                 "changes": self.plan.changes,
+                "reasons": {decision.site: decision.reason for decision in self.plan.decisions},
             },
             "sizes": {name: asdict(size) for name, size in self.sizes.items()},
             "quality": None if self.quality is None else asdict(self.quality),

@@ -194,13 +194,15 @@ class Search:
 class _Front:
     """Candidates with their last known increase in divergence, measured again only where it can matter.
 
-    `saved` is what each takes off the cost. It changes too: with the last attention gone, a model that is read at its
+    `alone` is what dropping each site alone adds to the model as the search begins. `saved` is what each candidate
+    takes off the cost. It changes too: with the last attention gone, a model that is read at its
     class token needs the block before for one token only, so that dropping that one's attention saves far more.
     """
 
     search: Search
     base: float = 0.0
     added: dict[Candidate, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
     saved: dict[Candidate, float] = field(default_factory=dict)
     fresh: set[Candidate] = field(default_factory=set)
     fits: dict[str, Fits] = field(default_factory=dict)
@@ -269,6 +271,7 @@ class _Front:
         self.candidates = [(site.name, action) for site in sites for action in self._actions(site)]
         merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
         self._measure([*((site.name, "drop") for site in sites), *merges])
+        self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:
                 self.added[candidate], self.saved[candidate] = self._guess(*candidate)

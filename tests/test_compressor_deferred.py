@@ -19,6 +19,7 @@ from compressor import complete, deferred, environment, workshop
 from compressor.answers import INT8_SLACK, Answers, AnswersError, allowed_for
 from compressor.errors import CompressorError, SettingsError
 from compressor.folder import FolderError, write_manifest
+from compressor.pages.report import html, shown_in
 from compressor.parity import TOLERANCE, ParityError
 from compressor.settings import Settings
 from runtimes import base, openvino, tensorrt
@@ -45,6 +46,9 @@ ABSENT = [
     "matplotlib",
     "sklearn",
     "datasets",
+    "altair",
+    "vl_convert",
+    "jinja2",
 ]
 DEVICE = f"""
 import sys
@@ -141,7 +145,7 @@ def on_device(*arguments):
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
 def test_the_folder_is_whole_but_for_the_engine(originals, target):
     folder = originals[target]
-    expected = {"model.onnx", "plan.json", "report.json", "config.json", "manifest.json"}
+    expected = {"model.onnx", "plan.json", "report.json", "config.json", "manifest.json", "README.md", "report.html"}
     expected |= {"deferred/answers.npz", "deferred/baseline.onnx"}
     if target != "onnxruntime":
         expected.add("deferred/original.onnx")
@@ -290,6 +294,8 @@ def test_the_device_needs_neither_torch_nor_its_like(folder):
     if (reason := base.runtime(report_of(folder)["engine"]["target"]).missing()) is not None:
         pytest.skip(reason)
     before, target = report_of(folder), report_of(folder)["engine"]["target"]
+    card = (folder / "README.md").read_bytes()
+    page = (folder / "report.html").read_bytes()
     (folder / "mine.txt").write_text("a file of the user's own")
     done = on_device("build", folder, "--rounds", "1", "--threads", "1", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
@@ -298,6 +304,10 @@ def test_the_device_needs_neither_torch_nor_its_like(folder):
     assert "Dropped 1 of 3 sites" in done.stdout
     assert "On 64 stored rows the result gives torch's answer in" in " ".join(done.stdout.split())
     _check_completed(before, folder)
+    assert (folder / "README.md").read_bytes() == card  # without jinja2 it stays, and says whose figures it holds
+    assert b"`report.json` holds the device's figures" in card
+    assert (folder / "report.html").read_bytes() == page  # what draws it is not there, which is said
+    assert complete.NO_PAGE in report_of(folder)["notes"]
     built = {"openvino_model.xml", "openvino_model.bin"} if target == "openvino" else set()
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(files) == set(files_of(folder)) - {"manifest.json", "mine.txt"}
@@ -325,6 +335,36 @@ def _check_completed(before, folder):
         assert found["agreement"]["value"] >= 90.0  # int8 may turn a close answer
     unchanged = set(before) - {"engine", "latency", "speedup", "notes"}
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
+
+
+def test_the_card_is_made_anew_unless_someone_has_edited_it(folder, brief):
+    there = (folder / "README.md").read_text()
+    assert "ONNX Runtime in the place of ONNX Runtime" in there
+    compressor.build(folder, rounds=1)
+    anew = (folder / "README.md").read_text()
+    assert "Latency was measured with onnxruntime on this device" in anew
+    assert "in the place of" not in anew
+    (folder / "README.md").write_text("Mine.")
+    for _ in range(2):  # nor does the first of them make it look like ours
+        compressor.build(folder, rounds=1, force=True)
+        assert (folder / "README.md").read_text() == "Mine."
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_page_is_made_anew_with_the_devices_figures(folder):
+    """Where its packages are installed; a note that they were not is gone with that."""
+    content = report_of(folder)
+    content["notes"] = ["A note.", complete.NO_PAGE]
+    (folder / "report.json").write_text(json.dumps(content))
+    before = (folder / "report.html").read_text(encoding="utf-8")
+    report = compressor.build(folder, rounds=1)
+    after, content = (folder / "report.html").read_text(encoding="utf-8"), report_of(folder)
+    assert report.notes == ("A note.",)
+    assert after == html(content, shown_in(before))
+    assert f'<td class="number">{content["latency"]["result"]["median"]:.2f}<span' in after
+    assert "No engine was built" in before
+    assert "No engine was built" not in after
+    assert "Latency was measured with onnxruntime on this device" in after
 
 
 def test_errors_on_the_device_are_one_sentence_too(tmp_path):

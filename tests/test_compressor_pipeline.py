@@ -23,6 +23,7 @@ from compressor.cli import main
 from compressor.folder import copy_onnx
 from compressor.front import Front
 from compressor.models import SAMPLE
+from compressor.pages import card
 from compressor.report import Report
 from compressor.settings import Settings
 from compressor.validation import Loss, Validation
@@ -91,7 +92,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 def test_the_manifest_lists_every_file_with_its_true_hash(exported: tuple[Path, Report]) -> None:
     folder, _ = exported
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    assert {"model.onnx", "plan.json", "report.json", "config.json"} <= set(files)
+    assert {"model.onnx", "plan.json", "report.json", "report.html", "config.json", "README.md"} <= set(files)
+    content = json.loads((folder / "report.json").read_text())
+    assert (folder / "README.md").read_text(encoding="utf-8") == card.card(content, folder)
     assert set(files) | {"manifest.json"} == {path.name for path in folder.iterdir()}
     for name, entry in files.items():
         assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()

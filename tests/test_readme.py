@@ -92,10 +92,12 @@ def test_command(line, workspace, monkeypatch):
     if " bench " in line:
         engines = json.loads((workspace / "bench.json").read_text())["engines"]
         assert list(engines) == [*(f"proof/{cell}" for cell in TWO_FACTORS), "my_vit (eager)"]
+    elif " inspect " in line and "--output" in line:
+        assert {"study.json", "study.html"} <= {path.name for path in (workspace / "studied").iterdir()}
     elif "--output" in line:
         folder = workspace / shlex.split(line)[shlex.split(line).index("--output") + 1]
         files = set(json.loads((folder / "manifest.json").read_text())["files"])
-        engine = {"model.onnx", "plan.json", "report.json", "config.json"}
+        engine = {"model.onnx", "plan.json", "report.json", "config.json", "README.md"}
         assert ({"sweep.json", "sweep.png", "plans/0.json"} if " sweep " in line else engine) <= files
     if line.startswith("compressor build"):
         content = json.loads((workspace / made / "report.json").read_text())

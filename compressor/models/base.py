@@ -43,6 +43,7 @@ class Model:
         dynamic_axes: input name to {axis: name}, e.g. ``{0: "batch", 1: "sequence"}``.
         untrained: parameter names that the checkpoint did not hold; a traced graph must not read them.
         save: writes the model's config and preprocessing into a folder, under the ecosystem's own file names.
+        hub_id: where the weights lie on the hub, if they come from there.
         random_weights: no checkpoint was read, so no quality may be stated.
         state: output name to the input name that it is in the next call, such as a key-value cache.
     """
@@ -61,6 +62,7 @@ class Model:
     save: Callable[[Path], None]
     untrained: tuple[str, ...] = ()
     revision: str | None = None
+    hub_id: str | None = None
     random_weights: bool = False
     state: Mapping[str, str] = field(default_factory=dict)
 

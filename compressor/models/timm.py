@@ -85,8 +85,17 @@ def _wrap(
         preprocess=_preprocess(config, example),
         save=partial(_save, module, where),
         revision=revision,
+        hub_id=None if random_weights else _hub_id(module, where),
         random_weights=random_weights,
     )
+
+
+def _hub_id(module: Any, where: str) -> str | None:
+    """The repository that timm took the weights from; None for a folder's."""
+    if Path(where).is_dir():
+        return None
+    found = where.removeprefix("hf-hub:") if where.startswith("hf-hub:") else module.pretrained_cfg.get("hf_hub_id")
+    return str(found) if found else None
 
 
 def _classify(module: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:

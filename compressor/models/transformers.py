@@ -185,6 +185,7 @@ def _wrap(
         save=partial(_save, module, processors, beside),
         untrained=untrained,
         revision=options["revision"],
+        hub_id=None if random_weights or Path(where).is_dir() else where,
         random_weights=random_weights,
         state=state,
     )
@@ -306,7 +307,8 @@ def _preprocess(
     convert_text = (
         None if processor is None else partial(_tokens, processor, inputs, _longest(module, processor, beside))
     )
-    return Preprocess(inputs, "text", arrays, text=convert_text)
+    marked = getattr(processor, "cls_token_id", None) is not None
+    return Preprocess(inputs, "text", arrays, text=convert_text, class_first=marked)
 
 
 def _pixels(processor: Any, picture: Image.Image) -> npt.NDArray[np.float32]:

@@ -115,9 +115,8 @@ def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:
     def load(index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(pixels[index]))
 
-    return Samples(
-        _numbers(array), pictures(name, _numbers(array), load, preprocess).feeds, "raw uint8 images in an array"
-    )
+    source = pictures(name, _numbers(array), load, preprocess)
+    return Samples(_numbers(array), source.feeds, "raw uint8 images in an array", shown=source.shown)
 
 
 def _tokens(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) -> dict[str, Array]:

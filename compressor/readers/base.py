@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
 from compressor.errors import CompressorError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -40,7 +43,8 @@ class Samples:
     `feeds` prepares the samples with the given positions, in that order, as fresh arrays with
     `rows_per_sample` rows each. `faults` really decodes the given samples and returns the reasons of those that
     cannot be used, by position. `labels` has one entry a sample. `reading` says in words how the source was understood.
-    `class_folders` counts the subfolders that labels were taken from, those without a picture included.
+    `class_folders` counts the subfolders that labels were taken from, those without a picture included. `shown` is
+    what people see of one sample: a picture or a text; None where there is nothing but numbers.
     """
 
     ids: tuple[str, ...]
@@ -52,6 +56,7 @@ class Samples:
     class_folders: int | None = None
     skipped: tuple[Skipped, ...] = ()
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
+    shown: Callable[[int], Image.Image | str] | None = None
 
 
 def dims(shape: Sequence[int | str]) -> str:

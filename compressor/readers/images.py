@@ -47,6 +47,10 @@ class Pictures:
         first = self.preprocess.inputs[0]
         return {first: np.stack([row for row in rows if not isinstance(row, BrokenImageError)])}
 
+    def shown(self, index: int) -> Image.Image:
+        """The picture itself, as it was decoded; BrokenImageError where it cannot be any more."""
+        return decoded(partial(self.load, index), self.preprocess.image_mode)
+
     def faults(self, indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
         """Decode pictures, keep them in the store, and return the reasons of those that cannot be decoded."""
         broken: dict[int, str] = {}
@@ -119,7 +123,14 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
     kind: LabelKind | None = None if flat else "class"
     folders = None if flat else len(classes)
     return Samples(
-        ids, source.feeds, reading, labels=labels, label_kind=kind, class_folders=folders, faults=source.faults
+        ids,
+        source.feeds,
+        reading,
+        labels=labels,
+        label_kind=kind,
+        class_folders=folders,
+        faults=source.faults,
+        shown=source.shown,
     )
 
 

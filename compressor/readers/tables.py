@@ -89,6 +89,7 @@ def table_samples(
         label_kind="tokens" if task == "text-generation" else kind,
         rows_per_sample=2 if apart else 1,
         skipped=(*skipped, *bad),
+        shown=source.shown,
     )
 
 

@@ -41,6 +41,10 @@ class Tokens:
                 self._bytes += size
         return {name: array.copy() for name, array in batch.items()}
 
+    def shown(self, index: int) -> str:
+        """The text itself; two texts as two lines."""
+        return self.first[index] if self.second is None else f"{self.first[index]}\n{self.second[index]}"
+
     def _tokenised(self, indices: Sequence[int]) -> Feeds:
         assert self.preprocess.text is not None
         first = [self.first[index] for index in indices]
@@ -86,4 +90,5 @@ def read_lines(path: Path, name: str, preprocess: Preprocess, task: str) -> Samp
         raise DataError(f"{name} holds no text; expected one text a line")
     source = tokens(name, [line for _, line in lines], None, False, preprocess)
     kind: LabelKind | None = "tokens" if task == "text-generation" else None
-    return Samples(tuple(str(row) for row, _ in lines), source.feeds, "one text a line", label_kind=kind)
+    ids = tuple(str(row) for row, _ in lines)
+    return Samples(ids, source.feeds, "one text a line", label_kind=kind, shown=source.shown)

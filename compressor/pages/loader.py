@@ -1,0 +1,137 @@
+"""A few lines of Python that load an exported engine and run it without Compressor, torch, timm or transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.pages import recipe
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+Json = Mapping[str, Any]
+
+TEMPLATES = Path(__file__).parent / "templates"
+# What lies in the folder where a target has an engine of its own, and the packages that open it.
+ENGINES = {"openvino": "openvino_model.xml", "tensorrt": "model.engine"}
+PACKAGES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "tensorrt": ("tensorrt", "cuda-bindings")}
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The lines, what they need installed, and what has to be said about them.
+
+    `runtime` opens the engine; that is ONNX Runtime with model.onnx where the target's engine is not there (yet).
+    """
+
+    text: str
+    packages: tuple[str, ...]
+    runtime: str
+    remarks: tuple[str, ...]
+
+
+def loader(content: Json, folder: Path) -> Loader:
+    """The lines for an exported folder.
+
+    Args:
+        content: its report.json.
+        folder: where the engine and the model's own files lie.
+    """
+    model = content["model"]
+    cached = any(name.startswith("past_key_values.") for name in model["inputs"])
+    runtime = _runtime(content, folder, cached)
+    picture = recipe.picture(folder) if model["inputs"][:1] == ["pixel_values"] else None
+    tokenizer = recipe.tokenizer(folder) if "input_ids" in model["inputs"] else None
+    text = (
+        templates()
+        .get_template("load.py.j2")
+        .render(
+            runtime=runtime,
+            providers=_providers(content),
+            picture=picture,
+            tokenizer=tokenizer,
+            cached=cached,
+            inputs=model["inputs"],
+            arrays={} if picture or tokenizer or cached else _arrays(content, folder),
+            output=answer(model["outputs"]),
+            start=recipe.start(folder),
+            ends=recipe.ends(folder),
+            classifies=answer(model["outputs"]) == "logits" and not cached,
+        )
+    )
+    needed = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
+    prepared = picture is not None or tokenizer is not None or not _prepares(content)
+    return Loader(text.strip(), needed, runtime, _remarks(content, runtime, cached, prepared))
+
+
+def answer(outputs: list[str]) -> str:
+    """The output that quality is judged by, as `compressor.models` names it."""
+    wanted = ("logits", "sentence_embedding", "pooler_output")
+    return next((name for name in wanted if name in outputs), outputs[0])
+
+
+def templates() -> Environment:
+    """The templates of this package; a value that a template names and nobody gives is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=False,  # Markdown and Python
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _runtime(content: Json, folder: Path, cached: bool) -> str:
+    """The target where its engine lies in the folder; a cache that begins empty is not tried with TensorRT."""
+    target: str = content["settings"]["target"]
+    there = target in ENGINES and (folder / ENGINES[target]).is_file()
+    return target if there and not (cached and target == "tensorrt") else "onnxruntime"
+
+
+def _providers(content: Json) -> str:
+    cuda = content["settings"]["target"] == "onnxruntime" and content["settings"]["device"] == "cuda"
+    return '["CUDAExecutionProvider", "CPUExecutionProvider"]' if cuda else '["CPUExecutionProvider"]'
+
+
+def _prepares(content: Json) -> bool:
+    """Whether the inputs are made of something else: pictures or texts."""
+    return content["model"]["inputs"][:1] == ["pixel_values"] or "input_ids" in content["model"]["inputs"]
+
+
+def _arrays(content: Json, folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape, with a batch of one, and type of inputs that are given as they are."""
+    known = recipe.shapes(folder)
+    timed = content["timed_inputs"]
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name in content["model"]["inputs"]:
+        guessed = tuple(timed.get(name, (1,))[1:]), "float32" if name == "pixel_values" else "int64"
+        shape, kind = known.get(name, guessed)
+        found[name] = (1, *shape), "bool_" if kind == "bool" else kind
+    return found
+
+
+def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple[str, ...]:
+    target, found = content["settings"]["target"], []
+    if runtime != target and content["engine"].get("state") == "deferred":
+        found.append(
+            f"{TITLES.get(target, target)}'s engine is not built yet: until `compressor build` has run, these lines "
+            "open `model.onnx` with ONNX Runtime."
+        )
+    elif runtime != target:
+        found.append(f"These lines open `model.onnx` with ONNX Runtime, not the engine of {target}.")
+    if runtime == "tensorrt":
+        found.append("The engine runs only on the kind of GPU and the TensorRT version that it was built with.")
+    if cached:
+        found.append("The prompt's keys and values are kept, so that each further token is computed alone (greedy).")
+    if not prepared and cached:
+        found.append("The folder holds no tokenizer that these lines could read, so they take token ids.")
+    elif not prepared:
+        found.append("The model's own preprocessing is not repeated here: give inputs that are prepared as it asks.")
+    return tuple(found)
