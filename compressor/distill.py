@@ -17,7 +17,8 @@ from compressor.data import Split
 from compressor.effects import spaced
 from compressor.evaluate import divergence, tensor_batches
 from compressor.models import Model
-from passes.graph import Graph, attribute, own
+from passes.edit import own
+from passes.graph import Graph, attribute
 from passes.run import Program
 from passes.score import MASK
 from passes.sites import LINEAR_OPS

@@ -22,7 +22,8 @@ from compressor.distill import Draft
 from compressor.effects import Effects
 from compressor.evaluate import tensor_batches
 from compressor.models import Model
-from passes.graph import Graph, Site, attribute, output_values, own
+from passes.edit import own
+from passes.graph import Graph, Site, attribute, output_values
 from passes.run import Until
 from passes.score import MASK, rows_of
 from passes.sites import aten

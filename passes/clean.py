@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
-from passes.graph import CASTS, COPIES, DROPOUTS, Graph, bypass, loosen_views, remove_dead, remove_effects, value_of
+from passes.edit import bypass, loosen_views, remove_dead, remove_effects
+from passes.graph import CASTS, COPIES, DROPOUTS, Graph, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

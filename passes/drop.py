@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from passes.base import Rewritten
-from passes.graph import drop_branches, remove_dead
+from passes.edit import drop_branches, remove_dead
 from passes.sites import find_sites, site_named
 from passes.state import forget_unread
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from passes.base import Rewritten
-from passes.graph import ADDS, attribute, bypass, insert_call, insert_constant, is_sum, remove_dead, value_of
+from passes.edit import bypass, insert_call, insert_constant, remove_dead
+from passes.graph import ADDS, attribute, is_sum, value_of
 from passes.place import SCALINGS
 from passes.sites import aten
 

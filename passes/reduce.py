@@ -11,8 +11,9 @@ import torch
 from passes import flow as axes
 from passes import merge as arithmetic
 from passes.base import PassError
+from passes.edit import bypass, derive, rewire, set_arguments
 from passes.flow import Flow, Unfollowed, option, sizes_of
-from passes.graph import bypass, derive, rewire, set_arguments, value_of
+from passes.graph import value_of
 from passes.masks import Masks
 from passes.sites import LINEAR_OPS, NORM_OPS, PRODUCTS, SOFTMAX_OPS
 from passes.stages import Stages

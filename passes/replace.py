@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from passes.base import PassError, Rewritten
-from passes.graph import bypass, insert_call, insert_constant, remove_dead, rewire, value_of
+from passes.edit import bypass, insert_call, insert_constant, remove_dead, rewire
+from passes.graph import value_of
 from passes.place import Place, place_of
 from passes.sites import aten
 from passes.state import forget_unread

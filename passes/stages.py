@@ -10,8 +10,9 @@ import torch
 
 from passes import merge as arithmetic
 from passes.base import PassError
+from passes.edit import insert_call, rewire
 from passes.flow import Unfollowed
-from passes.graph import insert_call, rewire, value_of
+from passes.graph import value_of
 
 if TYPE_CHECKING:
     from torch import fx

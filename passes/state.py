@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from passes.graph import aten, needed_by, output_values, rewire, set_ends, value_of
+from passes.edit import rewire, set_ends
+from passes.graph import aten, needed_by, output_values, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection

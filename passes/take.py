@@ -8,7 +8,8 @@ import torch
 
 from passes import merge as arithmetic
 from passes.base import PassError
-from passes.graph import name_size, value_of
+from passes.edit import name_size
+from passes.graph import value_of
 
 if TYPE_CHECKING:
     from torch import fx

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from passes.base import PassError, Rewritten
+from passes.edit import remove_dead
 from passes.flow import from_data, leading_constants
-from passes.graph import remove_dead
 from passes.reduce import Walk
 from passes.sites import find_sites
 from passes.stages import Reduction

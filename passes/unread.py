@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
-from passes.graph import bypass, insert_call, remove_dead, rewire, set_arguments
+from passes.edit import bypass, insert_call, remove_dead, rewire, set_arguments
 from passes.parts import END, NOTHING, Part, Step, selection, size_of, step_for
 from passes.sites import ATTENTION_OPS, LINEAR_OPS, PRODUCTS
 

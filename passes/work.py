@@ -82,7 +82,7 @@ class Shapes:
         return self.known[text]
 
     def learn(self, node: fx.Node) -> None:
-        """Work out a size that stands for itself (`passes.graph.name_size`) from those it was computed of."""
+        """Work out a size that stands for itself (`passes.edit.name_size`) from those it was computed of."""
         size = value_of(node)
         if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.expr not in self.symbols:
             args = fx.node.map_arg(node.args, lambda source: self.number(value_of(source)))

@@ -20,7 +20,8 @@ from compressor.trace import trace
 from compressor.validation import Loss, Validation
 from passes.base import apply
 from passes.drop import Drop
-from passes.graph import GraphError, own
+from passes.edit import own
+from passes.graph import GraphError
 from passes.run import run
 from passes.sites import find_sites
 

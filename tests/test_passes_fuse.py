@@ -13,9 +13,10 @@ from compressor.trace import trace
 from passes.base import apply
 from passes.clean import Clean
 from passes.drop import Drop
+from passes.edit import insert_constant, remove_dead, set_arguments
 from passes.fit import Map, StandIn
 from passes.fuse import Fuse
-from passes.graph import attribute, insert_constant, remove_dead, set_arguments
+from passes.graph import attribute
 from passes.replace import Replace
 from passes.run import run
 from passes.sites import find_sites

@@ -18,7 +18,8 @@ from compressor import models
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
-from passes.graph import GraphError, drop_branches, live_nodes, remove_dead
+from passes.edit import drop_branches, remove_dead
+from passes.graph import GraphError, live_nodes
 from passes.run import run
 from passes.sites import find_sites, site_named
 from passes.unread import Unread

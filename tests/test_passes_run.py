@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
-from passes.graph import insert_constant, remove_dead, rewire
+from passes.edit import insert_constant, remove_dead, rewire
 from passes.run import Forks, Program, run
 from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS

@@ -14,7 +14,8 @@ from compressor.trace import trace
 from passes.base import apply
 from passes.cost import Costs
 from passes.drop import Drop
-from passes.graph import derive, value_of
+from passes.edit import derive
+from passes.graph import value_of
 from passes.run import run
 from passes.sites import find_sites
 from passes.unread import Unread

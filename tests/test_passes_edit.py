@@ -6,7 +6,8 @@ from torch import nn
 
 from compressor import models
 from compressor.trace import trace
-from passes.graph import GraphError, derive, insert_call, insert_constant, remove_dead, rewire, value_of
+from passes.edit import derive, insert_call, insert_constant, remove_dead, rewire
+from passes.graph import GraphError, value_of
 from passes.run import run
 from passes.sites import find_sites
 
