@@ -81,6 +81,17 @@ class Latency:
         return self._percentile(50.0)
 
     @property
+    def quietest(self) -> float:
+        """The least median of a burst, in milliseconds: what is left where other processes disturbed most bursts.
+
+        For predictions. It is no figure to report: the best of many is better than what users will see.
+
+        >>> Latency(((9.0, 9.0), (2.0, 3.0, 2.0), (8.0,))).quietest
+        2.0
+        """
+        return min(float(np.median(burst)) for burst in self.samples_ms)
+
+    @property
     def p90(self) -> float:
         """The 90th percentile over all bursts, in milliseconds."""
         return self._percentile(90.0)
