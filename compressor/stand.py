@@ -98,7 +98,7 @@ class Stand:
         return dataclasses.replace(
             options,
             batches=(smallest, usual, max(largest, *batches)),
-            lengths=(least, middle, max(longest, *(context + 1 for context in self.contexts))),
+            lengths=(least, middle, max((longest, *(context + 1 for context in self.contexts)))),
         )
 
     def built(self, scratch: Path, steps: Steps) -> Engines:
