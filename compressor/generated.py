@@ -100,10 +100,10 @@ class Generated:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        title = f"{self.model} generating after {context} tokens, {condition}; speed-up over {self.against}"
+        title = f"{self.model}, ms for a token after {context} tokens, {condition}; speed-up over {self.against}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", overflow="fold")
-        for heading in ("first ms", "speed-up", "token ms", "speed-up", "tokens/s", "KV MB"):
+        for heading in ("first", "speed-up", "next", "speed-up", "tokens/s", "cache MB"):
             table.add_column(heading, justify="right", no_wrap=True)
         for each in self.runs:
             if (each.condition, each.context) == (condition, context):

@@ -251,7 +251,7 @@ def test_tables_fit_a_terminal(made_up):
     for table in made_up.tables():
         out.print(table)
     text = out.file.getvalue()
-    assert "tiny generating after 10 tokens, batch 2, threads 1; speed-up over" in text
+    assert "tiny, ms for a token after 10 tokens, batch 2, threads 1; speed-up over" in text
     assert re.search(r"out/compressed int8 +20\.00 +4\.00x +1\.00 +8\.00x +2000\.0 +0\.01", text)
 
 
