@@ -8,10 +8,11 @@ output is written, the longer cache too. The same step is repeated: the context 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +30,12 @@ from runtimes.timing import Latency
 
 USUAL = 128  # tokens of context where none are asked for
 BATCH = 32  # texts read at a time
-# Measured on a small trained Llama: a step with its cache unread is 0.37 away from the text's own answer after 16 tokens.
-# Float is 1e-6 away; int8 whose ranges are found at run time, which sees other ranges in one token than in many, 0.03.
+FIRST, NEXT = "first token", "next token"
+# Measured on a small trained Llama: a step with its cache unread is 0.37 away from the text's own answer behind 16
+# tokens. Float is 1e-6 away, and 0.03 int8 whose ranges are found at run time: those of one token are not those of many.
 FURTHEST = 0.2
+
+Run: TypeAlias = tuple[Entry, Condition, int]  # an engine, where, after how many tokens
 
 
 @dataclass(frozen=True)
@@ -111,40 +115,64 @@ def measure(stand: Stand, engines: Engines, rounds: int, scratch: Path, steps: S
     """
     if not stand.contexts:
         return ()
-    runs = [
+    runs: list[Run] = [
         (entry, condition, context)
         for condition in stand.conditions
         for context in stand.contexts
         for entry in stand.entries
     ]
-    prepared: dict[tuple[str, int, int], Prepared] = {}
-    openers: dict[str, Callable[[], Fed]] = {}
+    prepared = _prepared(stand, engines, runs, scratch, steps)
+    openers = {
+        _key(*run, part): partial(Fed, _opener(stand, engines, *run[:2]), feeds)
+        for run in runs
+        for part, feeds in _calls(prepared[_fed(*run)]).items()
+    }
+    # A prompt can take seconds: fewer of them, and a single one to warm up.
+    latency = timed(openers, {}, rounds, steps, name="time generation", min_runs=3, warmup_runs=1)
+    return tuple(
+        Generation(
+            entry.name,
+            condition,
+            context,
+            latency[_key(entry, condition, context, FIRST)],
+            latency[_key(entry, condition, context, NEXT)],
+            prepared[_fed(entry, condition, context)].cache,
+            prepared[_fed(entry, condition, context)].difference,
+        )
+        for entry, condition, context in runs
+    )
+
+
+def _prepared(
+    stand: Stand, engines: Engines, runs: Sequence[Run], scratch: Path, steps: Steps
+) -> dict[tuple[str, int, int], Prepared]:
+    """The feeds of every run, each step checked; threads do not matter for them."""
+    found: dict[tuple[str, int, int], Prepared] = {}
     with steps.step("fill the caches") as tick:
         for number, (entry, condition, context) in enumerate(runs):
             tick(number, len(runs), entry.name)
-            opener = partial(engines.openers[entry.name], stand.options(condition, entry))
-            key = (entry.name, condition.batch, context)  # whatever the number of threads
-            if key not in prepared:
+            if _fed(entry, condition, context) not in found:
                 ids = token_ids(stand.loaded.data.test, condition.batch, context + 1)
-                with opener() as engine:
-                    prepared[key] = _checked(
-                        entry, prepare(engine, stand.loaded.model, ids, scratch / f"cache{number}")
-                    )
-            for part, feeds in (("first token", prepared[key].prompt), ("token", prepared[key].step)):
-                openers[_key(entry.name, condition, context, part)] = partial(Fed, opener, feeds)
-    # A prompt can take seconds: fewer of them, and a single one to warm up.
-    latency = timed(openers, {}, rounds, steps, name="time generation", min_runs=3, warmup_runs=1)
-
-    def found(entry: Entry, condition: Condition, context: int) -> Generation:
-        first, token = (latency[_key(entry.name, condition, context, part)] for part in ("first token", "token"))
-        ready = prepared[entry.name, condition.batch, context]
-        return Generation(entry.name, condition, context, first, token, ready.cache, ready.difference)
-
-    return tuple(found(*each) for each in runs)
+                with _opener(stand, engines, entry, condition)() as engine:
+                    ready = prepare(engine, stand.loaded.model, ids, scratch / f"cache{number}")
+                found[_fed(entry, condition, context)] = _checked(entry, ready)
+    return found
 
 
-def _key(name: str, condition: Condition, context: int, part: str) -> str:
-    return f"{name}, {condition}, context {context}, {part}"
+def _opener(stand: Stand, engines: Engines, entry: Entry, condition: Condition) -> Callable[[], Engine]:
+    return partial(engines.openers[entry.name], stand.options(condition, entry))
+
+
+def _calls(ready: Prepared) -> dict[str, Feeds]:
+    return {FIRST: ready.prompt, NEXT: ready.step}
+
+
+def _fed(entry: Entry, condition: Condition, context: int) -> tuple[str, int, int]:
+    return entry.name, condition.batch, context
+
+
+def _key(entry: Entry, condition: Condition, context: int, part: str) -> str:
+    return f"{entry.name}, {condition}, context {context}, {part}"
 
 
 def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
