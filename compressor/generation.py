@@ -32,7 +32,7 @@ USUAL = 128  # tokens of context where none are asked for
 BATCH = 32  # texts read at a time
 FIRST, NEXT = "first token", "next token"
 # Measured on a small trained Llama: a step with its cache unread is 0.37 away from the text's own answer behind 16
-# tokens. Float is 1e-6 away, and 0.03 int8 whose ranges are found at run time: those of one token are not those of many.
+# tokens. Float is 1e-6 away, int8 with ranges found at run time 0.03: those of one token are not those of many.
 FURTHEST = 0.2
 
 Run: TypeAlias = tuple[Entry, Condition, int]  # an engine, where, after how many tokens
