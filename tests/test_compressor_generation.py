@@ -25,14 +25,16 @@ from compressor.generated import Generated
 from compressor.generation import FURTHEST, Generation, _checked, contexts, distance, prepare, token_ids
 from compressor.lower import lower
 from compressor.quantize import quantize
-from compressor.stand import Condition
+from compressor.settings import Settings
+from compressor.stand import Condition, Stand
+from compressor.subject import Loaded
 from compressor.trace import trace
 from passes.base import apply
 from passes.drop import Drop
 from passes.sites import find_sites
 from passes.state import bytes_per_token
 from runtimes import onnxruntime as target
-from runtimes.base import BuildOptions
+from runtimes.base import BuildOptions, runtime
 from runtimes.timing import Latency, interleave
 
 pytest.importorskip("onnxruntime", reason="the target of these engines")
@@ -124,6 +126,18 @@ def test_the_step_answers_as_the_whole_text_does(engines, model, ids, tmp_path, 
         np.testing.assert_allclose(step["logits"][:, 0], whole(model, ids)[:, -1], atol=CLOSE, rtol=0)
 
 
+def test_other_runtimes_go_on_as_well(engines, model, ids, tmp_path):
+    pytest.importorskip("openvino", reason="the target of this engine")
+    other = runtime("openvino")
+    path = other.build(engines["pruned"][0].args[0], tmp_path, ONE)
+    with other.load(path, ONE) as engine:
+        ready = prepare(engine, model, ids, tmp_path / "cache")
+        found = engine.run(ready.step)["logits"]
+    assert ready.cache == engines["pruned"][1] * CONTEXT * ROWS
+    with engines["pruned"][0]() as engine:
+        np.testing.assert_allclose(found, engine.run(ready.step)["logits"], atol=CLOSE, rtol=0)
+
+
 def test_what_is_bound_is_what_is_run(engines, model, ids, tmp_path):
     """The timed call itself: its outputs are those of the step, written anew each time to the same place."""
     with engines["pruned"][0]() as engine:
@@ -193,6 +207,15 @@ def test_the_context_fits_the_model(model):
     assert contexts((), model) == ()
     with pytest.raises(SettingsError, match="--context 32 and one more token do not fit tiny, which has 32 positions"):
         contexts((4, 32), model)
+
+
+def test_engines_are_built_for_the_longest_context(model):
+    """What a runtime that plans its memory ahead has to know."""
+    data = load("random", model.preprocess, task="text-generation")
+    settings = Settings(data="random", drop="none")
+    stand = Stand(Loaded(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
+    least, _, longest = stand.options(Condition(1, 2), Entry("x", "onnxruntime", None)).lengths
+    assert (least, longest) == (0, 901)
 
 
 def test_other_tasks_refuse_a_context():
