@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tables_criteria
+import tables_decode
 import tables_matrix
 from tables_tokens import tokens, tokens_operators
 
@@ -122,6 +123,7 @@ TABLES = {
     "cost": cost,
     "headline": headline,
     "criteria": tables_criteria.criteria,
+    "decode": tables_decode.decode,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,
     "tokens": tokens,

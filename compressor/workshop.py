@@ -31,7 +31,7 @@ from compressor.subject import Loaded, accepting_data
 from passes.graph import Graph
 from passes.run import run
 from runtimes.base import BuildOptions, Engine, Feeds, Runtime, check_device, need, runtime, targets
-from runtimes.timing import Latency, Timeable, interleave
+from runtimes.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
 
 PARITY_ROWS = 8
 CLOCK_ROUNDS = 8  # of the quick timing that a search goes by: short ones, of which some meet a quiet machine
@@ -299,13 +299,24 @@ class Workshop:
         return {name: partial(self.target.load, path, options) for name, path in engines.items()}
 
 
-def timed(openers: Mapping[str, Callable[[], Timeable]], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
+def timed(
+    openers: Mapping[str, Callable[[], Timeable]],
+    feeds: Feeds,
+    rounds: int,
+    steps: Steps,
+    *,
+    name: str = "measure the latency",
+    min_runs: int = MIN_RUNS,
+    warmup_runs: int = WARMUP_RUNS,
+) -> dict[str, Latency]:
     """Time engines against each other in one interleaved run."""
-    with steps.step("measure the latency") as tick:
+    with steps.step(name) as tick:
         return interleave(
             openers,
             feeds,
             rounds=rounds,
+            min_runs=min_runs,
+            warmup_runs=warmup_runs,
             progress=lambda name, done, total: tick(done, total, name),
         )
 
