@@ -151,13 +151,17 @@ def rivals_table(found: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def _speed(measured: Row | None) -> str:
+    return "–" if measured is None else f"{measured['latency']['median']:.1f} ms, {_times(measured['speedup'])}"
+
+
 def _engines(where: str, run: Row) -> Iterator[str]:
     timed: dict[str, dict[int, Row]] = {}
     for each in run["measurements"]:
         timed.setdefault(each["engine"], {})[each["batch"]] = each
     for engine, times in timed.items():
         facts = run["engines"][engine]
-        speeds = " | ".join(f"{each['latency']['median']:.1f} ms, {_times(each['speedup'])}" for each in times.values())
+        speeds = " | ".join(_speed(times.get(batch)) for batch in (1, 8))
         figure, lost = facts["figure"], facts["loss"]
         quality = "– | –" if figure is None else f"{figure['value']:.2f} | {interval(lost)}"
         size = "–" if facts["bytes"] is None else f"{facts['bytes'] / 1e6:.1f} MB"

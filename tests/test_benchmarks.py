@@ -259,7 +259,7 @@ def test_the_tables_of_the_matrix(of_matrix, second, told):
     assert "- DeiT-Tiny: blocks.1.attn drop; 30.0% fewer multiply-adds." in text
     lines = of_matrix.rivals_table(found).splitlines()
     assert lines[3] == (
-        "| DeiT-Tiny, onnxruntime | Compressor, compressed int8 | 4.2 ms, 2.40x (2.30–2.50) | 80.00 | "
+        "| DeiT-Tiny, onnxruntime | Compressor, compressed int8 | 4.2 ms, 2.40x (2.30–2.50) | – | 80.00 | "
         "+0.50 (-0.50 to +1.50) | 5.0 MB |"
     )
 
