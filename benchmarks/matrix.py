@@ -31,7 +31,6 @@ from passes.sites import find_sites
 RESULTS = Path(__file__).parent / "results" / "matrix.json"
 RIVALS = Path(__file__).with_name("rivals.py")
 TARGETS = ("onnxruntime", "openvino")
-BATCHES = "1,8"
 LATER = " (again)"  # the same command once more, after everything else
 
 
@@ -40,6 +39,7 @@ class Case:
     """A model of the matrix: how it is exported, and in how many rounds it is timed.
 
     `plan` is the case whose plan it takes, None where its own flags say; `again` measures it a second time at the end.
+    `compiled` adds torch.compile.
     """
 
     name: str
@@ -48,6 +48,8 @@ class Case:
     plan: str | None = None
     rounds: int = 10
     again: bool = False
+    batches: str = "1,8"
+    compiled: bool = True
 
 
 RANDOM = ("--random-weights",)
@@ -56,7 +58,7 @@ CASES = (
     Case("ViT-B/16, random weights", "vit_base_patch16_224", (*RANDOM, "--samples", "96"), "DeiT-Tiny", rounds=4),
     Case("SwinV2-T, random weights", "swinv2_tiny_window8_256", (*RANDOM, "--samples", "96", "--drop", "6"), rounds=4),
     Case("DINOv2-S/14 at 518, random weights", "vit_small_patch14_dinov2", (*RANDOM, "--samples", "24"), "DeiT-Tiny",
-         rounds=3),
+         rounds=3, batches="1", compiled=False),
 )  # fmt: skip
 
 
@@ -103,8 +105,9 @@ def bench(case: Case, target: str, things: list[str | Path], where: Mapping[str,
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "bench.json"
         flags = [flag for flag in case.flags if flag in RANDOM] + list(_samples(case))
-        run("bench", *things, "--data", where["images"], *flags, "--batch", BATCHES, "--target", target,
-            "--rounds", str(case.rounds), "--compile", "--output", out)  # fmt: skip
+        flags += ["--compile"] if case.compiled else []
+        run("bench", *things, "--data", where["images"], *flags, "--batch", case.batches, "--target", target,
+            "--rounds", str(case.rounds), "--output", out)  # fmt: skip
         return slim(json.loads(out.read_text()))
 
 

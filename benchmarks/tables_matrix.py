@@ -34,6 +34,18 @@ def rivals() -> str | None:
     return rivals_table(found) if found else None
 
 
+def headline() -> str:
+    """The factorial of the largest model in one sentence."""
+    name, target, batch = "ViT-B/16, random weights", "onnxruntime", 1
+    whole = next(each for *place, each in _factorials(results()) if place == [name, target, batch])
+    alone, int8, both = (whole["speedup"][part] for part in ("change", "int8", "both"))
+    return (
+        f"**{both['ratio']:.2f}x faster ({both['low']:.2f}–{both['high']:.2f})**: ViT-B/16 (random weights), "
+        f"tokens merged and int8: {alone['ratio']:.2f}x and {int8['ratio']:.2f}x each, together "
+        f"{whole['ratio']['ratio']:.0%} of the product."
+    )
+
+
 def matrix_table(found: Mapping[str, Row]) -> str:
     """Each factorial as one line, the aims, the sentences, and the second measurement.
 
@@ -151,13 +163,17 @@ def rivals_table(found: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def _speed(measured: Row | None) -> str:
+    return "–" if measured is None else f"{measured['latency']['median']:.1f} ms, {_times(measured['speedup'])}"
+
+
 def _engines(where: str, run: Row) -> Iterator[str]:
     timed: dict[str, dict[int, Row]] = {}
     for each in run["measurements"]:
         timed.setdefault(each["engine"], {})[each["batch"]] = each
     for engine, times in timed.items():
         facts = run["engines"][engine]
-        speeds = " | ".join(f"{each['latency']['median']:.1f} ms, {_times(each['speedup'])}" for each in times.values())
+        speeds = " | ".join(_speed(times.get(batch)) for batch in (1, 8))
         figure, lost = facts["figure"], facts["loss"]
         quality = "– | –" if figure is None else f"{figure['value']:.2f} | {interval(lost)}"
         size = "–" if facts["bytes"] is None else f"{facts['bytes'] / 1e6:.1f} MB"

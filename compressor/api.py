@@ -107,6 +107,7 @@ def bench(
     against: str | None = None,
     batch: Sequence[int] = (1,),
     threads: Sequence[int] = (),
+    context: Sequence[int] | None = None,
     compile: bool = False,
     target: str | None = None,
     device: str | None = None,
@@ -131,6 +132,7 @@ def bench(
         "data": None if data is None else str(data),
         "batch": tuple(batch),
         "threads": tuple(threads),
+        "context": None if context is None else tuple(context),
     }
     return measure(BenchSettings(**asked))
 

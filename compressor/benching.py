@@ -16,6 +16,8 @@ from compressor.entries import BenchError, Entry, Exported, Given, given
 from compressor.environment import environment
 from compressor.errors import SettingsError
 from compressor.folder import check_writable, write_files
+from compressor.generated import Generated
+from compressor.generation import contexts, measure
 from compressor.models import Model
 from compressor.settings import Settings
 from compressor.stand import Condition, Stand
@@ -38,6 +40,7 @@ class BenchSettings:
         against: the name that the others are compared with; None takes the first.
         batch: batch sizes to measure at.
         threads: numbers of threads to measure at; none leaves them to the runtimes.
+        context: tokens that language models generate after, each timed; None takes a usual number, none times nothing.
         compile: measure torch models through torch.compile too.
         target: the runtime of ONNX files (default onnxruntime) and of folders (default: what they were exported for).
         output: the file to write.
@@ -49,6 +52,7 @@ class BenchSettings:
     against: str | None = None
     batch: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = ()
+    context: tuple[int, ...] | None = None
     compile: bool = False
     target: str | None = None
     device: str | None = None
@@ -62,7 +66,7 @@ class BenchSettings:
     output: str | Path = "bench.json"
 
     def __post_init__(self) -> None:
-        for name, values in (("batch", self.batch), ("threads", self.threads)):
+        for name, values in (("batch", self.batch), ("threads", self.threads), ("context", self.context or ())):
             if any(value < 1 for value in values) or len(set(values)) < len(values):
                 raise SettingsError(f"{name} is {_listed(values)}; expected different numbers of at least 1.")
         if not self.batch:
@@ -104,6 +108,7 @@ def bench(
         parity = stand.parity(engines)
         evaluation = stand.quality(engines, steps)
         measurements = stand.measurements(engines, settings.rounds, steps)
+        generation = measure(stand, engines, settings.rounds, Path(scratch), steps)
     comparison = Comparison(
         command=command,
         settings=settings.to_dict(),
@@ -115,6 +120,7 @@ def bench(
         reference=stand.reference,
         no_quality_because=stand.loaded.no_quality_because,
         measurements=measurements,
+        generated=Generated(stand.loaded.model.name, stand.entries, stand.against, generation),
         parity=parity,
         environment=environment(),
         notes=tuple(_seen_before(stand, folders)),
@@ -135,11 +141,12 @@ def _set_up(settings: BenchSettings, things: Sequence[Given], folders: Mapping[s
         for entry in each.entries(loaded.get(each.name), settings.target, compiled=settings.compile)
     )
     against = _against(settings.against, entries)
+    after = contexts(settings.context, model)
     usual = _usual(settings, folders)
     with steps.step("load the data") as tick:
         ground = Loaded(model, load_data(usual, model, tick))
     feeds = {batch: timing_feeds(ground.data.test, batch) for batch in settings.batch}
-    return Stand(ground, usual, entries, against, settings.conditions, feeds)
+    return Stand(ground, usual, entries, against, settings.conditions, feeds, after)
 
 
 def _load(spec: str, settings: BenchSettings) -> Model:

@@ -21,6 +21,11 @@ WHAT_HELP = (
 @click.option("--against", help="What the others are compared with.  [default: the first]")
 @click.option("--batch", type=Numbers(), default="1", show_default=True, help="Batch sizes, such as 1,8.")
 @click.option("--threads", type=Numbers(), help="Numbers of threads, such as 1,2.  [default: the runtimes' own]")
+@click.option(
+    "--context",
+    type=Numbers(),
+    help="Tokens that language models generate after, such as 128,512.  [default: 128, or as many as fit]",
+)
 @click.option("--compile", is_flag=True, help="Measure torch models through torch.compile too.")
 @click.option("--target", help="Runtime.  [default: the one a folder was exported for; onnxruntime for files]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where engines run.  [default: as targets prefer]")

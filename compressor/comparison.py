@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressor.entries import Entry
+from compressor.entries import Entry, cells
 from compressor.evaluate import Evaluation
 from compressor.factorial import Factorial, factorial, place
 from compressor.figures import METRICS, Figure
+from compressor.generated import Generated
 from compressor.report import LABELS, brief, dim
 from compressor.stand import Condition, Measurement
-from runtimes.timing import Latency, Speedup, resampled_medians
+from runtimes.timing import Latency, Speedup, speedups_over
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,8 @@ class Comparison:
     """Everything measured by one `bench`, and everything needed to repeat it.
 
     Speed-ups are over `against` under the same condition, losses against `reference`. `parity` is the largest
-    difference of each compiled torch model from the eager one, whose quality stands for it.
+    difference of each compiled torch model from the eager one, whose quality stands for it. `generated` holds nothing
+    but for language models with a cache.
     """
 
     command: str
@@ -44,6 +46,7 @@ class Comparison:
     reference: str
     no_quality_because: str | None
     measurements: tuple[Measurement, ...]
+    generated: Generated
     parity: dict[str, float]
     environment: dict[str, object]
     notes: tuple[str, ...]
@@ -60,14 +63,11 @@ class Comparison:
     @cached_property
     def speedups(self) -> dict[tuple[str, Condition], Speedup]:
         """How many times faster each engine is than the baseline, the same rounds drawn for all."""
-        found = {}
-        for condition in self.conditions:
-            latency = self.latencies(condition)
-            medians = dict(zip(latency, resampled_medians(list(latency.values())), strict=True))
-            for name, each in latency.items():
-                ratio = latency[self.against].median / each.median
-                found[name, condition] = Speedup.of(ratio, medians[self.against] / medians[name])
-        return found
+        return {
+            (name, condition): speed
+            for condition in self.conditions
+            for name, speed in speedups_over(self.against, self.latencies(condition)).items()
+        }
 
     @cached_property
     def quality(self) -> dict[str, tuple[Figure, Figure]]:
@@ -80,25 +80,23 @@ class Comparison:
     @cached_property
     def factorials(self) -> tuple[tuple[str, Factorial], ...]:
         """The factorial of every folder that has one, under every condition."""
-        cells: dict[str, dict[str, Entry]] = {}
-        for entry in self.entries:
-            if entry.cell is not None:
-                cells.setdefault(entry.cell[0], {})[entry.cell[1]] = entry
         return tuple(
-            (folder, self._factorial(own, condition)) for folder, own in cells.items() for condition in self.conditions
+            (folder, self._factorial(own, condition))
+            for folder, own in cells(self.entries).items()
+            for condition in self.conditions
         )
 
-    def _factorial(self, cells: dict[str, Entry], condition: Condition) -> Factorial:
+    def _factorial(self, own: Mapping[str, Entry], condition: Condition) -> Factorial:
         latency = self.latencies(condition)
         judged = None
         if self.evaluation is not None:
-            columns = {cell: self.evaluation.columns[entry.name] for cell, entry in cells.items()}
+            columns = {cell: self.evaluation.columns[entry.name] for cell, entry in own.items()}
             judged = Evaluation(self.evaluation.metric, columns)
-        target = next(iter(cells.values())).target
+        target = next(iter(own.values())).target
         return factorial(
-            {cell: latency[entry.name] for cell, entry in cells.items()},
+            {cell: latency[entry.name] for cell, entry in own.items()},
             judged,
-            {cell: str(entry.file) for cell, entry in cells.items()},
+            {cell: str(entry.file) for cell, entry in own.items()},
             place(target, condition.batch, condition.threads),
         )
 
@@ -113,6 +111,7 @@ class Comparison:
             "engines": {entry.name: self._engine(entry) for entry in self.entries},
             "measurements": [self._measured(each) for each in self.measurements],
             "factorials": [{"folder": folder, **each.to_dict()} for folder, each in self.factorials],
+            "generation": self.generated.to_dict() if self.generated.runs else None,
             "notes": list(self.notes),
         }
 
@@ -151,6 +150,7 @@ class Comparison:
         """Speed under each condition, quality, and the factorials, each 80 columns wide where names are short."""
         for condition in self.conditions:
             yield self._speed(condition)
+        yield from self.generated.tables()
         if self.evaluation is not None:
             yield self._quality(self.evaluation)
         for _, each in self.factorials:
@@ -185,6 +185,7 @@ class Comparison:
     def summary(self) -> str:
         """Conclusions and what to read with care, as lines of text."""
         lines = [sentence for folder, each in self.factorials for sentence in _told(folder, each)]
+        lines += self.generated.summary()
         if self.evaluation is not None:
             count = self.data["sizes"]["test"]
             lines.append(f"Quality: {METRICS[self.evaluation.metric]}, on {count} test samples; the same for all.")

@@ -181,3 +181,12 @@ def _of_folder(name: str, folder: Exported, target: str | None) -> Iterator[Entr
         yield Entry(name, chosen, _there(folder.path / "model.onnx"))
     for cell, file in folder.cells.items():
         yield Entry(f"{name}/{cell}", chosen, _there(folder.path / file), cell=(name, cell))
+
+
+def cells(entries: Sequence[Entry]) -> dict[str, dict[str, Entry]]:
+    """The cells of each folder's factorial, by the folder's name."""
+    found: dict[str, dict[str, Entry]] = {}
+    for entry in entries:
+        if entry.cell is not None:
+            found.setdefault(entry.cell[0], {})[entry.cell[1]] = entry
+    return found

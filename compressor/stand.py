@@ -60,7 +60,7 @@ class Engines:
 
 @dataclass(frozen=True)
 class Stand:
-    """Everything that is measured, and on what."""
+    """Everything that is measured, and on what; `contexts` are the tokens that generation is timed after."""
 
     loaded: Loaded
     settings: Settings
@@ -68,6 +68,7 @@ class Stand:
     against: str
     conditions: tuple[Condition, ...]
     feeds: Mapping[int, Feeds]
+    contexts: tuple[int, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -93,7 +94,12 @@ class Stand:
         options = sized(BuildOptions(), self.loaded, self.settings)
         smallest, usual, largest = options.batches
         batches = [condition.batch for condition in self.conditions]
-        return dataclasses.replace(options, batches=(smallest, usual, max(largest, *batches)))
+        least, middle, longest = options.lengths
+        return dataclasses.replace(
+            options,
+            batches=(smallest, usual, max(largest, *batches)),
+            lengths=(least, middle, max((longest, *(context + 1 for context in self.contexts)))),
+        )
 
     def built(self, scratch: Path, steps: Steps) -> Engines:
         """Build every engine anew, and see that it takes the data's inputs.
@@ -198,9 +204,10 @@ def _build(entry: Entry, file: Path, scratch: Path, options: BuildOptions) -> Pa
 
 
 def _check_ends(name: str, engine: Engine, loaded: Loaded) -> None:
-    """Refuse an engine that takes or gives something else than the data's model."""
+    """Refuse an engine that takes or gives something else than the data's model; a cache may have lost layers."""
     model = loaded.model
-    if set(engine.inputs) != set(model.inputs) or model.answer not in engine.outputs:
+    needed = set(model.inputs) - set(model.state.values())
+    if not needed <= set(engine.inputs) <= set(model.inputs) or model.answer not in engine.outputs:
         raise BenchError(
             f"{name} goes from {', '.join(engine.inputs)} to {', '.join(engine.outputs)}, but {model.name} from "
             f"{', '.join(model.inputs)} to {model.answer}; measure models of one kind, or name theirs with --model."

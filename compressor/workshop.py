@@ -31,11 +31,11 @@ from compressor.subject import Loaded, accepting_data
 from passes.graph import Graph
 from passes.run import run
 from runtimes.base import BuildOptions, Engine, Feeds, Runtime, check_device, need, runtime, targets
-from runtimes.timing import Latency, Timeable, interleave
+from runtimes.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
 
 PARITY_ROWS = 8
-CLOCK_ROUNDS = 4  # of the quick timing that a search goes by
-CLOCK_SECONDS = 0.2
+CLOCK_ROUNDS = 8  # of the quick timing that a search goes by: short ones, of which some meet a quiet machine
+CLOCK_SECONDS = 0.1
 TIMING_CANDIDATES = 32  # samples among which the one of median length is timed
 
 
@@ -133,7 +133,7 @@ class Workshop:
         """Build an engine from each finished graph, in the precision asked for, and time them against each other.
 
         Returns:
-            Median milliseconds by name.
+            Milliseconds by name, those of the quietest burst.
         """
         with steps.step(f"time {len(graphs)} designs on {self.target.name}") as tick, self._passing() as workshop:
             engines: dict[str, Path] = {}
@@ -148,7 +148,7 @@ class Workshop:
                 burst_seconds=CLOCK_SECONDS,
                 progress=lambda name, done, total: tick(total + done, 2 * total, f"time {name}"),
             )
-        return {name: latency.median for name, latency in found.items()}
+        return {name: latency.quietest for name, latency in found.items()}
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[Workshop]:
@@ -299,13 +299,24 @@ class Workshop:
         return {name: partial(self.target.load, path, options) for name, path in engines.items()}
 
 
-def timed(openers: Mapping[str, Callable[[], Timeable]], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
+def timed(
+    openers: Mapping[str, Callable[[], Timeable]],
+    feeds: Feeds,
+    rounds: int,
+    steps: Steps,
+    *,
+    name: str = "measure the latency",
+    min_runs: int = MIN_RUNS,
+    warmup_runs: int = WARMUP_RUNS,
+) -> dict[str, Latency]:
     """Time engines against each other in one interleaved run."""
-    with steps.step("measure the latency") as tick:
+    with steps.step(name) as tick:
         return interleave(
             openers,
             feeds,
             rounds=rounds,
+            min_runs=min_runs,
+            warmup_runs=warmup_runs,
             progress=lambda name, done, total: tick(done, total, name),
         )
 

@@ -104,27 +104,50 @@ class OnnxRuntimeEngine(Closing[Any]):
         with _run_errors():
             return dict(zip(self.outputs, session.run(list(self.outputs), dict(feeds)), strict=True))
 
-    def bind(self, feeds: Feeds) -> Callable[[], None]:
+    def bind(self, feeds: Feeds) -> Bound:
         """Copy the feeds to the device; each call of the result is one inference on them, its outputs staying there."""
+        self._live()
+        return Bound(self._live, self.outputs, taken(feeds, self.input_dtypes, self.input_shapes), self._device)
+
+
+class Bound:
+    """Feeds that lie where a session runs; each call is one inference on them, from there to buffers that stay there.
+
+    ONNX Runtime allocates the outputs at the first call, which knows their shapes; every further one writes the same
+    buffers. So a step of generation, whose keys and values are outputs, goes through no host array and allocates none.
+    """
+
+    def __init__(self, live: Callable[[], Any], outputs: tuple[str, ...], feeds: Feeds, device: str) -> None:
         import onnxruntime as ort
 
-        session = self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        self._live, self._names = live, outputs
         copies = {key: np.array(value, order="C") for key, value in feeds.items()}
-        values = {key: ort.OrtValue.ortvalue_from_numpy(value, self._device, 0) for key, value in copies.items()}
-        binding = session.io_binding()
-        for key, value in values.items():
-            binding.bind_ortvalue_input(key, value)
-        for key in self.outputs:
-            binding.bind_output(key, self._device, 0)
+        # Held here to keep it alive: on the CPU the binding reads its memory without owning it.
+        self._inputs = {key: ort.OrtValue.ortvalue_from_numpy(value, device, 0) for key, value in copies.items()}
+        self._outputs: dict[str, Any] = {}
+        self._binding = live().io_binding()
+        for key, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(key, value)
+        for key in outputs:
+            self._binding.bind_output(key, device, 0)
 
-        # `values` is a default argument to keep it alive: on the CPU the binding reads its memory without owning it.
-        def step(_held: object = values) -> None:
-            with _run_errors():
-                self._live().run_with_iobinding(binding)
-                binding.synchronize_outputs()
+    def __call__(self) -> None:
+        """Run one inference."""
+        with _run_errors():
+            self._live().run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
+        if not self._outputs:
+            self._keep()
 
-        return step
+    def outputs(self) -> dict[str, npt.NDArray[Any]]:
+        """Copies of the outputs of the last call; none before the first."""
+        return {key: value.numpy().copy() for key, value in self._outputs.items()}
+
+    def _keep(self) -> None:
+        """Let further calls write where the first one did."""
+        self._outputs = dict(zip(self._names, self._binding.get_outputs(), strict=True))
+        for key, value in self._outputs.items():
+            self._binding.bind_ortvalue_output(key, value)
 
 
 def _open(path: Path, options: BuildOptions) -> Any:

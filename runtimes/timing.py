@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from time import perf_counter_ns
 from types import TracebackType
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from runtimes.base import Feeds, RuntimesError
 
 WARMUP_RUNS = 3
+MIN_RUNS = 5
 RESAMPLES = 2000
 
 
@@ -81,6 +83,17 @@ class Latency:
         return self._percentile(50.0)
 
     @property
+    def quietest(self) -> float:
+        """The least median of a burst, in milliseconds: what is left where other processes disturbed most bursts.
+
+        For predictions. It is no figure to report: the best of many is better than what users will see.
+
+        >>> Latency(((9.0, 9.0), (2.0, 3.0, 2.0), (8.0,))).quietest
+        2.0
+        """
+        return min(float(np.median(burst)) for burst in self.samples_ms)
+
+    @property
     def p90(self) -> float:
         """The 90th percentile over all bursts, in milliseconds."""
         return self._percentile(90.0)
@@ -123,14 +136,27 @@ def resampled_medians(
     return medians
 
 
+def speedups_over(name: str, latencies: Mapping[str, Latency]) -> dict[str, Speedup]:
+    """Return how many times faster each latency is than the named one, the same rounds drawn for all.
+
+    See `resampled_medians`.
+    """
+    medians = dict(zip(latencies, resampled_medians(list(latencies.values())), strict=True))
+    return {
+        other: Speedup.of(latencies[name].median / each.median, medians[name] / medians[other])
+        for other, each in latencies.items()
+    }
+
+
 def interleave(
     openers: Mapping[str, Callable[[], Timeable]],
     feeds: Feeds,
     *,
     rounds: int = 10,
     burst_seconds: float = 0.6,
-    min_runs: int = 5,
+    min_runs: int = MIN_RUNS,
     max_runs: int = 1000,
+    warmup_runs: int = WARMUP_RUNS,
     warmup_seconds: float = 0.2,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Latency]:
@@ -146,7 +172,8 @@ def interleave(
         burst_seconds: Shortest time of one burst, after warming up.
         min_runs: Fewest timed inferences of one burst, however long they take.
         max_runs: Most timed inferences of one burst: more of a very quick model say nothing more and fill the report.
-        warmup_seconds: Shortest time of untimed inferences at the start of a burst, at least three.
+        warmup_runs: Fewest untimed inferences at the start of a burst.
+        warmup_seconds: Shortest time of those.
         progress: Called before each burst with the engine's name, the number of bursts done, and of all bursts.
 
     Raises:
@@ -161,10 +188,19 @@ def interleave(
         if progress is not None:
             progress(name, done, rounds * len(openers))
         with openers[name]() as engine:
-            step = engine.bind(feeds)
-            _repeat(step, seconds=warmup_seconds, fewest=WARMUP_RUNS)
-            bursts[name].append(_repeat(step, seconds=burst_seconds, fewest=min_runs, most=max_runs))
+            warmup = partial(_repeat, seconds=warmup_seconds, fewest=warmup_runs)
+            timed = partial(_repeat, seconds=burst_seconds, fewest=min_runs, most=max_runs)
+            bursts[name].append(_burst(engine, feeds, warmup, timed))
     return {name: Latency(tuple(samples)) for name, samples in bursts.items()}
+
+
+def _burst(
+    engine: Timeable, feeds: Feeds, warmup: Callable[..., object], timed: Callable[..., tuple[float, ...]]
+) -> tuple[float, ...]:
+    """Warm up and time; what was bound is given back before the next engine opens, as a cache can be large."""
+    step = engine.bind(feeds)
+    warmup(step)
+    return timed(step)
 
 
 def _order(names: tuple[str, ...], rounds: int) -> list[str]:

@@ -259,9 +259,40 @@ def test_the_tables_of_the_matrix(of_matrix, second, told):
     assert "- DeiT-Tiny: blocks.1.attn drop; 30.0% fewer multiply-adds." in text
     lines = of_matrix.rivals_table(found).splitlines()
     assert lines[3] == (
-        "| DeiT-Tiny, onnxruntime | Compressor, compressed int8 | 4.2 ms, 2.40x (2.30–2.50) | 80.00 | "
+        "| DeiT-Tiny, onnxruntime | Compressor, compressed int8 | 4.2 ms, 2.40x (2.30–2.50) | – | 80.00 | "
         "+0.50 (-0.50 to +1.50) | 5.0 MB |"
     )
+
+
+# -------------------------------------------------------------------------------------------- made-up results: decode
+
+
+def test_the_table_of_generation():
+    def row(engine, context, token, cache):
+        part = {"latency": {"median": 8.0}, "speedup": over(1.0)}
+        return {"engine": engine, "context": context, "first": part, "cache_bytes": cache, "tokens_per_second": 250.0,
+                "token": {"latency": {"median": 4.0}, "speedup": over(token)},
+                "difference_from_whole_text": 0.02 * token}  # fmt: skip
+
+    speed = {"change": over(1.5), "int8": over(2.0), "both": over(3.3)}
+    whole = {"change": "compression", "speedup": speed, "ratio": over(1.1, 0.05), "verdict": "more"}
+    factorials = [{"part": part, "context": 128, "interactions": [whole]} for part in ("first", "token")]
+    rows = [row("export/dense float", 128, 1.0, 4e6), row("qwen3 (eager)", 128, 0.5, 4e6)]
+    run = {"layers": 4, "plan": {"a": "drop", "b": "drop"}, "environment": {"cores": 2},
+           "sizes": {"original": {"cache": 32768}, "result": {"cache": 16384}},
+           "generation": {"measurements": rows, "factorials": factorials}}  # fmt: skip
+    lines = script("tables_decode").decode_table({"dynamic": run}).splitlines()
+    assert lines[2] == (
+        "| dynamic, 128 | Compressor, dense float | 8.0 ms, 1.00x (0.90–1.10) | 4.0 ms, 1.00x (0.90–1.10) | 250.0 | "
+        "4.0 MB |"
+    )
+    assert lines[3].startswith("| dynamic, 128 | torch (eager) |")
+    assert lines[5] == (
+        "- int8 dynamic, 128 tokens, first token: 1.50 x 2.00 alone, 3.30 together; both / product 1.100 "
+        "(1.050–1.150) more."
+    )
+    assert "2 of 4 attention layers dropped, 32,768 → 16,384 bytes of cache a token" in lines[-1]
+    assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
 
 
 # --------------------------------------------------------------------------------------------------------- scripts
@@ -278,6 +309,21 @@ def test_the_matrix_runs_on_the_sample(of_matrix, monkeypatch, tmp_path):
     assert list(found["targets"]) == ["onnxruntime", "onnxruntime (again)"]
     assert "| digits, onnxruntime | ONNX Runtime dynamic int8 |" in of_matrix.rivals_table({"digits": found})
     assert "| digits | onnxruntime, 8 |" in of_matrix.matrix_table({"digits": found})
+
+
+@pytest.mark.slow
+def test_decode_runs_on_a_small_model(tmp_path):
+    decode = script("decode")
+    small = decode.configured(tmp_path / "qwen3", 2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+                              num_key_value_heads=2, head_dim=8, vocab_size=64, max_position_embeddings=64)  # fmt: skip
+    found = decode.measure(small, tmp_path, int8="dynamic", layers=2, context="8,32", rounds=1)
+    assert len(found["plan"]) == 1
+    rows = found["generation"]["measurements"]
+    assert [row["context"] for row in rows] == [8] * 5 + [32] * 5
+    assert rows[0]["cache_bytes"] == 2 * rows[2]["cache_bytes"] == 2 * 8 * 2 * 2 * 8 * 4  # both layers: keys, values
+    text = script("tables_decode").decode_table({"dynamic": found})
+    assert "| dynamic, 32 | Compressor, compressed int8 |" in text
+    assert text.count("both / product") == 4
 
 
 def test_the_tables_know_the_methods_by_their_names(of_criteria):

@@ -1,0 +1,69 @@
+"""The table of benchmarks/decode.py: how fast a language model of a real size generates, and do the gains multiply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tables_matrix import shown
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results" / "decode.json"
+WHOLE = "compression"  # of the interactions, the one of everything that was done to the model
+CALLS = {"first": "first token", "token": "each further token"}
+
+
+def decode() -> str | None:
+    """Generation of every engine; None where nothing was measured yet."""
+    return decode_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
+
+
+def decode_table(found: Mapping[str, Row]) -> str:
+    """Every engine behind every context, then the interactions.
+
+    Args:
+        found: the results by kind of int8.
+    """
+    lines = [
+        "| int8, context | engine | first token | each further token | tokens/s | cache |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, run in found.items():
+        for each in run["generation"]["measurements"]:
+            lines.append(
+                f"| {kind}, {each['context']} | {shown(each['engine'])} | {_time(each['first'])} | "
+                f"{_time(each['token'])} | {each['tokens_per_second']:.1f} | {each['cache_bytes'] / 1e6:.1f} MB |"
+            )
+    return "\n".join([*lines, "", *_interactions(found), *_facts(found)])
+
+
+def _time(part: Row) -> str:
+    speed = part["speedup"]
+    return f"{part['latency']['median']:.1f} ms, {speed['ratio']:.2f}x ({speed['low']:.2f}–{speed['high']:.2f})"
+
+
+def _interactions(found: Mapping[str, Row]) -> Iterator[str]:
+    for kind, run in found.items():
+        for each in run["generation"]["factorials"]:
+            whole = next(one for one in each["interactions"] if one["change"] == WHOLE)
+            speed = " x ".join(f"{whole['speedup'][part]['ratio']:.2f}" for part in ("change", "int8"))
+            ratio = whole["ratio"]
+            yield (
+                f"- int8 {kind}, {each['context']} tokens, {CALLS[each['part']]}: {speed} alone, "
+                f"{whole['speedup']['both']['ratio']:.2f} together; both / product {ratio['ratio']:.3f} "
+                f"({ratio['low']:.3f}–{ratio['high']:.3f}) {whole['verdict']}."
+            )
+
+
+def _facts(found: Mapping[str, Row]) -> Iterator[str]:
+    for kind, run in found.items():
+        before, after = (run["sizes"][name]["cache"] for name in ("original", "result"))
+        worst = max(each["difference_from_whole_text"] for each in run["generation"]["measurements"])
+        yield (
+            f"- int8 {kind}: {len(run['plan'])} of {run['layers']} attention layers dropped, {before:,} → {after:,} "
+            f"bytes of cache a token; behind a cache logits differ from those of the whole text by at most {worst:.1e} "
+            f"of their spread; {run['environment']['cores']} cores."
+        )
