@@ -57,8 +57,8 @@ CASES = (
     Case("DeiT-Tiny", "deit", ("--drop", "auto", "--max-loss", "1.5"), again=True),
     Case("ViT-B/16, random weights", "vit_base_patch16_224", (*RANDOM, "--samples", "96"), "DeiT-Tiny", rounds=4),
     Case("SwinV2-T, random weights", "swinv2_tiny_window8_256", (*RANDOM, "--samples", "96", "--drop", "6"), rounds=4),
-    Case("DINOv2-S/14 at 518, random weights", "vit_small_patch14_dinov2", (*RANDOM, "--samples", "24"), "DeiT-Tiny",
-         rounds=3, batches="1", compiled=False),
+    Case("DINOv2-S/14 at 518, random weights", "vit_small_patch14_dinov2", (*RANDOM, "--samples", "24", "--drop", "6"),
+         rounds=3, batches="1", compiled=False),  # its tokens are all alike at random: no two engines merge the same
 )  # fmt: skip
 
 
