@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 DENSE = Path("factorial") / "dense.float.onnx"
-CALIBRATION = 250  # images; none of the test
 
 
 def onnxruntime_dynamic(folder: Path, images: Path, output: Path) -> None:
@@ -47,18 +46,20 @@ def nncf_static(folder: Path, images: Path, output: Path) -> None:
 
     model = onnx.load(folder / DENSE)
     name = model.graph.input[0].name
-    data = nncf.Dataset(list(calibration(folder, images)), lambda picture: {name: picture})
-    onnx.save(nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION), output)
+    pictures = list(calibration(folder, images))
+    data = nncf.Dataset(pictures, lambda picture: {name: picture})
+    onnx.save(nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pictures)), output)
 
 
 def calibration(folder: Path, images: Path) -> Iterator[Any]:
-    """Preprocessed images ``[1, 3, H, W]``, none of those that the folder was judged on."""
+    """Preprocessed images ``[1, 3, H, W]``: as many as the export was calibrated on, none that it was judged on."""
     from plain_onnxruntime import pixels
 
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-    test = set(json.loads((folder / "report.json").read_text())["data"]["test_ids"])
+    data = json.loads((folder / "report.json").read_text())["data"]
+    count, test = data["sizes"]["calibration"], set(data["test_ids"])
     names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.*") if path.parent != images)
-    for name in [name for name in names if name not in test][:: max(1, len(names) // (2 * CALIBRATION))][:CALIBRATION]:
+    for name in [name for name in names if name not in test][:: max(1, len(names) // (2 * count))][:count]:
         yield pixels(images / name, config)[None]
 
 
