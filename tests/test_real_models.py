@@ -99,7 +99,7 @@ def test_a_plan_replays_to_the_same_file(deit, tmp_path):
 def test_llama_perplexity_inspect_and_export(tmp_path):
     tokens = LLAMA / "sampled_tokens.npy"
     assert {row["kind"] for row in inspect(LLAMA, data=tokens, samples=48).rows()} == {"attention", "mlp"}
-    report = export(LLAMA, data=tokens, drop="1", metric="output", samples=400, output=tmp_path / "out")
+    report = export(LLAMA, data=tokens, drop="1", metric="output", samples=400, rounds=2, output=tmp_path / "out")
     assert report.quality is not None
     assert report.quality.metric == "perplexity"
     # The tokens were drawn from the model itself; data/README.md states 1.26 nats a token. 200 test sequences of 191
@@ -127,7 +127,7 @@ def test_minilm_goes_through_inspect_and_export(tmp_path):
     (folder,) = MINILM.submodule_search_locations
     model, pairs = Path(folder) / "model", STSB / "stsb-en-test.csv"
     assert len(inspect(model, data=pairs, samples=24).rows()) == 12
-    report = export(model, data=pairs, drop="attention:1", samples=80, output=tmp_path / "out")
+    report = export(model, data=pairs, drop="attention:1", samples=80, rounds=2, output=tmp_path / "out")
     assert report.quality is not None
     assert report.quality.metric == "spearman"
     assert {"tokenizer.json", "config.json", "model.onnx"} <= {path.name for path in (tmp_path / "out").iterdir()}
