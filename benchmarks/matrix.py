@@ -118,14 +118,17 @@ def _samples(case: Case) -> Iterator[str]:
 
 
 def slim(found: dict[str, Any]) -> dict[str, Any]:
-    """What the tables need: everything but the raw samples."""
+    """What the tables need: everything but the raw samples, and where files lay on this machine."""
     for each in found["measurements"]:
         del each["latency"]["samples_ms"]
     for each in found["factorials"]:
         for cell in each["cells"].values():
             del cell["latency"]["samples_ms"]
-    kept = ("engines", "measurements", "factorials", "against", "metric", "data", "environment", "notes")
-    return {name: found[name] for name in kept}
+            cell["file"] = Path(cell["file"]).name
+    for each in found["engines"].values():
+        each["file"] = None if each["file"] is None else Path(each["file"]).name
+    kept = ("engines", "measurements", "factorials", "against", "metric", "environment", "notes")
+    return {name: found[name] for name in kept} | {"data": {"sizes": found["data"]["sizes"]}}
 
 
 def measure(case: Case, where: Mapping[str, str], python: str | None, plan: Path | None, work: Path) -> dict[str, Any]:
