@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from passes.graph import Applied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -30,6 +30,39 @@ class Pass(Protocol[Result_co]):
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> Result_co:
         """Analyse or rewrite `graph`; `data` yields batches of named inputs, first axis the samples."""
         ...
+
+
+class Addable(Protocol):
+    """Statistics of some samples, which those of others can be added to."""
+
+    def __add__(self, other: Any, /) -> Any:
+        """The statistics of both."""
+        ...
+
+
+Sums = TypeVar("Sums", bound=Addable)
+
+
+def swept(
+    batch: Callable[[Mapping[str, torch.Tensor]], Sums], data: Iterable[Mapping[str, torch.Tensor]] | None, name: str
+) -> Sums:
+    """The statistics of each batch, added up as they come.
+
+    Args:
+        batch: measures one batch.
+        data: the batches.
+        name: of the pass, for the error.
+
+    Raises:
+        PassError: there is no batch.
+    """
+    total: Sums | None = None
+    for feeds in data or ():
+        part = batch(feeds)
+        total = part if total is None else total + part
+    if total is None:
+        raise PassError(f"{name} got no batches of data.")
+    return total
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from passes.base import PassError
+from passes.base import PassError, swept
 from passes.run import Program
 from passes.sites import find_sites
 
@@ -138,14 +138,7 @@ class Score:
         sites = find_sites(graph)
         if not sites:
             raise PassError("the graph has no residual site, so there is nothing to score.")
-        sweep = _Sweep(graph, sites)
-        total: Scores | None = None
-        for feeds in data or ():
-            part = sweep.batch(feeds)
-            total = part if total is None else total + part
-        if total is None:
-            raise PassError("Score got no batches of data.")
-        return total
+        return swept(_Sweep(graph, sites).batch, data, "Score")
 
 
 class _Sweep:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from passes.base import PassError
+from passes.base import PassError, swept
 from passes.flow import from_data, leading_constants
 from passes.run import Program
 from passes.score import MASK
@@ -147,13 +147,7 @@ class Study:
         sites = find_sites(graph)
         if not sites:
             raise PassError("the graph has no residual site, so there is nothing to study.")
-        sweep, total = _Sweep(graph, sites, self), None
-        for feeds in data or ():
-            part = sweep.batch(feeds)
-            total = part if total is None else total + part
-        if total is None:
-            raise PassError("Study got no batches of data.")
-        return total
+        return swept(_Sweep(graph, sites, self).batch, data, "Study")
 
 
 class _Sweep:
