@@ -53,3 +53,17 @@ def bootstrap(statistic: Callable[[Columns], Array], columns: Columns, seed: int
         drawn.append(statistic({name: column[rows] for name, column in columns.items()}))
     low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     return Figure(value, float(low), float(high), count)
+
+
+def scaled(count: int, gap: str = "") -> str:
+    """A count in three digits or so, and `gap` before its unit.
+
+    >>> scaled(950), scaled(49_792), scaled(5_717_416), scaled(1_258_000_000)
+    ('950', '49.8k', '5.72M', '1.26G')
+    >>> scaled(950, " "), scaled(49_792, " "), scaled(5_717_416, " "), scaled(1_258_000_000, " ")
+    ('950 ', '49.8 k', '5.72 M', '1.26 G')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{gap}{unit}"
+    return f"{count}{gap}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.evidence import nested, state_names
+from compressor.figures import scaled
 from compressor.folder import write_files
 
 if TYPE_CHECKING:
@@ -150,18 +151,6 @@ class Inspection:
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         return picture.getvalue()
-
-
-def scaled(count: int) -> str:
-    """A count in three digits or so.
-
-    >>> scaled(950), scaled(49_792), scaled(5_717_416), scaled(1_258_000_000)
-    ('950', '49.8k', '5.72M', '1.26G')
-    """
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
 
 
 def _number(value: float, digits: int) -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 from rich.console import Console
 
 import compressor
-from compressor.inspection import Inspection, scaled
+from compressor.figures import scaled
+from compressor.inspection import Inspection
 
 
 class Changing(torch.nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.deferred import told
-from compressor.figures import METRICS
+from compressor.figures import METRICS, scaled
 from compressor.pages import report_sections as sections
 from compressor.pages.page import Cell, Page, Points, Prose, Section, Table, Tile
 from compressor.pages.report_text import (
@@ -21,7 +21,6 @@ from compressor.pages.report_text import (
     done,
     interval,
     loss_unit,
-    scaled,
     times,
     value_text,
     with_unit,
@@ -157,8 +156,8 @@ def _tiles(content: Json) -> Iterator[Tile]:
         ("Multiply-adds", "multiply_adds", ""),
     ):
         after, before = sizes["result"][key], sizes[start][key]
-        share = f"{after / before:.0%} of {scaled(before)}{unit}" if before else ""
-        yield Tile(label, f"{scaled(after)}{unit}", share)
+        share = f"{after / before:.0%} of {scaled(before, ' ')}{unit}" if before else ""
+        yield Tile(label, f"{scaled(after, ' ')}{unit}", share)
 
 
 def _notes(content: Json) -> Section | None:

@@ -23,18 +23,6 @@ def done(action: str) -> str:
     return DONE.get(form, form)
 
 
-def scaled(count: int) -> str:
-    """A count in three digits or so.
-
-    >>> scaled(950), scaled(49_792), scaled(5_717_416), scaled(1_258_000_000)
-    ('950 ', '49.8 k', '5.72 M', '1.26 G')
-    """
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} "
-
-
 def loss_unit(content: Json) -> str:
     """The unit of a loss."""
     metric = content["quality"]["metric"]
