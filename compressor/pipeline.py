@@ -299,7 +299,8 @@ def _notes(
     for name, facts in int8.items():
         if facts.loss is not None and facts.loss > settings.max_int8_loss:
             notes.append(
-                f"int8 of the {name} lost {facts.loss:.2f} % on validation data even with layers kept in float."
+                f"int8 of the {name} is expected to lose {facts.loss:.2f} %, by validation data, "
+                "even with layers kept in float."
             )
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_named(subject.data)}.")
