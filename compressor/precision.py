@@ -5,6 +5,7 @@ A precision is written into the ONNX file here, or made by the target itself fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,8 @@ from compressor.errors import CompressorError
 from runtimes.base import PRECISIONS, Runtime, runtime, targets
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from compressor.quantize import Quantized
 
 AUTO = "auto"
@@ -72,6 +75,21 @@ class Trial:
     speedup: float | None
     loss: float | None
     verdict: str
+
+
+def table(trials: Sequence[dict[str, Any]]) -> Table:
+    """What ``auto`` found of each precision, for a terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(title="Precisions tried on the result", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("precision", "ms", "speed-up", "expected loss, %", ""):
+        shown.add_column(heading, justify="right" if heading else "left")
+    for trial in trials:
+        figures = zip(("milliseconds", "speedup", "loss"), ("{:.2f}", "{:.2f}x", "{:.2f}"), strict=True)
+        values = ["" if trial[key] is None else form.format(trial[key]) for key, form in figures]
+        shown.add_row(trial["precision"], *values, trial["verdict"])
+    return shown
 
 
 def check(target: Runtime, precision: str, device: str) -> None:
