@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 name = "torch"
 description = "PyTorch's AOTInductor on the CPU or on CUDA; compiles model.pt2 for this processor (needs g++)"
 devices = ("cpu", "cuda")
-source = ".pt2"
+source: Literal[".pt2"] = ".pt2"
 # On CUDA nobody has run it: the project had no such device. int8 there would be another quantizer.
 precisions = {"cpu": ("fp32", "bf16", "int8", "int8-dynamic"), "cuda": ("fp32", "fp16", "bf16")}
 own = ("fp16", "bf16", "int8", "int8-dynamic")
 # No int8 ONNX file is ever written for it; this says what its own int8 is.
-int8 = Int8Style(devices=("cpu",), activations="uint8", convolutions=False, dynamic=True)
+int8 = Int8Style(activations="uint8", convolutions=False)
 
 FILE = "model.pt2"
 FACTS = "compressor"  # the key of our metadata among those of the package
@@ -59,14 +59,14 @@ def missing() -> str | None:
     return None
 
 
-def build(program: Path, out: Path, options: BuildOptions) -> Path:
+def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Compile an exported program for this machine and return the path of the package, `out`/model.pt2.
 
     It runs on processors and systems of this kind, at any number of threads. Weights are packed for the processor's
     matrix kernels (Inductor's freezing): DeiT-Tiny took 12.7 ms with and 21.9 ms without.
 
     Args:
-        program: what torch.export.save wrote, with the names of inputs and outputs in its file compressor.json.
+        source: what torch.export.save wrote, with the names of inputs and outputs in its file compressor.json.
         out: the folder for the package.
         options: device, precision and the samples for int8.
 
@@ -82,7 +82,7 @@ def build(program: Path, out: Path, options: BuildOptions) -> Path:
 
     path = out / FILE
     with quiet(), torch.no_grad():
-        exported, facts = _read(program)
+        exported, facts = _read(source)
         try:
             if options.device == "cuda":
                 exported = move_to_device_pass(exported, "cuda")
@@ -93,7 +93,7 @@ def build(program: Path, out: Path, options: BuildOptions) -> Path:
         except RuntimesError:
             raise
         except Exception as error:  # Inductor, the C++ compiler and torchao have no common class of errors
-            raise BuildError(f"torch cannot compile {program.name}: {first_line(error)}.") from error
+            raise BuildError(f"torch cannot compile {source.name}: {first_line(error)}.") from error
     return path
 
 

@@ -138,9 +138,7 @@ def in_products(program: ExportedProgram, precision: str) -> ExportedProgram:
 
     aten = torch.ops.aten
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    products = {
-        getattr(aten, key).default for key in PRODUCTS
-    }
+    products = {getattr(aten, key).default for key in PRODUCTS}
 
     def lower(value: Any) -> Any:
         return value.to(low) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
@@ -187,8 +185,13 @@ def in_int8(
     config = x86.get_default_x86_inductor_quantization_config(is_dynamic=dynamic)
     quantizer.set_function_type_qconfig(torch.nn.functional.linear, config)
     prepared = prepare_pt2e(_module(program), quantizer)
-    for feeds in () if dynamic or samples is None else samples():
-        prepared(*(torch.tensor(feeds[name]) for name in names))
+    assert program.example_inputs is not None
+    # One run in any case: ranges of weights are found while running too.
+    if dynamic or samples is None:
+        prepared(*program.example_inputs[0])
+    else:
+        for feeds in samples():
+            prepared(*(torch.tensor(feeds[name]) for name in names))
     converted = convert_pt2e(prepared)
     if not any("dequantize" in str(node.target) for node in converted.graph.nodes):
         raise BuildError("The model has no Linear layer, which is what target torch computes in int8; take fp32.")
