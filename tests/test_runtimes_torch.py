@@ -161,10 +161,12 @@ def test_threads_are_those_asked_for_and_put_back(fp32, monkeypatch):
     wanted = before + 1
     with target.load(fp32, BuildOptions(threads=wanted)) as engine:
         real = engine._live().loader
-        recording = type(
-            "Loader", (), {"run": lambda _, tensors: seen.append(torch.get_num_threads()) or real.run(tensors)}
-        )
-        monkeypatch.setattr(engine._live(), "loader", recording())
+
+        def recording(tensors):
+            seen.append(torch.get_num_threads())
+            return real.run(tensors)
+
+        monkeypatch.setattr(engine._live(), "loader", SimpleNamespace(run=recording))
         engine.bind(feeds(1))()
     assert (seen, torch.get_num_threads()) == ([wanted], before)
 
