@@ -81,13 +81,12 @@ def check(target: Runtime, precision: str, device: str) -> None:
         PrecisionError: with what the target can do there, and who else has the precision.
     """
     had = target.precisions.get(device, ())
-    if precision == AUTO or precision in had or not had:  # a device that it lacks is refused as such
+    if precision in (AUTO, "fp32", *had):  # a device that it lacks is refused as such, with fp32
         return
     others = [name for name in targets() if precision in runtime(name).precisions.get(device, ())]
     elsewhere = f"; {precision} on {device} needs --target {' or '.join(others)}" if others else ""
-    raise PrecisionError(
-        f"target {target.name} has no {precision} on {device}; it has {', '.join(had)} there{elsewhere}."
-    )
+    there = f"; it has {', '.join(had)} there" if had else ""
+    raise PrecisionError(f"target {target.name} has no {precision} on {device}{there}{elsewhere}.")
 
 
 def judged(
@@ -111,6 +110,8 @@ def judged(
     def verdict(name: str) -> str:
         if name == chosen:
             return "chosen"
+        if name == "fp32":
+            return "what the others are held against"
         if name not in fitting:
             return f"loses {losses[name]:.2f} %, more than {limit:g} %"
         return "not faster than fp32" if milliseconds[name] >= whole else f"slower than {chosen}"
