@@ -326,9 +326,10 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _muted():
+        with warnings.catch_warnings(), _muted(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):  # some of its native messages take the way through Python
+                yield
     finally:
         logging.disable(before)
 
