@@ -165,11 +165,9 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Every design in one precision, beside the float original."""
     first, *others = files
-    engines = {"baseline": files[first], **{name: files[name] for name in others}}
-    reference = "baseline"
-    if settings.int8 is not None:
-        engines, _ = workshop.quantized(engines, settings, steps)
-        reference = "original"
+    sources, _ = workshop.precise({"baseline": files[first], **{name: files[name] for name in others}}, settings, steps)
+    engines = {name: workshop.build(source) for name, source in sources.items()}
+    reference = "original" if "original" in engines else "baseline"
     with steps.step("measure the quality"):
         quality = judged(engines, workshop, reference)
     latency = {}
@@ -179,7 +177,11 @@ def _rows(
     rows = []
     for name in (first, *others):
         engine = "baseline" if name == first else name
-        row = {"design": name, "precision": "float" if settings.int8 is None else "int8", "changes": changes[name]}
+        row = {
+            "design": name,
+            "precision": "float" if settings.precision == "fp32" else "int8",
+            "changes": changes[name],
+        }
         row["multiply_adds"] = multiply_adds[name]
         rows.append(row | _quality(quality, engine, reference) | _speed(latency, engine, reference))
     return rows

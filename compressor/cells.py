@@ -9,7 +9,7 @@ from pathlib import Path
 from compressor.evaluate import Evaluation
 from compressor.factorial import CELLS, Factorial, factorial, place
 from compressor.folder import copy_onnx
-from compressor.lower import lower
+from compressor.precision import Source
 from compressor.rewrite import finished
 from compressor.settings import Settings
 from compressor.workshop import Workshop
@@ -28,35 +28,35 @@ def unmerged(plan: Plan, graph: Graph, workshop: Workshop) -> dict[str, Path]:
     merging = [merged_tokens(action) is not None for action in plan.changes.values()]
     if not any(merging) or all(merging):
         return {}
-    made = lower(finished(graph), workshop.subject.model, workshop.scratch / f"{CHANGES}.onnx")
+    made = workshop.lowered(finished(graph), CHANGES)
     workshop.parity(made, graph)
     return {CHANGES: made}
 
 
-def parted(floats: Mapping[str, Path], files: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The files of the report's variants, and those of the cells that it lacks.
+def parted(floats: Mapping[str, Path], files: Mapping[str, Source]) -> tuple[dict[str, Source], dict[str, Source]]:
+    """The sources of the report's variants, and those of the cells that it lacks.
 
     Args:
         floats: ONNX files before int8: ``baseline``, ``result`` and, where tokens are merged, ``changes``.
         files: the same after int8, with ``original`` for the float baseline.
     """
-    more = {"compressed float": floats["result"]}
+    more = {"compressed float": Source(floats["result"])}
     if CHANGES in floats:
-        more |= {f"{CHANGES} float": floats[CHANGES], f"{CHANGES} int8": files[CHANGES]}
-    return {name: path for name, path in files.items() if name != CHANGES}, more
+        more |= {f"{CHANGES} float": Source(floats[CHANGES]), f"{CHANGES} int8": files[CHANGES]}
+    return {name: source for name, source in files.items() if name != CHANGES}, more
 
 
 def measured(
     latency: Mapping[str, Latency],
     evaluation: Evaluation | None,
-    files: Mapping[str, Path],
+    files: Mapping[str, Source],
     settings: Settings,
     folder: Path,
 ) -> Factorial:
     """The factorial of an export, and every cell's ONNX file in its folder, so that it can be measured again."""
     named = {cell: VARIANTS.get(cell, cell) for cell in CELLS if VARIANTS.get(cell, cell) in latency}
     (folder / FOLDER).mkdir()
-    shipped = {cell: _file(cell, files[name], folder) for cell, name in named.items()}
+    shipped = {cell: _file(cell, files[name].path, folder) for cell, name in named.items()}
     columns = {} if evaluation is None else {cell: evaluation.columns[name] for cell, name in named.items()}
     return factorial(
         {cell: latency[name] for cell, name in named.items()},

@@ -20,6 +20,8 @@ from compressor.errors import CompressorError, SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# Those of runtimes.base and compressor.precision, which import NumPy: --help must stay fast.
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 INT8 = ("static", "dynamic")
 MODEL_HELP = (
     "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, or package.module:factory "
@@ -177,11 +179,19 @@ def _engine_options(command: Command) -> Command:
                 "--target", default="onnxruntime", show_default=True, help="Runtime; `compressor targets` lists them."
             ),
             click.option(
+                "--precision",
+                type=click.Choice(PRECISIONS),
+                default="fp32",
+                show_default=True,
+                help="What the engine computes in; auto measures all that the target has and keeps the fastest that "
+                "loses little.",
+            ),
+            click.option(
                 "--int8",
                 is_flag=False,
                 flag_value="static",
                 type=click.Choice(INT8),
-                help="Quantize to int8: static (the default if no value is given) or dynamic.",
+                help="Short for --precision int8, or int8-dynamic with the value dynamic.",
             ),
             click.option(
                 "--device",
@@ -250,7 +260,10 @@ def _engine_options(command: Command) -> Command:
     help="Measure compression and int8 alone and together: do their speed-ups multiply? Implies --int8.",
 )
 @click.option(
-    "--max-int8-loss", default=0.5, show_default=True, help="Most int8 may lose before layers return to float, in %."
+    "--max-precision-loss",
+    default=0.5,
+    show_default=True,
+    help="Most a precision below fp32 may lose, in %: int8 returns layers to float until it holds.",
 )
 @click.option("--defer-build", is_flag=True, help="Leave the engine to `compressor build` on the device it runs on.")
 @click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")

@@ -154,7 +154,8 @@ class Device:
             for done, (name, file) in enumerate(self.part["files"].items()):
                 tick(done, len(self.part["files"]), name)
                 (self.scratch / name).mkdir()
-                engines[name] = self.target.build(self.place / file, self.scratch / name, self.options)
+                options = replace(self.options, precision=self.part["precisions"][name])
+                engines[name] = self.target.build(self.place / file, self.scratch / name, options)
         return engines
 
     def measured(self, engines: Mapping[str, Path], steps: Steps) -> dict[str, Json]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from runtimes.base import BuildOptions, Engine, Int8Style, Runtime, runtime
 
 if TYPE_CHECKING:
     from compressor.figures import Array
+    from compressor.precision import Source
     from compressor.settings import Settings
     from compressor.steps import Steps
     from compressor.subject import Loaded
@@ -39,17 +40,20 @@ class StandIn:
     """ONNX Runtime on this CPU in the place of a target that is elsewhere; its int8 files are written as that wants."""
 
     int8: Int8Style
+    precisions: Mapping[str, tuple[str, ...]]
     name: str = STAND_IN
     description: str = "ONNX Runtime on the CPU, in the place of the target"
     devices: tuple[str, ...] = ("cpu",)
+    source: Literal[".onnx"] = ".onnx"
+    own: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
         """As ONNX Runtime says."""
         return runtime(self.name).missing()
 
-    def build(self, onnx: Path, out: Path, options: BuildOptions) -> Path:
+    def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
         """As ONNX Runtime does: the file itself is the engine."""
-        return runtime(self.name).build(onnx, out, options)
+        return runtime(self.name).build(source, out, options)
 
     def load(self, path: Path, options: BuildOptions) -> Engine:
         """As ONNX Runtime does."""
@@ -58,7 +62,7 @@ class StandIn:
 
 def write(
     folder: Path,
-    files: Mapping[str, Path],
+    files: Mapping[str, Source],
     graphs: Mapping[str, Graph],
     workshop: Workshop,
     settings: Settings,
@@ -68,7 +72,7 @@ def write(
 
     Args:
         folder: holds ``model.onnx`` already.
-        files: the ONNX file of each variant, in the precision asked for.
+        files: the ONNX file of each variant, in its precision.
         graphs: ``baseline`` and ``result`` as torch runs them.
         workshop: with the stand-in for the target.
         settings: what was asked for.
@@ -85,21 +89,22 @@ def write(
     options = replace(workshop.options, device=device)
     with steps.step("write what the device needs"):
         (folder / FOLDER).mkdir()
-        for name, path in files.items():
+        for name, source in files.items():
             if name != "result":
-                copy_onnx(path, folder / FOLDER / f"{name}.onnx")
+                copy_onnx(source.path, folder / FOLDER / f"{name}.onnx")
         answers = _answers(graphs, workshop, settings)
         answers.save(folder / ANSWERS)
-        measured = {name: _measured(answers, name, path, workshop) for name, path in files.items()}
-    quantized = [name for name in files if settings.int8 is not None and name != "original"]
+        measured = {name: _measured(answers, name, source.path, workshop) for name, source in files.items()}
+    reduced = [name for name, source in files.items() if source.precision != "fp32"]
     return {
         "state": "deferred",
         "target": target.name,
-        "options": asdict(options),
+        "options": {key: value for key, value in asdict(options).items() if key != "samples"},
+        "precisions": {name: source.precision for name, source in files.items()},
         "files": {name: "model.onnx" if name == "result" else f"{FOLDER}/{name}.onnx" for name in files},
         "answer": workshop.subject.model.answer,
         "metric": None if workshop.subject.no_quality_because is not None else workshop.subject.metric,
-        "allowed": {name: allowed_for(measured[name]["parity"] if name in quantized else None) for name in files},
+        "allowed": {name: allowed_for(measured[name]["parity"] if name in reduced else None) for name in files},
         "stand_in": {"target": workshop.target.name, "device": "cpu", "rows": len(answers), "measured": measured},
         "commands": _commands(folder, files, options) if target.name == "tensorrt" else {},
     }
@@ -152,12 +157,12 @@ def _measured(answers: Answers, name: str, path: Path, workshop: Workshop) -> di
     return found
 
 
-def _commands(folder: Path, files: Mapping[str, Path], options: BuildOptions) -> dict[str, str]:
+def _commands(folder: Path, files: Mapping[str, Source], options: BuildOptions) -> dict[str, str]:
     """Check the files by TensorRT's rules, and write the same build as a line of its own tool, for each version."""
     from runtimes import qdq, tensorrt
 
-    for path in files.values():
-        qdq.check(path)
+    for source in files.values():
+        qdq.check(source.path)
     lines = tensorrt.command_lines(folder / "model.onnx", options)
     text = [f"# TensorRT {version}, in this folder\n{line}\n" for version, line in lines.items()]
     (folder / COMMANDS).write_text("\n".join(text))
@@ -166,7 +171,7 @@ def _commands(folder: Path, files: Mapping[str, Path], options: BuildOptions) ->
 
 def stand_in(target: Runtime) -> Runtime:
     """What runs here in the place of a target."""
-    return StandIn(target.int8)
+    return StandIn(target.int8, {"cpu": target.precisions[target.devices[0]]})
 
 
 def told(engine: Mapping[str, Any]) -> Iterator[str]:

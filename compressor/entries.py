@@ -12,12 +12,12 @@ from typing import Any
 from compressor import models
 from compressor.eager import Module
 from compressor.errors import CompressorError, SettingsError
-from compressor.folder import onnx_bytes
+from compressor.folder import engine_bytes
 from compressor.models import Model
 from compressor.report import REPORT
 from runtimes.base import BuildOptions, Engine, Runtime, runtime
 
-TORCH = "torch"
+EAGER = "eager"
 
 
 class BenchError(CompressorError):
@@ -41,7 +41,7 @@ class Exported:
         try:
             report = json.loads((path / REPORT).read_text(encoding="utf-8"))
             exported = Exported(path, report)
-            _ = exported.target, exported.cells, report["model"]["task"], report["data"]["test_ids"]
+            _ = exported.target, exported.precision, exported.cells, report["model"]["task"], report["data"]["test_ids"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BenchError(f"{path / REPORT} is no report that `compressor export` wrote; export again.") from error
         return exported
@@ -50,6 +50,17 @@ class Exported:
     def target(self) -> str:
         """The target it was exported for."""
         return str(self.report["settings"]["target"])
+
+    @property
+    def precision(self) -> str:
+        """The precision it was exported in."""
+        return str(self.report["settings"]["precision"])
+
+    @property
+    def engine(self) -> Path:
+        """What an engine is built from: the portable file, or the engine itself where torch made it."""
+        portable = self.path / "model.onnx"
+        return portable if portable.is_file() else self.path / str(self.report["engine"].get("file", portable.name))
 
     @property
     def cells(self) -> dict[str, str]:
@@ -83,14 +94,15 @@ class Exported:
 class Entry:
     """One engine to measure.
 
-    `target` is a runtime's name, or ``torch``; `file` what was given, None for a torch model; `cell` is of which folder
-    it is a cell of the factorial.
+    `target` is a runtime's name, or ``eager`` for a torch model; `file` what was given, None for a torch model;
+    `precision` what an engine is built in from it; `cell` is of which folder it is a cell of the factorial.
     """
 
     name: str
     target: str
     file: Path | None
     module: Module | None = None
+    precision: str = "fp32"
     cell: tuple[str, str] | None = None
 
     def opener(self, built: Path | None) -> Callable[[BuildOptions], Engine]:
@@ -107,8 +119,8 @@ class Entry:
 
     @property
     def bytes(self) -> int | None:
-        """Size of the ONNX file with its external data; None for a torch model, which needs no such file."""
-        return None if self.file is None else onnx_bytes(self.file)
+        """Size of the file with its external data; None for a torch model, which needs none."""
+        return None if self.file is None else engine_bytes(self.file)
 
 
 def _load(target: Runtime, built: Path, options: BuildOptions) -> Engine:
@@ -140,9 +152,9 @@ class Given:
         elif self.file is not None:
             yield Entry(self.name, target or "onnxruntime", self.file)
         elif model is not None:
-            yield Entry(f"{self.name} (eager)", TORCH, None, Module(model))
+            yield Entry(f"{self.name} (eager)", EAGER, None, Module(model))
             if compiled:
-                yield Entry(f"{self.name} (compiled)", TORCH, None, Module(model, compiles=True))
+                yield Entry(f"{self.name} (compiled)", EAGER, None, Module(model, compiles=True))
 
 
 def given(what: Sequence[str]) -> tuple[Given, ...]:
@@ -170,15 +182,18 @@ def _one(name: str, spec: str) -> Given:
 
 def _there(path: Path) -> Path:
     if not path.is_file():
-        raise BenchError(f"there is no ONNX file {path}; check the path.")
+        raise BenchError(f"there is no file {path}; check the path.")
     return path
 
 
 def _of_folder(name: str, folder: Exported, target: str | None) -> Iterator[Entry]:
     """The engine of a folder, or one for each cell of its factorial."""
     chosen = folder.target if target is None else target
+    own = folder.precision if chosen == folder.target and folder.precision in runtime(chosen).own else "fp32"
+    if folder.engine.suffix != ".onnx" and chosen != folder.target:
+        raise BenchError(f"{name} holds an engine of {folder.target}, which {chosen} cannot open; leave out --target.")
     if not folder.cells:
-        yield Entry(name, chosen, _there(folder.path / "model.onnx"))
+        yield Entry(name, chosen, _there(folder.engine), precision=own)
     for cell, file in folder.cells.items():
         yield Entry(f"{name}/{cell}", chosen, _there(folder.path / file), cell=(name, cell))
 

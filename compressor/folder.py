@@ -136,9 +136,10 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
             raise FolderError(f"{name} in {folder} is not the file that was exported; copy the whole folder again.")
 
 
-def onnx_bytes(path: Path) -> int:
-    """Size of an ONNX file together with its external data."""
-    return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.exists())
+def engine_bytes(path: Path) -> int:
+    """Size of an engine's file, with the weights that an ONNX file or OpenVINO's keeps beside it."""
+    beside = (path.with_name(path.name + ".data"), *([path.with_suffix(".bin")] if path.suffix == ".xml" else []))
+    return sum(part.stat().st_size for part in (path, *beside) if part.exists())
 
 
 def copy_onnx(source: Path, destination: Path) -> Path:

@@ -212,6 +212,7 @@ class Edit:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
         self.weights = _weights(graph)
+        self.stored = {tensor.name for tensor in graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
         self.made: set[str] = set()
 
@@ -247,6 +248,15 @@ class Edit:
         """The weight behind DequantizeLinear."""
         names = self.weight(linear)
         return self.once("DequantizeLinear", names, f"{names[0]}/float", axis=linear.axis)
+
+    def plain_weight(self, linear: Linear) -> str:
+        """The float weight as a stored [K, N] matrix, whatever form the node had it in."""
+        if not linear.flip and linear.weight in self.stored:
+            return linear.weight
+        stored = numpy_helper.to_array(self.weights[linear.weight][0])
+        return self.constant(
+            f"{PREFIX}{linear.weight}/plain", np.ascontiguousarray(stored.T if linear.flip else stored)
+        )
 
     def once(self, op: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
         """Append a node unless it is there already; return its output."""
@@ -310,7 +320,7 @@ def write(
             reach = ranges[linear.activation]
             add_fake(edit, linear, node, edit.grid(linear.activation, reach, activations), linear.output)
     replace_nodes(model.graph, edit.nodes)
-    _remove_unused(model.graph, {linear.weight for linear in linears})
+    remove_unused(model.graph, {linear.weight for linear in linears})
     save(model, destination, external_above)
 
 
@@ -360,7 +370,7 @@ def _used(graph: onnx.GraphProto) -> Iterator[str]:
                 yield from _used(inner)
 
 
-def _remove_unused(graph: onnx.GraphProto, values: set[str]) -> None:
+def remove_unused(graph: onnx.GraphProto, values: set[str]) -> None:
     """Drop the given float weights and their makers, unless something else still reads them (a tied embedding)."""
     while unread := values - set(_used(graph)):
         makers = [node for node in graph.node if unread & set(node.output)]

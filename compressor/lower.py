@@ -1,9 +1,10 @@
-"""From a graph to an ONNX file: the only caller of torch.onnx.export."""
+"""From a graph to the file that a target builds from: the only caller of torch.onnx.export and of torch.export.save."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -21,20 +22,43 @@ if TYPE_CHECKING:
     from passes.graph import Graph
 
 OPSET = 20
+NAMES = "compressor.json"  # the file in an archive that holds the names of a program's inputs and outputs
 
 
 class LowerError(CompressorError):
-    """A graph could not be written as ONNX."""
+    """A graph could not be written as ONNX, or exported by torch."""
 
 
 def lower(graph: Graph, model: Model, path: Path) -> Path:
+    """Write a graph in the form that the suffix of the path names: ``.onnx``, or ``.pt2`` as torch.export saves it.
+
+    Raises:
+        LowerError: the graph has no such form.
+        OSError: the file cannot be written.
+    """
+    return _to_program(graph, model, path) if path.suffix == ".pt2" else _to_onnx(graph, model, path)
+
+
+def _to_program(graph: Graph, model: Model, path: Path) -> Path:
+    """Write an ExportedProgram with a dynamic batch (and sequence) axis, and the names of its inputs and outputs."""
+    example = tuple(model.example[name] for name in graph.inputs)
+    automatic = torch.export.Dim.AUTO
+    shapes = tuple(dict.fromkeys(model.dynamic_axes.get(name, {}), automatic) for name in graph.inputs)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(graph.module, example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export's errors have no common base
+        raise LowerError(f"{model.name} cannot be exported by torch: {first_line(_cause(error))}.") from error
+    names = json.dumps({"inputs": list(graph.inputs), "outputs": list(graph.outputs)})
+    with _quiet():
+        torch.export.save(program, path, extra_files={NAMES: names})
+    return path
+
+
+def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     """Write a graph as ONNX, opset 20, with named inputs and outputs and a dynamic batch (and sequence) axis.
 
     Weights beyond 2 GB go into a file beside it, named as the ONNX file plus ``.data``.
-
-    Raises:
-        LowerError: an operator has no ONNX form.
-        OSError: the file cannot be written.
     """
     example = tuple(model.example[name] for name in graph.inputs)
     shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)

@@ -13,16 +13,15 @@ from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
 from compressor.evidence import tokens_left
-from compressor.folder import copy_onnx, onnx_bytes, output_folder, scratch_folder
+from compressor.folder import engine_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
-from compressor.lower import lower
 from compressor.pages import card
 from compressor.pages.report import PAGE, html
 from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
-from compressor.quantize import Quantized
+from compressor.precision import AUTO, Converted, Trial
 from compressor.report import REPORT, Quality, Report, Size
 from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
@@ -69,16 +68,17 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         factorial = settings.factorial and floats["result"] != floats["baseline"]
         if factorial:
             floats |= cells.unmerged(choice.plan, healed_graph, workshop)
-        files, int8 = (dict(floats), {}) if settings.int8 is None else workshop.quantized(floats, settings, steps)
-        files["result"] = copy_onnx(files["result"], folder / "model.onnx")
+        settings, trials = _with_precision(settings, floats["result"], workshop, steps)
+        files, converted = workshop.precise(floats, settings, steps)
         files, more = cells.parted(floats, files) if factorial else (files, {})
         with steps.step(f"build for {target.name}"):
-            built = (files | more).items()
-            engines = {name: workshop.build(path, folder if name == "result" else None) for name, path in built}
+            files["result"], shipped = workshop.shipped(files["result"], folder)
+            rest = {name: source for name, source in (files | more).items() if name != "result"}
+            engines = {name: workshop.build(source) for name, source in rest.items()} | {"result": shipped}
         quality = workshop.quality(engines, steps)
         timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
-        engine: dict[str, Any] = {"state": "built", "target": target.name}
+        engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
         if settings.defer_build:
             graphs = {"baseline": subject.graph, "result": rewritten}
             engine = deferred.write(folder, files, graphs, workshop, settings, steps)
@@ -88,13 +88,14 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             model=_describe(subject),
             data=subject.data.describe(),
             plan=choice.plan,
-            sizes=_sizes(files, subject, final),
+            sizes=_sizes({name: engines[name] for name in files}, subject, final),
             quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
             latency={name: latency[name] for name in files},
             timed_inputs={name: list(value.shape) for name, value in timed.items()},
             parity={name: value.difference for name, value in parity.items()},
-            int8={name: dataclasses.asdict(value) for name, value in int8.items()},
+            precision={name: facts.to_dict() for name, facts in converted.items()},
+            trials=tuple(map(dataclasses.asdict, trials)),
             search=choice.facts,
             healed=None if healed is None else dataclasses.asdict(healed),
             steps=tuple(steps.done),
@@ -104,10 +105,20 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
             evidence=_evidence(choice, rewritten, subject),
         )
-        report = dataclasses.replace(report, notes=_notes(report, settings, subject, int8, healed))
+        report = dataclasses.replace(report, notes=_notes(report, settings, subject, converted, healed))
         _write(report, folder, subject)
         card.write(folder)
     return report
+
+
+def _with_precision(
+    settings: Settings, result: Path, workshop: Workshop, steps: Steps
+) -> tuple[Settings, tuple[Trial, ...]]:
+    """The settings with the precision that ``auto`` comes to, and what was tried for it."""
+    if settings.precision != AUTO:
+        return settings, ()
+    chosen, trials = workshop.choose_precision(result, settings, steps)
+    return dataclasses.replace(settings, precision=chosen), trials
 
 
 def _write(report: Report, folder: Path, subject: Subject) -> None:
@@ -128,15 +139,14 @@ def _evidence(choice: Choice, rewritten: Graph, subject: Subject) -> dict[str, A
 def _lowered(
     subject: Subject, plan: Plan, rewritten: Graph, final: Graph, workshop: Workshop, steps: Steps
 ) -> tuple[dict[str, Path], dict[str, Parity]]:
-    """The ONNX files of baseline and result, each held against torch."""
-    scratch = workshop.scratch
-    with steps.step("lower to ONNX, check against torch"):
-        dense = lower(subject.graph, subject.model, scratch / "baseline.onnx")
+    """The files of baseline and result that engines are built from, each held against torch."""
+    with steps.step("lower, check against torch"):
+        dense = workshop.lowered(subject.graph, "baseline")
         parity = {"baseline": workshop.parity(dense, subject.graph)}
         # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
         if not plan.changes and final.signature() == subject.graph.signature():
             return {"baseline": dense, "result": dense}, parity | {"result": parity["baseline"]}
-        result = lower(final, subject.model, scratch / "result.onnx")
+        result = workshop.lowered(final, "result")
         # Held against the graph as it was before it was folded.
         return {"baseline": dense, "result": result}, parity | {"result": workshop.parity(result, rewritten)}
 
@@ -267,20 +277,20 @@ def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, s
         )
 
 
-def _sizes(files: Mapping[str, Path], subject: Subject, final: Graph) -> dict[str, Size]:
+def _sizes(engines: Mapping[str, Path], subject: Subject, final: Graph) -> dict[str, Size]:
     result = (final, Costs(final, subject.costs.example))
 
     def of(path: Path, graph: Graph, costs: Costs) -> Size:
-        return Size(costs.total.parameters, costs.total.multiply_adds, onnx_bytes(path), bytes_per_token(graph))
+        return Size(costs.total.parameters, costs.total.multiply_adds, engine_bytes(path), bytes_per_token(graph))
 
     return {
         name: of(path, *(result if name == "result" else (subject.graph, subject.costs)))
-        for name, path in files.items()
+        for name, path in engines.items()
     }
 
 
 def _notes(
-    report: Report, settings: Settings, subject: Subject, int8: Mapping[str, Quantized], healed: Healed | None
+    report: Report, settings: Settings, subject: Subject, converted: Mapping[str, Converted], healed: Healed | None
 ) -> tuple[str, ...]:
     notes = []
     if settings.drop == "auto" and not report.plan.changes:
@@ -296,12 +306,14 @@ def _notes(
         notes.append(f"Healing ({healed.method}): {healed.note}.")
     if settings.factorial and report.factorial is None:
         notes.append("No factorial: the plan changes nothing.")
-    for name, facts in int8.items():
-        if facts.loss is not None and facts.loss > settings.max_int8_loss:
+    for name, facts in converted.items():
+        if facts.loss is not None and facts.loss > settings.max_precision_loss:
+            kept = ", even with layers kept in float" if facts.quantized is not None else ""
             notes.append(
-                f"int8 of the {name} is expected to lose {facts.loss:.2f} %, by validation data, "
-                "even with layers kept in float."
+                f"{facts.precision} of the {name} is expected to lose {facts.loss:.2f} %, by validation data{kept}."
             )
+    passed = (trial for trial in report.trials if trial["verdict"] != "chosen")
+    notes += [f"{trial['precision']} was tried and not taken: {trial['verdict']}." for trial in passed]
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_named(subject.data)}.")
     return (*notes, *report.missed())

@@ -74,10 +74,11 @@ class Quality:
 class Report:
     """Everything measured in one export, and everything needed to repeat it.
 
-    The variants are ``original`` (unpruned float, only where the result is int8), ``baseline`` (unpruned, same target
-    and precision as the result) and ``result``. `quality` is None, with the reason, where none may be stated. `engine`
-    says whether the engine is built; where it was left to the device, with what, and what was measured there.
-    `evidence` is what the plan was based on (see evidence.py), with the tokens left where some are merged.
+    The variants are ``original`` (unpruned in fp32, only where the result is in another precision), ``baseline``
+    (unpruned, same target and precision as the result) and ``result``. `quality` is None, with the reason, where none
+    may be stated. `engine` says whether the engine is built; where it was left to the device, with what, and what was
+    measured there. `evidence` is what the plan was based on (see evidence.py), with the tokens left where some are
+    merged. `precision` says how each variant got below fp32, `trials` what ``--precision auto`` found of each.
     """
 
     command: str
@@ -91,7 +92,7 @@ class Report:
     latency: dict[str, Latency]
     timed_inputs: dict[str, list[int]]
     parity: dict[str, float]
-    int8: dict[str, Any]
+    precision: dict[str, Any]
     search: dict[str, Any]
     healed: dict[str, Any] | None
     steps: tuple[Step, ...]
@@ -99,6 +100,7 @@ class Report:
     environment: dict[str, object]
     notes: tuple[str, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
+    trials: tuple[dict[str, Any], ...] = ()
     factorial: Factorial | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +124,7 @@ class Report:
             "passes": [asdict(applied) for applied in self.passes],
             "seconds": sum(step.seconds for step in self.steps),
             "notes": list(self.notes),
+            "trials": list(self.trials),
             "factorial": None if self.factorial is None else self.factorial.to_dict(),
         }
 
@@ -175,7 +178,7 @@ class Report:
         yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
-        yield "ONNX file, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
+        yield "engine, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
         if any(size.cache for size in self.sizes.values()):
             yield "cache, bytes a token", *(f"{self.sizes[name].cache}" for name in variants)
 

@@ -13,12 +13,12 @@ import torch
 from compressor.errors import SettingsError
 from compressor.heal import METHODS
 from compressor.models.base import TASKS
+from compressor.precision import AUTO, SHORT_FORMS
 from passes.base import PassError
 from passes.plan import form_and_rank
 from passes.selection import METRICS, parse
-from runtimes.base import DEVICES, RuntimesError, runtime
+from runtimes.base import DEVICES, PRECISIONS, RuntimesError, runtime
 
-INT8 = ("static", "dynamic")
 COSTS = ("latency", "macs")
 AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")
 DEFAULT_LOSS = 1.0
@@ -48,10 +48,13 @@ class Settings:
         heal: ``none``, ``closed-form`` or ``distill``: how what is left is adapted after the changes.
         heal_budget: most seconds that healing takes.
         target: name of the runtime.
-        int8: None, ``static`` or ``dynamic``.
+        precision: one of `runtimes.base.PRECISIONS`, or ``auto``: the fastest of the target's whose loss stays within
+            `max_precision_loss`, found by measuring each.
+        int8: short form of `precision`: ``static`` for int8, ``dynamic`` for int8-dynamic. Afterwards None.
         factorial: also measure the compressed model in float, and before its tokens are merged, and say whether the
-            speed-ups of compression and int8 multiply; int8 is ``static`` where it was not asked for.
-        max_int8_loss: most quality that int8 may lose against float before layers return to float, in percent.
+            speed-ups of compression and int8 multiply; the precision is int8 where none was asked for.
+        max_precision_loss: most quality that a precision may lose against fp32, in percent: int8 returns layers to
+            float until it holds, ``auto`` takes no precision that loses more.
         defer_build: leave the engine to `compressor build` on the device; ONNX Runtime on the CPU stands in here.
         device: ``cpu`` or ``cuda``, where the engine runs; None takes the one that the target prefers.
         threads: threads of the engine; None leaves it to the runtime.
@@ -75,9 +78,10 @@ class Settings:
     heal: str = "none"
     heal_budget: float = 300.0
     target: str = "onnxruntime"
+    precision: str = "fp32"
     int8: str | None = None
     factorial: bool = False
-    max_int8_loss: float = 0.5
+    max_precision_loss: float = 0.5
     defer_build: bool = False
     output: str | Path = "compressed"
     force: bool = False
@@ -95,8 +99,10 @@ class Settings:
     example_inputs: Any = None
 
     def __post_init__(self) -> None:
-        if self.factorial and self.int8 is None:
-            object.__setattr__(self, "int8", "static")
+        _check_precision(self)
+        if self.precision == "fp32" and (self.int8 is not None or self.factorial):
+            object.__setattr__(self, "precision", SHORT_FORMS[self.int8 or "static"])
+        object.__setattr__(self, "int8", None)
         for check in (
             _check_texts,
             _check_choices,
@@ -140,7 +146,6 @@ def _check_texts(settings: Settings) -> None:
 def _check_choices(settings: Settings) -> None:
     named = (
         ("metric", METRICS),
-        ("int8", INT8),
         ("device", DEVICES),
         ("task", TASKS),
         ("cost", COSTS),
@@ -148,12 +153,24 @@ def _check_choices(settings: Settings) -> None:
     )
     for name, choices in named:
         value = getattr(settings, name)
-        if value not in choices and not (value is None and name in ("int8", "device", "task")):
+        if value not in choices and not (value is None and name in ("device", "task")):
             raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
 
 
+def _check_precision(settings: Settings) -> None:
+    """Look at the precision as it was asked for, before its short form is put into it."""
+    for name, choices in (("int8", tuple(SHORT_FORMS)), ("precision", (*PRECISIONS, AUTO))):
+        value = getattr(settings, name)
+        if value is not None and value not in choices:
+            raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
+    if settings.int8 is not None and settings.precision not in ("fp32", SHORT_FORMS[settings.int8]):
+        raise SettingsError(f"found --int8 and --precision {settings.precision}; give one of them.")
+    if settings.factorial and settings.precision not in ("fp32", *SHORT_FORMS.values()):
+        raise SettingsError(f"--factorial sets compression against int8; found --precision {settings.precision}.")
+
+
 def _check_numbers(settings: Settings) -> None:
-    for name in ("max_loss", "max_int8_loss"):
+    for name in ("max_loss", "max_precision_loss"):
         value = getattr(settings, name)
         if value is not None and not 0.0 <= value <= 100.0:
             raise SettingsError(f"{name.replace('_', '-')} is {value:g}, which is no budget in %; expected 0 to 100.")

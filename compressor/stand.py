@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from compressor import memory
-from compressor.entries import TORCH, BenchError, Entry
+from compressor.entries import EAGER, BenchError, Entry
 from compressor.evaluate import Evaluation
 from compressor.memory import Memory
 from compressor.settings import Settings
@@ -85,7 +85,7 @@ class Stand:
         """How an engine is opened; `sized` for everything that it will meet."""
         device = self.settings.device
         if device is None:
-            device = "cpu" if entry.target == TORCH else runtime(entry.target).devices[0]
+            device = "cpu" if entry.target == EAGER else runtime(entry.target).devices[0]
         return dataclasses.replace(self._sized, device=device, threads=condition.threads)
 
     @cached_property
@@ -199,8 +199,10 @@ class Fed:
 def _build(entry: Entry, file: Path, scratch: Path, options: BuildOptions) -> Path:
     target = runtime(entry.target)
     need(target.name, target.missing(), target.devices, options)
+    if file.suffix != ".onnx":
+        return file  # an engine already
     scratch.mkdir()
-    return target.build(file, scratch, options)
+    return target.build(file, scratch, dataclasses.replace(options, precision=entry.precision))
 
 
 def _check_ends(name: str, engine: Engine, loaded: Loaded) -> None:

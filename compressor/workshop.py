@@ -6,32 +6,37 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressor.conversion import best_of, convert, usable_quantizers
 from compressor.data import Split
 from compressor.deferred import STAND_IN, stand_in
 from compressor.errors import CompressorError
 from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
+from compressor.folder import copy_onnx
 from compressor.lower import OPSET, lower
 from compressor.models.base import as_numpy
 from compressor.parity import Parity, check_parity
-from compressor.quantize import Quantized, quantize
+from compressor.precision import AUTO, Converted, Source, Trial, check, judged
 from compressor.rewrite import finished
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Loaded, accepting_data
 from passes.graph import Graph
 from passes.run import run
-from runtimes.base import BuildOptions, Engine, Feeds, Runtime, check_device, need, runtime, targets
+from runtimes.base import BuildOptions, Engine, Feeds, Runtime, RuntimesError, check_device, need, runtime
 from runtimes.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
+
+Key = TypeVar("Key")
 
 PARITY_ROWS = 8
 CLOCK_ROUNDS = 8  # of the quick timing that a search goes by: short ones, of which some meet a quiet machine
@@ -48,37 +53,34 @@ def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     target = runtime(settings.target)
     device = target.devices[0] if settings.device is None else settings.device
     options = BuildOptions(device=device, threads=settings.threads)
-    if settings.int8 is not None:
-        _check_int8(target, settings.int8, device)
+    check(target, settings.precision, device)
     if settings.defer_build:
         check_device(target.name, target.devices, options)
+        _check_deferrable(target, settings.precision)
         target, options = stand_in(target), dataclasses.replace(options, device="cpu")
     need(target.name, _or_defer(target), target.devices, options)
-    if options.device != target.devices[0]:
+    if options.device != target.devices[0] and target.source == ".onnx":
         _probe(target, options)
     return target, options
+
+
+def _check_deferrable(target: Runtime, precision: str) -> None:
+    """Refuse to leave to the device what is made by torch, which it need not have, or cannot be measured here."""
+    if precision in (*target.own, AUTO):
+        raise WorkshopError(
+            f"--precision {precision} can only be proven where {target.name} runs; leave out --defer-build, or give "
+            f"one of: {', '.join(name for name in target.precisions[target.devices[0]] if name not in target.own)}."
+        )
+    if target.source != ".onnx":
+        raise WorkshopError(f"target {target.name} builds with torch, on this machine; leave out --defer-build.")
 
 
 def _or_defer(target: Runtime) -> str | None:
     """The reason why a target cannot be used, with the way round it where there is one."""
     reason = target.missing()
-    if reason is None or target.name == STAND_IN:
+    if reason is None or target.name == STAND_IN or target.source != ".onnx":
         return reason
     return f"{reason}, or export with --defer-build here and run `compressor build` on the device"
-
-
-def _check_int8(target: Runtime, mode: str, device: str) -> None:
-    """Refuse an int8 that the target would compute in float, on another device than asked for, or not at all."""
-    if device not in target.int8.devices:
-        others = " or ".join(name for name in targets() if device in runtime(name).int8.devices)
-        raise WorkshopError(
-            f"target {target.name} has int8 on {' and '.join(target.int8.devices)} only; on {device} int8 needs "
-            f"--target {others}."
-        )
-    if mode == "dynamic" and not target.int8.dynamic:
-        raise WorkshopError(
-            f"target {target.name} has no dynamic int8, it needs the ranges in the file; use --int8 static."
-        )
 
 
 def _probe(target: Runtime, options: BuildOptions) -> None:
@@ -118,12 +120,43 @@ class Workshop:
     target: Runtime
     options: BuildOptions
     scratch: Path
+    compiled: dict[Source, Path] = dataclasses.field(default_factory=dict, repr=False)
+    made: dict[Source, tuple[Source, Converted]] = dataclasses.field(default_factory=dict, repr=False)
 
-    def build(self, onnx: Path, out: Path | None = None) -> Path:
-        """Build an engine from an ONNX file, in `out` or in a folder of its own; returns its path."""
-        folder = self.scratch / f"{onnx.stem}.{self.target.name}" if out is None else out
+    def lowered(self, graph: Graph, name: str) -> Path:
+        """Write a finished graph in the form that the target builds from; returns its path, under `scratch`."""
+        return lower(graph, self.subject.model, self.scratch / f"{name}{self.target.source}")
+
+    def build(self, source: Source, out: Path | None = None) -> Path:
+        """Build an engine, in `out` or in a folder of its own; returns its path.
+
+        One from an exported program, which takes a compiler a while, is built once.
+        """
+        if source in self.compiled:
+            return self.compiled[source]
+        folder = self.scratch / f"{source.path.stem}.{source.precision}.{self.target.name}" if out is None else out
         folder.mkdir(exist_ok=True)
-        return self.target.build(onnx, folder, self.options)
+        samples = self._samples if source.precision in self.target.own else None
+        options = dataclasses.replace(self.options, precision=source.precision, samples=samples)
+        built = self.target.build(source.path, folder, options)
+        if source.path.suffix == ".pt2":
+            self.compiled[source] = built
+        return built
+
+    def shipped(self, source: Source, folder: Path) -> tuple[Source, Path]:
+        """The result's engine in the output folder, with the portable file beside it where it comes from one.
+
+        Returns:
+            What it was built from, and the engine's path.
+        """
+        if self.target.source == ".onnx":
+            source = source._replace(path=copy_onnx(source.path, folder / "model.onnx"))
+            return source, self.build(source, folder)
+        built = self.build(source)
+        return source, Path(shutil.copy(built, folder / built.name))
+
+    def _samples(self) -> Iterator[Feeds]:
+        return (batch.feeds for batch in self.subject.data.calibration.batches(BATCH))
 
     def timed_inputs(self, settings: Settings) -> dict[str, npt.NDArray[Any]]:
         """The inputs on which engines are timed."""
@@ -139,8 +172,7 @@ class Workshop:
             engines: dict[str, Path] = {}
             for number, (name, graph) in enumerate(graphs.items()):
                 tick(number, 2 * len(graphs), f"build {name}")
-                onnx = lower(graph, self.subject.model, workshop.scratch / f"design{number}.onnx")
-                engines[name] = workshop.build(workshop.roughly_quantized(onnx, settings))
+                engines[name] = workshop.build(workshop.roughly(workshop.lowered(graph, f"design{number}"), settings))
             found = interleave(
                 {name: partial(self.target.load, path, self.options) for name, path in engines.items()},
                 self.timed_inputs(settings),
@@ -156,99 +188,133 @@ class Workshop:
         with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:
             yield dataclasses.replace(self, scratch=Path(scratch))
 
-    def roughly_quantized(self, onnx: Path, settings: Settings) -> Path:
-        """An int8 version for timing, its ranges from one batch; the file itself where int8 was not asked for."""
-        if settings.int8 is None:
-            return onnx
-        made = onnx.with_suffix(".int8.onnx")
+    def roughly(self, path: Path, settings: Settings) -> Source:
+        """A file in the precision asked for, good enough to be timed: an int8 one has its ranges from one batch."""
+        precision = settings.precision
+        if precision == AUTO:  # what it will most likely be
+            had = self.target.precisions[self.options.device]
+            precision = "int8" if "int8" in had and "int8" not in self.target.own else "fp32"
+        if precision == "fp32" or precision in self.target.own:
+            return Source(path, precision)
         batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
-        self._to_int8(onnx, made, settings, lambda: iter([batch]))
-        return made
+        made = path.with_suffix(f".{precision}.onnx")
+        convert(path, made, precision, self.target.int8, lambda: iter([batch]))
+        return Source(made, precision)
 
-    def parity(self, onnx: Path, graph: Graph) -> Parity:
-        """Hold an ONNX file against torch on real samples, as a batch and one by one (a baked-in batch size shows).
+    def parity(self, path: Path, graph: Graph) -> Parity:
+        """Hold the float engine of a file against torch on real samples, as a batch and one by one.
 
-        A language model is also held to it behind a cache of some tokens.
+        A baked-in batch size shows there. A language model is also held to it behind a cache of some tokens.
         """
         batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
         several = [batch, {name: value[:1] for name, value in batch.items()}]
         if graph.state:  # the data's cache is empty
             several.append(as_numpy(self.subject.model.example))
         worst = Parity("", 0.0, 0)
-        with self.target.load(self.build(onnx), self.options) as engine:
+        with self.target.load(self.build(Source(path)), self.options) as engine:
             for feeds in several:
                 with accepting_data(self.subject):
                     outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
                 expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
-                found = check_parity(expected, partial(engine.run, feeds), name=onnx.name)
+                found = check_parity(expected, partial(engine.run, feeds), name=path.name)
                 worst = max(worst, found, key=lambda parity: parity.difference)
         return worst
 
-    def quantized(
-        self, files: Mapping[str, Path], settings: Settings, steps: Steps
-    ) -> tuple[dict[str, Path], dict[str, Quantized]]:
-        """Int8 versions of baseline and result, each from its own float file, which becomes ``original`` for one.
+    def precise(
+        self, floats: Mapping[str, Path], settings: Settings, steps: Steps
+    ) -> tuple[dict[str, Source], dict[str, Converted]]:
+        """The variants in the precision asked for, each from its own float file; the float baseline is ``original``.
 
         Returns:
-            ONNX files by variant, and what was done to each int8 one.
+            What engines are built from, by variant, and how each got its precision.
         """
-        made: dict[str, Path] = {"original": files["baseline"]}
-        facts: dict[str, Quantized] = {}
-        for name, source in files.items():
-            if name == "result" and source == files["baseline"]:
+        if settings.precision == "fp32":
+            return {name: Source(path) for name, path in floats.items()}, {}
+        made = {"original": Source(floats["baseline"])}
+        facts: dict[str, Converted] = {}
+        for name, path in floats.items():
+            if name == "result" and path == floats["baseline"]:
                 made[name], facts[name] = made["baseline"], facts["baseline"]
                 continue
-            with steps.step(f"quantize the {name}") as tick:
-                made[name] = self.scratch / f"{name}.int8.onnx"
-                facts[name] = self._quantize(source, made[name], settings, tick)
+            with steps.step(f"{settings.precision} of the {name}") as tick:
+                made[name], facts[name] = self.converted(path, settings, tick)
         return made, facts
 
-    def _quantize(self, source: Path, destination: Path, settings: Settings, tick: Tick) -> Quantized:
-        batches = self.subject.data.calibration.batches
-        return self._to_int8(
-            source,
-            destination,
-            settings,
-            lambda: (batch.feeds for batch in batches(BATCH)),
-            loss=self._int8_loss(source),
-            progress=lambda text: tick(text=text),
-        )
+    def converted(self, path: Path, settings: Settings, tick: Tick) -> tuple[Source, Converted]:
+        """A float file in the precision asked for, with the loss to expect of it; made once."""
+        key = Source(path, settings.precision)
+        if key not in self.made:
+            self.made[key] = self._converted(path, settings, tick)
+        return self.made[key]
 
-    def _to_int8(
-        self,
-        source: Path,
-        destination: Path,
-        settings: Settings,
-        feeds: Callable[[], Iterator[Feeds]],
-        loss: Callable[[Path], float] | None = None,
-        progress: Callable[[str], None] | None = None,
-    ) -> Quantized:
-        mode: Literal["static", "dynamic"] = "dynamic" if settings.int8 == "dynamic" else "static"
-        return quantize(
-            source,
-            destination,
-            feeds,
-            mode=mode,
-            activations="uint8" if mode == "dynamic" else self.target.int8.activations,
-            convolutions=mode == "static" and self.target.int8.convolutions,
-            loss=loss,
-            max_loss=settings.max_int8_loss,
-            progress=progress,
-        )
+    def _converted(self, path: Path, settings: Settings, tick: Tick) -> tuple[Source, Converted]:
+        precision, loss = settings.precision, self._loss(path)
+        if precision in self.target.own:
+            source = Source(path, precision)
+            tick(text=f"{precision}: building")
+            return source, Converted(precision, self.target.name, None if loss is None else loss(source))
+        made = {}
+        for quantizer in usable_quantizers(precision, self.target.int8):
+            source = Source(path.with_suffix(f".{precision}.{quantizer}.onnx"), precision)
+            made[source] = convert(
+                path,
+                source.path,
+                precision,
+                self.target.int8,
+                self._samples,
+                quantizer=quantizer,
+                loss=None if loss is None else partial(_of_file, loss, precision),
+                max_loss=settings.max_precision_loss,
+                progress=lambda text: tick(text=text),
+            )
+        if len(made) == 1:
+            return next(iter(made.items()))
+        tick(text=f"{precision}: timing {len(made)} quantizers")
+        return best_of(made, self.quick(dict(zip(made, made, strict=True)), settings), settings.max_precision_loss)
 
-    def _int8_loss(self, source: Path) -> Callable[[Path], float] | None:
-        """What measures the loss to expect of an int8 file against its float file, on validation data, in percent."""
+    def quick(self, sources: Mapping[Key, Source], settings: Settings) -> dict[Key, float]:
+        """Milliseconds of the engines of some files, timed against each other in short bursts: the quietest of each."""
+        engines = {str(number): self.build(source) for number, source in enumerate(sources.values())}
+        found = interleave(
+            self._openers(engines, self.options),
+            self.timed_inputs(settings),
+            rounds=CLOCK_ROUNDS,
+            burst_seconds=CLOCK_SECONDS,
+        )
+        return dict(zip(sources, (latency.quietest for latency in found.values()), strict=True))
+
+    def choose_precision(self, path: Path, settings: Settings, steps: Steps) -> tuple[str, tuple[Trial, ...]]:
+        """The fastest of the target's precisions whose loss stays within the budget, each tried on a float file."""
+        sources, refused = {"fp32": Source(path)}, dict[str, str]()
+        losses: dict[str, float | None] = {"fp32": 0.0}
+        others = self.target.precisions[self.options.device][1:]
+        with steps.step("try the precisions") as tick:
+            for number, precision in enumerate(others):
+                tick(number, len(others), precision)
+                asked = dataclasses.replace(settings, precision=precision)
+                try:
+                    source, facts = self.converted(path, asked, tick)
+                    self.build(source)
+                except (CompressorError, RuntimesError) as error:
+                    refused[precision] = str(error)
+                    continue
+                sources[precision], losses[precision] = source, facts.loss
+            times = self.quick(sources, settings)
+        return judged(times, losses, refused, settings.max_precision_loss)
+
+    def _loss(self, path: Path) -> Callable[[Source], float] | None:
+        """What measures the loss to expect of an engine against its float one, on validation data, in percent."""
         if self.subject.no_quality_because is not None:
             return None
-        floating = self.build(source)
+        floating = self.build(Source(path))
 
-        def loss(quantized: Path) -> float:
-            engines = {"float": floating, "int8": self.build(quantized)}
+        def loss(source: Source) -> float:
+            engines = {"float": floating, "converted": self.build(source)}
             try:
                 evaluation = self._judge(engines, self.subject.data.validation, "float", lambda *_: None)
             except EvaluationError:  # NaN or infinity: the worst loss, so that layers return to float
                 return math.inf
-            return evaluation.expected_loss("float", "int8")
+            return evaluation.expected_loss("float", "converted")
 
         return loss
 
@@ -277,13 +343,11 @@ class Workshop:
 
     def _engine(self, name: str, graph: Graph, settings: Settings, steps: Steps) -> Path:
         with steps.step(f"build {name}") as tick:
-            onnx = lower(finished(graph), self.subject.model, self.scratch / f"{name}.onnx")
-            self.parity(onnx, graph)
-            if settings.int8 is None:
-                return self.build(onnx)
-            made = self.scratch / f"{name}.int8.onnx"
-            self._quantize(onnx, made, settings, tick)
-            return self.build(made)
+            path = self.lowered(finished(graph), name)
+            self.parity(path, graph)
+            if settings.precision == "fp32":
+                return self.build(Source(path))
+            return self.build(self.converted(path, settings, tick)[0])
 
     def _judge(self, engines: Mapping[str, Path], split: Split, reference: str, tick: Tick) -> Evaluation:
         """Run several engines side by side over a split."""
@@ -297,6 +361,10 @@ class Workshop:
 
     def _openers(self, engines: Mapping[str, Path], options: BuildOptions) -> dict[str, Callable[[], Engine]]:
         return {name: partial(self.target.load, path, options) for name, path in engines.items()}
+
+
+def _of_file(loss: Callable[[Source], float], precision: str, path: Path) -> float:
+    return loss(Source(path, precision))
 
 
 def timed(

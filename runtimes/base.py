@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 DEVICES = ("cpu", "cuda")
+# What an engine computes its matrix products in. int8-dynamic finds the ranges of activations at run time, int4 has
+# weights of 4 bits only. The rest of a model stays in float: in 16 bits with fp16 and bf16, else in 32.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 # The files of this folder that are no targets. Whatever else is put here is one; the contract tests hold it to that.
 NOT_TARGETS = frozenset({"base", "qdq", "tensorrt_engine", "timing"})
 
@@ -55,6 +58,8 @@ class BuildOptions:
         batches: Smallest, usual and largest size of a free first axis, the batch.
         lengths: Smallest, usual and largest size of every other free axis, such as the tokens of a text, or of its
             cache, which is empty at first.
+        precision: The precision to build in. One that the target does not make itself is that of the file already.
+        samples: Gives a fresh stream of calibration batches to a target that quantizes by itself.
 
     Raises:
         RuntimesError: An option has a value that no runtime takes.
@@ -65,10 +70,14 @@ class BuildOptions:
     spinning: bool = True
     batches: tuple[int, int, int] = (1, 1, 8)
     lengths: tuple[int, int, int] = (1, 128, 512)
+    precision: str = "fp32"
+    samples: Callable[[], Iterator[Feeds]] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise RuntimesError(f"Unknown device {self.device!r}; expected one of: {', '.join(DEVICES)}.")
+        if self.precision not in PRECISIONS:
+            raise RuntimesError(f"Unknown precision {self.precision!r}; expected one of: {', '.join(PRECISIONS)}.")
         if self.threads is not None and self.threads < 1:
             raise RuntimesError(f"Found threads={self.threads}; expected at least 1, or none given for all cores.")
         for name, sizes, least in (("batches", self.batches, 1), ("lengths", self.lengths, 0)):
@@ -80,19 +89,17 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Int8Style:
-    """How an int8 file has to be written for a target, and where the target computes in int8.
+    """How an int8 file has to be written for a target.
 
     Attributes:
-        devices: Those of the target's devices on which an int8 file is computed in int8, and there.
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
-        dynamic: Whether the target runs int8 with activation ranges found at run time.
+        quantizers: What writes the file: this package, and others whose file may be quicker there.
     """
 
-    devices: tuple[str, ...]
     activations: Literal["uint8", "int8"]
     convolutions: bool
-    dynamic: bool
+    quantizers: tuple[str, ...] = ("compressor",)
 
 
 class Engine(Protocol):
@@ -164,7 +171,7 @@ class Closing(Generic[Opened]):
 
 
 class Runtime(Protocol):
-    """What a target file defines at module level: four facts and three functions."""
+    """What a target file defines at module level: its facts and three functions."""
 
     @property
     def name(self) -> str:
@@ -179,19 +186,31 @@ class Runtime(Protocol):
         """The devices it can run on, the preferred one first."""
 
     @property
+    def source(self) -> Literal[".onnx", ".pt2"]:
+        """What it builds from: an ONNX file, or a torch.export.ExportedProgram that was saved."""
+
+    @property
+    def precisions(self) -> Mapping[str, tuple[str, ...]]:
+        """Those in which it computes on each device, fp32 first; what it would only emulate there is left out."""
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The precisions that it makes itself, from the float file; others are written into the file."""
+
+    @property
     def int8(self) -> Int8Style:
-        """How to quantize for it, and for which of its devices."""
+        """How an int8 file is written for it."""
 
     def missing(self) -> str | None:
         """Return None where the target can be used, else the reason and what to install; imports no engine."""
 
-    def build(self, onnx: Path, out: Path, options: BuildOptions) -> Path:
-        """Make an engine from an ONNX file and return its path.
+    def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
+        """Make an engine from a file of the kind it wants and return its path.
 
         Args:
-            onnx: The model; external data lies next to it.
+            source: The model; external data lies next to it.
             out: The folder for what has to be written. A target that runs the ONNX file itself writes nothing.
-            options: Where the engine will run.
+            options: Where the engine will run, and in which precision.
 
         Raises:
             RuntimeUnavailable: This machine lacks the runtime or the device.

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,13 @@ from runtimes.base import (
 name = "onnxruntime"
 description = "ONNX Runtime on the CPU or on CUDA; runs model.onnx itself"
 devices = ("cpu", "cuda")
+source: Literal[".onnx"] = ".onnx"
+# On CUDA it would compute Q/DQ in float and leave dynamic quantization to the CPU: there is no kernel for either. The
+# CPU has few kernels for 16 bits: it would compute in float and convert before and after.
+precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4"), "cuda": ("fp32", "fp16")}
+own = ()
 # Its CPU kernels run a convolution in int8 only if the output is quantized too, and uint8 activations lose less.
-# On CUDA it would compute Q/DQ in float and leave dynamic quantization to the CPU: there is no kernel for either.
-int8 = Int8Style(devices=("cpu",), activations="uint8", convolutions=False, dynamic=True)
+int8 = Int8Style(activations="uint8", convolutions=False)
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -56,7 +60,7 @@ def missing() -> str | None:
     return None
 
 
-def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
+def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Check that ONNX Runtime opens the model and return its path: for this target the portable file is the engine.
 
     Nothing is written to `out`: ONNX Runtime optimises while opening, and what it could save fits no other machine.
@@ -65,8 +69,8 @@ def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
         BuildError: ONNX Runtime refused the model.
     """
-    load(onnx, options).close()
-    return onnx
+    load(source, options).close()
+    return source
 
 
 def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,10 @@ from runtimes.base import (
 name = "openvino"
 description = "OpenVINO on the CPU; writes openvino_model.xml and .bin beside model.onnx"
 devices = ("cpu",)
-int8 = Int8Style(devices=("cpu",), activations="uint8", convolutions=False, dynamic=False)
+source: Literal[".onnx"] = ".onnx"
+precisions = {"cpu": ("fp32", "fp16", "bf16", "int8")}
+own = ("fp16", "bf16")
+int8 = Int8Style(activations="uint8", convolutions=False, quantizers=("compressor", "nncf"))
 
 FILE = "openvino_model.xml"  # the name that optimum-intel's OVModel classes look for
 
@@ -38,7 +41,7 @@ def missing() -> str | None:
     return None
 
 
-def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
+def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Convert an ONNX file to OpenVINO's IR in the folder `out` and return the path of the .xml file.
 
     Weights keep their precision: OpenVINO would store float32 as float16 if nobody asked.
@@ -51,10 +54,10 @@ def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
     import openvino
 
     try:
-        model = openvino.Core().read_model(str(onnx))
+        model = openvino.Core().read_model(str(source))
         openvino.save_model(model, str(out / FILE), compress_to_fp16=False)
     except RuntimeError as error:
-        raise BuildError(f"OpenVINO cannot read {onnx.name}: {_reason(error)}.") from error
+        raise BuildError(f"OpenVINO cannot read {source.name}: {_reason(error)}.") from error
     return out / FILE
 
 

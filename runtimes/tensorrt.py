@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from runtimes import qdq
 from runtimes.base import (
@@ -41,8 +41,11 @@ T = TypeVar("T")
 name = "tensorrt"
 description = "NVIDIA TensorRT on CUDA; builds model.engine for this GPU (written without one: never run yet)"
 devices = ("cuda",)
+source: Literal[".onnx"] = ".onnx"
+precisions = {"cuda": ("fp32", "fp16", "int8")}
+own = ()
 # Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions.
-int8 = Int8Style(devices=("cuda",), activations="int8", convolutions=True, dynamic=False)
+int8 = Int8Style(activations="int8", convolutions=True)
 
 GET = "pip install tensorrt cuda-bindings"
 OLDEST = (10, 12)
@@ -63,13 +66,13 @@ def missing() -> str | None:
     return None
 
 
-def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
+def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Build `<name of the ONNX file>.engine` in `out` and return its path.
 
     Beside it lies a file of kernel timings, which makes the next build on this machine quicker.
 
     Args:
-        onnx: The model; external data lies next to it.
+        source: The model; external data lies next to it.
         out: The folder of the engine.
         options: `batches` and `lengths` bound the sizes that the engine will take.
 
@@ -78,21 +81,21 @@ def build(onnx: Path, out: Path, options: BuildOptions) -> Path:
         BuildError: The file breaks a rule of quantization, or TensorRT refused it.
     """
     _check_ready(options)
-    qdq.check(onnx)
+    qdq.check(source)
     import tensorrt as trt
 
     log, said = _log()
-    with _stated(f"TensorRT cannot build {onnx.name}", said):
+    with _stated(f"TensorRT cannot build {source.name}", said):
         builder = trt.Builder(log)
         # The number of this flag is another one in each version, and 11 ignores it.
         strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = _made(builder.create_network(strong), "it makes no network")
         parser = trt.OnnxParser(network, log)  # owns weights of the network: it must live until the engine is built
-        _parse(parser, onnx)
+        _parse(parser, source)
         config = _config(builder, network, options)
         _use_timings(config, out / TIMINGS)
         plan = _made(builder.build_serialized_network(network, config), "it makes no engine")
-        engine = out / f"{onnx.stem}.engine"
+        engine = out / f"{source.stem}.engine"
         _write(engine, plan)
         _write(out / TIMINGS, _made(config.get_timing_cache(), "it returns no timings").serialize())
     return engine

@@ -368,7 +368,7 @@ def test_tokens_measures_designs_on_the_sample(of_tokens, untimed):
     tokens = script("tokens")
     designs = (tokens.Design("as it is"), tokens.Design("2", "2"), tokens.Design("auto", limit=5.0))
     # Search and int8 have tests of their own: few actions, and no layer returns to float for one of few samples.
-    settings = Settings(samples=60, search_samples=8, actions="drop", max_int8_loss=100.0)
+    settings = Settings(samples=60, search_samples=8, actions="drop", max_precision_loss=100.0)
     found = tokens.measure(settings, designs, 1, Steps())
     assert [(row["design"], row["precision"]) for row in found["rows"]] == [
         (design.name, precision) for precision in ("float", "int8") for design in designs

@@ -92,7 +92,7 @@ def test_an_export_holds_every_cell_and_the_conclusion(exported: tuple[Path, Rep
     assert {cell["file"] for cell in content["cells"].values()} <= set(listed)
     assert content["cells"]["compressed int8"]["file"] == "model.onnx"
     assert set(report.latency) == {"original", "baseline", "result"}
-    assert report.settings["int8"] == "static"
+    assert report.settings["precision"] == "int8"
     for sentence in content["conclusion"]:
         assert sentence in report.summary()
 

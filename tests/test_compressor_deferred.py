@@ -21,6 +21,7 @@ from compressor.errors import CompressorError, SettingsError
 from compressor.folder import FolderError, write_manifest
 from compressor.pages.report import html, shown_in
 from compressor.parity import TOLERANCE, ParityError
+from compressor.precision import Source
 from compressor.settings import Settings
 from runtimes import base, openvino, tensorrt
 from runtimes.base import BuildError, BuildOptions, RuntimeUnavailable
@@ -106,8 +107,8 @@ def originals(subject, brief, tmp_path_factory):
     room = tmp_path_factory.mktemp("deferred")
     options = {
         "onnxruntime": {},
-        "openvino": {"int8": "static", "max_int8_loss": 100.0},
-        "tensorrt": {"int8": "static", "max_int8_loss": 100.0, "actions": "linear"},
+        "openvino": {"int8": "static", "max_precision_loss": 100.0},
+        "tensorrt": {"int8": "static", "max_precision_loss": 100.0, "actions": "linear"},
     }
     made = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +169,7 @@ def test_the_report_says_that_onnxruntime_stood_in(originals, target):
     measured = engine["stand_in"]["measured"]
     assert set(engine["files"]) == set(content["latency"]) == set(measured) == set(engine["allowed"])
     for name in engine["files"]:
-        int8 = content["settings"]["int8"] is not None and name != "original"
+        int8 = content["settings"]["precision"] == "int8" and name != "original"
         parity = measured[name]["parity"]
         assert engine["allowed"][name] == pytest.approx(INT8_SLACK * parity + TOLERANCE if int8 else TOLERANCE)
         assert (parity > 1e-3) is int8  # seven or eight bits against 24
@@ -209,7 +210,7 @@ def test_a_file_that_tensorrt_would_refuse_is_found_before_the_device(tmp_path):
     inner.append(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]))
     save(helper.make_model(helper.make_graph(inner, "g", ends[:1], ends[1:])), tmp_path / "model.onnx")
     with pytest.raises(BuildError, match="node 'ranges' is DynamicQuantizeLinear"):
-        deferred._commands(tmp_path, {"result": tmp_path / "model.onnx"}, BuildOptions())
+        deferred._commands(tmp_path, {"result": Source(tmp_path / "model.onnx")}, BuildOptions())
 
 
 def test_the_lines_for_trtexec(originals):

@@ -1,15 +1,17 @@
 """What every target promises, run on every file that discovery finds: a new target is tested the day it appears."""
 
 import gc
+import json
 import shutil
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
-from runtimes.base import DEVICES, BuildError, BuildOptions, Int8Style, RuntimesError
+from runtimes.base import DEVICES, PRECISIONS, BuildError, BuildOptions, Int8Style, RuntimesError
 
 # float32 sums of at most 16 terms of size about 1, in any order, TF32 not allowed: 1e-5 leaves a factor of ten.
 TOLERANCE = 1e-5
@@ -62,6 +64,51 @@ def save_text(path):
     return save(path, nodes, inputs, outputs, {"table": weights()["table"], "last": np.array([-1])})
 
 
+class Vision(torch.nn.Module):
+    """The computation of save_vision."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = (torch.nn.Parameter(torch.from_numpy(weights()[name])) for name in "wv")
+
+    def forward(self, pixel_values):
+        hidden = torch.relu(pixel_values @ self.w)
+        return hidden @ self.v, hidden
+
+
+class Text(torch.nn.Module):
+    """The computation of save_text."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.from_numpy(weights()["table"]))
+
+    def forward(self, input_ids, attention_mask):
+        return self.table[input_ids] * attention_mask.unsqueeze(-1).to(torch.float32)
+
+
+def save_program(path, module, examples, outputs):
+    """Write an exported program with free first axes (and lengths), as compressor.lower does."""
+    free = tuple(dict.fromkeys(range(min(value.ndim, 2)), torch.export.Dim.AUTO) for value in examples.values())
+    if path.stem == "vision":
+        free = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(module.eval(), tuple(examples.values()), dynamic_shapes=free, strict=False)
+    names = json.dumps({"inputs": list(examples), "outputs": outputs})
+    torch.export.save(program, path, extra_files={"compressor.json": names})
+    return path
+
+
+def write_source(folder, name, suffix):
+    """The tiny vision or text model as a target of that kind of source wants it."""
+    path = folder / f"{name}{suffix}"
+    if suffix == ".onnx":
+        return {"vision": save_vision, "text": save_text}[name](path)
+    if name == "vision":
+        return save_program(path, Vision(), {"pixel_values": torch.zeros(2, 8)}, ["logits", "hidden"])
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    return save_program(path, Text(), {"input_ids": ids, "attention_mask": ids}, ["states"])
+
+
 def pixels(batch, seed=0):
     return {"pixel_values": np.random.default_rng(seed).normal(size=(batch, 8)).astype(np.float32)}
 
@@ -82,8 +129,8 @@ def options(target):
 @pytest.fixture(scope="module")
 def built(target, options, tmp_path_factory):
     return {
-        name: target.build(write(folder / f"{name}.onnx"), folder, options)
-        for name, write in {"vision": save_vision, "text": save_text}.items()
+        name: target.build(write_source(folder, name, target.source), folder, options)
+        for name in ("vision", "text")
         for folder in [tmp_path_factory.mktemp(f"{target.name}-{name}")]
     }
 
@@ -102,8 +149,13 @@ def test_facts(target):
     assert target.devices
     assert set(target.devices) <= set(DEVICES)
     assert isinstance(target.int8, Int8Style)
-    assert target.int8.devices
-    assert set(target.int8.devices) <= set(target.devices)
+    assert set(target.precisions) == set(target.devices)
+    for had in target.precisions.values():
+        assert had[0] == "fp32"
+        assert list(had) == sorted(set(had), key=PRECISIONS.index)
+        assert set(had) <= set(PRECISIONS)
+    assert set(target.own) <= {name for had in target.precisions.values() for name in had} - {"fp32"}
+    assert target.source in (".onnx", ".pt2")
 
 
 def test_missing_says_how_to_get_it(target):
@@ -208,10 +260,10 @@ def test_a_moved_engine_still_opens(target, options, built, tmp_path):
 
 @pytest.mark.parametrize("content", [None, b"", b"this is not an ONNX file"])
 def test_what_is_no_model_is_a_build_error(target, options, tmp_path, content):
-    path = tmp_path / "broken.onnx"
+    path = tmp_path / f"broken{target.source}"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(BuildError, match=r"broken\.onnx.*\.$"):
+    with pytest.raises(BuildError, match=r"broken\.(onnx|pt2).*\.$"):
         target.build(path, tmp_path, options)
 
 

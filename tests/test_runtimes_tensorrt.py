@@ -959,7 +959,14 @@ def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatc
     monkeypatch.setattr(workshop, "interleave", timed)
     report = pipeline.export(
         Settings(
-            target="tensorrt", drop="1", int8="static", max_int8_loss=100, samples=60, batch=3, rounds=1, output=output
+            target="tensorrt",
+            drop="1",
+            int8="static",
+            max_precision_loss=100,
+            samples=60,
+            batch=3,
+            rounds=1,
+            output=output,
         )
     )
     assert set(report.latency) == {"original", "baseline", "result"}

@@ -43,6 +43,13 @@ ANEW = (
     "Once the engine is built, `report.json` holds the device's figures; this page is written anew with them where "
     "jinja2 and huggingface_hub are installed."
 )
+MEANINGS = {
+    "fp16": "It computes in 16-bit floats (fp16), norms and softmax in 32.",
+    "bf16": "It computes in 16-bit floats (bfloat16).",
+    "int8": "Weights and what they multiply are int8, with ranges fixed on calibration data.",
+    "int8-dynamic": "Weights and what they multiply are int8, with ranges found at run time.",
+    "int4": "Weights have 4 bits, in blocks with a scale each; what they multiply is rounded to int8 at run time.",
+}
 INT8 = (
     "int8 saves time where the processor multiplies 8-bit numbers in one instruction (AVX-512 VNNI, AMX, Arm's dot "
     "product, tensor cores); elsewhere it can be slower than float, so measure it there."
@@ -88,8 +95,13 @@ def _header(content: Json, folder: Path) -> ModelCardData:
 
     model, settings, results = content["model"], content["settings"], _results(content)
     known = None if model["random_weights"] else model.get("hub_id")
-    quantized = {"base_model_relation": "quantized"} if known and settings["int8"] is not None else {}
-    tags = ["onnx", settings["target"], "compressor", *(["int8"] if settings["int8"] is not None else [])]
+    quantized = {"base_model_relation": "quantized"} if known and settings["precision"] != "fp32" else {}
+    tags = [
+        "onnx",
+        settings["target"],
+        "compressor",
+        *([settings["precision"]] if settings["precision"] != "fp32" else []),
+    ]
     return ModelCardData(
         base_model=known,
         datasets=[dataset] if (dataset := _dataset(content)) is not None else None,
@@ -141,12 +153,11 @@ def _data(content: Json) -> str:
 
 def _about(content: Json) -> str:
     model, settings = content["model"], content["settings"]
-    precision = "float32" if settings["int8"] is None else f"int8 ({settings['int8']})"
     origin = f"[{model['name']}](https://huggingface.co/{model['hub_id']})" if model.get("hub_id") else model["name"]
     weights = " Its weights are random." if model["random_weights"] else ""
     return (
         f"{origin}, a model that {USES.get(model['task'], model['task'])}, as an engine for "
-        f"{TITLES.get(settings['target'], settings['target'])} in {precision}: inputs "
+        f"{TITLES.get(settings['target'], settings['target'])} in {settings['precision']}: inputs "
         f"{_listed(model['inputs'])}, outputs {_listed(model['outputs'])}.{weights}"
     )
 
@@ -237,8 +248,8 @@ def _changed(content: Json) -> str:
     healed, settings = content["healed"], content["settings"]
     total = f" of {sites}" if sites else ""
     lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule `{plan['rule']}`)."]
-    if settings["int8"] is not None:
-        lines.append(f"Weights and what they multiply are int8 ({settings['int8']}).")
+    if settings["precision"] != "fp32":
+        lines.append(MEANINGS[settings["precision"]])
     if healed is not None:
         lines.append(f"What is left was adapted without labels ({healed['method']}: {healed['note']}).")
     return " ".join(lines)
@@ -261,7 +272,7 @@ def _limits(content: Json) -> Iterator[str]:
         )
         if quality["metric"] in ("agreement", "fidelity"):
             yield "There were no labels: the figure says how close it is to the original, not how often it is right."
-    if settings["int8"] is not None:
+    if settings["precision"].startswith("int8"):
         yield INT8
     if settings["target"] == "onnxruntime" or content["engine"].get("state") == "deferred":
         yield "An ONNX file carries no preprocessing: feed it what the original's preprocessing gives."

@@ -113,9 +113,8 @@ def _lead(content: Json) -> Iterator[str]:
     forms = [done(action) for action in plan["changes"].values()]
     kinds = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
     count = len(content["model"]["sites"])
-    precision = "float" if settings["int8"] is None else f"int8 ({settings['int8']})"
     yield f"{len(forms)} of {count} branches changed{': ' if kinds else ''}{kinds}."
-    yield f"{_target(content)}, batch {settings['batch']}, {precision}. Plan: {plan['rule']}."
+    yield f"{_target(content)}, batch {settings['batch']}, {settings['precision']}. Plan: {plan['rule']}."
     quality = content["quality"]
     if quality is not None:
         judged = quality["figures"]["result"]["n"]
@@ -131,7 +130,8 @@ def _target(content: Json) -> str:
 def _tiles(content: Json) -> Iterator[Tile]:
     latency, sizes, quality = content["latency"], content["sizes"], content["quality"]
     for name, over in content["speedup"].items():
-        label = "Speed-up at int8" if name == "baseline" and len(content["speedup"]) > 1 else "Speed-up"
+        beside = name == "baseline" and len(content["speedup"]) > 1
+        label = f"Speed-up at {content['settings']['precision']}" if beside else "Speed-up"
         yield Tile(label, f"{over['ratio']:.2f}×", f"{over['low']:.2f}–{over['high']:.2f}, over the {name}")
     start = next(name for name in OF_A_REPORT if name in latency)
     yield Tile(

@@ -1,0 +1,90 @@
+"""From a float ONNX file to one in a lower precision, by whatever writes that precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+
+from compressor.half import to_fp16
+from compressor.int4 import to_int4
+from compressor.nncf_int8 import to_int8 as nncf_to_int8
+from compressor.precision import Converted, Source
+from compressor.quantize import quantize
+from runtimes.base import Feeds, Int8Style
+
+OURS = "compressor"
+
+
+def usable_quantizers(precision: str, style: Int8Style) -> tuple[str, ...]:
+    """What can write a precision for a target: for int8 also other packages' quantizers, where they are installed."""
+    if precision != "int8":
+        return (OURS,)
+    return tuple(name for name in style.quantizers if name == OURS or util.find_spec(name) is not None)
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    precision: str,
+    style: Int8Style,
+    feeds: Callable[[], Iterator[Feeds]],
+    *,
+    quantizer: str = OURS,
+    loss: Callable[[Path], float] | None = None,
+    max_loss: float = 0.5,
+    progress: Callable[[str], None] | None = None,
+) -> Converted:
+    """Write an ONNX file in a precision below fp32.
+
+    Args:
+        source: the float32 file.
+        destination: what to write.
+        precision: of `runtimes.base.PRECISIONS`.
+        style: how the target wants int8.
+        feeds: gives a fresh stream of calibration batches.
+        quantizer: what writes int8.
+        loss: measures a written file against the float one, in percent.
+        max_loss: most that may be lost; int8 returns layers to float until it holds, the others are as they are.
+        progress: told in a few words about each step.
+
+    Raises:
+        CompressorError: it cannot be written.
+    """
+    if precision in ("int8", "int8-dynamic") and quantizer == OURS:
+        dynamic = precision == "int8-dynamic"
+        quantized = quantize(
+            source,
+            destination,
+            feeds,
+            mode="dynamic" if dynamic else "static",
+            activations="uint8" if dynamic else style.activations,
+            convolutions=style.convolutions and not dynamic,
+            loss=loss,
+            max_loss=max_loss,
+            progress=progress,
+        )
+        return Converted(precision, OURS, quantized.loss, quantized)
+    if precision == "int8":
+        nncf_to_int8(source, destination, feeds)
+    else:
+        {"fp16": to_fp16, "int4": to_int4}[precision](source, destination)
+    by = quantizer if quantizer != OURS else "onnxruntime"  # whose tools write fp16 and int4
+    return Converted(precision, by, None if loss is None else float(loss(destination)))
+
+
+def best_of(
+    made: Mapping[Source, Converted], milliseconds: Mapping[Source, float], max_loss: float
+) -> tuple[Source, Converted]:
+    """The quickest of several quantizers' files that loses no more than allowed, or else what loses least."""
+
+    def lost(source: Source) -> float:
+        return made[source].loss or 0.0
+
+    fitting = [source for source in made if lost(source) <= max_loss]
+    chosen = min(fitting, key=milliseconds.__getitem__) if fitting else min(made, key=lost)
+    tried = tuple(
+        {"by": facts.by, "loss": facts.loss, "milliseconds": milliseconds[source]} for source, facts in made.items()
+    )
+    return chosen, replace(made[chosen], tried=tried)

@@ -1,0 +1,120 @@
+"""Precisions below float32: which a target has, what makes them, and which of several is worth it.
+
+A precision is written into the ONNX file here, or made by the target itself from the float file (`Runtime.own`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from compressor.errors import CompressorError
+from runtimes.base import PRECISIONS, Runtime, runtime, targets
+
+if TYPE_CHECKING:
+    from compressor.quantize import Quantized
+
+AUTO = "auto"
+SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic"}
+"""What ``--int8`` takes, and the precision that each stands for."""
+
+
+class PrecisionError(CompressorError):
+    """The target does not compute in that precision on that device."""
+
+
+class Source(NamedTuple):
+    """The file that an engine is built from, and the precision it is built in."""
+
+    path: Path
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """How a variant got its precision.
+
+    Args:
+        precision: the precision.
+        by: what made it: ``compressor``, ``nncf``, ``onnxruntime``, or the target itself.
+        loss: the loss to expect against the float engine on validation data, in percent; None if not measured.
+        quantized: what was quantized in the file, where it was done here.
+        tried: what other quantizers' files lost and took, where there were several.
+    """
+
+    precision: str
+    by: str
+    loss: float | None
+    quantized: Quantized | None = None
+    tried: tuple[dict[str, Any], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, what was quantized among the others."""
+        inner = {} if self.quantized is None else asdict(self.quantized)
+        return inner | {"precision": self.precision, "by": self.by, "loss": self.loss, "tried": list(self.tried)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One precision tried on the result: its time, its loss against fp32 on validation data, and what became of it.
+
+    Args:
+        precision: the precision.
+        milliseconds: of one inference, those of the quietest burst; None where it could not be built.
+        speedup: how many times faster than fp32.
+        loss: in percent; None where no quality may be stated.
+        verdict: ``chosen``, or why not.
+    """
+
+    precision: str
+    milliseconds: float | None
+    speedup: float | None
+    loss: float | None
+    verdict: str
+
+
+def check(target: Runtime, precision: str, device: str) -> None:
+    """Refuse a precision that the target would compute in another, on another device than asked for, or not at all.
+
+    Raises:
+        PrecisionError: with what the target can do there, and who else has the precision.
+    """
+    had = target.precisions.get(device, ())
+    if precision == AUTO or precision in had or not had:  # a device that it lacks is refused as such
+        return
+    others = [name for name in targets() if precision in runtime(name).precisions.get(device, ())]
+    elsewhere = f"; {precision} on {device} needs --target {' or '.join(others)}" if others else ""
+    raise PrecisionError(
+        f"target {target.name} has no {precision} on {device}; it has {', '.join(had)} there{elsewhere}."
+    )
+
+
+def judged(
+    milliseconds: dict[str, float], losses: dict[str, float | None], refused: dict[str, str], limit: float
+) -> tuple[str, tuple[Trial, ...]]:
+    """The fastest precision within the budget, and the verdict on each; fp32 where none is faster.
+
+    Args:
+        milliseconds: of each precision that was built, fp32 among them.
+        losses: of each, against fp32.
+        refused: why a precision could not be built.
+        limit: most that may be lost, in percent.
+
+    >>> judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": 3.0}, {}, 0.5)[0]
+    'fp32'
+    """
+    whole = milliseconds["fp32"]
+    fitting = [name for name in milliseconds if (losses[name] or 0.0) <= limit]
+    chosen = min(fitting, key=milliseconds.__getitem__)
+
+    def verdict(name: str) -> str:
+        if name == chosen:
+            return "chosen"
+        if name not in fitting:
+            return f"loses {losses[name]:.2f} %, more than {limit:g} %"
+        return "not faster than fp32" if milliseconds[name] >= whole else f"slower than {chosen}"
+
+    trials = [Trial(name, ms, whole / ms, losses[name], verdict(name)) for name, ms in milliseconds.items()]
+    trials += [Trial(name, None, None, None, reason) for name, reason in refused.items()]
+    return chosen, tuple(sorted(trials, key=lambda trial: PRECISIONS.index(trial.precision)))
