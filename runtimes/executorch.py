@@ -1,4 +1,4 @@
-"""Target executorch: an exported program as ExecuTorch's .pte for phones and boards, its work done by XNNPACK on the CPU.
+"""Target executorch: an exported program as a .pte file for phones and boards, with XNNPACK's kernels on the CPU.
 
 ExecuTorch plans its memory while building, so every free axis gets an upper bound there: the largest of
 `BuildOptions.batches` for the first axis, of `BuildOptions.lengths` for the others. All sizes up to that run.
@@ -44,7 +44,9 @@ from runtimes.base import (
 )
 
 name = "executorch"
-description = "ExecuTorch with XNNPACK on the CPU, for phones and boards; writes model.pte, batch up to the largest stated"
+description = (
+    "ExecuTorch with XNNPACK on the CPU, for phones and boards; writes model.pte, batch up to the largest stated"
+)
 devices = ("cpu",)
 source: Literal[".pt2"] = ".pt2"
 precisions = MappingProxyType({"cpu": ("fp32", "int8", "int8-dynamic")})
@@ -225,6 +227,7 @@ def _lowered(program: Any, facts: dict[str, list[str]], options: BuildOptions) -
     with torch.no_grad():
         module = _quantized(program.module(check_guards=False), example, facts["inputs"], options)
         bounded = torch.export.export(module, example, dynamic_shapes=_free(axes, largest), strict=False)
+        bounded = bounded.run_decompositions(_decompositions())
     stated = {
         **facts,
         "dtypes": _by_name(facts, [str(tensor.dtype).removeprefix("torch.") for tensor in example]),
@@ -236,6 +239,55 @@ def _lowered(program: Any, facts: dict[str, list[str]], options: BuildOptions) -
         bounded, partitioner=[XnnpackPartitioner()], constant_methods={FACTS: json.dumps(stated)}
     )
     return bytes(edge.to_executorch().buffer)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """How products are written before ExecuTorch does it: its own way puts an eighth of a model outside of XNNPACK."""
+    import torch
+
+    return {
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
+        torch.ops.aten.matmul.default: _product,
+    }
+
+
+def _product(a: Any, b: Any) -> Any:
+    """One batched product of two tensors of 4 axes, without the copies to a common shape that they have already."""
+    import torch
+
+    if a.dim() != 4 or b.dim() != 4 or list(map(str, a.shape[:2])) != list(map(str, b.shape[:2])):
+        return NotImplemented
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(scale query key^T) value, where rows that are masked throughout become zero, as torch has it.
+
+    Only for no mask or one of truth values; anything else is left to ExecuTorch, which looks for such rows afterwards.
+    """
+    import torch
+
+    if dropout_p or is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype != torch.bool):
+        return NotImplemented
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = _product(query * query.new_full((1, 1, 1, 1), factor), key.transpose(-2, -1))
+    if scores is NotImplemented:
+        return NotImplemented
+    if attn_mask is None:
+        return _product(torch.softmax(scores, -1), value)
+    seen = attn_mask.to(query.dtype)
+    # Far below any score, far above minus infinity: a row of these alone has no NaN, and `seen` takes it out again.
+    return _product(torch.softmax(scores + (seen - 1) * 1e30, -1) * seen, value)
 
 
 def _by_name(facts: dict[str, list[str]], values: list[Any]) -> dict[str, Any]:
