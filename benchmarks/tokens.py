@@ -177,11 +177,8 @@ def _rows(
     rows = []
     for name in (first, *others):
         engine = "baseline" if name == first else name
-        row = {
-            "design": name,
-            "precision": "float" if settings.precision == "fp32" else "int8",
-            "changes": changes[name],
-        }
+        precision = "float" if settings.precision == "fp32" else "int8"
+        row: dict[str, Any] = {"design": name, "precision": precision, "changes": changes[name]}
         row["multiply_adds"] = multiply_adds[name]
         rows.append(row | _quality(quality, engine, reference) | _speed(latency, engine, reference))
     return rows

@@ -81,13 +81,12 @@ def check(target: Runtime, precision: str, device: str) -> None:
         PrecisionError: with what the target can do there, and who else has the precision.
     """
     had = target.precisions.get(device, ())
-    if precision == AUTO or precision in had or not had:  # a device that it lacks is refused as such
+    if precision in (AUTO, "fp32", *had):  # a device that it lacks is refused as such, with fp32
         return
     others = [name for name in targets() if precision in runtime(name).precisions.get(device, ())]
     elsewhere = f"; {precision} on {device} needs --target {' or '.join(others)}" if others else ""
-    raise PrecisionError(
-        f"target {target.name} has no {precision} on {device}; it has {', '.join(had)} there{elsewhere}."
-    )
+    there = f"; it has {', '.join(had)} there" if had else ""
+    raise PrecisionError(f"target {target.name} has no {precision} on {device}{there}{elsewhere}.")
 
 
 def judged(

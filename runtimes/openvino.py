@@ -18,6 +18,7 @@ from runtimes.base import (
     Feeds,
     Int8Style,
     RuntimesError,
+    RuntimeUnavailable,
     Shapes,
     need,
     taken,
@@ -31,6 +32,7 @@ precisions = {"cpu": ("fp32", "fp16", "bf16", "int8")}
 own = ("fp16", "bf16")
 int8 = Int8Style(activations="uint8", convolutions=False, quantizers=("compressor", "nncf"))
 
+NOTED = ("compressor", "precision")  # where the IR says what it was built in
 FILE = "openvino_model.xml"  # the name that optimum-intel's OVModel classes look for
 
 
@@ -44,7 +46,8 @@ def missing() -> str | None:
 def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Convert an ONNX file to OpenVINO's IR in the folder `out` and return the path of the .xml file.
 
-    Weights keep their precision: OpenVINO would store float32 as float16 if nobody asked.
+    Weights keep their precision unless fp16 is asked for, which stores them in 16 bits and computes in 32 where the
+    processor has no 16-bit arithmetic. bf16 is a matter of computing alone, and noted in the file for load().
 
     Raises:
         RuntimeUnavailable: OpenVINO or the device is not there.
@@ -54,15 +57,18 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
     import openvino
 
     try:
-        model = openvino.Core().read_model(str(source))
-        openvino.save_model(model, str(out / FILE), compress_to_fp16=False)
+        core = openvino.Core()
+        _check_processor(core, options.precision)
+        model = core.read_model(str(source))
+        model.set_rt_info(options.precision, [*NOTED])
+        openvino.save_model(model, str(out / FILE), compress_to_fp16=options.precision == "fp16")
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot read {source.name}: {_reason(error)}.") from error
     return out / FILE
 
 
 def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
-    """Compile the IR that build() wrote for low latency, in float32 where the model is float32.
+    """Compile the IR that build() wrote for low latency, in the precision that it was built in.
 
     Raises:
         RuntimeUnavailable: OpenVINO or the device is not there.
@@ -73,15 +79,15 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
 
     if not path.is_file():
         raise BuildError(f"There is no OpenVINO model {path}.")
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        # OpenVINO computes float32 models in bfloat16 where the processor can: another precision than was asked for.
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if options.threads is not None:
         settings["INFERENCE_NUM_THREADS"] = options.threads
     try:
-        return OpenVinoEngine(openvino.Core().compile_model(str(path), "CPU", settings))
+        core = openvino.Core()
+        model = core.read_model(str(path))
+        # OpenVINO computes float32 models in bfloat16 where the processor can: another precision than was asked for.
+        settings["INFERENCE_PRECISION_HINT"] = "bf16" if _noted(model) == "bf16" else "f32"
+        return OpenVinoEngine(core.compile_model(model, "CPU", settings))
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
 
@@ -122,6 +128,17 @@ class OpenVinoEngine(Closing[Any]):
                 raise RuntimesError(f"OpenVINO failed while running: {_reason(error)}.") from error
 
         return step
+
+
+def _check_processor(core: Any, precision: str) -> None:
+    """Raise RuntimeUnavailable for bf16 on a processor that would compute it in another precision."""
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise RuntimeUnavailable("This processor has no bfloat16 arithmetic; use fp32 or int8.")
+
+
+def _noted(model: Any) -> str:
+    """The precision that build() noted in a model; one from elsewhere counts as float32."""
+    return str(model.get_rt_info([*NOTED]).astype(str)) if model.has_rt_info([*NOTED]) else "fp32"
 
 
 def _reason(error: BaseException) -> str:

@@ -142,9 +142,9 @@ class Branch(torch.nn.Module):
 
 
 def test_a_factorial_asks_for_int8_unless_one_is_named() -> None:
-    assert Settings(factorial=True).int8 == "static"
-    assert Settings(factorial=True, int8="dynamic").int8 == "dynamic"
-    assert Settings().int8 is None
+    assert Settings(factorial=True).precision == "int8"
+    assert Settings(factorial=True, int8="dynamic").precision == "int8-dynamic"
+    assert Settings().precision == "fp32"
 
 
 # -------------------------------------------------------------------------------------------------------- bench
@@ -229,7 +229,7 @@ def test_samples_that_calibrated_a_folder_are_named(exported: tuple[Path, Report
         ([], {}, SettingsError, "nothing to measure"),
         (["OUT", "OUT"], {}, SettingsError, "is given twice"),
         (["OUT/model.onnx"], {}, SettingsError, "name with --model"),
-        (["OUT/none.onnx"], {}, CompressorError, "there is no ONNX file"),
+        (["OUT/none.onnx"], {}, CompressorError, "there is no file"),
         (["OUT"], {"against": "nobody"}, SettingsError, "--against nobody is none of what is measured"),
         (["OUT"], {"batch": (0,)}, SettingsError, "batch is 0"),
         (["OUT"], {"batch": ()}, SettingsError, "batch is empty"),

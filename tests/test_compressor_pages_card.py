@@ -102,7 +102,7 @@ def report(model, target="onnxruntime", state="built"):
     deferred = {"state": state, "target": target}
     return {
         "command": "compressor export my_vit --data photos",
-        "settings": {"target": target, "int8": "static", "batch": 1, "threads": None, "device": None},
+        "settings": {"target": target, "precision": "int8", "batch": 1, "threads": None, "device": None},
         "model": {
             "name": model.name,
             "source": model.source,

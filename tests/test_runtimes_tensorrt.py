@@ -925,7 +925,7 @@ def test_the_int8_files_of_compressor_conform_in_the_style_of_this_target_only(t
 def test_dynamic_int8_and_a_missing_target_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(target, "missing", lambda: "there is no NVIDIA driver; pip install x")
     settings = Settings(target="tensorrt", int8="dynamic", output=tmp_path / "out")
-    with pytest.raises(CompressorError, match=r"tensorrt has no dynamic int8.*use --int8 static\."):
+    with pytest.raises(CompressorError, match=r"tensorrt has no int8-dynamic on cuda; it has fp32, fp16, int8 there\."):
         pipeline.export(settings)
     with pytest.raises(RuntimeUnavailable, match=r"Target tensorrt cannot be used here: there is no NVIDIA driver"):
         pipeline.export(Settings(target="tensorrt", output=tmp_path / "out"))
@@ -939,10 +939,10 @@ def test_dynamic_int8_and_a_missing_target_are_refused_before_any_work(tmp_path,
             "onnxruntime",
             "cuda",
             "static",
-            "target onnxruntime has int8 on cpu only; on cuda int8 needs --target tensorrt.",
+            "target onnxruntime has no int8 on cuda; it has fp32, fp16 there; int8 on cuda needs --target tensorrt.",
         ),
-        ("onnxruntime", "cuda", "dynamic", "on cuda int8 needs --target tensorrt."),
-        ("tensorrt", "cpu", "static", "has int8 on cuda only; on cpu int8 needs --target onnxruntime or openvino."),
+        ("onnxruntime", "cuda", "dynamic", "has no int8-dynamic on cuda; it has fp32, fp16 there."),
+        ("tensorrt", "cpu", "static", "tensorrt has no int8 on cpu; int8 on cpu needs --target"),
     ],
 )
 def test_int8_is_refused_on_a_device_that_has_none(tmp_path, name, device, mode, words):
