@@ -23,6 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Those of runtimes.base and compressor.precision, which import NumPy: --help must stay fast.
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 INT8 = ("static", "dynamic")
+CALIBRATIONS = ("auto", "typical", "minmax", "percentile", "entropy", "mse")
 MODEL_HELP = (
     "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, or package.module:factory "
     "for a module of your own; without it the embedded sample is used."
@@ -258,6 +259,13 @@ def _engine_options(command: Command) -> Command:
     "--factorial",
     is_flag=True,
     help="Measure compression and int8 alone and together: do their speed-ups multiply? Implies --int8.",
+)
+@click.option(
+    "--calibration",
+    type=click.Choice(CALIBRATIONS),
+    default="auto",
+    show_default=True,
+    help="How int8 finds the ranges of activations; auto tries them, and SmoothQuant, until one loses little.",
 )
 @click.option(
     "--max-precision-loss",

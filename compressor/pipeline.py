@@ -312,7 +312,7 @@ def _notes(
             notes.append(
                 f"{facts.precision} of the {name} is expected to lose {facts.loss:.2f} %, by validation data{kept}."
             )
-    passed = (trial for trial in report.trials if trial["verdict"] != "chosen")
+    passed = (trial for trial in report.trials if trial["precision"] != "fp32" and trial["verdict"] != "chosen")
     notes += [f"{trial['precision']} was tried and not taken: {trial['verdict']}." for trial in passed]
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_named(subject.data)}.")

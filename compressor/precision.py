@@ -110,6 +110,8 @@ def judged(
     def verdict(name: str) -> str:
         if name == chosen:
             return "chosen"
+        if name == "fp32":
+            return "what the others are held against"
         if name not in fitting:
             return f"loses {losses[name]:.2f} %, more than {limit:g} %"
         return "not faster than fp32" if milliseconds[name] >= whole else f"slower than {chosen}"
