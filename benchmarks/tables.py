@@ -16,6 +16,7 @@ from typing import Any
 import tables_criteria
 import tables_decode
 import tables_matrix
+import tables_targets
 from tables_tokens import tokens, tokens_operators
 
 HERE = Path(__file__).parent
@@ -127,6 +128,7 @@ TABLES = {
     "rivals": tables_matrix.rivals,
     "tokens": tokens,
     "tokens_operators": tokens_operators,
+    "targets": tables_targets.targets,
 }
 
 

@@ -79,6 +79,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
         engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
+        engine |= {"inputs": list(final.inputs), "outputs": list(final.outputs)}
         if settings.defer_build:
             graphs = {"baseline": subject.graph, "result": rewritten}
             engine = deferred.write(folder, files, graphs, workshop, settings, steps)
