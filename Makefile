@@ -36,7 +36,7 @@ types: $(DEV_STAMP) ## mypy --strict on the three packages
 
 # One thread per worker: several workers with a full OpenMP pool each are slower than one.
 tests: $(DEV_STAMP) ## pytest, doctests included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 slow: $(DEV_STAMP) ## the slow tests that `make test` leaves out: benchmark scripts end to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import runtimes
 from compressor import complete, models, search, settings, workshop
 from compressor.cli import main
 from runtimes.timing import interleave
@@ -152,3 +153,15 @@ def test_actions_of_the_table_are_all_there_are():
         form for row in table.splitlines() for form in re.findall(r"`([^`]+)`", row.split("|")[1] if "|" in row else "")
     ]
     assert {form_and_rank(form)[0] if form != "merge" else form for form in named} == set(ACTIONS)
+
+
+def test_the_table_of_targets_states_their_precisions():
+    table = README.split("| `--target` | engine |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    named = {row[0].strip("`"): row for row in rows}
+    assert set(named) == set(runtimes.targets())
+    for name, (_, _, *cells) in named.items():
+        for device, cell in zip(("cpu", "cuda"), cells, strict=True):
+            told = re.sub(r"\(.*?\)|:.*", "", cell)
+            had = runtimes.runtime(name).precisions.get(device, ())
+            assert tuple(each.strip() for each in told.split(",") if each.strip()) == had
