@@ -95,11 +95,14 @@ class Int8Style:
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
         quantizers: What writes the file: this package, and others whose file may be quicker there.
+        rest: What everything else computes in, scales included; norms and softmax stay in fp32. Of ranges fixed in the
+            file only.
     """
 
     activations: Literal["uint8", "int8"]
     convolutions: bool
     quantizers: tuple[str, ...] = ("compressor",)
+    rest: Literal["fp32", "fp16"] = "fp32"
 
 
 class Engine(Protocol):

@@ -50,7 +50,8 @@ def _told(facts: Json) -> str:
     back = [kept["module"] or kept["node"] for kept in facts["kept"] if kept["sensitivity"] is not None]
     stayed = f" In float for accuracy: {', '.join(back)}." if back else ""
     ranges = f" Ranges: {_method(facts | {'method': facts['calibration']})}." if facts["calibration"] else ""
-    return f"{made} {facts['nodes']} products in int8.{ranges}{stayed}"
+    rest = f", the rest in {facts['rest']}" if facts.get("rest", "fp32") != "fp32" else ""
+    return f"{made} {facts['nodes']} products in int8{rest}.{ranges}{stayed}"
 
 
 def _method(found: Json) -> str:
