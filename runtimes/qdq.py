@@ -208,7 +208,13 @@ def _of_place(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
 def _adds_bias(graph: _Graph, quantize: onnx.NodeProto) -> bool:
     floats = [dq.output[0] for dq in graph.readers.get(quantize.output[0], []) if dq.op_type == "DequantizeLinear"]
     adds = [add for name in floats for add in graph.readers.get(name, []) if add.op_type == "Add"]
-    return any(name in graph.constants for add in adds for name in add.input)
+    return any(_is_constant(graph, name) for add in adds for name in add.input)
+
+
+def _is_constant(graph: _Graph, name: str) -> bool:
+    """Return whether a value is stored, in float or quantized."""
+    weight = graph.behind(name, "DequantizeLinear")
+    return name in graph.constants or (weight is not None and _stored(graph, weight) is not None)
 
 
 def _of_product(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:

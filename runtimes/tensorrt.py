@@ -5,8 +5,8 @@ fails, tested against a stand-in (tests/test_runtimes_tensorrt.py). Whether the 
 exist for it, memory, numbers and speed are open.
 
 The network is strongly typed: TensorRT computes in the types of the ONNX file. Those are float32 or float16, and int8
-with float16 around it where the file has been quantized; TF32 is off, so that a float32 model is held to float32. An engine fits the TensorRT version
-and the GPU it was built with, and the sizes stated in BuildOptions.
+with float16 around it where the file has been quantized; TF32 is off, so that a float32 model is held to float32. An
+engine fits the TensorRT version and the GPU it was built with, and the sizes stated in BuildOptions.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ devices = ("cuda",)
 source: Literal[".onnx"] = ".onnx"
 precisions = {"cuda": ("fp32", "fp16", "int8")}
 own = ()
-# Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions. An int8 product returns the type of
-# its scales, so that float32 scales would leave all between the products slower than a model in float16 alone.
+# Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions. An int8 product returns the type
+# of its scales: with scales in float32 all between the products would be slower than in a model of float16 alone.
 int8 = Int8Style(activations="int8", convolutions=True, rest="fp16")
 
 GET = "pip install tensorrt cuda-bindings"
