@@ -25,6 +25,7 @@ from runtimes.base import (
     BuildError,
     BuildOptions,
     Int8Style,
+    Layers,
     RuntimesError,
     RuntimeUnavailable,
     first_line,
@@ -32,6 +33,7 @@ from runtimes.base import (
     need,
 )
 from runtimes.tensorrt_engine import Device, Refused, Shape, TensorRTEngine, reason
+from runtimes.tensorrt_layers import summary
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -125,6 +127,16 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
         opened = TensorRTEngine(engine, context, device, keep=(log, runtime), said=said)
         device.held = held.pop_all()
     return opened
+
+
+def layers(path: Path, options: BuildOptions) -> Layers:
+    """Return what TensorRT's inspector says of an engine, at the sizes it is quickest at.
+
+    Raises:
+        RuntimesError: as load() does, or the inspector says nothing that can be read.
+    """
+    with load(path, options) as engine:
+        return summary(engine.described())
 
 
 def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:

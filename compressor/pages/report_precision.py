@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from compressor import layers
 from compressor.pages.page import Part, Prose, Section, Table
 
 Json = dict[str, Any]
 
 
 def precision(content: Json) -> Section | None:
-    """How the result got its precision; None for fp32 that nobody asked to be chosen."""
-    parts = list(_parts(content))
+    """How the result got its precision, and what the engine made of it; None where there is nothing to tell."""
+    parts = [*_parts(content), *_layers(content["engine"])]
     return Section("Precision", parts) if parts else None
 
 
@@ -39,6 +40,15 @@ def _parts(content: Json) -> Iterator[Part]:
         yield Table(
             ["ranges of activations", "expected loss, %"], rows, caption="In the order in which they were tried."
         )
+
+
+def _layers(engine: Json) -> Iterator[Part]:
+    """What the runtime says it runs."""
+    yield from (Prose(line) for line in layers.told(engine))
+    found = engine.get("layers") or {}
+    if "kinds" in found:
+        caption = "By the runtime's own account. A layer counts by the narrowest type that it reads."
+        yield Table(["kind of layer", "number"], layers.kinds(found), caption=caption)
 
 
 def _told(facts: Json) -> str:
