@@ -275,7 +275,13 @@ def test_the_table_of_generation():
                 "difference_from_whole_text": 0.02 * token}  # fmt: skip
 
     speed = {"change": over(1.5), "int8": over(2.0), "both": over(3.3)}
-    whole = {"change": "compression", "speedup": speed, "ratio": over(1.1, 0.05), "verdict": "more"}
+    whole = {
+        "change": "compression",
+        "precision": "int8",
+        "speedup": speed,
+        "ratio": over(1.1, 0.05),
+        "verdict": "more",
+    }
     factorials = [{"part": part, "context": 128, "interactions": [whole]} for part in ("first", "token")]
     rows = [row("export/dense float", 128, 1.0, 4e6), row("qwen3 (eager)", 128, 0.5, 4e6)]
     run = {"layers": 4, "plan": {"a": "drop", "b": "drop"}, "environment": {"cores": 2},
@@ -288,8 +294,7 @@ def test_the_table_of_generation():
     )
     assert lines[3].startswith("| dynamic, 128 | torch (eager) |")
     assert lines[5] == (
-        "- int8 dynamic, 128 tokens, first token: 1.50 x 2.00 alone, 3.30 together; both / product 1.100 "
-        "(1.050–1.150) more."
+        "- dynamic, 128 tokens, first token: 1.50 x 2.00 alone, 3.30 together; both / product 1.100 (1.050–1.150) more."
     )
     assert "2 of 4 attention layers dropped, 32,768 → 16,384 bytes of cache a token" in lines[-1]
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
