@@ -15,6 +15,7 @@ from typing import Any
 
 import tables_criteria
 import tables_decode
+import tables_fusion
 import tables_matrix
 from tables_tokens import tokens, tokens_operators
 
@@ -123,6 +124,7 @@ TABLES = {
     "headline": headline,
     "criteria": tables_criteria.criteria,
     "decode": tables_decode.decode,
+    "fusion": tables_fusion.fusion,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,
     "tokens": tokens,
