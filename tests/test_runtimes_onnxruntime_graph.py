@@ -157,6 +157,19 @@ def test_what_is_not_known_to_be_quicker_or_the_same_stays(changed):
     assert kinds(model) == kinds(onnx.ModelProto.FromString(before))
 
 
+def test_what_a_branch_reads_is_not_looked_for():
+    model = attention(600)
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["linear"], ["inside"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)],
+    )
+    yes = helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True)))
+    model.graph.node.extend([yes, helper.make_node("If", ["yes"], ["z"], then_branch=body, else_branch=body)])
+    assert not graphs.fuse(model)
+
+
 def test_another_scale_is_none_of_quantized_attention():
     model = attention(5, int8=True, scale=0.4)
     assert graphs.fuse(model) == {"MatMulIntegerToFloat": 1}
