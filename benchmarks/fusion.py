@@ -1,10 +1,12 @@
 """What fusing operators gains on ONNX Runtime's CPU kernels: the optimisers there are, beside our own copy.
 
-    python benchmarks/fusion.py [MODEL ...] [--threads 1] [--rounds 8]
+    python benchmarks/fusion.py [MODEL ...] [--runs 40]
 
 Each model is exported as a user would, in float and in int8, with random weights: this is about speed alone. A folder
-that `compressor export` wrote may stand in place of a model. Every optimiser rewrites the same portable file; all are
-timed beside it in one interleaved run, and the profile is of a run of its own. Prints the tables and keeps the results;
+that `compressor export` wrote may stand in place of a model. Every optimiser rewrites the same portable file. The forms
+run in turns (A B C C B A ...), each with one thread, and what is compared is the processor time of the calling thread:
+other work on the machine takes the processor away for a while but is not counted. Sessions of one thread have no others
+that spin, so all may be open together. The profile is of runs of its own. Prints the tables and keeps the results;
 `python benchmarks/tables.py` puts them into the page.
 """
 
@@ -17,21 +19,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from time import thread_time_ns
 from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 import tables_fusion
 from tokens import operators
 
 from compressor.environment import environment
 from runtimes import onnxruntime, onnxruntime_fused
 from runtimes.base import BuildOptions, Engine, Feeds
-from runtimes.timing import interleave
 
-RESULTS = tables_fusion.RESULTS
+RESULTS, PORTABLE = tables_fusion.RESULTS, tables_fusion.PORTABLE
+ONE = BuildOptions(threads=1)
+WARMUP = 3
 MODELS = ("deit_tiny_patch16_224", "vit_base_patch16_224", "vit_small_patch14_dinov2")
 PRECISIONS = {"fp32": (), "int8": ("--int8", "static")}
 
@@ -56,7 +60,7 @@ def by_onnxscript(source: Path, out: Path, _: BuildOptions) -> Path:
 
 
 MAKERS: dict[str, Callable[[Path, Path, BuildOptions], Path]] = {
-    "portable file": lambda source, out, options: source,
+    PORTABLE: lambda source, out, options: source,
     "onnxruntime.transformers": by_transformers_optimizer,
     "onnxscript": by_onnxscript,
     "onnxruntime_fused": onnxruntime_fused.build,
@@ -74,26 +78,37 @@ def exported(model: str, precision: str, scratch: Path) -> Path:
     return folder / "model.onnx"
 
 
-def measure(source: Path, out: Path, options: BuildOptions, rounds: int) -> dict[str, Any]:
-    """Latency of every form of one file, how far its answers are from the portable file's, and where the time goes."""
-    files = {name: make(source, out, options) for name, make in MAKERS.items()}
-    openers = {name: partial(onnxruntime.load, file, options) for name, file in files.items()}
-    with openers["portable file"]() as engine:
-        feeds = _feeds(engine)
-        expected = next(iter(engine.run(feeds).values()))
-    latencies = interleave(openers, feeds, rounds=rounds, burst_seconds=0.3, warmup_seconds=0.1, min_runs=3)
-    rows = {}
-    for name, latency in latencies.items():
-        with openers[name]() as engine:
-            found = next(iter(engine.run(feeds).values()))
-        rows[name] = {
-            "median_ms": latency.median,
-            "quietest_ms": latency.quietest,
-            "speedup": latency.speedup_over(latencies["portable file"])._asdict(),
-            "difference": float(np.linalg.norm(found - expected) / np.linalg.norm(expected)),
-            "operators_ms": operators(files[name], feeds, threads=options.threads),
+def measure(source: Path, out: Path, runs: int) -> dict[str, Any]:
+    """Time of every form of one file, how far its answers are from the portable file's, and where the time goes."""
+    files = {name: make(source, out, ONE) for name, make in MAKERS.items()}
+    engines = {name: onnxruntime.load(file, ONE) for name, file in files.items()}
+    feeds = _feeds(engines[PORTABLE])
+    answers = {name: next(iter(engine.run(feeds).values())) for name, engine in engines.items()}
+    steps = {name: engine.bind(feeds) for name, engine in engines.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(runs + WARMUP):
+        for name in list(steps) if number % 2 == 0 else reversed(steps):
+            start = thread_time_ns()
+            steps[name]()
+            times[name].append((thread_time_ns() - start) / 1e6)
+    expected = answers[PORTABLE]
+    return {
+        name: {
+            "median_ms": float(np.median(times[name][WARMUP:])),
+            "speedup": _ratio(np.array(times[PORTABLE][WARMUP:]), np.array(times[name][WARMUP:])),
+            "difference": float(np.linalg.norm(answers[name] - expected) / np.linalg.norm(expected)),
+            "operators_ms": operators(files[name], feeds, threads=1),
         }
-    return rows
+        for name in files
+    }
+
+
+def _ratio(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> dict[str, float]:
+    """The median ratio of runs that are neighbours in time, with a bootstrap 95 % interval."""
+    ratios = before / after
+    drawn = np.random.default_rng(0).choice(ratios, (2000, ratios.size))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return {"ratio": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
 def _feeds(engine: Engine) -> Feeds:
@@ -105,21 +120,20 @@ def _feeds(engine: Engine) -> Feeds:
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=8, show_default=True, help="Timed bursts of each form.")
+@click.option("--runs", type=click.IntRange(min=1), default=40, show_default=True, help="Timed runs of each form.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="File of the results.")
-def main(models: tuple[str, ...], threads: int, rounds: int, output: Path) -> None:
+def main(models: tuple[str, ...], runs: int, output: Path) -> None:
     """Measure every model in float and in int8, print the tables and keep the results."""
     logging.disable(logging.WARNING)  # the optimisers tell what they do
-    options, results = BuildOptions(threads=threads), {}
+    results: dict[str, Any] = {}
+    found = {"runs": runs, "environment": environment(), "cases": results}
     for model in models or MODELS:
         for precision in ("",) if Path(model).is_dir() else PRECISIONS:
             with tempfile.TemporaryDirectory() as scratch:
                 source = exported(model, precision, Path(scratch))
                 case = f"{model}, {precision}" if precision else Path(model).name
-                results[case] = measure(source, Path(scratch), options, rounds)
-    found = {"threads": threads, "rounds": rounds, "environment": environment(), "cases": results}
-    output.write_text(json.dumps(found, indent=1) + "\n")
+                results[case] = measure(source, Path(scratch), runs)
+            output.write_text(json.dumps(found, indent=1) + "\n")
     print(tables_fusion.fusion_table(found))
 
 

@@ -8,7 +8,7 @@ onnxruntime.transformers and onnxscript find in these graphs is mostly these two
     before  linear -> Reshape -> Transpose -> 3 x (Slice, Squeeze) -> k transposed -> Mul, Mul -> MatMul -> Softmax
             -> MatMul -> Transpose -> Reshape
     after   linear -> Split -> MultiHeadAttention          many tokens: scores stay in the cache, block by block
-            QAttention, the linear map included            int8 and few tokens: computed head by head, as it is read
+            QAttention, the linear map included            int8, few tokens, narrow: head by head, as it is read
 
     before  (Q, DQ), DQ -> MatMul -> Add
     after   Q -> MatMulIntegerToFloat with its bias        ONNX Runtime adds it apart, and dequantizes a head's weights
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DOMAIN = "com.microsoft"
 BRANCHES = frozenset({"If", "Loop", "Scan"})
 MANY_TOKENS = 512  # between the 197 at which MultiHeadAttention lost and the 1370 at which it won
+NARROW = 384  # up to here QAttention won; at 768 its products, one for each head, lose more than the layout costs
 
 
 def fuse(model: onnx.ModelProto) -> Counter[str]:
@@ -166,6 +167,8 @@ def _attention_nodes(index: _Index, found: _Attention) -> list[onnx.NodeProto]:
     product = _product(index, found.packed)
     if product is None or not math.isclose(found.scale, found.width**-0.5, rel_tol=1e-5):
         return []  # QAttention knows this scale only
+    if index.constants[product.right[0]].dims[0] > NARROW:
+        return []
     (left, left_scale, left_zero), (right, right_scale, right_zero) = product.left, product.right
     operands = [left, right, product.bias, left_scale, right_scale, "", left_zero, right_zero]
     return [helper.make_node("QAttention", operands, [found.output], domain=DOMAIN, num_heads=found.heads)]

@@ -175,6 +175,11 @@ def test_another_scale_is_none_of_quantized_attention():
     assert graphs.fuse(model) == {"MatMulIntegerToFloat": 1}
 
 
+def test_a_wide_model_keeps_its_products(monkeypatch):
+    monkeypatch.setattr(graphs, "NARROW", SIZE - 1)
+    assert graphs.fuse(attention(5, int8=True)) == {"MatMulIntegerToFloat": 1}
+
+
 @pytest.mark.parametrize("rank", [2, 3], ids=["a head", "tokens"])
 def test_a_quantized_product_takes_its_bias(tmp_path, rank):
     small = Small([], {})
