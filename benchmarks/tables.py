@@ -17,6 +17,7 @@ import tables_criteria
 import tables_decode
 import tables_fusion
 import tables_matrix
+import tables_targets
 from tables_tokens import tokens, tokens_operators
 
 HERE = Path(__file__).parent
@@ -129,6 +130,7 @@ TABLES = {
     "rivals": tables_matrix.rivals,
     "tokens": tokens,
     "tokens_operators": tokens_operators,
+    "targets": tables_targets.targets,
 }
 
 

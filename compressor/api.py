@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor import pipeline
 from compressor.benching import BenchSettings
@@ -16,6 +16,7 @@ from runtimes.base import targets as names
 if TYPE_CHECKING:
     import torch
 
+    from compressor.calibration import Calibration
     from compressor.comparison import Comparison
     from compressor.front import Front
     from compressor.inspection import Inspection
@@ -39,6 +40,7 @@ def export(
     target: str = "onnxruntime",
     precision: str = "fp32",
     int8: str | None = None,
+    calibration: Calibration | Literal["auto"] = "auto",
     factorial: bool = False,
     max_precision_loss: float = 0.5,
     defer_build: bool = False,

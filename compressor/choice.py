@@ -294,7 +294,8 @@ def points_of(search: Search, model: str) -> list[Point]:
 def journal_of(subject: Subject, settings: Settings) -> Journal:
     """The journal beside the output folder; another search's values are not taken over."""
     # What only says how the result is built, measured or adapted later changes nothing that a search measures.
-    later = {"output", "force", "rounds", "heal_budget", "speedup", "latency", "max_precision_loss", "factorial"}
+    later = {"output", "force", "rounds", "heal_budget", "speedup", "latency"}
+    later |= {"max_precision_loss", "calibration", "factorial"}
     asked = {key: value for key, value in settings.to_dict().items() if key not in later}
     data = subject.data.describe()
     told = [__version__, asked, settings.loss_limit, subject.model.source, subject.model.revision, data["test_ids"]]

@@ -23,6 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Those of runtimes.base and compressor.precision, which import NumPy: --help must stay fast.
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 INT8 = ("static", "dynamic")
+CALIBRATIONS = ("auto", "typical", "minmax", "percentile", "entropy", "mse")
 MODEL_HELP = (
     "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, or package.module:factory "
     "for a module of your own; without it the embedded sample is used."
@@ -260,6 +261,13 @@ def _engine_options(command: Command) -> Command:
     help="Measure compression and int8 alone and together: do their speed-ups multiply? Implies --int8.",
 )
 @click.option(
+    "--calibration",
+    type=click.Choice(CALIBRATIONS),
+    default="auto",
+    show_default=True,
+    help="How int8 finds the ranges of activations; auto tries them, and SmoothQuant, until one loses little.",
+)
+@click.option(
     "--max-precision-loss",
     default=0.5,
     show_default=True,
@@ -278,6 +286,10 @@ def export(quiet: bool, **options: Any) -> None:
     report = pipeline.export(Settings(**options), console=console(quiet), command=command_line())
     out = Console()
     out.print(report.table(), highlight=False)
+    if report.trials:
+        from compressor.precision import table
+
+        out.print(table(report.trials), highlight=False)
     if report.factorial is not None:
         out.print(report.factorial.table(), highlight=False)
     out.print(f"{report.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
@@ -348,7 +360,7 @@ def inspect(quiet: bool, output: str, study: bool, **options: Any) -> None:
 
 @main.command()
 def targets() -> None:
-    """List the runtimes: which can be used here, and for the others why not and how to get them."""
+    """List the runtimes: which can be used here, in which precisions, and how to get the others."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -357,13 +369,14 @@ def targets() -> None:
     from runtimes.base import targets as names
 
     table = Table()
-    for heading in ("target", "", "what it is, or how to get it"):
+    for heading in ("target", "", "precisions", "what it is, or how to get it"):
         table.add_column(heading, overflow="fold")
     for name in names():
         found = runtime(name)
         reason = found.missing()
         state = "[green]ready[/green]" if reason is None else "[yellow]missing[/yellow]"
-        table.add_row(name, state, escape(found.description if reason is None else reason))  # [gpu] is no markup
+        had = "\n".join(f"{device}: {', '.join(precisions)}" for device, precisions in found.precisions.items())
+        table.add_row(name, state, had, escape(found.description if reason is None else reason))  # [gpu] is no markup
     Console().print(table)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
+from typing import Literal
 
+from compressor.calibration import Calibration
 from compressor.half import to_fp16
 from compressor.int4 import to_int4
 from compressor.nncf_int8 import to_int8 as nncf_to_int8
@@ -32,6 +34,7 @@ def convert(
     feeds: Callable[[], Iterator[Feeds]],
     *,
     quantizer: str = OURS,
+    calibration: Calibration | Literal["auto"] = "auto",
     loss: Callable[[Path], float] | None = None,
     max_loss: float = 0.5,
     progress: Callable[[str], None] | None = None,
@@ -45,6 +48,7 @@ def convert(
         style: how the target wants int8.
         feeds: gives a fresh stream of calibration batches.
         quantizer: what writes int8.
+        calibration: how this package finds the ranges of static int8.
         loss: measures a written file against the float one, in percent.
         max_loss: most that may be lost; int8 returns layers to float until it holds, the others are as they are.
         progress: told in a few words about each step.
@@ -60,6 +64,7 @@ def convert(
             feeds,
             mode="dynamic" if dynamic else "static",
             activations="uint8" if dynamic else style.activations,
+            calibration=calibration,
             convolutions=style.convolutions and not dynamic,
             loss=loss,
             max_loss=max_loss,

@@ -79,6 +79,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         timed = workshop.timed_inputs(settings)
         latency = workshop.latency(engines, timed, settings.rounds, steps)
         engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
+        engine |= {"inputs": list(final.inputs), "outputs": list(final.outputs)}
         if settings.defer_build:
             graphs = {"baseline": subject.graph, "result": rewritten}
             engine = deferred.write(folder, files, graphs, workshop, settings, steps)
@@ -312,8 +313,6 @@ def _notes(
             notes.append(
                 f"{facts.precision} of the {name} is expected to lose {facts.loss:.2f} %, by validation data{kept}."
             )
-    passed = (trial for trial in report.trials if trial["verdict"] != "chosen")
-    notes += [f"{trial['precision']} was tried and not taken: {trial['verdict']}." for trial in passed]
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_named(subject.data)}.")
     return (*notes, *report.missed())

@@ -5,6 +5,7 @@ A precision is written into the ONNX file here, or made by the target itself fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,8 @@ from compressor.errors import CompressorError
 from runtimes.base import PRECISIONS, Runtime, runtime, targets
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from compressor.quantize import Quantized
 
 AUTO = "auto"
@@ -74,6 +77,21 @@ class Trial:
     verdict: str
 
 
+def table(trials: Sequence[dict[str, Any]]) -> Table:
+    """What ``auto`` found of each precision, for a terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(title="Precisions tried on the result", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("precision", "ms", "speed-up", "expected loss, %", ""):
+        shown.add_column(heading, justify="right" if heading else "left")
+    for trial in trials:
+        figures = zip(("milliseconds", "speedup", "loss"), ("{:.2f}", "{:.2f}x", "{:.2f}"), strict=True)
+        values = ["" if trial[key] is None else form.format(trial[key]) for key, form in figures]
+        shown.add_row(trial["precision"], *values, trial["verdict"])
+    return shown
+
+
 def check(target: Runtime, precision: str, device: str) -> None:
     """Refuse a precision that the target would compute in another, on another device than asked for, or not at all.
 
@@ -110,6 +128,8 @@ def judged(
     def verdict(name: str) -> str:
         if name == chosen:
             return "chosen"
+        if name == "fp32":
+            return "what the others are held against"
         if name not in fitting:
             return f"loses {losses[name]:.2f} %, more than {limit:g} %"
         return "not faster than fp32" if milliseconds[name] >= whole else f"slower than {chosen}"

@@ -1,6 +1,6 @@
-"""Int8 quantization of a float ONNX file after training: ranges, the error of each node, and what must stay in float.
+"""Int8 quantization of a float ONNX file after training: which ranges, and what must stay in float.
 
-What is quantized and how it is written is decided in compressor.int8; this module measures.
+What is quantized and how it is written is decided in compressor.int8; this module tries and measures.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import helper
 
+from compressor.calibration import BY_EXTREMES, Calibration, Extremes, Histograms, extremes, histograms
 from compressor.int8 import (
     EXTERNAL_ABOVE,
     PREFIX,
@@ -32,19 +31,21 @@ from compressor.int8 import (
     candidates,
     load,
     replace_nodes,
-    save,
     write,
 )
+from compressor.measuring import Batch, stream, write_measuring
+from compressor.smooth import smooth
 
 __all__ = ["Attempt", "Kept", "QuantizeError", "Quantized", "quantize"]
 
 Mode = Literal["static", "dynamic"]
-Calibration = Literal["typical", "minmax"]
-Batch = Mapping[str, npt.NDArray[Any]]
 Feeds = Callable[[], Iterator[Batch]]
 
 SENSITIVITY_BATCHES = 4
 """Calibration batches over which the error of each node is measured."""
+
+ENOUGH = 0.2
+"""Share of the loss allowed at which no other way to find ranges is tried any more."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,24 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """A way to find ranges that was tried: the method (None: at run time), whether after smoothing, and the loss."""
+
+    method: Calibration | None
+    smoothed: bool
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Quantized:
     """What `quantize` did.
 
     Args:
         mode: "static" or "dynamic".
         activations: integer type of the activations.
-        calibration: how activation ranges were chosen ("typical", "minmax"); None in dynamic mode.
+        calibration: how activation ranges were chosen (see compressor.calibration); None in dynamic mode.
+        smoothed: whether outliers were moved from activations into weights first (see compressor.smooth).
+        calibrations: every way to find ranges that was tried, in order.
         nodes: number of quantized nodes.
         kept: every constant-weight node that stayed in float.
         loss: loss of the written file, None if it was not measured.
@@ -73,6 +85,8 @@ class Quantized:
     mode: Mode
     activations: Activations
     calibration: Calibration | None
+    smoothed: bool
+    calibrations: tuple[Calibrated, ...]
     nodes: int
     kept: tuple[Kept, ...]
     loss: float | None
@@ -84,7 +98,7 @@ class Quantized:
 class _Settings:
     mode: Mode
     activations: Activations
-    calibration: Calibration
+    calibration: Calibration | Literal["auto"]
     external_above: int
     progress: Callable[[str], None]
 
@@ -93,9 +107,14 @@ class _Settings:
 class _Job:
     source: Path
     destination: Path
-    work: Path  # where models made for measuring go
+    folder: Path  # where models made for measuring go
     feeds: Feeds
     settings: _Settings
+
+    @property
+    def work(self) -> Path:
+        """The model made for measuring."""
+        return self.folder / "measure.onnx"
 
 
 def quantize(
@@ -105,7 +124,7 @@ def quantize(
     *,
     mode: Mode = "static",
     activations: Activations = "uint8",
-    calibration: Calibration = "typical",
+    calibration: Calibration | Literal["auto"] = "auto",
     convolutions: bool = False,
     loss: Callable[[Path], float] | None = None,
     max_loss: float = 0.005,
@@ -114,14 +133,12 @@ def quantize(
 ) -> Quantized:
     """Write the int8 version of a float ONNX file and say what stayed in float.
 
-    All eligible nodes are quantized first. If `loss` then says more than `max_loss`, they are ranked by the relative
-    squared error that int8 causes at their own output, |Y - Y8|^2 / |Y|^2, and the worst 1, 2, 4, 8 ... of them return
-    to float until the loss is met or half of them are in float; failing that, the attempt with the lowest loss is kept,
-    and the caller decides whether it will do. Without `loss` only the fixed rules of compressor.int8 apply.
-
-    Static activation ranges come from one streaming pass over each sample's minimum and maximum: "typical" takes their
-    mean over the samples plus one standard deviation (never beyond the extremes), which clips rare outliers and gains
-    resolution for everything else; "minmax" takes the extremes. Memory does not depend on the number of samples.
+    All eligible nodes are quantized first, with ranges as `calibration` says. "auto" tries the methods of
+    compressor.calibration, then SmoothQuant, until one loses a fifth of what is allowed or less, and keeps the best. If
+    that loses more than `max_loss`, nodes are ranked by the relative squared error that int8 causes at their own
+    output, |Y - Y8|^2 / |Y|^2, and the worst 1, 2, 4, 8 ... of them return to float until the loss is met or half of
+    them are in float; failing that, the attempt with the lowest loss is kept, and the caller decides whether it will
+    do. Without `loss` only the fixed rules of compressor.int8 and the first method apply.
 
     Args:
         source: float ONNX file, opset 18 or newer; external data is read where there is some.
@@ -132,7 +149,7 @@ def quantize(
             which TensorRT does not read).
         activations: "uint8" with a zero point (more accurate) or "int8" symmetric (what TensorRT needs).
             Dynamic is always uint8.
-        calibration: how static ranges are found.
+        calibration: how static ranges are found: a method, or "auto".
         convolutions: also give convolutions Q/DQ inputs, for TensorRT; ONNX Runtime's CPU then only emulates int8.
         loss: measures a quantized file; 0 = as good as float, lower is better.
         max_loss: largest acceptable `loss`.
@@ -157,13 +174,15 @@ def quantize(
         )
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=destination.parent) as folder:
         # Beside the result, because a model of several GB may not fit into the system's temporary folder.
-        job = _Job(source, destination, Path(folder) / "measure.onnx", feeds, settings)
-        ranges, samples = _calibrate(job, linears) if mode == "static" else (None, 0)
-        attempts, returned = _fit(job, linears, ranges, loss, max_loss)
+        job = _Job(source, destination, Path(folder), feeds, settings)
+        trial, tried, samples = _calibrate(job, linears, loss, max_loss)
+        attempts, returned = _fit(trial, linears, loss, max_loss)
     return Quantized(
         mode=mode,
         activations=activations,
-        calibration=calibration if mode == "static" else None,
+        calibration=trial.method,
+        smoothed=trial.smoothed,
+        calibrations=tuple(tried),
         nodes=len(linears) - len(returned),
         kept=(*kept, *returned),
         loss=next((attempt.loss for attempt in attempts if attempt.kept == len(returned)), None),
@@ -172,42 +191,115 @@ def quantize(
     )
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """One way to find ranges: the job (with a smoothed source, maybe), the method, the ranges, the loss once known."""
+
+    job: _Job
+    method: Calibration | None
+    ranges: Mapping[str, Range] | None
+    smoothed: bool = False
+    loss: float | None = None
+
+
+def _calibrate(
+    job: _Job, linears: Sequence[Linear], loss: Callable[[Path], float] | None, max_loss: float
+) -> tuple[_Trial, list[Calibrated], int]:
+    """Write the file with the best ranges; return that trial, all that were tried, and how many samples there were."""
+    activations = [linear.activation for linear in linears]
+    static = job.settings.mode == "static"
+    found = extremes(job.source, job.work, activations, job.feeds, job.settings.progress) if static else None
+    tried: list[Calibrated] = []
+    best = last = None
+    for untried in _trials(job, found):
+        _attempt(untried, linears)
+        trial = last = untried if loss is None else replace(untried, loss=float(loss(job.destination)))
+        tried.append(Calibrated(trial.method, trial.smoothed, trial.loss))
+        if best is None or _badness(trial.loss) < _badness(best.loss):
+            best = trial
+        if trial.loss is None or trial.loss <= ENOUGH * max_loss:
+            break
+    assert best is not None
+    if last is not best:
+        _attempt(best, linears)
+    return best, tried, 0 if found is None else found.samples
+
+
+def _badness(loss: float | None) -> float:
+    return 0.0 if loss is None else math.inf if math.isnan(loss) else loss
+
+
+def _trials(job: _Job, found: Extremes | None) -> Iterator[_Trial]:
+    """The ways to find ranges, cheap and mostly good ones first; each is made when it is asked for."""
+    wanted = job.settings.calibration
+    if found is None:
+        yield _Trial(job, None, None)
+        if wanted == "auto" and (smoother := _smoothed(job)) is not None:
+            yield _Trial(smoother, None, None, smoothed=True)
+        return
+    if wanted != "auto":
+        yield from _by_methods(job, found, (wanted,))
+        return
+    yield from _by_methods(job, found, ("typical",))
+    if (smoother := _smoothed(job)) is not None:
+        again = extremes(smoother.source, job.work, found.names, job.feeds, job.settings.progress)
+        yield from _by_methods(smoother, again, ("typical", "mse"), smoothed=True)
+    yield from _by_methods(job, found, ("minmax", "mse", "percentile", "entropy"))
+
+
+def _by_methods(
+    job: _Job, found: Extremes, methods: Sequence[Calibration], *, smoothed: bool = False
+) -> Iterator[_Trial]:
+    """One trial for each method; histograms are made once, when the first method needs them."""
+    counted: Histograms | None = None
+    for method in methods:
+        if method in BY_EXTREMES:
+            yield _Trial(job, method, found.ranges(method), smoothed)
+            continue
+        if counted is None:
+            job.settings.progress("int8: histograms of the activations")
+            counted = histograms(job.source, job.work, found, job.feeds)
+        yield _Trial(job, method, counted.ranges(method, job.settings.activations), smoothed)
+
+
+def _smoothed(job: _Job) -> _Job | None:
+    """The same job on a file whose activations were smoothed, where there is something to smooth."""
+    job.settings.progress("int8: smoothing the activations")
+    smoother = replace(job, source=job.folder / "smooth.onnx")
+    return smoother if smooth(job.source, smoother.source, job.feeds, job.work) else None
+
+
 def _fit(
-    job: _Job,
-    linears: Sequence[Linear],
-    ranges: Mapping[str, Range] | None,
-    loss: Callable[[Path], float] | None,
-    max_loss: float,
+    trial: _Trial, linears: Sequence[Linear], loss: Callable[[Path], float] | None, max_loss: float
 ) -> tuple[list[Attempt], list[Kept]]:
-    """Write the file; return what was measured and the nodes that had to stay in float for accuracy, worst first."""
-    _attempt(job, linears, ranges)
-    if loss is None:
+    """Return nodes to float until the loss is met; what was measured, and the nodes in float, worst first."""
+    if loss is None or trial.loss is None:
         return [], []
-    attempts = [Attempt(0, float(loss(job.destination)))]
-    if attempts[0].loss <= max_loss:
+    attempts = [Attempt(0, trial.loss)]
+    if trial.loss <= max_loss:
         return attempts, []
-    errors = _sensitivity(job, linears, ranges)
+    errors = _sensitivity(trial, linears)
     worst = sorted(linears, key=lambda linear: -errors[linear.output])
     for count in _steps(len(worst)):
-        _attempt(job, worst[count:], ranges)
-        attempts.append(Attempt(count, float(loss(job.destination))))
+        _attempt(trial, worst[count:])
+        attempts.append(Attempt(count, float(loss(trial.job.destination))))
         if attempts[-1].loss <= max_loss:
             break
-    best = min(attempts, key=lambda attempt: math.inf if math.isnan(attempt.loss) else attempt.loss)
+    best = min(attempts, key=lambda attempt: _badness(attempt.loss))
     chosen = attempts[-1] if attempts[-1].loss <= max_loss else best
     if chosen is not attempts[-1]:
-        _attempt(job, worst[chosen.kept :], ranges)
+        _attempt(trial, worst[chosen.kept :])
     return attempts, [_kept_for_accuracy(linear, errors[linear.output]) for linear in worst[: chosen.kept]]
 
 
-def _attempt(job: _Job, linears: Sequence[Linear], ranges: Mapping[str, Range] | None) -> None:
-    settings = job.settings
+def _attempt(trial: _Trial, linears: Sequence[Linear]) -> None:
+    job, settings = trial.job, trial.job.settings
     settings.progress(f"int8: writing {len(linears)} nodes")
     write(
         job.source,
         job.destination,
         linears,
-        ranges,
+        trial.ranges,
         activations=settings.activations,
         external_above=settings.external_above,
     )
@@ -232,68 +324,9 @@ def _silent(_: str) -> None:
     return
 
 
-def _calibrate(job: _Job, linears: Sequence[Linear]) -> tuple[dict[str, Range], int]:
-    """Activation ranges from one pass over the calibration stream, and the number of samples.
-
-    The graph reduces each activation to one minimum and maximum per index of its leading axis (samples, windows or
-    tokens), so nothing large leaves it; rows are joined into samples here.
-    """
-    names = list(dict.fromkeys(linear.activation for linear in linears))
-    model = load(job.source)
-    edit = Edit(model.graph)
-    outputs = [output for name in names for output in _extremes(edit, name)]
-    _measure(model, edit, outputs, job)
-    moments, extreme = np.zeros((2, 2, len(names))), np.zeros((2, len(names)))  # 0 belongs to every range
-    samples = 0
-    for batch, rows in _stream(job.work, job.feeds(), outputs):
-        _check_finite(names, rows[2::3])
-        low = [_per_sample(values, batch, np.minimum) for values in rows[0::3]]
-        high = [_per_sample(values, batch, np.maximum) for values in rows[1::3]]
-        for power in (1, 2):
-            moments[power - 1] += batch * np.array([[(v**power).mean() for v in side] for side in (low, high)])
-        extreme[0] = np.minimum(extreme[0], [values.min() for values in low])
-        extreme[1] = np.maximum(extreme[1], [values.max() for values in high])
-        samples += batch
-        job.settings.progress(f"int8: {samples} calibration samples")
-    if samples == 0:
-        raise QuantizeError("There is no calibration data; static int8 needs at least one batch, or use dynamic int8.")
-    reach = _typical(moments / samples, extreme) if job.settings.calibration == "typical" else extreme
-    return {name: (float(low), float(high)) for name, low, high in zip(names, *reach, strict=True)}, samples
-
-
-def _typical(moments: npt.NDArray[np.float64], extreme: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranges [2, tensors]: mean of the samples' minima less, of their maxima plus one standard deviation."""
-    mean, square = moments
-    deviation = np.sqrt(np.maximum(square - mean**2, 0))
-    return np.stack([np.maximum(mean[0] - deviation[0], extreme[0]), np.minimum(mean[1] + deviation[1], extreme[1])])
-
-
-def _check_finite(names: Sequence[str], sums: Sequence[npt.NDArray[Any]]) -> None:
-    for name, value in zip(names, sums, strict=True):
-        if not np.isfinite(value).all():
-            raise QuantizeError(f"The activation {name} has NaN or infinity; check the model and the calibration data.")
-
-
-def _extremes(edit: Edit, name: str) -> tuple[str, str, str]:
-    """Add nodes for minimum, maximum and sum of each index of the leading axis.
-
-    The sum is there to notice a NaN: ONNX Runtime's minimum and maximum pass over it.
-    """
-    base = f"{PREFIX}{name}"
-    inputs = (edit.node("Flatten", [name], [f"{base}/rows"], axis=1), edit.constant(f"{PREFIX}axes", np.array([1])))
-    low = edit.node("ReduceMin", inputs, [f"{base}/low"], keepdims=0)
-    high = edit.node("ReduceMax", inputs, [f"{base}/high"], keepdims=0)
-    return low, high, edit.node("ReduceSum", inputs, [f"{base}/sum"], keepdims=0)
-
-
-def _per_sample(rows: npt.NDArray[Any], samples: int, reduce: np.ufunc) -> npt.NDArray[np.float64]:
-    """Join the rows of each sample; rows that do not divide among the samples (no batch axis) count as one."""
-    groups = samples if samples and len(rows) % samples == 0 else 1
-    return np.asarray(reduce.reduce(rows.reshape(groups, -1), axis=1), np.float64)
-
-
-def _sensitivity(job: _Job, linears: Sequence[Linear], ranges: Mapping[str, Range] | None) -> dict[str, float]:
+def _sensitivity(trial: _Trial, linears: Sequence[Linear]) -> dict[str, float]:
     """Relative squared output error of each node when it alone is in int8, |Y - Y8|^2 / |Y|^2, over a few batches."""
+    job, ranges = trial.job, trial.ranges
     job.settings.progress("int8: error of each node")
     model = load(job.source)
     edit = Edit(model.graph)
@@ -306,9 +339,9 @@ def _sensitivity(job: _Job, linears: Sequence[Linear], ranges: Mapping[str, Rang
             outputs += _error_nodes(edit, linear, node, ranges, job.settings.activations)
     nodes, edit.nodes = edit.nodes, []
     replace_nodes(model.graph, nodes)
-    _measure(model, edit, outputs, job)
+    write_measuring(model, edit, outputs, job.work)
     sums = np.zeros(len(outputs))
-    for _, values in _stream(job.work, itertools.islice(job.feeds(), SENSITIVITY_BATCHES), outputs):
+    for _, values in stream(job.work, itertools.islice(job.feeds(), SENSITIVITY_BATCHES), outputs):
         sums += np.array([float(value) for value in values])
     errors = sums[::2] / np.maximum(sums[1::2], np.finfo(np.float64).tiny)
     return {linear.output: float(error) for linear, error in zip(linears, errors, strict=True)}
@@ -329,43 +362,3 @@ def _error_nodes(
     gap = edit.node("Sub", [f"{base}/copy", linear.output], [f"{base}/gap"])
     error = edit.node("ReduceSumSquare", [gap], [f"{base}/error"], keepdims=0)
     return error, edit.node("ReduceSumSquare", [linear.output], [f"{base}/norm"], keepdims=0)
-
-
-def _measure(model: onnx.ModelProto, edit: Edit, outputs: Sequence[str], job: _Job) -> None:
-    """Save a model that has the given values as its only outputs; what they do not need is not computed."""
-    model.graph.node.extend(edit.nodes)
-    del model.graph.output[:]
-    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
-    save(model, job.work, job.settings.external_above)
-
-
-def _stream(path: Path, feeds: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[int, list[npt.NDArray[Any]]]]:
-    """Run each batch, yielding its number of samples and the outputs; it is released before the next is asked for."""
-    session = _session(path)
-    names = [value.name for value in session.get_inputs()]
-    for batch in feeds:
-        missing = [name for name in names if name not in batch]
-        if missing:
-            raise QuantizeError(
-                f"The calibration batch has inputs {sorted(batch)}, and {missing} is missing; give every input."
-            )
-        size = len(batch[names[0]])
-        try:
-            values = session.run(list(outputs), {name: batch[name] for name in names})
-        except Exception as error:  # ONNX Runtime's errors have no common base class
-            shapes = {name: batch[name].shape for name in names}
-            raise QuantizeError(f"The calibration batch {shapes} does not run through the model: {error}") from error
-        del batch
-        yield size, values
-
-
-def _session(path: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise QuantizeError(
-            "Int8 is calibrated with ONNX Runtime, which is missing: pip install onnxruntime"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: nothing may be written between the lines of a progress display
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

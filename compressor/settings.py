@@ -6,10 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from compressor.calibration import METHODS as CALIBRATIONS
+from compressor.calibration import Calibration
 from compressor.errors import SettingsError
 from compressor.heal import METHODS
 from compressor.models.base import TASKS
@@ -51,6 +53,8 @@ class Settings:
         precision: one of `runtimes.base.PRECISIONS`, or ``auto``: the fastest of the target's whose loss stays within
             `max_precision_loss`, found by measuring each.
         int8: short form of `precision`: ``static`` for int8, ``dynamic`` for int8-dynamic. Afterwards None.
+        calibration: how ranges of activations are found for int8, a method of `compressor.calibration`; ``auto`` tries
+            them on validation data, and SmoothQuant, until one loses little.
         factorial: also measure the compressed model in float, and before its tokens are merged, and say whether the
             speed-ups of compression and int8 multiply; the precision is int8 where none was asked for.
         max_precision_loss: most quality that a precision may lose against fp32, in percent: int8 returns layers to
@@ -80,6 +84,7 @@ class Settings:
     target: str = "onnxruntime"
     precision: str = "fp32"
     int8: str | None = None
+    calibration: Calibration | Literal["auto"] = "auto"
     factorial: bool = False
     max_precision_loss: float = 0.5
     defer_build: bool = False
@@ -150,6 +155,7 @@ def _check_choices(settings: Settings) -> None:
         ("task", TASKS),
         ("cost", COSTS),
         ("heal", METHODS),
+        ("calibration", ("auto", *CALIBRATIONS)),
     )
     for name, choices in named:
         value = getattr(settings, name)

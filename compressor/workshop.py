@@ -198,7 +198,7 @@ class Workshop:
             return Source(path, precision)
         batch = next(self.subject.data.calibration.batches(PARITY_ROWS)).feeds
         made = path.with_suffix(f".{precision}.onnx")
-        convert(path, made, precision, self.target.int8, lambda: iter([batch]))
+        convert(path, made, precision, self.target.int8, lambda: iter([batch]), calibration="typical")
         return Source(made, precision)
 
     def parity(self, path: Path, graph: Graph) -> Parity:
@@ -263,6 +263,7 @@ class Workshop:
                 self.target.int8,
                 self._samples,
                 quantizer=quantizer,
+                calibration=settings.calibration,
                 loss=None if loss is None else partial(_of_file, loss, precision),
                 max_loss=settings.max_precision_loss,
                 progress=lambda text: tick(text=text),

@@ -254,6 +254,7 @@ def test_examples_are_samples_that_really_changed(content, document):
     [
         ("Compression and int8, alone and together", {"factorial": None}),
         ("What speed costs", {"search": {}}),
+        ("Precision", {"precision": {}}),
         ("Score and measured effect", {"evidence": {}}),
         ("Similarity along the depth", {"evidence": {}}),
         ("Where answers differ", {"quality": None, "no_quality_because": "the data is random"}),
@@ -275,6 +276,7 @@ def test_a_bare_report_has_no_empty_section_and_says_why(content):
         "factorial": None,
         "search": {},
         "evidence": {},
+        "precision": {},
     }
     for part in ("latency", "sizes", "speedup"):
         bare[part].pop("original")
@@ -318,3 +320,16 @@ def test_nothing_here_needs_torch():
     source = Path(compressor.__file__).parent / "pages"
     for name in ("page.py", "report.py", "report_sections.py", "report_charts.py", "report_text.py"):
         assert "torch" not in re.sub(r'"""[\s\S]*?"""|#.*', "", (source / name).read_text())
+
+
+def test_the_precision_is_told_with_all_that_was_tried_for_it(content):
+    trial = {"precision": "int8", "milliseconds": 2.0, "speedup": 1.5, "loss": 0.07, "verdict": "chosen"}
+    way = {"method": "mse", "smoothed": True, "loss": 0.07}
+    result = content["precision"]["result"] | {"calibrations": [way, way | {"method": "typical", "smoothed": False}]}
+    result |= {"tried": [{"by": "nncf", "loss": 0.2, "milliseconds": 2.5}], "calibration": "mse", "smoothed": True}
+    changed = content | {"trials": [trial], "precision": {"result": result}}
+    trials, told, quantizers, ways = sections(changed)["Precision"]
+    assert trials.rows == [["int8", "2.00", "1.50", "0.07", "chosen"]]
+    assert f"{result['nodes']} products in int8. Ranges: mse, after SmoothQuant." in told.text
+    assert quantizers.rows == [["nncf", "2.50", "0.20"]]
+    assert ways.rows == [["mse, after SmoothQuant", "0.07"], ["typical", "0.07"]]

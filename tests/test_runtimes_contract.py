@@ -106,7 +106,8 @@ def write_source(folder, name, suffix):
     if name == "vision":
         return save_program(path, Vision(), {"pixel_values": torch.zeros(2, 8)}, ["logits", "hidden"])
     ids = torch.ones(2, 3, dtype=torch.int64)
-    return save_program(path, Text(), {"input_ids": ids, "attention_mask": ids}, ["states"])
+    # A tensor each: torch.export takes one that is given twice for one input.
+    return save_program(path, Text(), {"input_ids": ids, "attention_mask": ids.clone()}, ["states"])
 
 
 def pixels(batch, seed=0):

@@ -16,9 +16,26 @@ Json = Mapping[str, Any]
 
 TEMPLATES = Path(__file__).parent / "templates"
 # What lies in the folder where a target has an engine of its own, and the packages that open it.
-ENGINES = {"openvino": "openvino_model.xml", "tensorrt": "model.engine"}
-PACKAGES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "tensorrt": ("tensorrt", "cuda-bindings")}
-TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+ENGINES = {
+    "openvino": "openvino_model.xml",
+    "tensorrt": "model.engine",
+    "torch": "model.pt2",
+    "executorch": "model.pte",
+}
+PACKAGES = {
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "cuda-bindings"),
+    "torch": ("torch",),
+    "executorch": ("executorch",),
+}
+TITLES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "torch": "PyTorch (AOTInductor)",
+    "executorch": "ExecuTorch (XNNPACK)",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,10 @@ def loader(content: Json, folder: Path) -> Loader:
         .render(
             runtime=runtime,
             providers=_providers(content),
+            hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
+            takes=content["engine"].get("inputs", model["inputs"]),
+            gives=content["engine"].get("outputs", model["outputs"]),
+            caches=_caches(content),
             picture=picture,
             tokenizer=tokenizer,
             cached=cached,
@@ -93,6 +114,13 @@ def _runtime(content: Json, folder: Path, cached: bool) -> str:
     target: str = content["settings"]["target"]
     there = target in ENGINES and (folder / ENGINES[target]).is_file()
     return target if there and not (cached and target == "tensorrt") else "onnxruntime"
+
+
+def _caches(content: Json) -> dict[str, tuple[int, int]]:
+    """Heads and width of each cache that the engine takes."""
+    taken = content["engine"].get("inputs", ())
+    shapes = content["timed_inputs"]
+    return {name: (shapes[name][1], shapes[name][3]) for name in taken if name.startswith("past_key_values.")}
 
 
 def _providers(content: Json) -> str:

@@ -14,6 +14,7 @@ from compressor.deferred import told
 from compressor.figures import METRICS, scaled
 from compressor.pages import report_sections as sections
 from compressor.pages.page import Cell, Page, Points, Prose, Section, Table, Tile
+from compressor.pages.report_precision import precision
 from compressor.pages.report_text import (
     INTERVALS,
     capital,
@@ -57,6 +58,7 @@ def page(content: Json, shown: Mapping[str, str]) -> Page:
         sections.factorial(content),
         sections.sites(content),
         sections.search(content),
+        precision(content),
         sections.scores(content),
         sections.states(content),
         sections.latencies(content),

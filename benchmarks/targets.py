@@ -1,0 +1,160 @@
+"""Every target in every precision that this machine has for it: one model, one interleaved run, quality and latency.
+
+    python benchmarks/targets.py --data-root ../shared/data [--model NAME ...]
+
+The model as it is, nothing dropped: what a target and a precision are worth by themselves. Each engine is built as
+`compressor export --drop none --precision P --target T` builds it; torch eager and torch.compile run beside them.
+`python benchmarks/tables.py` makes the table.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from main_job import sources
+
+from compressor.eager import Module
+from compressor.environment import environment
+from compressor.errors import CompressorError
+from compressor.folder import engine_bytes
+from compressor.precision import Source
+from compressor.report import brief
+from compressor.settings import Settings
+from compressor.steps import Steps
+from compressor.subject import accepting_data, load
+from compressor.workshop import Workshop, judge, sized, usable
+from runtimes.base import Engine, RuntimesError, runtime, targets
+from runtimes.timing import interleave
+
+RESULTS = Path(__file__).parent / "results" / "targets.json"
+REFERENCE = "onnxruntime fp32"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of the table; `rounds` of timing at batch 1, `samples` of images (random weights: for calibration)."""
+
+    name: str
+    model: str
+    samples: int
+    rounds: int
+    random_weights: bool = True
+
+
+CASES = (
+    Case("DeiT-Tiny", "deit", 1000, 10, random_weights=False),
+    Case("ViT-B/16, random weights", "vit_base_patch16_224", 24, 5),
+    Case("SwinV2-T, random weights", "swinv2_tiny_window8_256", 24, 5),
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that was built: what opens it, the bytes of its file, who made its precision, seconds it took."""
+
+    opener: Callable[[], Engine]
+    bytes: int | None
+    by: str | None
+    seconds: float
+
+
+def built(case: Case, asked: Settings, scratch: Path) -> tuple[Any, dict[str, Built], dict[str, str], Any]:
+    """Every target and precision of one model.
+
+    Returns:
+        The subject, the engines by name, why others are not there, and the inputs to time.
+    """
+    subject, engines, refused, feeds = None, dict[str, Built](), dict[str, str](), None
+    for target in targets():
+        if (reason := runtime(target).missing()) is not None:
+            refused[target] = reason
+            continue
+        found, options = usable(replace(asked, target=target))
+        if subject is None:
+            subject = load(asked, Steps(None))
+        folder = scratch / target
+        folder.mkdir()
+        workshop = Workshop(subject, found, sized(options, subject, asked), folder)
+        feeds = workshop.timed_inputs(asked)
+        with accepting_data(subject):
+            path = workshop.lowered(subject.graph, "model")
+            for precision in found.precisions[options.device]:
+                name = f"{target} {precision}"
+                click.echo(f"  {name}", err=True)
+                steps = Steps(None)
+                try:
+                    with steps.step(name) as tick:
+                        source, by = None, None
+                        if precision != "fp32":
+                            source, facts = workshop.converted(path, replace(asked, precision=precision), tick)
+                            by = facts.by
+                        engine = workshop.build(source or Source(path))
+                except (CompressorError, RuntimesError) as error:
+                    refused[name] = str(error)
+                    continue
+                opener = partial(found.load, engine, workshop.options)
+                engines[name] = Built(opener, engine_bytes(engine), by, steps.done[-1].seconds)
+    return subject, engines, refused, feeds
+
+
+def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
+    """One model on every target: quality where there are weights, latency at batch 1 in one interleaved run."""
+    asked = Settings(
+        model=where.get(case.model, case.model),
+        data=where["images"],
+        drop="none",
+        samples=case.samples,
+        random_weights=case.random_weights,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        subject, engines, refused, feeds = built(case, asked, Path(scratch))
+        for name, compiles in (("torch eager", False), ("torch.compile", True)):
+            module, options = Module(subject.model, compiles=compiles), usable(asked)[1]
+            engines[name] = Built(partial(module.open, options), None, None, 0.0)
+        openers = {name: each.opener for name, each in engines.items()}
+        evaluation = None
+        if subject.no_quality_because is None:
+            judged = {name: opener for name, opener in openers.items() if name != "torch.compile"}
+            evaluation = judge(judged, subject, subject.data.test, REFERENCE, lambda *_: None)
+        latency = interleave(openers, feeds, rounds=case.rounds)
+    rows = {}
+    for name, each in engines.items():
+        row: dict[str, Any] = {"bytes": each.bytes, "by": each.by, "seconds": each.seconds}
+        row["latency"] = {key: value for key, value in brief(latency[name]).items() if key != "samples_ms"}
+        same = f"{name.split()[0]} fp32"
+        for key, over in (("speedup", REFERENCE), ("speedup_same", same)):
+            row[key] = latency[name].speedup_over(latency[over])._asdict() if over in latency else None
+        if evaluation is not None and name in evaluation.columns:
+            row["figure"] = vars(evaluation.figure(name))
+            row["loss"] = vars(evaluation.loss(REFERENCE, name))
+        rows[name] = row
+    metric = None if evaluation is None else evaluation.metric
+    tested = len(subject.data.test)
+    return {"engines": rows, "refused": refused, "metric": metric, "test": tested, "environment": environment()}
+
+
+@click.command()
+@click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--model", "chosen", multiple=True, type=click.Choice([case.name for case in CASES]), help="Only these.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, show_default=True)
+def main(data_root: Path, chosen: tuple[str, ...], output: Path) -> None:
+    """Measure the models and keep the results; the others keep theirs."""
+    where = sources(data_root)
+    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    for case in CASES:
+        if not chosen or case.name in chosen:
+            click.echo(case.name, err=True)
+            results[case.name] = measure(case, where)
+            ordered = {known.name: results[known.name] for known in CASES if known.name in results}
+            output.write_text(json.dumps(ordered, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
