@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "com.microsoft"
 BRANCHES = frozenset({"If", "Loop", "Scan"})
-MANY_TOKENS = 512  # between the 197 at which MultiHeadAttention lost and the 1370 at which it won
+MANY_TOKENS = 512  # between the 197 at which MultiHeadAttention lost and the 1370 at which it won in int8
 NARROW = 384  # up to here QAttention won; at 768 its products, one for each head, lose more than the layout costs
 
 
