@@ -20,7 +20,9 @@ DEVICES = ("cpu", "cuda")
 # weights of 4 bits only. The rest of a model stays in float: in 16 bits with fp16 and bf16, else in 32.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 # The files of this folder that are no targets. Whatever else is put here is one; the contract tests hold it to that.
-NOT_TARGETS = frozenset({"base", "executorch_program", "qdq", "tensorrt_engine", "timing", "torch_program"})
+NOT_TARGETS = frozenset(
+    {"base", "executorch_program", "onnxruntime_graph", "qdq", "tensorrt_engine", "timing", "torch_program"}
+)
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]

@@ -300,6 +300,24 @@ def test_the_table_of_generation():
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
 
 
+# -------------------------------------------------------------------------------------------- made-up results: fusion
+
+
+def test_the_table_of_fusion():
+    def row(median, *, alone, attention):
+        return {"median_ms": median, "difference": 0.01, "speedup": over(10 / median),
+                "operators_ms": {"Add": alone, "QAttention": attention}}  # fmt: skip
+
+    forms = {
+        "portable file": row(10.0, alone=9.0, attention=0.0),
+        "onnxruntime_fused": row(8.0, alone=1.0, attention=3.0),
+    }
+    lines = script("tables_fusion").fusion_table({"cases": {"tiny, int8": forms}}).splitlines()
+    assert lines[2].startswith("| tiny, int8 | portable file | 10.00 ms | 1.00x (")
+    assert lines[3] == "| tiny, int8 | onnxruntime_fused | 8.00 ms | 1.25x (1.15–1.35) | 1.0e-02 |"
+    assert lines[6] == "- tiny, int8, onnxruntime_fused: 4.00 ms in operators: QAttention 75%, Add 25%"
+
+
 # --------------------------------------------------------------------------------------------------------- scripts
 
 
