@@ -1,6 +1,6 @@
-"""Generation at a real size: half of the attention layers dropped, float and int8, behind short and long contexts.
+"""Generation at a real size: half of the attention layers dropped, in float and below, behind short and long contexts.
 
-    python benchmarks/decode.py [--int8 dynamic|static] [--layers 28] [--context 128,2048] [--rounds 4]
+    python benchmarks/decode.py [--precision int8-dynamic|int8|int4] [--layers 28] [--context 128,2048] [--rounds 4]
 
 The model has the shapes of Qwen3-0.6B and random weights: this is about speed alone. Its vocabulary is smaller, 32,000,
 so that a float file stays below 2 GB; a larger one adds the same product to every engine. It is exported once with the
@@ -22,6 +22,7 @@ import click
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 LAYERS = 28
 CONTEXTS = "128,2048"
+PRECISIONS = ("int8-dynamic", "int8", "int4")
 DATA = ("--data", "random", "--samples", "6", "--random-weights")
 
 
@@ -48,20 +49,20 @@ def run(*command: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "compressor", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(model: Path, work: Path, *, int8: str, layers: int, context: str, rounds: int) -> dict[str, Any]:
+def measure(model: Path, work: Path, *, precision: str, layers: int, context: str, rounds: int) -> dict[str, Any]:
     """Export with half of the attention layers dropped, then time generation.
 
     Args:
         model: the folder of the config.
         work: where files may be written.
-        int8: dynamic or static.
+        precision: what the gains are set against.
         layers: blocks of the model.
         context: numbers of tokens, with commas.
         rounds: timed bursts of each engine.
     """
     folder, out = work / "export", work / "bench.json"
-    run("export", model, *DATA, "--drop", f"attention:{layers // 2}", "--int8", int8, "--factorial", "--rounds", "1",
-        "--output", folder)  # fmt: skip
+    run("export", model, *DATA, "--drop", f"attention:{layers // 2}", "--precision", precision, "--factorial",
+        "--rounds", "1", "--output", folder)  # fmt: skip
     run("bench", folder, model, *DATA, "--context", context, "--rounds", str(rounds), "--output", out)
     report = json.loads((folder / "report.json").read_text())
     kept = {"layers": layers, "plan": report["plan"]["changes"], "sizes": report["sizes"]}
@@ -79,17 +80,19 @@ def slim(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--int8", type=click.Choice(["dynamic", "static"]), default="dynamic", show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True)
 @click.option("--layers", type=click.IntRange(min=2), default=LAYERS, show_default=True, help="Blocks; fewer to try.")
 @click.option("--context", default=CONTEXTS, show_default=True, help="Tokens to generate after.")
 @click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Timed bursts of each engine.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="File of the results.")
-def main(int8: str, layers: int, context: str, rounds: int, output: Path) -> None:
-    """Measure one kind of int8 and keep the results; the other keeps its own."""
+def main(precision: str, layers: int, context: str, rounds: int, output: Path) -> None:
+    """Measure one precision and keep the results; the others keep theirs."""
     results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         model = configured(Path(scratch) / "qwen3", layers)
-        results[int8] = measure(model, Path(scratch), int8=int8, layers=layers, context=context, rounds=rounds)
+        results[precision] = measure(
+            model, Path(scratch), precision=precision, layers=layers, context=context, rounds=rounds
+        )
     output.write_text(json.dumps(results, indent=1) + "\n")
 
 

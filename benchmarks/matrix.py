@@ -80,7 +80,7 @@ def export(case: Case, where: Mapping[str, str], plan: Path | None, folder: Path
     run("export", where.get(case.model, case.model), "--data", where["images"], *case.flags, *drop, "--factorial",
         "--rounds", "2", "--target", "onnxruntime", "--output", folder)  # fmt: skip
     report = json.loads((folder / "report.json").read_text())
-    kept = {name: report[name] for name in ("model", "plan", "sizes", "quality", "int8", "notes", "environment")}
+    kept = {name: report[name] for name in ("model", "plan", "sizes", "quality", "precision", "notes", "environment")}
     kept["model"] = report["model"]["name"]
     kept["plan"] = report["plan"]["changes"]
     return kept | {"export_seconds": time.perf_counter() - start}

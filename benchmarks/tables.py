@@ -15,6 +15,7 @@ from typing import Any
 
 import tables_criteria
 import tables_decode
+import tables_fusion
 import tables_matrix
 import tables_targets
 from tables_tokens import tokens, tokens_operators
@@ -124,6 +125,7 @@ TABLES = {
     "headline": headline,
     "criteria": tables_criteria.criteria,
     "decode": tables_decode.decode,
+    "fusion": tables_fusion.fusion,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,
     "tokens": tokens,

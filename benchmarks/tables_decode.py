@@ -25,10 +25,10 @@ def decode_table(found: Mapping[str, Row]) -> str:
     """Every engine behind every context, then the interactions.
 
     Args:
-        found: the results by kind of int8.
+        found: the results by precision.
     """
     lines = [
-        "| int8, context | engine | first token | each further token | tokens/s | cache |",
+        "| precision, context | engine | first token | each further token | tokens/s | cache |",
         "|---|---|---|---|---|---|",
     ]
     for kind, run in found.items():
@@ -49,10 +49,10 @@ def _interactions(found: Mapping[str, Row]) -> Iterator[str]:
     for kind, run in found.items():
         for each in run["generation"]["factorials"]:
             whole = next(one for one in each["interactions"] if one["change"] == WHOLE)
-            speed = " x ".join(f"{whole['speedup'][part]['ratio']:.2f}" for part in ("change", "int8"))
+            speed = " x ".join(f"{whole['speedup'][part]['ratio']:.2f}" for part in ("change", whole["precision"]))
             ratio = whole["ratio"]
             yield (
-                f"- int8 {kind}, {each['context']} tokens, {CALLS[each['part']]}: {speed} alone, "
+                f"- {kind}, {each['context']} tokens, {CALLS[each['part']]}: {speed} alone, "
                 f"{whole['speedup']['both']['ratio']:.2f} together; both / product {ratio['ratio']:.3f} "
                 f"({ratio['low']:.3f}–{ratio['high']:.3f}) {whole['verdict']}."
             )
@@ -63,7 +63,7 @@ def _facts(found: Mapping[str, Row]) -> Iterator[str]:
         before, after = (run["sizes"][name]["cache"] for name in ("original", "result"))
         worst = max(each["difference_from_whole_text"] for each in run["generation"]["measurements"])
         yield (
-            f"- int8 {kind}: {len(run['plan'])} of {run['layers']} attention layers dropped, {before:,} → {after:,} "
+            f"- {kind}: {len(run['plan'])} of {run['layers']} attention layers dropped, {before:,} → {after:,} "
             f"bytes of cache a token; behind a cache logits differ from those of the whole text by at most {worst:.1e} "
             f"of their spread; {run['environment']['cores']} cores."
         )

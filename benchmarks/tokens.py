@@ -259,13 +259,15 @@ def difference(graph: Graph, found: Mapping[str, Any], feeds: Feeds) -> float:
     return check_parity(expected, lambda: found, name="design").difference
 
 
-def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED) -> dict[str, float]:
+def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED, threads: int | None = None) -> dict[str, float]:
     """Milliseconds of each type of operator in one run by ONNX Runtime's profiling: medians, the longest first."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.enable_profiling, options.log_severity_level, options.inter_op_num_threads = True, 3, 1
     options.profile_file_prefix = str(onnx.with_suffix(""))
+    if threads is not None:
+        options.intra_op_num_threads = threads
     session = ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
     for _ in range(runs + 1):
         session.run(None, dict(feeds))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressor.evaluate import Evaluation
-from compressor.factorial import CELLS, Factorial, factorial, place
+from compressor.factorial import Factorial, cells_of, factorial, place, word
 from compressor.folder import copy_onnx
 from compressor.precision import Source
 from compressor.rewrite import finished
@@ -18,8 +18,6 @@ from passes.plan import Plan, merged_tokens
 from runtimes.timing import Latency
 
 FOLDER = "factorial"
-# Cells that a report with int8 measures anyway, by the name they have there.
-VARIANTS = {"dense float": "original", "dense int8": "baseline", "compressed int8": "result"}
 CHANGES = "changes"
 
 
@@ -33,16 +31,19 @@ def unmerged(plan: Plan, graph: Graph, workshop: Workshop) -> dict[str, Path]:
     return {CHANGES: made}
 
 
-def parted(floats: Mapping[str, Path], files: Mapping[str, Source]) -> tuple[dict[str, Source], dict[str, Source]]:
+def parted(
+    floats: Mapping[str, Path], files: Mapping[str, Source], precision: str
+) -> tuple[dict[str, Source], dict[str, Source]]:
     """The sources of the report's variants, and those of the cells that it lacks.
 
     Args:
-        floats: ONNX files before int8: ``baseline``, ``result`` and, where tokens are merged, ``changes``.
-        files: the same after int8, with ``original`` for the float baseline.
+        floats: ONNX files in float: ``baseline``, ``result`` and, where tokens are merged, ``changes``.
+        files: the same in the precision, with ``original`` for the float baseline.
+        precision: below float.
     """
     more = {"compressed float": Source(floats["result"])}
     if CHANGES in floats:
-        more |= {f"{CHANGES} float": Source(floats[CHANGES]), f"{CHANGES} int8": files[CHANGES]}
+        more |= {f"{CHANGES} float": Source(floats[CHANGES]), f"{CHANGES} {word(precision)}": files[CHANGES]}
     return {name: source for name, source in files.items() if name != CHANGES}, more
 
 
@@ -54,7 +55,10 @@ def measured(
     folder: Path,
 ) -> Factorial:
     """The factorial of an export, and every cell's ONNX file in its folder, so that it can be measured again."""
-    named = {cell: VARIANTS.get(cell, cell) for cell in CELLS if VARIANTS.get(cell, cell) in latency}
+    reduced = word(settings.precision)
+    # Those that the report measures anyway, by the name they have there.
+    known = {"dense float": "original", f"dense {reduced}": "baseline", f"compressed {reduced}": "result"}
+    named = {cell: known.get(cell, cell) for cell in cells_of(reduced) if known.get(cell, cell) in latency}
     (folder / FOLDER).mkdir()
     shipped = {cell: _file(cell, files[name].path, folder) for cell, name in named.items()}
     columns = {} if evaluation is None else {cell: evaluation.columns[name] for cell, name in named.items()}

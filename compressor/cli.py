@@ -258,7 +258,7 @@ def _engine_options(command: Command) -> Command:
 @click.option(
     "--factorial",
     is_flag=True,
-    help="Measure compression and int8 alone and together: do their speed-ups multiply? Implies --int8.",
+    help="Measure compression and --precision alone and together: do the gains multiply? int8 if none is named.",
 )
 @click.option(
     "--calibration",

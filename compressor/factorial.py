@@ -1,4 +1,4 @@
-"""The factorial: what compression and int8 gain and lose alone and together, and whether the gains multiply.
+"""The factorial: what compression and a precision gain and lose alone and together, and whether the gains multiply.
 
 Cells are named by what was done to the model and its precision, such as ``compressed int8``. ``dense`` is the model as
 it is; ``changes`` is the compressed one before its tokens are merged, where the plan merges any.
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMS = ("dense", "changes", "compressed")
-PRECISIONS = ("float", "int8")
-CELLS = tuple(f"{form} {precision}" for form in FORMS for precision in PRECISIONS)
-START = CELLS[0]
-# What is held against int8: the name, and the forms before and after it.
+FLOAT = "float"
+START = f"{FORMS[0]} {FLOAT}"
+# What is held against the precision: the name, and the forms before and after it.
 STEPS = (
     ("compression", "dense", "compressed"),
     ("compression without merging", "dense", "changes"),
@@ -30,17 +29,35 @@ STEPS = (
 )
 
 
+def cells_of(reduced: str) -> tuple[str, ...]:
+    """The cells in order, for a precision below float.
+
+    >>> cells_of("int8")[:2]
+    ('dense float', 'dense int8')
+    """
+    return tuple(f"{form} {precision}" for form in FORMS for precision in (FLOAT, reduced))
+
+
+def word(precision: str) -> str:
+    """What cells call a precision: int8 whether its ranges are fixed or found at run time.
+
+    >>> word("int8-dynamic"), word("int4")
+    ('int8', 'int4')
+    """
+    return precision.partition("-")[0]
+
+
 @dataclass(frozen=True)
 class Interaction:
-    """A change and int8, each alone and both together.
+    """A change and a precision (Q), each alone and both together.
 
     Attributes:
-        change: what is held against int8.
-        cells: the engines as they were before, with the change, with int8, with both.
-        speed: speed-ups by the change, by int8 and by both, over the first cell.
-        ratio: S_both / (S_change x S_int8); 1 where speed-ups multiply.
-        loss: what the change, int8 and both lost against the first cell; None where no quality may be stated.
-        excess: loss_both - (loss_change + loss_int8); 0 where losses add up.
+        change: what is held against the precision.
+        cells: the engines as they were before, with the change, with the precision, with both.
+        speed: speed-ups by the change, by the precision and by both, over the first cell.
+        ratio: S_both / (S_change x S_Q); 1 where speed-ups multiply.
+        loss: what the change, the precision and both lost against the first cell; None where no quality may be stated.
+        excess: loss_both - (loss_change + loss_Q); 0 where losses add up.
     """
 
     change: str
@@ -49,6 +66,11 @@ class Interaction:
     ratio: Speedup
     loss: tuple[Figure, Figure, Figure] | None
     excess: Figure | None
+
+    @property
+    def precision(self) -> str:
+        """The precision that the change is held against."""
+        return self.cells[2].rpartition(" ")[2]
 
     @property
     def verdict(self) -> str:
@@ -69,13 +91,13 @@ class Interaction:
     def sentence(self, where: str) -> str:
         """The conclusion in words."""
         says = {
-            "multiplicative": "The speed-ups of {} and int8 multiply",
-            "less": "{} and int8 together gain less than the product of their speed-ups",
-            "more": "{} and int8 together gain more than the product of their speed-ups",
-        }[self.verdict].format(self.change)
-        alone, int8, both = (f"{each.ratio:.2f}x" for each in self.speed)
+            "multiplicative": "The speed-ups of {} and {} multiply",
+            "less": "{} and {} together gain less than the product of their speed-ups",
+            "more": "{} and {} together gain more than the product of their speed-ups",
+        }[self.verdict].format(self.change, self.precision)
+        alone, reduced, both = (f"{each.ratio:.2f}x" for each in self.speed)
         return (
-            f"{says[0].upper()}{says[1:]} {where}: {alone} and {int8} alone, {both} together, "
+            f"{says[0].upper()}{says[1:]} {where}: {alone} and {reduced} alone, {both} together, "
             f"{self.ratio.ratio:.3f} of the product ({self.ratio.low:.3f}–{self.ratio.high:.3f})."
         ) + self._losses()
 
@@ -87,15 +109,16 @@ class Interaction:
             "less": "Together they lose less than the sum",
             "more": "Together they lose more than the sum",
         }[self.additive]
-        alone, int8, both = (f"{each.value:+.2f} %" for each in self.loss)
+        alone, reduced, both = (f"{each.value:+.2f} %" for each in self.loss)
         beyond = f"{self.excess.value:+.2f} % beyond the sum ({self.excess.low:+.2f} to {self.excess.high:+.2f})"
-        return f" {says}: {alone} and {int8} alone, {both} together, {beyond}."
+        return f" {says}: {alone} and {reduced} alone, {both} together, {beyond}."
 
     def to_dict(self) -> dict[str, Any]:
         """The interaction as plain JSON values."""
-        names = ("change", "int8", "both")
+        names = ("change", self.precision, "both")
         return {
             "change": self.change,
+            "precision": self.precision,
             "cells": list(self.cells),
             "speedup": {name: each._asdict() for name, each in zip(names, self.speed, strict=True)},
             "ratio": self.ratio._asdict(),
@@ -191,22 +214,23 @@ def factorial(
         files: by cell, where its ONNX file lies.
         where: at which batch on which target.
     """
-    names = [name for name in CELLS if name in latency]
+    reduced = next(name for name in latency if not name.endswith(FLOAT)).rpartition(" ")[2]
+    names = [name for name in cells_of(reduced) if name in latency]
     medians = dict(zip(names, resampled_medians([latency[name] for name in names]), strict=True))
 
     def speedup(before: str, after: str) -> Speedup:
         return Speedup.of(latency[before].median / latency[after].median, medians[before] / medians[after])
 
     def interaction(change: str, before: str, after: str) -> Interaction:
-        start, int8, one, both = (f"{form} {precision}" for form in (before, after) for precision in PRECISIONS)
-        # S_both / (S_one x S_int8) = (start / both) / ((start / one) x (start / int8)) = one x int8 / (start x both)
-        point = latency[one].median * latency[int8].median / (latency[start].median * latency[both].median)
-        ratio = Speedup.of(point, medians[one] * medians[int8] / (medians[start] * medians[both]))
-        speed = (speedup(start, one), speedup(start, int8), speedup(start, both))
-        cells = (start, one, int8, both)
+        start, low, one, both = (f"{form} {precision}" for form in (before, after) for precision in (FLOAT, reduced))
+        # S_both / (S_one x S_low) = (start / both) / ((start / one) x (start / low)) = one x low / (start x both)
+        point = latency[one].median * latency[low].median / (latency[start].median * latency[both].median)
+        ratio = Speedup.of(point, medians[one] * medians[low] / (medians[start] * medians[both]))
+        speed = (speedup(start, one), speedup(start, low), speedup(start, both))
+        cells = (start, one, low, both)
         if evaluation is None:
             return Interaction(change, cells, speed, ratio, None, None)
-        loss = (evaluation.loss(start, one), evaluation.loss(start, int8), evaluation.loss(start, both))
+        loss = (evaluation.loss(start, one), evaluation.loss(start, low), evaluation.loss(start, both))
         return Interaction(change, cells, speed, ratio, loss, evaluation.excess(*cells))
 
     others = names[1:]

@@ -70,7 +70,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             floats |= cells.unmerged(choice.plan, healed_graph, workshop)
         settings, trials = _with_precision(settings, floats["result"], workshop, steps)
         files, converted = workshop.precise(floats, settings, steps)
-        files, more = cells.parted(floats, files) if factorial else (files, {})
+        files, more = cells.parted(floats, files, settings.precision) if factorial else (files, {})
         with steps.step(f"build for {target.name}"):
             files["result"], shipped = workshop.shipped(files["result"], folder)
             rest = {name: source for name, source in (files | more).items() if name != "result"}

@@ -56,7 +56,7 @@ class Settings:
         calibration: how ranges of activations are found for int8, a method of `compressor.calibration`; ``auto`` tries
             them on validation data, and SmoothQuant, until one loses little.
         factorial: also measure the compressed model in float, and before its tokens are merged, and say whether the
-            speed-ups of compression and int8 multiply; the precision is int8 where none was asked for.
+            speed-ups of compression and the precision multiply; that is int8 where none was asked for.
         max_precision_loss: most quality that a precision may lose against fp32, in percent: int8 returns layers to
             float until it holds, ``auto`` takes no precision that loses more.
         defer_build: leave the engine to `compressor build` on the device; ONNX Runtime on the CPU stands in here.
@@ -171,8 +171,8 @@ def _check_precision(settings: Settings) -> None:
             raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
     if settings.int8 is not None and settings.precision not in ("fp32", SHORT_FORMS[settings.int8]):
         raise SettingsError(f"found --int8 and --precision {settings.precision}; give one of them.")
-    if settings.factorial and settings.precision not in ("fp32", *SHORT_FORMS.values()):
-        raise SettingsError(f"--factorial sets compression against int8; found --precision {settings.precision}.")
+    if settings.factorial and settings.precision == AUTO:
+        raise SettingsError("--factorial sets compression against one precision; found --precision auto, name it.")
 
 
 def _check_numbers(settings: Settings) -> None:

@@ -25,6 +25,7 @@ NOT_TARGETS = frozenset(
         "base",
         "executorch_program",
         "layer_counts",
+        "onnxruntime_graph",
         "onnxruntime_layers",
         "qdq",
         "tensorrt_engine",

@@ -275,7 +275,13 @@ def test_the_table_of_generation():
                 "difference_from_whole_text": 0.02 * token}  # fmt: skip
 
     speed = {"change": over(1.5), "int8": over(2.0), "both": over(3.3)}
-    whole = {"change": "compression", "speedup": speed, "ratio": over(1.1, 0.05), "verdict": "more"}
+    whole = {
+        "change": "compression",
+        "precision": "int8",
+        "speedup": speed,
+        "ratio": over(1.1, 0.05),
+        "verdict": "more",
+    }
     factorials = [{"part": part, "context": 128, "interactions": [whole]} for part in ("first", "token")]
     rows = [row("export/dense float", 128, 1.0, 4e6), row("qwen3 (eager)", 128, 0.5, 4e6)]
     run = {"layers": 4, "plan": {"a": "drop", "b": "drop"}, "environment": {"cores": 2},
@@ -288,11 +294,28 @@ def test_the_table_of_generation():
     )
     assert lines[3].startswith("| dynamic, 128 | torch (eager) |")
     assert lines[5] == (
-        "- int8 dynamic, 128 tokens, first token: 1.50 x 2.00 alone, 3.30 together; both / product 1.100 "
-        "(1.050–1.150) more."
+        "- dynamic, 128 tokens, first token: 1.50 x 2.00 alone, 3.30 together; both / product 1.100 (1.050–1.150) more."
     )
     assert "2 of 4 attention layers dropped, 32,768 → 16,384 bytes of cache a token" in lines[-1]
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
+
+
+# -------------------------------------------------------------------------------------------- made-up results: fusion
+
+
+def test_the_table_of_fusion():
+    def row(median, *, alone, attention):
+        return {"median_ms": median, "difference": 0.01, "speedup": over(10 / median),
+                "operators_ms": {"Add": alone, "QAttention": attention}}  # fmt: skip
+
+    forms = {
+        "portable file": row(10.0, alone=9.0, attention=0.0),
+        "onnxruntime_fused": row(8.0, alone=1.0, attention=3.0),
+    }
+    lines = script("tables_fusion").fusion_table({"cases": {"tiny, int8": forms}}).splitlines()
+    assert lines[2].startswith("| tiny, int8 | portable file | 10.00 ms | 1.00x (")
+    assert lines[3] == "| tiny, int8 | onnxruntime_fused | 8.00 ms | 1.25x (1.15–1.35) | 1.0e-02 |"
+    assert lines[6] == "- tiny, int8, onnxruntime_fused: 4.00 ms in operators: QAttention 75%, Add 25%"
 
 
 # --------------------------------------------------------------------------------------------------------- scripts

@@ -18,7 +18,7 @@ from compressor.cli import main
 from compressor.comparison import Comparison
 from compressor.eager import Module
 from compressor.errors import SettingsError
-from compressor.factorial import CELLS
+from compressor.factorial import cells_of
 from compressor.report import Report
 from compressor.settings import Settings
 from runtimes.base import BuildError, BuildOptions, RuntimesError
@@ -88,7 +88,7 @@ def test_an_export_holds_every_cell_and_the_conclusion(exported: tuple[Path, Rep
     content = json.loads((folder / "report.json").read_text())["factorial"]
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert report.factorial is not None
-    assert tuple(content["cells"]) == CELLS
+    assert tuple(content["cells"]) == cells_of("int8")
     assert {cell["file"] for cell in content["cells"].values()} <= set(listed)
     assert content["cells"]["compressed int8"]["file"] == "model.onnx"
     assert set(report.latency) == {"original", "baseline", "result"}
@@ -152,7 +152,7 @@ def test_a_factorial_asks_for_int8_unless_one_is_named() -> None:
 
 def test_bench_measures_every_engine_side_by_side(measured: tuple[Comparison, dict[str, Any]]) -> None:
     _, content = measured
-    names = [*(f"out/{cell}" for cell in CELLS), "model.onnx", f"{FACTORY} (eager)"]
+    names = [*(f"out/{cell}" for cell in cells_of("int8")), "model.onnx", f"{FACTORY} (eager)"]
     assert list(content["engines"]) == [row["engine"] for row in content["measurements"]] == names
     assert content["against"] == content["reference"] == "out/dense float"
     for row in content["measurements"]:
@@ -184,10 +184,10 @@ def test_bench_works_out_the_factorial_again(measured: tuple[Comparison, dict[st
     comparison, content = measured
     (again,) = content["factorials"]
     assert again["folder"] == "out"
-    assert tuple(again["cells"]) == CELLS
+    assert tuple(again["cells"]) == cells_of("int8")
     assert len(again["interactions"]) == 3
     assert "at batch 2 on onnxruntime, threads 1" in again["conclusion"][0]
-    for row in content["measurements"][: len(CELLS)]:
+    for row in content["measurements"][: len(cells_of("int8"))]:
         assert again["cells"][row["engine"].removeprefix("out/")]["latency"] == row["latency"]
     assert f"out: {again['conclusion'][0]}" in comparison.summary()
 

@@ -462,7 +462,9 @@ def test_tensorrts_engine_is_built_from_the_folder(folder, fake):  # noqa: F811
     assert {tuple(sizes[place][0] for place in (0, 1, 2)) for p in fake.profiles for sizes in p.values()} == {
         (1, 5, 32)
     }
-    assert report_of(folder)["engine"]["measured"]["original"]["parity"] < TOLERANCE
+    engine = report_of(folder)["engine"]
+    assert engine["measured"]["original"]["parity"] < TOLERANCE
+    assert engine["layers"]["precisions"] == {"fp32": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------- answers

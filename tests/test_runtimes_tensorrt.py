@@ -7,6 +7,7 @@ It cannot show that the real parser, kernels or numbers are right.
 
 import ctypes
 import enum
+import json
 import pickle
 import re
 import sys
@@ -30,7 +31,7 @@ from compressor.quantize import quantize
 from compressor.settings import Settings
 from runtimes import qdq
 from runtimes import tensorrt as target
-from runtimes.base import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable
+from runtimes.base import BuildError, BuildOptions, Layers, RuntimesError, RuntimeUnavailable
 
 OPTIONS = BuildOptions(device="cuda", batches=(1, 2, 4), lengths=(2, 8, 16))
 ENUMS = {
@@ -141,6 +142,7 @@ class Fake:
         module.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED"])
         module.TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
         module.TensorLocation = enum.Enum("TensorLocation", ["DEVICE", "HOST"])
+        module.LayerInformationFormat = enum.Enum("LayerInformationFormat", ["ONELINE", "JSON"])
         module.DataType = enum.Enum("DataType", ["FLOAT", "INT64", "BF16"])
         module.ILogger = FakeLogger
         for kind in (FakeBuilder, FakeParser, FakeRuntime):
@@ -306,8 +308,29 @@ class FakeEngine:
         assert profile == 0
         return list(self.shapes.get(name, [self.get_tensor_shape(name)] * 3))
 
+    def create_engine_inspector(self):
+        return FakeInspector(self) if self.fake.ok("create_engine_inspector") else None
+
     def create_execution_context(self):
         return FakeContext(self) if self.fake.ok("create_execution_context") else None
+
+
+class FakeInspector:
+    """Describes each node as a layer; without a context whose shapes are set it names no types."""
+
+    def __init__(self, engine):
+        self.engine, self.execution_context = engine, None
+
+    def get_engine_information(self, form):
+        assert form is self.engine.fake.trt.LayerInformationFormat.JSON
+        if not self.engine.fake.ok("get_engine_information"):
+            return "{}"
+        context = self.execution_context
+        known = context is not None and set(context.shapes) == set(self.engine.inputs)
+        text = "Row major linear FP32" if known else "N/A due to dynamic shapes"
+        key = "Format/Datatype" if self.engine.fake.version.startswith("10") else "DataType"
+        layer = {"Name": "h_myl0_0", "LayerType": "gemm", "Inputs": [{"Name": "x", key: text}], "Outputs": []}
+        return json.dumps({"Layers": [layer]})
 
 
 class FakeContext:
@@ -703,6 +726,30 @@ def test_a_failed_bind_gives_its_memory_back(fake, built):
         assert len(fake.memory) == 3
 
 
+def test_the_layers_are_asked_for_at_the_usual_sizes(fake, built):
+    assert target.layers(built, OPTIONS) == Layers(1, {"fp32": 1}, {"gemm": 1}, None)
+    steps = ["set_input_shape", "create_engine_inspector", "get_engine_information"]
+    assert [call for call in fake.calls if call in steps] == steps
+    assert (fake.memory, fake.streams) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("create_engine_inspector", "TensorRT makes no inspector: no reason given."),
+        ("set_input_shape", "TensorRT does not take its own usual shape [2, 8] for 'x'."),
+        ("get_engine_information", "TensorRT's description of the engine cannot be read: 'Layers'."),
+        ("deserialize_cuda_engine", "TensorRT cannot open model.engine: it was built for another GPU"),
+    ],
+)
+def test_an_engine_that_is_not_described_is_one_sentence_and_no_leak(fake, built, step, words):
+    fake.fail = {step: 0}
+    with pytest.raises(RuntimesError) as error:
+        target.layers(built, OPTIONS)
+    check_sentence(error, words)
+    assert (fake.memory, fake.streams) == ({}, {})
+
+
 def test_use_after_close_is_refused(fake, built):
     engine = target.load(built, OPTIONS)
     step = engine.bind(pixels(1))
@@ -1067,6 +1114,13 @@ def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatc
     }
     assert {len(feeds["pixel_values"]) for feeds in fake.executed} >= {1, 3, 8}
     assert qdq.violations(output / "model.onnx") == []
+    assert report.engine["layers"] == {
+        "count": 1,
+        "precisions": {"fp32": 1},
+        "kinds": {"gemm": 1},
+        "fused_attention": None,
+    }
+    assert "The engine has 1 layers: 1 fp32; whether attention is fused cannot be told." in report.summary()
     assert (fake.memory, fake.streams) == ({}, {})
 
 

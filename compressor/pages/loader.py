@@ -17,6 +17,8 @@ Json = Mapping[str, Any]
 TEMPLATES = Path(__file__).parent / "templates"
 # What lies in the folder where a target has an engine of its own, and the packages that open it.
 ENGINES = {
+    "onnxruntime_fused": "model.fused.onnx",
+    "onnxruntime_mobile": "model.ort",
     "openvino": "openvino_model.xml",
     "tensorrt": "model.engine",
     "torch": "model.pt2",
@@ -24,6 +26,8 @@ ENGINES = {
 }
 PACKAGES = {
     "onnxruntime": ("onnxruntime",),
+    "onnxruntime_fused": ("onnxruntime",),
+    "onnxruntime_mobile": ("onnxruntime",),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "cuda-bindings"),
     "torch": ("torch",),
@@ -31,6 +35,8 @@ PACKAGES = {
 }
 TITLES = {
     "onnxruntime": "ONNX Runtime",
+    "onnxruntime_fused": "ONNX Runtime (fused)",
+    "onnxruntime_mobile": "ONNX Runtime (.ort)",
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "torch": "PyTorch (AOTInductor)",
@@ -67,7 +73,8 @@ def loader(content: Json, folder: Path) -> Loader:
         templates()
         .get_template("load.py.j2")
         .render(
-            runtime=runtime,
+            runtime=runtime.partition("_")[0],
+            file=ENGINES.get(runtime, "model.onnx"),
             providers=_providers(content),
             hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
             takes=content["engine"].get("inputs", model["inputs"]),

@@ -52,9 +52,8 @@ def bars(rows: Sequence[Row], *, title: str, form: str, expected: str = "") -> a
     domain = [low, high + 0.12 * (high - low)]  # room for the values that are written behind the bars
     tips = [alt.Tooltip("name:N", title="cell"), *_interval(title, form)]
     base = alt.Chart(table(shown)).encode(y=alt.Y("name:N", sort=names, title=None, axis=alt.Axis(ticks=False)))
-    colour = alt.Color(
-        "group:N", title=None, scale=alt.Scale(domain=["float", "int8"], range=[QUIET, ACCENT]), legend=_above()
-    )
+    groups = sorted({row["group"] for row in rows}, key=lambda group: group != "float")
+    colour = alt.Color("group:N", title=None, scale=alt.Scale(domain=groups, range=[QUIET, ACCENT]), legend=_above())
     x = alt.X(
         "value:Q", title=title, axis=alt.Axis(format=".2~f", tickCount=6), scale=alt.Scale(domain=domain, nice=False)
     )

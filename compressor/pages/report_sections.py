@@ -18,7 +18,7 @@ SLOWEST = 99.5  # percentile of all runs at which the axis of latencies ends
 
 
 def factorial(content: Json) -> Section | None:
-    """What compression and int8 gain and lose alone and together, as bars and table."""
+    """What compression and the precision gain and lose alone and together, as bars and table."""
     found = content["factorial"]
     if found is None:
         return None
@@ -53,12 +53,13 @@ def factorial(content: Json) -> Section | None:
     parts.append(Table(headings, rows, caption=INTERVALS))
     changes = " changes: the compressed model before its tokens are merged." if "changes float" in cells else ""
     parts.append(Prose(f"dense: the model as it is. compressed: the result's plan.{changes}"))
-    return Section("Compression and int8, alone and together", parts)
+    reduced = found["interactions"][0]["precision"]
+    return Section(f"Compression and {reduced}, alone and together", parts)
 
 
 def _bar(name: str, figure: Json, key: str, unit: str) -> Json:
     text = f"{figure[key]:.2f}{unit}" if key == "ratio" else f"{figure[key]:+.2f}{unit}"
-    group = "int8" if name.endswith("int8") else "float"
+    group = name.rpartition(" ")[2]
     return {
         "name": name,
         "value": figure[key],
@@ -71,7 +72,7 @@ def _bar(name: str, figure: Json, key: str, unit: str) -> Json:
 
 def _product(interaction: Json) -> float:
     speed = interaction["speedup"]
-    return float(speed["change"]["ratio"] * speed["int8"]["ratio"])
+    return float(speed["change"]["ratio"] * speed[interaction["precision"]]["ratio"])
 
 
 def sites(content: Json) -> Section | None:

@@ -1,0 +1,45 @@
+"""The table of benchmarks/fusion.py: what fusing operators gains on ONNX Runtime, and where the time goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+RESULTS = Path(__file__).parent / "results" / "fusion.json"
+PORTABLE = "portable file"
+LONGEST = 6  # operators that are named
+
+
+def fusion() -> str | None:
+    """The table; None where nothing was measured yet."""
+    return fusion_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
+
+
+def fusion_table(found: Row) -> str:
+    """Every form of every file, then the profiles of the portable files and of our copies."""
+    lines = [
+        "| model | form | processor time | speed-up | answers differ by |",
+        "|---|---|---|---|---|",
+    ]
+    for case, forms in found["cases"].items():
+        for name, row in forms.items():
+            ratio = row["speedup"]
+            lines.append(
+                f"| {case} | {name} | {row['median_ms']:.2f} ms | "
+                f"{ratio['ratio']:.2f}x ({ratio['low']:.2f}–{ratio['high']:.2f}) | {row['difference']:.1e} |"
+            )
+    return "\n".join([*lines, "", *_profiles(found["cases"])])
+
+
+def _profiles(cases: Row) -> Iterator[str]:
+    for case, forms in cases.items():
+        for name in (PORTABLE, "onnxruntime_fused"):
+            spent = forms[name]["operators_ms"]
+            total = sum(spent.values())
+            longest = sorted(spent, key=lambda kind: -spent[kind])[:LONGEST]
+            parts = ", ".join(f"{kind} {spent[kind] / total:.0%}" for kind in longest)
+            yield f"- {case}, {name}: {total:.2f} ms in operators: {parts}"
