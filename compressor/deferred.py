@@ -89,7 +89,7 @@ def write(
     """
     target = runtime(settings.target)
     device = target.devices[0] if settings.device is None else settings.device
-    options = replace(workshop.options, device=device)
+    options = replace(workshop.options, device=device, portable=settings.portable_engine)
     with steps.step("write what the device needs"):
         (folder / FOLDER).mkdir()
         for name, source in files.items():

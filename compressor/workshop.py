@@ -52,12 +52,12 @@ def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
     target = runtime(settings.target)
     device = target.devices[0] if settings.device is None else settings.device
-    options = BuildOptions(device=device, threads=settings.threads)
+    options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
     check(target, settings.precision, device)
     if settings.defer_build:
         check_device(target.name, target.devices, options)
         _check_deferrable(target, settings.precision)
-        target, options = stand_in(target), dataclasses.replace(options, device="cpu")
+        target, options = stand_in(target), dataclasses.replace(options, device="cpu", portable=False)
     need(target.name, _or_defer(target), target.devices, options)
     if options.device != target.devices[0] and target.source == ".onnx":
         _probe(target, options)

@@ -19,6 +19,7 @@ DEVICES = ("cpu", "cuda")
 # What an engine computes its matrix products in. int8-dynamic finds the ranges of activations at run time, int4 has
 # weights of 4 bits only. The rest of a model stays in float: in 16 bits with fp16 and bf16, else in 32.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
+PORTABLE = "tensorrt"  # the target whose engines are tied to a GPU and a version unless asked not to be
 # The files of this folder that are no targets. Whatever else is put here is one; the contract tests hold it to that.
 NOT_TARGETS = frozenset(
     {
@@ -73,6 +74,7 @@ class BuildOptions:
             cache, which is empty at first.
         precision: The precision to build in. One that the target does not make itself is that of the file already.
         samples: Gives a fresh stream of calibration batches to a target that quantizes by itself.
+        portable: Build an engine that runs on other GPUs and with other versions too, at some cost in speed.
 
     Raises:
         RuntimesError: An option has a value that no runtime takes.
@@ -85,6 +87,7 @@ class BuildOptions:
     lengths: tuple[int, int, int] = (1, 128, 512)
     precision: str = "fp32"
     samples: Callable[[], Iterator[Feeds]] | None = field(default=None, compare=False)
+    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -311,7 +314,12 @@ def installed(distribution: str) -> bool:
 
 
 def check_device(name: str, devices: tuple[str, ...], options: BuildOptions) -> None:
-    """Raise RuntimeUnavailable if a target does not run on the device asked for."""
+    """Raise RuntimeUnavailable if a target does not run on the device asked for, or in the way."""
+    if options.portable and name != PORTABLE:
+        raise RuntimeUnavailable(
+            f"Target {name} has no portable engines; only those of {PORTABLE} are tied to one GPU and version: leave "
+            "that option out."
+        )
     if options.device not in devices:
         raise RuntimeUnavailable(f"Target {name} runs on {' or '.join(devices)}; found device {options.device!r}.")
 

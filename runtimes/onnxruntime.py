@@ -93,13 +93,19 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(_open(path, options), device=options.device)
 
 
-def layers(path: Path, options: BuildOptions) -> Layers:
+def layers(path: Path, options: BuildOptions) -> Layers | None:
     """Return the layers of the graph that ONNX Runtime makes of a model for this device.
+
+    None without the package onnx, which reads that graph and which no engine needs.
 
     Raises:
         RuntimesError: as load() does.
     """
     need(name, missing(), devices, options)
+    try:
+        import onnx  # noqa: F401
+    except ImportError:
+        return None
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder, "optimised.onnx")
         _open(path, options, optimised)

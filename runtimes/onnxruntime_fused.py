@@ -65,7 +65,7 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
     return onnxruntime.load(path, options)
 
 
-def layers(path: Path, options: BuildOptions) -> Layers:
+def layers(path: Path, options: BuildOptions) -> Layers | None:
     """Return the layers of the graph that ONNX Runtime makes of the fused copy.
 
     Raises:

@@ -6,7 +6,8 @@ exist for it, memory, numbers and speed are open.
 
 The network is strongly typed: TensorRT computes in the types of the ONNX file. Those are float32 or float16, and int8
 with float16 around it where the file has been quantized; TF32 is off, so that a float32 model is held to float32. An
-engine fits the TensorRT version and the GPU it was built with, and the sizes stated in BuildOptions.
+engine fits the TensorRT version and the GPU it was built with, and the sizes stated in BuildOptions; a portable one
+fits GPUs from Ampere on and later minor versions, with kernels of 48 KiB of shared memory and fewer to choose from.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
     Args:
         source: The model; external data lies next to it.
         out: The folder of the engine.
-        options: `batches` and `lengths` bound the sizes that the engine will take.
+        options: `batches` and `lengths` bound the sizes that the engine will take; `portable` frees it from this GPU.
 
     Raises:
         RuntimeUnavailable: TensorRT or the GPU is not there.
@@ -120,6 +121,9 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
     held = contextlib.ExitStack()
     with held, _stated(f"TensorRT cannot open {path.name}", said):
         runtime = trt.Runtime(log)
+        if options.portable:
+            # It brings the runtime of the version that built it, as code to be run: refused unless allowed.
+            runtime.engine_host_code_allowed = True
         refused = "it was built for another GPU or TensorRT version, or is damaged: build it again"
         engine = _made(runtime.deserialize_cuda_engine(path.read_bytes()), refused)
         context = _made(engine.create_execution_context(), "it makes no execution context, maybe for want of memory")
@@ -160,6 +164,7 @@ def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:
         sizes = (f"{key}:{'x'.join(map(str, sized[place]))}" for key, sized in ranges.items())
         flags.append(f"--{kind}Shapes={','.join(sizes)}")
     flags.append("--profilingVerbosity=detailed")
+    flags += ["--hardwareCompatibilityLevel=ampere+", "--versionCompatible"] if options.portable else []
     own = {"10": ["--stronglyTyped", "--useSpinWait", "--noDataTransfers"], "11": ["--noCudaGraph"]}
     return {version: shlex.join(["trtexec", *flags, *more]) for version, more in own.items()}
 
@@ -244,6 +249,9 @@ def _config(builder: trt.Builder, network: trt.INetworkDefinition, options: Buil
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # A float32 model is to be run in float32, or parity with torch would fail for no fault of the model.
     config.clear_flag(trt.BuilderFlag.TF32)
+    if options.portable:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     inputs = [network.get_input(place) for place in range(network.num_inputs)]
     profile = _made(builder.create_optimization_profile(), "it makes no optimization profile")
     for tensor in inputs:

@@ -226,6 +226,17 @@ def test_the_lines_for_trtexec(originals):
     assert set(report_of(originals["tensorrt"])["engine"]["commands"]) == {"10", "11"}
 
 
+@pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
+@pytest.mark.parametrize("folder", ["tensorrt"], indirect=True)
+@pytest.mark.usefixtures("brief")
+def test_the_device_may_ask_for_a_portable_engine(folder, fake):  # noqa: F811
+    assert report_of(folder)["engine"]["options"]["portable"] is False
+    compressor.build(folder, portable_engine=True)
+    assert report_of(folder)["engine"]["options"]["portable"] is True
+    assert (folder / "model.engine").read_bytes().startswith(b"PLAN+CODE")
+    assert "engine_host_code_allowed = True" in (folder / "README.md").read_text()
+
+
 def test_lengths_and_fixed_shapes_of_the_lines(tmp_path):
     inputs = [
         helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"]),

@@ -151,6 +151,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "max_precision_loss",
         "random_weights",
         "defer_build",
+        "portable_engine",
         "factorial",
     }
     assert set(fields) - set(sweep) == needless

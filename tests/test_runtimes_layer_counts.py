@@ -1,6 +1,7 @@
 """What runtimes tell of their layers: TensorRT's JSON as documented, OpenVINO and ONNX Runtime for real."""
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -204,6 +205,11 @@ def plain(tmp_path):
 
 def test_without_attention_nothing_is_said_of_it(plain):
     assert onnxruntime.layers(plain, OPTIONS) == Layers(1, {"fp32": 1}, {"MatMul": 1}, None)
+
+
+def test_without_the_package_onnx_nothing_is_told(plain, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert onnxruntime.layers(plain, OPTIONS) is None
 
 
 def test_what_cannot_be_opened_is_one_sentence(tmp_path):

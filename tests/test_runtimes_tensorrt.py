@@ -35,8 +35,12 @@ from runtimes.base import BuildError, BuildOptions, Layers, RuntimesError, Runti
 
 OPTIONS = BuildOptions(device="cuda", batches=(1, 2, 4), lengths=(2, 8, 16))
 ENUMS = {
-    "10.16.1.11": {"NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, "TF32": 7},
-    "11.4.0.106": {"NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": 0}, "TF32": 4},
+    "10.16.1.11": {
+        "NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1},
+        "TF32": 7,
+        "VERSION_COMPATIBLE": 13,
+    },
+    "11.4.0.106": {"NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": 0}, "TF32": 4, "VERSION_COMPATIBLE": 12},
 }
 NUMPY = {"FLOAT": np.float32, "INT64": np.int64}
 ONNX_TYPES = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}
@@ -138,7 +142,9 @@ class Fake:
         module.__spec__ = machinery.ModuleSpec("tensorrt", None)  # torch looks for it
         members = ENUMS[self.version]
         module.NetworkDefinitionCreationFlag = enum.IntEnum("Flag", members["NetworkDefinitionCreationFlag"])
-        module.BuilderFlag = enum.IntEnum("BuilderFlag", {"TF32": members["TF32"]})
+        module.BuilderFlag = enum.IntEnum("BuilderFlag", {key: members[key] for key in ("TF32", "VERSION_COMPATIBLE")})
+        levels = ["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"]
+        module.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", levels)
         module.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED"])
         module.TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
         module.TensorLocation = enum.Enum("TensorLocation", ["DEVICE", "HOST"])
@@ -193,12 +199,21 @@ class FakeBuilder:
         shapes = config.profiles[0].shapes if config.profiles else {}
         assert config.verbosity is self.fake.trt.ProfilingVerbosity.DETAILED
         assert config.cache is not None
-        return HostMemory(b"PLAN" + pickle.dumps((network.model.SerializeToString(), shapes)))
+        portable = config.set == [self.fake.trt.BuilderFlag.VERSION_COMPATIBLE]
+        level = config.hardware_compatibility_level
+        assert level is (self.fake.trt.HardwareCompatibilityLevel.AMPERE_PLUS if portable else None)
+        plan = pickle.dumps((network.model.SerializeToString(), shapes))
+        return HostMemory((b"PLAN+CODE" if portable else b"PLAN") + plan)
 
 
 class FakeConfig:
     def __init__(self, fake):
         self.fake, self.profiles, self.cleared, self.cache, self.verbosity = fake, [], [], None, None
+
+        self.set, self.hardware_compatibility_level = [], None
+
+    def set_flag(self, flag):
+        self.set.append(flag)
 
     @property
     def profiling_verbosity(self):
@@ -272,10 +287,12 @@ class FakeParser:
 class FakeRuntime:
     def __init__(self, fake, logger):
         assert fake.ok("Runtime")
-        self.fake, self.logger = fake, logger
+        self.fake, self.logger, self.engine_host_code_allowed = fake, logger, False
 
     def deserialize_cuda_engine(self, plan):
-        if not self.fake.ok("deserialize_cuda_engine") or not plan.startswith(b"PLAN"):
+        if plan.startswith(b"PLAN+CODE") and self.engine_host_code_allowed:
+            plan = plan.replace(b"+CODE", b"", 1)
+        if not self.fake.ok("deserialize_cuda_engine") or plan[:5] != b"PLAN\x80":  # pickle's first byte
             self.logger.error("Serialization (Serialization assertion failed)")
             return None
         return FakeEngine(self.fake, self.logger, *pickle.loads(plan[4:]))
@@ -724,6 +741,29 @@ def test_a_failed_bind_gives_its_memory_back(fake, built):
         with pytest.raises(RuntimesError, match="CUDA stopped at cudaMemcpyAsync"):
             engine.bind(pixels(2))
         assert len(fake.memory) == 3
+
+
+def test_a_portable_engine_is_asked_for_and_may_bring_its_code(fake, tmp_path):
+    asked = replace(OPTIONS, portable=True)
+    path = target.build(save_vision(tmp_path / "model.onnx"), tmp_path, asked)
+    with target.load(path, asked) as engine:
+        np.testing.assert_array_equal(engine.run(pixels(2))["h"], expected(pixels(2))["h"])
+    with pytest.raises(BuildError, match=r"TensorRT cannot open model\.engine"):  # code that nobody allowed
+        target.load(path, OPTIONS)
+    assert (fake.memory, fake.streams) == ({}, {})
+    for line in target.command_lines(tmp_path / "model.onnx", asked).values():
+        assert " --hardwareCompatibilityLevel=ampere+ --versionCompatible " in line
+    assert not any("ompatib" in line for line in target.command_lines(tmp_path / "model.onnx", OPTIONS).values())
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_other_targets_refuse_to_be_portable(tmp_path, defer):
+    words = (
+        r"^Target onnxruntime has no portable engines; only those of tensorrt are tied to one GPU and version: .*\.$"
+    )
+    with pytest.raises(RuntimeUnavailable, match=words):
+        pipeline.export(Settings(portable_engine=True, defer_build=defer, output=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_layers_are_asked_for_at_the_usual_sizes(fake, built):
