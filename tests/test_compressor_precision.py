@@ -45,6 +45,13 @@ def test_a_refusal_names_who_else_has_the_precision_there() -> None:
         check(runtime("openvino"), "int4", "cpu")
 
 
+def test_a_refusal_names_nobody_where_nobody_has_the_precision_there() -> None:
+    with pytest.raises(PrecisionError, match=r"^target onnxruntime has no int4 on cuda; it has fp32, fp16 there\.$"):
+        check(runtime("onnxruntime"), "int4", "cuda")
+    with pytest.raises(PrecisionError, match=r"int8 on cuda needs --target tensorrt( or \w+)*\.$"):
+        check(runtime("onnxruntime"), "int8", "cuda")
+
+
 def test_a_device_that_a_target_lacks_has_no_precision_but_the_one_that_is_refused_elsewhere() -> None:
     tensorrt = runtime("tensorrt")
     check(tensorrt, "fp32", "cpu")

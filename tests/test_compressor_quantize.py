@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
+from compressor.calibration import BY_EXTREMES, METHODS, Calibration, extremes, histograms
 from compressor.errors import CompressorError
 from compressor.int8 import activation_grid, quantize_weight
 from compressor.quantize import ENOUGH, Calibrated, Quantized, QuantizeError, quantize
@@ -288,6 +289,23 @@ def test_a_named_way_is_the_only_one(tmp_path: Path) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), calibration="mse", loss=lambda _: 0.09, max_loss=0.1)
     assert done.calibrations == (Calibrated("mse", False, 0.09),)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ranges_that_are_written_are_those_of_the_method(tmp_path: Path, method: Calibration) -> None:
+    path, feeds = mlp(tmp_path / "f.onnx"), feeds_of(normal(70, 5, K) ** 3)
+    quantize(path, tmp_path / "q.onnx", feeds, calibration=method)
+    names, work = ("x", "h2"), tmp_path / "work.onnx"
+    found = extremes(path, work, names, feeds, lambda _: None)
+    if method in BY_EXTREMES:
+        ranges = found.ranges(method)
+    else:
+        ranges = histograms(path, work, found, feeds).ranges(method, "uint8")
+        assert ranges["x"] != found.ranges("minmax")["x"]  # tails so long are clipped
+    values = initializers(tmp_path / "q.onnx")
+    for name in names:
+        scale, zero = activation_grid(*ranges[name], "uint8")
+        assert (values[f"int8/{name}/scale"], values[f"int8/{name}/zero_point"]) == (scale, zero)
 
 
 def test_dynamic_int8_has_no_ranges_but_can_be_smoothed(tmp_path: Path) -> None:
