@@ -15,7 +15,6 @@ import torch
 
 import compressor
 from compressor import workshop as module
-from compressor.calibration import METHODS
 from compressor.entries import BenchError, Exported, given
 from compressor.errors import CompressorError
 from compressor.evaluate import EvaluationError
@@ -25,7 +24,7 @@ from compressor.steps import Steps
 from compressor.workshop import PARITY_ROWS, Workshop, WorkshopError, usable
 from runtimes.base import BuildError, BuildOptions, Int8Style, runtime
 from runtimes.timing import interleave
-from tests.onnx_files import K, count, initializers, mlp, normal, normed, run
+from tests.onnx_files import K, count, initializers, mlp, normal, normed
 from tests.samples import Tensors
 
 pytest.importorskip("onnxruntime")
@@ -396,17 +395,6 @@ def test_an_fp16_export_of_openvino_is_measured_in_fp16_again(subject: dict[str,
     assert (entry.target, entry.precision, entry.file) == ("openvino", "fp16", out / "model.onnx")
     (elsewhere,) = given([str(out)])[0].entries(None, "onnxruntime", compiled=False)
     assert (elsewhere.target, elsewhere.precision) == ("onnxruntime", "fp32")  # what the file itself is in
-
-
-def test_auto_calibration_reports_every_way_it_tried(subject: dict[str, Any], tmp_path: Path) -> None:
-    report = compressor.export(**subject, precision="int8", max_precision_loss=1e-9)
-    tried = report.precision["result"]["calibrations"]
-    assert tried[0]["method"] == "typical"
-    assert {way["method"] for way in tried} <= set(METHODS)
-    losses = [way["loss"] for way in tried]
-    assert report.precision["result"]["attempts"][0]["loss"] == min(losses)
-    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
-    assert run(tmp_path / "out" / "model.onnx", x)[0].shape == (3, 16)
 
 
 # ---- what bench reads of a folder
