@@ -29,6 +29,7 @@ from compressor.folder import (
     write_files,
     write_manifest,
 )
+from compressor.layers import described
 from compressor.pages.report import PAGE, html, shown_in
 from compressor.report import REPORT, Quality, Report, Size, brief
 from compressor.steps import Steps
@@ -99,8 +100,9 @@ def build(
         device = Device(place, part, Answers.load(place / ANSWERS), target, options, scratch)
         engines = device.built(steps)
         measured = device.measured(engines, steps)
+        found = described(target, engines["result"], device.options)
         latency = device.timed(engines, content["settings"], rounds, steps)
-        report = _completed(content, place, part | {"measured": measured}, latency, steps)
+        report = _completed(content, place, part | {"measured": measured, "layers": found}, latency, steps)
         made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
     completed, ours = _json(content, report), _is_ours(place / CARD)
     page = _page(place, completed)

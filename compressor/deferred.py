@@ -15,7 +15,7 @@ import numpy as np
 
 from compressor.answers import Answers, allowed_for, bytes_of
 from compressor.folder import copy_onnx
-from runtimes.base import BuildOptions, Engine, Int8Style, Runtime, runtime
+from runtimes.base import BuildOptions, Engine, Int8Style, Layers, Runtime, runtime
 
 if TYPE_CHECKING:
     from compressor.figures import Array
@@ -58,6 +58,9 @@ class StandIn:
     def load(self, path: Path, options: BuildOptions) -> Engine:
         """As ONNX Runtime does."""
         return runtime(self.name).load(path, options)
+
+    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+        """Nothing: those of the stand-in would pass for the target's."""
 
 
 def write(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import cells, deferred
+from compressor import cells, deferred, layers
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
@@ -80,6 +80,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         latency = workshop.latency(engines, timed, settings.rounds, steps)
         engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
         engine |= {"inputs": list(final.inputs), "outputs": list(final.outputs)}
+        engine |= {"layers": layers.described(target, shipped, workshop.options)}
         if settings.defer_build:
             graphs = {"baseline": subject.graph, "result": rewritten}
             engine = deferred.write(folder, files, graphs, workshop, settings, steps)

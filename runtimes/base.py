@@ -21,7 +21,18 @@ DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 # The files of this folder that are no targets. Whatever else is put here is one; the contract tests hold it to that.
 NOT_TARGETS = frozenset(
-    {"base", "executorch_program", "onnxruntime_graph", "qdq", "tensorrt_engine", "timing", "torch_program"}
+    {
+        "base",
+        "executorch_program",
+        "layer_counts",
+        "onnxruntime_graph",
+        "onnxruntime_layers",
+        "qdq",
+        "tensorrt_engine",
+        "tensorrt_layers",
+        "timing",
+        "torch_program",
+    }
 )
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
@@ -97,11 +108,33 @@ class Int8Style:
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
         quantizers: What writes the file: this package, and others whose file may be quicker there.
+        rest: What everything else computes in, scales included; norms and softmax stay in fp32. Of ranges fixed in the
+            file only.
     """
 
     activations: Literal["uint8", "int8"]
     convolutions: bool
     quantizers: tuple[str, ...] = ("compressor",)
+    rest: Literal["fp32", "fp16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a runtime made of the model: its layers after fusion, by its own account.
+
+    Attributes:
+        count: How many there are, constants and the ends left out.
+        precisions: How many there are of each precision: the narrowest type that a layer reads, "other" for those that
+            read no floats, "unknown" where the runtime does not tell.
+        kinds: How many there are of each kind, in the runtime's words.
+        fused_attention: Whether there are kernels for a whole attention; None where that cannot be told, as in a model
+            without attention.
+    """
+
+    count: int
+    precisions: Mapping[str, int]
+    kinds: Mapping[str, int]
+    fused_attention: bool | None
 
 
 class Engine(Protocol):
@@ -221,6 +254,13 @@ class Runtime(Protocol):
 
     def load(self, path: Path, options: BuildOptions) -> Engine:
         """Open what build() returned. Raises like build()."""
+
+    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+        """Describe what build() returned, at its usual sizes; None where the runtime does not tell.
+
+        Raises:
+            RuntimesError: as load() does, or what the runtime tells cannot be read.
+        """
 
 
 def targets() -> tuple[str, ...]:

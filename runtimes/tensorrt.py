@@ -4,9 +4,9 @@ Never run on a GPU: type-checked against the bindings 10.16 and 11.4; the order 
 fails, tested against a stand-in (tests/test_runtimes_tensorrt.py). Whether the real parser takes a file and kernels
 exist for it, memory, numbers and speed are open.
 
-The network is strongly typed: TensorRT computes in the types of the ONNX file. Those are float32, and int8 where the
-file has been quantized; TF32 is off, so that a float32 model is held to float32. An engine fits the TensorRT version
-and the GPU it was built with, and the sizes stated in BuildOptions.
+The network is strongly typed: TensorRT computes in the types of the ONNX file. Those are float32 or float16, and int8
+with float16 around it where the file has been quantized; TF32 is off, so that a float32 model is held to float32. An
+engine fits the TensorRT version and the GPU it was built with, and the sizes stated in BuildOptions.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from runtimes.base import (
     BuildError,
     BuildOptions,
     Int8Style,
+    Layers,
     RuntimesError,
     RuntimeUnavailable,
     first_line,
@@ -32,6 +33,7 @@ from runtimes.base import (
     need,
 )
 from runtimes.tensorrt_engine import Device, Refused, Shape, TensorRTEngine, reason
+from runtimes.tensorrt_layers import summary
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -44,8 +46,9 @@ devices = ("cuda",)
 source: Literal[".onnx"] = ".onnx"
 precisions = {"cuda": ("fp32", "fp16", "int8")}
 own = ()
-# Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions.
-int8 = Int8Style(activations="int8", convolutions=True)
+# Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions. An int8 product returns the type
+# of its scales: with scales in float32 all between the products would be slower than in a model of float16 alone.
+int8 = Int8Style(activations="int8", convolutions=True, rest="fp16")
 
 GET = "pip install tensorrt cuda-bindings"
 OLDEST = (10, 12)
@@ -124,6 +127,16 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
         opened = TensorRTEngine(engine, context, device, keep=(log, runtime), said=said)
         device.held = held.pop_all()
     return opened
+
+
+def layers(path: Path, options: BuildOptions) -> Layers:
+    """Return what TensorRT's inspector says of an engine, at the sizes it is quickest at.
+
+    Raises:
+        RuntimesError: as load() does, or the inspector says nothing that can be read.
+    """
+    with load(path, options) as engine:
+        return summary(engine.described())
 
 
 def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:

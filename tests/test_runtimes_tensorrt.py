@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import types
+from dataclasses import replace
 from functools import partial
 from importlib import machinery
 
@@ -22,7 +23,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
 from compressor import pipeline, workshop
+from compressor.conversion import convert
 from compressor.errors import CompressorError
+from compressor.half import HalfError, to_fp16
 from compressor.quantize import quantize
 from compressor.settings import Settings
 from runtimes import qdq
@@ -818,6 +821,14 @@ VIOLATIONS = {
     "axis": (wrong_axis, "node 'product' has weight scales along axis 0, expected the output channels, axis 1"),
     "weight only": (set_inputs("product", "x", "wf"), "node 'product' has one int8 input and one in float, x: put Q"),
     "output": (quantized_output, "node 'end' makes a graph output, which would stay quantized"),
+    "scale not of its input": (
+        set_constants(scale=np.float16(0.1)),
+        "node 'q' has a scale and an input of types float and float16, expected one type for both",
+    ),
+    "product of two types": (
+        set_constants(w_scale=np.full(4, 0.5, np.float16)),
+        "node 'product' has inputs of types float and float16, expected one: that of the scales of its DQs",
+    ),
     "bias": (between_product_and_bias, "node 'late' lies between product and its bias"),
     "scalar": (set_constants(w=np.int8(1)), "node 'wdq' has a scalar input"),
 }
@@ -874,12 +885,17 @@ def test_what_is_no_model_is_a_build_error(fake, tmp_path, content):
     assert fake.calls == []
 
 
-def save_network(path):
+def answer(path, images):
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": images})[0]
+
+
+def save_network(path, change=lambda constants: None):
     """Convolution, MatMul, Gemm of both layouts with biases, and a product of activations, which stays in float."""
     rng = np.random.default_rng(0)
     shapes = {"c": (16, 3, 2, 2), "w": (16, 32), "b": (32,), "g": (24, 32), "gb": (24,), "v": (24, 16), "vb": (16,)}
     constants = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
     constants["rows"] = np.array([-1, 16])
+    change(constants)
     nodes = [
         helper.make_node("Conv", ["x", "c"], ["conv"], "conv", strides=[2, 2]),
         helper.make_node("Reshape", ["conv", "rows"], ["r"], "reshape"),
@@ -891,6 +907,78 @@ def save_network(path):
         helper.make_node("MatMul", ["t", "f"], ["y"], "scores"),
     ]
     return save(path, nodes, [value("x", ["batch", 3, 8, 8])], [value("y", [16, 16])], constants)
+
+
+def images_for(count=3):
+    rng = np.random.default_rng(1)
+    images = [rng.normal(size=(2, 3, 8, 8)).astype(np.float32) for _ in range(count)]
+    return lambda: ({"x": image} for image in images)
+
+
+def types_of(path, op, place=1):
+    """Types of an input of every node of a kind, by ONNX's inference."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    kinds |= {info.name: info.type.tensor_type.elem_type for info in (*model.graph.value_info, *model.graph.input)}
+    return {TensorProto.DataType.Name(kinds[node.input[place]]) for node in model.graph.node if node.op_type == op}
+
+
+def test_int8_for_this_target_has_its_rest_and_its_scales_in_fp16(tmp_path):
+    source, path = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
+    done = convert(source, path, "int8", target.int8, images_for())
+    assert done.to_dict()["rest"] == "fp16"
+    assert done.quantized.nodes == 4
+    assert qdq.violations(path) == []
+    for op in ("QuantizeLinear", "DequantizeLinear", "MatMul", "Conv", "Add"):
+        assert types_of(path, op) == {"FLOAT16"}, op
+    model = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    zeros = [node.input[2] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert {kinds[name] for name in zeros} == {TensorProto.INT8}
+    ends = [*model.graph.input, *model.graph.output]
+    assert {end.type.tensor_type.elem_type for end in ends} == {TensorProto.FLOAT}
+    plain = tmp_path / "plain.onnx"
+    assert convert(source, plain, "int8", replace(target.int8, rest="fp32"), images_for()).rest == "fp32"
+    assert types_of(plain, "DequantizeLinear") == {"FLOAT"}
+    first, second = (answer(each, next(images_for()())["x"]) for each in (plain, path))
+    # The same integers; fp16 rounds to 5e-4 at each of four products, and a rounding step of int8 may fall differently.
+    np.testing.assert_allclose(second, first, rtol=0, atol=0.02 * np.abs(first).max())
+    assert not np.array_equal(first, second)
+
+
+def test_the_layers_left_in_float_are_chosen_by_what_the_file_with_fp16_loses(tmp_path):
+    source, path, seen = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx", []
+
+    def loss(file):
+        seen.append(types_of(file, "DequantizeLinear"))
+        return 1.0
+
+    done = convert(source, path, "int8", target.int8, images_for(), calibration="minmax", loss=loss, max_loss=0.5)
+    assert (len(seen), {*map(frozenset, seen)}) == (3, {frozenset({"FLOAT16"})})
+    assert done.loss == 1.0
+    assert qdq.violations(path) == []
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_scales_beyond_fp16_stay_positive(tmp_path):
+    def shrink(constants):
+        constants["w"][:, 0] = 1e-9
+
+    source = save_network(tmp_path / "float.onnx", shrink)
+    convert(source, tmp_path / "int8.onnx", "int8", target.int8, images_for())
+    scales = {each.name: numpy_helper.to_array(each) for each in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    smallest = min(value.min() for key, value in scales.items() if key.endswith("/scale"))
+    assert 0 < smallest < np.finfo(np.float16).tiny
+    assert qdq.violations(tmp_path / "int8.onnx") == []
+
+
+def test_scales_in_fp16_need_an_opset_that_has_them(tmp_path):
+    path = quantized_model(tmp_path)
+    model = onnx.load(path)
+    model.opset_import[0].version = 18
+    onnx.save(model, path)
+    with pytest.raises(HalfError, match=r"model\.onnx has int8 products and opset 18; scales in fp16 need opset 19"):
+        to_fp16(path, path)
 
 
 def test_the_int8_files_of_compressor_conform_in_the_style_of_this_target_only(tmp_path):
