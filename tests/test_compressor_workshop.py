@@ -21,7 +21,8 @@ from compressor.evaluate import EvaluationError
 from compressor.precision import Converted, PrecisionError, Source
 from compressor.settings import Settings
 from compressor.steps import Steps
-from compressor.workshop import PARITY_ROWS, Workshop, WorkshopError, usable
+from compressor.usable import UsableError, usable
+from compressor.workshop import PARITY_ROWS, Workshop
 from runtimes.base import BuildError, BuildOptions, Int8Style, runtime
 from runtimes.timing import interleave
 from tests.onnx_files import K, count, initializers, mlp, normal, normed
@@ -308,13 +309,13 @@ def test_an_answer_that_cannot_be_judged_is_the_worst_loss(tmp_path: Path, monke
     ],
 )
 def test_what_only_the_device_can_prove_is_not_deferred(target: str, precision: str, words: str) -> None:
-    with pytest.raises(WorkshopError, match=words):
+    with pytest.raises(UsableError, match=words):
         usable(Settings(target=target, precision=precision, defer_build=True))
 
 
 def test_engines_from_exported_programs_are_not_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime("openvino"), "source", ".pt2")
-    with pytest.raises(WorkshopError, match="target openvino builds with torch, on this machine; leave out --defer"):
+    with pytest.raises(UsableError, match="target openvino builds with torch, on this machine; leave out --defer"):
         usable(Settings(target="openvino", defer_build=True))
 
 
