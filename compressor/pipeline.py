@@ -28,8 +28,9 @@ from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
 from compressor.subject import Subject, accepting_data, load
+from compressor.usable import usable
 from compressor.validation import ROUNDING, Validation
-from compressor.workshop import Workshop, sized, usable
+from compressor.workshop import Workshop, sized
 from passes.cost import Costs
 from passes.graph import Graph
 from passes.plan import Plan

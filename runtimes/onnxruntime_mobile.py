@@ -75,7 +75,7 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
 
 
 def layers(path: Path, options: BuildOptions) -> None:
-    """Return nothing: the .ort format is ONNX Runtime's own, and no reader of it is at hand."""
+    """Return nothing: ONNX Runtime writes no graph of a model that it opened in this format."""
 
 
 def _convert(onnx: Path, out: Path) -> None:
