@@ -85,6 +85,7 @@ def without_cache(folder: Path) -> None:
     """Say in the configs of a folder that its model keeps no cache, as where every attention is gone.
 
     Generation then hands it the whole text each time; Optimum's ORTModelForCausalLM refuses to generate otherwise.
+    OVModelForCausalLM does not ask the config, and has to be given ``use_cache=False``.
     """
     for path in (folder / name for name in CONFIGS):
         if path.is_file():
