@@ -24,17 +24,18 @@ TEXT = "A man plays a flute."
 
 def opened(library, task, folder):
     """The folder as whoever follows Optimum's documentation opens it."""
+    options = {}
+    if task == "text-generation":  # these classes expect a cache unless told otherwise, and do not ask the config
+        options["use_cache"] = json.loads((Path(folder) / "config.json").read_text())["use_cache"]
     if library == "openvino":
         from optimum import intel
 
         # OpenVINO would compute in bfloat16 where the processor can; no file can ask it not to.
-        options = {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
-        if task == "text-generation":  # this class does not ask the config
-            options["use_cache"] = json.loads((Path(folder) / "config.json").read_text())["use_cache"]
+        options["ov_config"] = {"INFERENCE_PRECISION_HINT": "f32"}
         return getattr(intel, f"OVModelFor{CLASSES[task]}").from_pretrained(folder, **options)
     from optimum import onnxruntime
 
-    return getattr(onnxruntime, f"ORTModelFor{CLASSES[task]}").from_pretrained(folder)
+    return getattr(onnxruntime, f"ORTModelFor{CLASSES[task]}").from_pretrained(folder, **options)
 
 
 def answer(model, feeds):

@@ -145,7 +145,7 @@ def test_a_model_without_such_a_cache_is_left_as_it_was():
 
 
 def test_a_folder_without_a_cache_says_so_in_every_config(tmp_path):
-    """Optimum's classes go by this field; nothing else of the configs changes, and none is made up."""
+    """Whoever opens it goes by this field; nothing else of the configs changes, and none is made up."""
     (tmp_path / "config.json").write_text('{"use_cache": true, "vocab_size": 48}')
     without_cache(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {"use_cache": False, "vocab_size": 48}

@@ -84,8 +84,8 @@ def as_numpy(example: dict[str, torch.Tensor]) -> dict[str, Any]:
 def without_cache(folder: Path) -> None:
     """Say in the configs of a folder that its model keeps no cache, as where every attention is gone.
 
-    Generation then hands it the whole text each time; Optimum's ORTModelForCausalLM refuses to generate otherwise.
-    OVModelForCausalLM does not ask the config, and has to be given ``use_cache=False``.
+    Generation then hands it the whole text each time. Optimum's classes do not ask the configs: whoever opens the
+    folder with them gives ``use_cache=False``.
     """
     for path in (folder / name for name in CONFIGS):
         if path.is_file():
