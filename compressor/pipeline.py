@@ -17,6 +17,7 @@ from compressor.folder import engine_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
+from compressor.models.base import without_cache
 from compressor.pages import card
 from compressor.pages.report import PAGE, html
 from compressor.pages.thumbnails import shown
@@ -65,6 +66,8 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             (folder / "plan.json").write_text(choice.plan.to_json())
             rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
         final = finished(rewritten)
+        if subject.model.task == "text-generation" and not final.state:
+            without_cache(folder)
         floats, parity = _lowered(subject, choice.plan, rewritten, final, workshop, steps)
         factorial = settings.factorial and floats["result"] != floats["baseline"]
         if factorial:
