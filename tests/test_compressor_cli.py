@@ -144,6 +144,7 @@ class Told:
         return self
 
     factorial = None
+    trials = ()
 
     def table(self) -> str:
         return "table"

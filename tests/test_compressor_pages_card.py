@@ -243,7 +243,7 @@ def test_the_lines_of_a_target_that_torch_makes_run_without_compressor(folders, 
     text = loader.loader(content, folder).text
     assert engine.name in text
     (folder / "lines.py").write_text(text)
-    alone = ALONE.replace(repr(ABSENT), repr([name for name in ABSENT if name != "torch"]))
+    alone = ALONE.replace(repr(ABSENT), repr(ABSENT[:3]))  # torch itself looks for the others
     done = subprocess.run([sys.executable, "-c", alone], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with Image.open(folder / "photo.jpg") as image, found.load(engine, OPTIONS) as opened:
