@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressor.checkpoint import ADVICE, CONFIG
 from compressor.conversion import best_of, convert, usable_quantizers
 from compressor.data import Split
 from compressor.deferred import STAND_IN, stand_in
@@ -25,15 +26,16 @@ from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, eval
 from compressor.folder import copy_onnx
 from compressor.lower import OPSET, lower
 from compressor.models.base import as_numpy
-from compressor.parity import Parity, check_parity
+from compressor.parity import REPORT_IT, Parity, check_parity
 from compressor.precision import AUTO, Converted, Source, Trial, check, judged
 from compressor.rewrite import finished
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Loaded, accepting_data
+from compressor.target import target_named
 from passes.graph import Graph
 from passes.run import run
-from runtimes.base import BuildOptions, Engine, Feeds, Runtime, RuntimesError, check_device, need, runtime
+from runtimes.base import BuildOptions, Engine, Feeds, Runtime, RuntimesError, check_device, need
 from runtimes.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
 
 Key = TypeVar("Key")
@@ -50,7 +52,7 @@ class WorkshopError(CompressorError):
 
 def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
-    target = runtime(settings.target)
+    target = target_named(settings.target, task=settings.task)
     device = target.devices[0] if settings.device is None else settings.device
     options = BuildOptions(device=device, threads=settings.threads)
     check(target, settings.precision, device)
@@ -123,6 +125,10 @@ class Workshop:
     compiled: dict[Source, Path] = dataclasses.field(default_factory=dict, repr=False)
     made: dict[Source, tuple[Source, Converted]] = dataclasses.field(default_factory=dict, repr=False)
 
+    def finished(self, graph: Graph) -> Graph:
+        """A fork ready to be lowered; a checkpoint has the layers of its architecture, so nothing is folded there."""
+        return graph.fork() if self.target.source == CONFIG else finished(graph)
+
     def lowered(self, graph: Graph, name: str) -> Path:
         """Write a finished graph in the form that the target builds from; returns its path, under `scratch`."""
         return lower(graph, self.subject.model, self.scratch / f"{name}{self.target.source}")
@@ -149,6 +155,8 @@ class Workshop:
         Returns:
             What it was built from, and the engine's path.
         """
+        if self.target.source == CONFIG:
+            return source, Path(shutil.copytree(source.path.parent, folder, dirs_exist_ok=True), source.path.name)
         if self.target.source == ".onnx":
             source = source._replace(path=copy_onnx(source.path, folder / "model.onnx"))
             return source, self.build(source, folder)
@@ -211,12 +219,13 @@ class Workshop:
         if graph.state:  # the data's cache is empty
             several.append(as_numpy(self.subject.model.example))
         worst = Parity("", 0.0, 0)
+        advice = ADVICE if self.target.source == CONFIG else REPORT_IT
         with self.target.load(self.build(Source(path)), self.options) as engine:
             for feeds in several:
                 with accepting_data(self.subject):
                     outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
                 expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
-                found = check_parity(expected, partial(engine.run, feeds), name=path.name)
+                found = check_parity(expected, partial(engine.run, feeds), name=path.name, advice=advice)
                 worst = max(worst, found, key=lambda parity: parity.difference)
         return worst
 
