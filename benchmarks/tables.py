@@ -16,6 +16,7 @@ from typing import Any
 import tables_criteria
 import tables_decode
 import tables_fusion
+import tables_llm
 import tables_matrix
 import tables_targets
 from tables_tokens import tokens, tokens_operators
@@ -126,6 +127,7 @@ TABLES = {
     "criteria": tables_criteria.criteria,
     "decode": tables_decode.decode,
     "fusion": tables_fusion.fusion,
+    "llm": tables_llm.llm,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,
     "tokens": tokens,

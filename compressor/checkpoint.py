@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.errors import CompressorError
-from runtimes.base import BuildError, BuildOptions, Engine, Int8Style, installed
+from runtimes.base import BuildError, BuildOptions, Engine, Int8Style, Layers, installed
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,9 @@ class Transformers:
                 raise BuildError(f"The checkpoint cannot be opened again ({error}): {ADVICE}.") from error
             self.opened[path] = Module(model)
         return self.opened[path].open(options)
+
+    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+        """Nothing: torch eager runs the layers as the model has them."""
 
 
 # ----------------------------------------------------------------------------------------------------- what it can say
@@ -235,6 +238,9 @@ def _shorter(graph: Graph, module: Any) -> Any:
     import torch
 
     gone = list(_unread_blocks(graph, module))
+    caches = {name.split(".")[1] for name in graph.state}
+    if not caches <= {str(number) for number in range(len(caches))}:  # of different sizes: each keeps its number
+        raise CheckpointError(f"--target {NAME}: its layers keep caches of different sizes, so that {ADVICE}.")
     weights = module.state_dict(keep_vars=True) | _weights(graph, module)
     config = copy.deepcopy(module.config)
     if gone:

@@ -160,10 +160,9 @@ class _Finder:
         spatial = [node for node in nodes if node.target in CONV_OPS and not _is_pointwise(node)]
         if spatial:
             return "conv"
-        pointwise = [node for node in nodes if node.target in LINEAR_OPS or node.target in CONV_OPS]
-        if pointwise or any(node.target in PRODUCTS for node in nodes):
-            return "mlp" if len(pointwise) > 1 else "other"
-        return "other"
+        linear = LINEAR_OPS | CONV_OPS
+        pointwise = [node for node in nodes if node.target in linear or self._maps_features(node)]
+        return "mlp" if len(pointwise) > 1 else "other"
 
     def _is_attention(self, nodes: tuple[fx.Node, ...]) -> bool:
         """Fused attention, or a product of two activations beside a normalisation over tokens or channels."""
@@ -171,6 +170,13 @@ class _Finder:
             return True
         products = [node for node in nodes if node.target in PRODUCTS and self._multiplies_activations(node)]
         return len(products) >= 2 or (bool(products) and any(node.target in SOFTMAX_OPS for node in nodes))
+
+    def _maps_features(self, node: fx.Node) -> bool:
+        """Whether a product is a linear map written out, x @ W.T, as Falcon has it."""
+        if node.target not in PRODUCTS:
+            return False
+        left, right = node.all_input_nodes[0], node.all_input_nodes[-1]
+        return right in self.from_weights and left not in self.from_weights and len(_sizes(right)) == 2
 
     def _multiplies_activations(self, node: fx.Node) -> bool:
         operands = [source for source in node.all_input_nodes if _is_tensor(source)]

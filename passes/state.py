@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def forget_unread(graph: Graph) -> tuple[str, ...]:
     """Take out the state that no answer needs any more, once the branch that read it is gone.
 
-    The rest moves up to the names that become free, so that layers stay numbered without a gap. Where the length of an
-    input that goes is still asked for, one that stays answers.
+    The rest moves up to the names that become free, so that layers stay numbered without a gap; where layers keep
+    different numbers of heads, or of other widths, each keeps its name, by which its shape is known. Where the length
+    of an input that goes is still asked for, one that stays answers.
 
     Returns:
         The names of the outputs that went, as they were.
@@ -38,7 +39,8 @@ def forget_unread(graph: Graph) -> tuple[str, ...]:
     staying = [inputs[before] for _, before in kept]
     for after in lost:
         _let_answer(graph, inputs[graph.state[after]], staying)
-    free = dict(zip(kept, pairs, strict=False))
+    alike = len({tuple(map(str, value_of(inputs[before]).shape[1::2])) for _, before in pairs}) == 1
+    free = dict(zip(kept, pairs if alike else kept, strict=False))
     graph.state = dict(free.values())
     set_ends(
         graph,

@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from compressor import models
@@ -14,6 +18,7 @@ from passes.run import Program
 from passes.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS, VIT, Architecture, timm_model
 
+GOLDEN = Path(__file__).parent / "golden"
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 
 
@@ -89,3 +94,16 @@ def states(graph, feeds, *names):
         for _ in program.walk(values):
             pass
         return [values[by_name[name]].clone() for name in names]
+
+
+def check_listing(name, sites):
+    """Hold names, kinds, blocks and widths to a committed listing; how to write it anew: tests/test_passes_graph.py."""
+    path = GOLDEN / f"{name}.json"
+    lines = [json.dumps([site.name, site.kind, site.block, site.width]) for site in sites]
+    found = "[\n  " + ",\n  ".join(lines) + "\n]\n"
+    known = path.read_text() if path.is_file() else None
+    if os.environ.get("COMPRESSOR_UPDATE_GOLDEN") == "1" and found != known:
+        path.write_text(found)
+        pytest.fail(f"{path.name} was rewritten; look at the diff and run again without COMPRESSOR_UPDATE_GOLDEN.")
+    assert known is not None, f"{path.name} is missing"
+    assert json.loads(found) == json.loads(known)

@@ -300,6 +300,55 @@ def test_the_table_of_generation():
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
 
 
+# ----------------------------------------------------------------------------------------------- made-up results: llm
+
+
+def llm_row(name, family, changes, loss, token):
+    part = {"token": {"median": 1.0 / token}, "first": {"median": 4.0 / token}}
+    return {"name": name, "family": family, "changes": changes, "cache_bytes_per_token": 1280 - 256 * len(changes),
+            "figure": figure(3.5), "loss": figure(loss), "divergence": figure(0.25, 0.1), **part,
+            "token_speedup": over(token), "first_speedup": over(token)}  # fmt: skip
+
+
+def test_the_table_of_the_small_language_model():
+    of_llm = script("tables_llm")
+    rows = [
+        llm_row("as it is", "", {}, 0.0, 1.0),
+        llm_row("attention 1", "attention", {"a": "drop"}, 16.0, 1.25),
+        llm_row("attention 2", "attention", {"a": "drop", "b": "drop"}, 40.0, 1.5),
+        llm_row("auto 1", "auto", {"b": "linear"}, 9.0, 1.25),
+    ]
+    near = {
+        "attention 1": {"point": "auto 1", "speedup": over(1.0), "loss": figure(-6.0)},
+        "attention 2": {"point": "auto 1", "speedup": over(0.8), "loss": figure(-22.0)},
+    }
+    lines = of_llm.llm_table({"rows": rows, "nearest": near}).splitlines()
+    assert lines[3] == (
+        "| attention 1 | 1 | 3.500 | +16.00 (+15.00 to +17.00) | 0.2500 | 0.800 ms, 1.25x (1.15–1.35) | "
+        "3.200 ms, 1.25x (1.15–1.35) | 1,024 B |"
+    )
+    assert lines[9] == ("| attention 1 | auto 1 | 1.00x (0.90–1.10) | -6.00 (-7.00 to -5.00) | ahead at equal time |")
+    assert "| better, but slower |" in lines[10]
+    assert "2 published plans: 1 ahead at equal time, 1 better, but slower." in lines[12]
+    assert lines[14:] == ["- attention 2: a drop, b drop", "- auto 1: b linear"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "loss", "told"),
+    [
+        (0.97, 3.0, "behind at equal time"),
+        (1.03, 0.5, "level at equal time"),
+        (1.2, -3.0, "better, and faster"),
+        (0.8, 3.0, "worse, and slower"),
+        (1.2, 3.0, "worse, but faster"),
+        (1.2, 0.5, "level, and faster"),
+        (0.8, -0.5, "level, but slower"),
+    ],
+)
+def test_only_at_equal_time_is_one_ahead_by_perplexity(ratio, loss, told):
+    assert script("tables_llm").standing({"speedup": over(ratio), "loss": figure(loss)}) == told
+
+
 # -------------------------------------------------------------------------------------------- made-up results: fusion
 
 
@@ -339,7 +388,7 @@ def test_decode_runs_on_a_small_model(tmp_path):
     decode = script("decode")
     small = decode.configured(tmp_path / "qwen3", 2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
                               num_key_value_heads=2, head_dim=8, vocab_size=64, max_position_embeddings=64)  # fmt: skip
-    found = decode.measure(small, tmp_path, int8="dynamic", layers=2, context="8,32", rounds=1)
+    found = decode.measure(small, tmp_path, precision="int8-dynamic", layers=2, context="8,32", rounds=1)
     assert len(found["plan"]) == 1
     rows = found["generation"]["measurements"]
     assert [row["context"] for row in rows] == [8] * 5 + [32] * 5

@@ -4,10 +4,7 @@ To write the listings anew: ``COMPRESSOR_UPDATE_GOLDEN=1 pytest tests/test_passe
 and fails for each, so that no listing changes unseen; look at the diff, then run again without the variable.
 """
 
-import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +21,8 @@ from passes.run import run
 from passes.sites import find_sites, site_named
 from passes.unread import Unread
 from tests.architectures import TIMM, TRANSFORMERS, promised
+from tests.samples import check_listing
 
-GOLDEN = Path(__file__).parent / "golden"
 ALL = TIMM + TRANSFORMERS
 
 
@@ -61,14 +58,7 @@ def test_as_many_sites_as_the_module_tree_promises(case):
 
 def test_listing(case):
     architecture, _, _, sites = case
-    path = GOLDEN / f"{architecture.name}.json"
-    lines = [json.dumps([site.name, site.kind, site.block, site.width]) for site in sites]
-    found = "[\n  " + ",\n  ".join(lines) + "\n]\n"
-    known = path.read_text() if path.is_file() else None
-    if os.environ.get("COMPRESSOR_UPDATE_GOLDEN") == "1" and found != known:
-        path.write_text(found)
-        pytest.fail(f"{path.name} was rewritten; look at the diff and run again without COMPRESSOR_UPDATE_GOLDEN.")
-    assert json.loads(found) == json.loads(known)
+    check_listing(architecture.name, sites)
 
 
 def test_sites_are_described_by_nodes_of_the_graph(case):

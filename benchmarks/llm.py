@@ -1,0 +1,183 @@
+"""A small trained language model: what plans cost in perplexity, and what they gain in measured generation.
+
+    python benchmarks/llm.py --data-root ../shared/data [--rounds 10] [--context 64]
+
+The published plans drop attention layers, MLPs, blocks, or the best of all branches (LLM-Drop's "joint"), ranked by
+cosine. Ours are the points on the way of one search (`--drop auto`, all actions but merging), each built and measured
+as they are. Quality is measured on sequences that neither ranking nor search has seen, generation as `compressor bench`
+measures it, all engines in one interleaved run (ONNX Runtime, float, batch 1). For each published plan the point of
+ours nearest in measured time a token is named, with the difference in perplexity. `python benchmarks/tables.py` makes
+the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from main_job import sources
+
+from compressor.choice import begin, score
+from compressor.entries import Entry
+from compressor.environment import environment
+from compressor.evaluate import Evaluation
+from compressor.generation import Generation, measure
+from compressor.journal import Journal
+from compressor.report import brief
+from compressor.rewrite import Rewriter, finished
+from compressor.settings import Settings
+from compressor.stand import Condition, Stand
+from compressor.steps import Steps
+from compressor.subject import Subject, load
+from compressor.workshop import Workshop, sized, usable
+from passes.graph import Graph
+from passes.selection import choose, parse
+from runtimes.timing import Latency
+
+RESULTS = Path(__file__).parent / "results" / "llm.json"
+AS_IS, OURS = "as it is", "auto"
+PUBLISHED = {"attention": (1, 2, 3, 4), "mlp": (1, 2, 3, 4), "block": (1, 2), "joint": (1, 2, 3, 4)}
+ACTIONS = "drop,constant,scale,low-rank,linear,fuse"
+CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan to measure: whose it is, how much of it, and what it changes."""
+
+    family: str
+    count: int
+    changes: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What its engine and its row are called."""
+        return f"{self.family} {self.count}" if self.count else AS_IS
+
+
+def published(subject: Subject) -> Iterator[Plan]:
+    """Plans of the published kinds, ranked by cosine on the calibration data; "joint" ranks all branches together."""
+    scores = score(subject, Steps())
+    for family, counts in PUBLISHED.items():
+        for count in counts:
+            asked = parse(str(count) if family == "joint" else f"{family}:{count}")
+            plan = choose(asked, subject.sites, "cosine", model=subject.model.name, scores=scores)
+            yield Plan(family, count, plan.changes)
+
+
+def searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop) -> Iterator[Plan]:
+    """Every point of one search, which goes on while anything is saved; its prices are timed on prompts."""
+    found = begin(subject, settings, rewriter, workshop, Steps(), Journal())
+    found.limit = math.inf  # perplexity can more than double
+    found.run()
+    for count in range(1, len(found.steps) + 1):
+        yield Plan(OURS, count, {step.site: step.action for step in found.steps[:count]})
+
+
+def measured(
+    subject: Subject, settings: Settings, graphs: Mapping[str, Graph], scratch: Path, rounds: int, context: int
+) -> tuple[Evaluation | None, dict[str, Generation]]:
+    """Quality on test data and generation of all graphs, by name, in one interleaved run."""
+    target, options = usable(settings)
+    workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
+    entries = []
+    for name, graph in graphs.items():
+        path = workshop.lowered(graph, name.replace(" ", "-"))
+        workshop.parity(path, graph)
+        entries.append(Entry(name, settings.target, path))
+    feeds = {1: workshop.timed_inputs(settings)}
+    stand = Stand(subject, settings, tuple(entries), AS_IS, (Condition(1, None),), feeds, (context,))
+    engines, steps = stand.built(scratch, Steps()), Steps()
+    evaluation = stand.quality(engines, steps)
+    return evaluation, {each.name: each for each in measure(stand, engines, rounds, scratch, steps)}
+
+
+def rows_of(plans: Sequence[Plan], quality: Evaluation | None, timed: Mapping[str, Generation]) -> list[dict[str, Any]]:
+    """What the table needs of every plan."""
+    start, rows = timed[AS_IS], []
+    for plan in plans:
+        mine = timed[plan.name]
+        row: dict[str, Any] = {"name": plan.name, "family": plan.family, "changes": dict(plan.changes)}
+        row["cache_bytes_per_token"] = mine.cache // mine.context
+        for part in ("first", "token"):
+            latency: Latency = getattr(mine, part)
+            row[part] = {key: value for key, value in brief(latency).items() if key != "samples_ms"}
+            row[f"{part}_speedup"] = latency.speedup_over(getattr(start, part))._asdict()
+        if quality is not None:
+            row |= {"figure": asdict(quality.figure(plan.name)), "loss": asdict(quality.loss(AS_IS, plan.name))}
+            row |= {key: asdict(value) for key, value in quality.label_free(plan.name).items()}
+        rows.append(row)
+    return rows
+
+
+def nearest(
+    plans: Sequence[Plan], quality: Evaluation | None, timed: Mapping[str, Generation]
+) -> dict[str, dict[str, Any]]:
+    """For each published plan the point of ours nearest in measured time a token, and how the two compare.
+
+    Returns:
+        By the name of the published plan: `point`, how many times faster ours is a token (`speedup`), and the relative
+        difference of its perplexity in % (`loss`, paired: negative where ours is the better).
+    """
+    ours = [plan.name for plan in plans if plan.family == OURS]
+    found = {}
+    for plan in plans:
+        if plan.family in PUBLISHED and ours:
+            theirs = timed[plan.name].token
+            point = min(ours, key=lambda name: abs(math.log(timed[name].token.median / theirs.median)))
+            found[plan.name] = {
+                "point": point,
+                "speedup": timed[point].token.speedup_over(theirs)._asdict(),
+                "loss": None if quality is None else asdict(quality.loss(plan.name, point)),
+            }
+    return found
+
+
+def compare(settings: Settings, rounds: int, context: int) -> dict[str, Any]:
+    """All plans of one model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = load(settings, Steps())
+        target, options = usable(settings)
+        workshop = Workshop(subject, target, sized(options, subject, settings), Path(scratch))
+        rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+        plans = [Plan("", 0, {}), *published(subject), *searched(subject, settings, rewriter, workshop)]
+        click.echo(f"{len(plans)} plans", err=True)
+        graphs = {plan.name: finished(rewriter.rewritten(plan.changes)) for plan in plans}
+        folder = Path(scratch) / "engines"
+        folder.mkdir()
+        quality, timed = measured(subject, settings, graphs, folder, rounds, context)
+    return {
+        "model": subject.model.name,
+        "metric": subject.metric,
+        "context": context,
+        "samples": len(subject.data.test),
+        "rows": rows_of(plans, quality, timed),
+        "nearest": nearest(plans, quality, timed),
+        "environment": environment(),
+    }
+
+
+@click.command()
+@click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed bursts of each engine."
+)
+@click.option("--context", type=click.IntRange(min=1), default=CONTEXT, show_default=True, help="Tokens in the cache.")
+@click.option("--samples", type=click.IntRange(min=3), help="Most sequences used, to try; all where not given.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, help="File of the results.")
+def main(data_root: Path, rounds: int, context: int, samples: int | None, output: Path) -> None:
+    """Measure all plans and keep the results."""
+    where = sources(data_root)
+    settings = Settings(model=where["llama"], data=where["tokens"], drop="auto", actions=ACTIONS, tokens="none",
+                        samples=samples)  # fmt: skip
+    output.write_text(json.dumps(compare(settings, rounds, context), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
