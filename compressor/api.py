@@ -10,8 +10,8 @@ from compressor import pipeline
 from compressor.benching import BenchSettings
 from compressor.benching import bench as measure
 from compressor.settings import Settings
-from runtimes.base import runtime
-from runtimes.base import targets as names
+from compressor.target import target_named
+from compressor.target import targets as names
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ def bench(
 
 def targets() -> dict[str, str | None]:
     """Every runtime by name: None where it can be used here, else why not and how to get it."""
-    return {name: runtime(name).missing() for name in names()}
+    return {name: target_named(name).missing() for name in names()}
 
 
 def inspect(

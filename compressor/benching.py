@@ -133,7 +133,7 @@ def _set_up(settings: BenchSettings, things: Sequence[Given], folders: Mapping[s
     """Load the models and the data."""
     _check_tasks(folders)
     with steps.step("load the models"):
-        loaded = {each.name: _load(each.spec, settings) for each in things if each.is_model}
+        loaded = {each.name: _given_model(each, settings) for each in things if each.is_model}
         model = _model(settings, folders, loaded)
     entries = tuple(
         entry
@@ -147,6 +147,14 @@ def _set_up(settings: BenchSettings, things: Sequence[Given], folders: Mapping[s
         ground = Loaded(model, load_data(usual, model, tick))
     feeds = {batch: timing_feeds(ground.data.test, batch) for batch in settings.batch}
     return Stand(ground, usual, entries, against, settings.conditions, feeds, after)
+
+
+def _given_model(thing: Given, settings: BenchSettings) -> Model:
+    """A model that is to be measured; a checkpoint that was exported is loaded for the task it was exported for."""
+    if thing.folder is None:
+        return _load(thing.spec, settings)
+    facts = thing.folder.report["model"]
+    return dataclasses.replace(models.load(thing.spec, task=facts["task"]), random_weights=facts["random_weights"])
 
 
 def _load(spec: str, settings: BenchSettings) -> Model:
@@ -163,10 +171,11 @@ def _model(settings: BenchSettings, folders: Mapping[str, Exported], loaded: Map
     """The model whose preprocessing, task and names hold for everything; random if any weights are."""
     if settings.model is not None:
         model = _load(settings.model, settings)
-    elif folders:
-        model = next(iter(folders.values())).model()
-    elif loaded:
-        model = next(iter(loaded.values()))
+    elif folders or loaded:
+        first = next(iter(folders.values())).model() if folders else next(iter(loaded.values()))
+        model = max(
+            (first, *loaded.values()), key=lambda each: len(each.state)
+        )  # a checkpoint lacks a part of the cache
     else:
         raise SettingsError("only ONNX files are given; name with --model whose preprocessing they take.")
     random = [folder.report["model"]["random_weights"] for folder in folders.values()]

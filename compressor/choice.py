@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compressor import __version__, prices
+from compressor import __version__, checkpoint, prices
 from compressor.data import Split
 from compressor.effects import Effects
 from compressor.errors import CompressorError
@@ -65,11 +65,14 @@ class Choice:
 
 def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
     """Make the plan and carry it out on a fork of the subject's graph."""
-    rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+    whole = settings.target == checkpoint.NAME
+    rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
     if settings.drop == "auto":
         return _searched(subject, settings, rewriter, workshop, steps)
     plan, facts, known = _named(subject, settings, steps)
     plan = merging(plan, schedule(settings.tokens, subject.sites))
+    if whole:
+        checkpoint.check_plan(plan, subject.sites, subject.model)
     with steps.step("rewrite") as tick:
         graph = rewriter.carried_out(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=known)

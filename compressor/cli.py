@@ -368,14 +368,14 @@ def targets() -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from runtimes.base import runtime
-    from runtimes.base import targets as names
+    from compressor.target import target_named
+    from compressor.target import targets as names
 
     table = Table()
     for heading in ("target", "", "precisions", "what it is, or how to get it"):
         table.add_column(heading, overflow="fold")
     for name in names():
-        found = runtime(name)
+        found = target_named(name)
         reason = found.missing()
         state = "[green]ready[/green]" if reason is None else "[yellow]missing[/yellow]"
         had = "\n".join(f"{device}: {', '.join(precisions)}" for device, precisions in found.precisions.items())

@@ -10,7 +10,7 @@ from compressor.console import Numbers, command_line, console
 
 WHAT_HELP = (
     "WHAT is any number of folders that `compressor export` wrote (each cell of a factorial is measured), .onnx files, "
-    "and models as for `export`, which are measured in torch."
+    "and models as for `export`, which are measured in torch, as checkpoints are that it wrote."
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import models
+from compressor.checkpoint import NAME
 from compressor.eager import Module
 from compressor.errors import CompressorError, SettingsError
 from compressor.folder import engine_bytes
@@ -55,6 +56,11 @@ class Exported:
     def precision(self) -> str:
         """The precision it was exported in."""
         return str(self.report["settings"]["precision"])
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it holds a model to be loaded, and no engine."""
+        return self.target == NAME
 
     @property
     def engine(self) -> Path:
@@ -138,8 +144,8 @@ class Given:
 
     @property
     def is_model(self) -> bool:
-        """Whether it is a model to be loaded."""
-        return self.folder is None and self.file is None
+        """Whether it is a model to be loaded, exported or not."""
+        return self.file is None and (self.folder is None or self.folder.is_checkpoint)
 
     def entries(self, model: Model | None, target: str | None, *, compiled: bool) -> Iterator[Entry]:
         """The engines to measure of it; `model` is what was loaded where it is one.
@@ -147,7 +153,7 @@ class Given:
         Raises:
             BenchError: a file is missing.
         """
-        if self.folder is not None:
+        if self.folder is not None and not self.folder.is_checkpoint:
             yield from _of_folder(self.name, self.folder, target)
         elif self.file is not None:
             yield Entry(self.name, target or "onnxruntime", self.file)

@@ -137,7 +137,9 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def engine_bytes(path: Path) -> int:
-    """Size of an engine's file, with the weights that an ONNX file or OpenVINO's keeps beside it."""
+    """Size of an engine's file, with the weights that an ONNX file, OpenVINO's or a config has beside it."""
+    if path.name == "config.json":
+        return sum(part.stat().st_size for part in path.parent.glob("*.safetensors"))
     beside = (path.with_name(path.name + ".data"), *([path.with_suffix(".bin")] if path.suffix == ".xml" else []))
     return sum(part.stat().st_size for part in (path, *beside) if part.exists())
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import torch
 
+from compressor.checkpoint import CONFIG, write
 from compressor.errors import CompressorError
 from compressor.models.base import first_line
 
@@ -30,12 +31,16 @@ class LowerError(CompressorError):
 
 
 def lower(graph: Graph, model: Model, path: Path) -> Path:
-    """Write a graph in the form that the suffix of the path names: ``.onnx``, or ``.pt2`` as torch.export saves it.
+    """Write a graph in the form that the path names: ``.onnx``, ``.pt2`` as torch.export saves it, ``config.json``.
+
+    The last is that of a checkpoint, which is the folder around it.
 
     Raises:
-        LowerError: the graph has no such form.
+        CompressorError: the graph has no such form.
         OSError: the file cannot be written.
     """
+    if path.name == CONFIG[1:]:
+        return write(graph, model, path)
     return _to_program(graph, model, path) if path.suffix == ".pt2" else _to_onnx(graph, model, path)
 
 

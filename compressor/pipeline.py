@@ -24,7 +24,7 @@ from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
 from compressor.precision import AUTO, Converted, Trial
 from compressor.report import REPORT, Quality, Report, Size
-from compressor.rewrite import Rewriter, finished
+from compressor.rewrite import Rewriter
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
@@ -65,7 +65,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             choice, healed_graph, healed = _healed(choice, subject, settings, steps)
             (folder / "plan.json").write_text(choice.plan.to_json())
             rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
-        final = finished(rewritten)
+        final = workshop.finished(rewritten)
         if subject.model.task == "text-generation" and not final.state:
             without_cache(folder)
         floats, parity = _lowered(subject, choice.plan, rewritten, final, workshop, steps)

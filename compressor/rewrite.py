@@ -10,6 +10,7 @@ import torch
 from compressor.data import Split
 from compressor.evaluate import tensor_batches
 from passes.base import PassError, apply
+from passes.blocks import RemoveBlocks
 from passes.cosine import FitCosine
 from passes.drop import Drop
 from passes.fit import Fit, Fits, StandIn
@@ -27,7 +28,8 @@ class Rewriter:
     """Rewrites forks of one traced model; the model itself stays as it is.
 
     Stand-ins are fitted on `split`, given the original's states and those of the graph as it is at that moment, so a
-    plan carried out in its order gives the same weights each time. `sweeps` counts forward passes over `split` (two for
+    plan carried out in its order gives the same weights each time. With `whole`, blocks whose branches are all dropped
+    leave nothing behind, no norm either. `sweeps` counts forward passes over `split` (two for
     each fit: of the original and of the current graph; two an epoch for ``replaceme-cosine``, which is learned).
     """
 
@@ -35,6 +37,7 @@ class Rewriter:
     sites: Sequence[Site]
     split: Split
     sweeps: float = 0.0
+    whole: bool = False
     _by_name: dict[str, Site] = field(default_factory=dict)
     _protected: dict[tuple[str, ...], int] = field(default_factory=dict)
 
@@ -112,7 +115,14 @@ class Rewriter:
                 progress(done, len(changes))
             if merged_tokens(action) is None:
                 graph = self.changed(graph, name, action)
+        if self.whole:
+            apply(RemoveBlocks(self._emptied(changes)), graph)
         return graph
+
+    def _emptied(self, changes: Mapping[str, str]) -> tuple[str, ...]:
+        """The blocks whose branches are all dropped."""
+        kept = {site.block for site in self.sites if changes.get(site.name) != "drop"}
+        return tuple(dict.fromkeys(site.block for site in self.sites if site.block not in kept))
 
     def rewritten(self, changes: Mapping[str, str]) -> Graph:
         """The original with all changes made and tokens merged.

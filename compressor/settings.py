@@ -10,16 +10,18 @@ from typing import Any, Literal
 
 import torch
 
+from compressor import checkpoint
 from compressor.calibration import METHODS as CALIBRATIONS
 from compressor.calibration import Calibration
 from compressor.errors import SettingsError
 from compressor.heal import METHODS
 from compressor.models.base import TASKS
 from compressor.precision import AUTO, SHORT_FORMS
+from compressor.target import target_named
 from passes.base import PassError
 from passes.plan import form_and_rank
 from passes.selection import METRICS, parse
-from runtimes.base import DEVICES, PRECISIONS, RuntimesError, runtime
+from runtimes.base import DEVICES, PRECISIONS, RuntimesError
 
 COSTS = ("latency", "macs")
 AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")
@@ -49,7 +51,7 @@ class Settings:
         cost: what ``auto`` saves: ``latency`` as timed on the target, or ``macs`` (multiply-adds).
         heal: ``none``, ``closed-form`` or ``distill``: how what is left is adapted after the changes.
         heal_budget: most seconds that healing takes.
-        target: name of the runtime.
+        target: name of the runtime, or ``transformers`` for a checkpoint without whole blocks.
         precision: one of `runtimes.base.PRECISIONS`, or ``auto``: the fastest of the target's whose loss stays within
             `max_precision_loss`, found by measuring each.
         int8: short form of `precision`: ``static`` for int8, ``dynamic`` for int8-dynamic. Afterwards None.
@@ -231,9 +233,12 @@ def _check_tokens(text: str) -> None:
 
 def _check_target(settings: Settings) -> None:
     try:
-        runtime(settings.target)
+        target_named(settings.target)
     except RuntimesError as error:
         raise SettingsError(str(error)) from error
+    refusal = checkpoint.check_asked(settings) if settings.target == checkpoint.NAME else None
+    if refusal is not None:
+        raise SettingsError(refusal)
 
 
 def _check_drop(settings: Settings) -> None:

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+from compressor import checkpoint, models
 from compressor import data as data_module
-from compressor import models
 from compressor.data import Data, Shares
 from compressor.errors import CompressorError
 from compressor.evaluate import metric_for, tensor_batches
@@ -73,6 +73,8 @@ def load(settings: Settings, steps: Steps) -> Subject:
             trust_remote_code=settings.trust_remote_code,
             example_inputs=settings.example_inputs,
         )
+    if settings.target == checkpoint.NAME:
+        checkpoint.check_model(model)
     with steps.step("load the data") as tick:
         data = load_data(settings, model, tick)
     with steps.step("trace, find the sites"):

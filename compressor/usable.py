@@ -11,7 +11,8 @@ from compressor.errors import CompressorError
 from compressor.lower import OPSET
 from compressor.precision import AUTO, check
 from compressor.settings import Settings
-from runtimes.base import BuildOptions, Runtime, check_device, need, runtime
+from compressor.target import target_named
+from runtimes.base import BuildOptions, Runtime, check_device, need
 
 
 class UsableError(CompressorError):
@@ -20,7 +21,7 @@ class UsableError(CompressorError):
 
 def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
-    target = runtime(settings.target)
+    target = target_named(settings.target, task=settings.task)
     device = target.devices[0] if settings.device is None else settings.device
     options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
     check(target, settings.precision, device)

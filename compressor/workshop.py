@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressor.checkpoint import ADVICE, CONFIG
 from compressor.conversion import best_of, convert, usable_quantizers
 from compressor.data import Split
 from compressor.errors import CompressorError
@@ -24,7 +25,7 @@ from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, eval
 from compressor.folder import copy_onnx
 from compressor.lower import lower
 from compressor.models.base import as_numpy
-from compressor.parity import Parity, check_parity
+from compressor.parity import REPORT_IT, Parity, check_parity
 from compressor.precision import AUTO, Converted, Source, Trial, judged
 from compressor.rewrite import finished
 from compressor.settings import Settings
@@ -71,6 +72,10 @@ class Workshop:
     compiled: dict[Source, Path] = dataclasses.field(default_factory=dict, repr=False)
     made: dict[Source, tuple[Source, Converted]] = dataclasses.field(default_factory=dict, repr=False)
 
+    def finished(self, graph: Graph) -> Graph:
+        """A fork ready to be lowered; a checkpoint has the layers of its architecture, so nothing is folded there."""
+        return graph.fork() if self.target.source == CONFIG else finished(graph)
+
     def lowered(self, graph: Graph, name: str) -> Path:
         """Write a finished graph in the form that the target builds from; returns its path, under `scratch`."""
         return lower(graph, self.subject.model, self.scratch / f"{name}{self.target.source}")
@@ -97,6 +102,8 @@ class Workshop:
         Returns:
             What it was built from, and the engine's path.
         """
+        if self.target.source == CONFIG:
+            return source, Path(shutil.copytree(source.path.parent, folder, dirs_exist_ok=True), source.path.name)
         if self.target.source == ".onnx":
             source = source._replace(path=copy_onnx(source.path, folder / "model.onnx"))
             return source, self.build(source, folder)
@@ -159,12 +166,13 @@ class Workshop:
         if graph.state:  # the data's cache is empty
             several.append(as_numpy(self.subject.model.example))
         worst = Parity("", 0.0, 0)
+        advice = ADVICE if self.target.source == CONFIG else REPORT_IT
         with self.target.load(self.build(Source(path)), self.options) as engine:
             for feeds in several:
                 with accepting_data(self.subject):
                     outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
                 expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
-                found = check_parity(expected, partial(engine.run, feeds), name=path.name)
+                found = check_parity(expected, partial(engine.run, feeds), name=path.name, advice=advice)
                 worst = max(worst, found, key=lambda parity: parity.difference)
         return worst
 

@@ -201,14 +201,15 @@ def resolution(graph: Graph, dropped: Collection[Site]) -> dict[fx.Node, fx.Node
     Returns only the adds that change. Operands are read here, at the time of the edit: with two adjacent branches
     gone, the second add must stand for the trunk before the first.
     """
-    gone = {(site.add, site.branch) for site in dropped}
-    names = {site.add for site in dropped} | {site.root for site in dropped}
+    # A branch is a term of one sum. Of which is read here too: of `add`, or where that went with another branch of the
+    # same block (two that are summed before the trunk is added), of the sum that took its terms.
+    gone = {site.branch for site in dropped}
     stand_in: dict[fx.Node, fx.Node] = {}
     empty: set[fx.Node] = set()
     for node in graph.nodes():
-        if not is_sum(node) or not (node.name in names or empty.intersection(node.all_input_nodes)):
+        if not is_sum(node) or not any(term.name in gone or term in empty for term in node.all_input_nodes):
             continue
-        kept = [term for term in node.args if (node.name, getattr(term, "name", "")) not in gone and term not in empty]
+        kept = [term for term in node.args if getattr(term, "name", "") not in gone and term not in empty]
         if not kept:
             empty.add(node)
         elif len(kept) == 1 and isinstance(kept[0], fx.Node):

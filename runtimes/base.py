@@ -224,8 +224,8 @@ class Runtime(Protocol):
         """The devices it can run on, the preferred one first."""
 
     @property
-    def source(self) -> Literal[".onnx", ".pt2"]:
-        """What it builds from: an ONNX file, or a torch.export.ExportedProgram that was saved."""
+    def source(self) -> Literal[".onnx", ".pt2", "/config.json"]:
+        """What it builds from: an ONNX file, a saved torch.export.ExportedProgram, or a folder with a checkpoint."""
 
     @property
     def precisions(self) -> Mapping[str, tuple[str, ...]]:

@@ -128,6 +128,18 @@ def test_parallel_sums_lose_one_or_both_branches(gone):
     assert [site.name for site in find_sites(rewritten)] == [name for name in ("a", "m", "last") if name not in gone]
 
 
+@pytest.mark.parametrize("order", [("a", "m"), ("m", "a"), ("last", "m", "a")])
+def test_parallel_branches_one_after_another_are_those_at_once(order):
+    """Sites as they were found at first: with one of two gone, the sum that the other was a term of is gone too."""
+    graph = trace(models.load(Parallel(), example_inputs=torch.rand(2, 8)))
+    sites = {site.name: site for site in find_sites(graph)}
+    one_by_one = graph.fork()
+    for name in order:
+        apply(Drop((sites[name],)), one_by_one)
+    at_once = dropped(graph, *order)
+    assert [node.format_node() for node in one_by_one.nodes()] == [node.format_node() for node in at_once.nodes()]
+
+
 def test_a_name_that_is_no_site_changes_nothing():
     graph = trace(BY_NAME["vit"].load())
     before = graph.signature()

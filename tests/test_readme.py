@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-import runtimes
 from compressor import complete, models, search, settings, workshop
 from compressor.cli import main
+from compressor.target import target_named, targets
 from runtimes.timing import interleave
 
 ROOT = Path(__file__).parents[1]
@@ -159,9 +159,9 @@ def test_the_table_of_targets_states_their_precisions():
     table = README.split("| `--target` | engine |")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
     named = {row[0].strip("`"): row for row in rows}
-    assert set(named) == set(runtimes.targets())
+    assert set(named) == set(targets())
     for name, (_, _, *cells) in named.items():
         for device, cell in zip(("cpu", "cuda"), cells, strict=True):
             told = re.sub(r"\(.*?\)|:.*", "", cell)
-            had = runtimes.runtime(name).precisions.get(device, ())
+            had = target_named(name).precisions.get(device, ())
             assert tuple(each.strip() for each in told.split(",") if each.strip()) == had

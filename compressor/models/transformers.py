@@ -55,7 +55,7 @@ def load(
     if revision is not None and Path(where).is_dir():
         raise ModelError(f"{where} is a local folder, so it has no revision {revision!r}; leave --revision out.")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _quiet():
+    with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(where, **options)
             beside = _beside(where, revision)
@@ -69,8 +69,8 @@ def load(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No weight-loading bars and no advice on generation while loading."""
+def quiet() -> Iterator[None]:
+    """No bars and no advice on generation while weights are loaded or saved."""
     logger = logging.getLogger("transformers")
     level = logger.level
     bars = transformers.utils.logging.is_progress_bar_enabled()

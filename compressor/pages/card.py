@@ -97,7 +97,7 @@ def _header(content: Json, folder: Path) -> ModelCardData:
     known = None if model["random_weights"] else model.get("hub_id")
     quantized = {"base_model_relation": "quantized"} if known and settings["precision"] != "fp32" else {}
     tags = [
-        "onnx",
+        _library(content),
         settings["target"],
         "compressor",
         *([settings["precision"]] if settings["precision"] != "fp32" else []),
@@ -106,7 +106,7 @@ def _header(content: Json, folder: Path) -> ModelCardData:
         base_model=known,
         datasets=[dataset] if (dataset := _dataset(content)) is not None else None,
         eval_results=results,
-        library_name="onnx",
+        library_name=_library(content),
         license=None if model["random_weights"] else recipe.licence(folder),
         metrics=[result.metric_type for result in results or ()] or None,
         model_name=f"{model['name'].rpartition('/')[2]}-compressed" if results else None,
@@ -156,10 +156,19 @@ def _about(content: Json) -> str:
     origin = f"[{model['name']}](https://huggingface.co/{model['hub_id']})" if model.get("hub_id") else model["name"]
     weights = " Its weights are random." if model["random_weights"] else ""
     return (
-        f"{origin}, a model that {USES.get(model['task'], model['task'])}, as an engine for "
+        f"{origin}, a model that {USES.get(model['task'], model['task'])}, as {_form(content)} for "
         f"{TITLES.get(settings['target'], settings['target'])} in {settings['precision']}: inputs "
         f"{_listed(model['inputs'])}, outputs {_listed(model['outputs'])}.{weights}"
     )
+
+
+def _library(content: Json) -> str:
+    """The library that opens what is exported, by the hub's name."""
+    return "transformers" if content["settings"]["target"] == "transformers" else "onnx"
+
+
+def _form(content: Json) -> str:
+    return "a checkpoint" if _library(content) == "transformers" else "an engine"
 
 
 def _listed(names: list[str]) -> str:
@@ -193,7 +202,8 @@ def _rows(content: Json) -> Iterator[str]:
     sizes = [content["sizes"][name] for name in variants]
     yield _row("parameters, M", [f"{size['parameters'] / 1e6:.2f}" for size in sizes])
     yield _row("multiply-adds of a sample, G", [f"{size['multiply_adds'] / 1e9:.3f}" for size in sizes])
-    yield _row("ONNX file, MB", [f"{size['bytes'] / 1e6:.2f}" for size in sizes])
+    file = "checkpoint" if _library(content) == "transformers" else "ONNX file"
+    yield _row(f"{file}, MB", [f"{size['bytes'] / 1e6:.2f}" for size in sizes])
     if any(size["cache"] for size in sizes):
         yield _row("cache of a token, bytes", [f"{size['cache']}" for size in sizes])
 

@@ -1,7 +1,11 @@
-"""A few lines of Python that load an exported engine and run it without Compressor, torch, timm or transformers."""
+"""A few lines of Python that load an exported engine and run it without Compressor, torch, timm or transformers.
+
+A checkpoint is the exception: it is run by transformers.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,7 @@ ENGINES = {
     "tensorrt": "model.engine",
     "torch": "model.pt2",
     "executorch": "model.pte",
+    "transformers": "config.json",
 }
 PACKAGES = {
     "onnxruntime": ("onnxruntime",),
@@ -32,6 +37,7 @@ PACKAGES = {
     "tensorrt": ("tensorrt", "cuda-bindings"),
     "torch": ("torch",),
     "executorch": ("executorch",),
+    "transformers": ("torch", "transformers"),
 }
 TITLES = {
     "onnxruntime": "ONNX Runtime",
@@ -41,6 +47,7 @@ TITLES = {
     "tensorrt": "TensorRT",
     "torch": "PyTorch (AOTInductor)",
     "executorch": "ExecuTorch (XNNPACK)",
+    "transformers": "transformers",
 }
 
 
@@ -67,6 +74,8 @@ def loader(content: Json, folder: Path) -> Loader:
     model = content["model"]
     cached = any(name.startswith("past_key_values.") for name in model["inputs"])
     runtime = _runtime(content, folder, cached)
+    if runtime == "transformers":
+        return _checkpoint(content, folder, cached)
     picture = recipe.picture(folder) if model["inputs"][:1] == ["pixel_values"] else None
     tokenizer = recipe.tokenizer(folder) if "input_ids" in model["inputs"] else None
     text = (
@@ -95,6 +104,31 @@ def loader(content: Json, folder: Path) -> Loader:
     needed = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
     prepared = picture is not None or tokenizer is not None or not _prepares(content)
     return Loader(text.strip(), needed, runtime, _remarks(content, runtime, cached, prepared))
+
+
+def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
+    """The lines that open a checkpoint: those of transformers, with its own preprocessing where the folder has it."""
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    inputs, outputs = content["model"]["inputs"], content["model"]["outputs"]
+    picture = "pixel_values" in inputs and (folder / "preprocessor_config.json").is_file()
+    tokenizer = "input_ids" in inputs and (folder / "tokenizer_config.json").is_file()
+    own = (*(("AutoImageProcessor",) if picture else ()), *(("AutoTokenizer",) if tokenizer else ()))
+    text = (
+        templates()
+        .get_template("load_transformers.py.j2")
+        .render(
+            architecture=architecture,
+            classes=sorted((architecture, *own)),
+            picture=picture,
+            tokenizer=tokenizer,
+            cached=cached,
+            start=recipe.start(folder),
+            arrays={} if picture or tokenizer or cached else _arrays(content, folder),
+            output="logits" if "logits" in outputs else outputs[0],
+        )
+    )
+    needed = (*PACKAGES["transformers"], *(("pillow",) if picture else ()))
+    return Loader(text.strip(), needed, "transformers", ())
 
 
 def answer(outputs: list[str]) -> str:
