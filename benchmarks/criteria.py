@@ -34,7 +34,8 @@ from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import Subject, load
-from compressor.workshop import Workshop, sized, usable
+from compressor.usable import usable
+from compressor.workshop import Workshop, sized
 from passes.base import PassError
 from passes.graph import Graph
 from passes.plan import acting

@@ -29,7 +29,8 @@ from compressor.report import brief
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import accepting_data, load
-from compressor.workshop import Workshop, judge, sized, usable
+from compressor.usable import usable
+from compressor.workshop import Workshop, judge, sized
 from runtimes.base import Engine, RuntimesError, runtime, targets
 from runtimes.timing import interleave
 

@@ -38,7 +38,8 @@ from compressor.rewrite import Rewriter, finished
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.subject import Subject, load
-from compressor.workshop import Workshop, judge, sized, usable
+from compressor.usable import usable
+from compressor.workshop import Workshop, judge, sized
 from passes.graph import Graph
 from passes.run import run
 from passes.work import Counter

@@ -44,6 +44,7 @@ def export(
     factorial: bool = False,
     max_precision_loss: float = 0.5,
     defer_build: bool = False,
+    portable_engine: bool = False,
     output: str | Path = "compressed",
     force: bool = False,
     task: str | None = None,

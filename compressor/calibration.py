@@ -13,7 +13,6 @@ not depend on the number of samples.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -148,18 +147,21 @@ def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], It
     write_measuring(model, Edit(model.graph), found.names, work)
     reach = found.ranges("minmax")
     counts = {name: np.zeros(BINS) for name in found.names}
-    parts = itertools.islice(_few_rows(feeds()), HISTOGRAM_SAMPLES // ROWS)
-    for _, values in stream(work, parts, found.names):
+    for _, values in stream(work, _few_rows(feeds(), HISTOGRAM_SAMPLES), found.names):
         for name, value in zip(found.names, values, strict=True):
             counts[name] += np.histogram(value, BINS, reach[name])[0]
     return Histograms(counts, reach)
 
 
-def _few_rows(feeds: Iterator[Batch]) -> Iterator[Batch]:
+def _few_rows(feeds: Iterator[Batch], most: int) -> Iterator[Batch]:
+    """The first `most` samples, at most `ROWS` at a time."""
     for batch in feeds:
-        rows = len(next(iter(batch.values())))
+        rows = min(len(next(iter(batch.values()))), most)
         for start in range(0, rows, ROWS):
-            yield {name: value[start : start + ROWS] for name, value in batch.items()}
+            yield {name: value[start : min(start + ROWS, rows)] for name, value in batch.items()}
+        most -= rows
+        if most <= 0:
+            return
 
 
 # ---- where to clip

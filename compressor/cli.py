@@ -274,6 +274,9 @@ def _engine_options(command: Command) -> Command:
     help="Most a precision below fp32 may lose, in %: int8 returns layers to float until it holds.",
 )
 @click.option("--defer-build", is_flag=True, help="Leave the engine to `compressor build` on the device it runs on.")
+@click.option(
+    "--portable-engine", is_flag=True, help="TensorRT: an engine for all GPUs from Ampere on and later minor versions."
+)
 @click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def export(quiet: bool, **options: Any) -> None:

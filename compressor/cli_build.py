@@ -16,16 +16,23 @@ import click
 @click.option(
     "--rounds", type=click.IntRange(min=1), help="Timed bursts per engine.  [default: as the export was asked for]"
 )
+@click.option(
+    "--portable-engine", is_flag=True, help="TensorRT: an engine for all GPUs from Ampere on and later minor versions."
+)
 @click.option("--force", is_flag=True, help="Build again what was built already.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
-def build(folder: Path, threads: int | None, rounds: int | None, force: bool, quiet: bool) -> None:
+def build(
+    folder: Path, threads: int | None, rounds: int | None, portable_engine: bool, force: bool, quiet: bool
+) -> None:
     """Build the engine of FOLDER, exported with --defer-build, on this device, and complete its report."""
     from rich.console import Console
 
     from compressor import complete
 
     console = None if quiet else Console(stderr=True)
-    report = complete.build(folder, threads=threads, rounds=rounds, force=force, console=console)
+    report = complete.build(
+        folder, threads=threads, rounds=rounds, portable_engine=portable_engine, force=force, console=console
+    )
     out = Console()
     out.print(report.table(), highlight=False)
     out.print(f"{report.summary()}\nWritten to {folder}.", highlight=False, markup=False, soft_wrap=False)

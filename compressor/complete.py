@@ -29,6 +29,7 @@ from compressor.folder import (
     write_files,
     write_manifest,
 )
+from compressor.layers import described
 from compressor.pages.report import PAGE, html, shown_in
 from compressor.report import REPORT, Quality, Report, Size, brief
 from compressor.steps import Steps
@@ -65,6 +66,7 @@ def build(
     *,
     threads: int | None = None,
     rounds: int | None = None,
+    portable_engine: bool = False,
     force: bool = False,
     console: Console | None = None,
 ) -> Report:
@@ -74,6 +76,7 @@ def build(
         folder: what an export with `defer_build` wrote.
         threads: threads of the engine; None takes what the export was asked for.
         rounds: timed bursts per engine; None takes what the export was asked for.
+        portable_engine: build for other GPUs and versions too; so it is done anyway where the export was asked for it.
         force: build again what was built already.
         console: where progress is shown; None shows nothing.
 
@@ -89,7 +92,8 @@ def build(
     if part["state"] == "built" and not force:
         where = part["environment"]["processor"]
         raise BuildingError(f"{place} was built already (on {where}); build it again with --force.")
-    options = _options(part["options"], threads)
+    options = _options(part["options"], threads, portable=portable_engine)
+    part = part | {"options": part["options"] | {"portable": options.portable}}
     target = runtime(part["target"])
     need(target.name, target.missing(), target.devices, options)
     check_writable(place)
@@ -99,8 +103,9 @@ def build(
         device = Device(place, part, Answers.load(place / ANSWERS), target, options, scratch)
         engines = device.built(steps)
         measured = device.measured(engines, steps)
+        found = described(target, engines["result"], device.options)
         latency = device.timed(engines, content["settings"], rounds, steps)
-        report = _completed(content, place, part | {"measured": measured}, latency, steps)
+        report = _completed(content, place, part | {"measured": measured, "layers": found}, latency, steps)
         made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
     completed, ours = _json(content, report), _is_ours(place / CARD)
     page = _page(place, completed)
@@ -214,13 +219,13 @@ def _content(folder: Path) -> Json:
     return content
 
 
-def _options(stored: Mapping[str, Any], threads: int | None) -> BuildOptions:
+def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) -> BuildOptions:
     if threads is not None and threads < 1:
         raise SettingsError(f"threads is {threads}; expected at least 1.")
     sizes = {name: tuple(stored[name]) for name in ("batches", "lengths")}
-    return BuildOptions(
-        device=stored["device"], threads=stored["threads"] if threads is None else threads, **cast(Any, sizes)
-    )
+    threads = stored["threads"] if threads is None else threads
+    portable = portable or stored.get("portable", False)
+    return BuildOptions(device=stored["device"], threads=threads, portable=portable, **cast(Any, sizes))
 
 
 def _completed(content: Json, place: Path, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:

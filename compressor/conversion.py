@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Literal
@@ -58,6 +60,7 @@ def convert(
     """
     if precision in ("int8", "int8-dynamic") and quantizer == OURS:
         dynamic = precision == "int8-dynamic"
+        halved = style.rest == "fp16" and not dynamic
         quantized = quantize(
             source,
             destination,
@@ -66,17 +69,27 @@ def convert(
             activations="uint8" if dynamic else style.activations,
             calibration=calibration,
             convolutions=style.convolutions and not dynamic,
-            loss=loss,
+            loss=partial(_loss_in_fp16, loss) if halved and loss is not None else loss,
             max_loss=max_loss,
             progress=progress,
         )
-        return Converted(precision, OURS, quantized.loss, quantized)
+        if halved:
+            to_fp16(destination, destination)
+        return Converted(precision, OURS, quantized.loss, quantized, rest="fp16" if halved else "fp32")
     if precision == "int8":
         nncf_to_int8(source, destination, feeds)
     else:
         {"fp16": to_fp16, "int4": to_int4}[precision](source, destination)
     by = quantizer if quantizer != OURS else "onnxruntime"  # whose tools write fp16 and int4
     return Converted(precision, by, None if loss is None else float(loss(destination)))
+
+
+def _loss_in_fp16(loss: Callable[[Path], float], path: Path) -> float:
+    """What a quantized file loses once its rest is fp16: that is what decides which layers stay in float."""
+    with tempfile.TemporaryDirectory(prefix=".fp16-", dir=path.parent) as folder:
+        halved = Path(folder, path.name)
+        to_fp16(path, halved)
+        return loss(halved)
 
 
 def best_of(

@@ -15,7 +15,7 @@ import numpy as np
 
 from compressor.answers import Answers, allowed_for, bytes_of
 from compressor.folder import copy_onnx
-from runtimes.base import BuildOptions, Engine, Int8Style, Runtime, runtime
+from runtimes.base import BuildOptions, Engine, Int8Style, Layers, Runtime, runtime
 
 if TYPE_CHECKING:
     from compressor.figures import Array
@@ -59,6 +59,9 @@ class StandIn:
         """As ONNX Runtime does."""
         return runtime(self.name).load(path, options)
 
+    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+        """Nothing: those of the stand-in would pass for the target's."""
+
 
 def write(
     folder: Path,
@@ -86,7 +89,7 @@ def write(
     """
     target = runtime(settings.target)
     device = target.devices[0] if settings.device is None else settings.device
-    options = replace(workshop.options, device=device)
+    options = replace(workshop.options, device=device, portable=settings.portable_engine)
     with steps.step("write what the device needs"):
         (folder / FOLDER).mkdir()
         for name, source in files.items():

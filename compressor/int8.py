@@ -360,19 +360,19 @@ def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> No
     graph.node.extend(fresh)
 
 
-def _used(graph: onnx.GraphProto) -> Iterator[str]:
+def used(graph: onnx.GraphProto) -> Iterator[str]:
     """Every value name that is read in a graph, its outputs and its subgraphs."""
     yield from (value.name for value in graph.output)
     for node in graph.node:
         yield from node.input
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-                yield from _used(inner)
+                yield from used(inner)
 
 
 def remove_unused(graph: onnx.GraphProto, values: set[str]) -> None:
     """Drop the given float weights and their makers, unless something else still reads them (a tied embedding)."""
-    while unread := values - set(_used(graph)):
+    while unread := values - set(used(graph)):
         makers = [node for node in graph.node if unread & set(node.output)]
         dead = [tensor for tensor in graph.initializer if tensor.name in unread]
         for maker in makers:

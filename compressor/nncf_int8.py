@@ -52,9 +52,10 @@ def _rows(batch: Feeds) -> Iterator[Feeds]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """NNCF shows progress bars and logs every step."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import cells, deferred
+from compressor import cells, deferred, layers
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
@@ -17,6 +17,7 @@ from compressor.folder import engine_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
+from compressor.models.base import without_cache
 from compressor.pages import card
 from compressor.pages.report import PAGE, html
 from compressor.pages.thumbnails import shown
@@ -28,8 +29,9 @@ from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
 from compressor.subject import Subject, accepting_data, load
+from compressor.usable import usable
 from compressor.validation import ROUNDING, Validation
-from compressor.workshop import Workshop, sized, usable
+from compressor.workshop import Workshop, sized
 from passes.cost import Costs
 from passes.graph import Graph
 from passes.plan import Plan
@@ -64,6 +66,8 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             (folder / "plan.json").write_text(choice.plan.to_json())
             rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
         final = finished(rewritten)
+        if subject.model.task == "text-generation" and not final.state:
+            without_cache(folder)
         floats, parity = _lowered(subject, choice.plan, rewritten, final, workshop, steps)
         factorial = settings.factorial and floats["result"] != floats["baseline"]
         if factorial:
@@ -80,6 +84,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         latency = workshop.latency(engines, timed, settings.rounds, steps)
         engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
         engine |= {"inputs": list(final.inputs), "outputs": list(final.outputs)}
+        engine |= {"layers": layers.described(target, shipped, workshop.options)}
         if settings.defer_build:
             graphs = {"baseline": subject.graph, "result": rewritten}
             engine = deferred.write(folder, files, graphs, workshop, settings, steps)

@@ -44,6 +44,7 @@ class Converted:
         loss: the loss to expect against the float engine on validation data, in percent; None if not measured.
         quantized: what was quantized in the file, where it was done here.
         tried: what other quantizers' files lost and took, where there were several.
+        rest: what the nodes around int8 products compute in.
     """
 
     precision: str
@@ -51,11 +52,13 @@ class Converted:
     loss: float | None
     quantized: Quantized | None = None
     tried: tuple[dict[str, Any], ...] = ()
+    rest: str = "fp32"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, what was quantized among the others."""
         inner = {} if self.quantized is None else asdict(self.quantized)
-        return inner | {"precision": self.precision, "by": self.by, "loss": self.loss, "tried": list(self.tried)}
+        outer = {"precision": self.precision, "by": self.by, "loss": self.loss, "tried": list(self.tried)}
+        return inner | outer | ({} if self.quantized is None else {"rest": self.rest})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compressor import layers
 from compressor.changed import Changed
 from compressor.deferred import told
 from compressor.figures import METRICS, Figure
@@ -190,7 +191,9 @@ class Report:
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
         factorial = () if self.factorial is None else self.factorial.conclusion
-        return "\n".join([sites, *meaning, *quality, *factorial, *self.notes, *told(self.engine)])
+        return "\n".join(
+            [sites, *meaning, *quality, *factorial, *self.notes, *told(self.engine), *layers.told(self.engine)]
+        )
 
     def missed(self) -> tuple[str, ...]:
         """Wishes for speed that the measured result does not fulfil, one sentence each."""

@@ -59,6 +59,7 @@ class Settings:
             speed-ups of compression and the precision multiply; that is int8 where none was asked for.
         max_precision_loss: most quality that a precision may lose against fp32, in percent: int8 returns layers to
             float until it holds, ``auto`` takes no precision that loses more.
+        portable_engine: build a TensorRT engine for other GPUs (Ampere and newer) and later minor versions too.
         defer_build: leave the engine to `compressor build` on the device; ONNX Runtime on the CPU stands in here.
         device: ``cpu`` or ``cuda``, where the engine runs; None takes the one that the target prefers.
         threads: threads of the engine; None leaves it to the runtime.
@@ -88,6 +89,7 @@ class Settings:
     factorial: bool = False
     max_precision_loss: float = 0.5
     defer_build: bool = False
+    portable_engine: bool = False
     output: str | Path = "compressed"
     force: bool = False
     task: str | None = None

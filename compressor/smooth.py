@@ -7,7 +7,8 @@ levels of int8. s_j = max|X_j|^a / max|W_j|^(1 - a), a = 0.5 (Xiao et al. 2023, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from compressor.int8 import EXTERNAL_ABOVE, PREFIX, Edit, Linear, candidates, load, save
+from compressor.int8 import EXTERNAL_ABOVE, PREFIX, Edit, Linear, candidates, load, save, used
 from compressor.measuring import Batch, stream, write_measuring
 
 STRENGTH = 0.5
@@ -46,12 +47,14 @@ def smooth(source: Path, destination: Path, feeds: Callable[[], Iterator[Batch]]
         work: where a copy of the model goes that gives the channels' maxima.
 
     Returns:
-        The number of norms that were changed; nothing is written where there are none.
+        The number of norms that were changed; nothing is written where there are none, or no batch.
     """
     found = places(load(source))
     if not found:
         return 0
     maxima = _channel_maxima(source, work, found, feeds)
+    if not maxima:
+        return 0
     model = load(source)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for place in found:
@@ -69,9 +72,8 @@ def smooth(source: Path, destination: Path, feeds: Callable[[], Iterator[Batch]]
 def places(model: onnx.ModelProto) -> list[Place]:
     """Where a norm can be smoothed: its scale and shift, and all weights behind it, are read there alone."""
     linears, _ = candidates(model, convolutions=False)
-    readers = _readers(model.graph)
+    readers = Counter(used(model.graph))  # what the model gives is read as well
     stored = {tensor.name for tensor in model.graph.initializer}
-    outputs = {value.name for value in model.graph.output}
     by_activation: dict[str, list[Linear]] = {}
     for linear in linears:
         by_activation.setdefault(linear.activation, []).append(linear)
@@ -79,10 +81,10 @@ def places(model: onnx.ModelProto) -> list[Place]:
     for node in model.graph.node:
         parameters = _parameters(node, stored)
         behind = by_activation.get(node.output[0], []) if node.output else []
-        alone = len(behind) == readers.get(node.output[0], 0) if behind else False
-        shared = [name for name in (*parameters, *(linear.weight for linear in behind)) if readers.get(name, 0) != 1]
+        alone = bool(behind) and len(behind) == readers[node.output[0]]
+        shared = [name for name in (*parameters, *(linear.weight for linear in behind)) if readers[name] != 1]
         plain = all(linear.weight in stored for linear in behind)
-        if parameters and alone and plain and not shared and node.output[0] not in outputs:
+        if parameters and alone and plain and not shared:
             found.append(Place(node.output[0], parameters, tuple(behind)))
     return found
 
@@ -95,14 +97,6 @@ def _parameters(node: onnx.NodeProto, stored: set[str]) -> tuple[str, ...]:
     if node.op_type == "Mul":
         return tuple(name for name in node.input if name in stored)[:1]
     return ()
-
-
-def _readers(graph: onnx.GraphProto) -> Mapping[str, int]:
-    counts: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            counts[name] = counts.get(name, 0) + 1
-    return counts
 
 
 def _channel_maxima(

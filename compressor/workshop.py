@@ -19,21 +19,20 @@ import torch
 
 from compressor.conversion import best_of, convert, usable_quantizers
 from compressor.data import Split
-from compressor.deferred import STAND_IN, stand_in
 from compressor.errors import CompressorError
 from compressor.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
 from compressor.folder import copy_onnx
-from compressor.lower import OPSET, lower
+from compressor.lower import lower
 from compressor.models.base import as_numpy
 from compressor.parity import Parity, check_parity
-from compressor.precision import AUTO, Converted, Source, Trial, check, judged
+from compressor.precision import AUTO, Converted, Source, Trial, judged
 from compressor.rewrite import finished
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Loaded, accepting_data
 from passes.graph import Graph
 from passes.run import run
-from runtimes.base import BuildOptions, Engine, Feeds, Runtime, RuntimesError, check_device, need, runtime
+from runtimes.base import BuildOptions, Engine, Feeds, Runtime, RuntimesError
 from runtimes.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
 
 Key = TypeVar("Key")
@@ -42,57 +41,6 @@ PARITY_ROWS = 8
 CLOCK_ROUNDS = 8  # of the quick timing that a search goes by: short ones, of which some meet a quiet machine
 CLOCK_SECONDS = 0.1
 TIMING_CANDIDATES = 32  # samples among which the one of median length is timed
-
-
-class WorkshopError(CompressorError):
-    """The target cannot do what was asked for."""
-
-
-def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
-    """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
-    target = runtime(settings.target)
-    device = target.devices[0] if settings.device is None else settings.device
-    options = BuildOptions(device=device, threads=settings.threads)
-    check(target, settings.precision, device)
-    if settings.defer_build:
-        check_device(target.name, target.devices, options)
-        _check_deferrable(target, settings.precision)
-        target, options = stand_in(target), dataclasses.replace(options, device="cpu")
-    need(target.name, _or_defer(target), target.devices, options)
-    if options.device != target.devices[0] and target.source == ".onnx":
-        _probe(target, options)
-    return target, options
-
-
-def _check_deferrable(target: Runtime, precision: str) -> None:
-    """Refuse to leave to the device what is made by torch, which it need not have, or cannot be measured here."""
-    if precision in (*target.own, AUTO):
-        raise WorkshopError(
-            f"--precision {precision} can only be proven where {target.name} runs; leave out --defer-build, or give "
-            f"one of: {', '.join(name for name in target.precisions[target.devices[0]] if name not in target.own)}."
-        )
-    if target.source != ".onnx":
-        raise WorkshopError(f"target {target.name} builds with torch, on this machine; leave out --defer-build.")
-
-
-def _or_defer(target: Runtime) -> str | None:
-    """The reason why a target cannot be used, with the way round it where there is one."""
-    reason = target.missing()
-    if reason is None or target.name == STAND_IN or target.source != ".onnx":
-        return reason
-    return f"{reason}, or export with --defer-build here and run `compressor build` on the device"
-
-
-def _probe(target: Runtime, options: BuildOptions) -> None:
-    """Build the smallest model there is: whether the device is there should not be learnt after a search."""
-    from onnx import TensorProto, helper, save
-
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", ends[:1], ends[1:])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "probe.onnx")
-        save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
-        target.build(path, Path(folder), options)
 
 
 def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOptions:

@@ -19,9 +19,21 @@ DEVICES = ("cpu", "cuda")
 # What an engine computes its matrix products in. int8-dynamic finds the ranges of activations at run time, int4 has
 # weights of 4 bits only. The rest of a model stays in float: in 16 bits with fp16 and bf16, else in 32.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
+PORTABLE = "tensorrt"  # the target whose engines are tied to a GPU and a version unless asked not to be
 # The files of this folder that are no targets. Whatever else is put here is one; the contract tests hold it to that.
 NOT_TARGETS = frozenset(
-    {"base", "executorch_program", "onnxruntime_graph", "qdq", "tensorrt_engine", "timing", "torch_program"}
+    {
+        "base",
+        "executorch_program",
+        "layer_counts",
+        "onnxruntime_graph",
+        "onnxruntime_layers",
+        "qdq",
+        "tensorrt_engine",
+        "tensorrt_layers",
+        "timing",
+        "torch_program",
+    }
 )
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
@@ -62,6 +74,7 @@ class BuildOptions:
             cache, which is empty at first.
         precision: The precision to build in. One that the target does not make itself is that of the file already.
         samples: Gives a fresh stream of calibration batches to a target that quantizes by itself.
+        portable: Build an engine that runs on other GPUs and with other versions too, at some cost in speed.
 
     Raises:
         RuntimesError: An option has a value that no runtime takes.
@@ -74,6 +87,7 @@ class BuildOptions:
     lengths: tuple[int, int, int] = (1, 128, 512)
     precision: str = "fp32"
     samples: Callable[[], Iterator[Feeds]] | None = field(default=None, compare=False)
+    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -97,11 +111,33 @@ class Int8Style:
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
         quantizers: What writes the file: this package, and others whose file may be quicker there.
+        rest: What everything else computes in, scales included; norms and softmax stay in fp32. Of ranges fixed in the
+            file only.
     """
 
     activations: Literal["uint8", "int8"]
     convolutions: bool
     quantizers: tuple[str, ...] = ("compressor",)
+    rest: Literal["fp32", "fp16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a runtime made of the model: its layers after fusion, by its own account.
+
+    Attributes:
+        count: How many there are, constants and the ends left out.
+        precisions: How many there are of each precision: the narrowest type that a layer reads, "other" for those that
+            read no floats, "unknown" where the runtime does not tell.
+        kinds: How many there are of each kind, in the runtime's words.
+        fused_attention: Whether there are kernels for a whole attention; None where that cannot be told, as in a model
+            without attention.
+    """
+
+    count: int
+    precisions: Mapping[str, int]
+    kinds: Mapping[str, int]
+    fused_attention: bool | None
 
 
 class Engine(Protocol):
@@ -222,6 +258,13 @@ class Runtime(Protocol):
     def load(self, path: Path, options: BuildOptions) -> Engine:
         """Open what build() returned. Raises like build()."""
 
+    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+        """Describe what build() returned, at its usual sizes; None where the runtime does not tell.
+
+        Raises:
+            RuntimesError: as load() does, or what the runtime tells cannot be read.
+        """
+
 
 def targets() -> tuple[str, ...]:
     """Return the names of all targets, whether or not they can run here, in alphabetical order.
@@ -271,7 +314,12 @@ def installed(distribution: str) -> bool:
 
 
 def check_device(name: str, devices: tuple[str, ...], options: BuildOptions) -> None:
-    """Raise RuntimeUnavailable if a target does not run on the device asked for."""
+    """Raise RuntimeUnavailable if a target does not run on the device asked for, or in the way."""
+    if options.portable and name != PORTABLE:
+        raise RuntimeUnavailable(
+            f"Target {name} has no portable engines; only those of {PORTABLE} are tied to one GPU and version: leave "
+            "that option out."
+        )
     if options.device not in devices:
         raise RuntimeUnavailable(f"Target {name} runs on {' or '.join(devices)}; found device {options.device!r}.")
 

@@ -122,6 +122,10 @@ def load(path: Path, options: BuildOptions) -> ExecutorchEngine:
     return engine
 
 
+def layers(path: Path, options: BuildOptions) -> None:
+    """Return nothing: the package is compiled code, which does not tell what became of the model's layers."""
+
+
 class ExecutorchEngine(Closing[Any]):
     """A loaded ExecuTorch method; see runtimes.base.Engine. Sizes beyond those planned for raise RuntimesError."""
 

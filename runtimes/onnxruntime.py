@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtimes.base import (
     DTypes,
     Feeds,
     Int8Style,
+    Layers,
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
@@ -27,6 +29,7 @@ from runtimes.base import (
     need,
     taken,
 )
+from runtimes.onnxruntime_layers import summary
 
 name = "onnxruntime"
 description = "ONNX Runtime on the CPU or on CUDA; runs model.onnx itself"
@@ -88,6 +91,25 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")
     return OnnxRuntimeEngine(_open(path, options), device=options.device)
+
+
+def layers(path: Path, options: BuildOptions) -> Layers | None:
+    """Return the layers of the graph that ONNX Runtime makes of a model for this device.
+
+    None without the package onnx, which reads that graph and which no engine needs.
+
+    Raises:
+        RuntimesError: as load() does.
+    """
+    need(name, missing(), devices, options)
+    try:
+        import onnx  # noqa: F401
+    except ImportError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder, "optimised.onnx")
+        _open(path, options, optimised)
+        return summary(optimised)
 
 
 class OnnxRuntimeEngine(Closing[Any]):
@@ -154,13 +176,20 @@ class Bound:
             self._binding.bind_ortvalue_output(key, value)
 
 
-def _open(path: Path, options: BuildOptions) -> Any:
+def _open(path: Path, options: BuildOptions, optimised: Path | None = None) -> Any:
+    """Open a session, and let it write the graph that it runs where that is wanted."""
     import onnxruntime as ort
 
     if options.device == "cuda":
         _need_cuda(ort)
     try:
-        session = ort.InferenceSession(str(path), _session_options(ort, options), providers=_providers(options.device))
+        asked = _session_options(ort, options)
+        if optimised is not None:
+            asked.optimized_model_filepath = str(optimised)
+            # Beside it, because protobuf ends at 2 GB.
+            weights = "session.optimized_model_external_initializers_file_name"
+            asked.add_session_config_entry(weights, f"{optimised.name}.data")
+        session = ort.InferenceSession(str(path), asked, providers=_providers(options.device))
     except Exception as error:  # the classes of ONNX Runtime's errors have no common base but Exception
         raise BuildError(f"ONNX Runtime cannot open {path.name}: {first_line(error)}.") from error
     if options.device == "cuda" and session.get_providers()[0] != CUDA:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtimes import onnxruntime, onnxruntime_graph
-from runtimes.base import BuildError, BuildOptions, Int8Style, first_line, need
+from runtimes.base import BuildError, BuildOptions, Int8Style, Layers, first_line, need
 
 name = "onnxruntime_fused"
 description = "ONNX Runtime on the CPU with its own fused operators; writes model.fused.onnx"
@@ -63,3 +63,8 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
     """
     need(name, missing(), devices, options)
     return onnxruntime.load(path, options)
+
+
+def layers(path: Path, options: BuildOptions) -> Layers | None:
+    """Return the layers of the fused graph as ONNX Runtime runs it."""
+    return onnxruntime.layers(path, options)

@@ -74,6 +74,10 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
     return onnxruntime.load(path, options)
 
 
+def layers(path: Path, options: BuildOptions) -> None:
+    """Return nothing: ONNX Runtime writes no graph of a model that it opened in this format."""
+
+
 def _convert(onnx: Path, out: Path) -> None:
     """Have ONNX Runtime's own converter write the .ort file and the list of its operators."""
     with _silent():

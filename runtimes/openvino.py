@@ -17,12 +17,14 @@ from runtimes.base import (
     DTypes,
     Feeds,
     Int8Style,
+    Layers,
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
     need,
     taken,
 )
+from runtimes.layer_counts import counted
 
 name = "openvino"
 description = "OpenVINO on the CPU; writes openvino_model.xml and .bin beside model.onnx"
@@ -33,6 +35,8 @@ own = ("fp16", "bf16")
 int8 = Int8Style(activations="uint8", convolutions=False, quantizers=("compressor", "nncf"))
 
 NOTED = ("compressor", "precision")  # where the IR says what it was built in
+NO_LAYERS = ("Const", "Input", "Output")
+ATTENTIONS = ("ScaledDotProductAttention", "ScaledDotProductAttentionWithKVCache", "SDPA")
 FILE = "openvino_model.xml"  # the name that optimum-intel's OVModel classes look for
 
 
@@ -92,6 +96,24 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
         raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
 
 
+def layers(path: Path, options: BuildOptions) -> Layers:
+    """Return what OpenVINO says that it runs: its layers after fusion, as compiled for this CPU.
+
+    Raises:
+        RuntimesError: as load() does.
+    """
+    with load(path, options) as engine:
+        found = [layer for layer in engine.described() if layer["layerType"] not in NO_LAYERS]
+    kinds = [layer["layerType"] for layer in found]
+    # An attention becomes one node of its own, or one generated kernel that is named after all that went into it.
+    fused = any(
+        kind in ATTENTIONS or (kind == "Subgraph" and "softmax" in layer["originalLayersNames"].lower())
+        for kind, layer in zip(kinds, found, strict=True)
+    )
+    rows = [(layer["layerType"], (layer["runtimePrecision"],)) for layer in found]
+    return counted(rows, fused_attention=fused or (False if "Softmax" in kinds else None))
+
+
 class OpenVinoEngine(Closing[Any]):
     """A compiled OpenVINO model with one inference request; see runtimes.base.Engine."""
 
@@ -104,6 +126,11 @@ class OpenVinoEngine(Closing[Any]):
             key: np.dtype(self._ports[key].get_element_type().to_dtype()) for key in self.inputs
         }
         self.input_shapes: Shapes = {key: _shape(self._ports[key]) for key in self.inputs}
+
+    def described(self) -> list[dict[str, str]]:
+        """Return what OpenVINO notes of every node that it runs, such as its "layerType" and "runtimePrecision"."""
+        nodes = self._live().get_compiled_model().get_runtime_model().get_ordered_ops()
+        return [{key: str(value.astype(str)) for key, value in node.get_rt_info().items()} for node in nodes]
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""

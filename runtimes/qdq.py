@@ -11,6 +11,7 @@ quantized in half.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,16 +65,17 @@ def violations(path: Path) -> list[Violation]:
         raise BuildError(f"{path.name} cannot be read as an ONNX file: {first_line(error)}.") from error
     if not model.graph.node:
         raise BuildError(f"{path.name} cannot be read as an ONNX file: it has no node.")
-    graph = _Graph(model.graph, path.parent)
+    graph = _Graph(model.graph, path.parent, _types(model))
     return [Violation(node.name or node.output[0], rule) for node in model.graph.node for rule in _broken(graph, node)]
 
 
 class _Graph:
-    """Constants, makers and readers of the values of a graph."""
+    """Constants, makers, readers and types of the values of a graph."""
 
-    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+    def __init__(self, graph: onnx.GraphProto, folder: Path, types: dict[str, str]) -> None:
         fed = {value.name for value in graph.input}
         self.folder = folder
+        self.types = types
         self.outputs = {value.name for value in graph.output}
         self.makers = {output: node for node in graph.node for output in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -107,9 +109,11 @@ def _broken(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
         yield from _of_type(graph, node)
         yield from _of_zero_point(graph, node)
         yield from _of_scale(graph, node)
+        yield from _of_scale_type(graph, node)
         yield from _of_place(graph, node)
     elif node.op_type in PRODUCTS:
         yield from _of_product(graph, node)
+        yield from _of_computing_type(graph, node)
 
 
 def _of_type(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
@@ -158,6 +162,20 @@ def _of_scale(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
         yield from _of_channels(graph, node, scale)
 
 
+def _of_scale_type(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
+    """TensorRT converts neither Q's scale nor its input."""
+    found = {kind for name in node.input[:2] if (kind := graph.types.get(name)) is not None}
+    if node.op_type == "QuantizeLinear" and len(found) > 1:
+        yield f"has a scale and an input of types {_listed(found)}, expected one type for both"
+
+
+def _of_computing_type(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
+    """An int8 product computes in what its DQs return, the type of their scales; so all it reads, a bias too."""
+    found = {kind for name in node.input if (kind := graph.types.get(name)) is not None}
+    if len(found) > 1 and any(graph.behind(name, "DequantizeLinear") for name in node.input):
+        yield f"has inputs of types {_listed(found)}, expected one: that of the scales of its DQs"
+
+
 def _of_channels(graph: _Graph, node: onnx.NodeProto, scale: npt.NDArray[np.float32]) -> Iterator[str]:
     source = _stored(graph, node)
     if source is None:
@@ -190,7 +208,13 @@ def _of_place(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
 def _adds_bias(graph: _Graph, quantize: onnx.NodeProto) -> bool:
     floats = [dq.output[0] for dq in graph.readers.get(quantize.output[0], []) if dq.op_type == "DequantizeLinear"]
     adds = [add for name in floats for add in graph.readers.get(name, []) if add.op_type == "Add"]
-    return any(name in graph.constants for add in adds for name in add.input)
+    return any(_is_constant(graph, name) for add in adds for name in add.input)
+
+
+def _is_constant(graph: _Graph, name: str) -> bool:
+    """Return whether a value is stored, in float or quantized."""
+    weight = graph.behind(name, "DequantizeLinear")
+    return name in graph.constants or (weight is not None and _stored(graph, weight) is not None)
 
 
 def _of_product(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
@@ -216,11 +240,33 @@ def _channels(node: onnx.NodeProto, rank: int) -> int:
     return 0 if node.op_type == "Conv" else 1 - int(_attribute(node, "transB", 0))
 
 
+def _types(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the types that ONNX's inference finds, by value; one that it cannot tell is left out.
+
+    The file's own notes on types are dropped: a quantizer need not have kept them up, and inference stops at a
+    contradiction. Where it stops for another reason, only the types of constants, inputs and outputs are known.
+    """
+    from onnx import shape_inference
+
+    del model.graph.value_info[:]
+    graph = model.graph
+    with contextlib.suppress(Exception):  # its C++ errors are RuntimeErrors and more
+        graph = shape_inference.infer_shapes(model).graph
+    found = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        found[value.name] = value.type.tensor_type.elem_type
+    return {name: _name(kind) for name, kind in found.items() if kind}
+
+
 def _name(kind: int) -> str:
     """Return the name of an ONNX type, such as "INT8"."""
     from onnx import TensorProto
 
     return str(TensorProto.DataType.Name(kind))
+
+
+def _listed(kinds: set[str]) -> str:
+    return " and ".join(sorted(map(str.lower, kinds)))
 
 
 def _input(node: onnx.NodeProto, place: int) -> str | None:

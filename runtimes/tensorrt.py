@@ -4,9 +4,10 @@ Never run on a GPU: type-checked against the bindings 10.16 and 11.4; the order 
 fails, tested against a stand-in (tests/test_runtimes_tensorrt.py). Whether the real parser takes a file and kernels
 exist for it, memory, numbers and speed are open.
 
-The network is strongly typed: TensorRT computes in the types of the ONNX file. Those are float32, and int8 where the
-file has been quantized; TF32 is off, so that a float32 model is held to float32. An engine fits the TensorRT version
-and the GPU it was built with, and the sizes stated in BuildOptions.
+The network is strongly typed: TensorRT computes in the types of the ONNX file. Those are float32 or float16, and int8
+with float16 around it where the file has been quantized; TF32 is off, so that a float32 model is held to float32. An
+engine fits the TensorRT version and the GPU it was built with, and the sizes stated in BuildOptions; a portable one
+fits GPUs from Ampere on and later minor versions, with kernels of 48 KiB of shared memory and fewer to choose from.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from runtimes.base import (
     BuildError,
     BuildOptions,
     Int8Style,
+    Layers,
     RuntimesError,
     RuntimeUnavailable,
     first_line,
@@ -32,6 +34,7 @@ from runtimes.base import (
     need,
 )
 from runtimes.tensorrt_engine import Device, Refused, Shape, TensorRTEngine, reason
+from runtimes.tensorrt_layers import summary
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -44,8 +47,9 @@ devices = ("cuda",)
 source: Literal[".onnx"] = ".onnx"
 precisions = {"cuda": ("fp32", "fp16", "int8")}
 own = ()
-# Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions.
-int8 = Int8Style(activations="int8", convolutions=True)
+# Its int8 is symmetric, with ranges fixed in the file, and it has int8 convolutions. An int8 product returns the type
+# of its scales: with scales in float32 all between the products would be slower than in a model of float16 alone.
+int8 = Int8Style(activations="int8", convolutions=True, rest="fp16")
 
 GET = "pip install tensorrt cuda-bindings"
 OLDEST = (10, 12)
@@ -74,7 +78,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
     Args:
         source: The model; external data lies next to it.
         out: The folder of the engine.
-        options: `batches` and `lengths` bound the sizes that the engine will take.
+        options: `batches` and `lengths` bound the sizes that the engine will take; `portable` frees it from this GPU.
 
     Raises:
         RuntimeUnavailable: TensorRT or the GPU is not there.
@@ -117,6 +121,9 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
     held = contextlib.ExitStack()
     with held, _stated(f"TensorRT cannot open {path.name}", said):
         runtime = trt.Runtime(log)
+        if options.portable:
+            # It brings the runtime of the version that built it, as code to be run: refused unless allowed.
+            runtime.engine_host_code_allowed = True
         refused = "it was built for another GPU or TensorRT version, or is damaged: build it again"
         engine = _made(runtime.deserialize_cuda_engine(path.read_bytes()), refused)
         context = _made(engine.create_execution_context(), "it makes no execution context, maybe for want of memory")
@@ -124,6 +131,16 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
         opened = TensorRTEngine(engine, context, device, keep=(log, runtime), said=said)
         device.held = held.pop_all()
     return opened
+
+
+def layers(path: Path, options: BuildOptions) -> Layers:
+    """Return what TensorRT's inspector says of an engine, at the sizes it is quickest at.
+
+    Raises:
+        RuntimesError: as load() does, or the inspector says nothing that can be read.
+    """
+    with load(path, options) as engine:
+        return summary(engine.described())
 
 
 def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:
@@ -147,6 +164,7 @@ def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:
         sizes = (f"{key}:{'x'.join(map(str, sized[place]))}" for key, sized in ranges.items())
         flags.append(f"--{kind}Shapes={','.join(sizes)}")
     flags.append("--profilingVerbosity=detailed")
+    flags += ["--hardwareCompatibilityLevel=ampere+", "--versionCompatible"] if options.portable else []
     own = {"10": ["--stronglyTyped", "--useSpinWait", "--noDataTransfers"], "11": ["--noCudaGraph"]}
     return {version: shlex.join(["trtexec", *flags, *more]) for version, more in own.items()}
 
@@ -231,6 +249,9 @@ def _config(builder: trt.Builder, network: trt.INetworkDefinition, options: Buil
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # A float32 model is to be run in float32, or parity with torch would fail for no fault of the model.
     config.clear_flag(trt.BuilderFlag.TF32)
+    if options.portable:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     inputs = [network.get_input(place) for place in range(network.num_inputs)]
     profile = _made(builder.create_optimization_profile(), "it makes no optimization profile")
     for tensor in inputs:

@@ -102,6 +102,28 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
 
         return step
 
+    def described(self) -> str:
+        """Return what TensorRT's inspector says of the engine, as JSON.
+
+        With free sizes it tells no types before they are set, so those that the engine is quickest at are set.
+
+        Raises:
+            RuntimesError: it makes no inspector.
+        """
+        import tensorrt as trt
+
+        engine, context = self._live()
+        self._active = None
+        for key in self.inputs:
+            shape = tuple(engine.get_tensor_profile_shape(key, 0)[1])
+            if not context.set_input_shape(key, shape):
+                raise RuntimesError(f"TensorRT does not take its own usual shape {list(shape)} for {key!r}.")
+        inspector = engine.create_engine_inspector()
+        if inspector is None:
+            raise RuntimesError(f"TensorRT makes no inspector: {reason(self._said, 'no reason given')}.")
+        inspector.execution_context = context
+        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
     def close(self) -> None:
         """Give back memory, stream, context and engine. Closing twice is allowed."""
         for bound in list(self._all):

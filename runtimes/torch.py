@@ -127,6 +127,10 @@ def load(path: Path, options: BuildOptions) -> TorchEngine:
         raise BuildError(f"torch cannot open {path.name}: {first_line(error)}.") from error
 
 
+def layers(path: Path, options: BuildOptions) -> None:
+    """Return nothing: the package is compiled code, which does not tell what became of the model's layers."""
+
+
 class TorchEngine(Closing[Any]):
     """An open AOTInductor package; see runtimes.base.Engine.
 

@@ -15,10 +15,13 @@ from click.testing import CliRunner
 
 import compressor
 import runtimes
-from compressor import __version__, pipeline, workshop
+from compressor import __version__, cli, pipeline, workshop
+from compressor.calibration import METHODS
 from compressor.cli import Export, main
+from compressor.precision import AUTO, SHORT_FORMS
 from compressor.settings import Settings
 from passes.plan import Plan
+from runtimes.base import PRECISIONS
 from runtimes.timing import interleave
 
 INTERRUPTED = "Error: interrupted; no output was written. A search goes on where it stopped if the command is repeated."
@@ -96,6 +99,11 @@ def test_every_form_of_int8_parses_as_meant(arguments: list[str], int8: str | No
         (["export", "--heal-budget", "0"], 2, "heal-budget is 0; expected more than 0"),
         (["export", "--heal", "prayer"], 2, "'--heal'"),
         (["export", "--cost", "time"], 2, "'--cost'"),
+        (["export", "--precision", "fp8"], 2, "'--precision'"),
+        (["export", "--calibration", "median"], 2, "'--calibration'"),
+        (["export", "--int8", "--precision", "fp16"], 2, "give one of them"),
+        (["export", "--precision", "fp16"], 1, "target onnxruntime has no fp16 on cpu; it has fp32, int8"),
+        (["sweep", "--calibration", "mse"], 2, "No such option"),
         (["sweep", "--drop", "2"], 2, "No such option"),
         (["sweep", "--heal", "distill"], 2, "No such option"),
         (["sweep", "--points", "1"], 2, "'--points'"),
@@ -167,6 +175,18 @@ def test_every_setting_is_an_option() -> None:
     assert options - {"quiet"} == set(Settings.__dataclass_fields__) - {"example_inputs"}
 
 
+def test_choices_that_are_written_out_for_speed_are_those_of_their_modules() -> None:
+    assert ((AUTO, *PRECISIONS), tuple(SHORT_FORMS)) == (cli.PRECISIONS, cli.INT8)
+    assert ("auto", *METHODS) == cli.CALIBRATIONS
+    for command, names in (("export", {"precision", "int8", "calibration"}), ("sweep", {"precision", "int8"})):
+        options = {each.name: each.type for each in main.commands[command].params if isinstance(each, click.Option)}
+        assert names == set(options) & {"precision", "int8", "calibration"}
+        for name in names:
+            choice = options[name]
+            assert isinstance(choice, click.Choice)
+            assert tuple(choice.choices) == getattr(cli, {"int8": "INT8"}.get(name, f"{name}s".upper()))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -183,6 +203,10 @@ def test_every_setting_is_an_option() -> None:
         (["--actions", "drop,low-rank:8"], {"actions": "drop,low-rank:8"}),
         (["--actions", "tba", "--drop", "block:2"], {"actions": "tba", "drop": "block:2"}),
         (["--tokens", "none"], {"tokens": "none"}),
+        (["--precision", "int4"], {"precision": "int4"}),
+        (["--precision", "auto", "--max-precision-loss", "2"], {"precision": "auto", "max_precision_loss": 2.0}),
+        (["--int8", "--calibration", "entropy"], {"precision": "int8", "calibration": "entropy"}),
+        (["--int8", "dynamic"], {"precision": "int8-dynamic"}),
         (["--defer-build", "--target", "tensorrt"], {"defer_build": True, "target": "tensorrt"}),
     ],
 )

@@ -226,6 +226,17 @@ def test_the_lines_for_trtexec(originals):
     assert set(report_of(originals["tensorrt"])["engine"]["commands"]) == {"10", "11"}
 
 
+@pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
+@pytest.mark.parametrize("folder", ["tensorrt"], indirect=True)
+@pytest.mark.usefixtures("brief")
+def test_the_device_may_ask_for_a_portable_engine(folder, fake):  # noqa: F811
+    assert report_of(folder)["engine"]["options"]["portable"] is False
+    compressor.build(folder, portable_engine=True)
+    assert report_of(folder)["engine"]["options"]["portable"] is True
+    assert (folder / "model.engine").read_bytes().startswith(b"PLAN+CODE")
+    assert "engine_host_code_allowed = True" in (folder / "README.md").read_text()
+
+
 def test_lengths_and_fixed_shapes_of_the_lines(tmp_path):
     inputs = [
         helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"]),
@@ -462,7 +473,9 @@ def test_tensorrts_engine_is_built_from_the_folder(folder, fake):  # noqa: F811
     assert {tuple(sizes[place][0] for place in (0, 1, 2)) for p in fake.profiles for sizes in p.values()} == {
         (1, 5, 32)
     }
-    assert report_of(folder)["engine"]["measured"]["original"]["parity"] < TOLERANCE
+    engine = report_of(folder)["engine"]
+    assert engine["measured"]["original"]["parity"] < TOLERANCE
+    assert engine["layers"]["precisions"] == {"fp32": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------- answers

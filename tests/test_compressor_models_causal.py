@@ -3,16 +3,19 @@
 import contextlib
 import functools
 import itertools
+import json
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from compressor import models
 from compressor.lower import lower
+from compressor.models.base import without_cache
 from compressor.models.causal import PAST_TOKENS, causal, positions
 from compressor.trace import trace
 from passes.base import apply
@@ -295,6 +298,31 @@ def test_bytes_of_a_token():
 def test_a_model_without_such_a_cache_is_left_as_it_was():
     module = torch.nn.Linear(2, 2)
     assert causal(module, ("input_ids", "attention_mask")) is None
+
+
+def test_a_folder_without_a_cache_says_so_in_every_config(tmp_path):
+    """Whoever opens it goes by this field; nothing else of the configs changes, and none is made up."""
+    (tmp_path / "config.json").write_text('{"use_cache": true, "vocab_size": 48}')
+    without_cache(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"use_cache": False, "vocab_size": 48}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    without_cache(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2, "use_cache": False}
+
+
+def test_a_plain_tokenizer_is_named_by_a_class_that_older_transformers_has_too(tmp_path):
+    """Version 5 writes a name of its own, at which version 4, which Optimum needs, stops; both know the older one."""
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "story": 4}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "from")
+    small("LlamaConfig")[0].save_pretrained(tmp_path / "from")
+    (tmp_path / "to").mkdir()
+    models.load(tmp_path / "from").save(tmp_path / "to")
+    assert '"PreTrainedTokenizerFast"' in (tmp_path / "to" / "tokenizer_config.json").read_text()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "to")("a story")["input_ids"] == [3, 4]
 
 
 # ---------------------------------------------------------------------------------------------------- a trained one

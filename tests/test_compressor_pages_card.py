@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +24,7 @@ from compressor.lower import lower
 from compressor.models import load
 from compressor.pages import card, loader, recipe
 from compressor.trace import trace
-from runtimes import onnxruntime, openvino, tensorrt
+from runtimes import onnxruntime, openvino, runtime, tensorrt
 from runtimes.base import BuildOptions
 from tests.test_runtimes_tensorrt import fake, save, value  # noqa: F401  (`fake` is a fixture)
 
@@ -225,6 +226,29 @@ def test_the_cards_lines_run_without_compressor_and_answer_as_the_engine(folders
         np.testing.assert_array_equal(found, wanted)
     else:
         np.testing.assert_allclose(found, wanted, rtol=0, atol=SAME)
+
+
+@pytest.mark.parametrize("target", ["torch", "executorch"])
+def test_the_lines_of_a_target_that_torch_makes_run_without_compressor(folders, tmp_path, target):
+    found = runtime(target)
+    if (reason := found.missing()) is not None:
+        pytest.skip(reason)
+    model, source = folders["image"]
+    folder = shutil.copytree(source, tmp_path / "out")
+    (folder / "model.onnx").unlink()
+    graph = trace(model)
+    engine = found.build(lower(graph, model, tmp_path / "model.pt2"), folder, OPTIONS)
+    content = report(model, target)
+    content["engine"] |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
+    text = loader.loader(content, folder).text
+    assert engine.name in text
+    (folder / "lines.py").write_text(text)
+    alone = ALONE.replace(repr(ABSENT), repr([name for name in ABSENT if name != "torch"]))
+    done = subprocess.run([sys.executable, "-c", alone], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(folder / "photo.jpg") as image, found.load(engine, OPTIONS) as opened:
+        wanted = opened.run({"pixel_values": model.preprocess.image(image)[None]})[model.answer]
+    np.testing.assert_allclose(np.load(folder / "answer.npy"), wanted, rtol=0, atol=SAME)
 
 
 def test_tensorrts_lines_run_on_a_stand_in(folders, fake, monkeypatch, capsys):  # noqa: F811

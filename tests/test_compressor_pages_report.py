@@ -254,7 +254,7 @@ def test_examples_are_samples_that_really_changed(content, document):
     [
         ("Compression and int8, alone and together", {"factorial": None}),
         ("What speed costs", {"search": {}}),
-        ("Precision", {"precision": {}}),
+        ("Precision", {"precision": {}, "engine": {}}),
         ("Score and measured effect", {"evidence": {}}),
         ("Similarity along the depth", {"evidence": {}}),
         ("Where answers differ", {"quality": None, "no_quality_because": "the data is random"}),
@@ -278,6 +278,7 @@ def test_a_bare_report_has_no_empty_section_and_says_why(content):
         "evidence": {},
         "precision": {},
     }
+    bare["engine"].pop("layers")
     for part in ("latency", "sizes", "speedup"):
         bare[part].pop("original")
     found = page(bare, {})
@@ -328,8 +329,19 @@ def test_the_precision_is_told_with_all_that_was_tried_for_it(content):
     result = content["precision"]["result"] | {"calibrations": [way, way | {"method": "typical", "smoothed": False}]}
     result |= {"tried": [{"by": "nncf", "loss": 0.2, "milliseconds": 2.5}], "calibration": "mse", "smoothed": True}
     changed = content | {"trials": [trial], "precision": {"result": result}}
-    trials, told, quantizers, ways = sections(changed)["Precision"]
+    trials, told, quantizers, ways, *_ = sections(changed)["Precision"]
     assert trials.rows == [["int8", "2.00", "1.50", "0.07", "chosen"]]
     assert f"{result['nodes']} products in int8. Ranges: mse, after SmoothQuant." in told.text
     assert quantizers.rows == [["nncf", "2.50", "0.20"]]
     assert ways.rows == [["mse, after SmoothQuant", "0.07"], ["typical", "0.07"]]
+
+
+def test_the_layers_of_the_engine_are_told_with_its_precision(content):
+    found = content["engine"]["layers"]
+    told, kinds = sections(content | {"precision": {}})["Precision"]
+    assert told.text.startswith(f"The engine has {found['count']} layers: ")
+    assert kinds.rows[0] == [next(iter(found["kinds"])), str(max(found["kinds"].values()))]
+    assert sum(int(number) for _, number in kinds.rows) == found["count"]
+    rest = content["precision"]["result"] | {"rest": "fp16"}
+    first = sections(content | {"precision": {"result": rest}})["Precision"][0]
+    assert f"{rest['nodes']} products in int8, the rest in fp16." in first.text

@@ -3,100 +3,44 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
+from compressor.calibration import BY_EXTREMES, METHODS, Calibration, extremes, histograms
 from compressor.errors import CompressorError
 from compressor.int8 import activation_grid, quantize_weight
-from compressor.quantize import Quantized, QuantizeError, quantize
+from compressor.quantize import ENOUGH, Calibrated, Quantized, QuantizeError, quantize
+from tests.onnx_files import (
+    MLP_WEIGHTS,
+    Array,
+    Feeds,
+    H,
+    K,
+    N,
+    count,
+    feeds_of,
+    initializers,
+    mlp,
+    node,
+    normal,
+    normed,
+    outlier,
+    relative_loss,
+    round_activation,
+    round_weight,
+    run,
+    save,
+)
 
-ort = pytest.importorskip("onnxruntime")
-
-Array = npt.NDArray[np.float32]
-Feeds = Callable[[], Iterator[Mapping[str, npt.NDArray[Any]]]]
-K, H, N = 32, 48, 24
-
-
-def normal(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def save(path: Path, nodes: list[onnx.NodeProto], weights: Mapping[str, npt.NDArray[Any]], outputs: list[str]) -> Path:
-    """A model with input x [batch, rows, K] and the given outputs of unknown shape."""
-    graph = helper.make_graph(
-        nodes,
-        "test",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "rows", K])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "rows", None]) for name in outputs],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    helper.set_model_props(model, {"made by": "a test"})
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
-    return path
-
-
-def node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(op, inputs, [output], name=f"node_{output}", **attributes)
-
-
-MLP_WEIGHTS = {"w1": normal(K, H, seed=1), "b1": normal(H, seed=2), "w2": normal(H, N, seed=3), "b2": normal(N, seed=4)}
-
-
-def mlp(path: Path) -> Path:
-    nodes = [
-        node("MatMul", ["x", "w1"], "h0"),
-        node("Add", ["h0", "b1"], "h1"),
-        node("Relu", ["h1"], "h2"),
-        node("MatMul", ["h2", "w2"], "y0"),
-        node("Add", ["y0", "b2"], "y"),
-    ]
-    return save(path, nodes, MLP_WEIGHTS, ["y"])
-
-
-def feeds_of(*batches: Array) -> Feeds:
-    return lambda: iter([{"x": batch} for batch in batches])
-
-
-def run(path: Path, x: Array) -> list[Array]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(value) for value in session.run(None, {"x": x})]
-
-
-def initializers(path: Path) -> dict[str, npt.NDArray[Any]]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(str(path)).graph.initializer}
-
-
-def count(path: Path, op: str) -> int:
-    return sum(n.op_type == op for n in onnx.load(str(path)).graph.node)
-
-
-def round_weight(w: Array) -> Array:
-    """Symmetric int8 per column, written independently of the module."""
-    scale = np.abs(w).max(axis=0, keepdims=True) / 127
-    return np.asarray(np.round(w / scale) * scale, np.float32)
-
-
-def round_activation(x: Array, low: float, high: float, *, symmetric: bool) -> Array:
-    low, high = min(low, 0.0), max(high, 0.0)
-    if symmetric:
-        scale = max(-low, high) / 127
-        return np.asarray(np.clip(np.round(x / scale), -128, 127) * scale, np.float32)
-    scale = (high - low) / 255
-    zero = np.round(-low / scale)
-    return np.asarray((np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale, np.float32)
+pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
@@ -249,32 +193,11 @@ def test_shared_and_tied_weights(tmp_path: Path, mode: Any) -> None:
     assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.05
 
 
-def outlier(path: Path) -> Path:
-    """Four Linears, of which `bad` reads an activation with one channel a thousand times larger than the others."""
-    spread = np.ones(K, np.float32)
-    spread[0] = 1000
-    weights = {f"w{i}": normal(K, K, seed=i) / np.float32(np.sqrt(K)) for i in range(4)}
-    weights["w2"][0] /= 1000
-    nodes = [
-        node("MatMul", ["x", "w0"], "a"),
-        node("MatMul", ["a", "w1"], "b"),
-        node("Mul", ["b", "spread"], "wide"),
-        node("MatMul", ["wide", "w2"], "bad"),
-        node("MatMul", ["bad", "w3"], "y"),
-    ]
-    return save(path, nodes, {**weights, "spread": spread}, ["y"])
-
-
-def relative_loss(path: Path, x: Array) -> Callable[[Path], float]:
-    (exact,) = run(path, x)
-    return lambda file: float(np.linalg.norm(run(file, x)[0] - exact) / np.linalg.norm(exact))
-
-
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_the_node_that_does_the_harm_stays_in_float(tmp_path: Path, mode: Any) -> None:
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
     loss = relative_loss(path, x)
-    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, loss=loss, max_loss=0.1)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, calibration="typical", loss=loss, max_loss=0.1)
     assert [kept.node for kept in done.kept] == ["node_bad"]
     assert done.kept[0].sensitivity is not None
     assert done.kept[0].sensitivity > 0.01
@@ -287,7 +210,14 @@ def test_the_node_that_does_the_harm_stays_in_float(tmp_path: Path, mode: Any) -
 def test_a_loss_that_cannot_be_met_ends_at_the_best_of_at_most_half(tmp_path: Path) -> None:
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
     answers = iter([float("nan"), 0.5, 0.7])
-    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=lambda _: next(answers), max_loss=0.1)
+    done = quantize(
+        path,
+        tmp_path / "q.onnx",
+        feeds_of(x),
+        calibration="typical",
+        loss=lambda _: next(answers),
+        max_loss=0.1,
+    )
     assert [attempt.kept for attempt in done.attempts] == [0, 1, 2]
     assert (done.loss, done.nodes, [kept.node for kept in done.kept]) == (0.5, 3, ["node_bad"])
     assert count(tmp_path / "q.onnx", "QuantizeLinear") == 3  # the best was written again
@@ -296,6 +226,115 @@ def test_a_loss_that_cannot_be_met_ends_at_the_best_of_at_most_half(tmp_path: Pa
 def test_a_loss_within_the_limit_keeps_nothing_in_float(tmp_path: Path) -> None:
     done = quantize(mlp(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), loss=lambda _: 0.001)
     assert (done.nodes, done.kept, done.loss, len(done.attempts)) == (2, (), 0.001, 1)
+
+
+class Losses:
+    """A loss that answers with the given figures in turn, and notes the files it was asked about."""
+
+    def __init__(self, *answers: float) -> None:
+        self.answers = iter(answers)
+        self.files: list[bytes] = []
+
+    def __call__(self, path: Path) -> float:
+        self.files.append(path.read_bytes())
+        return next(self.answers)
+
+
+EVERY_WAY = [
+    ("typical", False),
+    ("typical", True),
+    ("mse", True),
+    ("minmax", False),
+    ("mse", False),
+    ("percentile", False),
+    ("entropy", False),
+]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_auto_stops_at_the_first_way_that_is_good_enough(tmp_path: Path, at: int) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    losses = Losses(*[0.09] * at, ENOUGH * 0.1)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=losses, max_loss=0.1)
+    assert [(way.method, way.smoothed) for way in done.calibrations] == EVERY_WAY[: at + 1]
+    assert (done.calibration, done.smoothed) == EVERY_WAY[at]
+    assert len(losses.files) == at + 1
+    assert len(set(losses.files)) == at + 1  # each way gives another file
+    assert (tmp_path / "q.onnx").read_bytes() == losses.files[-1]
+    assert (done.loss, done.samples) == (ENOUGH * 0.1, 8)
+
+
+@pytest.mark.parametrize("best", range(7))
+def test_auto_keeps_the_best_of_all_ways_where_none_is_good_enough(tmp_path: Path, best: int) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    answers = [float("nan"), *[0.09] * 6]
+    answers[best] = 0.05
+    losses = Losses(*answers)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=losses, max_loss=0.1)
+    tried = [(way.method, way.smoothed) for way in done.calibrations]
+    assert tried == EVERY_WAY
+    np.testing.assert_array_equal([way.loss for way in done.calibrations], answers)
+    assert (done.calibration, done.smoothed) == EVERY_WAY[best]
+    assert (done.loss, done.kept) == (0.05, ())
+    assert (tmp_path / "q.onnx").read_bytes() == losses.files[best]  # written again, unless it was the last
+
+
+def test_auto_without_a_loss_takes_the_first_way(tmp_path: Path) -> None:
+    done = quantize(normed(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(8, 5, K)))
+    assert done.calibrations == (Calibrated("typical", False, None),)
+    assert done.loss is None
+
+
+def test_a_named_way_is_the_only_one(tmp_path: Path) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), calibration="mse", loss=lambda _: 0.09, max_loss=0.1)
+    assert done.calibrations == (Calibrated("mse", False, 0.09),)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ranges_that_are_written_are_those_of_the_method(tmp_path: Path, method: Calibration) -> None:
+    path, feeds = mlp(tmp_path / "f.onnx"), feeds_of(normal(70, 5, K) ** 3)
+    quantize(path, tmp_path / "q.onnx", feeds, calibration=method)
+    names, work = ("x", "h2"), tmp_path / "work.onnx"
+    found = extremes(path, work, names, feeds, lambda _: None)
+    if method in BY_EXTREMES:
+        ranges = found.ranges(method)
+    else:
+        ranges = histograms(path, work, found, feeds).ranges(method, "uint8")
+        assert ranges["x"] != found.ranges("minmax")["x"]  # tails so long are clipped
+    values = initializers(tmp_path / "q.onnx")
+    for name in names:
+        scale, zero = activation_grid(*ranges[name], "uint8")
+        assert (values[f"int8/{name}/scale"], values[f"int8/{name}/zero_point"]) == (scale, zero)
+
+
+def test_dynamic_int8_has_no_ranges_but_can_be_smoothed(tmp_path: Path) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    losses = Losses(0.09, 0.05)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode="dynamic", loss=losses, max_loss=0.1)
+    assert done.calibrations == (Calibrated(None, False, 0.09), Calibrated(None, True, 0.05))
+    assert (done.calibration, done.smoothed, done.loss) == (None, True, 0.05)
+    assert (tmp_path / "q.onnx").read_bytes() == losses.files[1]
+    named = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode="dynamic", calibration="mse", loss=lambda _: 0.09)
+    assert named.calibrations == (Calibrated(None, False, 0.09),)
+
+
+def test_dynamic_int8_needs_no_calibration_data(tmp_path: Path) -> None:
+    path = normed(tmp_path / "f.onnx")
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(), mode="dynamic", loss=lambda _: 0.09, max_loss=0.1)
+    assert done.calibrations == (Calibrated(None, False, 0.09),)
+
+
+def test_smoothing_saves_the_node_that_an_outlier_spoils(tmp_path: Path) -> None:
+    """The same model and budget as where the node has to stay in float: a hundredfold channel is moved away instead."""
+    path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=relative_loss(path, x), max_loss=0.1)
+    assert (done.smoothed, done.kept, done.nodes) == (True, (), 4)
+    before, after = done.calibrations[0].loss, done.loss
+    assert before is not None
+    assert after is not None
+    assert after < 0.1 < before
+    assert relative_loss(path, x)(tmp_path / "q.onnx") == after
 
 
 def test_one_calibration_batch_at_a_time_is_alive(tmp_path: Path) -> None:
@@ -315,7 +354,7 @@ def test_one_calibration_batch_at_a_time_is_alive(tmp_path: Path) -> None:
             del feed
 
     path = outlier(tmp_path / "f.onnx")
-    done = quantize(path, tmp_path / "q.onnx", feeds, loss=lambda _: 1.0)
+    done = quantize(path, tmp_path / "q.onnx", feeds, calibration="typical", loss=lambda _: 1.0)
     assert done.samples == 12
     assert streams == 2  # ranges are found once, the errors of the nodes once, however many attempts there are
     assert len(done.attempts) == 3

@@ -3,15 +3,18 @@
 import inspect
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 
 import compressor
 from compressor import CompressorError, Settings
+from compressor.calibration import METHODS as CALIBRATIONS
 from compressor.errors import SettingsError
 from compressor.settings import AUTO_ACTIONS, DEFAULT_LOSS, METHODS
 from passes.plan import form_and_rank
+from runtimes.base import PRECISIONS
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,13 @@ from passes.plan import form_and_rank
         ({"drop": "25 %"}, "no count and no site name"),
         ({"metric": "size"}, "cosine or influence"),
         ({"int8": "static8"}, "static or dynamic"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'; expected fp32 or fp16 or bf16 or int8 or"),
+        ({"precision": "fp16", "int8": "static"}, "found --int8 and --precision fp16; give one"),
+        ({"precision": "int8", "int8": "dynamic"}, "found --int8 and --precision int8; give one"),
+        ({"precision": "auto", "int8": "static"}, "found --int8 and --precision auto; give one"),
+        ({"precision": "fp16", "factorial": True}, "compression against int8; found --precision fp16"),
+        ({"precision": "auto", "factorial": True}, "compression against int8; found --precision auto"),
+        ({"calibration": "median"}, "unknown calibration 'median'; expected auto or typical or minmax"),
         ({"device": "tpu"}, "cpu or cuda"),
         ({"task": "flying"}, "image-classification"),
         ({"target": "onnxruntim"}, "did you mean onnxruntime"),
@@ -148,9 +158,34 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "latency",
         "heal",
         "heal_budget",
+        "calibration",
         "max_precision_loss",
         "random_weights",
         "defer_build",
+        "portable_engine",
         "factorial",
     }
     assert set(fields) - set(sweep) == needless
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ({}, "fp32"),
+        ({"int8": "static"}, "int8"),
+        ({"int8": "dynamic"}, "int8-dynamic"),
+        ({"precision": "int8", "int8": "static"}, "int8"),
+        ({"precision": "int8-dynamic", "factorial": True}, "int8-dynamic"),
+        ({"precision": "auto"}, "auto"),
+        *(({"precision": each}, each) for each in PRECISIONS),
+    ],
+)
+def test_a_short_form_becomes_the_precision_that_it_stands_for(options: dict[str, Any], precision: str) -> None:
+    settings = Settings(**options)
+    assert (settings.precision, settings.int8) == (precision, None)
+    assert Settings(**settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize("calibration", ["auto", *CALIBRATIONS])
+def test_every_way_to_find_ranges_may_be_asked_for(calibration: Any) -> None:
+    assert Settings(calibration=calibration).calibration == calibration

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
-from runtimes.base import DEVICES, PRECISIONS, BuildError, BuildOptions, Int8Style, RuntimesError
+from runtimes.base import DEVICES, PRECISIONS, BuildError, BuildOptions, Int8Style, Layers, RuntimesError
 
 # float32 sums of at most 16 terms of size about 1, in any order, TF32 not allowed: 1e-5 leaves a factor of ten.
 TOLERANCE = 1e-5
@@ -157,6 +157,15 @@ def test_facts(target):
         assert set(had) <= set(PRECISIONS)
     assert set(target.own) <= {name for had in target.precisions.values() for name in had} - {"fp32"}
     assert target.source in (".onnx", ".pt2")
+
+
+def test_layers_are_counted_where_the_runtime_tells(target, options, built):
+    found = target.layers(built["vision"], options)
+    assert found is None or isinstance(found, Layers)
+    if found is not None:
+        assert sum(found.precisions.values()) == sum(found.kinds.values()) == found.count > 0
+        assert set(found.precisions) <= {"fp32", "other"}
+        assert found.fused_attention is None  # there is none
 
 
 def test_missing_says_how_to_get_it(target):

@@ -7,10 +7,12 @@ It cannot show that the real parser, kernels or numbers are right.
 
 import ctypes
 import enum
+import json
 import pickle
 import re
 import sys
 import types
+from dataclasses import replace
 from functools import partial
 from importlib import machinery
 
@@ -22,17 +24,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
 from compressor import pipeline, workshop
+from compressor.conversion import convert
 from compressor.errors import CompressorError
+from compressor.half import HalfError, to_fp16
 from compressor.quantize import quantize
 from compressor.settings import Settings
 from runtimes import qdq
 from runtimes import tensorrt as target
-from runtimes.base import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable
+from runtimes.base import BuildError, BuildOptions, Layers, RuntimesError, RuntimeUnavailable
 
 OPTIONS = BuildOptions(device="cuda", batches=(1, 2, 4), lengths=(2, 8, 16))
 ENUMS = {
-    "10.16.1.11": {"NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, "TF32": 7},
-    "11.4.0.106": {"NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": 0}, "TF32": 4},
+    "10.16.1.11": {
+        "NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1},
+        "TF32": 7,
+        "VERSION_COMPATIBLE": 13,
+    },
+    "11.4.0.106": {"NetworkDefinitionCreationFlag": {"STRONGLY_TYPED": 0}, "TF32": 4, "VERSION_COMPATIBLE": 12},
 }
 NUMPY = {"FLOAT": np.float32, "INT64": np.int64}
 ONNX_TYPES = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}
@@ -134,10 +142,13 @@ class Fake:
         module.__spec__ = machinery.ModuleSpec("tensorrt", None)  # torch looks for it
         members = ENUMS[self.version]
         module.NetworkDefinitionCreationFlag = enum.IntEnum("Flag", members["NetworkDefinitionCreationFlag"])
-        module.BuilderFlag = enum.IntEnum("BuilderFlag", {"TF32": members["TF32"]})
+        module.BuilderFlag = enum.IntEnum("BuilderFlag", {key: members[key] for key in ("TF32", "VERSION_COMPATIBLE")})
+        levels = ["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"]
+        module.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", levels)
         module.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED"])
         module.TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
         module.TensorLocation = enum.Enum("TensorLocation", ["DEVICE", "HOST"])
+        module.LayerInformationFormat = enum.Enum("LayerInformationFormat", ["ONELINE", "JSON"])
         module.DataType = enum.Enum("DataType", ["FLOAT", "INT64", "BF16"])
         module.ILogger = FakeLogger
         for kind in (FakeBuilder, FakeParser, FakeRuntime):
@@ -188,12 +199,21 @@ class FakeBuilder:
         shapes = config.profiles[0].shapes if config.profiles else {}
         assert config.verbosity is self.fake.trt.ProfilingVerbosity.DETAILED
         assert config.cache is not None
-        return HostMemory(b"PLAN" + pickle.dumps((network.model.SerializeToString(), shapes)))
+        portable = config.set == [self.fake.trt.BuilderFlag.VERSION_COMPATIBLE]
+        level = config.hardware_compatibility_level
+        assert level is (self.fake.trt.HardwareCompatibilityLevel.AMPERE_PLUS if portable else None)
+        plan = pickle.dumps((network.model.SerializeToString(), shapes))
+        return HostMemory((b"PLAN+CODE" if portable else b"PLAN") + plan)
 
 
 class FakeConfig:
     def __init__(self, fake):
         self.fake, self.profiles, self.cleared, self.cache, self.verbosity = fake, [], [], None, None
+
+        self.set, self.hardware_compatibility_level = [], None
+
+    def set_flag(self, flag):
+        self.set.append(flag)
 
     @property
     def profiling_verbosity(self):
@@ -267,10 +287,12 @@ class FakeParser:
 class FakeRuntime:
     def __init__(self, fake, logger):
         assert fake.ok("Runtime")
-        self.fake, self.logger = fake, logger
+        self.fake, self.logger, self.engine_host_code_allowed = fake, logger, False
 
     def deserialize_cuda_engine(self, plan):
-        if not self.fake.ok("deserialize_cuda_engine") or not plan.startswith(b"PLAN"):
+        if plan.startswith(b"PLAN+CODE") and self.engine_host_code_allowed:
+            plan = plan.replace(b"+CODE", b"", 1)
+        if not self.fake.ok("deserialize_cuda_engine") or plan[:5] != b"PLAN\x80":  # pickle's first byte
             self.logger.error("Serialization (Serialization assertion failed)")
             return None
         return FakeEngine(self.fake, self.logger, *pickle.loads(plan[4:]))
@@ -303,8 +325,29 @@ class FakeEngine:
         assert profile == 0
         return list(self.shapes.get(name, [self.get_tensor_shape(name)] * 3))
 
+    def create_engine_inspector(self):
+        return FakeInspector(self) if self.fake.ok("create_engine_inspector") else None
+
     def create_execution_context(self):
         return FakeContext(self) if self.fake.ok("create_execution_context") else None
+
+
+class FakeInspector:
+    """Describes each node as a layer; without a context whose shapes are set it names no types."""
+
+    def __init__(self, engine):
+        self.engine, self.execution_context = engine, None
+
+    def get_engine_information(self, form):
+        assert form is self.engine.fake.trt.LayerInformationFormat.JSON
+        if not self.engine.fake.ok("get_engine_information"):
+            return "{}"
+        context = self.execution_context
+        known = context is not None and set(context.shapes) == set(self.engine.inputs)
+        text = "Row major linear FP32" if known else "N/A due to dynamic shapes"
+        key = "Format/Datatype" if self.engine.fake.version.startswith("10") else "DataType"
+        layer = {"Name": "h_myl0_0", "LayerType": "gemm", "Inputs": [{"Name": "x", key: text}], "Outputs": []}
+        return json.dumps({"Layers": [layer]})
 
 
 class FakeContext:
@@ -700,6 +743,53 @@ def test_a_failed_bind_gives_its_memory_back(fake, built):
         assert len(fake.memory) == 3
 
 
+def test_a_portable_engine_is_asked_for_and_may_bring_its_code(fake, tmp_path):
+    asked = replace(OPTIONS, portable=True)
+    path = target.build(save_vision(tmp_path / "model.onnx"), tmp_path, asked)
+    with target.load(path, asked) as engine:
+        np.testing.assert_array_equal(engine.run(pixels(2))["h"], expected(pixels(2))["h"])
+    with pytest.raises(BuildError, match=r"TensorRT cannot open model\.engine"):  # code that nobody allowed
+        target.load(path, OPTIONS)
+    assert (fake.memory, fake.streams) == ({}, {})
+    for line in target.command_lines(tmp_path / "model.onnx", asked).values():
+        assert " --hardwareCompatibilityLevel=ampere+ --versionCompatible " in line
+    assert not any("ompatib" in line for line in target.command_lines(tmp_path / "model.onnx", OPTIONS).values())
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_other_targets_refuse_to_be_portable(tmp_path, defer):
+    words = (
+        r"^Target onnxruntime has no portable engines; only those of tensorrt are tied to one GPU and version: .*\.$"
+    )
+    with pytest.raises(RuntimeUnavailable, match=words):
+        pipeline.export(Settings(portable_engine=True, defer_build=defer, output=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_layers_are_asked_for_at_the_usual_sizes(fake, built):
+    assert target.layers(built, OPTIONS) == Layers(1, {"fp32": 1}, {"gemm": 1}, None)
+    steps = ["set_input_shape", "create_engine_inspector", "get_engine_information"]
+    assert [call for call in fake.calls if call in steps] == steps
+    assert (fake.memory, fake.streams) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("create_engine_inspector", "TensorRT makes no inspector: no reason given."),
+        ("set_input_shape", "TensorRT does not take its own usual shape [2, 8] for 'x'."),
+        ("get_engine_information", "TensorRT's description of the engine cannot be read: 'Layers'."),
+        ("deserialize_cuda_engine", "TensorRT cannot open model.engine: it was built for another GPU"),
+    ],
+)
+def test_an_engine_that_is_not_described_is_one_sentence_and_no_leak(fake, built, step, words):
+    fake.fail = {step: 0}
+    with pytest.raises(RuntimesError) as error:
+        target.layers(built, OPTIONS)
+    check_sentence(error, words)
+    assert (fake.memory, fake.streams) == ({}, {})
+
+
 def test_use_after_close_is_refused(fake, built):
     engine = target.load(built, OPTIONS)
     step = engine.bind(pixels(1))
@@ -818,6 +908,14 @@ VIOLATIONS = {
     "axis": (wrong_axis, "node 'product' has weight scales along axis 0, expected the output channels, axis 1"),
     "weight only": (set_inputs("product", "x", "wf"), "node 'product' has one int8 input and one in float, x: put Q"),
     "output": (quantized_output, "node 'end' makes a graph output, which would stay quantized"),
+    "scale not of its input": (
+        set_constants(scale=np.float16(0.1)),
+        "node 'q' has a scale and an input of types float and float16, expected one type for both",
+    ),
+    "product of two types": (
+        set_constants(w_scale=np.full(4, 0.5, np.float16)),
+        "node 'product' has inputs of types float and float16, expected one: that of the scales of its DQs",
+    ),
     "bias": (between_product_and_bias, "node 'late' lies between product and its bias"),
     "scalar": (set_constants(w=np.int8(1)), "node 'wdq' has a scalar input"),
 }
@@ -874,12 +972,17 @@ def test_what_is_no_model_is_a_build_error(fake, tmp_path, content):
     assert fake.calls == []
 
 
-def save_network(path):
+def answer(path, images):
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": images})[0]
+
+
+def save_network(path, change=lambda constants: None):
     """Convolution, MatMul, Gemm of both layouts with biases, and a product of activations, which stays in float."""
     rng = np.random.default_rng(0)
     shapes = {"c": (16, 3, 2, 2), "w": (16, 32), "b": (32,), "g": (24, 32), "gb": (24,), "v": (24, 16), "vb": (16,)}
     constants = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
     constants["rows"] = np.array([-1, 16])
+    change(constants)
     nodes = [
         helper.make_node("Conv", ["x", "c"], ["conv"], "conv", strides=[2, 2]),
         helper.make_node("Reshape", ["conv", "rows"], ["r"], "reshape"),
@@ -891,6 +994,78 @@ def save_network(path):
         helper.make_node("MatMul", ["t", "f"], ["y"], "scores"),
     ]
     return save(path, nodes, [value("x", ["batch", 3, 8, 8])], [value("y", [16, 16])], constants)
+
+
+def images_for(count=3):
+    rng = np.random.default_rng(1)
+    images = [rng.normal(size=(2, 3, 8, 8)).astype(np.float32) for _ in range(count)]
+    return lambda: ({"x": image} for image in images)
+
+
+def types_of(path, op, place=1):
+    """Types of an input of every node of a kind, by ONNX's inference."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    kinds |= {info.name: info.type.tensor_type.elem_type for info in (*model.graph.value_info, *model.graph.input)}
+    return {TensorProto.DataType.Name(kinds[node.input[place]]) for node in model.graph.node if node.op_type == op}
+
+
+def test_int8_for_this_target_has_its_rest_and_its_scales_in_fp16(tmp_path):
+    source, path = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
+    done = convert(source, path, "int8", target.int8, images_for())
+    assert done.to_dict()["rest"] == "fp16"
+    assert done.quantized.nodes == 4
+    assert qdq.violations(path) == []
+    for op in ("QuantizeLinear", "DequantizeLinear", "MatMul", "Conv", "Add"):
+        assert types_of(path, op) == {"FLOAT16"}, op
+    model = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    zeros = [node.input[2] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert {kinds[name] for name in zeros} == {TensorProto.INT8}
+    ends = [*model.graph.input, *model.graph.output]
+    assert {end.type.tensor_type.elem_type for end in ends} == {TensorProto.FLOAT}
+    plain = tmp_path / "plain.onnx"
+    assert convert(source, plain, "int8", replace(target.int8, rest="fp32"), images_for()).rest == "fp32"
+    assert types_of(plain, "DequantizeLinear") == {"FLOAT"}
+    first, second = (answer(each, next(images_for()())["x"]) for each in (plain, path))
+    # The same integers; fp16 rounds to 5e-4 at each of four products, and a rounding step of int8 may fall differently.
+    np.testing.assert_allclose(second, first, rtol=0, atol=0.02 * np.abs(first).max())
+    assert not np.array_equal(first, second)
+
+
+def test_the_layers_left_in_float_are_chosen_by_what_the_file_with_fp16_loses(tmp_path):
+    source, path, seen = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx", []
+
+    def loss(file):
+        seen.append(types_of(file, "DequantizeLinear"))
+        return 1.0
+
+    done = convert(source, path, "int8", target.int8, images_for(), calibration="minmax", loss=loss, max_loss=0.5)
+    assert (len(seen), {*map(frozenset, seen)}) == (3, {frozenset({"FLOAT16"})})
+    assert done.loss == 1.0
+    assert qdq.violations(path) == []
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_scales_beyond_fp16_stay_positive(tmp_path):
+    def shrink(constants):
+        constants["w"][:, 0] = 1e-9
+
+    source = save_network(tmp_path / "float.onnx", shrink)
+    convert(source, tmp_path / "int8.onnx", "int8", target.int8, images_for())
+    scales = {each.name: numpy_helper.to_array(each) for each in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    smallest = min(value.min() for key, value in scales.items() if key.endswith("/scale"))
+    assert 0 < smallest < np.finfo(np.float16).tiny
+    assert qdq.violations(tmp_path / "int8.onnx") == []
+
+
+def test_scales_in_fp16_need_an_opset_that_has_them(tmp_path):
+    path = quantized_model(tmp_path)
+    model = onnx.load(path)
+    model.opset_import[0].version = 18
+    onnx.save(model, path)
+    with pytest.raises(HalfError, match=r"model\.onnx has int8 products and opset 18; scales in fp16 need opset 19"):
+        to_fp16(path, path)
 
 
 def test_the_int8_files_of_compressor_conform_in_the_style_of_this_target_only(tmp_path):
@@ -979,6 +1154,13 @@ def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatc
     }
     assert {len(feeds["pixel_values"]) for feeds in fake.executed} >= {1, 3, 8}
     assert qdq.violations(output / "model.onnx") == []
+    assert report.engine["layers"] == {
+        "count": 1,
+        "precisions": {"fp32": 1},
+        "kinds": {"gemm": 1},
+        "fused_attention": None,
+    }
+    assert "The engine has 1 layers: 1 fp32; whether attention is fused cannot be told." in report.summary()
     assert (fake.memory, fake.streams) == ({}, {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ TASKS = (
     "sentence-similarity",
     "text-generation",
 )
+CONFIGS = ("config.json", "generation_config.json")
 LONGEST = 200
 _UNREACHABLE = "the hub cannot be reached and it was not downloaded before; connect, or pass a downloaded folder"
 
@@ -77,6 +79,18 @@ class Model:
 def as_numpy(example: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Example inputs as arrays."""
     return {name: tensor.numpy() for name, tensor in example.items()}
+
+
+def without_cache(folder: Path) -> None:
+    """Say in the configs of a folder that its model keeps no cache, as where every attention is gone.
+
+    Generation then hands it the whole text each time. Optimum's classes do not ask the configs: whoever opens the
+    folder with them gives ``use_cache=False``.
+    """
+    for path in (folder / name for name in CONFIGS):
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8")) | {"use_cache": False}
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def first_line(error: BaseException) -> str:

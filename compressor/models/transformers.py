@@ -337,8 +337,16 @@ def _save(module: Any, processor: Any, beside: dict[str, Path], folder: Path) ->
     module.config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
+        _name_for_older(folder / "tokenizer_config.json")
     if getattr(module, "generation_config", None) is not None and module.can_generate():
         module.generation_config.save_pretrained(folder)
     for name, original in beside.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(original.read_bytes())
+
+
+def _name_for_older(path: Path) -> None:
+    """Name a tokenizer that is only a tokenizer.json by the class that transformers 4, and so Optimum, has too."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if '"TokenizersBackend"' in text:
+        path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")

@@ -76,6 +76,7 @@ def loader(content: Json, folder: Path) -> Loader:
             runtime=runtime.partition("_")[0],
             file=ENGINES.get(runtime, "model.onnx"),
             providers=_providers(content),
+            portable=_portable(content),
             hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
             takes=content["engine"].get("inputs", model["inputs"]),
             gives=content["engine"].get("outputs", model["outputs"]),
@@ -128,6 +129,12 @@ def _caches(content: Json) -> dict[str, tuple[int, int]]:
     taken = content["engine"].get("inputs", ())
     shapes = content["timed_inputs"]
     return {name: (shapes[name][1], shapes[name][3]) for name in taken if name.startswith("past_key_values.")}
+
+
+def _portable(content: Json) -> bool:
+    """Whether the engine was built for other GPUs and versions too, when it was exported or later on the device."""
+    asked = content["settings"].get("portable_engine", False)
+    return bool(content["engine"].get("options", {}).get("portable", asked))
 
 
 def _providers(content: Json) -> str:

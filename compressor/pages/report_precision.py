@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from compressor import layers
 from compressor.pages.page import Part, Prose, Section, Table
 
 Json = dict[str, Any]
 
 
 def precision(content: Json) -> Section | None:
-    """How the result got its precision; None for fp32 that nobody asked to be chosen."""
-    parts = list(_parts(content))
+    """How the result got its precision, and what the engine made of it; None where there is nothing to tell."""
+    parts = [*_parts(content), *_layers(content["engine"])]
     return Section("Precision", parts) if parts else None
 
 
@@ -41,6 +42,15 @@ def _parts(content: Json) -> Iterator[Part]:
         )
 
 
+def _layers(engine: Json) -> Iterator[Part]:
+    """What the runtime says it runs."""
+    yield from (Prose(line) for line in layers.told(engine))
+    found = engine.get("layers") or {}
+    if "kinds" in found:
+        caption = "By the runtime's own account. A layer counts by the narrowest type that it reads."
+        yield Table(["kind of layer", "number"], layers.kinds(found), caption=caption)
+
+
 def _told(facts: Json) -> str:
     """One or two sentences on the result's precision."""
     lost = "" if facts["loss"] is None else f", with a loss to expect of {facts['loss']:.2f} % on validation data"
@@ -50,7 +60,8 @@ def _told(facts: Json) -> str:
     back = [kept["module"] or kept["node"] for kept in facts["kept"] if kept["sensitivity"] is not None]
     stayed = f" In float for accuracy: {', '.join(back)}." if back else ""
     ranges = f" Ranges: {_method(facts | {'method': facts['calibration']})}." if facts["calibration"] else ""
-    return f"{made} {facts['nodes']} products in int8.{ranges}{stayed}"
+    rest = f", the rest in {facts['rest']}" if facts.get("rest", "fp32") != "fp32" else ""
+    return f"{made} {facts['nodes']} products in int8{rest}.{ranges}{stayed}"
 
 
 def _method(found: Json) -> str:
