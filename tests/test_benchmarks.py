@@ -4,6 +4,7 @@ import functools
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compressor.choice import schedule
@@ -396,6 +397,26 @@ def test_decode_runs_on_a_small_model(tmp_path):
     text = script("tables_decode").decode_table({"dynamic": found})
     assert "| dynamic, 32 | Compressor, compressed int8 |" in text
     assert text.count("both / product") == 4
+
+
+@pytest.mark.slow
+def test_llm_runs_on_a_small_model(monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    llm = script("llm")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 64, (16, 20)))
+    monkeypatch.setattr(llm, "PUBLISHED", {"attention": (1,), "joint": (2,)})
+    settings = Settings(model=tmp_path / "llama", data=tmp_path / "tokens.npy", drop="auto", actions="drop",
+                        tokens="none", cost="macs")  # fmt: skip
+    found = llm.compare(settings, rounds=1, context=8)
+    names = [row["name"] for row in found["rows"]]
+    assert names[:4] == ["as it is", "attention 1", "joint 2", "auto 1"]
+    assert set(found["nearest"]) == {"attention 1", "joint 2"}
+    bytes_of = {row["name"]: row["cache_bytes_per_token"] for row in found["rows"]}
+    assert bytes_of["attention 1"] * 2 == bytes_of["as it is"] == 2 * 2 * 2 * 8 * 4
+    assert "| attention 1 | 1 |" in script("tables_llm").llm_table(found)
 
 
 def test_the_tables_know_the_methods_by_their_names(of_criteria):
