@@ -1,5 +1,6 @@
 """Every command and snippet of the README does what the README says, run in a folder with the files it speaks of."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from compressor import complete, models, search, settings, workshop
+from compressor import complete, models, pipeline, quantize, search, settings, workshop
 from compressor.cli import main
 from compressor.target import target_named, targets
 from runtimes.timing import interleave
@@ -63,6 +64,14 @@ def brief(openers, feeds, **options):
     return interleave(openers, feeds, **(options | {"rounds": 2, "burst_seconds": 0.01, "warmup_seconds": 0.01}))
 
 
+def few(settings, steps, _load=pipeline.load):
+    return _load(dataclasses.replace(settings, samples=min(settings.samples or 120, 120)), steps)
+
+
+def shortly(*args, budget, _heal=pipeline.heal, **options):
+    return _heal(*args, budget=min(budget, 4.0), **options)
+
+
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
     """Real timing and a real search, but brief: these tests are about commands, not figures."""
@@ -70,6 +79,9 @@ def short_timing(monkeypatch):
     monkeypatch.setattr(complete, "interleave", brief)
     monkeypatch.setattr(settings, "AUTO_ACTIONS", ("drop",))
     monkeypatch.setattr(search, "PATIENCE", 1)
+    monkeypatch.setattr(quantize, "ENOUGH", float("inf"))  # the first way to find ranges will do
+    monkeypatch.setattr(pipeline, "load", few)
+    monkeypatch.setattr(pipeline, "heal", shortly)
 
 
 def execute(line):

@@ -78,6 +78,7 @@ def test_rewritten_graph_surgery_by_hand_and_onnx_file_agree(deit, drop, tmp_pat
     assert len(plan.dropped) == {"block:2": 4, "attention:4": 4, "mlp:2": 2, "25%": 6}[drop]
 
 
+@pytest.mark.slow
 @needs_images
 def test_a_plan_replays_to_the_same_file(deit, tmp_path):
     model, graph, scores, feeds = deit
@@ -111,6 +112,7 @@ def test_llama_perplexity_inspect_and_export(tmp_path):
     assert report.sizes["result"].parameters < report.sizes["baseline"].parameters
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_minilm_reaches_its_published_spearman():
     (folder,) = MINILM.submodule_search_locations
