@@ -35,7 +35,7 @@ def targets_table(found: Mapping[str, Row]) -> str:
     for name, model in found.items():
         lines += [_row(name, engine, each) for engine, each in model["engines"].items()]
     lines += ["", *_aims(found)]
-    lines += [f"- Not there: {who}: {why}" for who, why in sorted(_refused(found))]
+    lines += [f"- Not there: {who}: {why}" for who, why in _refused(found)]
     return "\n".join(lines)
 
 
@@ -66,5 +66,12 @@ def _aims(found: Mapping[str, Row]) -> Iterator[str]:
                 yield f"- DeiT-Tiny, {name}: {interval(each['loss'])} points lost, {told} the {MOST} that are aimed at."
 
 
-def _refused(found: Mapping[str, Row]) -> set[tuple[str, str]]:
-    return {(who, why) for model in found.values() for who, why in model["refused"].items()}
+def _refused(found: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
+    """What could not be built and why; a target that is missing altogether once, not for every model."""
+    told = set()
+    for model, row in found.items():
+        for who, why in row["refused"].items():
+            name = f"{model}, {who}" if " " in who else who
+            if name not in told:
+                told.add(name)
+                yield name, why

@@ -265,6 +265,32 @@ def test_the_tables_of_the_matrix(of_matrix, second, told):
     )
 
 
+# ------------------------------------------------------------------------------------------- made-up results: targets
+
+
+def test_the_table_of_targets_says_which_aims_were_reached_and_what_is_not_there():
+    def engine(ms, speed, same, loss=None):
+        judged = {} if loss is None else {"figure": figure(78.0), "loss": figure(loss)}
+        return {"latency": {"median": ms}, "speedup": over(speed), "speedup_same": over(same), "bytes": 7e6, "by": None,
+                "seconds": 4.2} | judged  # fmt: skip
+
+    vit = {"onnxruntime fp32": engine(90.0, 1.0, 1.0), "onnxruntime int8": engine(30.0, 3.0, 3.0),
+           "openvino int8": engine(60.0, 1.5, 1.6)}  # fmt: skip
+    deit = {"onnxruntime fp32": engine(10.0, 1.0, 1.0, 0.0), "onnxruntime int8": engine(5.0, 2.0, 2.0, 0.7)}
+    missing = {"tensorrt": "no GPU", "executorch int8": "no kernel"}
+    found = {"DeiT-Tiny": {"engines": deit, "refused": {"tensorrt": "no GPU"}},
+             "ViT-B/16, random weights": {"engines": vit, "refused": missing}}  # fmt: skip
+    lines = script("tables_targets").targets_table(found).splitlines()
+    assert len([line for line in lines if line.startswith("| DeiT-Tiny |")]) == 2
+    assert "onnxruntime int8: 3.00x (2.90–3.10) over fp32 of the same target; aim 2.6x reached." in "".join(lines)
+    assert "openvino int8: 1.60x (1.50–1.70) over fp32 of the same target; aim 2.2x missed." in "".join(lines)
+    assert any("onnxruntime int8: +0.70" in line and "beyond the 0.5" in line for line in lines)
+    assert lines[-2:] == [
+        "- Not there: tensorrt: no GPU",
+        "- Not there: ViT-B/16, random weights, executorch int8: no kernel",
+    ]
+
+
 # -------------------------------------------------------------------------------------------- made-up results: decode
 
 
