@@ -447,7 +447,7 @@ def test_the_result_is_held_against_the_graph_before_it_was_folded(
         apply(Drop(tuple(find_sites(fork)[:1])), fork)
         return fork
 
-    monkeypatch.setattr(pipeline, "finished", breaking)
+    monkeypatch.setattr(workshop, "finished", breaking)
     with pytest.raises(CompressorError, match=r"result\.onnx"):
         compressor.export(**labelled, drop="1", output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -50,7 +50,7 @@ def report(
         no_quality_because=None if quality else "the data is random",
         latency=dict.fromkeys(names, SLOW) | {"result": QUICK},
         parity={},
-        int8={},
+        precision={},
         search={},
         healed=None,
         steps=(),
