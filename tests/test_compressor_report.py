@@ -79,7 +79,7 @@ def test_no_cell_is_cut_or_wrapped(metric: str, width: int) -> None:
 
 def test_units_are_stated() -> None:
     text = "\n".join(printed(report("accuracy"), 80))
-    for label in ("top-1 accuracy, %", "loss, %", "latency, ms", "parameters, M", "multiply-adds, G", "file, MB"):
+    for label in ("top-1 accuracy, %", "loss, %", "latency, ms", "parameters, M", "multiply-adds, G", "engine, MB"):
         assert label in text
 
 

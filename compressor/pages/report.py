@@ -198,7 +198,7 @@ def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
     yield ["speed-up of the result", *(times(content["speedup"].get(name)) for name in names)]
     yield ["parameters, M", *(f"{sizes[name]['parameters'] / 1e6:.2f}" for name in names)]
     yield ["multiply-adds, G", *(f"{sizes[name]['multiply_adds'] / 1e9:.3f}" for name in names)]
-    yield ["ONNX file, MB", *(f"{sizes[name]['bytes'] / 1e6:.2f}" for name in names)]
+    yield ["engine, MB", *(f"{sizes[name]['bytes'] / 1e6:.2f}" for name in names)]
     if any(sizes[name]["cache"] for name in names):
         yield ["cache, bytes a token", *(f"{sizes[name]['cache']}" for name in names)]
 
