@@ -35,7 +35,8 @@ from compressor.settings import Settings
 from compressor.stand import Condition, Stand
 from compressor.steps import Steps
 from compressor.subject import Subject, load
-from compressor.workshop import Workshop, sized, usable
+from compressor.usable import usable
+from compressor.workshop import Workshop, sized
 from passes.graph import Graph
 from passes.selection import choose, parse
 from runtimes.timing import Latency
