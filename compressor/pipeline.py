@@ -173,6 +173,8 @@ def sweep(
     """
     if settings.tokens not in ("auto", "none"):
         raise SettingsError(f"a sweep starts from the model as it is; leave out --tokens {settings.tokens}.")
+    if settings.precision == AUTO:
+        raise SettingsError("a sweep compares plans in one precision; found --precision auto, name one such as int8.")
     target, options = usable(settings)
     steps = Steps(console)
     output = Path(settings.output)

@@ -288,6 +288,13 @@ def test_sweep_replaces_only_what_it_wrote(swept: tuple[Path, str], tmp_path: Pa
     assert "did not write" in invoke("sweep", "--force", "--output", str(tmp_path))[2]
 
 
+def test_a_sweep_wants_one_precision(tmp_path: Path) -> None:
+    code, out, err = invoke("sweep", "--precision", "auto", "--output", str(tmp_path / "front"))
+    assert (code, out) == (2, "")
+    assert err == "Error: a sweep compares plans in one precision; found --precision auto, name one such as int8.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_cuda_without_cuda_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in ort.get_available_providers():
