@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compressor.errors import CompressorError
-from compressor.int8 import EXTERNAL_ABOVE, PREFIX, SMALLEST, Edit, candidates, load, remove_unused, replace_nodes, save
+from compressor.int8 import (
+    EXTERNAL_ABOVE,
+    PREFIX,
+    SMALLEST,
+    Edit,
+    candidates,
+    load,
+    paired,
+    remove_unused,
+    replace_nodes,
+    save,
+)
 
 BLOCK = 32
 """Weights that share a scale: the smallest that ONNX Runtime's kernels take, and the most accurate."""
@@ -49,16 +60,15 @@ def to_int4(source: Path, destination: Path) -> int:
             "int4 has nothing to work on, leave it out for this model."
         )
     edit = Edit(model.graph)
-    wanted = {linear.output: linear for linear in linears}
-    for node in model.graph.node:
-        linear = wanted.get(node.output[0]) if node.output else None
+    for node, linear in paired(model.graph, linears):
         if linear is None:
             edit.nodes.append(node)
         else:
             edit.product(linear, (linear.activation, edit.plain_weight(linear)), linear.output)
     replace_nodes(model.graph, edit.nodes)
     remove_unused(model.graph, {linear.weight for linear in linears})
-    products = {*wanted, *(f"{PREFIX}{output}/product" for output in wanted)}
+    outputs = [linear.output for linear in linears]
+    products = {*outputs, *(f"{PREFIX}{output}/product" for output in outputs)}
     others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.output[0] not in products]
     with _quiet():
         quantizer = MatMulNBitsQuantizer(

@@ -203,6 +203,13 @@ def _module(node: onnx.NodeProto) -> str | None:
         return None
 
 
+def paired(graph: onnx.GraphProto, linears: Sequence[Linear]) -> Iterator[tuple[onnx.NodeProto, Linear | None]]:
+    """Every node in order, with the Linear that it is."""
+    wanted = {linear.output: linear for linear in linears}
+    for node in graph.node:
+        yield node, wanted.get(node.output[0]) if node.output else None
+
+
 # ---- writing
 
 
@@ -309,9 +316,7 @@ def write(
     """
     model = load(source)
     edit = Edit(model.graph)
-    wanted = {linear.output: linear for linear in linears}
-    for node in model.graph.node:
-        linear = wanted.get(node.output[0]) if node.output else None
+    for node, linear in paired(model.graph, linears):
         if linear is None:
             edit.nodes.append(node)
         elif ranges is None:

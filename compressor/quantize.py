@@ -30,6 +30,7 @@ from compressor.int8 import (
     add_fake,
     candidates,
     load,
+    paired,
     replace_nodes,
     write,
 )
@@ -330,11 +331,9 @@ def _sensitivity(trial: _Trial, linears: Sequence[Linear]) -> dict[str, float]:
     job.settings.progress("int8: error of each node")
     model = load(job.source)
     edit = Edit(model.graph)
-    wanted = {linear.output: linear for linear in linears}
     outputs: list[str] = []
-    for node in model.graph.node:
+    for node, linear in paired(model.graph, linears):
         edit.nodes.append(node)
-        linear = wanted.get(node.output[0]) if node.output else None
         if linear is not None:
             outputs += _error_nodes(edit, linear, node, ranges, job.settings.activations)
     nodes, edit.nodes = edit.nodes, []

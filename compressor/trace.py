@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +12,9 @@ from compressor.errors import CompressorError
 from passes.base import apply
 from passes.clean import Clean
 from passes.graph import Graph
+from runtimes.base import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from compressor.models import Model
 
 PREFIX = "model."
@@ -52,7 +47,7 @@ def trace(model: Model) -> Graph:
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -70,19 +65,6 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 def _mutates(node: torch.fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from printing warnings and half-traced graphs: what matters is in the error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _explain(model: Model, error: Exception) -> str:

@@ -128,13 +128,21 @@ class Workshop:
             for number, (name, graph) in enumerate(graphs.items()):
                 tick(number, 2 * len(graphs), f"build {name}")
                 engines[name] = workshop.build(workshop.roughly(workshop.lowered(graph, f"design{number}"), settings))
-            found = interleave(
-                {name: partial(self.target.load, path, self.options) for name, path in engines.items()},
-                self.timed_inputs(settings),
-                rounds=CLOCK_ROUNDS,
-                burst_seconds=CLOCK_SECONDS,
-                progress=lambda name, done, total: tick(total + done, 2 * total, f"time {name}"),
+            return self._quietest(
+                engines, settings, lambda name, done, total: tick(total + done, 2 * total, f"time {name}")
             )
+
+    def _quietest(
+        self, engines: Mapping[str, Path], settings: Settings, progress: Callable[[str, int, int], None] | None = None
+    ) -> dict[str, float]:
+        """Milliseconds of engines timed against each other in short bursts, those of the quietest of each."""
+        found = interleave(
+            self._openers(engines, self.options),
+            self.timed_inputs(settings),
+            rounds=CLOCK_ROUNDS,
+            burst_seconds=CLOCK_SECONDS,
+            progress=progress,
+        )
         return {name: latency.quietest for name, latency in found.items()}
 
     @contextlib.contextmanager
@@ -232,13 +240,7 @@ class Workshop:
     def quick(self, sources: Mapping[Key, Source], settings: Settings) -> dict[Key, float]:
         """Milliseconds of the engines of some files, timed against each other in short bursts: the quietest of each."""
         engines = {str(number): self.build(source) for number, source in enumerate(sources.values())}
-        found = interleave(
-            self._openers(engines, self.options),
-            self.timed_inputs(settings),
-            rounds=CLOCK_ROUNDS,
-            burst_seconds=CLOCK_SECONDS,
-        )
-        return dict(zip(sources, (latency.quietest for latency in found.values()), strict=True))
+        return dict(zip(sources, self._quietest(engines, settings).values(), strict=True))
 
     def choose_precision(self, path: Path, settings: Settings, steps: Steps) -> tuple[str, tuple[Trial, ...]]:
         """The fastest of the target's precisions whose loss stays within the budget, each tried on a float file."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import io
+import logging
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -347,6 +351,19 @@ def _check_feed(name: str, value: object, dtype: npt.DTypeLike, shape: tuple[int
         raise RuntimesError(f"Input {name!r}: found dtype {value.dtype}; expected {dtype}.")
     if shape is not None and not _fits(value.shape, shape):
         raise RuntimesError(f"Input {name!r}: found shape {_shape(value.shape)}; expected {_shape(shape)}.")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep a library, torch above all, from logging, warning and printing: what matters is in its error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def first_line(error: BaseException) -> str:

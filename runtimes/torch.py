@@ -30,9 +30,10 @@ from runtimes.base import (
     Shapes,
     first_line,
     need,
+    quiet,
     taken,
 )
-from runtimes.torch_program import NAMES, Signature, in_int8, in_products, quiet, signature
+from runtimes.torch_program import NAMES, Signature, in_int8, in_products, signature
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

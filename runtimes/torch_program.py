@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import util
@@ -218,16 +214,3 @@ def _again(module: torch.nn.Module, program: ExportedProgram, *, packed: bool = 
     assert program.example_inputs is not None
     given = {"tensors": shapes} if packed else shapes
     return torch.export.export(module, program.example_inputs[0], dynamic_shapes=given, strict=False)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch's compiler and torchao from printing: what matters is in the error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from runtimes import torch as target
 from runtimes import torch_program
-from runtimes.base import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable
+from runtimes.base import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable, quiet
 
 WIDTH = 32
 NAMES = {"inputs": ["states", "scale"], "outputs": ["mixed", "passed"]}
@@ -133,7 +133,7 @@ def test_lower_precisions_stay_close_and_take_float32(lower, block, batch):
 def test_dynamic_int8_needs_no_samples_and_stays_close(block, program):
     pytest.importorskip("torchao", reason="torchao is not installed")
     values = feeds(3, seed=5)
-    with torch_program.quiet():
+    with quiet():
         exported = torch.export.load(program)
         quantized = torch_program.in_int8(exported, dynamic=True, names=NAMES["inputs"], samples=None)
         found = computed(quantized.module(check_guards=False), values)[0]
