@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import fx
 
-from passes.graph import attribute, live_nodes, output_values, resolution
+from passes.graph import attribute, live_nodes, needed_by, output_values, resolution
+from passes.offload import in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,16 +31,27 @@ class Program:
         graph: the traced model; not changed, and not to be changed while the program is in use.
         skip: sites whose branch counts as zero.
         keep: names of nodes to hold on to until the end although nothing reads them any more.
+        outputs: names of the outputs that are computed; None computes all of them.
     """
 
-    def __init__(self, graph: Graph, skip: Collection[Site] = (), *, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        skip: Collection[Site] = (),
+        *,
+        keep: Collection[str] = (),
+        outputs: Collection[str] | None = None,
+    ) -> None:
         self.graph = graph
         self.stand_in = resolution(graph, skip)
-        live = live_nodes(graph, self.stand_in) | {self._value(node) for node in graph.nodes() if node.name in keep}
+        kept = {self._value(node) for node in graph.nodes() if node.name in keep}
+        named = zip(graph.outputs, output_values(graph), strict=True)
+        self.outputs = [self._value(node) for name, node in named if outputs is None or name in outputs]
+        live = live_nodes(graph, self.stand_in) if outputs is None else needed_by(self.outputs, self.stand_in)
+        live = live | needed_by(kept, self.stand_in)
         self.order = [node for node in graph.nodes() if node in live and node.op != "output"]
-        self.outputs = [self._value(node) for node in output_values(graph)]
         self.constants = {node: attribute(graph, node) for node in self.order if node.op == "get_attr"}
-        self.last_uses = self._last_uses({self._value(node) for node in graph.nodes() if node.name in keep})
+        self.last_uses = self._last_uses(kept)
 
     def _value(self, node: fx.Node) -> fx.Node:
         return self.stand_in.get(node, node)
@@ -59,7 +71,8 @@ class Program:
         """The value of one node, given those of its inputs."""
         if node.op == "get_attr":
             return self.constants[node]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: values[self._value(source)])
+        # A weight on disk is read for each node that takes it and forgotten again (passes.sections knows better).
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: in_memory(values[self._value(source)]))
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
@@ -70,9 +83,9 @@ class Program:
         """Values of the input nodes."""
         return {node: feeds[name] for node, name in zip(self.graph.placeholders(), self.graph.inputs, strict=True)}
 
-    def walk(self, values: dict[fx.Node, Any], *, start: int = 0) -> Iterator[fx.Node]:
-        """Compute the nodes from position `start` of `order` on, yielding each before its inputs may be freed."""
-        for node in self.order[start:]:
+    def walk(self, values: dict[fx.Node, Any], *, start: int = 0, stop: int | None = None) -> Iterator[fx.Node]:
+        """Compute the nodes from position `start` of `order` to `stop`, yielding each before its inputs may be freed."""
+        for node in self.order[start:stop]:
             if node not in values:
                 values[node] = self.step(node, values)
             yield node

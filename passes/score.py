@@ -16,7 +16,7 @@ and summed in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +25,7 @@ import torch
 
 from passes.base import PassError, swept
 from passes.run import Program
+from passes.sections import Room, cut, run_in_sections
 from passes.sites import find_sites
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from passes.graph import Graph, Site
 
 MASK = "attention_mask"
+MATRIX = 2  # axes
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,26 @@ class Scores:
         return self.angular / torch.where(self.ends > 0, self.ends, math.nan)
 
 
+@dataclass
+class _Seen:
+    """What is known of one batch so far."""
+
+    samples: int
+    mask: torch.Tensor | None
+    sites: dict[str, Moments] = field(default_factory=dict)
+    blocks: dict[str, Moments] = field(default_factory=dict)
+    scores: Scores | None = None
+
+
 @dataclass(frozen=True)
 class Score:
-    """Measure `Scores` of all sites in one sweep over the data. Changes nothing."""
+    """Measure `Scores` of all sites in one sweep over the data. Changes nothing.
+
+    With `room` the graph is run in sections of whole blocks, for weights that stay on disk. Pairs of states are then
+    compared where angular distance is taken alone, similarity too: all their tokens would not fit into memory.
+    """
+
+    room: Room | None = None
 
     rewrites: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
@@ -138,7 +157,10 @@ class Score:
         sites = find_sites(graph)
         if not sites:
             raise PassError("the graph has no residual site, so there is nothing to score.")
-        return swept(_Sweep(graph, sites).batch, data, "Score")
+        sweep = _Sweep(graph, sites)
+        if self.room is None:
+            return swept(sweep.batch, data, "Score")
+        return swept(lambda part: part, sweep.in_sections(data or (), self.room), "Score")
 
 
 class _Sweep:
@@ -147,27 +169,67 @@ class _Sweep:
         self.blocks = {name: list(members) for name, members in groupby(sites, key=lambda site: site.block)}
         self.states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
         self.dims = {site.trunk: site.channel_dim for site in sites} | {site.root: site.channel_dim for site in sites}
-        ends = {members[-1].root for members in self.blocks.values()}
+        self.ends = {members[-1].root: name for name, members in self.blocks.items()}
         self.nodes = {node.name: node for node in graph.nodes()}
-        self.program = Program(graph, keep={*self.states, *ends})
-        self.at_add: dict[str, list[Site]] = {}
-        for site in sites:
-            self.at_add.setdefault(site.root, []).append(site)
         branches = {site.branch for site in sites if site.add != site.root}
-        if branches:
-            self.program = Program(graph, keep={*self.states, *ends, *branches})
+        self.program = Program(graph, keep={*self.states, *self.ends, *branches}, outputs=())
+        self.place = {node.name: place for place, node in enumerate(self.program.order)}
+        self.last_read = {
+            source.name: place for place, node in enumerate(self.program.order) for source in node.all_input_nodes
+        }
+        self.at_root: dict[str, list[Site]] = {}
+        for site in sites:
+            self.at_root.setdefault(site.root, []).append(site)
 
     @torch.inference_mode()
     def batch(self, feeds: Mapping[str, torch.Tensor]) -> Scores:
         values = self.program.start(feeds)
-        mask = feeds.get(MASK)
-        site_moments: dict[str, Moments] = {}
+        seen = _Seen(len(next(iter(feeds.values()))), feeds.get(MASK))
         for node in self.program.walk(values):
-            for site in self.at_add.get(node.name, ()):
-                site_moments[site.name] = self._site(site, values, mask)
-        block_moments = {name: self._block(members, values, mask) for name, members in self.blocks.items()}
-        samples = len(next(iter(feeds.values())))
-        return Scores(samples, site_moments, block_moments, self.states, *self._pairs(values, mask))
+            self._see(node, values, seen)
+        return self._scores(values, seen)
+
+    @torch.inference_mode()
+    def in_sections(self, data: Iterable[Mapping[str, torch.Tensor]], room: Room) -> Iterator[Scores]:
+        """The scores of each batch, all of which go through one section before the next."""
+        seen: list[_Seen] = []
+
+        def noted() -> Iterator[Mapping[str, torch.Tensor]]:
+            for feeds in data:
+                seen.append(_Seen(len(next(iter(feeds.values()))), feeds.get(MASK)))
+                yield feeds
+
+        def see(number: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+            self._see(node, values, seen[number])
+            if node.name in self.ends:
+                self._let_go(node, values, seen[number])
+            if node.name == self.sites[-1].root:
+                seen[number].scores = self._scores(values, seen[number])
+
+        sections = cut(self.program, self.ends, room.weights)
+        for number, _ in enumerate(run_in_sections(self.program, sections, noted(), room.folder, see)):
+            scores = seen[number].scores
+            assert scores is not None
+            yield scores
+
+    def _see(self, node: fx.Node, values: dict[fx.Node, Any], seen: _Seen) -> None:
+        for site in self.at_root.get(node.name, ()):
+            seen.sites[site.name] = self._site(site, values, seen.mask)
+        if node.name in self.ends:
+            name = self.ends[node.name]
+            seen.blocks[name] = self._block(self.blocks[name], values, seen.mask)
+
+    def _scores(self, values: dict[fx.Node, Any], seen: _Seen) -> Scores:
+        return Scores(seen.samples, seen.sites, seen.blocks, self.states, *self._pairs(values, seen.mask))
+
+    def _let_go(self, end: fx.Node, values: dict[fx.Node, Any], seen: _Seen) -> None:
+        """Behind a block, keep of its states only what pairs are told by; the last one is still computed with."""
+        for site in self.blocks[self.ends[end.name]]:
+            values.pop(self.nodes[site.branch], None)
+        for state in (name for name in self.states if self.last_read.get(name, -1) <= self.place[end.name]):
+            value = values.get(self.nodes[state])
+            if value is not None and value.ndim > MATRIX:
+                values[self.nodes[state]] = _ends(value, self.dims[state], seen.mask)
 
     def _site(self, site: Site, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> Moments:
         before, change = values[self.nodes[site.trunk]].float(), values[self.nodes[site.branch]].float()
@@ -186,7 +248,7 @@ class _Sweep:
         for members in self._same_shape(values):
             where = torch.tensor(members)
             pair = where[:, None], where
-            states = [(values[self.nodes[self.states[index]]], self.dims[self.states[index]]) for index in members]
+            states = [self._state(values, index) for index in members]
             rows = [rows_of(value, dim, mask) for value, dim in states]
             sums[pair], angles[pair] = _pair_sums(rows)
             tokens[pair] = ends[pair] = float(len(rows[0]))
@@ -197,9 +259,15 @@ class _Sweep:
 
     def _same_shape(self, values: dict[fx.Node, Any]) -> list[list[int]]:
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        for index, name in enumerate(self.states):
-            groups.setdefault((tuple(values[self.nodes[name]].shape), self.dims[name]), []).append(index)
+        for index in range(len(self.states)):
+            value, dim = self._state(values, index)
+            groups.setdefault((tuple(value.shape), dim), []).append(index)
         return list(groups.values())
+
+    def _state(self, values: dict[fx.Node, Any], index: int) -> tuple[torch.Tensor, int]:
+        """A state and the axis of its features: the last of rows, as which states in sections are kept."""
+        value = values[self.nodes[self.states[index]]]
+        return value, min(self.dims[self.states[index]], value.ndim - 1)
 
 
 def rows_of(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
