@@ -13,12 +13,13 @@ from compressor import __version__, checkpoint, prices
 from compressor.data import Split
 from compressor.effects import Effects
 from compressor.errors import CompressorError
-from compressor.evaluate import tensor_batches
+from compressor.evaluate import BATCH, tensor_batches
 from compressor.evidence import evidence, few_scores
 from compressor.front import Point, efficient
 from compressor.journal import Journal
 from compressor.prices import Prices
 from compressor.rewrite import Rewriter, finished
+from compressor.room import Bounded
 from compressor.search import Search
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
@@ -314,11 +315,12 @@ def effects_on_output(subject: Subject, samples: Split, steps: Steps) -> Effects
         return Effects(subject.graph, subject.model, samples)
 
 
-def score(subject: Subject, steps: Steps) -> Scores:
-    """Scores of all sites on the calibration data."""
+def score(subject: Subject, steps: Steps, bounds: Bounded | None = None) -> Scores:
+    """Scores of all sites on the calibration data; under a memory limit (`bounds`) block by block."""
     with steps.step("score the sites") as tick:
-        batches = ticking(tensor_batches(subject.data.calibration), len(subject.data.calibration), tick)
-        return apply(Score(), subject.graph, batches)
+        rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)
+        batches = ticking(tensor_batches(subject.data.calibration, rows), len(subject.data.calibration), tick)
+        return apply(Score(room), subject.graph, batches)
 
 
 def ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ import click
 from compressor import __version__
 from compressor.cli_bench import bench
 from compressor.cli_build import build
-from compressor.console import Duration, Milliseconds, command_line, console
+from compressor.console import Bytes, Duration, Milliseconds, command_line, console
 from compressor.errors import CompressorError, SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -127,6 +127,12 @@ def _subject_options(command: Command) -> Command:
                 "--random-weights", is_flag=True, help="Build the architecture without its weights (speed only)."
             ),
             click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total.  [default: all]"),
+            click.option(
+                "--max-memory",
+                type=Bytes(),
+                help="Memory to stay under, such as 8GiB: a language model of transformers then stays on disk and is "
+                "run block by block.  [default: load the model whole]",
+            ),
             click.option(
                 "--search-samples",
                 type=click.IntRange(min=1),
@@ -352,7 +358,8 @@ def inspect(quiet: bool, output: str, study: bool, **options: Any) -> None:
     from compressor.settings import Settings
 
     check_writable(Path(output))
-    inspection = pipeline.inspect(Settings(**options, drop="none"), study=study, console=console(quiet))
+    settings = Settings(**options, drop="none", output=output)
+    inspection = pipeline.inspect(settings, study=study, console=console(quiet))
     out = Console()
     out.print(inspection.table())
     if inspection.study is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from typing import Any, ClassVar
@@ -37,6 +38,28 @@ class Duration(click.ParamType[float]):
             return float(number) * self.units[unit]
         except ValueError:
             self.fail(f"{value!r} is no duration; expected seconds, or a number with s, m or h such as 5m", param, ctx)
+
+
+class Bytes(click.ParamType[int]):
+    """Bytes, with a unit as other tools have them: 8GiB, 8GB, 500MB."""
+
+    name = "bytes"
+    units: ClassVar[dict[str, int]] = {
+        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+        "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "b": 1,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read a size as bytes."""
+        text = str(value).strip().lower()
+        unit = next((unit for unit in self.units if text.endswith(unit)), "")
+        try:
+            number = float(text.removesuffix(unit))
+        except ValueError:
+            number = -1.0
+        if not 0 < number < math.inf:
+            self.fail(f"{value!r} is no size; expected a number with a unit such as 8GiB or 500MB", param, ctx)
+        return int(number * self.units.get(unit, 1))
 
 
 class Numbers(click.ParamType[tuple[int, ...]]):

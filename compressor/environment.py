@@ -47,14 +47,26 @@ def peak_memory() -> int | None:
     Since its start where the system cannot forget (macOS), None where it does not say (Windows).
     """
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+        return _of_process("VmHWM")
     try:
         import resource
     except ImportError:
         return None
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def held_memory() -> int | None:
+    """Memory that this process holds now, in bytes; None where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        return _of_process("VmRSS")
+    return None
+
+
+def _of_process(name: str) -> int:
+    """A figure in kB that Linux keeps of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
 
 def _version(name: str) -> str | None:

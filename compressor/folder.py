@@ -58,6 +58,7 @@ def output_folder(path: Path, *, force: bool) -> Iterator[Path]:
 def scratch_folder(beside: Path) -> Iterator[Path]:
     """A folder for files that are not shipped, on the same disk as the output; gone afterwards."""
     place = beside.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
     name = tempfile.mkdtemp(prefix=f".{place.name[:_SHOWN]}.", suffix=".scratch", dir=place.parent)
     try:
         yield Path(name)

@@ -25,6 +25,7 @@ from compressor.parity import Parity
 from compressor.precision import AUTO, Converted, Trial
 from compressor.report import REPORT, Quality, Report, Size
 from compressor.rewrite import Rewriter
+from compressor.room import limited
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
@@ -221,9 +222,12 @@ def inspect(settings: Settings, *, study: bool = False, console: Console | None 
         CompressorError, PassError: one sentence that says what was found and what to do.
     """
     steps = Steps(console)
+    if study and settings.max_memory is not None:
+        raise SettingsError("--study compares all layers at once, which --max-memory cannot hold; leave one out.")
     subject = load(settings, steps)
-    with accepting_data(subject):
-        scores = score(subject, steps)
+    splits, output = [subject.data.calibration], Path(settings.output)
+    with accepting_data(subject), limited(subject.graph, splits, settings.max_memory, output, ()) as bounds:
+        scores = score(subject, steps, bounds)
         samples = subject.data.calibration.head(settings.search_samples)
         effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])

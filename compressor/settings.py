@@ -67,6 +67,8 @@ class Settings:
         threads: threads of the engine; None leaves it to the runtime.
         batch: batch size of the latency measurement.
         samples: most samples used in total; None takes all.
+        max_memory: bytes that the process may hold: the weights stay on disk, and the model is run block by block. None
+            loads it whole.
         search_samples: calibration samples on which `auto` measures effects.
         rounds: timed bursts per engine.
         example_inputs: for a module: a tensor, a tuple or a dict of tensors.
@@ -102,6 +104,7 @@ class Settings:
     threads: int | None = None
     batch: int = 1
     samples: int | None = None
+    max_memory: int | None = None
     search_samples: int = 64
     rounds: int = 10
     seed: int = 0
@@ -120,6 +123,7 @@ class Settings:
             _check_drop,
             _check_actions,
             _check_data,
+            _check_memory,
         ):
             check(self)
 
@@ -273,6 +277,26 @@ def _check_data(settings: Settings) -> None:
         raise SettingsError(
             "a search (--drop auto, or sweep) needs trained weights; with --random-weights export a number, names or a "
             "file."
+        )
+
+
+def _check_memory(settings: Settings) -> None:
+    """Under a limit the model runs block by block, from its files: what needs all of it at once is refused."""
+    if settings.max_memory is None:
+        return
+    asked = {
+        "--drop auto": settings.drop == "auto",
+        "--metric output": settings.metric == "output",
+        f"--actions {settings.actions}": settings.chosen_actions != ("drop",),
+        f"--heal {settings.heal}": settings.heal != "none",
+        f"--precision {settings.precision}": settings.precision != "fp32",
+        "--random-weights": settings.random_weights,
+    }
+    found = next((name for name, needed in asked.items() if needed), None)
+    if found is not None:
+        raise SettingsError(
+            f"found {found} with --max-memory, under which a model is read block by block and only ranked; give a "
+            "number, names or a plan for --drop, and the rest as it is by default."
         )
 
 

@@ -72,6 +72,7 @@ def load(settings: Settings, steps: Steps) -> Subject:
             random_weights=settings.random_weights,
             trust_remote_code=settings.trust_remote_code,
             example_inputs=settings.example_inputs,
+            on_disk=settings.max_memory is not None,
         )
     if settings.target == checkpoint.NAME:
         checkpoint.check_model(model)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph import attribute, live_nodes, resolution
+from passes.offload import has_offloaded, shapes_alone
 from passes.run import Program
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+
+    from torch import fx
 
     from passes.graph import Graph, Site
 
@@ -61,8 +64,14 @@ class Costs:
 @torch.inference_mode()
 def _count(graph: Graph, example: Mapping[str, torch.Tensor]) -> dict[str, int]:
     program = Program(graph)
-    values = program.start(example)
-    batch = len(next(iter(example.values())))
+    if has_offloaded(graph):  # counted by shapes alone
+        with shapes_alone(program, example) as values:
+            return _counted(program, values)
+    return _counted(program, program.start(example))
+
+
+def _counted(program: Program, values: dict[fx.Node, Any]) -> dict[str, int]:
+    batch = len(values[program.graph.placeholders()[0]])
     counts: dict[str, int] = {}
     with FlopCounterMode(display=False) as counter:
         done = 0

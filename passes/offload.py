@@ -6,15 +6,20 @@ takes it for the weight, and whatever computes with it by mistake shows.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import fx
 
     from passes.graph import Graph
+    from passes.run import Program
 
 READ = "read_from_disk"
 
@@ -45,3 +50,20 @@ def in_memory(value: Any) -> Any:
 def has_offloaded(graph: Graph) -> bool:
     """Whether any weight of a graph stays on disk."""
     return any(map(is_offloaded, graph.module.parameters()))
+
+
+@contextlib.contextmanager
+def shapes_alone(program: Program, feeds: Mapping[str, torch.Tensor]) -> Iterator[dict[fx.Node, Any]]:
+    """Values to walk a program with that have shapes and types and no elements: nothing is read or computed.
+
+    Args:
+        program: what is to be walked.
+        feeds: input name to tensor; only their shapes count.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        values = program.start({name: mode.from_tensor(value) for name, value in feeds.items()})
+        yield values | {node: _shape_of(value, mode) for node, value in program.constants.items()}
+
+
+def _shape_of(weight: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype) if is_offloaded(weight) else mode.from_tensor(weight)

@@ -84,7 +84,7 @@ class Program:
         return {node: feeds[name] for node, name in zip(self.graph.placeholders(), self.graph.inputs, strict=True)}
 
     def walk(self, values: dict[fx.Node, Any], *, start: int = 0, stop: int | None = None) -> Iterator[fx.Node]:
-        """Compute the nodes from position `start` of `order` to `stop`, yielding each before its inputs may be freed."""
+        """Compute the nodes of `order` from `start` to `stop`, yielding each before its inputs may be freed."""
         for node in self.order[start:stop]:
             if node not in values:
                 values[node] = self.step(node, values)

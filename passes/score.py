@@ -160,7 +160,10 @@ class Score:
         sweep = _Sweep(graph, sites)
         if self.room is None:
             return swept(sweep.batch, data, "Score")
-        return swept(lambda part: part, sweep.in_sections(data or (), self.room), "Score")
+        parts = sweep.in_sections(data or (), self.room)
+        if (first := next(parts, None)) is None:
+            raise PassError("Score got no batches of data.")
+        return sum(parts, start=first)
 
 
 class _Sweep:
@@ -206,7 +209,7 @@ class _Sweep:
             if node.name == self.sites[-1].root:
                 seen[number].scores = self._scores(values, seen[number])
 
-        sections = cut(self.program, self.ends, room.weights)
+        sections = cut(self.program, {self.sites[0].trunk, *self.ends}, room.weights)
         for number, _ in enumerate(run_in_sections(self.program, sections, noted(), room.folder, see)):
             scores = seen[number].scores
             assert scores is not None

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from passes.base import PassError
-from passes.offload import in_memory, is_offloaded
+from passes.offload import in_memory, is_offloaded, shapes_alone
+from passes.sites import find_sites
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from passes.graph import Graph
     from passes.run import Program
 
 Feeds: TypeAlias = Mapping[str, torch.Tensor]
@@ -60,12 +62,10 @@ def cut(program: Program, ends: Collection[str], most: int) -> tuple[Section, ..
         PassError: what lies between two of those nodes is more; says how many bytes it takes.
     """
     sections: list[Section] = []
-    for piece in _pieces(program, ends):
+    for piece in pieces(program, ends):
         if (size := weight_bytes(program, piece.weights)) > most:
-            raise PassError(
-                f"the weights up to {program.order[piece.stop - 1].name} take {size / 1e9:.3g} GB at once, and there is "
-                f"room for {most / 1e9:.3g} GB."
-            )
+            behind = program.order[piece.stop - 1].name
+            raise PassError(f"the weights up to {behind} take {size} bytes at once, more than the {most} there are.")
         joined = sections[-1].with_next(piece) if sections else piece
         if sections and weight_bytes(program, joined.weights) <= most:
             sections[-1] = joined
@@ -74,7 +74,15 @@ def cut(program: Program, ends: Collection[str], most: int) -> tuple[Section, ..
     return tuple(sections)
 
 
-def _pieces(program: Program, ends: Collection[str]) -> Iterator[Section]:
+def section_ends(graph: Graph) -> frozenset[str]:
+    """Where a graph may be divided: behind what the first block reads, and behind every block."""
+    sites = find_sites(graph)
+    blocks = groupby(sites, key=lambda site: site.block)
+    return frozenset({sites[0].trunk, *(list(members)[-1].root for _, members in blocks)})
+
+
+def pieces(program: Program, ends: Collection[str]) -> Iterator[Section]:
+    """The smallest sections of a program, each up to one of the nodes `ends`."""
     stops = [place + 1 for place, node in enumerate(program.order) if node.name in ends]
     for start, stop in pairwise(sorted({0, *stops, len(program.order)})):
         read = {source for node in program.order[start:stop] for source in node.all_input_nodes}
@@ -85,6 +93,26 @@ def weight_bytes(program: Program, weights: Collection[fx.Node]) -> int:
     """Bytes that weights take in memory, shared ones counted once."""
     values = {id(program.constants[node]): program.constants[node] for node in weights}
     return sum(value.numel() * value.itemsize for value in values.values())
+
+
+def working_bytes(program: Program, feeds: Feeds) -> int:
+    """Most bytes that the values of one batch take at a time, weights left out: found without computing any.
+
+    Args:
+        program: what is to be run.
+        feeds: input name to tensor; only their shapes count.
+    """
+    most = 0
+    with shapes_alone(program, feeds) as values:
+        for _ in program.walk(values):
+            alive = [each for node, value in values.items() if node.op != "get_attr" for each in _tensors(value)]
+            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in alive}
+            most = max(most, sum(storages.values()))
+    return most
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    return (each for each in torch.utils._pytree.tree_leaves(value) if isinstance(each, torch.Tensor))
 
 
 @torch.inference_mode()
@@ -101,13 +129,12 @@ def run_in_sections(
         see: called with the batch's number behind each node, before the node's inputs may be freed.
     """
     *before, last = sections
-    held = {node: value for node, value in program.constants.items() if not is_offloaded(value)}
     waiting = (program.start(feeds) for feeds in batches)
     for section in (*before, last):
         weights = _read(program, section)
         ready: list[Path] = []
-        for number, values in enumerate(waiting):
-            values |= program.constants | held | weights
+        for number, batch in enumerate(waiting):
+            values = batch | program.constants | weights
             for node in program.walk(values, start=section.start, stop=section.stop):
                 if see is not None:
                     see(number, node, values)
@@ -115,7 +142,7 @@ def run_in_sections(
                 yield program.results(values)
             else:
                 ready.append(_put_aside(values, folder / f"batch{number}.pt"))
-            del values
+            del batch, values
         waiting = (_taken_up(path, program) for path in ready)
         del weights
 

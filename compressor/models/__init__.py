@@ -40,6 +40,7 @@ def load(
     random_weights: bool = False,
     trust_remote_code: bool = False,
     example_inputs: object = None,
+    on_disk: bool = False,
 ) -> Model:
     """Load a model in evaluation mode, float32.
 
@@ -51,6 +52,7 @@ def load(
         random_weights: build the architecture without reading weights (for measuring speed).
         trust_remote_code: let a transformers repository bring code of its own.
         example_inputs: for a module: a tensor, a tuple of tensors or a dict of them, first axis the samples.
+        on_disk: leave the weights on disk, to be read when needed: language models of transformers alone.
 
     Raises:
         ModelError: unknown model, unreadable files, missing or non-finite weights, unknown task.
@@ -63,6 +65,8 @@ def load(
         model: Model = module_source.wrap(spec, example_inputs, task=task)
     else:
         source, where = _locate(str(spec or SAMPLE), revision, random_weights)
+        if on_disk:
+            return _on_disk(source, where, task=task, revision=revision, trust_remote_code=trust_remote_code)
         model = _source(source).load(
             where,
             task=task,
@@ -72,6 +76,25 @@ def load(
         )
     _check_finite(model)
     return model
+
+
+def _on_disk(source: str, where: str, *, task: str | None, revision: str | None, trust_remote_code: bool) -> Model:
+    """A model whose weights are read when they are needed; damaged ones show when it runs."""
+    if source == "transformers":
+        model: Model = _source(source).load(
+            where,
+            task=task,
+            revision=revision,
+            random_weights=False,
+            trust_remote_code=trust_remote_code,
+            on_disk=True,
+        )
+        if model.task == "text-generation":
+            return model
+    raise ModelError(
+        f"--max-memory is for language models of transformers, whose layers are run one after the other from their "
+        f"files; {where} is {'of ' + source if source != 'transformers' else model.task}: leave it out."
+    )
 
 
 def _source(name: str) -> ModuleType:

@@ -7,15 +7,19 @@ generate: ``past_key_values.N.key`` and ``.value`` go in, ``present.N.key`` and 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from passes.offload import is_offloaded
 
 Feeds = dict[str, npt.NDArray[Any]]
 
@@ -141,10 +145,13 @@ def causal(module: Any, told: tuple[str, ...]) -> Causal | None:
 
 
 @torch.inference_mode()
-def _kept(module: Callable[..., Any]) -> list[torch.Tensor] | None:
+def _kept(module: Any) -> list[torch.Tensor] | None:
     """The keys that each layer keeps of a short text, where every layer keeps all of them."""
-    ids = torch.zeros(1, PROBED_TOKENS, dtype=torch.int64)
-    cache = getattr(module(input_ids=ids, use_cache=True), "past_key_values", None)
+    # Weights that stay on disk have no values to compute with, and shapes are all that is asked for.
+    shapes_only = any(map(is_offloaded, module.parameters()))
+    with FakeTensorMode(allow_non_fake_inputs=True) if shapes_only else contextlib.nullcontext():
+        ids = torch.zeros(1, PROBED_TOKENS, dtype=torch.int64)
+        cache = getattr(module(input_ids=ids, use_cache=True), "past_key_values", None)
     layers = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     keys = [key for key in layers if isinstance(key, torch.Tensor) and key.ndim == 4]
     return keys if keys and len(keys) == len(layers) else None

@@ -20,6 +20,7 @@ from PIL import Image
 
 from compressor.models.base import Model, ModelError, as_numpy, why
 from compressor.models.causal import Causal, causal
+from compressor.models.disk import module_on_disk
 from compressor.preprocess import Preprocess
 
 HEADS = {
@@ -46,8 +47,11 @@ def load(
     revision: str | None,
     random_weights: bool,
     trust_remote_code: bool,
+    on_disk: bool = False,
 ) -> Model:
     """Load a transformers model with the head its config names, or the one that `task` asks for.
+
+    With `on_disk` its weights stay in their files, see `compressor.models.disk`.
 
     Raises:
         ModelError: config or weights cannot be read, or the architecture needs code from the repository.
@@ -60,6 +64,9 @@ def load(
             config = transformers.AutoConfig.from_pretrained(where, **options)
             beside = _beside(where, revision)
             chosen = task or _task(config, beside)
+            if on_disk:
+                module = module_on_disk(_kind(config, chosen), config, where, options)
+                return _wrap(module.eval(), where, chosen, options, beside, random_weights, ())
             module, untrained = _module(where, config, chosen, random_weights, options)
         except ModelError:
             raise
@@ -121,12 +128,17 @@ def _task(config: Any, beside: dict[str, Path]) -> str:
 def _module(
     where: str, config: Any, task: str, random_weights: bool, options: dict[str, Any]
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    kind = getattr(transformers, AUTO[task]) if task in AUTO else _headless((config.architectures or [""])[0])
+    kind = _kind(config, task)
     if random_weights:
         torch.manual_seed(0)
         return (kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)), ()
     module, found = kind.from_pretrained(where, **options, dtype=torch.float32, output_loading_info=True)
     return module, tuple(sorted(found["missing_keys"]))
+
+
+def _kind(config: Any, task: str) -> Any:
+    """The class that opens a model for a task."""
+    return getattr(transformers, AUTO[task]) if task in AUTO else _headless((config.architectures or [""])[0])
 
 
 def _headless(architecture: str) -> Any:
