@@ -219,12 +219,18 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
     Raises:
         CheckpointError: the blocks that are gone are of no stack that the config counts.
     """
+    from compressor.models.disk import write_from_disk
     from compressor.models.transformers import quiet
+    from passes.offload import is_offloaded
 
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     with quiet():
         model.save(path.parent)
-        _shorter(graph, model.module).save_pretrained(path.parent)
+        shorter = _shorter(graph, model.module)
+        if any(map(is_offloaded, shorter.parameters())):
+            write_from_disk(shorter, path.parent)
+        else:
+            shorter.save_pretrained(path.parent)
     for weights in path.parent.glob("*.safetensors"):
         shutil.copymode(path, weights)  # safetensors makes them readable by their owner alone
     return path

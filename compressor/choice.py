@@ -66,20 +66,31 @@ class Choice:
 
 def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
     """Make the plan and carry it out on a fork of the subject's graph."""
-    whole = settings.target == checkpoint.NAME
-    rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
     if settings.drop == "auto":
-        return _searched(subject, settings, rewriter, workshop, steps)
-    plan, facts, known = _named(subject, settings, steps)
+        return _searched(subject, settings, _rewriter(subject, settings), workshop, steps)
+    return spelled_out(subject, settings, steps)
+
+
+def _rewriter(subject: Subject, settings: Settings) -> Rewriter:
+    whole = settings.target == checkpoint.NAME
+    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
+
+
+def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None = None) -> Choice:
+    """Carry out the plan that the settings spell out, without a search; ranked under a memory limit with `bounds`."""
+    rewriter = _rewriter(subject, settings)
+    plan, facts, known = _named(subject, settings, steps, bounds)
     plan = merging(plan, schedule(settings.tokens, subject.sites))
-    if whole:
+    if rewriter.whole:
         checkpoint.check_plan(plan, subject.sites, subject.model)
     with steps.step("rewrite") as tick:
         graph = rewriter.carried_out(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=known)
 
 
-def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
+def _named(
+    subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None
+) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
     """The plan that the settings spell out (nothing, a file, names, or the best of a ranking), facts and evidence."""
     if settings.drop == "none":
         return choose(parse("0"), subject.sites, "reverse", model=subject.model.name), {}, {}
@@ -87,7 +98,7 @@ def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, di
         return _replay(Path(settings.drop), subject.sites), {}, {}
     selection = parse(settings.drop)
     metric = None if selection.names else settings.metric
-    scores = score(subject, steps) if metric in ("cosine", "influence", "angular") else None
+    scores = score(subject, steps, bounds) if metric in ("cosine", "influence", "angular") else None
     samples = subject.data.calibration.head(settings.search_samples)
     effects = effects_on_output(subject, samples, steps) if metric == "output" else None
     alone: dict[str, float] = {}

@@ -179,6 +179,11 @@ def stand_in(target: Runtime) -> Runtime:
 
 def told(engine: Mapping[str, Any]) -> Iterator[str]:
     """What a report's ``engine`` part says to the reader about where its figures come from, as sentences."""
+    if engine.get("state") == "streamed":
+        yield (
+            "The model was read block by block and was never in memory as a whole, so nothing was timed; quality was "
+            "measured in torch."
+        )
     if engine.get("state") == "deferred":
         yield (
             f"No engine was built: run `compressor build` with this folder on the device. Every figure, and what the "

@@ -17,6 +17,7 @@ import torch
 from compressor.checkpoint import CONFIG, write
 from compressor.errors import CompressorError
 from compressor.models.base import first_line
+from compressor.onnx_weights import leave_on_disk
 
 if TYPE_CHECKING:
     from compressor.models import Model
@@ -78,12 +79,15 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
                 verbose=False,
+                optimize=False,  # weights that stay on disk come first
             )
+            assert program is not None
+            leave_on_disk(program.model)
+            program.optimize()
     except OSError:
         raise
     except Exception as error:  # the exporter's errors have no common base
         raise LowerError(f"{model.name} cannot be written as ONNX: {first_line(_cause(error))}.") from error
-    assert program is not None
     _tidy(program.model, {*graph.inputs, *graph.outputs})
     with _quiet():
         program.save(str(path))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import cells, deferred, layers
+from compressor import cells, deferred, large, layers
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
@@ -29,7 +29,7 @@ from compressor.room import limited
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
-from compressor.subject import Subject, accepting_data, load
+from compressor.subject import Subject, accepting_data, described, load
 from compressor.usable import usable
 from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized
@@ -57,6 +57,12 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     target, options = usable(settings)
     steps = Steps(console)
     output = Path(settings.output)
+    if settings.max_memory is not None:
+        with output_folder(output, force=settings.force) as folder:
+            report, subject = large.compressed(settings, folder, steps, command)
+            _write(report, folder, subject)
+            card.write(folder)
+        return report
     with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
         subject = load(settings, steps)
         subject.model.save(folder)
@@ -92,7 +98,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         report = Report(
             command=command,
             settings=settings.to_dict(),
-            model=_describe(subject),
+            model=described(subject),
             data=subject.data.describe(),
             plan=choice.plan,
             sizes=_sizes({name: engines[name] for name in files}, subject, final),
@@ -235,21 +241,6 @@ def inspect(settings: Settings, *, study: bool = False, console: Console | None 
     return Inspection(
         subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured, found
     )
-
-
-def _describe(subject: Subject) -> dict[str, Any]:
-    model = subject.model
-    return {
-        "name": model.name,
-        "source": model.source,
-        "task": model.task,
-        "revision": model.revision,
-        "hub_id": model.hub_id,
-        "random_weights": model.random_weights,
-        "inputs": list(model.inputs),
-        "outputs": list(model.outputs),
-        "sites": [dataclasses.asdict(site) for site in subject.sites],
-    }
 
 
 def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) -> tuple[Choice, Graph, Healed | None]:

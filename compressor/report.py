@@ -79,7 +79,8 @@ class Report:
     (unpruned, same target and precision as the result) and ``result``. `quality` is None, with the reason, where none
     may be stated. `engine` says whether the engine is built; where it was left to the device, with what, and what was
     measured there. `evidence` is what the plan was based on (see evidence.py), with the tokens left where some are
-    merged. `precision` says how each variant got below fp32, `trials` what ``--precision auto`` found of each.
+    merged. `latency` is empty where the model was never in memory as a whole. `precision` says how each variant got
+    below fp32, `trials` what ``--precision auto`` found of each.
     """
 
     command: str
@@ -153,14 +154,14 @@ class Report:
         title = f"{self.model['name']} on {target}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
-        for name in self.latency:
+        for name in self.sizes:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._rows():
             table.add_row(*row)
         return table
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
-        variants = list(self.latency)
+        variants = list(self.sizes)
         if self.quality is not None:
             label, unit = LABELS[self.quality.metric]
             figures = [self.quality.figures[name] for name in variants]
@@ -173,10 +174,11 @@ class Report:
             for name, each in self.quality.label_free.items():
                 if name != self.quality.metric:
                     yield LABEL_FREE[name], *([""] * (len(variants) - 1)), f"{each.value:.4g}"
-        speedups = [None if name == "result" else self.speedup(name) for name in variants]
-        yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
-        yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
-        yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
+        if self.latency:
+            speedups = [None if name == "result" else self.speedup(name) for name in variants]
+            yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
+            yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
+            yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
         yield "engine, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
@@ -197,6 +199,8 @@ class Report:
 
     def missed(self) -> tuple[str, ...]:
         """Wishes for speed that the measured result does not fulfil, one sentence each."""
+        if not self.latency:
+            return ()
         wanted, latency = self.settings["speedup"], self.settings["latency"]
         reached, median = self.speedup().ratio, self.latency["result"].median
         more = "." if self.settings["max_loss"] is None else "; allow a larger --max-loss."

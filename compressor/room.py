@@ -42,7 +42,7 @@ class Bounded:
 
 @contextlib.contextmanager
 def limited(
-    graph: Graph, splits: Sequence[Split], limit: int | None, beside: Path, outputs: Collection[str]
+    graph: Graph, splits: Sequence[Split], limit: int | None, beside: Path, outputs: Collection[str], at_once: int = 1
 ) -> Iterator[Bounded | None]:
     """How a model is run under a limit, with a folder for it beside another; None where there is no limit.
 
@@ -53,10 +53,12 @@ def limited(
         yield None
         return
     with scratch_folder(beside) as folder:
-        yield bounded(graph, splits, limit, folder, outputs)
+        yield bounded(graph, splits, limit, folder, outputs, at_once)
 
 
-def bounded(graph: Graph, splits: Sequence[Split], limit: int, folder: Path, outputs: Collection[str]) -> Bounded:
+def bounded(
+    graph: Graph, splits: Sequence[Split], limit: int, folder: Path, outputs: Collection[str], at_once: int = 1
+) -> Bounded:
     """Share the memory that is left under a limit out between weights and the values of a batch.
 
     Args:
@@ -65,6 +67,7 @@ def bounded(graph: Graph, splits: Sequence[Split], limit: int, folder: Path, out
         limit: bytes that the process may hold.
         folder: where what waits between two sections is written.
         outputs: names of those that will be computed.
+        at_once: how many graphs of this size are run side by side; each gets its share.
 
     Raises:
         RoomError: it is not enough even for one text and one block at a time; says what is.
@@ -74,14 +77,14 @@ def bounded(graph: Graph, splits: Sequence[Split], limit: int, folder: Path, out
         raise RoomError("this system does not say how much memory a process holds; leave --max-memory out.")
     program = Program(graph, keep={find_sites(graph)[-1].root}, outputs=outputs)
     longest = _longest(splits)
-    free = int(limit * (1.0 - SPARE)) - held - _moving(program)
+    free = (int(limit * (1.0 - SPARE)) - held) // at_once - _moving(program)
     rows = BATCH
     while rows > 1 and working_bytes(program, _repeated(longest, rows)) > free * WORKING:
         rows //= 2
     working = working_bytes(program, _repeated(longest, rows))
     largest = max(weight_bytes(program, piece.weights) for piece in pieces(program, section_ends(graph)))
     if largest > free - working:
-        least = (held + _moving(program) + working + largest) / (1.0 - SPARE)
+        least = (held + at_once * (_moving(program) + working + largest)) / (1.0 - SPARE)
         raise RoomError(
             f"--max-memory {limit / GIB:.3g}GiB is too little: this program takes {held / GIB:.2g} GiB, the largest "
             f"block {largest / GIB:.2g} GiB and one text {working / GIB:.2g} GiB; give at least "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from compressor import checkpoint, models
 from compressor import data as data_module
@@ -56,6 +57,22 @@ class Subject(Loaded):
     graph: Graph
     sites: tuple[Site, ...]
     costs: Costs
+
+
+def described(subject: Subject) -> dict[str, Any]:
+    """The model and its sites as plain JSON values, for a report."""
+    model = subject.model
+    return {
+        "name": model.name,
+        "source": model.source,
+        "task": model.task,
+        "revision": model.revision,
+        "hub_id": model.hub_id,
+        "random_weights": model.random_weights,
+        "inputs": list(model.inputs),
+        "outputs": list(model.outputs),
+        "sites": [dataclasses.asdict(site) for site in subject.sites],
+    }
 
 
 def load(settings: Settings, steps: Steps) -> Subject:

@@ -11,6 +11,7 @@ import torch
 from passes.base import Rewritten
 from passes.edit import bypass, insert_call, insert_constant, remove_dead
 from passes.graph import ADDS, attribute, is_sum, value_of
+from passes.offload import is_offloaded
 from passes.place import SCALINGS
 from passes.sites import aten
 
@@ -86,6 +87,8 @@ def _constant(graph: Graph, node: object) -> torch.Tensor | None:
     if getattr(node, "op", None) != "get_attr":
         return None
     found = attribute(graph, node)  # type: ignore[arg-type]
+    if is_offloaded(found):  # a weight that stays on disk stays as it is
+        return None
     return found.detach().double() if isinstance(found, torch.Tensor) and found.is_floating_point() else None
 
 

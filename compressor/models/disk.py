@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from compressor.models.base import ModelError
-from passes.offload import offloaded
+from passes.graph import Graph
+from passes.offload import READ, is_offloaded, offloaded
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHARD = "512MB"  # all of a shard is in memory while it is written
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Stored:
 
     path: Path
     name: str
+    dtype: torch.dtype
 
     def __call__(self) -> torch.Tensor:
         """Its values in float32."""
@@ -78,8 +86,18 @@ def _stored(where: str, options: Mapping[str, Any]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for path in map(Path, paths):
         with safe_open(path, framework="pt") as file:
-            found |= {name: Stored(path, name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                found[name] = Stored(path, name, _dtype(file.get_slice(name).get_dtype(), where))
     return found
+
+
+def _dtype(name: str, where: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ModelError(
+            f"the files of {where} hold tensors of type {name}; --max-memory reads {', '.join(DTYPES)}: give a "
+            "checkpoint that is not quantized."
+        )
+    return DTYPES[name]
 
 
 def _found(stored: Mapping[str, Stored], path: str, base: str, where: str) -> Stored:
@@ -91,6 +109,37 @@ def _found(stored: Mapping[str, Stored], path: str, base: str, where: str) -> St
         f"the files of {where} have no tensor {path}, which --max-memory needs under this very name; open and save the "
         "model with this version of transformers once, or leave --max-memory out."
     )
+
+
+def stored_bytes(graph: Graph) -> int:
+    """Bytes that the weights of a graph have in their files, those it shares counted once."""
+    stored = {getattr(each, READ): each.numel() for each in graph.module.parameters() if is_offloaded(each)}
+    return sum(count * place.dtype.itemsize for place, count in stored.items())
+
+
+def write_from_disk(module: Any, folder: Path) -> None:
+    """Write a model of transformers whose weights are read from disk, as `save_pretrained` would, shard by shard.
+
+    Weights keep the type that they are stored in; tied ones are written once.
+
+    Args:
+        module: every parameter as `module_on_disk` makes them.
+        folder: exists.
+    """
+    weights = {id(weight): (name, weight) for name, weight in reversed(list(module.named_parameters()))}
+    stored: dict[str, Stored] = {name: getattr(weight, READ) for name, weight in reversed(weights.values())}
+    shapes = {
+        name: torch.empty(weight.shape, dtype=stored[name].dtype, device="meta") for name, weight in weights.values()
+    }
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: stored[name].as_stored() for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    module.config.architectures = [type(module).__name__]
+    module.config.dtype = next(iter(shapes.values())).dtype
+    module.config.save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -180,7 +180,7 @@ def _listed(names: list[str]) -> str:
 
 def _rows(content: Json) -> Iterator[str]:
     """The table of figures in Markdown; in brackets 95 % intervals."""
-    variants, quality = list(content["latency"]), content["quality"]
+    variants, quality = list(content["sizes"]), content["quality"]
     yield f"| | {' | '.join(variants)} |"
     yield f"|---|{'---:|' * len(variants)}"
     if quality is not None:
@@ -193,12 +193,13 @@ def _rows(content: Json) -> Iterator[str]:
                 title = "same answers, %" if name == "agreement" else "divergence"
                 yield _row(title, [_figure(figure) if each == "result" else "" for each in variants])
     speedups = content["speedup"]
-    yield _row("latency, ms (median)", [f"{content['latency'][name]['median']:.3g}" for name in variants])
-    faster = [
-        f"{each['ratio']:.2f}x ({each['low']:.2f}–{each['high']:.2f})" if (each := speedups.get(name)) else ""
-        for name in variants
-    ]
-    yield _row("speed-up of the result", faster)
+    if content["latency"]:
+        yield _row("latency, ms (median)", [f"{content['latency'][name]['median']:.3g}" for name in variants])
+        faster = [
+            f"{each['ratio']:.2f}x ({each['low']:.2f}–{each['high']:.2f})" if (each := speedups.get(name)) else ""
+            for name in variants
+        ]
+        yield _row("speed-up of the result", faster)
     sizes = [content["sizes"][name] for name in variants]
     yield _row("parameters, M", [f"{size['parameters'] / 1e6:.2f}" for size in sizes])
     yield _row("multiply-adds of a sample, G", [f"{size['multiply_adds'] / 1e9:.3f}" for size in sizes])
@@ -225,7 +226,7 @@ def _conditions(content: Json) -> Iterator[str]:
     settings, quality, engine = content["settings"], content["quality"], content["engine"]
     yield (
         "`baseline` is the model with nothing changed, on the same target at the same precision"
-        + ("; `original` is that in float." if "original" in content["latency"] else ".")
+        + ("; `original` is that in float." if "original" in content["sizes"] else ".")
     )
     if quality is not None:
         count = quality["figures"]["result"]["n"]
@@ -234,10 +235,11 @@ def _conditions(content: Json) -> Iterator[str]:
     late = engine.get("state") == "deferred"
     shapes = ", ".join(f"`{name}` {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name)
     threads = f", {settings['threads']} threads" if settings["threads"] else ""
-    yield (
-        f"Latency: {'ONNX Runtime in the place of ' if late else ''}{target}, batch {settings['batch']}{threads}, "
-        f"inputs {shapes}; engines timed in alternating bursts, copies to a GPU not included."
-    )
+    if content["latency"]:
+        yield (
+            f"Latency: {'ONNX Runtime in the place of ' if late else ''}{target}, batch {settings['batch']}{threads}, "
+            f"inputs {shapes}; engines timed in alternating bursts, copies to a GPU not included."
+        )
     if settings["device"] is not None:
         yield f"Device: {settings['device']}."
     yield _machine(engine.get("environment", content["environment"]))
@@ -286,6 +288,6 @@ def _limits(content: Json) -> Iterator[str]:
         yield INT8
     if settings["target"] == "onnxruntime" or content["engine"].get("state") == "deferred":
         yield "An ONNX file carries no preprocessing: feed it what the original's preprocessing gives."
-    if any(size["cache"] for size in content["sizes"].values()):
+    if content["latency"] and any(size["cache"] for size in content["sizes"].values()):
         yield "Latency is that of a prompt with an empty cache; no step of generation was timed."
     yield from content["notes"]

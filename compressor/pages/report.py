@@ -135,10 +135,11 @@ def _tiles(content: Json) -> Iterator[Tile]:
         beside = name == "baseline" and len(content["speedup"]) > 1
         label = f"Speed-up at {content['settings']['precision']}" if beside else "Speed-up"
         yield Tile(label, f"{over['ratio']:.2f}×", f"{over['low']:.2f}–{over['high']:.2f}, over the {name}")
-    start = next(name for name in OF_A_REPORT if name in latency)
-    yield Tile(
-        "Latency", f"{latency['result']['median']:.3g} ms", f"{latency[start]['median']:.3g} ms {start}, medians"
-    )
+    start = next(name for name in OF_A_REPORT if name in sizes)
+    if latency:
+        yield Tile(
+            "Latency", f"{latency['result']['median']:.3g} ms", f"{latency[start]['median']:.3g} ms {start}, medians"
+        )
     if quality is not None:
         label, unit = LABELS[quality["metric"]]
         figure, lost = quality["figures"]["result"], quality["loss"][start]
@@ -170,7 +171,7 @@ def _notes(content: Json) -> Section | None:
 
 
 def _variants(content: Json) -> Section:
-    names = [name for name in OF_A_REPORT if name in content["latency"]]
+    names = [name for name in OF_A_REPORT if name in content["sizes"]]
     prose = " ".join(f"{capital(name)}: {VARIANTS[name]}." for name in names)
     table = Table(["", *names], list(_rows(content, names)), caption=INTERVALS)
     return Section("Gained and lost", [table, Prose(prose)])
@@ -191,11 +192,13 @@ def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
                 found = quality["label_free"][key]
                 places = 2 if key == "agreement" else 4
                 yield [label, *([""] * (len(names) - 1)), cell(found, places=places)]
-    tails = [
-        (f"{each['median']:.2f}", f"p90 {each['p90']:.2f}, p99 {each['p99']:.2f}") for each in map(latency.get, names)
-    ]
-    yield ["latency, ms", *tails]
-    yield ["speed-up of the result", *(times(content["speedup"].get(name)) for name in names)]
+    if latency:
+        tails = [
+            (f"{each['median']:.2f}", f"p90 {each['p90']:.2f}, p99 {each['p99']:.2f}")
+            for each in map(latency.get, names)
+        ]
+        yield ["latency, ms", *tails]
+        yield ["speed-up of the result", *(times(content["speedup"].get(name)) for name in names)]
     yield ["parameters, M", *(f"{sizes[name]['parameters'] / 1e6:.2f}" for name in names)]
     yield ["multiply-adds, G", *(f"{sizes[name]['multiply_adds'] / 1e9:.3f}" for name in names)]
     yield ["engine, MB", *(f"{sizes[name]['bytes'] / 1e6:.2f}" for name in names)]

@@ -207,8 +207,10 @@ def states(content: Json) -> Section | None:
     return Section("Similarity along the depth", [Prose(text), chart])
 
 
-def latencies(content: Json) -> Section:
+def latencies(content: Json) -> Section | None:
     """The distributions of all latencies: of the factorial's cells, or else of the report's variants."""
+    if not content["latency"]:
+        return None
     from compressor.pages.report_charts import distributions
 
     cells = content["factorial"]
