@@ -6,10 +6,10 @@ torch's answers, and the ``engine`` part of report.json, which says what to buil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from compressor.folder import copy_onnx
 from runtimes.base import BuildOptions, Engine, Int8Style, Layers, Runtime, runtime
 
 if TYPE_CHECKING:
+    import torch
+
     from compressor.figures import Array
     from compressor.precision import Source
     from compressor.settings import Settings
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from compressor.subject import Loaded
     from compressor.workshop import Workshop
     from passes.graph import Graph
+
+RunAll: TypeAlias = "Callable[[Graph, Iterable[Mapping[str, torch.Tensor]]], Iterator[tuple[torch.Tensor, ...]]]"
 
 STAND_IN = "onnxruntime"
 FOLDER = "deferred"
@@ -95,9 +99,35 @@ def write(
         for name, source in files.items():
             if name != "result":
                 copy_onnx(source.path, folder / FOLDER / f"{name}.onnx")
-        answers = _answers(graphs, workshop, settings)
-        answers.save(folder / ANSWERS)
+        timed = workshop.timed_inputs(settings)
+        answers = stored_answers(folder, graphs, workshop.subject, timed, settings, one_by_one)
         measured = {name: _measured(answers, name, source.path, workshop) for name, source in files.items()}
+    found = {"target": workshop.target.name, "device": "cpu", "rows": len(answers), "measured": measured}
+    return left_to_device(folder, target, options, files, workshop.subject, found)
+
+
+def left_to_device(
+    folder: Path,
+    target: Runtime,
+    options: BuildOptions,
+    files: Mapping[str, Source],
+    subject: Loaded,
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The ``engine`` part of a report whose engine is built elsewhere.
+
+    Args:
+        folder: holds the ONNX files.
+        target: what builds it.
+        options: with the device it runs on.
+        files: the ONNX file of each variant, in its precision.
+        subject: model and data.
+        found: what stood in for the target here, and what it measured.
+
+    Raises:
+        BuildError: the target will refuse one of the files.
+    """
+    measured = found["measured"]
     reduced = [name for name, source in files.items() if source.precision != "fp32"]
     return {
         "state": "deferred",
@@ -105,44 +135,80 @@ def write(
         "options": {key: value for key, value in asdict(options).items() if key != "samples"},
         "precisions": {name: source.precision for name, source in files.items()},
         "files": {name: "model.onnx" if name == "result" else f"{FOLDER}/{name}.onnx" for name in files},
-        "answer": workshop.subject.model.answer,
-        "metric": None if workshop.subject.no_quality_because is not None else workshop.subject.metric,
+        "answer": subject.model.answer,
+        "metric": None if subject.no_quality_because is not None else subject.metric,
         "allowed": {name: allowed_for(measured[name]["parity"] if name in reduced else None) for name in files},
-        "stand_in": {"target": workshop.target.name, "device": "cpu", "rows": len(answers), "measured": measured},
+        "stand_in": dict(found),
         "commands": _commands(folder, files, options) if target.name == "tensorrt" else {},
     }
 
 
-def _answers(graphs: Mapping[str, Graph], workshop: Workshop, settings: Settings) -> Answers:
-    """Test samples with torch's answers to them, as many as fit, and the inputs to be timed, within their share."""
-    subject, per = workshop.subject, workshop.subject.data.test.samples.rows_per_sample
+def stored_answers(
+    folder: Path,
+    graphs: Mapping[str, Graph],
+    subject: Loaded,
+    timed: Mapping[str, Array],
+    settings: Settings,
+    run_all: RunAll,
+) -> Answers:
+    """Write test samples with torch's answers to them, as many as fit, and the inputs to be timed, within their share.
+
+    Args:
+        folder: where ``deferred/`` is.
+        graphs: ``baseline`` and ``result``.
+        subject: model and data.
+        timed: the inputs to be timed.
+        settings: the batch that is timed.
+        run_all: gives the outputs of a graph for each of several batches.
+    """
+    per = subject.data.test.samples.rows_per_sample
     batch = next(subject.data.test.batches(ROWS // per))
-    timed = workshop.timed_inputs(settings)
     fitting = max(1, TIMED_LIMIT * settings.batch // max(1, bytes_of(timed)))
     first = {name: value[:per] for name, value in batch.feeds.items()}
-    sample = bytes_of(first, *(_torch(graph, first, subject) for graph in graphs.values()))
+    sample = bytes_of(first) + sum(_bytes_of_answers(graph, first) for graph in graphs.values())
     rows = per * max(1, min(len(batch.ids), (LIMIT - TIMED_LIMIT) // sample))
     feeds = {name: value[:rows] for name, value in batch.feeds.items()}
-    expected = {name: _torch(graph, feeds, subject) for name, graph in graphs.items()}
+    expected = {name: _torch(graph, feeds, subject, run_all) for name, graph in graphs.items()}
     labels = batch.labels[:rows] if batch.labels is not None and subject.metric == "accuracy" else None
-    return Answers(feeds, expected, {name: value[:fitting] for name, value in timed.items()}, labels)
+    answers = Answers(feeds, expected, {name: value[:fitting] for name, value in timed.items()}, labels)
+    answers.save(folder / ANSWERS)
+    return answers
 
 
-def _torch(graph: Graph, feeds: Mapping[str, Array], subject: Loaded) -> dict[str, Array]:
+def one_by_one(graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The outputs of a graph that is in memory for each of several batches."""
+    from passes.run import run
+
+    return (run(graph, batch) for batch in batches)
+
+
+def _bytes_of_answers(graph: Graph, feeds: Mapping[str, Array]) -> int:
+    """Bytes of all outputs of a graph, which are not computed for it."""
+    import torch
+
+    from passes.offload import shapes_alone
+    from passes.run import Program
+
+    program = Program(graph)
+    with shapes_alone(program, {name: torch.from_numpy(value) for name, value in feeds.items()}) as values:
+        for _ in program.walk(values):
+            pass
+        return sum(value.nbytes for value in program.results(values))
+
+
+def _torch(graph: Graph, feeds: Mapping[str, Array], subject: Loaded, run_all: RunAll) -> dict[str, Array]:
     """Torch's outputs by name, computed a few rows at a time."""
     import torch
 
     from compressor.answers import AT_ONCE
     from compressor.subject import accepting_data
-    from passes.run import run
 
-    def parts() -> Iterator[tuple[torch.Tensor, ...]]:
+    def parts() -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(next(iter(feeds.values()))), AT_ONCE):
-            part = {name: torch.from_numpy(value[start : start + AT_ONCE]) for name, value in feeds.items()}
-            yield run(graph, part)
+            yield {name: torch.from_numpy(value[start : start + AT_ONCE]) for name, value in feeds.items()}
 
     with accepting_data(subject):
-        columns = zip(*parts(), strict=True)
+        columns = zip(*run_all(graph, parts()), strict=True)
         return {
             name: np.concatenate([value.numpy() for value in values])
             for name, values in zip(graph.outputs, columns, strict=True)
@@ -179,20 +245,23 @@ def stand_in(target: Runtime) -> Runtime:
 
 def told(engine: Mapping[str, Any]) -> Iterator[str]:
     """What a report's ``engine`` part says to the reader about where its figures come from, as sentences."""
-    if engine.get("state") == "streamed":
+    if engine.get("streamed") and "environment" not in engine:
         yield (
-            "The model was read block by block and was never in memory as a whole, so nothing was timed; quality was "
-            "measured in torch."
+            "The model was read block by block and never in memory as a whole: quality was measured in torch, nothing "
+            "was timed."
         )
-    if engine.get("state") == "deferred":
+        if engine["state"] == "deferred":
+            yield f"Run `compressor build` with this folder on a machine that holds it, with {engine['target']}."
+    elif engine.get("state") == "deferred":
         yield (
             f"No engine was built: run `compressor build` with this folder on the device. Every figure, and what the "
             f"search went by, was measured with ONNX Runtime on the CPU here, not with {engine['target']} there."
         )
     if "environment" in engine:
+        judge = "torch" if engine.get("streamed") else "ONNX Runtime"
         yield (
-            f"Latency was measured with {engine['target']} on this device; quality with ONNX Runtime where the model "
-            "was compressed."
+            f"Latency was measured with {engine['target']} on this device; quality with {judge} where the model was "
+            "compressed."
         )
         for name, found in engine["measured"].items():
             if "agreement" in found:

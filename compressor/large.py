@@ -6,34 +6,60 @@ measured in torch, which runs original and result block by block.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from compressor import checkpoint, models
+from compressor import checkpoint, deferred, models
 from compressor.choice import Choice, spelled_out
 from compressor.data import Split
 from compressor.environment import environment
+from compressor.errors import CompressorError
 from compressor.evaluate import Evaluation, Runner, evaluate, tensor_batches
 from compressor.figures import Array
 from compressor.lower import lower
+from compressor.models.base import without_cache
 from compressor.models.disk import stored_bytes
 from compressor.parity import Parity, check_parity
+from compressor.precision import Source
 from compressor.report import Quality, Report, Size
+from compressor.rewrite import finished
 from compressor.room import GIB, Bounded, limited
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Subject, accepting_data, described, load
 from compressor.trace import trace
+from compressor.workshop import sized, timing_feeds
 from passes.cost import Costs
 from passes.graph import Graph
 from passes.run import Program
 from passes.sections import cut, run_in_sections, section_ends
 from passes.state import bytes_per_token
+from runtimes.base import BuildOptions, runtime
 
 AT_ONCE = 2  # graphs that are run side by side, each with its own section in memory
 CHECKED = 4  # texts on which the written checkpoint is held against the graph
+
+
+class LargeError(CompressorError):
+    """The target holds the whole model in memory."""
+
+
+def check_target(settings: Settings) -> None:
+    """Refuse to build an engine here.
+
+    Raises:
+        LargeError: the target is one that builds an engine, and that is not left to another machine.
+    """
+    if settings.target != checkpoint.NAME and not settings.defer_build:
+        raise LargeError(
+            f"target {settings.target} needs the whole model in memory, which --max-memory rules out; add "
+            f"--defer-build, to build it elsewhere, or give --target {checkpoint.NAME}."
+        )
 
 
 def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> tuple[Report, Subject]:
@@ -58,11 +84,11 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
         with steps.step("measure the quality") as tick:
             quality = _judged(subject, graphs, bounds, tick)
         (folder / "plan.json").write_text(choice.plan.to_json())
-        with steps.step("write the checkpoint"):
-            path = lower(choice.graph, subject.model, folder / checkpoint.CONFIG[1:])
-        with steps.step("check it against torch"):
-            parity = _parity(path, choice.graph, subject, bounds)
-    return _report(settings, subject, choice, quality, parity, path, steps, command), subject
+        if settings.target == checkpoint.NAME:
+            engine, parity = _checkpoint(graphs, subject, folder, bounds, steps)
+        else:
+            engine, parity = _deferred(graphs, subject, folder, settings, bounds, steps), {}
+    return _report(settings, subject, choice, quality, engine, parity, steps, command), subject
 
 
 def _judged(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick: Tick) -> Evaluation | None:
@@ -70,13 +96,13 @@ def _judged(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick
     if subject.no_quality_because is not None:
         return None
     split = subject.data.test
-    runners = {name: _runner(graph, subject.model.answer, split, bounds, name) for name, graph in graphs.items()}
+    runners = {name: _runner(graph, subject.model.answer, split, bounds) for name, graph in graphs.items()}
     return evaluate(split, runners, metric=subject.metric, reference="baseline", batch_size=bounds.rows, progress=tick)
 
 
-def _runner(graph: Graph, answer: str, split: Split, bounds: Bounded, name: str) -> Runner:
+def _runner(graph: Graph, answer: str, split: Split, bounds: Bounded) -> Runner:
     """Hands out the answers to a split's batches, in their order, whatever it is fed."""
-    answers = _answers(graph, answer, tensor_batches(split, bounds.rows), bounds, name)
+    answers = _answers(graph, answer, tensor_batches(split, bounds.rows), bounds)
 
     def following(_: Mapping[str, Array]) -> Array:
         found: Array = next(answers).numpy()
@@ -86,15 +112,64 @@ def _runner(graph: Graph, answer: str, split: Split, bounds: Bounded, name: str)
 
 
 def _answers(
-    graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded, name: str
+    graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded
 ) -> Iterator[torch.Tensor]:
     """One output of a graph for each batch, computed block by block."""
-    folder = bounds.room.folder / name
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
     program = Program(graph, outputs=[answer])
     sections = cut(program, section_ends(graph), bounds.room.weights)
     for (found,) in run_in_sections(program, sections, batches, folder):
         yield found
+
+
+def _checkpoint(
+    graphs: Mapping[str, Graph], subject: Subject, folder: Path, bounds: Bounded, steps: Steps
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Write the result as a checkpoint, and open it again; the ``engine`` part of the report, and how far it is off."""
+    graph = graphs["result"]
+    with steps.step("write the checkpoint"):
+        path = lower(graph, subject.model, folder / checkpoint.CONFIG[1:])
+    with steps.step("check it against torch"):
+        parity = _parity(path, graph, subject, bounds)
+    told = {"state": "built", "streamed": True, "target": checkpoint.NAME, "file": path.name}
+    return told | {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}, {"result": parity.difference}
+
+
+def _deferred(
+    graphs: Mapping[str, Graph], subject: Subject, folder: Path, settings: Settings, bounds: Bounded, steps: Steps
+) -> dict[str, Any]:
+    """Write the ONNX files and what the device needs to build, check and time them; the report's ``engine`` part."""
+    final = {"baseline": subject.graph, "result": finished(graphs["result"])}
+    paths = {"baseline": folder / deferred.FOLDER / "baseline.onnx", "result": folder / "model.onnx"}
+    subject.model.save(folder)
+    if not final["result"].state:
+        without_cache(folder)
+    (folder / deferred.FOLDER).mkdir()
+    with steps.step("write the ONNX files") as tick:
+        for number, (name, path) in enumerate(paths.items()):
+            tick(number, len(paths), name)
+            lower(final[name], subject.model, path)
+    target = runtime(settings.target)
+    device = target.devices[0] if settings.device is None else settings.device
+    options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
+    with steps.step("write what the device needs"):
+        timed = timing_feeds(subject.data.test, settings.batch)
+        run_all = partial(_outputs, bounds=bounds)
+        answers = deferred.stored_answers(folder, graphs, subject, timed, settings, run_all)
+    found = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
+    files = {name: Source(path) for name, path in paths.items()}
+    options = sized(options, subject, settings)
+    told = deferred.left_to_device(folder, target, options, files, subject, found)
+    return told | {"streamed": True, "timed_inputs": {name: list(value.shape) for name, value in timed.items()}}
+
+
+def _outputs(
+    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """All outputs of a graph for each batch, computed block by block."""
+    program = Program(graph)
+    folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
+    return run_in_sections(program, cut(program, section_ends(graph), bounds.room.weights), batches, folder)
 
 
 def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Parity:
@@ -105,7 +180,7 @@ def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Pari
     found = {}
     for name, (side, of) in sides.items():
         feeds = {key: torch.from_numpy(value) for key, value in batch.items() if key in side.inputs}
-        (found[name],) = _answers(side, of.answer, [feeds], bounds, f"check {name}")
+        (found[name],) = _answers(side, of.answer, [feeds], bounds)
     expected = {subject.model.answer: found["graph"].numpy()}
     return check_parity(
         expected, lambda: {subject.model.answer: found["checkpoint"].numpy()}, name=path.name, advice=checkpoint.ADVICE
@@ -117,14 +192,12 @@ def _report(
     subject: Subject,
     choice: Choice,
     judged: Evaluation | None,
-    parity: Parity,
-    path: Path,
+    engine: dict[str, Any],
+    parity: dict[str, float],
     steps: Steps,
     command: str,
 ) -> Report:
     graphs = {"baseline": subject.graph, "result": choice.graph}
-    final = choice.graph
-    engine = {"state": "streamed", "target": settings.target, "file": path.name}
     return Report(
         command=command,
         settings=settings.to_dict(),
@@ -135,16 +208,16 @@ def _report(
         quality=None if judged is None else Quality.of(judged, list(graphs)),
         no_quality_because=subject.no_quality_because,
         latency={},
-        timed_inputs={},
-        parity={"result": parity.difference},
+        timed_inputs=engine.pop("timed_inputs", {}),
+        parity=parity,
         precision={},
         search=choice.facts,
         healed=None,
         steps=tuple(steps.done),
-        passes=tuple(final.history),
+        passes=tuple(choice.graph.history),
         environment=environment(),
         notes=tuple(_notes(settings, steps)),
-        engine=engine | {"inputs": list(final.inputs), "outputs": list(final.outputs)},
+        engine=engine,
         evidence=choice.evidence,
     )
 

@@ -58,6 +58,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     steps = Steps(console)
     output = Path(settings.output)
     if settings.max_memory is not None:
+        large.check_target(settings)
         with output_folder(output, force=settings.force) as folder:
             report, subject = large.compressed(settings, folder, steps, command)
             _write(report, folder, subject)

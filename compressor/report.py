@@ -149,7 +149,7 @@ class Report:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        late = self.engine.get("state") == "deferred"
+        late = self.engine.get("state") == "deferred" and bool(self.latency)
         target = f"ONNX Runtime, for {self.settings['target']}" if late else self.settings["target"]
         title = f"{self.model['name']} on {target}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

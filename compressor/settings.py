@@ -294,11 +294,6 @@ def _check_memory(settings: Settings) -> None:
         "--random-weights": settings.random_weights,
     }
     found = next((name for name, needed in asked.items() if needed), None)
-    if found is None and settings.drop != "none" and settings.target != checkpoint.NAME:
-        raise SettingsError(
-            f"--target {settings.target} needs the whole model in memory; with --max-memory give --target "
-            f"{checkpoint.NAME}, which writes a checkpoint with fewer blocks."
-        )
     if found is not None:
         raise SettingsError(
             f"found {found} with --max-memory, under which a model is read block by block and only ranked; give a "
