@@ -43,6 +43,8 @@ class BenchSettings:
         context: tokens that language models generate after, each timed; None takes a usual number, none times nothing.
         compile: measure torch models through torch.compile too.
         target: the runtime of ONNX files (default onnxruntime) and of folders (default: what they were exported for).
+        max_length: tokens of a window of a language model's texts; None takes what the first folder was exported with.
+        stride: tokens from the start of a window to that of the next; None takes likewise.
         output: the file to write.
     """
 
@@ -61,6 +63,8 @@ class BenchSettings:
     trust_remote_code: bool = False
     random_weights: bool = False
     samples: int | None = None
+    max_length: int | None = None
+    stride: int | None = None
     rounds: int = 10
     seed: int = 0
     output: str | Path = "bench.json"
@@ -214,6 +218,8 @@ def _usual(settings: BenchSettings, folders: Mapping[str, Exported]) -> Settings
         device=settings.device,
         batch=settings.batch[0],
         samples=settings.samples,
+        max_length=asked.get("max_length") if settings.max_length is None else settings.max_length,
+        stride=asked.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,
         rounds=settings.rounds,
         seed=settings.seed,
     )

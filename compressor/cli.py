@@ -128,6 +128,16 @@ def _subject_options(command: Command) -> Command:
             ),
             click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total.  [default: all]"),
             click.option(
+                "--max-length",
+                type=click.IntRange(min=2),
+                help="Tokens of a window of a language model's texts.  [default: what it takes, at most 2048]",
+            ),
+            click.option(
+                "--stride",
+                type=click.IntRange(min=1),
+                help="Tokens from one window to the next, each scored once.  [default: half of --max-length]",
+            ),
+            click.option(
                 "--search-samples",
                 type=click.IntRange(min=1),
                 default=64,

@@ -35,6 +35,12 @@ WHAT_HELP = (
 @click.option("--random-weights", is_flag=True, help="Build models without their weights (speed only).")
 @click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total; as many as when exporting.")
 @click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    help="Tokens of a window of a language model's texts.  [default: as when exporting]",
+)
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens from one window to the next.  [default: likewise]")
+@click.option(
     "--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed bursts of each engine."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the data split; the same as when exporting.")
