@@ -127,6 +127,10 @@ def bench(
     samples: int | None = None,
     max_length: int | None = None,
     stride: int | None = None,
+    tasks: Sequence[str] = (),
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | Path | None = None,
     rounds: int = 10,
     seed: int = 0,
     output: str | Path = "bench.json",
@@ -143,6 +147,8 @@ def bench(
         "data": None if data is None else str(data),
         "batch": tuple(batch),
         "threads": tuple(threads),
+        "tasks": tuple(tasks),
+        "include_path": None if include_path is None else str(include_path),
         "context": None if context is None else tuple(context),
     }
     return measure(BenchSettings(**asked))

@@ -189,6 +189,7 @@ def _wrap(
         revision=options["revision"],
         hub_id=None if random_weights or Path(where).is_dir() else where,
         random_weights=random_weights,
+        tokenizer=None if image else processors,
         state=state,
     )
 
