@@ -165,6 +165,7 @@ def inspect(
     data: str | Path | None = None,
     metric: str = "cosine",
     study: bool = False,
+    against_data: Sequence[str | Path] = (),
     task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -183,4 +184,6 @@ def inspect(
     """
     asked = dict(locals())
     asked.pop("study")
-    return pipeline.inspect(Settings(**asked, drop="none"), study=study)
+    asked.pop("against_data")
+    others = tuple(map(str, against_data))
+    return pipeline.inspect(Settings(**asked, drop="none"), study=study, against_data=others)

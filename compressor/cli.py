@@ -353,7 +353,12 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
     help="Also answer how redundancy runs over depth, positions and kinds of tokens, and how stable the ranking is: "
     "study.json and study.html.",
 )
-def inspect(quiet: bool, output: str, study: bool, **options: Any) -> None:
+@click.option(
+    "--against-data",
+    multiple=True,
+    help="With --study: further data, or random (tokens, or noise); do they rank the branches alike? Several times.",
+)
+def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...], **options: Any) -> None:
     """Show every site of MODEL: how redundant it is, and what it costs."""
     from rich.console import Console
 
@@ -362,7 +367,8 @@ def inspect(quiet: bool, output: str, study: bool, **options: Any) -> None:
     from compressor.settings import Settings
 
     check_writable(Path(output))
-    inspection = pipeline.inspect(Settings(**options, drop="none"), study=study, console=console(quiet))
+    settings = Settings(**options, drop="none")
+    inspection = pipeline.inspect(settings, study=study, against_data=against_data, console=console(quiet))
     out = Console()
     out.print(inspection.table())
     if inspection.study is not None:
