@@ -132,11 +132,7 @@ def _subject_options(command: Command) -> Command:
                 type=click.IntRange(min=2),
                 help="Tokens of a window of a language model's texts.  [default: what it takes, at most 2048]",
             ),
-            click.option(
-                "--stride",
-                type=click.IntRange(min=1),
-                help="Tokens from one window to the next, each scored once.  [default: half of --max-length]",
-            ),
+            click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window.  [default: half]"),
             click.option(
                 "--search-samples",
                 type=click.IntRange(min=1),

@@ -16,7 +16,7 @@ from scipy import stats
 from compressor.changed import Changed, changed_of, worst
 from compressor.data import Batch, Split
 from compressor.errors import CompressorError
-from compressor.figures import Array, Columns, Figure, bootstrap
+from compressor.figures import Array, Columns, Figure, bootstrap, by_text
 from compressor.models import Model
 
 Runner = Callable[[Mapping[str, Array]], Array]
@@ -221,21 +221,6 @@ def evaluate(
     if metric == "perplexity":
         joined = {name: by_text(columns, owners) for name, columns in joined.items()}
     return Evaluation(metric, joined, changed)
-
-
-def by_text(columns: Columns, owners: Sequence[str]) -> Columns:
-    """Columns of windows as those of the texts that they are of, in order of appearance.
-
-    The tokens of a text are not independent of each other, and windows of one text hardly more, so it is texts that a
-    bootstrap draws.
-    """
-    places = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
-    rows = np.array([places[owner] for owner in owners])
-    tokens = np.bincount(rows, columns["tokens"], len(places))
-    means = {key: np.bincount(rows, columns[key] * columns["tokens"], len(places)) for key in columns}
-    return {"nll": np.bincount(rows, columns["nll"], len(places)), "tokens": tokens} | {
-        key: value / np.maximum(tokens, 1.0) for key, value in means.items() if key not in ("nll", "tokens")
-    }
 
 
 def join(parts: list[Columns]) -> Columns:
