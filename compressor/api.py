@@ -56,6 +56,8 @@ def export(
     batch: int = 1,
     samples: int | None = None,
     search_samples: int = 64,
+    max_length: int | None = None,
+    stride: int | None = None,
     rounds: int = 10,
     seed: int = 0,
     example_inputs: Any = None,
@@ -92,6 +94,8 @@ def sweep(
     batch: int = 1,
     samples: int | None = None,
     search_samples: int = 64,
+    max_length: int | None = None,
+    stride: int | None = None,
     rounds: int = 10,
     seed: int = 0,
     example_inputs: Any = None,
@@ -121,6 +125,12 @@ def bench(
     trust_remote_code: bool = False,
     random_weights: bool = False,
     samples: int | None = None,
+    max_length: int | None = None,
+    stride: int | None = None,
+    tasks: Sequence[str] = (),
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    include_path: str | Path | None = None,
     rounds: int = 10,
     seed: int = 0,
     output: str | Path = "bench.json",
@@ -137,6 +147,8 @@ def bench(
         "data": None if data is None else str(data),
         "batch": tuple(batch),
         "threads": tuple(threads),
+        "tasks": tuple(tasks),
+        "include_path": None if include_path is None else str(include_path),
         "context": None if context is None else tuple(context),
     }
     return measure(BenchSettings(**asked))
@@ -153,12 +165,15 @@ def inspect(
     data: str | Path | None = None,
     metric: str = "cosine",
     study: bool = False,
+    against_data: Sequence[str | Path] = (),
     task: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     random_weights: bool = False,
     samples: int | None = None,
     search_samples: int = 64,
+    max_length: int | None = None,
+    stride: int | None = None,
     seed: int = 0,
     example_inputs: Any = None,
 ) -> Inspection:
@@ -169,4 +184,6 @@ def inspect(
     """
     asked = dict(locals())
     asked.pop("study")
-    return pipeline.inspect(Settings(**asked, drop="none"), study=study)
+    asked.pop("against_data")
+    others = tuple(map(str, against_data))
+    return pipeline.inspect(Settings(**asked, drop="none"), study=study, against_data=others)

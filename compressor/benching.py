@@ -18,6 +18,8 @@ from compressor.errors import SettingsError
 from compressor.folder import check_writable, write_files
 from compressor.generated import Generated
 from compressor.generation import contexts, measure
+from compressor.harness import Asked, check_model
+from compressor.harness import judge as asked_tasks
 from compressor.models import Model
 from compressor.settings import Settings
 from compressor.stand import Condition, Stand
@@ -43,6 +45,12 @@ class BenchSettings:
         context: tokens that language models generate after, each timed; None takes a usual number, none times nothing.
         compile: measure torch models through torch.compile too.
         target: the runtime of ONNX files (default onnxruntime) and of folders (default: what they were exported for).
+        max_length: tokens of a window of a language model's texts; None takes what the first folder was exported with.
+        stride: tokens from the start of a window to that of the next; None takes likewise.
+        tasks: tasks of lm-eval that every engine is asked; none asks nothing.
+        num_fewshot: examples in front of each question; None leaves it to the task.
+        limit: questions of each task: a number, or a share below 1; None takes all.
+        include_path: a folder with tasks of one's own, as YAML files.
         output: the file to write.
     """
 
@@ -61,6 +69,12 @@ class BenchSettings:
     trust_remote_code: bool = False
     random_weights: bool = False
     samples: int | None = None
+    max_length: int | None = None
+    stride: int | None = None
+    tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    limit: float | None = None
+    include_path: str | None = None
     rounds: int = 10
     seed: int = 0
     output: str | Path = "bench.json"
@@ -71,11 +85,17 @@ class BenchSettings:
                 raise SettingsError(f"{name} is {_listed(values)}; expected different numbers of at least 1.")
         if not self.batch:
             raise SettingsError("batch is empty; expected numbers such as 1,8.")
+        self.asked.check()
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """Every batch size with every number of threads."""
         return tuple(itertools.starmap(Condition, itertools.product(self.batch, self.threads or (None,))))
+
+    @property
+    def asked(self) -> Asked:
+        """What the lm-evaluation-harness is asked for."""
+        return Asked(self.tasks, self.num_fewshot, self.limit, self.include_path)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -107,6 +127,14 @@ def bench(
         engines = stand.built(Path(scratch), steps)
         parity = stand.parity(engines)
         evaluation = stand.quality(engines, steps)
+        harness = asked_tasks(
+            stand.quiet_openers(engines),
+            stand.loaded.model,
+            settings.asked,
+            against=stand.reference,
+            length=stand.settings.max_length,
+            steps=steps,
+        )
         measurements = stand.measurements(engines, settings.rounds, steps)
         generation = measure(stand, engines, settings.rounds, Path(scratch), steps)
     comparison = Comparison(
@@ -122,6 +150,7 @@ def bench(
         measurements=measurements,
         generated=Generated(stand.loaded.model.name, stand.entries, stand.against, generation),
         parity=parity,
+        harness=harness,
         environment=environment(),
         notes=tuple(_seen_before(stand, folders)),
     )
@@ -135,6 +164,7 @@ def _set_up(settings: BenchSettings, things: Sequence[Given], folders: Mapping[s
     with steps.step("load the models"):
         loaded = {each.name: _given_model(each, settings) for each in things if each.is_model}
         model = _model(settings, folders, loaded)
+    check_model(model, settings.asked)
     entries = tuple(
         entry
         for each in things
@@ -214,6 +244,8 @@ def _usual(settings: BenchSettings, folders: Mapping[str, Exported]) -> Settings
         device=settings.device,
         batch=settings.batch[0],
         samples=settings.samples,
+        max_length=asked.get("max_length") if settings.max_length is None else settings.max_length,
+        stride=asked.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,
         rounds=settings.rounds,
         seed=settings.seed,
     )

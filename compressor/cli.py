@@ -134,6 +134,12 @@ def _subject_options(command: Command) -> Command:
                 "run block by block.  [default: load the model whole]",
             ),
             click.option(
+                "--max-length",
+                type=click.IntRange(min=2),
+                help="Tokens of a window of a language model's texts.  [default: what it takes, at most 2048]",
+            ),
+            click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window.  [default: half]"),
+            click.option(
                 "--search-samples",
                 type=click.IntRange(min=1),
                 default=64,
@@ -349,7 +355,12 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
     help="Also answer how redundancy runs over depth, positions and kinds of tokens, and how stable the ranking is: "
     "study.json and study.html.",
 )
-def inspect(quiet: bool, output: str, study: bool, **options: Any) -> None:
+@click.option(
+    "--against-data",
+    multiple=True,
+    help="With --study: further data, or random (tokens, or noise); do they rank the branches alike? Several times.",
+)
+def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...], **options: Any) -> None:
     """Show every site of MODEL: how redundant it is, and what it costs."""
     from rich.console import Console
 
@@ -359,7 +370,7 @@ def inspect(quiet: bool, output: str, study: bool, **options: Any) -> None:
 
     check_writable(Path(output))
     settings = Settings(**options, drop="none", output=output)
-    inspection = pipeline.inspect(settings, study=study, console=console(quiet))
+    inspection = pipeline.inspect(settings, study=study, against_data=against_data, console=console(quiet))
     out = Console()
     out.print(inspection.table())
     if inspection.study is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compressor.console import Numbers, command_line, console
+from compressor.console import Names, Numbers, command_line, console
 
 WHAT_HELP = (
     "WHAT is any number of folders that `compressor export` wrote (each cell of a factorial is measured), .onnx files, "
@@ -34,6 +34,21 @@ WHAT_HELP = (
 @click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own.")
 @click.option("--random-weights", is_flag=True, help="Build models without their weights (speed only).")
 @click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total; as many as when exporting.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    help="Tokens of a window of a language model's texts.  [default: as when exporting]",
+)
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens from one window to the next.  [default: likewise]")
+@click.option(
+    "--tasks",
+    type=Names(),
+    default="",
+    help="Tasks of lm-eval (pip install lm-eval) that every language model is asked, such as arc_easy,wikitext.",
+)
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's]")
+@click.option("--limit", type=float, help="Questions of each task, or a share of them below 1.  [default: all]")
+@click.option("--include-path", help="Folder with tasks of your own, as YAML files of lm-eval.")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed bursts of each engine."
 )

@@ -13,6 +13,7 @@ from compressor.evaluate import Evaluation
 from compressor.factorial import Factorial, factorial, place
 from compressor.figures import METRICS, Figure
 from compressor.generated import Generated
+from compressor.harness import Harness
 from compressor.report import LABELS, brief, dim
 from compressor.stand import Condition, Measurement
 from runtimes.timing import Latency, Speedup, speedups_over
@@ -33,7 +34,7 @@ class Comparison:
 
     Speed-ups are over `against` under the same condition, losses against `reference`. `parity` is the largest
     difference of each compiled torch model from the eager one, whose quality stands for it. `generated` holds nothing
-    but for language models with a cache.
+    but for language models with a cache, `harness` but where tasks of lm-eval were asked.
     """
 
     command: str
@@ -50,6 +51,7 @@ class Comparison:
     parity: dict[str, float]
     environment: dict[str, object]
     notes: tuple[str, ...]
+    harness: Harness | None = None
 
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:
@@ -112,6 +114,7 @@ class Comparison:
             "measurements": [self._measured(each) for each in self.measurements],
             "factorials": [{"folder": folder, **each.to_dict()} for folder, each in self.factorials],
             "generation": self.generated.to_dict() if self.generated.runs else None,
+            "tasks": None if self.harness is None else self.harness.to_dict(),
             "notes": list(self.notes),
         }
 
@@ -153,6 +156,8 @@ class Comparison:
         yield from self.generated.tables()
         if self.evaluation is not None:
             yield self._quality(self.evaluation)
+        if self.harness is not None:
+            yield self.harness.table()
         for _, each in self.factorials:
             yield each.table()
 
@@ -189,6 +194,8 @@ class Comparison:
         if self.evaluation is not None:
             count = self.data["sizes"]["test"]
             lines.append(f"Quality: {METRICS[self.evaluation.metric]}, on {count} test samples; the same for all.")
+        if self.harness is not None:
+            lines.append(self.harness.summary())
         if self.no_quality_because is not None:
             lines.append(f"No quality stated: {self.no_quality_because}.")
         lines += [

@@ -62,6 +62,16 @@ class Bytes(click.ParamType[int]):
         return int(number * self.units.get(unit, 1))
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names with commas; nothing is no name."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Read names separated by commas."""
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part)
+
+
 class Numbers(click.ParamType[tuple[int, ...]]):
     """Whole numbers with commas, such as 1,8."""
 

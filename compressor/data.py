@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from compressor.preprocess import Preprocess
 from compressor.readers import read
 from compressor.readers.base import Array, DataError, Feeds, LabelKind, Progress, Samples, Skipped
+from compressor.windows import Window, chosen, pieces
 
 __all__ = ["Batch", "Data", "DataError", "Shares", "Skipped", "Split", "load"]
 
@@ -51,13 +52,23 @@ class Shares:
 class Batch:
     """Ready model inputs, first axis rows, and their labels, one a sample.
 
-    With `rows_per_sample` 2 the rows are a0, b0, a1, b1, ... of sentence pairs.
+    With `rows_per_sample` 2 the rows are a0, b0, a1, b1, ... of sentence pairs. `scored`, bool [rows, tokens], is there
+    where rows are windows of texts: a token that is not scored is context only, and a text may have several rows.
     """
 
     feeds: Feeds
     labels: Array | None
     rows_per_sample: int
     ids: tuple[str, ...]
+    scored: Array | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How long texts are cut, and what adds to a window what the model takes beyond tokens."""
+
+    window: Window
+    complete: Callable[[Feeds], Feeds]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +78,7 @@ class Split:
     name: str
     samples: Samples = field(repr=False)
     indices: tuple[int, ...] = field(repr=False)
+    windows: Windows | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -87,6 +99,17 @@ class Split:
             raise DataError(f"found the batch size {batch_size}, expected at least 1")
         return (self._batch(start, batch_size) for start in range(0, len(self.indices), batch_size))
 
+    def whole(self, batch_size: int) -> Iterator[Batch]:
+        """All samples, long texts as windows that follow each other; other samples as `batches` gives them."""
+        if self.windows is None:
+            yield from self.batches(batch_size)
+            return
+        ids, samples = self.samples.ids, self.samples
+        assert samples.whole is not None
+        texts = ((index, samples.whole(index)) for index in self.indices)
+        for piece in pieces(texts, self.windows.window, self.windows.complete, batch_size):
+            yield Batch(piece.feeds, None, 1, tuple(ids[owner] for owner in piece.owners), piece.scored)
+
     def head(self, n: int) -> Split:
         """A part of at most `n` samples, evenly spaced over this one and sharing its prepared samples."""
         if n < 1:
@@ -94,13 +117,13 @@ class Split:
         count = len(self.indices)
         if n >= count:
             return self
-        return Split(self.name, self.samples, tuple(self.indices[place * count // n] for place in range(n)))
+        return replace(self, indices=tuple(self.indices[place * count // n] for place in range(n)))
 
     def beside(self, other: Split, n: int) -> Split:
         """At most `n` samples of this part that are not in `other`, evenly spaced; none where there are no more."""
         taken = set(other.indices)
         left = tuple(index for index in self.indices if index not in taken)
-        rest = Split(self.name, self.samples, left)
+        rest = replace(self, indices=left)
         return rest.head(n) if left else rest
 
     def _batch(self, start: int, size: int) -> Batch:
@@ -124,6 +147,7 @@ class Data:
     reading: str
     seed: int
     shares: Shares
+    window: Window | None = None
 
     def describe(self) -> dict[str, Any]:
         """Everything that report.json says about the data, as plain JSON values."""
@@ -137,6 +161,7 @@ class Data:
             "fractions": {"calibration": self.shares.calibration, "validation": self.shares.validation},
             "caps": {"calibration": self.shares.calibration_cap, "validation": self.shares.validation_cap},
             "total": self.shares.total,
+            "window": None if self.window is None else asdict(self.window),
             "sizes": {part.name: len(part) for part in parts},
             "skipped": [{"id": sample.id, "reason": sample.reason} for sample in self.skipped],
             "test_ids": list(self.test.ids),
@@ -152,13 +177,24 @@ def load(
     shares: Shares | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    max_length: int | None = None,
+    stride: int | None = None,
 ) -> Data:
     """Read, check and split the data that `spec` names.
 
-    Images are really decoded here, once, and kept prepared; `progress(done, total)` follows that. Raises DataError.
+    Images are really decoded here, once, and kept prepared; `progress(done, total)` follows that. `max_length` and
+    `stride` say how texts are cut for a language model: its own length, at most 2,048 tokens, and half of that where
+    they are not given. What is calibrated on is the first window of each text. Raises DataError.
     """
     shares = Shares() if shares is None else shares
+    window = chosen(max_length, stride, preprocess.longest) if task == "text-generation" else None
+    if window is not None:
+        preprocess = preprocess.limited(window.length)
     samples = read(spec, preprocess, task=task, seed=seed, revision=revision)
+    window = window if samples.whole is not None else None
+    if window is not None:
+        samples = replace(samples, feeds=_beginnings(samples.feeds, window))
+    windows = None if window is None else Windows(window, preprocess.complete or dict)
     if preprocess.complete is not None:
         samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
     order = shuffled(samples.ids, seed)[: shares.total]
@@ -171,15 +207,21 @@ def load(
     return Data(
         source=spec,
         label_kind=samples.label_kind,
-        calibration=Split("calibration", samples, usable[:calibration]),
-        validation=Split("validation", samples, usable[calibration:between]),
-        test=Split("test", samples, usable[between:]),
+        calibration=Split("calibration", samples, usable[:calibration], windows),
+        validation=Split("validation", samples, usable[calibration:between], windows),
+        test=Split("test", samples, usable[between:], windows),
         skipped=skipped,
         random=spec == "random",
         reading=samples.reading,
         seed=seed,
         shares=shares,
+        window=window,
     )
+
+
+def _beginnings(feeds: Callable[[Sequence[int]], Feeds], window: Window) -> Callable[[Sequence[int]], Feeds]:
+    """Rows of token arrays cut at the first window; texts are by their tokenizer, which knows where it pads."""
+    return lambda indices: {name: array[:, : window.length] for name, array in feeds(indices).items()}
 
 
 def _completed(feeds: Callable[[Sequence[int]], Feeds], complete: Callable[[Feeds], Feeds]) -> Callable[..., Feeds]:

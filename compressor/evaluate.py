@@ -16,7 +16,7 @@ from scipy import stats
 from compressor.changed import Changed, changed_of, worst
 from compressor.data import Batch, Split
 from compressor.errors import CompressorError
-from compressor.figures import Array, Columns, Figure, bootstrap
+from compressor.figures import Array, Columns, Figure, bootstrap, by_text
 from compressor.models import Model
 
 Runner = Callable[[Mapping[str, Array]], Array]
@@ -68,6 +68,16 @@ def _correlation(left: Array, right: Array) -> Array:
     spread = np.sqrt((left**2).sum(-1) * (right**2).sum(-1))
     correlation: Array = (left * right).sum(-1) / np.where(spread > 0, spread, 1.0)
     return correlation
+
+
+def _mean(columns: Columns, key: str) -> Array:
+    """The mean over samples; over all scored tokens where samples are texts of several."""
+    if "tokens" not in columns:
+        mean: Array = columns[key].mean(-1)
+        return mean
+    tokens = columns["tokens"]
+    weighted: Array = (columns[key] * tokens).sum(-1) / np.maximum(tokens.sum(-1), 1.0)
+    return weighted
 
 
 def loss(metric: str, before: float, after: float) -> float:
@@ -141,7 +151,7 @@ class Evaluation:
         columns = self.columns[name]
         scales = {"agreement": 100.0, "divergence": 1.0}
         return {
-            key: bootstrap(lambda part, key=key, scale=scale: part[key].mean(-1) * scale, columns, 0)  # type: ignore[misc]
+            key: bootstrap(lambda part, key=key, scale=scale: _mean(part, key) * scale, columns, 0)  # type: ignore[misc]
             for key, scale in scales.items()
             if key in columns
         }
@@ -193,8 +203,9 @@ def evaluate(
     """
     parts: dict[str, list[Columns]] = {name: [] for name in runners}
     changed: dict[str, list[Changed]] = {name: [] for name in runners}
+    owners: list[str] = []
     done = 0
-    for batch in split.batches(batch_size):
+    for batch in split.whole(batch_size) if metric == "perplexity" else split.batches(batch_size):
         original = runners[reference](batch.feeds)
         for name, runner in runners.items():
             answer = original if name == reference else runner(batch.feeds)
@@ -202,10 +213,14 @@ def evaluate(
             parts[name].append(columns)
             if metric in ("accuracy", "agreement"):
                 changed[name] = worst([*changed[name], *changed_of(batch, answer, original, columns["regret"], done)])
-        done += len(batch.ids)
+        owners += batch.ids
+        done = len(set(owners)) if metric == "perplexity" else done + len(batch.ids)
         if progress is not None:
             progress(done, len(split))
-    return Evaluation(metric, {name: join(columns) for name, columns in parts.items()}, changed)
+    joined = {name: join(columns) for name, columns in parts.items()}
+    if metric == "perplexity":
+        joined = {name: by_text(columns, owners) for name, columns in joined.items()}
+    return Evaluation(metric, joined, changed)
 
 
 def join(parts: list[Columns]) -> Columns:
@@ -261,12 +276,12 @@ def compare(
 def _moved(metric: str, batch: Batch, answer: Array, original: Array) -> Array:
     """Divergence from the original's answers, per sample; row by row, so that one row of probabilities exists."""
     task = "feature-extraction" if metric == "spearman" else "text-generation"
-    mask = batch.feeds.get("attention_mask")
+    mask = _foretelling(batch) if metric == "perplexity" else batch.feeds.get("attention_mask")
     rows = []
     for row in range(len(answer)):
         moved, before = (torch.from_numpy(side[row : row + 1]) for side in (answer, original))
-        padding = torch.from_numpy(mask[row : row + 1]) if mask is not None and answer.ndim > 2 else None
-        rows.append(float(divergence(task, moved, before, padding)))
+        there = torch.from_numpy(mask[row : row + 1]) if mask is not None and answer.ndim > 2 else None
+        rows.append(float(divergence(task, moved, before, there)))
     means: Array = np.array(rows).reshape(-1, batch.rows_per_sample).mean(1)
     return means
 
@@ -284,13 +299,23 @@ def _regret(answer: Array, original: Array) -> Array:
     return regret
 
 
+def _foretelling(batch: Batch) -> Array:
+    """Which positions foretell a token that is scored, [rows, tokens]: the last one of a text never does."""
+    mask = batch.feeds.get("attention_mask", np.ones_like(batch.feeds["input_ids"])).astype(bool)
+    counted = np.zeros_like(mask)
+    counted[:, :-1] = mask[:, 1:] & mask[:, :-1]  # with padding on the left, the first token is not at 0
+    if batch.scored is not None:
+        counted[:, :-1] &= batch.scored[:, 1:]
+    return counted
+
+
 def _tokens(batch: Batch, answer: Array, original: Array | None) -> Columns:
-    """Negative log-likelihood of each next token; padding and the first token of a text do not count."""
+    """Negative log-likelihood of each next token; padding, context and the first token of a text do not count."""
     ids = torch.from_numpy(batch.feeds["input_ids"])
-    mask = torch.from_numpy(batch.feeds.get("attention_mask", np.ones_like(batch.feeds["input_ids"])))
+    foretelling = torch.from_numpy(_foretelling(batch))[:, :-1]
     rows = []
     for row, logits in enumerate(torch.from_numpy(answer)):  # row by row, so that one row of log-probabilities exists
-        counted = (mask[row, 1:] * mask[row, :-1]).bool()  # with padding on the left, the first token is not at 0
+        counted = foretelling[row]
         nll = torch.nn.functional.cross_entropy(logits[:-1][counted].float(), ids[row, 1:][counted], reduction="sum")
         same = 0.0
         if original is not None:

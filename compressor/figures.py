@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,21 @@ def bootstrap(statistic: Callable[[Columns], Array], columns: Columns, seed: int
         drawn.append(statistic({name: column[rows] for name, column in columns.items()}))
     low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     return Figure(value, float(low), float(high), count)
+
+
+def by_text(columns: Columns, owners: Sequence[str]) -> Columns:
+    """Columns of windows as those of the texts that they are of, in order of appearance.
+
+    The tokens of a text are not independent of each other, and windows of one text hardly more, so it is texts that a
+    bootstrap draws.
+    """
+    places = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
+    rows = np.array([places[owner] for owner in owners])
+    tokens = np.bincount(rows, columns["tokens"], len(places))
+    means = {key: np.bincount(rows, columns[key] * columns["tokens"], len(places)) for key in columns}
+    return {"nll": np.bincount(rows, columns["nll"], len(places)), "tokens": tokens} | {
+        key: value / np.maximum(tokens, 1.0) for key, value in means.items() if key not in ("nll", "tokens")
+    }
 
 
 def scaled(count: int, gap: str = "") -> str:

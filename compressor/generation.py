@@ -197,7 +197,7 @@ def prepare(engine: Engine, model: Model, ids: npt.NDArray[np.int64], folder: Pa
         ids: [rows, tokens].
         folder: made, for the cache.
     """
-    empty = dict(_empty(engine, model, len(ids)))
+    empty = dict(empty_cache(engine, model, len(ids)))
     whole = engine.run(_called(ids, 0) | empty)[model.answer][:, -1].copy()
     prompt = _called(ids[:, :-1], 0) | empty
     answers = engine.run(prompt)
@@ -215,7 +215,7 @@ def _called(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.
     return {"input_ids": new, "attention_mask": mask, "position_ids": positions(mask, new.shape[1])}
 
 
-def _empty(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
     """A cache of no tokens, of what layers the engine has left: [rows, heads, 0, width] each."""
     for name in model.state.values():
         if name in engine.inputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from compressor.room import limited
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
-from compressor.subject import Subject, accepting_data, described, load
+from compressor.subject import Subject, accepting_data, described, load, load_data
 from compressor.usable import usable
 from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized
@@ -217,28 +217,37 @@ def sweep(
     return front
 
 
-def inspect(settings: Settings, *, study: bool = False, console: Console | None = None) -> Inspection:
+def inspect(
+    settings: Settings, *, study: bool = False, against_data: Sequence[str] = (), console: Console | None = None
+) -> Inspection:
     """Score every site of a model on its calibration data; changes and exports nothing.
 
     Args:
         settings: model, data and metric; with the metric ``output`` each site's effect on the output is measured too.
         study: also measure how redundancy runs over depth, positions and kinds of tokens, and how stable it is.
+        against_data: further data, or ``random``, whose rankings a study holds against those of the settings' data.
         console: where progress is shown; None shows nothing.
 
     Raises:
         CompressorError, PassError: one sentence that says what was found and what to do.
     """
+    if against_data and not study:
+        raise SettingsError("--against-data compares the rankings of a study; add --study.")
     steps = Steps(console)
     if study and settings.max_memory is not None:
         raise SettingsError("--study compares all layers at once, which --max-memory cannot hold; leave one out.")
     subject = load(settings, steps)
+    others = []
+    for each in against_data:
+        with steps.step(f"load {each}") as tick:
+            others.append(load_data(dataclasses.replace(settings, data=each), subject.model, tick))
     splits, output = [subject.data.calibration], Path(settings.output)
     with accepting_data(subject), limited(subject.graph, splits, settings.max_memory, output, ()) as bounds:
         scores = score(subject, steps, bounds)
         samples = subject.data.calibration.head(settings.search_samples)
         effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
-        found = studied(subject, steps, seed=settings.seed) if study else None
+        found = studied(subject, steps, seed=settings.seed, against=others) if study else None
     return Inspection(
         subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured, found
     )

@@ -69,6 +69,8 @@ class Settings:
         samples: most samples used in total; None takes all.
         max_memory: bytes that the process may hold: the weights stay on disk, and the model is run block by block. None
             loads it whole.
+        max_length: tokens of a window of a language model's texts; None: what the model takes, at most 2,048.
+        stride: tokens from the start of a window to that of the next; None: half of a window.
         search_samples: calibration samples on which `auto` measures effects.
         rounds: timed bursts per engine.
         example_inputs: for a module: a tensor, a tuple or a dict of tensors.
@@ -105,6 +107,8 @@ class Settings:
     batch: int = 1
     samples: int | None = None
     max_memory: int | None = None
+    max_length: int | None = None
+    stride: int | None = None
     search_samples: int = 64
     rounds: int = 10
     seed: int = 0
@@ -188,11 +192,11 @@ def _check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not 0.0 <= value <= 100.0:
             raise SettingsError(f"{name.replace('_', '-')} is {value:g}, which is no budget in %; expected 0 to 100.")
-    for name, least in (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1)):
+    counts = (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1))
+    for name, least in (*counts, ("max_length", 2), ("stride", 1)):
         value = getattr(settings, name)
         if value is not None and value < least:
             raise SettingsError(f"{name.replace('_', '-')} is {value}; expected at least {least}.")
-
     for name, floor in (("speedup", 1.0), ("latency", 0.0), ("heal_budget", 0.0)):
         value = getattr(settings, name)
         if value is not None and not (floor < value < math.inf):

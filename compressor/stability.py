@@ -64,15 +64,15 @@ def stability(
         return None
     rng = np.random.default_rng(seed)
     sizes = sizes_below(samples)
-    every = _means(tokens, sums, np.arange(samples)[None])
+    every = means_of(tokens, sums, np.arange(samples)[None])
     halves = _agreement(*_halves(tokens, sums, rng), samples // 2)
     found = []
     for done, size in enumerate(sizes):
         if progress is not None:
             progress(done, len(sizes))
         drawn = np.stack([rng.permutation(samples)[:size] for _ in range(DRAWS)])
-        found.append(_agreement(_means(tokens, sums, drawn), np.repeat(every, DRAWS, 0), size))
-    again = _means(tokens, sums, rng.integers(0, samples, (DRAWS, samples)))
+        found.append(_agreement(means_of(tokens, sums, drawn), np.repeat(every, DRAWS, 0), size))
+    again = means_of(tokens, sums, rng.integers(0, samples, (DRAWS, samples)))
     if progress is not None:
         progress(len(sizes), len(sizes))
     top = max(1, sites // 4)
@@ -96,10 +96,10 @@ def _halves(tokens: Array, sums: Array, rng: np.random.Generator) -> tuple[Array
     samples = sums.shape[1]
     drawn = np.stack([rng.permutation(samples) for _ in range(DRAWS)])
     middle = samples // 2
-    return _means(tokens, sums, drawn[:, :middle]), _means(tokens, sums, drawn[:, middle : 2 * middle])
+    return means_of(tokens, sums, drawn[:, :middle]), means_of(tokens, sums, drawn[:, middle : 2 * middle])
 
 
-def _means(tokens: Array, sums: Array, drawn: npt.NDArray[Any]) -> Array:
+def means_of(tokens: Array, sums: Array, drawn: npt.NDArray[Any]) -> Array:
     """The mean over all tokens of each draw, [draws, sites]."""
     found: Array = np.stack([sums[:, rows].sum(1) / np.maximum(tokens[:, rows].sum(1), 1.0) for rows in drawn])
     return found

@@ -134,18 +134,22 @@ class Stand:
                 found[entry.name] = float(np.abs(sides[0] - sides[1]).max())
         return found
 
+    def quiet_openers(self, engines: Engines) -> dict[str, Callable[[], Engine]]:
+        """What opens each engine that is judged; threads that wait and spin would take the cores from the others."""
+        return {
+            entry.name: partial(
+                engines.openers[entry.name],
+                dataclasses.replace(self.options(self.conditions[0], entry), spinning=False),
+            )
+            for entry in self.judged
+        }
+
     def quality(self, engines: Engines, steps: Steps) -> Evaluation | None:
         """Quality on test data, on the same samples for all; None where none may be stated."""
         if self.loaded.no_quality_because is not None:
             return None
-        # Waiting threads that spin would take the cores from the other open engines.
-        shared = {
-            entry.name: dataclasses.replace(self.options(self.conditions[0], entry), spinning=False)
-            for entry in self.judged
-        }
         with steps.step("measure the quality") as tick:
-            opened = {name: partial(engines.openers[name], options) for name, options in shared.items()}
-            return judge(opened, self.loaded, self.loaded.data.test, self.reference, tick)
+            return judge(self.quiet_openers(engines), self.loaded, self.loaded.data.test, self.reference, tick)
 
     def measurements(self, engines: Engines, rounds: int, steps: Steps) -> tuple[Measurement, ...]:
         """Latency of every engine under every condition in one interleaved run, then peak memory."""

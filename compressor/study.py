@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.rankings import Between, Sums, between, random_tokens, short
 from compressor.stability import Stability, stability
 from passes.base import apply
 from passes.flow import from_data, leading_constants
@@ -17,6 +19,9 @@ from passes.study import Changes, Kinds, Statistics
 from passes.study import Study as Measure
 
 if TYPE_CHECKING:
+    import torch
+
+    from compressor.data import Data
     from compressor.models import Model
     from compressor.steps import Steps
     from compressor.subject import Subject
@@ -28,7 +33,7 @@ MASSIVE, TIMES = 100.0, 1000.0
 
 @dataclass(frozen=True)
 class Study:
-    """The statistics of a model's sites, and how stable their ranking by cosine is."""
+    """The statistics of a model's sites, how stable their ranking by cosine is, and whether other data rank alike."""
 
     model: str
     task: str
@@ -37,6 +42,7 @@ class Study:
     sites: tuple[Site, ...]
     found: Statistics
     stability: Stability | None
+    agreements: tuple[Between, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, NaN as None."""
@@ -49,6 +55,7 @@ class Study:
             "blocks": self.block_rows(),
             "states": self.state_rows(),
             "stability": None if self.stability is None else asdict(self.stability),
+            "agreements": [asdict(each) | {"alike": each.alike} for each in self.agreements],
         }
 
     def summary(self) -> tuple[str, ...]:
@@ -87,29 +94,57 @@ class Study:
         ]
 
 
-def study(subject: Subject, steps: Steps, *, seed: int = 0) -> Study:
+def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Data] = ()) -> Study:
     """Measure a model on its calibration data: one sweep, then rankings drawn anew.
 
     Args:
         subject: model, data, graph and sites.
         steps: where progress is shown.
         seed: of the draws of samples.
+        against: other data, whose rankings are held against each other's and the subject's; each takes a sweep.
     """
     from compressor.choice import ticking
+
+    own = subject.data
+    with steps.step("study the sites") as tick:
+        batches = ticking(_batches(subject, own, seed), _rows(own), tick)
+        found = apply(_measure(subject, own), subject.graph, batches)
+    mine = _sums(own.source, found, subject.sites)
+    with steps.step("draw samples anew") as tick:
+        stable = stability(mine.tokens, mine.sums, seed=seed, progress=tick)
+    sets = [mine]
+    for data in against:
+        with steps.step(f"rank by {short(data.source)}") as tick:
+            batches = ticking(_batches(subject, data, seed), _rows(data), tick)
+            sets.append(_sums(data.source, apply(_measure(subject, data), subject.graph, batches), subject.sites))
+    kinds = [site.kind for site in subject.sites]
+    pairs = (between(*pair, kinds, seed=seed) for pair in itertools.combinations(sets, 2))
+    agreements = tuple(pair for pair in pairs if pair is not None)
+    model, count = subject.model, len(own.calibration)
+    return Study(model.name, model.task, own.describe(), count, subject.sites, found, stable, agreements)
+
+
+def _measure(subject: Subject, data: Data) -> Measure:
+    kinds = kinds_of(subject.model, subject.graph, subject.sites)
+    return Measure(kinds, data.calibration.samples.rows_per_sample)
+
+
+def _rows(data: Data) -> int:
+    return len(data.calibration) * data.calibration.samples.rows_per_sample
+
+
+def _batches(subject: Subject, data: Data, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The calibration samples; random tokens in the lengths of the subject's own, as others are not comparable."""
     from compressor.evaluate import tensor_batches
 
-    calibration = subject.data.calibration
-    rows = calibration.samples.rows_per_sample
-    with steps.step("study the sites") as tick:
-        batches = ticking(tensor_batches(calibration), len(calibration) * rows, tick)
-        found = apply(Measure(kinds_of(subject.model, subject.graph, subject.sites), rows), subject.graph, batches)
-    with steps.step("draw samples anew") as tick:
-        each = [found.sites[site.name].samples.numpy() for site in subject.sites]
-        stable = stability(
-            np.stack([one[0] for one in each]), np.stack([one[1] for one in each]), seed=seed, progress=tick
-        )
-    model = subject.model
-    return Study(model.name, model.task, subject.data.describe(), len(calibration), subject.sites, found, stable)
+    if data.random and "input_ids" in subject.model.inputs and not subject.data.random:
+        return random_tokens(subject.model, subject.data.calibration, seed)
+    return tensor_batches(data.calibration)
+
+
+def _sums(name: str, found: Statistics, sites: Sequence[Site]) -> Sums:
+    each = [found.sites[site.name].samples.numpy() for site in sites]
+    return Sums(name, np.stack([one[0] for one in each]), np.stack([one[1] for one in each]))
 
 
 def kinds_of(model: Model, graph: Graph, sites: Sequence[Site]) -> Kinds:

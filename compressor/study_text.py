@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from compressor.rankings import short
+
 if TYPE_CHECKING:
     from compressor.study import Study
 
@@ -26,6 +28,7 @@ def sentences(study: Study) -> Iterator[str]:
     yield from _norms(known, states)
     yield from _massive(states)
     yield from _stability(study)
+    yield from _agreements(study)
 
 
 def cosine(value: float) -> str:
@@ -149,3 +152,17 @@ def _stability(study: Study) -> Iterator[str]:
         f"{small.spearman:.3f} ({small.low:.3f} to {small.high:.3f}); the {found.top} most redundant are the same set "
         f"in {found.kept:.0%} of bootstrap draws."
     )
+
+
+def _agreements(study: Study) -> Iterator[str]:
+    """Of the study's own data with each other set; the other pairs are in the JSON and on the page."""
+    for each in (pair for pair in study.agreements if pair.first == study.data["source"]):
+        verdict = "no less than" if each.alike else "less than"
+        kinds = ", ".join(f"{kind} alone {value:.3f}" for kind, value in each.kinds.items() if len(each.kinds) > 1)
+        shared = ", ".join(f"{same} of {count}" for count, same in each.shared.items())
+        yield (
+            f"Rankings by {short(each.first)} ({each.samples[0]} samples) and {short(each.second)} ({each.samples[1]}) "
+            f"agree by Spearman {each.spearman:.3f} (5 to 95 %: {each.low:.3f} to {each.high:.3f}; Kendall "
+            f"{each.kendall:.3f}){f', {kinds}' if kinds else ''}, {verdict} random mixtures of the two do "
+            f"({each.mixed:.3f}, 95 % above {each.floor:.3f}); of the most redundant, {shared} are the same."
+        )

@@ -120,6 +120,10 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
         CompressorError: it cannot be read, or does not fit the model.
     """
     source = settings.data
+    if model.task != "text-generation" and (settings.max_length, settings.stride) != (None, None):
+        raise SubjectError(
+            f"--max-length and --stride cut the texts of language models; {model.name} does {model.task}."
+        )
     data = data_module.load(
         str(source or models.SAMPLE / "digits.npz"),
         model.preprocess,
@@ -128,6 +132,8 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
         shares=Shares(total=settings.samples),
         revision=None,  # --revision is the model's; a data set takes its own as owner/name@revision
         progress=tick,
+        max_length=settings.max_length,
+        stride=settings.stride,
     )
     _check_classes(data, model)
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":

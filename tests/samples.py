@@ -107,3 +107,28 @@ def check_listing(name, sites):
         pytest.fail(f"{path.name} was rewritten; look at the diff and run again without COMPRESSOR_UPDATE_GOLDEN.")
     assert known is not None, f"{path.name} is missing"
     assert json.loads(found) == json.loads(known)
+
+
+def worded(folder, *, vocabulary, weights=None):
+    """A folder of a Llama whose tokens are the words w3, w4, ...: random, or the one in the folder `weights`."""
+    import tokenizers
+    import transformers
+
+    torch.manual_seed(0)
+    if weights is None:
+        config = transformers.LlamaConfig(
+            vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=48, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+        )  # fmt: skip
+        module = transformers.LlamaForCausalLM(config)
+    else:
+        module = transformers.LlamaForCausalLM.from_pretrained(weights)
+    module.save_pretrained(folder)
+    words = dict.fromkeys(("<unk>", "<s>", "</s>")) | {f"w{token}": token for token in range(3, vocabulary)}
+    numbered = {word: token for token, word in enumerate(words)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbered, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=10**30
+    ).save_pretrained(folder)
+    return folder

@@ -47,6 +47,7 @@ class Model:
         save: writes the model's config and preprocessing into a folder, under the ecosystem's own file names.
         hub_id: where the weights lie on the hub, if they come from there.
         random_weights: no checkpoint was read, so no quality may be stated.
+        tokenizer: the tokenizer of transformers, where the model takes texts and has one.
         state: output name to the input name that it is in the next call, such as a key-value cache.
     """
 
@@ -66,6 +67,7 @@ class Model:
     revision: str | None = None
     hub_id: str | None = None
     random_weights: bool = False
+    tokenizer: Any = None
     state: Mapping[str, str] = field(default_factory=dict)
 
     def classes(self) -> int | None:

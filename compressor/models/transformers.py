@@ -21,7 +21,7 @@ from PIL import Image
 from compressor.models.base import Model, ModelError, as_numpy, why
 from compressor.models.causal import Causal, causal
 from compressor.models.disk import module_on_disk
-from compressor.preprocess import Preprocess
+from compressor.preprocess import Preprocess, Tokenise
 
 HEADS = {
     "ForImageClassification": "image-classification",
@@ -38,6 +38,8 @@ AUTO = {
 # Where sentence-transformers says how its embedding is made of the model's answer.
 SENTENCE = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
 EXAMPLE_TOKENS = 16
+USUAL = 2048  # tokens of a text at most, where nothing says what the model takes
+UNLIMITED = 10**6  # tokenizers without a limit name a number like 1e30
 
 
 def load(
@@ -199,6 +201,7 @@ def _wrap(
         revision=options["revision"],
         hub_id=None if random_weights or Path(where).is_dir() else where,
         random_weights=random_weights,
+        tokenizer=None if image else processors,
         state=state,
     )
 
@@ -316,11 +319,19 @@ def _preprocess(
     if image:
         convert = None if processor is None else partial(_pixels, processor)
         return Preprocess(inputs, "image", arrays, image=convert)
-    convert_text = (
-        None if processor is None else partial(_tokens, processor, inputs, _longest(module, processor, beside))
+    longest = _longest(module, processor, beside)
+    if processor is None:
+        return Preprocess(inputs, "text", arrays, longest=longest)
+    return Preprocess(
+        inputs,
+        "text",
+        arrays,
+        text=_cutting(processor, inputs, USUAL if longest is None else longest),
+        class_first=getattr(processor, "cls_token_id", None) is not None,
+        whole=partial(_whole, processor, inputs),
+        cut=partial(_cutting, processor, inputs),
+        longest=longest,
     )
-    marked = getattr(processor, "cls_token_id", None) is not None
-    return Preprocess(inputs, "text", arrays, text=convert_text, class_first=marked)
 
 
 def _pixels(processor: Any, picture: Image.Image) -> npt.NDArray[np.float32]:
@@ -336,13 +347,26 @@ def _tokens(
     return {name: encoded[name].astype(np.int64) for name in inputs}
 
 
-def _longest(module: Any, tokenizer: Any, beside: dict[str, Path]) -> int:
+def _cutting(tokenizer: Any, inputs: tuple[str, ...], longest: int) -> Tokenise:
+    return partial(_tokens, tokenizer, inputs, longest)
+
+
+def _whole(tokenizer: Any, inputs: tuple[str, ...], text: str) -> dict[str, npt.NDArray[Any]]:
+    """However long it is: the tokenizer's warning that the model takes fewer tokens is none here."""
+    encoded = tokenizer(text, verbose=False)
+    return {name: np.array(encoded[name], dtype=np.int64) for name in inputs if name in encoded}
+
+
+def _longest(module: Any, tokenizer: Any, beside: dict[str, Path]) -> int | None:
     """Most tokens the model takes: the least of what tokenizer, positions and sentence-transformers allow."""
-    limits = [tokenizer.model_max_length, getattr(module.config, "max_position_embeddings", None) or 10**9]
+    limits = [
+        getattr(tokenizer, "model_max_length", 10**9),
+        getattr(module.config, "max_position_embeddings", None) or 10**9,
+    ]
     sentence = beside.get("sentence_bert_config.json")
     if sentence is not None:
         limits.append(json.loads(sentence.read_text()).get("max_seq_length") or 10**9)
-    return int(min(limits)) if min(limits) < 10**6 else 2048
+    return int(min(limits)) if min(limits) < UNLIMITED else None
 
 
 def _save(module: Any, processor: Any, beside: dict[str, Path], folder: Path) -> None:

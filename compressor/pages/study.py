@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressor.pages.page import CATEGORIES, WIDTH, Chart, Page, Points, Prose, Section, Table, Tile
+from compressor.rankings import short
 from compressor.study_text import cosine, mean_by_kind, mean_by_position
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def page(study: Study, *, command: str = "") -> Page:
             *_tokens(study, sites),
             *_norms(sites, states),
             *_stability(study),
+            *_agreements(study),
             Section("All branches", [_table(sites)]),
         ],
         command=command,
@@ -224,6 +226,24 @@ def _stability(study: Study) -> Iterator[Section]:
             ),
         ],
     )
+
+
+def _agreements(study: Study) -> Iterator[Section]:
+    rows = [
+        [
+            f"{short(each.first)} and {short(each.second)}",
+            f"{each.spearman:.3f}",
+            f"{each.low:.3f} to {each.high:.3f}",
+            f"{each.kendall:.3f}",
+            f"{each.mixed:.3f}, 95 % above {each.floor:.3f}",
+            ", ".join(f"{same} of {count}" for count, same in each.shared.items()),
+        ]
+        for each in study.agreements
+    ]
+    if rows:
+        headings = ("data", "Spearman", "5 to 95 %", "Kendall", "mixed", "most redundant the same")
+        note = "Rankings by mean cosine. Mixed: Spearman of two heaps, with samples of both in each."
+        yield Section("Whether other data rank alike", [Table(headings, rows, note)])
 
 
 def _table(sites: Sequence[Row]) -> Table:

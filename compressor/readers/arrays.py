@@ -83,7 +83,7 @@ def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: 
     if preprocess.kind == "image" and first.dtype == np.uint8 and len(arrays) == 1:
         return _raw_images(first, name, preprocess)
     if preprocess.kind == "text":
-        return _ready(_tokens(arrays, name, preprocess), "token ids", "tokens" if task == "text-generation" else None)
+        return _token_rows(_tokens(arrays, name, preprocess), task)
     for key in preprocess.inputs:
         if key not in arrays:
             raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
@@ -102,6 +102,17 @@ def _ready(
         }
 
     return Samples(_numbers(next(iter(arrays.values()))), feeds, reading, label_kind=kind)
+
+
+def _token_rows(arrays: Mapping[str, Array], task: str) -> Samples:
+    if task != "text-generation":
+        return _ready(arrays, "token ids", None)
+
+    def whole(index: int) -> Feeds:
+        there = np.asarray(arrays.get("attention_mask", arrays["input_ids"] * 0 + 1)[index], dtype=bool)
+        return {key: np.asarray(array[index], dtype=np.int64)[there] for key, array in arrays.items()}
+
+    return replace(_ready(arrays, "token ids", "tokens"), whole=whole)
 
 
 def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:

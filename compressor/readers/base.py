@@ -44,7 +44,8 @@ class Samples:
     `rows_per_sample` rows each. `faults` really decodes the given samples and returns the reasons of those that
     cannot be used, by position. `labels` has one entry a sample. `reading` says in words how the source was understood.
     `class_folders` counts the subfolders that labels were taken from, those without a picture included. `shown` is
-    what people see of one sample: a picture or a text; None where there is nothing but numbers.
+    what people see of one sample: a picture or a text; None where there is nothing but numbers. `whole` gives the
+    tokens of a text as they are, [tokens] by input name, neither padded nor cut; None for all else.
     """
 
     ids: tuple[str, ...]
@@ -57,6 +58,7 @@ class Samples:
     skipped: tuple[Skipped, ...] = ()
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
     shown: Callable[[int], Image.Image | str] | None = None
+    whole: Callable[[int], Feeds] | None = None
 
 
 def dims(shape: Sequence[int | str]) -> str:

@@ -90,6 +90,7 @@ def table_samples(
         rows_per_sample=2 if apart else 1,
         skipped=(*skipped, *bad),
         shown=source.shown,
+        whole=source.whole if task == "text-generation" and preprocess.whole is not None else None,
     )
 
 

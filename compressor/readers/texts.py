@@ -60,6 +60,11 @@ class Tokens:
                 )
         return {name: batch[name] for name in self.preprocess.inputs}
 
+    def whole(self, index: int) -> Feeds:
+        """The tokens of a single text, neither padded nor cut, [tokens] by input name."""
+        assert self.preprocess.whole is not None
+        return self.preprocess.whole(self.first[index])
+
 
 def tokens(
     name: str, first: Sequence[str], second: Sequence[str] | None, paired: bool, preprocess: Preprocess
@@ -91,4 +96,5 @@ def read_lines(path: Path, name: str, preprocess: Preprocess, task: str) -> Samp
     source = tokens(name, [line for _, line in lines], None, False, preprocess)
     kind: LabelKind | None = "tokens" if task == "text-generation" else None
     ids = tuple(str(row) for row, _ in lines)
-    return Samples(ids, source.feeds, "one text a line", label_kind=kind, shown=source.shown)
+    whole = source.whole if kind == "tokens" and preprocess.whole is not None else None
+    return Samples(ids, source.feeds, "one text a line", label_kind=kind, shown=source.shown, whole=whole)
