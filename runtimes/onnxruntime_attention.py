@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
 LENGTH_AXIS = 2  # of keys and values
+HIDDEN = -1e30  # a score that leaves no weight
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Attention:
     heads: int
     scale: float
     softcap: float  # scores stay within plus and minus this; 0 for no limit
+    causal: bool  # whether the mask is known to hide whatever comes after a token
     output: str  # [rows, heads, new tokens, width]
 
 
@@ -99,8 +101,9 @@ def _attention(index: Index, states: Mapping[str, State], mixed: onnx.NodeProto)
         heads = [*index.shapes.get(mixed.output[0], ()), 0, 0][1]
     if not heads:
         return None
+    mask = masked.input[1]
     return Attention(
-        scores.queries, keys, values, masked.input[1], heads, scores.scale, scores.softcap, mixed.output[0]
+        scores.queries, keys, values, mask, heads, scores.scale, scores.softcap, _causal(index, mask), mixed.output[0]
     )
 
 
@@ -123,6 +126,44 @@ def _finite(index: Index, mask: str) -> bool:
     node = index.maker(mask, "Where")
     numbers = [number(index, name) for name in node.input[1:]] if node is not None else [None]
     return all(each is not None and math.isfinite(each) for each in numbers)
+
+
+def _causal(index: Index, mask: str) -> bool:
+    """Whether one of the conditions for being seen is to be no later than oneself."""
+    found, chosen = index.maker(mask, "Where"), []
+    hidden = number(index, found.input[2]) if found is not None else None
+    waiting = [found.input[0]] if found is not None and hidden is not None and hidden <= HIDDEN else []
+    while waiting:
+        node = index.makers.get(waiting.pop())
+        if node is not None and node.op_type in ("And", "Expand"):
+            waiting.extend(node.input[: 2 if node.op_type == "And" else 1])
+        elif node is not None and node.op_type == "LessOrEqual":
+            chosen.append(node)
+    return any(_counts(index, node.input[0]) and _counts_on(index, node.input[1]) for node in chosen)
+
+
+def _counts(index: Index, value: str) -> bool:
+    """Whether a value is 0, 1, 2 ... along one axis."""
+    value = _unsqueezed(index, value)
+    node = index.maker(value, "Range")
+    return node is not None and number(index, node.input[0]) == 0 and number(index, node.input[2]) == 1
+
+
+def _counts_on(index: Index, value: str) -> bool:
+    """Whether a value counts on from the length of the past."""
+    node = index.maker(_unsqueezed(index, value), "Add")
+    length = index.maker(node.input[1], "Squeeze") if node is not None else None
+    shape = index.maker(length.input[0], "Shape") if length is not None else None
+    if node is None or shape is None or not reads_length(shape):
+        return False
+    return len(index.shapes.get(shape.input[0], ())) == 4 and _counts(index, node.input[0])
+
+
+def _unsqueezed(index: Index, value: str) -> str:
+    """What a value was before it got further axes."""
+    while (node := index.maker(value, "Unsqueeze")) is not None:
+        value = node.input[0]
+    return value
 
 
 def _scores(index: Index, value: str) -> _Scores | None:
@@ -149,6 +190,11 @@ def _multiple(index: Index, value: str) -> tuple[str, float]:
         if inner == value:
             return value, whole
         value, whole = inner, whole * factor
+
+
+def reads_length(node: onnx.NodeProto) -> bool:
+    """Whether what a shape is asked for is the length, and nothing else."""
+    return (attribute(node, "start", 0), attribute(node, "end")) == (LENGTH_AXIS, LENGTH_AXIS + 1)
 
 
 def _repeated(index: Index, states: Mapping[str, State], value: str) -> tuple[State | None, int]:
