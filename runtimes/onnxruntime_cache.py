@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtimes.base import Feeds
 from runtimes.onnxruntime_attention import LENGTH_AXIS, Attention, attentions, reads_length
 from runtimes.onnxruntime_index import DOMAIN, Index, attribute, fixed, replace
 
@@ -61,6 +62,14 @@ def fuse(model: onnx.ModelProto) -> Counter[str]:
     fact = model.metadata_props.add()
     fact.key, fact.value = FACT, json.dumps(pairs)
     return Counter({FUSED: len(found)})
+
+
+def calls(feeds: Feeds) -> list[Feeds]:
+    """The calls that the operator takes one for: one for each row, where there are several behind a cache."""
+    rows, new = feeds[TOKENS].shape
+    if rows == 1 or new == 1 or new == feeds[MASK].shape[1]:
+        return [feeds]
+    return [{name: value[row : row + 1] for name, value in feeds.items()} for row in range(rows)]
 
 
 def shared(metadata: Mapping[str, str]) -> dict[str, str] | None:
