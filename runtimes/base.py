@@ -36,6 +36,7 @@ NOT_TARGETS = frozenset(
         "onnxruntime_graph",
         "onnxruntime_index",
         "onnxruntime_layers",
+        "onnxruntime_norms",
         "qdq",
         "tensorrt_engine",
         "tensorrt_layers",

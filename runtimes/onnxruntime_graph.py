@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from runtimes import onnxruntime_cache
+from runtimes import onnxruntime_cache, onnxruntime_norms
 from runtimes.onnxruntime_index import DOMAIN, Index, attribute, number, replace, scaled, transposed
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def fuse(model: onnx.ModelProto) -> Counter[str]:
     # A body reads values of the graph around it without its node naming them: nothing around it is known to be unread.
     if any(node.op_type in BRANCHES for node in model.graph.node):
         return made
-    for step in (_fuse_attentions, _fuse_products):
+    for step in (_fuse_attentions, _fuse_products, onnxruntime_norms.fuse):
         made.update(step(model.graph))
     made.update(onnxruntime_cache.fuse(model))
     if made:
