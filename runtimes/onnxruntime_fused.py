@@ -47,6 +47,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         model = onnx.load(source)
         onnxruntime_graph.fuse(model)
         onnx.save(model, out / FILE)
+        del model  # a language model takes as much again when it is opened
         load(out / FILE, options).close()
     except Exception as error:  # protobuf's errors and ValueError, which onnx.save raises for what is too large
         (out / FILE).unlink(missing_ok=True)

@@ -57,10 +57,12 @@ def replace(graph: onnx.GraphProto, replaced: Mapping[str, list[onnx.NodeProto]]
         if read & set(node.output):
             kept.append(node)
             read.update(node.input)
-    constants = [each for each in graph.initializer if each.name in read]
-    for field, values in ((graph.node, kept[::-1]), (graph.initializer, constants)):
-        del field[:]
-        field.extend(values)
+    del graph.node[:]
+    graph.node.extend(kept[::-1])
+    # One by one: what is put into a graph is copied, and the memory of what is taken out is only given back at its end.
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name not in read:
+            del graph.initializer[place]
 
 
 def scaled(index: Index, value: str) -> tuple[str, float]:
