@@ -245,6 +245,20 @@ def test_the_portable_file_stays_as_it_is(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.fused.onnx", "model.onnx"]
 
 
+def test_weights_that_are_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxruntime_fused, "EXTERNAL_ABOVE", 1)
+    for _ in range(2):  # the second time what was there is written over
+        found, expected = both(attention(600), tmp_path, 600)
+        np.testing.assert_allclose(found["y"], expected["y"], rtol=ROUNDING, atol=ROUNDING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model.fused.onnx",
+        "model.fused.onnx.data",
+        "model.onnx",
+    ]
+    weights = sum(array.nbytes for array in map(numpy_helper.to_array, attention(600).graph.initializer))
+    assert (tmp_path / "model.fused.onnx.data").stat().st_size < 2 * weights
+
+
 def test_the_same_file_gives_the_same_engine(tmp_path):
     onnx.save(attention(5, int8=True), tmp_path / "model.onnx")
     first = onnxruntime_fused.build(tmp_path / "model.onnx", tmp_path, ONE).read_bytes()
