@@ -139,31 +139,45 @@ def _causal(index: Index, mask: str) -> bool:
             waiting.extend(node.input[: 2 if node.op_type == "And" else 1])
         elif node is not None and node.op_type == "LessOrEqual":
             chosen.append(node)
-    return any(_counts(index, node.input[0]) and _counts_on(index, node.input[1]) for node in chosen)
+    return any(_columns(index, node.input[0]) and _rows(index, node.input[1]) for node in chosen)
 
 
-def _counts(index: Index, value: str) -> bool:
-    """Whether a value is 0, 1, 2 ... along one axis."""
-    value = _unsqueezed(index, value)
-    node = index.maker(value, "Range")
-    return node is not None and number(index, node.input[0]) == 0 and number(index, node.input[2]) == 1
+def _columns(index: Index, value: str) -> bool:
+    """Whether a value is 0, 1, 2 ... along the last of four axes: the places of what is attended to."""
+    value, axes = _unsqueezed(index, value)
+    return axes == [1, 1, 1, 0] and _counts(index, value)
 
 
-def _counts_on(index: Index, value: str) -> bool:
-    """Whether a value counts on from the length of the past."""
-    node = index.maker(_unsqueezed(index, value), "Add")
+def _rows(index: Index, value: str) -> bool:
+    """Whether a value counts on from the length of the past along the axis before: the places of the new tokens."""
+    value, axes = _unsqueezed(index, value)
+    node = index.maker(value, "Add")
     length = index.maker(node.input[1], "Squeeze") if node is not None else None
     shape = index.maker(length.input[0], "Shape") if length is not None else None
-    if node is None or shape is None or not reads_length(shape):
+    if node is None or shape is None or not reads_length(shape) or axes != [1, 1, 0, 1]:
         return False
     return len(index.shapes.get(shape.input[0], ())) == 4 and _counts(index, node.input[0])
 
 
-def _unsqueezed(index: Index, value: str) -> str:
-    """What a value was before it got further axes."""
+def _counts(index: Index, value: str) -> bool:
+    """Whether a value is 0, 1, 2 ..."""
+    node = index.maker(value, "Range")
+    return node is not None and number(index, node.input[0]) == 0 and number(index, node.input[2]) == 1
+
+
+def _unsqueezed(index: Index, value: str) -> tuple[str, list[int]]:
+    """What of one axis a value was before it got others, and all of its axes: 0 for that one, 1 for the others."""
+    added: list[list[int]] = []
     while (node := index.maker(value, "Unsqueeze")) is not None:
+        constant = index.constant(node.input[1])
+        added.append([] if constant is None else constant.ravel().tolist())
         value = node.input[0]
-    return value
+    axes = [0]
+    for places in reversed(added):
+        rank = len(axes) + len(places)
+        for place in sorted(place % rank for place in places):
+            axes.insert(place, 1)
+    return value, axes
 
 
 def _scores(index: Index, value: str) -> _Scores | None:

@@ -132,8 +132,9 @@ class Cache:
             )
         session = self._live()
         binding = session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        read = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # held until it was run
+        for name, value in read.items():
+            binding.bind_cpu_input(name, value)
         for name, buffer in self._buffers.items():
             binding.bind_ortvalue_input(name, buffer)
         for name, buffer in self._outputs.items():
