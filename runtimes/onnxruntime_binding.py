@@ -87,7 +87,8 @@ class Several:
 class Cache:
     """Keys and values of texts that grow, in buffers as long as they may get; no call copies what is in them.
 
-    A call is one or more tokens for every text: first the prompt, then what follows.
+    A call is one or more tokens for every text: first the prompt, then what follows, token by token where there are
+    several texts. ONNX Runtime takes several tokens behind others for one text only.
     """
 
     def __init__(
