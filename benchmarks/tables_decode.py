@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 WHOLE = "compression"  # of the interactions, the one of everything that was done to the model
+FOLDERS = {"export": "", "fused": "fused, "}  # of benchmarks/decode.py
 CALLS = {"first": "first token", "token": "each further token"}
 
 
@@ -34,10 +35,19 @@ def decode_table(found: Mapping[str, Row]) -> str:
     for kind, run in found.items():
         for each in run["generation"]["measurements"]:
             lines.append(
-                f"| {kind}, {each['context']} | {shown(each['engine'])} | {_time(each['first'])} | "
+                f"| {kind}, {each['context']} | {_engine(each['engine'])} | {_time(each['first'])} | "
                 f"{_time(each['token'])} | {each['tokens_per_second']:.1f} | {each['cache_bytes'] / 1e6:.1f} MB |"
             )
     return "\n".join([*lines, "", *_interactions(found), *_facts(found)])
+
+
+def _engine(name: str) -> str:
+    """An engine's name for a reader.
+
+    >>> _engine("fused/dense float"), _engine("export/dense float")
+    ('fused, dense float', 'Compressor, dense float')
+    """
+    return shown(name).replace("fused/", "fused, ")
 
 
 def _time(part: Row) -> str:
@@ -52,7 +62,7 @@ def _interactions(found: Mapping[str, Row]) -> Iterator[str]:
             speed = " x ".join(f"{whole['speedup'][part]['ratio']:.2f}" for part in ("change", whole["precision"]))
             ratio = whole["ratio"]
             yield (
-                f"- {kind}, {each['context']} tokens, {CALLS[each['part']]}: {speed} alone, "
+                f"- {kind}, {FOLDERS[each['folder']]}{each['context']} tokens, {CALLS[each['part']]}: {speed} alone, "
                 f"{whole['speedup']['both']['ratio']:.2f} together; both / product {ratio['ratio']:.3f} "
                 f"({ratio['low']:.3f}–{ratio['high']:.3f}) {whole['verdict']}."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,8 @@ from runtimes.base import (
     need,
     taken,
 )
+from runtimes.onnxruntime_binding import Bound, Cache, Several, run_errors
+from runtimes.onnxruntime_cache import calls, shared
 from runtimes.onnxruntime_layers import summary
 
 name = "onnxruntime"
@@ -122,58 +123,48 @@ class OnnxRuntimeEngine(Closing[Any]):
         self.outputs: tuple[str, ...] = tuple(value.name for value in session.get_outputs())
         self.input_dtypes: DTypes = {value.name: _dtype(value) for value in session.get_inputs()}
         self.input_shapes: Shapes = {value.name: _shape(value) for value in session.get_inputs()}
+        self._shared = shared(session.get_modelmeta().custom_metadata_map)
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""
         session = self._live()
         feeds = taken(feeds, self.input_dtypes, self.input_shapes)
-        with _run_errors():
-            return dict(zip(self.outputs, session.run(list(self.outputs), dict(feeds)), strict=True))
+        with run_errors():
+            found = [session.run(list(self.outputs), dict(part)) for part in self._parts(feeds)]
+        values = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
+        return dict(zip(self.outputs, values, strict=True))
 
-    def bind(self, feeds: Feeds) -> Bound:
-        """Copy the feeds to the device; each call of the result is one inference on them, its outputs staying there."""
+    def bind(self, feeds: Feeds) -> Bound | Several:
+        """Copy the feeds to the device; each call of the result is one inference on them, its outputs staying there.
+
+        Keys and values are written behind those of the past, in one buffer, where the file allows it.
+        """
         self._live()
-        return Bound(self._live, self.outputs, taken(feeds, self.input_dtypes, self.input_shapes), self._device)
+        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        parts = [Bound(self._live, self.outputs, part, self._device, self._shared) for part in self._parts(feeds)]
+        return parts[0] if len(parts) == 1 else Several(parts)
 
+    def cache(self, rows: int, most: int) -> Cache:
+        """An empty cache for so many texts of at most so many tokens; each call of it reads further ones.
 
-class Bound:
-    """Feeds that lie where a session runs; each call is one inference on them, from there to buffers that stay there.
+        Raises:
+            RuntimesError: the file has none that can be written in place, as target onnxruntime_fused makes them.
+        """
+        self._live()
+        if not self._shared:
+            raise RuntimesError(
+                "This file has no cache that can be written in place; expected a language model, built for "
+                "onnxruntime_fused."
+            )
+        shapes = {past: self.input_shapes[past] for past in self._shared.values()}
+        sizes = {past: (rows, shape[1] or 0, most, shape[3] or 0) for past, shape in shapes.items() if shape}
+        told = [name for name in self.inputs if name not in sizes]
+        dtypes = {name: self.input_dtypes[name] for name in told}
+        return Cache(self._live, self._shared, sizes, (dtypes, {name: self.input_shapes[name] for name in told}))
 
-    ONNX Runtime allocates the outputs at the first call, which knows their shapes; every further one writes the same
-    buffers. So a step of generation, whose keys and values are outputs, goes through no host array and allocates none.
-    """
-
-    def __init__(self, live: Callable[[], Any], outputs: tuple[str, ...], feeds: Feeds, device: str) -> None:
-        import onnxruntime as ort
-
-        self._live, self._names = live, outputs
-        copies = {key: np.array(value, order="C") for key, value in feeds.items()}
-        # Held here to keep it alive: on the CPU the binding reads its memory without owning it.
-        self._inputs = {key: ort.OrtValue.ortvalue_from_numpy(value, device, 0) for key, value in copies.items()}
-        self._outputs: dict[str, Any] = {}
-        self._binding = live().io_binding()
-        for key, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(key, value)
-        for key in outputs:
-            self._binding.bind_output(key, device, 0)
-
-    def __call__(self) -> None:
-        """Run one inference."""
-        with _run_errors():
-            self._live().run_with_iobinding(self._binding)
-            self._binding.synchronize_outputs()
-        if not self._outputs:
-            self._keep()
-
-    def outputs(self) -> dict[str, npt.NDArray[Any]]:
-        """Copies of the outputs of the last call; none before the first."""
-        return {key: value.numpy().copy() for key, value in self._outputs.items()}
-
-    def _keep(self) -> None:
-        """Let further calls write where the first one did."""
-        self._outputs = dict(zip(self._names, self._binding.get_outputs(), strict=True))
-        for key, value in self._outputs.items():
-            self._binding.bind_ortvalue_output(key, value)
+    def _parts(self, feeds: Feeds) -> list[Feeds]:
+        """The calls that one inference takes."""
+        return [feeds] if self._shared is None else calls(feeds)
 
 
 def _open(path: Path, options: BuildOptions, optimised: Path | None = None) -> Any:
@@ -241,13 +232,3 @@ def _dtype(value: Any) -> np.dtype[Any]:
 def _shape(value: Any) -> tuple[int | None, ...] | None:
     """Return the axes, None for a symbolic one; an empty list stands for a scalar as well as for an unknown rank."""
     return tuple(size if isinstance(size, int) else None for size in value.shape) or None
-
-
-@contextlib.contextmanager
-def _run_errors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimesError:
-        raise
-    except Exception as error:  # see _open
-        raise RuntimesError(f"ONNX Runtime stopped: {first_line(error)}.") from error

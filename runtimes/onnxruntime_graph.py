@@ -21,17 +21,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from runtimes import onnxruntime_cache, onnxruntime_norms
+from runtimes.onnxruntime_index import DOMAIN, Index, attribute, number, replace, scaled, transposed
+
 if TYPE_CHECKING:
     import onnx
 
-DOMAIN = "com.microsoft"
 BRANCHES = frozenset({"If", "Loop", "Scan"})
 MANY_TOKENS = 512  # between the 197 at which MultiHeadAttention lost and the 1370 at which it won in int8
 NARROW = 384  # up to here QAttention won; at 768 its products, one for each head, lose more than the layout costs
@@ -49,44 +50,15 @@ def fuse(model: onnx.ModelProto) -> Counter[str]:
     # A body reads values of the graph around it without its node naming them: nothing around it is known to be unread.
     if any(node.op_type in BRANCHES for node in model.graph.node):
         return made
-    for step in (_fuse_attentions, _fuse_products):
+    for step in (_fuse_attentions, _fuse_products, onnxruntime_norms.fuse):
         made.update(step(model.graph))
+    made.update(onnxruntime_cache.fuse(model))
     if made:
         # Shapes of values that are gone, and some that contradict themselves: ONNX Runtime infers them again.
         del model.graph.value_info[:]
         if DOMAIN not in {each.domain for each in model.opset_import}:
             model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return made
-
-
-class _Index:
-    """Who makes and who reads each value of a graph, and the constants; as it was when the index was made."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.makers = {value: node for node in graph.node for value in node.output}
-        self.constants = {each.name: each for each in graph.initializer}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for value in node.input:
-                self._readers.setdefault(value, []).append(node)
-        self._outputs = {each.name for each in graph.output}
-
-    def maker(self, value: str, kind: str) -> onnx.NodeProto | None:
-        """The node of that kind that makes a value."""
-        node = self.makers.get(value)
-        return node if node is not None and node.op_type == kind and node.domain == "" else None
-
-    def reader(self, value: str, kind: str) -> onnx.NodeProto | None:
-        """The node of that kind that is all that reads a value."""
-        readers = self._readers.get(value, [])
-        single = len(readers) == 1 and value not in self._outputs and readers[0].op_type == kind
-        return readers[0] if single else None
-
-    def constant(self, value: str) -> npt.NDArray[Any] | None:
-        """The value of a constant."""
-        from onnx import numpy_helper
-
-        return numpy_helper.to_array(self.constants[value]) if value in self.constants else None
 
 
 @dataclass(frozen=True)
@@ -112,20 +84,20 @@ class _Product:
 
 
 def _fuse_attentions(graph: onnx.GraphProto) -> Counter[str]:
-    index, replaced, made = _Index(graph), {}, Counter[str]()
+    index, replaced, made = Index(graph), {}, Counter[str]()
     for node in graph.node:
         attention = _attention(index, node) if node.op_type == "Softmax" else None
         if attention is not None and (nodes := _attention_nodes(index, attention)):
             replaced[attention.output] = nodes
             made[nodes[-1].op_type] += 1
-    _replace(graph, replaced)
+    replace(graph, replaced)
     return made
 
 
 def _fuse_products(graph: onnx.GraphProto) -> Counter[str]:
     from onnx import helper
 
-    index, replaced = _Index(graph), {}
+    index, replaced = Index(graph), {}
     for node in graph.node:
         product = _product(index, node.output[0]) if node.op_type == "Add" else None
         if product is not None:
@@ -133,25 +105,11 @@ def _fuse_products(graph: onnx.GraphProto) -> Counter[str]:
             replaced[product.output] = [
                 helper.make_node("MatMulIntegerToFloat", [*operands, product.bias], [product.output], domain=DOMAIN)
             ]
-    _replace(graph, replaced)
+    replace(graph, replaced)
     return Counter({"MatMulIntegerToFloat": len(replaced)} if replaced else {})
 
 
-def _replace(graph: onnx.GraphProto, replaced: Mapping[str, list[onnx.NodeProto]]) -> None:
-    """Put other nodes where these values were made, and drop what nothing reads any more."""
-    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
-    read, kept = {each.name for each in graph.output}, []
-    for node in reversed(nodes):
-        if read & set(node.output):
-            kept.append(node)
-            read.update(node.input)
-    constants = [each for each in graph.initializer if each.name in read]
-    for field, values in ((graph.node, kept[::-1]), (graph.initializer, constants)):
-        del field[:]
-        field.extend(values)
-
-
-def _attention_nodes(index: _Index, found: _Attention) -> list[onnx.NodeProto]:
+def _attention_nodes(index: Index, found: _Attention) -> list[onnx.NodeProto]:
     """The fused form; none where the plain one is as quick."""
     from onnx import helper
 
@@ -174,17 +132,17 @@ def _attention_nodes(index: _Index, found: _Attention) -> list[onnx.NodeProto]:
     return [helper.make_node("QAttention", operands, [found.output], domain=DOMAIN, num_heads=found.heads)]
 
 
-def _attention(index: _Index, softmax: onnx.NodeProto) -> _Attention | None:
+def _attention(index: Index, softmax: onnx.NodeProto) -> _Attention | None:
     scores = index.maker(softmax.input[0], "MatMul")
     mixed = index.reader(softmax.output[0], "MatMul")
     turned = index.reader(mixed.output[0], "Transpose") if mixed is not None else None
     joined = index.reader(turned.output[0], "Reshape") if turned is not None else None
     if scores is None or mixed is None or turned is None or joined is None or mixed.input[0] != softmax.output[0]:
         return None
-    if _attribute(softmax, "axis", -1) not in (-1, 3) or _attribute(turned, "perm") != [0, 2, 1, 3]:
+    if attribute(softmax, "axis", -1) not in (-1, 3) or attribute(turned, "perm") != [0, 2, 1, 3]:
         return None
-    (queries, first), (keys, second) = (_scaled(index, value) for value in scores.input)
-    parts = [_part(index, value) for value in (queries, _transposed(index, keys), mixed.input[1])]
+    (queries, first), (keys, second) = (scaled(index, value) for value in scores.input)
+    parts = [_part(index, value) for value in (queries, transposed(index, keys), mixed.input[1])]
     known = [part for part in parts if part is not None]
     if [part[0] for part in known] != [0, 1, 2] or len({part[1] for part in known}) != 1:
         return None
@@ -195,41 +153,22 @@ def _attention(index: _Index, softmax: onnx.NodeProto) -> _Attention | None:
     return _Attention(packed, int(heads), int(width), first * second, max(int(tokens), 0), joined.output[0])
 
 
-def _scaled(index: _Index, value: str) -> tuple[str, float]:
-    """What a value is a multiple of, and the factor."""
-    node = index.maker(value, "Mul")
-    factor = _number(index, node.input[1]) if node is not None else None
-    return (node.input[0], factor) if node is not None and factor is not None else (value, 1.0)
-
-
-def _transposed(index: _Index, value: str) -> str:
-    """What a value is the transpose of in its last two axes; torch.onnx does it in three axes or in all four."""
-    around = index.maker(value, "Reshape")
-    node = index.maker(value if around is None else around.input[0], "Transpose")
-    inner = index.maker(node.input[0], "Reshape") if node is not None and around is not None else None
-    if node is not None and inner is not None and _attribute(node, "perm") == [0, 2, 1]:
-        return str(inner.input[0])
-    return (
-        str(node.input[0]) if node is not None and around is None and _attribute(node, "perm") == [0, 1, 3, 2] else ""
-    )
-
-
-def _part(index: _Index, value: str) -> tuple[int, str, npt.NDArray[np.int64]] | None:
+def _part(index: Index, value: str) -> tuple[int, str, npt.NDArray[np.int64]] | None:
     """Which third of a packed value this is, [batch, heads, tokens, width], the packed value, and how it was split."""
     squeeze = index.maker(value, "Squeeze")
     cut = index.maker(squeeze.input[0], "Slice") if squeeze is not None else None
     turned = index.maker(cut.input[0], "Transpose") if cut is not None else None
     split = index.maker(turned.input[0], "Reshape") if turned is not None else None
-    if cut is None or turned is None or split is None or _attribute(turned, "perm") != [2, 0, 3, 1, 4]:
+    if cut is None or turned is None or split is None or attribute(turned, "perm") != [2, 0, 3, 1, 4]:
         return None
-    start, end, axis = (_number(index, name) for name in cut.input[1:4])
+    start, end, axis = (number(index, name) for name in cut.input[1:4])
     shape = index.constant(split.input[1])
     if shape is None or shape.size != 5 or shape[2] != 3 or start is None or axis != 0 or end != start + 1:
         return None
     return int(start), str(split.input[0]), shape
 
 
-def _product(index: _Index, value: str) -> _Product | None:
+def _product(index: Index, value: str) -> _Product | None:
     """The product of dequantized values, plus a constant bias, that a value is."""
     add = index.maker(value, "Add")
     names = [name for name in add.input if name not in index.constants] if add is not None else []
@@ -246,15 +185,3 @@ def _product(index: _Index, value: str) -> _Product | None:
     if kinds != [3, 2] or weight is None or weight.ndim != 2 or shapes != [(), (), (weight.shape[1],)]:
         return None  # anything but int8 weights, uint8 activations with one scale, and a bias per column
     return _Product((*left.input,), (*right.input,), bias, add.output[0])
-
-
-def _number(index: _Index, value: str) -> float | None:
-    """The only element of a constant."""
-    constant = index.constant(value)
-    return float(constant.item()) if constant is not None and constant.size == 1 else None
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    from onnx import helper
-
-    return next((helper.get_attribute_value(each) for each in node.attribute if each.name == name), default)

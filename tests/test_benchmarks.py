@@ -309,8 +309,10 @@ def test_the_table_of_generation():
         "ratio": over(1.1, 0.05),
         "verdict": "more",
     }
-    factorials = [{"part": part, "context": 128, "interactions": [whole]} for part in ("first", "token")]
-    rows = [row("export/dense float", 128, 1.0, 4e6), row("qwen3 (eager)", 128, 0.5, 4e6)]
+    factorials = [{"folder": folder, "part": part, "context": 128, "interactions": [whole]}
+                  for folder, part in (("export", "first"), ("export", "token"), ("fused", "token"))]  # fmt: skip
+    names = ("export/dense float", "qwen3 (eager)", "fused/dense int8")
+    rows = [row(name, 128, speed, 4e6) for name, speed in zip(names, (1.0, 0.5, 1.0), strict=True)]
     run = {"layers": 4, "plan": {"a": "drop", "b": "drop"}, "environment": {"cores": 2},
            "sizes": {"original": {"cache": 32768}, "result": {"cache": 16384}},
            "generation": {"measurements": rows, "factorials": factorials}}  # fmt: skip
@@ -320,9 +322,11 @@ def test_the_table_of_generation():
         "4.0 MB |"
     )
     assert lines[3].startswith("| dynamic, 128 | torch (eager) |")
-    assert lines[5] == (
+    assert lines[4].startswith("| dynamic, 128 | fused, dense int8 |")
+    assert lines[6] == (
         "- dynamic, 128 tokens, first token: 1.50 x 2.00 alone, 3.30 together; both / product 1.100 (1.050–1.150) more."
     )
+    assert lines[8].startswith("- dynamic, fused, 128 tokens, each further token: 1.50 x 2.00 alone")
     assert "2 of 4 attention layers dropped, 32,768 → 16,384 bytes of cache a token" in lines[-1]
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
 
@@ -418,11 +422,12 @@ def test_decode_runs_on_a_small_model(tmp_path):
     found = decode.measure(small, tmp_path, precision="int8-dynamic", layers=2, context="8,32", rounds=1)
     assert len(found["plan"]) == 1
     rows = found["generation"]["measurements"]
-    assert [row["context"] for row in rows] == [8] * 5 + [32] * 5
+    assert [row["context"] for row in rows] == [8] * 9 + [32] * 9
     assert rows[0]["cache_bytes"] == 2 * rows[2]["cache_bytes"] == 2 * 8 * 2 * 2 * 8 * 4  # both layers: keys, values
     text = script("tables_decode").decode_table({"dynamic": found})
     assert "| dynamic, 32 | Compressor, compressed int8 |" in text
-    assert text.count("both / product") == 4
+    assert "| dynamic, 32 | fused, compressed int8 |" in text
+    assert text.count("both / product") == 8
 
 
 @pytest.mark.slow

@@ -204,6 +204,38 @@ def test_a_float_product_stays():
     assert [each.domain for each in model.opset_import] == [""]
 
 
+def norm(power=2.0, axis=-1, other=False, weights=(SIZE,)):
+    """A root mean square norm of a value; the keywords take it away from what is known."""
+    small = Small([], {})
+    two, last, epsilon = (small.constant(*each) for each in (("two", np.float32(power)), ("last", np.array([axis])),
+                                                              ("epsilon", np.float32(1e-3))))  # fmt: skip
+    mean = small.add("ReduceMean", [small.add("Pow", ["x", two], "squares"), last], "mean", keepdims=1)
+    root = small.add("Sqrt", [small.add("Add", [mean, epsilon], "shifted")], "root")
+    value = small.add("Abs", ["x"], "positive") if other else "x"
+    normed = small.add("Mul", [value, small.add("Reciprocal", [root], "inverse")], "normed")
+    weight = small.constant("weight", np.random.default_rng(0).normal(size=weights).astype(np.float32))
+    y = small.add("Mul", [weight, normed], "y")
+    return small.model([("x", ["batch", SIZE, SIZE])], [(y, ["batch", SIZE, SIZE])])
+
+
+def test_a_root_mean_square_norm_is_one_operator(tmp_path):
+    model = norm()
+    found, expected = both(model, tmp_path, SIZE)
+    np.testing.assert_allclose(found["y"], expected["y"], rtol=ROUNDING, atol=ROUNDING)
+    assert graphs.fuse(model) == kinds(model) == {"SimplifiedLayerNormalization": 1}
+    assert {each.name for each in model.graph.initializer} == {"weight"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"power": 4.0}, {"axis": 1}, {"other": True}, {"weights": (SIZE, 1)}],
+    ids=["another power", "over tokens", "of another value", "a weight for each token"],
+)
+def test_what_is_no_such_norm_stays(tmp_path, changed):
+    model = norm(**changed)
+    assert not graphs.fuse(model)
+
+
 def test_the_portable_file_stays_as_it_is(tmp_path):
     model = attention(600)
     onnx.save(model, tmp_path / "model.onnx")
@@ -211,6 +243,20 @@ def test_the_portable_file_stays_as_it_is(tmp_path):
     assert onnxruntime_fused.build(tmp_path / "model.onnx", tmp_path, ONE) == tmp_path / "model.fused.onnx"
     assert (tmp_path / "model.onnx").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.fused.onnx", "model.onnx"]
+
+
+def test_weights_that_are_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxruntime_fused, "EXTERNAL_ABOVE", 1)
+    for _ in range(2):  # the second time what was there is written over
+        found, expected = both(attention(600), tmp_path, 600)
+        np.testing.assert_allclose(found["y"], expected["y"], rtol=ROUNDING, atol=ROUNDING)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model.fused.onnx",
+        "model.fused.onnx.data",
+        "model.onnx",
+    ]
+    weights = sum(array.nbytes for array in map(numpy_helper.to_array, attention(600).graph.initializer))
+    assert (tmp_path / "model.fused.onnx.data").stat().st_size < 2 * weights
 
 
 def test_the_same_file_gives_the_same_engine(tmp_path):

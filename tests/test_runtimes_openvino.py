@@ -5,8 +5,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from compressor.lower import lower
+from compressor.models.causal import positions
 from runtimes import openvino as target
 from runtimes.base import BuildError, BuildOptions, RuntimeUnavailable
+from tests.test_compressor_models_causal import NEW, greedy, llama, needs_llama, prompts
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed")
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -98,3 +101,22 @@ def test_what_openvino_cannot_read_is_one_sentence(tmp_path):
         target.build(tmp_path / "broken.onnx", tmp_path, BuildOptions())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / target.FILE).exists()
+
+
+@needs_llama
+def test_a_language_model_generates_what_transformers_does(tmp_path):
+    """Ten prompts, 128 tokens each, greedily, each call handed the cache that the one before gave."""
+    model, graph, _ = llama()
+    path = target.build(lower(graph, model, tmp_path / "model.onnx"), tmp_path, BuildOptions())
+    step = every = prompts()
+    with target.load(path, BuildOptions(threads=1)) as engine:
+        heads = {name: shape for name, shape in engine.input_shapes.items() if name.startswith("past")}
+        state = {name: np.zeros((len(step), shape[1], 0, shape[3]), np.float32) for name, shape in heads.items()}
+        for _ in range(NEW):
+            mask = np.ones(every.shape, np.int64)
+            feeds = {"input_ids": step, "attention_mask": mask, "position_ids": positions(mask, step.shape[1])}
+            found = engine.run(feeds | state)
+            state = {name: found[name.replace("past_key_values", "present")] for name in state}
+            step = found["logits"][:, -1].argmax(-1)[:, None]
+            every = np.concatenate([every, step], 1)
+    np.testing.assert_array_equal(every, greedy(model.module, prompts()))
