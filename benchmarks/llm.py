@@ -73,7 +73,7 @@ def published(subject: Subject) -> Iterator[Plan]:
 
 
 def searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop) -> Iterator[Plan]:
-    """Every point of one search, which goes on while anything is saved; its prices are timed on prompts."""
+    """Every point of one search, which goes on while anything is saved; its prices are those of generation."""
     found = begin(subject, settings, rewriter, workshop, Steps(), Journal())
     found.limit = math.inf  # perplexity can more than double
     found.run()
@@ -176,7 +176,7 @@ def main(data_root: Path, rounds: int, context: int, samples: int | None, output
     """Measure all plans and keep the results."""
     where = sources(data_root)
     settings = Settings(model=where["llama"], data=where["tokens"], drop="auto", actions=ACTIONS, tokens="none",
-                        samples=samples)  # fmt: skip
+                        generate=f"{context}:{context}", samples=samples)  # fmt: skip
     output.write_text(json.dumps(compare(settings, rounds, context), indent=1) + "\n")
 
 

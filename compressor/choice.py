@@ -120,8 +120,9 @@ def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop
         if wished == math.inf or search.speedup < enough:
             break
         designs = {"as it is": finished(subject.graph), "result": finished(search.reduced)}
-        timings = workshop.clock(designs, settings, steps)
-        reached = timings["as it is"] / timings["result"]
+        timings, calls = workshop.clock(designs, settings, steps), workshop.calls(settings)
+        before, after = (sum(calls[call].times * ms for call, ms in timings[name].items()) for name in designs)
+        reached = before / after
         if reached >= wished:
             break
         enough = search.speedup * wished / reached * 1.01
@@ -205,14 +206,14 @@ def _prices(
     subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, journal: Journal, steps: Steps
 ) -> Prices:
     """What rewritten graphs cost: timed on the target once, unless the user wants multiply-adds."""
-    inputs = {name: tuple(value.shape) for name, value in workshop.timed_inputs(settings).items()}
+    calls = workshop.calls(settings)
     if settings.cost == "macs":
-        return prices.counted(subject.graph, inputs)
+        return prices.counted(subject.graph, calls)
     return prices.timed(
         subject.graph,
-        inputs,
+        calls,
         subject.sites,
-        lambda graphs: journal.recall("timings", lambda: workshop.clock(graphs, settings, steps)),
+        lambda graphs: journal.recall("timings of calls", lambda: workshop.clock(graphs, settings, steps)),
         _merged(rewriter) if "merge" in settings.chosen_actions else {},
     )
 
@@ -252,7 +253,14 @@ def facts_of(search: Search) -> dict[str, Any]:
         "validation_sweeps": search.validation.evaluations,
         "recalled": search.journal.found,
         "predicted_speedup": search.speedup,
-        "prices": {"unit": found.unit, "timings": dict(found.timings), "largest_error": found.error},
+        "prices": {
+            "unit": found.unit,
+            "timings": found.timings,
+            "largest_error": found.error,
+            "calls": {
+                name: {"times": price.times, "timings": dict(price.timings)} for name, price in found.calls.items()
+            },
+        },
         "steps": [asdict(step) for step in search.steps],
     }
 
@@ -277,7 +285,7 @@ def points_of(search: Search, model: str) -> list[Point]:
     costs = [search.whole, *(step.cost for step in search.steps)]
     losses = [0.0, *(step.loss for step in search.steps)]
     divergences = [0.0, *(step.divergence for step in search.steps)]
-    work = [search.work.multiply_adds, *(step.multiply_adds for step in search.steps)]
+    work = [search.prices.multiply_adds(search.work), *(step.multiply_adds for step in search.steps)]
     kept = efficient(costs, losses)
     return [
         Point(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import cells, deferred, layers
+from compressor.calls import Call, generate_of, together
 from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
 from compressor.data import Data
 from compressor.environment import environment
@@ -23,7 +24,7 @@ from compressor.pages.report import PAGE, html
 from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
 from compressor.precision import AUTO, Converted, Trial
-from compressor.report import REPORT, Quality, Report, Size
+from compressor.report import REPORT, Quality, Report, Size, brief
 from compressor.rewrite import Rewriter
 from compressor.settings import Settings
 from compressor.steps import Steps
@@ -36,6 +37,7 @@ from passes.cost import Costs
 from passes.graph import Graph
 from passes.plan import Plan
 from passes.state import bytes_per_token
+from runtimes.timing import Latency
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,8 +82,9 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             rest = {name: source for name, source in (files | more).items() if name != "result"}
             engines = {name: workshop.build(source) for name, source in rest.items()} | {"result": shipped}
         quality = workshop.quality(engines, steps)
-        timed = workshop.timed_inputs(settings)
-        latency = workshop.latency(engines, timed, settings.rounds, steps)
+        calls = workshop.calls(settings)
+        parts = workshop.latencies(engines, settings, steps)
+        latency = {name: together(calls, each) for name, each in parts.items()}
         engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
         engine |= {"inputs": list(final.inputs), "outputs": list(final.outputs)}
         engine |= {"layers": layers.described(target, shipped, workshop.options)}
@@ -98,7 +101,8 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
             latency={name: latency[name] for name in files},
-            timed_inputs={name: list(value.shape) for name, value in timed.items()},
+            timed_inputs={name: list(shape) for name, shape in next(iter(calls.values())).shapes.items()},
+            generation=_generation(parts, calls, settings, subject),
             parity={name: value.difference for name, value in parity.items()},
             precision={name: facts.to_dict() for name, facts in converted.items()},
             trials=tuple(map(dataclasses.asdict, trials)),
@@ -231,6 +235,17 @@ def inspect(settings: Settings, *, study: bool = False, console: Console | None 
     return Inspection(
         subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured, found
     )
+
+
+def _generation(
+    parts: Mapping[str, Mapping[str, Latency]], calls: Mapping[str, Call], settings: Settings, subject: Subject
+) -> dict[str, Any] | None:
+    """What generation was timed at, and the latency of its calls by variant; None for models without a cache."""
+    asked = generate_of(settings, subject.model)
+    if asked is None:
+        return None
+    latencies = {name: {call: brief(each) for call, each in found.items()} for name, found in parts.items()}
+    return {**dataclasses.asdict(asked), "behind": asked.behind, "calls": latencies}
 
 
 def _describe(subject: Subject) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class Step:
     """One change that was made: its site and action, what it added, and where that led.
 
     `divergence` is the output's distance from the original after it, `loss` what is lost on validation data in percent,
-    `cost` the predicted cost of the whole in the prices' unit and `multiply_adds` its multiply-adds, for the inputs
-    that are timed.
+    `cost` the predicted cost of the whole in the prices' unit and `multiply_adds` its multiply-adds, for what
+    is timed.
     """
 
     site: str
@@ -95,7 +95,7 @@ class Search:
     broken_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        self.work = self.prices.counter.count(self.rewriter.original)
+        self.work = self.prices.count(self.rewriter.original)
         self.whole = self.prices.of(self.work)
         self.graph = self.rewriter.carried_out(self.given)
         self.reduced = self.rewriter.reduced(self.graph, self.given)
@@ -145,10 +145,11 @@ class Search:
         bound = "" if lost.samples == len(self.validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:
-            work = self.prices.counter.count(reduced)
+            work = self.prices.count(reduced)
             self.graph, self.reduced, self.cost, self.broken_in_a_row = graph, reduced, self.prices.of(work), 0
             divergence = self.front.base + added
-            self.steps.append(Step(site, action, added, divergence, lost.percent, self.cost, work.multiply_adds))
+            counted = self.prices.multiply_adds(work)
+            self.steps.append(Step(site, action, added, divergence, lost.percent, self.cost, counted))
             self.front.changed(site, action)
         else:
             self.broken_in_a_row += 1

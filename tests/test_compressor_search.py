@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compressor.search
+from compressor.calls import Call
 from compressor.choice import _shared_out
 from compressor.effects import Effects
 from compressor.evaluate import evaluate, graph_runner, metric_for, tensor_batches
@@ -44,7 +45,7 @@ class World:
             Site(f"s{n}", "mlp", f"b{n}", n, 8, 2, f"a{n}", f"f{n}", f"t{n}", f"a{n}") for n in range(count)
         )
         self.actions, self.refused, self.slope = actions, dict(refused), slope
-        self.original, self.split, self.counter = frozenset(), range(40), self
+        self.original, self.split = frozenset(), range(40)
         self.own, self.saves = {}, {}
         for site in self.sites:
             drop, saved = rng.random(), int(rng.integers(10, 1000))
@@ -98,10 +99,13 @@ class World:
         return Loss(self.slope * self.divergence(graph), len(self.split))
 
     def count(self, graph):
-        return SimpleNamespace(multiply_adds=self.whole - sum(self.saves[change] for change in graph))
+        return self.whole - sum(self.saves[change] for change in graph)
+
+    def multiply_adds(self, work):
+        return work
 
     def of(self, work):
-        return float(work.multiply_adds)
+        return float(work)
 
     def cost(self, graph):
         return self.of(self.count(graph))
@@ -445,7 +449,7 @@ def begun(model, graph, sites, split, actions, limit=100.0, *, metric="agreement
         Rewriter(graph, sites, split),
         Effects(graph, model, split),
         Validation(graph, model, split if held_out is None else held_out, metric),
-        counted(graph, {name: (1, *value.shape[1:]) for name, value in model.example.items()}),
+        counted(graph, {"run": Call.alone({name: value[:1].numpy() for name, value in model.example.items()})}),
         actions,
         limit,
         split,
