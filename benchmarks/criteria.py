@@ -164,7 +164,7 @@ def searched(bench: Bench, name: str, workshop: Workshop, timed: Journal) -> Ite
     click.echo(f"    {len(found.steps)} steps, {found.effects.sweeps:.0f} sweeps")
     for count, step in enumerate(found.steps, start=1):
         saved = 1.0 - step.cost / found.prices.cost(bench.subject.graph)
-        yield {step.site: step.action for step in found.steps[:count]}, saved
+        yield {step.unit: step.action for step in found.steps[:count]}, saved
 
 
 def judged(bench: Bench, graphs: Mapping[tuple[tuple[str, str], ...], Graph]) -> Evaluation:

@@ -78,7 +78,7 @@ def searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop:
     found.limit = math.inf  # perplexity can more than double
     found.run()
     for count in range(1, len(found.steps) + 1):
-        yield Plan(OURS, count, {step.site: step.action for step in found.steps[:count]})
+        yield Plan(OURS, count, found.plan(subject.model.name, OURS, count).changes)
 
 
 def measured(

@@ -18,7 +18,7 @@ from compressor.evidence import evidence, few_scores
 from compressor.front import Point, efficient
 from compressor.journal import Journal
 from compressor.prices import Prices
-from compressor.rewrite import Rewriter, finished
+from compressor.rewrite import Rewriter
 from compressor.search import Search
 from compressor.settings import Settings
 from compressor.steps import Steps, Tick
@@ -119,7 +119,7 @@ def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop
         go_on(search, steps, enough)
         if wished == math.inf or search.speedup < enough:
             break
-        designs = {"as it is": finished(subject.graph), "result": finished(search.reduced)}
+        designs = {"as it is": workshop.finished(subject.graph), "result": workshop.finished(search.reduced)}
         timings, calls = workshop.clock(designs, settings, steps), workshop.calls(settings)
         before, after = (sum(calls[call].times * ms for call, ms in timings[name].items()) for name in designs)
         reached = before / after
@@ -209,12 +209,13 @@ def _prices(
     calls = workshop.calls(settings)
     if settings.cost == "macs":
         return prices.counted(subject.graph, calls)
+    designs = prices.designs_by_kind(subject.graph, subject.sites)
+    designs |= _merged(rewriter) if "merge" in settings.chosen_actions else {}
     return prices.timed(
         subject.graph,
         calls,
-        subject.sites,
+        {name: workshop.finished(design) for name, design in designs.items()},
         lambda graphs: journal.recall("timings of calls", lambda: workshop.clock(graphs, settings, steps)),
-        _merged(rewriter) if "merge" in settings.chosen_actions else {},
     )
 
 
@@ -291,7 +292,7 @@ def points_of(search: Search, model: str) -> list[Point]:
         Point(
             number=number,
             plan=search.plan(model, f"sweep, point {number}", number),
-            change=(search.steps[number - 1].site, search.steps[number - 1].action) if number else None,
+            change=(search.steps[number - 1].unit, search.steps[number - 1].action) if number else None,
             loss=losses[number],
             divergence=divergences[number],
             predicted=search.whole / cost,

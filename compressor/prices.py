@@ -12,7 +12,6 @@ import torch
 from scipy.optimize import nnls
 
 from compressor.calls import Call
-from compressor.rewrite import finished
 from passes.base import PassError, apply
 from passes.drop import Drop
 from passes.fit import Map, StandIn
@@ -91,29 +90,19 @@ def counted(graph: Graph, calls: Mapping[str, Call]) -> Prices:
     )
 
 
-def timed(
-    graph: Graph,
-    calls: Mapping[str, Call],
-    sites: Sequence[Site],
-    clock: Clock,
-    others: Mapping[str, Graph] | None = None,
-) -> Prices:
+def timed(graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph], clock: Clock) -> Prices:
     """Prices in milliseconds on the target.
 
-    One engine each is timed of the model as it is, without the branches of each kind (but for the last attention:
-    without it, a model that is read at its class token has nothing left to do), and with linear maps in the place of
-    one kind, mostly the MLPs. Each kind of call has its own weights: of a prompt the arithmetic takes the time, of one
-    token behind a cache the reading of the weights. They are the non-negative least-squares solution, relative to each
-    engine's time, so that noise cannot give work a negative price.
+    One engine is timed of each design. Each kind of call has its own weights: of a prompt the arithmetic takes the
+    time, of one token behind a cache the reading of the weights. They are the non-negative least-squares solution,
+    relative to each engine's time, so that noise cannot give work a negative price.
 
     Args:
         graph: the traced model.
         calls: what is timed.
-        sites: all sites.
+        designs: graphs to time, as they are lowered; see `designs_by_kind`.
         clock: builds engines from graphs and gives the milliseconds of each call of each.
-        others: further designs to time.
     """
-    designs = _designs(graph, sites) | {name: finished(design) for name, design in (others or {}).items()}
     timings = clock(designs)
     return Prices(
         "ms",
@@ -141,8 +130,12 @@ def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def _designs(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
-    """The graphs whose engines are timed."""
+def designs_by_kind(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
+    """The model as it is, without the branches of each kind, and with linear maps in the place of one kind.
+
+    That is mostly the MLPs. The last attention stays: without it, a model that is read at its class token has nothing
+    left to do.
+    """
     last = [site for site in sites if site.kind == "attention"][-1:]
     others = [site for site in sites if site not in last] or list(sites)
     kinds = {
@@ -152,7 +145,7 @@ def _designs(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
     for kind, gone in kinds.items():
         designs[f"without {kind}"] = graph.fork()
         apply(Drop(tuple(gone)), designs[f"without {kind}"])
-    return {name: finished(design) for name, design in designs.items()}
+    return designs
 
 
 def _linear(graph: Graph, sites: Sequence[Site]) -> Graph:

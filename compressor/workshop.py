@@ -326,7 +326,7 @@ class Workshop:
 
     def _engine(self, name: str, graph: Graph, settings: Settings, steps: Steps) -> Path:
         with steps.step(f"build {name}") as tick:
-            path = self.lowered(finished(graph), name)
+            path = self.lowered(self.finished(graph), name)
             self.parity(path, graph)
             if settings.precision == "fp32":
                 return self.build(Source(path))

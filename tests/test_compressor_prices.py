@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.calls import Call
-from compressor.prices import counted, timed
+from compressor.prices import counted, designs_by_kind, timed
 from compressor.rewrite import finished
 from passes.base import apply
 from passes.cost import Costs
@@ -50,6 +50,10 @@ def clock_of(graph, calls, weights=PLANTED, noise=0.0, seed=0):
     return clock, seen
 
 
+def designs(graph, sites):
+    return {name: finished(design) for name, design in designs_by_kind(graph, sites).items()}
+
+
 def without(graph, sites):
     fork = graph.fork()
     apply(Drop(tuple(sites)), fork)
@@ -88,7 +92,7 @@ def test_times_that_are_linear_in_the_work_are_predicted_exactly(name):
     model, graph, sites = traced(name)
     calls = calls_of(model)
     clock, seen = clock_of(graph, calls)
-    prices = timed(graph, calls, sites, clock)
+    prices = timed(graph, calls, designs(graph, sites), clock)
     assert prices.unit == "ms"
     assert list(prices.timings) == list(seen) == list(prices.calls["run"].fitted)
     assert prices.error < SOLVED
@@ -103,7 +107,7 @@ def test_planted_weights_are_recovered():
     calls = calls_of(model)
     others = {f"without {site.name}": without(graph, [site]) for site in sites}
     clock, seen = clock_of(graph, calls)
-    prices = timed(graph, calls, sites, clock, others)
+    prices = timed(graph, calls, designs(graph, sites) | others, clock)
     assert set(others) < set(seen)
     rows = np.array([features(prices.calls["run"].counter.count(each)) for each in seen.values()])
     assert np.linalg.matrix_rank(rows / rows.max(0)) == 5
@@ -120,7 +124,7 @@ def test_noise_gives_no_work_a_negative_price(seed, noise, free):
     model, graph, sites = traced("vit")
     calls, weights = calls_of(model), PLANTED.copy()
     weights[list(free - {0})] = 0.0
-    prices = timed(graph, calls, sites, clock_of(graph, calls, weights, noise, seed)[0])
+    prices = timed(graph, calls, designs(graph, sites), clock_of(graph, calls, weights, noise, seed)[0])
     assert (prices.calls["run"].weights >= 0.0).all()
     assert np.isfinite(prices.calls["run"].weights).all()
     assert prices.cost(without(graph, sites[:1])) <= prices.cost(graph) + 1e-12
@@ -129,7 +133,7 @@ def test_noise_gives_no_work_a_negative_price(seed, noise, free):
 def test_the_error_is_the_largest_relative_one():
     model, graph, sites = traced("vit")
     calls = calls_of(model)
-    prices = timed(graph, calls, sites, clock_of(graph, calls, noise=0.1)[0])
+    prices = timed(graph, calls, designs(graph, sites), clock_of(graph, calls, noise=0.1)[0])
     errors = [abs(prices.calls["run"].fitted[name] - time) / time for name, time in prices.timings.items()]
     assert prices.error == pytest.approx(max(errors), rel=1e-9)
     assert prices.error > 0.0
@@ -141,7 +145,7 @@ def test_what_is_timed_is_what_is_lowered():
     calls = calls_of(model)
     before = graph.signature()
     clock, seen = clock_of(graph, calls)
-    timed(graph, calls, sites, clock)
+    timed(graph, calls, designs(graph, sites), clock)
     assert next(iter(seen)) == "as it is"
     assert {"without attention", "without mlp"} <= set(seen)
     for design in seen.values():
@@ -161,6 +165,6 @@ def test_a_model_of_one_kind_is_priced():
     assert len({site.kind for site in sites}) == 1
     calls = calls_of(model)
     clock, seen = clock_of(graph, calls)
-    prices = timed(graph, calls, sites, clock)
+    prices = timed(graph, calls, designs(graph, sites), clock)
     assert not any("attention" in name for name in seen)
     assert prices.cost(without(graph, sites)) < prices.cost(graph)
