@@ -65,17 +65,28 @@ class Choice:
 
 def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
     """Make the plan and carry it out on a fork of the subject's graph."""
-    whole = settings.target == checkpoint.NAME
-    rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
+    rewriter = rewriter_of(subject, settings)
     if settings.drop == "auto":
         return _searched(subject, settings, rewriter, workshop, steps)
     plan, facts, known = _named(subject, settings, steps)
     plan = merging(plan, schedule(settings.tokens, subject.sites))
-    if whole:
+    if rewriter.whole:
         checkpoint.check_plan(plan, subject.sites, subject.model)
     with steps.step("rewrite") as tick:
         graph = rewriter.carried_out(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=known)
+
+
+def rewriter_of(subject: Subject, settings: Settings) -> Rewriter:
+    """What carries changes out; where the target can only lack whole blocks, those are its units.
+
+    Raises:
+        CheckpointError: the target can lack none of this model's blocks.
+    """
+    whole = settings.target == checkpoint.NAME
+    if whole and settings.drop == "auto":
+        checkpoint.check_blocks(subject.sites, subject.model)
+    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
 
 
 def _named(subject: Subject, settings: Settings, steps: Steps) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
@@ -209,14 +220,21 @@ def _prices(
     calls = workshop.calls(settings)
     if settings.cost == "macs":
         return prices.counted(subject.graph, calls)
-    designs = prices.designs_by_kind(subject.graph, subject.sites)
-    designs |= _merged(rewriter) if "merge" in settings.chosen_actions else {}
+    designs = _designs(subject, settings, rewriter)
     return prices.timed(
         subject.graph,
         calls,
         {name: workshop.finished(design) for name, design in designs.items()},
         lambda graphs: journal.recall("timings of calls", lambda: workshop.clock(graphs, settings, steps)),
     )
+
+
+def _designs(subject: Subject, settings: Settings, rewriter: Rewriter) -> dict[str, Graph]:
+    """The graphs that are timed for prices."""
+    if rewriter.whole:
+        return prices.designs_by_block(rewriter)
+    merged = _merged(rewriter) if "merge" in settings.chosen_actions else {}
+    return prices.designs_by_kind(subject.graph, subject.sites) | merged
 
 
 def _merged(rewriter: Rewriter) -> dict[str, Graph]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor import cells, deferred, layers
 from compressor.calls import Call, generate_of, together
-from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
+from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, rewriter_of, score
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
@@ -25,7 +25,6 @@ from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
 from compressor.precision import AUTO, Converted, Trial
 from compressor.report import REPORT, Quality, Report, Size, brief
-from compressor.rewrite import Rewriter
 from compressor.settings import Settings
 from compressor.steps import Steps
 from compressor.study import study as studied
@@ -186,7 +185,7 @@ def sweep(
         subject = load(settings, steps)
         workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
         with accepting_data(subject):
-            rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+            rewriter = rewriter_of(subject, settings)
             search = begin(subject, settings, rewriter, workshop, steps)
             go_on(search, steps)
             found = points_of(search, subject.model.name)

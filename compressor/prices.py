@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import nnls
 
 from compressor.calls import Call
+from compressor.rewrite import Rewriter
 from passes.base import PassError, apply
 from passes.drop import Drop
 from passes.fit import Map, StandIn
@@ -145,6 +146,17 @@ def designs_by_kind(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
     for kind, gone in kinds.items():
         designs[f"without {kind}"] = graph.fork()
         apply(Drop(tuple(gone)), designs[f"without {kind}"])
+    return designs
+
+
+def designs_by_block(rewriter: Rewriter) -> dict[str, Graph]:
+    """The model as it is, without every other block, and with its first block alone."""
+    others = list(rewriter.units)[1:]
+    gone = {"as it is": [], "without every other block": others[::2], "first block alone": others}
+    designs = {}
+    for name, blocks in gone.items():
+        with contextlib.suppress(PassError):  # some of them cannot be taken out
+            designs[name] = rewriter.carried_out(rewriter.of_sites(dict.fromkeys(blocks, "drop")))
     return designs
 
 

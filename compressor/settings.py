@@ -147,7 +147,7 @@ class Settings:
         """The actions to choose among."""
         if self.actions is not None:
             return tuple(action.strip() for action in self.actions.split(","))
-        chosen = AUTO_ACTIONS if self.drop == "auto" else ("drop",)
+        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target != checkpoint.NAME else ("drop",)
         return chosen if self.tokens == "auto" else tuple(action for action in chosen if action != "merge")
 
     def to_dict(self) -> dict[str, Any]:
