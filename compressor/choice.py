@@ -254,7 +254,7 @@ def _wish(settings: Settings, found: Prices) -> float:
 
 def rule(settings: Settings) -> str:
     """The rule of a search, in words."""
-    parts = [f"at most {settings.loss_limit:g} % loss"] if settings.loss_limit < 100.0 else []
+    parts = [f"at most {settings.loss_limit:g} % loss"] if math.isfinite(settings.loss_limit) else []
     parts += [f"{settings.speedup:g}x faster"] if settings.speedup is not None else []
     parts += [f"{settings.latency:g} ms"] if settings.latency is not None else []
     return ", ".join(["auto", *parts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -316,7 +317,8 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if settings.drop == "auto" and not report.plan.changes:
-        notes.append(f"No site could be changed within {settings.loss_limit:g} % loss on validation data.")
+        limit = f" within {settings.loss_limit:g} % loss on validation data"
+        notes.append(f"No site could be changed{limit if math.isfinite(settings.loss_limit) else ''}.")
     if report.quality is not None and settings.drop == "auto":
         lost = report.quality.loss["baseline"].value
         if lost > settings.loss_limit:

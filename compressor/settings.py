@@ -132,7 +132,7 @@ class Settings:
         """The most that ``auto`` may lose, in percent."""
         if self.max_loss is not None:
             return self.max_loss
-        return DEFAULT_LOSS if self.speedup is None and self.latency is None else 100.0
+        return DEFAULT_LOSS if self.speedup is None and self.latency is None else math.inf
 
     @property
     def generated(self) -> tuple[int, int] | None:
@@ -192,10 +192,11 @@ def _check_precision(settings: Settings) -> None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name in ("max_loss", "max_precision_loss"):
-        value = getattr(settings, name)
-        if value is not None and not 0.0 <= value <= 100.0:
-            raise SettingsError(f"{name.replace('_', '-')} is {value:g}, which is no budget in %; expected 0 to 100.")
+    if settings.max_loss is not None and not 0.0 <= settings.max_loss < math.inf:  # perplexity can more than double
+        raise SettingsError(f"max-loss is {settings.max_loss:g}, which is no budget in %; expected 0 or more.")
+    if not 0.0 <= settings.max_precision_loss <= 100.0:
+        found = settings.max_precision_loss
+        raise SettingsError(f"max-precision-loss is {found:g}, which is no budget in %; expected 0 to 100.")
     for name, least in (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1)):
         value = getattr(settings, name)
         if value is not None and value < least:

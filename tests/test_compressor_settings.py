@@ -112,8 +112,8 @@ def test_settings_without_a_module_are_made_again_from_their_json() -> None:
     [
         ({}, DEFAULT_LOSS),
         ({"max_loss": 0.0}, 0.0),
-        ({"speedup": 1.5}, 100.0),
-        ({"latency": 5.0}, 100.0),
+        ({"speedup": 1.5}, math.inf),
+        ({"latency": 5.0}, math.inf),
         ({"speedup": 1.5, "max_loss": 2.0}, 2.0),
     ],
 )
