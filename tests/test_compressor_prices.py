@@ -1,5 +1,7 @@
 """Prices: multiply-adds as counted, and times of planted engines recovered."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,6 +130,21 @@ def test_noise_gives_no_work_a_negative_price(seed, noise, free):
     assert (prices.calls["run"].weights >= 0.0).all()
     assert np.isfinite(prices.calls["run"].weights).all()
     assert prices.cost(without(graph, sites[:1])) <= prices.cost(graph) + 1e-12
+
+
+def test_each_kind_of_call_has_its_own_price_and_they_add_up():
+    """A step's price by work is another than a prompt's: of one weight for both, one of them would be wrong."""
+    model, graph, sites = small(spread(), depth=3)[:3]
+    calls = {"prompt": calls_of(model, 4)["run"], "token": dataclasses.replace(calls_of(model)["run"], times=7)}
+    clock, seen = clock_of(graph, calls)
+    prices = timed(graph, calls, designs(graph, sites), clock)
+    took = clock(seen)
+    for design, each in seen.items():
+        expected = took[design]["prompt"] + 7 * took[design]["token"]
+        assert prices.cost(each) == pytest.approx(expected, rel=SOLVED)
+        assert prices.timings[design] == pytest.approx(expected, rel=SOLVED)
+    first, second = prices.count(graph)
+    assert prices.multiply_adds((first, second)) == first.multiply_adds + 7 * second.multiply_adds
 
 
 def test_the_error_is_the_largest_relative_one():
