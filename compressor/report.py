@@ -202,7 +202,7 @@ class Report:
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
         factorial = () if self.factorial is None else self.factorial.conclusion
-        timed = () if self.generation is None else (latency_of(self.generation),)
+        timed = () if self.generation is None else (f"Latency: {what_is_timed(self.generation)}.",)
         return "\n".join(
             [sites, *meaning, *quality, *timed, *factorial, *self.notes, *told(self.engine), *layers.told(self.engine)]
         )
@@ -235,16 +235,16 @@ def brief(latency: Latency) -> dict[str, Any]:
     }
 
 
-def latency_of(generation: Mapping[str, Any]) -> str:
-    """What the latency of a language model is the time of, as a sentence.
+def what_is_timed(generation: Mapping[str, Any]) -> str:
+    """What the latency of a language model is the time of, in words.
 
-    >>> latency_of({"prompt": 512, "new": 0, "behind": 512})
-    'Latency: a prompt of 512 tokens.'
+    >>> what_is_timed({"prompt": 512, "new": 0, "behind": 512})
+    'a prompt of 512 tokens'
     """
     prompt, new, behind = (generation[name] for name in ("prompt", "new", "behind"))
     if not new:
-        return f"Latency: a prompt of {prompt} tokens."
-    return f"Latency: a prompt of {prompt} tokens and {new} new ones, each timed behind a cache of {behind}."
+        return f"a prompt of {prompt} tokens"
+    return f"a prompt of {prompt} tokens and {new} new ones, each timed behind a cache of {behind}"
 
 
 def _unit(unit: str) -> str:

@@ -174,6 +174,8 @@ def test_an_export_reports_generation_and_the_search_goes_by_it(folder, tmp_path
     for design, total in prices["timings"].items():
         assert total == pytest.approx(sum(call["timings"][design] for call in prices["calls"].values()))
     assert "Latency: a prompt of 6 tokens and 4 new ones, each timed behind a cache of 8." in report.summary()
+    for page in ("README.md", "report.html"):
+        assert "a prompt of 6 tokens and 4 new ones" in (tmp_path / "out" / page).read_text()
     assert "each new token, ms" in [row[0].strip() for row in report._rows()]
 
 
