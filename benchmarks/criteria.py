@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def searched(bench: Bench, name: str, workshop: Workshop, timed: Journal) -> Ite
     click.echo(f"    {len(found.steps)} steps, {found.effects.sweeps:.0f} sweeps")
     for count, step in enumerate(found.steps, start=1):
         saved = 1.0 - step.cost / found.prices.cost(bench.subject.graph)
-        yield {step.site: step.action for step in found.steps[:count]}, saved
+        yield {step.unit: step.action for step in found.steps[:count]}, saved
 
 
 def judged(bench: Bench, graphs: Mapping[tuple[tuple[str, str], ...], Graph]) -> Evaluation:
@@ -197,15 +197,14 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
         timed = Journal()
         times = begin(subject, settings, rewriter, workshop, steps, timed).prices
-        feeds = workshop.timed_inputs(settings)
-        counts = counted(subject.graph, {name: tuple(value.shape) for name, value in feeds.items()})
+        counts = counted(subject.graph, workshop.calls(settings))
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)
         ways = {method.name: partial(plans, bench, method) for method in METHODS}
         ways |= {name: partial(searched, bench, name, workshop, timed) for name in SEARCHES}
         rows = [row for name in only or ways for row in _rows(bench, name, ways[name]())]
         engines = {AS_IS: lower(subject.graph, subject.model, Path(scratch) / "original.onnx")} | bench.files
-        latency = workshop.latency(engines, feeds, ROUNDS, steps)
+        latency = workshop.latency(engines, replace(settings, rounds=ROUNDS), steps)
     for row in rows:
         row["speedup"] = latency[row.pop("plan")].speedup_over(latency[AS_IS])._asdict()
     exact = bench.judged[()]

@@ -73,12 +73,12 @@ def published(subject: Subject) -> Iterator[Plan]:
 
 
 def searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop) -> Iterator[Plan]:
-    """Every point of one search, which goes on while anything is saved; its prices are timed on prompts."""
+    """Every point of one search, which goes on while anything is saved; its prices are those of generation."""
     found = begin(subject, settings, rewriter, workshop, Steps(), Journal())
     found.limit = math.inf  # perplexity can more than double
     found.run()
     for count in range(1, len(found.steps) + 1):
-        yield Plan(OURS, count, {step.site: step.action for step in found.steps[:count]})
+        yield Plan(OURS, count, found.plan(subject.model.name, OURS, count).changes)
 
 
 def measured(
@@ -176,7 +176,7 @@ def main(data_root: Path, rounds: int, context: int, samples: int | None, output
     """Measure all plans and keep the results."""
     where = sources(data_root)
     settings = Settings(model=where["llama"], data=where["tokens"], drop="auto", actions=ACTIONS, tokens="none",
-                        samples=samples)  # fmt: skip
+                        generate=f"{context}:{context}", samples=samples)  # fmt: skip
     output.write_text(json.dumps(compare(settings, rounds, context), indent=1) + "\n")
 
 

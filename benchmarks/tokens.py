@@ -173,8 +173,7 @@ def _rows(
         quality = judged(engines, workshop, reference)
     latency = {}
     for batch in BATCHES:
-        feeds = workshop.timed_inputs(replace(settings, batch=batch))
-        latency[batch] = workshop.latency(engines, feeds, settings.rounds, steps)
+        latency[batch] = workshop.latency(engines, replace(settings, batch=batch), steps)
     rows = []
     for name in (first, *others):
         engine = "baseline" if name == first else name

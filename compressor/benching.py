@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import models
+from compressor.calls import timing_feeds
 from compressor.comparison import Comparison
 from compressor.entries import BenchError, Entry, Exported, Given, given
 from compressor.environment import environment
@@ -25,7 +26,6 @@ from compressor.settings import Settings
 from compressor.stand import Condition, Stand
 from compressor.steps import Steps
 from compressor.subject import Loaded, load_data
-from compressor.workshop import timing_feeds
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -94,8 +94,6 @@ class Transformers:
 
 def check_asked(settings: Settings) -> str | None:
     """Why a checkpoint cannot be what was asked for, as far as that is known without the model."""
-    if settings.drop == "auto":
-        return f"{_WHOLE}, and a search (--drop auto, or sweep) chooses single branches; {INSTEAD}."
     if set(settings.chosen_actions) != {"drop"}:
         return f"{_WHOLE}, no --actions {settings.actions}; leave --actions out, or choose another --target."
     if settings.tokens not in ("auto", "none"):
@@ -124,6 +122,26 @@ def check_model(model: Model) -> None:
         )
 
 
+def check_blocks(sites: Sequence[Site], model: Model) -> None:
+    """Refuse a model that is not one list of blocks, before a search tries which of them it can do without.
+
+    Raises:
+        CheckpointError: it is not, with the reason.
+    """
+    blocks = tuple(dict.fromkeys(site.block for site in sites))
+    _check_one_list(blocks, model)
+    stack_of(model.module, blocks[:1])
+
+
+def _check_one_list(blocks: Sequence[str], model: Model) -> None:
+    stages = dict.fromkeys(block.rpartition(".")[0] for block in blocks)
+    if len(stages) > 1:
+        raise CheckpointError(
+            f"{_WHOLE}, of one list of blocks; {model.name} has several ({', '.join(list(stages)[:2])}): "
+            "choose another --target."
+        )
+
+
 def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
     """Refuse a plan that does anything but drop whole blocks of one stack.
 
@@ -135,12 +153,8 @@ def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
             raise CheckpointError(f"{_WHOLE}; the plan has {action} at {name}: {INSTEAD}.")
     blocks = {block: [site.name for site in members] for block, members in groupby(sites, key=lambda site: site.block)}
     gone = [block for block, names in blocks.items() if set(names) & set(plan.dropped)]
-    stages = dict.fromkeys(block.rpartition(".")[0] for block in blocks)
-    if gone and len(stages) > 1:
-        raise CheckpointError(
-            f"{_WHOLE}, of one list of blocks; {model.name} has several ({', '.join(list(stages)[:2])}): "
-            "choose another --target."
-        )
+    if gone:
+        _check_one_list(tuple(blocks), model)
     for block in gone:
         kept = [name for name in blocks[block] if name not in plan.dropped]
         if kept:

@@ -18,7 +18,7 @@ from compressor.evidence import evidence, few_scores
 from compressor.front import Point, efficient
 from compressor.journal import Journal
 from compressor.prices import Prices
-from compressor.rewrite import Rewriter, finished
+from compressor.rewrite import Rewriter
 from compressor.room import Bounded
 from compressor.search import Search
 from compressor.settings import Settings
@@ -67,18 +67,13 @@ class Choice:
 def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
     """Make the plan and carry it out on a fork of the subject's graph."""
     if settings.drop == "auto":
-        return _searched(subject, settings, _rewriter(subject, settings), workshop, steps)
+        return _searched(subject, settings, rewriter_of(subject, settings), workshop, steps)
     return spelled_out(subject, settings, steps)
-
-
-def _rewriter(subject: Subject, settings: Settings) -> Rewriter:
-    whole = settings.target == checkpoint.NAME
-    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
 
 
 def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None = None) -> Choice:
     """Carry out the plan that the settings spell out, without a search; ranked under a memory limit with `bounds`."""
-    rewriter = _rewriter(subject, settings)
+    rewriter = rewriter_of(subject, settings)
     plan, facts, known = _named(subject, settings, steps, bounds)
     plan = merging(plan, schedule(settings.tokens, subject.sites))
     if rewriter.whole:
@@ -86,6 +81,18 @@ def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Boun
     with steps.step("rewrite") as tick:
         graph = rewriter.carried_out(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=known)
+
+
+def rewriter_of(subject: Subject, settings: Settings) -> Rewriter:
+    """What carries changes out; where the target can only lack whole blocks, those are its units.
+
+    Raises:
+        CheckpointError: the target can lack none of this model's blocks.
+    """
+    whole = settings.target == checkpoint.NAME
+    if whole and settings.drop == "auto":
+        checkpoint.check_blocks(subject.sites, subject.model)
+    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
 
 
 def _named(
@@ -131,9 +138,10 @@ def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop
         go_on(search, steps, enough)
         if wished == math.inf or search.speedup < enough:
             break
-        designs = {"as it is": finished(subject.graph), "result": finished(search.reduced)}
-        timings = workshop.clock(designs, settings, steps)
-        reached = timings["as it is"] / timings["result"]
+        designs = {"as it is": workshop.finished(subject.graph), "result": workshop.finished(search.reduced)}
+        timings, calls = workshop.clock(designs, settings, steps), workshop.calls(settings)
+        before, after = (sum(calls[call].times * ms for call, ms in timings[name].items()) for name in designs)
+        reached = before / after
         if reached >= wished:
             break
         enough = search.speedup * wished / reached * 1.01
@@ -217,16 +225,24 @@ def _prices(
     subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, journal: Journal, steps: Steps
 ) -> Prices:
     """What rewritten graphs cost: timed on the target once, unless the user wants multiply-adds."""
-    inputs = {name: tuple(value.shape) for name, value in workshop.timed_inputs(settings).items()}
+    calls = workshop.calls(settings)
     if settings.cost == "macs":
-        return prices.counted(subject.graph, inputs)
+        return prices.counted(subject.graph, calls)
+    designs = _designs(subject, settings, rewriter)
     return prices.timed(
         subject.graph,
-        inputs,
-        subject.sites,
-        lambda graphs: journal.recall("timings", lambda: workshop.clock(graphs, settings, steps)),
-        _merged(rewriter) if "merge" in settings.chosen_actions else {},
+        calls,
+        {name: workshop.finished(design) for name, design in designs.items()},
+        lambda graphs: journal.recall("timings of calls", lambda: workshop.clock(graphs, settings, steps)),
     )
+
+
+def _designs(subject: Subject, settings: Settings, rewriter: Rewriter) -> dict[str, Graph]:
+    """The graphs that are timed for prices."""
+    if rewriter.whole:
+        return prices.designs_by_block(rewriter)
+    merged = _merged(rewriter) if "merge" in settings.chosen_actions else {}
+    return prices.designs_by_kind(subject.graph, subject.sites) | merged
 
 
 def _merged(rewriter: Rewriter) -> dict[str, Graph]:
@@ -246,7 +262,7 @@ def _wish(settings: Settings, found: Prices) -> float:
 
 def rule(settings: Settings) -> str:
     """The rule of a search, in words."""
-    parts = [f"at most {settings.loss_limit:g} % loss"] if settings.loss_limit < 100.0 else []
+    parts = [f"at most {settings.loss_limit:g} % loss"] if math.isfinite(settings.loss_limit) else []
     parts += [f"{settings.speedup:g}x faster"] if settings.speedup is not None else []
     parts += [f"{settings.latency:g} ms"] if settings.latency is not None else []
     return ", ".join(["auto", *parts])
@@ -264,7 +280,14 @@ def facts_of(search: Search) -> dict[str, Any]:
         "validation_sweeps": search.validation.evaluations,
         "recalled": search.journal.found,
         "predicted_speedup": search.speedup,
-        "prices": {"unit": found.unit, "timings": dict(found.timings), "largest_error": found.error},
+        "prices": {
+            "unit": found.unit,
+            "timings": found.timings,
+            "largest_error": found.error,
+            "calls": {
+                name: {"times": price.times, "timings": dict(price.timings)} for name, price in found.calls.items()
+            },
+        },
         "steps": [asdict(step) for step in search.steps],
     }
 
@@ -289,13 +312,13 @@ def points_of(search: Search, model: str) -> list[Point]:
     costs = [search.whole, *(step.cost for step in search.steps)]
     losses = [0.0, *(step.loss for step in search.steps)]
     divergences = [0.0, *(step.divergence for step in search.steps)]
-    work = [search.work.multiply_adds, *(step.multiply_adds for step in search.steps)]
+    work = [search.prices.multiply_adds(search.work), *(step.multiply_adds for step in search.steps)]
     kept = efficient(costs, losses)
     return [
         Point(
             number=number,
             plan=search.plan(model, f"sweep, point {number}", number),
-            change=(search.steps[number - 1].site, search.steps[number - 1].action) if number else None,
+            change=(search.steps[number - 1].unit, search.steps[number - 1].action) if number else None,
             loss=losses[number],
             divergence=divergences[number],
             predicted=search.whole / cost,

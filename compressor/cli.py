@@ -222,6 +222,12 @@ def _engine_options(command: Command) -> Command:
                 help="Batch size of the latency measurement.",
             ),
             click.option(
+                "--generate",
+                metavar="PROMPT:NEW",
+                help="Language models: latency, and what auto saves, is the time of a prompt of so many tokens and so "
+                "many new ones; 512:0 is the prompt alone.  [default: 128:128]",
+            ),
+            click.option(
                 "--rounds",
                 type=click.IntRange(min=1),
                 default=10,

@@ -8,7 +8,7 @@ output is written, the longer cache too. The same step is repeated: the context 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,16 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from compressor.data import Split
+from compressor.calls import USUAL, Fed, called, empty, most_tokens, stored, token_ids
 from compressor.entries import BenchError, Entry
 from compressor.errors import SettingsError
 from compressor.models import Model
-from compressor.models.causal import positions
-from compressor.stand import Condition, Engines, Fed, Stand
+from compressor.stand import Condition, Engines, Stand
 from compressor.steps import Steps
 from compressor.workshop import timed
 from runtimes.base import Engine, Feeds
 from runtimes.timing import Latency
 
-USUAL = 128  # tokens of context where none are asked for
-BATCH = 32  # texts read at a time
 FIRST, NEXT = "first token", "next token"
 # Measured on a small trained Llama: a step with its cache unread is 0.37 away from the text's own answer behind 16
 # tokens. Float is 1e-6 away, int8 with ranges found at run time 0.03: those of one token are not those of many.
@@ -83,7 +80,7 @@ def contexts(asked: tuple[int, ...] | None, model: Model) -> tuple[int, ...]:
         if asked:
             raise SettingsError(f"--context needs a language model with a cache; {model.name} does {model.task}.")
         return ()
-    most = _most(model)
+    most = most_tokens(model)
     if asked is None:
         return (USUAL if most is None else min(USUAL, most - 1),)
     if most is not None and asked and max(asked) >= most:
@@ -92,12 +89,6 @@ def contexts(asked: tuple[int, ...] | None, model: Model) -> tuple[int, ...]:
             f"give at most {most - 1}."
         )
     return asked
-
-
-def _most(model: Model) -> int | None:
-    """Most tokens that a model of transformers was made for; None where its config names no limit."""
-    most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
-    return most if isinstance(most, int) else None
 
 
 def measure(stand: Stand, engines: Engines, rounds: int, scratch: Path, steps: Steps) -> tuple[Generation, ...]:
@@ -175,19 +166,6 @@ def _key(entry: Entry, condition: Condition, context: int, part: str) -> str:
     return f"{entry.name}, {condition}, context {context}, {part}"
 
 
-def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
-    """Real tokens, [rows, tokens]: the data's texts one after the other, no padding, from the start again at need."""
-    texts: list[npt.NDArray[np.int64]] = []
-    count = 0
-    for batch in split.batches(BATCH):
-        ids, mask = batch.feeds["input_ids"], batch.feeds["attention_mask"]
-        texts.append(ids[mask.astype(bool)])
-        count += texts[-1].size
-        if count >= rows * tokens:
-            break
-    return np.resize(np.concatenate(texts), (rows, tokens)).astype(np.int64)
-
-
 def prepare(engine: Engine, model: Model, ids: npt.NDArray[np.int64], folder: Path) -> Prepared:
     """The two calls for all but the last token of a text, and for the last.
 
@@ -197,41 +175,15 @@ def prepare(engine: Engine, model: Model, ids: npt.NDArray[np.int64], folder: Pa
         ids: [rows, tokens].
         folder: made, for the cache.
     """
-    empty = dict(empty_cache(engine, model, len(ids)))
-    whole = engine.run(_called(ids, 0) | empty)[model.answer][:, -1].copy()
-    prompt = _called(ids[:, :-1], 0) | empty
+    none = dict(empty(engine, model, len(ids)))
+    whole = engine.run(called(ids, 0) | none)[model.answer][:, -1].copy()
+    prompt = called(ids[:, :-1], 0) | none
     answers = engine.run(prompt)
-    cache = {before: answers[after] for after, before in model.state.items() if before in empty}
-    kept = dict(_stored(cache, folder))
-    step = _called(ids, ids.shape[1] - 1) | kept
+    cache = {before: answers[after] for after, before in model.state.items() if before in none}
+    kept = dict(stored(cache, folder))
+    step = called(ids, ids.shape[1] - 1) | kept
     size = sum(value.nbytes for value in cache.values())
     return Prepared(prompt, step, size, distance(engine.run(step)[model.answer][:, -1], whole))
-
-
-def _called(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Feeds of a call with the tokens from `start`, those before being in the cache."""
-    mask = np.ones(ids.shape, dtype=np.int64)
-    new = ids[:, start:]
-    return {"input_ids": new, "attention_mask": mask, "position_ids": positions(mask, new.shape[1])}
-
-
-def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    """A cache of no tokens, of what layers the engine has left: [rows, heads, 0, width] each."""
-    for name in model.state.values():
-        if name in engine.inputs:
-            shape = engine.input_shapes[name]
-            heads, width = model.example[name].shape[1::2] if shape is None else (shape[1], shape[3])
-            assert heads is not None
-            assert width is not None
-            yield name, np.zeros((rows, heads, 0, width), dtype=engine.input_dtypes[name])
-
-
-def _stored(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    """The same arrays, read from files when an engine binds them."""
-    folder.mkdir()
-    for number, (name, value) in enumerate(cache.items()):
-        np.save(folder / f"{number}.npy", value)
-        yield name, np.load(folder / f"{number}.npy", mmap_mode="r")
 
 
 def distance(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -16,8 +16,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from compressor.calls import empty
 from compressor.errors import CompressorError
-from compressor.generation import empty_cache
 from compressor.models import Model
 from compressor.models.causal import positions
 from compressor.windows import TOKENS
@@ -216,7 +216,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     # ----------------------------------------------------------------------------------------------------- engine
 
     def _no_cache(self, rows: int) -> Feeds:
-        return dict(empty_cache(self.engine, self.model, rows))
+        return dict(empty(self.engine, self.model, rows))
 
     def _run(self, ids: Ids, mask: Ids, cache: Feeds) -> Mapping[str, npt.NDArray[Any]]:
         """One call; `mask` is of all tokens so far, `ids` of those that the cache does not hold."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from compressor import checkpoint, deferred, models
+from compressor.calls import timing_feeds
 from compressor.choice import Choice, spelled_out
 from compressor.data import Split
 from compressor.environment import environment
@@ -33,7 +34,7 @@ from compressor.settings import Settings
 from compressor.steps import Steps, Tick
 from compressor.subject import Subject, accepting_data, described, load
 from compressor.trace import trace
-from compressor.workshop import sized, timing_feeds
+from compressor.workshop import sized
 from passes.cost import Costs
 from passes.graph import Graph
 from passes.run import Program

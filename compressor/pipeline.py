@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import cells, deferred, large, layers
-from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, score
+from compressor.calls import Call, generate_of, together
+from compressor.choice import Choice, begin, decide, effects_on_output, facts_of, go_on, points_of, rewriter_of, score
 from compressor.data import Data
 from compressor.environment import environment
 from compressor.errors import SettingsError
@@ -23,8 +25,7 @@ from compressor.pages.report import PAGE, html
 from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
 from compressor.precision import AUTO, Converted, Trial
-from compressor.report import REPORT, Quality, Report, Size
-from compressor.rewrite import Rewriter
+from compressor.report import REPORT, Quality, Report, Size, brief
 from compressor.room import limited
 from compressor.settings import Settings
 from compressor.steps import Steps
@@ -37,6 +38,7 @@ from passes.cost import Costs
 from passes.graph import Graph
 from passes.plan import Plan
 from passes.state import bytes_per_token
+from runtimes.timing import Latency
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,8 +90,9 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             rest = {name: source for name, source in (files | more).items() if name != "result"}
             engines = {name: workshop.build(source) for name, source in rest.items()} | {"result": shipped}
         quality = workshop.quality(engines, steps)
-        timed = workshop.timed_inputs(settings)
-        latency = workshop.latency(engines, timed, settings.rounds, steps)
+        calls = workshop.calls(settings)
+        parts = workshop.latencies(engines, settings, steps)
+        latency = {name: together(calls, each) for name, each in parts.items()}
         engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
         engine |= {"inputs": list(final.inputs), "outputs": list(final.outputs)}
         engine |= {"layers": layers.described(target, shipped, workshop.options)}
@@ -106,7 +109,8 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             quality=None if quality is None else Quality.of(quality, list(files)),
             no_quality_because=subject.no_quality_because,
             latency={name: latency[name] for name in files},
-            timed_inputs={name: list(value.shape) for name, value in timed.items()},
+            timed_inputs={name: list(shape) for name, shape in next(iter(calls.values())).shapes.items()},
+            generation=_generation(parts, calls, settings, subject),
             parity={name: value.difference for name, value in parity.items()},
             precision={name: facts.to_dict() for name, facts in converted.items()},
             trials=tuple(map(dataclasses.asdict, trials)),
@@ -190,7 +194,7 @@ def sweep(
         subject = load(settings, steps)
         workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
         with accepting_data(subject):
-            rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
+            rewriter = rewriter_of(subject, settings)
             search = begin(subject, settings, rewriter, workshop, steps)
             go_on(search, steps)
             found = points_of(search, subject.model.name)
@@ -253,6 +257,17 @@ def inspect(
     )
 
 
+def _generation(
+    parts: Mapping[str, Mapping[str, Latency]], calls: Mapping[str, Call], settings: Settings, subject: Subject
+) -> dict[str, Any] | None:
+    """What generation was timed at, and the latency of its calls by variant; None for models without a cache."""
+    asked = generate_of(settings, subject.model)
+    if asked is None:
+        return None
+    latencies = {name: {call: brief(each) for call, each in found.items()} for name, found in parts.items()}
+    return {**dataclasses.asdict(asked), "behind": asked.behind, "calls": latencies}
+
+
 def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) -> tuple[Choice, Graph, Healed | None]:
     """The choice, its graph adapted to its changes if that was asked for and helps, and what healing did.
 
@@ -307,7 +322,8 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if settings.drop == "auto" and not report.plan.changes:
-        notes.append(f"No site could be changed within {settings.loss_limit:g} % loss on validation data.")
+        limit = f" within {settings.loss_limit:g} % loss on validation data"
+        notes.append(f"No site could be changed{limit if math.isfinite(settings.loss_limit) else ''}.")
     if report.quality is not None and settings.drop == "auto":
         lost = report.quality.loss["baseline"].value
         if lost > settings.loss_limit:

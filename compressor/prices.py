@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import nnls
 
-from compressor.rewrite import finished
+from compressor.calls import Call
+from compressor.rewrite import Rewriter
 from passes.base import PassError, apply
 from passes.drop import Drop
 from passes.fit import Map, StandIn
@@ -19,85 +20,123 @@ from passes.graph import Graph, Site
 from passes.replace import Replace
 from passes.work import Counter, Work
 
-Clock = Callable[[Mapping[str, Graph]], Mapping[str, float]]
+Clock = Callable[[Mapping[str, Graph]], Mapping[str, Mapping[str, float]]]
+Works = tuple[Work, ...]
 
 TINY = 1e-9  # nothing is free: where noise leaves a graph without any priced work
 COUNTED = np.array([0.0, 1.0, 1.0, 0.0, 0.0])  # multiply-adds alone
 
 
 @dataclass(frozen=True)
-class Prices:
-    """A linear model of the cost of one run: a constant, multiply-adds, attention, elements and operators.
+class Price:
+    """A linear model of what one kind of call costs: a constant, multiply-adds, attention, elements and operators.
 
-    `weights` are the cost of each in `unit`; `timings` the medians in ms that they were fitted to, and `fitted` what
-    the model says for the same engines.
+    `weights` are the cost of each, all `times` that the call is made; `timings` the milliseconds of all of them that
+    they were fitted to, and `fitted` what the model says for the same engines.
     """
 
-    unit: str
     counter: Counter = field(repr=False)
+    times: int
     weights: npt.NDArray[np.float64]
     timings: Mapping[str, float] = field(default_factory=dict)
     fitted: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, work: Work) -> float:
-        """The cost of work in `unit`."""
-        return max(float(_features(work) @ self.weights), TINY)
+
+@dataclass(frozen=True)
+class Prices:
+    """What graphs cost in `unit`: the sum over the calls that are made, each with a price of its own."""
+
+    unit: str
+    calls: Mapping[str, Price]
+
+    def count(self, graph: Graph) -> Works:
+        """The work of each call."""
+        return tuple(price.counter.count(graph) for price in self.calls.values())
+
+    def of(self, works: Works) -> float:
+        """The cost of all calls in `unit`."""
+        each = (_features(work) @ price.weights for work, price in zip(works, self.calls.values(), strict=True))
+        return max(float(sum(each)), TINY)
 
     def cost(self, graph: Graph) -> float:
         """The cost of a graph in `unit`."""
-        return self.of(self.counter.count(graph))
+        return self.of(self.count(graph))
+
+    def multiply_adds(self, works: Works) -> int:
+        """The multiply-adds of all calls, as often as each is made."""
+        return sum(price.times * work.multiply_adds for work, price in zip(works, self.calls.values(), strict=True))
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of all calls by engine."""
+        return _summed([price.timings for price in self.calls.values()])
 
     @property
     def error(self) -> float:
         """Largest relative error of the model on the engines it was fitted to; 0 for multiply-adds."""
-        return max((abs(self.fitted[name] / value - 1.0) for name, value in self.timings.items()), default=0.0)
+        fitted = _summed([price.fitted for price in self.calls.values()])
+        return max((abs(fitted[name] / value - 1.0) for name, value in self.timings.items()), default=0.0)
 
 
-def counted(graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> Prices:
+def counted(graph: Graph, calls: Mapping[str, Call]) -> Prices:
     """Prices in multiply-adds, where nothing can be timed.
 
     Args:
         graph: the traced model.
-        inputs: input name to shape; the batch counts too.
+        calls: what is done with it; the batch counts too.
     """
-    return Prices("multiply-adds", Counter(graph, inputs), COUNTED)
+    return Prices(
+        "multiply-adds",
+        {name: Price(Counter(graph, call.shapes), call.times, call.times * COUNTED) for name, call in calls.items()},
+    )
 
 
-def timed(
-    graph: Graph,
-    inputs: Mapping[str, tuple[int, ...]],
-    sites: Sequence[Site],
-    clock: Clock,
-    others: Mapping[str, Graph] | None = None,
-) -> Prices:
+def timed(graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph], clock: Clock) -> Prices:
     """Prices in milliseconds on the target.
 
-    One engine each is timed of the model as it is, without the branches of each kind (but for the last attention:
-    without it, a model that is read at its class token has nothing left to do), and with linear maps in the place of
-    one kind, mostly the MLPs. The weights are the non-negative least-squares solution, relative to each engine's time,
-    so that noise cannot give work a negative price.
+    One engine is timed of each design. Each kind of call has its own weights: of a prompt the arithmetic takes the
+    time, of one token behind a cache the reading of the weights. They are the non-negative least-squares solution,
+    relative to each engine's time, so that noise cannot give work a negative price.
 
     Args:
         graph: the traced model.
-        inputs: shapes of the timed inputs.
-        sites: all sites.
-        clock: builds engines from graphs and gives the median milliseconds of each.
-        others: further designs to time.
+        calls: what is timed.
+        designs: graphs to time, as they are lowered; see `designs_by_kind`.
+        clock: builds engines from graphs and gives the milliseconds of each call of each.
     """
-    designs = _designs(graph, sites) | {name: finished(design) for name, design in (others or {}).items()}
-    counter = Counter(graph, inputs)
     timings = clock(designs)
+    return Prices(
+        "ms",
+        {
+            name: _price(
+                Counter(graph, call.shapes), call.times, designs, {key: parts[name] for key, parts in timings.items()}
+            )
+            for name, call in calls.items()
+        },
+    )
+
+
+def _price(counter: Counter, times: int, designs: Mapping[str, Graph], timings: Mapping[str, float]) -> Price:
+    """The price of one call, from the milliseconds that it takes on some engines."""
     rows = np.array([_features(counter.count(design)) for design in designs.values()])
-    times = np.array([timings[name] for name in designs])
+    took = np.array([times * timings[name] for name in designs])
     scale = rows.max(0)
     scale[scale == 0.0] = 1.0
-    solution, _ = nnls(rows / scale / times[:, None], np.ones(len(times)))
+    solution, _ = nnls(rows / scale / took[:, None], np.ones(len(took)))
     fitted = dict(zip(designs, (rows / scale @ solution).tolist(), strict=True))
-    return Prices("ms", counter, solution / scale, dict(timings), fitted)
+    return Price(counter, times, solution / scale, dict(zip(designs, took.tolist(), strict=True)), fitted)
 
 
-def _designs(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
-    """The graphs whose engines are timed."""
+def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def designs_by_kind(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
+    """The model as it is, without the branches of each kind, and with linear maps in the place of one kind.
+
+    That is mostly the MLPs. The last attention stays: without it, a model that is read at its class token has nothing
+    left to do.
+    """
     last = [site for site in sites if site.kind == "attention"][-1:]
     others = [site for site in sites if site not in last] or list(sites)
     kinds = {
@@ -107,7 +146,18 @@ def _designs(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
     for kind, gone in kinds.items():
         designs[f"without {kind}"] = graph.fork()
         apply(Drop(tuple(gone)), designs[f"without {kind}"])
-    return {name: finished(design) for name, design in designs.items()}
+    return designs
+
+
+def designs_by_block(rewriter: Rewriter) -> dict[str, Graph]:
+    """The model as it is, without every other block, and with its first block alone."""
+    others = list(rewriter.units)[1:]
+    gone = {"as it is": [], "without every other block": others[::2], "first block alone": others}
+    designs = {}
+    for name, blocks in gone.items():
+        with contextlib.suppress(PassError):  # some of them cannot be taken out
+            designs[name] = rewriter.carried_out(rewriter.of_sites(dict.fromkeys(blocks, "drop")))
+    return designs
 
 
 def _linear(graph: Graph, sites: Sequence[Site]) -> Graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,8 @@ class Report:
     measured there. `evidence` is what the plan was based on (see evidence.py), with the tokens left where some are
     merged. `latency` is empty where the model was never in memory as a whole. `precision` says how each variant got
     below fp32, `trials` what ``--precision auto`` found of each.
+    `generation`, of a language model with a cache, has tokens of the `prompt` and `new` ones that `latency` is the time
+    of, and the latency of each kind of call (``prompt``; ``token``, behind a cache of `behind` tokens).
     """
 
     command: str
@@ -105,6 +107,7 @@ class Report:
     trials: tuple[dict[str, Any], ...] = ()
     factorial: Factorial | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
@@ -179,11 +182,19 @@ class Report:
             yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
             yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
             yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
+            yield from self._calls(variants)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
         yield "engine, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
         if any(size.cache for size in self.sizes.values()):
             yield "cache, bytes a token", *(f"{self.sizes[name].cache}" for name in variants)
+
+    def _calls(self, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        """What the calls take that generation is made of."""
+        if self.generation is not None and self.generation["new"]:
+            for call, label in (("prompt", "  the prompt, ms"), ("token", "  each new token, ms")):
+                medians = (self.generation["calls"][name][call]["median"] for name in variants)
+                yield label, *(f"{median:.2f}" for median in medians)
 
     def summary(self) -> str:
         """What was dropped and what to read with care, as lines of text."""
@@ -193,8 +204,9 @@ class Report:
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
         factorial = () if self.factorial is None else self.factorial.conclusion
+        timed = () if self.generation is None else (f"Latency: {what_is_timed(self.generation)}.",)
         return "\n".join(
-            [sites, *meaning, *quality, *factorial, *self.notes, *told(self.engine), *layers.told(self.engine)]
+            [sites, *meaning, *quality, *timed, *factorial, *self.notes, *told(self.engine), *layers.told(self.engine)]
         )
 
     def missed(self) -> tuple[str, ...]:
@@ -225,6 +237,18 @@ def brief(latency: Latency) -> dict[str, Any]:
         "n": latency.n,
         "samples_ms": [list(burst) for burst in latency.samples_ms],
     }
+
+
+def what_is_timed(generation: Mapping[str, Any]) -> str:
+    """What the latency of a language model is the time of, in words.
+
+    >>> what_is_timed({"prompt": 512, "new": 0, "behind": 512})
+    'a prompt of 512 tokens'
+    """
+    prompt, new, behind = (generation[name] for name in ("prompt", "new", "behind"))
+    if not new:
+        return f"a prompt of {prompt} tokens"
+    return f"a prompt of {prompt} tokens and {new} new ones, each timed behind a cache of {behind}"
 
 
 def _unit(unit: str) -> str:

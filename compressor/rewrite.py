@@ -10,7 +10,7 @@ import torch
 from compressor.data import Split
 from compressor.evaluate import tensor_batches
 from passes.base import PassError, apply
-from passes.blocks import RemoveBlocks
+from passes.blocks import RemoveBlocks, weights_read
 from passes.cosine import FitCosine
 from passes.drop import Drop
 from passes.fit import Fit, Fits, StandIn
@@ -28,9 +28,10 @@ class Rewriter:
     """Rewrites forks of one traced model; the model itself stays as it is.
 
     Stand-ins are fitted on `split`, given the original's states and those of the graph as it is at that moment, so a
-    plan carried out in its order gives the same weights each time. With `whole`, blocks whose branches are all dropped
-    leave nothing behind, no norm either. `sweeps` counts forward passes over `split` (two for
-    each fit: of the original and of the current graph; two an epoch for ``replaceme-cosine``, which is learned).
+    plan carried out in its order gives the same weights each time. `units` are what is changed at a time, by name:
+    single sites, or with `whole` blocks, of which nothing stays behind, no norm either. `sweeps` counts forward passes
+    over `split` (two for each fit: of the original and of the current graph; two an epoch for ``replaceme-cosine``,
+    which is learned).
     """
 
     original: Graph
@@ -38,11 +39,16 @@ class Rewriter:
     split: Split
     sweeps: float = 0.0
     whole: bool = False
+    units: dict[str, tuple[Site, ...]] = field(init=False)
     _by_name: dict[str, Site] = field(default_factory=dict)
     _protected: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._by_name = {site.name: site for site in self.sites}
+        self.units = {}
+        for site in self.sites:
+            name = site.block if self.whole else site.name
+            self.units[name] = (*self.units.get(name, ()), site)
 
     def fits(
         self, current: Graph, names: Iterable[str], split: Split | None = None, *, all_tokens: bool = False
@@ -59,24 +65,35 @@ class Rewriter:
         return apply(Fit(self.original, sites, all_tokens=all_tokens), current.fork(), tensor_batches(samples))
 
     def changed(self, current: Graph, name: str, action: str, fits: Fits | None = None) -> Graph:
-        """A fork of `current` with one more site changed; a stand-in is fitted first where `fits` are not given.
+        """A fork of `current` with one more unit changed; a stand-in is fitted first where `fits` are not given.
 
         Raises:
-            PassError: the action cannot be carried out at this site, with the reason.
+            PassError: the action cannot be carried out there, with the reason.
         """
-        fork = current.fork()
+        fork, unit = current.fork(), self.units[name]
         form, rank = form_and_rank(action)
         if form == "drop":
-            apply(Drop((self._by_name[name],)), fork)
+            apply(Drop(unit), fork)
+            if self.whole:
+                self._remove_block(fork, name)
             return fork
-        place_of(current, self._by_name[name])  # says why, where nothing can be fitted there any more
+        if self.whole:
+            raise PassError(f"a block can only be dropped, found {action} at {name}.")
+        (site,) = unit
+        place_of(current, site)  # says why, where nothing can be fitted there any more
         if form == "replaceme-cosine":
             stand_in = self._learned(current, name)
         else:
             found = self.fits(current, [name], all_tokens=form in PUBLISHED)[name] if fits is None else fits
             stand_in = found.stand_in(form, rank=rank)
-        apply(Replace(self._by_name[name], stand_in), fork)
+        apply(Replace(site, stand_in), fork)
         return fork
+
+    def _remove_block(self, graph: Graph, block: str) -> None:
+        apply(RemoveBlocks((block,)), graph)
+        read = weights_read(graph)
+        if not any(weight.startswith(f"{other}.") for weight in read for other in self.units):
+            raise PassError("no block would be left.")
 
     def _learned(self, current: Graph, name: str) -> StandIn:
         step = FitCosine(self.original, self._by_name[name])
@@ -110,19 +127,24 @@ class Rewriter:
             PassError: an action cannot be carried out at its site, with the reason.
         """
         graph = self.original.fork()
-        for done, (name, action) in enumerate(changes.items()):
+        for done, (name, action) in enumerate(self._by_unit(changes).items()):
             if progress is not None:
                 progress(done, len(changes))
             if merged_tokens(action) is None:
                 graph = self.changed(graph, name, action)
-        if self.whole:
-            apply(RemoveBlocks(self._emptied(changes)), graph)
         return graph
 
-    def _emptied(self, changes: Mapping[str, str]) -> tuple[str, ...]:
-        """The blocks whose branches are all dropped."""
-        kept = {site.block for site in self.sites if changes.get(site.name) != "drop"}
-        return tuple(dict.fromkeys(site.block for site in self.sites if site.block not in kept))
+    def of_sites(self, changes: Mapping[str, str]) -> dict[str, str]:
+        """What changes of units do to each site."""
+        return {site.name: action for name, action in changes.items() for site in self.units[name]}
+
+    def _by_unit(self, changes: Mapping[str, str]) -> dict[str, str]:
+        """Changes of sites, unit by unit: all sites of a unit change together."""
+        units = {site.name: unit for unit, members in self.units.items() for site in members}
+        found = {units[name]: action for name, action in changes.items()}
+        if self.of_sites(found).keys() != changes.keys():
+            raise PassError(f"only whole units can be changed: {', '.join(found)}; name all sites of each.")
+        return found
 
     def rewritten(self, changes: Mapping[str, str]) -> Graph:
         """The original with all changes made and tokens merged.

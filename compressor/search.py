@@ -1,7 +1,8 @@
 """The search for a plan: which action at which site, one change after the other, until a budget is used up.
 
 Effects of changes do not add up, so each step measures candidates on the graph as it is by then: rewritten forks that
-share the weights and all the work before the change. A candidate is a site and an action; its price is the increase in
+share the weights and all the work before the change. A candidate is a unit (a site, or a whole block where the target
+can lose nothing less) and an action; its price is the increase in
 output divergence for each unit of cost that it saves. As effects mostly grow with every change, an earlier measurement
 is a lower bound in practice, so that only the front runners are measured again (lazy greedy; Minoux 1978). A stand-in
 that was never measured starts from the effect of the drop it would soften.
@@ -47,14 +48,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Step:
-    """One change that was made: its site and action, what it added, and where that led.
+    """One change that was made: its unit and action, what it added, and where that led.
 
     `divergence` is the output's distance from the original after it, `loss` what is lost on validation data in percent,
-    `cost` the predicted cost of the whole in the prices' unit and `multiply_adds` its multiply-adds, for the inputs
-    that are timed.
+    `cost` the predicted cost of the whole in the prices' unit and `multiply_adds` its multiply-adds, for what
+    is timed.
     """
 
-    site: str
+    unit: str
     action: str
     added: float
     divergence: float
@@ -72,7 +73,7 @@ class Search:
         effects: measures output divergence on calibration samples.
         validation: measures the loss that `limit` bounds.
         prices: what each action saves.
-        actions: what may be done to a site.
+        actions: what may be done to a unit.
         limit: most loss on validation data, in percent.
         fitting: calibration samples that the maps of candidates are fitted on, where they are only tried.
         given: changes made before the search begins, which it keeps.
@@ -95,7 +96,7 @@ class Search:
     broken_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        self.work = self.prices.counter.count(self.rewriter.original)
+        self.work = self.prices.count(self.rewriter.original)
         self.whole = self.prices.of(self.work)
         self.graph = self.rewriter.carried_out(self.given)
         self.reduced = self.rewriter.reduced(self.graph, self.given)
@@ -105,9 +106,9 @@ class Search:
     @property
     def changes(self) -> dict[str, str]:
         """The action of each changed site, in order; tokens may have been merged in several steps, the last counts."""
-        return {**self.given, **{step.site: step.action for step in self.steps}}
+        return {**self.given, **self.rewriter.of_sites({step.unit: step.action for step in self.steps})}
 
-    def with_change(self, site: str, action: str, fits: Fits | None = None) -> tuple[Graph, Graph]:
+    def with_change(self, unit: str, action: str, fits: Fits | None = None) -> tuple[Graph, Graph]:
         """The graph with one more change, as it is before tokens are merged and after.
 
         Raises:
@@ -115,8 +116,8 @@ class Search:
         """
         merges = merged_tokens(action) is not None
         fits = None if action in PUBLISHED else fits  # those count all tokens, and are fitted for themselves
-        graph = self.graph if merges else self.rewriter.changed(self.graph, site, action, fits)
-        return graph, self.rewriter.reduced(graph, self.changes | {site: action})
+        graph = self.graph if merges else self.rewriter.changed(self.graph, unit, action, fits)
+        return graph, self.rewriter.reduced(graph, self.changes | self.rewriter.of_sites({unit: action}))
 
     @property
     def speedup(self) -> float:
@@ -131,60 +132,62 @@ class Search:
                 return
             self._try(*best)
 
-    def _try(self, site: str, action: str) -> None:
-        added = self.front.added[site, action]
-        self.front.remove((site, action))
+    def _try(self, unit: str, action: str) -> None:
+        added = self.front.added[unit, action]
+        self.front.remove((unit, action))
         try:
             # Carried out with a fit on all calibration samples.
             everything = len(self.fitting) == len(self.rewriter.split)
-            graph, reduced = self.with_change(site, action, self.front.fits.get(site) if everything else None)
+            graph, reduced = self.with_change(unit, action, self.front.fits.get(unit) if everything else None)
         except PassError as error:
-            self.refused[site, action] = f"{action} refused: {error}"
+            self.refused[unit, action] = f"{action} refused: {error}"
             return
-        lost = self._loss(reduced, site, action)
+        lost = self._loss(reduced, unit, action)
         bound = "" if lost.samples == len(self.validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:
-            work = self.prices.counter.count(reduced)
+            work = self.prices.count(reduced)
             self.graph, self.reduced, self.cost, self.broken_in_a_row = graph, reduced, self.prices.of(work), 0
             divergence = self.front.base + added
-            self.steps.append(Step(site, action, added, divergence, lost.percent, self.cost, work.multiply_adds))
-            self.front.changed(site, action)
+            counted = self.prices.multiply_adds(work)
+            self.steps.append(Step(unit, action, added, divergence, lost.percent, self.cost, counted))
+            self.front.changed(unit, action)
         else:
             self.broken_in_a_row += 1
-            self.refused[site, action] = (
+            self.refused[unit, action] = (
                 f"{action} {note} would exceed {self.limit:g} % after {len(self.steps)} changed"
             )
         if self.progress is not None:
-            self.progress(f"{len(self.steps)} changed, {site} {action}: {note}")
+            self.progress(f"{len(self.steps)} changed, {unit} {action}: {note}")
 
-    def _loss(self, graph: Graph, site: str, action: str) -> Loss:
+    def _loss(self, graph: Graph, unit: str, action: str) -> Loss:
         def measure() -> list[float]:
             lost = self.validation.loss(graph, limit=self.limit)
             return [lost.percent, lost.samples]
 
-        percent, samples = self.journal.recall(f"loss {self._key(site, action)}", measure)
+        percent, samples = self.journal.recall(f"loss {self._key(unit, action)}", measure)
         return Loss(percent, int(samples))
 
-    def _key(self, site: str, action: str) -> str:
+    def _key(self, unit: str, action: str) -> str:
         made = ", ".join(f"{name}={done}" for name, done in self.changes.items())
-        return f"{site}={action} after {made}"
+        return f"{unit}={action} after {made}"
 
     def plan(self, model: str, rule: str, count: int | None = None) -> Plan:
         """The plan of the first `count` changes (all, where not given), with a reason for every site."""
         steps = self.steps if count is None else self.steps[:count]
-        taken = {step.site: step for step in steps}
+        taken = {site.name: step for step in steps for site in self.rewriter.units[step.unit]}
+        units = {site.name: unit for unit, members in self.rewriter.units.items() for site in members}
 
         def decide(site: Site) -> Decision:
             if site.name in self.given:
                 return Decision(site.name, self.given[site.name], "asked for")
             if site.name in taken:
                 step = taken[site.name]
-                number = len({other.site for other in steps[: steps.index(step) + 1]})
+                number = len({other.unit for other in steps[: steps.index(step) + 1]})
                 reason = f"adds {step.added:.4f} divergence; validation loss {step.loss:.2f} % with {number} changed"
                 return Decision(site.name, step.action, reason)
-            refusals = [reason for (name, _), reason in self.refused.items() if name == site.name]
-            return Decision(site.name, "keep", "; ".join(refusals) or self.front.untried(site.name))
+            refusals = [reason for (name, _), reason in self.refused.items() if name == units[site.name]]
+            return Decision(site.name, "keep", "; ".join(refusals) or self.front.untried(units[site.name]))
 
         sites = self.rewriter.sites
         return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), (*self.given, *taken))
@@ -194,7 +197,7 @@ class Search:
 class _Front:
     """Candidates with their last known increase in divergence, measured again only where it can matter.
 
-    `alone` is what dropping each site alone adds to the model as the search begins. `saved` is what each candidate
+    `alone` is what dropping each unit alone adds to the model as the search begins. `saved` is what each candidate
     takes off the cost. It changes too: with the last attention gone, a model that is read at its
     class token needs the block before for one token only, so that dropping that one's attention saves far more.
     """
@@ -226,18 +229,18 @@ class _Front:
         """Take a candidate out for good."""
         self.candidates.remove(candidate)
 
-    def changed(self, site: str, action: str) -> None:
-        """After a change: the site is done, unless still more tokens can be merged; every measurement is stale."""
+    def changed(self, unit: str, action: str) -> None:
+        """After a change: the unit is done, unless still more tokens can be merged; every measurement is stale."""
         done = merged_tokens(action)
         further = [
             candidate
             for candidate in self.candidates
-            if candidate[0] == site and done is not None and (merged_tokens(candidate[1]) or 0.0) > done
+            if candidate[0] == unit and done is not None and (merged_tokens(candidate[1]) or 0.0) > done
         ]
-        self.candidates = [candidate for candidate in self.candidates if candidate[0] != site or candidate in further]
+        self.candidates = [candidate for candidate in self.candidates if candidate[0] != unit or candidate in further]
         for candidate in further:  # what this change has added and saved already is no longer theirs to add and save
-            self.added[candidate] -= self.added[site, action]
-            self.saved[candidate] -= self.saved[site, action]
+            self.added[candidate] -= self.added[unit, action]
+            self.saved[candidate] -= self.saved[unit, action]
         self.fresh.clear()
         self.fits.clear()
         read = set(read_parts(self.search.reduced))
@@ -248,7 +251,7 @@ class _Front:
     def _price_again(self) -> None:
         """Fewer tokens are read than before: what the drops before them save has changed, and so have stand-ins."""
         for name in dict.fromkeys(name for name, _ in self.candidates):
-            if name in self.search.changes:
+            if any(step.unit == name for step in self.search.steps):
                 continue
             _, graph = self.search.with_change(name, "drop")
             more = self.search.cost - self.search.prices.cost(graph) - self.saved[name, "drop"]
@@ -256,9 +259,9 @@ class _Front:
                 if candidate[0] == name:
                     self.saved[candidate] += more
 
-    def untried(self, site: str) -> str:
-        """Why a site that was never tried is kept."""
-        measured = [(value, action) for (name, action), value in self.added.items() if name == site]
+    def untried(self, unit: str) -> str:
+        """Why a unit that was never tried is kept."""
+        measured = [(value, action) for (name, action), value in self.added.items() if name == unit]
         if not measured:
             return "not tried: the budget was met before"
         value, action = min(measured)
@@ -266,22 +269,27 @@ class _Front:
 
     def _begin(self) -> None:
         """Measure every drop, and one merge behind every attention; the guesses for all others start from there."""
-        sites = [site for site in self.search.rewriter.sites if site.name not in self.search.given]
+        units = {
+            name: members
+            for name, members in self.search.rewriter.units.items()
+            if not any(site.name in self.search.given for site in members)
+        }
         self.read = set(read_parts(self.search.reduced))
-        self.candidates = [(site.name, action) for site in sites for action in self._actions(site)]
+        self.candidates = [(name, action) for name, its in units.items() for action in self._actions(its)]
         merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
-        self._measure([*((site.name, "drop") for site in sites), *merges])
+        self._measure([*((name, "drop") for name in units), *merges])
         self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:
                 self.added[candidate], self.saved[candidate] = self._guess(*candidate)
 
-    def _actions(self, site: Site) -> list[str]:
+    def _actions(self, unit: Sequence[Site]) -> list[str]:
         offered = [each for action in self.search.actions for each in (MERGES if action == "merge" else (action,))]
-        return [action for action in offered if site.kind == "attention" or merged_tokens(action) is None]
+        merging = any(site.kind == "attention" for site in unit)
+        return [action for action in offered if merging or merged_tokens(action) is None]
 
     def _guess(self, name: str, action: str) -> tuple[float, float]:
-        """What a candidate may add and save, by what was measured at its site."""
+        """What a candidate may add and save, by what was measured at its unit."""
         share, measured = merged_tokens(action), self.added.get((name, MERGE))
         if share is None or measured is None:
             known = (name, "drop")

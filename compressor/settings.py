@@ -48,6 +48,9 @@ class Settings:
             wish for speed, unlimited with one.
         speedup: how many times faster ``auto`` shall make the model.
         latency: the milliseconds ``auto`` shall reach.
+        generate: what the latency of a language model with a cache is the time of, as ``PROMPT:NEW``: a prompt of so
+            many tokens and so many new ones; ``PROMPT:0`` is the prompt alone. None: 128:128, as far as its positions
+            hold them.
         cost: what ``auto`` saves: ``latency`` as timed on the target, or ``macs`` (multiply-adds).
         heal: ``none``, ``closed-form`` or ``distill``: how what is left is adapted after the changes.
         heal_budget: most seconds that healing takes.
@@ -85,6 +88,7 @@ class Settings:
     max_loss: float | None = None
     speedup: float | None = None
     latency: float | None = None
+    generate: str | None = None
     cost: str = "latency"
     heal: str = "none"
     heal_budget: float = 300.0
@@ -136,14 +140,22 @@ class Settings:
         """The most that ``auto`` may lose, in percent."""
         if self.max_loss is not None:
             return self.max_loss
-        return DEFAULT_LOSS if self.speedup is None and self.latency is None else 100.0
+        return DEFAULT_LOSS if self.speedup is None and self.latency is None else math.inf
+
+    @property
+    def generated(self) -> tuple[int, int] | None:
+        """Tokens of the prompt and further tokens, where `generate` names them."""
+        if self.generate is None:
+            return None
+        prompt, _, new = self.generate.partition(":")
+        return int(prompt), int(new)
 
     @property
     def chosen_actions(self) -> tuple[str, ...]:
         """The actions to choose among."""
         if self.actions is not None:
             return tuple(action.strip() for action in self.actions.split(","))
-        chosen = AUTO_ACTIONS if self.drop == "auto" else ("drop",)
+        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target != checkpoint.NAME else ("drop",)
         return chosen if self.tokens == "auto" else tuple(action for action in chosen if action != "merge")
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,10 +200,11 @@ def _check_precision(settings: Settings) -> None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name in ("max_loss", "max_precision_loss"):
-        value = getattr(settings, name)
-        if value is not None and not 0.0 <= value <= 100.0:
-            raise SettingsError(f"{name.replace('_', '-')} is {value:g}, which is no budget in %; expected 0 to 100.")
+    if settings.max_loss is not None and not 0.0 <= settings.max_loss < math.inf:  # perplexity can more than double
+        raise SettingsError(f"max-loss is {settings.max_loss:g}, which is no budget in %; expected 0 or more.")
+    if not 0.0 <= settings.max_precision_loss <= 100.0:
+        found = settings.max_precision_loss
+        raise SettingsError(f"max-precision-loss is {found:g}, which is no budget in %; expected 0 to 100.")
     counts = (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1))
     for name, least in (*counts, ("max_length", 2), ("stride", 1)):
         value = getattr(settings, name)
@@ -226,8 +239,23 @@ def _check_actions(settings: Settings) -> None:
         raise SettingsError("found --speedup and --latency, which are one wish in two forms; give one of them.")
     if settings.latency is not None and settings.cost != "latency":
         raise SettingsError("--latency needs the target to be timed; leave out --cost macs.")
+    if settings.generate is not None:
+        _check_generate(settings)
     if settings.latency is not None and settings.defer_build:
         raise SettingsError("--latency needs the target to be timed, which --defer-build leaves out; give --speedup.")
+
+
+def _check_generate(settings: Settings) -> None:
+    found = re.fullmatch(r"(\d+):(\d+)", settings.generate or "")
+    if found is None or int(found[1]) < 1:
+        raise SettingsError(
+            f"--generate {settings.generate}: expected PROMPT:NEW, a prompt's tokens and further ones, such as 128:128."
+        )
+    if settings.defer_build and int(found[2]):
+        raise SettingsError(
+            "--defer-build leaves timing to the device, where a prompt alone is timed; give --generate "
+            f"{found[1]}:0, or leave it out."
+        )
 
 
 def _check_tokens(text: str) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 
 from compressor import memory
+from compressor.calls import Fed
 from compressor.entries import EAGER, BenchError, Entry
 from compressor.evaluate import Evaluation
 from compressor.memory import Memory
@@ -176,28 +176,6 @@ class Stand:
         if entry.name not in built or options.device != "cpu":
             return None
         return memory.measure(entry.target, built[entry.name], options, self.feeds[condition.batch])
-
-
-class Fed:
-    """An engine with feeds of its own, opened when it is entered, so that one run can hold several batch sizes."""
-
-    def __init__(self, opener: Callable[[], Engine], feeds: Feeds) -> None:
-        self._opener, self._feeds = opener, feeds
-
-    def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Bind its own feeds in place of those of the run."""
-        return self._engine.bind(self._feeds)
-
-    def __enter__(self) -> Fed:
-        """Open the engine."""
-        self._engine = self._opener()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the engine."""
-        self._engine.close()
 
 
 def _build(entry: Entry, file: Path, scratch: Path, options: BuildOptions) -> Path:

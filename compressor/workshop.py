@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from compressor.calls import RUN, Call, Fed, calls_of, generate_of, together
 from compressor.checkpoint import ADVICE, CONFIG
 from compressor.conversion import best_of, convert, usable_quantizers
 from compressor.data import Split
@@ -41,7 +39,6 @@ Key = TypeVar("Key")
 PARITY_ROWS = 8
 CLOCK_ROUNDS = 8  # of the quick timing that a search goes by: short ones, of which some meet a quiet machine
 CLOCK_SECONDS = 0.1
-TIMING_CANDIDATES = 32  # samples among which the one of median length is timed
 
 
 def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOptions:
@@ -52,13 +49,16 @@ def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOp
     axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis != 0]
     if not axes:
         return options
-    usual = timing_feeds(subject.data.test, settings.batch)
+    usual = next(iter(calls_of(subject, settings).values())).shapes
     feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
     longest = max(found[name].shape[axis] for found in feeds for name, axis in axes)
     least = 1
     if subject.model.state:  # the data's cache is empty, that of the example is not
         least, longest = 0, max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
-    return dataclasses.replace(options, lengths=(least, max(usual[name].shape[axis] for name, axis in axes), longest))
+    asked = generate_of(settings, subject.model)
+    if asked is not None:
+        longest = max(longest, asked.prompt + asked.new)
+    return dataclasses.replace(options, lengths=(least, max(usual[name][axis] for name, axis in axes), longest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,37 +113,57 @@ class Workshop:
     def _samples(self) -> Iterator[Feeds]:
         return (batch.feeds for batch in self.subject.data.calibration.batches(BATCH))
 
-    def timed_inputs(self, settings: Settings) -> dict[str, npt.NDArray[Any]]:
-        """The inputs on which engines are timed."""
-        return timing_feeds(self.subject.data.test, settings.batch)
+    def calls(self, settings: Settings) -> dict[str, Call]:
+        """The calls whose time is the latency; see calls.py."""
+        return calls_of(self.subject, settings)
 
-    def clock(self, graphs: Mapping[str, Graph], settings: Settings, steps: Steps) -> dict[str, float]:
+    def timed_inputs(self, settings: Settings) -> Feeds:
+        """The inputs of the first call that engines are timed with."""
+        return next(iter(self.calls(settings).values())).inputs
+
+    def clock(self, graphs: Mapping[str, Graph], settings: Settings, steps: Steps) -> dict[str, dict[str, float]]:
         """Build an engine from each finished graph, in the precision asked for, and time them against each other.
 
         Returns:
-            Milliseconds by name, those of the quietest burst.
+            Milliseconds of each call by name, those of the quietest burst.
         """
         with steps.step(f"time {len(graphs)} designs on {self.target.name}") as tick, self._passing() as workshop:
             engines: dict[str, Path] = {}
             for number, (name, graph) in enumerate(graphs.items()):
                 tick(number, 2 * len(graphs), f"build {name}")
                 engines[name] = workshop.build(workshop.roughly(workshop.lowered(graph, f"design{number}"), settings))
-            return self._quietest(
+            found = self._briefly(
                 engines, settings, lambda name, done, total: tick(total + done, 2 * total, f"time {name}")
             )
+            return {name: {call: each.quietest for call, each in parts.items()} for name, parts in found.items()}
 
-    def _quietest(
+    def _briefly(
         self, engines: Mapping[str, Path], settings: Settings, progress: Callable[[str, int, int], None] | None = None
-    ) -> dict[str, float]:
-        """Milliseconds of engines timed against each other in short bursts, those of the quietest of each."""
-        found = interleave(
-            self._openers(engines, self.options),
-            self.timed_inputs(settings),
-            rounds=CLOCK_ROUNDS,
-            burst_seconds=CLOCK_SECONDS,
-            progress=progress,
+    ) -> dict[str, dict[str, Latency]]:
+        """Every call of every engine timed against the others in short bursts."""
+        return self._interleaved(
+            engines,
+            settings,
+            partial(interleave, rounds=CLOCK_ROUNDS, burst_seconds=CLOCK_SECONDS, progress=progress),
         )
-        return {name: latency.quietest for name, latency in found.items()}
+
+    def _interleaved(
+        self, engines: Mapping[str, Path], settings: Settings, interleaved: Callable[..., dict[str, Latency]]
+    ) -> dict[str, dict[str, Latency]]:
+        """Latencies by engine and call, all in one interleaved run."""
+        openers, calls = self._openers(engines, self.options), self.calls(settings)
+        if list(calls) == [RUN]:
+            return {name: {RUN: each} for name, each in interleaved(openers, calls[RUN].inputs).items()}
+        runs = [(name, call) for call in calls for name in engines]
+        with tempfile.TemporaryDirectory(dir=self.scratch) as caches:
+            fed = {
+                f"{name}, {call}": partial(
+                    Fed, openers[name], calls[call].feeds(openers[name], Path(caches, f"{number}"))
+                )
+                for number, (name, call) in enumerate(runs)
+            }
+            found = interleaved(fed, {})
+        return {name: {call: found[f"{name}, {call}"] for call in calls} for name in engines}
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[Workshop]:
@@ -240,7 +260,11 @@ class Workshop:
     def quick(self, sources: Mapping[Key, Source], settings: Settings) -> dict[Key, float]:
         """Milliseconds of the engines of some files, timed against each other in short bursts: the quietest of each."""
         engines = {str(number): self.build(source) for number, source in enumerate(sources.values())}
-        return dict(zip(sources, self._quietest(engines, settings).values(), strict=True))
+        found, calls = self._briefly(engines, settings).values(), self.calls(settings)
+        return {
+            key: sum(calls[call].times * each.quietest for call, each in parts.items())
+            for key, parts in zip(sources, found, strict=True)
+        }
 
     def choose_precision(self, path: Path, settings: Settings, steps: Steps) -> tuple[str, tuple[Trial, ...]]:
         """The fastest of the target's precisions whose loss stays within the budget, each tried on a float file."""
@@ -298,11 +322,11 @@ class Workshop:
             if self.subject.no_quality_because is None:
                 with steps.step("measure the quality") as tick:
                     evaluation = workshop._judge(engines, self.subject.data.test, next(iter(graphs)), tick)
-            return evaluation, workshop.latency(engines, self.timed_inputs(settings), settings.rounds, steps)
+            return evaluation, workshop.latency(engines, settings, steps)
 
     def _engine(self, name: str, graph: Graph, settings: Settings, steps: Steps) -> Path:
         with steps.step(f"build {name}") as tick:
-            path = self.lowered(finished(graph), name)
+            path = self.lowered(self.finished(graph), name)
             self.parity(path, graph)
             if settings.precision == "fp32":
                 return self.build(Source(path))
@@ -314,9 +338,15 @@ class Workshop:
         shared = dataclasses.replace(self.options, spinning=False)
         return judge(self._openers(engines, shared), self.subject, split, reference, tick)
 
-    def latency(self, engines: Mapping[str, Path], feeds: Feeds, rounds: int, steps: Steps) -> dict[str, Latency]:
-        """Time the engines against each other on the same inputs."""
-        return timed(self._openers(engines, self.options), feeds, rounds, steps)
+    def latency(self, engines: Mapping[str, Path], settings: Settings, steps: Steps) -> dict[str, Latency]:
+        """Time the engines against each other on the same inputs; all calls of each together."""
+        calls = self.calls(settings)
+        return {name: together(calls, parts) for name, parts in self.latencies(engines, settings, steps).items()}
+
+    def latencies(self, engines: Mapping[str, Path], settings: Settings, steps: Steps) -> dict[str, dict[str, Latency]]:
+        """Time every call of the engines against each other, by engine and call."""
+        few = partial(timed, min_runs=3, warmup_runs=1) if self.subject.model.state else timed  # a prompt can take long
+        return self._interleaved(engines, settings, partial(few, rounds=settings.rounds, steps=steps))
 
     def _openers(self, engines: Mapping[str, Path], options: BuildOptions) -> dict[str, Callable[[], Engine]]:
         return {name: partial(self.target.load, path, options) for name, path in engines.items()}
@@ -360,12 +390,3 @@ def judge(
 
 def _runner(engine: Engine, answer: str) -> Runner:
     return lambda feeds: engine.run(feeds)[answer]
-
-
-def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[Any]]:
-    """Exactly `batch` rows of real inputs, repeated where the split is smaller; of texts those of median length."""
-    few = itertools.islice((part.feeds for part in split.batches(batch)), max(1, TIMING_CANDIDATES // batch))
-    by_size = sorted(few, key=lambda feeds: sum(value[0].size for value in feeds.values()))
-    feeds = by_size[len(by_size) // 2]
-    rows = len(next(iter(feeds.values())))
-    return {name: np.concatenate([value] * (-(-batch // rows)))[:batch] for name, value in feeds.items()}

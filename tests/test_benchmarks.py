@@ -51,7 +51,7 @@ def untimed(monkeypatch):
     """No engine is built or timed for prices: they are made up."""
 
     def clock(self, graphs, settings, steps):
-        return {name: 10.0 - 0.5 * number for number, name in enumerate(graphs)}
+        return {name: dict.fromkeys(self.calls(settings), 10.0 - 0.5 * number) for number, name in enumerate(graphs)}
 
     monkeypatch.setattr(Workshop, "clock", clock)
 

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import compressor
-from compressor import checkpoint, models, pipeline
+from compressor import checkpoint, models, pipeline, workshop
 from compressor.checkpoint import CheckpointError, Transformers
 from compressor.entries import given
 from compressor.errors import SettingsError
@@ -209,7 +209,8 @@ def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
         ({"drop": "attention:2"}, "--drop attention:2: give --drop block:N"),
         ({"drop": "3"}, "whole blocks"),
         ({"drop": "25%"}, "whole blocks"),
-        ({"drop": "auto"}, "a search"),
+        ({"drop": "auto", "actions": "drop,linear"}, "no --actions drop,linear"),
+        ({"drop": "auto", "tokens": "8"}, "--tokens 8"),
         ({"drop": "block:1", "actions": "linear"}, "--actions linear"),
         ({"drop": "block:1", "tokens": "8"}, "--tokens 8"),
     ],
@@ -243,6 +244,8 @@ def test_stages_and_shared_blocks_are_refused():
         checkpoint.check_plan(
             plan_of(mine, {sites[1].name: "drop"}), sites, SimpleNamespace(name="swin", module=stages)
         )
+    with pytest.raises(CheckpointError, match="has several"):
+        checkpoint.check_blocks(sites, SimpleNamespace(name="swin", module=stages))
     shared = transformers.AlbertModel(transformers.AlbertConfig(**TEXT, intermediate_size=24, embedding_size=8))
     with pytest.raises(CheckpointError, match="shares its weights"):
         checkpoint.stack_of(shared, ["encoder.albert_layer_groups.0.albert_layers.0#2"])
@@ -305,6 +308,59 @@ def test_an_export_is_a_folder_to_open_and_to_bench(tmp_path, tokens, monkeypatc
     assert [entry.name for entry in compared.entries] == ["out (eager)", "dense (eager)"]
     small, whole = compared.generated.runs
     assert small.cache == whole.cache / LAYERS
+
+
+def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
+    """That the checkpoint computes the rewritten graph is held by the export itself."""
+    monkeypatch.setattr(workshop, "CLOCK_ROUNDS", 1)
+    dense = saved(tmp_path / "dense", "LlamaForCausalLM")
+    out = tmp_path / "out"
+    report = compressor.export(
+        dense, data=tokens, drop="auto", target="transformers", rounds=1, speedup=1.01, generate="4:4", output=out
+    )
+    blocks = {decision.site.rpartition(".")[0] for decision in report.plan.decisions}
+    gone = {name.rpartition(".")[0] for name in report.plan.changes}
+    assert len(report.plan.changes) == 2 * len(gone) > 0
+    assert set(report.plan.changes.values()) == {"drop"}
+    assert all(decision.reason for decision in report.plan.decisions)
+    assert {"as it is", "without every other block", "first block alone"} == set(report.search["prices"]["timings"])
+    module = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert module.config.num_hidden_layers == len(blocks - gone) >= 1
+    assert {step["unit"] for step in report.search["steps"]} == gone
+    assert report.parity["result"] <= SAME
+    again = compressor.export(
+        dense, data=tokens, drop=str(out / "plan.json"), target="transformers", rounds=1, output=tmp_path / "again"
+    )
+    assert again.plan.changes == report.plan.changes
+
+
+def test_a_sweep_of_whole_blocks(tmp_path, tokens):
+    dense = saved(tmp_path / "dense", "LlamaForCausalLM")
+    front = compressor.sweep(
+        dense, data=tokens, target="transformers", cost="macs", max_loss=1e6, rounds=1, output=tmp_path / "out"
+    )
+    assert len(front.points) == LAYERS  # as it is, and without one and two of three blocks
+    assert [len(point.plan.changes) for point in front.points] == [0, 2, 4]
+    assert [point.latency is not None for point in front.points] == [True] * LAYERS
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_blocks_one_after_the_other_are_the_graph_without_all_of_them(name, subject):
+    mine = subject(name)
+    rewriter = Rewriter(mine.graph, mine.sites, None, whole=True)
+    assert tuple(rewriter.units) == mine.blocks
+    graph = mine.graph
+    for block in (mine.blocks[1], mine.blocks[0]):
+        graph = rewriter.changed(graph, block, "drop")
+    feeds = {key: mine.model.example[key] for key in graph.inputs}
+    for left, right in zip(run(graph, feeds), run(without(mine, (0, 1)), feeds), strict=True):
+        assert torch.equal(left, right)
+    with pytest.raises(PassError, match="no block would be left"):
+        rewriter.changed(graph, mine.blocks[2], "drop")
+    with pytest.raises(PassError, match="only be dropped, found linear"):
+        rewriter.changed(mine.graph, mine.blocks[2], "linear")
+    with pytest.raises(PassError, match="only whole units"):
+        rewriter.carried_out({mine.sites[0].name: "drop"})
 
 
 def test_layers_that_depend_on_their_number_are_found_out(tmp_path, tokens):

@@ -16,13 +16,14 @@ from rich.console import Console
 import compressor
 from compressor import models, workshop
 from compressor.benching import BenchSettings
+from compressor.calls import token_ids
 from compressor.cli import main
 from compressor.data import load
 from compressor.eager import Module
 from compressor.entries import BenchError, Entry
 from compressor.errors import SettingsError
 from compressor.generated import Generated
-from compressor.generation import FURTHEST, Generation, _checked, contexts, distance, prepare, token_ids
+from compressor.generation import FURTHEST, Generation, _checked, contexts, distance, prepare
 from compressor.lower import lower
 from compressor.quantize import quantize
 from compressor.settings import Settings

@@ -372,10 +372,11 @@ def test_the_report_of_a_search_says_what_it_did(labelled: dict[str, Any], brief
     report = compressor.export(**labelled, cost="macs", max_loss=30.0, output=tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     search = content["search"]
-    assert {step["site"]: step["action"] for step in search["steps"]} == content["plan"]["changes"]
+    assert {step["unit"]: step["action"] for step in search["steps"]} == content["plan"]["changes"]
     assert search["steps"]
     assert all(step["loss"] <= 30.0 for step in search["steps"])
-    assert search["prices"] == {"unit": "multiply-adds", "timings": {}, "largest_error": 0.0}
+    alone = {"run": {"times": 1, "timings": {}}}
+    assert search["prices"] == {"unit": "multiply-adds", "timings": {}, "largest_error": 0.0, "calls": alone}
     assert search["predicted_speedup"] > 1.0
     assert set(content["quality"]["label_free"]) == {"agreement", "divergence"}
     assert content["quality"]["label_free"]["divergence"]["value"] > 0.0

@@ -1,11 +1,14 @@
 """Prices: multiply-adds as counted, and times of planted engines recovered."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.prices import counted, timed
+from compressor.calls import Call
+from compressor.prices import counted, designs_by_kind, timed
 from compressor.rewrite import finished
 from passes.base import apply
 from passes.cost import Costs
@@ -23,20 +26,34 @@ def features(work):
     return np.array([1.0, work.products, work.attention, work.elements, work.operators])
 
 
-def shapes_of(model, batch=1):
-    return {name: (batch, *value.shape[1:]) for name, value in model.example.items()}
+def calls_of(model, batch=1):
+    return {"run": Call.alone({name: np.zeros((batch, *value.shape[1:])) for name, value in model.example.items()})}
 
 
-def clock_of(graph, inputs, weights=PLANTED, noise=0.0, seed=0):
-    """Milliseconds that are a linear function of the work, up to noise; notes what was timed."""
-    counter, rng, seen = Counter(graph, inputs), np.random.default_rng(seed), {}
+def clock_of(graph, calls, weights=PLANTED, noise=0.0, seed=0):
+    """Milliseconds that are a linear function of the work, up to noise; notes what was timed.
+
+    Of several calls each has `weights` of its own: those of the second are twice those of the first, and so on.
+    """
+    rng, seen = np.random.default_rng(seed), {}
+    counters = {name: Counter(graph, call.shapes) for name, call in calls.items()}
+
+    def milliseconds(place, name, each):
+        exact = float(features(counters[name].count(each)) @ weights) * (place + 1)
+        return exact * float(1.0 + noise * rng.standard_normal())
 
     def clock(graphs):
         seen.update(graphs)
-        exact = {name: float(features(counter.count(each)) @ weights) for name, each in graphs.items()}
-        return {name: value * float(1.0 + noise * rng.standard_normal()) for name, value in exact.items()}
+        return {
+            design: {name: milliseconds(place, name, each) for place, name in enumerate(calls)}
+            for design, each in graphs.items()
+        }
 
     return clock, seen
+
+
+def designs(graph, sites):
+    return {name: finished(design) for name, design in designs_by_kind(graph, sites).items()}
 
 
 def without(graph, sites):
@@ -53,7 +70,7 @@ def without(graph, sites):
 def test_counted_prices_are_the_multiply_adds_that_are_run(name, batch):
     model, graph, sites = traced(name)
     feeds = {key: value[:1].repeat(batch, *[1] * (value.ndim - 1)) for key, value in model.example.items()}
-    prices = counted(graph, shapes_of(model, batch))
+    prices = counted(graph, calls_of(model, batch))
     assert prices.unit == "multiply-adds"
     assert prices.error == 0.0
     assert not prices.timings
@@ -66,7 +83,7 @@ def test_counted_prices_are_the_multiply_adds_that_are_run(name, batch):
 
 def test_elements_and_operators_are_free_in_multiply_adds():
     _, graph, _ = traced("vit")
-    assert counted(graph, {"x": (1, 3, 32, 32)}).of(Work(7, 5, 1000, 1000)) == 12.0
+    assert counted(graph, calls_of(traced("vit")[0])).of((Work(7, 5, 1000, 1000),)) == 12.0
 
 
 # ------------------------------------------------------------------------------------------------------ milliseconds
@@ -75,49 +92,66 @@ def test_elements_and_operators_are_free_in_multiply_adds():
 @pytest.mark.parametrize("name", ["vit", "hf_bert", "hf_llama", "convnext"])
 def test_times_that_are_linear_in_the_work_are_predicted_exactly(name):
     model, graph, sites = traced(name)
-    inputs = shapes_of(model)
-    clock, seen = clock_of(graph, inputs)
-    prices = timed(graph, inputs, sites, clock)
+    calls = calls_of(model)
+    clock, seen = clock_of(graph, calls)
+    prices = timed(graph, calls, designs(graph, sites), clock)
     assert prices.unit == "ms"
-    assert list(prices.timings) == list(seen) == list(prices.fitted)
+    assert list(prices.timings) == list(seen) == list(prices.calls["run"].fitted)
     assert prices.error < SOLVED
     for design, graph_timed in seen.items():
         assert prices.cost(graph_timed) == pytest.approx(prices.timings[design], rel=SOLVED)
-        assert prices.fitted[design] == pytest.approx(prices.timings[design], rel=SOLVED)
+        assert prices.calls["run"].fitted[design] == pytest.approx(prices.timings[design], rel=SOLVED)
 
 
 def test_planted_weights_are_recovered():
     """Where the engines tell all five prices apart; then any other graph is predicted too."""
     model, graph, sites = small(spread(), depth=3)[:3]
-    inputs = shapes_of(model)
+    calls = calls_of(model)
     others = {f"without {site.name}": without(graph, [site]) for site in sites}
-    clock, seen = clock_of(graph, inputs)
-    prices = timed(graph, inputs, sites, clock, others)
+    clock, seen = clock_of(graph, calls)
+    prices = timed(graph, calls, designs(graph, sites) | others, clock)
     assert set(others) < set(seen)
-    rows = np.array([features(prices.counter.count(each)) for each in seen.values()])
+    rows = np.array([features(prices.calls["run"].counter.count(each)) for each in seen.values()])
     assert np.linalg.matrix_rank(rows / rows.max(0)) == 5
-    np.testing.assert_allclose(prices.weights, PLANTED, rtol=SOLVED)
+    np.testing.assert_allclose(prices.calls["run"].weights, PLANTED, rtol=SOLVED)
     left = without(graph, sites[1:4])
-    assert prices.cost(left) == pytest.approx(float(features(prices.counter.count(left)) @ PLANTED), rel=SOLVED)
+    assert prices.cost(left) == pytest.approx(
+        float(features(prices.calls["run"].counter.count(left)) @ PLANTED), rel=SOLVED
+    )
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.0, 0.3), st.sets(st.integers(0, 4), max_size=3))
 def test_noise_gives_no_work_a_negative_price(seed, noise, free):
     model, graph, sites = traced("vit")
-    inputs, weights = shapes_of(model), PLANTED.copy()
+    calls, weights = calls_of(model), PLANTED.copy()
     weights[list(free - {0})] = 0.0
-    prices = timed(graph, inputs, sites, clock_of(graph, inputs, weights, noise, seed)[0])
-    assert (prices.weights >= 0.0).all()
-    assert np.isfinite(prices.weights).all()
+    prices = timed(graph, calls, designs(graph, sites), clock_of(graph, calls, weights, noise, seed)[0])
+    assert (prices.calls["run"].weights >= 0.0).all()
+    assert np.isfinite(prices.calls["run"].weights).all()
     assert prices.cost(without(graph, sites[:1])) <= prices.cost(graph) + 1e-12
+
+
+def test_each_kind_of_call_has_its_own_price_and_they_add_up():
+    """A step's price by work is another than a prompt's: of one weight for both, one of them would be wrong."""
+    model, graph, sites = small(spread(), depth=3)[:3]
+    calls = {"prompt": calls_of(model, 4)["run"], "token": dataclasses.replace(calls_of(model)["run"], times=7)}
+    clock, seen = clock_of(graph, calls)
+    prices = timed(graph, calls, designs(graph, sites), clock)
+    took = clock(seen)
+    for design, each in seen.items():
+        expected = took[design]["prompt"] + 7 * took[design]["token"]
+        assert prices.cost(each) == pytest.approx(expected, rel=SOLVED)
+        assert prices.timings[design] == pytest.approx(expected, rel=SOLVED)
+    first, second = prices.count(graph)
+    assert prices.multiply_adds((first, second)) == first.multiply_adds + 7 * second.multiply_adds
 
 
 def test_the_error_is_the_largest_relative_one():
     model, graph, sites = traced("vit")
-    inputs = shapes_of(model)
-    prices = timed(graph, inputs, sites, clock_of(graph, inputs, noise=0.1)[0])
-    errors = [abs(prices.fitted[name] - time) / time for name, time in prices.timings.items()]
+    calls = calls_of(model)
+    prices = timed(graph, calls, designs(graph, sites), clock_of(graph, calls, noise=0.1)[0])
+    errors = [abs(prices.calls["run"].fitted[name] - time) / time for name, time in prices.timings.items()]
     assert prices.error == pytest.approx(max(errors), rel=1e-9)
     assert prices.error > 0.0
 
@@ -125,15 +159,15 @@ def test_the_error_is_the_largest_relative_one():
 def test_what_is_timed_is_what_is_lowered():
     """Finished graphs of the model: as it is, and with branches gone or replaced by linear maps."""
     model, graph, sites = traced("vit")
-    inputs = shapes_of(model)
+    calls = calls_of(model)
     before = graph.signature()
-    clock, seen = clock_of(graph, inputs)
-    timed(graph, inputs, sites, clock)
+    clock, seen = clock_of(graph, calls)
+    timed(graph, calls, designs(graph, sites), clock)
     assert next(iter(seen)) == "as it is"
     assert {"without attention", "without mlp"} <= set(seen)
     for design in seen.values():
         assert finished(design).signature() == design.signature()
-    counter = Counter(graph, inputs)
+    counter = Counter(graph, calls["run"].shapes)
     assert counter.count(seen["without attention"]).attention < counter.count(seen["as it is"]).attention
     linear = [design for name, design in seen.items() if "linear" in name]
     assert linear
@@ -146,8 +180,8 @@ def test_a_model_of_one_kind_is_priced():
     """Without attention, and with a single kind of branch."""
     model, graph, sites = traced("convnext")
     assert len({site.kind for site in sites}) == 1
-    inputs = shapes_of(model)
-    clock, seen = clock_of(graph, inputs)
-    prices = timed(graph, inputs, sites, clock)
+    calls = calls_of(model)
+    clock, seen = clock_of(graph, calls)
+    prices = timed(graph, calls, designs(graph, sites), clock)
     assert not any("attention" in name for name in seen)
     assert prices.cost(without(graph, sites)) < prices.cost(graph)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compressor.search
+from compressor.calls import Call
 from compressor.choice import _shared_out
 from compressor.effects import Effects
 from compressor.evaluate import evaluate, graph_runner, metric_for, tensor_batches
@@ -44,7 +45,7 @@ class World:
             Site(f"s{n}", "mlp", f"b{n}", n, 8, 2, f"a{n}", f"f{n}", f"t{n}", f"a{n}") for n in range(count)
         )
         self.actions, self.refused, self.slope = actions, dict(refused), slope
-        self.original, self.split, self.counter = frozenset(), range(40), self
+        self.original, self.split = frozenset(), range(40)
         self.own, self.saves = {}, {}
         for site in self.sites:
             drop, saved = rng.random(), int(rng.integers(10, 1000))
@@ -74,6 +75,13 @@ class World:
             raise PassError(f"{name} cannot be {where}.")
         return graph | {(name, action)}
 
+    @property
+    def units(self):
+        return {site.name: (site,) for site in self.sites}
+
+    def of_sites(self, changes):
+        return changes
+
     def carried_out(self, changes):
         """Tokens are merged last, see `Rewriter.reduced`."""
         return frozenset(change for change in changes.items() if merged_tokens(change[1]) is None)
@@ -98,10 +106,13 @@ class World:
         return Loss(self.slope * self.divergence(graph), len(self.split))
 
     def count(self, graph):
-        return SimpleNamespace(multiply_adds=self.whole - sum(self.saves[change] for change in graph))
+        return self.whole - sum(self.saves[change] for change in graph)
+
+    def multiply_adds(self, work):
+        return work
 
     def of(self, work):
-        return float(work.multiply_adds)
+        return float(work)
 
     def cost(self, graph):
         return self.of(self.count(graph))
@@ -145,7 +156,7 @@ def test_steps_state_what_they_led_to():
     search.run()
     graph = frozenset()
     for step in search.steps:
-        before, graph = graph, graph | {(step.site, step.action)}
+        before, graph = graph, graph | {(step.unit, step.action)}
         assert step.divergence == pytest.approx(world.divergence(graph), abs=1e-12)
         assert step.added == pytest.approx(world.divergence(graph) - world.divergence(before), abs=1e-12)
         assert step.loss == pytest.approx(3.0 * world.divergence(graph), abs=1e-12)
@@ -305,10 +316,10 @@ def test_more_tokens_are_merged_step_by_step():
     search = world.begin()
     search.run()
     for name in ("s0", "s1"):
-        shares = [merged_tokens(step.action) for step in search.steps if step.site == name]
+        shares = [merged_tokens(step.action) for step in search.steps if step.unit == name]
         assert shares == sorted(shares)
-        last = max(place for place, step in enumerate(search.steps) if step.site == name)
-        number = len({step.site for step in search.steps[: last + 1]})
+        last = max(place for place, step in enumerate(search.steps) if step.unit == name)
+        number = len({step.unit for step in search.steps[: last + 1]})
         assert reason(search.plan("m", "auto"), name).endswith(f"% with {number} changed")
         assert search.changes[name] == search.plan("m", "auto").changes[name] == "merge:37%"
     assert {search.changes[site.name] for site in world.sites[2:]} == {"drop"}
@@ -328,8 +339,8 @@ def test_tokens_are_merged_early_behind_an_attention_that_must_stay():
     world.own |= {(site.name, "drop"): 500.0 if site.order == 3 else 1.0 for site in world.sites}
     search = world.begin()
     search.run()
-    assert (search.steps[0].site, search.steps[0].action) == ("s3", "merge:12%")
-    assert {step.site for step in search.steps[:3]} == {"s3"}
+    assert (search.steps[0].unit, search.steps[0].action) == ("s3", "merge:12%")
+    assert {step.unit for step in search.steps[:3]} == {"s3"}
 
 
 @pytest.mark.usefixtures("nothing_unread")
@@ -445,7 +456,7 @@ def begun(model, graph, sites, split, actions, limit=100.0, *, metric="agreement
         Rewriter(graph, sites, split),
         Effects(graph, model, split),
         Validation(graph, model, split if held_out is None else held_out, metric),
-        counted(graph, {name: (1, *value.shape[1:]) for name, value in model.example.items()}),
+        counted(graph, {"run": Call.alone({name: value[:1].numpy() for name, value in model.example.items()})}),
         actions,
         limit,
         split,
@@ -591,7 +602,7 @@ def test_a_branch_that_is_linear_is_replaced_and_not_kept(action):
     search.run()
     linear = next(site.name for site in sites if site.name.startswith("blocks.0.mlp"))
     assert search.changes[linear] == action
-    assert next(step for step in search.steps if step.site == linear).added == pytest.approx(0.0, abs=1e-4)
+    assert next(step for step in search.steps if step.unit == linear).added == pytest.approx(0.0, abs=1e-4)
 
 
 def test_savings_are_priced_again_when_fewer_tokens_are_read(monkeypatch):

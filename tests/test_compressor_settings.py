@@ -52,6 +52,10 @@ from runtimes.base import PRECISIONS
         ({"data": "random"}, "--drop auto, or sweep) needs real data"),
         ({"random_weights": True}, "--drop auto, or sweep) needs trained weights"),
         ({"max_loss": -0.1}, "max-loss is -0.1"),
+        ({"max_loss": math.inf}, "max-loss is inf"),
+        ({"generate": "128"}, "--generate 128: expected PROMPT:NEW"),
+        ({"generate": "0:5"}, "--generate 0:5: expected PROMPT:NEW"),
+        ({"generate": "8:5", "defer_build": True}, "give --generate 8:0, or leave it out"),
         ({"speedup": 1.0}, "speedup is 1; expected more than 1"),
         ({"speedup": math.inf}, "speedup is inf"),
         ({"speedup": math.nan}, "speedup is nan"),
@@ -112,8 +116,8 @@ def test_settings_without_a_module_are_made_again_from_their_json() -> None:
     [
         ({}, DEFAULT_LOSS),
         ({"max_loss": 0.0}, 0.0),
-        ({"speedup": 1.5}, 100.0),
-        ({"latency": 5.0}, 100.0),
+        ({"speedup": 1.5}, math.inf),
+        ({"latency": 5.0}, math.inf),
         ({"speedup": 1.5, "max_loss": 2.0}, 2.0),
     ],
 )

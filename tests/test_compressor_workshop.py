@@ -56,7 +56,8 @@ class Target:
 def workshop(folder: Path, target: Any = None, no_quality: str | None = "the data are random") -> Workshop:
     split = Tensors({"x": normal(40, 5, K)})
     data = SimpleNamespace(calibration=split, validation=split, test=split)
-    subject: Any = SimpleNamespace(data=data, no_quality_because=no_quality)
+    model = SimpleNamespace(name="fake", task="feature-extraction", state={})
+    subject: Any = SimpleNamespace(data=data, model=model, no_quality_because=no_quality)
     return Workshop(subject, Target() if target is None else target, BuildOptions(), folder)
 
 

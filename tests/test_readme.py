@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from click.testing import CliRunner
 from PIL import Image
 
@@ -47,7 +48,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """The files the README's commands name: a timm folder, pictures by class, a module of one's own."""
+    """The files the README's commands name: a timm folder, pictures by class, a module of one's own, a small Llama."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(models.SAMPLE, folder / "my_vit")
     digits = np.load(models.SAMPLE / "digits.npz")
@@ -57,6 +58,12 @@ def workspace(tmp_path_factory):
     (folder / "my_models.py").write_text(OWN_MODEL)
     rng = np.random.default_rng(0)
     np.savez(folder / "inputs.npz", input=rng.normal(size=(60, 16)).astype(np.float32))
+    np.save(folder / "tokens.npy", rng.integers(3, 48, (24, 10)))
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "my_llm")
     return folder
 
 

@@ -15,7 +15,7 @@ from compressor.deferred import told
 from compressor.figures import METRICS
 from compressor.pages import recipe
 from compressor.pages.loader import TITLES, loader, templates
-from compressor.report import LABELS
+from compressor.report import LABELS, what_is_timed
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -234,11 +234,12 @@ def _conditions(content: Json) -> Iterator[str]:
     target = TITLES.get(settings["target"], settings["target"])
     late = engine.get("state") == "deferred"
     shapes = ", ".join(f"`{name}` {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name)
+    inputs = what_is_timed(content["generation"]) if content.get("generation") else f"inputs {shapes}"
     threads = f", {settings['threads']} threads" if settings["threads"] else ""
     if content["latency"]:
         yield (
             f"Latency: {'ONNX Runtime in the place of ' if late else ''}{target}, batch {settings['batch']}{threads}, "
-            f"inputs {shapes}; engines timed in alternating bursts, copies to a GPU not included."
+            f"{inputs}; engines timed in alternating bursts, copies to a GPU not included."
         )
     if settings["device"] is not None:
         yield f"Device: {settings['device']}."

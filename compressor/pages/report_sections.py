@@ -10,7 +10,7 @@ import numpy as np
 
 from compressor.pages.page import Chart, Example, Gallery, Part, Points, Prose, Section, Table
 from compressor.pages.report_text import INTERVALS, cell, done, times
-from compressor.report import LABELS
+from compressor.report import LABELS, what_is_timed
 
 Json = dict[str, Any]
 
@@ -221,6 +221,8 @@ def latencies(content: Json) -> Section | None:
     beyond = sum(value > end for values in samples.values() for value in values)
     total = sum(map(len, samples.values()))
     inputs = ", ".join(f"{name} {shape}" for name, shape in content["timed_inputs"].items())
+    if content.get("generation"):
+        inputs = what_is_timed(content["generation"])
     caption = (
         f"{total} runs on {inputs}, interleaved. Lines: medians. Slower than {end:.3g} ms and not drawn: {beyond}."
     )
