@@ -24,7 +24,7 @@ from compressor.pages import card
 from compressor.pages.report import PAGE, html
 from compressor.pages.thumbnails import shown
 from compressor.parity import Parity
-from compressor.precision import AUTO, Converted, Trial
+from compressor.precision import AUTO, Converted, Source, Trial
 from compressor.report import REPORT, Quality, Report, Size, brief
 from compressor.room import limited
 from compressor.settings import Settings
@@ -36,12 +36,22 @@ from compressor.validation import ROUNDING, Validation
 from compressor.workshop import Workshop, sized
 from passes.cost import Costs
 from passes.graph import Graph
-from passes.plan import Plan
 from passes.state import bytes_per_token
 from runtimes.timing import Latency
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rewritten:
+    """What was decided and what came of it: the graph before tokens are merged, after, and ready to be lowered."""
+
+    choice: Choice
+    adapted: Graph
+    graph: Graph
+    final: Graph
+    healed: Healed | None
 
 
 def export(settings: Settings, *, console: Console | None = None, command: str = "compressor.export(...)") -> Report:
@@ -57,76 +67,104 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             left behind then.
     """
     target, options = usable(settings)
-    steps = Steps(console)
-    output = Path(settings.output)
+    steps, output = Steps(console), Path(settings.output)
     if settings.max_memory is not None:
         large.check_target(settings)
-        with output_folder(output, force=settings.force) as folder:
-            report, subject = large.compressed(settings, folder, steps, command)
-            _write(report, folder, subject)
-            card.write(folder)
-        return report
     with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
-        subject = load(settings, steps)
-        subject.model.save(folder)
-        workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
-        with accepting_data(subject):
-            choice = decide(subject, settings, workshop, steps)
-            choice, healed_graph, healed = _healed(choice, subject, settings, steps)
-            (folder / "plan.json").write_text(choice.plan.to_json())
-            rewritten = choice.rewriter.reduced(healed_graph, choice.plan.changes)
-        final = workshop.finished(rewritten)
-        if subject.model.task == "text-generation" and not final.state:
-            without_cache(folder)
-        floats, parity = _lowered(subject, choice.plan, rewritten, final, workshop, steps)
-        factorial = settings.factorial and floats["result"] != floats["baseline"]
-        if factorial:
-            floats |= cells.unmerged(choice.plan, healed_graph, workshop)
-        settings, trials = _with_precision(settings, floats["result"], workshop, steps)
-        files, converted = workshop.precise(floats, settings, steps)
-        files, more = cells.parted(floats, files, settings.precision) if factorial else (files, {})
-        with steps.step(f"build for {target.name}"):
-            files["result"], shipped = workshop.shipped(files["result"], folder)
-            rest = {name: source for name, source in (files | more).items() if name != "result"}
-            engines = {name: workshop.build(source) for name, source in rest.items()} | {"result": shipped}
-        quality = workshop.quality(engines, steps)
-        calls = workshop.calls(settings)
-        parts = workshop.latencies(engines, settings, steps)
-        latency = {name: together(calls, each) for name, each in parts.items()}
-        engine: dict[str, Any] = {"state": "built", "target": target.name, "file": shipped.name}
-        engine |= {"inputs": list(final.inputs), "outputs": list(final.outputs)}
-        engine |= {"layers": layers.described(target, shipped, workshop.options)}
-        if settings.defer_build:
-            graphs = {"baseline": subject.graph, "result": rewritten}
-            engine = deferred.write(folder, files, graphs, workshop, settings, steps)
-        report = Report(
-            command=command,
-            settings=settings.to_dict(),
-            model=described(subject),
-            data=subject.data.describe(),
-            plan=choice.plan,
-            sizes=_sizes({name: engines[name] for name in files}, subject, final),
-            quality=None if quality is None else Quality.of(quality, list(files)),
-            no_quality_because=subject.no_quality_because,
-            latency={name: latency[name] for name in files},
-            timed_inputs={name: list(shape) for name, shape in next(iter(calls.values())).shapes.items()},
-            generation=_generation(parts, calls, settings, subject),
-            parity={name: value.difference for name, value in parity.items()},
-            precision={name: facts.to_dict() for name, facts in converted.items()},
-            trials=tuple(map(dataclasses.asdict, trials)),
-            search=choice.facts,
-            healed=None if healed is None else dataclasses.asdict(healed),
-            steps=tuple(steps.done),
-            passes=tuple(final.history),
-            environment=environment(),
-            engine=engine,
-            factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
-            evidence=_evidence(choice, rewritten, subject),
-        )
-        report = dataclasses.replace(report, notes=_notes(report, settings, subject, converted, healed))
+        if settings.max_memory is not None:
+            report, subject = large.compressed(settings, folder, steps, command)
+        else:
+            subject = load(settings, steps)
+            subject.model.save(folder)
+            workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
+            report = _compressed(subject, settings, workshop, folder, steps, command)
         _write(report, folder, subject)
         card.write(folder)
     return report
+
+
+def _compressed(
+    subject: Subject, settings: Settings, workshop: Workshop, folder: Path, steps: Steps, command: str
+) -> Report:
+    """Choose, rewrite, lower, build and measure; the result is written into the folder, the report is handed back."""
+    done = _rewritten(subject, settings, workshop, steps)
+    (folder / "plan.json").write_text(done.choice.plan.to_json())
+    if subject.model.task == "text-generation" and not done.final.state:
+        without_cache(folder)
+    floats, parity = _lowered(subject, done, workshop, steps)
+    factorial = settings.factorial and floats["result"] != floats["baseline"]
+    if factorial:
+        floats |= cells.unmerged(done.choice.plan, done.adapted, workshop)
+    settings, trials = _with_precision(settings, floats["result"], workshop, steps)
+    files, converted = workshop.precise(floats, settings, steps)
+    files, more = cells.parted(floats, files, settings.precision) if factorial else (files, {})
+    files["result"], engines = _built(files, more, workshop, folder, steps)
+    quality = workshop.quality(engines, steps)
+    calls = workshop.calls(settings)
+    parts = workshop.latencies(engines, settings, steps)
+    latency = {name: together(calls, each) for name, each in parts.items()}
+    engine = _engine(done, files, engines["result"], workshop, folder, settings, steps)
+    report = Report(
+        command=command,
+        settings=settings.to_dict(),
+        model=described(subject),
+        data=subject.data.describe(),
+        plan=done.choice.plan,
+        sizes=_sizes({name: engines[name] for name in files}, subject, done.final),
+        quality=None if quality is None else Quality.of(quality, list(files)),
+        no_quality_because=subject.no_quality_because,
+        latency={name: latency[name] for name in files},
+        timed_inputs={name: list(shape) for name, shape in next(iter(calls.values())).shapes.items()},
+        generation=_generation(parts, calls, settings, subject),
+        parity={name: value.difference for name, value in parity.items()},
+        precision={name: facts.to_dict() for name, facts in converted.items()},
+        trials=tuple(map(dataclasses.asdict, trials)),
+        search=done.choice.facts,
+        healed=None if done.healed is None else dataclasses.asdict(done.healed),
+        steps=tuple(steps.done),
+        passes=tuple(done.final.history),
+        environment=environment(),
+        engine=engine,
+        factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
+        evidence=_evidence(done, subject),
+    )
+    return dataclasses.replace(report, notes=_notes(report, settings, subject, converted, done.healed))
+
+
+def _rewritten(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> _Rewritten:
+    with accepting_data(subject):
+        choice, adapted, healed = _healed(decide(subject, settings, workshop, steps), subject, settings, steps)
+        graph = choice.rewriter.reduced(adapted, choice.plan.changes)
+    return _Rewritten(choice, adapted, graph, workshop.finished(graph), healed)
+
+
+def _built(
+    files: Mapping[str, Source], more: Mapping[str, Source], workshop: Workshop, folder: Path, steps: Steps
+) -> tuple[Source, dict[str, Path]]:
+    """What the result's engine was built from, and every engine, by variant; the result's lies in the output folder."""
+    with steps.step(f"build for {workshop.target.name}"):
+        source, shipped = workshop.shipped(files["result"], folder)
+        rest = {name: each for name, each in {**files, **more}.items() if name != "result"}
+        return source, {name: workshop.build(each) for name, each in rest.items()} | {"result": shipped}
+
+
+def _engine(
+    done: _Rewritten,
+    files: Mapping[str, Source],
+    shipped: Path,
+    workshop: Workshop,
+    folder: Path,
+    settings: Settings,
+    steps: Steps,
+) -> dict[str, Any]:
+    """The ``engine`` part of the report."""
+    if settings.defer_build:
+        graphs = {"baseline": done.choice.rewriter.original, "result": done.graph}
+        return deferred.write(folder, files, graphs, workshop, settings, steps)
+    final, target = done.final, workshop.target
+    named = {"state": "built", "target": target.name, "file": shipped.name}
+    ends = {"inputs": list(final.inputs), "outputs": list(final.outputs)}
+    return named | ends | {"layers": layers.described(target, shipped, workshop.options)}
 
 
 def _with_precision(
@@ -147,26 +185,26 @@ def _write(report: Report, folder: Path, subject: Subject) -> None:
     (folder / PAGE).write_text(html(content, shown(subject.data.test, places)), encoding="utf-8")
 
 
-def _evidence(choice: Choice, rewritten: Graph, subject: Subject) -> dict[str, Any]:
+def _evidence(done: _Rewritten, subject: Subject) -> dict[str, Any]:
     """What the choice was based on, and the tokens that its plan leaves where it merges some."""
-    if not choice.plan.merges:
-        return choice.evidence
-    return choice.evidence | {"tokens": tokens_left(rewritten, subject.sites, subject.data.test)}
+    if not done.choice.plan.merges:
+        return done.choice.evidence
+    return done.choice.evidence | {"tokens": tokens_left(done.graph, subject.sites, subject.data.test)}
 
 
 def _lowered(
-    subject: Subject, plan: Plan, rewritten: Graph, final: Graph, workshop: Workshop, steps: Steps
+    subject: Subject, done: _Rewritten, workshop: Workshop, steps: Steps
 ) -> tuple[dict[str, Path], dict[str, Parity]]:
     """The files of baseline and result that engines are built from, each held against torch."""
     with steps.step("lower, check against torch"):
         dense = workshop.lowered(subject.graph, "baseline")
         parity = {"baseline": workshop.parity(dense, subject.graph)}
         # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
-        if not plan.changes and final.signature() == subject.graph.signature():
+        if not done.choice.plan.changes and done.final.signature() == subject.graph.signature():
             return {"baseline": dense, "result": dense}, parity | {"result": parity["baseline"]}
-        result = workshop.lowered(final, "result")
+        result = workshop.lowered(done.final, "result")
         # Held against the graph as it was before it was folded.
-        return {"baseline": dense, "result": result}, parity | {"result": workshop.parity(result, rewritten)}
+        return {"baseline": dense, "result": result}, parity | {"result": workshop.parity(result, done.graph)}
 
 
 def sweep(
