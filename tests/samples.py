@@ -5,14 +5,13 @@ import functools
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from compressor import models
-from compressor.data import Shares, load
+from compressor.data import Batch, Shares, load
 from compressor.trace import trace
 from passes.run import Program
 from passes.sites import find_sites
@@ -82,7 +81,7 @@ class Tensors:
             part = list(self.indices[start : start + size])
             labels = None if self.labels is None else self.labels[part]
             feeds = {name: value[part] for name, value in self.feeds.items()}
-            yield SimpleNamespace(feeds=feeds, labels=labels, rows_per_sample=1, ids=tuple(map(str, part)))
+            yield Batch(feeds, labels, 1, tuple(map(str, part)))
 
 
 def states(graph, feeds, *names):

@@ -10,7 +10,7 @@ import torch
 
 from compressor import distill, models
 from compressor import heal as heal_module
-from compressor.data import Shares, load
+from compressor.data import Batch, Shares, load
 from compressor.distill import Lesson, Recipe, Student, cropped, distance
 from compressor.effects import Effects
 from compressor.evaluate import metric_for
@@ -47,7 +47,7 @@ class Tensors:
         for start in range(0, len(self), size):
             part = list(self.indices[start : start + size])
             feeds = {name: value[part] for name, value in self.feeds.items()}
-            yield SimpleNamespace(feeds=feeds, rows_per_sample=1, ids=tuple(map(str, part)))
+            yield Batch(feeds, None, 1, tuple(map(str, part)))
 
 
 class Residual(torch.nn.Module):
