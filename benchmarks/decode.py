@@ -74,7 +74,7 @@ def measure(model: Path, work: Path, *, precision: str, layers: int, context: st
 
 
 def retargeted(folder: Path, made: Path) -> None:
-    """The same export for the fused target, which writes its files from the same portable ones; copied, as onnx reads no links."""
+    """The same export for the fused target; copied: onnx takes files with several links for an attack."""
     shutil.copytree(folder, made)
     report = json.loads((folder / "report.json").read_text())
     report["settings"]["target"] = FUSED
