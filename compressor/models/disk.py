@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -65,11 +67,11 @@ def module_on_disk(kind: Any, config: Any, where: str, options: Mapping[str, Any
         ModelError: the weights are not in safetensors files, under other names or in other shapes than the module has
             them, or quantized.
     """
-    stored = _stored(where, options)
     with _without_memory():
         module: torch.nn.Module = kind.from_config(
             config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
         )
+    stored = _by_path(_stored(where, options), module)
     base = f"{getattr(module, 'base_model_prefix', '')}."
     stand_ins: dict[int, torch.nn.Parameter] = {}
     for path, weight in list(module.named_parameters(remove_duplicate=False)):
@@ -112,6 +114,22 @@ def _stored(where: str, options: Mapping[str, Any]) -> dict[str, Stored]:
     return found
 
 
+def _by_path(stored: Mapping[str, Stored], module: Any) -> dict[str, Stored]:
+    """The tensors by the names that the module has for them, where checkpoints of its kind have others.
+
+    Without those that transformers would convert: several that become one, or values in another order.
+    """
+    conversions = get_model_conversion_mapping(module)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if not isinstance(each, WeightRenaming)]
+    found: dict[str, Stored] = {}
+    for name, each in stored.items():
+        path, converted = rename_source_key(name, renamings, converters)
+        if converted is None:
+            found[path] = each
+    return found
+
+
 def _found(stored: Mapping[str, Stored], path: str, base: str) -> Stored | None:
     """Where a tensor is; checkpoints of the bare model and of one with a head differ by a prefix."""
     names = (path, path.removeprefix(base), f"{base}{path}")
@@ -122,8 +140,8 @@ def _checked(found: Stored | None, path: str, shape: torch.Size, where: str) -> 
     """A tensor that can be taken for the one of this path."""
     if found is None:
         raise ModelError(
-            f"the files of {where} have no tensor {path}, which --max-memory needs under this very name; open and save "
-            "the model with this version of transformers once, or leave --max-memory out."
+            f"the files of {where} have no tensor {path}, or one that is converted when it is loaded; --max-memory "
+            "reads weights as they are: leave it out."
         )
     if found.kind not in DTYPES:
         raise ModelError(
@@ -155,7 +173,7 @@ def write_from_disk(module: Any, folder: Path) -> None:
     """
     first = {id(weight): name for name, weight in reversed(list(module.named_parameters()))}
     weights = {name: getattr(weight, READ) for name, weight in module.named_parameters() if first[id(weight)] == name}
-    tensors: dict[str, Stored | torch.Tensor] = weights | _kept_buffers(module)
+    tensors = _as_checkpoints_name_them(module, weights | _kept_buffers(module))
     shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
@@ -166,6 +184,14 @@ def write_from_disk(module: Any, folder: Path) -> None:
     module.config.architectures = [type(module).__name__]
     module.config.dtype = next(iter(weights.values())).dtype
     module.config.save_pretrained(folder)
+
+
+def _as_checkpoints_name_them(
+    module: Any, tensors: Mapping[str, Stored | torch.Tensor]
+) -> dict[str, Stored | torch.Tensor]:
+    marked = {name: torch.empty((), device="meta") for name in tensors}
+    by_mark = {id(mark): tensors[name] for name, mark in marked.items()}
+    return {name: by_mark[id(mark)] for name, mark in revert_weight_conversion(module, marked).items()}
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Stored | torch.Tensor]) -> None:
