@@ -159,7 +159,7 @@ def test_weights_are_stored_once_and_beside_the_onnx_file(onnx_folders):
     (streamed, report), (whole, _) = onnx_folders.values()
     total = report.sizes["result"].parameters * 4
     written = (streamed / "model.onnx.data").stat().st_size
-    assert total <= written < total * 1.5  # each begins at a multiple of some bytes
+    assert total * 0.9 <= written < total * 1.5  # norms are in the file itself; the others are aligned
     assert (streamed / "model.onnx").stat().st_size < total
     nodes, expected = (
         [node.op_type for node in onnx.load(each / "model.onnx", load_external_data=False).graph.node]
