@@ -2,10 +2,10 @@
 
     python benchmarks/large.py [--layers 20] [--width 2560] [--limit 3GiB] [--texts 24]
 
-The checkpoint has the form of Qwen3 and random weights in bf16, 2.1 billion of them as it stands: 4.2 GB in shards, 8.4 GB
-in the float32 that is computed in. It is written tensor by tensor, so that making it takes no memory either. Each command
-is run as a user would run it, in a process of its own whose peak of memory (VmHWM, which Linux keeps) is watched from
-outside. `python benchmarks/tables.py` makes the table.
+The checkpoint has the form of Qwen3 and random weights in bf16, 2.1 billion of them as it stands: 4.2 GB in shards, 8.4
+GB in the float32 that is computed in. It is written shard by shard, so that making it takes little memory either. Each
+command is run as a user would run it, in a process of its own whose peak of memory (VmHWM, which Linux keeps) is
+watched from outside. `python benchmarks/tables.py` makes the table.
 """
 
 from __future__ import annotations

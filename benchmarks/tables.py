@@ -15,8 +15,8 @@ from typing import Any
 
 import tables_criteria
 import tables_decode
-import tables_large
 import tables_fusion
+import tables_large
 import tables_llm
 import tables_matrix
 import tables_targets

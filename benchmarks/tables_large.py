@@ -29,12 +29,9 @@ def large_table(found: Mapping[str, Any]) -> str:
         )
     sizes = next(row["sizes"]["baseline"] for row in found["commands"].values() if "sizes" in row)
     parameters = sizes["parameters"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"- {parameters / 1e9:.2f} billion parameters in {found['layers']} blocks: {found['stored'] / 1e9:.2f} GB on "
-            f"disk, {parameters * 4 / 1e9:.2f} GB ({parameters * 4 / 2**30:.2f} GiB) in float32; {found['texts']} texts "
-            f"of {found['tokens']} tokens; {found['environment']['cores']} cores.",
-        ]
+    facts = (
+        f"- {parameters / 1e9:.2f} billion parameters in {found['layers']} blocks: {found['stored'] / 1e9:.2f} GB on "
+        f"disk, {parameters * 4 / 1e9:.2f} GB ({parameters * 4 / 2**30:.2f} GiB) in float32; {found['texts']} texts of "
+        f"{found['tokens']} tokens; {found['environment']['cores']} cores."
     )
+    return "\n".join([*lines, "", facts])
