@@ -169,6 +169,13 @@ def test_weights_are_stored_once_and_beside_the_onnx_file(onnx_folders):
     assert nodes.count("MatMul") == expected.count("MatMul")
 
 
+def test_a_folder_without_any_attention_says_that_it_keeps_no_cache(folder, tmp_path):
+    options = {"drop": "attention:3", "target": "onnxruntime", "defer_build": True, "samples": 6}
+    report = pipeline.export(asked(folder, tmp_path / "out", **options))
+    assert report.sizes["result"].cache == 0 < report.sizes["baseline"].cache
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is False
+
+
 def test_a_device_completes_the_folder(onnx_folders, tmp_path, monkeypatch):
     def brief(openers, feeds, **options):
         return interleave(openers, feeds, **(options | {"rounds": 1, "burst_seconds": 0.01, "warmup_seconds": 0.01}))

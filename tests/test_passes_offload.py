@@ -3,7 +3,9 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from passes.base import apply
 from passes.cost import Costs
+from passes.fuse import Fuse
 from passes.graph import Graph
 from passes.offload import has_offloaded, in_memory, is_offloaded, offloaded, shapes_alone
 from passes.run import Program, run
@@ -109,3 +111,25 @@ def test_shapes_alone_are_those_of_the_values_and_need_no_memory():
     values = program.start(feeds)
     assert shapes == {node.name: tuple(values[node].shape) for node in program.walk(values)}
     assert not any(reader.reads for reader in readers.values())
+
+
+class Scaled(torch.nn.Module):
+    """A linear map with a scale behind it, which can be folded into it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.map, self.scale = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return x + self.map(x) * self.scale
+
+
+def test_a_weight_on_disk_is_not_folded():
+    """What is linear around it would be folded with its stand-in."""
+    assert apply(Fuse(), traced(Scaled())).changed
+    graph, readers = on_disk(traced(Scaled()))
+    assert not apply(Fuse(), graph).changed
+    feeds = {"x": torch.ones(2, 8)}
+    assert torch.equal(run(graph, feeds)[0], run(traced(Scaled()), feeds)[0])
+    assert {reader.reads for reader in readers.values()} == {1}
