@@ -100,6 +100,29 @@ def test_names_without_the_prefix_of_the_bare_model(name, tmp_path):
     assert_reads(on_disk(tmp_path).module, decoder(name, tie_word_embeddings=True))
 
 
+def test_a_tied_weight_is_found_by_either_name(tmp_path):
+    saved(tmp_path, "Qwen3")
+    names = {"model.embed_tokens.weight": "lm_head.weight"}
+    stored = {names.get(key, key): value for key, value in load_file(tmp_path / SINGLE).items()}
+    save_file(stored, tmp_path / SINGLE, {"format": "pt"})
+    assert_reads(on_disk(tmp_path).module, decoder("Qwen3"))
+
+
+def test_how_it_generates_is_what_its_folder_says(tmp_path):
+    """Not what its config would make of it: several tokens that end a text, how it samples."""
+    told = transformers.GenerationConfig(eos_token_id=[2, 5], do_sample=True, top_k=7, max_new_tokens=9)
+    told.save_pretrained(saved(tmp_path / "from", "Llama"))
+    for load in (on_disk, models.load):
+        model = load(tmp_path / "from")
+        (tmp_path / load.__name__).mkdir()
+        model.save(tmp_path / load.__name__)
+    found, expected = (
+        json.loads((tmp_path / load.__name__ / "generation_config.json").read_text()) for load in (on_disk, models.load)
+    )
+    assert found == expected
+    assert (found["eos_token_id"], found["top_k"]) == ([2, 5], 7)
+
+
 def test_nothing_of_the_weights_is_in_memory_until_it_is_read(tmp_path):
     module = on_disk(saved(tmp_path, "Llama")).module
     for weight in module.parameters():

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -73,17 +74,26 @@ def module_on_disk(kind: Any, config: Any, where: str, options: Mapping[str, Any
         )
     stored = _by_path(_stored(where, options), module)
     base = f"{getattr(module, 'base_model_prefix', '')}."
-    stand_ins: dict[int, torch.nn.Parameter] = {}
-    for path, weight in list(module.named_parameters(remove_duplicate=False)):
-        if id(weight) not in stand_ins:
-            stand_ins[id(weight)] = offloaded(weight, _checked(_found(stored, path, base), path, weight.shape, where))
-        owner, _, leaf = path.rpartition(".")
-        module.get_submodule(owner).register_parameter(leaf, stand_ins[id(weight)])
+    for weight, paths in _tied(module):
+        found = next((each for path in paths if (each := _found(stored, path, base)) is not None), None)
+        stand_in = offloaded(weight, _checked(found, paths[0], weight.shape, where))
+        for owner, _, leaf in (path.rpartition(".") for path in paths):
+            module.get_submodule(owner).register_parameter(leaf, stand_in)
     for path, buffer in _kept_buffers(module).items():
         found = _found(stored, path, base)
         if found is not None:
             buffer.copy_(found.as_stored())
+    with contextlib.suppress(OSError):  # not every folder has one; the module has made one of its config
+        module.generation_config = GenerationConfig.from_pretrained(where, revision=options["revision"])
     return module
+
+
+def _tied(module: torch.nn.Module) -> list[tuple[torch.nn.Parameter, list[str]]]:
+    """Every parameter with the paths that it has; tied ones have several."""
+    paths: dict[int, list[str]] = {}
+    for path, weight in module.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(weight), []).append(path)
+    return [(weight, paths[id(weight)]) for weight in module.parameters()]
 
 
 def _kept_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
