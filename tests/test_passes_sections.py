@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from compressor import models
 from compressor.trace import trace
 from passes.base import PassError, apply
+from passes.graph import Graph
 from passes.offload import READ, in_memory
 from passes.run import Program, run
 from passes.score import Score
@@ -203,3 +204,28 @@ def test_what_waits_is_only_what_is_needed(graphs, tmp_path):
         assert set(waiting) == needed
         tensors = [value for value in waiting.values() if isinstance(value, torch.Tensor)]
         assert size < sum(value.nbytes for value in tensors) + 2000 * len(waiting)  # the archive's own entries
+
+
+class Sliced(torch.nn.Module):
+    """A narrow part of something wide is all that the second half reads."""
+
+    def forward(self, x):
+        return (x.repeat(1, 1000)[:, :4] * 2 + 1).cos()
+
+
+def test_what_waits_is_not_the_whole_of_which_it_is_a_part(tmp_path):
+    exported = torch.export.export(Sliced(), (torch.zeros(2, 4),), strict=False)
+    graph = Graph(exported.module(check_guards=False), ("x",), ("y",), "")
+    program = Program(graph)
+    part = next(node.name for node in program.order if "slice" in node.name and node.meta["val"].shape == (2, 4))
+    sections = tuple(pieces(program, {part}))
+    assert len(sections) == 2
+    sizes = []
+
+    def see(number, node, values):
+        sizes.extend(path.stat().st_size for path in tmp_path.iterdir())
+
+    feeds = [{"x": torch.full((2, 4), float(number))} for number in range(2)]
+    found = list(run_in_sections(program, sections, feeds, tmp_path, see))
+    assert [torch.equal(each, Sliced()(one["x"])) for (each,), one in zip(found, feeds, strict=True)] == [True, True]
+    assert 0 < max(sizes) < 4000  # bytes: the whole is 32,000
