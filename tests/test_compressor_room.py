@@ -72,17 +72,17 @@ def test_as_many_texts_go_together_as_fit(rows, at_once, large, tmp_path):
 
 def test_too_little_is_refused_with_what_is_enough_and_that_is(large, tmp_path):
     with pytest.raises(RoomError) as told:
-        of(large, held_memory(), tmp_path)
+        of(large, held_memory(), tmp_path, at_once=2)
     text = str(told.value)
     assert re.match(r"--max-memory [\d.]+GiB is too little: this program takes [\d.]+ GiB, the largest block ", text)
     least = float(re.search(r"give at least ([\d.]+)GiB\.$", text)[1])
-    found = of(large, int(least * GIB), tmp_path)
+    found = of(large, int(least * GIB), tmp_path, at_once=2)
     program = Program(large.graph)
     ends = section_ends(large.graph)
     assert found.room.weights >= max(weight_bytes(program, piece.weights) for piece in pieces(program, ends))
     assert found.rows >= 1
     with pytest.raises(RoomError):
-        of(large, int((least - 0.2) * GIB), tmp_path)
+        of(large, int((least - 0.2) * GIB), tmp_path, at_once=2)
 
 
 def test_without_a_limit_there_is_no_folder(large, tmp_path):
