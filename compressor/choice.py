@@ -37,7 +37,7 @@ CORRECTIONS = 3  # times that a search goes on because the engine was slower tha
 
 
 class ChoiceError(CompressorError):
-    """A plan file cannot be read."""
+    """A plan file cannot be read, or not be carried out under a memory limit."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Boun
     rewriter = rewriter_of(subject, settings)
     plan, facts, known = _named(subject, settings, steps, bounds)
     plan = merging(plan, schedule(settings.tokens, subject.sites))
+    if bounds is not None:
+        _check_dropping(plan)
     if rewriter.whole:
         checkpoint.check_plan(plan, subject.sites, subject.model)
     with steps.step("rewrite") as tick:
@@ -370,6 +372,16 @@ def ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterat
         yield feeds
         done += len(next(iter(feeds.values())))
         tick(min(done, total), total)
+
+
+def _check_dropping(plan: Plan) -> None:
+    """Refuse a plan that does more than drop, which is all that a model read block by block can have done to it."""
+    for name, action in plan.changes.items():
+        if action != "drop":
+            raise ChoiceError(
+                f"the plan has {action} at {name}, which is fitted or measured on the whole model; --max-memory is for "
+                "plans that only drop: give such a plan, or leave --max-memory out."
+            )
 
 
 def _replay(path: Path, sites: Sequence[Site]) -> Plan:

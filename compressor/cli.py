@@ -6,24 +6,19 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 from compressor import __version__
 from compressor.cli_bench import bench
 from compressor.cli_build import build
-from compressor.console import Bytes, Duration, Milliseconds, command_line, console
+from compressor.cli_options import CALIBRATIONS, INT8, engine_options, memory_option, search_options, subject_options
+from compressor.console import Duration, Milliseconds, command_line, console
 from compressor.errors import CompressorError, SettingsError
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-# Those of runtimes.base and compressor.precision, which import NumPy: --help must stay fast.
-PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
-INT8 = ("static", "dynamic")
-CALIBRATIONS = ("auto", "typical", "minmax", "percentile", "entropy", "mse")
 MODEL_HELP = (
     "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, or package.module:factory "
     "for a module of your own; without it the embedded sample is used."
@@ -107,141 +102,9 @@ def main() -> None:
 main.add_command(build)
 
 
-def _subject_options(command: Command) -> Command:
-    """Options that name the model and the data."""
-    for option in reversed(
-        (
-            click.argument("model", required=False),
-            click.option(
-                "--data",
-                help="Image folder, .npy/.npz, .txt/.csv, hub dataset id, or 'random' (speed only); needed with MODEL.",
-            ),
-            click.option(
-                "--task",
-                help="Override the config's task: image-classification, image-feature-extraction, text-classification, "
-                "feature-extraction, sentence-similarity or text-generation.",
-            ),
-            click.option("--revision", help="Branch, tag or commit on the hub."),
-            click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own."),
-            click.option(
-                "--random-weights", is_flag=True, help="Build the architecture without its weights (speed only)."
-            ),
-            click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total.  [default: all]"),
-            click.option(
-                "--max-memory",
-                type=Bytes(),
-                help="Memory to stay under, such as 8GiB: a language model of transformers then stays on disk and is "
-                "run block by block.  [default: load the model whole]",
-            ),
-            click.option(
-                "--max-length",
-                type=click.IntRange(min=2),
-                help="Tokens of a window of a language model's texts.  [default: what it takes, at most 2048]",
-            ),
-            click.option("--stride", type=click.IntRange(min=1), help="Tokens from window to window.  [default: half]"),
-            click.option(
-                "--search-samples",
-                type=click.IntRange(min=1),
-                default=64,
-                show_default=True,
-                help="Calibration samples on which effects on the output are measured.",
-            ),
-            click.option("--seed", default=0, show_default=True, help="Seed of the data split and of --metric random."),
-            click.option("--quiet", "-q", is_flag=True, help="Show no progress."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _search_options(command: Command) -> Command:
-    """Options of the search for a plan."""
-    for option in reversed(
-        (
-            click.option(
-                "--actions",
-                help="What may be done to a site: drop, constant, scale, low-rank[:RANK], linear, fuse, or the "
-                "published tba, replaceme, replaceme-cosine. auto chooses among several, with commas; other forms of "
-                "--drop take one.",
-            ),
-            click.option(
-                "--tokens",
-                default="auto",
-                show_default=True,
-                help="Tokens merged in vision transformers and encoders: auto (the search decides, with --drop auto), "
-                "none, 8 behind every attention, 8,8,0,... or 50% by half-way.",
-            ),
-            click.option(
-                "--cost",
-                type=click.Choice(["latency", "macs"]),
-                default="latency",
-                show_default=True,
-                help="What auto saves: time on the target, or multiply-adds (the same plan on every machine).",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _engine_options(command: Command) -> Command:
-    """Options of the engine and its timing."""
-    for option in reversed(
-        (
-            click.option(
-                "--target", default="onnxruntime", show_default=True, help="Runtime; `compressor targets` lists them."
-            ),
-            click.option(
-                "--precision",
-                type=click.Choice(PRECISIONS),
-                default="fp32",
-                show_default=True,
-                help="What the engine computes in; auto measures all that the target has and keeps the fastest that "
-                "loses little.",
-            ),
-            click.option(
-                "--int8",
-                is_flag=False,
-                flag_value="static",
-                type=click.Choice(INT8),
-                help="Short for --precision int8, or int8-dynamic with the value dynamic.",
-            ),
-            click.option(
-                "--device",
-                type=click.Choice(["cpu", "cuda"]),
-                help="Where the engine runs.  [default: as the target prefers]",
-            ),
-            click.option(
-                "--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: the runtime's]"
-            ),
-            click.option(
-                "--batch",
-                type=click.IntRange(min=1),
-                default=1,
-                show_default=True,
-                help="Batch size of the latency measurement.",
-            ),
-            click.option(
-                "--generate",
-                metavar="PROMPT:NEW",
-                help="Language models: latency, and what auto saves, is the time of a prompt of so many tokens and so "
-                "many new ones; 512:0 is the prompt alone.  [default: 128:128]",
-            ),
-            click.option(
-                "--rounds",
-                type=click.IntRange(min=1),
-                default=10,
-                show_default=True,
-                help="Timed bursts per engine; 2 for a quick look.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 @main.command(cls=Export, epilog=MODEL_HELP)
-@_subject_options
+@subject_options
+@memory_option
 @click.option(
     "--drop",
     default="auto",
@@ -255,7 +118,7 @@ def _engine_options(command: Command) -> Command:
     show_default=True,
     help="How the counted forms of --drop rank; output = measured effect on the model's output.",
 )
-@_search_options
+@search_options
 @click.option(
     "--max-loss",
     type=float,
@@ -272,7 +135,7 @@ def _engine_options(command: Command) -> Command:
     help="Adapt what is left, without labels; taken back where it does not help on validation data.",
 )
 @click.option("--heal-budget", type=Duration(), default="5m", show_default=True, help="Most time healing takes.")
-@_engine_options
+@engine_options
 @click.option(
     "--factorial",
     is_flag=True,
@@ -319,15 +182,15 @@ def export(quiet: bool, **options: Any) -> None:
 
 
 @main.command(cls=Export, epilog=MODEL_HELP)
-@_subject_options
-@_search_options
+@subject_options
+@search_options
 @click.option(
     "--max-loss", default=20.0, show_default=True, help="Loss on validation data at which the front ends, in %."
 )
 @click.option(
     "--points", type=click.IntRange(min=2), default=8, show_default=True, help="Plans to build, time and test."
 )
-@_engine_options
+@engine_options
 @click.option("--output", "-o", default="front", show_default=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def sweep(quiet: bool, points: int, **options: Any) -> None:
@@ -344,7 +207,8 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
 
 
 @main.command(epilog=MODEL_HELP)
-@_subject_options
+@subject_options
+@memory_option
 @click.option(
     "--metric",
     type=click.Choice(["cosine", "output"]),

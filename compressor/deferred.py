@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from compressor.answers import Answers, allowed_for, bytes_of
+from compressor.answers import AT_ONCE, Answers, allowed_for, bytes_of
 from compressor.folder import copy_onnx
 from runtimes.base import BuildOptions, Engine, Int8Style, Layers, Runtime, runtime
 
@@ -150,6 +151,7 @@ def stored_answers(
     timed: Mapping[str, Array],
     settings: Settings,
     run_all: RunAll,
+    at_once: int = AT_ONCE,
 ) -> Answers:
     """Write test samples with torch's answers to them, as many as fit, and the inputs to be timed, within their share.
 
@@ -160,6 +162,7 @@ def stored_answers(
         timed: the inputs to be timed.
         settings: the batch that is timed.
         run_all: gives the outputs of a graph for each of several batches.
+        at_once: most rows of these batches.
     """
     per = subject.data.test.samples.rows_per_sample
     batch = next(subject.data.test.batches(ROWS // per))
@@ -168,7 +171,8 @@ def stored_answers(
     sample = bytes_of(first) + sum(_bytes_of_answers(graph, first) for graph in graphs.values())
     rows = per * max(1, min(len(batch.ids), (LIMIT - TIMED_LIMIT) // sample))
     feeds = {name: value[:rows] for name, value in batch.feeds.items()}
-    expected = {name: _torch(graph, feeds, subject, run_all) for name, graph in graphs.items()}
+    parts = partial(_parts, feeds, at_once)
+    expected = {name: _torch(graph, parts(), subject, run_all) for name, graph in graphs.items()}
     labels = batch.labels[:rows] if batch.labels is not None and subject.metric == "accuracy" else None
     answers = Answers(feeds, expected, {name: value[:fitting] for name, value in timed.items()}, labels)
     answers.save(folder / ANSWERS)
@@ -196,19 +200,22 @@ def _bytes_of_answers(graph: Graph, feeds: Mapping[str, Array]) -> int:
         return sum(value.nbytes for value in program.results(values))
 
 
-def _torch(graph: Graph, feeds: Mapping[str, Array], subject: Loaded, run_all: RunAll) -> dict[str, Array]:
-    """Torch's outputs by name, computed a few rows at a time."""
+def _parts(feeds: Mapping[str, Array], rows: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The feeds a few rows at a time."""
     import torch
 
-    from compressor.answers import AT_ONCE
+    for start in range(0, len(next(iter(feeds.values()))), rows):
+        yield {name: torch.from_numpy(value[start : start + rows]) for name, value in feeds.items()}
+
+
+def _torch(
+    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], subject: Loaded, run_all: RunAll
+) -> dict[str, Array]:
+    """Torch's outputs by name, those of all batches one behind the other."""
     from compressor.subject import accepting_data
 
-    def parts() -> Iterator[dict[str, torch.Tensor]]:
-        for start in range(0, len(next(iter(feeds.values()))), AT_ONCE):
-            yield {name: torch.from_numpy(value[start : start + AT_ONCE]) for name, value in feeds.items()}
-
     with accepting_data(subject):
-        columns = zip(*run_all(graph, parts()), strict=True)
+        columns = zip(*run_all(graph, batches), strict=True)
         return {
             name: np.concatenate([value.numpy() for value in values])
             for name, values in zip(graph.outputs, columns, strict=True)

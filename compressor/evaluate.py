@@ -22,6 +22,7 @@ from compressor.models import Model
 Runner = Callable[[Mapping[str, Array]], Array]
 
 BATCH = 32
+POSITIONS = 128  # judged at a time: with a vocabulary of 128,000 their log-probabilities are 64 MB
 LARGEST_NLL = 700.0  # exp() of more overflows; a model this far off is lost anyway
 
 
@@ -314,13 +315,14 @@ def _tokens(batch: Batch, answer: Array, original: Array | None) -> Columns:
     ids = torch.from_numpy(batch.feeds["input_ids"])
     foretelling = torch.from_numpy(_foretelling(batch))[:, :-1]
     rows = []
-    for row, logits in enumerate(torch.from_numpy(answer)):  # row by row, so that one row of log-probabilities exists
+    for row, logits in enumerate(torch.from_numpy(answer)):
         counted = foretelling[row]
-        nll = torch.nn.functional.cross_entropy(logits[:-1][counted].float(), ids[row, 1:][counted], reduction="sum")
+        some = ((part[there].float(), told[there]) for part, told, there in _few(logits[:-1], ids[row, 1:], counted))
+        nll = sum(float(torch.nn.functional.cross_entropy(*each, reduction="sum")) for each in some)
         same = 0.0
         if original is not None:
             same = float((logits.argmax(-1).numpy() == original[row].argmax(-1))[:-1][counted.numpy()].sum())
-        rows.append((float(nll), float(counted.sum()), same))
+        rows.append((nll, float(counted.sum()), same))
     nlls, tokens, agreeing = np.array(rows, dtype=np.float64).T
     columns = {"nll": nlls, "tokens": tokens}
     return columns if original is None else columns | {"agreement": agreeing / np.maximum(tokens, 1.0)}
@@ -361,14 +363,22 @@ def divergence(
         mask: [rows, tokens], 0 at padding, which does not count where there is an answer for each token.
     """
     if task.endswith("classification") or task == "text-generation":
-        reference = original.float().log_softmax(-1)
-        pointwise = reference.exp() * (reference - answer.float().log_softmax(-1))
-        each = pointwise.sum(-1)
+        rows = _few(answer.reshape(-1, answer.shape[-1]), original.reshape(-1, answer.shape[-1]))
+        each = torch.cat([_relative_entropy(*some) for some in rows]).reshape(answer.shape[:-1])
     else:
         each = 1.0 - torch.nn.functional.cosine_similarity(answer.float(), original.float(), dim=-1)
     if mask is not None and each.shape == mask.shape:
         return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
     return each.reshape(len(each), -1).mean(1)
+
+
+def _few(*sides: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(torch.split(side, POSITIONS) for side in sides), strict=True)
+
+
+def _relative_entropy(answer: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    reference = original.float().log_softmax(-1)
+    return (reference.exp() * (reference - answer.float().log_softmax(-1))).sum(-1)
 
 
 def graph_runner(model: Model, run: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]) -> Runner:

@@ -30,7 +30,8 @@ class Inspection:
     """Scores and costs of every site.
 
     `effects` is each site's output divergence when dropped alone, `study` how redundancy runs over depth, positions and
-    kinds of tokens; both only if measured.
+    kinds of tokens; both only if measured. With `at_ends` pairs of states were compared at the last token of each text
+    alone, sites and blocks at all of them.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Inspection:
     data: dict[str, Any]
     effects: Sequence[float] | None = None
     study: Study | None = None
+    at_ends: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict per site, in order."""
@@ -77,6 +79,7 @@ class Inspection:
                 for name in self.scores.blocks
             },
             "states": list(self.state_names()),
+            "similarity_over": "last tokens of texts" if self.at_ends else "all tokens",
             "similarity": nested(self.scores.similarity_matrix().tolist()),
             "angular_distance": nested(self.scores.angular_matrix().tolist()),
         }
@@ -146,7 +149,8 @@ class Inspection:
         image = axes.imshow(matrix, vmin=lowest, vmax=1.0, cmap="viridis")
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.set_title(f"{self.model}\ncosine similarity of trunk states", fontsize=9)
+        where = ", at last tokens" if self.at_ends else ""
+        axes.set_title(f"{self.model}\ncosine similarity of trunk states{where}", fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.8)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)

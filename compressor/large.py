@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from compressor import checkpoint, deferred, models
+from compressor.answers import AT_ONCE
 from compressor.calls import timing_feeds
 from compressor.choice import Choice, spelled_out
-from compressor.data import Split
+from compressor.data import Batch
 from compressor.environment import environment
 from compressor.errors import CompressorError
-from compressor.evaluate import Evaluation, Runner, evaluate, tensor_batches
+from compressor.evaluate import Evaluation, Runner, evaluate
 from compressor.figures import Array
 from compressor.lower import lower
 from compressor.models.base import without_cache
@@ -42,7 +43,7 @@ from passes.sections import cut, run_in_sections, section_ends
 from passes.state import bytes_per_token
 from runtimes.base import BuildOptions, runtime
 
-AT_ONCE = 2  # graphs that are run side by side, each with its own section in memory
+SIDE_BY_SIDE = 2  # graphs, each with its own section in memory
 CHECKED = 4  # texts on which the written checkpoint is held against the graph
 
 
@@ -78,7 +79,7 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
     subject = load(settings, steps)
     answer, parts = subject.model.answer, [subject.data.calibration, subject.data.test]
     limit, beside = settings.max_memory, Path(settings.output)
-    with accepting_data(subject), limited(subject.graph, parts, limit, beside, [answer], AT_ONCE) as bounds:
+    with accepting_data(subject), limited(subject.graph, parts, limit, beside, [answer], SIDE_BY_SIDE) as bounds:
         assert bounds is not None
         choice = spelled_out(subject, settings, steps, bounds)
         graphs = {"baseline": subject.graph, "result": choice.graph}
@@ -97,13 +98,17 @@ def _judged(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick
     if subject.no_quality_because is not None:
         return None
     split = subject.data.test
-    runners = {name: _runner(graph, subject.model.answer, split, bounds) for name, graph in graphs.items()}
+    # The windows that perplexity is taken over, in the order in which `evaluate` asks for their answers.
+    runners = {
+        name: _runner(graph, subject.model.answer, split.whole(bounds.rows), bounds) for name, graph in graphs.items()
+    }
     return evaluate(split, runners, metric=subject.metric, reference="baseline", batch_size=bounds.rows, progress=tick)
 
 
-def _runner(graph: Graph, answer: str, split: Split, bounds: Bounded) -> Runner:
-    """Hands out the answers to a split's batches, in their order, whatever it is fed."""
-    answers = _answers(graph, answer, tensor_batches(split, bounds.rows), bounds)
+def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: Bounded) -> Runner:
+    """Hands out the answers to these batches, in their order, whatever it is fed."""
+    tensors = ({name: torch.from_numpy(value) for name, value in batch.feeds.items()} for batch in batches)
+    answers = _answers(graph, answer, tensors, bounds)
 
     def following(_: Mapping[str, Array]) -> Array:
         found: Array = next(answers).numpy()
@@ -156,7 +161,8 @@ def _deferred(
     with steps.step("write what the device needs"):
         timed = timing_feeds(subject.data.test, settings.batch)
         run_all = partial(_outputs, bounds=bounds)
-        answers = deferred.stored_answers(folder, graphs, subject, timed, settings, run_all)
+        at_once = min(AT_ONCE, bounds.rows)
+        answers = deferred.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
     found = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
     files = {name: Source(path) for name, path in paths.items()}
     options = sized(options, subject, settings)

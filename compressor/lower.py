@@ -64,7 +64,8 @@ def _to_program(graph: Graph, model: Model, path: Path) -> Path:
 def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     """Write a graph as ONNX, opset 20, with named inputs and outputs and a dynamic batch (and sequence) axis.
 
-    Weights beyond 2 GB go into a file beside it, named as the ONNX file plus ``.data``.
+    Weights beyond 2 GB, and those that were read from disk one by one, go into a file beside it, named as the ONNX file
+    plus ``.data``.
     """
     example = tuple(model.example[name] for name in graph.inputs)
     shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
@@ -82,15 +83,15 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
                 optimize=False,  # weights that stay on disk come first
             )
             assert program is not None
-            leave_on_disk(program.model)
+            streamed = leave_on_disk(program.model)
             program.optimize()
     except OSError:
         raise
     except Exception as error:  # the exporter's errors have no common base
         raise LowerError(f"{model.name} cannot be written as ONNX: {first_line(_cause(error))}.") from error
     _tidy(program.model, {*graph.inputs, *graph.outputs})
-    with _quiet():
-        program.save(str(path))
+    with _quiet():  # in one piece with its weights, the file would be in memory before it is written
+        program.save(str(path), external_data=streamed)
     return path
 
 

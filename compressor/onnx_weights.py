@@ -10,20 +10,26 @@ import torch
 from passes.offload import in_memory, is_offloaded
 
 
-def leave_on_disk(model: ir.Model) -> None:
+def leave_on_disk(model: ir.Model) -> bool:
     """Let an exported model read its weights from disk as they are written, those in front of a transpose transposed.
 
     Args:
         model: as torch.onnx exports it, not optimised yet: that would compute with the stand-ins.
+
+    Returns:
+        Whether there were any such weights.
     """
+    found = False
     for value in list(model.graph.initializers.values()):
         stand_in = getattr(value.const_value, "raw", None)
         if not isinstance(stand_in, torch.Tensor) or not is_offloaded(stand_in):
             continue
+        found = True
         value.const_value = _read_later(stand_in, range(stand_in.ndim), value)
         readers = value.consumers()
         if len(readers) == 1 and readers[0].op_type == "Transpose":  # a tied weight is left to its readers
             _transpose(model.graph, value, readers[0], stand_in)
+    return found
 
 
 def _transpose(graph: ir.Graph, value: ir.Value, node: ir.Node, stand_in: torch.Tensor) -> None:

@@ -291,7 +291,14 @@ def inspect(
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
         found = studied(subject, steps, seed=settings.seed, against=others) if study else None
     return Inspection(
-        subject.model.name, subject.sites, scores, subject.costs, subject.data.describe(), measured, found
+        subject.model.name,
+        subject.sites,
+        scores,
+        subject.costs,
+        subject.data.describe(),
+        effects=measured,
+        study=found,
+        at_ends=bounds is not None,
     )
 
 

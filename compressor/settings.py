@@ -321,8 +321,9 @@ def _check_memory(settings: Settings) -> None:
         "--metric output": settings.metric == "output",
         f"--actions {settings.actions}": settings.chosen_actions != ("drop",),
         f"--heal {settings.heal}": settings.heal != "none",
-        f"--precision {settings.precision}": settings.precision != "fp32",
+        f"--tokens {settings.tokens}": settings.tokens not in ("auto", "none"),
         "--factorial": settings.factorial,
+        f"--precision {settings.precision}": settings.precision != "fp32",
         "--random-weights": settings.random_weights,
     }
     found = next((name for name, needed in asked.items() if needed), None)

@@ -90,9 +90,9 @@ def pieces(program: Program, ends: Collection[str]) -> Iterator[Section]:
 
 
 def weight_bytes(program: Program, weights: Collection[fx.Node]) -> int:
-    """Bytes that weights take in memory, shared ones counted once."""
-    values = {id(program.constants[node]): program.constants[node] for node in weights}
-    return sum(value.numel() * value.itemsize for value in values.values())
+    """Bytes that weights take in memory; a tied one is one node."""
+    values = (program.constants[node] for node in weights)
+    return sum(value.numel() * value.itemsize for value in values)
 
 
 def working_bytes(program: Program, feeds: Feeds) -> int:
@@ -131,7 +131,7 @@ def run_in_sections(
     *before, last = sections
     waiting = (program.start(feeds) for feeds in batches)
     for section in (*before, last):
-        weights = _read(program, section)
+        weights = {node: in_memory(program.constants[node]) for node in section.weights}
         ready: list[Path] = []
         for number, batch in enumerate(waiting):
             values = batch | program.constants | weights
@@ -145,18 +145,6 @@ def run_in_sections(
             del batch, values
         waiting = (_taken_up(path, program) for path in ready)
         del weights
-
-
-def _read(program: Program, section: Section) -> Values:
-    """The values of a section's weights; shared ones are read once."""
-    read: dict[int, torch.Tensor] = {}
-    values: Values = {}
-    for node in section.weights:
-        weight = program.constants[node]
-        if id(weight) not in read:
-            read[id(weight)] = in_memory(weight)
-        values[node] = read[id(weight)]
-    return values
 
 
 def _put_aside(values: Values, path: Path) -> Path:

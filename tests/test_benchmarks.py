@@ -331,6 +331,22 @@ def test_the_table_of_generation():
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
 
 
+# --------------------------------------------------------------------------------------------- made-up results: large
+
+
+def test_the_table_of_a_model_larger_than_memory():
+    size = {"baseline": {"parameters": 2_000_000_000}, "result": {"parameters": 1_000_000_000}}
+    rows = {"inspect": {"peak": 2 * 2**30, "seconds": 61.4, "written": 5e6},
+            "export": {"peak": 2.5 * 2**30, "seconds": 99.9, "written": 2e9, "sizes": size}}  # fmt: skip
+    told = {"layers": 20, "limit": "3GiB", "texts": 24, "tokens": 256, "stored": 4_000_000_000}
+    lines = script("tables_large").large_table(told | {"commands": rows, "environment": {"cores": 2}}).splitlines()
+    assert lines[2:4] == [
+        "| inspect | 3GiB | 2.00 GiB | 61 s | 0.01 GB |",
+        "| export | 3GiB | 2.50 GiB | 100 s | 2.00 GB |",
+    ]
+    assert "2.00 billion parameters in 20 blocks: 4.00 GB on disk, 8.00 GB (7.45 GiB) in float32; 24 texts" in lines[-1]
+
+
 # ----------------------------------------------------------------------------------------------- made-up results: llm
 
 
@@ -428,6 +444,23 @@ def test_decode_runs_on_a_small_model(tmp_path):
     assert "| dynamic, 32 | Compressor, compressed int8 |" in text
     assert "| dynamic, 32 | fused, compressed int8 |" in text
     assert text.count("both / product") == 8
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_its_memory_stays_under_it(tmp_path):
+    """What the process held at most, seen from outside; its weights alone, in float32, are more than it may hold."""
+    large = script("large")
+    limit, layers = 2, 24
+    large.checkpoint(tmp_path / "model", layers, 1280)
+    found = large.measure(tmp_path, layers=layers, limit=f"{limit}GiB", texts=6)
+    for name, row in found["commands"].items():
+        assert 0 < row["peak"] <= limit * 2**30, name
+        if "sizes" in row:
+            assert row["sizes"]["baseline"]["parameters"] * 4 > limit * 2**30
+            assert row["sizes"]["result"]["parameters"] < row["sizes"]["baseline"]["parameters"]
+            assert all(value <= 1e-5 for value in row["parity"].values())
+    assert found["stored"] * 2 > limit * 2**30
+    assert script("tables_large").large_table(found).count("| 2GiB |") == 3
 
 
 @pytest.mark.slow

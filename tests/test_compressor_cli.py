@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import compressor
 import runtimes
-from compressor import __version__, cli, pipeline, workshop
+from compressor import __version__, cli_options, pipeline, workshop
 from compressor.calibration import METHODS
 from compressor.cli import Export, main
 from compressor.precision import AUTO, SHORT_FORMS
@@ -177,15 +177,15 @@ def test_every_setting_is_an_option() -> None:
 
 
 def test_choices_that_are_written_out_for_speed_are_those_of_their_modules() -> None:
-    assert ((AUTO, *PRECISIONS), tuple(SHORT_FORMS)) == (cli.PRECISIONS, cli.INT8)
-    assert ("auto", *METHODS) == cli.CALIBRATIONS
+    assert ((AUTO, *PRECISIONS), tuple(SHORT_FORMS)) == (cli_options.PRECISIONS, cli_options.INT8)
+    assert ("auto", *METHODS) == cli_options.CALIBRATIONS
     for command, names in (("export", {"precision", "int8", "calibration"}), ("sweep", {"precision", "int8"})):
         options = {each.name: each.type for each in main.commands[command].params if isinstance(each, click.Option)}
         assert names == set(options) & {"precision", "int8", "calibration"}
         for name in names:
             choice = options[name]
             assert isinstance(choice, click.Choice)
-            assert tuple(choice.choices) == getattr(cli, {"int8": "INT8"}.get(name, f"{name}s".upper()))
+            assert tuple(choice.choices) == getattr(cli_options, {"int8": "INT8"}.get(name, f"{name}s".upper()))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from compressor.pages.report import html, shown_in
 from compressor.parity import TOLERANCE, ParityError
 from compressor.precision import Source
 from compressor.settings import Settings
+from passes.graph import Graph
+from passes.run import run
 from runtimes import base, openvino, tensorrt
 from runtimes.base import BuildError, BuildOptions, RuntimeUnavailable
 from runtimes.timing import interleave
@@ -252,18 +254,32 @@ def test_lengths_and_fixed_shapes_of_the_lines(tmp_path):
 
 
 @pytest.mark.parametrize(("limit", "rows", "timed"), [(10**9, 64, 40), (5760, 30, 11), (1, 1, 1)])
-def test_what_is_stored_is_bounded(monkeypatch, limit, rows, timed):
+def test_what_is_stored_is_bounded(monkeypatch, tmp_path, limit, rows, timed):
     """A sample is 32 inputs and 4 answers of 4 bytes; a quarter of the limit is for the 40 rows to be timed."""
     monkeypatch.setattr(deferred, "LIMIT", limit)
     monkeypatch.setattr(deferred, "TIMED_LIMIT", limit // 4)
-    monkeypatch.setattr(deferred, "_torch", lambda graph, feeds, _: {"y": np.zeros((len(feeds["x"]), 4), np.float32)})
+    linear = torch.nn.Linear(32, 4)
+    shapes = ({0: torch.export.Dim.AUTO},)
+    exported = torch.export.export(linear, (torch.zeros(2, 32),), dynamic_shapes=shapes, strict=False)
+    graph = Graph(exported.module(check_guards=False), ("x",), ("y",), "")
+    asked = []
+
+    def run_all(graph, batches):
+        for feeds in batches:
+            asked.append(len(feeds["x"]))
+            yield run(graph, feeds)
+
     batch = SimpleNamespace(feeds={"x": np.zeros((64, 32), np.float32)}, labels=None, ids=tuple("s" * 64))
     test = SimpleNamespace(samples=SimpleNamespace(rows_per_sample=1), batches=lambda size: iter([batch]))
-    shop = SimpleNamespace(
-        subject=SimpleNamespace(data=SimpleNamespace(test=test), metric="fidelity"),
-        timed_inputs=lambda settings: {"x": np.zeros((settings.batch, 32), np.float32)},
+    subject = SimpleNamespace(data=SimpleNamespace(test=test), metric="fidelity")
+    given = {"x": np.zeros((40, 32), np.float32)}
+    (tmp_path / deferred.FOLDER).mkdir()
+    found = deferred.stored_answers(
+        tmp_path, {"result": graph}, subject, given, SimpleNamespace(batch=40), run_all, at_once=7
     )
-    found = deferred._answers({"result": None}, shop, SimpleNamespace(batch=40))
+    assert (sum(asked), max(asked)) == (rows, min(7, rows))
+    assert found.expected["result"]["y"].shape == (rows, 4)
+    assert len(Answers.load(tmp_path / deferred.ANSWERS)) == rows
     assert (len(found), len(found.timed["x"])) == (rows, timed)
     assert found.batch(40)["x"].shape == (40, 32)
 

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.data import Batch
 from compressor.evaluate import (
     LARGEST_NLL,
+    POSITIONS,
     Evaluation,
     EvaluationError,
     compare,
@@ -420,3 +422,33 @@ def test_join_and_runner():
     model = SimpleNamespace(outputs=("first", "second"), answer="second")
     runner = graph_runner(model, lambda feeds: (feeds["x"], feeds["x"] * 2))
     assert runner({"x": np.array([1.0, 2.0])}).tolist() == [2.0, 4.0]
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor of floats that was made meanwhile; views are not made."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.is_floating_point():
+            known = {each.untyped_storage()._cdata for each in args if isinstance(each, torch.Tensor)}
+            self.bytes = max(self.bytes, 0 if found.untyped_storage()._cdata in known else found.nbytes)
+        return found
+
+
+def test_a_long_text_is_judged_a_few_positions_at_a_time():
+    """Log-probabilities of all of it would be several times its logits, which may be gigabytes already."""
+    tokens, vocabulary = 20 * POSITIONS, 50
+    answer, original = normal(1, tokens, vocabulary), normal(1, tokens, vocabulary, seed=1)
+    ids = np.random.default_rng(0).integers(0, vocabulary, (1, tokens))
+    text = Batch({"input_ids": ids, "attention_mask": np.ones_like(ids)}, None, 1, ("a",))
+    with Largest() as largest:
+        columns = compare("perplexity", text, answer, original)
+    assert 0 < largest.bytes <= answer.nbytes / 10
+    logits = torch.from_numpy(answer[0, :-1]).double()
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[0, 1:]), reduction="sum")
+    assert columns["nll"][0] == pytest.approx(float(expected), rel=1e-5)  # float32, summed a few at a time
+    assert columns["tokens"][0] == tokens - 1

@@ -164,6 +164,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "calibration",
         "max_precision_loss",
         "random_weights",
+        "max_memory",
         "defer_build",
         "portable_engine",
         "factorial",

@@ -17,6 +17,7 @@ from compressor import complete, models, pipeline, quantize, search, settings, w
 from compressor.cli import main
 from compressor.target import target_named, targets
 from runtimes.timing import interleave
+from tests.samples import worded
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,6 +58,9 @@ def workspace(tmp_path_factory):
         Image.fromarray(image).save(folder / "photos" / str(label) / f"{index}.png")
     (folder / "my_models.py").write_text(OWN_MODEL)
     rng = np.random.default_rng(0)
+    worded(folder / "my_llm", vocabulary=40)
+    lines = (" ".join(f"w{token}" for token in rng.integers(3, 40, 20)) for _ in range(12))
+    (folder / "texts.txt").write_text("\n".join(lines))
     np.savez(folder / "inputs.npz", input=rng.normal(size=(60, 16)).astype(np.float32))
     np.save(folder / "tokens.npy", rng.integers(3, 48, (24, 10)))
     config = transformers.LlamaConfig(
@@ -117,7 +121,8 @@ def test_command(line, workspace, monkeypatch):
     elif "--output" in line:
         folder = workspace / shlex.split(line)[shlex.split(line).index("--output") + 1]
         files = set(json.loads((folder / "manifest.json").read_text())["files"])
-        engine = {"model.onnx", "plan.json", "report.json", "config.json", "README.md"}
+        engine = {"plan.json", "report.json", "config.json", "README.md"}
+        engine |= {"model.safetensors" if "--target transformers" in line else "model.onnx"}
         assert ({"sweep.json", "sweep.png", "plans/0.json"} if " sweep " in line else engine) <= files
     if line.startswith("compressor build"):
         content = json.loads((workspace / made / "report.json").read_text())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressor.models.base import TASKS, Model, ModelError, why
+from compressor.models.base import TASKS, Model, ModelError, no_language_model, why
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -80,21 +80,17 @@ def load(
 
 def _on_disk(source: str, where: str, *, task: str | None, revision: str | None, trust_remote_code: bool) -> Model:
     """A model whose weights are read when they are needed; damaged ones show when it runs."""
-    if source == "transformers":
-        model: Model = _source(source).load(
-            where,
-            task=task,
-            revision=revision,
-            random_weights=False,
-            trust_remote_code=trust_remote_code,
-            on_disk=True,
-        )
-        if model.task == "text-generation":
-            return model
-    raise ModelError(
-        f"--max-memory is for language models of transformers, whose layers are run one after the other from their "
-        f"files; {where} is {'of ' + source if source != 'transformers' else model.task}: leave it out."
+    if source != "transformers":
+        raise no_language_model(where, f"of {source}")
+    model: Model = _source(source).load(
+        where,
+        task=task,
+        revision=revision,
+        random_weights=False,
+        trust_remote_code=trust_remote_code,
+        on_disk=True,
     )
+    return model
 
 
 def _source(name: str) -> ModuleType:

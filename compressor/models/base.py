@@ -104,6 +104,14 @@ def first_line(error: BaseException) -> str:
     return text.rstrip(".") if len(text) <= LONGEST else f"{text[:LONGEST].rstrip(' .')} ..."
 
 
+def no_language_model(where: str, kind: str) -> ModelError:
+    """The refusal to leave the weights of another kind of model on disk."""
+    return ModelError(
+        f"--max-memory is for language models of transformers, whose layers are run one after the other from their "
+        f"files; {where} is {kind}: leave it out."
+    )
+
+
 def why(error: BaseException) -> str:
     """Why a library could not load a model, in words that say what to do where the cause is a known one."""
     text = str(error).lower()

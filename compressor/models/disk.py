@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -22,16 +25,24 @@ from passes.graph import Graph
 from passes.offload import READ, is_offloaded, offloaded
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHARD = "512MB"  # all of a shard is in memory while it is written
+# Buffers may be of these too.
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+SHARD = "5GB"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file; `kind` is its type as the file names it, such as BF16."""
 
     path: Path
     name: str
-    dtype: torch.dtype
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type in the file."""
+        return DTYPES[self.kind]
 
     def __call__(self) -> torch.Tensor:
         """Its values in float32."""
@@ -45,7 +56,7 @@ class Stored:
 
 
 def module_on_disk(kind: Any, config: Any, where: str, options: Mapping[str, Any]) -> torch.nn.Module:
-    """A module of transformers that reads its weights when they are needed; buffers are in memory.
+    """A module of transformers that reads its weights when they are needed; buffers are in memory, small as they are.
 
     Args:
         kind: an auto class.
@@ -54,27 +65,48 @@ def module_on_disk(kind: Any, config: Any, where: str, options: Mapping[str, Any
         options: revision, trust_remote_code.
 
     Raises:
-        ModelError: the weights are not in safetensors files, or under other names than the module has.
+        ModelError: the weights are not in safetensors files, under other names or in other shapes than the module has
+            them, or quantized.
     """
-    stored = _stored(where, options)
     with _without_memory():
         module: torch.nn.Module = kind.from_config(
             config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
         )
+    stored = _by_path(_stored(where, options), module)
     base = f"{getattr(module, 'base_model_prefix', '')}."
-    stand_ins: dict[int, torch.nn.Parameter] = {}
-    for path, weight in list(module.named_parameters(remove_duplicate=False)):
-        if id(weight) not in stand_ins:
-            stand_ins[id(weight)] = offloaded(weight, _found(stored, path, base, where))
-        owner, _, leaf = path.rpartition(".")
-        module.get_submodule(owner).register_parameter(leaf, stand_ins[id(weight)])
+    for weight, paths in _tied(module):
+        found = next((each for path in paths if (each := _found(stored, path, base)) is not None), None)
+        stand_in = offloaded(weight, _checked(found, paths[0], weight.shape, where))
+        for owner, _, leaf in (path.rpartition(".") for path in paths):
+            module.get_submodule(owner).register_parameter(leaf, stand_in)
+    for path, buffer in _kept_buffers(module).items():
+        found = _found(stored, path, base)
+        if found is not None:
+            buffer.copy_(found.as_stored())
+    with contextlib.suppress(OSError):  # not every folder has one; the module has made one of its config
+        module.generation_config = GenerationConfig.from_pretrained(where, revision=options["revision"])
     return module
+
+
+def _tied(module: torch.nn.Module) -> list[tuple[torch.nn.Parameter, list[str]]]:
+    """Every parameter with the paths that it has; tied ones have several."""
+    paths: dict[int, list[str]] = {}
+    for path, weight in module.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(weight), []).append(path)
+    return [(weight, paths[id(weight)]) for weight in module.parameters()]
+
+
+def _kept_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that checkpoints hold: learned values that are no parameters, such as the scale of a layer."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {path: value for path, value in module.state_dict(keep_vars=True).items() if path not in parameters}
 
 
 def _stored(where: str, options: Mapping[str, Any]) -> dict[str, Stored]:
     """Where each tensor of a checkpoint is; shards are downloaded first."""
     revision = options["revision"]
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    kinds = ("missing_entries", "gated_repo", "connection_errors")  # offline, what was downloaded is what there is
+    quiet = dict.fromkeys((f"_raise_exceptions_for_{kind}" for kind in kinds), False)
     index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **quiet)
     single = None if index is not None else cached_file(where, SAFE_WEIGHTS_NAME, revision=revision, **quiet)
     if index is None and single is None:
@@ -87,28 +119,51 @@ def _stored(where: str, options: Mapping[str, Any]) -> dict[str, Stored]:
     for path in map(Path, paths):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                found[name] = Stored(path, name, _dtype(file.get_slice(name).get_dtype(), where))
+                part = file.get_slice(name)
+                found[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
     return found
 
 
-def _dtype(name: str, where: str) -> torch.dtype:
-    if name not in DTYPES:
+def _by_path(stored: Mapping[str, Stored], module: Any) -> dict[str, Stored]:
+    """The tensors by the names that the module has for them, where checkpoints of its kind have others.
+
+    Without those that transformers would convert: several that become one, or values in another order.
+    """
+    conversions = get_model_conversion_mapping(module)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if not isinstance(each, WeightRenaming)]
+    found: dict[str, Stored] = {}
+    for name, each in stored.items():
+        path, converted = rename_source_key(name, renamings, converters)
+        if converted is None:
+            found[path] = each
+    return found
+
+
+def _found(stored: Mapping[str, Stored], path: str, base: str) -> Stored | None:
+    """Where a tensor is; checkpoints of the bare model and of one with a head differ by a prefix."""
+    names = (path, path.removeprefix(base), f"{base}{path}")
+    return next((stored[name] for name in names if name in stored), None)
+
+
+def _checked(found: Stored | None, path: str, shape: torch.Size, where: str) -> Stored:
+    """A tensor that can be taken for the one of this path."""
+    if found is None:
         raise ModelError(
-            f"the files of {where} hold tensors of type {name}; --max-memory reads {', '.join(DTYPES)}: give a "
+            f"the files of {where} have no tensor {path}, or one that is converted when it is loaded; --max-memory "
+            "reads weights as they are: leave it out."
+        )
+    if found.kind not in DTYPES:
+        raise ModelError(
+            f"{path} in the files of {where} is of type {found.kind}; --max-memory reads {', '.join(DTYPES)}: give a "
             "checkpoint that is not quantized."
         )
-    return DTYPES[name]
-
-
-def _found(stored: Mapping[str, Stored], path: str, base: str, where: str) -> Stored:
-    """Where a parameter is; checkpoints of the bare model and of one with a head differ by a prefix."""
-    for name in (path, path.removeprefix(base), f"{base}{path}"):
-        if name in stored:
-            return stored[name]
-    raise ModelError(
-        f"the files of {where} have no tensor {path}, which --max-memory needs under this very name; open and save the "
-        "model with this version of transformers once, or leave --max-memory out."
-    )
+    if found.shape != tuple(shape):
+        raise ModelError(
+            f"{path} in the files of {where} has the shape {list(found.shape)}, but the config makes it {list(shape)}; "
+            "give a folder whose config.json belongs to its weights."
+        )
+    return found
 
 
 def stored_bytes(graph: Graph) -> int:
@@ -126,20 +181,49 @@ def write_from_disk(module: Any, folder: Path) -> None:
         module: every parameter as `module_on_disk` makes them.
         folder: exists.
     """
-    weights = {id(weight): (name, weight) for name, weight in reversed(list(module.named_parameters()))}
-    stored: dict[str, Stored] = {name: getattr(weight, READ) for name, weight in reversed(weights.values())}
-    shapes = {
-        name: torch.empty(weight.shape, dtype=stored[name].dtype, device="meta") for name, weight in weights.values()
-    }
+    first = {id(weight): name for name, weight in reversed(list(module.named_parameters()))}
+    weights = {name: getattr(weight, READ) for name, weight in module.named_parameters() if first[id(weight)] == name}
+    tensors = _as_checkpoints_name_them(module, weights | _kept_buffers(module))
+    shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: stored[name].as_stored() for name in names}, folder / file, metadata={"format": "pt"})
+        _write_shard(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     module.config.architectures = [type(module).__name__]
-    module.config.dtype = next(iter(shapes.values())).dtype
+    module.config.dtype = next(iter(weights.values())).dtype
     module.config.save_pretrained(folder)
+
+
+def _as_checkpoints_name_them(
+    module: Any, tensors: Mapping[str, Stored | torch.Tensor]
+) -> dict[str, Stored | torch.Tensor]:
+    marked = {name: torch.empty((), device="meta") for name in tensors}
+    by_mark = {id(mark): tensors[name] for name, mark in marked.items()}
+    return {name: by_mark[id(mark)] for name, mark in revert_weight_conversion(module, marked).items()}
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Stored | torch.Tensor]) -> None:
+    """Write a safetensors file of which one tensor at a time is in memory; `save_file` wants all of them at once.
+
+    The format (github.com/huggingface/safetensors, "Format"): bytes of the header as a little-endian 64-bit number, the
+    header as JSON, padded with spaces to a multiple of 8, then the tensors, each at the offsets that the header gives.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # The widest types first, as `save_file` has them: so each tensor lies at a multiple of its elements.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    for name, each in ordered:
+        start, end = end, end + math.prod(each.shape) * each.dtype.itemsize
+        header[name] = {"dtype": NAMES[each.dtype], "shape": list(each.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, each in ordered:
+            values = each.as_stored() if isinstance(each, Stored) else each
+            file.write(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

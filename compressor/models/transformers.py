@@ -18,7 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
-from compressor.models.base import Model, ModelError, as_numpy, why
+from compressor.models.base import Model, ModelError, as_numpy, no_language_model, why
 from compressor.models.causal import Causal, causal
 from compressor.models.disk import module_on_disk
 from compressor.preprocess import Preprocess, Tokenise
@@ -67,6 +67,8 @@ def load(
             beside = _beside(where, revision)
             chosen = task or _task(config, beside)
             if on_disk:
+                if chosen != "text-generation":
+                    raise no_language_model(where, f"for {chosen}")
                 module = module_on_disk(_kind(config, chosen), config, where, options)
                 return _wrap(module.eval(), where, chosen, options, beside, random_weights, ())
             module, untrained = _module(where, config, chosen, random_weights, options)

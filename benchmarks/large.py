@@ -1,0 +1,153 @@
+"""A language model larger than the memory it is given: scored, rewritten, judged and written under --max-memory.
+
+    python benchmarks/large.py [--layers 20] [--width 2560] [--limit 3GiB] [--texts 24]
+
+The checkpoint has the form of Qwen3 and random weights in bf16, 2.1 billion of them as it stands: 4.2 GB in shards, 8.4
+GB in the float32 that is computed in. It is written shard by shard, so that making it takes little memory either. Each
+command is run as a user would run it, in a process of its own whose peak of memory (VmHWM, which Linux keeps) is
+watched from outside. `python benchmarks/tables.py` makes the table.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+RESULTS = Path(__file__).parent / "results" / "large.json"
+SHARD = 500_000_000  # bytes
+EVERY = 0.02  # seconds between two looks at a process: what a step peaked at is forgotten when the next begins
+TOKENS = 256  # of a text
+GIB = 1024**3
+
+
+def checkpoint(folder: Path, layers: int, width: int, **sizes: int) -> Path:
+    """A folder of a model with random weights in bf16, in shards.
+
+    Args:
+        folder: where it is made.
+        layers: blocks.
+        width: of the trunk; the MLP is 3.8 times as wide.
+        sizes: of the config, in place of those of a Qwen3.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    shapes = {"intermediate_size": width * 19 // 5, "num_attention_heads": width // 80, "num_key_value_heads": 8,
+              "head_dim": 128, "vocab_size": 32_000, "max_position_embeddings": 4096}  # fmt: skip
+    config = Qwen3Config(
+        num_hidden_layers=layers, hidden_size=width, tie_word_embeddings=True, dtype="bfloat16", **shapes | sizes
+    )
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    module.tie_weights()
+    _write_shards({name: weight.shape for name, weight in module.named_parameters()}, folder)
+    return folder
+
+
+def _write_shards(shapes: Mapping[str, Any], folder: Path) -> None:
+    """Random matrices, and norms of ones, in as many files as it takes."""
+    import torch
+    from safetensors.torch import save_file
+
+    numbers = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    placed: dict[str, str] = {}
+    last = list(shapes)[-1]
+    for name, shape in shapes.items():
+        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=numbers) * 0.02
+        shard[name] = weight.bfloat16()
+        if name == last or sum(each.nbytes for each in shard.values()) > SHARD:
+            file = f"model-{len(set(placed.values())) + 1:05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            placed |= dict.fromkeys(shard, file)
+            shard = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+def watched(*command: str | Path) -> dict[str, float]:
+    """Run a command of Compressor; its seconds, and the most memory its process held, in bytes."""
+    start, peak = time.perf_counter(), 0
+    whole = [sys.executable, "-m", "compressor", *map(str, command)]
+    with subprocess.Popen(whole, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            held = next((line for line in lines if line.startswith("VmHWM:")), None)  # none as soon as it has ended
+            peak = max(peak, 0 if held is None else int(held.split()[1]) * 1024)
+            time.sleep(EVERY)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(whole)} ended with {process.returncode}")
+    return {"seconds": time.perf_counter() - start, "peak": peak}
+
+
+def commands(work: Path, layers: int, limit: str) -> dict[str, tuple[str | Path, ...]]:
+    """What is measured, by what a reader may call it."""
+    model = (work / "model", "--data", work / "tokens.npy", "--max-memory", limit)
+    onnx = ("--drop", f"attention:{layers // 2}", "--defer-build", "--output", work / "onnx")
+    plain = ("--drop", f"block:{max(1, layers // 5)}", "--target", "transformers", "--output", work / "plain")
+    return {
+        "inspect": ("inspect", *model, "--output", work / "inspected"),
+        f"export, {onnx[1]}, ONNX": ("export", *model, *onnx),
+        f"export, {plain[1]}, checkpoint": ("export", *model, *plain),
+    }
+
+
+def measure(work: Path, *, layers: int, limit: str, texts: int, vocabulary: int = 32_000) -> dict[str, Any]:
+    """Run every command on the checkpoint in ``work / "model"``.
+
+    Args:
+        work: where files may be written.
+        layers: blocks of the model.
+        limit: of memory, as for the command.
+        texts: of random tokens; a quarter is scored, half judged.
+        vocabulary: tokens there are.
+    """
+    import numpy as np
+
+    from compressor.environment import environment
+
+    np.save(work / "tokens.npy", np.random.default_rng(0).integers(0, vocabulary, (texts, TOKENS)))
+    rows: dict[str, Any] = {}
+    for name, command in commands(work, layers, limit).items():
+        output = Path(command[-1])
+        rows[name] = watched(*command) | {"written": _bytes(output)}
+        if (output / "report.json").exists():
+            report = json.loads((output / "report.json").read_text())
+            peaks = [step["peak_memory"] for step in report["steps"]]
+            rows[name]["peak"] = max(rows[name]["peak"], *(peak for peak in peaks if peak is not None))
+            rows[name] |= {"sizes": report["sizes"], "parity": report["parity"]}
+    stored = _bytes(work / "model")
+    told = {"layers": layers, "limit": limit, "texts": texts, "tokens": TOKENS, "stored": stored}
+    return told | {"commands": rows, "environment": environment()}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@click.command()
+@click.option("--layers", type=click.IntRange(min=2), default=20, show_default=True, help="Blocks; fewer to try.")
+@click.option("--width", type=click.IntRange(min=640), default=2560, show_default=True, help="Of the trunk.")
+@click.option("--limit", default="3GiB", show_default=True, help="Memory that each command is given.")
+@click.option("--texts", type=click.IntRange(min=3), default=24, show_default=True, help="Texts of the data.")
+@click.option("--work", type=click.Path(path_type=Path), help="Where files are written; a few times the model.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="File of the results.")
+def main(layers: int, width: int, limit: str, texts: int, work: Path | None, output: Path) -> None:
+    """Measure every command and keep the results."""
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        checkpoint(Path(scratch) / "model", layers, width)
+        found = measure(Path(scratch), layers=layers, limit=limit, texts=texts)
+    output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The table of benchmarks/large.py: what a model larger than its memory takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "large.json"
+
+
+def large() -> str | None:
+    """Every command under the limit; None where nothing was measured yet."""
+    return large_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
+
+
+def large_table(found: Mapping[str, Any]) -> str:
+    """Limit, peak and time of every command, then the sizes.
+
+    Args:
+        found: the results.
+    """
+    lines = ["| command | limit | peak | time | written |", "|---|---|---|---|---|"]
+    for name, row in found["commands"].items():
+        lines.append(
+            f"| {name} | {found['limit']} | {row['peak'] / 2**30:.2f} GiB | {row['seconds']:.0f} s | "
+            f"{row['written'] / 1e9:.2f} GB |"
+        )
+    sizes = next(row["sizes"]["baseline"] for row in found["commands"].values() if "sizes" in row)
+    parameters = sizes["parameters"]
+    facts = (
+        f"- {parameters / 1e9:.2f} billion parameters in {found['layers']} blocks: {found['stored'] / 1e9:.2f} GB on "
+        f"disk, {parameters * 4 / 1e9:.2f} GB ({parameters * 4 / 2**30:.2f} GiB) in float32; {found['texts']} texts of "
+        f"{found['tokens']} tokens; {found['environment']['cores']} cores."
+    )
+    return "\n".join([*lines, "", facts])
