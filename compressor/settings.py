@@ -324,6 +324,7 @@ def _check_memory(settings: Settings) -> None:
         f"--tokens {settings.tokens}": settings.tokens not in ("auto", "none"),
         "--factorial": settings.factorial,
         f"--precision {settings.precision}": settings.precision != "fp32",
+        f"--generate {settings.generate}": settings.generate is not None,
         "--random-weights": settings.random_weights,
     }
     found = next((name for name, needed in asked.items() if needed), None)

@@ -253,6 +253,7 @@ def test_sizes_are_read_with_their_units(text, expected):
         ({"target": "onnxruntime", "actions": "linear"}, "--actions linear"),
         ({"heal": "closed-form"}, "--heal closed-form"),
         ({"target": "onnxruntime", "tokens": "8"}, "--tokens 8"),
+        ({"generate": "8:8"}, "--generate 8:8"),
         ({"target": "onnxruntime", "factorial": True}, "--factorial"),
         ({"target": "onnxruntime", "precision": "int8"}, "--precision int8"),
         ({"random_weights": True}, "--random-weights"),
