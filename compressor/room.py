@@ -24,7 +24,7 @@ from passes.sites import find_sites
 
 GIB = 1024**3
 WORKING = 0.25  # of what is free, for the values of a batch: the rest is the weights', so that sections are few
-SPARE = 0.1  # of the limit, for what allocators keep and operators take beside their results
+SPARE = 0.15  # of the limit, for what allocators keep and operators take beside their results
 STORED = 0.5  # a weight is read in 16 bits and made one of 32: both are there for a moment
 
 
