@@ -334,6 +334,7 @@ def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
     assert again.plan.changes == report.plan.changes
 
 
+@pytest.mark.slow
 def test_a_sweep_of_whole_blocks(tmp_path, tokens):
     dense = saved(tmp_path / "dense", "LlamaForCausalLM")
     front = compressor.sweep(

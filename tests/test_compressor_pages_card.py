@@ -228,6 +228,7 @@ def test_the_cards_lines_run_without_compressor_and_answer_as_the_engine(folders
         np.testing.assert_allclose(found, wanted, rtol=0, atol=SAME)
 
 
+@pytest.mark.slow  # two compilers at work
 @pytest.mark.parametrize("target", ["torch", "executorch"])
 def test_the_lines_of_a_target_that_torch_makes_run_without_compressor(folders, tmp_path, target):
     found = runtime(target)

@@ -415,7 +415,9 @@ def test_a_wish_that_no_plan_fulfils_ends_with_status_1_and_a_whole_folder(
 # ------------------------------------------------------------------------------------------------- actions, healing
 
 
-@pytest.mark.parametrize(("drop", "action"), [("attention:1", "linear"), ("attention:1", "fuse")])
+@pytest.mark.parametrize(
+    ("drop", "action"), [("attention:1", "linear"), pytest.param("attention:1", "fuse", marks=pytest.mark.slow)]
+)
 def test_the_embedded_sample_is_exported_with_stand_ins(brief: None, tmp_path: Path, drop: str, action: str) -> None:
     report = compressor.export(drop=drop, actions=action, samples=60, rounds=1, output=tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -40,7 +40,7 @@ CAP, SHARPER = 50.0, 8.0  # the limit of scores in Gemma 2, which would not touc
 ROWS, TOKENS = 3, 16
 FIRST = 9  # tokens of the prompt, more than any window of these models
 # Grouped heads, a sliding window; limited scores; a single head of keys; another way to ask for sizes.
-QUICK = ("MistralConfig", "Gemma2Config", "FalconConfig", "GPT2Config")
+QUICK = ("Gemma2Config", "FalconConfig", "GPT2Config")
 STEPS = (FIRST, *range(FIRST + 1, TOKENS + 1))
 
 

@@ -103,6 +103,7 @@ def test_what_openvino_cannot_read_is_one_sentence(tmp_path):
     assert not (tmp_path / target.FILE).exists()
 
 
+@pytest.mark.slow
 @needs_llama
 def test_a_language_model_generates_what_transformers_does(tmp_path):
     """Ten prompts, 128 tokens each, greedily, each call handed the cache that the one before gave."""
