@@ -95,10 +95,10 @@ def headline() -> str:
     return "\n".join(
         [
             f"- **{_times(vision, 'original')}**: a vision transformer (DeiT-Tiny), tokens merged and "
-            f"a branch replaced, int8; top-1 accuracy {_change(vision, 'original')}.",
+            f"a branch replaced, int8; top-1 accuracy {_change(vision, 'original')}. Search, export, int8 and proof "
+            f"took {vision['wall_seconds'] / 60:.0f} minutes, {ratio:.0f} forward passes over the calibration data.",
             f"- {tables_matrix.headline()}",
-            f"- **{vision['wall_seconds'] / 60:.0f} minutes** for all of the first: search, export, int8, proof; "
-            f"{ratio:.0f} times one forward pass over the calibration data.",
+            f"- {tables_decode.headline()}",
             "",
             f"(ONNX Runtime on {vision['environment']['cores']} CPU cores, batch 1, quality on held-out data, "
             "95 % intervals in brackets.)",

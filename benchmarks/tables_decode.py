@@ -22,6 +22,28 @@ def decode() -> str | None:
     return decode_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
 
 
+def headline() -> str:
+    """Generation behind the longest context, the best engine against the dense float one of the portable file."""
+    (precision, run), *_ = json.loads(RESULTS.read_text()).items()
+    rows = run["generation"]["measurements"]
+    longest = [row for row in rows if row["context"] == max(row["context"] for row in rows)]
+    start = next(row for row in longest if row["engine"].endswith("dense float"))
+    eager = next(row for row in longest if "eager" in row["engine"])
+    best = max(longest, key=_ratio)
+    speed = best["token"]["speedup"]
+    before, after = (run["sizes"][name]["cache"] for name in ("original", "result"))
+    return (
+        f"**{speed['ratio']:.2f}x faster generation ({speed['low']:.2f}–{speed['high']:.2f})**: Qwen3-0.6B's shapes "
+        f"(random weights, speed alone), half of the attention layers dropped, {precision}, the cache written in "
+        f"place; behind {start['context']:,} tokens {start['tokens_per_second']:.1f} → {best['tokens_per_second']:.1f} "
+        f"tokens a second (torch eager {eager['tokens_per_second']:.1f}), with {after / before:.0%} of the cache."
+    )
+
+
+def _ratio(row: Row) -> float:
+    return float(row["token"]["speedup"]["ratio"])
+
+
 def decode_table(found: Mapping[str, Row]) -> str:
     """Every engine behind every context, then the interactions.
 
