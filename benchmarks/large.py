@@ -143,6 +143,8 @@ def _bytes(folder: Path) -> int:
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="File of the results.")
 def main(layers: int, width: int, limit: str, texts: int, work: Path | None, output: Path) -> None:
     """Measure every command and keep the results."""
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         checkpoint(Path(scratch) / "model", layers, width)
         found = measure(Path(scratch), layers=layers, limit=limit, texts=texts)
