@@ -88,6 +88,9 @@ def slim(found: dict[str, Any]) -> dict[str, Any]:
             del each[part]["latency"]["samples_ms"]
     for each in found["generation"]["factorials"]:
         del each["cells"]
+    for name, engine in found["engines"].items():
+        if engine.get("file"):  # not where it lay on the machine
+            engine["file"] = f"{name.partition('/')[0]}/{Path(engine['file']).name}"
     return {name: found[name] for name in ("engines", "generation", "against", "environment", "notes")}
 
 
