@@ -25,7 +25,7 @@ import torch
 
 from passes.base import PassError, swept
 from passes.run import Program
-from passes.sections import Room, cut, run_in_sections
+from passes.sections import Room, cut, run_in_sections, section_ends
 from passes.sites import find_sites
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class _Sweep:
             if node.name == self.sites[-1].root:
                 seen[number].scores = self._scores(values, seen[number])
 
-        sections = cut(self.program, {self.sites[0].trunk, *self.ends}, room.weights)
+        sections = cut(self.program, section_ends(self.program.graph), room.weights)
         for number, _ in enumerate(run_in_sections(self.program, sections, noted(), room.folder, see)):
             scores = seen[number].scores
             assert scores is not None
