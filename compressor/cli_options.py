@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -17,9 +17,17 @@ INT8 = ("static", "dynamic")
 CALIBRATIONS = ("auto", "typical", "minmax", "percentile", "entropy", "mse")
 
 
+def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    """A command with options, shown in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def subject_options(command: Command) -> Command:
     """Options that name the model and the data."""
-    for option in reversed(
+    return _with(
+        command,
         (
             click.argument("model", required=False),
             click.option(
@@ -52,15 +60,14 @@ def subject_options(command: Command) -> Command:
             ),
             click.option("--seed", default=0, show_default=True, help="Seed of the data split and of --metric random."),
             click.option("--quiet", "-q", is_flag=True, help="Show no progress."),
-        )
-    ):
-        command = option(command)
-    return command
+        ),
+    )
 
 
 def search_options(command: Command) -> Command:
     """Options of the search for a plan."""
-    for option in reversed(
+    return _with(
+        command,
         (
             click.option(
                 "--actions",
@@ -82,15 +89,14 @@ def search_options(command: Command) -> Command:
                 show_default=True,
                 help="What auto saves: time on the target, or multiply-adds (the same plan on every machine).",
             ),
-        )
-    ):
-        command = option(command)
-    return command
+        ),
+    )
 
 
 def engine_options(command: Command) -> Command:
     """Options of the engine and its timing."""
-    for option in reversed(
+    return _with(
+        command,
         (
             click.option(
                 "--target", default="onnxruntime", show_default=True, help="Runtime; `compressor targets` lists them."
@@ -138,10 +144,8 @@ def engine_options(command: Command) -> Command:
                 show_default=True,
                 help="Timed bursts per engine; 2 for a quick look.",
             ),
-        )
-    ):
-        command = option(command)
-    return command
+        ),
+    )
 
 
 def memory_option(command: Command) -> Command:

@@ -7,7 +7,7 @@ measured in torch, which runs original and result block by block.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,7 @@ def _answers(
     graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded
 ) -> Iterator[torch.Tensor]:
     """One output of a graph for each batch, computed block by block."""
-    folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
-    program = Program(graph, outputs=[answer])
-    sections = cut(program, section_ends(graph), bounds.room.weights)
-    for (found,) in run_in_sections(program, sections, batches, folder):
-        yield found
+    return (found for (found,) in _outputs(graph, batches, bounds, [answer]))
 
 
 def _checkpoint(
@@ -171,10 +167,10 @@ def _deferred(
 
 
 def _outputs(
-    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded
+    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded, names: Collection[str] | None = None
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """All outputs of a graph for each batch, computed block by block."""
-    program = Program(graph)
+    """The named outputs of a graph, or all, for each batch, computed block by block."""
+    program = Program(graph, outputs=names)
     folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
     return run_in_sections(program, cut(program, section_ends(graph), bounds.room.weights), batches, folder)
 
