@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph import attribute, live_nodes, resolution
+from passes.multiply_adds import multiply_adds
 from passes.offload import has_offloaded, shapes_alone
 from passes.run import Program
 
@@ -35,8 +36,8 @@ class Cost:
 class Costs:
     """Costs of a graph under any drops, from one counted run.
 
-    Multiply-adds are half of the operations that ``torch.utils.flop_counter`` counts: matrix products, convolutions
-    and attention; element-wise work is not counted.
+    Multiply-adds are those of matrix products, convolutions and attention, by `passes.multiply_adds`; element-wise work
+    is not counted.
 
     Args:
         graph: the traced model.
@@ -77,6 +78,7 @@ def _counted(program: Program, values: dict[fx.Node, Any]) -> dict[str, int]:
         done = 0
         for node in program.walk(values):
             total = counter.get_total_flops()
-            counts[node.name] = (total - done) // (2 * batch)
+            by_formula = multiply_adds(node.target, program.operands(node, values), values[node])
+            counts[node.name] = ((total - done) // 2 if by_formula is None else by_formula) // batch
             done = total
     return counts

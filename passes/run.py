@@ -79,6 +79,11 @@ class Program:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return self.graph.module.get_submodule(str(node.target))(*args, **kwargs)
 
+    def operands(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, ...]:
+        """The positional arguments of one node, as long as its inputs have values; weights on disk as stand-ins."""
+        arguments: tuple[Any, ...] = fx.node.map_arg(node.args, lambda source: values[self._value(source)])
+        return arguments
+
     def start(self, feeds: Mapping[str, torch.Tensor]) -> dict[fx.Node, Any]:
         """Values of the input nodes."""
         return {node: feeds[name] for node, name in zip(self.graph.placeholders(), self.graph.inputs, strict=True)}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from passes.graph import value_of
+from passes.multiply_adds import counted, multiply_adds
 from passes.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS, aten
 from passes.unread import read_parts
 
@@ -136,14 +136,13 @@ class Counter:
         return sum(self._elements(each) for each in value if isinstance(each, torch.Tensor))
 
     def _multiply_adds(self, node: fx.Node) -> int:
-        """Half the operations that torch counts for this operator on tensors without data of these shapes."""
+        """The multiply-adds of an operator on tensors without data of these shapes."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._empty(value_of(source)))
         key = str((node.target, fx.node.map_aggregate((args, kwargs), _described)))
         if key not in self.counted:
             call: Callable[..., Any] = node.target  # type: ignore[assignment]
-            with FlopCounterMode(display=False) as counter:
-                call(*args, **kwargs)
-            self.counted[key] = counter.get_total_flops() // 2
+            by_formula = multiply_adds(call, args, self._empty(value_of(node)))
+            self.counted[key] = counted(call, args, kwargs) if by_formula is None else by_formula
         return self.counted[key]
 
     def _empty(self, value: Any) -> Any:

@@ -1,0 +1,103 @@
+"""Multiply-adds of single operators, by closed formulas over the shapes of their operands.
+
+The count of an operator does not depend on the kernel that a release of torch picks for it: torch 2.14's
+``FlopCounterMode`` counts no operations for scaled_dot_product_attention on the CPU, torch 2.15's counts them. Operators
+without a formula are left to ``torch.utils.flop_counter``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+aten = torch.ops.aten
+Formula: TypeAlias = Callable[[Sequence[Any], torch.Size], int]
+
+
+def multiply_adds(target: Any, args: Sequence[Any], result: Any) -> int | None:
+    """Count the multiply-adds of one call; None for an operator without a formula.
+
+    Args:
+        target: an ATen operator.
+        args: its positional arguments, tensors on any device.
+        result: what the call returns.
+    """
+    formula = FORMULAS.get(target)
+    if formula is None or not isinstance(result, torch.Tensor):
+        return None
+    return formula(args, result.shape)
+
+
+def counted(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Count the multiply-adds of one call by running it: half of the operations that torch counts.
+
+    Args:
+        target: an operator without a formula.
+        args: its positional arguments, tensors on the meta device.
+        kwargs: its keyword arguments.
+    """
+    with FlopCounterMode(display=False) as counter:
+        target(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def _linear(args: Sequence[Any], result: torch.Size) -> int:
+    """x [..., K] times a weight [N, K] or [K]."""
+    return result.numel() * int(args[1].shape[-1])
+
+
+def _product(args: Sequence[Any], result: torch.Size) -> int:
+    """[..., M, K] times [..., K, N]."""
+    return result.numel() * int(args[0].shape[-1])
+
+
+def _added_product(args: Sequence[Any], result: torch.Size) -> int:
+    """A term plus [..., M, K] times [..., K, N]; the sum is not counted."""
+    return result.numel() * int(args[1].shape[-1])
+
+
+def _attention(args: Sequence[Any], result: torch.Size) -> int:
+    """Queries [..., L, E], keys [..., S, E], values [..., S, V]: L * S * (E + V) a head, masked or not."""
+    queries, keys, values = (each.shape for each in args[:3])
+    return math.prod(queries[:-1]) * int(keys[-2]) * int(queries[-1] + values[-1])
+
+
+def _convolution(args: Sequence[Any], result: torch.Size) -> int:
+    """Each output value reads the weight [N, C / groups, *kernel] of its channel once."""
+    return result.numel() * math.prod(args[1].shape[1:])
+
+
+def _transposed_convolution(args: Sequence[Any], result: torch.Size) -> int:
+    """Each input value meets the weight [C, N / groups, *kernel] of its channel once."""
+    return math.prod(args[0].shape) * math.prod(args[1].shape[1:])
+
+
+def _either_convolution(args: Sequence[Any], result: torch.Size) -> int:
+    transposed = bool(args[6])
+    return (_transposed_convolution if transposed else _convolution)(args, result)
+
+
+FORMULAS: Mapping[Any, Formula] = {
+    aten.linear.default: _linear,
+    aten.mm.default: _product,
+    aten.mv.default: _product,
+    aten.bmm.default: _product,
+    aten.matmul.default: _product,
+    aten.addmm.default: _added_product,
+    aten.baddbmm.default: _added_product,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.conv1d.padding: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.padding: _convolution,
+    aten.conv_transpose1d.default: _transposed_convolution,
+    aten.conv_transpose2d.input: _transposed_convolution,
+    aten.conv_transpose3d.input: _transposed_convolution,
+    aten.convolution.default: _either_convolution,
+}
