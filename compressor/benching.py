@@ -51,6 +51,7 @@ class BenchSettings:
         num_fewshot: examples in front of each question; None leaves it to the task.
         limit: questions of each task: a number, or a share below 1; None takes all.
         include_path: a folder with tasks of one's own, as YAML files.
+        cache: trace language models with their KV cache; False (``--no-cache``) without.
         output: the file to write.
     """
 
@@ -68,6 +69,7 @@ class BenchSettings:
     revision: str | None = None
     trust_remote_code: bool = False
     random_weights: bool = False
+    cache: bool = True
     samples: int | None = None
     max_length: int | None = None
     stride: int | None = None
@@ -184,7 +186,8 @@ def _given_model(thing: Given, settings: BenchSettings) -> Model:
     if thing.folder is None:
         return _load(thing.spec, settings)
     facts = thing.folder.report["model"]
-    return dataclasses.replace(models.load(thing.spec, task=facts["task"]), random_weights=facts["random_weights"])
+    model = models.load(thing.spec, task=facts["task"], cache=thing.folder.cache)
+    return dataclasses.replace(model, random_weights=facts["random_weights"])
 
 
 def _load(spec: str, settings: BenchSettings) -> Model:
@@ -194,6 +197,7 @@ def _load(spec: str, settings: BenchSettings) -> Model:
         revision=settings.revision,
         random_weights=settings.random_weights,
         trust_remote_code=settings.trust_remote_code,
+        cache=settings.cache,
     )
 
 

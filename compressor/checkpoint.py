@@ -46,11 +46,12 @@ class CheckpointError(CompressorError):
 class Transformers:
     """Opens checkpoints in torch eager, as whoever calls `from_pretrained` has them; see runtimes.base.Runtime.
 
-    `task` is what the model was loaded for, if not its own. `opened` keeps the models that were loaded: an engine is
-    opened anew for each burst of a timing.
+    `task` is what the model was loaded for, if not its own, `cache` whether a language model is called with its KV
+    cache. `opened` keeps the models that were loaded: an engine is opened anew for each burst of a timing.
     """
 
     task: str | None = None
+    cache: bool = True
     name: str = NAME
     description: str = "a checkpoint without whole blocks, for from_pretrained; timed in torch eager"
     devices: tuple[str, ...] = ("cpu",)
@@ -79,7 +80,7 @@ class Transformers:
 
         if path not in self.opened:
             try:
-                model = models.load(path.parent, task=self.task)
+                model = models.load(path.parent, task=self.task, cache=self.cache)
             except CompressorError as error:
                 raise BuildError(f"The checkpoint cannot be opened again ({error}): {ADVICE}.") from error
             self.opened[path] = Module(model)

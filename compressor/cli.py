@@ -236,6 +236,7 @@ def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...]
 
     from compressor import pipeline
     from compressor.folder import check_writable
+    from compressor.limitations import listed
     from compressor.settings import Settings
 
     check_writable(Path(output))
@@ -245,6 +246,8 @@ def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...]
     out.print(inspection.table())
     if inspection.study is not None:
         out.print("\n".join(inspection.study.summary()), highlight=False, markup=False)
+    for line in listed(inspection.limitations):
+        out.print(line, highlight=False, markup=False)
     *files, last = map(str, inspection.save(Path(output), command=command_line()))
     out.print(f"Written to {', '.join(files)} and {last}.", highlight=False, markup=False)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from compressor.cli_options import no_cache_option
 from compressor.console import Names, Numbers, command_line, console
 
 WHAT_HELP = (
@@ -33,6 +34,7 @@ WHAT_HELP = (
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own.")
 @click.option("--random-weights", is_flag=True, help="Build models without their weights (speed only).")
+@no_cache_option
 @click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total; as many as when exporting.")
 @click.option(
     "--max-length",

@@ -24,6 +24,18 @@ def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> 
     return command
 
 
+def no_cache_option(command: Command) -> Command:
+    """The option of a language model that is traced without its KV cache."""
+    return click.option(
+        "--no-cache",
+        "cache",
+        is_flag=True,
+        flag_value=False,
+        default=True,
+        help="Language models: go on without a KV cache, so that each new token computes the whole text again.",
+    )(command)
+
+
 def subject_options(command: Command) -> Command:
     """Options that name the model and the data."""
     return _with(
@@ -44,6 +56,7 @@ def subject_options(command: Command) -> Command:
             click.option(
                 "--random-weights", is_flag=True, help="Build the architecture without its weights (speed only)."
             ),
+            no_cache_option,
             click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total.  [default: all]"),
             click.option(
                 "--max-length",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +30,7 @@ from compressor.folder import (
     write_manifest,
 )
 from compressor.layers import described
+from compressor.limitations import Limitation, of_engine
 from compressor.pages.report import PAGE, html, shown_in
 from compressor.report import REPORT, Quality, Report, Size, brief
 from compressor.steps import Steps
@@ -236,7 +237,8 @@ def _completed(content: Json, place: Path, part: Json, latency: Mapping[str, Lat
         stand_in = stand_in | {"latency": content["latency"], "speedup": content["speedup"]}
     seconds = {step.name: step.seconds for step in steps.done}
     engine = part | {"state": "built", "stand_in": stand_in, "environment": environment(), "seconds": seconds}
-    report = replace(before, latency=dict(latency), engine=engine)
+    limitations = (*before.limitations, *(each for each in of_engine(engine) if each not in before.limitations))
+    report = replace(before, latency=dict(latency), engine=engine, limitations=limitations)
     kept = tuple(note for note in before.notes if note not in (*before.missed(), NO_PAGE))
     return replace(report, notes=(*kept, *report.missed()))
 
@@ -248,6 +250,7 @@ def _json(content: Json, report: Report) -> Json:
         "latency": {name: brief(latency) for name, latency in report.latency.items()},
         "speedup": speedups,
         "notes": list(report.notes),
+        "limitations": [asdict(limitation) for limitation in report.limitations],
         "engine": report.engine,
     }
 
@@ -275,6 +278,7 @@ def _restored(content: Json, place: Path) -> Report:
         "quality": _quality(content["quality"]),
         "latency": latency,
         "notes": tuple(content["notes"]),
+        "limitations": tuple(Limitation(**each) for each in content["limitations"]),
         "steps": (),
         "passes": (),
     }

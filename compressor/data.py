@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from compressor.limitations import Limitation
 from compressor.preprocess import Preprocess
 from compressor.readers import read
 from compressor.readers.base import Array, DataError, Feeds, LabelKind, Progress, Samples, Skipped
@@ -148,6 +149,7 @@ class Data:
     seed: int
     shares: Shares
     window: Window | None = None
+    limitations: tuple[Limitation, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Everything that report.json says about the data, as plain JSON values."""
@@ -163,6 +165,7 @@ class Data:
             "total": self.shares.total,
             "window": None if self.window is None else asdict(self.window),
             "sizes": {part.name: len(part) for part in parts},
+            "limitations": [asdict(limitation) for limitation in self.limitations],
             "skipped": [{"id": sample.id, "reason": sample.reason} for sample in self.skipped],
             "test_ids": list(self.test.ids),
         }
@@ -216,6 +219,7 @@ def load(
         seed=seed,
         shares=shares,
         window=window,
+        limitations=samples.limitations,
     )
 
 

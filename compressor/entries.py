@@ -58,6 +58,11 @@ class Exported:
         return str(self.report["settings"]["precision"])
 
     @property
+    def cache(self) -> bool:
+        """Whether a language model was exported with its KV cache, or --no-cache left it out."""
+        return bool(self.report["settings"].get("cache", True))
+
+    @property
     def is_checkpoint(self) -> bool:
         """Whether it holds a model to be loaded, and no engine."""
         return self.target == NAME
@@ -90,9 +95,9 @@ class Exported:
                     f"{self.path} was exported from a module that was handed over in Python; name with --model a "
                     "package.module:factory that makes it."
                 )
-            model = models.load(spec, task=facts["task"])
+            model = models.load(spec, task=facts["task"], cache=self.cache)
         else:
-            model = models.load(self.path, task=facts["task"], random_weights=True)
+            model = models.load(self.path, task=facts["task"], random_weights=True, cache=self.cache)
         return dataclasses.replace(model, name=facts["name"], random_weights=bool(facts["random_weights"]))
 
 

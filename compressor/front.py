@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.evaluate import Evaluation
 from compressor.figures import METRICS, Figure
+from compressor.limitations import Limitation, listed
 from compressor.report import LABELS, brief
 from runtimes.timing import Latency
 
@@ -57,6 +58,7 @@ class Front:
     search: dict[str, Any]
     environment: dict[str, object]
     seconds: float
+    limitations: tuple[Limitation, ...] = ()
 
     def built(self) -> list[Point]:
         """The points that were built and measured."""
@@ -72,6 +74,7 @@ class Front:
     def to_json(self) -> str:
         """Everything as indented JSON; latencies with their raw samples, in milliseconds."""
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "points"}
+        plain["limitations"] = [asdict(limitation) for limitation in self.limitations]
         return (
             json.dumps(plain | {"version": VERSION, "points": [self._row(point) for point in self.points]}, indent=2)
             + "\n"
@@ -130,7 +133,8 @@ class Front:
             [] if self.metric is None else [f"Quality: {METRICS[self.metric]}; losses in %, ranges are 95 % intervals."]
         )
         stars = "No other point is both faster and better than one with a *, by what was predicted and validated."
-        return "\n".join([*metric, stars, "Export a point with --drop FOLDER/plans/NUMBER.json."])
+        export = "Export a point with --drop FOLDER/plans/NUMBER.json."
+        return "\n".join([*metric, stars, export, *listed(self.limitations)])
 
     def picture(self) -> bytes:
         """Loss against speed-up as a PNG picture: validation of all points, test of those that were built."""

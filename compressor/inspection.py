@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from compressor.evidence import nested, state_names
 from compressor.figures import scaled
 from compressor.folder import write_files
+from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,7 @@ class Inspection:
 
     `effects` is each site's output divergence when dropped alone, `study` how redundancy runs over depth, positions and
     kinds of tokens; both only if measured. With `at_ends` pairs of states were compared at the last token of each text
-    alone, sites and blocks at all of them.
+    alone, sites and blocks at all of them. `limitations` are those of the model and the data.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Inspection:
     effects: Sequence[float] | None = None
     study: Study | None = None
     at_ends: bool = False
+    limitations: tuple[Limitation, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict per site, in order."""
@@ -79,6 +81,7 @@ class Inspection:
                 for name in self.scores.blocks
             },
             "states": list(self.state_names()),
+            "limitations": [asdict(limitation) for limitation in self.limitations],
             "similarity_over": "last tokens of texts" if self.at_ends else "all tokens",
             "similarity": nested(self.scores.similarity_matrix().tolist()),
             "angular_distance": nested(self.scores.angular_matrix().tolist()),

@@ -23,6 +23,7 @@ from compressor.environment import environment
 from compressor.errors import CompressorError
 from compressor.evaluate import Evaluation, Runner, evaluate
 from compressor.figures import Array
+from compressor.limitations import limitations_of
 from compressor.lower import lower
 from compressor.models.base import without_cache
 from compressor.models.disk import stored_bytes
@@ -177,7 +178,7 @@ def _outputs(
 
 def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Parity:
     """Open the checkpoint that was written, from its files too, and hold it to the rewritten graph on a few texts."""
-    model = models.load(path.parent, task=subject.model.task, on_disk=True)
+    model = models.load(path.parent, task=subject.model.task, on_disk=True, cache=bool(subject.model.state))
     batch = next(subject.data.calibration.batches(min(CHECKED, bounds.rows))).feeds
     sides = {"graph": (graph, subject.model), "checkpoint": (trace(model), model)}
     found = {}
@@ -222,6 +223,7 @@ def _report(
         notes=tuple(_notes(settings, steps)),
         engine=engine,
         evidence=choice.evidence,
+        limitations=tuple(limitations_of(subject, settings.precision, {}, (), engine)),
     )
 
 

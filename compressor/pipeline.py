@@ -19,6 +19,7 @@ from compressor.folder import engine_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
+from compressor.limitations import limitations_of
 from compressor.models.base import without_cache
 from compressor.pages import card
 from compressor.pages.report import PAGE, html
@@ -127,6 +128,7 @@ def _compressed(
         engine=engine,
         factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
         evidence=_evidence(done, subject),
+        limitations=tuple(limitations_of(subject, settings.precision, converted, trials, engine)),
     )
     return dataclasses.replace(report, notes=_notes(report, settings, subject, converted, done.healed))
 
@@ -249,6 +251,7 @@ def sweep(
             search=facts_of(search),
             environment=environment(),
             seconds=sum(step.seconds for step in steps.done),
+            limitations=(*subject.model.limitations, *subject.data.limitations),
         )
         (folder / "plans").mkdir()
         for point in front.points:
@@ -299,6 +302,7 @@ def inspect(
         effects=measured,
         study=found,
         at_ends=bounds is not None,
+        limitations=(*subject.model.limitations, *subject.data.limitations),
     )
 
 

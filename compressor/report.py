@@ -12,6 +12,7 @@ from compressor import layers
 from compressor.changed import Changed
 from compressor.deferred import told
 from compressor.figures import METRICS, Figure
+from compressor.limitations import Limitation, listed
 from compressor.steps import Step
 from runtimes.timing import Latency
 
@@ -81,6 +82,7 @@ class Report:
     measured there. `evidence` is what the plan was based on (see evidence.py), with the tokens left where some are
     merged. `latency` is empty where the model was never in memory as a whole. `precision` says how each variant got
     below fp32, `trials` what ``--precision auto`` found of each.
+    `limitations` are what the model could have had and this export does not give it, and what was assumed.
     `generation`, of a language model with a cache, has tokens of the `prompt` and `new` ones that `latency` is the time
     of, and the latency of each kind of call (``prompt``; ``token``, behind a cache of `behind` tokens).
     """
@@ -108,6 +110,7 @@ class Report:
     factorial: Factorial | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] | None = None
+    limitations: tuple[Limitation, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
@@ -129,6 +132,7 @@ class Report:
             "passes": [asdict(applied) for applied in self.passes],
             "seconds": sum(step.seconds for step in self.steps),
             "notes": list(self.notes),
+            "limitations": [asdict(limitation) for limitation in self.limitations],
             "trials": list(self.trials),
             "factorial": None if self.factorial is None else self.factorial.to_dict(),
         }
@@ -205,8 +209,9 @@ class Report:
         meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
         factorial = () if self.factorial is None else self.factorial.conclusion
         timed = () if self.generation is None else (f"Latency: {what_is_timed(self.generation)}.",)
+        engine = (*told(self.engine), *layers.told(self.engine))
         return "\n".join(
-            [sites, *meaning, *quality, *timed, *factorial, *self.notes, *told(self.engine), *layers.told(self.engine)]
+            [sites, *meaning, *quality, *timed, *factorial, *self.notes, *engine, *listed(self.limitations)]
         )
 
     def missed(self) -> tuple[str, ...]:

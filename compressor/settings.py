@@ -70,6 +70,8 @@ class Settings:
         threads: threads of the engine; None leaves it to the runtime.
         batch: batch size of the latency measurement.
         samples: most samples used in total; None takes all.
+        cache: trace a causal language model with its KV cache; where it is not found, the export stops. False
+            (``--no-cache``) goes on without.
         max_memory: bytes that the process may hold: the weights stay on disk, and the model is run block by block. None
             loads it whole.
         max_length: tokens of a window of a language model's texts; None: what the model takes, at most 2,048.
@@ -106,6 +108,7 @@ class Settings:
     revision: str | None = None
     trust_remote_code: bool = False
     random_weights: bool = False
+    cache: bool = True
     device: str | None = None
     threads: int | None = None
     batch: int = 1
@@ -240,6 +243,8 @@ def _check_actions(settings: Settings) -> None:
     if settings.latency is not None and settings.cost != "latency":
         raise SettingsError("--latency needs the target to be timed; leave out --cost macs.")
     if settings.generate is not None:
+        if not settings.cache:
+            raise SettingsError("found --generate and --no-cache, but generation is timed behind a cache; give one.")
         _check_generate(settings)
     if settings.latency is not None and settings.defer_build:
         raise SettingsError("--latency needs the target to be timed, which --defer-build leaves out; give --speedup.")

@@ -90,6 +90,7 @@ def load(settings: Settings, steps: Steps) -> Subject:
             trust_remote_code=settings.trust_remote_code,
             example_inputs=settings.example_inputs,
             on_disk=settings.max_memory is not None,
+            cache=settings.cache,
         )
     if settings.target == checkpoint.NAME:
         checkpoint.check_model(model)

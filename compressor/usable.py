@@ -21,7 +21,7 @@ class UsableError(CompressorError):
 
 def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
-    target = target_named(settings.target, task=settings.task)
+    target = target_named(settings.target, task=settings.task, cache=settings.cache)
     device = target.devices[0] if settings.device is None else settings.device
     options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
     check(target, settings.precision, device)

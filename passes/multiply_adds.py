@@ -1,8 +1,8 @@
 """Multiply-adds of single operators, by closed formulas over the shapes of their operands.
 
 The count of an operator does not depend on the kernel that a release of torch picks for it: torch 2.14's
-``FlopCounterMode`` counts no operations for scaled_dot_product_attention on the CPU, torch 2.15's counts them. Operators
-without a formula are left to ``torch.utils.flop_counter``.
+``FlopCounterMode`` counts no operations for scaled_dot_product_attention on the CPU, torch 2.15's counts them.
+Operators without a formula are left to ``torch.utils.flop_counter``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
-Formula: TypeAlias = Callable[[Sequence[Any], torch.Size], int]
+Formula: TypeAlias = "Callable[[Sequence[Any], torch.Size], int]"
 
 
 def multiply_adds(target: Any, args: Sequence[Any], result: Any) -> int | None:
@@ -29,7 +29,8 @@ def multiply_adds(target: Any, args: Sequence[Any], result: Any) -> int | None:
     formula = FORMULAS.get(target)
     if formula is None or not isinstance(result, torch.Tensor):
         return None
-    return formula(args, result.shape)
+    count: int = formula(args, result.shape)
+    return count
 
 
 def counted(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -42,38 +43,38 @@ def counted(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     """
     with FlopCounterMode(display=False) as counter:
         target(*args, **kwargs)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def _linear(args: Sequence[Any], result: torch.Size) -> int:
-    """x [..., K] times a weight [N, K] or [K]."""
-    return result.numel() * int(args[1].shape[-1])
+    """An input [..., K] times a weight [N, K] or [K]."""
+    return int(result.numel() * args[1].shape[-1])
 
 
 def _product(args: Sequence[Any], result: torch.Size) -> int:
     """[..., M, K] times [..., K, N]."""
-    return result.numel() * int(args[0].shape[-1])
+    return int(result.numel() * args[0].shape[-1])
 
 
 def _added_product(args: Sequence[Any], result: torch.Size) -> int:
     """A term plus [..., M, K] times [..., K, N]; the sum is not counted."""
-    return result.numel() * int(args[1].shape[-1])
+    return int(result.numel() * args[1].shape[-1])
 
 
 def _attention(args: Sequence[Any], result: torch.Size) -> int:
     """Queries [..., L, E], keys [..., S, E], values [..., S, V]: L * S * (E + V) a head, masked or not."""
     queries, keys, values = (each.shape for each in args[:3])
-    return math.prod(queries[:-1]) * int(keys[-2]) * int(queries[-1] + values[-1])
+    return int(math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1]))
 
 
 def _convolution(args: Sequence[Any], result: torch.Size) -> int:
     """Each output value reads the weight [N, C / groups, *kernel] of its channel once."""
-    return result.numel() * math.prod(args[1].shape[1:])
+    return int(result.numel() * math.prod(args[1].shape[1:]))
 
 
 def _transposed_convolution(args: Sequence[Any], result: torch.Size) -> int:
     """Each input value meets the weight [C, N / groups, *kernel] of its channel once."""
-    return math.prod(args[0].shape) * math.prod(args[1].shape[1:])
+    return int(math.prod(args[0].shape) * math.prod(args[1].shape[1:]))
 
 
 def _either_convolution(args: Sequence[Any], result: torch.Size) -> int:

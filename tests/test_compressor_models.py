@@ -273,7 +273,7 @@ PICTURE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, 
     "patch_size": 8,
 }
 ROUND_TRIPS = [
-    ("BertForMaskedLM", "BertConfig", SMALL, None, "BertModel", "feature-extraction"),
+    ("BertForMaskedLM", "BertConfig", SMALL, "feature-extraction", "BertModel", None),
     ("ViTForImageClassification", "ViTConfig", PICTURE, "image-feature-extraction", "ViTModel", None),
     ("ViTForImageClassification", "ViTConfig", PICTURE, None, "ViTForImageClassification", "image-classification"),
     ("CLIPVisionModel", "CLIPVisionConfig", PICTURE, None, "CLIPVisionModel", "image-feature-extraction"),
@@ -327,7 +327,7 @@ def test_a_saved_model_loads_with_the_head_of_its_task(
 
 def test_the_body_of_a_model_with_a_head_keeps_its_weights(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    model = load(saved(tmp_path / "m", "BertForMaskedLM", "BertConfig", SMALL))
+    model = load(saved(tmp_path / "m", "BertForMaskedLM", "BertConfig", SMALL), task="feature-extraction")
     whole = transformers.BertForMaskedLM.from_pretrained(tmp_path / "m").eval()
     feeds = dict(zip(model.inputs, model.example.values(), strict=True))
     with torch.inference_mode():
@@ -340,7 +340,17 @@ def test_a_name_in_the_config_reaches_models_only(tmp_path: Path, name: str) -> 
     folder = saved(tmp_path / "m", "BertModel", "BertConfig", SMALL)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"architectures": [name]}))
-    assert type(load(folder).module).__name__ == "BertModel"
+    assert type(load(folder, task="feature-extraction").module).__name__ == "BertModel"
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering"])
+def test_a_head_that_is_not_supported_is_refused_and_not_cut_off(tmp_path: Path, head: str) -> None:
+    folder = saved(tmp_path / "m", head, "BertConfig", SMALL)
+    with pytest.raises(
+        ModelError, match=f"is a {head}, a head that is not supported; .* pass --task feature-extraction"
+    ):
+        load(folder)
+    assert load(folder, task="feature-extraction").outputs == ("last_hidden_state",)
 
 
 def sentence(folder: Path, pooling: str) -> Path:

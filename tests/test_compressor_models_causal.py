@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import types
 from pathlib import Path
 
@@ -159,14 +160,15 @@ def generation(call, state, ids, mask, ends):
     return np.concatenate(logits, 1)
 
 
-def of_transformers(module, told):
+def of_transformers(module, found):
     """A model that generates by transformers' own rules, with the kind of cache that it makes for itself."""
 
     def call(feeds, cache):
-        tensors = {name: torch.from_numpy(value) for name, value in feeds.items() if name in told}
+        taken = (*found.told, *found.followed)
+        tensors = {name: torch.from_numpy(value) for name, value in feeds.items() if name in taken}
         with torch.inference_mode():
-            answer = module(**tensors, past_key_values=cache, use_cache=True)
-        return answer.logits, answer.past_key_values
+            answer = module(**tensors, **{found.argument: cache}, use_cache=True)
+        return answer.logits, answer[found.entry]
 
     return call
 
@@ -199,7 +201,7 @@ def assert_generates_alike(session, module, found):
     mask[1, :3] = 0
     ends = (9, 10, 11, 14)
     told = (*found.told, *found.followed)
-    expected = generation(of_transformers(module, told), None, ids, mask, ends)[mask.astype(bool)]
+    expected = generation(of_transformers(module, found), None, ids, mask, ends)[mask.astype(bool)]
     got = generation(of_file(session), empty_cache(session, 2), ids, mask, ends)[mask.astype(bool)]
     np.testing.assert_allclose(got, expected, atol=CLOSE_FILE * np.abs(expected).max(), rtol=0)
 
@@ -295,9 +297,165 @@ def test_bytes_of_a_token():
     assert bytes_per_token(small("Gemma4TextConfig")[3]) == 2 * 2 * (8 + 16) * 4
 
 
-def test_a_model_without_such_a_cache_is_left_as_it_was():
-    module = torch.nn.Linear(2, 2)
-    assert causal(module, ("input_ids", "attention_mask")) is None
+class Decoder(torch.nn.Module):
+    """One attention with a cache of its own making; what carries the cache in and out is what the tests are about."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(VOCABULARY, 16)
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, VOCABULARY)
+
+    def attended(self, input_ids, attention_mask, cache):
+        """Logits, and the cache with the new keys and values."""
+        cache = transformers.DynamicCache() if cache is None else cache
+        x = self.embed(input_ids)
+        query, key, value = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        key, value = cache.update(key, value, 0)
+        rows, columns = query.shape[2], key.shape[2]
+        seen = torch.arange(columns)[None] <= torch.arange(rows)[:, None] + columns - rows
+        allowed = seen[None, None] & attention_mask[:, None, None].bool()
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, allowed)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return self.head(x), cache
+
+
+class NewSpelling(Decoder):
+    """As transformers 5.24 has it."""
+
+    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False):
+        logits, cache = self.attended(input_ids, attention_mask, cache)
+        return {"logits": logits, "cache": cache} if use_cache else {"logits": logits}
+
+
+class OldSpelling(Decoder):
+    """As transformers 5.0 to 5.23 have it."""
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+        logits, cache = self.attended(input_ids, attention_mask, past_key_values)
+        return {"logits": logits, "past_key_values": cache} if use_cache else {"logits": logits}
+
+
+class Hidden(Decoder):
+    """A wrapper whose signature names nothing, as decorators leave it."""
+
+    def forward(self, *, input_ids, **further):
+        logits, cache = self.attended(input_ids, further["attention_mask"], further.get("past_key_values"))
+        return {"logits": logits, "past_key_values": cache}
+
+
+class Renamed(Decoder):
+    """A spelling of next year: the argument has the name that the answer has."""
+
+    def forward(self, input_ids, attention_mask=None, memory=None, use_cache=False):
+        logits, cache = self.attended(input_ids, attention_mask, memory)
+        return {"logits": logits, "memory": cache}
+
+
+class Neither(Decoder):
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        return {"logits": self.attended(input_ids, attention_mask, None)[0]}
+
+
+class Unused(Decoder):
+    """It takes any further argument and uses none of them."""
+
+    def forward(self, input_ids, attention_mask=None, **further):
+        logits, cache = self.attended(input_ids, attention_mask, None)
+        return {"logits": logits, "cache": cache}
+
+
+class Legacy(Decoder):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+        logits, cache = self.attended(input_ids, attention_mask, None)
+        return {"logits": logits, "past_key_values": tuple((each.keys, each.values) for each in cache.layers)}
+
+
+class WithoutOption(Decoder):
+    def forward(self, input_ids, attention_mask=None, cache=None):
+        return {"logits": self.attended(input_ids, attention_mask, cache)[0]}
+
+
+class Recurrent(Decoder):
+    """What it keeps of a text is a state of one size, as in state-space models."""
+
+    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False):
+        logits, cache = self.attended(input_ids, attention_mask, None)
+        states = types.SimpleNamespace(layers=[types.SimpleNamespace(conv_states=cache.layers[0].keys)])
+        return {"logits": logits, "cache": states}
+
+
+class Broken(Decoder):
+    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False):
+        if cache is not None:
+            raise RuntimeError("no second call")
+        logits, cache = self.attended(input_ids, attention_mask, cache)
+        return {"logits": logits, "cache": cache}
+
+
+TOLD = {"input_ids": random_ids(2, 7, seed=1), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+
+
+def own(kind, **options):
+    return models.load(kind().eval(), example_inputs=TOLD, task="text-generation", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"),
+    [(NewSpelling, "cache"), (OldSpelling, "past_key_values"), (Hidden, "past_key_values"), (Renamed, "memory")],
+)
+def test_the_cache_is_found_by_calling(kind, argument):
+    found = causal(kind().eval(), tuple(TOLD))
+    assert (found.argument, found.entry, found.followed, found.heads) == (argument, argument, (), ((2, 8),))
+
+
+@pytest.mark.parametrize("kind", [NewSpelling, OldSpelling, Hidden, Renamed])
+def test_ones_own_decoder_is_traced_with_its_cache(kind):
+    """Behind a cache it continues the text as it reads it whole, in both spellings and with none."""
+    model = own(kind)
+    assert model.state == {f"present.0.{part}": f"past_key_values.0.{part}" for part in ("key", "value")}
+    graph, ids = trace(model), random_ids(2, 11, seed=5)
+    with torch.inference_mode():
+        expected = Decoder.attended(model.module, ids, torch.ones_like(ids), None)[0]
+    state, logits = {name: torch.zeros(2, 2, 0, 8) for name in model.state.values()}, []
+    for start, end in ((0, 6), (6, 11)):
+        feeds = {"input_ids": ids[:, start:end], "attention_mask": torch.ones(2, end, dtype=torch.int64)}
+        found = outputs(graph, feeds | state)
+        logits.append(found["logits"])
+        state = {before: found[after] for after, before in graph.state.items()}
+    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Neither, "its answer holds no cache, only logits"),
+        (Unused, "goes on from none given as cache or past_key_values"),
+        (Legacy, "past_key_values as tuples of tensors"),
+        (WithoutOption, "does not take use_cache"),
+        (Recurrent, "layer 0 of its cache (SimpleNamespace) holds no keys and values"),
+        (Broken, "goes on from none given as cache or past_key_values (no second call)"),
+    ],
+)
+def test_a_decoder_whose_cache_is_not_found_is_refused_in_a_sentence(kind, reason):
+    with pytest.raises(models.ModelError) as told:
+        own(kind)
+    assert re.fullmatch(f"the KV cache of {kind.__name__} was not found: .*; pass --no-cache .*\\.", str(told.value))
+    assert reason in str(told.value)
+
+
+@pytest.mark.parametrize("kind", [Neither, NewSpelling, Broken])
+def test_without_a_cache_an_export_goes_on_and_says_so(kind):
+    model = own(kind, cache=False)
+    assert (model.inputs, dict(model.state)) == (("input_ids", "attention_mask"), {})
+    assert [limitation.feature for limitation in model.limitations if limitation.feature == "KV cache"] == ["KV cache"]
+    assert "logits" in trace(model).outputs
+
+
+def test_no_cache_is_for_language_models():
+    with pytest.raises(models.ModelError, match="--no-cache is for language models"):
+        models.load(torch.nn.Linear(4, 3), example_inputs=torch.rand(2, 4), cache=False)
 
 
 def test_a_folder_without_a_cache_says_so_in_every_config(tmp_path):

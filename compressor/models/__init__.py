@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE", "TASKS", "Model", "ModelError", "load"]
 
 SAMPLE = Path(__file__).parent.parent / "sample"
-_EXPECTED = "expected a timm name, a hub id owner/name, a folder with config.json, or package.module:factory"
+_EXPECTED = (
+    "expected a timm name, a hub id owner/name, a folder with config.json, a .gguf file, or package.module:factory"
+)
 _PICKLE = (
     "a pickled module is not opened, because reading it may run code; load it in Python and pass the module to "
     "compressor.export, or write a package.module:factory"
@@ -41,18 +43,21 @@ def load(
     trust_remote_code: bool = False,
     example_inputs: object = None,
     on_disk: bool = False,
+    cache: bool = True,
 ) -> Model:
     """Load a model in evaluation mode, float32.
 
     Args:
-        spec: a timm name, a hub id (timm or transformers), a local folder of either kind, ``package.module:factory``
-            (a callable that returns a module and its example inputs), a module, or None for the embedded sample.
+        spec: a timm name, a hub id (timm or transformers), a local folder of either kind, a .gguf file or the folder
+            that holds one, ``package.module:factory`` (a callable that returns a module and its example inputs), a
+            module, or None for the embedded sample.
         task: one of `TASKS`; by default what the model's own config says.
         revision: branch, tag or commit of a hub id.
         random_weights: build the architecture without reading weights (for measuring speed).
         trust_remote_code: let a transformers repository bring code of its own.
         example_inputs: for a module: a tensor, a tuple of tensors or a dict of them, first axis the samples.
         on_disk: leave the weights on disk, to be read when needed: language models of transformers alone.
+        cache: trace a causal language model with its KV cache, which must then be found.
 
     Raises:
         ModelError: unknown model, unreadable files, missing or non-finite weights, unknown task.
@@ -62,25 +67,32 @@ def load(
     if isinstance(spec, torch.nn.Module):
         module_source = _source("module")
         module_source.refuse(type(spec).__name__, revision=revision, random_weights=random_weights)
-        model: Model = module_source.wrap(spec, example_inputs, task=task)
+        model: Model = module_source.wrap(spec, example_inputs, task=task, cache=cache)
     else:
         source, where = _locate(str(spec or SAMPLE), revision, random_weights)
         if on_disk:
-            return _on_disk(source, where, task=task, revision=revision, trust_remote_code=trust_remote_code)
+            return _on_disk(
+                source, where, task=task, revision=revision, trust_remote_code=trust_remote_code, cache=cache
+            )
         model = _source(source).load(
             where,
             task=task,
             revision=revision,
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
+            cache=cache,
         )
     _check_finite(model)
+    if not cache and model.task != "text-generation":
+        raise ModelError(f"--no-cache is for language models; {model.name} does {model.task}: leave it out.")
     return model
 
 
-def _on_disk(source: str, where: str, *, task: str | None, revision: str | None, trust_remote_code: bool) -> Model:
+def _on_disk(
+    source: str, where: str, *, task: str | None, revision: str | None, trust_remote_code: bool, cache: bool
+) -> Model:
     """A model whose weights are read when they are needed; damaged ones show when it runs."""
-    if source != "transformers":
+    if source not in ("transformers", "gguf"):
         raise no_language_model(where, f"of {source}")
     model: Model = _source(source).load(
         where,
@@ -88,6 +100,7 @@ def _on_disk(source: str, where: str, *, task: str | None, revision: str | None,
         revision=revision,
         random_weights=False,
         trust_remote_code=trust_remote_code,
+        cache=cache,
         on_disk=True,
     )
     return model
@@ -101,7 +114,9 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
     """Which source reads `spec`, and under which name."""
     folder = Path(spec)
     if folder.is_dir():
-        return _folder_source(folder), str(folder)
+        return _in_folder(folder)
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
+        return "gguf", spec
     if folder.exists():
         raise ModelError(f"{spec} is a file; {_FILES.get(folder.suffix.lower(), _EXPECTED)}.")
     if _FACTORY.fullmatch(spec):
@@ -115,16 +130,25 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
     raise ModelError(f"no model named {spec!r}; {_did_you_mean(spec)}{_EXPECTED}.")
 
 
-def _folder_source(folder: Path) -> str:
+def _in_folder(folder: Path) -> tuple[str, str]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
+        file = _gguf_in(folder)
+        if file is not None:
+            return "gguf", str(file)
         raise ModelError(
-            f"{folder} holds no config.json; expected a timm folder or a save_pretrained folder."
+            f"{folder} holds no config.json; expected a timm folder, a save_pretrained folder, or one with a .gguf "
+            "file."
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
-    return _config_source(config, str(folder))
+    return _config_source(config, str(folder)), str(folder)
+
+
+def _gguf_in(folder: Path) -> Path | None:
+    found: Path | None = _source("gguf").file_of(folder)
+    return found
 
 
 def _config_source(config: object, where: str) -> str:

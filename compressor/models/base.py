@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressor.errors import CompressorError
+from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
     from compressor.preprocess import Preprocess
@@ -49,6 +50,7 @@ class Model:
         random_weights: no checkpoint was read, so no quality may be stated.
         tokenizer: the tokenizer of transformers, where the model takes texts and has one.
         state: output name to the input name that it is in the next call, such as a key-value cache.
+        limitations: what the model could have had and does not have here, and what was assumed of it.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Model:
     random_weights: bool = False
     tokenizer: Any = None
     state: Mapping[str, str] = field(default_factory=dict)
+    limitations: tuple[Limitation, ...] = ()
 
     def classes(self) -> int | None:
         """Number of classes of a classifier, by its last weight; None for other tasks."""

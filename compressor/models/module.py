@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.preprocess import Preprocess
 
@@ -28,6 +29,7 @@ def load(
     revision: str | None,
     random_weights: bool,
     trust_remote_code: bool,
+    cache: bool = True,
 ) -> Model:
     """Call the factory, which returns a module, or a module and its example inputs.
 
@@ -47,7 +49,7 @@ def load(
         raise ModelError(
             f"{where} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
-    return wrap(module, inputs, task=task, name=where)
+    return wrap(module, inputs, task=task, name=where, cache=cache)
 
 
 def refuse(label: str, *, revision: str | None, random_weights: bool) -> None:
@@ -81,11 +83,21 @@ def _current_folder() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, name: str | None = None) -> Model:
-    """Describe a module by its signature and by what it returns for its example inputs.
+def wrap(
+    module: torch.nn.Module, example_inputs: Any, *, task: str | None, name: str | None = None, cache: bool = True
+) -> Model:
+    """Describe a module by what it takes and by what it returns for its example inputs.
+
+    Args:
+        module: anyone's own.
+        example_inputs: a tensor, a tuple of tensors in the order of its forward pass, or a dict of them.
+        task: one of `TASKS`; None guesses it from the shapes.
+        name: how messages call it.
+        cache: call a language model with its KV cache, which must then be found.
 
     Raises:
-        ModelError: no example inputs, or a forward pass that fails or returns no tensors.
+        ModelError: no example inputs, a forward pass that fails or returns no tensors, or a language model without a
+            cache.
     """
     module = module.eval().float()
     label = name or type(module).__name__
@@ -102,8 +114,8 @@ def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, name
     outputs = _output_names(returned, label)
     answer = "logits" if "logits" in outputs else outputs[0]
     chosen = _task(task, _flatten(returned)[outputs.index(answer)], example, label)
-    preprocess = Preprocess(tuple(example), "tensor", as_numpy(example))
-    return Model(
+    axes = {key: _axes(key, value) for key, value in example.items()}
+    model = Model(
         name=label,
         source="module",
         task=chosen,
@@ -113,10 +125,27 @@ def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, name
         outputs=outputs,
         answer=answer,
         example=example,
-        dynamic_axes={key: _axes(key, value) for key, value in example.items()},
-        preprocess=preprocess,
+        dynamic_axes=axes,
+        preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
         save=partial(_save, label, chosen, example),
+        limitations=tuple(_fixed(example, axes)),
     )
+    if chosen != "text-generation":
+        return model
+    from compressor.models.causal import with_cache
+
+    return with_cache(model, cache)
+
+
+def _fixed(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Iterator[Limitation]:
+    """The inputs whose sizes beyond the batch are those of the example."""
+    for name, value in example.items():
+        fixed = [str(size) for axis, size in enumerate(value.shape) if axis not in axes[name]]
+        if fixed:
+            yield Limitation(
+                f"shape of {name}",
+                f"every sample has the sizes of the example, {' x '.join(fixed)}; others are refused",
+            )
 
 
 def _named(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.Tensor]:

@@ -15,8 +15,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models._hub import save_config_for_hf
 
+from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, why
 from compressor.preprocess import Preprocess
+
+NO_CLASSIFIER = Limitation("classifier", "the checkpoint has none (num_classes is 0), so its features are exported")
 
 
 def load(
@@ -26,6 +29,7 @@ def load(
     revision: str | None,
     random_weights: bool,
     trust_remote_code: bool,
+    cache: bool = True,
 ) -> Model:
     """Load a timm model as a classifier, or as a feature extractor when `task` asks for it.
 
@@ -53,7 +57,7 @@ def load(
     if task == "image-classification" and getattr(module, "num_classes", 0) == 0:
         raise ModelError(f"{where} has no classifier (num_classes is 0); leave --task out, or choose another model.")
     label = folder.name if folder.is_dir() else where.removeprefix("hf-hub:")
-    return _wrap(module, label, chosen, where, revision, random_weights)
+    return _wrap(module, label, chosen, where, revision, random_weights, asked=task)
 
 
 def _tags(where: str, error: Exception) -> str:
@@ -64,7 +68,14 @@ def _tags(where: str, error: Exception) -> str:
 
 
 def _wrap(
-    module: torch.nn.Module, name: str, task: str, where: str, revision: str | None, random_weights: bool
+    module: torch.nn.Module,
+    name: str,
+    task: str,
+    where: str,
+    revision: str | None,
+    random_weights: bool,
+    *,
+    asked: str | None,
 ) -> Model:
     config = resolve_model_data_config(module)
     example = {"pixel_values": torch.rand(2, *config["input_size"], generator=torch.Generator().manual_seed(0))}
@@ -87,6 +98,7 @@ def _wrap(
         revision=revision,
         hub_id=None if random_weights else _hub_id(module, where),
         random_weights=random_weights,
+        limitations=() if classifies or asked is not None else (NO_CLASSIFIER,),
     )
 
 

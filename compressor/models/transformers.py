@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ import torch
 import transformers
 from PIL import Image
 
+from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, no_language_model, why
-from compressor.models.causal import Causal, causal
+from compressor.models.causal import with_cache
 from compressor.models.disk import module_on_disk
+from compressor.models.probe import accepts, calling, computes_with, text
 from compressor.preprocess import Preprocess, Tokenise
 
 HEADS = {
@@ -39,6 +40,7 @@ AUTO = {
 SENTENCE = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
 EXAMPLE_TOKENS = 16
 USUAL = 2048  # tokens of a text at most, where nothing says what the model takes
+IMAGE_DEFAULTS = {"image_size": 224, "num_channels": 3}  # where the config says nothing, as a ResNet's of its size
 UNLIMITED = 10**6  # tokenizers without a limit name a number like 1e30
 
 
@@ -49,14 +51,17 @@ def load(
     revision: str | None,
     random_weights: bool,
     trust_remote_code: bool,
+    cache: bool = True,
     on_disk: bool = False,
 ) -> Model:
     """Load a transformers model with the head its config names, or the one that `task` asks for.
 
-    With `on_disk` its weights stay in their files, see `compressor.models.disk`.
+    With `on_disk` its weights stay in their files, see `compressor.models.disk`. Without `cache` a language model is
+    traced without its KV cache.
 
     Raises:
-        ModelError: config or weights cannot be read, or the architecture needs code from the repository.
+        ModelError: config or weights cannot be read, the architecture needs code from the repository, its head is not
+            supported, or a language model's cache is not found.
     """
     if revision is not None and Path(where).is_dir():
         raise ModelError(f"{where} is a local folder, so it has no revision {revision!r}; leave --revision out.")
@@ -65,18 +70,18 @@ def load(
         try:
             config = transformers.AutoConfig.from_pretrained(where, **options)
             beside = _beside(where, revision)
-            chosen = task or _task(config, beside)
+            chosen = task or _task(config, beside, where)
             if on_disk:
                 if chosen != "text-generation":
                     raise no_language_model(where, f"for {chosen}")
                 module = module_on_disk(_kind(config, chosen), config, where, options)
-                return _wrap(module.eval(), where, chosen, options, beside, random_weights, ())
+                return _wrap(module.eval(), where, chosen, options, beside, random_weights, (), cache)
             module, untrained = _module(where, config, chosen, random_weights, options)
         except ModelError:
             raise
         except Exception as error:  # transformers lets hub, file and shape errors through as they are
             raise ModelError(f"transformers could not load {where}: {why(error)}.") from error
-        return _wrap(module.eval().float(), where, chosen, options, beside, random_weights, untrained)
+        return _wrap(module.eval().float(), where, chosen, options, beside, random_weights, untrained, cache)
 
 
 @contextlib.contextmanager
@@ -117,7 +122,12 @@ def _optional(where: str, name: str, revision: str | None) -> Path | None:
     return None if fetched is None else Path(fetched)
 
 
-def _task(config: Any, beside: dict[str, Path]) -> str:
+def _task(config: Any, beside: dict[str, Path], where: str) -> str:
+    """The task of the head that the config names.
+
+    Raises:
+        ModelError: it is none of those that are supported.
+    """
     architecture = (config.architectures or [""])[0]
     # A cross-encoder is of sentence-transformers too, but it judges a pair instead of embedding a sentence.
     embeds = "modules.json" in beside or "config_sentence_transformers.json" in beside
@@ -126,7 +136,14 @@ def _task(config: Any, beside: dict[str, Path]) -> str:
     for ending, task in HEADS.items():
         if architecture.endswith(ending):
             return task
-    return "image-feature-extraction" if hasattr(config, "image_size") else "feature-extraction"
+    features = "image-feature-extraction" if hasattr(config, "image_size") else "feature-extraction"
+    if architecture and not _is_bare(architecture):
+        raise ModelError(
+            f"{where} is a {architecture}, a head that is not supported; expected one of "
+            f"{', '.join(f'...{ending}' for ending in HEADS)}, or pass --task {features} for the features of the model "
+            "without its head."
+        )
+    return features
 
 
 def _module(
@@ -152,8 +169,14 @@ def _headless(architecture: str) -> Any:
     """
     named = getattr(transformers, architecture, None)
     model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    bare = architecture.endswith(("Model", "Encoder")) and not architecture.endswith(("HeadModel", "HeadsModel"))
-    return named if model and bare else transformers.AutoModel
+    return named if model and _is_bare(architecture) else transformers.AutoModel
+
+
+def _is_bare(architecture: str) -> bool:
+    """Whether a class of this name answers with hidden states."""
+    return architecture.endswith(("Model", "Encoder", "Backbone")) and not architecture.endswith(
+        ("HeadModel", "HeadsModel")
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +186,6 @@ class _Shape:
     outputs: tuple[str, ...]
     answer: str
     call: Callable[..., tuple[torch.Tensor, ...]]
-    cached: Causal | None = None
 
 
 def _wrap(
@@ -174,19 +196,15 @@ def _wrap(
     beside: dict[str, Path],
     random_weights: bool,
     untrained: tuple[str, ...],
+    cache: bool = True,
 ) -> Model:
     image = module.main_input_name == "pixel_values"
     processors = _image_processor(where, options) if image else _tokenizer(where, options)
     inputs = ("pixel_values",) if image else _text_inputs(module, processors)
     example = _image_example(module) if image else _text_example(module, inputs)
     shape = _shape(module, task, inputs, where, beside)
-    preprocess = _preprocess(module, beside, inputs, example, processors, image)
     axes: dict[str, dict[int, str]] = {name: {0: "batch"} if image else {0: "batch", 1: "sequence"} for name in inputs}
-    state: dict[str, str] = {}
-    if shape.cached is not None:
-        inputs, axes, state = shape.cached.inputs, shape.cached.dynamic_axes, shape.cached.state
-        example, preprocess = shape.cached.example(example), replace(preprocess, complete=shape.cached.complete)
-    return Model(
+    model = Model(
         name=Path(where).name if Path(where).is_dir() else where,
         source="transformers",
         task=task,
@@ -197,21 +215,55 @@ def _wrap(
         answer=shape.answer,
         example=example,
         dynamic_axes=axes,
-        preprocess=preprocess,
+        preprocess=_preprocess(module, beside, inputs, example, processors, image),
         save=partial(_save, module, processors, beside),
         untrained=untrained,
         revision=options["revision"],
         hub_id=None if random_weights or Path(where).is_dir() else where,
         random_weights=random_weights,
         tokenizer=None if image else processors,
-        state=state,
+        limitations=tuple(
+            _image_limitations(module, processors) if image else _text_limitations(module, processors, inputs, beside)
+        ),
     )
+    return model if task != "text-generation" else with_cache(model, cache)
+
+
+def _image_limitations(module: Any, processor: Any) -> Iterator[Limitation]:
+    """What is missing or assumed of a model that takes pictures."""
+    if processor is None:
+        yield Limitation(
+            "preprocessing", "there is no image processor beside the model, so the data must be ready arrays"
+        )
+    config = _vision_config(module)
+    for name, assumed in IMAGE_DEFAULTS.items():
+        if getattr(config, name, None) is None:
+            yield Limitation(f"{name} of the pictures", f"the config does not say it, so {assumed} is assumed")
+
+
+def _text_limitations(
+    module: Any, tokenizer: Any, inputs: tuple[str, ...], beside: dict[str, Path]
+) -> Iterator[Limitation]:
+    """What is missing or assumed of a model that takes texts."""
+    if tokenizer is None:
+        yield Limitation("tokenizer", "there is none beside the model, so the data must be token ids")
+        return
+    if tokenizer.pad_token is None:
+        yield Limitation(
+            "padding", "the tokenizer has no padding token and no end token, so texts of a batch must be equally long"
+        )
+    elif tokenizer.pad_token == tokenizer.eos_token:
+        yield Limitation("padding token", f"the end token {tokenizer.eos_token} pads, and is masked")
+    left_out = [name for name in tokenizer.model_input_names if name not in inputs]
+    if left_out:
+        yield Limitation(
+            f"input {', '.join(left_out)}", "the tokenizer gives it and the model does not compute with it; left out"
+        )
+    if _longest(module, tokenizer, beside) is None:
+        yield Limitation("length", f"nothing says how many tokens the model takes; texts are cut at {USUAL}")
 
 
 def _shape(module: Any, task: str, inputs: tuple[str, ...], where: str, beside: dict[str, Path]) -> _Shape:
-    cached = causal(module, inputs) if task == "text-generation" else None
-    if cached is not None:
-        return _Shape(cached.outputs, "logits", cached.call, cached)
     if task.endswith("classification") or task == "text-generation":
         extra = {"use_cache": False} if task == "text-generation" else {}
         return _Shape(("logits",), "logits", partial(_logits, inputs=inputs, extra=extra))
@@ -266,17 +318,27 @@ def _pooling(where: str, beside: dict[str, Path]) -> str:
 
 
 def _text_inputs(module: Any, tokenizer: Any) -> tuple[str, ...]:
-    accepted = inspect.signature(module.forward).parameters
+    """The inputs that the tokenizer gives and the module computes with."""
     wanted = tokenizer.model_input_names if tokenizer is not None else ["input_ids", "attention_mask"]
-    order = ("input_ids", "attention_mask", "token_type_ids")
-    return tuple(name for name in order if name in wanted and name in accepted)
+    probed = text()
+    ids = {"input_ids": probed["input_ids"]}
+    with calling(module):
+        takes_mask = "attention_mask" in wanted and accepts(module, ids, "attention_mask", probed["attention_mask"])
+        typed = torch.zeros_like(probed["input_ids"])
+        takes_types = "token_type_ids" in wanted and computes_with(module, ids, "token_type_ids", typed)
+    taken = {"input_ids": True, "attention_mask": takes_mask, "token_type_ids": takes_types}
+    return tuple(name for name, is_taken in taken.items() if is_taken)
+
+
+def _vision_config(module: Any) -> Any:
+    return getattr(module.config, "vision_config", module.config)
 
 
 def _image_example(module: Any) -> dict[str, torch.Tensor]:
-    config = getattr(module.config, "vision_config", module.config)
-    size = getattr(config, "image_size", 224)
+    config = _vision_config(module)
+    size, channels = (getattr(config, name, None) or assumed for name, assumed in IMAGE_DEFAULTS.items())
     height, width = (size, size) if isinstance(size, int) else size
-    noise = torch.rand(2, getattr(config, "num_channels", 3), height, width, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": noise}
 
 
@@ -302,8 +364,8 @@ def _tokenizer(where: str, options: dict[str, Any]) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError):  # a folder without tokenizer: token ids still work as data
         return None
-    if not tokenizer.get_vocab():
-        return None  # transformers makes an empty tokenizer up where there are no files
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        return None  # transformers makes one up where there are no files, for which every word is unknown
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

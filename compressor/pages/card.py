@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.deferred import told
 from compressor.figures import METRICS
+from compressor.limitations import Limitation
 from compressor.pages import recipe
 from compressor.pages.loader import TITLES, loader, templates
 from compressor.report import LABELS, what_is_timed
@@ -289,6 +290,8 @@ def _limits(content: Json) -> Iterator[str]:
         yield INT8
     if settings["target"] == "onnxruntime" or content["engine"].get("state") == "deferred":
         yield "An ONNX file carries no preprocessing: feed it what the original's preprocessing gives."
-    if content["latency"] and any(size["cache"] for size in content["sizes"].values()):
+    if content["latency"] and content["generation"] and not content["generation"]["new"]:
         yield "Latency is that of a prompt with an empty cache; no step of generation was timed."
+    for limitation in content["limitations"]:
+        yield str(Limitation(**limitation))
     yield from content["notes"]

@@ -54,6 +54,7 @@ def page(content: Json, shown: Mapping[str, str]) -> Page:
     """Everything on the page, as data."""
     found = (
         _notes(content),
+        _limitations(content),
         _variants(content),
         sections.factorial(content),
         sections.sites(content),
@@ -168,6 +169,11 @@ def _notes(content: Json) -> Section | None:
     lines = [] if because is None else [f"No quality stated: {because}."]
     lines += [*content["notes"], *told(content["engine"])]
     return Section("To know first", [Points(lines)]) if lines else None
+
+
+def _limitations(content: Json) -> Section | None:
+    rows: list[list[Cell]] = [[each["feature"], each["reason"]] for each in content["limitations"]]
+    return Section("Limitations", [Table(["", "what was found, and what follows"], rows)]) if rows else None
 
 
 def _variants(content: Json) -> Section:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy.typing as npt
 
 from compressor.errors import CompressorError
+from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +46,8 @@ class Samples:
     cannot be used, by position. `labels` has one entry a sample. `reading` says in words how the source was understood.
     `class_folders` counts the subfolders that labels were taken from, those without a picture included. `shown` is
     what people see of one sample: a picture or a text; None where there is nothing but numbers. `whole` gives the
-    tokens of a text as they are, [tokens] by input name, neither padded nor cut; None for all else.
+    tokens of a text as they are, [tokens] by input name, neither padded nor cut; None for all else. `limitations` are
+    what was expected of the source and not found, and what was assumed.
     """
 
     ids: tuple[str, ...]
@@ -59,6 +61,7 @@ class Samples:
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
     shown: Callable[[int], Image.Image | str] | None = None
     whole: Callable[[int], Feeds] | None = None
+    limitations: tuple[Limitation, ...] = ()
 
 
 def dims(shape: Sequence[int | str]) -> str:

@@ -1,0 +1,84 @@
+"""Limitations: what a model could have had and an export does not give it, each with the reason.
+
+They are stated in the table, in report.json under ``limitations``, in report.html and in the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.precision import Converted, Trial
+    from compressor.subject import Loaded
+
+NAMED = 5  # most names that a sentence lists
+
+
+@dataclass(frozen=True)
+class Limitation:
+    """One thing that an export lacks, or that was assumed because nothing said it.
+
+    Attributes:
+        feature: a noun, such as ``KV cache`` or ``tokenizer``.
+        reason: what was found and what follows from it, a clause without a full stop.
+    """
+
+    feature: str
+    reason: str
+
+    def __str__(self) -> str:
+        """The limitation as a sentence.
+
+        >>> str(Limitation("tokenizer", "none was found, so the data must be token ids"))
+        'tokenizer: none was found, so the data must be token ids.'
+        """
+        return f"{self.feature}: {self.reason}."
+
+
+def listed(limitations: Sequence[Limitation]) -> list[str]:
+    """Lines for a terminal: a heading and a line for each; none where there are none."""
+    return ["Limitations:", *(f"- {each}" for each in limitations)] if limitations else []
+
+
+def limitations_of(
+    subject: Loaded,
+    precision: str,
+    converted: Mapping[str, Converted],
+    trials: Sequence[Trial],
+    engine: Mapping[str, Any],
+) -> Iterator[Limitation]:
+    """List the limitations of one export: of its model, its data, its precision and its engine.
+
+    Args:
+        subject: the model with its data.
+        precision: what the result computes in.
+        converted: how each variant got that precision.
+        trials: what ``--precision auto`` tried.
+        engine: the ``engine`` part of the report.
+    """
+    yield from subject.model.limitations
+    yield from subject.data.limitations
+    if trials and precision == "fp32":
+        tried = "; ".join(f"{trial.precision}: {trial.verdict}" for trial in trials if trial.precision != "fp32")
+        yield Limitation("precision", f"fp32, as none of the others was taken ({tried})")
+    quantized = converted["result"].quantized if "result" in converted else None
+    if quantized is not None and quantized.kept:
+        yield Limitation(
+            f"{precision} of all layers",
+            f"{len(quantized.kept)} layers compute in float, because of their accuracy or their form: "
+            f"{_some([each.module or each.node for each in quantized.kept])}",
+        )
+    yield from of_engine(engine)
+
+
+def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
+    """List the limitations of a built engine, by the ``engine`` part of a report."""
+    found = engine.get("layers") or {}
+    if found.get("fused_attention") is False:
+        yield Limitation("fused attention", "the engine computes attention as separate operators")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
