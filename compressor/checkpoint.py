@@ -234,8 +234,8 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
     Raises:
         CheckpointError: the blocks that are gone are of no stack that the config counts.
     """
+    from compressor.internals.transformers import quiet
     from compressor.models.disk import write_from_disk
-    from compressor.models.transformers import quiet
     from passes.offload import is_offloaded
 
     path.parent.mkdir(exist_ok=True)
@@ -327,11 +327,10 @@ def _same(copied: Any, original: Any, part: Any) -> Any:
 
 def shorten(config: Any, stack: Stack) -> None:
     """Let a config count the blocks that stay, and keep their entries of what it lists layer by layer."""
+    from compressor.internals.transformers import keep_stages
+
     for name, value in vars(config).items():
         if "layer" in name and isinstance(value, (list, tuple)) and len(value) == stack.length:
             setattr(config, name, type(value)(value[number] for number in stack.kept))
     setattr(config, COUNT, len(stack.kept))
-    stages = getattr(config, "stage_names", None)  # of a backbone: one for each block, behind the stem
-    if stages is not None and len(stages) == stack.length + 1:
-        config.stage_names = stages[: len(stack.kept) + 1]
-        config.set_output_features_output_indices(out_features=None, out_indices=None)  # the last one
+    keep_stages(config, stack.length, len(stack.kept))

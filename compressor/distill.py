@@ -275,7 +275,8 @@ def distance(task: str, answer: torch.Tensor, target: torch.Tensor, mask: torch.
 
 def cheaper() -> contextlib.AbstractContextManager[object]:
     """bfloat16 products where the processor has instructions for them (training is three times as fast)."""
-    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    known = torch.cpu.get_capabilities()
+    supported = known.get("avx512_bf16", False) or known.get("amx_tile", False)
     return torch.autocast("cpu", torch.bfloat16) if supported else contextlib.nullcontext()
 
 

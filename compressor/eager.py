@@ -62,7 +62,8 @@ class Module:
         try:
             made: Call = torch.compile(self._eager, dynamic=False, backend=self.backend)
             # Beyond eight shapes or models dynamo would go back to eager, silently, and that would be what is timed.
-            with torch._dynamo.config.patch(recompile_limit=SHAPES, fail_on_recompile_limit_hit=True):
+            settings: Any = torch.compiler.config  # its patch() is put there at run time
+            with settings.patch(recompile_limit=SHAPES, fail_on_recompile_limit_hit=True):
                 made(*tensors)
         except Exception as error:  # whatever the compiler behind it raises
             raise BuildError(

@@ -12,6 +12,7 @@ from compressor.errors import CompressorError
 from passes.base import apply
 from passes.clean import Clean
 from passes.graph import Graph
+from passes.torch_internals import is_mutable
 from runtimes.base import quiet
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def trace(model: Model) -> Graph:
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
-            if any(_mutates(node) for node in program.graph.nodes):
+            if any(is_mutable(node.target) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
@@ -60,11 +61,6 @@ def trace(model: Model) -> Graph:
 
 def _dynamic(axes: dict[int, str]) -> dict[int, object]:
     return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
-
-
-def _mutates(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _explain(model: Model, error: Exception) -> str:

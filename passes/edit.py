@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from passes.graph import ASSERTIONS, VIEWS, Graph, GraphError, aten, live_nodes, resolution, value_of
+from passes.torch_internals import enable_python_dispatcher, fake_mode, free_size, hint, registries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     from passes.graph import Site
+    from passes.torch_internals import FakeTensorMode
 
 
 def drop_branches(graph: Graph, dropped: Collection[Site]) -> None:
@@ -161,15 +158,12 @@ def name_size(node: fx.Node) -> None:
     size, mode = value_of(node), _mode(node.graph)
     if not isinstance(size, torch.SymInt) or mode is None:
         return
-    hint: Any = size.node.hint  # the size in the example that was traced
-    example = torch.empty(hint, device="meta")
-    dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    node.meta["val"] = mode.from_tensor(example, symbolic_context=dynamic, source=ConstantSource(node.name)).shape[0]
+    node.meta["val"] = free_size(mode, hint(size), node.name)
 
 
 def _mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode that the traced values live in."""
-    modes = (getattr(value_of(node), "fake_mode", None) for node in graph.nodes)
+    modes = (fake_mode(value_of(node)) for node in graph.nodes)
     return next((mode for mode in modes if mode is not None), None)
 
 
@@ -196,7 +190,7 @@ def remove_dead(graph: Graph) -> int:
 def _remove_unread_attributes(module: fx.GraphModule) -> None:
     read = {str(node.target) for node in module.graph.nodes if node.op in ("get_attr", "call_module")}
     for path, owner in list(module.named_modules()):
-        for registry in (owner._parameters, owner._buffers):
+        for registry in registries(owner):
             for name in list(registry):
                 full = f"{path}.{name}" if path else name
                 if full not in read and not any(full.startswith(target + ".") for target in read):

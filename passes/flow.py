@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from passes.graph import CASTS, COPIES, VIEWS, value_of
+from passes.torch_internals import SOFTMAX, arguments, expression
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ REDUCTIONS = frozenset(
         aten.var.correction,
     }
 )
-SAME_SHAPE = CASTS | COPIES | {aten.type_as.default, aten.softmax.int, aten._softmax.default}
+SAME_SHAPE = CASTS | COPIES | SOFTMAX | {aten.type_as.default, aten.softmax.int}
 SIZES = {aten.reshape.default: 1, aten.expand.default: 1, **dict.fromkeys(VIEWS, 1)}
 
 
@@ -66,12 +67,12 @@ def sizes_of(node: fx.Node) -> list[Any]:
     """Sizes as integers and expressions, which compare without fixing symbolic ones; of the first of several parts."""
     value = value_of(node)
     value = value[0] if isinstance(value, (list, tuple)) and value else value
-    return [getattr(getattr(size, "node", None), "expr", size) for size in getattr(value, "shape", ())]
+    return [expression(size) for size in getattr(value, "shape", ())]
 
 
 def option(node: fx.Node, name: str) -> Any:
     """An argument of a call by its name, its default where it is not given."""
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, argument in enumerate(arguments(node.target)):
         if argument.name == name:
             given = node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
             return argument.default_value if given is None else given

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from passes.torch_internals import COPYING_CASTS, RUN_TIME_ASSERTIONS, UNSAFE_VIEWS, is_mutable
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
@@ -25,18 +27,13 @@ ADDS = frozenset({aten.add.Tensor, aten.add_.Tensor, operator.add})
 COPIES = frozenset(
     {aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 )
-VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+VIEWS = frozenset({aten.view.default}) | UNSAFE_VIEWS
 DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
-CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default})
-ASSERTIONS = frozenset(
-    {
-        aten._assert_tensor_metadata.default,
-        aten._assert_async.msg,
-        aten._assert_scalar.default,
-        aten.sym_constrain_range.default,
-        aten.sym_constrain_range_for_size.default,
-    }
-)
+CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other}) | COPYING_CASTS
+ASSERTIONS = RUN_TIME_ASSERTIONS | {
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
 
 
 class GraphError(Exception):
@@ -163,8 +160,7 @@ def is_pure(node: fx.Node) -> bool:
         return False
     if node.op != "call_function":
         return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or not schema.is_mutable
+    return not is_mutable(node.target)
 
 
 def live_nodes(graph: Graph, resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:

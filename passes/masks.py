@@ -11,6 +11,7 @@ from passes import merge as arithmetic
 from passes.flow import Unfollowed, from_data
 from passes.graph import value_of
 from passes.run import Program
+from passes.torch_internals import hint
 
 if TYPE_CHECKING:
     from torch import fx
@@ -134,6 +135,5 @@ def _computed(graph: Graph, table: fx.Node, seed: int) -> torch.Tensor:
 
 def _made_up(value: Any, generator: torch.Generator) -> torch.Tensor:
     """Zeros and ones of the traced shape: valid as ids and as a mask."""
-    sizes = [getattr(getattr(size, "node", None), "hint", size) for size in value.shape]
-    drawn = torch.randint(0, 2, sizes, generator=generator)
+    drawn = torch.randint(0, 2, [hint(size) for size in value.shape], generator=generator)
     return drawn.to(value.dtype)

@@ -11,7 +11,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passes.torch_internals import FakeTensorMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -17,6 +17,7 @@ import torch
 from passes.base import PassError
 from passes.offload import in_memory, is_offloaded, shapes_alone
 from passes.sites import find_sites
+from passes.torch_internals import storage_key, tree_leaves
 
 if TYPE_CHECKING:
     from torch import fx
@@ -106,13 +107,13 @@ def working_bytes(program: Program, feeds: Feeds) -> int:
     with shapes_alone(program, feeds) as values:
         for _ in program.walk(values):
             alive = [each for node, value in values.items() if node.op != "get_attr" for each in _tensors(value)]
-            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in alive}
+            storages = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in alive}
             most = max(most, sum(storages.values()))
     return most
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    return (each for each in torch.utils._pytree.tree_leaves(value) if isinstance(each, torch.Tensor))
+    return (each for each in tree_leaves(value) if isinstance(each, torch.Tensor))
 
 
 @torch.inference_mode()

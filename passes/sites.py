@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from passes.graph import Graph, GraphError, Site, attribute, is_sum, value_of
+from passes.torch_internals import SAFE_SOFTMAX, SOFTMAX
 
 aten = torch.ops.aten
 
 ATTENTION_OPS = frozenset({aten.scaled_dot_product_attention.default})
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})
-SOFTMAX_OPS = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
+SOFTMAX_OPS = frozenset({aten.softmax.int}) | SOFTMAX | SAFE_SOFTMAX
 LINEAR_OPS = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default})
 CONV_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default})
 CHANNELS_FIRST_OPS = CONV_OPS | {

@@ -28,6 +28,7 @@ PORTABLE = "tensorrt"  # the target whose engines are tied to a GPU and a versio
 NOT_TARGETS = frozenset(
     {
         "base",
+        "executorch_internals",
         "executorch_program",
         "layer_counts",
         "onnxruntime_attention",
@@ -41,6 +42,7 @@ NOT_TARGETS = frozenset(
         "tensorrt_engine",
         "tensorrt_layers",
         "timing",
+        "torch_internals",
         "torch_program",
     }
 )

@@ -42,6 +42,7 @@ from runtimes.base import (
     need,
     taken,
 )
+from runtimes.executorch_internals import reset_threads, thread_count
 from runtimes.executorch_program import FACTS, lowered, opened
 
 name = "executorch"
@@ -183,21 +184,17 @@ class _Pool:
 @functools.cache
 def _pool() -> _Pool:
     """The record of the one pool there is: ExecuTorch replaces it under engines that still use it."""
-    from executorch.extension.pybindings import portable_lib
-
-    return _Pool(portable_lib._threadpool_get_thread_count())
+    return _Pool(thread_count())
 
 
 def _resize(pool: _Pool, threads: int | None) -> None:
     """Give the pool the number of threads asked for, or that it began with; an open engine's is left alone."""
-    from executorch.extension.pybindings import portable_lib
-
-    found = portable_lib._threadpool_get_thread_count()
+    found = thread_count()
     wanted = pool.first if threads is None else threads
     if found == wanted:
         return
     if not any(engine._opened is not None for engine in pool.engines):
-        portable_lib._unsafe_reset_threadpool(wanted)
+        reset_threads(wanted)
     elif threads is not None:
         raise RuntimesError(
             f"Found threads={threads} beside an open engine with {found}; executorch has one pool for the process: "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.base import BuildError, BuildOptions, first_line
+from runtimes.torch_internals import expression, hint
 
 FACTS = "compressor"  # the constant method that says what the file's tensors are called and how large they may be
 NAMES = "compressor.json"  # where the saved program says what its inputs and outputs are called
@@ -127,7 +128,7 @@ def _largest(inputs: list[Any], ranges: Any, options: BuildOptions) -> list[tupl
     def most(axis: int, size: Any) -> int:
         if isinstance(size, int):
             return size
-        known = ranges.get(size.node.expr)
+        known = ranges.get(expression(size))
         return int(min([_bound(axis, options)] + ([known.upper] if known is not None else [])))
 
     return [tuple(most(axis, size) for axis, size in enumerate(tensor.shape)) for tensor in inputs]
@@ -143,10 +144,9 @@ def _example(inputs: list[Any], options: BuildOptions) -> tuple[Any, ...]:
     limit: dict[Any, int] = {}
     for tensor in inputs:
         for axis, size in enumerate(tensor.shape):
-            if not isinstance(size, int) and size.node.expr.is_Symbol:
-                held = limit.get(size.node.expr, size.node.hint)
-                limit[size.node.expr] = min(held, _bound(axis, options))
-    sizes = [[s if isinstance(s, int) else int(s.node.expr.subs(limit)) for s in tensor.shape] for tensor in inputs]
+            if not isinstance(size, int) and (symbol := expression(size)).is_Symbol:
+                limit[symbol] = min(limit.get(symbol, hint(size)), _bound(axis, options))
+    sizes = [[s if isinstance(s, int) else int(expression(s).subs(limit)) for s in tensor.shape] for tensor in inputs]
     return tuple(torch.zeros(size, dtype=tensor.dtype) for size, tensor in zip(sizes, inputs, strict=True))
 
 

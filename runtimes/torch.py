@@ -33,6 +33,7 @@ from runtimes.base import (
     quiet,
     taken,
 )
+from runtimes.torch_internals import METADATA_FILE, compile_package, open_package, run_package
 from runtimes.torch_program import NAMES, Signature, in_int8, in_products, signature
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ int8 = Int8Style(activations="uint8", convolutions=False)
 
 FILE = "model.pt2"
 FACTS = "compressor"  # the key of our metadata among those of the package
-SUFFIX = "wrapper_metadata.json"
 
 
 def missing() -> str | None:
@@ -88,9 +88,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
             if options.device == "cuda":
                 exported = move_to_device_pass(exported, "cuda")
             exported = _in_precision(exported, facts, options)
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(path), inductor_configs=_settings(facts, options)
-            )
+            compile_package(exported, path, _metadata(facts, options), threads=os.cpu_count() or 1)
         except RuntimesError:
             raise
         except Exception as error:  # Inductor, the C++ compiler and torchao have no common class of errors
@@ -118,11 +116,9 @@ def load(path: Path, options: BuildOptions) -> TorchEngine:
     _need_device(options)
     if facts["machine"] != (found := _machine()):
         raise BuildError(f"{path.name} was compiled for {facts['machine']}, found {found}; build it again here.")
-    import torch
-
     try:
         with quiet():
-            opened = torch._inductor.aoti_load_package(str(path))
+            opened = open_package(path)
         return TorchEngine(opened, Signature.of_json(facts["signature"]), options)
     except RuntimeError as error:
         raise BuildError(f"torch cannot open {path.name}: {first_line(error)}.") from error
@@ -171,11 +167,10 @@ class TorchEngine(Closing[Any]):
         tensors = [torch.from_numpy(np.array(feeds[key], order="C")).to(self._device) for key in self.inputs]
 
         def step() -> list[Any]:
-            # Straight to the loader: the package's own call parses the structure of the outputs every time.
-            loader = self._live().loader
+            opened = self._live()
             with torch.inference_mode(), _threads(self._threads):
                 try:
-                    found: list[Any] = loader.run(list(tensors))
+                    found = run_package(opened, list(tensors))
                 except RuntimeError as error:
                     raise RuntimesError(f"torch stopped: {first_line(error)}.") from error
             if self._device == "cuda":
@@ -231,16 +226,9 @@ def _in_precision(program: ExportedProgram, facts: Signature, options: BuildOpti
     return program
 
 
-def _settings(facts: Signature, options: BuildOptions) -> dict[str, Any]:
-    """Inductor's settings for one package."""
-    ours = {"signature": facts.to_json(), "device": options.device, "machine": _machine()}
-    return {
-        "aot_inductor.metadata": {FACTS: json.dumps(ours)},
-        "freezing": True,
-        # Else the number of threads of this process would be compiled in.
-        "cpp.dynamic_threads": True,
-        "cpp.threads": os.cpu_count() or 1,
-    }
+def _metadata(facts: Signature, options: BuildOptions) -> dict[str, str]:
+    """What the package is to say of itself."""
+    return {FACTS: json.dumps({"signature": facts.to_json(), "device": options.device, "machine": _machine()})}
 
 
 def _machine() -> str:
@@ -256,7 +244,7 @@ def _facts(path: Path) -> dict[str, str]:
         raise BuildError(f"There is no compiled package {path}.")
     try:
         with zipfile.ZipFile(path) as archive:
-            (entry,) = (each for each in archive.namelist() if each.endswith(SUFFIX))
+            (entry,) = (each for each in archive.namelist() if each.endswith(METADATA_FILE))
             found = json.loads(json.loads(archive.read(entry))[FACTS])
         return {key: str(found[key]) for key in ("signature", "device", "machine")}
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:

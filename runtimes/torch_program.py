@@ -9,6 +9,7 @@ from importlib import util
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from runtimes.base import BuildError, Feeds, RuntimesError
+from runtimes.torch_internals import expression, tree_map
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ def signature(program: ExportedProgram, names: Mapping[str, Sequence[str]]) -> S
 def _size(size: Any) -> Size:
     if isinstance(size, int):
         return size
-    terms = size.node.expr.as_coefficients_dict()
+    terms = expression(size).as_coefficients_dict()
     if not all(term == 1 or term.is_symbol for term in terms):
         return None
     return {"" if term == 1 else str(term): int(times) for term, times in terms.items()}
@@ -143,7 +144,7 @@ def in_products(program: ExportedProgram, precision: str) -> ExportedProgram:
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target not in products:
                 return super().call_function(target, args, kwargs)
-            args, kwargs = torch.utils._pytree.tree_map(lower, (args, kwargs))
+            args, kwargs = tree_map(lower, (args, kwargs))
             found = super().call_function(target, args, kwargs)
             return found.to(torch.float32) if found.dtype == low else found
 

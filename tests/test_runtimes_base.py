@@ -38,6 +38,7 @@ def test_targets_are_the_files_of_the_folder():
     files = {path.stem for path in Path(runtimes.__file__).parent.glob("*.py")}
     shared = {"__init__", "base", "qdq", "timing"}
     shared |= {"executorch_program", "onnxruntime_graph", "tensorrt_engine", "torch_program"}
+    shared |= {"executorch_internals", "torch_internals"}
     shared |= {"layer_counts", "onnxruntime_layers", "tensorrt_layers"}
     shared |= {f"onnxruntime_{part}" for part in ("attention", "binding", "cache", "index", "norms")}
     assert set(runtimes.targets()) == files - shared

@@ -81,6 +81,18 @@ class Model:
             return int(self.call(self.module, *self.example.values())[self.outputs.index(self.answer)].shape[-1])
 
 
+def fixed_size(pictures: torch.Tensor) -> Limitation:
+    """The limitation of a model that takes pictures of one size.
+
+    Args:
+        pictures: example inputs [batch, channels, height, width].
+    """
+    channels, height, width = pictures.shape[1:]
+    return Limitation(
+        "size of the pictures", f"the export takes {height} x {width} with {channels} channels and no other"
+    )
+
+
 def as_numpy(example: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Example inputs as arrays."""
     return {name: tensor.numpy() for name, tensor in example.items()}

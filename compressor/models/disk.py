@@ -15,11 +15,15 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
+from compressor.internals.transformers import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    as_checkpoints_name_them,
+    as_modules_name_them,
+    cached,
+    shards,
+)
 from compressor.models.base import ModelError
 from passes.graph import Graph
 from passes.offload import READ, is_offloaded, offloaded
@@ -72,7 +76,7 @@ def module_on_disk(kind: Any, config: Any, where: str, options: Mapping[str, Any
         module: torch.nn.Module = kind.from_config(
             config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
         )
-    stored = _by_path(_stored(where, options), module)
+    stored = as_modules_name_them(_stored(where, options), module)
     base = f"{getattr(module, 'base_model_prefix', '')}."
     for weight, paths in _tied(module):
         found = next((each for path in paths if (each := _found(stored, path, base)) is not None), None)
@@ -105,38 +109,22 @@ def _kept_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _stored(where: str, options: Mapping[str, Any]) -> dict[str, Stored]:
     """Where each tensor of a checkpoint is; shards are downloaded first."""
     revision = options["revision"]
-    kinds = ("missing_entries", "gated_repo", "connection_errors")  # offline, what was downloaded is what there is
-    quiet = dict.fromkeys((f"_raise_exceptions_for_{kind}" for kind in kinds), False)
-    index = cached_file(where, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **quiet)
-    single = None if index is not None else cached_file(where, SAFE_WEIGHTS_NAME, revision=revision, **quiet)
-    if index is None and single is None:
+    index = cached(where, SAFE_WEIGHTS_INDEX_NAME, revision)
+    if index is not None:
+        paths = shards(where, index, revision)
+    elif (single := cached(where, SAFE_WEIGHTS_NAME, revision)) is not None:
+        paths = [single]
+    else:
         raise ModelError(
             f"{where} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}, which --max-memory reads weights "
             "from; save it with save_pretrained once, or leave --max-memory out."
         )
-    paths = [single] if index is None else get_checkpoint_shard_files(where, index, revision=revision)[0]
     found: dict[str, Stored] = {}
-    for path in map(Path, paths):
+    for path in paths:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
                 found[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
-    return found
-
-
-def _by_path(stored: Mapping[str, Stored], module: Any) -> dict[str, Stored]:
-    """The tensors by the names that the module has for them, where checkpoints of its kind have others.
-
-    Without those that transformers would convert: several that become one, or values in another order.
-    """
-    conversions = get_model_conversion_mapping(module)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if not isinstance(each, WeightRenaming)]
-    found: dict[str, Stored] = {}
-    for name, each in stored.items():
-        path, converted = rename_source_key(name, renamings, converters)
-        if converted is None:
-            found[path] = each
     return found
 
 
@@ -201,7 +189,7 @@ def _as_checkpoints_name_them(
 ) -> dict[str, Stored | torch.Tensor]:
     marked = {name: torch.empty((), device="meta") for name in tensors}
     by_mark = {id(mark): tensors[name] for name, mark in marked.items()}
-    return {name: by_mark[id(mark)] for name, mark in revert_weight_conversion(module, marked).items()}
+    return {name: by_mark[id(mark)] for name, mark in as_checkpoints_name_them(marked, module).items()}
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Stored | torch.Tensor]) -> None:

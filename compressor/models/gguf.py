@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import transformers
 
+from compressor.internals.transformers import quiet
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, why
-from compressor.models.transformers import _kind, _task, _wrap, quiet
+from compressor.models.transformers import _kind, _task, _wrap
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.offload import is_offloaded
+from passes.torch_internals import FakeTensorMode
 
 TOKENS = 3  # of the text: two are left where one is taken away, so that nothing broadcasts
 

@@ -13,10 +13,10 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models._hub import save_config_for_hf
 
+from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy, why
+from compressor.models.base import Model, ModelError, as_numpy, fixed_size, why
 from compressor.preprocess import Preprocess
 
 NO_CLASSIFIER = Limitation("classifier", "the checkpoint has none (num_classes is 0), so its features are exported")
@@ -98,7 +98,10 @@ def _wrap(
         revision=revision,
         hub_id=None if random_weights else _hub_id(module, where),
         random_weights=random_weights,
-        limitations=() if classifies or asked is not None else (NO_CLASSIFIER,),
+        limitations=(
+            fixed_size(example["pixel_values"]),
+            *(() if classifies or asked is not None else (NO_CLASSIFIER,)),
+        ),
     )
 
 
@@ -135,4 +138,4 @@ def _save(module: torch.nn.Module, where: str, folder: Path) -> None:
     if original.is_file():
         shutil.copyfile(original, folder / "config.json")
     else:
-        save_config_for_hf(module, str(folder / "config.json"))
+        save_config_for_hf(module, folder / "config.json")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,14 @@ import torch
 import transformers
 from PIL import Image
 
+from compressor.internals.transformers import cached, quiet, untrained
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy, no_language_model, why
+from compressor.models.base import Model, ModelError, as_numpy, fixed_size, no_language_model, why
 from compressor.models.causal import with_cache
 from compressor.models.disk import module_on_disk
 from compressor.models.probe import accepts, calling, computes_with, text
 from compressor.preprocess import Preprocess, Tokenise
+from compressor.readers.base import DataError
 
 HEADS = {
     "ForImageClassification": "image-classification",
@@ -38,6 +38,15 @@ AUTO = {
 }
 # Where sentence-transformers says how its embedding is made of the model's answer.
 SENTENCE = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 EXAMPLE_TOKENS = 16
 USUAL = 2048  # tokens of a text at most, where nothing says what the model takes
 IMAGE_DEFAULTS = {"image_size": 224, "num_channels": 3}  # where the config says nothing, as a ResNet's of its size
@@ -76,28 +85,13 @@ def load(
                     raise no_language_model(where, f"for {chosen}")
                 module = module_on_disk(_kind(config, chosen), config, where, options)
                 return _wrap(module.eval(), where, chosen, options, beside, random_weights, (), cache)
-            module, untrained = _module(where, config, chosen, random_weights, options)
+            module, absent, left_out = _module(where, config, chosen, random_weights, options)
         except ModelError:
             raise
         except Exception as error:  # transformers lets hub, file and shape errors through as they are
             raise ModelError(f"transformers could not load {where}: {why(error)}.") from error
-        return _wrap(module.eval().float(), where, chosen, options, beside, random_weights, untrained, cache)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No bars and no advice on generation while weights are loaded or saved."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+        model = _wrap(module.eval().float(), where, chosen, options, beside, random_weights, absent, cache)
+        return replace(model, limitations=(*model.limitations, *_left_out(left_out)))
 
 
 def _beside(where: str, revision: str | None) -> dict[str, Path]:
@@ -111,15 +105,7 @@ def _optional(where: str, name: str, revision: str | None) -> Path | None:
     if Path(where).is_dir():
         path = Path(where) / name
         return path if path.is_file() else None
-    fetched = transformers.utils.cached_file(
-        where,
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,  # offline, what was downloaded before is what there is
-    )
-    return None if fetched is None else Path(fetched)
+    return cached(where, name, revision)
 
 
 def _task(config: Any, beside: dict[str, Path], where: str) -> str:
@@ -148,13 +134,14 @@ def _task(config: Any, beside: dict[str, Path], where: str) -> str:
 
 def _module(
     where: str, config: Any, task: str, random_weights: bool, options: dict[str, Any]
-) -> tuple[torch.nn.Module, tuple[str, ...]]:
+) -> tuple[torch.nn.Module, tuple[str, ...], tuple[str, ...]]:
+    """The module, the weights that its checkpoint lacks, and those that the module has no place for."""
     kind = _kind(config, task)
     if random_weights:
         torch.manual_seed(0)
-        return (kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)), ()
+        return untrained(kind, config), (), ()
     module, found = kind.from_pretrained(where, **options, dtype=torch.float32, output_loading_info=True)
-    return module, tuple(sorted(found["missing_keys"]))
+    return module, tuple(sorted(found["missing_keys"])), tuple(sorted(found["unexpected_keys"]))
 
 
 def _kind(config: Any, task: str) -> Any:
@@ -229,6 +216,12 @@ def _wrap(
     return model if task != "text-generation" else with_cache(model, cache)
 
 
+def _left_out(names: tuple[str, ...]) -> Iterator[Limitation]:
+    """The weights of a checkpoint that the loaded model has no place for, such as those of another head."""
+    if names:
+        yield Limitation("weights left out", f"{len(names)} tensors of the checkpoint, the first is {names[0]}")
+
+
 def _image_limitations(module: Any, processor: Any) -> Iterator[Limitation]:
     """What is missing or assumed of a model that takes pictures."""
     if processor is None:
@@ -236,6 +229,7 @@ def _image_limitations(module: Any, processor: Any) -> Iterator[Limitation]:
             "preprocessing", "there is no image processor beside the model, so the data must be ready arrays"
         )
     config = _vision_config(module)
+    yield fixed_size(next(iter(_image_example(module).values())))
     for name, assumed in IMAGE_DEFAULTS.items():
         if getattr(config, name, None) is None:
             yield Limitation(f"{name} of the pictures", f"the config does not say it, so {assumed} is assumed")
@@ -250,15 +244,13 @@ def _text_limitations(
         return
     if tokenizer.pad_token is None:
         yield Limitation(
-            "padding", "the tokenizer has no padding token and no end token, so texts of a batch must be equally long"
+            "padding", "the tokenizer has no padding token and no end token, so the data must be token ids"
         )
     elif tokenizer.pad_token == tokenizer.eos_token:
         yield Limitation("padding token", f"the end token {tokenizer.eos_token} pads, and is masked")
     left_out = [name for name in tokenizer.model_input_names if name not in inputs]
     if left_out:
-        yield Limitation(
-            f"input {', '.join(left_out)}", "the tokenizer gives it and the model does not compute with it; left out"
-        )
+        yield Limitation(f"input {', '.join(left_out)}", "the tokenizer gives it and the export does not take it")
     if _longest(module, tokenizer, beside) is None:
         yield Limitation("length", f"nothing says how many tokens the model takes; texts are cut at {USUAL}")
 
@@ -355,14 +347,30 @@ def _text_example(module: Any, inputs: tuple[str, ...]) -> dict[str, torch.Tenso
 def _image_processor(where: str, options: dict[str, Any]) -> Any:
     try:
         return transformers.AutoImageProcessor.from_pretrained(where, **options)
-    except (OSError, ValueError):  # a folder without preprocessing: float arrays still work as data
+    except (OSError, ValueError) as error:  # a folder without preprocessing: float arrays still work as data
+        _check_absent("image processor", PROCESSOR_FILES, where, options, error)
         return None
+
+
+def _check_absent(what: str, names: tuple[str, ...], where: str, options: dict[str, Any], error: BaseException) -> None:
+    """Refuse files beside a model that cannot be read: without them the model would be another one.
+
+    Raises:
+        ModelError: one of the files is there.
+    """
+    there = [name for name in names if _optional(where, name, options["revision"]) is not None]
+    if there:
+        raise ModelError(
+            f"the {what} of {where} cannot be read ({there[0]}: {why(error)}); repair the file, or remove it and give "
+            "ready model inputs as data."
+        ) from error
 
 
 def _tokenizer(where: str, options: dict[str, Any]) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError):  # a folder without tokenizer: token ids still work as data
+    except (OSError, ValueError, KeyError) as error:  # a folder without tokenizer: token ids still work as data
+        _check_absent("tokenizer", TOKENIZER_FILES, where, options, error)
         return None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         return None  # transformers makes one up where there are no files, for which every word is unknown
@@ -407,6 +415,11 @@ def _pixels(processor: Any, picture: Image.Image) -> npt.NDArray[np.float32]:
 def _tokens(
     tokenizer: Any, inputs: tuple[str, ...], longest: int, texts: list[str], second: list[str] | None
 ) -> dict[str, npt.NDArray[Any]]:
+    if tokenizer.pad_token is None:
+        raise DataError(
+            "the tokenizer has no padding token and no end token, so texts make no batch; set its pad_token, or give "
+            "token ids as .npy"
+        )
     encoded = tokenizer(texts, second, padding=True, truncation=True, max_length=longest, return_tensors="np")
     return {name: encoded[name].astype(np.int64) for name in inputs}
 

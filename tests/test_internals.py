@@ -1,0 +1,457 @@
+"""The private and unstable parts of libraries that are read: they are there, do what is expected, and lie apart."""
+
+import ast
+import importlib
+import json
+import logging
+import operator
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("compressor", "passes", "runtimes")
+
+
+def is_internal(path):
+    return path.parent.name == "internals" or path.stem.endswith("_internals")
+
+
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+INTERNALS = [path for path in FILES if is_internal(path)]
+
+
+def is_foreign(module):
+    top = module.partition(".")[0]
+    return top not in PACKAGES and top not in sys.stdlib_module_names
+
+
+# --------------------------------------------------------------------------------------------------- what is imported
+
+
+def imported():
+    """What the internals import of libraries, as (module, name)."""
+    trees = (ast.parse(path.read_text()) for path in INTERNALS)
+    froms = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return sorted({(node.module, alias.name) for node in froms if is_foreign(node.module) for alias in node.names})
+
+
+@pytest.mark.parametrize(("module", "name"), imported())
+def test_what_is_imported_is_there(module, name):
+    pytest.importorskip(module.partition(".")[0])
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        pytest.fail(f"{module} is gone: {error}")
+    assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}") is not None
+
+
+# ------------------------------------------------------------------------------------------------------------- passes
+
+
+class Halves(torch.nn.Module):
+    """Takes [n, 4], gives [2n, 2]."""
+
+    def forward(self, x):
+        return x.reshape(-1, 2)
+
+
+@pytest.fixture(scope="module")
+def program():
+    axes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(Halves(), (torch.ones(6, 4),), dynamic_shapes=axes, strict=False)
+
+
+@pytest.fixture(scope="module")
+def values(program):
+    """The traced input and output."""
+    nodes = [node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    return nodes[0].meta["val"], nodes[-1].meta["val"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("SOFTMAX", ["aten::_softmax"]),
+        ("SAFE_SOFTMAX", ["aten::_safe_softmax"]),
+        ("UNSAFE_VIEWS", ["aten::_unsafe_view"]),
+        ("COPYING_CASTS", ["aten::_to_copy"]),
+        ("RUN_TIME_ASSERTIONS", ["aten::_assert_async", "aten::_assert_scalar", "aten::_assert_tensor_metadata"]),
+    ],
+)
+def test_this_release_of_torch_has_the_private_operators(name, kept):
+    from passes import torch_internals
+
+    assert sorted(each.name().partition(".")[0] for each in getattr(torch_internals, name)) == kept
+
+
+def test_operators_that_a_release_lacks_are_left_out():
+    from passes.torch_internals import operators
+
+    relu = torch.ops.aten.relu.default
+    assert operators("relu.default", "relu.no_such_overload", "_no_such_operator.default") == {relu}
+
+
+def test_operators_say_whether_they_write():
+    from passes.torch_internals import is_mutable
+
+    assert is_mutable(torch.ops.aten.add_.Tensor)
+    assert not is_mutable(torch.ops.aten.add.Tensor)
+    assert not any(map(is_mutable, (operator.add, "placeholder", torch.ops.higher_order.cond)))
+
+
+def test_operators_say_what_they_take():
+    from passes.torch_internals import arguments
+
+    found = [(each.name, each.default_value) for each in arguments(torch.ops.aten.softmax.int)]
+    assert found == [("self", None), ("dim", None), ("dtype", None)]
+    assert [each.default_value for each in arguments(torch.ops.aten.transpose.int)] == [None] * 3
+    assert arguments(torch.ops.aten.flatten.using_ints)[2].default_value == -1
+
+
+@pytest.mark.parametrize("module", ["passes.torch_internals", "runtimes.torch_internals"])
+def test_sizes_say_how_they_are_computed_and_what_they_were(module, values):
+    found = importlib.import_module(module)
+    before, after = (value.shape[0] for value in values)
+    assert found.expression(before).is_Symbol
+    assert found.expression(after) == 2 * found.expression(before)
+    assert (found.hint(before), found.hint(after)) == (6, 12)
+    assert int(found.expression(after).subs({found.expression(before): 5})) == 10
+    assert dict(found.expression(after).as_coefficients_dict()) == {found.expression(before): 2}
+
+
+def test_numbers_are_sizes_too():
+    from passes.torch_internals import expression, hint
+
+    assert (expression(3), hint(3)) == (3, 3)
+
+
+def test_a_free_size_is_a_symbol_of_its_own(values):
+    from passes.torch_internals import expression, fake_mode, free_size, hint
+
+    size = free_size(fake_mode(values[0]), 12, "somewhere")
+    assert expression(size).is_Symbol
+    assert expression(size) not in {expression(value.shape[0]) for value in values}
+    assert hint(size) == 12
+
+
+def test_traced_values_say_which_mode_they_live_in(values):
+    from passes.torch_internals import FakeTensorMode, fake_mode
+
+    assert isinstance(fake_mode(values[0]), FakeTensorMode)
+    assert fake_mode(values[0]) is fake_mode(values[1])
+    assert fake_mode(torch.ones(2)) is None
+    assert fake_mode(None) is None
+
+
+def test_traced_values_broadcast(values):
+    from passes.torch_internals import enable_python_dispatcher, fake_mode
+
+    with enable_python_dispatcher(), fake_mode(values[0]):
+        found = torch.ops.aten.addcmul.default(values[0], values[0], torch.empty(4))
+    assert found.shape == values[0].shape
+
+
+def test_shapes_are_computed_without_elements():
+    from passes.torch_internals import FakeTensorMode
+
+    weight = torch.full((), torch.nan).expand(3, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = mode.from_tensor(torch.ones(2, 3)) @ weight
+    assert found.shape == (2, 5)
+
+
+def test_nested_values_are_gone_through():
+    from passes.torch_internals import tree_leaves
+
+    largest = torch.tensor([[1, 3], [2, 0]]).max(dim=1)
+    assert len(tree_leaves([largest, {"a": (torch.ones(1), None)}])) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_views_share_their_storage(device):
+    from passes.torch_internals import storage_key
+
+    tensor = torch.empty(4, 4, device=device)
+    assert storage_key(tensor) == storage_key(tensor[1:].T)
+    other = torch.empty(4, 4, device=device)
+    assert storage_key(tensor) != storage_key(other)
+
+
+def test_what_a_module_holds_can_be_taken_out():
+    from passes.torch_internals import registries
+
+    module = torch.nn.BatchNorm1d(2)
+    module.register_parameter("nothing", None)
+    parameters, buffers = registries(module)
+    assert list(parameters) == ["weight", "bias", "nothing"]
+    assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    del parameters["nothing"], parameters["bias"], buffers["num_batches_tracked"]
+    assert list(module.state_dict()) == ["weight", "running_mean", "running_var"]
+
+
+# ----------------------------------------------------------------------------------------------------------- runtimes
+
+
+def test_a_function_reaches_every_leaf():
+    from runtimes.torch_internals import tree_map
+
+    assert tree_map(lambda leaf: -leaf, ([1, (2,)], {"a": 3})) == ([-1, (-2,)], {"a": -3})
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++, which is not here")
+def test_a_package_keeps_its_metadata_and_runs(program, tmp_path):
+    from runtimes.base import quiet
+    from runtimes.torch_internals import METADATA_FILE, compile_package, open_package, run_package
+
+    path = tmp_path / "halves.pt2"
+    with quiet(), torch.no_grad():
+        compile_package(program, path, {"compressor": "told"}, threads=1)
+    with zipfile.ZipFile(path) as archive:
+        (entry,) = (each for each in archive.namelist() if each.endswith(METADATA_FILE))
+        assert json.loads(archive.read(entry))["compressor"] == "told"
+    x = torch.arange(12.0).reshape(3, 4)
+    with quiet():
+        (found,) = run_package(open_package(path), [x])
+    assert torch.equal(found, x.reshape(-1, 2))
+
+
+def test_the_pool_of_executorch_takes_another_size():
+    pytest.importorskip("executorch")
+    code = "from runtimes.executorch_internals import *; reset_threads(3); print(thread_count())"
+    # In a process of its own: an engine that is open in this one holds the address of the pool.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split()[-1] == "3"
+
+
+# --------------------------------------------------------------------------------------------------------- compressor
+
+
+def test_timm_writes_a_config_alone(tmp_path):
+    timm = pytest.importorskip("timm")
+    from compressor.internals.timm import save_config_for_hf
+
+    save_config_for_hf(timm.create_model("resnet10t", num_classes=3), tmp_path / "config.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "resnet10t"
+    assert config["pretrained_cfg"]["input_size"]
+
+
+def test_a_file_of_a_folder_or_none(tmp_path):
+    from compressor.internals.transformers import cached
+
+    (tmp_path / "there.json").write_text("{}")
+    assert cached(str(tmp_path), "there.json", None) == tmp_path / "there.json"
+    assert cached(str(tmp_path), "absent.json", None) is None
+
+
+def test_a_file_of_the_hub_is_none_while_offline(tmp_path, monkeypatch):
+    from compressor.internals.transformers import cached
+
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert cached("nobody/no-such-model", "absent.json", "main") is None
+
+
+def test_an_index_names_its_shards(tmp_path):
+    from compressor.internals.transformers import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, shards
+
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = tmp_path / SAFE_WEIGHTS_INDEX_NAME
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    for name in names.values():
+        (tmp_path / name).touch()
+    assert shards(str(tmp_path), index, None) == [tmp_path / name for name in names.values()]
+    assert (index.name, SAFE_WEIGHTS_NAME) == ("model.safetensors.index.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_transformers_is_quiet_for_a_while(bars):
+    from transformers.utils import logging as theirs
+
+    from compressor.internals.transformers import quiet
+
+    before, level = theirs.is_progress_bar_enabled(), logging.getLogger("transformers").level
+    switch = {True: theirs.enable_progress_bar, False: theirs.disable_progress_bar}
+    switch[bars]()
+    try:
+        with quiet():
+            assert not theirs.get_logger("transformers.modeling_utils").isEnabledFor(logging.WARNING)
+            assert not theirs.is_progress_bar_enabled()
+        assert theirs.is_progress_bar_enabled() == bars
+        assert logging.getLogger("transformers").level == level
+    finally:
+        switch[before]()
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 40,
+}
+
+
+def test_older_names_of_weights_are_found():
+    import transformers
+
+    from compressor.internals.transformers import as_modules_name_them
+
+    bert = transformers.BertModel(transformers.BertConfig(**SMALL))
+    older = {"embeddings.LayerNorm.gamma": 1, "pooler.dense.weight": 2}
+    assert as_modules_name_them(older, bert) == {"embeddings.LayerNorm.weight": 1, "pooler.dense.weight": 2}
+
+
+def test_weights_that_are_converted_are_left_out_and_named_as_checkpoints_have_them():
+    import transformers
+
+    from compressor.internals.transformers import as_checkpoints_name_them, as_modules_name_them
+
+    with torch.device("meta"):
+        mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=2))
+    written = as_checkpoints_name_them(mixtral.state_dict(), mixtral)
+    experts = [name for name in written if ".experts." in name]
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in experts
+    assert "model.layers.0.block_sparse_moe.gate.weight" in written  # renamed and no more
+    read = as_modules_name_them(written, mixtral)
+    assert set(read) == {name for name in mixtral.state_dict() if ".experts." not in name}
+
+
+def test_weights_that_are_renamed_are_handed_on_as_they_are():
+    import transformers
+
+    from compressor.internals.transformers import as_checkpoints_name_them
+
+    bert = transformers.BertModel(transformers.BertConfig(**SMALL))
+    marks = {name: torch.empty((), device="meta") for name in bert.state_dict()}
+    assert {id(each) for each in as_checkpoints_name_them(marks, bert).values()} == set(map(id, marks.values()))
+
+
+@pytest.mark.parametrize("name", ["AutoModel", "BertModel"])
+def test_a_model_with_random_weights(name):
+    import transformers
+
+    from compressor.internals.transformers import untrained
+
+    module = untrained(getattr(transformers, name), transformers.BertConfig(**SMALL))
+    assert type(module) is transformers.BertModel
+
+
+def test_the_config_of_a_backbone_names_fewer_stages():
+    import transformers
+
+    from compressor.internals.transformers import keep_stages
+
+    config = transformers.Dinov2Config(**(SMALL | {"num_hidden_layers": 4}))
+    keep_stages(config, 3, 2)  # it has another number of blocks
+    assert config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    keep_stages(config, 4, 2)
+    assert config.stage_names == ["stem", "stage1", "stage2"]
+    assert (list(config.out_features), list(config.out_indices)) == (["stage2"], [2])
+    keep_stages(plain := transformers.BertConfig(**SMALL), 1, 1)
+    assert not hasattr(plain, "stage_names")
+
+
+# --------------------------------------------------------------------------------------------------- they lie apart
+
+# Modules whose names do not start with an underscore, but that their libraries do not promise to keep.
+UNSTABLE = (
+    "torch.fx.experimental",
+    "transformers.conversion_mapping",
+    "transformers.core_model_loading",
+    "executorch.extension.pybindings",
+)
+# Public, whatever they look like: torch documents the first, named tuples have the others.
+PUBLIC = {"_check", "_asdict", "_replace"}
+# Files that read private parts themselves. Each of them waits for its turn; nothing is to be added.
+WAITING = {
+    "compressor/models/gguf.py": {"_get", "_from_config"},
+    "passes/work.py": {"node.expr"},
+}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def own_names():
+    """What the packages define themselves: their functions, methods, attributes and parameters."""
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.FunctionDef() | ast.ClassDef():
+                    found.add(node.name)
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                    found.add(name)
+                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                    found.add(name)
+    return found
+
+
+def private_parts(tree, own):
+    """Names in a file that are private to others, each with its line."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module=str(module)) if is_foreign(module):
+                paths = [f"{module}.{alias.name}" for alias in node.names]
+                yield from ((path, node.lineno) for path in paths if _is_private_path(path))
+            case ast.Import():
+                names = [alias.name for alias in node.names if is_foreign(alias.name)]
+                yield from ((name, node.lineno) for name in names if _is_private_path(name))
+            case ast.Attribute(value=ast.Attribute(attr="node"), attr="expr" | "hint"):
+                yield f"node.{node.attr}", node.lineno
+            case ast.Attribute() if is_private(node.attr) and node.attr not in own | PUBLIC:
+                yield node.attr, node.lineno
+            case ast.keyword(arg=str(name)) if is_private(name) and name not in own:
+                yield name, node.lineno
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(str(name)), *_]):
+                if is_private(name) and name not in own:
+                    yield name, node.lineno
+
+
+def _is_private_path(path):
+    return any(map(is_private, path.split("."))) or any(f"{path}.".startswith(f"{each}.") for each in UNSTABLE)
+
+
+def test_private_parts_are_read_by_internals_alone():
+    own, found = own_names(), []
+    for path in (path for path in FILES if not is_internal(path)):
+        place = path.relative_to(ROOT).as_posix()
+        parts = private_parts(ast.parse(path.read_text()), own)
+        found += [f"{place}:{line} {name}" for name, line in parts if name not in WAITING.get(place, ())]
+    assert not found, "move these to the internals of their package"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("import torch._dynamo", "torch._dynamo"),
+        ("from torch._dynamo.source import ConstantSource", "torch._dynamo.source.ConstantSource"),
+        ("from torch.utils import _pytree", "torch.utils._pytree"),
+        ("from torch.fx.experimental import symbolic_shapes", "torch.fx.experimental.symbolic_shapes"),
+        ("torch._inductor.aoti_load_package(path)", "_inductor"),
+        ("tensor.untyped_storage()._cdata", "_cdata"),
+        ("getattr(node.target, '_schema', None)", "_schema"),
+        ("size.node.hint", "node.hint"),
+        ("cached_file(where, _raise_exceptions_for_gated_repo=False)", "_raise_exceptions_for_gated_repo"),
+    ],
+)
+def test_private_parts_are_noticed(line, found):
+    assert [name for name, _ in private_parts(ast.parse(line), {"_own"})] == [found]
+
+
+@pytest.mark.parametrize(
+    "line", ["import torch", "self._own", "row._asdict()", "from passes.run import _walk", "a.__b__"]
+)
+def test_public_parts_are_let_through(line):
+    assert not list(private_parts(ast.parse(line), {"_own"}))
