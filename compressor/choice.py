@@ -206,11 +206,13 @@ def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
     two equal steps, after a quarter and a half of the attentions.
 
     Raises:
-        ChoiceError: another count of numbers than of attentions.
+        ChoiceError: another count of numbers than of attentions, or there is no attention.
     """
     names = [site.name for site in sites if site.kind == "attention"]
-    if tokens in ("auto", "none") or not names:
+    if tokens in ("auto", "none"):
         return {}
+    if not names:
+        raise ChoiceError(f"--tokens {tokens}: no attention was found to merge tokens behind; leave --tokens out.")
     if tokens.endswith("%"):
         share = round(100.0 * (1.0 - math.sqrt(1.0 - int(tokens[:-1]) / 100.0)))
         return dict.fromkeys((names[len(names) // 4], names[len(names) // 2]), f"merge:{share}%")
@@ -251,7 +253,7 @@ def _merged(rewriter: Rewriter) -> dict[str, Graph]:
     """A design with fewer tokens, where they can be merged: two steps, after a quarter and a half of the attentions."""
     try:
         return {"merged": rewriter.rewritten(schedule("50%", rewriter.sites))}
-    except PassError:
+    except (PassError, ChoiceError):  # why is said at each site that the search was refused
         return {}
 
 

@@ -16,12 +16,12 @@ from compressor import __version__
 from compressor.cli_bench import bench
 from compressor.cli_build import build
 from compressor.cli_options import CALIBRATIONS, INT8, engine_options, memory_option, search_options, subject_options
-from compressor.console import Duration, Milliseconds, command_line, console
+from compressor.console import Duration, Milliseconds, command_line, console, drop_messages_about_insides
 from compressor.errors import CompressorError, SettingsError
 
 MODEL_HELP = (
-    "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, or package.module:factory "
-    "for a module of your own; without it the embedded sample is used."
+    "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, a .gguf file (or the "
+    "folder that holds it), or package.module:factory for a module of your own; without it the embedded sample is used."
 )
 
 
@@ -30,6 +30,7 @@ class Failing(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command: status 1 for what could not be done, 2 for usage, 130 for an interrupt."""
+        drop_messages_about_insides()
         try:
             with _tidy_termination():
                 return super().invoke(ctx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import sys
@@ -85,6 +86,32 @@ class Numbers(click.ParamType[tuple[int, ...]]):
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is no list of numbers; expected such as 1,8", param, ctx)
+
+
+# What libraries log about their own insides, by logger and by a part of the text. Nothing here concerns a user's model.
+INSIDES = (
+    # torchao 0.18 registers enums at import in a way that torch 2.14 warns about; transformers imports it where it is.
+    ("torch.utils._pytree", "register_constant() on Enum subclasses"),
+)
+
+
+def drop_messages_about_insides() -> None:
+    """Keep what libraries log about their own insides out of standard error; all else passes."""
+    for logger, part in INSIDES:
+        filters = logging.getLogger(logger).filters
+        if not any(isinstance(each, _Without) and each.part == part for each in filters):
+            logging.getLogger(logger).addFilter(_Without(part))
+
+
+class _Without(logging.Filter):
+    """Drops the records whose text contains a part."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.part not in record.getMessage()
 
 
 def console(quiet: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from compressor.folder import engine_bytes, output_folder, scratch_folder
 from compressor.front import Front, plan_name, spread, with_measurements
 from compressor.heal import Healed, heal
 from compressor.inspection import Inspection
-from compressor.limitations import limitations_of
+from compressor.limitations import Limitation, limitations_of
 from compressor.models.base import without_cache
 from compressor.pages import card
 from compressor.pages.report import PAGE, html
@@ -128,7 +128,7 @@ def _compressed(
         engine=engine,
         factorial=cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
         evidence=_evidence(done, subject),
-        limitations=tuple(limitations_of(subject, settings.precision, converted, trials, engine)),
+        limitations=(*limitations_of(subject, settings.precision, converted, trials, engine), *_lost(done, subject)),
     )
     return dataclasses.replace(report, notes=_notes(report, settings, subject, converted, done.healed))
 
@@ -185,6 +185,18 @@ def _write(report: Report, folder: Path, subject: Subject) -> None:
     places = [] if report.quality is None else [each.place for each in report.quality.changed]
     (folder / REPORT).write_text(report.to_json())
     (folder / PAGE).write_text(html(content, shown(subject.data.test, places)), encoding="utf-8")
+
+
+def _lost(done: _Rewritten, subject: Subject) -> Iterator[Limitation]:
+    """What was asked for and the plan does not have, and what the plan took from the model."""
+    search = done.choice.search
+    merging = None if search is None else search.no_merging()
+    if merging is not None:
+        yield Limitation("token merging", f"behind no attention ({merging.rstrip('.')})")
+    if subject.model.state and not done.final.state:
+        yield Limitation(
+            "KV cache", "none is left, as every attention is gone; Optimum's classes open it with use_cache=False"
+        )
 
 
 def _evidence(done: _Rewritten, subject: Subject) -> dict[str, Any]:
@@ -382,6 +394,8 @@ def _notes(
             )
     if healed is not None:
         notes.append(f"Healing ({healed.method}): {healed.note}.")
+    elif settings.heal != "none":
+        notes.append(f"Healing ({settings.heal}): not done, as the plan changes nothing.")
     if settings.factorial and report.factorial is None:
         notes.append("No factorial: the plan changes nothing.")
     for name, facts in converted.items():

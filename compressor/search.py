@@ -160,6 +160,18 @@ class Search:
         if self.progress is not None:
             self.progress(f"{len(self.steps)} changed, {unit} {action}: {note}")
 
+    def no_merging(self) -> str | None:
+        """Why tokens can be merged behind no attention of the model; None where they can, or were not to be."""
+        attentions = {site.name for site in self.rewriter.sites if site.kind == "attention"}
+        refusals = {
+            unit: reason
+            for (unit, action), reason in self.refused.items()
+            if action.startswith("merge") and " refused: " in reason
+        }
+        if "merge" not in self.actions or attentions - refusals.keys():
+            return None
+        return next(iter(refusals.values()), "no attention was found")
+
     def _loss(self, graph: Graph, unit: str, action: str) -> Loss:
         def measure() -> list[float]:
             lost = self.validation.loss(graph, limit=self.limit)

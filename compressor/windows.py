@@ -56,8 +56,8 @@ class Piece:
     owners: tuple[int, ...]
 
 
-def chosen(length: int | None, stride: int | None, most: int | None) -> Window | None:
-    """The window that was asked for, else the usual one; None where nothing limits the length of a text.
+def chosen(length: int | None, stride: int | None, most: int | None) -> Window:
+    """The window that was asked for, else the usual one: what the model takes, at most 2,048 tokens.
 
     Args:
         length: as asked.
@@ -69,8 +69,6 @@ def chosen(length: int | None, stride: int | None, most: int | None) -> Window |
     """
     if length is not None and most is not None and length > most:
         raise DataError(f"found --max-length {length}, but the model takes at most {most} tokens; give fewer")
-    if length is None and most is None and stride is None:
-        return None
     length = length if length is not None else min(USUAL, USUAL if most is None else most)
     stride = stride if stride is not None else max(1, length // 2)
     if not 0 < stride < length:

@@ -17,6 +17,7 @@ from compressor import complete, models, pipeline, quantize, search, settings, w
 from compressor.cli import main
 from compressor.target import target_named, targets
 from runtimes.timing import interleave
+from tests.gguf_files import small, written
 from tests.samples import worded
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,7 @@ def workspace(tmp_path_factory):
         (folder / "photos" / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / "photos" / str(label) / f"{index}.png")
     (folder / "my_models.py").write_text(OWN_MODEL)
+    written(folder / "my_llm.Q8_0.gguf", small(), "Q8_0")
     rng = np.random.default_rng(0)
     worded(folder / "my_llm", vocabulary=40)
     lines = (" ".join(f"w{token}" for token in rng.integers(3, 40, 20)) for _ in range(12))
@@ -116,6 +118,8 @@ def test_command(line, workspace, monkeypatch):
     if " bench " in line:
         engines = json.loads((workspace / "bench.json").read_text())["engines"]
         assert list(engines) == [*(f"proof/{cell}" for cell in TWO_FACTORS), "my_vit (eager)"]
+    elif " inspect " in line and "--study" not in line and "--output" in line:
+        assert {"inspect.json", "similarity.png"} <= {path.name for path in (workspace / "looked_at").iterdir()}
     elif " inspect " in line and "--output" in line:
         assert {"study.json", "study.html"} <= {path.name for path in (workspace / "studied").iterdir()}
     elif "--output" in line:

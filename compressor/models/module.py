@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def wrap(
         dynamic_axes=axes,
         preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
         save=partial(_save, label, chosen, example),
-        limitations=tuple(_fixed(example, axes)),
+        limitations=(*_fixed(example, axes), *_assumed(returned, outputs, answer, chosen if task is None else None)),
     )
     if chosen != "text-generation":
         return model
@@ -146,6 +146,22 @@ def _fixed(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) ->
                 f"shape of {name}",
                 f"every sample has the sizes of the example, {' x '.join(fixed)}; others are refused",
             )
+
+
+def _assumed(returned: Any, outputs: tuple[str, ...], answer: str, guessed: str | None) -> Iterator[Limitation]:
+    """What is left out of a module's answer, and what was assumed of it."""
+    if isinstance(returned, Mapping):
+        others = [f"{name} ({type(value).__name__})" for name, value in returned.items() if name not in outputs]
+    else:
+        values = returned if isinstance(returned, tuple | list) else ()
+        others = [type(value).__name__ for value in values if not isinstance(value, torch.Tensor)]
+    others = [each for each in others if not each.endswith(("NoneType", "NoneType)"))]
+    if others:
+        yield Limitation("outputs left out", f"{', '.join(others)}: only tensors are exported")
+    if len(outputs) > 1 and answer != "logits":
+        yield Limitation("judged output", f"{answer}, the first of {len(outputs)}; the others are not judged")
+    if guessed is not None:
+        yield Limitation("task", f"taken for {guessed} by the shape of its answer; --task says otherwise")
 
 
 def _named(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.Tensor]:

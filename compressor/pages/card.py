@@ -285,7 +285,7 @@ def _limits(content: Json) -> Iterator[str]:
             f"({data['sizes']['validation']}) had seen. On other data it may lose more: measure it on yours."
         )
         if quality["metric"] in ("agreement", "fidelity"):
-            yield "There were no labels: the figure says how close it is to the original, not how often it is right."
+            yield "No labels were used: the figure says how close it is to the original, not how often it is right."
     if settings["precision"].startswith("int8"):
         yield INT8
     if settings["target"] == "onnxruntime" or content["engine"].get("state") == "deferred":

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from compressor.limitations import Limitation
 from compressor.preprocess import Preprocess
-from compressor.readers.base import Array, DataError, Feeds, LabelKind, Samples, dims
+from compressor.readers.base import Array, DataError, Feeds, LabelKind, Samples, dims, numbered
 from compressor.readers.images import pictures
 
 FIRST = ("images", "x")
@@ -71,7 +72,11 @@ def _by_input(found: Mapping[str, Array], name: str, preprocess: Preprocess) -> 
         return {first: next(iter(found.values()))}
     named = [key for key in FIRST if key in found]
     if len(named) == 1:
-        return {first: found[named[0]]}
+        others = sorted(set(found) - set(named))
+        raise DataError(
+            f"{name} holds {', '.join(others)} beside {named[0]}; expected labels as {' or '.join(LABELS)}, so rename "
+            "or remove the rest"
+        )
     raise DataError(
         f"{name} holds the arrays {', '.join(sorted(found)) or 'none'}; expected one array, one called "
         f"{' or '.join(FIRST)}, or the model's inputs {', '.join(preprocess.inputs)}"
@@ -83,7 +88,8 @@ def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: 
     if preprocess.kind == "image" and first.dtype == np.uint8 and len(arrays) == 1:
         return _raw_images(first, name, preprocess)
     if preprocess.kind == "text":
-        return _token_rows(_tokens(arrays, name, preprocess), task)
+        assumed = _assumed(arrays, preprocess)
+        return replace(_token_rows(_tokens(arrays, name, preprocess), task), limitations=assumed)
     for key in preprocess.inputs:
         if key not in arrays:
             raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
@@ -113,6 +119,15 @@ def _token_rows(arrays: Mapping[str, Array], task: str) -> Samples:
         return {key: np.asarray(array[index], dtype=np.int64)[there] for key, array in arrays.items()}
 
     return replace(_ready(arrays, "token ids", "tokens"), whole=whole)
+
+
+def _assumed(arrays: Mapping[str, Array], preprocess: Preprocess) -> tuple[Limitation, ...]:
+    """The inputs that a file of token ids lacks, each with the value that all tokens get."""
+    return tuple(
+        Limitation(f"input {key}", f"the data has none, so it is {FILLED[key]} at every token, padding included")
+        for key in preprocess.inputs
+        if key not in arrays and key in FILLED
+    )
 
 
 def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:
@@ -186,7 +201,14 @@ def _labelled(samples: Samples, labels: Array, name: str) -> Samples:
         )
     kind: LabelKind = "score" if values.dtype.kind == "f" and not _whole(values) else "class"
     made = _scores(values, name) if kind == "score" else _classes(values, name)
-    return replace(samples, labels=made, label_kind=kind, reading=f"{samples.reading} with {kind} labels")
+    named = (numbered(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
+    return replace(
+        samples,
+        labels=made,
+        label_kind=kind,
+        reading=f"{samples.reading} with {kind} labels",
+        limitations=(*samples.limitations, *named),
+    )
 
 
 def _whole(values: Array) -> bool:

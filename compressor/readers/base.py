@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 LabelKind = Literal["class", "score", "tokens"]
 Progress = Callable[[int, int], None]
+SHOWN = 3  # class names that a sentence shows
 
 
 class DataError(CompressorError):
@@ -62,6 +63,20 @@ class Samples:
     shown: Callable[[int], Image.Image | str] | None = None
     whole: Callable[[int], Feeds] | None = None
     limitations: tuple[Limitation, ...] = ()
+
+
+def numbered(names: Sequence[str]) -> Limitation:
+    """The limitation that class names were numbered in sorted order, whatever the model's own order is.
+
+    >>> print(numbered(["cat", "dog"]))
+    class order: the names in the data are numbered in sorted order (cat = 0, dog = 1); the model's must be the same.
+    """
+    shown = ", ".join(f"{name} = {number}" for number, name in enumerate(names[:SHOWN]))
+    more = ", ..." if len(names) > SHOWN else ""
+    return Limitation(
+        "class order",
+        f"the names in the data are numbered in sorted order ({shown}{more}); the model's must be the same",
+    )
 
 
 def dims(shape: Sequence[int | str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from compressor.limitations import Limitation
 from compressor.preprocess import Preprocess
-from compressor.readers.base import Array, DataError, Feeds, LabelKind, Progress, Samples, dims
+from compressor.readers.base import Array, DataError, Feeds, LabelKind, Progress, Samples, dims, numbered
 from compressor.readers.store import Store
 
 # Not PIL's own table: that also lists formats for which it has stubs only (.h5, .grib) and some that are no pictures.
@@ -131,7 +132,21 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
         class_folders=folders,
         faults=source.faults,
         shown=source.shown,
+        limitations=tuple(_limitations(folder, found, classes if not flat else [])),
     )
+
+
+def _limitations(folder: Path, found: Sequence[tuple[str, int]], classes: Sequence[str]) -> Iterator[Limitation]:
+    """List the files that are not read, and the class folders that were numbered."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    others = sorted({path.suffix.lower() or path.name for path in files if not _is_picture(path.name)})
+    if len(files) > len(found):
+        yield Limitation(
+            "files of the data",
+            f"{len(files) - len(found)} of {len(files)} not read, by their ending ({', '.join(others[:3])})",
+        )
+    if classes:
+        yield numbered(classes)
 
 
 def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str]) -> None:

@@ -6,14 +6,15 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from compressor.limitations import Limitation
 from compressor.preprocess import Preprocess
-from compressor.readers.base import Array, DataError, LabelKind, Samples, Skipped
+from compressor.readers.base import Array, DataError, LabelKind, Samples, Skipped, numbered
 from compressor.readers.texts import text_of, tokens
 
 TEXTS = ("text", "sentence", "content", "review", "document", "question", "comment", "query", "prompt", "body")
@@ -91,7 +92,21 @@ def table_samples(
         skipped=(*skipped, *bad),
         shown=source.shown,
         whole=source.whole if task == "text-generation" and preprocess.whole is not None else None,
+        limitations=tuple(_limitations(table, columns, kind, task)),
     )
+
+
+def _limitations(table: Table, columns: Columns, kind: LabelKind | None, task: str) -> Iterator[Limitation]:
+    """List the columns that are not read, and the class names that were numbered."""
+    unread = [place for place in _places(table) if place not in (*columns.texts, columns.label)]
+    if unread:
+        titles = ", ".join(table.title(place) for place in unread)
+        also = "" if columns.label is not None or task == "text-generation" else ", and no column is taken for a label"
+        yield Limitation("columns of the data", f"{titles} not read{also}")
+    if kind == "class" and columns.label is not None:
+        cells = [cell.strip() for cell in table.column(columns.label) if cell.strip()]
+        if not _numeric(cells):
+            yield numbered(sorted(set(cells)))
 
 
 def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
