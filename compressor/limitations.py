@@ -63,6 +63,7 @@ def limitations_of(
     yield from _of_labels(subject)
     yield from _of_precision(precision, converted, trials)
     yield from _unused(precision, engine)
+    yield from _saturating(precision, engine)
     yield from of_engine(engine)
 
 
@@ -90,6 +91,21 @@ def _of_precision(precision: str, converted: Mapping[str, Converted], trials: Se
             f"{precision} of all layers",
             f"{len(quantized.kept)} layers compute in float, because of their accuracy or their form: "
             f"{_some([each.module or each.node for each in quantized.kept])}",
+        )
+
+
+def _saturating(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitation]:
+    """Products of 8 bits that are not exact on the processor that measured them."""
+    measured_here = engine.get("state") == "deferred" or str(engine.get("target")).startswith("onnxruntime")
+    if not (precision.startswith("int8") and measured_here):
+        return
+    from compressor.saturation import int8_saturates
+
+    if int8_saturates():
+        yield Limitation(
+            "exact int8 products",
+            "sums of products saturate at 16 bits in ONNX Runtime on this processor, which has no VNNI; the loss was "
+            "measured so, and a processor with VNNI can answer otherwise",
         )
 
 

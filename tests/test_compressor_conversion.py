@@ -12,6 +12,7 @@ import pytest
 from compressor.conversion import OURS, best_of, convert, usable_quantizers
 from compressor.errors import CompressorError
 from compressor.precision import Converted, Source
+from compressor.saturation import int8_saturates
 from runtimes.base import Int8Style
 from tests.onnx_files import Feeds, K, count, feeds_of, initializers, mlp, node, normal, run, save
 
@@ -50,8 +51,9 @@ def test_each_precision_is_written_and_its_loss_measured(
     assert count(asked[0], op) == nodes
     assert (facts.quantized is None) == precision.startswith(("fp", "int4"))
     exact, low = run(path, x)[0], run(asked[0], x)[0]
-    # 4 bits are off by about a tenth of a weight.
-    assert 0 < np.linalg.norm(low - exact) / np.linalg.norm(exact) < (0.2 if precision == "int4" else 0.03)
+    # 4 bits are off by about a tenth of a weight; 8 bits by 0.09 where sums of products saturate at 16 bits.
+    allowed = 0.2 if precision == "int4" else 0.15 if precision.startswith("int8") and int8_saturates() else 0.03
+    assert 0 < np.linalg.norm(low - exact) / np.linalg.norm(exact) < allowed
     assert converted(path, precision).loss is None
 
 

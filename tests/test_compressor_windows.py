@@ -64,7 +64,7 @@ def test_the_window_is_what_was_asked_for_or_what_the_model_takes():
     assert chosen(None, None, 131_072) == Window(USUAL, USUAL // 2)
     assert chosen(100, None, None) == Window(100, 50)
     assert chosen(None, 7, None) == Window(USUAL, 7)
-    assert chosen(None, None, None) is None
+    assert chosen(None, None, None) == Window(USUAL, USUAL // 2)
     for length, stride, most, words in ((600, None, 512, "--max-length 600"), (100, 100, 512, "--stride 100")):
         with pytest.raises(DataError, match=words):
             chosen(length, stride, most)
