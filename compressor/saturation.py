@@ -1,7 +1,7 @@
 """Whether ONNX Runtime's products of 8-bit integers saturate on this processor.
 
-Without VNNI (or its like on Arm) its x86 kernels for uint8 times int8 add pairs of products in 16 bits, which hold 32,767
-at most, while two products may come to 64,770 (ONNX Runtime, "Quantize ONNX models", on `reduce_range`).
+Without VNNI its x86 kernels for uint8 times int8 add pairs of products in 16 bits, which hold 32,767 at most, while two
+products may come to 64,770 (documentation of ONNX Runtime, "Quantize ONNX models", on `reduce_range`).
 """
 
 from __future__ import annotations

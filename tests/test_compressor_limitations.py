@@ -262,6 +262,17 @@ def test_a_precision_that_no_layer_computes_in_is_said(precision, counts, said):
     assert features(limitations_of(subject(), precision, {}, (), engine)) == said
 
 
+@pytest.mark.parametrize("saturating", [True, False])
+def test_products_that_saturate_on_this_processor_are_said(saturating, monkeypatch):
+    """Only where ONNX Runtime computed them: as the target, or in the place of one that is elsewhere."""
+    monkeypatch.setattr("compressor.saturation.int8_saturates", lambda: saturating)
+    expected = ["exact int8 products"] if saturating else []
+    for engine in (BUILT | {"target": "onnxruntime_fused"}, {"state": "deferred", "target": "tensorrt"}):
+        assert features(limitations_of(subject(), "int8-dynamic", {}, (), engine)) == expected
+    for precision, target in (("int8", "openvino"), ("fp32", "onnxruntime")):
+        assert not list(limitations_of(subject(), precision, {}, (), BUILT | {"target": target}))
+
+
 @pytest.mark.parametrize(
     ("layers", "feature"),
     [
