@@ -13,6 +13,7 @@ from torch import fx
 from passes.graph import value_of
 from passes.multiply_adds import counted, multiply_adds
 from passes.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS, aten
+from passes.torch_internals import expression
 from passes.unread import read_parts
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Shapes:
         for node, name in zip(graph.placeholders(), graph.inputs, strict=True):
             for size, number in zip(value_of(node).shape, inputs[name], strict=True):
                 if isinstance(size, torch.SymInt):
-                    self.symbols[size.node.expr] = int(number)
+                    self.symbols[expression(size)] = int(number)
 
     def number(self, size: Any) -> int:
         """A size as a number."""
@@ -78,15 +79,16 @@ class Shapes:
             return int(size)
         text = str(size)
         if text not in self.known:
-            self.known[text] = int(size.node.expr.subs(self.symbols))
+            self.known[text] = int(expression(size).subs(self.symbols))
         return self.known[text]
 
     def learn(self, node: fx.Node) -> None:
         """Work out a size that stands for itself (`passes.edit.name_size`) from those it was computed of."""
         size = value_of(node)
-        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.expr not in self.symbols:
+        symbol = expression(size) if isinstance(size, torch.SymInt) else None
+        if symbol is not None and symbol.is_Symbol and symbol not in self.symbols:
             args = fx.node.map_arg(node.args, lambda source: self.number(value_of(source)))
-            self.symbols[size.node.expr] = int(node.target(*args))  # type: ignore[operator]
+            self.symbols[symbol] = int(node.target(*args))  # type: ignore[operator]
 
     def of(self, value: torch.Tensor) -> tuple[int, ...]:
         """A traced value's shape in numbers."""

@@ -7,6 +7,7 @@ name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,8 @@ __all__ = [
     "keep_stages",
     "quiet",
     "shards",
-    "untrained",
+    "with_random_weights",
+    "without_bar",
 ]
 
 
@@ -122,7 +124,7 @@ def as_checkpoints_name_them(tensors: Mapping[str, Any], module: Any) -> dict[st
 # ----------------------------------------------------------------------------------------------------------- modules
 
 
-def untrained(kind: Any, config: Any) -> Any:
+def with_random_weights(kind: Any, config: Any) -> Any:
     """Make a model with random weights of a class of transformers, or of an auto class.
 
     Reads `PreTrainedModel._from_config`; only auto classes have a public `from_config`.
@@ -145,3 +147,23 @@ def keep_stages(config: Any, count: int, kept: int) -> None:
     if stages is not None and len(stages) == count + 1:
         config.stage_names = stages[: kept + 1]
         config.out_features = config.stage_names[-1:]  # takes out_indices with it
+
+
+@contextlib.contextmanager
+def without_bar() -> Iterator[None]:
+    """Show no bar over the tensors of a GGUF file.
+
+    Replaces the name `tqdm` in `transformers.modeling_gguf_pytorch_utils`, which the settings of transformers do not
+    reach. Without it, a bar is shown.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

@@ -14,7 +14,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from typing import Any
 import torch
 import transformers
 
-from compressor.internals.transformers import quiet
+from compressor.internals.gguf import bounded_reader
+from compressor.internals.transformers import quiet, with_random_weights, without_bar
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, why
 from compressor.models.transformers import _kind, _task, _wrap
@@ -103,7 +103,7 @@ def load(
         )
     found = _read(path)
     _check_complete(path, found)
-    with quiet(), _without_bar(), _empty_folder(path.stem) as empty:
+    with quiet(), without_bar(), _empty_folder(path.stem) as empty:
         # An absolute name is taken for what it is, and the folder has nothing else to offer.
         options = {"gguf_file": str(path.resolve())}
         try:
@@ -208,28 +208,12 @@ def _read(path: Path) -> _Content:
             "Git LFS or an error page may have been saved in its place)."
         )
     try:
-        return _content(_reader(path))
+        return _content(bounded_reader(path))
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ModelError(
             f"{path} cannot be read as GGUF ({why(error)}): it is damaged, cut short, or newer than the installed "
             "package gguf; fetch it again, or update the package."
         ) from error
-
-
-def _reader(path: Path) -> Any:
-    """The file as the package gguf has it, its tensors mapped into memory.
-
-    Left to itself the package reads on behind the end of a file whose arrays claim to be longer, until memory is full.
-    """
-    from gguf import GGUFReader
-
-    def get(reader: Any, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        found = GGUFReader._get(reader, offset, dtype, count, override_order)
-        if len(found) < int(count):
-            raise ValueError("it ends where more should follow")
-        return found
-
-    return type("Reader", (GGUFReader,), {"_get": get})(path)
 
 
 def _content(reader: Any) -> _Content:
@@ -348,7 +332,7 @@ def _module(
     """The module, and the names of the weights that the file does not hold."""
     if random_weights:
         torch.manual_seed(0)
-        return (kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)), ()
+        return with_random_weights(kind, config), ()
     # Before there was this class, weights were made floats always.
     floats = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _can_stay_packed() else {}
     module, info = kind.from_pretrained(
@@ -393,19 +377,3 @@ def _be_one_of_transformers(module: Any, path: Path) -> None:
         vars(module.config).pop(name, None)
     module.config.architectures = [type(module).__name__]
     module.config.name_or_path = path.stem
-
-
-@contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
-    """No bar over tensors: that one is tqdm's own, which the settings of transformers do not reach."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    bar = getattr(reader, "tqdm", None)
-    if bar is None:
-        yield
-        return
-    reader.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar

@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 
-from compressor.internals.transformers import cached, quiet, untrained
+from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, no_language_model, why
 from compressor.models.causal import with_cache
@@ -139,7 +139,7 @@ def _module(
     kind = _kind(config, task)
     if random_weights:
         torch.manual_seed(0)
-        return untrained(kind, config), (), ()
+        return with_random_weights(kind, config), (), ()
     module, found = kind.from_pretrained(where, **options, dtype=torch.float32, output_loading_info=True)
     return module, tuple(sorted(found["missing_keys"])), tuple(sorted(found["unexpected_keys"]))
 
