@@ -278,7 +278,7 @@ def _restored(content: Json, place: Path) -> Report:
         "quality": _quality(content["quality"]),
         "latency": latency,
         "notes": tuple(content["notes"]),
-        "limitations": tuple(Limitation(**each) for each in content["limitations"]),
+        "limitations": tuple(Limitation(**each) for each in content.get("limitations", ())),
         "steps": (),
         "passes": (),
     }

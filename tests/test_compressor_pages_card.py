@@ -131,6 +131,7 @@ def report(model, target="onnxruntime", state="built"):
         "environment": machine,
         "healed": None,
         "notes": [],
+        "limitations": [{"feature": "tokenizer", "reason": "there is none"}],
         "engine": deferred if state == "deferred" else {"state": "built", "target": target},
     }
 

@@ -277,6 +277,7 @@ def test_a_bare_report_has_no_empty_section_and_says_why(content):
         "search": {},
         "evidence": {},
         "precision": {},
+        "limitations": [],
     }
     bare["engine"].pop("layers")
     for part in ("latency", "sizes", "speedup"):

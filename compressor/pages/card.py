@@ -290,8 +290,9 @@ def _limits(content: Json) -> Iterator[str]:
         yield INT8
     if settings["target"] == "onnxruntime" or content["engine"].get("state") == "deferred":
         yield "An ONNX file carries no preprocessing: feed it what the original's preprocessing gives."
-    if content["latency"] and content["generation"] and not content["generation"]["new"]:
+    generation = content.get("generation")
+    if content["latency"] and generation and not generation["new"]:
         yield "Latency is that of a prompt with an empty cache; no step of generation was timed."
-    for limitation in content["limitations"]:
+    for limitation in content.get("limitations", ()):
         yield str(Limitation(**limitation))
     yield from content["notes"]

@@ -172,7 +172,7 @@ def _notes(content: Json) -> Section | None:
 
 
 def _limitations(content: Json) -> Section | None:
-    rows: list[list[Cell]] = [[each["feature"], each["reason"]] for each in content["limitations"]]
+    rows: list[list[Cell]] = [[each["feature"], each["reason"]] for each in content.get("limitations", ())]
     return Section("Limitations", [Table(["", "what was found, and what follows"], rows)]) if rows else None
 
 
