@@ -15,10 +15,12 @@ import pytest
 from compressor.errors import CompressorError
 from compressor.nncf_int8 import NncfError, to_int8
 from tests.onnx_files import K, count, feeds_of, mlp, node, normal, run, save
+from tests.processors import exact_int8
 
 pytest.importorskip("onnxruntime")
 
 
+@exact_int8
 def test_it_is_close_to_float_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nncf", reason="nncf is not installed")
     path, x = mlp(tmp_path / "f.onnx"), normal(6, 5, K)

@@ -39,10 +39,12 @@ from tests.onnx_files import (
     run,
     save,
 )
+from tests.processors import exact_int8
 
 pytest.importorskip("onnxruntime")
 
 
+@exact_int8
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 @pytest.mark.parametrize("calibration", ["typical", "minmax"])
 def test_static_result_is_that_of_rounding_in_numpy(tmp_path: Path, activations: Any, calibration: Any) -> None:
@@ -79,6 +81,7 @@ def test_static_result_is_that_of_rounding_in_numpy(tmp_path: Path, activations:
     assert np.abs(result - exact).max() > 1e-3  # it is not the float model
 
 
+@exact_int8
 def test_dynamic_result_is_that_of_rounding_in_numpy(tmp_path: Path) -> None:
     x = normal(2, 3, K, seed=5)
     path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": MLP_WEIGHTS["w1"]}, ["y"])
@@ -151,6 +154,7 @@ def test_names_dynamic_axes_and_metadata_are_kept(tmp_path: Path, mode: Any) -> 
     onnx.checker.check_model(after, full_check=True)
 
 
+@exact_int8
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_gemm_with_bias_is_quantized(tmp_path: Path, mode: Any, transposed: bool) -> None:
@@ -168,6 +172,7 @@ def test_a_gemm_with_bias_is_quantized(tmp_path: Path, mode: Any, transposed: bo
     assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.03
 
 
+@exact_int8
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_shared_and_tied_weights(tmp_path: Path, mode: Any) -> None:
     embedding = normal(K, K)
@@ -193,6 +198,7 @@ def test_shared_and_tied_weights(tmp_path: Path, mode: Any) -> None:
     assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.05
 
 
+@exact_int8
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_the_node_that_does_the_harm_stays_in_float(tmp_path: Path, mode: Any) -> None:
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
@@ -325,6 +331,7 @@ def test_dynamic_int8_needs_no_calibration_data(tmp_path: Path) -> None:
     assert done.calibrations == (Calibrated(None, False, 0.09),)
 
 
+@exact_int8
 def test_smoothing_saves_the_node_that_an_outlier_spoils(tmp_path: Path) -> None:
     """The same model and budget as where the node has to stay in float: a hundredfold channel is moved away instead."""
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)

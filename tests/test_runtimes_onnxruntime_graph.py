@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from runtimes import onnxruntime, onnxruntime_fused
 from runtimes import onnxruntime_graph as graphs
 from runtimes.base import BuildError, BuildOptions
+from tests.processors import exact_int8
 
 pytest.importorskip("onnxruntime", reason="the extra `cpu` or `gpu` is not installed")
 
@@ -180,6 +181,7 @@ def test_a_wide_model_keeps_its_products(monkeypatch):
     assert graphs.fuse(attention(5, int8=True)) == {"MatMulIntegerToFloat": 1}
 
 
+@exact_int8
 @pytest.mark.parametrize("rank", [2, 3], ids=["a head", "tokens"])
 def test_a_quantized_product_takes_its_bias(tmp_path, rank):
     small = Small([], {})

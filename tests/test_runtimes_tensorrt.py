@@ -32,6 +32,7 @@ from compressor.settings import Settings
 from runtimes import qdq
 from runtimes import tensorrt as target
 from runtimes.base import BuildError, BuildOptions, Layers, RuntimesError, RuntimeUnavailable
+from tests.processors import exact_int8
 
 OPTIONS = BuildOptions(device="cuda", batches=(1, 2, 4), lengths=(2, 8, 16))
 ENUMS = {
@@ -1010,6 +1011,7 @@ def types_of(path, op, place=1):
     return {TensorProto.DataType.Name(kinds[node.input[place]]) for node in model.graph.node if node.op_type == op}
 
 
+@exact_int8
 def test_int8_for_this_target_has_its_rest_and_its_scales_in_fp16(tmp_path):
     source, path = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
     done = convert(source, path, "int8", target.int8, images_for())

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from runtimes import torch as target
 from runtimes import torch_program
 from runtimes.base import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable, quiet
+from tests.processors import need_exact_int8
 
 WIDTH = 32
 NAMES = {"inputs": ["states", "scale"], "outputs": ["mixed", "passed"]}
@@ -118,7 +119,8 @@ def test_fp32_is_torch(fp32, block, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_lower_precisions_stay_close_and_take_float32(lower, block, batch):
+def test_lower_precisions_stay_close_and_take_float32(request, lower, block, batch):
+    need_exact_int8(request.node.callspec.params["lower"])
     path, (least, most) = lower
     values = feeds(batch, seed=5)
     with target.load(path, THREADS) as engine:
