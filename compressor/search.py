@@ -28,6 +28,7 @@ from passes.unread import read_parts
 
 FRONT = 6  # candidates measured at a time
 PATIENCE = 4  # candidates in a row that may break the budget before the search ends
+NOISE = 1e-7  # of divergence in nats: what float32 logits are off by; smaller differences rank nothing
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of the tokens that are tried where merging is allowed
 MERGE = "merge:25%"  # measured everywhere at first, as a drop tells nothing about merging the tokens behind it
 # What part of a drop's effect a stand-in that was not measured yet is expected to leave; sorts the front, no more.
@@ -312,11 +313,14 @@ class _Front:
     def _price(self, candidate: Candidate) -> float:
         """Divergence for each unit of cost saved; infinite where nothing is saved.
 
-        A change that brings the output closer comes before all others, the more it saves the sooner.
+        A change that brings the output closer comes before all others, the more it saves the sooner; next come those
+        whose divergence is rounding, which differs between processors.
         """
         added, saved = self.added[candidate], self.saved[candidate]
         if saved <= 0.0:
             return math.inf
+        if abs(added) < NOISE:
+            added = -NOISE
         return added * saved if added < 0.0 else added / saved
 
     def _measure(self, candidates: Sequence[Candidate]) -> None:
