@@ -165,7 +165,6 @@ class Data:
             "total": self.shares.total,
             "window": None if self.window is None else asdict(self.window),
             "sizes": {part.name: len(part) for part in parts},
-            "limitations": [asdict(limitation) for limitation in self.limitations],
             "skipped": [{"id": sample.id, "reason": sample.reason} for sample in self.skipped],
             "test_ids": list(self.test.ids),
         }
