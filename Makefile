@@ -49,7 +49,7 @@ lint: $(DEV_STAMP) ## ruff: rules and format
 # The target tensorrt has to fit both bindings, whose stubs lie in typings; without them its calls count as Any.
 types: $(DEV_STAMP) ## mypy --strict on the three packages
 	$(BIN)/mypy
-	for stubs in typings/*; do MYPYPATH=$$stubs $(BIN)/mypy runtimes/tensorrt.py runtimes/tensorrt_engine.py || exit 1; done
+	for stubs in typings/*; do MYPYPATH=$$stubs $(BIN)/mypy -p runtimes.tensorrt || exit 1; done
 
 # One thread per worker: several workers with a full OpenMP pool each are slower than one.
 tests: $(DEV_STAMP) ## pytest, doctests included

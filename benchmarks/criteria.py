@@ -24,23 +24,23 @@ from typing import Any
 import click
 from main_job import sources
 
-from compressor.choice import begin, effects_on_output, score
-from compressor.environment import environment
-from compressor.evaluate import Evaluation, evaluate, graph_runner
-from compressor.journal import Journal
-from compressor.lower import lower
-from compressor.prices import Prices, counted
-from compressor.rewrite import Rewriter, finished
+from compressor.lower.traced_model import Subject, load
+from compressor.lower.write_onnx import lower
+from compressor.measure.workshop import Workshop, sized
+from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
+from compressor.search.cost_model import Prices, counted
+from compressor.search.planner import begin, effects_on_output, score
+from compressor.search.rewriter import Rewriter, finished
 from compressor.settings import Settings
-from compressor.steps import Steps
-from compressor.subject import Subject, load
-from compressor.usable import usable
-from compressor.workshop import Workshop, sized
+from compressor.target.availability import usable
+from compressor.workspace.environment import environment
+from compressor.workspace.journal import Journal
+from compressor.workspace.progress import Steps
 from passes.base import PassError
-from passes.graph import Graph
-from passes.plan import acting
-from passes.run import run
-from passes.selection import choose, parse
+from passes.execute.interpreter import run
+from passes.graph.graph import Graph
+from passes.plan.plan import acting
+from passes.plan.selection import choose, parse
 
 Grown = tuple[Mapping[str, str], float]  # changes, and the most that they can save
 

@@ -29,9 +29,10 @@ import numpy.typing as npt
 import tables_fusion
 from tokens import operators
 
-from compressor.environment import environment
-from runtimes import onnxruntime, onnxruntime_fused
-from runtimes.base import BuildOptions, Engine, Feeds
+from compressor.workspace.environment import environment
+from runtimes.base.protocols import BuildOptions, Engine, Feeds
+from runtimes.onnxruntime import target as onnxruntime
+from runtimes.onnxruntime_fused import target as onnxruntime_fused
 
 RESULTS, PORTABLE = tables_fusion.RESULTS, tables_fusion.PORTABLE
 ONE = BuildOptions(threads=1)

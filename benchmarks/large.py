@@ -113,7 +113,7 @@ def measure(work: Path, *, layers: int, limit: str, texts: int, vocabulary: int 
     """
     import numpy as np
 
-    from compressor.environment import environment
+    from compressor.workspace.environment import environment
 
     np.save(work / "tokens.npy", np.random.default_rng(0).integers(0, vocabulary, (texts, TOKENS)))
     rows: dict[str, Any] = {}

@@ -23,23 +23,23 @@ from typing import Any
 import click
 from main_job import sources
 
-from compressor.choice import begin, score
-from compressor.entries import Entry
-from compressor.environment import environment
-from compressor.evaluate import Evaluation
-from compressor.generation import Generation, measure
-from compressor.journal import Journal
-from compressor.report import brief
-from compressor.rewrite import Rewriter, finished
+from compressor.benchmark.contenders import Entry
+from compressor.benchmark.decode_timing import Generation, measure
+from compressor.benchmark.runner import Condition, Stand
+from compressor.lower.traced_model import Subject, load
+from compressor.measure.workshop import Workshop, sized
+from compressor.quality.evaluate import Evaluation
+from compressor.report.report import brief
+from compressor.search.planner import begin, score
+from compressor.search.rewriter import Rewriter, finished
 from compressor.settings import Settings
-from compressor.stand import Condition, Stand
-from compressor.steps import Steps
-from compressor.subject import Subject, load
-from compressor.usable import usable
-from compressor.workshop import Workshop, sized
-from passes.graph import Graph
-from passes.selection import choose, parse
-from runtimes.timing import Latency
+from compressor.target.availability import usable
+from compressor.workspace.environment import environment
+from compressor.workspace.journal import Journal
+from compressor.workspace.progress import Steps
+from passes.graph.graph import Graph
+from passes.plan.selection import choose, parse
+from runtimes.base.timing import Latency
 
 RESULTS = Path(__file__).parent / "results" / "llm.json"
 AS_IS, OURS = "as it is", "auto"

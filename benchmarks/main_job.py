@@ -23,8 +23,9 @@ from typing import Any
 import click
 import torch
 
-from compressor import data, models
-from compressor.evaluate import tensor_batches
+from compressor import models
+from compressor.data import splits as data
+from compressor.quality.evaluate import tensor_batches
 
 RESULTS = Path(__file__).parent / "results" / "main_job.json"
 

@@ -24,9 +24,9 @@ import click
 from main_job import sources
 
 from compressor import models
-from compressor.trace import trace
-from passes.plan import Plan, fingerprint
-from passes.sites import find_sites
+from compressor.lower.trace import trace
+from passes.graph.sites import find_sites
+from passes.plan.plan import Plan, fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "matrix.json"
 RIVALS = Path(__file__).with_name("rivals.py")

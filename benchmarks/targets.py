@@ -20,19 +20,20 @@ from typing import Any
 import click
 from main_job import sources
 
-from compressor.eager import Module
-from compressor.environment import environment
 from compressor.errors import CompressorError
-from compressor.folder import engine_bytes
-from compressor.precision import Source
-from compressor.report import brief
+from compressor.lower.traced_model import accepting_data, load
+from compressor.measure.workshop import Workshop, judge, sized
+from compressor.quantize.precision import Source
+from compressor.report.report import brief
 from compressor.settings import Settings
-from compressor.steps import Steps
-from compressor.subject import accepting_data, load
-from compressor.usable import usable
-from compressor.workshop import Workshop, judge, sized
-from runtimes.base import Engine, RuntimesError, runtime, targets
-from runtimes.timing import interleave
+from compressor.target.availability import usable
+from compressor.target.torch_eager import Module
+from compressor.workspace.environment import environment
+from compressor.workspace.output_folder import engine_bytes
+from compressor.workspace.progress import Steps
+from runtimes.base.protocols import Engine, RuntimesError
+from runtimes.base.registry import runtime, targets
+from runtimes.base.timing import interleave
 
 RESULTS = Path(__file__).parent / "results" / "targets.json"
 REFERENCE = "onnxruntime fp32"

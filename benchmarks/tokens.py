@@ -27,24 +27,24 @@ import torch
 from main_job import brief, sources
 from rich.console import Console
 
-from compressor import report
-from compressor.choice import begin, facts_of, go_on, schedule
-from compressor.environment import environment
-from compressor.evaluate import Evaluation
-from compressor.journal import Journal
-from compressor.lower import lower
-from compressor.parity import check_parity
-from compressor.rewrite import Rewriter, finished
+from compressor.lower.traced_model import Subject, load
+from compressor.lower.write_onnx import lower
+from compressor.measure.workshop import Workshop, judge, sized
+from compressor.quality.evaluate import Evaluation
+from compressor.quality.parity import check_parity
+from compressor.report import report
+from compressor.search.planner import begin, facts_of, go_on, schedule
+from compressor.search.rewriter import Rewriter, finished
 from compressor.settings import Settings
-from compressor.steps import Steps
-from compressor.subject import Subject, load
-from compressor.usable import usable
-from compressor.workshop import Workshop, judge, sized
-from passes.graph import Graph
-from passes.run import run
-from passes.work import Counter
-from runtimes.base import Feeds
-from runtimes.timing import Latency, interleave
+from compressor.target.availability import usable
+from compressor.workspace.environment import environment
+from compressor.workspace.journal import Journal
+from compressor.workspace.progress import Steps
+from passes.analysis.symbolic_cost import Counter
+from passes.execute.interpreter import run
+from passes.graph.graph import Graph
+from runtimes.base.protocols import Feeds
+from runtimes.base.timing import Latency, interleave
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 BATCHES = (1, 8)

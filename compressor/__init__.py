@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressor.api import bench, export, inspect, sweep, targets
-    from compressor.complete import build
+    from compressor.deferred.build import build
     from compressor.errors import CompressorError
     from compressor.settings import Settings
 
@@ -20,7 +20,7 @@ __all__ = ["CompressorError", "Settings", "__version__", "bench", "build", "expo
 
 _HOMES = {
     "bench": "compressor.api",
-    "build": "compressor.complete",
+    "build": "compressor.deferred.build",
     "export": "compressor.api",
     "inspect": "compressor.api",
     "sweep": "compressor.api",

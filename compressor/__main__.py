@@ -1,5 +1,5 @@
 """`python -m compressor` is the command line."""
 
-from compressor.cli import main
+from compressor.cli.main import main
 
 main()

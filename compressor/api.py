@@ -6,21 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressor import pipeline
-from compressor.benching import BenchSettings
-from compressor.benching import bench as measure
+from compressor.benchmark.bench import BenchSettings
+from compressor.benchmark.bench import bench as measure
+from compressor.pipeline.export import export as run_export
+from compressor.pipeline.inspect import inspect as run_inspect
+from compressor.pipeline.sweep import sweep as run_sweep
 from compressor.settings import Settings
-from compressor.target import target_named
-from compressor.target import targets as names
+from compressor.target.registry import target_named
+from compressor.target.registry import targets as names
 
 if TYPE_CHECKING:
     import torch
 
-    from compressor.calibration import Calibration
-    from compressor.comparison import Comparison
-    from compressor.front import Front
-    from compressor.inspection import Inspection
-    from compressor.report import Report
+    from compressor.benchmark.results import Comparison
+    from compressor.quantize.calibration import Calibration
+    from compressor.report.inspection import Inspection
+    from compressor.report.pareto_report import Front
+    from compressor.report.report import Report
 
 
 def export(
@@ -72,7 +74,7 @@ def export(
     Raises:
         CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
     """
-    return pipeline.export(Settings(**locals()))
+    return run_export(Settings(**locals()))
 
 
 def sweep(
@@ -111,7 +113,7 @@ def sweep(
         CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
     """
     asked = {name: value for name, value in locals().items() if name != "points"}
-    return pipeline.sweep(Settings(**asked), points=points)
+    return run_sweep(Settings(**asked), points=points)
 
 
 def bench(
@@ -194,4 +196,4 @@ def inspect(
     asked.pop("study")
     asked.pop("against_data")
     others = tuple(map(str, against_data))
-    return pipeline.inspect(Settings(**asked, drop="none"), study=study, against_data=others)
+    return run_inspect(Settings(**asked, drop="none"), study=study, against_data=others)

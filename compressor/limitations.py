@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.precision import Converted, Trial
-    from compressor.subject import Loaded
+    from compressor.lower.traced_model import Loaded
+    from compressor.quantize.precision import Converted, Trial
 
 NAMED = 5  # most names that a sentence lists
 
@@ -99,7 +99,7 @@ def _saturating(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitatio
     measured_here = engine.get("state") == "deferred" or str(engine.get("target")).startswith("onnxruntime")
     if not (precision.startswith("int8") and measured_here):
         return
-    from compressor.saturation import int8_saturates
+    from compressor.quantize.saturation import int8_saturates
 
     if int8_saturates():
         yield Limitation(

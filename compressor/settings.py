@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-from compressor import checkpoint
-from compressor.calibration import METHODS as CALIBRATIONS
-from compressor.calibration import Calibration
 from compressor.errors import SettingsError
-from compressor.heal import METHODS
+from compressor.heal.heal import METHODS
+from compressor.lower import checkpoint
 from compressor.models.base import TASKS
-from compressor.precision import AUTO, SHORT_FORMS
-from compressor.target import target_named
+from compressor.quantize.calibration import METHODS as CALIBRATIONS
+from compressor.quantize.calibration import Calibration
+from compressor.quantize.precision import AUTO, SHORT_FORMS
+from compressor.target.registry import target_named
 from passes.base import PassError
-from passes.plan import form_and_rank
-from passes.selection import METRICS, parse
-from runtimes.base import DEVICES, PRECISIONS, RuntimesError
+from passes.plan.plan import form_and_rank
+from passes.plan.selection import METRICS, parse
+from runtimes.base.protocols import DEVICES, PRECISIONS, RuntimesError
 
 COSTS = ("latency", "macs")
 AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")

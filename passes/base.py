@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from passes.graph import Applied
+from passes.graph.graph import Applied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
-    from passes.graph import Graph
+    from passes.graph.graph import Graph
 
 Result_co = TypeVar("Result_co", covariant=True)
 

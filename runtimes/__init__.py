@@ -1,21 +1,13 @@
 """The execution world: an ONNX file in, a running engine out.
 
-Every file here that `base.NOT_TARGETS` does not name is a target, and its name is what `--target` takes. No file
-imports torch, and none imports its engine before it is asked to build or load something, so that listing the targets
-is quick and works everywhere.
+Every module and package here except `base` is a target, and its name is what `--target` takes. A package holds the
+target in its module `target`. No target imports torch at module level, nor its engine before it builds or loads, so
+that listing the targets is quick and works everywhere.
 """
 
-from runtimes.base import (
-    BuildError,
-    BuildOptions,
-    Engine,
-    Runtime,
-    RuntimesError,
-    RuntimeUnavailable,
-    runtime,
-    targets,
-)
-from runtimes.timing import Latency, Speedup, interleave
+from runtimes.base.protocols import BuildError, BuildOptions, Engine, Runtime, RuntimesError, RuntimeUnavailable
+from runtimes.base.registry import runtime, targets
+from runtimes.base.timing import Latency, Speedup, interleave
 
 __all__ = [
     "BuildError",

@@ -22,8 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from runtimes import onnxruntime
-from runtimes.base import BuildError, BuildOptions, Int8Style, first_line, need
+from runtimes.base.protocols import BuildError, BuildOptions, Int8Style, first_line
+from runtimes.base.registry import need
+from runtimes.onnxruntime import target as onnxruntime
 
 name = "onnxruntime_mobile"
 description = "ONNX Runtime's .ort format for phones and boards; writes model.ort and required_operators.config"

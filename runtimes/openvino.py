@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base import (
+from runtimes.base.layer_counts import counted
+from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
     Closing,
@@ -21,10 +22,9 @@ from runtimes.base import (
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
-    need,
     taken,
 )
-from runtimes.layer_counts import counted
+from runtimes.base.registry import need
 
 name = "openvino"
 description = "OpenVINO on the CPU; writes openvino_model.xml and .bin beside model.onnx"

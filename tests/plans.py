@@ -2,9 +2,9 @@
 
 import torch
 
-from passes.graph import Site
-from passes.score import Moments, Scores
-from passes.selection import choose, parse
+from passes.analysis.redundancy import Moments, Scores
+from passes.graph.graph import Site
+from passes.plan.selection import choose, parse
 
 BLOCKS = 6
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from compressor import models
-from compressor.data import Batch, Shares, load
-from compressor.trace import trace
-from passes.run import Program
-from passes.sites import find_sites
+from compressor.data.splits import Batch, Shares, load
+from compressor.lower.trace import trace
+from passes.execute.interpreter import Program
+from passes.graph.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS, VIT, Architecture, timm_model
 
 GOLDEN = Path(__file__).parent / "golden"

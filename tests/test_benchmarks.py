@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compressor.choice import schedule
+from compressor.measure.workshop import Workshop
+from compressor.search.planner import schedule
 from compressor.settings import Settings
-from compressor.steps import Steps
-from compressor.workshop import Workshop
-from passes.plan import merged_tokens
+from compressor.workspace.progress import Steps
+from passes.plan.plan import merged_tokens
 from tests.samples import digits
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -541,7 +541,7 @@ def test_tokens_measures_designs_on_the_sample(of_tokens, untimed):
 def test_operators_are_told_by_their_time(tmp_path):
     import numpy as np
 
-    from compressor.lower import lower
+    from compressor.lower.write_onnx import lower
 
     model, _, graph, _ = digits()
     onnx = lower(graph, model, tmp_path / "digits.onnx")

@@ -19,7 +19,7 @@ PACKAGES = ("compressor", "passes", "runtimes")
 
 
 def is_internal(path):
-    return path.parent.name == "internals" or path.stem.endswith("_internals")
+    return path.parent.name == "internals" or path.stem.endswith("internals")
 
 
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -114,7 +114,7 @@ def test_operators_say_what_they_take():
     assert arguments(torch.ops.aten.flatten.using_ints)[2].default_value == -1
 
 
-@pytest.mark.parametrize("module", ["passes.torch_internals", "runtimes.torch_internals"])
+@pytest.mark.parametrize("module", ["passes.torch_internals", "runtimes.torch.internals"])
 def test_sizes_say_how_they_are_computed_and_what_they_were(module, values):
     found = importlib.import_module(module)
     before, after = (value.shape[0] for value in values)
@@ -199,15 +199,15 @@ def test_what_a_module_holds_can_be_taken_out():
 
 
 def test_a_function_reaches_every_leaf():
-    from runtimes.torch_internals import tree_map
+    from runtimes.torch.internals import tree_map
 
     assert tree_map(lambda leaf: -leaf, ([1, (2,)], {"a": 3})) == ([-1, (-2,)], {"a": -3})
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++, which is not here")
 def test_a_package_keeps_its_metadata_and_runs(program, tmp_path):
-    from runtimes.base import quiet
-    from runtimes.torch_internals import METADATA_FILE, compile_package, open_package, run_package
+    from runtimes.base.protocols import quiet
+    from runtimes.torch.internals import METADATA_FILE, compile_package, open_package, run_package
 
     path = tmp_path / "halves.pt2"
     with quiet(), torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_package_keeps_its_metadata_and_runs(program, tmp_path):
 
 def test_the_pool_of_executorch_takes_another_size():
     pytest.importorskip("executorch")
-    code = "from runtimes.executorch_internals import *; reset_threads(3); print(thread_count())"
+    code = "from runtimes.executorch.internals import *; reset_threads(3); print(thread_count())"
     # In a process of its own: an engine that is open in this one holds the address of the pool.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split()[-1] == "3"
@@ -446,7 +446,7 @@ def test_private_parts_are_noticed(line, found):
 
 
 @pytest.mark.parametrize(
-    "line", ["import torch", "self._own", "row._asdict()", "from passes.run import _walk", "a.__b__"]
+    "line", ["import torch", "self._own", "row._asdict()", "from passes.execute.interpreter import _walk", "a.__b__"]
 )
 def test_public_parts_are_let_through(line):
     assert not list(private_parts(ast.parse(line), {"_own"}))

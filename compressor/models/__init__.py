@@ -65,7 +65,7 @@ def load(
     if task is not None and task not in TASKS:
         raise ModelError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}.")
     if isinstance(spec, torch.nn.Module):
-        module_source = _source("module")
+        module_source = _source("user_module")
         module_source.refuse(type(spec).__name__, revision=revision, random_weights=random_weights)
         model: Model = module_source.wrap(spec, example_inputs, task=task, cache=cache)
     else:
@@ -120,7 +120,7 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
     if folder.exists():
         raise ModelError(f"{spec} is a file; {_FILES.get(folder.suffix.lower(), _EXPECTED)}.")
     if _FACTORY.fullmatch(spec):
-        return "module", spec
+        return "user_module", spec
     if _is_timm_name(spec):
         return "timm", spec
     if spec.count("/") == 1 and not spec.startswith(("/", ".")):

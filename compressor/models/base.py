@@ -15,7 +15,7 @@ from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
-    from compressor.preprocess import Preprocess
+    from compressor.models.preprocess import Preprocess
 
 TASKS = (
     "image-classification",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from passes.offload import is_offloaded
+from passes.execute.offloaded_weights import is_offloaded
 from passes.torch_internals import FakeTensorMode
 
 TOKENS = 3  # of the text: two are left where one is taken away, so that nothing broadcasts

@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, why
-from compressor.preprocess import Preprocess
+from compressor.models.preprocess import Preprocess
 
 NO_CLASSIFIER = Limitation("classifier", "the checkpoint has none (num_classes is 0), so its features are exported")
 

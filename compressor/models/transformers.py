@@ -15,14 +15,14 @@ import torch
 import transformers
 from PIL import Image
 
+from compressor.data.readers.base import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, no_language_model, why
-from compressor.models.causal import with_cache
-from compressor.models.disk import module_on_disk
+from compressor.models.kv_cache import with_cache
+from compressor.models.lazy_weights import module_on_disk
+from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.probe import accepts, calling, computes_with, text
-from compressor.preprocess import Preprocess, Tokenise
-from compressor.readers.base import DataError
 
 HEADS = {
     "ForImageClassification": "image-classification",

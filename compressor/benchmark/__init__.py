@@ -1,0 +1,1 @@
+"""`compressor bench`: exported folders and other contenders compared side by side."""

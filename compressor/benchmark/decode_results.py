@@ -1,0 +1,137 @@
+"""What `bench` found of generation: speed-ups, the factorials of prompt and token, the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from compressor.benchmark.contenders import Entry, cells
+from compressor.benchmark.decode_timing import Generation
+from compressor.benchmark.runner import Condition
+from compressor.report.factorial import Factorial, factorial, place
+from compressor.report.report import brief, dim
+from runtimes.base.timing import Latency, Speedup, speedups_over
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Part = Literal["first", "token"]
+PARTS: dict[Part, str] = {"first": "for the first token of {} tokens", "token": "for each token after {} tokens"}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Everything measured of generation; `against` is what the others are compared with in the same place."""
+
+    model: str
+    entries: tuple[Entry, ...]
+    against: str
+    runs: tuple[Generation, ...]
+
+    @cached_property
+    def places(self) -> tuple[tuple[Condition, int], ...]:
+        """Every condition with every context."""
+        return tuple(dict.fromkeys((each.condition, each.context) for each in self.runs))
+
+    def latencies(self, part: Part, condition: Condition, context: int) -> dict[str, Latency]:
+        """Latencies of one call in one place, by engine."""
+        return {
+            each.name: each.first if part == "first" else each.token
+            for each in self.runs
+            if (each.condition, each.context) == (condition, context)
+        }
+
+    @cached_property
+    def speedups(self) -> dict[tuple[Part, Condition, int], dict[str, Speedup]]:
+        """By call and place, how many times faster each engine is."""
+        return {
+            (part, *where): speedups_over(self.against, self.latencies(part, *where))
+            for part in PARTS
+            for where in self.places
+        }
+
+    @cached_property
+    def factorials(self) -> tuple[tuple[str, Part, int, Factorial], ...]:
+        """Of every folder with cells, of both calls, at every context and under every condition."""
+        return tuple(
+            (folder, part, context, self._factorial(own, part, condition, context))
+            for folder, own in cells(self.entries).items()
+            for condition, context in self.places
+            for part in PARTS
+        )
+
+    def _factorial(self, own: Mapping[str, Entry], part: Part, condition: Condition, context: int) -> Factorial:
+        latency = self.latencies(part, condition, context)
+        target = next(iter(own.values())).target
+        where = f"{PARTS[part].format(context)}, {place(target, condition.batch, condition.threads)}"
+        files = {cell: str(entry.file) for cell, entry in own.items()}
+        return factorial({cell: latency[entry.name] for cell, entry in own.items()}, None, files, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Measurements and factorials as plain JSON values; latencies with every raw sample, in milliseconds."""
+        return {
+            "measurements": [self._measured(each) for each in self.runs],
+            "factorials": [
+                {"folder": folder, "part": part, "context": context, **each.to_dict()}
+                for folder, part, context, each in self.factorials
+            ],
+        }
+
+    def _measured(self, each: Generation) -> dict[str, Any]:
+        speed = {part: self.speedups[part, each.condition, each.context][each.name] for part in PARTS}
+        return {
+            "engine": each.name,
+            **each.condition._asdict(),
+            "context": each.context,
+            "first": {"latency": brief(each.first), "speedup": speed["first"]._asdict()},
+            "token": {"latency": brief(each.token), "speedup": speed["token"]._asdict()},
+            "tokens_per_second": each.tokens_per_second,
+            "cache_bytes": each.cache,
+            "difference_from_whole_text": each.difference,
+        }
+
+    def tables(self) -> Iterator[Table]:
+        """One for each place, 80 columns wide where names are short."""
+        return (self._table(*where) for where in self.places)
+
+    def _table(self, condition: Condition, context: int) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        title = f"{self.model}, ms for a token after {context} tokens, {condition}; speed-up over {self.against}"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("", overflow="fold")
+        for heading in ("first", "speed-up", "next", "speed-up", "tokens/s", "cache MB"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for each in self.runs:
+            if (each.condition, each.context) == (condition, context):
+                first, token = (self.speedups[part, condition, context][each.name] for part in PARTS)
+                table.add_row(
+                    each.name,
+                    f"{each.first.median:.2f}",
+                    f"{first.ratio:.2f}x",
+                    f"{each.token.median:.2f}",
+                    f"{token.ratio:.2f}x",
+                    f"{each.tokens_per_second:.1f}",
+                    f"{each.cache / 1e6:.2f}",
+                )
+                table.add_row("", "", _range(first), "", _range(token))
+        return table
+
+    def summary(self) -> Iterator[str]:
+        """One sentence or two on each factorial, and on how far steps are from the whole text."""
+        for folder, _, _, each in self.factorials:
+            for sentence in each.conclusion:
+                yield f"{folder}: {sentence}"
+        if self.runs:
+            worst = max(self.runs, key=lambda each: each.difference)
+            yield (
+                "Behind a cache the logits of each engine differ from its own of the whole text by at most "
+                f"{worst.difference:.1e} of their spread ({worst.name})."
+            )
+
+
+def _range(speed: Speedup) -> str:
+    return dim(f"{speed.low:.2f}–{speed.high:.2f}")

@@ -1,0 +1,224 @@
+"""What `bench` found: JSON is the truth, the terminal tables are derived from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from compressor.benchmark.contenders import Entry, cells
+from compressor.benchmark.decode_results import Generated
+from compressor.benchmark.lm_eval_tasks import Harness
+from compressor.benchmark.runner import Condition, Measurement
+from compressor.quality.evaluate import Evaluation
+from compressor.quality.intervals import METRICS, Figure
+from compressor.report.factorial import Factorial, factorial, place
+from compressor.report.report import LABELS, brief, dim
+from runtimes.base.timing import Latency, Speedup, speedups_over
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+VERSION = 1
+NO_MEMORY = {
+    "torch": "the process of a torch model holds torch and what built it, which no engine needs",
+    "device": "memory is told for engines on the CPU, by the process that holds them",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything measured by one `bench`, and everything needed to repeat it.
+
+    Speed-ups are over `against` under the same condition, losses against `reference`. `parity` is the largest
+    difference of each compiled torch model from the eager one, whose quality stands for it. `generated` holds nothing
+    but for language models with a cache, `harness` but where tasks of lm-eval were asked.
+    """
+
+    command: str
+    settings: dict[str, Any]
+    against: str
+    model: str
+    data: dict[str, Any]
+    entries: tuple[Entry, ...]
+    evaluation: Evaluation | None
+    reference: str
+    no_quality_because: str | None
+    measurements: tuple[Measurement, ...]
+    generated: Generated
+    parity: dict[str, float]
+    environment: dict[str, object]
+    notes: tuple[str, ...]
+    harness: Harness | None = None
+
+    @cached_property
+    def conditions(self) -> tuple[Condition, ...]:
+        """Every batch size with every number of threads."""
+        return tuple(dict.fromkeys(each.condition for each in self.measurements))
+
+    def latencies(self, condition: Condition) -> dict[str, Latency]:
+        """Latencies under one condition, by engine."""
+        return {each.name: each.latency for each in self.measurements if each.condition == condition}
+
+    @cached_property
+    def speedups(self) -> dict[tuple[str, Condition], Speedup]:
+        """How many times faster each engine is than the baseline, the same rounds drawn for all."""
+        return {
+            (name, condition): speed
+            for condition in self.conditions
+            for name, speed in speedups_over(self.against, self.latencies(condition)).items()
+        }
+
+    @cached_property
+    def quality(self) -> dict[str, tuple[Figure, Figure]]:
+        """Figure of each engine that was judged, and its loss against the reference."""
+        if self.evaluation is None:
+            return {}
+        names = self.evaluation.columns
+        return {name: (self.evaluation.figure(name), self.evaluation.loss(self.reference, name)) for name in names}
+
+    @cached_property
+    def factorials(self) -> tuple[tuple[str, Factorial], ...]:
+        """The factorial of every folder that has one, under every condition."""
+        return tuple(
+            (folder, self._factorial(own, condition))
+            for folder, own in cells(self.entries).items()
+            for condition in self.conditions
+        )
+
+    def _factorial(self, own: Mapping[str, Entry], condition: Condition) -> Factorial:
+        latency = self.latencies(condition)
+        judged = None
+        if self.evaluation is not None:
+            columns = {cell: self.evaluation.columns[entry.name] for cell, entry in own.items()}
+            judged = Evaluation(self.evaluation.metric, columns)
+        target = next(iter(own.values())).target
+        return factorial(
+            {cell: latency[entry.name] for cell, entry in own.items()},
+            judged,
+            {cell: str(entry.file) for cell, entry in own.items()},
+            place(target, condition.batch, condition.threads),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain JSON values; latencies with every raw sample, in milliseconds."""
+        plain = ("command", "settings", "against", "model", "data", "no_quality_because", "environment")
+        return {
+            "version": VERSION,
+            **{name: getattr(self, name) for name in plain},
+            "metric": None if self.evaluation is None else self.evaluation.metric,
+            "reference": self.reference,
+            "engines": {entry.name: self._engine(entry) for entry in self.entries},
+            "measurements": [self._measured(each) for each in self.measurements],
+            "factorials": [{"folder": folder, **each.to_dict()} for folder, each in self.factorials],
+            "generation": self.generated.to_dict() if self.generated.runs else None,
+            "tasks": None if self.harness is None else self.harness.to_dict(),
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """The comparison as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def _engine(self, entry: Entry) -> dict[str, Any]:
+        figure, loss = self.quality.get(entry.name, (None, None))
+        free = {} if figure is None or self.evaluation is None else self.evaluation.label_free(entry.name)
+        return {
+            "target": entry.target,
+            "file": None if entry.file is None else str(entry.file),
+            "bytes": entry.bytes,
+            "figure": None if figure is None else asdict(figure),
+            "loss": None if loss is None else asdict(loss),
+            "label_free": {name: asdict(each) for name, each in free.items()},
+            "difference_from_eager": self.parity.get(entry.name),
+        }
+
+    def _measured(self, each: Measurement) -> dict[str, Any]:
+        missing = "torch" if any(entry.name == each.name and entry.module for entry in self.entries) else "device"
+        return {
+            "engine": each.name,
+            **each.condition._asdict(),
+            "latency": brief(each.latency),
+            "speedup": self.speedups[each.name, each.condition]._asdict(),
+            "rows_per_second": each.throughput,
+            "memory": None if each.memory is None else asdict(each.memory),
+            "no_memory_because": NO_MEMORY[missing] if each.memory is None else None,
+        }
+
+    # -------------------------------------------------------------------------------------------------- terminal
+
+    def tables(self) -> Iterator[Table]:
+        """Speed under each condition, quality, and the factorials, each 80 columns wide where names are short."""
+        for condition in self.conditions:
+            yield self._speed(condition)
+        yield from self.generated.tables()
+        if self.evaluation is not None:
+            yield self._quality(self.evaluation)
+        if self.harness is not None:
+            yield self.harness.table()
+        for _, each in self.factorials:
+            yield each.table()
+
+    def _speed(self, condition: Condition) -> Table:
+        headings = ("ms", "p90", "p99", "speed-up", "rows/s", "peak MB", "file MB")
+        table = _table(f"{self.model}, {condition}; speed-up over {self.against}", headings)
+        sizes = {entry.name: entry.bytes for entry in self.entries}
+        for each in self.measurements:
+            if each.condition == condition:
+                speed = self.speedups[each.name, condition]
+                table.add_row(
+                    each.name,
+                    *(f"{value:.2f}" for value in (each.latency.median, each.latency.p90, each.latency.p99)),
+                    f"{speed.ratio:.2f}x",
+                    f"{each.throughput:.1f}",
+                    _megabytes(None if each.memory is None else each.memory.peak),
+                    _megabytes(sizes[each.name]),
+                )
+                table.add_row("", "", "", "", dim(f"{speed.low:.2f}–{speed.high:.2f}"))
+        return table
+
+    def _quality(self, evaluation: Evaluation) -> Table:
+        label = LABELS[evaluation.metric][0]
+        table = _table(f"Quality, loss against {self.reference}", (label, "", "loss, %", ""))
+        for name, (figure, loss) in self.quality.items():
+            ranges = (f"{figure.low:.2f}–{figure.high:.2f}", f"{loss.low:+.2f} to {loss.high:+.2f}")
+            table.add_row(name, f"{figure.value:.2f}", dim(ranges[0]), f"{loss.value:+.2f}", dim(ranges[1]))
+        return table
+
+    def summary(self) -> str:
+        """Conclusions and what to read with care, as lines of text."""
+        lines = [sentence for folder, each in self.factorials for sentence in _told(folder, each)]
+        lines += self.generated.summary()
+        if self.evaluation is not None:
+            count = self.data["sizes"]["test"]
+            lines.append(f"Quality: {METRICS[self.evaluation.metric]}, on {count} test samples; the same for all.")
+        if self.harness is not None:
+            lines.append(self.harness.summary())
+        if self.no_quality_because is not None:
+            lines.append(f"No quality stated: {self.no_quality_because}.")
+        lines += [
+            f"{name} differs from eager by at most {difference:.1e}, so its quality is that of eager."
+            for name, difference in self.parity.items()
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+def _told(folder: str, each: Factorial) -> Iterator[str]:
+    return (f"{folder}: {sentence}" for sentence in each.conclusion)
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _megabytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:.1f}"

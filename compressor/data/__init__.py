@@ -1,0 +1,1 @@
+"""Samples, split into calibration, validation and test data."""

@@ -1,0 +1,47 @@
+"""Readers: one file per format, from the --data string to samples that are prepared on demand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressor.data.readers.arrays import read_arrays
+from compressor.data.readers.base import DataError, Samples
+from compressor.data.readers.hub import looks_like, read_hub
+from compressor.data.readers.images import read_folder
+from compressor.data.readers.random_inputs import random_samples
+from compressor.data.readers.tables import read_table
+from compressor.data.readers.texts import read_lines
+from compressor.models.preprocess import Preprocess
+
+FILES = (".npy", ".npz", ".txt", ".csv", ".tsv")
+FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"
+
+
+def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: str | None) -> Samples:
+    """The samples that a --data string means; DataError with one sentence where it means none."""
+    if spec == "random":
+        return random_samples(preprocess, seed)
+    path = Path(spec).expanduser()
+    try:
+        if path.is_dir():
+            return read_folder(path, spec, preprocess)
+        if path.is_file():
+            return _read_file(path, spec, preprocess, task)
+    except OSError as error:
+        raise DataError(
+            f"{spec} cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
+    if looks_like(spec) and path.suffix.lower() not in FILES:
+        return read_hub(spec, preprocess, task, revision)
+    raise DataError(f"there is no file or folder {spec!r}; expected {FORMS}")
+
+
+def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+    suffix = path.suffix.lower()
+    if suffix in (".npy", ".npz"):
+        return read_arrays(path, spec, preprocess, task)
+    if suffix == ".txt":
+        return read_lines(path, spec, preprocess, task)
+    if suffix in (".csv", ".tsv"):
+        return read_table(path, spec, preprocess, task)
+    raise DataError(f"the file {spec} has the ending {suffix or 'none'}; expected {FORMS}")

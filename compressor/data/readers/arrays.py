@@ -1,0 +1,238 @@
+"""Arrays: .npy and .npz with raw images, ready model inputs or token ids."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from compressor.data.readers.base import Array, DataError, Feeds, LabelKind, Samples, dims, numbered
+from compressor.data.readers.images import pictures
+from compressor.limitations import Limitation
+from compressor.models.preprocess import Preprocess
+
+FIRST = ("images", "x")
+LABELS = ("labels", "y")
+CHUNK = 2**22  # numbers looked at together: 16 MB of float32
+FILLED = {"attention_mask": 1, "token_type_ids": 0}  # what a tokenizer would say about rows without padding
+
+
+def read_arrays(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
+    """A .npy file (memory-mapped) or a .npz file with arrays by input name and optional labels."""
+    found = _opened(path, name)
+    labels = next((found.pop(key) for key in LABELS if key in found and key not in preprocess.inputs), None)
+    arrays = _by_input(found, name, preprocess)
+    rows = len(arrays[preprocess.inputs[0]])
+    for key, array in arrays.items():
+        if len(array) != rows:
+            raise DataError(
+                f"{name} holds {len(array)} rows for {key} and {rows} for {preprocess.inputs[0]}; expected equally many"
+            )
+    samples = _samples(arrays, name, preprocess, task)
+    if labels is None or samples.label_kind == "tokens":
+        return samples
+    return _labelled(samples, labels, name)
+
+
+def _opened(path: Path, name: str) -> dict[str, Array]:
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return {"": _plain(content, name)}
+        with content:
+            return {key: _plain(content[key], name) for key in content.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(_unreadable(name, str(error))) from error
+
+
+def _unreadable(name: str, reason: str) -> str:
+    if "Python objects" in reason or "Object arrays" in reason:
+        return (
+            f"{name} holds Python objects, which are refused because reading them can run code; "
+            "save arrays of numbers (or of fixed-width strings for labels)"
+        )
+    return f"{name} is not a readable NumPy file; expected .npy or .npz as numpy.save writes them"
+
+
+def _plain(array: Array, name: str) -> Array:
+    if array.ndim == 0 or len(array) == 0:
+        raise DataError(f"{name} holds an array of shape {dims(array.shape)}; expected samples along the first axis")
+    return array
+
+
+def _by_input(found: Mapping[str, Array], name: str, preprocess: Preprocess) -> dict[str, Array]:
+    first = preprocess.inputs[0]
+    if first in found and set(found) <= set(preprocess.inputs):
+        return {key: found[key] for key in preprocess.inputs if key in found}
+    if len(found) == 1:
+        return {first: next(iter(found.values()))}
+    named = [key for key in FIRST if key in found]
+    if len(named) == 1:
+        others = sorted(set(found) - set(named))
+        raise DataError(
+            f"{name} holds {', '.join(others)} beside {named[0]}; expected labels as {' or '.join(LABELS)}, so rename "
+            "or remove the rest"
+        )
+    raise DataError(
+        f"{name} holds the arrays {', '.join(sorted(found)) or 'none'}; expected one array, one called "
+        f"{' or '.join(FIRST)}, or the model's inputs {', '.join(preprocess.inputs)}"
+    )
+
+
+def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: str) -> Samples:
+    first = arrays[preprocess.inputs[0]]
+    if preprocess.kind == "image" and first.dtype == np.uint8 and len(arrays) == 1:
+        return _raw_images(first, name, preprocess)
+    if preprocess.kind == "text":
+        assumed = _assumed(arrays, preprocess)
+        return replace(_token_rows(_tokens(arrays, name, preprocess), task), limitations=assumed)
+    for key in preprocess.inputs:
+        if key not in arrays:
+            raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
+        _check_ready(arrays[key], key, name, preprocess)
+    dtypes = {key: preprocess.example[key].dtype for key in preprocess.inputs}
+    return _ready(arrays, "ready model inputs", None, dtypes)
+
+
+def _ready(
+    arrays: Mapping[str, Array], reading: str, kind: LabelKind | None, dtypes: Mapping[str, np.dtype] | None = None
+) -> Samples:
+    def feeds(indices: Sequence[int]) -> Feeds:
+        rows = np.asarray(indices, dtype=np.int64)
+        return {
+            key: np.asarray(array[rows], dtype=dtypes[key] if dtypes else np.int64) for key, array in arrays.items()
+        }
+
+    return Samples(_numbers(next(iter(arrays.values()))), feeds, reading, label_kind=kind)
+
+
+def _token_rows(arrays: Mapping[str, Array], task: str) -> Samples:
+    if task != "text-generation":
+        return _ready(arrays, "token ids", None)
+
+    def whole(index: int) -> Feeds:
+        there = np.asarray(arrays.get("attention_mask", arrays["input_ids"] * 0 + 1)[index], dtype=bool)
+        return {key: np.asarray(array[index], dtype=np.int64)[there] for key, array in arrays.items()}
+
+    return replace(_ready(arrays, "token ids", "tokens"), whole=whole)
+
+
+def _assumed(arrays: Mapping[str, Array], preprocess: Preprocess) -> tuple[Limitation, ...]:
+    """The inputs that a file of token ids lacks, each with the value that all tokens get."""
+    return tuple(
+        Limitation(f"input {key}", f"the data has none, so it is {FILLED[key]} at every token, padding included")
+        for key in preprocess.inputs
+        if key not in arrays and key in FILLED
+    )
+
+
+def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
+        raise DataError(
+            f"{name} holds uint8 {dims(array.shape)}; "
+            "expected images as [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels"
+        )
+    pixels = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
+
+    def load(index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(pixels[index]))
+
+    source = pictures(name, _numbers(array), load, preprocess)
+    return Samples(_numbers(array), source.feeds, "raw uint8 images in an array", shown=source.shown)
+
+
+def _tokens(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) -> dict[str, Array]:
+    first = arrays[preprocess.inputs[0]]
+    for key, array in arrays.items():
+        if array.ndim != 2 or array.dtype.kind not in "iu":
+            raise DataError(
+                f"{name} holds {array.dtype} {dims(array.shape)} for {key}; expected integer token ids [N, T]"
+            )
+        if array.shape != first.shape:
+            raise DataError(
+                f"{name} holds {dims(array.shape)} for {key}; expected {dims(first.shape)} as for the token ids"
+            )
+    if int(first.min()) < 0:
+        raise DataError(
+            f"{name} holds the token id {int(first.min())}; expected ids from 0, so cut or replace the padding"
+        )
+    return {key: arrays[key] if key in arrays else _filled(key, first, name) for key in preprocess.inputs}
+
+
+def _filled(key: str, first: Array, name: str) -> Array:
+    if key not in FILLED:
+        raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
+    return np.broadcast_to(np.array(FILLED[key], dtype=np.int64), first.shape)
+
+
+def _check_ready(array: Array, key: str, name: str, preprocess: Preprocess) -> None:
+    example = preprocess.example[key]
+    wanted = ("N", *example.shape[1:])
+    same = array.dtype.kind == example.dtype.kind or (array.dtype.kind in "iub" and example.dtype.kind in "iub")
+    if not same or array.shape[1:] != example.shape[1:]:
+        raw = " or raw uint8 images [N, H, W] or [N, H, W, C]" if preprocess.kind == "image" else ""
+        raise DataError(
+            f"{name} holds {array.dtype} {dims(array.shape)} for {key}; expected {example.dtype} {dims(wanted)}{raw}"
+        )
+    if array.dtype.kind == "f":
+        _check_finite(array, name)
+
+
+def _check_finite(array: Array, name: str) -> None:
+    """Look at all values in pieces, so that a memory-mapped file is never in memory as a whole."""
+    step = max(1, CHUNK // max(1, array[0].size))
+    for start in range(0, len(array), step):
+        part = np.isfinite(array[start : start + step]).reshape(min(step, len(array) - start), -1).all(axis=1)
+        if not part.all():
+            row = start + int(np.argmin(part))
+            raise DataError(f"{name} holds NaN or infinite values (first in row {row}); expected finite model inputs")
+
+
+def _labelled(samples: Samples, labels: Array, name: str) -> Samples:
+    count = len(samples.ids)
+    values = labels.reshape(-1) if labels.size == len(labels) else labels
+    if values.shape != (count,):
+        raise DataError(
+            f"{name} holds labels of shape {dims(labels.shape)}; expected {dims((count,))}, one for each sample"
+        )
+    kind: LabelKind = "score" if values.dtype.kind == "f" and not _whole(values) else "class"
+    made = _scores(values, name) if kind == "score" else _classes(values, name)
+    named = (numbered(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
+    return replace(
+        samples,
+        labels=made,
+        label_kind=kind,
+        reading=f"{samples.reading} with {kind} labels",
+        limitations=(*samples.limitations, *named),
+    )
+
+
+def _whole(values: Array) -> bool:
+    return bool((np.isfinite(values) & (values == np.round(values))).all())
+
+
+def _scores(values: Array, name: str) -> Array:
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values)))
+        raise DataError(
+            f"{name} holds the label {values[row]} in row {row}; expected finite scores or whole class numbers"
+        )
+    return values.astype(np.float64)
+
+
+def _classes(values: Array, name: str) -> Array:
+    if values.dtype.kind in "US":
+        return np.unique(values, return_inverse=True)[1].astype(np.int64).reshape(-1)
+    if values.dtype.kind not in "iufb":
+        raise DataError(f"{name} holds labels of type {values.dtype}; expected whole numbers, scores or strings")
+    if values.min() < 0:
+        raise DataError(f"{name} holds the class label {int(values.min())}; expected whole numbers from 0")
+    return values.astype(np.int64)
+
+
+def _numbers(array: Array) -> tuple[str, ...]:
+    return tuple(str(row) for row in range(len(array)))

@@ -1,0 +1,145 @@
+"""Hub datasets, through the optional `datasets` library."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from compressor.data.readers.base import DataError, LabelKind, Samples
+from compressor.data.readers.images import pictures
+from compressor.data.readers.tables import Table, table_samples
+from compressor.models.preprocess import Preprocess
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?(:[\w.+-]+){0,2}")
+SPLITS = ("validation", "test", "train")  # test comes second: its labels are often withheld
+
+
+def looks_like(spec: str) -> bool:
+    """Whether a string has the form owner/name or owner/name@revision, then :config, :split, :config:split or nothing.
+
+    >>> looks_like("nyu-mll/glue:sst2"), looks_like("nyu-mll/glue@main:sst2"), looks_like("./folder/images")
+    (True, True, False)
+    """
+    return NAME.fullmatch(spec) is not None
+
+
+def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None) -> Samples:
+    """A hub dataset, at the revision that `spec` names after @, else at the one given.
+
+    The code that a dataset repository may hold is never run: datasets 4 and later no longer can.
+    """
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"{spec} is neither a file nor a folder here; to read it as a hub dataset, install the datasets library: "
+            "pip install datasets"
+        ) from error
+    _check_version(library)
+    place, *parts = spec.split(":")
+    name, _, named = place.partition("@")
+    revision = named or revision
+    try:
+        config, split = _part(library, name, parts, revision)
+        dataset = library.load_dataset(name, config, split=split, revision=revision)
+    # The library raises its own errors, those of the hub client, of the network and of pyarrow
+    except Exception as error:
+        raise DataError(
+            f"{spec} is neither a file nor a folder here, nor can it be loaded as a hub dataset "
+            f"({_first_line(error)}); check the path, or the name and the network"
+        ) from error
+    return dataset_samples(dataset, spec, preprocess, task)
+
+
+def _check_version(library: Any) -> None:
+    version = str(getattr(library, "__version__", ""))
+    if re.match(r"[0-3]\.", version):
+        raise DataError(
+            f"found datasets {version}, which may run code that a data set brings; expected 4 or later: "
+            'pip install "datasets>=4"'
+        )
+
+
+def dataset_samples(dataset: Any, name: str, preprocess: Preprocess, task: str) -> Samples:
+    """The samples of a `datasets.Dataset`, by the types of its columns."""
+    if len(dataset) == 0:
+        raise DataError(f"{name} holds no rows; give another split as owner/name:split")
+    if preprocess.kind == "image":
+        return _image_samples(dataset, name, preprocess)
+    return table_samples(_table(dataset, name), name, preprocess, task)
+
+
+def _part(library: Any, name: str, parts: Sequence[str], revision: str | None) -> tuple[str | None, str]:
+    """Config and split; a single part is a config where there is one of that name, a split otherwise."""
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    configs = library.get_dataset_config_names(name, revision=revision)
+    if parts and parts[0] not in configs:
+        return None, parts[0]
+    config = parts[0] if parts else None
+    splits = library.get_dataset_split_names(name, config, revision=revision)
+    return config, next((split for split in SPLITS if split in splits), splits[0])
+
+
+def _image_samples(dataset: Any, name: str, preprocess: Preprocess) -> Samples:
+    column = _of_type(dataset, "Image")
+    if column is None:
+        raise DataError(f"{name} has the columns {', '.join(dataset.column_names)}; expected one with images")
+    only_images = dataset.select_columns([column])
+
+    def load(index: int) -> Image.Image:
+        picture = only_images[index][column]
+        if not isinstance(picture, Image.Image):
+            raise ValueError("no image in this row")
+        return picture
+
+    ids = tuple(str(row) for row in range(len(dataset)))
+    source = pictures(name, ids, load, preprocess)
+    label = _of_type(dataset, "ClassLabel")
+    labels = None if label is None else _class_numbers(dataset, label, name)
+    kind: LabelKind | None = None if label is None else "class"
+    reading = f"hub dataset: images {column!r}" + ("" if label is None else f", class {label!r}")
+    return Samples(ids, source.feeds, reading, labels=labels, label_kind=kind, faults=source.faults, shown=source.shown)
+
+
+def _class_numbers(dataset: Any, label: str, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    values = dataset.select_columns([label]).with_format(None)[:][label]
+    if any(value is None or value < 0 for value in values):
+        raise DataError(
+            f"{name} has rows without a label in the column {label!r}; give another split as owner/name:split"
+        )
+    return np.array(values, dtype=np.int64)
+
+
+def _table(dataset: Any, name: str) -> Table:
+    columns = [column for column in dataset.column_names if _is_cell(dataset.features[column])]
+    if not columns:
+        raise DataError(
+            f"{name} has the columns {', '.join(dataset.column_names)}; expected texts with optional labels"
+        )
+    content = dataset.select_columns(columns).with_format(None)[:]
+    cells = [["" if value is None else str(value) for value in content[column]] for column in columns]
+    ids = tuple(str(row) for row in range(len(dataset)))
+    titles = tuple(column.strip().lower().replace(" ", "_").replace("-", "_") for column in columns)
+    return Table(titles, tuple(zip(*cells, strict=True)), ids)
+
+
+def _is_cell(feature: Any) -> bool:
+    kind = type(feature).__name__
+    return kind == "ClassLabel" or (
+        kind == "Value" and bool(re.match("string|large_string|u?int|float", feature.dtype))
+    )
+
+
+def _of_type(dataset: Any, kind: str) -> str | None:
+    names: Callable[[str], str] = lambda column: type(dataset.features[column]).__name__  # noqa: E731
+    return next((column for column in dataset.column_names if names(column) == kind), None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

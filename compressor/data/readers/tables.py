@@ -1,0 +1,284 @@
+"""Tables of texts: .csv and .tsv, with or without a header line, and which of their columns mean what."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compressor.data.readers.base import Array, DataError, LabelKind, Samples, Skipped, numbered
+from compressor.data.readers.texts import text_of, tokens
+from compressor.limitations import Limitation
+from compressor.models.preprocess import Preprocess
+
+TEXTS = ("text", "sentence", "content", "review", "document", "question", "comment", "query", "prompt", "body")
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("sentence_1", "sentence_2"),
+    ("sentence_a", "sentence_b"),
+    ("text1", "text2"),
+    ("text_1", "text_2"),
+    ("text_a", "text_b"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "context"),
+    ("question", "answer"),
+    ("query", "passage"),
+)
+CLASSES = ("label", "labels", "class", "target", "category", "sentiment", "intent")
+SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "rating")
+FEW = 10  # rows: in a shorter table labels may happen to count 0, 1, 2
+NUMBERINGS = ("", "id", "idx", "index", "row", "guid")
+NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *CLASSES, *SCORES])
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of equally many cells; `header` is empty where the file has none. Ids are row numbers from 0."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    ids: tuple[str, ...]
+
+    def column(self, place: int) -> list[str]:
+        """All cells of one column."""
+        return [row[place] for row in self.rows]
+
+    def title(self, place: int) -> str:
+        """How messages call a column."""
+        return repr(self.header[place]) if self.header else str(place)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One or two columns of texts and perhaps one of labels."""
+
+    texts: tuple[int, ...]
+    label: int | None
+
+
+def read_table(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
+    """A .csv or .tsv file of texts with optional labels or scores."""
+    table, ragged = parse(text_of(path, name), name)
+    return table_samples(table, name, preprocess, task, skipped=ragged)
+
+
+def table_samples(
+    table: Table, name: str, preprocess: Preprocess, task: str, *, skipped: Sequence[Skipped] = ()
+) -> Samples:
+    """The samples of a table; rows without a text or a usable label are skipped with the reason."""
+    columns = choose(table, name, task)
+    apart = len(columns.texts) == 2 and task != "text-classification"
+    kind = _label_kind(table, columns, task, apart)
+    reasons = [_fault(row, columns, kind) for row in table.rows]
+    good = [row for row, reason in zip(table.rows, reasons, strict=True) if reason is None]
+    bad = [Skipped(id, reason) for id, reason in zip(table.ids, reasons, strict=True) if reason is not None]
+    texts = [[row[place] for row in good] for place in columns.texts]
+    source = tokens(name, texts[0], texts[1] if len(texts) == 2 else None, apart, preprocess)
+    return Samples(
+        ids=tuple(id for id, reason in zip(table.ids, reasons, strict=True) if reason is None),
+        feeds=source.feeds,
+        reading=_reading(table, columns, kind),
+        labels=_labels([row[columns.label] for row in good], kind, name) if columns.label is not None else None,
+        label_kind="tokens" if task == "text-generation" else kind,
+        rows_per_sample=2 if apart else 1,
+        skipped=(*skipped, *bad),
+        shown=source.shown,
+        whole=source.whole if task == "text-generation" and preprocess.whole is not None else None,
+        limitations=tuple(_limitations(table, columns, kind, task)),
+    )
+
+
+def _limitations(table: Table, columns: Columns, kind: LabelKind | None, task: str) -> Iterator[Limitation]:
+    """List the columns that are not read, and the class names that were numbered."""
+    unread = [place for place in _places(table) if place not in (*columns.texts, columns.label)]
+    if unread:
+        titles = ", ".join(table.title(place) for place in unread)
+        also = "" if columns.label is not None or task == "text-generation" else ", and no column is taken for a label"
+        yield Limitation("columns of the data", f"{titles} not read{also}")
+    if kind == "class" and columns.label is not None:
+        cells = [cell.strip() for cell in table.column(columns.label) if cell.strip()]
+        if not _numeric(cells):
+            yield numbered(sorted(set(cells)))
+
+
+def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
+    """A table from the text of a file; rows with another number of cells than most are skipped.
+
+    The separator is the one of comma, semicolon and tab that cuts the lines most evenly: csv.Sniffer guesses from
+    letter frequencies and takes letters of prose for separators.
+    """
+    lines = _cut(text, _separator(text), name)
+    if not lines:
+        raise DataError(f"{name} holds no rows; expected texts with optional labels")
+    width = _width(lines)
+    header = tuple(_normal(cell) for cell in lines[0]) if _is_header(lines, width) else ()
+    rows = list(enumerate(lines[1:] if header else lines))
+    ragged = [
+        Skipped(str(row), f"{len(cells)} columns, expected {width}") for row, cells in rows if len(cells) != width
+    ]
+    kept = [(str(row), tuple(cells)) for row, cells in rows if len(cells) == width]
+    if not kept:
+        raise DataError(f"{name} holds a header but no rows; expected texts with optional labels")
+    return Table(header, tuple(cells for _, cells in kept), tuple(row for row, _ in kept)), tuple(ragged)
+
+
+def choose(table: Table, name: str, task: str) -> Columns:
+    """Which columns are texts and labels: by the header's names first, by content otherwise."""
+    texts = _named_texts(table, task)
+    label = next((table.header.index(title) for title in (*CLASSES, *SCORES) if title in table.header), None)
+    rest = [place for place in _places(table) if place not in texts and place != label]
+    if label is None and task != "text-generation":
+        label = _label_by_content(table, rest, named=bool(texts), name=name, task=task)
+    if not texts:
+        texts = tuple(place for place in rest if place != label and not _numeric(table.column(place)))
+    if not 1 <= len(texts) <= (1 if task == "text-generation" else 2):
+        wanted = "one" if task == "text-generation" else "one or two"
+        raise DataError(
+            f"{name} has {len(texts)} columns that look like texts, expected {wanted}; "
+            "add a header line with the names text, or sentence1 and sentence2, and label or score"
+        )
+    return Columns(texts, None if task == "text-generation" else label)
+
+
+def _cut(text: str, separator: str, name: str) -> list[list[str]]:
+    try:
+        return [cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(cells)]
+    except csv.Error as error:
+        raise DataError(f"{name} is not a readable table ({error}); check its quotes") from error
+
+
+def _separator(text: str) -> str:
+    start = "\n".join(text.split("\n", 200)[:200])
+
+    def evenness(separator: str) -> float:
+        lines = [cells for cells in csv.reader(io.StringIO(start, newline=""), delimiter=separator) if any(cells)]
+        width = _width(lines) if lines else 1
+        return sum(len(cells) == width for cells in lines) / len(lines) if width > 1 else 0.0
+
+    try:
+        return max(",;\t", key=evenness)
+    except csv.Error:
+        return ","
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    return Counter(len(cells) for cells in lines).most_common(1)[0][0]
+
+
+def _is_header(lines: Sequence[Sequence[str]], width: int) -> bool:
+    first, rest = lines[0], [cells for cells in lines[1:] if len(cells) == width]
+    if len(first) != width or any(_number(cell) is not None for cell in first):
+        return False
+    # A name that comes again below is a class of that name, not a title
+    columns = list(zip(*rest, strict=True)) or [()] * width
+    if any(_normal(cell) in NAMES and cell not in columns[place] for place, cell in enumerate(first)):
+        return True
+    return bool(rest) and any(_numeric(column) for column in columns)
+
+
+def _normal(title: str) -> str:
+    return title.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _places(table: Table) -> list[int]:
+    places = range(len(table.rows[0]))
+    return [place for place in places if not table.header or table.header[place] not in NUMBERINGS]
+
+
+def _named_texts(table: Table, task: str) -> tuple[int, ...]:
+    pair = next((pair for pair in PAIRS if set(pair) <= set(table.header)), None)
+    if pair is not None and task != "text-generation":
+        return tuple(table.header.index(title) for title in pair)
+    alone = (*TEXTS, *(first for first, _ in PAIRS))
+    return tuple(table.header.index(title) for title in alone if title in table.header)[:1]
+
+
+def _label_by_content(table: Table, rest: Sequence[int], *, named: bool, name: str, task: str) -> int | None:
+    numeric = [place for place in rest if _numeric(table.column(place))]
+    if len(numeric) > 1 or len(table.rows) >= FEW:
+        numeric = [place for place in numeric if not _counts(table.column(place))]
+    if len(numeric) > 1 and not named:
+        titles = " and ".join(table.title(place) for place in numeric)
+        raise DataError(
+            f"{name} has the number columns {titles}, expected one; name the right one label or score in a header"
+        )
+    if len(numeric) == 1:
+        return numeric[0]
+    if task == "text-classification" and not numeric and not named and len(rest) > 1:
+        return next((place for place in reversed(rest) if _categorical(table.column(place))), None)
+    return None
+
+
+def _categorical(cells: Sequence[str]) -> bool:
+    """Few different single words: class names rather than texts."""
+    return len(set(cells)) <= max(2, len(cells) // 2) and not any(" " in cell.strip() for cell in cells)
+
+
+def _counts(cells: Sequence[str]) -> bool:
+    """0, 1, 2, ... or 1, 2, 3, ...: the row numbers that some programs write."""
+    return list(cells) in ([str(row) for row in range(start, start + len(cells))] for start in (0, 1))
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _numeric(cells: Sequence[str]) -> bool:
+    return all(_number(cell) is not None for cell in cells)
+
+
+def _label_kind(table: Table, columns: Columns, task: str, apart: bool) -> LabelKind | None:
+    if columns.label is None:
+        return None
+    title = table.header[columns.label] if table.header else ""
+    cells = [cell for cell in table.column(columns.label) if cell.strip()]
+    if title in SCORES or (apart and task == "sentence-similarity" and _numeric(cells)):
+        return "score"
+    numbers = [_number(cell) for cell in cells]
+    fraction = any(number is not None and math.isfinite(number) and number != int(number) for number in numbers)
+    return "score" if fraction and _numeric(cells) else "class"
+
+
+def _fault(row: Sequence[str], columns: Columns, kind: LabelKind | None) -> str | None:
+    if any(not row[place].strip() for place in columns.texts):
+        return "the text is empty"
+    if columns.label is None:
+        return None
+    cell = row[columns.label].strip()
+    if not cell:
+        return f"the {kind} is empty"
+    number = _number(cell)
+    if kind == "score" and (number is None or not math.isfinite(number)):
+        return f"the score {cell!r} is not a finite number"
+    return None
+
+
+def _labels(cells: Sequence[str], kind: LabelKind | None, name: str) -> Array:
+    if kind == "score":
+        return np.array([float(cell) for cell in cells], dtype=np.float64)
+    if not _numeric(cells):
+        return np.unique([cell.strip() for cell in cells], return_inverse=True)[1].astype(np.int64).reshape(-1)
+    values = np.array([float(cell) for cell in cells])
+    wrong = ~np.isfinite(values) | (values < 0)
+    if wrong.any():
+        raise DataError(
+            f"{name} holds the class label {cells[int(np.argmax(wrong))].strip()}; expected whole numbers from 0"
+        )
+    return values.astype(np.int64)
+
+
+def _reading(table: Table, columns: Columns, kind: LabelKind | None) -> str:
+    texts = " and ".join(table.title(place) for place in columns.texts)
+    label = "" if columns.label is None else f", {kind} {table.title(columns.label)}"
+    return f"table {'with' if table.header else 'without'} header: texts {texts}{label}"

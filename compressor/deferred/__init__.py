@@ -1,0 +1,1 @@
+"""Exports whose engine is built on another machine."""

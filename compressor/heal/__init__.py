@@ -1,0 +1,1 @@
+"""Fit the remaining weights to the outputs of the original."""

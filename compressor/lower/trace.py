@@ -1,0 +1,86 @@
+"""From a loaded model to a `Graph`: the only caller of torch.export."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressor.errors import CompressorError
+from passes.base import apply
+from passes.graph.graph import Graph
+from passes.rewrite.clean import Clean
+from passes.torch_internals import is_mutable
+from runtimes.base.protocols import quiet
+
+if TYPE_CHECKING:
+    from compressor.models import Model
+
+PREFIX = "model."
+
+
+class TraceError(CompressorError):
+    """torch.export could not turn the model into a graph."""
+
+
+class Traced(torch.nn.Module):
+    """The model behind positional tensors in and a flat tuple of tensors out."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model.module
+        self._call = model.call
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Call the model with its inputs in order."""
+        return self._call(self.model, *tensors)
+
+
+def trace(model: Model) -> Graph:
+    """Trace a model with a dynamic batch (and sequence) axis into a clean fx graph of ATen operators.
+
+    Raises:
+        TraceError: the model cannot be traced, or only with a fixed batch size; says where and what to try.
+    """
+    wrapped = Traced(model).eval()
+    feeds = tuple(model.example[name] for name in model.inputs)
+    shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
+            if any(is_mutable(node.target) for node in program.graph.nodes):
+                program = program.run_decompositions({})
+    except Exception as error:
+        raise TraceError(_explain(model, error)) from error
+    graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
+    apply(Clean(), graph)
+    return graph
+
+
+def _dynamic(axes: dict[int, str]) -> dict[int, object]:
+    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+
+
+def _explain(model: Model, error: Exception) -> str:
+    """One sentence: what torch.export met, where in the user's code, and what to try."""
+    return (
+        f"{model.name} could not be traced by torch.export ({_reason(model, str(error)) or type(error).__name__}); "
+        "Compressor needs a forward pass without branches on tensor values that works at any batch size, "
+        "and for a transformers model --task may choose another head."
+    )
+
+
+def _reason(model: Model, text: str) -> str:
+    fixed = re.search(r"\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\].* to be a constant \((\d+)\)", text)
+    if fixed:
+        position, axis, size = (int(number) for number in fixed.groups())
+        return f"the code fixes axis {axis} of input {model.inputs[position]} to {size}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = re.split(r"(?<=[.!;])\s", lines[0])[0].rstrip(".!:;")[:300] if lines else ""
+    places = re.findall(r'File "([^"]+)", line (\d+), in .+\n\s+(.+)', text)
+    if not places:
+        return first
+    path, line, code = places[-1]
+    return f"{first}, at {Path(path).name}:{line}, `{code.strip()[:100]}`"

@@ -1,0 +1,198 @@
+"""The model under work: loaded, traced, its sites found, with its data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from compressor import models
+from compressor.data import splits as data_module
+from compressor.data.splits import Data, Shares
+from compressor.errors import CompressorError
+from compressor.lower import checkpoint
+from compressor.lower.trace import trace
+from compressor.models import Model
+from compressor.models.base import first_line
+from compressor.quality.evaluate import metric_for, tensor_batches
+from compressor.settings import Settings
+from compressor.workspace.progress import Steps, Tick
+from passes.analysis.counted_cost import Costs
+from passes.graph.graph import Graph, Site
+from passes.graph.sites import find_sites
+
+COST_SAMPLES = 8  # over which multiply-adds are averaged
+
+
+class SubjectError(CompressorError):
+    """Model, data and options do not go together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model with its data: what engines are fed and judged with."""
+
+    model: Model
+    data: Data
+
+    @property
+    def metric(self) -> str:
+        """The metric that quality is stated in."""
+        return metric_for(self.model.task, self.data.label_kind)
+
+    @property
+    def no_quality_because(self) -> str | None:
+        """Why no quality may be stated; None where it may."""
+        if self.data.random:
+            return "the data is random"
+        if self.model.random_weights:
+            return "the weights are random"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject(Loaded):
+    """A model with its data, its graph, the sites in it and what they cost."""
+
+    graph: Graph
+    sites: tuple[Site, ...]
+    costs: Costs
+
+
+def described(subject: Subject) -> dict[str, Any]:
+    """The model and its sites as plain JSON values, for a report."""
+    model = subject.model
+    return {
+        "name": model.name,
+        "source": model.source,
+        "task": model.task,
+        "revision": model.revision,
+        "hub_id": model.hub_id,
+        "random_weights": model.random_weights,
+        "inputs": list(model.inputs),
+        "outputs": list(model.outputs),
+        "sites": [dataclasses.asdict(site) for site in subject.sites],
+    }
+
+
+def load(settings: Settings, steps: Steps) -> Subject:
+    """Load model and data, trace the model, find its sites.
+
+    Raises:
+        CompressorError: either cannot be loaded, the two do not fit, or there is nothing to drop.
+    """
+    with steps.step("load the model"):
+        model = models.load(
+            settings.model,
+            task=settings.task,
+            revision=settings.revision,
+            random_weights=settings.random_weights,
+            trust_remote_code=settings.trust_remote_code,
+            example_inputs=settings.example_inputs,
+            on_disk=settings.max_memory is not None,
+            cache=settings.cache,
+        )
+    if settings.target == checkpoint.NAME:
+        checkpoint.check_model(model)
+    with steps.step("load the data") as tick:
+        data = load_data(settings, model, tick)
+    with steps.step("trace, find the sites"):
+        graph = trace(model)
+        _check_trained(graph, model)
+        sites = find_sites(graph)
+        if not sites:
+            raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
+        return Subject(model, data, graph, sites, _costs(graph, model, data))
+
+
+def _costs(graph: Graph, model: Model, data: Data) -> Costs:
+    """Costs at the sizes of real samples: a text's multiply-adds depend on its length."""
+    feeds = next(tensor_batches(data.calibration, COST_SAMPLES))
+    try:
+        return Costs(graph, feeds)
+    except (IndexError, RuntimeError) as error:
+        raise _refused(model, data, error) from error
+
+
+def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
+    """The data, read as the model needs it.
+
+    Raises:
+        CompressorError: it cannot be read, or does not fit the model.
+    """
+    source = settings.data
+    if model.task != "text-generation" and (settings.max_length, settings.stride) != (None, None):
+        raise SubjectError(
+            f"--max-length and --stride cut the texts of language models; {model.name} does {model.task}."
+        )
+    data = data_module.load(
+        str(source or models.SAMPLE / "digits.npz"),
+        model.preprocess,
+        task=model.task,
+        seed=settings.seed,
+        shares=Shares(total=settings.samples),
+        revision=None,  # --revision is the model's; a data set takes its own as owner/name@revision
+        progress=tick,
+        max_length=settings.max_length,
+        stride=settings.stride,
+    )
+    _check_classes(data, model)
+    if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
+        raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
+    return data
+
+
+def _check_classes(data: Data, model: Model) -> None:
+    """Refuse what accuracy and agreement would be silently wrong on: one output, labels of other classes."""
+    classes = model.classes()
+    if classes is None or data.random:
+        return
+    if classes == 1:
+        feature = "image-feature-extraction" if model.task.startswith("image") else "feature-extraction"
+        raise SubjectError(
+            f"{model.name} answers with a single number, of which no class can be told, and regression is not "
+            f"supported yet; pass --task {feature} to hold its features instead, or --data random for speed only."
+        )
+    if data.label_kind == "class":
+        parts = (data.calibration, data.validation, data.test)
+        largest = max(int(part.labels.max()) for part in parts if part.labels is not None)
+        if largest >= classes:
+            raise SubjectError(
+                f"{data.source} has labels up to {largest}, but {model.name} knows only {classes} classes (0 to "
+                f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
+            )
+    folders = data.calibration.samples.class_folders
+    if folders not in (None, classes):
+        raise SubjectError(
+            f"{data.source} has {folders} class folders, but {model.name} has {classes} classes, so the folders' "
+            "numbers are not its classes; give a folder for each class, in the model's order, or one flat folder of "
+            "images, which is judged by agreement with the original."
+        )
+
+
+def _check_trained(graph: Graph, model: Model) -> None:
+    """Refuse a checkpoint that lacks weights the outputs depend on: they would be random."""
+    used = {str(node.target).removeprefix(graph.prefix) for node in graph.nodes() if node.op == "get_attr"}
+    absent = [name for name in model.untrained if name in used]
+    if absent:
+        raise SubjectError(
+            f"the checkpoint of {model.name} lacks {len(absent)} weights that {model.task} needs, the first is "
+            f"{absent[0]}; choose a fine-tuned checkpoint, or another --task."
+        )
+
+
+@contextlib.contextmanager
+def accepting_data(subject: Loaded) -> Iterator[None]:
+    """An index out of range (a token id beyond the vocabulary, too long a row) is the data's fault; say so."""
+    try:
+        yield
+    except IndexError as error:
+        raise _refused(subject.model, subject.data, error) from error
+
+
+def _refused(model: Model, data: Data, error: Exception) -> SubjectError:
+    return SubjectError(
+        f"{model.name} fails on samples of {data.source} ({first_line(error)}); check that they fit it, such as token "
+        "ids below the vocabulary's size and rows no longer than its positions."
+    )

@@ -1,0 +1,134 @@
+"""From a graph to the file that a target builds from: the only caller of torch.onnx.export and of torch.export.save."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+
+from compressor.errors import CompressorError
+from compressor.lower.checkpoint import CONFIG, write
+from compressor.lower.disk_initializers import leave_on_disk
+from compressor.models.base import first_line
+
+if TYPE_CHECKING:
+    from compressor.models import Model
+    from passes.graph.graph import Graph
+
+OPSET = 20
+NAMES = "compressor.json"  # the file in an archive that holds the names of a program's inputs and outputs
+
+
+class LowerError(CompressorError):
+    """A graph could not be written as ONNX, or exported by torch."""
+
+
+def lower(graph: Graph, model: Model, path: Path) -> Path:
+    """Write a graph in the form that the path names: ``.onnx``, ``.pt2`` as torch.export saves it, ``config.json``.
+
+    The last is that of a checkpoint, which is the folder around it.
+
+    Raises:
+        CompressorError: the graph has no such form.
+        OSError: the file cannot be written.
+    """
+    if path.name == CONFIG[1:]:
+        return write(graph, model, path)
+    return _to_program(graph, model, path) if path.suffix == ".pt2" else _to_onnx(graph, model, path)
+
+
+def _to_program(graph: Graph, model: Model, path: Path) -> Path:
+    """Write an ExportedProgram with a dynamic batch (and sequence) axis, and the names of its inputs and outputs."""
+    example = tuple(model.example[name] for name in graph.inputs)
+    automatic = torch.export.Dim.AUTO
+    shapes = tuple(dict.fromkeys(model.dynamic_axes.get(name, {}), automatic) for name in graph.inputs)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(graph.module, example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export's errors have no common base
+        raise LowerError(f"{model.name} cannot be exported by torch: {first_line(_cause(error))}.") from error
+    names = json.dumps({"inputs": list(graph.inputs), "outputs": list(graph.outputs)})
+    with _quiet():
+        torch.export.save(program, path, extra_files={NAMES: names})
+    return path
+
+
+def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
+    """Write a graph as ONNX, opset 20, with named inputs and outputs and a dynamic batch (and sequence) axis.
+
+    Weights beyond 2 GB, and those that were read from disk one by one, go into a file beside it, named as the ONNX file
+    plus ``.data``.
+    """
+    example = tuple(model.example[name] for name in graph.inputs)
+    shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph.module,
+                example,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                verbose=False,
+                optimize=False,  # weights that stay on disk come first
+            )
+            assert program is not None
+            streamed = leave_on_disk(program.model)
+            program.optimize()
+    except OSError:
+        raise
+    except Exception as error:  # the exporter's errors have no common base
+        raise LowerError(f"{model.name} cannot be written as ONNX: {first_line(_cause(error))}.") from error
+    _tidy(program.model, {*graph.inputs, *graph.outputs})
+    with _quiet():  # in one piece with its weights, the file would be in memory before it is written
+        program.save(str(path), external_data=streamed)
+    return path
+
+
+def _tidy(model: ir.Model, interface: set[str]) -> None:
+    """Drop what does not belong into a file for others, and keep inner values off the names of the interface.
+
+    Stack traces hold paths of this machine. What is noted of a weight beside the weight contradicts it as soon as a
+    tool transposes it: ONNX Runtime's own dynamic quantization stopped there.
+    """
+    for weight in model.graph.initializers.values():
+        weight.shape = weight.type = None  # the tensor itself says
+        weight.metadata_props.clear()
+    outer = {*model.graph.inputs, *model.graph.outputs}
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key.endswith("stack_trace")]:
+            del node.metadata_props[key]
+        for value in node.outputs:
+            if value.name in interface and value not in outer:
+                value.name = f"{value.name}_inner"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of a chain: the exporter's own only say that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints steps and warns about its own internals; its errors still come through."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Engines built, held to torch and timed."""

@@ -1,0 +1,1 @@
+"""The three jobs: export, sweep and inspect, each as one straight line."""

@@ -1,0 +1,245 @@
+"""Export under ``--max-memory``: a language model ranked, rewritten, judged and written without being in memory whole.
+
+What differs from `compressor.pipeline`: nothing is timed, as no engine holds less than the model, and quality is
+measured in torch, which runs original and result block by block.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor import models
+from compressor.data.splits import Batch
+from compressor.deferred import package
+from compressor.deferred.reference_answers import AT_ONCE
+from compressor.errors import CompressorError
+from compressor.limitations import limitations_of
+from compressor.lower import checkpoint
+from compressor.lower.trace import trace
+from compressor.lower.traced_model import Subject, accepting_data, described, load
+from compressor.lower.write_onnx import lower
+from compressor.measure.memory_budget import GIB, Bounded, limited
+from compressor.measure.workload import timing_feeds
+from compressor.measure.workshop import sized
+from compressor.models.base import without_cache
+from compressor.models.lazy_weights import stored_bytes
+from compressor.quality.evaluate import Evaluation, Runner, evaluate
+from compressor.quality.intervals import Array
+from compressor.quality.parity import Parity, check_parity
+from compressor.quantize.precision import Source
+from compressor.report.report import Quality, Report, Size
+from compressor.search.planner import Choice, spelled_out
+from compressor.search.rewriter import finished
+from compressor.settings import Settings
+from compressor.workspace.environment import environment
+from compressor.workspace.progress import Steps, Tick
+from passes.analysis.counted_cost import Costs
+from passes.execute.interpreter import Program
+from passes.execute.sections import cut, run_in_sections, section_ends
+from passes.graph.cache_state import bytes_per_token
+from passes.graph.graph import Graph
+from runtimes.base.protocols import BuildOptions
+from runtimes.base.registry import runtime
+
+SIDE_BY_SIDE = 2  # graphs, each with its own section in memory
+CHECKED = 4  # texts on which the written checkpoint is held against the graph
+
+
+class LargeError(CompressorError):
+    """The target holds the whole model in memory."""
+
+
+def check_target(settings: Settings) -> None:
+    """Refuse to build an engine here.
+
+    Raises:
+        LargeError: the target is one that builds an engine, and that is not left to another machine.
+    """
+    if settings.target != checkpoint.NAME and not settings.defer_build:
+        raise LargeError(
+            f"target {settings.target} needs the whole model in memory, which --max-memory rules out; add "
+            f"--defer-build, to build it elsewhere, or give --target {checkpoint.NAME}."
+        )
+
+
+def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> tuple[Report, Subject]:
+    """Compress a model within the memory that the settings allow, and write all but the report.
+
+    Args:
+        settings: with ``max_memory``.
+        folder: where the result is written.
+        steps: told of the progress.
+        command: for the report.
+
+    Raises:
+        CompressorError, PassError: one sentence that says what was found and what to do.
+    """
+    subject = load(settings, steps)
+    answer, parts = subject.model.answer, [subject.data.calibration, subject.data.test]
+    limit, beside = settings.max_memory, Path(settings.output)
+    with accepting_data(subject), limited(subject.graph, parts, limit, beside, [answer], SIDE_BY_SIDE) as bounds:
+        assert bounds is not None
+        choice = spelled_out(subject, settings, steps, bounds)
+        graphs = {"baseline": subject.graph, "result": choice.graph}
+        with steps.step("measure the quality") as tick:
+            quality = _judged(subject, graphs, bounds, tick)
+        (folder / "plan.json").write_text(choice.plan.to_json())
+        if settings.target == checkpoint.NAME:
+            engine, parity = _checkpoint(graphs, subject, folder, bounds, steps)
+        else:
+            engine, parity = _deferred(graphs, subject, folder, settings, bounds, steps), {}
+    return _report(settings, subject, choice, quality, engine, parity, steps, command), subject
+
+
+def _judged(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick: Tick) -> Evaluation | None:
+    """Quality of the graphs on test data, all their texts going through one section before the next."""
+    if subject.no_quality_because is not None:
+        return None
+    split = subject.data.test
+    # The windows that perplexity is taken over, in the order in which `evaluate` asks for their answers.
+    runners = {
+        name: _runner(graph, subject.model.answer, split.whole(bounds.rows), bounds) for name, graph in graphs.items()
+    }
+    return evaluate(split, runners, metric=subject.metric, reference="baseline", batch_size=bounds.rows, progress=tick)
+
+
+def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: Bounded) -> Runner:
+    """Hands out the answers to these batches, in their order, whatever it is fed."""
+    tensors = ({name: torch.from_numpy(value) for name, value in batch.feeds.items()} for batch in batches)
+    answers = _answers(graph, answer, tensors, bounds)
+
+    def following(_: Mapping[str, Array]) -> Array:
+        found: Array = next(answers).numpy()
+        return found
+
+    return following
+
+
+def _answers(
+    graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded
+) -> Iterator[torch.Tensor]:
+    """One output of a graph for each batch, computed block by block."""
+    return (found for (found,) in _outputs(graph, batches, bounds, [answer]))
+
+
+def _checkpoint(
+    graphs: Mapping[str, Graph], subject: Subject, folder: Path, bounds: Bounded, steps: Steps
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Write the result as a checkpoint, and open it again; the ``engine`` part of the report, and how far it is off."""
+    graph = graphs["result"]
+    with steps.step("write the checkpoint"):
+        path = lower(graph, subject.model, folder / checkpoint.CONFIG[1:])
+    with steps.step("check it against torch"):
+        parity = _parity(path, graph, subject, bounds)
+    told = {"state": "built", "streamed": True, "target": checkpoint.NAME, "file": path.name}
+    return told | {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}, {"result": parity.difference}
+
+
+def _deferred(
+    graphs: Mapping[str, Graph], subject: Subject, folder: Path, settings: Settings, bounds: Bounded, steps: Steps
+) -> dict[str, Any]:
+    """Write the ONNX files and what the device needs to build, check and time them; the report's ``engine`` part."""
+    final = {"baseline": subject.graph, "result": finished(graphs["result"])}
+    paths = {"baseline": folder / package.FOLDER / "baseline.onnx", "result": folder / "model.onnx"}
+    subject.model.save(folder)
+    if not final["result"].state:
+        without_cache(folder)
+    (folder / package.FOLDER).mkdir()
+    with steps.step("write the ONNX files") as tick:
+        for number, (name, path) in enumerate(paths.items()):
+            tick(number, len(paths), name)
+            lower(final[name], subject.model, path)
+    target = runtime(settings.target)
+    device = target.devices[0] if settings.device is None else settings.device
+    options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
+    with steps.step("write what the device needs"):
+        timed = timing_feeds(subject.data.test, settings.batch)
+        run_all = partial(_outputs, bounds=bounds)
+        at_once = min(AT_ONCE, bounds.rows)
+        answers = package.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
+    found = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
+    files = {name: Source(path) for name, path in paths.items()}
+    options = sized(options, subject, settings)
+    told = package.left_to_device(folder, target, options, files, subject, found)
+    return told | {"streamed": True, "timed_inputs": {name: list(value.shape) for name, value in timed.items()}}
+
+
+def _outputs(
+    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded, names: Collection[str] | None = None
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The named outputs of a graph, or all, for each batch, computed block by block."""
+    program = Program(graph, outputs=names)
+    folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
+    return run_in_sections(program, cut(program, section_ends(graph), bounds.room.weights), batches, folder)
+
+
+def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Parity:
+    """Open the checkpoint that was written, from its files too, and hold it to the rewritten graph on a few texts."""
+    model = models.load(path.parent, task=subject.model.task, on_disk=True, cache=bool(subject.model.state))
+    batch = next(subject.data.calibration.batches(min(CHECKED, bounds.rows))).feeds
+    sides = {"graph": (graph, subject.model), "checkpoint": (trace(model), model)}
+    found = {}
+    for name, (side, of) in sides.items():
+        feeds = {key: torch.from_numpy(value) for key, value in batch.items() if key in side.inputs}
+        (found[name],) = _answers(side, of.answer, [feeds], bounds)
+    expected = {subject.model.answer: found["graph"].numpy()}
+    return check_parity(
+        expected, lambda: {subject.model.answer: found["checkpoint"].numpy()}, name=path.name, advice=checkpoint.ADVICE
+    )
+
+
+def _report(
+    settings: Settings,
+    subject: Subject,
+    choice: Choice,
+    judged: Evaluation | None,
+    engine: dict[str, Any],
+    parity: dict[str, float],
+    steps: Steps,
+    command: str,
+) -> Report:
+    graphs = {"baseline": subject.graph, "result": choice.graph}
+    return Report(
+        command=command,
+        settings=settings.to_dict(),
+        model=described(subject),
+        data=subject.data.describe(),
+        plan=choice.plan,
+        sizes={name: _size(graph, subject) for name, graph in graphs.items()},
+        quality=None if judged is None else Quality.of(judged, list(graphs)),
+        no_quality_because=subject.no_quality_because,
+        latency={},
+        timed_inputs=engine.pop("timed_inputs", {}),
+        parity=parity,
+        precision={},
+        search=choice.facts,
+        healed=None,
+        steps=tuple(steps.done),
+        passes=tuple(choice.graph.history),
+        environment=environment(),
+        notes=tuple(_notes(settings, steps)),
+        engine=engine,
+        evidence=choice.evidence,
+        limitations=tuple(limitations_of(subject, settings.precision, {}, (), engine)),
+    )
+
+
+def _size(graph: Graph, subject: Subject) -> Size:
+    """Parameters and work of a graph, and the bytes that its weights have on disk."""
+    cost = Costs(graph, subject.costs.example).total
+    return Size(cost.parameters, cost.multiply_adds, stored_bytes(graph), bytes_per_token(graph))
+
+
+def _notes(settings: Settings, steps: Steps) -> Iterator[str]:
+    """How the limit was kept."""
+    peaks = [step.peak_memory for step in steps.done if step.peak_memory is not None]
+    assert settings.max_memory is not None
+    if peaks:
+        kept = "under" if max(peaks) <= settings.max_memory else "above"
+        yield f"At most {max(peaks) / GIB:.2f} GiB were held, {kept} the {settings.max_memory / GIB:.2f} GiB allowed."

@@ -1,0 +1,64 @@
+"""Scores of every site, without changing or exporting anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.errors import SettingsError
+from compressor.lower.traced_model import accepting_data, load, load_data
+from compressor.measure.memory_budget import limited
+from compressor.report.inspection import Inspection
+from compressor.search.planner import effects_on_output, score
+from compressor.settings import Settings
+from compressor.study.study import study as studied
+from compressor.workspace.progress import Steps
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def inspect(
+    settings: Settings, *, study: bool = False, against_data: Sequence[str] = (), console: Console | None = None
+) -> Inspection:
+    """Score every site of a model on its calibration data; changes and exports nothing.
+
+    Args:
+        settings: model, data and metric; with the metric ``output`` each site's effect on the output is measured too.
+        study: also measure how redundancy runs over depth, positions and kinds of tokens, and how stable it is.
+        against_data: further data, or ``random``, whose rankings a study holds against those of the settings' data.
+        console: where progress is shown; None shows nothing.
+
+    Raises:
+        CompressorError, PassError: one sentence that says what was found and what to do.
+    """
+    if against_data and not study:
+        raise SettingsError("--against-data compares the rankings of a study; add --study.")
+    steps = Steps(console)
+    if study and settings.max_memory is not None:
+        raise SettingsError("--study compares all layers at once, which --max-memory cannot hold; leave one out.")
+    subject = load(settings, steps)
+    others = []
+    for each in against_data:
+        with steps.step(f"load {each}") as tick:
+            others.append(load_data(dataclasses.replace(settings, data=each), subject.model, tick))
+    splits, output = [subject.data.calibration], Path(settings.output)
+    with accepting_data(subject), limited(subject.graph, splits, settings.max_memory, output, ()) as bounds:
+        scores = score(subject, steps, bounds)
+        samples = subject.data.calibration.head(settings.search_samples)
+        effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
+        measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
+        found = studied(subject, steps, seed=settings.seed, against=others) if study else None
+    return Inspection(
+        subject.model.name,
+        subject.sites,
+        scores,
+        subject.costs,
+        subject.data.describe(),
+        effects=measured,
+        study=found,
+        at_ends=bounds is not None,
+        limitations=(*subject.model.limitations, *subject.data.limitations),
+    )

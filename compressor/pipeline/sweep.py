@@ -1,0 +1,74 @@
+"""The front of speed and quality: every plan of one search, some of them built and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.errors import SettingsError
+from compressor.lower.traced_model import accepting_data, load
+from compressor.measure.workshop import Workshop, sized
+from compressor.quantize.precision import AUTO
+from compressor.report.pareto_report import Front, plan_name, spread, with_measurements
+from compressor.search.planner import begin, facts_of, go_on, points_of, rewriter_of
+from compressor.settings import Settings
+from compressor.target.availability import usable
+from compressor.workspace.environment import environment
+from compressor.workspace.output_folder import output_folder, scratch_folder
+from compressor.workspace.progress import Steps
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def sweep(
+    settings: Settings, *, points: int = 8, console: Console | None = None, command: str = "compressor.sweep(...)"
+) -> Front:
+    """Find the plans at every budget in one search, measure some of them, write the folder.
+
+    Args:
+        settings: as for `export`; the search goes on until `max_loss` is lost.
+        points: plans that are built, timed side by side and judged on test data.
+        console: where progress is shown; None shows nothing.
+        command: the command line, for the report.
+
+    Raises:
+        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
+    """
+    if settings.tokens not in ("auto", "none"):
+        raise SettingsError(f"a sweep starts from the model as it is; leave out --tokens {settings.tokens}.")
+    if settings.precision == AUTO:
+        raise SettingsError("a sweep compares plans in one precision; found --precision auto, name one such as int8.")
+    target, options = usable(settings)
+    steps = Steps(console)
+    output = Path(settings.output)
+    with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
+        subject = load(settings, steps)
+        workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
+        with accepting_data(subject):
+            rewriter = rewriter_of(subject, settings)
+            search = begin(subject, settings, rewriter, workshop, steps)
+            go_on(search, steps)
+            found = points_of(search, subject.model.name)
+            chosen = spread(len(found), points, [point.efficient for point in found])
+            built = {str(place): rewriter.rewritten(found[place].plan.changes) for place in chosen}
+        quality, latency = workshop.measured(built, settings, steps)
+        front = Front(
+            command=command,
+            settings=settings.to_dict() | {"points": points},
+            model=subject.model.name,
+            metric=None if quality is None else quality.metric,
+            data=subject.data.describe(),
+            points=tuple(with_measurements(point, latency.get(str(point.number)), quality) for point in found),
+            search=facts_of(search),
+            environment=environment(),
+            seconds=sum(step.seconds for step in steps.done),
+            limitations=(*subject.model.limitations, *subject.data.limitations),
+        )
+        (folder / "plans").mkdir()
+        for point in front.points:
+            (folder / plan_name(point)).write_text(point.plan.to_json())
+        (folder / "sweep.json").write_text(front.to_json())
+        (folder / "sweep.png").write_bytes(front.picture())
+        search.journal.forget()
+    return front

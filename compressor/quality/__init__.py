@@ -1,0 +1,1 @@
+"""Quality of outputs: metrics with intervals, parity with torch, divergence from the original."""

@@ -1,0 +1,120 @@
+"""How far rewritten graphs move the model's output, on a few calibration samples and without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressor.data.splits import Split
+from compressor.models import Model
+from compressor.quality.evaluate import EvaluationError, divergence, tensor_batches
+from passes.analysis.redundancy import MASK
+from passes.base import apply
+from passes.execute.interpreter import Forks, Program
+from passes.graph.graph import Graph, Site
+from passes.rewrite.drop import Drop
+
+Key = TypeVar("Key", bound=Hashable)
+
+POSITIONS = 64  # tokens of a text at which the divergence of a language model is measured
+# Dropping branches makes a classifier more or less sure without changing its answers, so its logits are compared at
+# the best of these scales. A language model's probabilities are its answer: they are compared as they are.
+SCALES = (1.0, 0.6, 0.75, 0.87, 1.15, 1.33, 1.6, 2.0)
+
+
+@dataclass
+class Effects:
+    """Output divergence from the original on a few calibration samples, under any rewrites.
+
+    The original's answers are kept (for language models at `POSITIONS` tokens of each text), no activations. `sweeps`
+    counts forward passes over these samples, by the share of the graph's nodes that were executed.
+
+    Raises:
+        EvaluationError: the original itself gives NaN or infinity.
+    """
+
+    graph: Graph
+    model: Model
+    split: Split
+    sweeps: float = 0.0
+    _originals: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scales = SCALES if self.model.task.endswith("classification") else SCALES[:1]
+        program = Program(self.graph)
+        with torch.inference_mode():
+            for feeds in tensor_batches(self.split):
+                self._originals.append(self._answer(program.run(feeds)))
+        if not all(bool(torch.isfinite(answer).all()) for answer in self._originals):
+            raise EvaluationError(f"{self.model.name} gave NaN or infinity on calibration data; check its weights.")
+        self.sweeps += 1
+
+    def measure(self, main: Graph, variants: Mapping[Key, Graph]) -> tuple[float, dict[Key, float]]:
+        """Divergence of a graph and of variants derived from it: mean over the samples' rows, at the best scale.
+
+        Infinite where the answers are no longer finite.
+        """
+        forks = Forks(main, variants)
+        sums: dict[Key | None, npt.NDArray[np.float64]] = {key: np.zeros(len(self.scales)) for key in (None, *variants)}
+        rows = 0
+        for original, feeds in zip(self._originals, tensor_batches(self.split), strict=True):
+            mask = self._mask(feeds, original)
+
+            def receive(
+                key: Key | None,
+                outputs: tuple[torch.Tensor, ...],
+                original: torch.Tensor = original,
+                mask: torch.Tensor | None = mask,
+            ) -> None:
+                sums[key] += self._divergences(self._answer(outputs), original, mask)
+
+            forks.run(feeds, receive)
+            rows += len(original)
+        self.sweeps += forks.share
+        means = {key: _least(total / rows) for key, total in sums.items()}
+        return means[None], {key: means[key] for key in variants}
+
+    def of_units(self, units: Sequence[Sequence[Site]]) -> list[float]:
+        """Divergence when all sites of a unit are dropped, for each unit on its own."""
+        variants = {}
+        for number, unit in enumerate(units):
+            variants[number] = self.graph.fork()
+            apply(Drop(tuple(site.name for site in unit)), variants[number])
+        _, found = self.measure(self.graph, variants)
+        return [found[number] for number in range(len(units))]
+
+    def _divergences(
+        self, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None
+    ) -> npt.NDArray[np.float64]:
+        """Summed over rows, at each scale."""
+        task = self.model.task
+        each = [float(divergence(task, answer * scale, original, mask).sum()) for scale in self.scales]
+        return np.array(each)
+
+    def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        answer = outputs[self.model.outputs.index(self.model.answer)]
+        return spaced(answer) if self.model.task == "text-generation" else answer
+
+    def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
+        mask = feeds.get(MASK)
+        if mask is None or original.ndim < 3:
+            return None
+        return spaced(mask) if self.model.task == "text-generation" else mask
+
+
+def spaced(values: torch.Tensor) -> torch.Tensor:
+    """`POSITIONS` evenly spaced tokens of [rows, tokens, ...]: a language model's logits of all fill the memory."""
+    if values.shape[1] <= POSITIONS:
+        return values
+    return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()]
+
+
+def _least(means: npt.NDArray[np.float64]) -> float:
+    finite = means[np.isfinite(means)]
+    return float(finite.min()) if finite.size else math.inf

@@ -1,0 +1,251 @@
+"""Ranges of activations for static int8, from calibration data, by five methods.
+
+``typical``: mean over the samples of their extremes, plus one standard deviation, never beyond the extremes.
+``minmax``: the extremes of all samples (Jacob et al. 2018, arXiv:1712.05877).
+``percentile``: what leaves a share of 1e-4 of the values out (McKinstry et al. 2018, arXiv:1809.04191).
+``entropy``: the clipping with the least Kullback-Leibler divergence between the values' histogram and its quantized
+form (Migacz, "8-bit inference with TensorRT", GTC 2017).
+``mse``: the clipping with the least mean squared error (Nagel et al. 2021, arXiv:2106.08295, section 3.1).
+
+The last three go by histograms of every activation, which take a second pass over a part of the samples. Memory does
+not depend on the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.quantize.intermediate_values import Batch, stream, write_measuring
+from compressor.quantize.qdq_rewrite import PREFIX, Activations, Edit, QuantizeError, Range, activation_grid, load
+
+Calibration = Literal["typical", "minmax", "percentile", "entropy", "mse"]
+METHODS: tuple[Calibration, ...] = get_args(Calibration)
+BY_EXTREMES = ("typical", "minmax")
+Array = npt.NDArray[np.float64]
+
+BINS = 2048
+HISTOGRAM_SAMPLES = 64
+"""Most samples whose values go into histograms."""
+
+ROWS = 4
+"""Samples at a time whose activations leave the model whole."""
+
+OUTSIDE = 1e-4
+"""Share of the values that ``percentile`` clips, half on each side."""
+
+SHARES = np.linspace(0.2, 1.0, 33)
+"""Clippings tried, as shares of the extremes."""
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """What one pass over the samples tells of each activation.
+
+    Args:
+        names: the activations, T of them.
+        mean: mean over the samples of their minimum and of their maximum, [2, T].
+        deviation: its standard deviation, [2, T].
+        extreme: minimum and maximum of all samples, [2, T]; 0 belongs to every range.
+        samples: how many there were.
+    """
+
+    names: tuple[str, ...]
+    mean: Array
+    deviation: Array
+    extreme: Array
+    samples: int
+
+    def ranges(self, method: Calibration) -> dict[str, Range]:
+        """Ranges by activation, by ``minmax`` or ``typical``."""
+        reach = self.extreme
+        if method == "typical":
+            low, high = self.mean[0] - self.deviation[0], self.mean[1] + self.deviation[1]
+            reach = np.stack([np.maximum(low, self.extreme[0]), np.minimum(high, self.extreme[1])])
+        return {name: (float(low), float(high)) for name, low, high in zip(self.names, *reach, strict=True)}
+
+
+def extremes(
+    source: Path,
+    work: Path,
+    names: Sequence[str],
+    feeds: Callable[[], Iterator[Batch]],
+    progress: Callable[[str], None],
+) -> Extremes:
+    """Minimum and maximum of activations, in one pass.
+
+    The graph reduces each activation to one minimum and maximum per index of its leading axis (samples, windows or
+    tokens), so nothing large leaves it; rows are joined into samples here.
+
+    Args:
+        source: the float ONNX file.
+        work: where a copy of it goes that gives these values.
+        names: the activations.
+        feeds: gives a fresh stream of calibration batches.
+        progress: told in a few words how far it is.
+
+    Raises:
+        QuantizeError: there is no batch, one does not fit the model, or values are not finite.
+    """
+    names = tuple(dict.fromkeys(names))
+    model = load(source)
+    edit = Edit(model.graph)
+    outputs = [output for name in names for output in _reductions(edit, name)]
+    write_measuring(model, edit, outputs, work)
+    moments, extreme = np.zeros((2, 2, len(names))), np.zeros((2, len(names)))
+    samples = 0
+    for batch, rows in stream(work, feeds(), outputs):
+        _check_finite(names, rows[2::3])
+        low = [_per_sample(values, batch, np.minimum) for values in rows[0::3]]
+        high = [_per_sample(values, batch, np.maximum) for values in rows[1::3]]
+        for power in (1, 2):
+            moments[power - 1] += batch * np.array([[(v**power).mean() for v in side] for side in (low, high)])
+        extreme[0] = np.minimum(extreme[0], [values.min() for values in low])
+        extreme[1] = np.maximum(extreme[1], [values.max() for values in high])
+        samples += batch
+        progress(f"int8: {samples} calibration samples")
+    if samples == 0:
+        raise QuantizeError("There is no calibration data; static int8 needs at least one batch, or use dynamic int8.")
+    mean, square = moments / samples
+    return Extremes(names, mean, np.sqrt(np.maximum(square - mean**2, 0)), extreme, samples)
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """How often values of each activation fall into `BINS` equal bins between its extremes."""
+
+    counts: Mapping[str, Array]
+    extreme: Mapping[str, Range]
+
+    def ranges(self, method: Calibration, activations: Activations) -> dict[str, Range]:
+        """Ranges by activation, by ``percentile``, ``entropy`` or ``mse``."""
+        if method == "percentile":
+            return {name: _percentile(counts, self.extreme[name]) for name, counts in self.counts.items()}
+        cost = partial({"entropy": _divergence, "mse": _squared_error}[method], activations=activations)
+        return {name: _cheapest(counts, self.extreme[name], cost) for name, counts in self.counts.items()}
+
+
+def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], Iterator[Batch]]) -> Histograms:
+    """Histograms of activations between their extremes, over the first `HISTOGRAM_SAMPLES` samples.
+
+    Args:
+        source: the float ONNX file.
+        work: where a copy of it goes that gives the activations.
+        found: their extremes.
+        feeds: gives a fresh stream of calibration batches.
+
+    Raises:
+        QuantizeError: a batch does not fit the model.
+    """
+    model = load(source)
+    write_measuring(model, Edit(model.graph), found.names, work)
+    reach = found.ranges("minmax")
+    counts = {name: np.zeros(BINS) for name in found.names}
+    for _, values in stream(work, _few_rows(feeds(), HISTOGRAM_SAMPLES), found.names):
+        for name, value in zip(found.names, values, strict=True):
+            counts[name] += np.histogram(value, BINS, reach[name])[0]
+    return Histograms(counts, reach)
+
+
+def _few_rows(feeds: Iterator[Batch], most: int) -> Iterator[Batch]:
+    """The first `most` samples, at most `ROWS` at a time."""
+    for batch in feeds:
+        rows = min(len(next(iter(batch.values()))), most)
+        for start in range(0, rows, ROWS):
+            yield {name: value[start : min(start + ROWS, rows)] for name, value in batch.items()}
+        most -= rows
+        if most <= 0:
+            return
+
+
+# ---- where to clip
+
+
+def _percentile(counts: Array, reach: Range) -> Range:
+    """The range that leaves half of `OUTSIDE` on each side; 0 belongs to it."""
+    share = np.cumsum(counts) / max(counts.sum(), 1.0)
+    edges = np.linspace(*reach, BINS + 1)
+    low = edges[int(np.searchsorted(share, OUTSIDE / 2))]
+    high = edges[min(int(np.searchsorted(share, 1 - OUTSIDE / 2)) + 1, BINS)]
+    return float(min(low, 0.0)), float(max(high, 0.0))
+
+
+def _cheapest(counts: Array, reach: Range, cost: Callable[..., float]) -> Range:
+    """The clipping of both sides, each by a share of its own, that costs least: one after the other, twice.
+
+    A joint search over both would take the square of the time for the same minimum in nearly every case.
+    """
+    edges = np.linspace(*reach, BINS + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    low, high = reach
+    for _ in range(2):
+        high = min((share * reach[1] for share in SHARES), key=lambda end: cost(counts, centres, (low, end)))
+        low = min((share * reach[0] for share in SHARES), key=lambda end: cost(counts, centres, (end, high)))
+    return float(low), float(high)
+
+
+def _rounded(centres: Array, reach: Range, activations: Activations) -> npt.NDArray[np.int64]:
+    """The level that each value is rounded to."""
+    scale, zero = activation_grid(*reach, activations)
+    ends = (0, 255) if activations == "uint8" else (-127, 127)
+    levels: npt.NDArray[np.int64] = np.clip(np.rint(centres / float(scale)) + int(zero), *ends).astype(np.int64)
+    return levels
+
+
+def _squared_error(counts: Array, centres: Array, reach: Range, activations: Activations) -> float:
+    """Sum of (x - Q(x))^2 over all values."""
+    scale, zero = activation_grid(*reach, activations)
+    levels = _rounded(centres, reach, activations)
+    return float(counts @ (centres - (levels - int(zero)) * float(scale)) ** 2)
+
+
+def _divergence(counts: Array, centres: Array, reach: Range, activations: Activations) -> float:
+    """KL(P | Q): P the histogram with what is clipped added to its ends, Q the same count spread over each level."""
+    inside = (centres >= reach[0]) & (centres <= reach[1])
+    if not counts[inside].any():
+        return float("inf")
+    clipped = counts[inside].copy()
+    clipped[0] += counts[centres < reach[0]].sum()
+    clipped[-1] += counts[centres > reach[1]].sum()
+    levels = _rounded(centres[inside], reach, activations)
+    levels -= levels.min()
+    filled = clipped > 0  # of the clipped histogram: an end must not weigh nothing in Q
+    total = np.bincount(levels, counts[inside])[levels]
+    spread = np.where(filled, total / np.maximum(np.bincount(levels, filled)[levels], 1), 0.0)
+    expected, found = clipped / clipped.sum(), spread / max(spread.sum(), 1e-12)
+    both = filled & (found > 0)
+    lost = expected[filled & (found <= 0)].sum()  # mass that Q says cannot be: as if at one in a million
+    return float((expected[both] * np.log(expected[both] / found[both])).sum() + lost * np.log(1e6))
+
+
+# ---- reductions inside the graph
+
+
+def _check_finite(names: Sequence[str], sums: Sequence[npt.NDArray[Any]]) -> None:
+    for name, value in zip(names, sums, strict=True):
+        if not np.isfinite(value).all():
+            raise QuantizeError(f"The activation {name} has NaN or infinity; check the model and the calibration data.")
+
+
+def _reductions(edit: Edit, name: str) -> tuple[str, str, str]:
+    """Add nodes for minimum, maximum and sum of each index of the leading axis.
+
+    The sum is there to notice a NaN: ONNX Runtime's minimum and maximum pass over it.
+    """
+    base = f"{PREFIX}{name}"
+    inputs = (edit.node("Flatten", [name], [f"{base}/rows"], axis=1), edit.constant(f"{PREFIX}axes", np.array([1])))
+    low = edit.node("ReduceMin", inputs, [f"{base}/low"], keepdims=0)
+    high = edit.node("ReduceMax", inputs, [f"{base}/high"], keepdims=0)
+    return low, high, edit.node("ReduceSum", inputs, [f"{base}/sum"], keepdims=0)
+
+
+def _per_sample(rows: npt.NDArray[Any], samples: int, reduce: np.ufunc) -> Array:
+    """Join the rows of each sample; rows that do not divide among the samples (no batch axis) count as one."""
+    groups = samples if samples and len(rows) % samples == 0 else 1
+    return np.asarray(reduce.reduce(rows.reshape(groups, -1), axis=1), np.float64)

@@ -1,0 +1,61 @@
+"""Int8 by NNCF (OpenVINO's quantizer), whose files OpenVINO sometimes runs faster than ours."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx
+
+from compressor.errors import CompressorError
+from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, load, save
+from runtimes.base.protocols import Feeds, first_line
+
+
+class NncfError(CompressorError):
+    """NNCF refused a model."""
+
+
+def to_int8(source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]]) -> None:
+    """Write NNCF's post-training int8 version of a float ONNX file, in its form for transformers.
+
+    Every calibration batch is used, one sample at a time, as NNCF takes them.
+
+    Raises:
+        NncfError: NNCF cannot quantize the model.
+    """
+    with _quiet():
+        import nncf
+
+        samples = [sample for batch in feeds() for sample in _rows(batch)]
+        try:
+            model = nncf.quantize(
+                load(source),
+                nncf.Dataset(samples),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(samples),
+            )
+        except Exception as error:  # NNCF's errors have no common base
+            raise NncfError(f"NNCF cannot quantize {source.name}: {first_line(error)}.") from error
+    assert isinstance(model, onnx.ModelProto)
+    save(model, destination, EXTERNAL_ABOVE)
+
+
+def _rows(batch: Feeds) -> Iterator[Feeds]:
+    for row in range(len(next(iter(batch.values())))):
+        yield {name: value[row : row + 1] for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF shows progress bars and logs every step."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

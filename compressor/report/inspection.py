@@ -1,0 +1,173 @@
+"""What `compressor inspect` shows: a table of sites, a JSON file, a heat map of the trunk's states."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.limitations import Limitation
+from compressor.quality.intervals import scaled
+from compressor.search.site_evidence import nested, state_names
+from compressor.workspace.output_folder import write_files
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from compressor.study.study import Study
+    from passes.analysis.counted_cost import Costs
+    from passes.analysis.redundancy import Scores
+    from passes.graph.graph import Site
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Scores and costs of every site.
+
+    `effects` is each site's output divergence when dropped alone, `study` how redundancy runs over depth, positions and
+    kinds of tokens; both only if measured. With `at_ends` pairs of states were compared at the last token of each text
+    alone, sites and blocks at all of them. `limitations` are those of the model and the data.
+    """
+
+    model: str
+    sites: tuple[Site, ...]
+    scores: Scores
+    costs: Costs
+    data: dict[str, Any]
+    effects: Sequence[float] | None = None
+    study: Study | None = None
+    at_ends: bool = False
+    limitations: tuple[Limitation, ...] = ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain dict per site, in order."""
+        rows = []
+        for index, site in enumerate(self.sites):
+            saved = self.costs.saved(site)
+            rows.append(
+                {
+                    "name": site.name,
+                    "kind": site.kind,
+                    "block": site.block,
+                    "width": site.width,
+                    "cosine": self.scores.cosine(site.name),
+                    "angular": self.scores.sites[site.name].mean("angular"),
+                    "update": self.scores.update(site.name),
+                    "effect": None if self.effects is None else self.effects[index],
+                    "parameters": saved.parameters,
+                    "multiply_adds": saved.multiply_adds,
+                }
+            )
+        return rows
+
+    def to_json(self) -> str:
+        """Everything as indented JSON; NaN (states of different shape) as null."""
+        total = self.costs.total
+        content = {
+            "model": self.model,
+            "data": self.data,
+            "samples": self.scores.samples,
+            "parameters": total.parameters,
+            "multiply_adds": total.multiply_adds,
+            "sites": self.rows(),
+            "blocks": {
+                name: {"influence": self.scores.influence(name), "update": self.scores.update(name)}
+                for name in self.scores.blocks
+            },
+            "states": list(self.state_names()),
+            "limitations": [asdict(limitation) for limitation in self.limitations],
+            "similarity_over": "last tokens of texts" if self.at_ends else "all tokens",
+            "similarity": nested(self.scores.similarity_matrix().tolist()),
+            "angular_distance": nested(self.scores.angular_matrix().tolist()),
+        }
+        return json.dumps(_finite(content), indent=2) + "\n"
+
+    def state_names(self) -> tuple[str, ...]:
+        """A readable name per trunk state: the site it enters, then the output of the last."""
+        return state_names(self.sites, self.scores)
+
+    def table(self) -> Table:
+        """The sites for a terminal: scores, parameters, multiply-adds (MACs) of one sample and their share."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        total = self.costs.total
+        title = f"{self.model}: {len(self.sites)} sites, {scaled(total.parameters)} parameters, "
+        table = Table(
+            title=f"{title}{scaled(total.multiply_adds)} multiply-adds a sample",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+        )
+        table.add_column("site", overflow="fold", min_width=16)
+        table.add_column("kind", no_wrap=True)
+        effects = ("effect",) if self.effects is not None else ()
+        for heading in ("cosine", "angular", "update", *effects, "params", "MACs", "share"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.rows():
+            effect = () if row["effect"] is None else (f"{row['effect']:.4f}",)
+            share = f"{row['multiply_adds'] / max(total.multiply_adds, 1):.1%}"
+            numbers = (_number(row["cosine"], 4), _number(row["angular"], 4), _number(row["update"], 3), *effect)
+            table.add_row(
+                row["name"], row["kind"], *numbers, scaled(row["parameters"]), scaled(row["multiply_adds"]), share
+            )
+        return table
+
+    def save(self, folder: Path, *, command: str = "") -> tuple[Path, ...]:
+        """Write inspect.json and similarity.png into a folder, and study.json and study.html; returns their paths.
+
+        Args:
+            folder: made if need be.
+            command: the command line, for the study's page.
+
+        Raises:
+            FolderError: the folder cannot be written, or the disk is full; no file is there then.
+        """
+        files = {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
+        if self.study is not None:
+            from compressor.report.pages.study_page import page
+
+            files["study.json"] = self.study.to_json().encode()
+            files["study.html"] = page(self.study, command=command).to_html().encode()
+        return write_files(folder, files)
+
+    def heat_map(self) -> bytes:
+        """The cosine similarity of every pair of trunk states as a PNG picture."""
+        from matplotlib.figure import Figure
+
+        names = self.state_names()
+        size = min(max(4.0, 0.28 * len(names)), 24.0)
+        figure = Figure(figsize=(size + 1.5, size), layout="constrained")
+        axes = figure.add_subplot()
+        matrix = self.scores.similarity_matrix().numpy()
+        measured = matrix[np.isfinite(matrix)]
+        lowest = min(0.0, float(measured.min())) if measured.size else 0.0
+        image = axes.imshow(matrix, vmin=lowest, vmax=1.0, cmap="viridis")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        where = ", at last tokens" if self.at_ends else ""
+        axes.set_title(f"{self.model}\ncosine similarity of trunk states{where}", fontsize=9)
+        figure.colorbar(image, ax=axes, shrink=0.8)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        return picture.getvalue()
+
+
+def _number(value: float, digits: int) -> str:
+    """A dash where a site's states have different shapes and there is nothing to compare."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,220 @@
+"""What `compressor inspect --study` finds: where along depth, positions and kinds of tokens a model is redundant."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.study.dataset_agreement import Between, Sums, between, random_tokens, short
+from compressor.study.ranking_stability import Stability, stability
+from passes.analysis.token_axis import from_data, leading_constants
+from passes.analysis.token_statistics import Changes, Kinds, Statistics
+from passes.analysis.token_statistics import Study as Measure
+from passes.base import apply
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressor.data.splits import Data
+    from compressor.lower.traced_model import Subject
+    from compressor.models import Model
+    from compressor.workspace.progress import Steps
+    from passes.graph.graph import Graph, Site
+
+# Sun et al. 2024, section 2: an activation above 100 that is a thousand times the median.
+MASSIVE, TIMES = 100.0, 1000.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """The statistics of a model's sites, how stable their ranking by cosine is, and whether other data rank alike."""
+
+    model: str
+    task: str
+    data: dict[str, Any]
+    samples: int
+    sites: tuple[Site, ...]
+    found: Statistics
+    stability: Stability | None
+    agreements: tuple[Between, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values, NaN as None."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "samples": self.samples,
+            "kinds": list(self.found.kinds),
+            "sites": self.site_rows(),
+            "blocks": self.block_rows(),
+            "states": self.state_rows(),
+            "stability": None if self.stability is None else asdict(self.stability),
+            "agreements": [asdict(each) | {"alike": each.alike} for each in self.agreements],
+        }
+
+    def summary(self) -> tuple[str, ...]:
+        """The answers as plain sentences with numbers."""
+        from compressor.study.findings import sentences
+
+        return tuple(sentences(self))
+
+    def to_json(self) -> str:
+        """Everything as indented JSON."""
+        return json.dumps({"summary": self.summary(), **self.to_dict()}, indent=2, allow_nan=False) + "\n"
+
+    def site_rows(self) -> list[dict[str, Any]]:
+        """One plain dict per site, in order."""
+        ranks = [None] * len(self.sites) if self.stability is None else list(self.stability.ranks)
+        return [
+            {"name": site.name, "kind": site.kind, "block": site.block}
+            | changed(self.found.sites[site.name], self.found.kinds)
+            | {"rank": None if rank is None else dict(zip(("value", "low", "high"), rank, strict=True))}
+            for site, rank in zip(self.sites, ranks, strict=True)
+        ]
+
+    def block_rows(self) -> list[dict[str, Any]]:
+        """One plain dict per block whose input and output have one shape."""
+        return [{"name": name, **changed(each, self.found.kinds)} for name, each in self.found.blocks.items()]
+
+    def state_rows(self) -> list[dict[str, Any]]:
+        """One plain dict per trunk state: named by the site it enters, the last one ``output``."""
+        entered: dict[str, str] = {}
+        for site in self.sites:
+            entered.setdefault(site.trunk, site.name)
+        return [
+            {"name": entered.get(node, "output")}
+            | _held(states.kinds.numpy(), states.samples.numpy(), self.found.kinds)
+            for node, states in self.found.states.items()
+        ]
+
+
+def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Data] = ()) -> Study:
+    """Measure a model on its calibration data: one sweep, then rankings drawn anew.
+
+    Args:
+        subject: model, data, graph and sites.
+        steps: where progress is shown.
+        seed: of the draws of samples.
+        against: other data, whose rankings are held against each other's and the subject's; each takes a sweep.
+    """
+    from compressor.search.planner import ticking
+
+    own = subject.data
+    with steps.step("study the sites") as tick:
+        batches = ticking(_batches(subject, own, seed), _rows(own), tick)
+        found = apply(_measure(subject, own), subject.graph, batches)
+    mine = _sums(own.source, found, subject.sites)
+    with steps.step("draw samples anew") as tick:
+        stable = stability(mine.tokens, mine.sums, seed=seed, progress=tick)
+    sets = [mine]
+    for data in against:
+        with steps.step(f"rank by {short(data.source)}") as tick:
+            batches = ticking(_batches(subject, data, seed), _rows(data), tick)
+            sets.append(_sums(data.source, apply(_measure(subject, data), subject.graph, batches), subject.sites))
+    kinds = [site.kind for site in subject.sites]
+    pairs = (between(*pair, kinds, seed=seed) for pair in itertools.combinations(sets, 2))
+    agreements = tuple(pair for pair in pairs if pair is not None)
+    model, count = subject.model, len(own.calibration)
+    return Study(model.name, model.task, own.describe(), count, subject.sites, found, stable, agreements)
+
+
+def _measure(subject: Subject, data: Data) -> Measure:
+    kinds = kinds_of(subject.model, subject.graph, subject.sites)
+    return Measure(kinds, data.calibration.samples.rows_per_sample)
+
+
+def _rows(data: Data) -> int:
+    return len(data.calibration) * data.calibration.samples.rows_per_sample
+
+
+def _batches(subject: Subject, data: Data, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The calibration samples; random tokens in the lengths of the subject's own, as others are not comparable."""
+    from compressor.quality.evaluate import tensor_batches
+
+    if data.random and "input_ids" in subject.model.inputs and not subject.data.random:
+        return random_tokens(subject.model, subject.data.calibration, seed)
+    return tensor_batches(data.calibration)
+
+
+def _sums(name: str, found: Statistics, sites: Sequence[Site]) -> Sums:
+    each = [found.sites[site.name].samples.numpy() for site in sites]
+    return Sums(name, np.stack([one[0] for one in each]), np.stack([one[1] for one in each]))
+
+
+def kinds_of(model: Model, graph: Graph, sites: Sequence[Site]) -> Kinds:
+    """How a model's tokens are called: by what timm and transformers say of it, else by its graph's structure."""
+    if "input_ids" in model.inputs:
+        return Kinds(first="class" if model.preprocess.class_first else "first", last="last", rest="other")
+    (trunk,) = [node for node in graph.nodes() if node.name == sites[0].trunk]
+    tokens = len(trunk.meta["val"].shape) == 3 and sites[0].channel_dim % 3 == 2
+    leading = leading_constants(trunk, 1, from_data(graph.nodes())) if tokens else 0
+    registers = min(_registers(model.module), leading)
+    classes = ("class", "distillation")[: leading - registers] if leading - registers <= 2 else ()
+    others = leading - registers - len(classes)
+    names = (*classes, *["register"] * registers, *["leading"] * others)
+    picture = model.preprocess.kind == "image" or len(next(iter(model.example.values())).shape) == 4
+    return Kinds(names, rest="patch" if picture else "token")
+
+
+def _registers(module: Any) -> int:
+    """Register tokens, as timm's modules and transformers' configs count them."""
+    said = getattr(module, "num_reg_tokens", None)
+    said = getattr(getattr(module, "config", None), "num_register_tokens", 0) if said is None else said
+    return said if isinstance(said, int) else 0
+
+
+def changed(changes: Changes, kinds: Sequence[str]) -> dict[str, Any]:
+    """Means of what a site or block does: over all tokens, by kind, by position."""
+    by_kind, by_place = changes.kinds.numpy(), changes.positions.numpy()
+    tokens = by_kind[0].sum()
+    means = {name: _mean(by_kind[row].sum(), tokens) for row, name in ((1, "cosine"), (2, "update"), (3, "norm"))}
+    found = {
+        kind: {"tokens": int(by_kind[0, place])}
+        | {
+            name: _mean(by_kind[row, place], by_kind[0, place])
+            for row, name in ((1, "cosine"), (2, "update"), (3, "norm"))
+        }
+        for place, kind in enumerate(kinds)
+        if by_kind[0, place]
+    }
+    places = {
+        name: [_short(_mean(value, count)) for value, count in zip(by_place[row], by_place[0], strict=True)]
+        for row, name in ((1, "cosine"), (2, "update"))
+    }
+    return {**means, "kinds": found, "positions": {"tokens": [int(count) for count in by_place[0]], **places}}
+
+
+def _held(by_kind: Any, samples: Any, kinds: Sequence[str]) -> dict[str, Any]:
+    """A state's norms by kind, and its largest activations."""
+    largest, median, channel, kind = samples
+    ratio = largest / np.maximum(median, 1e-12)
+    top = int(np.argmax(ratio))
+    channels, counts = np.unique(channel[channel >= 0], return_counts=True)
+    return {
+        "norm": _mean(by_kind[1].sum(), by_kind[0].sum()),
+        "kinds": {name: _mean(*by_kind[::-1, place]) for place, name in enumerate(kinds) if by_kind[0, place]},
+        "largest": float(largest.max()),
+        "median": float(np.median(median)),
+        "ratio": float(np.median(ratio)),
+        "ratio_most": float(ratio[top]),
+        "channel": int(channels[counts.argmax()]) if len(channels) else None,
+        "channel_share": float(counts.max() / len(channel)) if len(channels) else None,
+        "kind": kinds[int(kind[top])] if kind[top] >= 0 else None,
+        "massive": float(np.mean((largest > MASSIVE) & (ratio > TIMES))),
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits: a long text has a number for each position and branch."""
+    return None if value is None else round(value, 6)
+
+
+def _mean(total: float, count: float) -> float | None:
+    value = float(total) / float(count) if count else math.nan
+    return value if math.isfinite(value) else None

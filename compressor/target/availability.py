@@ -1,0 +1,67 @@
+"""Whether a target can do here what was asked for: found out before any work."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from compressor.deferred.package import STAND_IN, stand_in
+from compressor.errors import CompressorError
+from compressor.lower.write_onnx import OPSET
+from compressor.quantize.precision import AUTO, check
+from compressor.settings import Settings
+from compressor.target.registry import target_named
+from runtimes.base.protocols import BuildOptions, Runtime
+from runtimes.base.registry import check_device, need
+
+
+class UsableError(CompressorError):
+    """The target cannot do what was asked for."""
+
+
+def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
+    """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
+    target = target_named(settings.target, task=settings.task, cache=settings.cache)
+    device = target.devices[0] if settings.device is None else settings.device
+    options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
+    check(target, settings.precision, device)
+    if settings.defer_build:
+        check_device(target.name, target.devices, options)
+        _check_deferrable(target, settings.precision)
+        target, options = stand_in(target), replace(options, device="cpu", portable=False)
+    need(target.name, _or_defer(target), target.devices, options)
+    if options.device != target.devices[0] and target.source == ".onnx":
+        _probe(target, options)
+    return target, options
+
+
+def _check_deferrable(target: Runtime, precision: str) -> None:
+    """Refuse to leave to the device what is made by torch, which it need not have, or cannot be measured here."""
+    if precision in (*target.own, AUTO):
+        raise UsableError(
+            f"--precision {precision} can only be proven where {target.name} runs; leave out --defer-build, or give "
+            f"one of: {', '.join(name for name in target.precisions[target.devices[0]] if name not in target.own)}."
+        )
+    if target.source != ".onnx":
+        raise UsableError(f"target {target.name} builds with torch, on this machine; leave out --defer-build.")
+
+
+def _or_defer(target: Runtime) -> str | None:
+    """The reason why a target cannot be used, with the way round it where there is one."""
+    reason = target.missing()
+    if reason is None or target.name == STAND_IN or target.source != ".onnx":
+        return reason
+    return f"{reason}, or export with --defer-build here and run `compressor build` on the device"
+
+
+def _probe(target: Runtime, options: BuildOptions) -> None:
+    """Build the smallest model there is: whether the device is there should not be learnt after a search."""
+    from onnx import TensorProto, helper, save
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", ends[:1], ends[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.onnx")
+        save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
+        target.build(path, Path(folder), options)

@@ -1,0 +1,31 @@
+"""Everything that `--target` takes: the runtimes, and the checkpoint of transformers, which only this package knows."""
+
+from __future__ import annotations
+
+from compressor.lower import checkpoint
+from runtimes.base import registry
+from runtimes.base.protocols import Runtime, RuntimesError
+
+
+def targets() -> tuple[str, ...]:
+    """The names of all targets, whether or not they can run here, in alphabetical order."""
+    return tuple(sorted((*registry.targets(), checkpoint.NAME)))
+
+
+def target_named(name: str, *, task: str | None = None, cache: bool = True) -> Runtime:
+    """The target of that name.
+
+    Args:
+        name: what `--target` takes.
+        task: by which the model was loaded, if not by its own; a checkpoint is loaded by it again.
+        cache: whether a language model is called with its KV cache; a checkpoint is called likewise.
+
+    Raises:
+        RuntimesError: there is no such target; the message lists those there are.
+    """
+    if name == checkpoint.NAME:
+        return checkpoint.Transformers(task, cache)
+    try:
+        return registry.runtime(name)
+    except RuntimesError as error:
+        raise RuntimesError(f"{error} A checkpoint is written by {checkpoint.NAME}.") from error

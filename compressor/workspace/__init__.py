@@ -1,0 +1,1 @@
+"""The output folder, the environment, progress and the journal of a search."""

@@ -1,0 +1,66 @@
+"""The steps of a run: shown while they run, with the time and memory each took."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from compressor.workspace.environment import forget_peak_memory, peak_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Tick = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: seconds it took, and the most memory the process held meanwhile, in bytes."""
+
+    name: str
+    seconds: float
+    peak_memory: int | None
+
+
+@dataclass
+class Steps:
+    """Records the steps of a run and shows a progress bar for the current one on `console`, if there is one."""
+
+    console: Console | None = None
+    done: list[Step] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[Tick]:
+        """Time a step. Yields ``tick(done, total, text)`` for its progress bar; every argument may be left out."""
+        start = time.perf_counter()
+        forget_peak_memory()
+        with self._bar(name) as tick:
+            yield tick
+        self.done.append(Step(name, time.perf_counter() - start, peak_memory()))
+        if self.console is not None:
+            self.console.print(f"[green]✓[/green] {name} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False)
+
+    @contextlib.contextmanager
+    def _bar(self, name: str) -> Iterator[Tick]:
+        if self.console is None or not self.console.is_terminal:
+            yield lambda *_, **__: None
+            return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(name, total=None, text="")
+
+            def tick(done: float | None = None, total: float | None = None, text: str = "") -> None:
+                bars.update(task, completed=done, total=total, text=text)
+
+            yield tick

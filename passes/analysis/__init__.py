@@ -1,0 +1,1 @@
+"""Analyses: they read a graph and data, and change nothing."""

@@ -1,0 +1,84 @@
+"""Parameters and multiply-adds of a graph, as a whole and per site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from passes.analysis.multiply_adds import multiply_adds
+from passes.execute.interpreter import Program
+from passes.execute.offloaded_weights import has_offloaded, shapes_alone
+from passes.graph.graph import attribute, live_nodes, resolution
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from torch import fx
+
+    from passes.graph.graph import Graph, Site
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Number of parameters (shared ones once) and of multiply-adds of one forward pass of one sample."""
+
+    parameters: int
+    multiply_adds: int
+
+    def __sub__(self, other: Cost) -> Cost:
+        """What is saved by going from this cost to the other."""
+        return Cost(self.parameters - other.parameters, self.multiply_adds - other.multiply_adds)
+
+
+class Costs:
+    """Costs of a graph under any drops, from one counted run.
+
+    Multiply-adds are those of matrix products, convolutions and attention, by `passes.multiply_adds`; element-wise work
+    is not counted.
+
+    Args:
+        graph: the traced model.
+        example: input name to tensor with a batch of at least 1; counts are divided by the batch.
+    """
+
+    def __init__(self, graph: Graph, example: Mapping[str, torch.Tensor]) -> None:
+        self.graph = graph
+        self.example = example
+        self.by_node = _count(graph, example)
+        self.total = self.under(())
+
+    def under(self, skip: Collection[Site]) -> Cost:
+        """Cost of the graph without the branches of `skip`."""
+        live = live_nodes(self.graph, resolution(self.graph, skip))
+        tensors = [attribute(self.graph, node) for node in live if node.op == "get_attr"]
+        parameters = {id(tensor): tensor.numel() for tensor in tensors if isinstance(tensor, torch.nn.Parameter)}
+        return Cost(sum(parameters.values()), sum(self.by_node.get(node.name, 0) for node in live))
+
+    def saved(self, site: Site) -> Cost:
+        """What dropping this one site saves."""
+        return self.total - self.under([site])
+
+
+@torch.inference_mode()
+def _count(graph: Graph, example: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    program = Program(graph)
+    if has_offloaded(graph):  # counted by shapes alone
+        with shapes_alone(program, example) as values:
+            return _counted(program, values)
+    return _counted(program, program.start(example))
+
+
+def _counted(program: Program, values: dict[fx.Node, Any]) -> dict[str, int]:
+    batch = len(values[program.graph.placeholders()[0]])
+    counts: dict[str, int] = {}
+    with FlopCounterMode(display=False) as counter:
+        done = 0
+        for node in program.walk(values):
+            total = counter.get_total_flops()
+            by_formula = multiply_adds(node.target, program.operands(node, values), values[node])
+            counts[node.name] = ((total - done) // 2 if by_formula is None else by_formula) // batch
+            done = total
+    return counts

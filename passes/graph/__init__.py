@@ -1,0 +1,1 @@
+"""The graph, its sites, and every edit of fx nodes."""

@@ -1,0 +1,392 @@
+"""Residual sites of a graph, found by structure alone, and the names they are known by."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from passes.graph.graph import Graph, GraphError, Site, attribute, is_sum, value_of
+from passes.torch_internals import SAFE_SOFTMAX, SOFTMAX
+
+aten = torch.ops.aten
+
+ATTENTION_OPS = frozenset({aten.scaled_dot_product_attention.default})
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})
+SOFTMAX_OPS = frozenset({aten.softmax.int}) | SOFTMAX | SAFE_SOFTMAX
+LINEAR_OPS = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default})
+CONV_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default})
+CHANNELS_FIRST_OPS = CONV_OPS | {
+    aten.batch_norm.default,
+    aten.group_norm.default,
+    aten.avg_pool2d.default,
+    aten.max_pool2d.default,
+}
+NORM_OPS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+
+
+def find_sites(graph: Graph) -> tuple[Site, ...]:
+    """Find every residual branch by structure alone: no model names, no module classes.
+
+    Sums are flattened first (``x + a(x) + m(x)`` is one trunk with two branches). In a sum, the trunk is the term that
+    the others are computed from, and a term is a branch when it is computed from the trunk, uses parameters, and
+    has no other reader. Values computed before the trunk (masks, rotary tables, batch size) may enter from the side.
+    A sum inside another sum's branch is part of that branch, unless the branch holds a chain of two or more of them:
+    then the outer sum is a group of blocks (a long skip), and the inner ones are the sites.
+    """
+    finder = _Finder(graph)
+    found = finder.outermost(finder.candidates())
+    bases = [_base_name(graph, candidate) for candidate in found]
+    names = _unique_names([_full_name(graph, *pair) for pair in zip(found, bases, strict=True)])
+    blocks = _block_names(graph, found, bases)
+    return tuple(
+        Site(
+            name=name,
+            kind=candidate.kind,
+            block=block,
+            order=order,
+            width=int(value_of(candidate.trunk).shape[candidate.channel_dim]),
+            channel_dim=candidate.channel_dim,
+            add=candidate.add.name,
+            branch=candidate.branch.name,
+            trunk=candidate.trunk.name,
+            root=candidate.root.name,
+        )
+        for order, (name, block, candidate) in enumerate(zip(names, blocks, found, strict=True))
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    add: fx.Node
+    branch: fx.Node
+    trunk: fx.Node
+    root: fx.Node
+    region: int
+    nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    kind: str
+    channel_dim: int
+
+
+class _Finder:
+    """Reachability as bit masks over the nodes, so that every ancestor question is one integer operation."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.order = graph.nodes()
+        self.index = {node: position for position, node in enumerate(self.order)}
+        self.ancestors = self._closure()
+        self.from_weights = {node for node in self.order if self._is_constant(node)}
+
+    def _closure(self) -> list[int]:
+        """For each node the set of nodes it is computed from. Shapes are not data: sizes count as sources."""
+        closure: list[int] = []
+        for node in self.order:
+            reached = 0
+            if _is_tensor(node):
+                for source in node.all_input_nodes:
+                    if _is_tensor(source):
+                        reached |= closure[self.index[source]] | (1 << self.index[source])
+            closure.append(reached)
+        return closure
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        inputs = list(self.graph.placeholders())
+        mask = sum(1 << self.index[placeholder] for placeholder in inputs)
+        return not (self.ancestors[self.index[node]] & mask) and node.op != "placeholder"
+
+    def candidates(self) -> list[_Candidate]:
+        found: list[_Candidate] = []
+        for root in self.order:
+            if is_sum(root) and not _continues(root):
+                found.extend(self._of_sum(root))
+        return found
+
+    def _of_sum(self, root: fx.Node) -> Iterator[_Candidate]:
+        terms = list(_terms(root))
+        trunk = self._trunk([term for _, term in terms])
+        if trunk is None or not _same_shape(trunk, root):
+            return
+        for add, term in terms:
+            if term is not trunk and self._depends(term, trunk) and len(term.users) == 1:
+                candidate = self._candidate(add, term, trunk, root)
+                if candidate is not None:
+                    yield candidate
+
+    def _trunk(self, terms: list[fx.Node]) -> fx.Node | None:
+        """The term that other terms are computed from; the earliest where several are."""
+        sources = [term for term in terms if any(self._depends(other, term) for other in terms if other is not term)]
+        return min(sources, key=self.index.__getitem__, default=None)
+
+    def _depends(self, node: fx.Node, source: fx.Node) -> bool:
+        return bool(self.ancestors[self.index[node]] >> self.index[source] & 1)
+
+    def _candidate(self, add: fx.Node, branch: fx.Node, trunk: fx.Node, root: fx.Node) -> _Candidate | None:
+        nodes = self._region(branch, trunk)
+        weights = self._weights(nodes, trunk)
+        if not weights:
+            return None
+        region = sum(1 << self.index[node] for node in nodes)
+        kind = self._kind(nodes)
+        return _Candidate(add, branch, trunk, root, region, nodes, weights, kind, _channel_dim(trunk, nodes))
+
+    def _region(self, branch: fx.Node, trunk: fx.Node) -> tuple[fx.Node, ...]:
+        inside = self.ancestors[self.index[branch]] | (1 << self.index[branch])
+        first, last = self.index[trunk] + 1, self.index[branch] + 1
+        between = [node for node in self.order[first:last] if inside >> self.index[node] & 1]
+        return tuple(node for node in between if self._depends(node, trunk))
+
+    def _weights(self, nodes: tuple[fx.Node, ...], trunk: fx.Node) -> tuple[fx.Node, ...]:
+        """Parameters that enter a region, directly or through tables computed from nothing but parameters.
+
+        The trunk may itself be one (a class token that attends to the image): it is not the branch's.
+        """
+        stack = [source for node in nodes for source in node.all_input_nodes if source in self.from_weights - {trunk}]
+        seen: dict[fx.Node, None] = {}
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen[node] = None
+                stack.extend(node.all_input_nodes)
+        tables = [node for node in seen if node.op == "get_attr"]
+        return tuple(node for node in tables if isinstance(attribute(self.graph, node), torch.nn.Parameter))
+
+    def _kind(self, nodes: tuple[fx.Node, ...]) -> str:
+        if self._is_attention(nodes):
+            return "attention"
+        spatial = [node for node in nodes if node.target in CONV_OPS and not _is_pointwise(node)]
+        if spatial:
+            return "conv"
+        linear = LINEAR_OPS | CONV_OPS
+        pointwise = [node for node in nodes if node.target in linear or self._maps_features(node)]
+        return "mlp" if len(pointwise) > 1 else "other"
+
+    def _is_attention(self, nodes: tuple[fx.Node, ...]) -> bool:
+        """Fused attention, or a product of two activations beside a normalisation over tokens or channels."""
+        if any(node.target in ATTENTION_OPS for node in nodes):
+            return True
+        products = [node for node in nodes if node.target in PRODUCTS and self._multiplies_activations(node)]
+        return len(products) >= 2 or (bool(products) and any(node.target in SOFTMAX_OPS for node in nodes))
+
+    def _maps_features(self, node: fx.Node) -> bool:
+        """Whether a product is a linear map written out, x @ W.T, as Falcon has it."""
+        if node.target not in PRODUCTS:
+            return False
+        left, right = node.all_input_nodes[0], node.all_input_nodes[-1]
+        return right in self.from_weights and left not in self.from_weights and len(_sizes(right)) == 2
+
+    def _multiplies_activations(self, node: fx.Node) -> bool:
+        operands = [source for source in node.all_input_nodes if _is_tensor(source)]
+        return len(operands) >= 2 and not any(operand in self.from_weights for operand in operands)
+
+    def outermost(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """Drop sums inside a branch (GPT-2's tanh GELU holds one), or the branch if it is itself a chain of blocks."""
+        groups = [outer for outer in candidates if self._inner_sums(outer, candidates) >= 2]
+        flat = [candidate for candidate in candidates if candidate not in groups]
+        return [inner for inner in flat if not any(_inside(inner, outer) for outer in flat)]
+
+    def _inner_sums(self, outer: _Candidate, candidates: list[_Candidate]) -> int:
+        return len({inner.root for inner in candidates if _inside(inner, outer)})
+
+
+def _inside(inner: _Candidate, outer: _Candidate) -> bool:
+    return inner is not outer and inner.root is not outer.root and inner.region & outer.region == inner.region
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    value = value_of(node)
+    return node.op in ("get_attr", "placeholder") or isinstance(value, (torch.Tensor, list, tuple)) or value is None
+
+
+def _continues(node: fx.Node) -> bool:
+    """Whether a sum is only a term of a larger sum."""
+    return len(node.users) == 1 and is_sum(next(iter(node.users)))
+
+
+def _terms(root: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The terms of a flattened sum, each with the add node it is a direct operand of."""
+    for operand in root.all_input_nodes:
+        if is_sum(operand) and _continues(operand):
+            yield from _terms(operand)
+        else:
+            yield root, operand
+
+
+def _same_shape(left: fx.Node, right: fx.Node) -> bool:
+    shapes = [getattr(value_of(node), "shape", None) for node in (left, right)]
+    return None not in shapes and str(shapes[0]) == str(shapes[1])
+
+
+def _is_pointwise(conv: fx.Node) -> bool:
+    weight = value_of(conv.all_input_nodes[1])
+    return weight is not None and all(int(size) == 1 for size in weight.shape[2:])
+
+
+def _channel_dim(trunk: fx.Node, nodes: tuple[fx.Node, ...]) -> int:
+    """Axis of the trunk's features: the one that the branch's first convolution, norm or linear map reads as such.
+
+    Axes are followed from the trunk through everything that only moves them. The last axis where no path arrives.
+    """
+    rank = len(value_of(trunk).shape)
+    axes: dict[fx.Node, list[int | None]] = {trunk: list(range(rank))}
+    for node in nodes:
+        source = next((source for source in node.all_input_nodes if source in axes), None)
+        if source is None:
+            continue
+        position = _feature_position(node)
+        found = axes[source][position] if position is not None and len(axes[source]) > 1 else None
+        if found is not None:
+            return found
+        axes[node] = _moved_axes(node, source, axes[source])
+    return rank - 1
+
+
+def _feature_position(node: fx.Node) -> int | None:
+    """Which axis of its input a node takes for features: by its operator, or by a parameter that has one axis only."""
+    if node.target in CHANNELS_FIRST_OPS:
+        return 1
+    if node.target in LINEAR_OPS | NORM_OPS:
+        return -1
+    for source in node.all_input_nodes:
+        sizes = _sizes(source)
+        features = [position for position, size in enumerate(sizes) if size != "1"]
+        if source.op == "get_attr" and len(features) == 1 and len(sizes) <= len(_sizes(node)):
+            return features[0] - len(sizes)
+    return None
+
+
+def _moved_axes(node: fx.Node, source: fx.Node, axes: list[int | None]) -> list[int | None]:
+    """Which axis of the trunk each axis of `node` is, None for those that are new or merged."""
+    if node.target == aten.permute.default:
+        return [axes[dim] for dim in node.args[1]]  # type: ignore[union-attr,index]
+    if node.target == aten.transpose.int:
+        moved, (first, second) = list(axes), node.args[1:3]
+        moved[first], moved[second] = axes[second], axes[first]  # type: ignore[index]
+        return moved
+    before, after = _sizes(source), _sizes(node)
+    if len(before) == len(after):
+        return axes
+    front = _agreeing(before, after)
+    back = min(_agreeing(before[::-1], after[::-1]), len(after) - front)
+    return [*axes[:front], *[None] * (len(after) - front - back), *axes[len(axes) - back :]]
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    """Sizes as text, because comparing symbolic ones would fix them; those of the first part of a split tensor."""
+    value = value_of(node)
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    return [str(size) for size in getattr(value, "shape", ())]
+
+
+def _agreeing(left: list[str], right: list[str]) -> int:
+    return sum(1 for _ in _common(left, right))
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+def _base_name(graph: Graph, candidate: _Candidate) -> str:
+    """Common module path of the branch's own weight matrices, e.g. ``blocks.3.attn``; the add node where there is none.
+
+    Matrices that the branch reads itself come first: a table computed beforehand may belong to an earlier block, as
+    T5's position bias does.
+    """
+    read = {source for node in candidate.nodes for source in node.all_input_nodes}
+    matrices = [node for node in candidate.weights if _is_matrix(attribute(graph, node))] or list(candidate.weights)
+    own = [node for node in matrices if node in read] or matrices
+    paths = [str(node.target).removeprefix(graph.prefix).split(".")[:-1] for node in own]
+    shared = paths[0]
+    for path in paths[1:]:
+        shared = [a for a, _ in _common(shared, path)]
+    return ".".join(shared) or candidate.add.name
+
+
+def _is_matrix(weight: torch.Tensor) -> bool:
+    return sum(size > 1 for size in weight.shape) >= 2
+
+
+def _common(left: Sequence[str], right: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            return
+        yield a, b
+
+
+def _full_name(graph: Graph, candidate: _Candidate, base: str) -> str:
+    """The base, with the kind where the base is the block that does the adding (unless its name says so already).
+
+    Looks at nothing but the site itself: whatever else is dropped, its name stays.
+    """
+    last = base.rpartition(".")[2]
+    adding = _module_path(candidate.add).removeprefix(graph.prefix)
+    return f"{base}.{candidate.kind}" if last.isdigit() or (base == adding and last != candidate.kind) else base
+
+
+def _unique_names(named: list[str]) -> list[str]:
+    """Number the sites that share their weights, and so their name."""
+    repeats, seen = Counter(named), Counter[str]()
+    names = []
+    for name in named:
+        seen[name] += 1
+        names.append(f"{name}#{seen[name]}" if repeats[name] > 1 else name)
+    return names
+
+
+def _block_names(graph: Graph, found: list[_Candidate], bases: list[str]) -> list[str]:
+    """Group consecutive sites into blocks: the module path up to its last number, or a new attention."""
+    names: list[str] = []
+    key, members, count = None, list[tuple[str, str]](), 0
+    for candidate, base in zip(found, bases, strict=True):
+        path = _numbered(_module_path(candidate.root).removeprefix(graph.prefix)) or _numbered(base)
+        repeats = (base, candidate.kind) in members
+        restarts = not path and candidate.kind == "attention" and "attention" in [kind for _, kind in members]
+        if path != key or repeats or restarts:
+            key, members, count = path, [], count + 1
+        members.append((base, candidate.kind))
+        earlier = names[: len(names) - len(members) + 1]
+        names.append(path if path and path not in earlier else f"{path or 'block'}#{count}")
+    return _joined(names, [candidate.kind for candidate in found])
+
+
+def _joined(blocks: list[str], kinds: list[str]) -> list[str]:
+    """Join numbered sublayers to one block: attention alone in ``block.3.layer.0``, the MLP in ``block.3.layer.1``.
+
+    Blocks of one site each are sublayers where they have one numbered parent and are attention first, one MLP last.
+    """
+    joined, members = list(blocks), defaultdict[str, list[int]](list)
+    for position, block in enumerate(blocks):
+        if blocks.count(block) == 1:
+            members[_numbered(block.rpartition(".")[0])].append(position)
+    for parent, positions in members.items():
+        parts = [kinds[position] for position in positions]
+        if parent and parts == ["attention"] * (len(parts) - 1) + ["mlp"] and len(parts) > 1:
+            for position in positions:
+                joined[position] = parent
+    return joined
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _numbered(path: str) -> str:
+    parts = path.split(".")
+    last = max((position for position, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1])
+
+
+def site_named(sites: Collection[Site], name: str) -> Site:
+    """The site of that name.
+
+    Raises:
+        GraphError: there is none.
+    """
+    for site in sites:
+        if site.name == name:
+            return site
+    raise GraphError(f"the graph has no site named {name!r}; it has {len(sites)}: `compressor inspect` lists them.")

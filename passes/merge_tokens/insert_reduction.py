@@ -1,0 +1,107 @@
+"""One more reduction: how many tokens go, and which."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from passes.base import PassError
+from passes.graph.edit import name_size
+from passes.graph.graph import value_of
+from passes.merge_tokens import matching as arithmetic
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from passes.merge_tokens.matching import Count, Stage
+    from passes.merge_tokens.stages import Reduction, Stages
+
+aten = torch.ops.aten
+
+
+class Attended(NamedTuple):
+    """The attention seen last.
+
+    ``keys`` are ``[B, (H,) N, d]``, or ``[B, (H,) d, N]`` where `turned`. Scores come from ``query``, ``mask`` and
+    ``scale`` of fused attention, or ``weights`` is the softmax of the explicit form. ``real`` ``[B, N]`` is False for
+    padding.
+    """
+
+    keys: fx.Node
+    turned: bool = False
+    query: fx.Node | None = None
+    mask: fx.Node | None = None
+    scale: float = 1.0
+    weights: fx.Node | None = None
+    real: fx.Node | None = None
+
+
+def next_stage(call: Any, root: fx.Node, amount: float, attended: Attended, past: Stages) -> Stage:
+    """Write the reduction of what `root` holds.
+
+    Args:
+        call: writes a node.
+        root: the trunk ``[B, N, D]`` behind an attention.
+        amount: how many tokens go, or which share.
+        attended: that attention.
+        past: the reductions so far.
+
+    Raises:
+        PassError: the amount does not fit, or the keys have another layout.
+    """
+    size = value_of(root).shape[1]
+    whole = size if isinstance(size, int) else call(aten.sym_size.int, root, 1)
+    old: Count = past.done[-1].count if past.done else whole
+    sizes = past.done[-1].sizes if past.done else None
+    method, protected = past.reduction.method, past.reduction.protected
+    removed = _removed(call, root, old, amount, past.reduction)
+    count, kind = arithmetic.minus(call, old, removed), value_of(root).dtype
+    if not isinstance(count, int):
+        name_size(count)
+    if method == "attention":
+        return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, kind)
+    keys = _mean_keys(call, attended)
+    if method == "norm":
+        score = call(aten.linalg_vector_norm.default, keys, 2, [-1])
+        return arithmetic.keep(call, score, count, protected, sizes, kind)
+    place = arithmetic.match(call, keys, protected, removed, attended.real)
+    return arithmetic.merge(call, place, count, sizes, kind)
+
+
+def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Reduction) -> Count:
+    """As many as asked for, and no more than there are: a merge takes less than half of the free tokens."""
+    if not isinstance(old, int) and isinstance(amount, int):
+        raise PassError(
+            f"{amount} tokens cannot be taken from a text of any length behind {root.name}: give a share, as 0.25."
+        )
+    removed = arithmetic.removed_tokens(call, old, reduction.protected, amount)
+    if not isinstance(old, int):
+        return removed
+    free = old - reduction.protected
+    return max(0, min(removed, (free - 1) // 2 if reduction.method == "merge" else free - 1))
+
+
+def _mean_keys(call: Any, attended: Attended) -> fx.Node:
+    """Keys ``[B, N, d]`` in float32, averaged over heads."""
+    keys = attended.keys
+    if len(value_of(keys).shape) not in (3, 4):
+        shape = tuple(value_of(keys).shape)
+        raise PassError(f"the keys {keys.name} have shape {shape}; expected [samples, heads, tokens, features].")
+    if len(value_of(keys).shape) == 4:
+        keys = call(aten.mean.dim, keys, [1])
+    keys = call(aten.transpose.int, keys, 1, 2) if attended.turned else keys
+    return keys if value_of(keys).dtype == torch.float32 else call(aten.to.dtype, keys, torch.float32)
+
+
+def _received(call: Any, attended: Attended, protected: int) -> fx.Node:
+    weights = attended.weights
+    if weights is None:
+        assert attended.query is not None
+        return arithmetic.attention_received(
+            call, attended.query, attended.keys, attended.mask, attended.scale, protected
+        )
+    if len(value_of(weights).shape) == 4:
+        weights = call(aten.mean.dim, weights, [1])
+    received: fx.Node = call(aten.select.int, weights, 1, 0) if protected else call(aten.mean.dim, weights, [1])
+    return received

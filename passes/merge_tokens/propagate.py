@@ -1,0 +1,399 @@
+"""Walk a graph behind its first reduction of tokens and make every operator fit what is left."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from passes.analysis import token_axis as axes
+from passes.analysis.token_axis import Flow, Unfollowed, option, sizes_of
+from passes.base import PassError
+from passes.graph.edit import bypass, derive, rewire, set_arguments
+from passes.graph.graph import value_of
+from passes.graph.sites import LINEAR_OPS, NORM_OPS, PRODUCTS, SOFTMAX_OPS
+from passes.merge_tokens import matching as arithmetic
+from passes.merge_tokens.insert_reduction import Attended, next_stage
+from passes.merge_tokens.masks import Masks
+from passes.merge_tokens.stages import Stages
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import fx
+
+    from passes.graph.graph import Graph, Site
+    from passes.merge_tokens.stages import Reduction
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+MOST_LEADING = 64  # a token read by a position beyond this is no class or register token
+
+
+class Walk:
+    """One walk from the trunk of `first` to the outputs.
+
+    Args:
+        graph: what is edited.
+        first: the first attention behind which tokens go.
+        last: the last one.
+        amounts: root node of a site to what is taken away there; empty for a trial, which edits nothing.
+        reduction: how.
+    """
+
+    def __init__(
+        self, graph: Graph, first: Site, last: Site, amounts: Mapping[str, float], reduction: Reduction
+    ) -> None:
+        self.graph, self.amounts = graph, amounts
+        self.past = Stages(graph, reduction)
+        self.order = graph.nodes()
+        self.index = {node: position for position, node in enumerate(self.order)}
+        self.before = {node: sizes_of(node) for node in self.order}
+        self.rank = {node: len(sizes) for node, sizes in self.before.items()}
+        named = {node.name: node for node in self.order}
+        self.first = named[first.trunk]
+        self.trunk = _ancestors(named[last.root])
+        self.flows: dict[fx.Node, Flow] = {}
+        self.masks = Masks(graph, self.past)
+        self.attended: Attended | None = None
+        self.read_by_position = 0
+        self._begin(first)
+
+    def _begin(self, first: Site) -> None:
+        sizes = self.before[self.first]
+        if len(sizes) != 3 or first.channel_dim != 2:
+            raise PassError(
+                f"{first.name} has a trunk of shape {axes.as_text(sizes)}; expected [samples, tokens, features]. "
+                "Tokens on a grid (windows, convolutions) depend on their neighbours and cannot be taken away."
+            )
+        if sizes[1] == 1:
+            raise PassError(f"{first.name} has a trunk of one token: there is nothing to take away.")
+        self.flows[self.first] = Flow(0, 0, ((1, 0),))
+
+    # ------------------------------------------------------------------------------------------------------ the walk
+
+    def run(self) -> None:
+        """Walk.
+
+        Raises:
+            PassError: an operator on the way to the last reduction cannot be followed.
+        """
+        for node in self.order[self.index[self.first] + 1 :]:
+            if node.op == "output":
+                for source in [source for source in node.all_input_nodes if source in self.flows]:
+                    self.past.restore(node, source, self.flows[source], output=True)
+            elif any(source in self.flows for source in node.all_input_nodes):
+                self._visit(node)
+
+    def _visit(self, node: fx.Node) -> None:
+        sources = [source for source in node.all_input_nodes if source in self.flows]
+        try:
+            flow = self._follow(node)
+        except Unfollowed as reason:
+            if node in self.trunk:
+                raise PassError(f"tokens cannot be followed through {node.name} ({node.target}): {reason}.") from None
+            for source in sources:
+                self.past.restore(node, source, self.flows[source], output=False)
+            flow = None
+        if self.past.done and node.op == "call_function" and node.users:
+            derive(node)
+        if flow is not None and flow.tokens:
+            self.flows[node] = flow
+        if node.name in self.amounts:
+            self._take(node)
+
+    def _follow(self, node: fx.Node) -> Flow | None:
+        """The flow behind a node, after whatever edit makes it fit. Raises Unfollowed."""
+        target = node.target
+        source = next(source for source in node.all_input_nodes if source in self.flows)
+        if target is operator.getitem:
+            return self.flows[source]
+        if target == aten.sym_size.int:
+            if option(node, "dim") % self.rank[source] in dict(self.flows[source].tokens):
+                raise Unfollowed("it reads the number of tokens")
+            return None
+        if target == ATTENTION:
+            return self._attend(node)
+        if target in PRODUCTS:
+            return self._multiply(node)
+        if target in SOFTMAX_OPS:
+            return self._normalise(node, source)
+        if target in LINEAR_OPS | NORM_OPS:
+            return self._features(node, source)
+        if target in (aten.slice.Tensor, aten.select.int):
+            return self._cut(node, source)
+        if target == aten.cat.default:
+            return self._concatenate(node)
+        return self._follow_axes(node, source)
+
+    def _follow_axes(self, node: fx.Node, source: fx.Node) -> Flow | None:
+        target = node.target
+        if target in axes.MOVES:
+            return self._move(node, source)
+        if target in axes.SPLITS:
+            self._not_tokens(source, option(node, "dim"))
+            return self.flows[source]
+        if target in axes.REDUCTIONS:
+            return self._pool(node, source)
+        if target in axes.SAME_SHAPE:
+            return self.flows[source] if node.args[0] is source else None
+        if target == aten.stack.default:
+            return axes.move(node, self._join(node, self.rank[node] - 1), self.before[source], self.before[node])
+        if axes.is_pointwise(node):
+            return self._join(node, self.rank[node])
+        raise Unfollowed("it is not known to keep tokens apart")
+
+    # ------------------------------------------------------------------------------------------------ single operators
+
+    def _not_tokens(self, source: fx.Node, *dims: int) -> None:
+        rank = self.rank[source]
+        if {dim % rank for dim in dims} & set(dict(self.flows[source].tokens)):
+            raise Unfollowed("it works along the axis of tokens")
+
+    def _features(self, node: fx.Node, source: fx.Node) -> Flow:
+        if node.args[0] is not source:
+            raise Unfollowed("its weights are tokens")
+        span = len(option(node, "normalized_shape")) if node.target in NORM_OPS else 1
+        self._not_tokens(source, *range(-span, 0))
+        return self.flows[source]
+
+    def _move(self, node: fx.Node, source: fx.Node) -> Flow:
+        found = axes.move(node, self.flows[source], self.before[source], self.before[node])
+        if found.stage and node.target in axes.SIZES:
+            lengths = {axis: self.past.length(node, found.stage, start) for axis, start in found.tokens}
+            arguments = axes.baked_sizes(node, found, lengths)
+            assert arguments is not None
+            set_arguments(self.graph, node, *arguments)
+        return found
+
+    def _cut(self, node: fx.Node, source: fx.Node) -> Flow | None:
+        """A slice or one entry: of another axis, or of the tokens at their start."""
+        flow, rank = self.flows[source], self.rank[source]
+        dim = option(node, "dim") % rank
+        starts = dict(flow.tokens)
+        if dim not in starts:
+            return axes.move(node, flow, self.before[source], self.before[node])
+        if node.target == aten.select.int:
+            self._read(option(node, "index") + starts[dim], option(node, "index"))
+            left = replace(flow, tokens=tuple(pair for pair in flow.tokens if pair[0] != dim))
+            return axes.move(node, left, self.before[source], self.before[node])
+        return self._slice(node, flow, dim, starts[dim])
+
+    def _slice(self, node: fx.Node, flow: Flow, dim: int, offset: int) -> Flow | None:
+        begin, end, size = option(node, "start") or 0, option(node, "end"), self.before[node.all_input_nodes[0]][dim]
+        whole = end is None or end == size or (isinstance(end, int) and end >= arithmetic.LAST)
+        if option(node, "step") != 1 or not isinstance(begin, int) or not (whole or isinstance(end, int)):
+            raise Unfollowed("it picks tokens by their place in the picture or text")
+        self._read((begin if whole else end) + offset - 1, begin if whole else end)
+        if not whole:
+            left = tuple(pair for pair in flow.tokens if pair[0] != dim)
+            return replace(flow, tokens=left)
+        if flow.stage:
+            set_arguments(self.graph, node, node.args[0], dim, begin)
+        return replace(flow, tokens=tuple((axis, start + begin * (axis == dim)) for axis, start in flow.tokens))
+
+    def _read(self, token: int, given: int) -> None:
+        """Hold a token that is read by its position to be protected; in a trial, remember it."""
+        if given < 0 or token >= MOST_LEADING:
+            raise Unfollowed("it picks a token by its place")
+        self.read_by_position = max(self.read_by_position, token + 1)
+        if self.amounts and token >= self.past.reduction.protected:
+            raise Unfollowed(f"it reads token {token}, which is not protected")
+
+    def _concatenate(self, node: fx.Node) -> Flow:
+        parts = list(node.args[0])  # type: ignore[arg-type]
+        rank = self.rank[node]
+        dim = option(node, "dim") % rank
+        tracked = [part for part in parts if part in self.flows]
+        if not any(dim in dict(self.flows[part].tokens) for part in tracked):
+            return self._join(node, rank)
+        if len(tracked) > 1 or parts[-1] is not tracked[0]:
+            raise Unfollowed("it puts something behind the tokens")
+        lengths = [self.before[part][dim] for part in parts[:-1]]
+        if not all(isinstance(length, int) for length in lengths):
+            raise Unfollowed("it puts any number of values in front of the tokens")
+        flow, front = self.flows[tracked[0]], sum(map(int, lengths))
+        return replace(flow, tokens=tuple((axis, start - front * (axis == dim)) for axis, start in flow.tokens))
+
+    def _pool(self, node: fx.Node, source: fx.Node) -> Flow | None:
+        """A mean over tokens counts each as often as it has members."""
+        flow, rank = self.flows[source], self.rank[source]
+        dims = option(node, "dim")
+        dims = {dim % rank for dim in (range(rank) if dims is None else dims)}
+        pooled = [pair for pair in flow.tokens if pair[0] in dims]
+        if pooled:
+            self._weigh(node, source, flow, dims, pooled)
+            flow = replace(flow, tokens=tuple(pair for pair in flow.tokens if pair[0] not in dims))
+        return axes.move(node, flow, self.before[source], self.before[node]) if flow.tokens else None
+
+    def _weigh(self, node: fx.Node, source: fx.Node, flow: Flow, dims: set[int], pooled: list[tuple[int, int]]) -> None:
+        if node.target in (aten.amax.default, aten.amin.default) or not flow.stage:
+            return
+        sizes = self.past.done[flow.stage - 1].sizes
+        if node.target != aten.mean.dim or len(dims) > 1:
+            raise Unfollowed("it sums up tokens")
+        if sizes is None:
+            return
+        call, ((axis, start),) = self.past.call(node), pooled
+        counts = arithmetic.from_token(call, sizes, start)
+        counts = arithmetic.spread(call, counts, self.rank[source], flow.batch, axis)
+        keep = bool(option(node, "keepdim"))
+        total = call(aten.sum.dim_IntList, call(aten.mul.Tensor, source, counts), [axis], keep)
+        bypass(self.graph, node, call(aten.div.Tensor, total, call(aten.sum.dim_IntList, counts, [axis], keep)))
+
+    # --------------------------------------------------------------------------------------------- several operands
+
+    def _join(self, node: fx.Node, rank: int) -> Flow:
+        """Operands broadcast against each other: those of an older stage, and tables of the old length, are reduced."""
+        operands = [source for source in node.all_input_nodes if isinstance(value_of(source), torch.Tensor)]
+        tracked = [(self.flows[source], self.rank[source]) for source in operands if source in self.flows]
+        flow = axes.together(tracked, rank)
+        for source in operands:
+            shift = rank - self.rank[source]
+            wide = [pair for pair in flow.tokens if pair[0] >= shift and self.before[source][pair[0] - shift] != 1]
+            if source not in self.flows:
+                self._fit_table(node, source, replace(flow, tokens=tuple(wide)), rank, scores=len(flow.tokens) > 1)
+                continue
+            if len(wide) != len(self.flows[source].tokens):
+                raise Unfollowed("it joins tokens with something else as long")
+            if self.flows[source].stage < flow.stage:
+                rewire(self.graph, node, source, self.past.advance(node, source, self.flows[source], flow.stage))
+        return flow
+
+    def _fit_table(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int, *, scores: bool) -> None:
+        """Reduce what is added to or multiplied with tokens: positions, rotations, masks, biases."""
+        if not flow.tokens:
+            return
+        if scores:
+            self._fit_scores(node, table, flow, rank)
+        elif flow.stage:
+            rewire(self.graph, node, table, self.past.advance(node, table, replace(flow, stage=0), flow.stage, rank))
+
+    def _fit_scores(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int) -> None:
+        if node.target == aten.masked_fill.Scalar:
+            raise Unfollowed("masks that say what is hidden are not followed")
+        fitted = self.masks.fit(node, table, flow, rank)
+        if fitted is not table:
+            rewire(self.graph, node, table, fitted)
+        if self.attended is not None:
+            self.attended = self.attended._replace(real=self.masks.real(node, table, fitted))
+
+    # ----------------------------------------------------------------------------------------------------- attention
+
+    def _multiply(self, node: fx.Node) -> Flow:
+        """A product of two values: scores (tokens by tokens), or an average by the weights of a softmax."""
+        left, right = (cast("fx.Node", side) for side in node.args[:2])
+        if node.target not in (aten.matmul.default, aten.bmm.default):
+            raise Unfollowed("products of this form are not followed")
+        rank = self.rank[node]
+        rows, inner = self._tokens_of(left, (-2, -1))
+        across, columns = self._tokens_of(right, (-2, -1))
+        flows = [self.flows[side] for side in (left, right) if side in self.flows]
+        if inner != across:
+            raise Unfollowed("it sums over tokens of one operand only")
+        if inner is not None and not any(flow.weighted for flow in flows):
+            raise Unfollowed("it sums over tokens that no softmax has weighted")
+        if len({flow.stage for flow in flows}) > 1 or len({flow.batch for flow in flows}) > 1:
+            raise Unfollowed("it multiplies values before and behind a reduction")
+        tokens = tuple((rank + axis, start) for axis, start in ((-2, rows), (-1, columns)) if start is not None)
+        if rows is not None and columns is not None:
+            self._remember_product(node, left, right)
+        return Flow(flows[0].stage, flows[0].batch, tokens, any(flow.weighted for flow in flows))
+
+    def _tokens_of(self, side: Any, wanted: tuple[int, int]) -> tuple[int | None, int | None]:
+        flow = self.flows.get(side)
+        if flow is None:
+            return None, None
+        starts = {axis - self.rank[side]: start for axis, start in flow.tokens}
+        if set(starts) - set(wanted):
+            raise Unfollowed("it multiplies each token by itself")
+        return starts.get(wanted[0]), starts.get(wanted[1])
+
+    def _remember_product(self, node: fx.Node, left: Any, right: Any) -> None:
+        self.attended = None if self.flows[right].batch else Attended(right, turned=True)
+
+    def _normalise(self, node: fx.Node, source: fx.Node) -> Flow:
+        """A softmax over tokens: size-proportional attention adds the logarithm of the sizes (Bolya et al., eq. 1)."""
+        flow, rank = self.flows[source], self.rank[source]
+        dim = option(node, "dim") % rank
+        starts = dict(flow.tokens)
+        if dim not in starts:
+            return flow
+        bias = self.past.log_sizes(node, flow.stage, starts[dim])
+        if bias is not None:
+            call = self.past.call(node)
+            wide = arithmetic.spread(call, bias, rank, flow.batch, dim)
+            rewire(self.graph, node, source, call(aten.add.Tensor, source, wide))
+        if self.attended is not None and len(flow.tokens) > 1 and self.attended.weights is None:
+            self.attended = self.attended._replace(weights=node)
+        return replace(flow, weighted=True)
+
+    def _attend(self, node: fx.Node) -> Flow | None:
+        query, keys, values = (cast("fx.Node", side) for side in node.args[:3])
+        rank = self.rank[node]
+        if option(node, "is_causal"):
+            raise Unfollowed("causal attention: a merged token would see what comes after its first part")
+        own, other = (self._tokens_of(side, (-2, -1))[0] for side in (query, keys))
+        if self.flows.get(keys) != self.flows.get(values):
+            raise Unfollowed("keys and values hold different tokens")
+        flow = axes.together([(self.flows[side], rank) for side in (query, keys) if side in self.flows], rank)
+        if flow.batch != 0:
+            raise Unfollowed("its samples are not on the first axis")
+        if self.flows.get(keys, flow).stage != flow.stage or self.flows.get(query, flow).stage != flow.stage:
+            raise Unfollowed("queries and keys hold different tokens")
+        pairs = ((rank - 2, own), (rank - 1, other))
+        scores = Flow(flow.stage, 0, tuple((axis, start) for axis, start in pairs if start is not None))
+        self._attend_to(node, scores, rank)
+        return replace(flow, tokens=scores.tokens[:1], weighted=False) if own is not None else None
+
+    def _attend_to(self, node: fx.Node, flow: Flow, rank: int) -> None:
+        """Reduce the mask, add the sizes, and remember the keys."""
+        table = option(node, "attn_mask")
+        real, mask = None, table
+        if table is not None:
+            shift = rank - self.rank[table]
+            wide = [pair for pair in flow.tokens if pair[0] >= shift and self.before[table][pair[0] - shift] != 1]
+            mask = self.masks.fit(node, table, replace(flow, tokens=tuple(wide)), rank)
+            real = self.masks.real(node, table, mask)
+            mask = None if flow.stage and self.masks.known[table].empty else mask
+        starts = dict(flow.tokens)
+        bias = self.past.log_sizes(node, flow.stage, starts[rank - 1]) if rank - 1 in starts else None
+        if bias is not None:
+            mask = self.masks.with_sizes(node, mask, bias, rank)
+        if mask is not table:
+            set_arguments(self.graph, node, *node.args[:3], mask, *node.args[4:])
+        scale = option(node, "scale")
+        scale = self.before[node.args[0]][-1] ** -0.5 if scale is None else scale  # type: ignore[index]
+        if len(starts) > 1:
+            query, keys = node.args[:2]
+            self.attended = Attended(keys, False, query, mask, float(scale), None, real)  # type: ignore[arg-type]
+
+    # -------------------------------------------------------------------------------------------- taking, giving back
+
+    def _take(self, root: fx.Node) -> None:
+        """Insert one reduction behind a root and let everything behind it read the tokens that are left."""
+        flow = self.flows.get(root)
+        if flow is None or flow.tokens != ((1, 0),) or flow.batch:
+            raise PassError(f"the sum {root.name} does not hold all tokens: none can be taken away behind it.")
+        if self.attended is None:
+            raise PassError(f"the attention before {root.name} compares no tokens with each other.")
+        readers, call = list(root.users), self.past.call(root.next)
+        stage = next_stage(call, root, self.amounts[root.name], self.attended, self.past)
+        self.past.done.append(stage)
+        left = call(aten.matmul.default, stage.mean, root)
+        for reader in readers:
+            rewire(self.graph, reader, root, left)
+        self.flows[left] = replace(flow, stage=len(self.past.done))
+        self.rank[left], self.before[left] = 3, self.before[root]
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found

@@ -1,0 +1,1 @@
+"""Plans: the decisions of an export as data, and how they are selected."""

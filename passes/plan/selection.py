@@ -1,0 +1,223 @@
+"""What `--drop` asks for, and the choice of branches by a metric: a `passes.plan.Plan`."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from passes.base import PassError
+from passes.plan.plan import Decision, Plan, acting, fingerprint
+
+if TYPE_CHECKING:
+    from passes.analysis.redundancy import Scores
+    from passes.graph.graph import Site
+
+METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
+KINDS = ("attention", "mlp", "block", "conv", "other")
+_COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A parsed ``--drop``: how many units of a kind, or which names.
+
+    `unit` is ``site`` (any kind), ``block`` or one kind of site; `count` of them, or `percent` of all of them, rounded
+    down to whole units (25% of 10 sites are 2).
+    """
+
+    text: str
+    unit: str = "site"
+    count: int | None = None
+    percent: float | None = None
+    names: tuple[str, ...] = ()
+
+
+def parse(text: str) -> Selection:
+    """Read ``4``, ``25%``, ``attention:4``, ``block:3`` or a comma-separated list of site names.
+
+    Raises:
+        PassError: an unknown kind, or a percentage above 100.
+
+    >>> parse("attention:4").unit, parse("attention:4").count, parse("25%").percent
+    ('attention', 4, 25.0)
+    """
+    matched = _COUNTED.fullmatch(text.strip())
+    if matched is None:
+        names = tuple(name.strip() for name in text.split(",") if name.strip())
+        if not names:
+            raise PassError(
+                "--drop is empty; expected none, auto, a number, a percentage, kind:number, site names or a plan."
+            )
+        return Selection(text, names=names)
+    kind = matched["kind"] or "site"
+    if kind not in (*KINDS, "site"):
+        raise PassError(f"--drop {text}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
+    number = int(matched["number"])
+    if matched["percent"]:
+        if number > 100:
+            raise PassError(f"--drop {text}: expected at most 100%.")
+        return Selection(text, kind, percent=float(number))
+    return Selection(text, kind, count=number)
+
+
+def choose(
+    selection: Selection,
+    sites: Sequence[Site],
+    metric: str,
+    *,
+    model: str,
+    scores: Scores | None = None,
+    effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None = None,
+    seed: int = 0,
+    action: str = "drop",
+) -> Plan:
+    """Rank the units by a metric and drop, or otherwise change, the most redundant ones.
+
+    Args:
+        selection: what was asked for, from `parse`.
+        sites: all sites of the model, in order.
+        metric: one of `METRICS`.
+        model: name to write into the plan.
+        scores: needed by cosine, influence and angular.
+        effect: for ``output``: measures, for each unit, how far the model's output moves without it.
+        seed: for ``random``.
+        action: what happens to the chosen ones, see `acting`.
+
+    Raises:
+        PassError: unknown names, more units asked for than there are, or an unknown metric.
+    """
+    return acting(_choose(selection, sites, metric, model, scores, effect, seed), action)
+
+
+def _choose(
+    selection: Selection,
+    sites: Sequence[Site],
+    metric: str,
+    model: str,
+    scores: Scores | None,
+    effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None,
+    seed: int,
+) -> Plan:
+    if selection.names:
+        return _by_name(selection, sites, model)
+    units = _units(selection.unit, sites)
+    count = _count(selection, units)
+    if metric == "angular" and selection.unit in ("site", "block") and count and scores is not None:
+        inside, reasons = _closest_span(units, count, scores)
+        return _plan(selection, sites, model, metric, units, inside, reasons)
+    values = _values(units, metric, scores, effect, seed)
+    # A unit without a value (a block whose input and output differ in shape) goes last.
+    ranked = sorted(units, key=lambda name: (math.isnan(values[name]), values[name]))
+    places = {name: place for place, name in enumerate(ranked, start=1)}
+    reasons = {
+        name: f"{metric}: rank {place} of {len(units)} ({_shown(metric, values[name])})"
+        for name, place in places.items()
+    }
+    return _plan(selection, sites, model, metric, units, ranked[:count], reasons)
+
+
+def _units(unit: str, sites: Sequence[Site]) -> dict[str, list[Site]]:
+    if unit == "block":
+        return {name: list(members) for name, members in groupby(sites, key=lambda site: site.block)}
+    return {site.name: [site] for site in sites if unit in ("site", site.kind)}
+
+
+def _count(selection: Selection, units: Mapping[str, object]) -> int:
+    count = selection.count
+    if count is None:
+        count = math.floor(len(units) * (selection.percent or 0.0) / 100.0)
+    if count > len(units):
+        raise PassError(f"--drop {selection.text}: the model has only {len(units)} of the kind {selection.unit}.")
+    return count
+
+
+def _values(
+    units: Mapping[str, list[Site]],
+    metric: str,
+    scores: Scores | None,
+    effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None,
+    seed: int,
+) -> dict[str, float]:
+    """A number for each unit; the lowest is dropped first."""
+    names = list(units)
+    if metric == "random":
+        order = random.Random(seed).sample(range(len(names)), len(names))
+        return {name: float(rank) for name, rank in zip(names, order, strict=True)}
+    if metric == "reverse":
+        return {name: float(len(names) - position) for position, name in enumerate(names)}
+    if metric not in METRICS:
+        raise PassError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}.")
+    if metric == "output":
+        if effect is None:
+            raise PassError("the metric output needs measured effects and got none; pass `effect`.")
+        return dict(zip(names, effect(list(units.values())), strict=True))
+    if scores is None:
+        raise PassError(f"the metric {metric} needs scores and got none; run Score first.")
+    if metric == "angular":
+        return {name: (scores.sites.get(name) or scores.blocks[name]).mean("angular") for name in names}
+    return {name: scores.influence(name) for name in names}
+
+
+def _shown(metric: str, value: float) -> str:
+    """A value under its metric's name: ranks go by 1 - cosine, people read the cosine."""
+    return f"{1.0 - value if metric == 'cosine' else value:.4g}"
+
+
+def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -> tuple[list[str], dict[str, str]]:
+    """The `count` consecutive units whose input and output are closest (Gromov et al. 2024), and a reason for each.
+
+    A span starts and ends at states of the trunk, so it takes both or none of two branches added to the same state.
+    """
+    names, distances = list(units), scores.angular_matrix()
+    states = [scores.states.index(units[name][0].trunk) for name in names] + [len(scores.states) - 1]
+    starts = [place for place in range(len(names) + 1) if place == 0 or states[place] != states[place - 1]]
+    spans = [
+        (float(distances[states[start], states[start + count]]), start) for start in starts if start + count in starts
+    ]
+    finite = [span for span in spans if not math.isnan(span[0])]
+    if not finite:
+        raise PassError(f"no {count} consecutive units lead from one state to another of its shape; ask for fewer.")
+    distance, best = min(finite)
+    inside = names[best : best + count]
+    span = f"the closest of {len(finite)} spans of {count} ({distance:.4g})"
+    return inside, {name: f"angular: {'in' if name in inside else 'not in'} {span}" for name in names}
+
+
+def _by_name(selection: Selection, sites: Sequence[Site], model: str) -> Plan:
+    known = {site.name: [site] for site in sites} | _units("block", sites)
+    unknown = [name for name in selection.names if name not in known]
+    if unknown:
+        raise PassError(
+            f"--drop names {unknown[0]!r}, which is neither a site nor a block of the model; "
+            "`compressor inspect` lists them (a plan file must exist and end in .json)."
+        )
+    return _plan(
+        selection, sites, model, "names", known, list(selection.names), dict.fromkeys(known, "named in --drop")
+    )
+
+
+def _plan(
+    selection: Selection,
+    sites: Sequence[Site],
+    model: str,
+    metric: str,
+    units: Mapping[str, list[Site]],
+    chosen: Sequence[str],
+    reasons: Mapping[str, str],
+) -> Plan:
+    gone = {site.name: reasons[unit] for unit in chosen for site in units[unit]}
+    stays = {site.name: reasons[unit] for unit in units if unit not in chosen for site in units[unit]}
+    if metric == "names":
+        stays = dict.fromkeys(stays, "not named in --drop")
+    decisions = tuple(
+        Decision(site.name, "drop", gone[site.name])
+        if site.name in gone
+        else Decision(site.name, "keep", stays.get(site.name, f"not of the kind {selection.unit}"))
+        for site in sites
+    )
+    return Plan(model, fingerprint(sites), selection.text, metric, decisions, tuple(gone))

@@ -1,0 +1,1 @@
+"""Rewrites: each changes a graph and returns what it changed."""

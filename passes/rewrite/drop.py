@@ -1,0 +1,53 @@
+"""Delete residual branches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from passes.base import Rewritten
+from passes.graph.cache_state import forget_unread
+from passes.graph.edit import drop_branches, remove_dead
+from passes.graph.sites import find_sites, site_named
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from passes.graph.graph import Graph, Site
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Delete the branches of the given sites, and everything that only they used.
+
+    A name is looked up in the graph as it is. A `Site` is taken as it was found in the graph that this one was forked
+    from, whose names may no longer be found once other branches were replaced.
+
+    Before::
+
+        %n = layer_norm(%x, ...); %f = linear(%n, ...); %y = add(%x, %f); return norm(%y)
+
+    After::
+
+        return norm(%x)
+    """
+
+    sites: tuple[str | Site, ...]
+
+    rewrites: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
+
+    def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
+        """Edit the graph.
+
+        Raises:
+            GraphError: a name is not a site of the graph.
+        """
+        found = find_sites(graph) if any(isinstance(site, str) for site in self.sites) else ()
+        dropped = [site_named(found, site) if isinstance(site, str) else site for site in self.sites]
+        drop_branches(graph, dropped)
+        forget_unread(graph)
+        remove_dead(graph)
+        return Rewritten(changed=tuple(site.name for site in dropped))

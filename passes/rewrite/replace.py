@@ -1,0 +1,138 @@
+"""Put fitted maps in the place of residual branches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from passes.analysis.site_location import Place, place_of
+from passes.base import PassError, Rewritten
+from passes.graph.cache_state import forget_unread
+from passes.graph.edit import bypass, insert_call, insert_constant, remove_dead, rewire
+from passes.graph.graph import value_of
+from passes.graph.sites import aten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import fx
+
+    from passes.analysis.least_squares import Map, StandIn
+    from passes.graph.graph import Graph, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """Replace the branch of one site by a fitted map.
+
+    Before::
+
+        %n = layer_norm(%x, ...); %f = attention(%n); %y = add(%x, %f)
+
+    After, with a linear map of the state (``state``)::
+
+        %f = linear(%x, A, b); %y = add(%x, %f)
+
+    with a per-channel scale (``state``), whose sum with the trunk is one scale again::
+
+        %y = add(mul(%x, 1 + a), b)
+
+    and folded backwards (``previous``), where %x was add(%w, %m)::
+
+        %y = add(%w, linear(%m, A, b))
+    """
+
+    site: Site
+    stand_in: StandIn
+
+    rewrites: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
+
+    def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
+        """Edit the graph.
+
+        Raises:
+            PassError: the branch is gone already, or the source of the map is not there.
+        """
+        place = place_of(graph, self.site)
+        if self.stand_in.source in place.refused:
+            raise PassError(f"{place.refused[self.stand_in.source]}.")
+        nodes = {node.name: node for node in graph.nodes()}
+        writer = _Writer(graph, self.site, self.stand_in.map, value_of(nodes[place.trunk]).dtype)
+        if self.stand_in.source == "previous":
+            _fold_backwards(graph, writer, place, nodes)
+        else:
+            _stand_in(graph, writer, place, nodes, nodes[place.source(self.stand_in.source)])
+        forget_unread(graph)
+        remove_dead(graph)
+        return Rewritten(changed=(self.site.name,))
+
+
+def _stand_in(graph: Graph, writer: _Writer, place: Place, nodes: Mapping[str, fx.Node], source: fx.Node) -> None:
+    add, branch, trunk = nodes[place.add], nodes[place.branch], nodes[place.trunk]
+    # Beside another branch the trunk has to stay a term of its own: that branch's site is known by it.
+    alone = source is trunk and set(add.all_input_nodes) == {trunk, branch} and place.root == place.add
+    if alone and len(writer.map.factors) == 1 and writer.map.factors[0].ndim == 1:
+        bypass(graph, add, writer.scale(trunk, writer.map.factors[0] + 1.0, before=add))
+        return
+    rewire(graph, add, branch, writer.mapped(source, before=add))
+
+
+def _fold_backwards(graph: Graph, writer: _Writer, place: Place, nodes: Mapping[str, fx.Node]) -> None:
+    trunk, previous = nodes[place.trunk], nodes[place.source("previous")]
+    bypass(graph, nodes[place.add], trunk)
+    rewire(graph, trunk, previous, writer.mapped(previous, before=trunk))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes a map as nodes of a graph, in the trunk's type and on its feature axis."""
+
+    graph: Graph
+    site: Site
+    map: Map
+    dtype: torch.dtype
+
+    def mapped(self, source: fx.Node, *, before: fx.Node) -> fx.Node:
+        """Put A r + b."""
+        factors = self.map.factors
+        if not factors:
+            assert self.map.bias is not None  # a constant is nothing but its bias
+            return self._constant("bias", self._along(source, self.map.bias), before)
+        if factors[0].ndim == 1:
+            return self.scale(source, factors[0], before=before)
+        for number, factor in enumerate(factors, start=1):
+            bias = self.map.bias if number == len(factors) else None
+            source = self._linear(source, factor, bias, before)
+        return source
+
+    def scale(self, source: fx.Node, factor: torch.Tensor, *, before: fx.Node) -> fx.Node:
+        """Put a * r + b for each channel."""
+        scale = self._constant("scale", self._along(source, factor), before)
+        scaled = insert_call(self.graph, aten.mul.Tensor, source, scale, before=before)
+        if self.map.bias is None:
+            return scaled
+        bias = self._constant("bias", self._along(source, self.map.bias), before)
+        return insert_call(self.graph, aten.add.Tensor, scaled, bias, before=before)
+
+    def _linear(self, source: fx.Node, matrix: torch.Tensor, bias: torch.Tensor | None, before: fx.Node) -> fx.Node:
+        dims = value_of(source).ndim
+        last = self.site.channel_dim == dims - 1
+        if not last and (self.site.channel_dim, dims) != (1, 4):
+            raise PassError(
+                f"{self.site.name} has its features on axis {self.site.channel_dim} of {dims}, where no linear map can "
+                "be put; drop it or use a per-channel scale."
+            )
+        weight = self._constant("weight", matrix if last else matrix[:, :, None, None], before)
+        offset = () if bias is None else (self._constant("bias", bias, before),)
+        target = aten.linear.default if last else aten.conv2d.default
+        return insert_call(self.graph, target, source, weight, *offset, before=before)
+
+    def _along(self, source: fx.Node, vector: torch.Tensor) -> torch.Tensor:
+        """A vector shaped so that it lies on the feature axis."""
+        return vector.reshape(-1, *[1] * (value_of(source).ndim - 1 - self.site.channel_dim))
+
+    def _constant(self, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
+        return insert_constant(self.graph, f"{self.site.name}.{name}", tensor.to(self.dtype), before=before)

@@ -1,0 +1,45 @@
+"""Counting the layers of an engine: how its own names of number types become those of precisions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from runtimes.base.protocols import Layers
+
+# The narrowest first; each as TensorRT, OpenVINO or ONNX write it, such as "Row major linear FP16 format".
+TYPES = (
+    ("int4", r"u?int4|[iu]4"),
+    ("fp4", r"fp4|float4\w*|f4\w*"),
+    ("fp8", r"fp8|float8\w*|f8\w*"),
+    ("int8", r"u?int8|[iu]8"),
+    ("fp16", r"half|fp16|float16|f16"),
+    ("bf16", r"bf16|bfloat16|bfloat"),
+    ("fp32", r"fp32|float32|float|f32"),
+    ("other", r"double|f64|bool(ean)?|u?int(16|32|64)?|[iu](16|32|64)"),
+)
+UNKNOWN = "unknown"
+
+
+def precision_of(texts: Iterable[str]) -> str:
+    """Return the narrowest precision among the descriptions of what a layer reads; "other" for indices and the like.
+
+    >>> precision_of(["Thirty-two wide channel vectorized row major Int8 format.", "Half"])
+    'int8'
+    >>> precision_of(["N/A due to dynamic shapes"])
+    'unknown'
+    """
+    found = {name for text in texts for name, words in TYPES if re.search(rf"\b({words})\b", text, re.IGNORECASE)}
+    return next((name for name, _ in TYPES if name in found), UNKNOWN)
+
+
+def counted(layers: Iterable[tuple[str, Iterable[str]]], *, fused_attention: bool | None) -> Layers:
+    """Return the counts of layers, given as the kind of each and descriptions of what it reads, most frequent first."""
+    rows = [(kind, precision_of(texts)) for kind, texts in layers]
+    kinds, precisions = (Counter(row[place] for row in rows) for place in (0, 1))
+    return Layers(len(rows), dict(_sorted(precisions)), dict(_sorted(kinds)), fused_attention)
+
+
+def _sorted(counts: Counter[str]) -> Iterator[tuple[str, int]]:
+    yield from sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -1,0 +1,335 @@
+"""`export --factorial` and `bench` for real, on a vision transformer of three small blocks: what is measured again."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+
+import compressor
+from compressor import CompressorError, models
+from compressor.benchmark.bench import BenchSettings, bench
+from compressor.benchmark.results import Comparison
+from compressor.cli.main import main
+from compressor.errors import SettingsError
+from compressor.measure import peak_memory, workshop
+from compressor.report.factorial import cells_of
+from compressor.report.report import Report
+from compressor.settings import Settings
+from compressor.target.torch_eager import Module
+from runtimes.base.protocols import BuildError, BuildOptions, RuntimesError
+from runtimes.base.timing import interleave
+
+pytest.importorskip("onnxruntime", reason="the target of these exports")
+
+FACTORY = f"{Path(__file__).stem}:small"
+ONE = BuildOptions(threads=1)
+
+
+def small() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A factory for ``module:factory``: three blocks whose branches matter, on pictures of 16 tokens."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
+    module = timm.create_model("vit_tiny_patch16_224", **sizes)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module.eval(), torch.zeros(2, 3, 16, 16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief() -> Any:
+    """Real timing, but for a moment only; and the factory can be found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+        patch.syspath_prepend(str(Path(__file__).parent))
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, str]:
+    """A factorial of three factors, with data whose labels are the model's own answers; and the data."""
+    folder = tmp_path_factory.mktemp("exported")
+    module, _ = small()
+    pictures = np.random.default_rng(0).standard_normal((80, 3, 16, 16)).astype(np.float32)
+    with torch.no_grad():
+        labels = module(torch.from_numpy(pictures)).argmax(-1).numpy()
+    data = str(folder / "rows.npz")
+    np.savez(data, x=pictures, y=labels)
+    report = compressor.export(
+        FACTORY, data=data, drop="blocks.2.mlp", tokens="0,4,0", factorial=True, rounds=2, output=folder / "out"
+    )
+    return folder / "out", report, data
+
+
+@pytest.fixture(scope="module")
+def measured(
+    exported: tuple[Path, Report, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Comparison, dict[str, Any]]:
+    """Everything there is, measured once."""
+    output = tmp_path_factory.mktemp("measured") / "bench.json"
+    folder = exported[0]
+    comparison = compressor.bench(
+        folder, folder / "model.onnx", FACTORY, against="out", batch=[2], threads=[1], rounds=2, output=output
+    )
+    return comparison, json.loads(output.read_text())
+
+
+# --------------------------------------------------------------------------------------------------- the export
+
+
+def test_an_export_holds_every_cell_and_the_conclusion(exported: tuple[Path, Report, str]) -> None:
+    folder, report, _ = exported
+    content = json.loads((folder / "report.json").read_text())["factorial"]
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert report.factorial is not None
+    assert tuple(content["cells"]) == cells_of("int8")
+    assert {cell["file"] for cell in content["cells"].values()} <= set(listed)
+    assert content["cells"]["compressed int8"]["file"] == "model.onnx"
+    assert set(report.latency) == {"original", "baseline", "result"}
+    assert report.settings["precision"] == "int8"
+    for sentence in content["conclusion"]:
+        assert sentence in report.summary()
+
+
+def test_the_cells_are_the_engines_of_the_report_and_those_between(exported: tuple[Path, Report, str]) -> None:
+    _, report, _ = exported
+    assert report.factorial is not None
+    assert report.quality is not None
+    cells = report.factorial
+    for cell, name in {"dense float": "original", "dense int8": "baseline", "compressed int8": "result"}.items():
+        assert cells.latency[cell] == report.latency[name]
+        assert cells.figures[cell] == report.quality.figures[name]
+    assert cells.figures["dense float"].value == 100.0  # the labels are its own answers
+    # What differs between neighbouring cells is one thing: bytes of weights by int8, a branch, or nothing but tokens.
+    assert cells.losses["compressed float"] != cells.losses["changes float"]
+
+
+def test_a_plan_that_changes_nothing_has_no_factorial(tmp_path: Path) -> None:
+    module, inputs = torch.nn.Sequential(Branch(), torch.nn.Linear(32, 4)), torch.zeros(2, 32)
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32))
+    report = compressor.export(
+        module,
+        example_inputs=inputs,
+        data=tmp_path / "x.npy",
+        drop="none",
+        factorial=True,
+        rounds=1,
+        output=tmp_path / "out",
+    )
+    assert report.factorial is None
+    assert "No factorial: the plan changes nothing." in report.notes
+    assert not (tmp_path / "out" / "factorial").exists()
+    with pytest.raises(CompressorError, match="name with --model a package"):  # nothing says how to make it again
+        bench(BenchSettings((str(tmp_path / "out"),), output=tmp_path / "bench.json"))
+
+
+class Branch(torch.nn.Module):
+    """x + f(x) on vectors of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.relu(self.inner(x))
+
+
+def test_a_factorial_asks_for_int8_unless_one_is_named() -> None:
+    assert Settings(factorial=True).precision == "int8"
+    assert Settings(factorial=True, int8="dynamic").precision == "int8-dynamic"
+    assert Settings().precision == "fp32"
+
+
+# -------------------------------------------------------------------------------------------------------- bench
+
+
+def test_bench_measures_every_engine_side_by_side(measured: tuple[Comparison, dict[str, Any]]) -> None:
+    _, content = measured
+    names = [*(f"out/{cell}" for cell in cells_of("int8")), "model.onnx", f"{FACTORY} (eager)"]
+    assert list(content["engines"]) == [row["engine"] for row in content["measurements"]] == names
+    assert content["against"] == content["reference"] == "out/dense float"
+    for row in content["measurements"]:
+        latency = row["latency"]
+        assert (row["batch"], row["threads"]) == (2, 1)
+        assert latency["median"] <= latency["p90"] <= latency["p99"]
+        assert len(latency["samples_ms"]) == 2
+        assert row["rows_per_second"] == pytest.approx(2000.0 / latency["median"], rel=1e-12)
+        assert (row["memory"] is None) is row["engine"].endswith("(eager)")
+        assert (row["no_memory_because"] is None) is (row["memory"] is not None)
+    assert content["measurements"][0]["speedup"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_bench_judges_as_the_export_did(
+    measured: tuple[Comparison, dict[str, Any]], exported: tuple[Path, Report, str]
+) -> None:
+    engines, report = measured[1]["engines"], exported[1]
+    assert report.factorial is not None
+    for cell, figure in report.factorial.figures.items():
+        assert engines[f"out/{cell}"]["figure"]["value"] == figure.value
+    assert engines["out/compressed int8"]["loss"]["value"] == report.factorial.losses["compressed int8"].value
+    assert engines["model.onnx"]["figure"] == engines["out/compressed int8"]["figure"]  # the same file
+    assert engines["model.onnx"]["bytes"] == (exported[0] / "model.onnx").stat().st_size
+    assert engines[f"{FACTORY} (eager)"]["figure"]["value"] == 100.0
+    assert engines[f"{FACTORY} (eager)"]["bytes"] is None
+
+
+def test_bench_works_out_the_factorial_again(measured: tuple[Comparison, dict[str, Any]]) -> None:
+    comparison, content = measured
+    (again,) = content["factorials"]
+    assert again["folder"] == "out"
+    assert tuple(again["cells"]) == cells_of("int8")
+    assert len(again["interactions"]) == 3
+    assert "at batch 2 on onnxruntime, threads 1" in again["conclusion"][0]
+    for row in content["measurements"][: len(cells_of("int8"))]:
+        assert again["cells"][row["engine"].removeprefix("out/")]["latency"] == row["latency"]
+    assert f"out: {again['conclusion'][0]}" in comparison.summary()
+
+
+def test_the_command_prints_every_engine_under_every_condition(
+    exported: tuple[Path, Report, str], tmp_path: Path
+) -> None:
+    folder, _, data = exported
+    options = ["--model", FACTORY, "--data", data, "--batch", "1,3", "--threads", "1,2", "--rounds", "1"]
+    files = [str(folder / "model.onnx"), str(folder / "factorial" / "dense.float.onnx")]
+    output = tmp_path / "new" / "bench.json"
+    done = CliRunner().invoke(
+        main, ["bench", *files, *options, "--output", str(output), "--against", "dense.float.onnx"]
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads(output.read_text())["measurements"]
+    assert [(row["batch"], row["threads"]) for row in rows[::2]] == [(1, 1), (1, 2), (3, 1), (3, 2)]
+    for row in rows[1::2]:
+        assert row["speedup"]["ratio"] == 1.0
+    for batch, threads in ((1, 1), (1, 2), (3, 1), (3, 2)):
+        assert f"batch {batch}, threads {threads}" in done.stdout
+    assert done.stdout.count("model.onnx") >= 4
+    assert "Quality: top-1 accuracy in %, on 40 test samples" in " ".join(done.stdout.split())
+    assert "measure the latency" in done.stderr
+
+
+def test_samples_that_calibrated_a_folder_are_named(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
+    comparison = bench(BenchSettings((str(exported[0]),), samples=40, rounds=1, output=tmp_path / "bench.json"))
+    # 80 samples: 20 calibrated, 20 validated. Of the first 40, 20 are tested on, all of them seen by the export.
+    assert comparison.notes == (
+        "20 of the 20 test samples may have calibrated out, which was exported with more samples; give as many "
+        "--samples as then.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "kind", "words"),
+    [
+        ([], {}, SettingsError, "nothing to measure"),
+        (["OUT", "OUT"], {}, SettingsError, "is given twice"),
+        (["OUT/model.onnx"], {}, SettingsError, "name with --model"),
+        (["OUT/none.onnx"], {}, CompressorError, "there is no file"),
+        (["OUT"], {"against": "nobody"}, SettingsError, "--against nobody is none of what is measured"),
+        (["OUT"], {"batch": (0,)}, SettingsError, "batch is 0"),
+        (["OUT"], {"batch": ()}, SettingsError, "batch is empty"),
+        (["OUT"], {"threads": (2, 2)}, SettingsError, "threads is 2,2"),
+        (["OUT"], {"output": "ROOM"}, SettingsError, "is a folder; expected a file"),
+        (["OUT"], {"target": "onnxruntim"}, SettingsError, "did you mean onnxruntime"),
+        (["OUT"], {"model": "nowhere_at_all:x"}, CompressorError, "could not be called"),
+        (["BROKEN"], {}, CompressorError, "is no report that `compressor export` wrote"),
+        (["vit_basse_patch16_224"], {"data": "random"}, CompressorError, "did you mean vit_base"),
+        (["OUT/model.onnx"], {"model": "SAMPLE", "data": "DIGITS"}, CompressorError, "x to output, but sample from"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    exported: tuple[Path, Report, str],
+    tmp_path: Path,
+    what: list[str],
+    options: dict[str, Any],
+    kind: type[Exception],
+    words: str,
+) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "report.json").write_text('{"settings": {}}')
+    places = {
+        "OUT": str(exported[0]),
+        "ROOM": str(tmp_path / "room"),
+        "BROKEN": str(tmp_path / "broken"),
+        "SAMPLE": str(models.SAMPLE),
+        "DIGITS": str(models.SAMPLE / "digits.npz"),
+    }
+
+    def filled(text: Any) -> Any:
+        for name, place in places.items():
+            text = text.replace(name, place) if isinstance(text, str) else text
+        return text
+
+    asked = {"output": str(tmp_path / "room" / "bench.json"), "samples": 12, "rounds": 1} | options
+    with pytest.raises(kind) as caught:
+        bench(BenchSettings(tuple(map(filled, what)), **{key: filled(value) for key, value in asked.items()}))
+    assert words in str(caught.value)
+    assert list((tmp_path / "room").iterdir()) == []
+
+
+def test_usage_ends_with_status_2_and_what_fails_with_1(tmp_path: Path) -> None:
+    for arguments, status in ((["bench"], 2), (["bench", "--batch", "one"], 2), (["bench", "none.onnx"], 1)):
+        done = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "bench.json")])
+        assert (done.exit_code, done.stdout) == (status, "")
+        assert "Error: " in done.stderr
+    options = {parameter.name for parameter in main.commands["bench"].params}
+    assert options - {"quiet"} == set(BenchSettings.__dataclass_fields__)
+
+
+# ---------------------------------------------------------------------------------------------- torch and memory
+
+
+def test_a_torch_engine_answers_as_its_module_and_puts_threads_back() -> None:
+    module, inputs = small()
+    model = models.load(module, example_inputs=inputs)
+    feeds = {"x": np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)}
+    before = torch.get_num_threads()
+    with Module(model).open(BuildOptions(threads=before + 1)) as engine:
+        assert torch.get_num_threads() == before + 1
+        with torch.inference_mode():
+            expected = module(torch.from_numpy(feeds["x"])).numpy()
+        np.testing.assert_array_equal(engine.run(feeds)["output"], expected)  # the same kernels on the same numbers
+        step = engine.bind(feeds)
+        step()
+        with pytest.raises(RuntimesError, match="expected"):
+            engine.run({"x": feeds["x"].astype(np.float64)})
+    assert torch.get_num_threads() == before
+    with pytest.raises(RuntimesError, match="closed"):
+        step()
+    with pytest.raises(BuildError, match="on the CPU only"):
+        Module(model).open(BuildOptions(device="cuda"))
+
+
+def test_a_compiled_module_is_compiled_once_for_each_shape_and_answers_as_the_eager_one() -> None:
+    """Through dynamo alone: its C++ backend takes a minute."""
+    module, inputs = small()
+    compiling = Module(models.load(module, example_inputs=inputs), compiles=True, backend="eager")
+    rows = {count: np.random.default_rng(0).standard_normal((count, 3, 16, 16)).astype(np.float32) for count in (1, 2)}
+    for _ in range(2):  # opened anew for each burst
+        for count, pictures in rows.items():
+            with compiling.open(ONE) as engine, torch.inference_mode():
+                expected = module(torch.from_numpy(pictures)).numpy()
+                # The same operators, called one by one from the traced graph.
+                np.testing.assert_allclose(engine.run({"x": pictures})["output"], expected, rtol=1e-5, atol=1e-6)
+            assert len(compiling.compiled) >= count
+    assert len(compiling.compiled) == 2
+    with (
+        Module(compiling.model, compiles=True, backend="nonsense").open(ONE) as engine,
+        pytest.raises(BuildError, match="leave out --compile"),
+    ):
+        engine.bind({"x": rows[1]})
+
+
+def test_memory_is_that_of_a_process_with_the_engine(exported: tuple[Path, Report, str]) -> None:
+    feeds = {"x": np.zeros((2, 3, 16, 16), np.float32)}
+    found = peak_memory.measure("onnxruntime", exported[0] / "model.onnx", ONE, feeds)
+    assert found is None or 1_000_000 < found.before < found.peak  # None: a system that does not say
+    with pytest.raises(peak_memory.PeakMemoryError, match=r"memory of none\.onnx failed \(.*There is no ONNX file"):
+        peak_memory.measure("onnxruntime", exported[0] / "none.onnx", ONE, feeds)

@@ -1,0 +1,275 @@
+"""Tasks of lm-eval: engines get the figures that the harness's own class for transformers gets."""
+
+import dataclasses
+import functools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from compressor import models
+from compressor.benchmark import lm_eval_tasks
+from compressor.benchmark.lm_eval_tasks import Asked, Harness, Result, check_model, judge, results
+from compressor.cli.main import main
+from compressor.errors import CompressorError, SettingsError
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.target.torch_eager import Module
+from compressor.workspace.progress import Steps
+from runtimes.base.protocols import BuildOptions
+from runtimes.base.registry import runtime
+from tests.samples import worded
+
+EQUAL = 1e-4  # relative: float32 logits of rows padded otherwise; 1e-6 found
+ROUNDS = ["--rounds", "1", "--threads", "1", "--context", "8", "-q"]
+
+SAID = {
+    "results": {
+        "arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "name": "arc"},
+        "wiki": {"alias": "wiki", "ppl,none": 7.0, "ppl_stderr,none": "N/A"},
+    },
+    "higher_is_better": {"arc": {"acc": True}, "wiki": {"ppl": False}},
+    "versions": {"arc": 1.0},
+    "n-shot": {"arc": 5, "wiki": 0},
+    "n-samples": {"arc": {"original": 90, "effective": 40}},
+}
+
+
+# -------------------------------------------------------------------------------------------- without the harness
+
+
+def test_figures_keep_errors_shots_and_versions():
+    arc, wiki = results("dense", SAID)
+    assert arc == Result("dense", "arc", "acc", "none", 0.5, 0.1, 5, 40, "1.0", True)
+    assert wiki == Result("dense", "wiki", "ppl", "none", 7.0, None, 0, None, None, False)
+    assert (arc.title, wiki.title) == ("arc, 5-shot, acc ↑", "wiki, 0-shot, ppl ↓")
+
+
+def test_differences_are_from_the_reference_in_the_same_place():
+    worse = {**SAID, "results": {"arc": {"acc,none": 0.25}, "new": {"f1,strict": 1.0}}}
+    found = Harness(Asked(("arc",), limit=40), "9.9", "dense", (*results("dense", SAID), *results("less", worse)))
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["lm_eval"] == "9.9"
+    assert content["limit"] == 40
+    assert [row["difference"] for row in content["results"]] == [0.0, 0.0, -0.25, None]
+    assert found.table().row_count == 3 + 4
+    assert "first 40 questions" in found.summary()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (Asked((), shots=2), "--num-fewshot is an option of --tasks"),
+        (Asked((), include_path="x"), "--include-path is an option of --tasks"),
+        (Asked(("a", " ")), "an empty name"),
+        (Asked(("a",), limit=1.5), "--limit is 1.5"),
+        (Asked(("a",), limit=0), "--limit is 0"),
+        (Asked(("a",)), "pip install"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_once(asked, words, monkeypatch):
+    monkeypatch.setattr(lm_eval_tasks, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=words):
+        asked.check()
+
+
+def test_only_language_models_with_a_tokenizer_and_weights_are_asked(tmp_path):
+    model = models.load(str(worded(tmp_path, vocabulary=20)))
+    for change, words in (
+        ({"task": "feature-extraction"}, "language models"),
+        ({"tokenizer": None}, "tokenizer"),
+        ({"random_weights": True}, "random"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            check_model(dataclasses.replace(model, **change), Asked(("a",)))
+    check_model(dataclasses.replace(model, tokenizer=None), Asked(()))  # nothing is asked
+    assert judge({}, model, Asked(()), against="", length=None, steps=Steps()) is None
+
+
+# ----------------------------------------------------------------------------------------------- with the harness
+
+TASKS = {
+    "mine_choice": "output_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_target: gold\n"
+    "doc_to_choice: choices\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n",
+    "mine_word": "output_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_target: gold\n"
+    "doc_to_choice: words\nmetric_list:\n  - metric: acc\n",  # one token each: these share a call
+    "mine_rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: page\n"
+    "metric_list:\n  - metric: word_perplexity\n",
+    "mine_answer": "output_type: generate_until\ndoc_to_text: '{{context}}'\ndoc_to_target: answer\n"
+    "generation_kwargs:\n  until: ['w7']\n  max_gen_toks: 12\nmetric_list:\n  - metric: exact_match\n",
+}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with a small Llama, tasks over a local file, and token ids."""
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    pytest.importorskip("accelerate", reason="lm-eval's own class for transformers needs accelerate")
+    folder = tmp_path_factory.mktemp("harness")
+    worded(folder / "llama", vocabulary=50)
+    numbers = np.random.default_rng(0)
+
+    def text(count):
+        return " ".join(f"w{token}" for token in numbers.integers(3, 50, count))
+
+    rows = [
+        {"context": text(2 + 3 * row), "choices": [text(4), text(2), text(3)], "words": [text(1), text(1)],
+         "gold": row % 2, "page": text(10 + 12 * row), "answer": text(2)}
+        for row in range(14)
+    ]  # fmt: skip
+    (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tasks").mkdir()
+    for name, body in TASKS.items():
+        (folder / "tasks" / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'rows.json'}\n"
+            f"test_split: test\n{body}metadata:\n  version: 1.0\n"
+        )
+    np.save(folder / "ids.npy", numbers.integers(3, 50, (24, 20)))
+    return folder
+
+
+needs_harness = [
+    pytest.mark.filterwarnings("ignore"),  # of the harness and the data library
+    pytest.mark.usefixtures("own"),
+]
+
+
+def engine(model):
+    return Module(model).open(BuildOptions(device="cpu"))
+
+
+class TestWithTheHarness:
+    """Each skips with a reason where lm-eval is not installed."""
+
+    pytestmark = needs_harness
+
+    @pytest.fixture(autouse=True)
+    def own_tasks_only(self, monkeypatch):
+        """The harness's own tasks are thousands of files, and its description of the machine takes seconds."""
+        from lm_eval import evaluator, tasks
+
+        monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+        monkeypatch.setattr(evaluator, "add_env_info", lambda storage: None)
+
+    def asked(self, own, **options):
+        return Asked(tuple(TASKS), include_path=str(own / "tasks"), **options)
+
+    def test_the_figures_are_those_of_the_class_for_transformers(self, own):
+        """Choices, choices of one token, pages longer than the model takes, and answers."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        model = models.load(str(own / "llama"))
+        file = lower(trace(model), model, own / "dense.onnx")
+        openers = {
+            "ours": lambda: runtime("onnxruntime").load(file, BuildOptions(threads=1)),
+            "eager": lambda: engine(model),
+        }
+        found = judge(openers, model, self.asked(own), against="ours", length=None, steps=Steps())
+        manager = TaskManager(include_path=str(own / "tasks"))
+        theirs = HFLM(pretrained=str(own / "llama"), dtype="float32", device="cpu", batch_size=4)
+        said = simple_evaluate(model=theirs, tasks=list(TASKS), task_manager=manager, log_samples=False)
+        expected = list(results("ours", said))
+        assert {each.task for each in expected} == set(TASKS)
+        for name in openers:
+            mine = [each for each in found.results if each.engine == name]
+            for each, same in zip(mine, expected, strict=True):
+                assert each == dataclasses.replace(same, engine=name, value=each.value)
+                assert each.value == pytest.approx(same.value, rel=EQUAL)
+
+    def test_the_answers_are_those_of_the_class_for_transformers(self, own):
+        """Request by request: likelihoods, whether greedy, whole pages, generated texts."""
+        from lm_eval.models.huggingface import HFLM
+
+        from compressor.benchmark.lm_eval_model import EngineLM
+
+        model = models.load(str(own / "llama"))
+        rows = [json.loads(line) for line in (own / "rows.json").read_text().split("\n")]
+        theirs = HFLM(pretrained=str(own / "llama"), dtype="float32", device="cpu", batch_size=3)
+        ours = EngineLM(engine(model), model, 64)
+        pairs = [(row["context"], f" {choice}") for row in rows for choice in (*row["choices"], *row["words"])]
+        pairs += [("", rows[0]["page"])]
+        every = {
+            "loglikelihood": pairs,
+            "loglikelihood_rolling": [(row["page"],) for row in rows],
+            "generate_until": [
+                (row["context"], {"until": [ending], "max_gen_toks": most})
+                for row in rows
+                for ending, most in (("w7", 20), ("nothing", 5))
+            ],
+        }
+        for kind, asked in every.items():
+            requests = [SimpleNamespace(args=args, task_name="mine") for args in asked]
+            one, other = (getattr(lm, kind)(requests, disable_tqdm=True) for lm in (ours, theirs))
+            if kind == "generate_until":
+                assert one == other
+                assert len({len(text.split()) for text in one}) > 3  # some end early
+            elif kind == "loglikelihood":
+                np.testing.assert_allclose(
+                    *(np.array([value for value, _ in side]) for side in (one, other)), rtol=EQUAL
+                )
+                assert [greedy for _, greedy in one] == [greedy for _, greedy in other]
+            else:
+                np.testing.assert_allclose(one, other, rtol=EQUAL)
+
+    def test_a_model_without_a_cache_generates_the_same(self, own):
+        from compressor.benchmark.lm_eval_model import EngineLM
+
+        model = models.load(str(own / "llama"))
+        opened = engine(model)
+
+        class Whole:
+            """The same answers to whole texts only."""
+
+            inputs, outputs = ("input_ids", "attention_mask", "position_ids"), ("logits",)
+
+            def run(self, feeds):
+                return {"logits": opened.run(model.preprocess.complete(dict(feeds)))["logits"]}
+
+        asked = [SimpleNamespace(args=(f"w{n} w9 w{n + 1}", {"until": ["w7"], "max_gen_toks": 9})) for n in range(3, 9)]
+        with_cache = EngineLM(opened, model, 64).generate_until(asked)
+        assert EngineLM(Whole(), model, 64).generate_until(asked) == with_cache
+        assert any(with_cache)
+
+    def test_what_an_engine_does_not_do_is_refused(self, own):
+        from compressor.benchmark.lm_eval_model import EngineLM, HarnessError
+
+        model = models.load(str(own / "llama"))
+        lm = EngineLM(engine(model), model, 64)
+        for options, words in (
+            ({"do_sample": True, "temperature": 0.7}, "do_sample"),
+            ({"max_gen_toks": 64}, "64 new"),
+        ):
+            with pytest.raises(HarnessError, match=words):
+                lm.generate_until([SimpleNamespace(args=("w3", {"until": [], **options}))])
+        with pytest.raises(CompressorError, match="no_such_task"):
+            check_model(model, Asked(("no_such_task",)))
+
+    @pytest.mark.slow  # half a minute for an export and a bench
+    def test_the_command_asks_an_exported_folder_and_the_model(self, own, monkeypatch):
+        monkeypatch.chdir(own)
+        run = CliRunner()
+        common = ["--data", "ids.npy", "--samples", "24"]
+        made = run.invoke(
+            main, ["export", "llama", *common, "--drop", "none", "--rounds", "1", "--output", "dense", "-q"]
+        )
+        assert made.exit_code == 0, made.output
+        tasks = ["--tasks", ",".join(TASKS), "--include-path", "tasks", "--limit", "6", "--num-fewshot", "0"]
+        done = run.invoke(main, ["bench", "dense", "llama", *common, *ROUNDS, *tasks])
+        assert done.exit_code == 0, done.output
+        assert "mine_rolling, 0-shot, word_perplexity ↓" in done.output
+        content = json.loads((own / "bench.json").read_text())["tasks"]
+        assert content["limit"] == 6
+        by_engine = {
+            name: [r for r in content["results"] if r["engine"] == name] for name in ("dense", "llama (eager)")
+        }
+        assert len(by_engine["dense"]) == 5
+        for one, other in zip(*by_engine.values(), strict=True):
+            assert one["value"] == pytest.approx(other["value"], rel=EQUAL)
+            assert one["samples"] == 6
+            assert one["version"] == "1.0"
+        assert math.isfinite(sum(row["value"] for row in content["results"]))

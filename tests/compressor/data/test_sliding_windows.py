@@ -1,0 +1,178 @@
+"""Long texts in windows: each token scored once; perplexity and divergence against transformers in a plain loop."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor import models
+from compressor.data import splits
+from compressor.data.readers.base import DataError
+from compressor.data.sliding_windows import TOKENS, USUAL, Window, chosen, pieces
+from compressor.lower.traced_model import SubjectError, load_data
+from compressor.quality.evaluate import evaluate, graph_runner
+from compressor.settings import Settings
+from tests.paths import SHARED_DATA
+from tests.samples import worded
+
+LLAMA = SHARED_DATA / "stories260k"
+needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
+
+EQUAL = 1e-4  # relative, as promised: float32 logits of rows padded otherwise, summed in another order; 1e-7 found
+
+
+def windows_of(length):
+    return st.builds(Window, st.just(length), st.integers(1, length - 1))
+
+
+@given(st.integers(1, 90), st.integers(2, 20).flatmap(windows_of))
+def test_every_token_but_the_first_is_scored_once_behind_enough_context(tokens, window):
+    cuts = window.cut(tokens)
+    scored = [token for cut in cuts for token in range(cut.scored, cut.end)]
+    assert scored == list(range(1, tokens))
+    assert all(0 < cut.end - cut.start <= window.length for cut in cuts)
+    assert all(cut.scored - cut.start >= window.length - window.stride for cut in cuts[1:])
+    assert len(cuts) == 1 + max(0, math.ceil((tokens - window.length) / window.stride))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 5))
+def test_pieces_hold_the_texts_and_nothing_else(sizes, rows):
+    texts = [np.arange(size) + 100 * owner for owner, size in enumerate(sizes)]
+    feeds = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in texts]
+    found = list(pieces(enumerate(feeds), Window(8, 3), dict, rows))
+    for piece in found:
+        ids, mask = piece.feeds["input_ids"], piece.feeds["attention_mask"].astype(bool)
+        assert len(ids) == len(piece.owners) <= rows
+        assert ids.shape == mask.shape == piece.scored.shape
+        assert not (piece.scored & ~mask).any()
+        assert all((ids[row] // 100 == owner).all() for row, owner in enumerate(piece.owners))  # padding too
+    scored = np.concatenate([piece.feeds["input_ids"][piece.scored] for piece in found])
+    assert scored.tolist() == [token for ids in texts for token in ids[1:]]
+
+
+def test_a_batch_holds_few_tokens_where_windows_are_long():
+    feeds = {"input_ids": np.arange(3 * TOKENS), "attention_mask": np.ones(3 * TOKENS, np.int64)}
+    found = list(pieces([(0, feeds)], Window(TOKENS // 2, TOKENS // 4), dict, 32))
+    assert max(piece.scored.size for piece in found) == TOKENS
+    assert [len(piece.owners) for piece in found][:2] == [2, 2]
+
+
+def test_the_window_is_what_was_asked_for_or_what_the_model_takes():
+    assert chosen(None, None, 512) == Window(512, 256)
+    assert chosen(None, None, 131_072) == Window(USUAL, USUAL // 2)
+    assert chosen(100, None, None) == Window(100, 50)
+    assert chosen(None, 7, None) == Window(USUAL, 7)
+    assert chosen(None, None, None) == Window(USUAL, USUAL // 2)
+    for length, stride, most, words in ((600, None, 512, "--max-length 600"), (100, 100, 512, "--stride 100")):
+        with pytest.raises(DataError, match=words):
+            chosen(length, stride, most)
+
+
+def by_hand(module, texts, length, stride):
+    """Negative log-likelihoods and numbers of tokens of each text, as Hugging Face's guide loops over windows."""
+    found = []
+    for ids in texts:
+        total, count, before = 0.0, 0, 0
+        for begin in range(0, len(ids), stride):
+            end = min(begin + length, len(ids))
+            row = torch.tensor([ids[begin:end]])
+            labels = row.clone()
+            labels[:, : -(end - before)] = -100
+            with torch.inference_mode():
+                logits = module(row).logits[0, :-1]
+            kept = labels[0, 1:] != -100
+            entropy = torch.nn.functional.cross_entropy(logits[kept], labels[0, 1:][kept], reduction="sum")
+            total, count, before = total + float(entropy), count + int(kept.sum()), end
+            if end == len(ids):
+                break
+        found.append((total, count))
+    return found
+
+
+def judged(model, source, **asked):
+    """Quality on the test part of the model itself, and of one that is a little off."""
+    found = splits.load(str(source), model.preprocess, task=model.task, **asked)
+    run = graph_runner(model, lambda tensors: _called(model, tensors))
+    runners = {"float": run, "off": lambda feeds: run(feeds) * np.float32(0.9)}
+    return found, evaluate(found.test, runners, metric="perplexity", reference="float")
+
+
+def _called(model, tensors):
+    with torch.inference_mode():
+        return model.call(model.module, *(tensors[name] for name in model.inputs))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A random Llama with words for tokens, and texts of 2 to 150 of them, one a line."""
+    folder = tmp_path_factory.mktemp("windows")
+    ids = np.random.default_rng(0).integers(3, 50, (14, 150))
+    texts = [row[: 2 + 11 * number].tolist() for number, row in enumerate(ids)]
+    (folder / "texts.txt").write_text("\n".join(" ".join(f"w{token}" for token in text) for text in texts) + "\n")
+    (folder / "texts.csv").write_text("text\n" + "\n".join(" ".join(f"w{i}" for i in text) for text in texts) + "\n")
+    return models.load(str(worded(folder / "llama", vocabulary=50))), folder, texts
+
+
+@pytest.mark.parametrize("name", ["texts.txt", "texts.csv"])
+@pytest.mark.parametrize(("length", "stride"), [(16, 5), (40, None), (None, None)])
+def test_perplexity_and_divergence_are_those_of_a_plain_loop(small, name, length, stride):
+    model, folder, texts = small
+    found, quality = judged(model, folder / name, max_length=length, stride=stride)
+    length = 64 if length is None else length  # the positions it has
+    assert found.describe()["window"] == {"length": length, "stride": length // 2 if stride is None else stride}
+    chosen_texts = [texts[int(id)] for id in found.test.ids]
+    expected = by_hand(model.module, chosen_texts, length, length // 2 if stride is None else stride)
+    nll, tokens = np.array(expected).T
+    assert tokens.tolist() == [len(text) - 1 for text in chosen_texts]
+    np.testing.assert_array_equal(quality.columns["float"]["tokens"], tokens)
+    np.testing.assert_allclose(quality.columns["float"]["nll"], nll, rtol=EQUAL)
+    assert quality.value("float") == pytest.approx(math.exp(nll.sum() / tokens.sum()), rel=EQUAL)
+    assert quality.figure("float").n == len(chosen_texts)  # texts are drawn, not windows
+
+
+def test_what_needs_no_labels_is_over_all_scored_tokens(small):
+    """Agreement and divergence weigh every scored token alike, of whatever text and window it is."""
+    model, folder, _ = small
+    _, quality = judged(model, folder / "texts.txt", max_length=16, stride=5)
+    free = quality.label_free("off")
+    columns = quality.columns["off"]
+    assert free["agreement"].value == 100.0  # smaller logits in the same order
+    assert columns["divergence"].min() > 0
+    every = (columns["divergence"] * columns["tokens"]).sum() / columns["tokens"].sum()
+    assert free["divergence"].value == pytest.approx(every, rel=1e-12)
+    assert abs(free["divergence"].value / columns["divergence"].mean() - 1) > 1e-3  # texts differ in length
+
+
+def test_token_ids_are_cut_and_calibration_reads_the_first_window(small, tmp_path):
+    model, _, _ = small
+    ids = np.random.default_rng(1).integers(3, 50, (9, 30))
+    np.save(tmp_path / "ids.npy", ids)
+    found, quality = judged(model, tmp_path / "ids.npy", max_length=12, stride=4)
+    nll, tokens = np.array(by_hand(model.module, ids[[int(id) for id in found.test.ids]].tolist(), 12, 4)).T
+    np.testing.assert_allclose(quality.columns["float"]["nll"], nll, rtol=EQUAL)
+    assert tokens.tolist() == [29] * len(tokens)
+    (batch,) = found.calibration.batches(9)
+    assert batch.feeds["input_ids"].tolist() == ids[[int(id) for id in found.calibration.ids], :12].tolist()
+    assert found.test.head(2).windows == found.test.windows
+
+
+def test_texts_of_other_models_are_not_cut(small):
+    model, folder, _ = small
+    found = splits.load(str(folder / "texts.txt"), model.preprocess, task="feature-extraction")
+    assert found.window is None
+    assert found.describe()["window"] is None
+    with pytest.raises(SubjectError, match="--max-length"):
+        load_data(Settings(max_length=8), models.load(), lambda *_: None)
+
+
+@needs_llama
+def test_of_the_trained_llama_too(tmp_path):
+    model = models.load(str(LLAMA))
+    ids = np.load(LLAMA / "sampled_tokens.npy")[:48].reshape(12, -1).astype(np.int64)  # four samples a text
+    np.save(tmp_path / "ids.npy", ids)
+    found, quality = judged(model, tmp_path / "ids.npy", max_length=256, stride=100)
+    nll, tokens = np.array(by_hand(model.module, ids[[int(id) for id in found.test.ids]].tolist(), 256, 100)).T
+    assert quality.value("float") == pytest.approx(math.exp(nll.sum() / tokens.sum()), rel=EQUAL)

@@ -1,0 +1,923 @@
+"""The --data string: splits, formats, caching and refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from compressor.data.readers.sample_cache import Store
+from compressor.data.splits import Data, DataError, Shares, Split, load, shuffled
+from compressor.errors import CompressorError
+from compressor.models.preprocess import Preprocess
+from tests.paths import SHARED_DATA
+
+SHARED = SHARED_DATA
+SIDE = 4
+
+
+@dataclass
+class Calls:
+    """A stand-in preprocessing that counts what it was asked to prepare."""
+
+    images: int = 0
+    texts: list[int] = field(default_factory=list)
+
+    def image(self, picture: Image.Image) -> npt.NDArray[np.float32]:
+        self.images += 1
+        pixels = np.asarray(picture.resize((SIDE, SIDE)), dtype=np.float32) / np.float32(255)
+        return np.atleast_3d(pixels).transpose(2, 0, 1).astype(np.float32)
+
+    def text(self, first: list[str], second: list[str] | None) -> dict[str, npt.NDArray[Any]]:
+        """One token a character, a separator 1 before a second text, padded with 0."""
+        self.texts.append(len(first))
+        rows = first if second is None else [f"{a}\x01{b}" for a, b in zip(first, second, strict=True)]
+        width = max(len(row) for row in rows)
+        ids = np.array([[ord(c) for c in row] + [0] * (width - len(row)) for row in rows], dtype=np.int64)
+        return {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64), "unused": ids}
+
+
+def vision(calls: Calls | None = None, *, mode: str = "RGB") -> Preprocess:
+    channels = {"L": 1, "RGB": 3}[mode]
+    example = {"pixel_values": np.zeros((2, channels, SIDE, SIDE), np.float32)}
+    return Preprocess(("pixel_values",), "image", example, image=(calls or Calls()).image, image_mode=mode)
+
+
+def language(calls: Calls | None = None, *, inputs: tuple[str, ...] = ("input_ids", "attention_mask")) -> Preprocess:
+    example = {name: np.ones((2, 6), np.int64) for name in inputs}
+    return Preprocess(inputs, "text", example, text=(calls or Calls()).text)
+
+
+def tensors(shapes: Mapping[str, tuple[int, ...]]) -> Preprocess:
+    return Preprocess(
+        tuple(shapes), "tensor", {name: np.zeros((1, *shape), np.float32) for name, shape in shapes.items()}
+    )
+
+
+def paint(path: Path, level: int, *, mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (6, 5), level if mode == "L" else (level,) * 3).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of six pictures; the grey level is ten times the number of the picture."""
+    for number in range(12):
+        paint(tmp_path / "images" / ("b" if number % 2 else "a") / f"{number:02}.png", 10 * number)
+    return tmp_path / "images"
+
+
+def parts(data: Data) -> tuple[Split, Split, Split]:
+    return data.calibration, data.validation, data.test
+
+
+def everything(data: Data, size: int = 5) -> dict[str, Any]:
+    """All rows of all parts by id: (first input's row or rows, label)."""
+    found: dict[str, Any] = {}
+    for part in parts(data):
+        for batch in part.batches(size):
+            rows = next(iter(batch.feeds.values()))
+            rows = rows.reshape(len(batch.ids), batch.rows_per_sample, *rows.shape[1:])
+            labels = [None] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
+            found.update((id, (row, label)) for id, row, label in zip(batch.ids, rows, labels, strict=True))
+    return found
+
+
+def spell(row: npt.NDArray[Any]) -> str:
+    return "".join(chr(code) for code in row if code)
+
+
+def texts_of(data: Data) -> dict[str, tuple[tuple[str, ...], Any]]:
+    return {id: (tuple(spell(row) for row in rows), label) for id, (rows, label) in everything(data).items()}
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+@given(count=st.integers(3, 5000), a=st.floats(0.01, 0.9), b=st.floats(0.01, 0.9), cap=st.integers(1, 600))
+def test_the_sizes_add_up_and_no_part_is_empty(count: int, a: float, b: float, cap: int) -> None:
+    if a + b >= 1:
+        a, b = a / 2, b / 2
+    sizes = Shares(a, b, calibration_cap=cap, validation_cap=cap).sizes(count)
+    assert sum(sizes) == count
+    assert min(sizes) >= 1
+    assert max(sizes[:2]) <= cap
+
+
+@settings(max_examples=40)
+@given(count=st.integers(3, 60), seed=st.integers(0, 10**6))
+def test_the_parts_are_disjoint_complete_and_deterministic(
+    tmp_path_factory: pytest.TempPathFactory, count: int, seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "x.npy"
+    np.save(path, np.arange(count * 2, dtype=np.float32).reshape(count, 2))
+    first, again = (load(str(path), tensors({"x": (2,)}), task="feature-extraction", seed=seed) for _ in range(2))
+    ids = [id for part in parts(first) for id in part.ids]
+    assert sorted(ids, key=int) == [str(row) for row in range(count)]
+    assert [part.ids for part in parts(first)] == [part.ids for part in parts(again)]
+    assert [len(part) for part in parts(first)] == list(Shares().sizes(count))
+
+
+@given(ids=st.lists(st.text(max_size=5), unique=True, max_size=30), seed=st.integers(0, 9), data=st.data())
+def test_the_order_is_one_of_names_not_of_places(ids: list[str], seed: int, data: st.DataObject) -> None:
+    permuted = data.draw(st.permutations(ids))
+    ordered = [ids[place] for place in shuffled(ids, seed)]
+    assert [permuted[place] for place in shuffled(permuted, seed)] == ordered
+    kept = set(data.draw(st.lists(st.sampled_from(ids)))) if ids else set()
+    fewer = [id for id in ids if id in kept]
+    assert [fewer[place] for place in shuffled(fewer, seed)] == [id for id in ordered if id in kept]
+
+
+def test_another_seed_gives_another_split() -> None:
+    data = [load("random", vision(), task="image-classification", seed=seed) for seed in (0, 1)]
+    assert data[0].test.ids != data[1].test.ids
+
+
+def test_caps_send_the_rest_to_test(folder: Path) -> None:
+    shares = Shares(calibration_cap=1, validation_cap=2)
+    data = load(str(folder), vision(), task="image-classification", shares=shares)
+    assert [len(part) for part in parts(data)] == [1, 2, 9]
+
+
+def test_a_total_limits_what_is_looked_at(folder: Path) -> None:
+    calls = Calls()
+    data = load(str(folder), vision(calls), task="image-classification", shares=Shares(total=5))
+    assert [len(part) for part in parts(data)] == [1, 1, 3]
+    assert calls.images == 5
+
+
+def test_head_is_evenly_spaced_and_shares_what_is_prepared(folder: Path) -> None:
+    calls = Calls()
+    test = load(str(folder), vision(calls), task="image-classification").test
+    decoded = calls.images
+    head = test.head(3)
+    assert head.ids == test.ids[::2]
+    assert head.name == test.name
+    assert test.head(6) is test
+    assert test.head(100) is test
+    assert [len(batch.ids) for batch in head.batches(2)] == [2, 1]
+    assert calls.images == decoded
+
+
+def test_what_lies_beside_a_subset_shares_no_sample_with_it(folder: Path) -> None:
+    test = load(str(folder), vision(), task="image-classification").test
+    head = test.head(3)
+    rest = test.beside(head, 10)
+    assert sorted((*head.ids, *rest.ids)) == sorted(test.ids)
+    assert test.beside(head, 2).ids == (rest.ids[0], rest.ids[1])
+    assert len(test.beside(test, 5)) == 0
+    assert rest.name == test.name
+
+
+def test_batches_repeat_in_the_same_order_with_an_odd_last_one(folder: Path) -> None:
+    test = load(str(folder), vision(), task="image-classification").test
+    passes = [list(test.batches(4)) for _ in range(2)]
+    assert [len(batch.ids) for batch in passes[0]] == [4, 2]
+    assert tuple(id for batch in passes[0] for id in batch.ids) == test.ids
+    for one, two in zip(*passes, strict=True):
+        assert one.ids == two.ids
+        np.testing.assert_array_equal(one.feeds["pixel_values"], two.feeds["pixel_values"])
+    whole = np.concatenate([batch.labels for batch in passes[0] if batch.labels is not None])
+    assert test.labels is not None
+    np.testing.assert_array_equal(whole, test.labels)
+
+
+def test_batches_are_prepared_one_at_a_time(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((40, 5, 5), np.uint8))
+    calls = Calls()
+    data = load(str(tmp_path / "x.npy"), vision(calls), task="feature-extraction")
+    assert calls.images == 0
+    batches = data.test.batches(4)
+    assert calls.images == 0
+    next(batches)
+    assert calls.images == 4
+
+
+def test_a_changed_batch_does_not_change_the_next_pass(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("one\ntwo\nthree\nfour\n")
+    np.save(tmp_path / "x.npy", np.ones((4, 2), np.float32))
+    for spec, prepare in (("t.txt", language()), ("x.npy", tensors({"x": (2,)}))):
+        test = load(str(tmp_path / spec), prepare, task="feature-extraction").test
+        for batch in test.batches(2):
+            for array in batch.feeds.values():
+                array[...] = 0
+        assert all(array.any() for batch in test.batches(2) for array in batch.feeds.values())
+
+
+def test_describe_is_json_and_names_the_test_samples(folder: Path) -> None:
+    (folder / "a" / "broken.png").write_bytes(b"no image")
+    data = load(str(folder), vision(), task="image-classification", seed=3)
+    said = json.loads(json.dumps(data.describe()))
+    assert said["sizes"] == {"calibration": 3, "validation": 3, "test": 6}
+    assert said["seed"] == 3
+    assert said["skipped"] == [{"id": "a/broken.png", "reason": "not an image that can be identified"}]
+    assert tuple(said["test_ids"]) == data.test.ids
+
+
+# ------------------------------------------------------------------------------------------------ image folders
+
+
+def test_sorted_class_folders_are_the_labels(folder: Path) -> None:
+    data = load(str(folder), vision(), task="image-classification")
+    assert data.label_kind == "class"
+    found = everything(data)
+    assert len(found) == 12
+    for id, (row, label) in found.items():
+        assert label == "ab".index(id[0])
+        # A grey picture stays grey under any resampling; 1e-6 is float32 rounding of level / 255
+        np.testing.assert_allclose(row, 10 * int(id[2:4]) / 255, atol=1e-6)
+
+
+def test_an_empty_class_folder_keeps_its_index(folder: Path) -> None:
+    (folder / "aa").mkdir()
+    (folder / ".cache").mkdir()
+    labels = {
+        id: label for id, (_, label) in everything(load(str(folder), vision(), task="image-classification")).items()
+    }
+    assert labels["a/00.png"] == 0
+    assert labels["b/01.png"] == 2
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for number, ending in enumerate(("png", "JPG", "jpeg", "bmp", "webp", "gif")):
+        paint(tmp_path / f"{number}.{ending}", 40)
+    (tmp_path / "notes.md").write_text("not a picture")
+    (tmp_path / "._1.jpg").write_bytes(b"what a Mac leaves behind")
+    data = load(str(tmp_path), vision(), task="image-classification")
+    assert data.label_kind is None
+    assert data.skipped == ()
+    assert {label for _, label in everything(data).values()} == {None}
+    assert len(everything(data)) == 6
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_come_in_the_mode_of_the_model(tmp_path: Path, mode: str) -> None:
+    for number, own in enumerate(("L", "RGB", "RGBA", "P", "1", "CMYK")):
+        Image.new("RGB", (6, 5), (90, 90, 90)).convert(own).save(
+            tmp_path / f"{number}.{'tif' if own == 'CMYK' else 'png'}"
+        )
+    data = load(str(tmp_path), vision(mode=mode), task="image-classification")
+    assert {row.shape for row, _ in everything(data).values()} == {(1, {"L": 1, "RGB": 3}[mode], SIDE, SIDE)}
+
+
+def test_a_palette_with_transparent_entries_is_read_without_a_warning(tmp_path: Path) -> None:
+    for number in range(3):
+        picture = Image.new("P", (6, 5))
+        picture.putpalette([0, 0, 0, 90, 90, 90])
+        picture.save(tmp_path / f"{number}.png", transparency=bytes([0, 255]))
+    assert len(everything(load(str(tmp_path), vision(), task="image-classification"))) == 3
+
+
+def test_corrupt_and_truncated_images_are_skipped_named_and_counted(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, "JPEG")
+    (folder / "a" / "short.jpg").write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+    (folder / "b" / "empty.png").write_bytes(b"")
+    (folder / "b" / "words.jpg").write_text("these are words")
+    steps: list[tuple[int, int]] = []
+    data = load(
+        str(folder), vision(), task="image-classification", progress=lambda done, total: steps.append((done, total))
+    )
+    assert [sample.id for sample in data.skipped] == ["a/short.jpg", "b/empty.png", "b/words.jpg"]
+    assert "truncated" in data.skipped[0].reason
+    assert set(everything(data)) == {f"{'ab'[n % 2]}/{n:02}.png" for n in range(12)}
+    assert steps[-1] == (15, 15)
+
+
+def test_every_picture_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    real = Image.open
+
+    def watched(path: Any) -> Image.Image:
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(Image, "open", watched)
+    calls = Calls()
+    data = load(str(folder), vision(calls), task="image-classification")
+    first = everything(data, size=5)
+    second = everything(data, size=2)
+    assert len(opened) == calls.images == 12
+    for id, (row, _) in first.items():
+        np.testing.assert_array_equal(row, second[id][0])
+
+
+def test_a_full_store_prepares_again_with_the_same_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = everything(load(str(folder), vision(), task="image-classification"))
+    monkeypatch.setattr(Store.__init__, "__kwdefaults__", {"limit": 3 * SIDE * SIDE * 4 * 5})
+    calls = Calls()
+    data = load(str(folder), vision(calls), task="image-classification")
+    again = everything(data)
+    assert calls.images == 12 + 7
+    for id, (row, _) in whole.items():
+        np.testing.assert_array_equal(row, again[id][0])
+
+
+# ------------------------------------------------------------------------------------------------ the store
+
+
+@given(order=st.permutations(range(8)))
+def test_the_store_gives_back_what_was_put(order: list[int]) -> None:
+    store = Store((2, 3), np.float32)
+    for number in order:
+        store.put(number, np.full((2, 3), number, np.float32))
+    for number in range(8):
+        np.testing.assert_array_equal(store.get(number), np.full((2, 3), number, np.float32))
+
+
+def test_the_store_keeps_to_its_limit() -> None:
+    store = Store((4,), np.float32, limit=40)
+    for number in range(5):
+        store.put(number, np.zeros(4, np.float32))
+    assert [number in store for number in range(5)] == [True, True, False, False, False]
+
+
+def test_a_full_disk_does_not_stop_the_store() -> None:
+    class Full(io.BytesIO):
+        def write(self, content: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    store = Store((4,), np.float32)
+    store.put(0, np.ones(4, np.float32))
+    kept, store._file = store._file, Full()
+    store.put(1, np.ones(4, np.float32))
+    assert 1 not in store
+    store._file = kept
+    assert store.get(0).tolist() == [1, 1, 1, 1]
+
+
+def test_the_store_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = Store((4,), np.float32)
+    store.put(0, np.ones(4, np.float32))
+    assert 0 in store
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ arrays
+
+
+def saved(path: Path, **arrays: npt.NDArray[Any]) -> str:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"), [((6, 5, 7), "L"), ((6, 5, 7, 1), "L"), ((6, 5, 7, 3), "RGB"), ((6, 5, 7), "RGB")]
+)
+def test_uint8_arrays_are_raw_images(tmp_path: Path, shape: tuple[int, ...], mode: str) -> None:
+    levels = np.arange(6, dtype=np.uint8).reshape(6, *[1] * (len(shape) - 1))
+    np.save(tmp_path / "x.npy", np.broadcast_to(levels * 20, shape))
+    calls = Calls()
+    data = load(str(tmp_path / "x.npy"), vision(calls, mode=mode), task="image-classification")
+    for id, (row, label) in everything(data).items():
+        assert label is None
+        np.testing.assert_allclose(row, int(id) * 20 / 255, atol=1e-6)  # float32 rounding of level / 255
+    everything(data)
+    assert calls.images == 6
+
+
+def test_float_arrays_are_ready_inputs_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(7, 3, SIDE, SIDE))
+    np.save(tmp_path / "x.npy", values)
+    found = everything(load(str(tmp_path / "x.npy"), vision(), task="image-classification"))
+    for id, (row, _) in found.items():
+        assert row.dtype == np.float32
+        np.testing.assert_array_equal(row[0], values[int(id)].astype(np.float32))
+
+
+@pytest.mark.parametrize("keys", [("images", "labels"), ("x", "y"), ("pixel_values", "labels"), ("anything", "y")])
+def test_npz_keys_and_labels(tmp_path: Path, keys: tuple[str, str]) -> None:
+    content = {keys[0]: np.zeros((6, 5, 5, 3), np.uint8), keys[1]: np.arange(6, dtype=np.uint8)[:, None]}
+    data = load(saved(tmp_path / "x.npz", **content), vision(), task="image-classification")
+    assert data.label_kind == "class"
+    assert {id: label for id, (_, label) in everything(data).items()} == {str(row): row for row in range(6)}
+
+
+def test_npz_labels_of_other_types(tmp_path: Path) -> None:
+    def labels(values: npt.NDArray[Any]) -> tuple[str | None, list[Any]]:
+        spec = saved(tmp_path / "x.npz", x=np.zeros((3, 2), np.float32), y=values)
+        data = load(spec, tensors({"x": (2,)}), task="feature-extraction")
+        found = everything(data)
+        return data.label_kind, [found[str(row)][1] for row in range(3)]
+
+    assert labels(np.array([0.5, 1.0, 2.0])) == ("score", [0.5, 1.0, 2.0])
+    assert labels(np.array([0.0, 1.0, 2.0])) == ("class", [0, 1, 2])
+    assert labels(np.array(["dog", "ant", "dog"])) == ("class", [1, 0, 1])
+
+
+def test_npz_with_every_input_by_name(tmp_path: Path) -> None:
+    a, b = np.arange(10, dtype=np.float32).reshape(5, 2), np.arange(5, dtype=np.float32).reshape(5, 1)
+    data = load(saved(tmp_path / "x.npz", b=b, a=a), tensors({"a": (2,), "b": (1,)}), task="feature-extraction")
+    batch = next(data.test.batches(2))
+    assert list(batch.feeds) == ["a", "b"]
+    np.testing.assert_array_equal(batch.feeds["a"][:, 0], 2 * batch.feeds["b"][:, 0])
+
+
+@pytest.mark.parametrize(("task", "kind"), [("text-generation", "tokens"), ("feature-extraction", None)])
+def test_integer_arrays_are_token_ids(tmp_path: Path, task: str, kind: str | None) -> None:
+    tokens = np.arange(20, dtype=np.uint16).reshape(4, 5)
+    np.save(tmp_path / "t.npy", tokens)
+    data = load(str(tmp_path / "t.npy"), language(inputs=("input_ids", "attention_mask", "token_type_ids")), task=task)
+    batch = next(data.test.batches(2))
+    assert data.label_kind == kind
+    assert list(batch.feeds) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert {array.dtype for array in batch.feeds.values()} == {np.dtype(np.int64)}
+    np.testing.assert_array_equal(batch.feeds["input_ids"], tokens[[int(id) for id in batch.ids]])
+    assert batch.feeds["attention_mask"].all()
+    assert not batch.feeds["token_type_ids"].any()
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def table(tmp_path: Path, content: str, task: str, *, name: str = "t.csv", calls: Calls | None = None) -> Data:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    return load(str(tmp_path / name), language(calls), task=task)
+
+
+def test_txt_has_one_text_a_line_and_line_numbers_as_ids(tmp_path: Path) -> None:
+    data = table(tmp_path, "\ufeffone, with a comma\n\ntwo\r\nthree \u2028 four\n", "text-generation", name="t.txt")
+    assert data.label_kind == "tokens"
+    assert texts_of(data) == {
+        "0": (("one, with a comma",), None),
+        "2": (("two",), None),
+        "3": (("three \u2028 four",), None),
+    }
+
+
+def test_texts_are_padded_per_batch_and_only_the_inputs_of_the_model_are_fed(tmp_path: Path) -> None:
+    data = table(tmp_path, "a\nbbb\n" * 10, "feature-extraction", name="t.txt")
+    widths = {batch.feeds["input_ids"].shape[1] for part in parts(data) for batch in part.batches(1)}
+    assert widths == {1, 3}
+    assert set(next(data.test.batches(1)).feeds) == {"input_ids", "attention_mask"}
+
+
+def test_texts_are_tokenised_once_for_repeated_sweeps(tmp_path: Path) -> None:
+    calls = Calls()
+    data = table(tmp_path, "a\nbbb\n" * 10, "feature-extraction", name="t.txt", calls=calls)
+    assert calls.texts == []
+    for _ in range(3):
+        assert sum(len(batch.ids) for batch in data.test.batches(4)) == 10
+    assert calls.texts == [4, 4, 2]
+
+
+PAIR = (("a1", "b1"), ("a2", "b2"), ("a3", "b3"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a1,b1,5.0\na2,b2,0\na3,b3,2.5\n",
+        "sentence1,sentence2,score\na1,b1,5.0\na2,b2,0\na3,b3,2.5\n",
+        "idx;Score;Sentence1;Sentence2\n7;5.0;a1;b1\n8;0;a2;b2\n9;2.5;a3;b3\n",
+        "5.0\ta1\tb1\n0\ta2\tb2\n2.5\ta3\tb3\n",
+        "left,right,how close\na1,b1,5.0\na2,b2,0\na3,b3,2.5\n",
+    ],
+    ids=["no header", "header", "semicolons, other order, numbering", "tabs, score first", "header of unknown names"],
+)
+def test_scored_pairs_become_interleaved_rows(tmp_path: Path, content: str) -> None:
+    data = table(tmp_path, content, "sentence-similarity")
+    assert data.label_kind == "score"
+    assert texts_of(data) == {str(row): (PAIR[row], (5.0, 0.0, 2.5)[row]) for row in range(3)}
+    assert all(batch.rows_per_sample == 2 for batch in data.test.batches(1))
+
+
+@pytest.mark.parametrize(
+    ("content", "labels"),
+    [
+        ("good,1\nbad,0\nfine,1\n", (1, 0, 1)),
+        ("label,text\n1,good\n0,bad\n1,fine\n", (1, 0, 1)),
+        ("text,label\ngood,pos\nbad,neg\nfine,pos\n", (1, 0, 1)),
+        ("good,pos\nbad,neg\nfine,pos\n", (1, 0, 1)),
+        (",comment,stars\n0,good,3.0\n1,bad,1\n2,fine,4\n", (3, 1, 4)),
+        ("0,good,3\n1,bad,1\n2,fine,4\n", (3, 1, 4)),
+    ],
+    ids=["content", "header", "strings", "strings by content", "unknown names", "row numbers"],
+)
+def test_one_text_and_a_label(tmp_path: Path, content: str, labels: tuple[int, ...]) -> None:
+    data = table(tmp_path, content, "text-classification")
+    assert data.label_kind == "class"
+    assert texts_of(data) == {str(row): ((("good", "bad", "fine")[row],), labels[row]) for row in range(3)}
+
+
+def test_row_numbers_are_no_labels(tmp_path: Path) -> None:
+    content = "".join(f"{row},text {row},{('pos', 'neg')[row % 2]}\n" for row in range(12))
+    found = texts_of(table(tmp_path, content, "text-classification"))
+    assert found == {str(row): ((f"text {row}",), 1 - row % 2) for row in range(12)}
+
+
+def test_two_texts_for_a_classifier_are_one_row(tmp_path: Path) -> None:
+    content = "premise,hypothesis,label\na1,b1,entailment\na2,b2,neutral\na3,b3,contradiction\n"
+    found = texts_of(table(tmp_path, content, "text-classification"))
+    assert found["0"] == (("a1\x01b1",), 1)
+    assert found["1"] == (("a2\x01b2",), 2)
+
+
+def test_a_regression_score_of_single_texts(tmp_path: Path) -> None:
+    data = table(tmp_path, "good,0.9\nbad,0.1\nfine,0.7\n", "text-classification")
+    assert data.label_kind == "score"
+    assert texts_of(data)["1"] == (("bad",), 0.1)
+
+
+def test_a_class_called_like_a_title_is_no_header(tmp_path: Path) -> None:
+    found = texts_of(table(tmp_path, "who,question\nrun,command\nwhy,question\ngo,command\n", "text-classification"))
+    assert found["0"] == (("who",), 1)
+    assert len(found) == 4
+
+
+def test_csv_for_a_language_model_uses_the_text_and_no_label(tmp_path: Path) -> None:
+    data = table(tmp_path, "text,label\ngood,1\nbad,0\nfine,1\n", "text-generation")
+    assert data.label_kind == "tokens"
+    assert texts_of(data)["2"] == (("fine",), None)
+
+
+def test_quoted_cells_hold_commas_quotes_and_line_ends(tmp_path: Path) -> None:
+    found = texts_of(table(tmp_path, 'text\n"a, ""b""\nc"\nd\ne\n', "feature-extraction"))
+    assert found["0"] == (('a, "b"\nc',), None)
+
+
+def test_unusable_rows_are_skipped_with_a_reason(tmp_path: Path) -> None:
+    content = "sentence1,sentence2,score\na,b,1\na,,2\na,b,\na,b,nan\na,b,x\na,b,c,3\nd,e,4\nf,g,5\n"
+    data = table(tmp_path, content, "sentence-similarity")
+    assert {(sample.id, sample.reason) for sample in data.skipped} == {
+        ("1", "the text is empty"),
+        ("2", "the score is empty"),
+        ("3", "the score 'nan' is not a finite number"),
+        ("4", "the score 'x' is not a finite number"),
+        ("5", "4 columns, expected 3"),
+    }
+    assert set(texts_of(data)) == {"0", "6", "7"}
+
+
+# ------------------------------------------------------------------------------------------------ random
+
+
+def test_random_inputs_are_shaped_typed_and_seeded_like_the_example() -> None:
+    example: dict[str, npt.NDArray[Any]] = {
+        "input_ids": np.array([[7, 3, 0]], np.int64),
+        "attention_mask": np.array([[1, 1, 0]], np.int64),
+        "values": np.zeros((1, 2), np.float16),
+    }
+    prepare = Preprocess(tuple(example), "text", example)
+    data = load("random", prepare, task="feature-extraction", seed=1)
+    assert data.random
+    assert data.label_kind is None
+    batch = next(data.calibration.batches(32))
+    assert {name: (array.dtype, array.shape[1:]) for name, array in batch.feeds.items()} == {
+        name: (array.dtype, array.shape[1:]) for name, array in example.items()
+    }
+    assert set(np.unique(batch.feeds["input_ids"])) == set(range(8))
+    assert (batch.feeds["attention_mask"] == [1, 1, 0]).all()
+    alone = next(load("random", prepare, task="feature-extraction", seed=1).calibration.batches(1))
+    np.testing.assert_array_equal(alone.feeds["values"][0], batch.feeds["values"][0])
+    other = next(load("random", prepare, task="feature-extraction", seed=2).calibration.batches(32))
+    assert not np.array_equal(other.feeds["values"], batch.feeds["values"])
+
+
+# ------------------------------------------------------------------------------------------------ hub
+
+
+class FakeDataset:
+    """As much of `datasets.Dataset` as the reader uses."""
+
+    def __init__(self, columns: dict[str, list[Any]], features: dict[str, Any]) -> None:
+        self.columns, self.features = columns, features
+
+    column_names = property(lambda self: list(self.columns))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key: int | slice) -> dict[str, Any]:
+        return {name: values[key] for name, values in self.columns.items()}
+
+    def select_columns(self, names: list[str]) -> FakeDataset:
+        return FakeDataset({name: self.columns[name] for name in names}, self.features)
+
+    def with_format(self, kind: str | None) -> FakeDataset:
+        return self
+
+
+def feature(kind: str, dtype: str = "") -> Any:
+    return type(kind, (), {"dtype": dtype})()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeDataset], list[Any]]:
+    """Puts a library called datasets in place that serves one dataset; returns the list of what was asked."""
+
+    def serve(dataset: FakeDataset) -> list[Any]:
+        asked: list[Any] = []
+
+        def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> FakeDataset:
+            asked.append((name, config, split, revision))
+            return dataset
+
+        library = types.ModuleType("datasets")
+        library.load_dataset = load_dataset  # type: ignore[attr-defined]
+        library.get_dataset_config_names = lambda name, revision: ["small", "large"]  # type: ignore[attr-defined]
+        library.get_dataset_split_names = lambda *_, revision: ["train", "validation"]  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "datasets", library)
+        return asked
+
+    return serve
+
+
+def test_a_hub_dataset_of_texts(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    columns: dict[str, list[Any]] = {"idx": [9, 8, 7], "Sentence": ["good", "bad", "fine"], "label": [1, 0, 1]}
+    features = {
+        "idx": feature("Value", "int32"),
+        "Sentence": feature("Value", "string"),
+        "label": feature("ClassLabel"),
+    }
+    asked = hub(FakeDataset(columns, features))
+    for spec in ("nobody/texts", "nobody/texts:large", "nobody/texts:train", "nobody/texts:large:test"):
+        data = load(spec, language(), task="text-classification", revision="v1")
+        assert texts_of(data) == {"0": (("good",), 1), "1": (("bad",), 0), "2": (("fine",), 1)}
+    parts_asked = [(None, "validation"), ("large", "validation"), (None, "train"), ("large", "test")]
+    assert asked == [("nobody/texts", config, split, "v1") for config, split in parts_asked]
+
+
+def test_a_hub_dataset_at_a_revision_of_its_own(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    asked = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
+    specs = ("nobody/texts", "nobody/texts@v2", "nobody/texts@refs/convert/parquet:train", "nobody/texts@v2:large:test")
+    for spec in specs:
+        assert len(texts_of(load(spec, language(), task="feature-extraction"))) == 3
+    assert [(name, *rest) for name, _, *rest in asked] == [
+        ("nobody/texts", "validation", None),
+        ("nobody/texts", "validation", "v2"),
+        ("nobody/texts", "train", "refs/convert/parquet"),
+        ("nobody/texts", "test", "v2"),
+    ]
+
+
+def test_a_datasets_library_that_may_run_code_is_refused(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    asked = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
+    for version in ("3.6.0", "2.14.dev0"):
+        sys.modules["datasets"].__version__ = version  # type: ignore[attr-defined]
+        assert refused("nobody/texts", language()) == (
+            f"found datasets {version}, which may run code that a data set brings; expected 4 or later: "
+            'pip install "datasets>=4"'
+        )
+    assert asked == []
+    sys.modules["datasets"].__version__ = "4.0.0"  # type: ignore[attr-defined]
+    assert len(texts_of(load("nobody/texts", language(), task="feature-extraction"))) == 3
+
+
+def test_a_hub_dataset_of_images(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    pictures: list[Any] = [Image.new("L", (5, 5), 10 * number) for number in range(5)]
+    columns: dict[str, list[Any]] = {"image": [*pictures, None], "label": [0, 1, 2, 3, 4, 5]}
+    hub(FakeDataset(columns, {"image": feature("Image"), "label": feature("ClassLabel")}))
+    data = load("nobody/images", vision(), task="image-classification")
+    assert {id: label for id, (_, label) in everything(data).items()} == {str(row): row for row in range(5)}
+    assert [(sample.id, sample.reason) for sample in data.skipped] == [("5", "no image in this row")]
+
+
+def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("datasets")
+
+    def refuse(name: str, revision: str | None) -> list[str]:
+        raise ConnectionError("no route\nto the hub")
+
+    library.get_dataset_config_names = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert refused("nobody/nothing", vision()) == (
+        "nobody/nothing is neither a file nor a folder here, nor can it be loaded as a hub dataset (no route); check "
+        "the path, or the name and the network"
+    )
+    assert refused("folder/typo.csv", vision()) == f"there is no file or folder 'folder/typo.csv'; expected {FORMS}"
+
+
+def test_a_missing_datasets_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError) as refusal:
+        load("nobody/nothing", vision(), task="image-classification")
+    assert str(refusal.value) == (
+        "nobody/nothing is neither a file nor a folder here; to read it as a hub dataset, install the datasets "
+        "library: pip install datasets"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(spec: str, prepare: Preprocess, task: str = "feature-extraction") -> str:
+    with pytest.raises(DataError) as refusal:
+        load(spec, prepare, task=task)
+    assert isinstance(refusal.value, CompressorError)
+    return str(refusal.value)
+
+
+FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"
+
+
+def test_refused_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("x.json").write_text("{}")
+    for number in range(2):
+        paint(Path(f"few/{number}.png"), 9)
+        paint(Path(f"mixed/{number}.png"), 9)
+        paint(Path(f"split/{('train', 'val')[number]}/cat/0.png"), 9)
+        Path(f"few/{number}-broken.png").write_bytes(b"")
+    paint(Path("mixed/cat/0.png"), 9)
+    Path("broken").mkdir()
+    for number in range(4):
+        Path(f"broken/{number}.png").write_text("words")
+    assert refused("./nowhere", vision()) == f"there is no file or folder './nowhere'; expected {FORMS}"
+    assert refused("x.json", vision()) == f"the file x.json has the ending .json; expected {FORMS}"
+    assert refused("empty", vision()).startswith("the folder empty holds no images; expected image files (.avif, .bmp,")
+    assert refused("few", language()) == ("few holds images, but the model takes text inputs; give --data of that kind")
+    assert refused("few", vision()) == (
+        "found 2 usable samples in few (2 skipped, first 0-broken.png: not an image that can be identified), expected "
+        "at least 3, one each for calibration, validation and test; give more data"
+    )
+    assert refused("mixed", vision()) == (
+        "the folder mixed holds 2 images beside 1 folders; expected either images or class folders only, so move one "
+        "of them away"
+    )
+    assert refused("split", vision()) == (
+        "the folder split holds parts of a data set (train, val); give one of them as --data"
+    )
+    assert refused("broken", vision()) == (
+        "none of the 4 images in broken can be decoded (first: 0.png: not an image that can be identified); check how "
+        "they were copied"
+    )
+
+
+def test_a_model_without_its_preprocessing_is_told_from_one_of_another_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        paint(Path(f"few/{number}.png"), 9)
+    Path("x.txt").write_text("a\nb\nc\n")
+    assert refused("few", replace(vision(), image=None)) == (
+        "few holds images, but the model comes without the preprocessing that makes inputs of them; add its "
+        "preprocessor_config.json, or give ready model inputs as .npy"
+    )
+    assert refused("x.txt", replace(language(), text=None)) == (
+        "x.txt holds texts, but the model comes without a tokenizer; add its tokenizer files (tokenizer.json, "
+        "tokenizer_config.json), or give token ids as .npy"
+    )
+    assert refused("x.txt", vision()) == "x.txt holds texts, but the model takes image inputs; give --data of that kind"
+
+
+def test_class_folders_are_counted_with_the_empty_ones(folder: Path) -> None:
+    (folder / "c").mkdir()
+    assert load(str(folder), vision(), task="image-classification").calibration.samples.class_folders == 3
+    assert load(str(folder / "a"), vision(), task="image-classification").calibration.samples.class_folders is None
+
+
+def test_refused_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def of(array: Any, prepare: Preprocess) -> str:
+        np.save("x.npy", np.asarray(array))
+        return refused("x.npy", prepare)
+
+    spoilt = np.zeros((5, 2), np.float32)
+    spoilt[3, 1] = np.nan
+    pair = tensors({"a": (2,), "b": (2,)})
+    one = tensors({"x": (2,)})
+    assert of(np.array([{}, {}, {}], dtype=object), one) == (
+        "x.npy holds Python objects, which are refused because reading them can run code; save arrays of numbers (or "
+        "of fixed-width strings for labels)"
+    )
+    assert of(spoilt, one) == "x.npy holds NaN or infinite values (first in row 3); expected finite model inputs"
+    assert of(np.zeros((5, 3), np.float32), one) == "x.npy holds float32 [5, 3] for x; expected float32 [N, 2]"
+    assert of(np.zeros((5, 2), np.int64), one) == "x.npy holds int64 [5, 2] for x; expected float32 [N, 2]"
+    assert of(np.zeros((5, 1, 4, 4), np.float32), vision()) == (
+        "x.npy holds float32 [5, 1, 4, 4] for pixel_values; expected float32 [N, 3, 4, 4] or raw uint8 images [N, H, "
+        "W] or [N, H, W, C]"
+    )
+    assert of(np.zeros((5, 3, 4, 7), np.uint8), vision()) == (
+        "x.npy holds uint8 [5, 3, 4, 7]; expected images as [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels"
+    )
+    assert of(np.float32(1), one) == "x.npy holds an array of shape []; expected samples along the first axis"
+    assert of(np.zeros((5, 2), np.float32), language()) == (
+        "x.npy holds float32 [5, 2] for input_ids; expected integer token ids [N, T]"
+    )
+    assert of(np.full((5, 2), -1), language()) == (
+        "x.npy holds the token id -1; expected ids from 0, so cut or replace the padding"
+    )
+    assert of(np.zeros((5, 2), np.float32), pair) == (
+        "x.npy has no array for the model's input b; save one under that name in a .npz file"
+    )
+    Path("x.npy").write_bytes(b"not an array")
+    assert (
+        refused("x.npy", one) == "x.npy is not a readable NumPy file; expected .npy or .npz as numpy.save writes them"
+    )
+
+
+def test_refused_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, one = np.zeros((3, 2), np.float32), tensors({"x": (2,)})
+
+    def of(**arrays: Any) -> str:
+        return refused(saved(Path("x.npz"), **arrays), one)
+
+    assert of(x=x, y=np.array([0, -1, 1])) == "x.npz holds the class label -1; expected whole numbers from 0"
+    assert of(x=x, y=np.zeros(4)) == "x.npz holds labels of shape [4]; expected [3], one for each sample"
+    assert of(x=x, y=np.array([0, np.nan, 1])) == (
+        "x.npz holds the label nan in row 1; expected finite scores or whole class numbers"
+    )
+    assert of(x=x, y=np.zeros(3, complex)) == (
+        "x.npz holds labels of type complex128; expected whole numbers, scores or strings"
+    )
+    assert of(p=x, q=x) == (
+        "x.npz holds the arrays p, q; expected one array, one called images or x, or the model's inputs x"
+    )
+
+
+def test_refused_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def of(content: str | bytes, prepare: Preprocess | None = None, task: str = "text-classification") -> str:
+        Path("t.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return refused("t.csv", prepare or language(), task)
+
+    Path("t.txt").write_text("\n\n")
+    assert refused("t.txt", language()) == "t.txt holds no text; expected one text a line"
+    assert of("") == "t.csv holds no rows; expected texts with optional labels"
+    assert of("text,label\n") == "t.csv holds a header but no rows; expected texts with optional labels"
+    assert of(b"caf\xe9,1\n") == "t.csv is not UTF-8 text (byte 3); save it as UTF-8"
+    assert of("a,0\nb,-1\nc,1\n") == "t.csv holds the class label -1; expected whole numbers from 0"
+    assert of("a,5,7\nb,6,9\nc,7,1\n") == (
+        "t.csv has the number columns 1 and 2, expected one; name the right one label or score in a header"
+    )
+    assert of("1,2\n2,3\n5,4\n").startswith("t.csv has the number columns 0 and 1, expected one;")
+    assert of("a b,c d,e f\ng h,i j,k l\n") == (
+        "t.csv has 3 columns that look like texts, expected one or two; add a header line with the names text, or "
+        "sentence1 and sentence2, and label or score"
+    )
+    assert of("a,0\nb,1\nc,1\n", vision()) == (
+        "t.csv holds texts, but the model takes image inputs; give --data of that kind"
+    )
+    assert of("a,0\nb,1\n") == (
+        "found 2 usable samples in t.csv, expected at least 3, one each for calibration, validation and test; "
+        "give more data"
+    )
+
+
+def test_a_tokenizer_without_an_input_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a\nb\nc\n")
+    data = load(str(tmp_path / "t.txt"), language(inputs=("input_ids", "bbox")), task="feature-extraction")
+    with pytest.raises(DataError) as refusal:
+        next(data.test.batches(1))
+    assert str(refusal.value) == (
+        "the tokenizer gives input_ids, attention_mask, unused, but the model also takes bbox; give token arrays as "
+        ".npz with all inputs"
+    )
+
+
+@pytest.mark.parametrize("call", [lambda part: part.batches(0), lambda part: part.head(0)])
+def test_sizes_below_one_are_refused_at_once(call: Callable[[Split], Any]) -> None:
+    part = load("random", vision(), task="image-classification").test
+    with pytest.raises(DataError, match="expected at least 1"):
+        call(part)
+
+
+def test_refused_shares() -> None:
+    with pytest.raises(DataError, match="expected positive numbers that leave something for test"):
+        Shares(0.5, 0.5)
+    with pytest.raises(DataError, match="leaves a part empty"):
+        Shares(calibration_cap=0)
+
+
+# ------------------------------------------------------------------------------------------------ real data
+
+
+@pytest.mark.skipif(not (SHARED / "stsb").is_dir(), reason="the real data in ../shared/data is not here")
+def test_the_real_sts_benchmark() -> None:
+    data = load(str(SHARED / "stsb" / "stsb-en-test.csv"), language(), task="sentence-similarity")
+    assert [len(part) for part in parts(data)] == [344, 344, 691]
+    assert (data.label_kind, data.skipped) == ("score", ())
+    found = texts_of(data)
+    assert found["0"] == (("A girl is styling her hair.", "A girl is brushing her hair."), 2.5)
+    assert all(0 <= score <= 5 for _, score in found.values())
+    assert len(found) == 1379
+
+
+@pytest.mark.skipif(not (SHARED / "imagenet_sample").is_dir(), reason="the real data in ../shared/data is not here")
+def test_the_real_image_folder() -> None:
+    folder, calls = SHARED / "imagenet_sample", Calls()
+    data = load(str(folder), vision(calls), task="image-classification", shares=Shares(total=40))
+    found = everything(data, size=7)
+    classes = sorted(entry.name for entry in folder.iterdir())
+    assert (len(classes), len(found), calls.images, data.skipped) == (1000, 40, 40, ())
+    assert all(classes[label] == id.split("/")[0] for id, (_, label) in found.items())

@@ -1,0 +1,599 @@
+"""Exports whose engine is built later, and `compressor build` where torch and its like cannot be imported."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper, save
+
+import compressor
+from compressor.deferred import build as complete
+from compressor.deferred import package as deferred
+from compressor.deferred.reference_answers import INT8_SLACK, Answers, AnswersError, allowed_for
+from compressor.errors import CompressorError, SettingsError
+from compressor.measure import workshop
+from compressor.quality.parity import TOLERANCE, ParityError
+from compressor.quantize.precision import Source
+from compressor.quantize.saturation import int8_saturates
+from compressor.report.pages.export_page import html, shown_in
+from compressor.settings import Settings
+from compressor.workspace import environment
+from compressor.workspace.output_folder import FolderError, write_manifest
+from passes.execute.interpreter import run
+from passes.graph.graph import Graph
+from runtimes import openvino
+from runtimes.base import registry
+from runtimes.base.protocols import BuildError, BuildOptions, RuntimeUnavailable
+from runtimes.base.timing import interleave
+from runtimes.tensorrt import target as tensorrt
+from tests.processors import need_exact_int8
+from tests.runtimes.tensorrt.test_target import fake  # noqa: F401  (a fixture)
+
+ort = pytest.importorskip("onnxruntime", reason="it stands in for every target")
+
+FLOAT32 = 1e-5  # a few float32 products of width 32, in another order
+# What a device may lack: every dependency but NumPy, click, rich and the target's own package.
+ABSENT = [
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "scipy",
+    "PIL",
+    "matplotlib",
+    "sklearn",
+    "datasets",
+    "altair",
+    "vl_convert",
+    "jinja2",
+]
+DEVICE = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from compressor.cli import main
+main(sys.argv[1:])
+"""
+
+
+class Residual(torch.nn.Module):
+    """Three residual branches and a head, on vectors of 32."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(3))
+        self.head = torch.nn.Linear(32, 4)
+
+    def forward(self, x):
+        for inner in self.inner:
+            x = x + torch.relu(inner(x))
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def brief():
+    """Real timing, but for a moment only: these tests are about what is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (workshop, complete):
+            patch.setattr(module, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+        yield
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    """A module, and data whose labels are its own answers."""
+    rows = np.random.default_rng(0).standard_normal((160, 32)).astype(np.float32)
+    with torch.no_grad():
+        labels = Residual()(torch.from_numpy(rows)).argmax(-1).numpy()
+    path = tmp_path_factory.mktemp("data") / "rows.npz"
+    np.savez(path, x=rows, y=labels)
+    common = {"model": Residual(), "example_inputs": torch.zeros(2, 32), "data": str(path), "batch": 5, "rounds": 1}
+    return common | {"task": "image-classification", "defer_build": True, "drop": "1"}
+
+
+@pytest.fixture(scope="module")
+def originals(subject, brief, tmp_path_factory):
+    """Deferred exports, made once each; OpenVINO's in int8, on a machine that has no OpenVINO."""
+    room = tmp_path_factory.mktemp("deferred")
+    options = {
+        "onnxruntime": {},
+        "openvino": {"int8": "static", "max_precision_loss": 100.0},
+        "tensorrt": {"int8": "static", "max_precision_loss": 100.0, "actions": "linear"},
+    }
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino, "missing", lambda: "openvino is not installed")
+        for target, own in options.items():
+            made[target] = room / target
+            compressor.export(**subject, **own, target=target, output=made[target])
+    return made
+
+
+@pytest.fixture
+def folder(originals, tmp_path, request):
+    """A copy of one, ONNX Runtime's where a test asks for no other."""
+    return Path(shutil.copytree(originals[getattr(request, "param", "onnxruntime")], tmp_path / "folder"))
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def on_device(*arguments):
+    command = [sys.executable, "-c", DEVICE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# ------------------------------------------------------------------------------------------------- what is exported
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_the_folder_is_whole_but_for_the_engine(originals, target):
+    folder = originals[target]
+    expected = {"model.onnx", "plan.json", "report.json", "config.json", "manifest.json", "README.md", "report.html"}
+    expected |= {"deferred/answers.npz", "deferred/baseline.onnx"}
+    if target != "onnxruntime":
+        expected.add("deferred/original.onnx")
+    if target == "tensorrt":
+        expected.add("trtexec.txt")
+    assert set(files_of(folder)) == expected
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == expected - {"manifest.json"}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_the_report_says_that_onnxruntime_stood_in(originals, target):
+    content = report_of(originals[target])
+    engine = content["engine"]
+    assert (engine["state"], engine["target"]) == ("deferred", target)
+    assert engine["options"]["device"] == ("cuda" if target == "tensorrt" else "cpu")
+    assert engine["options"]["batches"][1] == 5
+    assert (engine["stand_in"]["target"], engine["stand_in"]["device"]) == ("onnxruntime", "cpu")
+    assert "environment" not in engine
+    assert Settings(**content["settings"]).to_dict() == content["settings"]
+    measured = engine["stand_in"]["measured"]
+    assert set(engine["files"]) == set(content["latency"]) == set(measured) == set(engine["allowed"])
+    for name in engine["files"]:
+        int8 = content["settings"]["precision"] == "int8" and name != "original"
+        parity = measured[name]["parity"]
+        assert engine["allowed"][name] == pytest.approx(INT8_SLACK * parity + TOLERANCE if int8 else TOLERANCE)
+        assert (parity > 1e-3) is int8  # seven or eight bits against 24
+
+
+def test_the_report_of_a_deferred_export_tells_its_reader(originals):
+    report = complete._restored(report_of(originals["openvino"]), originals["openvino"])
+    assert report.table().title == "Residual on ONNX Runtime, for openvino, batch 5"
+    assert "run `compressor build` with this folder on the device" in report.summary()
+    assert "with ONNX Runtime on the CPU here, not with openvino there" in report.summary()
+
+
+def test_the_stored_answers_are_torchs(originals):
+    answers = Answers.load(originals["onnxruntime"] / deferred.ANSWERS)
+    assert len(answers) == 64  # of 80 test samples
+    assert answers.labels is not None
+    with torch.no_grad():
+        eager = Residual()(torch.from_numpy(answers.feeds["x"])).numpy()
+    np.testing.assert_allclose(answers.expected["baseline"]["output"], eager, atol=FLOAT32)
+    np.testing.assert_array_equal(answers.labels, eager.argmax(-1))
+    session = ort.InferenceSession(originals["onnxruntime"] / "model.onnx", providers=["CPUExecutionProvider"])
+    shipped = session.run(None, {"x": answers.feeds["x"]})[0]
+    np.testing.assert_allclose(answers.expected["result"]["output"], shipped, atol=FLOAT32)
+    assert np.abs(shipped - eager).max() > 0.01  # a branch was dropped
+
+
+def test_tensorrts_files_keep_its_rules_and_its_style(originals):
+    from runtimes.tensorrt import qdq_rules as qdq
+
+    for name in ("model.onnx", "deferred/baseline.onnx"):
+        assert qdq.violations(originals["tensorrt"] / name) == []
+    assert len(qdq.violations(originals["openvino"] / "model.onnx")) > 0  # uint8: the style is the target's own
+
+
+def test_a_file_that_tensorrt_would_refuse_is_found_before_the_device(tmp_path):
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    inner = [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], name="ranges")]
+    inner.append(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]))
+    save(helper.make_model(helper.make_graph(inner, "g", ends[:1], ends[1:])), tmp_path / "model.onnx")
+    with pytest.raises(BuildError, match="node 'ranges' is DynamicQuantizeLinear"):
+        deferred._commands(tmp_path, {"result": Source(tmp_path / "model.onnx")}, BuildOptions())
+
+
+def test_the_lines_for_trtexec(originals):
+    lines = (originals["tensorrt"] / "trtexec.txt").read_text().split("\n\n")
+    build = (
+        "trtexec --onnx=model.onnx --saveEngine=model.engine --timingCacheFile=tensorrt.timing --noTF32 "
+        "--minShapes=x:1x32 --optShapes=x:5x32 --maxShapes=x:32x32 --profilingVerbosity=detailed"
+    )
+    assert lines == [
+        f"# TensorRT 10, in this folder\n{build} --stronglyTyped --useSpinWait --noDataTransfers\n".rstrip(),
+        f"# TensorRT 11, in this folder\n{build} --noCudaGraph\n",
+    ]
+    assert set(report_of(originals["tensorrt"])["engine"]["commands"]) == {"10", "11"}
+
+
+@pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
+@pytest.mark.parametrize("folder", ["tensorrt"], indirect=True)
+@pytest.mark.usefixtures("brief")
+def test_the_device_may_ask_for_a_portable_engine(folder, fake):  # noqa: F811
+    assert report_of(folder)["engine"]["options"]["portable"] is False
+    compressor.build(folder, portable_engine=True)
+    assert report_of(folder)["engine"]["options"]["portable"] is True
+    assert (folder / "model.engine").read_bytes().startswith(b"PLAN+CODE")
+    assert "engine_host_code_allowed = True" in (folder / "README.md").read_text()
+
+
+def test_lengths_and_fixed_shapes_of_the_lines(tmp_path):
+    inputs = [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"]),
+        helper.make_tensor_value_info("fixed", TensorProto.INT64, [1, 3]),
+    ]
+    output = [helper.make_tensor_value_info("y", TensorProto.INT64, None)]
+    node = helper.make_node("Add", ["ids", "fixed"], ["y"])
+    save(helper.make_model(helper.make_graph([node], "g", inputs, output)), tmp_path / "m.onnx")
+    options = BuildOptions(batches=(1, 2, 4), lengths=(1, 8, 16))
+    for line in tensorrt.command_lines(tmp_path / "m.onnx", options).values():
+        shapes = [word for word in line.split() if "Shapes" in word]
+        assert shapes == ["--minShapes=ids:1x1", "--optShapes=ids:2x8", "--maxShapes=ids:4x16"]
+
+
+@pytest.mark.parametrize(("limit", "rows", "timed"), [(10**9, 64, 40), (5760, 30, 11), (1, 1, 1)])
+def test_what_is_stored_is_bounded(monkeypatch, tmp_path, limit, rows, timed):
+    """A sample is 32 inputs and 4 answers of 4 bytes; a quarter of the limit is for the 40 rows to be timed."""
+    monkeypatch.setattr(deferred, "LIMIT", limit)
+    monkeypatch.setattr(deferred, "TIMED_LIMIT", limit // 4)
+    linear = torch.nn.Linear(32, 4)
+    shapes = ({0: torch.export.Dim.AUTO},)
+    exported = torch.export.export(linear, (torch.zeros(2, 32),), dynamic_shapes=shapes, strict=False)
+    graph = Graph(exported.module(check_guards=False), ("x",), ("y",), "")
+    asked = []
+
+    def run_all(graph, batches):
+        for feeds in batches:
+            asked.append(len(feeds["x"]))
+            yield run(graph, feeds)
+
+    batch = SimpleNamespace(feeds={"x": np.zeros((64, 32), np.float32)}, labels=None, ids=tuple("s" * 64))
+    test = SimpleNamespace(samples=SimpleNamespace(rows_per_sample=1), batches=lambda size: iter([batch]))
+    subject = SimpleNamespace(data=SimpleNamespace(test=test), metric="fidelity")
+    given = {"x": np.zeros((40, 32), np.float32)}
+    (tmp_path / deferred.FOLDER).mkdir()
+    found = deferred.stored_answers(
+        tmp_path, {"result": graph}, subject, given, SimpleNamespace(batch=40), run_all, at_once=7
+    )
+    assert (sum(asked), max(asked)) == (rows, min(7, rows))
+    assert found.expected["result"]["y"].shape == (rows, 4)
+    assert len(Answers.load(tmp_path / deferred.ANSWERS)) == rows
+    assert (len(found), len(found.timed["x"])) == (rows, timed)
+    assert found.batch(40)["x"].shape == (40, 32)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("command", [compressor.export, compressor.sweep])
+def test_without_the_target_one_sentence_offers_both_ways(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt, "missing", lambda: "tensorrt is not installed; pip install tensorrt")
+    with pytest.raises(RuntimeUnavailable) as caught:
+        command(target="tensorrt", output=tmp_path / "out")
+    assert str(caught.value) == (
+        "Target tensorrt cannot be used here: tensorrt is not installed; pip install tensorrt, or export with "
+        "--defer-build here and run `compressor build` on the device."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_in_must_be_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        registry.runtime("onnxruntime"), "missing", lambda: "it is not installed; pip install onnxruntime"
+    )
+    with pytest.raises(RuntimeUnavailable, match=r"Target onnxruntime .*: it is not installed; pip install \w+\.$"):
+        compressor.export(target="tensorrt", defer_build=True, output=tmp_path / "out")
+
+
+def test_wishes_and_devices_that_cannot_be_kept_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="--defer-build leaves out; give --speedup"):
+        Settings(latency=5.0, defer_build=True)
+    with pytest.raises(RuntimeUnavailable, match="tensorrt runs on cuda; found device 'cpu'"):
+        compressor.export(target="tensorrt", device="cpu", defer_build=True, output=tmp_path / "out")
+    with pytest.raises(CompressorError, match="no int8-dynamic on cuda"):
+        compressor.export(target="tensorrt", int8="dynamic", defer_build=True, output=tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------------- the device
+
+
+@pytest.mark.parametrize("folder", ["onnxruntime", "openvino"], indirect=True)
+def test_the_device_needs_neither_torch_nor_its_like(folder):
+    if (reason := registry.runtime(report_of(folder)["engine"]["target"]).missing()) is not None:
+        pytest.skip(reason)
+    before, target = report_of(folder), report_of(folder)["engine"]["target"]
+    if target == "openvino":  # it saturates at other places than the stand-in, further off than the device may be
+        need_exact_int8(before["settings"]["precision"])
+    card = (folder / "README.md").read_bytes()
+    page = (folder / "report.html").read_bytes()
+    (folder / "mine.txt").write_text("a file of the user's own")
+    done = on_device("build", folder, "--rounds", "1", "--threads", "1", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Residual on {target}, batch 5" in done.stdout
+    assert "result's speed-up" in done.stdout
+    assert "Dropped 1 of 3 sites" in done.stdout
+    assert "On 64 stored rows the result gives torch's answer in" in " ".join(done.stdout.split())
+    _check_completed(before, folder)
+    assert (folder / "README.md").read_bytes() == card  # without jinja2 it stays, and says whose figures it holds
+    assert b"`report.json` holds the device's figures" in card
+    assert (folder / "report.html").read_bytes() == page  # what draws it is not there, which is said
+    assert complete.NO_PAGE in report_of(folder)["notes"]
+    built = {"openvino_model.xml", "openvino_model.bin"} if target == "openvino" else set()
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(files) == set(files_of(folder)) - {"manifest.json", "mine.txt"}
+    assert {name for name in files if name.startswith("openvino")} == built
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == files[name]["sha256"] for name in files)
+
+
+def _check_completed(before, folder):
+    """report.json holds the device's figures and environment beside those of the machine that compressed."""
+    after = report_of(folder)
+    engine, measured = after["engine"], after["engine"]["measured"]
+    assert engine["state"] == "built"
+    assert engine["environment"]["packages"]["numpy"] == np.__version__
+    assert after["environment"] == before["environment"]
+    assert after["quality"] == before["quality"]
+    assert {key: engine["stand_in"][key] for key in ("latency", "speedup")} == {
+        key: before[key] for key in ("latency", "speedup")
+    }
+    assert set(after["latency"]) == set(before["latency"]) == set(measured) == set(engine["files"])
+    assert after["latency"]["result"]["samples_ms"] != before["latency"]["result"]["samples_ms"]
+    assert all(len(each["samples_ms"]) == 1 for each in after["latency"].values())
+    for name, found in measured.items():
+        assert found["parity"] <= engine["allowed"][name]
+        assert found["agreement"]["n"] == found["accuracy"]["n"] == 64
+        # int8 may turn a close answer, more of them where sums of products saturate at 16 bits
+        assert found["agreement"]["value"] >= (75.0 if int8_saturates() else 90.0)
+    unchanged = set(before) - {"engine", "latency", "speedup", "notes", "limitations"}
+    assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
+
+
+def test_the_card_is_made_anew_unless_someone_has_edited_it(folder, brief):
+    there = (folder / "README.md").read_text()
+    assert "ONNX Runtime in the place of ONNX Runtime" in there
+    compressor.build(folder, rounds=1)
+    anew = (folder / "README.md").read_text()
+    assert "Latency was measured with onnxruntime on this device" in anew
+    assert "in the place of" not in anew
+    (folder / "README.md").write_text("Mine.")
+    for _ in range(2):  # nor does the first of them make it look like ours
+        compressor.build(folder, rounds=1, force=True)
+        assert (folder / "README.md").read_text() == "Mine."
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_page_is_made_anew_with_the_devices_figures(folder):
+    """Where its packages are installed; a note that they were not is gone with that."""
+    content = report_of(folder)
+    content["notes"] = ["A note.", complete.NO_PAGE]
+    (folder / "report.json").write_text(json.dumps(content))
+    before = (folder / "report.html").read_text(encoding="utf-8")
+    report = compressor.build(folder, rounds=1)
+    after, content = (folder / "report.html").read_text(encoding="utf-8"), report_of(folder)
+    assert report.notes == ("A note.",)
+    assert after == html(content, shown_in(before))
+    assert f'<td class="number">{content["latency"]["result"]["median"]:.2f}<span' in after
+    assert "No engine was built" in before
+    assert "No engine was built" not in after
+    assert "Latency was measured with onnxruntime on this device" in after
+
+
+def test_errors_on_the_device_are_one_sentence_too(tmp_path):
+    done = on_device("build", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"Error: {tmp_path} holds no report.json")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_second_build_needs_force(folder, brief):
+    first = compressor.build(folder, rounds=1)
+    files = files_of(folder)
+    with pytest.raises(CompressorError, match=r"was built already \(on .*\); build it again with --force\.$"):
+        compressor.build(folder)
+    assert files_of(folder) == files
+    stand_in = report_of(folder)["engine"]["stand_in"]
+    again = compressor.build(folder, rounds=2, force=True)
+    assert len(again.latency["result"].samples_ms) == 2
+    assert report_of(folder)["engine"]["stand_in"] == stand_in  # not the first build's latencies
+    assert again.summary() == first.summary()
+    assert again.quality == first.quality
+    assert again.table().title == "Residual on onnxruntime, batch 5"
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("name", ["model.onnx", "deferred/baseline.onnx", "deferred/answers.npz"])
+def test_a_copy_that_is_not_whole_is_noticed(folder, name):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(FolderError, match=rf"{name} in .* is not the file that was exported; copy the whole folder"):
+        compressor.build(folder)
+    (folder / name).unlink()
+    with pytest.raises(FolderError, match=f"lacks {name}; copy the whole folder again"):
+        compressor.build(folder)
+    assert report_of(folder)["engine"]["state"] == "deferred"
+
+
+@pytest.mark.usefixtures("brief")
+def test_an_engine_that_computes_something_else_is_not_kept(folder):
+    """Torch's answers are moved by 1 % of the largest here: for the engine that is the same as being off by that."""
+    path = folder / deferred.ANSWERS
+    answers = Answers.load(path)
+    moved = answers.expected["result"]["output"]
+    moved += 0.01 * np.abs(moved).max()
+    answers.save(path)
+    write_manifest(folder)
+    files = files_of(folder)
+    with pytest.raises(ParityError, match=r"result: output output differs from torch by .*, so nothing was written"):
+        compressor.build(folder)
+    assert files_of(folder) == files
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "is no report of this release"),
+        ("[", "is no report of this release"),
+        ('{"engine": {"state": "built", "target": "openvino"}}', "was exported with its engine"),
+    ],
+)
+def test_what_was_not_deferred_is_refused(tmp_path, content, words):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(CompressorError, match=words):
+        compressor.build(tmp_path)
+
+
+def test_threads_must_be_one_at_least(folder):
+    with pytest.raises(SettingsError, match="threads is 0"):
+        compressor.build(folder, threads=0)
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_wish_for_speed_is_judged_on_the_device(folder):
+    content = report_of(folder)
+    content["settings"]["speedup"] = 1000.0
+    content["latency"] = {name: {"samples_ms": [[9.0 if name == "baseline" else 1.0]]} for name in content["latency"]}
+    content["notes"] = ["A note.", "The result is 9x faster, not 1000x as asked for."]
+    (folder / "report.json").write_text(json.dumps(content))
+    report = compressor.build(folder)
+    assert report.notes == ("A note.", *report.missed())
+    assert len(report.missed()) == 1
+    assert "is 9x faster" not in report.missed()[0]
+
+
+@pytest.mark.parametrize("fake", ["10.16.1.11", "11.4.0.106"], indirect=True)
+@pytest.mark.parametrize("folder", ["tensorrt"], indirect=True)
+@pytest.mark.usefixtures("brief")
+def test_tensorrts_engine_is_built_from_the_folder(folder, fake):  # noqa: F811
+    report = compressor.build(folder)
+    assert set(report.latency) == {"original", "baseline", "result"}
+    files = set(json.loads((folder / "manifest.json").read_text())["files"])
+    assert {"model.engine", "tensorrt.timing"} <= files
+    assert [path.name for path in folder.rglob("*.engine")] == ["model.engine"]
+    assert {tuple(sizes[place][0] for place in (0, 1, 2)) for p in fake.profiles for sizes in p.values()} == {
+        (1, 5, 32)
+    }
+    engine = report_of(folder)["engine"]
+    assert engine["measured"]["original"]["parity"] < TOLERANCE
+    assert engine["layers"]["precisions"] == {"fp32": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+class Answering:
+    """An engine that answers with a function of its input `x`."""
+
+    def __init__(self, function):
+        self.function, self.rows = function, []
+
+    def run(self, feeds):
+        self.rows.append(len(feeds["x"]))
+        return {"y": self.function(feeds["x"])}
+
+
+def identity(rows, labels=None, **feeds):
+    """Answers of a model that returns its input."""
+    return Answers({"x": rows} | feeds, {"baseline": {"y": rows}, "result": {"y": rows}}, {"x": rows[:2]}, labels)
+
+
+def test_top_classes_are_counted_against_torch_and_labels():
+    rows = np.eye(5, dtype=np.float32)[[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
+    labels = np.array([0, 1, 2, 3, 4, 0, 1, 2, 3, 0])
+    engine = Answering(lambda x: np.where(x[:, :1] > 0, np.float32([0, 1, 0, 0, 0]), x))  # answers 1 for 0
+    found = identity(rows, labels).judged(engine, "original", answer="y", metric="accuracy")
+    assert {name: each["value"] for name, each in found.items()} == {
+        "agreement": 80.0,
+        "accuracy": 70.0,
+        "torch_accuracy": 90.0,
+    }
+    assert found["agreement"]["low"] < 80.0 < found["agreement"]["high"]
+    assert engine.rows == [8, 2]
+
+
+def test_features_are_compared_by_cosine_without_padding():
+    rows = np.tile(np.float32([1.0, 0.0]), (2, 2, 1))
+    mask = np.array([[1, 1], [1, 0]])
+
+    def turned(x):
+        answer = x.copy()
+        answer[:, 1] = [0.0, 1.0]  # the second token is orthogonal, in the second row padding
+        return answer
+
+    found = identity(rows, attention_mask=mask).judged(Answering(turned), "result", answer="y", metric="fidelity")
+    assert found["similarity"]["value"] == pytest.approx(75.0)
+    tokens = identity(rows, attention_mask=mask).judged(Answering(turned), "result", answer="y", metric="perplexity")
+    assert tokens["agreement"]["value"] == pytest.approx(75.0)
+
+
+def test_an_engine_is_held_in_batches_and_with_a_single_row():
+    rows = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+    engine = Answering(lambda x: x + 0.001 * np.abs(rows).max())
+    found = identity(rows).hold(engine, "result", allowed=np.inf)
+    assert engine.rows == [1, 8, 2]
+    assert found.difference >= 0.001
+    with pytest.raises(ParityError, match="result: output y differs from torch"):
+        identity(rows).hold(engine, "result", allowed=TOLERANCE)
+    alone = Answering(lambda x: x if len(x) > 1 else 2 * x)  # a baked-in batch size
+    with pytest.raises(ParityError, match="differs from torch"):
+        identity(rows).hold(alone, "result", allowed=TOLERANCE)
+
+
+def test_answers_survive_the_disk_and_damage_is_said(tmp_path):
+    stored = identity(np.ones((3, 2), np.float32), np.arange(3), file=np.zeros(3))
+    stored.save(tmp_path / "a.npz")
+    found = Answers.load(tmp_path / "a.npz")
+    np.testing.assert_equal(vars(found), vars(stored))
+    (tmp_path / "a.npz").write_bytes(b"PK rubbish")
+    for name in ("a.npz", "none.npz"):
+        with pytest.raises(AnswersError, match=f"{name} cannot be read .* copy the whole folder again"):
+            Answers.load(tmp_path / name)
+
+
+def test_int8_may_be_as_far_off_as_twice_what_was_measured():
+    assert allowed_for(None) == TOLERANCE
+    assert allowed_for(0.02) == pytest.approx(0.04 + TOLERANCE)
+
+
+def test_the_environment_names_gpus(tmp_path):
+    for number, name in enumerate(("NVIDIA A", "NVIDIA B")):
+        (tmp_path / f"000{number}").mkdir()
+        (tmp_path / f"000{number}" / "information").write_text(f"Model: \t\t {name}\nIRQ:   \t\t 7\n")
+    assert environment._gpus(tmp_path) == ["NVIDIA A", "NVIDIA B"]
+    assert environment._gpus(tmp_path / "none") == []
+    assert isinstance(environment.environment()["gpus"], list)
+
+
+def test_features_are_told_as_what_they_are():
+    similar = {"value": 99.5, "low": 99.0, "high": 99.9, "n": 12}
+    part = {"state": "built", "target": "openvino", "environment": {}, "measured": {"result": {"similarity": similar}}}
+    assert list(deferred.told(part))[1:] == ["On 12 stored rows the result is similar to torch by 99.50 % (cosine)."]
+    assert list(deferred.told({"state": "built", "target": "openvino"})) == []

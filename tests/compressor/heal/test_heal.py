@@ -1,0 +1,415 @@
+"""Healing: on the embedded model, on planted modules, and the promises about what is left untouched."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from compressor import models
+from compressor.data.splits import Batch, Shares, load
+from compressor.heal import distill
+from compressor.heal import heal as heal_module
+from compressor.heal.closed_form import find_spots, refitted
+from compressor.heal.distill import Lesson, Recipe, Student, cropped, distance
+from compressor.heal.heal import METHODS, HealError, heal
+from compressor.lower.trace import trace
+from compressor.quality.evaluate import metric_for
+from compressor.quality.output_divergence import Effects
+from compressor.quality.validation_loss import Loss, Validation
+from passes.base import apply
+from passes.execute.interpreter import run
+from passes.graph.edit import own
+from passes.graph.graph import GraphError
+from passes.graph.sites import find_sites
+from passes.rewrite.drop import Drop
+
+QUICK = Recipe(steps=24, checks=2, fewest=1)
+LONG = 600.0  # seconds: more than any of these needs, so that the number of steps is the recipe's
+DROPPED = ("blocks.5.mlp", "blocks.7.mlp", "blocks.4.mlp", "blocks.8.mlp", "blocks.9.attn", "blocks.6.mlp")
+
+
+@dataclasses.dataclass
+class Tensors:
+    """A split of ready tensors without labels: asking for one is an error."""
+
+    feeds: dict[str, np.ndarray]
+    indices: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        self.indices = self.indices or tuple(range(len(next(iter(self.feeds.values())))))
+
+    def __len__(self):
+        return len(self.indices)
+
+    def batches(self, size):
+        for start in range(0, len(self), size):
+            part = list(self.indices[start : start + size])
+            feeds = {name: value[part] for name, value in self.feeds.items()}
+            yield Batch(feeds, None, 1, tuple(map(str, part)))
+
+
+class Residual(torch.nn.Module):
+    """Branches that are linear maps, f_i(x) = A_i x + b_i, then whatever `head` is."""
+
+    def __init__(self, head=None, width=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(width, width)) for _ in range(3)])
+        self.head = torch.nn.Identity() if head is None else head
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Words(torch.nn.Module):
+    """A language model without attention: an embedding, residual branches and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(20, 8)
+        self.body = Residual(torch.nn.Linear(8, 20))
+
+    def forward(self, input_ids):
+        return self.body(self.embedding(input_ids))
+
+
+def planted(module, example, rows, task, drop):
+    """Model, its graph, a fork with one branch dropped, the site, and calibration and validation of `rows`."""
+    model = models.load(module, task=task, example_inputs=example, cache=task != "text-generation")
+    graph = trace(model)
+    sites = find_sites(graph)
+    fork = graph.fork()
+    apply(Drop((sites[drop],)), fork)
+    half = len(rows) // 2
+    (name,) = example
+    calibration, validation = Tensors({name: rows[:half]}), Tensors({name: rows[half:]})
+    return model, graph, fork, (sites[drop],), calibration, validation
+
+
+def vectors(head=None, task="feature-extraction", drop=0):
+    rows = np.random.default_rng(0).standard_normal((128, 8), dtype=np.float32)
+    return planted(Residual(head), {"x": torch.from_numpy(rows[:2])}, rows, task, drop)
+
+
+def texts():
+    rows = np.random.default_rng(0).integers(0, 20, (48, 7))
+    return planted(Words(), {"input_ids": torch.from_numpy(rows[:2])}, rows, "text-generation", 1)
+
+
+@functools.cache
+def digits():
+    """The embedded model with six branches dropped, and 160 of its samples: 40 to calibrate, 40 to validate."""
+    model = models.load(None)
+    data = load(str(models.SAMPLE / "digits.npz"), model.preprocess, task=model.task, shares=Shares(total=160))
+    graph = trace(model)
+    changed = tuple(site for site in find_sites(graph) if site.name in DROPPED)
+    fork = graph.fork()
+    apply(Drop(changed), fork)
+    validation = Validation(graph, model, data.validation, metric_for(model.task, data.label_kind))
+    return model, data, graph, fork, changed, validation
+
+
+def healed(method, *, budget=LONG, seed=0, validation=None):
+    model, data, graph, fork, changed, own_validation = digits()
+    lines = []
+    return heal(
+        method,
+        fork,
+        graph,
+        model,
+        data.calibration,
+        own_validation if validation is None else validation,
+        changed=changed,
+        budget=budget,
+        seed=seed,
+        progress=lambda *line: lines.append(line),
+    )
+
+
+def parameters(graph):
+    return {name: value.detach().clone() for name, value in graph.module.named_parameters()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(distill, "RECIPE", QUICK)
+
+
+# ----------------------------------------------------------------------------------------------- the whole, on digits
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_less_divergence_and_no_more_loss(method):
+    """Measured anew on the graph that came back: the report tells the truth."""
+    model, _, graph, fork, _, validation = digits()
+    result, report = healed(method)
+    assert report.kept
+    assert result is not fork
+    effects = Effects(graph, model, validation.split)
+    effects.scales = (1.0,)
+    for stated, measured in ((report.before, fork), (report.after, result)):
+        assert stated["divergence"] == effects.measure(measured, {})[0]
+        assert stated["loss"] == validation.loss(measured).percent
+    assert report.after["divergence"] < 0.9 * report.before["divergence"]
+    assert report.after["loss"] <= report.before["loss"]
+    assert report.note.startswith("healed")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_given_stays_bit_for_bit(method):
+    _, _, graph, fork, _, _ = digits()
+    before = [(parameters(one), [p.requires_grad for p in one.module.parameters()]) for one in (graph, fork)]
+    healed(method)
+    after = [(parameters(one), [p.requires_grad for p in one.module.parameters()]) for one in (graph, fork)]
+    for (old, gradients), (new, gradients_now) in zip(before, after, strict=True):
+        assert same(old, new)
+        assert gradients == gradients_now
+    assert all(parameter.grad is None for one in (graph, fork) for parameter in one.module.parameters())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_same_nodes_and_parameters(method):
+    """Low-rank terms are merged; what was not trained is shared, not copied."""
+    _, _, graph, fork, _, _ = digits()
+    result, report = healed(method)
+    assert report.kept
+    result.check()
+    assert result.signature() == fork.signature()
+    assert (result.inputs, result.outputs) == (fork.inputs, fork.outputs)
+    assert result.parameter_count() == fork.parameter_count()
+    mine, originals = dict(result.module.named_parameters()), dict(graph.module.named_parameters())
+    shared = [name for name, value in mine.items() if value is originals[name]]
+    assert any("patch_embed" in name for name in shared)
+    assert not any(value.requires_grad for name, value in mine.items() if name not in shared)
+    assert len(shared) < len(mine)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_seed_repeats_and_another_does_not():
+    """The number of steps is fixed, so the weights are the same to the bit."""
+    first, again, other = (parameters(healed("distill", seed=seed)[0]) for seed in (0, 0, 1))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_no_time_leaves_a_sound_graph(method):
+    _, _, _, fork, _, _ = digits()
+    result, report = healed(method, budget=0.0)
+    result.check()
+    assert report.kept == (result is not fork)
+    assert report.after["divergence"] <= report.before["divergence"]
+    assert method != "distill" or (report.sample_steps == 0 and "too short" in report.note)
+
+
+def test_none_does_nothing():
+    _, _, _, fork, _, _ = digits()
+    result, report = healed("none")
+    assert result is fork
+    assert (report.kept, report.sample_steps) == (False, 0)
+    assert report.before == report.after
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(HealError, match="'prayer', expected one of none, closed-form, distill"):
+        healed("prayer")
+
+
+# ------------------------------------------------------------------------------------------------------ rolling back
+
+
+def test_training_that_harms_is_rolled_back(monkeypatch):
+    monkeypatch.setattr(distill, "RECIPE", dataclasses.replace(QUICK, rate=3.0))
+    _, _, _, fork, _, _ = digits()
+    result, report = healed("distill")
+    assert result is fork
+    assert not report.kept
+    assert report.after == report.before
+    assert report.note == "rolled back: it came no closer to the original on validation data"
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.usefixtures("quick")
+def test_more_loss_is_rolled_back_however_close(method):
+    """A metric by which every draft is worse than what was given, though each diverges less."""
+    _, data, _, fork, _, _ = digits()
+
+    class Strict:
+        split = data.validation
+
+        def loss(self, graph):
+            return Loss(0.0 if graph is fork else 0.1, len(self.split))
+
+    result, report = healed(method, validation=Strict())
+    assert result is fork
+    assert not report.kept
+    assert "lost more" in report.note
+
+
+def test_training_ends_when_it_gets_no_better(monkeypatch):
+    monkeypatch.setattr(distill, "RECIPE", dataclasses.replace(QUICK, rate=3.0, checks=12))
+    _, report = healed("distill")
+    assert report.sample_steps == QUICK.steps * heal_module.PATIENCE // 12
+
+
+# ------------------------------------------------------------------------------------------------------- closed form
+
+
+@pytest.mark.parametrize("drop", [0, 1])
+def test_what_a_later_branch_can_take_over_is_recovered(drop):
+    """With linear branches, x + A x of the next one can hold both: (I + A2)(I + A1). The least strength is 1e-4 of the
+    inputs' mean square, so that about as much of the difference stays, squared in the divergence."""
+    model, graph, fork, changed, calibration, validation = vectors(drop=drop)
+    result, report = heal(
+        "closed-form",
+        fork,
+        graph,
+        model,
+        calibration,
+        Validation(graph, model, validation, "fidelity"),
+        changed=changed,
+        budget=LONG,
+        seed=0,
+        progress=lambda *_: None,
+    )
+    assert report.kept
+    assert report.after["divergence"] < 1e-5 * report.before["divergence"]
+    feeds = {"x": torch.from_numpy(validation.feeds["x"])}
+    (before,), (after,), (goal,) = run(fork, feeds), run(result, feeds), run(graph, feeds)
+    assert (after - goal).norm() < 1e-3 * (before - goal).norm()
+
+
+def test_the_head_is_refitted_too():
+    """The last branch is gone: nothing but the head is behind it, and head' = head (I + A3) is the answer."""
+    model, graph, fork, changed, calibration, validation = vectors(torch.nn.Linear(8, 5), "image-classification", 2)
+    assert [spot.map for spot in find_spots(fork, graph, model, ())] == [graph.nodes()[-1].args[0][0].name]
+    effects = Effects(graph, model, validation)
+    (draft,) = refitted(fork, graph, model, calibration, sites=(), seconds=LONG)
+    assert effects.measure(draft.graph, {})[0] < 1e-3 * effects.measure(fork, {})[0]
+    assert changed
+
+
+def test_nothing_behind_the_change_leaves_all_as_it_is():
+    model, graph, fork, changed, calibration, validation = vectors(drop=2)
+    result, report = heal(
+        "closed-form",
+        fork,
+        graph,
+        model,
+        calibration,
+        Validation(graph, model, validation, "fidelity"),
+        changed=changed,
+        budget=LONG,
+        seed=0,
+        progress=lambda *_: None,
+    )
+    assert result is fork
+    assert "nothing behind the changes" in report.note
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+CASES = {
+    "features": (vectors, "fidelity"),
+    "classes": (functools.partial(vectors, torch.nn.Linear(8, 5), "image-classification"), "agreement"),
+    "words": (texts, "perplexity"),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_answer_comes_closer_without_labels(case):
+    """The splits here have no labels at all. Perplexity may rise with random weights, so its loss is not judged."""
+    make, metric = CASES[case]
+    model, graph, fork, changed, calibration, validation = make()
+    judge = Validation(graph, model, validation, metric)
+    if case == "words":
+        judge = SimpleNamespace(split=validation, loss=lambda graph: Loss(0.0, len(validation)))
+    _, report = heal(
+        "distill",
+        fork,
+        graph,
+        model,
+        calibration,
+        judge,
+        changed=changed,
+        budget=LONG,
+        seed=0,
+        progress=lambda *_: None,
+    )
+    assert report.kept
+    assert report.sample_steps == QUICK.steps
+    assert report.after["divergence"] < report.before["divergence"]
+
+
+def test_a_student_is_what_it_writes():
+    """Fresh it equals the graph; changed, the fork it writes computes the same (float32, order of one sum apart)."""
+    model, _, fork, _, calibration, _ = vectors()
+    student = Student(fork, (), QUICK, torch.Generator().manual_seed(0))
+    feeds = {"x": torch.from_numpy(calibration.feeds["x"])}
+    assert torch.equal(student.run(feeds)[0], run(fork, feeds)[0])
+    with torch.no_grad():
+        for tensor in student.trained():
+            tensor.add_(0.1)
+    moved = student.run(feeds)[0].detach()
+    assert (moved - run(fork, feeds)[0]).abs().max() > 0.1
+    torch.testing.assert_close(run(student.written(), feeds)[0], moved, rtol=1e-5, atol=1e-5)
+    assert model.outputs
+
+
+def test_gradients_reach_only_the_chosen_blocks():
+    model, graph, fork, _, calibration, _ = vectors()
+    student = Student(fork, ("blocks.2",), QUICK, torch.Generator().manual_seed(0))
+    assert {name.rsplit("blocks.", 1)[1] for name in student.merged()} == {"2.0.weight", "2.0.bias"}
+    lesson = Lesson(student, graph, model, calibration, QUICK, torch.Generator().manual_seed(0))
+    assert lesson.learn() > 0
+    assert student.vectors[next(iter(student.vectors))].grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in graph.module.parameters())
+
+
+def test_the_distance_of_features_is_their_divergence_at_equal_length():
+    left, right = torch.nn.functional.normalize(torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)), dim=2)
+    cosine = torch.nn.functional.cosine_similarity(left, right)
+    found = distance("feature-extraction", left, right, None)
+    torch.testing.assert_close(found, (1 - cosine).mean(), rtol=1e-5, atol=1e-6)  # float32
+    assert distance("feature-extraction", 2 * right, right, None) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_crops_keep_size_and_range():
+    pictures = torch.rand(6, 3, 9, 11, generator=torch.Generator().manual_seed(0))
+    crops = [cropped(pictures, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert crops[0].shape == pictures.shape
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+    assert float(crops[0].min()) >= float(pictures.min()) - 1e-6  # interpolation rounds
+    assert float(crops[0].max()) <= float(pictures.max()) + 1e-6
+    ids = torch.arange(6).reshape(2, 3)
+    assert cropped(ids, torch.Generator()) is ids
+
+
+def test_a_parameter_of_its_own():
+    """Only the fork changes; under all names of a tied weight."""
+    _, graph, fork, _, _, _ = vectors()
+    names = [name for name, _ in fork.module.named_parameters()]
+    untouched = parameters(graph)
+    new = torch.zeros_like(dict(fork.module.named_parameters())[names[0]])
+    own(fork, names[0], new)
+    assert dict(fork.module.named_parameters())[names[0]].eq(0).all()
+    assert same(parameters(graph), untouched)
+    with pytest.raises(GraphError, match="no parameter"):
+        own(fork, "nowhere", new)
+    with pytest.raises(GraphError, match="expected"):
+        own(fork, names[0], torch.zeros(1))

@@ -1,0 +1,392 @@
+"""Checkpoints without whole blocks: what `from_pretrained` of plain transformers opens is the rewritten graph."""
+
+import functools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import compressor
+from compressor import models
+from compressor.benchmark.contenders import given
+from compressor.errors import SettingsError
+from compressor.lower import checkpoint
+from compressor.lower.checkpoint import CheckpointError, Transformers
+from compressor.lower.trace import trace
+from compressor.measure import workshop
+from compressor.pipeline import export
+from compressor.quality.parity import ParityError
+from compressor.search.rewriter import Rewriter
+from compressor.settings import Settings
+from passes.base import PassError, apply
+from passes.execute.interpreter import run
+from passes.graph.edit import own
+from passes.graph.graph import Site
+from passes.graph.sites import find_sites
+from passes.plan.plan import Decision, Plan
+from passes.rewrite.remove_blocks import RemoveBlocks
+from runtimes.base.protocols import BuildOptions
+from tests.paths import SHARED_DATA
+
+LLAMA = SHARED_DATA / "stories260k"
+needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
+
+SAME = 1e-6  # of the largest value: the same operators in the same order, a sum may be split otherwise
+LAYERS, GONE = 3, (0,)
+
+TEXT = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+DECODER = TEXT | {"intermediate_size": 24, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+PICTURE = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+GPT2 = {"vocab_size": 48, "n_embd": 16, "n_layer": LAYERS, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+ARCHITECTURES = {
+    "GPT2LMHeadModel": ("GPT2Config", GPT2),
+    "Gemma2ForCausalLM": ("Gemma2Config", DECODER | {"head_dim": 4, "sliding_window": 6}),
+    "BertForSequenceClassification": ("BertConfig", TEXT | {"intermediate_size": 24, "max_position_embeddings": 32}),
+    "ViTForImageClassification": ("ViTConfig", PICTURE | {"intermediate_size": 24}),
+}
+PLAIN = {"LlamaForCausalLM": ("LlamaConfig", DECODER)}  # without a tokenizer, transformers makes none up
+GENERATING = [name for name in ARCHITECTURES if name.endswith(("CausalLM", "LMHeadModel"))]
+
+
+def saved(folder, name, **options):
+    torch.manual_seed(0)
+    config, fields = (ARCHITECTURES | PLAIN)[name]
+    module = getattr(transformers, name)(getattr(transformers, config)(**fields, **options)).eval()
+    for parameter in module.parameters():  # biases and norms of a fresh model are all zero and one
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    module.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    """A loaded and traced model of the architecture, with its sites and blocks."""
+
+    @functools.cache
+    def of(name):
+        folder = saved(tmp_path_factory.mktemp(name), name)
+        model = models.load(folder)
+        graph = trace(model)
+        sites = find_sites(graph)
+        return SimpleNamespace(
+            folder=folder,
+            model=model,
+            graph=graph,
+            sites=sites,
+            blocks=tuple(dict.fromkeys(site.block for site in sites)),
+        )
+
+    return of
+
+
+def without(subject, gone=GONE):
+    names = [site.name for site in subject.sites if site.block in [subject.blocks[number] for number in gone]]
+    return Rewriter(subject.graph, subject.sites, None, whole=True).carried_out(dict.fromkeys(names, "drop"))
+
+
+def plan_of(subject, changes):
+    decisions = tuple(Decision(site.name, changes.get(site.name, "keep"), "") for site in subject.sites)
+    return Plan("model", "", "", "", decisions, tuple(changes))
+
+
+def reopened(graph, subject, folder):
+    path = checkpoint.write(graph, subject.model, folder / "written" / "config.json")
+    module, found = type(subject.model.module).from_pretrained(path.parent, output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return path, module.eval()
+
+
+def inputs(model):
+    """The example without a cache."""
+    return {name: model.example[name] for name in ("pixel_values", "input_ids") if name in model.example}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_from_pretrained_opens_the_model_without_those_layers(name, subject, tmp_path):
+    """The oracle is the original module with the entries taken out of its list, called by hand."""
+    mine = subject(name)
+    path, module = reopened(without(mine), mine, tmp_path)
+    assert module.config.num_hidden_layers == LAYERS - len(GONE)
+    original = getattr(transformers, name).from_pretrained(mine.folder).eval()
+    stack = original.get_submodule(mine.blocks[0].rpartition(".")[0])
+    for number in reversed(GONE):
+        del stack[number]
+        del getattr(original.config, "layer_types", list(range(LAYERS)))[number]  # read by number when called
+    extra = {"use_cache": False} if name in GENERATING else {}
+    with torch.no_grad():
+        expected, found = (each(**inputs(mine.model), **extra).logits for each in (original, module))
+    assert (found - expected).abs().max() <= SAME * expected.abs().max()
+    assert type(transformers.AutoConfig.from_pretrained(path.parent)) is type(mine.model.module.config)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("gone", [(1, 2), ()])
+def test_the_checkpoint_computes_the_rewritten_graph(name, gone, subject, tmp_path):
+    """With a cache too, whose layers are numbered as the graph's."""
+    mine = subject(name)
+    graph = without(mine, gone)
+    path = checkpoint.write(graph, mine.model, tmp_path / "written" / "config.json")
+    with Transformers().load(path, BuildOptions()) as engine:
+        found = engine.run({name: value.numpy() for name, value in mine.model.example.items()})
+    expected = dict(
+        zip(graph.outputs, run(graph, {name: mine.model.example[name] for name in graph.inputs}), strict=True)
+    )
+    assert set(found) == set(expected)
+    for output, value in expected.items():
+        assert np.abs(found[output] - value.numpy()).max() <= SAME * value.abs().max()
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_it_generates_what_the_graph_generates(name, subject, tmp_path):
+    mine = subject(name)
+    graph = without(mine)
+    _, module = reopened(graph, mine, tmp_path)
+    ids = torch.tensor([[5, 9, 3]])
+    generated = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    complete = mine.model.preprocess.complete
+    while ids.shape[1] < generated.shape[1]:
+        feeds = complete({"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64)})
+        tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        logits = dict(zip(graph.outputs, run(graph, {name: tensors[name] for name in graph.inputs}), strict=True))[
+            "logits"
+        ]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert ids.shape[1] > 4
+    assert torch.equal(ids, generated)
+
+
+def test_what_a_config_lists_layer_by_layer_goes_with_the_layers(subject, tmp_path):
+    mine = subject("Gemma2ForCausalLM")
+    kinds = mine.model.module.config.layer_types
+    assert len(set(kinds)) == 2
+    path = checkpoint.write(without(mine, (0,)), mine.model, tmp_path / "written" / "config.json")
+    content = json.loads(path.read_text())
+    assert content["layer_types"] == kinds[1:]
+    assert mine.model.module.config.num_hidden_layers == LAYERS  # that of the original stays as it was
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "Gemma2ForCausalLM"])
+def test_tied_weights_are_stored_once_and_opened_tied(name, subject, tmp_path):
+    mine = subject(name)
+    path, module = reopened(without(mine), mine, tmp_path)
+    stored = load_file(path.with_name("model.safetensors"))
+    assert "lm_head.weight" not in stored
+    assert module.get_output_embeddings().weight is module.get_input_embeddings().weight
+    kept = sum(value.numel() for value in module.parameters())
+    assert sum(value.numel() for value in stored.values()) == kept
+    assert path.stat().st_mode & 0o777 == path.with_name("model.safetensors").stat().st_mode & 0o777
+
+
+def test_the_weights_are_those_of_the_graph(subject, tmp_path):
+    """Healing changes weights of the graph, not of the module."""
+    mine = subject("Gemma2ForCausalLM")
+    graph = without(mine, (0,))
+    name = "model.layers.1.mlp.down_proj.weight"
+    changed = torch.full_like(mine.model.module.get_parameter(name), 0.25)
+    own(graph, f"{graph.prefix}{name}", changed)
+    path = checkpoint.write(graph, mine.model, tmp_path / "written" / "config.json")
+    stored = load_file(path.with_name("model.safetensors"))
+    assert torch.equal(stored["model.layers.0.mlp.down_proj.weight"], changed)
+    assert not torch.equal(mine.model.module.get_parameter(name), changed)
+
+
+def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
+    mine = subject("BertForSequenceClassification")
+    gone = {site.name: "drop" for site in mine.sites if site.block == mine.blocks[1]}
+    kept = Rewriter(mine.graph, mine.sites, None).carried_out(gone)
+    norms = [node for node in kept.nodes() if node.target is torch.ops.aten.layer_norm.default]
+    assert apply(RemoveBlocks((mine.blocks[1], mine.blocks[2])[:1]), kept).changed == (mine.blocks[1],)
+    left = [node for node in kept.nodes() if node.target is torch.ops.aten.layer_norm.default]
+    assert len(norms) - len(left) == 2
+    with pytest.raises(PassError, match="as a whole"):
+        apply(RemoveBlocks((mine.blocks[2],)), kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drop": "attention:2"}, "--drop attention:2: give --drop block:N"),
+        ({"drop": "3"}, "whole blocks"),
+        ({"drop": "25%"}, "whole blocks"),
+        ({"drop": "auto", "actions": "drop,linear"}, "no --actions drop,linear"),
+        ({"drop": "auto", "tokens": "8"}, "--tokens 8"),
+        ({"drop": "block:1", "actions": "linear"}, "--actions linear"),
+        ({"drop": "block:1", "tokens": "8"}, "--tokens 8"),
+    ],
+)
+def test_what_no_checkpoint_says_is_refused_at_once(options, words):
+    with pytest.raises(SettingsError, match=words):
+        Settings(model="anything", data="nowhere", target="transformers", **options)
+
+
+def test_plans_of_anything_but_whole_blocks_are_refused_by_name(subject):
+    mine = subject("Gemma2ForCausalLM")
+    attention, mlp = (site.name for site in mine.sites if site.block == mine.blocks[1])
+    for changes, words in (
+        ({attention: "drop"}, f"drops {attention} but keeps {mlp}"),
+        ({attention: "linear", mlp: "drop"}, f"linear at {attention}"),
+        ({site.name: "drop" for site in mine.sites}, "no block of model.layers would be left"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.check_plan(plan_of(mine, changes), mine.sites, mine.model)
+    checkpoint.check_plan(plan_of(mine, {attention: "drop", mlp: "drop"}), mine.sites, mine.model)
+
+
+def test_stages_and_shared_blocks_are_refused():
+    """By their modules alone; nothing is traced."""
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]}
+    stages = transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, window_size=4))
+    pattern = "swin.encoder.layers.{}.blocks.{}"
+    sites = [site(pattern.format(stage, number)) for stage in range(2) for number in range(2)]
+    mine = SimpleNamespace(sites=sites)
+    with pytest.raises(CheckpointError, match=r"has several \(swin.encoder.layers.0.blocks, swin.encoder.layers.1"):
+        checkpoint.check_plan(
+            plan_of(mine, {sites[1].name: "drop"}), sites, SimpleNamespace(name="swin", module=stages)
+        )
+    with pytest.raises(CheckpointError, match="has several"):
+        checkpoint.check_blocks(sites, SimpleNamespace(name="swin", module=stages))
+    shared = transformers.AlbertModel(transformers.AlbertConfig(**TEXT, intermediate_size=24, embedding_size=8))
+    with pytest.raises(CheckpointError, match="shares its weights"):
+        checkpoint.stack_of(shared, ["encoder.albert_layer_groups.0.albert_layers.0#2"])
+    with pytest.raises(CheckpointError, match="counts 3 layers, which are not the 1 blocks"):
+        checkpoint.stack_of(shared, ["encoder.albert_layer_groups.0.albert_layers.0"])
+
+
+def site(block):
+    return Site(f"{block}.attn", "attention", block, 0, 8, 2, "add", "branch", "trunk", "add")
+
+
+def test_a_backbone_answers_with_its_last_block():
+    config = transformers.Dinov2Config(**PICTURE)
+    module = transformers.Dinov2ForImageClassification(config)
+    checkpoint.shorten(config, checkpoint.stack_of(module, ["dinov2.encoder.layer.1"]))
+    assert config.stage_names == ["stem", "stage1", "stage2"]
+    assert (config.num_hidden_layers, config.out_features, config.out_indices) == (2, ["stage2"], [2])
+
+
+def test_models_of_others_are_refused_before_the_data_is_read(tmp_path):
+    with pytest.raises(CheckpointError, match="is a model of timm"):
+        export.export(
+            Settings(models.SAMPLE, "nowhere", drop="block:1", target="transformers", output=tmp_path / "out")
+        )
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(3, 48, (24, 10)))
+    return path
+
+
+def test_an_export_is_a_folder_to_open_and_to_bench(tmp_path, tokens, monkeypatch):
+    dense = saved(tmp_path / "dense", "LlamaForCausalLM")
+    asked = {"data": tokens, "drop": "block:2", "target": "transformers", "rounds": 1}
+    report = compressor.export(dense, **asked, output=tmp_path / "out")
+    assert report.parity["result"] <= SAME
+    assert report.sizes["result"].parameters < report.sizes["baseline"].parameters
+    assert report.sizes["result"].bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report.sizes["result"].cache == report.sizes["baseline"].cache / LAYERS
+    assert set(report.latency) == {"baseline", "result"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "plan.json", "report.json"} <= written
+    assert not any(name.endswith((".onnx", ".pt2")) for name in written)
+    listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert "model.safetensors" in listed
+
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: transformers" in text
+    monkeypatch.chdir(tmp_path / "out")
+    exec(compile(text.split("```python\n")[1].split("```")[0], "card", "exec"), found := {})
+    assert found["model"].config.num_hidden_layers == 1
+    assert len(found["answer"]) > 1
+
+    (each,) = given([str(tmp_path / "out")])
+    assert each.is_model
+    compared = compressor.bench(tmp_path / "out", dense, rounds=1, context=(4,), output=tmp_path / "bench.json")
+    assert [entry.name for entry in compared.entries] == ["out (eager)", "dense (eager)"]
+    small, whole = compared.generated.runs
+    assert small.cache == whole.cache / LAYERS
+
+
+def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
+    """That the checkpoint computes the rewritten graph is held by the export itself."""
+    monkeypatch.setattr(workshop, "CLOCK_ROUNDS", 1)
+    dense = saved(tmp_path / "dense", "LlamaForCausalLM")
+    out = tmp_path / "out"
+    report = compressor.export(
+        dense, data=tokens, drop="auto", target="transformers", rounds=1, speedup=1.01, generate="4:4", output=out
+    )
+    blocks = {decision.site.rpartition(".")[0] for decision in report.plan.decisions}
+    gone = {name.rpartition(".")[0] for name in report.plan.changes}
+    assert len(report.plan.changes) == 2 * len(gone) > 0
+    assert set(report.plan.changes.values()) == {"drop"}
+    assert all(decision.reason for decision in report.plan.decisions)
+    assert {"as it is", "without every other block", "first block alone"} == set(report.search["prices"]["timings"])
+    module = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert module.config.num_hidden_layers == len(blocks - gone) >= 1
+    assert {step["unit"] for step in report.search["steps"]} == gone
+    assert report.parity["result"] <= SAME
+    again = compressor.export(
+        dense, data=tokens, drop=str(out / "plan.json"), target="transformers", rounds=1, output=tmp_path / "again"
+    )
+    assert again.plan.changes == report.plan.changes
+
+
+@pytest.mark.slow
+def test_a_sweep_of_whole_blocks(tmp_path, tokens):
+    dense = saved(tmp_path / "dense", "LlamaForCausalLM")
+    front = compressor.sweep(
+        dense, data=tokens, target="transformers", cost="macs", max_loss=1e6, rounds=1, output=tmp_path / "out"
+    )
+    assert len(front.points) == LAYERS  # as it is, and without one and two of three blocks
+    assert [len(point.plan.changes) for point in front.points] == [0, 2, 4]
+    assert [point.latency is not None for point in front.points] == [True] * LAYERS
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_blocks_one_after_the_other_are_the_graph_without_all_of_them(name, subject):
+    mine = subject(name)
+    rewriter = Rewriter(mine.graph, mine.sites, None, whole=True)
+    assert tuple(rewriter.units) == mine.blocks
+    graph = mine.graph
+    for block in (mine.blocks[1], mine.blocks[0]):
+        graph = rewriter.changed(graph, block, "drop")
+    feeds = {key: mine.model.example[key] for key in graph.inputs}
+    for left, right in zip(run(graph, feeds), run(without(mine, (0, 1)), feeds), strict=True):
+        assert torch.equal(left, right)
+    with pytest.raises(PassError, match="no block would be left"):
+        rewriter.changed(graph, mine.blocks[2], "drop")
+    with pytest.raises(PassError, match="only be dropped, found linear"):
+        rewriter.changed(mine.graph, mine.blocks[2], "linear")
+    with pytest.raises(PassError, match="only whole units"):
+        rewriter.carried_out({mine.sites[0].name: "drop"})
+
+
+def test_layers_that_depend_on_their_number_are_found_out(tmp_path, tokens):
+    dense = saved(tmp_path / "dense", "GPT2LMHeadModel", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ParityError, match="cannot say which blocks are gone"):
+        export.export(Settings(dense, tokens, drop="transformer.h.0", target="transformers", output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_lists_it_and_unknown_names_say_so():
+    assert compressor.targets()["transformers"] is None
+    with pytest.raises(SettingsError, match="transformers"):
+        Settings(target="transformer")
+
+
+@needs_llama
+def test_a_trained_llama_loses_a_block(tmp_path):
+    report = compressor.export(
+        LLAMA, data=LLAMA / "sampled_tokens.npy", drop="block:1", target="transformers", samples=12, rounds=1,
+        output=tmp_path / "out",
+    )  # fmt: skip
+    module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert module.config.num_hidden_layers == 4
+    assert report.parity["result"] <= SAME
+    assert report.quality.figures["result"].value > report.quality.figures["baseline"].value

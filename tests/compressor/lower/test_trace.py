@@ -1,0 +1,107 @@
+"""Tracing: the batch is dynamic, in-place operators become plain ones, and what cannot be traced says so."""
+
+import pytest
+import torch
+from torch import nn
+
+from compressor import models
+from compressor.lower.trace import TraceError, trace
+from passes.execute.interpreter import run
+from passes.graph.sites import find_sites
+from tests.architectures import TIMM, TRANSFORMERS
+
+BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
+
+
+def load(module, *shape):
+    torch.manual_seed(0)
+    return models.load(module, example_inputs=torch.rand(*shape))
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class FixedBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+class InPlace(nn.Module):
+    """relu_ on a value that is used again, and add_ on a view, which changes the value viewed."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x.relu_()
+        x[:, :2].add_(1.0)
+        y = self.branch(x)
+        y += x
+        return y.mul_(2.0)
+
+
+@pytest.mark.parametrize("name", ["vit", "swinv2", "hf_vit", "hf_bert", "hf_llama"])
+def test_the_batch_is_dynamic(name):
+    model = BY_NAME[name].load()
+    graph = trace(model)
+    assert graph.inputs == model.inputs
+    assert graph.outputs == model.outputs
+    assert graph.parameter_count() <= sum(parameter.numel() for parameter in model.module.parameters())
+    for size in (1, 5):
+        feeds = {key: value.repeat(3, *[1] * (value.ndim - 1))[:size] for key, value in model.example.items()}
+        with torch.inference_mode():
+            expected = model.call(model.module, *feeds.values())
+        for got, wanted in zip(run(graph, feeds), expected, strict=True):
+            # A mask that is true everywhere may or may not be given to the kernel: float32 sums in another order.
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_in_place_operators_become_plain_ones():
+    model = load(InPlace(), 2, 4)
+    graph = trace(model)
+    schemas = [node.target._schema for node in graph.nodes() if hasattr(node.target, "_schema")]
+    assert schemas
+    assert not any(schema.is_mutable for schema in schemas)
+    assert [site.name for site in find_sites(graph)] == ["branch"]
+    x = torch.rand(5, 4)
+    kept = x.clone()
+    with torch.inference_mode():
+        assert torch.equal(run(graph, {"x": x})[0], model.module(x.clone()))
+    assert torch.equal(x, kept)
+
+
+def one_sentence(text):
+    return text.endswith(".") and ". " not in text and "\n" not in text
+
+
+def test_a_branch_on_values_is_an_error_in_one_sentence(capfd):
+    with pytest.raises(TraceError, match=r"^Branches could not be traced by torch\.export") as caught:
+        trace(load(Branches(), 2, 4))
+    assert one_sentence(str(caught.value)), str(caught.value)
+    assert "branches on tensor values" in str(caught.value)
+    assert "`return x + 1 if x.sum() > 0 else x - 1`" in str(caught.value)
+    assert caught.value.__cause__ is not None
+    assert capfd.readouterr().err == ""  # torch prints the graph so far, which helps nobody here
+
+
+def test_a_fixed_batch_is_an_error_in_one_sentence():
+    with pytest.raises(TraceError, match="the code fixes axis 0 of input x to 2") as caught:
+        trace(load(FixedBatch(), 2, 4))
+    assert one_sentence(str(caught.value)), str(caught.value)
+
+
+def test_the_module_itself_is_left_as_it_was():
+    model = BY_NAME["vit"].load()
+    state = {name: value.clone() for name, value in model.module.state_dict().items()}
+    trace(model)
+    assert not model.module.training
+    assert state.keys() == model.module.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.module.state_dict().items())

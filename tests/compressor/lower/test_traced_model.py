@@ -1,0 +1,119 @@
+"""Model and data that do not go together: what is refused before anything is measured."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from compressor import models
+from compressor.data.splits import Data
+from compressor.lower import traced_model
+from compressor.lower.traced_model import SubjectError
+from compressor.models import SAMPLE, Model
+from compressor.settings import Settings
+
+
+class Answering(torch.nn.Module):
+    """A residual branch and a head of so many outputs, on vectors of 4."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + torch.relu(self.inner(x)))
+
+
+def checked(model: Model, data: object, **options: Any) -> Data:
+    return traced_model.load_data(Settings(model="any", data=str(data), **options), model, lambda done, total: None)
+
+
+def vectors(folder: Path) -> Path:
+    np.savez(folder / "x.npz", x=np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32))
+    return folder / "x.npz"
+
+
+def pictures(folder: Path, classes: int) -> Path:
+    for label in range(classes):
+        (folder / f"c{label:02}").mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (8, 8), 20 * label + number).save(folder / f"c{label:02}" / f"{number}.png")
+    return folder
+
+
+def test_a_single_output_is_no_classifier(tmp_path: Path) -> None:
+    model = models.load(Answering(1), example_inputs=torch.zeros(2, 4))
+    with pytest.raises(SubjectError) as refusal:
+        checked(model, vectors(tmp_path))
+    assert str(refusal.value) == (
+        "Answering answers with a single number, of which no class can be told, and regression is not supported yet; "
+        "pass --task feature-extraction to hold its features instead, or --data random for speed only."
+    )
+    assert checked(model, "random", drop="1").random
+    features = models.load(Answering(1), example_inputs=torch.zeros(2, 4), task="feature-extraction")
+    assert len(checked(features, vectors(tmp_path)).test) > 0
+    two = models.load(Answering(2), example_inputs=torch.zeros(2, 4))
+    assert len(checked(two, vectors(tmp_path)).test) > 0
+
+
+def test_a_regression_head_of_the_hub_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(**sizes, vocab_size=40, num_labels=1)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    np.save(tmp_path / "ids.npy", np.arange(48, dtype=np.int64).reshape(6, 8) % 40)
+    with pytest.raises(SubjectError, match=r"m answers with a single number.*--task feature-extraction"):
+        checked(models.load(tmp_path / "m"), tmp_path / "ids.npy")
+    features = models.load(tmp_path / "m", task="feature-extraction")
+    assert len(checked(features, tmp_path / "ids.npy").test) > 0
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+def test_a_part_of_the_class_folders_is_refused(tmp_path: Path, classes: int) -> None:
+    folder = pictures(tmp_path / "part", classes)
+    with pytest.raises(SubjectError) as refusal:
+        checked(models.load(None), folder)
+    assert str(refusal.value) == (
+        f"{folder} has {classes} class folders, but sample has 10 classes, so the folders' numbers are not its "
+        "classes; give a folder for each class, in the model's order, or one flat folder of images, which is judged by "
+        "agreement with the original."
+    )
+
+
+def test_all_class_folders_and_other_forms_of_labels_are_accepted(tmp_path: Path) -> None:
+    sample = models.load(None)
+    assert checked(sample, pictures(tmp_path / "all", 10)).label_kind == "class"
+    assert checked(sample, SAMPLE / "digits.npz", samples=12).label_kind == "class"
+    pixels = np.zeros((6, 8, 8), np.uint8)
+    np.savez(tmp_path / "few.npz", images=pixels, labels=np.array([3, 3, 5, 5, 3, 5]))
+    assert checked(sample, tmp_path / "few.npz").label_kind == "class"
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number in range(4):
+        Image.new("L", (8, 8), number).save(flat / f"{number}.png")
+    assert checked(sample, flat).label_kind is None
+    features = models.load(None, task="image-feature-extraction")
+    assert checked(features, pictures(tmp_path / "part", 3)).label_kind == "class"
+
+
+def test_too_high_labels_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.full(6, 10))
+    with pytest.raises(SubjectError, match="labels up to 10, but sample knows only 10 classes"):
+        checked(models.load(None), tmp_path / "x.npz")
+
+
+def test_the_models_revision_is_not_asked_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    whole = traced_model.data_module.load
+
+    def load(spec: str, preprocess: Any, *, revision: str | None, **options: Any) -> Data:
+        asked.append(revision)
+        return whole(spec, preprocess, revision=revision, **options)
+
+    monkeypatch.setattr(traced_model.data_module, "load", load)
+    checked(models.load(None), SAMPLE / "digits.npz", revision="v1")
+    assert asked == [None]

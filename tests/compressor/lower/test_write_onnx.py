@@ -1,0 +1,40 @@
+"""Lowering: the ONNX file against torch."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import OPSET, lower
+from compressor.models import load
+from passes.execute.interpreter import run
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + torch.relu(self.inner(x)))
+
+
+def test_the_file_has_the_stated_opset_names_and_free_batch_and_computes_what_torch_does(tmp_path: object) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="the ONNX file is run by ONNX Runtime")
+    model = load(Residual(), example_inputs=torch.zeros(2, 8))
+    graph = trace(model)
+    path = lower(graph, model, tmp_path / "m.onnx")  # type: ignore[operator]
+    written = onnx.load(path)
+    assert [entry.version for entry in written.opset_import if entry.domain in ("", "ai.onnx")] == [OPSET]
+    assert [value.name for value in (*written.graph.input, *written.graph.output)] == ["x", "output"]
+    assert not any("stack_trace" in prop.key for node in written.graph.node for prop in node.metadata_props)
+    onnx.shape_inference.infer_shapes(written, strict_mode=True)  # raises where noted shapes contradict each other
+    noted = {value.name for value in written.graph.value_info}
+    assert noted
+    assert not noted & {tensor.name for tensor in written.graph.initializer}  # tools that transpose them would stop
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    # Two float32 products of width 8, summed in another order.
+    np.testing.assert_allclose(found, run(graph, {"x": x})[0].numpy(), atol=1e-5)

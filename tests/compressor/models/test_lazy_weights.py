@@ -1,0 +1,238 @@
+"""Weights that stay on disk: whatever is read from there is what from_pretrained loads."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from compressor import models
+from compressor.lower.trace import trace
+from compressor.models import ModelError, lazy_weights
+from compressor.models.lazy_weights import stored_bytes, write_from_disk
+from passes.execute.interpreter import run
+from passes.execute.offloaded_weights import has_offloaded, in_memory, is_offloaded
+from passes.graph.sites import find_sites
+from tests.decoders import DECODERS, LAYERS, VOCABULARY, decoder, random_tokens, saved
+
+QUICK = ("Qwen3", "GPT2", "GPTNeoX", "Gemma4Text")  # tied, transposed, renamed, with learned buffers
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DECODERS]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def on_disk(folder, **options):
+    return models.load(folder, on_disk=True, **options)
+
+
+def assert_reads(module, expected):
+    """Every parameter and kept buffer, by name, is the other module's to the bit; tied where that is tied."""
+    left, right = (dict(each.named_parameters(remove_duplicate=False)) for each in (module, expected))
+    assert set(left) == set(right)
+    for name, weight in left.items():
+        assert is_offloaded(weight), name
+        value = in_memory(weight)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, right[name].float(), rtol=0, atol=0)
+    assert len({id(each) for each in left.values()}) == len({id(each) for each in right.values()})
+    buffers = dict(expected.named_buffers())
+    assert set(dict(module.named_buffers())) == set(buffers)
+    for name, buffer in module.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name].to(buffer.dtype), rtol=0, atol=0)
+
+
+@functools.cache
+def both(name, folder):
+    """An architecture from disk and in memory: models and graphs."""
+    found = [load(saved(folder / name, name)) for load in (on_disk, models.load)]
+    return [(model, trace(model)) for model in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("decoders")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_weight_is_the_one_that_from_pretrained_loads(name, folder):
+    (left, _), (right, _) = both(name, folder)
+    assert_reads(left.module, right.module)
+    assert left.inputs == right.inputs
+    assert left.state == right.state
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_graph_has_the_same_sites_and_gives_the_same_answers(name, folder):
+    (_, streamed), (right, graph) = both(name, folder)
+    assert find_sites(streamed) == find_sites(graph)
+    assert len(find_sites(graph)) == 2 * LAYERS
+    assert has_offloaded(streamed)
+    assert not has_offloaded(graph)
+    ids = random_tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    feeds = right.preprocess.complete({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    feeds = {key: torch.from_numpy(value) for key, value in feeds.items()}
+    for found, expected in zip(run(streamed, feeds), run(graph, feeds), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_some_architectures_are_tied_and_some_are_not(folder):
+    """What the tests above go over is what they say."""
+    tied = {name: both(name, folder)[1][0].module.config.tie_word_embeddings for name in ("Llama", "Qwen3", "GPT2")}
+    assert tied == {"Llama": False, "Qwen3": True, "GPT2": True}
+    assert dict(both("Gemma4Text", folder)[1][0].module.named_buffers())["model.layers.0.layer_scalar"] != 1
+
+
+def test_several_shards_in_16_bits(tmp_path):
+    saved(tmp_path, "Llama", dtype=torch.bfloat16, shard="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_reads(on_disk(tmp_path).module, transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_names_without_the_prefix_of_the_bare_model(name, tmp_path):
+    """As the hub's GPT-2 has them; what is tied has no tensor of its own."""
+    saved(tmp_path, name, tie_word_embeddings=True)
+    prefix = {"GPT2": "transformer.", "Llama": "model."}[name]
+    stored = load_file(tmp_path / SINGLE)
+    save_file({key.removeprefix(prefix): value for key, value in stored.items()}, tmp_path / SINGLE, {"format": "pt"})
+    assert_reads(on_disk(tmp_path).module, decoder(name, tie_word_embeddings=True))
+
+
+def test_a_tied_weight_is_found_by_either_name(tmp_path):
+    saved(tmp_path, "Qwen3")
+    names = {"model.embed_tokens.weight": "lm_head.weight"}
+    stored = {names.get(key, key): value for key, value in load_file(tmp_path / SINGLE).items()}
+    save_file(stored, tmp_path / SINGLE, {"format": "pt"})
+    assert_reads(on_disk(tmp_path).module, decoder("Qwen3"))
+
+
+def test_how_it_generates_is_what_its_folder_says(tmp_path):
+    """Not what its config would make of it: several tokens that end a text, how it samples."""
+    told = transformers.GenerationConfig(eos_token_id=[2, 5], do_sample=True, top_k=7, max_new_tokens=9)
+    told.save_pretrained(saved(tmp_path / "from", "Llama"))
+    for load in (on_disk, models.load):
+        model = load(tmp_path / "from")
+        (tmp_path / load.__name__).mkdir()
+        model.save(tmp_path / load.__name__)
+    found, expected = (
+        json.loads((tmp_path / load.__name__ / "generation_config.json").read_text()) for load in (on_disk, models.load)
+    )
+    assert found == expected
+    assert (found["eos_token_id"], found["top_k"]) == ([2, 5], 7)
+
+
+def test_nothing_of_the_weights_is_in_memory_until_it_is_read(tmp_path):
+    module = on_disk(saved(tmp_path, "Llama")).module
+    for weight in module.parameters():
+        assert weight.untyped_storage().nbytes() == weight.itemsize
+        assert torch.isnan(weight).all()
+    (tmp_path / SINGLE).unlink()
+    with pytest.raises(FileNotFoundError):
+        in_memory(module.get_parameter("model.embed_tokens.weight"))
+
+
+def test_bytes_on_disk_are_those_of_the_files(tmp_path):
+    graph = trace(on_disk(saved(tmp_path, "Qwen3", dtype=torch.bfloat16)))
+    stored = load_file(tmp_path / SINGLE)
+    assert stored_bytes(graph) == sum(value.nbytes for value in stored.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ refused
+
+
+def broken(folder, change):
+    """A saved Llama whose tensors were changed."""
+    stored = load_file(saved(folder, "Llama") / SINGLE)
+    save_file(change(stored), folder / SINGLE, {"format": "pt"})
+    return folder
+
+
+def test_weights_in_no_safetensors_file_are_refused(tmp_path):
+    (saved(tmp_path, "Llama") / SINGLE).unlink()
+    with pytest.raises(ModelError, match=rf"has no {SINGLE} and no {INDEX}.*save_pretrained once"):
+        on_disk(tmp_path)
+
+
+def test_what_transformers_converts_when_it_loads_is_refused(tmp_path):
+    """A mixture of experts: one file has each expert's matrices, the module has all of them in one."""
+    config = transformers.MixtralConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"experts.gate_up_proj, or one that is converted when it is loaded"):
+        on_disk(tmp_path)
+
+
+def test_other_names_are_refused(tmp_path):
+    renamed = {"model.norm.weight": "model.final_norm.weight"}
+    broken(tmp_path, lambda stored: {renamed.get(key, key): value for key, value in stored.items()})
+    with pytest.raises(ModelError, match=r"no tensor model.norm.weight, .* leave it out"):
+        on_disk(tmp_path)
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    broken(tmp_path, lambda stored: stored | {name: stored[name].to(torch.int8)})
+    with pytest.raises(ModelError, match=rf"{name} .* type I8; --max-memory reads F32, F16, BF16: .* not quantized"):
+        on_disk(tmp_path)
+
+
+def test_shapes_that_the_config_does_not_give_are_refused(tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    broken(tmp_path, lambda stored: stored | {name: stored[name][:, 1:].contiguous()})
+    with pytest.raises(ModelError, match=rf"{name} .* shape \[32, 47\], but the config makes it \[32, 48\]"):
+        on_disk(tmp_path)
+
+
+def test_models_that_are_no_language_models_of_transformers_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"--max-memory is for language models of transformers.* is of timm"):
+        on_disk(models.SAMPLE)
+    config = transformers.BertConfig(
+        vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is for feature-extraction: leave it out"):
+        on_disk(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ written
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPT2", "GPTNeoX", "Gemma4Text"])
+def test_what_is_written_is_what_was_read_in_the_type_that_it_had(name, shard, tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_weights, "SHARD", shard)
+    saved(tmp_path / "from", name, dtype=torch.bfloat16)
+    (tmp_path / "to").mkdir()
+    write_from_disk(on_disk(tmp_path / "from").module, tmp_path / "to")
+    files = sorted((tmp_path / "to").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "20KB") == (tmp_path / "to" / INDEX).exists()
+    written = {key: value for path in files for key, value in load_file(path).items()}
+    stored = load_file(tmp_path / "from" / SINGLE)
+    assert set(written) == set(stored)
+    for key, value in stored.items():  # buffers are in float32, as the module has them
+        assert written[key].dtype == (torch.float32 if key.endswith("layer_scalar") else torch.bfloat16)
+        assert torch.equal(written[key], value.to(written[key].dtype))
+    if len(files) > 1:
+        index = json.loads((tmp_path / "to" / INDEX).read_text())
+        assert set(index["weight_map"]) == set(stored)
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in written.values())
+    opened, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to", output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert opened.dtype == torch.bfloat16
+    assert opened.config.vocab_size == VOCABULARY
+
+
+def test_a_written_file_is_laid_out_as_safetensors_lays_it_out(tmp_path):
+    """To the byte, with types of different widths, whose tensors must lie at multiples of their elements."""
+    stored = load_file(saved(tmp_path / "from", "Llama") / SINGLE)
+    odd = {"a": torch.arange(3, dtype=torch.float16), "b": stored["lm_head.weight"], "n": torch.tensor(True)}
+    save_file(odd, tmp_path / "expected", {"format": "pt"})
+    lazy_weights._write_shard(tmp_path / "found", odd)
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert np.array_equal(load_file(tmp_path / "found")["b"].numpy(), odd["b"].numpy())

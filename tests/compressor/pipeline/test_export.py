@@ -1,0 +1,482 @@
+"""The whole chain on small models: what the folder and the report hold, and that bad input leaves nothing behind."""
+
+import hashlib
+import itertools
+import json
+import resource
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import compressor
+from compressor import CompressorError
+from compressor.cli.main import main
+from compressor.measure import workshop
+from compressor.measure.workshop import Workshop
+from compressor.models import SAMPLE
+from compressor.pipeline import export
+from compressor.quality.validation_loss import Loss, Validation
+from compressor.report.card import model_card
+from compressor.report.pareto_report import Front
+from compressor.report.report import Report
+from compressor.settings import Settings
+from compressor.workspace.output_folder import copy_onnx
+from passes.base import PassError, apply
+from passes.graph.graph import Graph
+from passes.graph.sites import find_sites
+from passes.rewrite.drop import Drop
+from runtimes.base.timing import Latency, interleave
+
+pytest.importorskip("onnxruntime", reason="the target of these exports")
+
+
+class Residual(torch.nn.Module):
+    """Three residual branches and a head, on vectors of 8."""
+
+    def __init__(self, branches: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(branches))
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for inner in self.inner:
+            x = x + torch.relu(inner(x))
+        return self.head(x)
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> str:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((24, 8)).astype(np.float32))
+    return str(tmp_path / "x.npy")
+
+
+def pictures(folder: Path, *, classes: int, each: int, corrupt: int = 0) -> Path:
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        inside = folder / f"c{label:02}" if classes > 1 else folder
+        inside.mkdir(parents=True)
+        for number in range(each):
+            Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(inside / f"{number}.png")
+    for number in range(corrupt):
+        (folder / f"c{0:02}" / f"bad{number}.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    return folder
+
+
+def refused(output: Path, words: str, **options: Any) -> None:
+    """The export fails with a sentence that holds `words`, and leaves nothing."""
+    output.parent.mkdir(exist_ok=True)
+    with pytest.raises((CompressorError, PassError)) as caught:
+        export.export(Settings(output=output, **({"rounds": 1, "drop": "1"} | options)))
+    assert words in str(caught.value)
+    journal = {f".{output.name}.journal"} if options.get("drop") == "auto" else set()  # what a search goes on from
+    assert {path.name for path in output.parent.iterdir()} <= journal
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """One export through the Python API: two corrupt images among good ones, int8, a name to drop."""
+    folder = tmp_path_factory.mktemp("exported")
+    data = pictures(folder / "images", classes=10, each=3, corrupt=2)
+    report = compressor.export(data=data, drop="attention:1", int8="dynamic", rounds=1, batch=64, output=folder / "out")
+    return folder / "out", report
+
+
+def test_the_manifest_lists_every_file_with_its_true_hash(exported: tuple[Path, Report]) -> None:
+    folder, _ = exported
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert {"model.onnx", "plan.json", "report.json", "report.html", "config.json", "README.md"} <= set(files)
+    content = json.loads((folder / "report.json").read_text())
+    assert (folder / "README.md").read_text(encoding="utf-8") == model_card.card(content, folder)
+    assert set(files) | {"manifest.json"} == {path.name for path in folder.iterdir()}
+    for name, entry in files.items():
+        assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+def test_corrupt_images_are_counted_and_named_in_the_report(exported: tuple[Path, Report]) -> None:
+    _, report = exported
+    assert any(note.startswith("2 unreadable samples were skipped: c00/bad") for note in report.notes)
+    assert len(report.data["skipped"]) == 2
+
+
+def test_the_report_holds_what_is_needed_to_repeat_the_export(exported: tuple[Path, Report]) -> None:
+    folder, report = exported
+    content = json.loads((folder / "report.json").read_text())
+    assert content == json.loads(report.to_json())
+    assert Settings(**content["settings"]).to_dict() == content["settings"]
+    assert content["environment"]["packages"]["torch"]
+    assert set(content["latency"]) == {"original", "baseline", "result"}
+    assert all(sum(map(len, each["samples_ms"])) == each["n"] for each in content["latency"].values())
+    assert content["plan"]["dropped"] == json.loads((folder / "plan.json").read_text())["order"]
+    assert content["seconds"] > 0
+    assert {"load the model", "build for onnxruntime"} <= {step["name"] for step in content["steps"]}
+
+
+def test_random_data_states_no_quality(tmp_path: Path) -> None:
+    # A large batch, because a burst of a model this small would otherwise hold a hundred thousand samples.
+    report = compressor.export(
+        Residual(),
+        example_inputs=torch.zeros(2, 8),
+        data="random",
+        drop="1",
+        rounds=1,
+        batch=8192,
+        output=tmp_path / "out",
+    )
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["quality"] is None
+    assert content["no_quality_because"] == "the data is random"
+    assert "No quality stated: the data is random." in report.summary()
+    assert not any("agreement" in row[0] for row in report._rows())
+
+
+def test_labels_beyond_the_models_classes_are_refused(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "images", classes=12, each=2)
+    refused(tmp_path / "room" / "out", "labels up to 11, but sample knows only 10 classes", data=data)
+
+
+def test_a_model_without_any_site_is_refused(tmp_path: Path, vectors: str) -> None:
+    module, inputs = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.zeros(2, 8)
+    refused(tmp_path / "room" / "out", "no residual branch", model=module, example_inputs=inputs, data=vectors)
+
+
+@pytest.mark.parametrize("drop", ["none", "auto", "1"])
+def test_finite_weights_that_overflow_are_refused(tmp_path: Path, vectors: str, drop: str) -> None:
+    module = Residual()
+    with torch.no_grad():
+        for inner in module.inner:
+            inner.weight.mul_(1e30)  # type: ignore[operator, union-attr]
+    options = {"model": module, "example_inputs": torch.zeros(2, 8), "data": vectors, "drop": drop}
+    refused(tmp_path / "room" / "out", "check the weights" if drop != "auto" else "check its weights", **options)
+
+
+def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        num_hidden_layers=2, hidden_size=8, num_attention_heads=1, intermediate_size=8, vocab_size=20
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 5000, (12, 6)))
+    data = str(tmp_path / "ids.npy")
+    refused(tmp_path / "room" / "out", "token ids below the vocabulary's size", model=tmp_path / "bert", data=data)
+    lacking = {"model": tmp_path / "bert", "data": data, "task": "text-classification"}
+    refused(tmp_path / "room" / "out", "lacks 2 weights that text-classification needs", **lacking)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[1, 2]", "plan"),
+        (b"hello", "not a plan.json"),
+        (b"\xff\xfe\x00", "is not text"),
+        (b"{}", "plan"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "plan.json").write_bytes(content)
+    refused(tmp_path / "room" / "out", words, drop=str(tmp_path / "plan.json"), samples=12)
+
+
+def test_a_plan_for_another_model_or_with_unknown_sites_is_refused(
+    tmp_path: Path, exported: tuple[Path, Report], vectors: str
+) -> None:
+    plan = str(exported[0] / "plan.json")
+    other = {"model": Residual(), "example_inputs": torch.zeros(2, 8), "data": vectors, "drop": plan}
+    refused(tmp_path / "room" / "out", "another model (sample)", **other)
+    content = json.loads(Path(plan).read_text())
+    content["decisions"][0]["site"] = "blocks.77.attn"
+    (tmp_path / "unknown.json").write_text(json.dumps(content))
+    refused(tmp_path / "room" / "out", "blocks.77.attn", drop=str(tmp_path / "unknown.json"), samples=12)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on file size fails the real ONNX writer in the middle of a file, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        refused(tmp_path / "room" / "out", "is full", samples=12, drop="none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_inspect_takes_a_module() -> None:
+    inspection = compressor.inspect(Residual(), example_inputs=torch.zeros(2, 8), data="random")
+    assert len(inspection.rows()) == 3
+    assert (SAMPLE / "digits.npz").is_file()
+
+
+def test_external_weights_are_shipped_under_their_new_name_and_as_readable_as_the_model(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 64]) for name in "xy"]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "big", ends[:1], ends[1:], [weight]
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    source = tmp_path / "result.onnx"
+    onnx.save_model(model, source, save_as_external_data=True, location="result.onnx.data", size_threshold=0)
+    (tmp_path / "out").mkdir()
+    shipped = copy_onnx(source, tmp_path / "out" / "model.onnx")
+    source.with_name("result.onnx.data").unlink()
+    weights = shipped.with_name("model.onnx.data")
+    assert weights.stat().st_mode == shipped.stat().st_mode
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(onnx.load(shipped).graph.initializer[0]), 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------- search and sweep
+
+
+class Uneven(Residual):
+    """Branches of very different weight, the lightest last: what is dropped first is known."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        with torch.no_grad():
+            for place, inner in enumerate(self.inner):
+                inner.weight.mul_(2.0 * 0.4**place)  # type: ignore[operator, union-attr]
+
+
+def uneven() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A factory for ``module:factory``."""
+    return Uneven(), torch.zeros(2, 8)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a module with data whose labels are its own answers, so that it is right everywhere."""
+    rows = np.random.default_rng(0).standard_normal((240, 8)).astype(np.float32)
+    with torch.no_grad():
+        labels = Uneven()(torch.from_numpy(rows)).argmax(-1).numpy()
+    path = tmp_path_factory.mktemp("labelled") / "rows.npz"
+    np.savez(path, x=rows, y=labels)
+    return {
+        "model": Uneven(),
+        "example_inputs": torch.zeros(2, 8),
+        "data": str(path),
+        "task": "image-classification",
+        "rounds": 1,
+    }
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real timing, but for a moment only: these tests are about what is written, not about figures."""
+    monkeypatch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+
+
+def by_operators(openers: Mapping[str, Any], feeds: Any, **_: Any) -> dict[str, Latency]:
+    """A clock that counts: 1 ms for each matrix multiplication of the engine's ONNX file."""
+
+    def milliseconds(path: Path) -> float:
+        nodes = onnx.load(str(path)).graph.node
+        return float(sum(node.op_type in ("Gemm", "MatMul") for node in nodes))
+
+    return {name: Latency(((milliseconds(opener.args[0]),) * 4,)) for name, opener in openers.items()}
+
+
+def never_faster(openers: Mapping[str, Any], feeds: Any, **_: Any) -> dict[str, Latency]:
+    """A clock for which every engine takes 2 ms."""
+    return {name: Latency(((2.0,) * 4,)) for name in openers}
+
+
+@pytest.fixture(scope="module")
+def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Front]:
+    """A front all of whose efficient points are built."""
+    output = tmp_path_factory.mktemp("swept") / "front"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+        front = compressor.sweep(**labelled, cost="macs", max_loss=60.0, points=12, output=output)
+    return output, front
+
+
+def test_every_plan_of_a_front_is_exported_as_it_was_measured(
+    swept: tuple[Path, Front], labelled: dict[str, Any], brief: None, tmp_path: Path
+) -> None:
+    folder, front = swept
+    rows = json.loads((folder / "sweep.json").read_text())["points"]
+    assert len(rows) == len(front.points) > 2
+    assert len(front.built()) == sum(row["efficient"] or row["number"] == 0 for row in rows)
+    for row in rows[1:]:
+        report = compressor.export(**labelled, drop=str(folder / row["plan"]), output=tmp_path / str(row["number"]))
+        assert report.plan.changes == row["changes"]
+        if "latency" in row:
+            assert report.quality is not None
+            assert report.quality.figures["result"].value == row["figure"]["value"]
+            assert report.quality.loss["baseline"].value == row["test_loss"]["value"]
+            # The same weights, fitted on the same samples: rounding of another engine's float32.
+            free = report.quality.label_free["divergence"].value
+            assert free == pytest.approx(row["label_free"]["divergence"]["value"], rel=1e-3, abs=1e-6)
+
+
+def test_a_front_goes_from_the_model_as_it_is_to_ever_cheaper_ones(swept: tuple[Path, Front]) -> None:
+    points = swept[1].points
+    assert points[0].plan.changes == {}
+    assert (points[0].loss, points[0].predicted) == (0.0, 1.0)
+    for before, after in itertools.pairwise(points):
+        assert after.multiply_adds < before.multiply_adds
+        assert list(before.plan.changes.items()) == list(after.plan.changes.items())[: len(before.plan.changes)]
+
+
+def test_an_interrupted_sweep_goes_on_and_an_old_folder_stays_until_then(
+    swept: tuple[Path, Front], labelled: dict[str, Any], brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "front"
+    shutil.copytree(swept[0], output)
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    options = {**labelled, "cost": "macs", "max_loss": 60.0, "points": 2, "output": output, "force": True}
+    checks: list[Graph] = []
+    check = Validation.loss
+
+    def interrupting(self: Validation, graph: Graph, **limits: Any) -> Loss:
+        checks.append(graph)
+        if len(checks) == 3:
+            raise KeyboardInterrupt
+        return check(self, graph, **limits)
+
+    monkeypatch.setattr(Validation, "loss", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        compressor.sweep(**options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".front.journal", "front"]
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    again = compressor.sweep(**options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["front"]
+    assert [point.plan for point in again.points] == [point.plan for point in swept[1].points]
+    assert [point.loss for point in again.points] == [point.loss for point in swept[1].points]
+    assert again.search["recalled"] > swept[1].search["recalled"]
+    assert again.search["sweeps"] < swept[1].search["sweeps"]
+
+
+def test_a_sweep_that_fails_leaves_only_what_it_would_go_on_from(
+    labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search is done by then: what it measured is not lost with the engines."""
+
+    def failing(*_: Any) -> None:
+        raise CompressorError("the engine fell asleep")
+
+    monkeypatch.setattr(Workshop, "measured", failing)
+    with pytest.raises(CompressorError, match="fell asleep"):
+        compressor.sweep(**labelled, cost="macs", actions="drop", points=2, output=tmp_path / "front")
+    assert [path.name for path in tmp_path.iterdir()] == [".front.journal"]
+
+
+def test_the_report_of_a_search_says_what_it_did(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
+    report = compressor.export(**labelled, cost="macs", max_loss=30.0, output=tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    search = content["search"]
+    assert {step["unit"]: step["action"] for step in search["steps"]} == content["plan"]["changes"]
+    assert search["steps"]
+    assert all(step["loss"] <= 30.0 for step in search["steps"])
+    alone = {"run": {"times": 1, "timings": {}}}
+    assert search["prices"] == {"unit": "multiply-adds", "timings": {}, "largest_error": 0.0, "calls": alone}
+    assert search["predicted_speedup"] > 1.0
+    assert set(content["quality"]["label_free"]) == {"agreement", "divergence"}
+    assert content["quality"]["label_free"]["divergence"]["value"] > 0.0
+    assert content["healed"] is None
+    assert report.plan.rule == "auto, at most 30 % loss"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the journal is gone
+
+
+def test_a_wish_for_speed_is_fulfilled_on_the_clock(
+    labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "interleave", by_operators)
+    report = compressor.export(**labelled, actions="drop", speedup=1.6, output=tmp_path / "out")
+    assert report.speedup().ratio == 5 / 3  # of five matrix multiplications three are left: four would be 1.25 times
+    assert report.search["prices"]["timings"]["as it is"] == 5.0
+    assert "1.6x faster" in report.plan.rule
+    assert report.missed() == ()
+
+
+def test_a_wish_that_no_plan_fulfils_ends_with_status_1_and_a_whole_folder(
+    labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "interleave", never_faster)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    arguments = ["export", f"{Path(__file__).stem}:uneven", "--data", labelled["data"], "--task", labelled["task"]]
+    wish = ["--speedup", "1.5", "--actions", "drop"]
+    done = CliRunner().invoke(main, [*arguments, *wish, "--quiet", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 1, done.output
+    sentence = "The result is 1x faster, not 1.5x as asked for."
+    assert sentence in " ".join(done.stdout.split())
+    assert done.stderr == ""
+    assert sentence in json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ------------------------------------------------------------------------------------------------- actions, healing
+
+
+@pytest.mark.parametrize(
+    ("drop", "action"), [("attention:1", "linear"), pytest.param("attention:1", "fuse", marks=pytest.mark.slow)]
+)
+def test_the_embedded_sample_is_exported_with_stand_ins(brief: None, tmp_path: Path, drop: str, action: str) -> None:
+    report = compressor.export(drop=drop, actions=action, samples=60, rounds=1, output=tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(content["plan"]["changes"].values()) == {action}
+    assert content["plan"]["dropped"] == []
+    assert report.summary().startswith("Changed ")
+    assert report.sizes["result"].multiply_adds < report.sizes["baseline"].multiply_adds
+    assert report.parity["result"] < 1e-2  # what the parity check of `compressor.lower` allows at most
+
+
+@pytest.mark.parametrize("action", ["low-rank:2", "tba"])
+def test_a_plan_with_stand_ins_is_replayed(action: str, labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
+    first = compressor.export(**labelled, drop="2", metric="reverse", actions=action, output=tmp_path / "first")
+    again = compressor.export(**labelled, drop=str(tmp_path / "first" / "plan.json"), output=tmp_path / "again")
+    # One stand-in takes the place of both, which follow each other: the other one only goes.
+    assert sorted(first.plan.changes.values()) == sorted(["drop", action])
+    assert (tmp_path / "again" / "plan.json").read_text() == (tmp_path / "first" / "plan.json").read_text()
+    assert first.quality is not None
+    assert first.quality == again.quality
+    assert first.quality.label_free["divergence"].value > 0.0
+
+
+def test_the_result_is_held_against_the_graph_before_it_was_folded(
+    labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folding that breaks the model would pass a comparison with the folded graph."""
+
+    def breaking(graph: Graph) -> Graph:
+        fork = graph.fork()
+        apply(Drop(tuple(find_sites(fork)[:1])), fork)
+        return fork
+
+    monkeypatch.setattr(workshop, "finished", breaking)
+    with pytest.raises(CompressorError, match=r"result\.onnx"):
+        compressor.export(**labelled, drop="1", output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["closed-form", "distill"])
+def test_healing_is_reported_and_never_makes_it_worse(
+    method: str, labelled: dict[str, Any], brief: None, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressor.heal.heal", reason="healing is not there yet")
+    report = compressor.export(
+        **labelled, drop="2", metric="reverse", heal=method, heal_budget=10.0, output=tmp_path / "out"
+    )
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    healed = content["healed"]
+    assert healed["method"] == method
+    assert any(healed["note"] in note for note in content["notes"])
+    assert healed["after"]["loss"] <= healed["before"]["loss"] + 1e-9
+    assert healed["after"]["divergence"] <= healed["before"]["divergence"]
+    assert (healed["after"]["divergence"] < healed["before"]["divergence"]) is healed["kept"]
+    assert f"heal ({method})" in {step["name"] for step in content["steps"]}
+    assert list(report.plan.changes.values()) == ["drop", "drop"]
+
+
+def test_nothing_is_healed_where_nothing_was_changed(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
+    report = compressor.export(**labelled, drop="none", heal="closed-form", output=tmp_path / "out")
+    assert report.healed is None

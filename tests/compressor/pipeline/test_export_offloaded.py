@@ -1,0 +1,317 @@
+"""Export and inspect under --max-memory: what they give is what the same command without it gives."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import compressor
+from compressor import models
+from compressor.cli.main import main
+from compressor.cli.param_types import Bytes
+from compressor.deferred import build
+from compressor.errors import SettingsError
+from compressor.measure.memory_budget import GIB, RoomError
+from compressor.pipeline import export, inspect
+from compressor.pipeline.export_offloaded import LargeError
+from compressor.search.planner import ChoiceError
+from compressor.settings import Settings
+from passes.base import PassError
+from runtimes.base.timing import interleave
+from tests.decoders import random_tokens, saved
+
+ENOUGH = 512 * GIB  # the tests' process may hold anything: limits that bind are held to in processes of their own
+SAME = 1e-6  # relative: the same operators on batches that are cut elsewhere
+FILE = 1e-5  # of logits of size 1, from ONNX files whose transposes were folded by one way or the other
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Llama in float32, and texts of which some are longer than a window."""
+    place = tmp_path_factory.mktemp("large")
+    saved(place / "llama", "Llama", shard="20KB")
+    np.save(place / "tokens.npy", random_tokens(24, 17).numpy())
+    return place
+
+
+def asked(folder, output, **options):
+    told = {
+        "drop": "block:1",
+        "target": "transformers",
+        "rounds": 1,
+        "max_length": 8,
+        "stride": 5,
+        "max_memory": ENOUGH,
+    }
+    return Settings(folder / "llama", folder / "tokens.npy", output=output, **told | options)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(folder, tmp_path_factory):
+    """Folders and reports of a checkpoint without a block, under a limit and without one."""
+    place = tmp_path_factory.mktemp("checkpoints")
+    found = {}
+    for name, limit in (("streamed", ENOUGH), ("whole", None)):
+        settings = asked(folder, place / name, max_memory=limit)
+        found[name] = (place / name, export.export(settings))
+    assert sorted(path.name for path in place.iterdir()) == ["streamed", "whole"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def onnx_folders(folder, tmp_path_factory):
+    """Folders and reports of ONNX files without two attentions, under a limit and without one."""
+    place = tmp_path_factory.mktemp("onnx")
+    found = {}
+    for name, limit in (("streamed", ENOUGH), ("whole", None)):
+        options = {"drop": "attention:2", "target": "onnxruntime", "defer_build": True, "max_memory": limit}
+        found[name] = (place / name, export.export(asked(folder, place / name, **options)))
+    assert sorted(path.name for path in place.iterdir()) == ["streamed", "whole"]
+    return found
+
+
+def weights(folder):
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_the_checkpoint_is_that_of_an_export_in_memory(checkpoints):
+    (streamed, report), (whole, expected) = checkpoints["streamed"], checkpoints["whole"]
+    found, right = weights(streamed), weights(whole)
+    assert set(found) == set(right)
+    assert all(torch.equal(found[name], right[name]) for name in right)
+    left, other = (json.loads((each / "config.json").read_text()) for each in (streamed, whole))
+    assert left == other
+    assert left["num_hidden_layers"] == 2
+    assert report.plan == expected.plan
+    assert report.plan.changes
+    assert {path.name for path in whole.iterdir()} == {path.name for path in streamed.iterdir()}
+    assert transformers.AutoModelForCausalLM.from_pretrained(streamed).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("kind", ["checkpoints", "onnx_folders"])
+def test_quality_is_that_of_an_export_in_memory(kind, request):
+    """Over the same windows of the same texts: each token once, though texts are longer than a window."""
+    (_, report), (_, expected) = request.getfixturevalue(kind).values()
+    assert report.quality.metric == expected.quality.metric == "perplexity"
+    for name in ("baseline", "result"):
+        found, right = (each.quality.figures[name] for each in (report, expected))
+        assert found.value == pytest.approx(right.value, rel=FILE)
+        assert (found.low, found.high) == pytest.approx((right.low, right.high), rel=FILE)
+    for name, right in expected.quality.label_free.items():
+        assert report.quality.label_free[name].value == pytest.approx(right.value, rel=1e-3)
+    assert report.quality.figures["result"].n == expected.quality.figures["result"].n
+
+
+def test_sizes_are_those_of_an_export_in_memory(checkpoints):
+    (streamed, report), (_, expected) = checkpoints.values()
+    for name in ("baseline", "result"):
+        found, right = report.sizes[name], expected.sizes[name]
+        assert (found.parameters, found.multiply_adds, found.cache) == (
+            right.parameters,
+            right.multiply_adds,
+            right.cache,
+        )
+    assert report.sizes["result"].bytes == sum(value.nbytes for value in weights(streamed).values())
+
+
+def test_the_report_says_how_it_came_about_and_has_a_page_and_a_card(checkpoints):
+    streamed, report = checkpoints["streamed"]
+    assert report.latency == {}
+    assert report.parity["result"] <= SAME
+    assert any(f"under the {ENOUGH / GIB:.2f} GiB allowed" in note for note in report.notes)
+    page, card = ((streamed / name).read_text() for name in ("report.html", "README.md"))
+    assert "block by block" in page
+    assert "library_name: transformers" in card
+    content = json.loads((streamed / "report.json").read_text())
+    assert content["settings"]["max_memory"] == ENOUGH
+    assert content["latency"] == content["speedup"] == {}
+    assert set(content["quality"]["figures"]) == {"baseline", "result"}
+
+
+def session(path):
+    ort = pytest.importorskip("onnxruntime")
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "deferred/baseline.onnx"])
+def test_the_onnx_files_answer_as_those_of_an_export_in_memory(file, folder, onnx_folders):
+    (streamed, _), (whole, _) = onnx_folders.values()
+    left, right = session(streamed / file), session(whole / file)
+    names = [each.name for each in right.get_inputs()]
+    assert [each.name for each in left.get_inputs()] == names
+    assert [each.name for each in left.get_outputs()] == [each.name for each in right.get_outputs()]
+    complete_feeds = models.load(folder / "llama").preprocess.complete
+    ids = random_tokens(3, 11, seed=5).numpy()
+    feeds = complete_feeds({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    feeds = {name: feeds[name] for name in names}
+    for found, expected in zip(left.run(None, feeds), right.run(None, feeds), strict=True):
+        np.testing.assert_allclose(found, expected, atol=FILE * np.abs(expected).max(), rtol=0)
+
+
+def test_weights_are_stored_once_and_beside_the_onnx_file(onnx_folders):
+    """In one piece with its weights the file would be in memory as a whole; none is transposed when it is opened."""
+    import onnx
+
+    (streamed, report), (whole, _) = onnx_folders.values()
+    total = report.sizes["result"].parameters * 4
+    written = (streamed / "model.onnx.data").stat().st_size
+    assert total * 0.9 <= written < total * 1.5  # norms are in the file itself; the others are aligned
+    graph, other = (onnx.load(each / "model.onnx", load_external_data=False).graph for each in (streamed, whole))
+    assert sum(len(each.raw_data) for each in graph.initializer) < total * 0.1
+    nodes, expected = ([node.op_type for node in each.node] for each in (graph, other))
+    assert nodes.count("Transpose") == expected.count("Transpose")
+    assert nodes.count("MatMul") == expected.count("MatMul")
+
+
+def test_a_folder_without_any_attention_says_that_it_keeps_no_cache(folder, tmp_path):
+    options = {"drop": "attention:3", "target": "onnxruntime", "defer_build": True, "samples": 6}
+    report = export.export(asked(folder, tmp_path / "out", **options))
+    assert report.sizes["result"].cache == 0 < report.sizes["baseline"].cache
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is False
+
+
+def test_a_device_completes_the_folder(onnx_folders, tmp_path, monkeypatch):
+    def brief(openers, feeds, **options):
+        return interleave(openers, feeds, **(options | {"rounds": 1, "burst_seconds": 0.01, "warmup_seconds": 0.01}))
+
+    monkeypatch.setattr(build, "interleave", brief)
+    streamed, before = onnx_folders["streamed"]
+    assert before.engine["state"] == "deferred"
+    assert before.latency == {}
+    place = shutil.copytree(streamed, tmp_path / "device")
+    report = build.build(place, rounds=1)
+    assert set(report.latency) == {"baseline", "result"}
+    assert all(each["parity"] <= FILE for each in report.engine["measured"].values())
+    assert json.loads((place / "report.json").read_text())["engine"]["state"] == "built"
+    assert "quality with torch" in (place / "report.html").read_text()
+
+
+def test_inspect_finds_what_it_finds_in_memory(folder, tmp_path):
+    settings = asked(folder, tmp_path / "out", drop="none")
+    found, expected = (inspect.inspect(dataclasses.replace(settings, max_memory=limit)) for limit in (ENOUGH, None))
+    assert not any(tmp_path.iterdir())
+    for left, right in zip(found.rows(), expected.rows(), strict=True):
+        numbers = ("cosine", "angular", "update")
+        assert {key: left[key] for key in left if key not in numbers} == {
+            key: right[key] for key in right if key not in numbers
+        }
+        assert [left[key] for key in numbers] == pytest.approx([right[key] for key in numbers], rel=SAME)
+    assert (found.at_ends, expected.at_ends) == (True, False)
+    told = [json.loads(each.to_json())["similarity_over"] for each in (found, expected)]
+    assert told == ["last tokens of texts", "all tokens"]
+
+
+def test_a_plan_of_an_export_is_replayed(checkpoints, folder, tmp_path):
+    streamed, report = checkpoints["streamed"]
+    again = export.export(asked(folder, tmp_path / "again", drop=str(streamed / "plan.json"), samples=6))
+    assert again.plan.changes == report.plan.changes
+    found, right = weights(tmp_path / "again"), weights(streamed)
+    assert all(torch.equal(found[name], right[name]) for name in right)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_line_tells_what_was_done(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = f"--drop block:1 --target transformers --max-memory 512GiB --samples 6 --data {folder / 'tokens.npy'} -q"
+    done = CliRunner().invoke(main, ["export", str(folder / "llama"), *options.split()], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "GiB allowed" in " ".join(done.output.split())
+    assert "perplexity" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["compressed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(("8GiB", 8 * 2**30), ("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("4096", 4096), ("2TiB", 2**41)),
+        *((text, None) for text in ("64k", "0", "-1GiB", "inf", "nan", "GiB", "")),
+    ],
+)
+def test_sizes_are_read_with_their_units(text, expected):
+    import click
+
+    if expected is not None:
+        assert Bytes().convert(text, None, None) == expected
+        return
+    with pytest.raises(click.BadParameter, match="expected a number with a unit such as 8GiB"):
+        Bytes().convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drop": "auto", "target": "onnxruntime"}, "--drop auto"),
+        ({"metric": "output"}, "--metric output"),
+        ({"target": "onnxruntime", "actions": "linear"}, "--actions linear"),
+        ({"heal": "closed-form"}, "--heal closed-form"),
+        ({"target": "onnxruntime", "tokens": "8"}, "--tokens 8"),
+        ({"generate": "8:8"}, "--generate 8:8"),
+        ({"target": "onnxruntime", "factorial": True}, "--factorial"),
+        ({"target": "onnxruntime", "precision": "int8"}, "--precision int8"),
+        ({"random_weights": True}, "--random-weights"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_at_once(options, words, folder, tmp_path):
+    with pytest.raises(SettingsError, match=f"found {words} with --max-memory"):
+        asked(folder, tmp_path / "out", **options)
+
+
+def test_an_engine_is_left_to_another_machine(folder, tmp_path):
+    with pytest.raises(LargeError, match=r"add --defer-build.* or give --target transformers"):
+        export.export(asked(folder, tmp_path / "out", target="onnxruntime"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_study_is_refused(folder, tmp_path):
+    with pytest.raises(SettingsError, match="--study compares all layers at once"):
+        compressor.inspect(folder / "llama", data=folder / "tokens.npy", study=True, max_memory=ENOUGH)
+
+
+def test_a_plan_that_does_more_than_drop_is_refused(checkpoints, folder, tmp_path):
+    plan = json.loads((checkpoints["streamed"][0] / "plan.json").read_text())
+    site = next(each for each in plan["decisions"] if each["action"] == "drop")
+    site["action"] = "linear"
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    options = {"drop": str(tmp_path / "plan.json"), "target": "onnxruntime", "defer_build": True}
+    with pytest.raises(ChoiceError, match=f"linear at {site['site']}, which is fitted or measured on the whole model"):
+        export.export(asked(folder, tmp_path / "out", **options))
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_too_little_memory_is_told_and_leaves_nothing(command, folder, tmp_path):
+    settings = asked(folder, tmp_path / "out", max_memory=2**20, drop="none" if command == "inspect" else "block:1")
+    with pytest.raises(RoomError, match=r"is too little: .* give at least [\d.]+GiB"):
+        getattr(export, command)(settings)
+    assert not any(tmp_path.iterdir())
+
+
+def test_damaged_weights_show_and_leave_nothing(folder, tmp_path):
+    """They are not looked through before, as those of a model in memory are."""
+    place = shutil.copytree(folder / "llama", tmp_path / "llama")
+    broken = next(
+        path for path in place.glob("*.safetensors") if "model.layers.1.mlp.down_proj.weight" in load_file(path)
+    )
+    stored = load_file(broken)
+    stored["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(stored, broken, {"format": "pt"})
+    with pytest.raises(PassError, match=r"site model.layers.1.mlp computes values that are NaN"):
+        export.export(dataclasses.replace(asked(folder, tmp_path / "out"), model=place))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+def test_nothing_is_computed_with_random_data_but_the_ranking(folder, tmp_path):
+    settings = dataclasses.replace(asked(folder, tmp_path / "out", max_length=None, stride=None), data="random")
+    report = export.export(dataclasses.replace(settings, samples=6))
+    assert report.quality is None
+    assert report.no_quality_because == "the data is random"
+    assert (tmp_path / "out" / "report.html").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,153 @@
+"""Effects on the output: against a rewritten graph per candidate, with the divergence written out."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from compressor.lower.trace import trace
+from compressor.quality.evaluate import EvaluationError, tensor_batches
+from compressor.quality.output_divergence import POSITIONS, SCALES, Effects, spaced
+from passes.base import apply
+from passes.execute.interpreter import Program, run
+from passes.graph.sites import find_sites
+from passes.rewrite.drop import Drop
+from tests.samples import BY_NAME, Tensors, small, spread
+
+SUMS = 1e-6  # divergences are float32 terms of size 1
+
+
+def dropped(graph, sites):
+    fork = graph.fork()
+    apply(Drop(tuple(site.name for site in sites)), fork)
+    return fork
+
+
+def divergences(graph, other, split, scales):
+    """Mean KL of the answers of two graphs, the second's multiplied by each scale, in float64."""
+    totals = np.zeros(len(scales))
+    for feeds in tensor_batches(split):
+        original, answer = (run(each, feeds)[0].double() for each in (graph, other))
+        p = original.softmax(-1)
+        for place, scale in enumerate(scales):
+            totals[place] += float((p * (p.log() - (answer * scale).log_softmax(-1))).sum())
+    return totals / len(split)
+
+
+@pytest.mark.parametrize("most", [32, 7])
+def test_effects_are_measured_at_the_best_scale_under_the_changes_so_far(most):
+    """One scale for all samples: the least of the means, not the mean of the least."""
+    model, graph, sites, split = small(spread())
+    split.most = most
+    effects = Effects(graph, model, split)
+    best = set()
+    for skip in ([], [sites[0]], [sites[1], sites[2]]):
+        main = dropped(graph, skip)
+        variants = {site.name: dropped(graph, [*skip, site]) for site in sites if site not in skip}
+        base, found = effects.measure(main, variants)
+        assert base == pytest.approx(divergences(graph, main, split, SCALES).min(), abs=SUMS)
+        assert list(found) == list(variants)
+        for name, variant in variants.items():
+            each = divergences(graph, variant, split, SCALES)
+            best.add(SCALES[each.argmin()])
+            assert found[name] == pytest.approx(each.min(), abs=SUMS)
+    assert len(best) > 1  # of which one alone would not show that the scale matters
+    assert effects.measure(graph, {}) == (0.0, {})
+
+
+def test_classifiers_alone_are_scaled():
+    """A language model's probabilities are its answer, and features are compared by their direction."""
+    model, graph, _, split = small()
+    assert Effects(graph, model, split).scales == SCALES
+    assert SCALES[0] == 1.0
+    for task in ("text-generation", "image-feature-extraction"):
+        assert Effects(graph, dataclasses.replace(model, task=task), split).scales == (1.0,)
+
+
+def test_a_graph_that_only_scales_its_logits_has_no_effect():
+    """Its answers are the same; what is scaled by none of the factors has some."""
+    model, graph, _, split = small(spread())
+    effects = Effects(graph, model, split)
+    shrunk, odd = ((small(shrinking(factor)))[1] for factor in (1 / 1.6, 1 / 1.4))
+    _, found = effects.measure(graph, {"shrunk": shrunk, "odd": odd})
+    assert found["shrunk"] == pytest.approx(0.0, abs=SUMS)
+    assert found["odd"] > 1e-4
+
+
+def shrinking(factor):
+    def change(module):
+        spread()(module)
+        module.head.weight.mul_(factor)
+        module.head.bias.mul_(factor)
+
+    return change
+
+
+def test_effects_of_blocks_are_those_of_all_their_sites():
+    model, graph, sites, split = small(spread())
+    effects = Effects(graph, model, split)
+    blocks = [sites[:2], sites[2:]]
+    assert effects.of_units(blocks) == [effects.measure(dropped(graph, block), {})[0] for block in blocks]
+    alone = effects.measure(graph, {site.name: dropped(graph, [site]) for site in sites})[1]
+    assert effects.of_units([[site] for site in sites]) == list(alone.values())
+
+
+def test_sweeps_count_the_nodes_that_were_run(monkeypatch):
+    model, graph, sites, split = small()
+    effects = Effects(graph, model, split)
+    assert effects.sweeps == 1.0
+    executed = []
+    step = Program.step
+    monkeypatch.setattr(Program, "step", lambda self, node, values: executed.append(node) or step(self, node, values))
+
+    def computed():
+        count = sum(node.op == "call_function" for node in executed)
+        executed.clear()
+        return count
+
+    main = dropped(graph, [sites[1]])
+    run(main, next(tensor_batches(split)))
+    one = computed()
+    effects.measure(main, {site: dropped(graph, [sites[1], site]) for site in (sites[0], *sites[2:])})
+    assert effects.sweeps - 1 == pytest.approx(computed() / one, abs=1e-12)
+    assert effects.sweeps - 1 < 4  # variants share what comes before their first difference
+
+
+def test_texts_are_compared_where_there_is_no_padding():
+    model = BY_NAME["hf_bert"].load()
+    with torch.no_grad():
+        for parameter in model.module.encoder.parameters():
+            parameter.mul_(8.0 if parameter.ndim > 1 else 1.0)  # random weights start so small that nothing matters
+    graph = trace(model)
+    sites = find_sites(graph)
+    feeds = {name: value.numpy() for name, value in model.example.items()}
+    short = {name: value[1:, :5] for name, value in feeds.items()}  # the second row, whose last two tokens are padding
+    padded = {name: value[1:] for name, value in feeds.items()}
+    measured = [Effects(graph, model, Tensors(rows)).of_units([[site] for site in sites]) for rows in (short, padded)]
+    assert measured[0] == pytest.approx(measured[1], abs=SUMS)  # 1 - cosine in float32
+    assert min(measured[0]) > 1e-4
+
+
+def test_long_texts_are_compared_at_so_many_positions():
+    """Spread evenly from the first token to the last, whatever the length."""
+    rows = torch.arange(200).repeat(2, 1)
+    taken = spaced(rows)
+    assert taken.shape == (2, POSITIONS)
+    assert (taken[0, 0], taken[0, -1]) == (0, 199)
+    assert set(taken[0].diff().tolist()) <= {3, 4}
+    assert torch.equal(spaced(rows[:, :POSITIONS]), rows[:, :POSITIONS])
+
+
+def test_answers_that_are_not_finite_are_infinitely_far():
+    model, graph, _, split = small()
+    broken = small(lambda module: module.blocks[1].mlp.fc2.weight.fill_(math.nan))[1]
+    base, found = Effects(graph, model, split).measure(graph, {"broken": broken})
+    assert (base, found) == (0.0, {"broken": math.inf})
+
+
+def test_an_original_that_gives_nan_is_an_error():
+    model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
+    with pytest.raises(EvaluationError, match="gave NaN or infinity on calibration data"):
+        Effects(graph, model, split)

@@ -1,0 +1,96 @@
+"""Losses on validation data: given up early only where the loss is certain."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from compressor.lower.trace import trace
+from compressor.quality import validation_loss
+from compressor.quality.evaluate import EvaluationError, tensor_batches
+from compressor.quality.validation_loss import Loss, Validation
+from passes.base import apply
+from passes.execute.interpreter import run
+from passes.graph.sites import find_sites
+from passes.rewrite.drop import Drop
+from tests.samples import BY_NAME, Tensors, digits, small, spread
+
+
+def without(graph, sites):
+    fork = graph.fork()
+    apply(Drop(tuple(sites)), fork)
+    return fork
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "agreement", "fidelity"])
+def test_what_is_certain_never_exceeds_the_loss(metric, monkeypatch):
+    monkeypatch.setattr(validation_loss, "BATCH", 5)
+    model, graph, sites, split = small(spread())
+    split.labels = np.arange(24) % 5
+    validation = Validation(graph, model, split, metric)
+    stopped = 0
+    for skip in ([sites[0]], sites[:2], sites):
+        whole = validation.loss(without(graph, skip))
+        assert whole.samples == 24
+        for limit in (0.0, whole.percent / 2, whole.percent, 1e9):
+            before = validation.sweeps
+            early = validation.loss(without(graph, skip), limit=limit)
+            assert early.percent <= whole.percent + 1e-9
+            assert (early.percent > limit + 1e-9) == (whole.percent > limit + 1e-9)
+            assert early == whole or early.percent > limit
+            assert validation.sweeps - before == pytest.approx(early.samples / 24)
+            stopped += early.samples < 24
+    assert stopped
+    assert validation.loss(graph).percent == pytest.approx(0.0, abs=1e-5)  # float32 cosines
+
+
+def test_the_loss_of_agreement_is_the_share_of_other_answers():
+    model, graph, sites, split = small(spread())
+    validation = Validation(graph, model, split, "agreement")
+    for site in sites:
+        other = without(graph, [site])
+        feeds = next(tensor_batches(split))
+        differs = run(graph, feeds)[0].argmax(-1) != run(other, feeds)[0].argmax(-1)
+        assert validation.loss(other).percent == pytest.approx(float(differs.double().mean()) * 100)
+
+
+def test_samples_on_which_the_original_wavers_come_first():
+    model, data, graph, _ = digits()
+    validation = Validation(graph, model, data.validation, "accuracy")
+    assert sorted(validation.split.indices) == sorted(data.validation.indices)
+    with torch.inference_mode():
+        answers = torch.cat([run(graph, feeds)[0] for feeds in tensor_batches(validation.split)])
+    best = answers.topk(2).values
+    assert ((best[:, 0] - best[:, 1]).diff() >= -1e-5).all()  # answers in other batches round differently
+    assert validation.loss(graph).percent == 0.0
+
+
+def test_perplexity_is_given_up_early_only_when_it_is_lost(monkeypatch):
+    monkeypatch.setattr(validation_loss, "BATCH", 1)
+    model = dataclasses.replace(BY_NAME["hf_bert"].load(), task="text-generation")
+    graph = trace(model)
+    feeds = {name: value.numpy() for name, value in model.example.items()}
+    feeds["input_ids"] = feeds["input_ids"] % 8  # so that the hidden state can pass for logits
+    split = Tensors({name: np.concatenate([value] * 3) for name, value in feeds.items()})
+    validation = Validation(graph, model, split, "perplexity")
+    bare = without(graph, find_sites(graph))
+    whole = validation.loss(bare)
+    early = validation.loss(bare, limit=-99.0)
+    assert early.samples < whole.samples == 6
+    assert -99.0 < early.percent <= whole.percent
+    assert validation.loss(graph).percent == pytest.approx(0.0, abs=1e-9)
+    assert validation.evaluations == pytest.approx(3 + early.samples / 6, abs=0.005)
+
+
+def test_answers_that_are_not_finite_lose_everything():
+    model, graph, _, split = small()
+    broken = small(lambda module: module.blocks[1].mlp.fc2.weight.fill_(math.nan))[1]
+    assert Validation(graph, model, split, "agreement").loss(broken, limit=50.0) == Loss(math.inf, 24)
+
+
+def test_an_original_that_gives_nan_is_an_error():
+    model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
+    with pytest.raises(EvaluationError, match="gave NaN or infinity for sample 0"):
+        Validation(graph, model, split, "agreement")

@@ -1,0 +1,155 @@
+"""Conversion: who writes which precision, that what was asked for arrives there, and which file is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from compressor.errors import CompressorError
+from compressor.quantize.convert import OURS, best_of, convert, usable_quantizers
+from compressor.quantize.precision import Converted, Source
+from compressor.quantize.saturation import int8_saturates
+from runtimes.base.protocols import Int8Style
+from tests.onnx_files import Feeds, K, count, feeds_of, initializers, mlp, node, normal, run, save
+
+pytest.importorskip("onnxruntime")
+
+CPU = Int8Style(activations="uint8", convolutions=False)
+GPU = Int8Style(activations="int8", convolutions=True, quantizers=(OURS, "nncf"))
+
+
+def converted(path: Path, precision: str, style: Int8Style = CPU, **options: Any) -> Converted:
+    return convert(path, path.with_name("out.onnx"), precision, style, feeds_of(normal(4, 5, K)), **options)
+
+
+@pytest.mark.parametrize(
+    ("precision", "by", "op", "nodes"),
+    [
+        ("fp16", "onnxruntime", "Cast", 2),
+        ("int8", OURS, "QuantizeLinear", 2),
+        ("int8-dynamic", OURS, "MatMulInteger", 2),
+        ("int4", "onnxruntime", "MatMulNBits", 2),
+    ],
+)
+def test_each_precision_is_written_and_its_loss_measured(
+    tmp_path: Path, precision: str, by: str, op: str, nodes: int
+) -> None:
+    path, asked, x = mlp(tmp_path / "f.onnx"), list[Path](), normal(2, 5, K)
+
+    def loss(file: Path) -> float:
+        asked.append(file)
+        assert file.is_file()
+        return 0.05  # a tenth of what is allowed: good enough
+
+    facts = converted(path, precision, loss=loss)
+    assert (facts.precision, facts.by, facts.loss, facts.tried) == (precision, by, 0.05, ())
+    assert asked == [tmp_path / "out.onnx"]
+    assert count(asked[0], op) == nodes
+    assert (facts.quantized is None) == precision.startswith(("fp", "int4"))
+    exact, low = run(path, x)[0], run(asked[0], x)[0]
+    # 4 bits are off by about a tenth of a weight; 8 bits by 0.09 where sums of products saturate at 16 bits.
+    allowed = 0.2 if precision == "int4" else 0.15 if precision.startswith("int8") and int8_saturates() else 0.03
+    assert 0 < np.linalg.norm(low - exact) / np.linalg.norm(exact) < allowed
+    assert converted(path, precision).loss is None
+
+
+def test_int8_is_written_as_the_target_wants_it(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "kernel"], "c"), node("MatMul", ["c", "w"], "y")]
+    weights = {"kernel": normal(5, 5, 1), "w": normal(K, K)}
+    path = save(tmp_path / "f.onnx", nodes, weights, ["y"])
+    for style, quantized, kind in ((CPU, 1, np.uint8), (GPU, 2, np.int8)):
+        facts = converted(path, "int8", style)
+        assert facts.quantized is not None
+        assert (facts.quantized.nodes, facts.quantized.mode) == (quantized, "static")
+        assert initializers(tmp_path / "out.onnx")["int8/c/zero_point"].dtype == kind
+    dynamic = converted(path, "int8-dynamic", GPU).quantized  # always uint8, and no convolutions
+    assert dynamic is not None
+    assert (dynamic.nodes, dynamic.mode, dynamic.activations) == (1, "dynamic", "uint8")
+
+
+def test_calibration_budget_and_progress_reach_the_quantizer(tmp_path: Path) -> None:
+    path, told = mlp(tmp_path / "f.onnx"), list[str]()
+    answers = iter([3.0, 0.2])
+    facts = converted(
+        path, "int8", calibration="entropy", loss=lambda _: next(answers), max_loss=0.25, progress=told.append
+    )
+    assert facts.quantized is not None
+    assert [way.method for way in facts.quantized.calibrations] == ["entropy"]
+    assert [attempt.loss for attempt in facts.quantized.attempts] == [3.0, 0.2]
+    assert (facts.loss, len(facts.quantized.kept)) == (0.2, 1)
+    assert any("samples" in text for text in told)
+
+
+def test_the_feeds_given_are_those_that_calibrate(tmp_path: Path) -> None:
+    path, seen = mlp(tmp_path / "f.onnx"), list[int]()
+
+    def feeds() -> Any:
+        for size in (3, 2):
+            seen.append(size)
+            yield {"x": normal(size, 5, K)}
+
+    given: Feeds = feeds
+    facts = convert(path, tmp_path / "out.onnx", "int8", CPU, given, calibration="typical")
+    assert facts.quantized is not None
+    assert (facts.quantized.samples, seen) == (5, [3, 2])
+
+
+def test_other_quantizers_are_asked_only_for_int8_and_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"nncf": object()}
+    monkeypatch.setattr("compressor.quantize.convert.util.find_spec", installed.get)
+    assert usable_quantizers("int8", GPU) == (OURS, "nncf")
+    assert usable_quantizers("int8", CPU) == (OURS,)
+    for precision in ("fp16", "int8-dynamic", "int4"):
+        assert usable_quantizers(precision, GPU) == (OURS,)
+    installed.clear()
+    assert usable_quantizers("int8", GPU) == (OURS,)
+
+
+def test_another_quantizer_writes_in_our_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(source: Path, destination: Path, feeds: Feeds) -> None:
+        assert [batch["x"].shape for batch in feeds()] == [(4, 5, K)]
+        onnx.save(onnx.load(str(source)), str(destination))
+
+    monkeypatch.setattr("compressor.quantize.convert.nncf_to_int8", fake)
+    facts = converted(mlp(tmp_path / "f.onnx"), "int8", quantizer="nncf", loss=lambda _: 0.75)
+    assert facts == Converted("int8", "nncf", 0.75)
+    assert (tmp_path / "out.onnx").is_file()
+
+
+def test_what_cannot_be_written_is_an_error_for_the_user(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
+    for precision in ("fp16", "int8", "int8-dynamic", "int4"):
+        with pytest.raises(CompressorError, match=r"f\.onnx .*nothing to work on, leave it out"):
+            converted(path, precision)
+
+
+# ---- which of several files is kept
+
+
+def files(**losses: float | None) -> dict[Source, Converted]:
+    return {Source(Path(name), "int8"): Converted("int8", name, loss) for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize(
+    ("losses", "times", "best"),
+    [
+        ({"a": 0.1, "b": 0.4, "c": 2.0}, {"a": 3.0, "b": 2.0, "c": 1.0}, "b"),  # the quickest within the budget
+        ({"a": 0.6, "b": 0.9, "c": 0.7}, {"a": 3.0, "b": 1.0, "c": 2.0}, "a"),  # none fits: what loses least
+        ({"a": None, "b": None}, {"a": 3.0, "b": 2.0}, "b"),  # no quality may be stated
+        ({"a": 0.5, "b": float("inf")}, {"a": 3.0, "b": 2.0}, "a"),
+    ],
+)
+def test_the_quickest_that_fits_is_kept_with_a_word_on_the_others(
+    losses: dict[str, float | None], times: dict[str, float], best: str
+) -> None:
+    made = files(**losses)
+    milliseconds = {source: times[source.path.name] for source in made}
+    source, facts = best_of(made, milliseconds, 0.5)
+    assert (source.path.name, facts.by, facts.loss) == (best, best, losses[best])
+    assert facts.tried == tuple(
+        {"by": name, "loss": loss, "milliseconds": times[name]} for name, loss in losses.items()
+    )

@@ -1,0 +1,191 @@
+"""Weights of 4 bits: the arithmetic against numpy, and what is stored and what is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from compressor.errors import CompressorError
+from compressor.quantize.int4 import BLOCK, to_int4
+from tests.onnx_files import H, K, count, initializers, mlp, node, normal, run, save
+
+pytest.importorskip("onnxruntime")
+
+Doubles = npt.NDArray[np.float64]
+FLOAT32 = 1e-5  # sums of up to a hundred products
+
+
+def quantized(path: Path) -> dict[str, onnx.NodeProto]:
+    nodes = onnx.load(str(path)).graph.node
+    return {n.output[0]: n for n in nodes if n.op_type == "MatMulNBits" and n.domain == "com.microsoft"}
+
+
+def dequantized(path: Path, product: onnx.NodeProto) -> tuple[Doubles, Doubles]:
+    """The [K, N] weight of a product as its 4 bits, scales and zero points say, and the step of each entry."""
+    values = initializers(path)
+    sizes = {each.name: each.i for each in product.attribute}
+    packed, scale = values[product.input[1]], values[product.input[2]]
+    assert (sizes["bits"], sizes["block_size"], packed.dtype) == (4, BLOCK, np.uint8)
+    blocks = -(-sizes["K"] // BLOCK)
+    assert packed.size == sizes["N"] * blocks * BLOCK // 2  # two weights in a byte
+    levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(sizes["N"], blocks, BLOCK)
+    zeros = values[product.input[3]].reshape(sizes["N"], -1)
+    zero = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(sizes["N"], -1)[:, :blocks]
+    step = np.repeat(scale.reshape(sizes["N"], blocks, 1).astype(np.float64), BLOCK, axis=2)
+    weight = (levels - zero[..., None].astype(np.float64)) * step
+    return tuple(part.reshape(sizes["N"], -1)[:, : sizes["K"]].T for part in (weight, step))  # type: ignore[return-value]
+
+
+def rounding(x: Doubles, weight: Doubles) -> Doubles:
+    """What rounding each block of an activation to int8 may change: half a step for each weight of the block."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, x.shape[-1], BLOCK)]
+    return np.asarray(
+        sum(
+            np.abs(x[..., block]).max(axis=-1, keepdims=True) / 127 / 2 * np.abs(weight[block]).sum(axis=0)
+            for block in blocks
+        )
+    )
+
+
+@pytest.mark.parametrize("width", [K, 3 * K, 48])
+def test_the_product_is_numpys_with_the_rounded_weight(tmp_path: Path, width: int) -> None:
+    """Also where the last block is not full."""
+    nodes = [
+        node("MatMul", ["x", "spread"], "wide"),
+        node("MatMul", ["wide", "w"], "y0"),
+        node("Add", ["y0", "b"], "y"),
+    ]
+    weights = {"spread": normal(K, width, seed=1), "w": normal(width, H, seed=2), "b": normal(H, seed=3)}
+    path, x = save(tmp_path / "f.onnx", nodes, weights, ["y", "wide"]), normal(2, 5, K)
+    assert to_int4(path, tmp_path / "q.onnx") == 2
+    y, wide = run(tmp_path / "q.onnx", x)
+    products = quantized(tmp_path / "q.onnx")
+    assert len(products) == 2
+    for product, given, found, original in (
+        (products["wide"], x, wide, weights["spread"]),
+        (products["y0"], wide, y - weights["b"], weights["w"]),
+    ):
+        weight, step = dequantized(tmp_path / "q.onnx", product)
+        # Half a step, and as much again where the zero point was rounded.
+        assert (np.abs(weight - original) <= 1.001 * step).all()
+        assert np.abs(weight - original).max() > 0
+        wanted = given.astype(np.float64) @ weight
+        slack = rounding(given.astype(np.float64), weight) + FLOAT32 * (np.abs(given) @ np.abs(weight))
+        assert (np.abs(found - wanted) <= slack).all()
+
+
+def test_the_file_shrinks_to_about_an_eighth(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": normal(K, 2048)}, ["y"])
+    to_int4(path, tmp_path / "q.onnx")
+    # 4 bits for 32, and a float32 scale and 4 bits of zero point for each 32 weights: 0.16, and the graph itself.
+    assert (tmp_path / "q.onnx").stat().st_size < 0.2 * path.stat().st_size
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gemm_with_bias_is_quantized(tmp_path: Path, transposed: bool) -> None:
+    w = normal(K, H)
+    nodes = [
+        node("ReduceMean", ["x", "axes"], "pooled", keepdims=0),
+        node("Gemm", ["pooled", "w", "b"], "y", transB=int(transposed)),
+    ]
+    weights = {"w": np.ascontiguousarray(w.T) if transposed else w, "b": normal(H), "axes": np.array([1])}
+    path, x = save(tmp_path / "f.onnx", nodes, weights, ["y"]), normal(8, 4, K)
+    assert to_int4(path, tmp_path / "q.onnx") == 1
+    (product,) = quantized(tmp_path / "q.onnx").values()
+    weight, step = dequantized(tmp_path / "q.onnx", product)
+    assert (np.abs(weight - w) <= 1.001 * step).all()  # the right way round
+    pooled = x.astype(np.float64).mean(axis=1)
+    slack = rounding(pooled, weight) + FLOAT32 * (np.abs(pooled) @ np.abs(weight) + 1)
+    assert (np.abs(run(tmp_path / "q.onnx", x)[0] - (pooled @ weight + weights["b"])) <= slack).all()
+    assert "w" not in initializers(tmp_path / "q.onnx")
+
+
+def test_a_tied_embedding_is_quantized_for_the_product_and_whole_for_the_lookup(tmp_path: Path) -> None:
+    table = normal(K, K)
+    nodes = [
+        node("Gather", ["table", "row"], "e"),
+        node("Add", ["x", "e"], "x0"),
+        node("Transpose", ["table"], "head", perm=[1, 0]),
+        node("MatMul", ["x0", "head"], "y"),
+    ]
+    path = save(tmp_path / "f.onnx", nodes, {"table": table, "row": np.array(3)}, ["y"])
+    assert to_int4(path, tmp_path / "q.onnx") == 1
+    np.testing.assert_array_equal(initializers(tmp_path / "q.onnx")["table"], table)
+    assert count(tmp_path / "q.onnx", "Transpose") == 0
+    weight, step = dequantized(tmp_path / "q.onnx", quantized(tmp_path / "q.onnx")["y"])
+    assert (np.abs(weight - table.T) <= 1.001 * step).all()
+    x = normal(4, 5, K)
+    given = (x + table[3]).astype(np.float64)
+    slack = rounding(given, weight) + FLOAT32 * (np.abs(given) @ np.abs(weight))
+    assert (np.abs(run(tmp_path / "q.onnx", x)[0] - given @ weight) <= slack).all()
+
+
+def test_products_of_activations_and_small_weights_stay(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], "a"),
+        node("Transpose", ["a"], "t", perm=[0, 2, 1]),
+        node("MatMul", ["a", "t"], "scores"),
+        node("MatMul", ["x", "small"], "few"),
+        node("Gemm", ["flat", "half"], "scaled", alpha=0.5),
+    ]
+    nodes.insert(0, node("ReduceMean", ["x", "axes"], "flat", keepdims=0))
+    weights = {"w": normal(K, K), "small": normal(K, 8), "half": normal(K, K), "axes": np.array([1])}
+    path = save(tmp_path / "f.onnx", nodes, weights, ["scores", "few", "scaled"])
+    assert to_int4(path, tmp_path / "q.onnx") == 1
+    after = {n.name: n for n in onnx.load(str(tmp_path / "q.onnx")).graph.node}
+    for before in nodes:
+        assert before.name == "node_a" or after[before.name] == before, f"{before.name} was changed"
+    assert set(quantized(tmp_path / "q.onnx")) == {"a"}
+    for name in ("small", "half"):
+        np.testing.assert_array_equal(initializers(tmp_path / "q.onnx")[name], weights[name])
+
+
+def test_nodes_without_names_are_told_apart(tmp_path: Path) -> None:
+    path = mlp(tmp_path / "f.onnx")
+    model = onnx.load(str(path))
+    model.graph.initializer.append(numpy_helper.from_array(normal(K, 4), "small"))
+    model.graph.node.append(helper.make_node("MatMul", ["x", "small"], ["few"]))
+    model.graph.output.append(helper.make_tensor_value_info("few", TensorProto.FLOAT, None))
+    for each in model.graph.node:
+        each.name = ""
+    onnx.save(model, str(path))
+    assert to_int4(path, tmp_path / "q.onnx") == 2
+    assert set(quantized(tmp_path / "q.onnx")) == {"h0", "y0"}
+
+
+def test_names_dynamic_axes_and_metadata_are_kept(tmp_path: Path) -> None:
+    path = mlp(tmp_path / "f.onnx")
+    to_int4(path, tmp_path / "q.onnx")
+    before, after = onnx.load(str(path)), onnx.load(str(tmp_path / "q.onnx"))
+    assert list(after.graph.input) == list(before.graph.input)
+    assert list(after.graph.output) == list(before.graph.output)
+    assert list(after.metadata_props) == list(before.metadata_props)
+    assert run(tmp_path / "q.onnx", normal(7, 3, K))[0].shape == run(path, normal(7, 3, K))[0].shape
+
+
+def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
+    with pytest.raises(CompressorError, match=r"f\.onnx has no MatMul .* int4 has nothing to work on, leave it out"):
+        to_int4(path, tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_it_says_nothing_and_leaves_logging_as_it_was(tmp_path: Path) -> None:
+    """In a process of its own: ONNX Runtime's quantizer configures logging when it is first imported."""
+    path = mlp(tmp_path / "f.onnx")
+    program = (
+        "import logging, sys\nfrom pathlib import Path\nfrom compressor.quantize.int4 import to_int4\n"
+        "state = lambda: (logging.root.level, list(logging.root.handlers), logging.root.manager.disable)\n"
+        "logging.disable(5)\nbefore = state()\n"
+        f"to_int4(Path({str(path)!r}), Path({str(tmp_path / 'q.onnx')!r}))\nassert state() == before, state()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "q.onnx").is_file()

@@ -1,0 +1,462 @@
+"""Int8: the arithmetic against numpy, what is touched and what is not, and the return of harmful nodes to float."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, numpy_helper
+
+from compressor.errors import CompressorError
+from compressor.quantize.calibration import BY_EXTREMES, METHODS, Calibration, extremes, histograms
+from compressor.quantize.int8_search import ENOUGH, Calibrated, Quantized, QuantizeError, quantize
+from compressor.quantize.qdq_rewrite import activation_grid, quantize_weight
+from tests.onnx_files import (
+    MLP_WEIGHTS,
+    Array,
+    Feeds,
+    H,
+    K,
+    N,
+    count,
+    feeds_of,
+    initializers,
+    mlp,
+    node,
+    normal,
+    normed,
+    outlier,
+    relative_loss,
+    round_activation,
+    round_weight,
+    run,
+    save,
+)
+from tests.processors import exact_int8
+
+pytest.importorskip("onnxruntime")
+
+
+@exact_int8
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize("calibration", ["typical", "minmax"])
+def test_static_result_is_that_of_rounding_in_numpy(tmp_path: Path, activations: Any, calibration: Any) -> None:
+    x = normal(6, 5, K, seed=9)
+    parts = (x[:4], x[4:])  # unequal batches: statistics are over samples, not over batches
+    done = quantize(
+        mlp(tmp_path / "f.onnx"),
+        tmp_path / "q.onnx",
+        feeds_of(*parts),
+        activations=activations,
+        calibration=calibration,
+    )
+    assert (done.nodes, done.kept, done.samples, done.calibration) == (2, (), 6, calibration)
+
+    def linear(value: Array, calibrating: Array, w: Array, b: Array) -> Array:
+        low, high = calibrating.reshape(6, -1).min(axis=1), calibrating.reshape(6, -1).max(axis=1)
+        reach = (low.min(), high.max())
+        if calibration == "typical":
+            reach = (max(reach[0], low.mean() - low.std()), min(reach[1], high.mean() + high.std()))
+        rounded = round_activation(value, float(reach[0]), float(reach[1]), symmetric=activations == "int8")
+        return np.asarray(rounded @ round_weight(w) + b)
+
+    w = MLP_WEIGHTS
+    float_hidden = np.maximum(x @ w["w1"] + w["b1"], 0)
+    hidden = np.maximum(linear(x, x, w["w1"], w["b1"]), 0)
+    expected = linear(hidden, float_hidden, w["w2"], w["b2"])
+    (result,) = run(tmp_path / "q.onnx", x)
+    # A hidden value on the edge between two steps may fall to either side (float32 sums in another order):
+    # one step of the hidden grid times the largest weight. Everything else is float32 rounding.
+    step = float_hidden.max() / (127 if activations == "int8" else 255)
+    assert np.abs(result - expected).max() <= step * np.abs(w["w2"]).max()
+    assert np.median(np.abs(result - expected)) < 1e-4
+    (exact,) = run(tmp_path / "f.onnx", x)
+    assert np.abs(result - exact).max() > 1e-3  # it is not the float model
+
+
+@exact_int8
+def test_dynamic_result_is_that_of_rounding_in_numpy(tmp_path: Path) -> None:
+    x = normal(2, 3, K, seed=5)
+    path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": MLP_WEIGHTS["w1"]}, ["y"])
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(), mode="dynamic")
+    rounded = round_activation(x, float(x.min()), float(x.max()), symmetric=False)
+    assert (done.nodes, done.calibration, done.samples) == (1, None, 0)
+    # Integer sums are exact; what is left is float32 rounding of values of a size of about ten.
+    np.testing.assert_allclose(run(tmp_path / "q.onnx", x)[0], rounded @ round_weight(MLP_WEIGHTS["w1"]), atol=1e-4)
+
+
+def test_only_products_with_a_constant_weight_are_quantized(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], "a"),
+        node("Transpose", ["a"], "t", perm=[0, 2, 1]),
+        node("MatMul", ["a", "t"], "scores"),
+        node("Softmax", ["scores"], "p", axis=-1),
+        node("MatMul", ["p", "a"], "mixed"),
+        node("Add", ["mixed", "x"], "y"),
+        node("MatMul", ["y", "small"], "few"),
+        node("Conv", ["x", "kernel"], "c"),
+        node("Cast", ["x"], "whole", to=TensorProto.INT32),
+        node("MatMul", ["whole", "integers"], "product"),
+        node("Cast", ["product"], "z", to=TensorProto.FLOAT),
+    ]
+    weights = {
+        "w": normal(K, K),
+        "small": normal(K, 4),
+        "kernel": normal(5, 5, 1),
+        "integers": np.ones((K, K), np.int32),
+    }
+    path = save(tmp_path / "f.onnx", nodes, weights, ["y", "few", "c", "z"])
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(normal(2, 5, K)))
+    assert done.nodes == 1
+    assert {kept.node for kept in done.kept} == {"node_few", "node_c", "node_product"}
+    assert all(kept.reason for kept in done.kept)
+    after = {n.name: n for n in onnx.load(str(tmp_path / "q.onnx")).graph.node}
+    for name in ("node_scores", "node_mixed", "node_y", "node_p", "node_few", "node_c", "node_product"):
+        before = next(n for n in nodes if n.name == name)
+        assert after[name] == before, f"{name} was changed"
+    assert list(after["node_a"].input) != ["x", "w"]
+    with_conv = quantize(path, tmp_path / "c.onnx", feeds_of(normal(2, 5, K)), convolutions=True)
+    assert with_conv.nodes == 2
+    assert initializers(tmp_path / "c.onnx")["int8/kernel/scale"].shape == (5,)  # output channels, axis 0
+
+
+def test_a_matmul_weight_has_one_scale_per_column_and_zero_point_zero(tmp_path: Path) -> None:
+    quantize(mlp(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), activations="int8")
+    values = initializers(tmp_path / "q.onnx")
+    assert values["int8/w1"].dtype == np.int8
+    assert values["int8/w1"].shape == (K, H)
+    assert values["int8/w1/scale"].shape == (H,)
+    np.testing.assert_allclose(values["int8/w1/scale"] * 127, np.abs(MLP_WEIGHTS["w1"]).max(axis=0), rtol=1e-6)
+    assert "w1" not in values  # the float weight is gone
+    zero_points = [value for name, value in values.items() if name.endswith("zero_point")]
+    assert len(zero_points) == 4
+    assert all(value.dtype == np.int8 and not value.any() for value in zero_points)  # what TensorRT accepts
+    weight = next(n for n in onnx.load(str(tmp_path / "q.onnx")).graph.node if n.input[0] == "int8/w1")
+    assert (weight.op_type, [a.i for a in weight.attribute if a.name == "axis"]) == ("DequantizeLinear", [1])
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_names_dynamic_axes_and_metadata_are_kept(tmp_path: Path, mode: Any) -> None:
+    path = mlp(tmp_path / "f.onnx")
+    quantize(path, tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), mode=mode)
+    before, after = onnx.load(str(path)), onnx.load(str(tmp_path / "q.onnx"))
+    assert list(after.graph.input) == list(before.graph.input)
+    assert list(after.graph.output) == list(before.graph.output)
+    assert list(after.metadata_props) == list(before.metadata_props)
+    assert run(tmp_path / "q.onnx", normal(7, 3, K))[0].shape == (7, 3, N)
+    onnx.checker.check_model(after, full_check=True)
+
+
+@exact_int8
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gemm_with_bias_is_quantized(tmp_path: Path, mode: Any, transposed: bool) -> None:
+    w = normal(K, N)
+    nodes = [
+        node("ReduceMean", ["x", "axes"], "pooled", keepdims=0),
+        node("Gemm", ["pooled", "w", "b"], "y", transB=int(transposed)),
+    ]
+    weights = {"w": np.ascontiguousarray(w.T) if transposed else w, "b": normal(N), "axes": np.array([1])}
+    path = save(tmp_path / "f.onnx", nodes, weights, ["y"])
+    x = normal(8, 4, K)
+    assert quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, calibration="minmax").nodes == 1
+    exact, rounded = run(path, x)[0], run(tmp_path / "q.onnx", x)[0]
+    # 8 bits on both sides of 32 products: a relative error of a per cent or so.
+    assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.03
+
+
+@exact_int8
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_shared_and_tied_weights(tmp_path: Path, mode: Any) -> None:
+    embedding = normal(K, K)
+    nodes = [
+        node("Gather", ["embedding", "row"], "e"),
+        node("Add", ["x", "e"], "x0"),
+        node("MatMul", ["x0", "w"], "a"),
+        node("MatMul", ["a", "w"], "b"),
+        node("Transpose", ["embedding"], "head", perm=[1, 0]),
+        node("MatMul", ["b", "head"], "y"),
+    ]
+    weights = {"embedding": embedding, "row": np.array(3), "w": normal(K, K, seed=1)}
+    path = save(tmp_path / "f.onnx", nodes, weights, ["y"])
+    x = normal(4, 5, K)
+    assert quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, calibration="minmax").nodes == 3
+    values = initializers(tmp_path / "q.onnx")
+    assert sum(value.dtype == np.int8 and value.ndim == 2 for value in values.values()) == 2
+    np.testing.assert_array_equal(values["embedding"], embedding)  # the lookup still needs it
+    assert "w" not in values
+    assert count(tmp_path / "q.onnx", "Transpose") == 0
+    exact, rounded = run(path, x)[0], run(tmp_path / "q.onnx", x)[0]
+    # Three roundings of a per cent or so in a row.
+    assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.05
+
+
+@exact_int8
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_the_node_that_does_the_harm_stays_in_float(tmp_path: Path, mode: Any) -> None:
+    path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
+    loss = relative_loss(path, x)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, calibration="typical", loss=loss, max_loss=0.1)
+    assert [kept.node for kept in done.kept] == ["node_bad"]
+    assert done.kept[0].sensitivity is not None
+    assert done.kept[0].sensitivity > 0.01
+    assert [attempt.kept for attempt in done.attempts] == [0, 1]
+    assert done.attempts[0].loss > 0.1 >= done.attempts[1].loss
+    assert done.loss == done.attempts[1].loss == loss(tmp_path / "q.onnx")
+    assert done.nodes == 3
+
+
+def test_a_loss_that_cannot_be_met_ends_at_the_best_of_at_most_half(tmp_path: Path) -> None:
+    path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
+    answers = iter([float("nan"), 0.5, 0.7])
+    done = quantize(
+        path,
+        tmp_path / "q.onnx",
+        feeds_of(x),
+        calibration="typical",
+        loss=lambda _: next(answers),
+        max_loss=0.1,
+    )
+    assert [attempt.kept for attempt in done.attempts] == [0, 1, 2]
+    assert (done.loss, done.nodes, [kept.node for kept in done.kept]) == (0.5, 3, ["node_bad"])
+    assert count(tmp_path / "q.onnx", "QuantizeLinear") == 3  # the best was written again
+
+
+def test_a_loss_within_the_limit_keeps_nothing_in_float(tmp_path: Path) -> None:
+    done = quantize(mlp(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), loss=lambda _: 0.001)
+    assert (done.nodes, done.kept, done.loss, len(done.attempts)) == (2, (), 0.001, 1)
+
+
+class Losses:
+    """A loss that answers with the given figures in turn, and notes the files it was asked about."""
+
+    def __init__(self, *answers: float) -> None:
+        self.answers = iter(answers)
+        self.files: list[bytes] = []
+
+    def __call__(self, path: Path) -> float:
+        self.files.append(path.read_bytes())
+        return next(self.answers)
+
+
+EVERY_WAY = [
+    ("typical", False),
+    ("typical", True),
+    ("mse", True),
+    ("minmax", False),
+    ("mse", False),
+    ("percentile", False),
+    ("entropy", False),
+]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_auto_stops_at_the_first_way_that_is_good_enough(tmp_path: Path, at: int) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    losses = Losses(*[0.09] * at, ENOUGH * 0.1)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=losses, max_loss=0.1)
+    assert [(way.method, way.smoothed) for way in done.calibrations] == EVERY_WAY[: at + 1]
+    assert (done.calibration, done.smoothed) == EVERY_WAY[at]
+    assert len(losses.files) == at + 1
+    assert len(set(losses.files)) == at + 1  # each way gives another file
+    assert (tmp_path / "q.onnx").read_bytes() == losses.files[-1]
+    assert (done.loss, done.samples) == (ENOUGH * 0.1, 8)
+
+
+@pytest.mark.parametrize("best", range(7))
+def test_auto_keeps_the_best_of_all_ways_where_none_is_good_enough(tmp_path: Path, best: int) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    answers = [float("nan"), *[0.09] * 6]
+    answers[best] = 0.05
+    losses = Losses(*answers)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=losses, max_loss=0.1)
+    tried = [(way.method, way.smoothed) for way in done.calibrations]
+    assert tried == EVERY_WAY
+    np.testing.assert_array_equal([way.loss for way in done.calibrations], answers)
+    assert (done.calibration, done.smoothed) == EVERY_WAY[best]
+    assert (done.loss, done.kept) == (0.05, ())
+    assert (tmp_path / "q.onnx").read_bytes() == losses.files[best]  # written again, unless it was the last
+
+
+def test_auto_without_a_loss_takes_the_first_way(tmp_path: Path) -> None:
+    done = quantize(normed(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(8, 5, K)))
+    assert done.calibrations == (Calibrated("typical", False, None),)
+    assert done.loss is None
+
+
+def test_a_named_way_is_the_only_one(tmp_path: Path) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), calibration="mse", loss=lambda _: 0.09, max_loss=0.1)
+    assert done.calibrations == (Calibrated("mse", False, 0.09),)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ranges_that_are_written_are_those_of_the_method(tmp_path: Path, method: Calibration) -> None:
+    path, feeds = mlp(tmp_path / "f.onnx"), feeds_of(normal(70, 5, K) ** 3)
+    quantize(path, tmp_path / "q.onnx", feeds, calibration=method)
+    names, work = ("x", "h2"), tmp_path / "work.onnx"
+    found = extremes(path, work, names, feeds, lambda _: None)
+    if method in BY_EXTREMES:
+        ranges = found.ranges(method)
+    else:
+        ranges = histograms(path, work, found, feeds).ranges(method, "uint8")
+        assert ranges["x"] != found.ranges("minmax")["x"]  # tails so long are clipped
+    values = initializers(tmp_path / "q.onnx")
+    for name in names:
+        scale, zero = activation_grid(*ranges[name], "uint8")
+        assert (values[f"int8/{name}/scale"], values[f"int8/{name}/zero_point"]) == (scale, zero)
+
+
+def test_dynamic_int8_has_no_ranges_but_can_be_smoothed(tmp_path: Path) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
+    losses = Losses(0.09, 0.05)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode="dynamic", loss=losses, max_loss=0.1)
+    assert done.calibrations == (Calibrated(None, False, 0.09), Calibrated(None, True, 0.05))
+    assert (done.calibration, done.smoothed, done.loss) == (None, True, 0.05)
+    assert (tmp_path / "q.onnx").read_bytes() == losses.files[1]
+    named = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode="dynamic", calibration="mse", loss=lambda _: 0.09)
+    assert named.calibrations == (Calibrated(None, False, 0.09),)
+
+
+def test_dynamic_int8_needs_no_calibration_data(tmp_path: Path) -> None:
+    path = normed(tmp_path / "f.onnx")
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(), mode="dynamic", loss=lambda _: 0.09, max_loss=0.1)
+    assert done.calibrations == (Calibrated(None, False, 0.09),)
+
+
+@exact_int8
+def test_smoothing_saves_the_node_that_an_outlier_spoils(tmp_path: Path) -> None:
+    """The same model and budget as where the node has to stay in float: a hundredfold channel is moved away instead."""
+    path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=relative_loss(path, x), max_loss=0.1)
+    assert (done.smoothed, done.kept, done.nodes) == (True, (), 4)
+    before, after = done.calibrations[0].loss, done.loss
+    assert before is not None
+    assert after is not None
+    assert after < 0.1 < before
+    assert relative_loss(path, x)(tmp_path / "q.onnx") == after
+
+
+def test_one_calibration_batch_at_a_time_is_alive(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Array]] = []
+    streams = 0
+
+    def feeds() -> Iterator[dict[str, Array]]:
+        nonlocal streams
+        streams += 1
+        for i in range(6):
+            assert all(reference() is None for reference in alive)
+            batch = normal(2, 3 + i % 2, K, seed=i)  # another length every time, as with texts
+            alive.append(weakref.ref(batch))
+            feed = {"x": batch}
+            del batch
+            yield feed
+            del feed
+
+    path = outlier(tmp_path / "f.onnx")
+    done = quantize(path, tmp_path / "q.onnx", feeds, calibration="typical", loss=lambda _: 1.0)
+    assert done.samples == 12
+    assert streams == 2  # ranges are found once, the errors of the nodes once, however many attempts there are
+    assert len(done.attempts) == 3
+    assert len(alive) == 6 + 4  # SENSITIVITY_BATCHES
+
+
+def test_weights_go_to_a_file_of_their_own_when_they_are_large(tmp_path: Path) -> None:
+    model = onnx.load(str(mlp(tmp_path / "f.onnx")))
+    onnx.save(model, str(tmp_path / "g.onnx"), save_as_external_data=True, location="g.bin", size_threshold=0)
+    x = normal(2, 5, K)
+    quantize(tmp_path / "g.onnx", tmp_path / "q.onnx", feeds_of(x), external_above=0)
+    once = (tmp_path / "q.onnx.data").stat().st_size
+    quantize(tmp_path / "g.onnx", tmp_path / "q.onnx", feeds_of(x), external_above=0)
+    assert (tmp_path / "q.onnx.data").stat().st_size == once > 0  # written anew, not appended to
+    quantize(tmp_path / "f.onnx", tmp_path / "inline.onnx", feeds_of(x))
+    np.testing.assert_array_equal(run(tmp_path / "q.onnx", x)[0], run(tmp_path / "inline.onnx", x)[0])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".int8")]  # nothing left behind
+
+
+def test_it_says_nothing_but_reports_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    steps: list[str] = []
+    path = outlier(tmp_path / "f.onnx")
+    quantize(path, tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), loss=lambda _: 1.0, progress=steps.append)
+    assert capfd.readouterr() == ("", "")
+    assert any("calibration samples" in step for step in steps)
+
+
+def test_module_names_come_from_the_exporter(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "small"], "y")], {"small": normal(K, 4)}, ["y"])
+    model = onnx.load(str(path))
+    extra = model.graph.node.add()
+    extra.CopyFrom(node("MatMul", ["x", "w"], "z"))
+    model.graph.initializer.append(numpy_helper.from_array(normal(K, K), "w"))
+    entry = model.graph.node[0].metadata_props.add()
+    entry.key, entry.value = "pkg.torch.onnx.name_scopes", "['', 'blocks.0', 'blocks.0.head', 'linear']"
+    onnx.save(model, str(path))
+    done = quantize(path, tmp_path / "q.onnx", feeds_of(normal(1, 2, K)))
+    assert [(kept.node, kept.module) for kept in done.kept] == [("node_y", "blocks.0.head")]
+
+
+def expect(tmp_path: Path, path: Path, feeds: Feeds, match: str, **options: Any) -> None:
+    with pytest.raises(QuantizeError, match=match):
+        quantize(path, tmp_path / "q.onnx", feeds, **options)
+    assert issubclass(QuantizeError, CompressorError)
+
+
+def test_errors_are_one_clear_sentence(tmp_path: Path) -> None:
+    path, x = mlp(tmp_path / "f.onnx"), normal(2, 5, K)
+    nothing = save(tmp_path / "n.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
+    expect(tmp_path, nothing, feeds_of(x), "nothing to work on")
+    expect(tmp_path, path, feeds_of(), "no calibration data")
+    expect(tmp_path, path, lambda: iter([{"pixels": x}]), r"\['x'\] is missing")
+    expect(tmp_path, path, feeds_of(x[..., :7]), "does not run")
+    expect(tmp_path, path, feeds_of(x), "no convolutions", mode="dynamic", activations="int8")
+    expect(tmp_path, tmp_path / "missing.onnx", feeds_of(x), "cannot be read")
+    with pytest.raises(QuantizeError, match="same file"):
+        quantize(path, path, feeds_of(x))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_an_error(tmp_path: Path, bad: float) -> None:
+    path, x = mlp(tmp_path / "f.onnx"), normal(2, 5, K)
+    x[1, 2, 3] = bad
+    expect(tmp_path, path, feeds_of(x), "has NaN or infinity")
+    weight = normal(K, K)
+    weight[3, 3] = bad
+    broken = save(tmp_path / "b.onnx", [node("MatMul", ["x", "w"], "y")], {"w": weight}, ["y"])
+    expect(tmp_path, broken, feeds_of(normal(2, 5, K)), "NaN or infinity")
+
+
+def test_an_all_zero_weight_and_activation_stay_zero(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": np.zeros((K, K), np.float32)}, ["y"])
+    done: Quantized = quantize(path, tmp_path / "q.onnx", feeds_of(np.zeros((2, 5, K), np.float32)))
+    assert done.nodes == 1
+    np.testing.assert_array_equal(run(tmp_path / "q.onnx", normal(2, 5, K))[0], 0)
+
+
+@given(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4))
+def test_an_activation_grid_holds_zero_exactly_and_reaches_both_ends(a: float, b: float) -> None:
+    low, high = min(a, b), max(a, b)
+    for kind, least, most in (("uint8", 0, 255), ("int8", -127, 127)):
+        scale, zero = activation_grid(low, high, "uint8" if kind == "uint8" else "int8")
+        assert scale > 0
+        assert least <= int(zero) <= most
+        # Half a step at each end: rounding the zero point moves the grid by that much.
+        assert (least - int(zero)) * float(scale) <= low + 0.51 * float(scale)
+        assert (most - int(zero)) * float(scale) >= high - 0.51 * float(scale)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0, 1]))
+def test_a_weight_is_rounded_to_the_nearest_step_of_its_channel(seed: int, axis: int) -> None:
+    w = normal(5, 7, seed=seed)
+    quantized, scale = quantize_weight(w, axis)
+    assert scale.shape == (w.shape[axis],)
+    steps = np.expand_dims(scale, 1 - axis)
+    # Half a step, and float32 rounding of the division.
+    assert (np.abs(quantized * steps - w) <= 0.5 * steps * (1 + 1e-5)).all()
+    assert (np.abs(quantized).max(axis=1 - axis) == 127).all()

@@ -1,0 +1,129 @@
+"""Precisions: who has which, and which of several is taken."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor.quantize.int8_search import Attempt, Kept, Quantized
+from compressor.quantize.precision import AUTO, SHORT_FORMS, Converted, PrecisionError, Trial, check, judged
+from runtimes.base.protocols import PRECISIONS
+from runtimes.base.registry import runtime, targets
+
+
+@pytest.mark.parametrize("name", targets())
+def test_what_a_target_states_is_taken_and_all_else_refused_in_a_sentence(name: str) -> None:
+    target = runtime(name)
+    for device in target.devices:
+        for precision in PRECISIONS:
+            if precision in target.precisions[device]:
+                check(target, precision, device)
+                continue
+            with pytest.raises(
+                PrecisionError, match=rf"^target {name} has no {precision} on {device}; .*\.$"
+            ) as caught:
+                check(target, precision, device)
+            for had in target.precisions[device]:
+                assert had in str(caught.value)
+        check(target, AUTO, device)
+        check(target, "fp32", device)
+
+
+def test_a_refusal_names_who_else_has_the_precision_there() -> None:
+    with pytest.raises(PrecisionError) as caught:
+        check(runtime("onnxruntime"), "bf16", "cpu")
+    others = [name for name in targets() if "bf16" in runtime(name).precisions.get("cpu", ())]
+    assert "openvino" in others
+    assert str(caught.value) == (
+        "target onnxruntime has no bf16 on cpu; it has fp32, int8, int8-dynamic, int4 there; "
+        f"bf16 on cpu needs --target {' or '.join(others)}."
+    )
+    with pytest.raises(PrecisionError, match=r"int4 on cpu needs --target (\w+ or )*onnxruntime"):
+        check(runtime("openvino"), "int4", "cpu")
+
+
+def test_a_refusal_names_nobody_where_nobody_has_the_precision_there() -> None:
+    with pytest.raises(PrecisionError, match=r"^target onnxruntime has no int4 on cuda; it has fp32, fp16 there\.$"):
+        check(runtime("onnxruntime"), "int4", "cuda")
+    with pytest.raises(PrecisionError, match=r"int8 on cuda needs --target tensorrt( or \w+)*\.$"):
+        check(runtime("onnxruntime"), "int8", "cuda")
+
+
+def test_a_device_that_a_target_lacks_has_no_precision_but_the_one_that_is_refused_elsewhere() -> None:
+    tensorrt = runtime("tensorrt")
+    check(tensorrt, "fp32", "cpu")
+    with pytest.raises(PrecisionError, match=r"^target tensorrt has no int8 on cpu; int8 on cpu needs --target "):
+        check(tensorrt, "int8", "cpu")
+
+
+def test_short_forms_stand_for_precisions() -> None:
+    assert {form: SHORT_FORMS[form] for form in ("static", "dynamic")} == SHORT_FORMS
+    assert set(SHORT_FORMS.values()) < set(PRECISIONS)
+
+
+# ---- what is taken
+
+
+def test_the_fastest_within_the_budget_is_taken_and_every_other_is_told_why_not() -> None:
+    times = {"fp32": 4.0, "fp16": 3.0, "bf16": 5.0, "int8": 2.0, "int4": 1.0}
+    losses = {"fp32": 0.0, "fp16": 0.1, "bf16": 0.2, "int8": 0.5, "int4": 3.0}
+    chosen, trials = judged(times, losses, {"int8-dynamic": "It has no kernel."}, 0.5)
+    assert chosen == "int8"
+    assert trials == (
+        Trial("fp32", 4.0, 1.0, 0.0, "what the others are held against"),
+        Trial("fp16", 3.0, 4 / 3, 0.1, "slower than int8"),
+        Trial("bf16", 5.0, 0.8, 0.2, "not faster than fp32"),
+        Trial("int8", 2.0, 2.0, 0.5, "chosen"),
+        Trial("int8-dynamic", None, None, None, "It has no kernel."),
+        Trial("int4", 1.0, 4.0, 3.0, "loses 3.00 %, more than 0.5 %"),
+    )
+
+
+def test_where_no_quality_may_be_stated_time_alone_decides() -> None:
+    assert judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": None}, {}, 0.0)[0] == "int8"
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_no_number_is_beyond_every_budget(loss: float) -> None:
+    assert judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": loss}, {}, 100.0)[0] == "fp32"
+
+
+figures = st.floats(0.1, 10)
+
+
+@given(
+    st.dictionaries(st.sampled_from(PRECISIONS[1:]), st.tuples(figures, st.floats(0, 5) | st.none())),
+    figures,
+    st.floats(0, 5),
+)
+def test_nothing_that_fits_is_faster_than_what_is_taken(
+    others: dict[str, tuple[float, float | None]], whole: float, limit: float
+) -> None:
+    times = {"fp32": whole} | {name: time for name, (time, _) in others.items()}
+    losses: dict[str, float | None] = {"fp32": 0.0} | {name: loss for name, (_, loss) in others.items()}
+    refused = {name: "no" for name in PRECISIONS if name not in times}
+    chosen, trials = judged(times, losses, refused, limit)
+    lost = losses[chosen]
+    assert lost is None or lost <= limit
+    fitting = [time for name, time in times.items() if (losses[name] or 0) <= limit]
+    assert times[chosen] == min(fitting)
+    assert chosen == "fp32" or times[chosen] < whole
+    assert [trial.precision for trial in trials] == list(PRECISIONS)
+    assert [trial.precision for trial in trials if trial.verdict == "chosen"] == [chosen]
+
+
+def test_how_a_variant_was_converted_is_plain_json() -> None:
+    plain = Converted("fp16", "onnxruntime", None).to_dict()
+    assert plain == {"precision": "fp16", "by": "onnxruntime", "loss": None, "tried": []}
+    kept = (Kept("node", "module", "reason", 0.5),)
+    inner = Quantized("static", "uint8", "mse", True, (), 7, kept, 0.25, (Attempt(0, 0.25),), 64)
+    tried = ({"by": "nncf", "loss": 1.0, "milliseconds": 2.0},)
+    plain = json.loads(json.dumps(Converted("int8", "compressor", 0.3, inner, tried).to_dict()))
+    assert (plain["precision"], plain["by"], plain["tried"]) == ("int8", "compressor", list(tried))
+    assert (plain["calibration"], plain["smoothed"], plain["nodes"], plain["samples"]) == ("mse", True, 7, 64)
+    assert plain["kept"] == [{"node": "node", "module": "module", "reason": "reason", "sensitivity": 0.5}]
+    assert plain["loss"] == 0.3

@@ -1,0 +1,406 @@
+"""The model card: its header as the hub's client reads it, its figures, and its lines of code run for real."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from onnx import TensorProto, helper
+from PIL import Image
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models import load
+from compressor.report.card import loader_snippet as loader
+from compressor.report.card import model_card as card
+from compressor.report.card import preprocessing_recipe as recipe
+from runtimes import openvino, runtime
+from runtimes.base.protocols import BuildOptions
+from runtimes.onnxruntime import target as onnxruntime
+from runtimes.tensorrt import target as tensorrt
+from tests.runtimes.tensorrt.test_target import fake, save, value  # noqa: F401  (`fake` is a fixture)
+
+pytest.importorskip("onnxruntime", reason="it runs the cards' code")
+
+OPTIONS = BuildOptions(threads=1)
+SAME = 1e-5  # the same file in the same runtime, opened with other options: sums in another order
+PIXELS = 1e-5  # float32 that normalises in another order; a rounding of a whole step of 1/255 would be 1e-2
+# What whoever downloads a folder need not have.
+ABSENT = ["compressor", "passes", "runtimes", "torch", "torchvision", "timm", "transformers", "huggingface_hub", "onnx"]
+ALONE = f"""
+import re, runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+found = runpy.run_path("lines.py")
+import numpy
+numpy.save("answer.npy", found["answer"])
+"""
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+PROMPT = ["Once", "upon", "a", "time"]
+WORDS = ["[PAD]", "[UNK]", "[END]", *PROMPT, "this", "is", "sentence", "another", "longer", "one"]
+
+
+def picture(path, size=(50, 37)):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 6 + 1, size[0] // 6 + 1, 3), np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BILINEAR).save(path, quality=95)
+
+
+def timm_folder(folder):
+    torch.manual_seed(0)
+    module = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=5)
+    own = {"input_size": (3, 32, 32), "crop_pct": 0.9, "license": "apache-2.0", "mean": (0.4, 0.5, 0.6)}
+    module.pretrained_cfg = {**module.pretrained_cfg, **own}
+    args = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    save_config_for_hf(module, str(folder / "config.json"), {"model_args": args})
+    save_file(module.state_dict(), folder / "model.safetensors")
+    return load(folder)
+
+
+def tokens(folder, pad):
+    """A tokenizer of whole words, as transformers saves it; without `pad`, one that can only end texts."""
+    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"unk_token": "[UNK]", "eos_token": "[END]", **({"pad_token": "[PAD]"} if pad else {})}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=12, **names).save_pretrained(folder)
+
+
+def bert_folder(folder):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, pad_token_id=0, **SMALL)
+    transformers.BertModel(config).save_pretrained(folder)
+    tokens(folder, pad=True)
+    return load(folder, task="sentence-similarity")
+
+
+def llama_folder(folder):
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 1, "vocab_size": len(WORDS), "max_position_embeddings": 64}
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(bos_token_id=1, eos_token_id=2, **sizes, **SMALL))
+    with torch.no_grad():  # so that the next token is not always the same
+        module.lm_head.weight.mul_(20)
+    module.save_pretrained(folder)
+    tokens(folder, pad=False)
+    return load(folder)
+
+
+def report(model, target="onnxruntime", state="built"):
+    """report.json as far as a card reads it."""
+    figure = {"value": 78.25, "low": 75.5, "high": 80.75, "n": 616}
+    lost = {"value": 0.5, "low": -0.25, "high": 1.25, "n": 616}
+    size = {"parameters": 5_000_000, "multiply_adds": 10**9, "bytes": 2 * 10**7, "cache": 0}
+    machine = {"processor": "a processor", "cores": 2, "gpus": [], "platform": "Linux", "packages": {"torch": "2.15"}}
+    deferred = {"state": state, "target": target}
+    return {
+        "command": "compressor export my_vit --data photos",
+        "settings": {"target": target, "precision": "int8", "batch": 1, "threads": None, "device": None},
+        "model": {
+            "name": model.name,
+            "source": model.source,
+            "task": model.task,
+            "hub_id": "someone/my_vit",
+            "random_weights": False,
+            "inputs": list(model.inputs),
+            "outputs": list(model.outputs),
+            "sites": [{}, {}],
+        },
+        "data": {"source": "/home/someone/photos", "reading": "flat image folder", "random": False}
+        | {"sizes": {"calibration": 20, "validation": 30, "test": 616}},
+        "plan": {"rule": "auto", "changes": {"blocks.0.mlp": "drop"}},
+        "sizes": {"baseline": size, "result": size},
+        "quality": {
+            "metric": "accuracy",
+            "figures": {"baseline": figure, "result": figure},
+            "loss": {"baseline": lost},
+            "label_free": {},
+        },
+        "no_quality_because": None,
+        "latency": {name: {"median": 12.0} for name in ("baseline", "result")},
+        "speedup": {"baseline": {"ratio": 2.11, "low": 1.9, "high": 2.22}},
+        "timed_inputs": {name: [1, 4] for name in model.inputs},
+        "environment": machine,
+        "healed": None,
+        "notes": [],
+        "limitations": [{"feature": "tokenizer", "reason": "there is none"}],
+        "engine": deferred if state == "deferred" else {"state": "built", "target": target},
+    }
+
+
+def by_pixels(model, path):
+    """Logits that depend on where each pixel is; written by hand, because an export takes seconds."""
+    weights = np.random.default_rng(0).normal(size=(3 * 32 * 32, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["pixel_values"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    save(path, nodes, [value("pixel_values", ["batch", 3, 32, 32])], [value("logits", ["batch", 5])], {"w": weights})
+
+
+def by_words(model, path):
+    """An embedding that depends on every word, its place and the mask."""
+    table, places = np.random.default_rng(0).normal(size=(2, len(WORDS), 16)).astype(np.float32)
+    inputs = [value(name, ["batch", "sequence"], TensorProto.INT64) for name in model.inputs]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["words"]),
+        helper.make_node("CumSum", ["attention_mask", "first"], ["count"]),
+        helper.make_node("Gather", ["places", "count"], ["there"]),
+        helper.make_node("Mul", ["words", "there"], ["each"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "two"], ["column"]),
+        helper.make_node("Mul", ["each", "column"], ["last_hidden_state"]),
+        helper.make_node("ReduceSum", ["last_hidden_state", "one"], ["sentence_embedding"], keepdims=0),
+    ]
+    outputs = [value("last_hidden_state", ["batch", "sequence", 16]), value("sentence_embedding", ["batch", 16])]
+    constants = {"one": np.array([1]), "two": np.array([2])}
+    save(path, nodes, inputs, outputs, {"table": table, "places": places, "first": np.array(1), **constants})
+
+
+def by_export(model, path):
+    lower(trace(model), model, path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each kind, with the engine of both runtimes: model, folder."""
+    made = {}
+    for name, build in {"image": timm_folder, "text": bert_folder, "causal": llama_folder}.items():
+        room = tmp_path_factory.mktemp(name)
+        source, folder = room / "source", room / "out"
+        source.mkdir(), folder.mkdir()
+        model = build(source)
+        model.save(folder)
+        {"image": by_pixels, "text": by_words}.get(name, by_export)(model, folder / "model.onnx")
+        openvino.build(folder / "model.onnx", folder, OPTIONS)
+        picture(folder / "photo.jpg")
+        made[name] = model, folder
+    return made
+
+
+def lines(text):
+    (found,) = re.findall(r"## Use it without Compressor.*?```python\n(.*?)```", text, re.S)
+    return found
+
+
+def expected(kind, model, folder, target):
+    """What the folder's engine answers, its inputs made by the original's own preprocessing."""
+    if kind == "causal":
+        prompt = torch.tensor([[WORDS.index(word) for word in PROMPT]])
+        found = model.module.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False
+        )
+        return found[0].numpy()
+    if kind == "image":
+        with Image.open(folder / "photo.jpg") as image:
+            feeds = {"pixel_values": model.preprocess.image(image)[None]}
+    else:
+        feeds = model.preprocess.text(["This is a sentence.", "And this is another, longer one."], None)
+    with target.load(folder / ("model.onnx" if target is onnxruntime else openvino.FILE), OPTIONS) as engine:
+        return engine.run(feeds)[model.answer]
+
+
+@pytest.mark.parametrize("target", [onnxruntime, openvino], ids=["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", ["image", "text", "causal"])
+def test_the_cards_lines_run_without_compressor_and_answer_as_the_engine(folders, kind, target):
+    model, folder = folders[kind]
+    (folder / "report.json").write_text(json.dumps(report(model, target.name)))
+    card.write(folder)
+    text = lines((folder / "README.md").read_text())
+    assert f"import {target.name}" in text
+    (folder / "lines.py").write_text(text)
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    found = np.load(folder / "answer.npy")
+    wanted = expected(kind, model, folder, target)
+    if kind == "causal":
+        assert len(set(wanted.tolist())) > 5  # no single token over and over, which any loop would get right
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=SAME)
+
+
+@pytest.mark.slow  # two compilers at work
+@pytest.mark.parametrize("target", ["torch", "executorch"])
+def test_the_lines_of_a_target_that_torch_makes_run_without_compressor(folders, tmp_path, target):
+    found = runtime(target)
+    if (reason := found.missing()) is not None:
+        pytest.skip(reason)
+    model, source = folders["image"]
+    folder = shutil.copytree(source, tmp_path / "out")
+    (folder / "model.onnx").unlink()
+    graph = trace(model)
+    engine = found.build(lower(graph, model, tmp_path / "model.pt2"), folder, OPTIONS)
+    content = report(model, target)
+    content["engine"] |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
+    text = loader.loader(content, folder).text
+    assert engine.name in text
+    (folder / "lines.py").write_text(text)
+    alone = ALONE.replace(repr(ABSENT), repr(ABSENT[:3]))  # torch itself looks for the others
+    done = subprocess.run([sys.executable, "-c", alone], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(folder / "photo.jpg") as image, found.load(engine, OPTIONS) as opened:
+        wanted = opened.run({"pixel_values": model.preprocess.image(image)[None]})[model.answer]
+    np.testing.assert_allclose(np.load(folder / "answer.npy"), wanted, rtol=0, atol=SAME)
+
+
+def test_tensorrts_lines_run_on_a_stand_in(folders, fake, monkeypatch, capsys):  # noqa: F811
+    """No GPU here: the calls are those of the API that the stand-in knows, in an order that it accepts."""
+    model, folder = folders["image"]
+    built = tensorrt.build(folder / "model.onnx", folder, replace(OPTIONS, device="cuda"))
+    content = report(model, "tensorrt")
+    text = loader.loader(content, folder).text
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(fake.trt, "Logger", fake.trt.ILogger, raising=False)
+    found = {}
+    try:
+        exec(compile(text, "lines.py", "exec"), found)
+    finally:
+        built.unlink()
+        fake.memory.clear()
+        fake.streams.clear()
+    np.testing.assert_allclose(found["answer"], expected("image", model, folder, onnxruntime), rtol=0, atol=SAME)
+    assert capsys.readouterr().out.strip()
+
+
+class Echo:
+    """A session that answers with its inputs."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def run(self, _, feeds):
+        return (feeds["pixel_values"],)
+
+
+def pixels_of(folder, monkeypatch):
+    """What the card's lines make of photo.jpg."""
+    model = SimpleNamespace(
+        name="m", source="", task="image-classification", inputs=("pixel_values",), outputs=("last_hidden_state",)
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Echo))
+    monkeypatch.chdir(folder)
+    found = {}
+    exec(compile(loader.loader(report(model), folder).text, "lines.py", "exec"), found)
+    return found["answer"][0]
+
+
+@pytest.mark.parametrize("size", [(50, 37), (33, 64), (24, 24)])
+@pytest.mark.parametrize("own", [{}, {"crop_pct": 1.0}, {"crop_mode": "squash", "interpolation": "bilinear"}], ids=str)
+def test_pictures_of_timm_are_prepared_alike(own, size, tmp_path, monkeypatch):
+    config = {"input_size": (3, 28, 28), "crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3)}
+    config |= {"std": (0.2, 0.3, 0.25), "crop_mode": "center", **own}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": config}))
+    picture(tmp_path / "photo.jpg", size)
+    transform = timm.data.create_transform(**config, is_training=False)
+    with Image.open(tmp_path / "photo.jpg") as image:
+        wanted = transform(image.convert("RGB")).numpy()
+    np.testing.assert_allclose(pixels_of(tmp_path, monkeypatch), wanted, rtol=0, atol=PIXELS)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        lambda: transformers.ViTImageProcessor(size={"height": 24, "width": 30}),
+        lambda: transformers.DeiTImageProcessor(
+            size={"height": 32, "width": 32}, crop_size={"height": 28, "width": 28}
+        ),
+        lambda: transformers.BitImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 28, "width": 28}),
+        lambda: transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+    ],
+    ids=["vit", "deit", "bit", "clip"],
+)
+def test_pictures_of_transformers_are_prepared_alike(processor, tmp_path, monkeypatch):
+    made = processor()
+    made.save_pretrained(tmp_path)
+    picture(tmp_path / "photo.jpg")
+    with Image.open(tmp_path / "photo.jpg") as image:
+        wanted = made(images=image, return_tensors="np")["pixel_values"][0]
+    found = pixels_of(tmp_path, monkeypatch)
+    assert found.shape == wanted.shape
+    # transformers resizes in torch, which rounds a few pixels to the step beside: 1/255 over a std of at least 0.2.
+    assert np.abs(found - wanted).max() < 2.5 / 255 / 0.2
+    assert np.abs(found - wanted).mean() < 0.2 / 255 / 0.2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pretrained_cfg": {"input_size": [3, 8, 8], "mean": [0], "std": [1], "crop_mode": "border"}},
+        {"pretrained_cfg": {"input_size": [3, 8, 12], "mean": [0], "std": [1]}},
+        {"pretrained_cfg": {}},
+        {},
+    ],
+)
+def test_pictures_that_are_prepared_otherwise_get_no_recipe(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert recipe.picture(tmp_path) is None
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "LevitImageProcessor"}))
+    assert recipe.picture(tmp_path) is None
+
+
+def test_the_header_is_what_the_hub_reads(folders):
+    model, folder = folders["image"]
+    text = card.card(report(model), folder)
+    header = ModelCard(text).data.to_dict()
+    assert header["base_model"] == "someone/my_vit"
+    assert header["base_model_relation"] == "quantized"
+    assert header["license"] == "apache-2.0"
+    assert header["pipeline_tag"] == "image-classification"
+    assert {"onnx", "onnxruntime", "int8", "pruned"} <= set(header["tags"])
+    (result,) = header["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 78.25
+    assert result["dataset"]["name"] == "photos"
+    assert "/home/someone" not in text
+    for stated in ("78.25 (75.5 to 80.75)", "2.11x (1.90–2.22)", "616 test samples", "a processor", "AVX-512"):
+        assert stated in text
+    assert "compressor export my_vit --data photos" in text
+    assert text == card.card(report(model), folder)
+
+
+def test_nothing_is_claimed_that_was_not_measured(folders):
+    model, folder = folders["image"]
+    content = report(model, "tensorrt", "deferred")
+    content |= {
+        "quality": None,
+        "no_quality_because": "the weights are random",
+        "plan": {"rule": "none", "changes": {}},
+    }
+    content["model"] |= {"random_weights": True}
+    text = card.card(content, folder)
+    header = ModelCard(text).data.to_dict()
+    assert {"base_model", "license", "metrics", "model-index"}.isdisjoint(header)
+    assert "No quality is stated, because the weights are random" in text
+    assert "ONNX Runtime in the place of TensorRT" in text
+    assert "not with tensorrt there" in text
+    assert "engine is not built yet" in text
+    assert "import onnxruntime" in lines(text)
+
+
+def test_inputs_of_ones_own_module_are_shown_as_arrays(folders, tmp_path, monkeypatch, capsys):
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    model = load(module, example_inputs=torch.zeros(2, 4))
+    model.save(tmp_path)
+    weights = {"w": module[0].weight.detach().numpy().T.copy(), "b": module[0].bias.detach().numpy()}
+    nodes = [helper.make_node("MatMul", ["input", "w"], ["h"]), helper.make_node("Add", ["h", "b"], ["output"])]
+    save(tmp_path / "model.onnx", nodes, [value("input", ["batch", 4])], [value("output", ["batch", 3])], weights)
+    monkeypatch.chdir(tmp_path)
+    content = report(model)
+    text = loader.loader(content, tmp_path).text
+    found = {}
+    exec(compile(text, "lines.py", "exec"), found)
+    np.testing.assert_allclose(found["answer"], module(torch.ones(1, 4)).detach().numpy(), rtol=0, atol=SAME)
+    assert capsys.readouterr().out

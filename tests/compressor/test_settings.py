@@ -1,0 +1,195 @@
+"""Settings: what can be refused before anything is loaded, and their JSON form."""
+
+import inspect
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import compressor
+from compressor import CompressorError, Settings
+from compressor.errors import SettingsError
+from compressor.quantize.calibration import METHODS as CALIBRATIONS
+from compressor.settings import AUTO_ACTIONS, DEFAULT_LOSS, METHODS
+from passes.plan.plan import form_and_rank
+from runtimes.base.protocols import PRECISIONS
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": ""}, "model is empty"),
+        ({"data": " "}, "data is empty"),
+        ({"output": ""}, "output is empty"),
+        ({"drop": ""}, "drop is empty"),
+        ({"drop": "150%"}, "at most 100%"),
+        ({"drop": "foo:2"}, "unknown kind 'foo'"),
+        ({"drop": "attention:"}, "no count and no site name"),
+        ({"drop": "-3"}, "no count and no site name"),
+        ({"drop": "attention:4,mlp:2"}, "no count and no site name"),
+        ({"drop": "25 %"}, "no count and no site name"),
+        ({"metric": "size"}, "cosine or influence"),
+        ({"int8": "static8"}, "static or dynamic"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'; expected fp32 or fp16 or bf16 or int8 or"),
+        ({"precision": "fp16", "int8": "static"}, "found --int8 and --precision fp16; give one"),
+        ({"precision": "int8", "int8": "dynamic"}, "found --int8 and --precision int8; give one"),
+        ({"precision": "auto", "int8": "static"}, "found --int8 and --precision auto; give one"),
+        ({"precision": "auto", "factorial": True}, "compression against one precision; found --precision auto"),
+        ({"calibration": "median"}, "unknown calibration 'median'; expected auto or typical or minmax"),
+        ({"device": "tpu"}, "cpu or cuda"),
+        ({"task": "flying"}, "image-classification"),
+        ({"target": "onnxruntim"}, "did you mean onnxruntime"),
+        ({"max_loss": float("nan")}, "max-loss is nan"),
+        ({"max_precision_loss": 101.0}, "expected 0 to 100"),
+        ({"threads": 0}, "threads is 0; expected at least 1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"samples": 2}, "expected at least 3"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"search_samples": 0}, "search-samples is 0"),
+        ({"model": "vit_tiny_patch16_224"}, "no data given"),
+        ({"data": "random"}, "--drop auto, or sweep) needs real data"),
+        ({"random_weights": True}, "--drop auto, or sweep) needs trained weights"),
+        ({"max_loss": -0.1}, "max-loss is -0.1"),
+        ({"max_loss": math.inf}, "max-loss is inf"),
+        ({"generate": "128"}, "--generate 128: expected PROMPT:NEW"),
+        ({"generate": "0:5"}, "--generate 0:5: expected PROMPT:NEW"),
+        ({"generate": "8:5", "defer_build": True}, "give --generate 8:0, or leave it out"),
+        ({"speedup": 1.0}, "speedup is 1; expected more than 1"),
+        ({"speedup": math.inf}, "speedup is inf"),
+        ({"speedup": math.nan}, "speedup is nan"),
+        ({"latency": 0.0}, "latency is 0; expected more than 0"),
+        ({"latency": math.nan}, "latency is nan"),
+        ({"heal_budget": 0.0}, "heal-budget is 0"),
+        ({"heal_budget": math.inf}, "heal-budget is inf"),
+        ({"cost": "time"}, "latency or macs"),
+        ({"heal": "prayer"}, "none or closed-form or distill"),
+        ({"actions": "drop,teleport"}, "--actions: unknown action 'teleport'"),
+        ({"actions": ""}, "unknown action ''"),
+        ({"actions": "drop,"}, "unknown action ''"),
+        ({"actions": "keep"}, "unknown action 'keep'"),
+        ({"actions": "drop:3"}, "unknown action 'drop:3'"),
+        ({"actions": "low-rank:0"}, "unknown action 'low-rank:0'"),
+        ({"drop": "2", "actions": "drop,linear"}, "only --drop auto chooses among several"),
+        ({"drop": "2", "speedup": 1.5}, "--speedup is a wish that --drop auto fulfils; --drop 2 names the plan"),
+        ({"drop": "plan.json", "latency": 5.0}, "--latency is a wish"),
+        ({"drop": "none", "latency": 5.0}, "--latency is a wish"),
+        ({"speedup": 1.5, "latency": 5.0}, "one wish in two forms"),
+        ({"latency": 5.0, "cost": "macs"}, "leave out --cost macs"),
+        ({"tokens": "8,"}, "--tokens 8,: expected auto, none, a number"),
+        ({"tokens": "75%"}, "a percentage below 75%"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused_in_a_sentence(options: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings(**options)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, CompressorError)
+
+
+@pytest.mark.parametrize("drop", ["none", "auto", "4", "25%", "attention:4", "block:3", "a.0.attn,b.mlp", "p.json"])
+def test_every_documented_form_of_drop_is_taken(drop: str) -> None:
+    assert Settings(drop=drop).drop == drop
+
+
+def test_the_settings_survive_json(tmp_path: object) -> None:
+    module = torch.nn.Linear(2, 2)
+    settings = Settings(model=module, data="random", drop="1", example_inputs=torch.zeros(2, 2), output=str(tmp_path))
+    plain = json.loads(json.dumps(settings.to_dict()))
+    assert plain["model"] == "Linear"
+    assert plain["output"] == str(tmp_path)
+    assert set(plain) == set(Settings.__dataclass_fields__) - {"example_inputs"}
+
+
+def test_settings_without_a_module_are_made_again_from_their_json() -> None:
+    settings = Settings(drop="attention:2", int8="static", samples=60, seed=3)
+    assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
+    wishing = Settings(actions="drop, low-rank:8", speedup=1.5, max_loss=3.0, heal="distill", heal_budget=90.0)
+    assert Settings(**json.loads(json.dumps(wishing.to_dict()))) == wishing
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({}, DEFAULT_LOSS),
+        ({"max_loss": 0.0}, 0.0),
+        ({"speedup": 1.5}, math.inf),
+        ({"latency": 5.0}, math.inf),
+        ({"speedup": 1.5, "max_loss": 2.0}, 2.0),
+    ],
+)
+def test_a_wish_for_speed_alone_lifts_the_limit_on_loss(options: dict[str, float], limit: float) -> None:
+    assert Settings(**options).loss_limit == limit  # type: ignore[arg-type]
+
+
+def test_actions_are_those_named_or_the_usual_ones() -> None:
+    assert Settings().chosen_actions == AUTO_ACTIONS
+    assert Settings(tokens="none").chosen_actions == tuple(action for action in AUTO_ACTIONS if action != "merge")
+    assert Settings(drop="2").chosen_actions == ("drop",)
+    assert Settings(drop="2", actions="linear").chosen_actions == ("linear",)
+    assert Settings(actions="drop, low-rank:8 ,fuse").chosen_actions == ("drop", "low-rank:8", "fuse")
+    forms = [form_and_rank(action)[0] for action in AUTO_ACTIONS if action != "merge"]
+    assert len(set(forms)) == len(AUTO_ACTIONS) - 1
+
+
+def test_healing_knows_the_methods_that_may_be_asked_for() -> None:
+    assert pytest.importorskip("compressor.heal.heal").METHODS == METHODS
+
+
+def test_the_api_takes_every_setting_with_the_same_default() -> None:
+    """What `export` hands on are its own arguments, so that a forgotten one would silently keep its default."""
+    fields = inspect.signature(Settings).parameters
+    export = inspect.signature(compressor.export).parameters
+    assert {name: each.default for name, each in export.items()} == {
+        name: each.default for name, each in fields.items()
+    }
+    assert [name for name, each in export.items() if each.kind is not inspect.Parameter.KEYWORD_ONLY] == ["model"]
+    sweep = dict(inspect.signature(compressor.sweep).parameters)
+    assert sweep.pop("points").default == 8
+    other = {"max_loss": 20.0, "output": "front"}
+    assert {name: each.default for name, each in sweep.items()} == {
+        name: other.get(name, fields[name].default) for name in sweep
+    }
+    # One search for all budgets: nothing of what says how far to go, what to heal, or which plan to take.
+    needless = {
+        "drop",
+        "metric",
+        "speedup",
+        "latency",
+        "heal",
+        "heal_budget",
+        "calibration",
+        "max_precision_loss",
+        "random_weights",
+        "max_memory",
+        "defer_build",
+        "portable_engine",
+        "factorial",
+    }
+    assert set(fields) - set(sweep) == needless
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ({}, "fp32"),
+        ({"int8": "static"}, "int8"),
+        ({"int8": "dynamic"}, "int8-dynamic"),
+        ({"precision": "int8", "int8": "static"}, "int8"),
+        ({"precision": "int8-dynamic", "factorial": True}, "int8-dynamic"),
+        ({"precision": "auto"}, "auto"),
+        *(({"precision": each}, each) for each in PRECISIONS),
+    ],
+)
+def test_a_short_form_becomes_the_precision_that_it_stands_for(options: dict[str, Any], precision: str) -> None:
+    settings = Settings(**options)
+    assert (settings.precision, settings.int8) == (precision, None)
+    assert Settings(**settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize("calibration", ["auto", *CALIBRATIONS])
+def test_every_way_to_find_ranges_may_be_asked_for(calibration: Any) -> None:
+    assert Settings(calibration=calibration).calibration == calibration

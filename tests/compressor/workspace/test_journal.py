@@ -1,0 +1,127 @@
+"""Journals: what was measured is found again, whatever ended the run before."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.errors import CompressorError
+from compressor.workspace.journal import Journal, JournalError
+
+numbers = st.floats(allow_nan=False) | st.integers(-(10**9), 10**9)
+values = st.dictionaries(st.text(max_size=30), numbers | st.lists(numbers | st.text(max_size=5), max_size=3))
+
+
+def never():
+    raise AssertionError("measured although it is known")
+
+
+def filled(path, count=3, subject="s"):
+    journal = Journal(subject, path)
+    for number in range(count):
+        journal.note(f"key {number}", number / 3)
+    return journal
+
+
+@settings(max_examples=25, deadline=None)
+@given(values)
+def test_what_is_noted_is_recalled_to_the_last_bit(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("journal") / ".j"
+    first = Journal("subject", path)
+    for key, value in content.items():
+        assert first.recall(key, lambda value=value: value) == value
+    again = Journal("subject", path)
+    assert len(again) == len(content)
+    for key, value in content.items():
+        assert again.knows(key)
+        assert again.recall(key, never) == value
+    assert (first.found, again.found) == (0, len(content))
+
+
+def test_infinity_survives(tmp_path):
+    """A refused candidate is noted with it."""
+    Journal("s", tmp_path / "j").note("refused", [math.inf, math.inf, "why"])
+    assert Journal("s", tmp_path / "j").recall("refused", never) == [math.inf, math.inf, "why"]
+
+
+def test_a_measured_value_is_written_at_once(tmp_path):
+    journal = Journal("s", tmp_path / "j")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert journal.recall("a", lambda: 0.1) == 0.1
+    with pytest.raises(KeyboardInterrupt):
+        journal.recall("b", interrupted)
+    again = Journal("s", tmp_path / "j")
+    assert again.knows("a")
+    assert not again.knows("b")
+
+
+def test_the_later_of_two_values_counts(tmp_path):
+    journal = filled(tmp_path / "j")
+    journal.note("key 1", 9.0)
+    assert Journal("s", tmp_path / "j").recall("key 1", never) == 9.0
+    assert len(Journal("s", tmp_path / "j")) == 3
+
+
+def test_another_subject_begins_anew(tmp_path):
+    filled(tmp_path / "j", subject="one")
+    other = Journal("two", tmp_path / "j")
+    assert len(other) == 0
+    assert len(Journal("one", tmp_path / "j")) == 0
+
+
+@pytest.mark.parametrize("cut", range(1, 25))
+def test_a_line_cut_short_is_left_out(tmp_path, cut):
+    """Wherever the last line ends, the ones before it count and what is noted next can be read."""
+    filled(tmp_path / "j")
+    text = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(text[:-cut])
+    again = Journal("s", tmp_path / "j")
+    whole = cut == 1  # the line feed alone
+    assert [again.knows(f"key {number}") for number in range(3)] == [True, True, whole]
+    again.note("next", 1.0)
+    assert len(Journal("s", tmp_path / "j")) == 3 + whole
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x81\xff", b"no json\n", b"[1, 2]\n", b"3\n", b"\n"])
+def test_a_file_that_is_no_journal_begins_anew(tmp_path, content):
+    (tmp_path / "j").write_bytes(content)
+    assert len(Journal("s", tmp_path / "j")) == 0
+    filled(tmp_path / "j")
+    assert len(Journal("s", tmp_path / "j")) == 3
+
+
+def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    journal = Journal()
+    assert journal.recall("a", lambda: 1) == journal.recall("a", never) == 1
+    journal.forget()
+    assert list(tmp_path.iterdir()) == []
+    assert len(Journal()) == 0  # no two share their values
+
+
+def test_forget_deletes_the_file(tmp_path):
+    journal = filled(tmp_path / "j")
+    journal.forget()
+    assert not (tmp_path / "j").exists()
+    journal.forget()  # nothing to delete is no error
+    assert len(Journal("s", tmp_path / "j")) == 0
+
+
+def test_every_line_is_json(tmp_path):
+    filled(tmp_path / "j", count=2)
+    lines = [json.loads(line) for line in (tmp_path / "j").read_text(encoding="utf-8").splitlines()]
+    assert lines == [{"subject": "s"}, {"key": "key 0", "value": 0.0}, {"key": "key 1", "value": 1 / 3}]
+
+
+def test_an_unwritable_place_is_told(tmp_path):
+    """A file where a folder should be: permissions do not stop root."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match=r"journal .*file.j cannot be written \(.+\); choose another --output\."):
+        Journal("s", tmp_path / "file" / "j")
+    with pytest.raises(CompressorError, match="cannot be written"):
+        Journal("s", tmp_path / "missing" / "j")

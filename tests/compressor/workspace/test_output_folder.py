@@ -1,0 +1,134 @@
+"""The output folder: whole or not there, and nobody else's files are touched."""
+
+import errno
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from compressor.workspace.output_folder import FolderError, check_writable, output_folder, scratch_folder, write_files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def make(path: Path, *, force: bool = False, content: str = "new") -> None:
+    with output_folder(path, force=force) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text(content)
+
+
+def test_the_manifest_holds_the_true_size_and_hash_of_every_file(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert files == {"sub/a.txt": {"bytes": 3, "sha256": hashlib.sha256(b"new").hexdigest()}}
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(143)])
+def test_nothing_is_left_when_the_work_fails(tmp_path: Path, error: BaseException) -> None:
+    def fail() -> None:
+        with output_folder(tmp_path / "out", force=False) as folder, scratch_folder(tmp_path / "out") as scratch:
+            (folder / "half").write_text("x")
+            (scratch / "half").write_text("x")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert names(tmp_path) == []
+
+
+def test_an_existing_folder_is_refused_without_force_and_replaced_with_it(tmp_path: Path) -> None:
+    make(tmp_path / "out", content="old")
+    with pytest.raises(FolderError, match="exists; choose another --output, or replace it with --force"):
+        make(tmp_path / "out")
+    make(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_existing_folder_survives_a_failed_replacement(tmp_path: Path) -> None:
+    make(tmp_path / "out", content="old")
+
+    def fail() -> None:
+        with output_folder(tmp_path / "out", force=True):
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - raised above, without a message
+        fail()
+    assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", "nonsense", '{"files": {"other": 1}}'])
+def test_force_never_replaces_a_folder_of_someone_else(tmp_path: Path, manifest: str | None) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    if manifest is not None:
+        (tmp_path / "out" / "manifest.json").write_text(manifest)
+    with pytest.raises(FolderError, match="did not write"):
+        make(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_force_refuses_a_folder_to_which_someone_added_a_file(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FolderError, match=r"did not write \(notes.txt\)"):
+        make(tmp_path / "out", force=True)
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_a_link_is_followed_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    make(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / "manifest.json").is_file()
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FolderError, match="exists and is no folder"):
+        make(tmp_path / "file", force=True)
+    with pytest.raises(FolderError, match="cannot be written"):
+        make(tmp_path / "file" / "out")
+    with pytest.raises(FolderError, match="is no folder"):
+        check_writable(tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_name_that_the_disk_refuses_is_found_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="cannot be written"):
+        make(tmp_path / ("x" * 300))
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_said_whatever_the_writer_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> None:
+        with output_folder(tmp_path / "out", force=False):
+            raise error
+
+    with pytest.raises(FolderError, match="is full"):
+        fail(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(RuntimeError, match="native"):
+        fail(RuntimeError("native writer failed"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(FolderError, match="is full"):
+        fail(RuntimeError("native writer failed"))
+    assert names(tmp_path) == []
+
+
+def test_several_files_are_written_all_or_none(tmp_path: Path) -> None:
+    assert write_files(tmp_path / "a" / "b", {"x": b"1", "y": b"2"}) == (tmp_path / "a/b/x", tmp_path / "a/b/y")
+    assert names(tmp_path / "a" / "b") == ["x", "y"]
+    with pytest.raises(FolderError, match="cannot be written"):
+        write_files(tmp_path / "c", {"x": b"1", "no/such/folder": b"2"})
+    assert not (tmp_path / "c").exists()

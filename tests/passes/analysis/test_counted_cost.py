@@ -1,0 +1,109 @@
+"""Parameters and multiply-adds against closed formulas, and against the graph that is left after a drop. All exact."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.lower.trace import trace
+from passes.analysis.counted_cost import Cost, Costs
+from passes.base import apply
+from passes.graph.sites import find_sites
+from passes.rewrite.drop import Drop
+from tests.architectures import TIMM, TRANSFORMERS
+
+BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
+DEPTH, WIDTH, PATCH, CLASSES = 2, 16, 16, 5  # tests.architectures.VIT
+TOKENS = (32 // PATCH) ** 2 + 1
+
+
+@functools.cache
+def traced(name):
+    model = BY_NAME[name].load()
+    graph = trace(model)
+    sites = find_sites(graph)
+    return model, graph, sites, Costs(graph, model.example)
+
+
+def attention(d=WIDTH, n=TOKENS):
+    """Query, key, value, projection with biases, and the norm before; QK^T and the weighted sum are n*n*d each."""
+    return Cost(4 * d * d + 4 * d + 2 * d, 4 * n * d * d + 2 * n * n * d)
+
+
+def mlp(d=WIDTH, n=TOKENS):
+    return Cost(8 * d * d + 5 * d + 2 * d, 8 * n * d * d)
+
+
+def test_vit_equals_the_closed_formula():
+    _, _, sites, costs = traced("vit")
+    for site in sites:
+        assert costs.saved(site) == (attention() if site.kind == "attention" else mlp())
+    stem = 3 * PATCH * PATCH * WIDTH
+    head = WIDTH * CLASSES
+    around = Cost(
+        stem + WIDTH + (TOKENS + 1) * WIDTH + 2 * WIDTH + head + CLASSES,  # class token, positions, last norm
+        stem * (TOKENS - 1) + head,
+    )
+    assert costs.total.parameters == around.parameters + DEPTH * (attention().parameters + mlp().parameters)
+    assert costs.total.multiply_adds == around.multiply_adds + DEPTH * (attention().multiply_adds + mlp().multiply_adds)
+    assert costs.total - around == costs.total - costs.under(sites)
+
+
+def test_twelve_d_squared_a_block():
+    attn, rest = attention(), mlp()
+    assert attn.multiply_adds + rest.multiply_adds == TOKENS * 12 * WIDTH**2 + 2 * TOKENS**2 * WIDTH
+
+
+def test_costs_are_of_one_sample():
+    model, graph, _, costs = traced("vit")
+    bigger = {name: value.repeat(3, 1, 1, 1) for name, value in model.example.items()}
+    assert Costs(graph, bigger).total == costs.total
+
+
+@settings(max_examples=16, deadline=None)
+@given(st.sampled_from(["vit", "hf_bert", "vit_parallel_scaling", "hf_albert"]), st.sets(st.integers(0, 3)))
+def test_costs_under_a_drop_are_those_of_the_rewritten_graph(name, positions):
+    model, graph, sites, costs = traced(name)
+    skip = [sites[position] for position in positions]
+    left = graph.fork()
+    apply(Drop(tuple(site.name for site in skip)), left)
+    assert costs.under(skip) == Costs(left, model.example).total
+    assert costs.under(skip).parameters == left.parameter_count()
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_bert"])
+def test_what_sites_save_adds_up_where_nothing_is_shared(name):
+    _, _, sites, costs = traced(name)
+    together = costs.total - costs.under(sites)
+    assert sum(costs.saved(site).multiply_adds for site in sites) == together.multiply_adds
+    assert sum(costs.saved(site).parameters for site in sites) == together.parameters
+
+
+def test_a_fused_projection_is_saved_with_the_last_of_its_readers():
+    """Parallel attention and MLP read one norm and one projection: neither saves it alone."""
+    _, _, sites, costs = traced("vit_parallel_scaling")
+    alone = [costs.saved(site) for site in sites[:2]]
+    together = costs.total - costs.under(sites[:2])
+    assert sum(saved.multiply_adds for saved in alone) < together.multiply_adds
+    assert sum(saved.parameters for saved in alone) < together.parameters
+
+
+def test_shared_weights_count_once_and_stay_until_the_last_reader_is_gone():
+    model, graph, sites, costs = traced("hf_albert")
+    assert costs.total.parameters == graph.parameter_count()
+    assert costs.total.parameters == sum(parameter.numel() for parameter in graph.module.parameters())
+    first = [site for site in sites if site.name.endswith("#1")]
+    assert costs.under(first).parameters == costs.total.parameters
+    assert costs.under(first).multiply_adds < costs.total.multiply_adds
+    assert costs.under(sites).parameters < costs.total.parameters
+    assert model.module.config.num_hidden_layers == 2
+
+
+def test_counting_changes_nothing():
+    model, graph, _, costs = traced("vit")
+    before = graph.signature()
+    assert Costs(graph, model.example).total == costs.total
+    assert graph.signature() == before
+    assert not torch.is_inference_mode_enabled()

@@ -1,0 +1,287 @@
+"""Residual sites of many architectures, against a count from the module tree and a committed listing.
+
+To write the listings anew: ``COMPRESSOR_UPDATE_GOLDEN=1 pytest tests/test_passes_graph.py`` rewrites those that differ
+and fails for each, so that no listing changes unseen; look at the diff, then run again without the variable.
+"""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compressor import models
+from compressor.lower.trace import trace
+from passes.base import apply
+from passes.execute.interpreter import run
+from passes.graph.edit import drop_branches, remove_dead
+from passes.graph.graph import GraphError, live_nodes
+from passes.graph.sites import find_sites, site_named
+from passes.rewrite.drop import Drop
+from passes.rewrite.narrow_tokens import Unread
+from tests.architectures import TIMM, TRANSFORMERS, promised
+from tests.samples import check_listing
+
+ALL = TIMM + TRANSFORMERS
+
+
+@pytest.fixture(scope="module", params=ALL, ids=[architecture.name for architecture in ALL])
+def case(request):
+    model = request.param.load()
+    graph = trace(model)
+    return request.param, model, graph, find_sites(graph)
+
+
+def unnumbered(sites):
+    """Names without the number of shared weights, which counts those that are left."""
+    return [site.name.split("#")[0] for site in sites]
+
+
+def feeds(model, size, seed=0):
+    """`size` rows drawn from the model's example, so that masks and ids stay valid."""
+    rows = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed))
+    return {name: value[rows] for name, value in model.example.items()}
+
+
+# ------------------------------------------------------------------------------------------------- every architecture
+
+
+def test_as_many_sites_as_the_module_tree_promises(case):
+    architecture, model, _, sites = case
+    assert len(sites) == promised(model.module, architecture.branches) * architecture.repeats - architecture.fewer
+    attention = sum(site.kind == "attention" for site in sites)
+    expected = promised(model.module, architecture.attention) * architecture.repeats - architecture.fewer_attention
+    assert attention == expected
+    assert architecture.why or not (architecture.fewer or architecture.fewer_attention)
+
+
+def test_listing(case):
+    architecture, _, _, sites = case
+    check_listing(architecture.name, sites)
+
+
+def test_sites_are_described_by_nodes_of_the_graph(case):
+    _, _, graph, sites = case
+    by_name = {node.name: node for node in graph.nodes()}
+    assert len({site.name for site in sites}) == len(sites)
+    assert [site.order for site in sites] == list(range(len(sites)))
+    for site in sites:
+        assert by_name[site.branch] in by_name[site.add].all_input_nodes
+        assert len(by_name[site.branch].users) == 1
+        assert int(by_name[site.trunk].meta["val"].shape[site.channel_dim]) == site.width
+
+
+@torch.inference_mode()
+def test_skipping_equals_rewriting_at_other_batch_sizes_and_names_stay(case):
+    architecture, model, graph, sites = case
+    chosen = random.Random(architecture.name).sample(sites, (len(sites) + 1) // 2)
+    rewritten = graph.fork()
+    apply(Drop(tuple(site.name for site in chosen)), rewritten)
+    for size in (1, 3):
+        batch = feeds(model, size)
+        expected = run(graph, batch, skip=chosen)
+        for got in (run(rewritten, batch), rewritten.module(*batch.values())):
+            assert all(torch.equal(left, right) for left, right in zip(got, expected, strict=True))
+    # A site also goes when only dropped branches used it: GCViT's query generator feeds one attention alone.
+    live = {node.name for node in rewritten.nodes()}
+    left = [site for site in sites if site not in chosen and site.branch in live]
+    assert unnumbered(find_sites(rewritten)) == unnumbered(left)
+    assert len(left) == len(sites) - len(chosen) or architecture.name == "gcvit"
+
+
+# The others are read at all tokens: pooled, or with the last hidden state for an output.
+READ_AT_FEW = {
+    *("vit", "deit_distilled", "deit3", "vit_registers", "vit_swiglu", "vit_post_norm", "coat_lite", "convit", "tnt"),
+    *("vit_parallel_scaling", "vit_parallel_things", "vit_parallel_layerscale"),
+}
+
+
+@torch.inference_mode()
+def test_what_nobody_reads_is_left_out_and_nothing_else_changes(case):
+    architecture, model, graph, _ = case
+    lean = graph.fork()
+    changed = apply(Unread(), lean).changed
+    assert bool(changed) == (architecture.name in READ_AT_FEW)
+    assert bool(changed) or lean.signature() == graph.signature()
+    for size in (1, 3) if changed else ():
+        batch = feeds(model, size)
+        for left, right in zip(run(graph, batch), run(lean, batch), strict=True):
+            # Products of one row are summed in other blocks than products of many: float32 rounding.
+            torch.testing.assert_close(right, left, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- traps, one module each
+
+
+class Ops(nn.Module):
+    """A trunk of width 8 with branches a and b; `forward` comes from the test."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.stem, self.a, self.b, self.c, self.head = (nn.Linear(8, 8) for _ in range(5))
+        self.norm = nn.LayerNorm(8)
+        self.rule = rule
+
+    def forward(self, x):
+        return self.head(self.rule(self, self.stem(x)))
+
+
+def traced(rule, shape=(2, 5, 8)):
+    torch.manual_seed(0)
+    return trace(models.load(Ops(rule), example_inputs=torch.rand(shape)))
+
+
+def names(rule):
+    return [site.name for site in find_sites(traced(rule))]
+
+
+def dropout_between(m, x):
+    x = x + F.dropout(m.a(x), 0.1, m.training)
+    return m.norm(x.contiguous()) + m.b(m.norm(x))
+
+
+def norm_between(m, x):
+    x = m.norm(x + m.a(x))
+    return m.norm(x + m.b(x))
+
+
+def scaled(m, x):
+    return x + 0.5 * m.a(x) * torch.sigmoid(m.b(x))
+
+
+def cast_between(m, x):
+    return x + m.a(x.float()).to(torch.float64).to(x.dtype)
+
+
+def long_skip(m, x):
+    y = x + m.a(x)
+    y = y + m.b(y)
+    return x + m.c(y)
+
+
+def no_weights(m, x):
+    return m.a(x + torch.relu(x))
+
+
+def two_readers(m, x):
+    branch = m.a(x)
+    return (x + branch) * branch
+
+
+def no_trunk(m, x):
+    return m.a(x) + m.b(x)
+
+
+def other_shape(m, x):
+    return x[:, :1] + m.a(x)
+
+
+def weighted(m, x):
+    return torch.add(x, m.a(x), alpha=0.5)
+
+
+def subtracted(m, x):
+    return x - m.a(x)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (dropout_between, ["a"]),  # the second sum's trunk is the norm, which its branch does not read
+        (norm_between, ["a", "b"]),
+        (scaled, ["add"]),  # a gate is one branch of two matrices: their common path is the model itself
+        (cast_between, ["a"]),
+        (long_skip, ["a", "b"]),  # a skip over a chain of two blocks groups them
+        (no_weights, []),
+        (two_readers, []),  # dropping it would not remove it
+        (no_trunk, []),
+        (other_shape, []),
+        (weighted, []),
+        (subtracted, []),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_a_site(rule, expected):
+    assert names(rule) == expected
+
+
+def test_tanh_gelu_is_no_site():
+    """Its x + 0.0447 x^3 adds a function of x to x, inside the branch."""
+
+    def rule(m, x):
+        y = m.a(x)
+        y = 0.5 * y * (1.0 + torch.tanh(0.79788456 * (y + 0.044715 * y**3)))
+        return x + m.b(y)
+
+    (site,) = find_sites(traced(rule))
+    assert site.kind == "mlp"
+
+
+def test_gpt2_finds_the_blocks_only():
+    names = {architecture.name: architecture for architecture in TRANSFORMERS}
+    graph = trace(names["hf_gpt2"].load())
+    cubes = [node for node in graph.nodes() if "pow" in node.name]
+    assert len(cubes) == 2  # the trap is there
+    assert [site.name for site in find_sites(graph)] == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
+
+
+def test_side_inputs_may_enter_from_before_the_trunk():
+    def rule(m, x):
+        table = torch.cos(torch.arange(x.shape[1], dtype=x.dtype))[None, :, None]
+        mask = (x.mean(-1, keepdim=True) > 0).to(x.dtype)
+        x = x + m.a(x * table) * mask
+        return x + m.b(x * table) * mask / x.shape[0]
+
+    graph = traced(rule)
+    assert [site.name for site in find_sites(graph)] == ["a", "b"]
+    drop_branches(graph, find_sites(graph)[:1])
+    remove_dead(graph)
+    graph.check()
+    assert [site.name for site in find_sites(graph)] == ["b"]
+    for size in (1, 4):
+        assert run(graph, {"x": torch.rand(size, 5, 8)})[0].shape == (size, 5, 8)
+
+
+def test_dropout_and_fused_attention_are_dead_once_nobody_reads_them():
+    def rule(m, x):
+        heads = m.a(x)[:, None]
+        return x + m.b(F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.0)[:, 0])
+
+    graph = traced(rule)
+    attention = [node for node in graph.nodes() if "scaled_dot_product" in node.name]
+    assert attention
+    assert attention[0].is_impure()  # what fx says, and why its own clean-up would keep the branch
+    drop_branches(graph, find_sites(graph))
+    assert attention[0] not in live_nodes(graph)
+    remove_dead(graph)
+    assert graph.parameter_count() == 2 * (8 * 8 + 8)  # stem and head
+    graph.check()
+
+
+def test_a_dead_node_fails_the_check():
+    graph = traced(lambda m, x: x + m.a(x))
+    drop_branches(graph, find_sites(graph))
+    with pytest.raises(GraphError, match=r"still holds \d+ dead nodes"):
+        graph.check()
+
+
+def test_an_unknown_site_is_named():
+    with pytest.raises(GraphError, match="no site named 'nowhere'; it has 1"):
+        site_named(find_sites(traced(lambda m, x: x + m.a(x))), "nowhere")
+
+
+def test_features_of_a_channels_first_trunk():
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.depth = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+            self.norm, self.wide, self.thin = nn.LayerNorm(6), nn.Linear(6, 12), nn.Linear(12, 6)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = x + self.depth(x)
+            return x + self.thin(self.wide(self.norm(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+    sites = find_sites(trace(models.load(Conv(), example_inputs=torch.rand(2, 3, 4, 5))))
+    assert [(site.kind, site.channel_dim, site.width) for site in sites] == [("conv", 1, 6), ("mlp", 1, 6)]

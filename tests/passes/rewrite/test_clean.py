@@ -1,0 +1,89 @@
+"""What cleaning takes out, and what it must leave."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compressor import models
+from compressor.lower.trace import trace
+from passes.base import apply
+from passes.execute.interpreter import run
+from passes.graph.graph import Graph
+from passes.rewrite.clean import Clean
+
+
+def exported(module, *inputs):
+    """A graph as torch.export leaves it, not yet cleaned."""
+    program = torch.export.export(module.eval(), inputs)
+    names = tuple(f"x{position}" for position in range(len(inputs)))
+    return Graph(program.module(check_guards=False), names, ("y",))
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.dead = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.dropout(x, 0.5, training=False).clone().contiguous().to(torch.float32)
+        self.dead(x)
+        return self.used(x).detach() + 1
+
+
+def targets(graph):
+    return [str(node.target).rpartition("::")[2] for node in graph.nodes() if node.op == "call_function"]
+
+
+def test_only_what_computes_is_left():
+    module = Idle()
+    graph = exported(module, torch.rand(2, 4))
+    done = apply(Clean(), graph)
+    assert targets(graph) == ["aten.linear.default", "aten.add.Tensor"]
+    assert done.changed
+    assert graph.parameter_count() == 4 * 4 + 4
+    x = torch.rand(2, 4)
+    with torch.inference_mode():
+        assert torch.equal(graph.module(x)[0] if isinstance(graph.module(x), tuple) else graph.module(x), module(x))
+
+
+def test_casts_that_change_the_type_stay():
+    class Cast(nn.Module):
+        def forward(self, x):
+            return x.to(torch.float64).to(torch.float32).to(torch.float32)
+
+    graph = exported(Cast(), torch.rand(2, 4))
+    apply(Clean(), graph)
+    assert sum("to." in target or "_to_copy" in target for target in targets(graph)) == 2
+
+
+def test_dropout_in_training_mode_stays():
+    class Always(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, training=True)
+
+    graph = exported(Always(), torch.rand(2, 4))
+    apply(Clean(), graph)
+    assert targets(graph) == ["aten.dropout.default"]
+
+
+def test_a_view_outlives_the_copy_before_it():
+    """Windowed attention permutes, copies and views: without the copy the view would refuse the strides."""
+
+    class Windows(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 1).contiguous().view(x.shape[0], -1)
+
+    module = Windows()
+    model = models.load(module, example_inputs=torch.rand(2, 3, 4))
+    graph = trace(model)
+    x = torch.rand(5, 3, 4)
+    assert not any("contiguous" in target or "clone" in target for target in targets(graph))
+    assert torch.equal(run(graph, {"x": x})[0], module(x))
+
+
+def test_cleaning_twice_changes_nothing():
+    graph = exported(Idle(), torch.rand(2, 4))
+    apply(Clean(), graph)
+    before = graph.signature()
+    assert apply(Clean(), graph).changed == ()
+    assert graph.signature() == before

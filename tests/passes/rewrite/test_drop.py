@@ -1,0 +1,184 @@
+"""Dropping: against surgery on the eager module, parameter counts from the module tree, and hand-written modules."""
+
+import pytest
+import torch
+from torch import nn
+
+from compressor import models
+from compressor.lower.trace import trace
+from passes.base import apply
+from passes.execute.interpreter import run
+from passes.graph.graph import GraphError
+from passes.graph.sites import find_sites
+from passes.rewrite.clean import Clean
+from passes.rewrite.drop import Drop
+from tests.architectures import TIMM, TRANSFORMERS
+
+BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
+
+
+class Zero(nn.Module):
+    def forward(self, x, *_, **__):
+        return torch.zeros_like(x)
+
+
+class ZeroAttention(nn.Module):
+    """What transformers' attention modules return, with nothing in it."""
+
+    def forward(self, hidden_states, *_, **__):
+        return torch.zeros_like(hidden_states), None
+
+
+class Parallel(nn.Module):
+    """Two branches added to one trunk at once: y = x + (a(x) + m(x)), then a third on its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.m, self.last, self.head = (nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x):
+        x = self.stem(x)
+        n = torch.relu(x)
+        x = x + (self.a(n) + self.m(n))
+        x = x + self.last(x)
+        return self.head(x)
+
+
+def dropped(graph, *names):
+    twin = graph.fork()
+    apply(Drop(names), twin)
+    return twin
+
+
+@torch.inference_mode()
+def both(model, graph):
+    return model.call(model.module, *model.example.values())[0], run(graph, model.example)[0]
+
+
+def size(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("parts", [["attn"], ["mlp"], ["attn", "mlp"]])
+@pytest.mark.parametrize("name", ["vit", "deit3", "beit", "vit_post_norm"])
+def test_the_eager_timm_model_with_that_part_zero_is_the_same(name, parts):
+    model = BY_NAME[name].load()
+    graph = dropped(trace(model), *[f"blocks.1.{part}" for part in parts])
+    for part in parts:
+        setattr(model.module.blocks[1], part, Zero())
+        norm = {"attn": "norm1", "mlp": "norm2"}[part]
+        if name == "vit_post_norm":  # norm(0) is its bias, which random weights start at zero
+            assert not getattr(model.module.blocks[1], norm).bias.any()
+    eager, rewritten = both(model, graph)
+    assert torch.equal(eager, rewritten)  # x + 0 is x
+
+
+def test_the_eager_llama_without_attention_is_the_same():
+    model = BY_NAME["hf_llama"].load()
+    graph = dropped(trace(model), "layers.0.self_attn")
+    model.module.layers[0].self_attn = ZeroAttention()
+    eager, rewritten = both(model, graph)
+    assert torch.equal(eager, rewritten)
+
+
+def test_parameters_left_are_those_of_the_module_tree():
+    """Dropout and fused attention count as impure for fx, which would keep the whole branch alive."""
+    model = BY_NAME["vit"].load()
+    graph = trace(model)
+    assert graph.parameter_count() == size(model.module)
+    block = model.module.blocks[1]
+    left = dropped(graph, "blocks.1.attn")
+    assert left.parameter_count() == size(model.module) - size(block.attn) - size(block.norm1)
+    left = dropped(graph, "blocks.1.attn", "blocks.1.mlp")
+    assert left.parameter_count() == size(model.module) - size(block)
+    assert not [node for node in left.nodes() if "blocks.1." in str(node.target)]
+
+
+def test_one_of_two_users_of_shared_weights_keeps_them():
+    graph = trace(BY_NAME["hf_albert"].load())
+    sites = find_sites(graph)
+    first = [site.name for site in sites if site.name.endswith("#1")]
+    both_runs = [site.name for site in sites]
+    assert dropped(graph, *first).parameter_count() == graph.parameter_count()
+    assert dropped(graph, *both_runs).parameter_count() < graph.parameter_count()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_adjacent_sites_in_either_order(order):
+    """With node references taken before the first edit, the second would attach the first again."""
+    graph = trace(BY_NAME["vit"].load())
+    sites = find_sites(graph)
+    at_once = dropped(graph, *[sites[position].name for position in order])
+    one_by_one = dropped(dropped(graph, sites[order[0]].name), sites[order[1]].name)
+    assert [node.format_node() for node in at_once.nodes()] == [node.format_node() for node in one_by_one.nodes()]
+    assert [site.name for site in find_sites(at_once)] == [site.name for site in sites[2:]]
+
+
+@pytest.mark.parametrize("gone", [("a",), ("m",), ("a", "m"), ("last",), ("a", "last"), ("a", "m", "last")])
+def test_parallel_sums_lose_one_or_both_branches(gone):
+    torch.manual_seed(0)
+    model = models.load(Parallel(), example_inputs=torch.rand(2, 8))
+    graph = trace(model)
+    assert [site.name for site in find_sites(graph)] == ["a", "m", "last"]
+    rewritten = dropped(graph, *gone)
+    for part in gone:
+        setattr(model.module, part, Zero())
+    eager, left = both(model, rewritten)
+    assert torch.equal(eager, left)
+    assert [site.name for site in find_sites(rewritten)] == [name for name in ("a", "m", "last") if name not in gone]
+
+
+@pytest.mark.parametrize("order", [("a", "m"), ("m", "a"), ("last", "m", "a")])
+def test_parallel_branches_one_after_another_are_those_at_once(order):
+    """Sites as they were found at first: with one of two gone, the sum that the other was a term of is gone too."""
+    graph = trace(models.load(Parallel(), example_inputs=torch.rand(2, 8)))
+    sites = {site.name: site for site in find_sites(graph)}
+    one_by_one = graph.fork()
+    for name in order:
+        apply(Drop((sites[name],)), one_by_one)
+    at_once = dropped(graph, *order)
+    assert [node.format_node() for node in one_by_one.nodes()] == [node.format_node() for node in at_once.nodes()]
+
+
+def test_a_name_that_is_no_site_changes_nothing():
+    graph = trace(BY_NAME["vit"].load())
+    before = graph.signature()
+    with pytest.raises(GraphError, match=r"no site named 'blocks.7.attn'; it has 4"):
+        apply(Drop(("blocks.0.attn", "blocks.7.attn")), graph)
+    assert graph.signature() == before
+
+
+def test_a_fork_shares_weights_and_leaves_the_original_alone():
+    model = BY_NAME["vit"].load()
+    graph = trace(model)
+    before, count, expected = graph.signature(), graph.parameter_count(), run(graph, model.example)
+    twin = dropped(graph, *[site.name for site in find_sites(graph)])
+    assert graph.signature() == before
+    assert graph.parameter_count() == count
+    assert torch.equal(run(graph, model.example)[0], expected[0])
+    ours, theirs = dict(graph.module.named_parameters()), dict(twin.module.named_parameters())
+    assert 0 < len(theirs) < len(ours)
+    assert all(theirs[name].data_ptr() == ours[name].data_ptr() for name in theirs)
+    assert len(graph.history) + 1 == len(twin.history)
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_llama"])
+def test_texts_of_any_number_and_length_after_a_drop(name):
+    """Masks and rotary tables are made once and read by every block: those left must still get theirs."""
+    model = BY_NAME[name].load()
+    graph = trace(model)
+    sites = find_sites(graph)
+    rewritten = dropped(graph, sites[0].name, sites[3].name)
+    for rows, length in [(1, 7), (3, 7), (1, 4), (5, 12)]:
+        feeds = {key: value[:1, :4].repeat(rows, 3)[:, :length] for key, value in model.example.items()}
+        outputs = run(rewritten, feeds)
+        assert outputs[0].shape[:2] == (rows, length)
+        expected = run(graph, feeds, skip=[sites[0], sites[3]])
+        assert torch.equal(outputs[0], expected[0])
+
+
+def test_cleaning_again_finds_nothing():
+    graph = dropped(trace(BY_NAME["vit"].load()), "blocks.0.mlp")
+    nodes = len(graph.nodes())
+    assert apply(Clean(), graph).changed == ()
+    assert len(graph.nodes()) == nodes

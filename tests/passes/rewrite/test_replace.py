@@ -1,0 +1,293 @@
+"""Replaced branches against the sums written out by hand from the states of the original graph."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from compressor import models
+from compressor.lower.trace import trace
+from passes.analysis.least_squares import Map, StandIn
+from passes.analysis.site_location import place_of
+from passes.base import PassError, apply
+from passes.execute.interpreter import Program, run
+from passes.graph.graph import value_of
+from passes.graph.sites import find_sites
+from passes.rewrite.drop import Drop
+from passes.rewrite.replace import Replace
+from tests.architectures import TIMM, TRANSFORMERS
+from tests.samples import states
+
+BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
+# The same float32 products, in another order where a matrix is multiplied: a few roundings of 1.2e-7.
+FLOAT32 = 1e-5
+FORMS = ("constant", "scale", "linear", "linear-unbiased", "low-rank")
+
+
+@functools.cache
+def traced(name):
+    model = BY_NAME[name].load()
+    graph = trace(model)
+    return model, graph, find_sites(graph)
+
+
+def some_map(form, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factors = {
+        "constant": (),
+        "scale": (draw(width),),
+        "linear": (draw(width, width),),
+        "linear-unbiased": (draw(width, width),),
+        "low-rank": (draw(2, width), draw(width, 2)),
+    }[form]
+    return Map(factors, None if form == "linear-unbiased" else draw(width))
+
+
+def mapped(value, found, dim):
+    """A r + b along one axis, in float64."""
+    rows = value.double().movedim(dim, -1)
+    result = rows @ found.matrix(rows.shape[-1]).T + (0.0 if found.bias is None else found.bias)
+    return result.movedim(-1, dim)
+
+
+def continued(graph, feeds, name, value):
+    """Outputs of the graph where one node has the given value instead of its own."""
+    by_name = {node.name: node for node in graph.nodes()}
+    program = Program(graph)
+    values = program.start(feeds)
+    position = program.order.index(by_name[name])
+    with torch.inference_mode():
+        for place, node in enumerate(program.order):
+            if place == position:
+                values[node] = value
+            elif node not in values:
+                values[node] = program.step(node, values)
+        return program.results(values)
+
+
+def close(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=FLOAT32, atol=FLOAT32 * max(float(b.abs().max()), 1.0))
+
+
+def replaced(graph, site, source, found):
+    edited = graph.fork()
+    changed = apply(Replace(site, StandIn(source, found, 0.5)), edited).changed
+    assert changed == (site.name,)
+    edited.check()
+    return edited
+
+
+CASES = [
+    *[(name, "state", 1, form) for name in ("vit", "poolformer", "vit_parallel_scaling", "hf_bert") for form in FORMS],
+    *[(name, "state", 0, form) for name in ("convnext", "hf_llama", "hf_gpt2", "swinv2") for form in FORMS[1:3]],
+    *[(name, "normalised", 1, form) for name in ("vit", "poolformer") for form in FORMS[1:]],
+    *[(name, "normalised", 0, "low-rank") for name in ("vit_parallel_scaling", "hf_llama")],
+    *[(name, "previous", 1, form) for name in ("vit", "hf_dinov2") for form in FORMS],
+    *[(name, "previous", 1, "linear") for name in ("beit", "hf_llama", "cait")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "source", "position", "form"), CASES)
+def test_outputs_are_those_of_the_sum_by_hand(name, source, position, form):
+    model, graph, sites = traced(name)
+    site = sites[position]
+    before = [node.name for node in graph.nodes()]
+    expected_before = run(graph, model.example)
+    found, place = some_map(form, site.width), place_of(graph, site)
+    edited = replaced(graph, site, source, found)
+    regressor, root, branch = states(graph, model.example, place.source(source), place.root, place.branch)
+    rest = root - branch
+    if source == "previous":
+        rest = rest - regressor
+    sum_by_hand = (rest.double() + mapped(regressor, found, site.channel_dim)).to(root.dtype)
+    close(run(edited, model.example), continued(graph, model.example, place.root, sum_by_hand))
+    # The original graph and its names are left alone, and what is left of the copy keeps them.
+    assert [node.name for node in graph.nodes()] == before
+    assert all(torch.equal(a, b) for a, b in zip(run(graph, model.example), expected_before, strict=True))
+    assert set(before) - {node.name for node in edited.nodes()}
+    assert (edited.inputs, edited.outputs) == (graph.inputs, graph.outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "position"), [("vit", "state", 1), ("vit", "previous", 2), ("poolformer", "normalised", 1)]
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_batch_stays_free(name, source, position, rows):
+    model, graph, sites = traced(name)
+    site = sites[position]
+    edited = replaced(graph, site, source, some_map("low-rank", site.width))
+    feeds = {"x": torch.rand(4, *model.example["x"].shape[1:], generator=torch.Generator().manual_seed(5))}
+    some = {"x": feeds["x"][:rows]}
+    assert run(edited, some)[0].shape == (rows, 5)
+    close(run(edited, some), [run(edited, feeds)[0][:rows]])
+    with torch.inference_mode():
+        close(edited.module(some["x"]), run(edited, some))
+    known = {node.name for node in graph.nodes()}
+    shapes = [str(value_of(node).shape) for node in edited.nodes() if node.op != "get_attr" and node.name not in known]
+    assert shapes
+    assert not any(shape.startswith("torch.Size([2,") for shape in shapes)  # a symbol, not the batch it was traced with
+
+
+def parameters_of(graph, site):
+    """Elements of the weights that only a site's branch reads."""
+    dropped = graph.fork()
+    apply(Drop((site.name,)), dropped)
+    return graph.parameter_count() - dropped.parameter_count()
+
+
+@pytest.mark.parametrize(
+    ("form", "added"), [("constant", 16), ("scale", 32), ("linear", 272), ("linear-unbiased", 256), ("low-rank", 80)]
+)
+@pytest.mark.parametrize("source", ["state", "previous"])
+def test_parameters_are_those_of_the_map(form, added, source):
+    """Width 16: b, a and b, A and b, A, and two factors of rank 2 and b; the branch's own and its norm's are gone."""
+    _, graph, sites = traced("vit")
+    edited = replaced(graph, sites[1], source, some_map(form, 16))
+    if (form, source) == ("constant", "previous"):
+        added -= parameters_of(graph, sites[0])  # a constant in the place of the branch before leaves nothing of that
+    assert edited.parameter_count() == graph.parameter_count() - parameters_of(graph, sites[1]) + added
+
+
+def test_a_scale_of_the_state_takes_the_place_of_the_sum():
+    """x + (a x + b) is (1 + a) x + b: one product and one sum are left of the branch."""
+    _, graph, sites = traced("vit")
+    edited, dropped = replaced(graph, sites[1], "state", some_map("scale", 16)), graph.fork()
+    apply(Drop((sites[1].name,)), dropped)
+    assert len(edited.nodes()) == len(dropped.nodes()) + 4  # and two constants
+    assert sites[1].add not in {node.name for node in edited.nodes()}
+
+
+def test_beside_another_branch_the_trunk_stays_a_term():
+    """So that the other branch can still be replaced, here one after the other, in both orders."""
+    model, graph, sites = traced("vit_parallel_scaling")
+    first, second = some_map("scale", 16), some_map("scale", 16, seed=1)
+    edited = replaced(replaced(graph, sites[2], "state", first), sites[3], "state", second)
+    swapped = replaced(replaced(graph, sites[3], "state", second), sites[2], "state", first)
+    (x,) = states(graph, model.example, sites[2].trunk)
+    by_hand = (x.double() + mapped(x, first, 2) + mapped(x, second, 2)).float()
+    expected = continued(graph, model.example, sites[2].root, by_hand)
+    close(run(edited, model.example), expected)
+    close(run(swapped, model.example), expected)
+
+
+def test_neighbours_can_all_be_replaced():
+    """Names hold although each edit puts another node in the place of the next site's trunk."""
+    model, graph, sites = traced("vit")
+    edited = graph.fork()
+    (x,) = states(graph, model.example, sites[0].trunk)
+    for number, (site, form) in enumerate(zip(sites, ("scale", "linear", "constant", "scale"), strict=True)):
+        found = some_map(form, 16, seed=number)
+        apply(Replace(site, StandIn("state", found, 0.5)), edited)
+        x = x.double() + mapped(x, found, 2)
+    close(run(edited, model.example), continued(graph, model.example, sites[-1].root, x.float()))
+    edited.check()
+
+
+def test_weights_are_in_the_type_of_the_state():
+    _, graph, sites = traced("vit")
+    edited = replaced(graph, sites[1], "state", some_map("linear", 16))
+    added = [parameter for name, parameter in edited.module.named_parameters() if "fitted" in name]
+    assert {parameter.dtype for parameter in added} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in added)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+class Shared(nn.Module):
+    """The state before the last branch is read, through the branch's norm, beside it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.norm, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.first(x.sin())
+        read = self.norm(x)
+        return x + self.last(read), read.mean(-1)
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + x
+        return x + self.last(x.sin())
+
+
+def graph_of(module):
+    torch.manual_seed(0)
+    return trace(models.load(module.eval(), example_inputs=torch.rand(2, 5, 6)))
+
+
+@pytest.mark.parametrize(
+    ("graph", "position", "reason"),
+    [
+        (lambda: traced("swinv2")[1], 0, "its trunk is no sum, layer_norm lies between"),
+        (lambda: traced("hf_bert")[1], 1, "its trunk is no sum, layer_norm_1 lies between"),
+        (lambda: traced("hf_llama")[1], 0, "its trunk is no sum, embedding lies between"),
+        (lambda: traced("vit_parallel_scaling")[1], 2, "has other readers"),
+        (lambda: traced("vit_post_norm")[1], 1, "does not end in a linear map"),
+        (lambda: graph_of(Shared()), 1, "has other readers"),
+        (lambda: graph_of(Doubled()), 0, "does not end in a linear map"),
+    ],
+)
+def test_what_cannot_be_folded_backwards_says_why(graph, position, reason):
+    graph = graph().fork()
+    site = find_sites(graph)[position]
+    before = [node.name for node in graph.nodes()]
+    with pytest.raises(PassError, match=f"cannot be folded backwards: .*{reason}"):
+        apply(Replace(site, StandIn("previous", some_map("linear", site.width), 0.5)), graph)
+    assert [node.name for node in graph.nodes()] == before
+
+
+def test_a_source_that_is_not_there_says_so():
+    _, graph, sites = traced("hf_bert")
+    with pytest.raises(PassError, match="its first linear map reads the state itself"):
+        apply(Replace(sites[0], StandIn("normalised", some_map("linear", 16), 0.5)), graph.fork())
+
+
+def test_a_branch_that_is_gone_or_changed_says_so():
+    _, graph, sites = traced("vit")
+    dropped = graph.fork()
+    apply(Drop((sites[1].name,)), dropped)
+    with pytest.raises(PassError, match=r"the branch of blocks\.0\.mlp is gone already"):
+        apply(Replace(sites[1], StandIn("state", some_map("scale", 16), 0.5)), dropped)
+    folded = replaced(graph, sites[1], "previous", some_map("linear", 16))
+    with pytest.raises(PassError, match=r"the branch of blocks\.0\.attn is no term of a sum any more"):
+        apply(Replace(sites[0], StandIn("state", some_map("scale", 16), 0.5)), folded)
+
+
+class ChannelsOfThree(nn.Module):
+    """Features on axis 1 of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x + self.inner(x)
+
+
+def test_axes_without_a_linear_map_are_refused_and_take_a_scale():
+    torch.manual_seed(0)
+    graph = trace(models.load(ChannelsOfThree().eval(), example_inputs=torch.rand(2, 4, 7)))
+    (site,) = find_sites(graph)
+    with pytest.raises(PassError, match="has its features on axis 1 of 3, where no linear map can be put"):
+        apply(Replace(site, StandIn("state", some_map("linear", 4), 0.5)), graph.fork())
+    found, feeds = some_map("scale", 4), {"x": torch.rand(3, 4, 7)}
+    edited = replaced(graph, site, "state", found)
+    (x,) = states(graph, feeds, site.trunk)
+    close(run(edited, feeds), [x.double() + mapped(x, found, 1)])

@@ -1,0 +1,146 @@
+"""Options, discovery and the check of feeds that all engines share."""
+
+import gc
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runtimes
+from runtimes.base.protocols import BuildOptions, Closing, RuntimesError, RuntimeUnavailable, first_line, taken
+from runtimes.base.registry import check_device, installed, need
+
+DTYPES = {"a": np.dtype("float32"), "b": np.dtype("int64")}
+SHAPES = {"a": (None, 4), "b": None}
+
+
+def feeds(**changed):
+    return {"a": np.zeros((2, 4), np.float32), "b": np.zeros(3, np.int64)} | changed
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_targets_are_the_modules_and_packages_of_the_folder():
+    folder = Path(runtimes.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    packages = {path.parent.name for path in folder.glob("*/target.py")}
+    assert set(runtimes.targets()) == modules | packages
+    assert list(runtimes.targets()) == sorted(runtimes.targets())
+
+
+def test_unknown_target_lists_the_known_and_suggests():
+    with pytest.raises(RuntimesError, match=r"'onnxruntme'; did you mean onnxruntime\?.*targets are: .*onnxruntime"):
+        runtimes.runtime("onnxruntme")
+
+
+@pytest.mark.parametrize("name", ["base", "qdq", "timing", "", "os", "../x"])
+def test_what_is_no_target_is_refused(name):
+    with pytest.raises(RuntimesError, match="The targets are"):
+        runtimes.runtime(name)
+
+
+def test_listing_targets_imports_no_engine_and_no_torch():
+    # All that a listing needs: whatever else appears makes `compressor targets` slow or breaks it without extras.
+    allowed = {"numpy", "runtimes", "__mp_main__"}
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "import runtimes\n"
+        "for name in runtimes.targets(): runtimes.runtime(name).missing()\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(*sorted(m for m in new if not m.startswith('_')))"
+    )
+    assert set(run_python(code).split()) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, r"Unknown device 'tpu'; expected one of: cpu, cuda\."),
+        ({"threads": 0}, r"threads=0; expected at least 1"),
+        ({"threads": -2}, r"threads=-2; expected at least 1"),
+        ({"batches": (0, 1, 2)}, r"batches=\(0, 1, 2\); expected three sizes of at least 1"),
+        ({"lengths": (1, 9, 8)}, r"lengths=\(1, 9, 8\); expected three sizes"),
+    ],
+)
+def test_build_options_refuse_what_no_runtime_takes(arguments, message):
+    with pytest.raises(RuntimesError, match=message):
+        BuildOptions(**arguments)
+
+
+def test_check_device_names_found_and_expected():
+    with pytest.raises(RuntimeUnavailable, match=r"Target x runs on cuda; found device 'cpu'\."):
+        check_device("x", ("cuda",), BuildOptions())
+    assert check_device("x", ("cpu", "cuda"), BuildOptions(device="cuda")) is None
+
+
+def test_need_names_what_is_missing_before_the_device():
+    with pytest.raises(
+        RuntimeUnavailable, match=r"^Target x cannot be used here: y is not installed; pip install y\.$"
+    ):
+        need("x", "y is not installed; pip install y", ("cuda",), BuildOptions())
+    with pytest.raises(RuntimeUnavailable, match=r"^Target x runs on cuda; found device 'cpu'\.$"):
+        need("x", None, ("cuda",), BuildOptions())
+    assert need("x", None, ("cpu",), BuildOptions()) is None
+
+
+def test_installed_goes_by_the_name_of_the_distribution():
+    assert installed("numpy")
+    assert not installed("no-such-distribution")
+
+
+def test_what_is_closed_holds_nothing_and_refuses_every_use():
+    held = np.zeros(1)
+    alive = weakref.ref(held)
+    closing = Closing(held)
+    with closing as entered:
+        assert entered is closing
+        assert closing._live() is held
+    closing.close()
+    del held
+    gc.collect()
+    assert alive() is None
+    for use in (closing._live, closing.__enter__):
+        with pytest.raises(RuntimesError, match=r"^This engine is closed; load the model again to use it\.$"):
+            use()
+
+
+def test_feeds_may_have_any_size_of_a_free_axis():
+    for batch in (0, 1, 7):
+        given = feeds(a=np.zeros((batch, 4), np.float32))
+        found = taken(given, DTYPES, SHAPES)
+        assert set(found) == set(DTYPES)
+        assert all(found[name] is given[name] for name in DTYPES)
+
+
+def test_what_an_engine_does_not_take_stays_out():
+    assert set(taken(feeds(c=np.zeros(1)), DTYPES, SHAPES)) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": np.zeros((2, 4), np.float32)}, r"Found inputs a; the engine expects a, b\."),
+        ({}, r"Found inputs \(none\); the engine expects a, b\."),
+        (feeds(a=np.zeros((2, 4))), r"'a': found dtype float64; expected float32\."),
+        (feeds(a=np.zeros((2, 4), ">f4")), r"'a': found dtype >f4; expected float32\."),
+        (feeds(a=np.zeros(4, np.float32)), r"'a': found shape \[4\]; expected \[any, 4\]\."),
+        (feeds(a=np.zeros((2, 5), np.float32)), r"'a': found shape \[2, 5\]; expected \[any, 4\]\."),
+        (feeds(a=[[0.0] * 4]), r"'a': found list; expected a NumPy array\."),
+    ],
+)
+def test_wrong_feeds_are_named_with_found_and_expected(given, message):
+    with pytest.raises(RuntimesError, match=message):
+        taken(given, DTYPES, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\n  first.\nsecond"), "first"), (KeyError(), "KeyError"), (RuntimeError("one"), "one")],
+)
+def test_first_line(error, line):
+    assert first_line(error) == line

@@ -1,0 +1,253 @@
+"""What the target torch promises beyond the contract: precisions of its own, and packages that know what they are."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from runtimes.base.protocols import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable, quiet
+from runtimes.torch import program as torch_program
+from runtimes.torch import target
+from tests.processors import need_exact_int8
+
+WIDTH = 32
+NAMES = {"inputs": ["states", "scale"], "outputs": ["mixed", "passed"]}
+THREADS = BuildOptions(threads=1)
+ONE = {"inputs": ["x"], "outputs": ["y"]}
+
+
+class Block(torch.nn.Module):
+    """A norm, attention of two heads and two layers behind it, each with its residual; the scale is passed on."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(WIDTH)
+        self.qkv, self.out = torch.nn.Linear(WIDTH, 3 * WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, states, scale):
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(self.norm(states)).chunk(3, dim=-1))
+        states = states + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        states = states + self.down(torch.nn.functional.gelu(self.up(states)))
+        # What a model writes that wants float32 for a norm: a program in another precision has to stay right here.
+        return states.to(torch.float32) * scale[:, None, None], scale.clone()
+
+
+def feeds(batch, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "states": rng.normal(size=(batch, 5, WIDTH)).astype(np.float32),
+        "scale": rng.uniform(1, 2, batch).astype(np.float32),
+    }
+
+
+def one():
+    return {"x": np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)}
+
+
+def samples():
+    return iter([feeds(8, seed) for seed in range(4)])
+
+
+def saved(module, path, example=None, names=NAMES):
+    example = feeds(2) if example is None else example
+    tensors = tuple(map(torch.from_numpy, example.values()))
+    free = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
+    program = torch.export.export(module.eval(), tensors, dynamic_shapes=free, strict=False)
+    torch.export.save(program, path, extra_files={torch_program.NAMES: json.dumps(names)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def block():
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+@pytest.fixture(scope="module")
+def program(block, tmp_path_factory):
+    return saved(block, tmp_path_factory.mktemp("program") / "small.pt2")
+
+
+def made(program, folder, precision):
+    if precision.startswith("int8"):
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    options = BuildOptions(threads=1, precision=precision, samples=samples)
+    return target.build(program, folder.mktemp(precision), options)
+
+
+@pytest.fixture(scope="module")
+def fp32(program, tmp_path_factory):
+    return made(program, tmp_path_factory, "fp32")
+
+
+@pytest.fixture(scope="module", params=["bf16", "int8"])
+def lower(request, program, tmp_path_factory):
+    """A package in a precision below float32, and how far it may be from float32."""
+    # Share of the outputs' spread. bfloat16 rounds at 2^-9 = 0.002 of each value, in five products one behind the
+    # other; int8 at half a step of some 8 standard deviations / 255, which is 0.016 of one, in weights and inputs.
+    # Above is what would be wrong, below half of the least rounding what would be no such precision.
+    bounds = {"bf16": (0.0003, 0.01), "int8": (0.002, 0.05)}[request.param]
+    return made(program, tmp_path_factory, request.param), bounds
+
+
+def computed(module, values):
+    with torch.no_grad():
+        return [value.numpy() for value in module(*map(torch.from_numpy, values.values()))]
+
+
+def away(found, expected):
+    return float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fp32_is_torch(fp32, block, batch):
+    values = feeds(batch, seed=5)
+    with target.load(fp32, THREADS) as engine:
+        found = engine.run(values)
+    mixed, passed = computed(block, values)
+    # Sums of at most 64 terms of size about 1, in another order.
+    np.testing.assert_allclose(found["mixed"], mixed, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["passed"], passed)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_lower_precisions_stay_close_and_take_float32(request, lower, block, batch):
+    need_exact_int8(request.node.callspec.params["lower"])
+    path, (least, most) = lower
+    values = feeds(batch, seed=5)
+    with target.load(path, THREADS) as engine:
+        assert set(engine.input_dtypes.values()) == {np.dtype("float32")}
+        found = engine.run(values)
+    mixed, passed = computed(block, values)
+    assert found["mixed"].dtype == np.float32
+    assert least < away(found["mixed"], mixed) < most
+    np.testing.assert_array_equal(found["passed"], passed)  # no product: not rounded
+
+
+def test_dynamic_int8_needs_no_samples_and_stays_close(block, program):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    values = feeds(3, seed=5)
+    with quiet():
+        exported = torch.export.load(program)
+        quantized = torch_program.in_int8(exported, dynamic=True, names=NAMES["inputs"], samples=None)
+        found = computed(quantized.module(check_guards=False), values)[0]
+    assert 0.002 < away(found, computed(block, values)[0]) < 0.05  # as for int8 in `lower`
+
+
+def test_the_package_holds_names_and_shapes_and_moves(fp32, tmp_path):
+    moved = shutil.copy(fp32, tmp_path / target.FILE)
+    with target.load(moved, THREADS) as engine:
+        assert (engine.inputs, engine.outputs) == (("states", "scale"), ("mixed", "passed"))
+        assert dict(engine.input_shapes) == {"states": (None, 5, WIDTH), "scale": (None,)}
+        assert engine.run(feeds(2))["mixed"].shape == (2, 5, WIDTH)
+
+
+def test_axes_that_belong_together_must_agree(fp32):
+    with target.load(fp32, THREADS) as engine:
+        mixed = feeds(3) | {"scale": feeds(2)["scale"]}
+        for use in (engine.run, engine.bind):
+            with pytest.raises(RuntimesError, match=r"^Input 'scale': found size 2 of axis 0; the others need 3\.$"):
+                use(mixed)
+
+
+def test_threads_are_those_asked_for_and_put_back(fp32, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    wanted = before + 1
+    with target.load(fp32, BuildOptions(threads=wanted)) as engine:
+        real = engine._live().loader
+
+        def recording(tensors):
+            seen.append(torch.get_num_threads())
+            return real.run(tensors)
+
+        monkeypatch.setattr(engine._live(), "loader", SimpleNamespace(run=recording))
+        engine.bind(feeds(1))()
+    assert (seen, torch.get_num_threads()) == ([wanted], before)
+
+
+def test_a_package_of_another_processor_is_refused_before_it_is_opened(fp32, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", None)
+    monkeypatch.setattr(target, "_machine", lambda: "linux riscv64 DEFAULT")
+    with pytest.raises(
+        BuildError, match=r"^model\.pt2 was compiled for .*, found linux riscv64 DEFAULT; build it again"
+    ):
+        target.load(fp32, THREADS)
+
+
+@pytest.mark.parametrize("content", ["nothing", "text", "zip", "program"])
+def test_what_is_no_package_is_not_opened(program, tmp_path, content):
+    path = tmp_path / "model.pt2"
+    if content == "text":
+        path.write_text("no package")
+    elif content == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/wrapper_metadata.json", "{}")
+    elif content == "program":
+        shutil.copy(program, path)
+    with pytest.raises(BuildError, match=r"^(There is no|model\.pt2 is no package).*\.$"):
+        target.load(path, THREADS)
+
+
+def test_without_a_compiler_is_one_sentence(program, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(BuildError, match=r"found no no-such-compiler; install it .* or name another one .* CXX\.$"):
+        target.build(program, tmp_path, THREADS)
+
+
+@pytest.mark.parametrize(
+    ("precision", "without", "message"),
+    [
+        ("int8", "torchao", r"makes int8 with torchao, which is not installed; pip install torchao\.$"),
+        ("int8", None, r"ranges of int8 on samples; found none"),
+        ("int4", None, r"computes in fp32, bf16, int8, int8-dynamic on cpu; found precision 'int4'\.$"),
+    ],
+)
+def test_what_cannot_be_built_is_one_sentence(program, tmp_path, monkeypatch, precision, without, message):
+    if without is not None:
+        monkeypatch.setattr(torch_program.util, "find_spec", lambda name: None if name == without else True)
+    elif precision == "int8":
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    with pytest.raises(BuildError, match=message):
+        target.build(program, tmp_path, BuildOptions(precision=precision))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_layers_for_int8_is_refused(tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    path = saved(torch.nn.Sequential(torch.nn.GELU()), tmp_path / "gelu.pt2", one(), ONE)
+    with pytest.raises(BuildError, match=r"^The model has no Linear layer"):
+        target.build(path, tmp_path, BuildOptions(precision="int8-dynamic"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_is_one_sentence(program, tmp_path):
+    with pytest.raises(RuntimeUnavailable, match=r"^torch finds no CUDA device here .*--device cpu\.$"):
+        target.build(program, tmp_path, BuildOptions(device="cuda"))
+
+
+def test_sizes_are_checked_by_their_sums_and_bounds():
+    size = {"p": 1}, {"p": 1, "n": 1}, {"n": 1}
+    inputs = [torch_program.Input(key, "int64", (each,)) for key, each in zip("abc", size, strict=True)]
+    signature = torch_program.Signature(tuple(inputs), (), {"n": 4})
+
+    def check(*lengths):
+        signature.check({key: np.zeros(length, np.int64) for key, length in zip("abc", lengths, strict=True)})
+
+    check(0, 4, 4)
+    with pytest.raises(RuntimesError, match=r"^Input 'b': found size 5 of axis 0; the others need 6\.$"):
+        check(2, 5, 4)
+    with pytest.raises(RuntimesError, match=r"^Input 'c': found size 5 of axis 0; expected at most 4\.$"):
+        check(2, 7, 5)
+
+
+def test_nothing_is_imported_before_it_is_needed():
+    code = "import sys, runtimes.torch as target; target.missing(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
