@@ -1,5 +1,6 @@
 """The command line: what is printed where, exit statuses, and interrupts of a real process."""
 
+import importlib
 import inspect
 import json
 import signal
@@ -20,6 +21,7 @@ from compressor.cli import options as cli_options
 from compressor.cli.main import Export, main
 from compressor.measure import workshop
 from compressor.pipeline import export as pipeline
+from compressor.pipeline import sweep
 from compressor.quantize.calibration import METHODS
 from compressor.quantize.precision import AUTO, SHORT_FORMS
 from compressor.settings import Settings
@@ -161,7 +163,7 @@ class Told:
 
 def asked(monkeypatch: pytest.MonkeyPatch, command: str, *args: str) -> Told:
     told = Told()
-    monkeypatch.setattr(pipeline, command, told)
+    monkeypatch.setattr(importlib.import_module(f"compressor.pipeline.{command}"), command, told)
     assert invoke(command, *args, "--quiet")[0] == 0
     assert told.settings is not None
     return told
@@ -231,7 +233,7 @@ def test_an_interrupt_says_what_becomes_of_the_search(monkeypatch: pytest.Monkey
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "sweep", interrupted)
+    monkeypatch.setattr(sweep, "sweep", interrupted)
     assert invoke("sweep") == (130, "", INTERRUPTED + "\n")
 
 
