@@ -42,9 +42,10 @@ test: lint types tests ## Run everything that CI runs, with the locked versions
 
 install: $(DEV_STAMP) ## Create the development environment and do nothing else
 
-lint: $(DEV_STAMP) ## ruff: rules and format
+lint: $(DEV_STAMP) ## ruff: rules and format; import-linter: the order of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 # The target tensorrt has to fit both bindings, whose stubs lie in typings; without them its calls count as Any.
 types: $(DEV_STAMP) ## mypy --strict on the three packages

@@ -24,13 +24,14 @@ from typing import Any
 import click
 from main_job import sources
 
+from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Subject, load
 from compressor.lower.write_onnx import lower
 from compressor.measure.workshop import Workshop, sized
 from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
 from compressor.search.cost_model import Prices, counted
 from compressor.search.planner import begin, effects_on_output, score
-from compressor.search.rewriter import Rewriter, finished
+from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.target.availability import usable
 from compressor.workspace.environment import environment

@@ -26,12 +26,13 @@ from main_job import sources
 from compressor.benchmark.contenders import Entry
 from compressor.benchmark.decode_timing import Generation, measure
 from compressor.benchmark.runner import Condition, Stand
+from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Subject, load
 from compressor.measure.workshop import Workshop, sized
 from compressor.quality.evaluate import Evaluation
 from compressor.report.report import brief
 from compressor.search.planner import begin, score
-from compressor.search.rewriter import Rewriter, finished
+from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.target.availability import usable
 from compressor.workspace.environment import environment

@@ -27,6 +27,7 @@ import torch
 from main_job import brief, sources
 from rich.console import Console
 
+from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Subject, load
 from compressor.lower.write_onnx import lower
 from compressor.measure.workshop import Workshop, judge, sized
@@ -34,7 +35,7 @@ from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import check_parity
 from compressor.report import report
 from compressor.search.planner import begin, facts_of, go_on, schedule
-from compressor.search.rewriter import Rewriter, finished
+from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.target.availability import usable
 from compressor.workspace.environment import environment

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.benchmark.results import Comparison
-    from compressor.quantize.calibration import Calibration
+    from compressor.choices import Calibration
     from compressor.report.inspection import Inspection
     from compressor.report.pareto_report import Front
     from compressor.report.report import Report

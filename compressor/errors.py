@@ -7,3 +7,7 @@ class CompressorError(Exception):
 
 class SettingsError(CompressorError):
     """An option has a value that cannot work; a usage error."""
+
+
+class DataError(CompressorError):
+    """The --data string, or what it points at, cannot be used."""

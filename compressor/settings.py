@@ -10,22 +10,27 @@ from typing import Any, Literal
 
 import torch
 
+from compressor.choices import (
+    AUTO,
+    AUTO_ACTIONS,
+    CALIBRATIONS,
+    COSTS,
+    HEAL_METHODS,
+    SHORT_FORMS,
+    TASKS,
+    TRANSFORMERS,
+    Calibration,
+)
 from compressor.errors import SettingsError
-from compressor.heal.heal import METHODS
-from compressor.lower import checkpoint
-from compressor.models.base import TASKS
-from compressor.quantize.calibration import METHODS as CALIBRATIONS
-from compressor.quantize.calibration import Calibration
-from compressor.quantize.precision import AUTO, SHORT_FORMS
-from compressor.target.registry import target_named
 from passes.base import PassError
 from passes.plan.plan import form_and_rank
 from passes.plan.selection import METRICS, parse
 from runtimes.base.protocols import DEVICES, PRECISIONS, RuntimesError
+from runtimes.base.registry import runtime
 
-COSTS = ("latency", "macs")
-AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")
 DEFAULT_LOSS = 1.0
+ONLY_BLOCKS = f"--target {TRANSFORMERS} leaves whole blocks out and does nothing else"
+INSTEAD = "give --drop block:N, names of whole blocks or a plan of such, or choose another --target"
 # No module path holds these: a leading minus, a colon, a percent sign, a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
@@ -158,7 +163,7 @@ class Settings:
         """The actions to choose among."""
         if self.actions is not None:
             return tuple(action.strip() for action in self.actions.split(","))
-        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target != checkpoint.NAME else ("drop",)
+        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target != TRANSFORMERS else ("drop",)
         return chosen if self.tokens == "auto" else tuple(action for action in chosen if action != "merge")
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def _check_choices(settings: Settings) -> None:
         ("device", DEVICES),
         ("task", TASKS),
         ("cost", COSTS),
-        ("heal", METHODS),
+        ("heal", HEAL_METHODS),
         ("calibration", ("auto", *CALIBRATIONS)),
     )
     for name, choices in named:
@@ -273,13 +278,28 @@ def _check_tokens(text: str) -> None:
 
 
 def _check_target(settings: Settings) -> None:
+    if settings.target == TRANSFORMERS:
+        _check_checkpoint(settings)
+        return
     try:
-        target_named(settings.target)
+        runtime(settings.target)
     except RuntimesError as error:
-        raise SettingsError(str(error)) from error
-    refusal = checkpoint.check_asked(settings) if settings.target == checkpoint.NAME else None
-    if refusal is not None:
-        raise SettingsError(refusal)
+        raise SettingsError(f"{error} A checkpoint is written by {TRANSFORMERS}.") from error
+
+
+def _check_checkpoint(settings: Settings) -> None:
+    """Refuse what a checkpoint cannot express, as far as that is known without the model."""
+    if set(settings.chosen_actions) != {"drop"}:
+        raise SettingsError(
+            f"{ONLY_BLOCKS}, no --actions {settings.actions}; leave --actions out, or choose another --target."
+        )
+    if settings.tokens not in ("auto", "none"):
+        raise SettingsError(
+            f"{ONLY_BLOCKS}, no --tokens {settings.tokens}; leave --tokens out, or choose another --target."
+        )
+    counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", settings.drop.strip())
+    if counted is not None and counted[1] != "block":
+        raise SettingsError(f"{ONLY_BLOCKS}; found --drop {settings.drop}: {INSTEAD}.")
 
 
 def _check_drop(settings: Settings) -> None:

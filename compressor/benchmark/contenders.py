@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor import models
+from compressor.choices import TRANSFORMERS
 from compressor.errors import CompressorError, SettingsError
-from compressor.lower.checkpoint import NAME
 from compressor.models import Model
 from compressor.report.report import REPORT
 from compressor.target.torch_eager import Module
@@ -66,7 +66,7 @@ class Exported:
     @property
     def is_checkpoint(self) -> bool:
         """Whether it holds a model to be loaded, and no engine."""
-        return self.target == NAME
+        return self.target == TRANSFORMERS
 
     @property
     def engine(self) -> Path:

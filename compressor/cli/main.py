@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 import click
 
 from compressor import __version__
+from compressor.choices import AUTO, CALIBRATIONS, HEAL_METHODS, SHORT_FORMS
 from compressor.cli.bench import bench
 from compressor.cli.build import build
-from compressor.cli.options import CALIBRATIONS, INT8, engine_options, memory_option, search_options, subject_options
+from compressor.cli.options import engine_options, memory_option, search_options, subject_options
 from compressor.cli.param_types import Duration, Milliseconds, command_line, console, drop_messages_about_insides
 from compressor.errors import CompressorError, SettingsError
 
@@ -54,7 +55,7 @@ class Export(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Give a bare ``--int8`` its value, so that it never swallows what comes after it."""
         following = [*args, ""][1:]
-        bare = [arg == "--int8" and value not in INT8 for arg, value in zip(args, following, strict=True)]
+        bare = [arg == "--int8" and value not in SHORT_FORMS for arg, value in zip(args, following, strict=True)]
         plain = args.index("--") if "--" in args else len(args)
         filled = [
             "--int8=static" if empty and place < plain else arg
@@ -130,7 +131,7 @@ main.add_command(build)
 @click.option("--latency", type=Milliseconds(), help="The latency --drop auto shall reach, such as 5ms.")
 @click.option(
     "--heal",
-    type=click.Choice(["none", "closed-form", "distill"]),
+    type=click.Choice(HEAL_METHODS),
     default="none",
     show_default=True,
     help="Adapt what is left, without labels; taken back where it does not help on validation data.",
@@ -144,7 +145,7 @@ main.add_command(build)
 )
 @click.option(
     "--calibration",
-    type=click.Choice(CALIBRATIONS),
+    type=click.Choice((AUTO, *CALIBRATIONS)),
     default="auto",
     show_default=True,
     help="How int8 finds the ranges of activations; auto tries them, and SmoothQuant, until one loses little.",

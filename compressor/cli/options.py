@@ -7,14 +7,13 @@ from typing import Any, TypeVar
 
 import click
 
+from compressor.choices import COSTS, SHORT_FORMS
 from compressor.cli.param_types import Bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Those of runtimes.base and compressor.precision, which import NumPy: --help must stay fast.
+# Those of runtimes.base.protocols, which imports NumPy: --help must stay fast.
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
-INT8 = ("static", "dynamic")
-CALIBRATIONS = ("auto", "typical", "minmax", "percentile", "entropy", "mse")
 
 
 def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
@@ -97,7 +96,7 @@ def search_options(command: Command) -> Command:
             ),
             click.option(
                 "--cost",
-                type=click.Choice(["latency", "macs"]),
+                type=click.Choice(COSTS),
                 default="latency",
                 show_default=True,
                 help="What auto saves: time on the target, or multiply-adds (the same plan on every machine).",
@@ -126,7 +125,7 @@ def engine_options(command: Command) -> Command:
                 "--int8",
                 is_flag=False,
                 flag_value="static",
-                type=click.Choice(INT8),
+                type=click.Choice(tuple(SHORT_FORMS)),
                 help="Short for --precision int8, or int8-dynamic with the value dynamic.",
             ),
             click.option(

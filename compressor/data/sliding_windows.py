@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compressor.data.readers.base import Array, DataError, Feeds
+from compressor.data.readers.base import Array, Feeds
+from compressor.errors import DataError
 
 USUAL = 2048  # tokens of a window where none are asked for and the model takes as many
 TOKENS = 4096  # tokens of one batch of windows: with a vocabulary of 128,000 their logits are 2 GB

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from compressor.data.readers import read
-from compressor.data.readers.base import Array, DataError, Feeds, LabelKind, Progress, Samples, Skipped
+from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sliding_windows import Window, chosen, pieces
+from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 from compressor.deferred.package import ANSWERS, FOLDER
 from compressor.deferred.reference_answers import Answers
 from compressor.errors import CompressorError, SettingsError
-from compressor.limitations import Limitation, of_engine
+from compressor.limitations import Limitation
 from compressor.quality.disagreements import Changed
 from compressor.quality.intervals import Figure
+from compressor.report.collect_limitations import of_engine
 from compressor.report.engine_layers import described
 from compressor.report.pages.export_page import PAGE, html, shown_in
 from compressor.report.report import REPORT, Quality, Report, Size, brief

@@ -7,16 +7,16 @@ torch's answers, and the ``engine`` part of report.json, which says what to buil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from compressor.deferred.reference_answers import AT_ONCE, Answers, allowed_for, bytes_of
 from compressor.workspace.output_folder import copy_onnx
-from runtimes.base.protocols import BuildOptions, Engine, Int8Style, Layers, Runtime
+from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import runtime
 
 if TYPE_CHECKING:
@@ -32,41 +32,12 @@ if TYPE_CHECKING:
 
 RunAll: TypeAlias = "Callable[[Graph, Iterable[Mapping[str, torch.Tensor]]], Iterator[tuple[torch.Tensor, ...]]]"
 
-STAND_IN = "onnxruntime"
 FOLDER = "deferred"
 ANSWERS = f"{FOLDER}/answers.npz"
 COMMANDS = "trtexec.txt"
 ROWS = 64  # most samples that are stored
 LIMIT = 32 * 1024**2  # bytes of ANSWERS; more only where a single sample with its answers is larger
 TIMED_LIMIT = LIMIT // 4  # of these, for the inputs to be timed
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """ONNX Runtime on this CPU in the place of a target that is elsewhere; its int8 files are written as that wants."""
-
-    int8: Int8Style
-    precisions: Mapping[str, tuple[str, ...]]
-    name: str = STAND_IN
-    description: str = "ONNX Runtime on the CPU, in the place of the target"
-    devices: tuple[str, ...] = ("cpu",)
-    source: Literal[".onnx"] = ".onnx"
-    own: tuple[str, ...] = ()
-
-    def missing(self) -> str | None:
-        """As ONNX Runtime says."""
-        return runtime(self.name).missing()
-
-    def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
-        """As ONNX Runtime does: the file itself is the engine."""
-        return runtime(self.name).build(source, out, options)
-
-    def load(self, path: Path, options: BuildOptions) -> Engine:
-        """As ONNX Runtime does."""
-        return runtime(self.name).load(path, options)
-
-    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
-        """Nothing: those of the stand-in would pass for the target's."""
 
 
 def write(
@@ -245,37 +216,3 @@ def _commands(folder: Path, files: Mapping[str, Source], options: BuildOptions) 
     text = [f"# TensorRT {version}, in this folder\n{line}\n" for version, line in lines.items()]
     (folder / COMMANDS).write_text("\n".join(text))
     return lines
-
-
-def stand_in(target: Runtime) -> Runtime:
-    """What runs here in the place of a target."""
-    return StandIn(target.int8, {"cpu": target.precisions[target.devices[0]]})
-
-
-def told(engine: Mapping[str, Any]) -> Iterator[str]:
-    """What a report's ``engine`` part says to the reader about where its figures come from, as sentences."""
-    if engine.get("streamed") and "environment" not in engine:
-        yield (
-            "The model was read block by block and never in memory as a whole: quality was measured in torch, nothing "
-            "was timed."
-        )
-        if engine["state"] == "deferred":
-            yield f"Run `compressor build` with this folder on a machine that holds it, with {engine['target']}."
-    elif engine.get("state") == "deferred":
-        yield (
-            f"No engine was built: run `compressor build` with this folder on the device. Every figure, and what the "
-            f"search went by, was measured with ONNX Runtime on the CPU here, not with {engine['target']} there."
-        )
-    if "environment" in engine:
-        judge = "torch" if engine.get("streamed") else "ONNX Runtime"
-        yield (
-            f"Latency was measured with {engine['target']} on this device; quality with {judge} where the model was "
-            "compressed."
-        )
-        for name, found in engine["measured"].items():
-            if "agreement" in found:
-                same = found["agreement"]
-                yield f"On {same['n']} stored rows the {name} gives torch's answer in {same['value']:.2f} %."
-            elif "similarity" in found:
-                same = found["similarity"]
-                yield f"On {same['n']} stored rows the {name} is similar to torch by {same['value']:.2f} % (cosine)."

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from compressor.choices import HEAL_METHODS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.heal.closed_form import refitted
@@ -17,7 +18,6 @@ from compressor.quality.validation_loss import ROUNDING, Validation
 from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
 
-METHODS = ("none", "closed-form", "distill")
 LEAST_GAIN = 0.01  # share of the divergence that must go: less is noise of the samples it is measured on
 PATIENCE = 3  # drafts in a row that are no better, after which training ends
 
@@ -98,7 +98,7 @@ def heal(
     validation data, if it takes away at least `LEAST_GAIN` of the divergence. Otherwise the graph comes back as it was.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `HEAL_METHODS`.
         graph: the rewritten fork, which shares weights with `original`. Both stay as they are, bit for bit.
         original: the traced model.
         model: what both were traced from.
@@ -115,8 +115,8 @@ def heal(
     Raises:
         HealError: there is no such method.
     """
-    if method not in METHODS:
-        raise HealError(f"found the healing method {method!r}, expected one of {', '.join(METHODS)}.")
+    if method not in HEAL_METHODS:
+        raise HealError(f"found the healing method {method!r}, expected one of {', '.join(HEAL_METHODS)}.")
     start = time.perf_counter()
     judge = Judge(original, model, validation)
     before = judge.standing(graph)

@@ -11,102 +11,35 @@ import copy
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from compressor.choices import TRANSFORMERS
 from compressor.errors import CompressorError
-from runtimes.base.protocols import BuildError, BuildOptions, Engine, Int8Style, Layers
-from runtimes.base.registry import installed
+from compressor.settings import INSTEAD, ONLY_BLOCKS
 
 if TYPE_CHECKING:
     import torch
 
     from compressor.models import Model
-    from compressor.settings import Settings
-    from compressor.target.torch_eager import Module
     from passes.graph.graph import Graph, Site
     from passes.plan.plan import Plan
 
-NAME = "transformers"
 CONFIG: Literal["/config.json"] = "/config.json"
 COUNT = "num_hidden_layers"  # every config of transformers answers to it, whatever its own field is called
 ADVICE = (
     "a config of its architecture cannot say which blocks are gone; drop others (--drop block:N), or choose another "
     "--target"
 )
-INSTEAD = "give --drop block:N, names of whole blocks or a plan of such, or choose another --target"
 
 
 class CheckpointError(CompressorError):
     """What is to be changed cannot be said by a checkpoint of transformers."""
 
 
-@dataclass(frozen=True)
-class Transformers:
-    """Opens checkpoints in torch eager, as whoever calls `from_pretrained` has them; see runtimes.base.Runtime.
-
-    `task` is what the model was loaded for, if not its own, `cache` whether a language model is called with its KV
-    cache. `opened` keeps the models that were loaded: an engine is opened anew for each burst of a timing.
-    """
-
-    task: str | None = None
-    cache: bool = True
-    name: str = NAME
-    description: str = "a checkpoint without whole blocks, for from_pretrained; timed in torch eager"
-    devices: tuple[str, ...] = ("cpu",)
-    source: Literal["/config.json"] = CONFIG
-    precisions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"cpu": ("fp32",)})
-    own: tuple[str, ...] = ()
-    int8: Int8Style = field(default_factory=lambda: Int8Style("int8", convolutions=False))
-    opened: dict[Path, Module] = field(default_factory=dict, repr=False)
-
-    def missing(self) -> str | None:
-        """None where transformers is installed."""
-        return None if installed("transformers") else "transformers is not installed: pip install transformers"
-
-    def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
-        """Nothing is built: the checkpoint is what is shipped."""
-        return source
-
-    def load(self, path: Path, options: BuildOptions) -> Engine:
-        """Open the checkpoint that a config belongs to, as any model of transformers is opened.
-
-        Raises:
-            BuildError: it cannot be opened.
-        """
-        from compressor import models
-        from compressor.target.torch_eager import Module
-
-        if path not in self.opened:
-            try:
-                model = models.load(path.parent, task=self.task, cache=self.cache)
-            except CompressorError as error:
-                raise BuildError(f"The checkpoint cannot be opened again ({error}): {ADVICE}.") from error
-            self.opened[path] = Module(model)
-        return self.opened[path].open(options)
-
-    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
-        """Nothing: torch eager runs the layers as the model has them."""
-
-
 # ----------------------------------------------------------------------------------------------------- what it can say
-
-
-def check_asked(settings: Settings) -> str | None:
-    """Why a checkpoint cannot be what was asked for, as far as that is known without the model."""
-    if set(settings.chosen_actions) != {"drop"}:
-        return f"{_WHOLE}, no --actions {settings.actions}; leave --actions out, or choose another --target."
-    if settings.tokens not in ("auto", "none"):
-        return f"{_WHOLE}, no --tokens {settings.tokens}; leave --tokens out, or choose another --target."
-    counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", settings.drop.strip())
-    if counted is not None and counted[1] != "block":
-        return f"{_WHOLE}; found --drop {settings.drop}: {INSTEAD}."
-    return None
-
-
-_WHOLE = f"--target {NAME} leaves whole blocks out and does nothing else"
 
 
 def check_model(model: Model) -> None:
@@ -119,7 +52,7 @@ def check_model(model: Model) -> None:
     if model.source != "transformers" or origin != "transformers":
         found = f"a model of {model.source}" if model.source != "transformers" else "code from its own repository"
         raise CheckpointError(
-            f"--target {NAME} writes checkpoints for from_pretrained of transformers; {model.name} is {found}: "
+            f"--target {TRANSFORMERS} writes checkpoints for from_pretrained of transformers; {model.name} is {found}: "
             "choose another --target."
         )
 
@@ -139,7 +72,7 @@ def _check_one_list(blocks: Sequence[str], model: Model) -> None:
     stages = dict.fromkeys(block.rpartition(".")[0] for block in blocks)
     if len(stages) > 1:
         raise CheckpointError(
-            f"{_WHOLE}, of one list of blocks; {model.name} has several ({', '.join(list(stages)[:2])}): "
+            f"{ONLY_BLOCKS}, of one list of blocks; {model.name} has several ({', '.join(list(stages)[:2])}): "
             "choose another --target."
         )
 
@@ -152,7 +85,7 @@ def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
     """
     for name, action in plan.changes.items():
         if action != "drop":
-            raise CheckpointError(f"{_WHOLE}; the plan has {action} at {name}: {INSTEAD}.")
+            raise CheckpointError(f"{ONLY_BLOCKS}; the plan has {action} at {name}: {INSTEAD}.")
     blocks = {block: [site.name for site in members] for block, members in groupby(sites, key=lambda site: site.block)}
     gone = [block for block, names in blocks.items() if set(names) & set(plan.dropped)]
     if gone:
@@ -161,7 +94,7 @@ def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
         kept = [name for name in blocks[block] if name not in plan.dropped]
         if kept:
             dropped = next(name for name in blocks[block] if name in plan.dropped)
-            raise CheckpointError(f"{_WHOLE}; the plan drops {dropped} but keeps {kept[0]}: {INSTEAD}.")
+            raise CheckpointError(f"{ONLY_BLOCKS}; the plan drops {dropped} but keeps {kept[0]}: {INSTEAD}.")
     if gone:
         stack_of(model.module, gone)
 
@@ -195,7 +128,7 @@ def stack_of(module: torch.nn.Module, gone: Sequence[str]) -> Stack:
     loose = [path for path, (_, _, last) in zip(gone, places, strict=True) if not last.isdigit()]
     if loose:
         raise CheckpointError(
-            f"{_WHOLE}; {loose[0]} is no entry of a list of blocks (or shares its weights with another): "
+            f"{ONLY_BLOCKS}; {loose[0]} is no entry of a list of blocks (or shares its weights with another): "
             "choose another --target."
         )
     path, length = places[0][0], len(list(module.get_submodule(places[0][0]).children()))
@@ -203,11 +136,11 @@ def stack_of(module: torch.nn.Module, gone: Sequence[str]) -> Stack:
     count = getattr(config, COUNT, None)
     if {parent for parent, _, _ in places} != {path} or count != length:
         raise CheckpointError(
-            f"{_WHOLE}; the config of {type(module).__name__} counts {count} layers, which are not the {length} "
+            f"{ONLY_BLOCKS}; the config of {type(module).__name__} counts {count} layers, which are not the {length} "
             f"blocks in {path}: it has several stages, or a pattern; choose another --target."
         )
     if len(gone) == length:
-        raise CheckpointError(f"--target {NAME}: no block of {path} would be left; drop fewer.")
+        raise CheckpointError(f"--target {TRANSFORMERS}: no block of {path} would be left; drop fewer.")
     return Stack(path, length, frozenset(int(last) for _, _, last in places), config)
 
 
@@ -262,7 +195,7 @@ def _shorter(graph: Graph, module: Any) -> Any:
     gone = list(_unread_blocks(graph, module))
     caches = {name.split(".")[1] for name in graph.state}
     if not caches <= {str(number) for number in range(len(caches))}:  # of different sizes: each keeps its number
-        raise CheckpointError(f"--target {NAME}: its layers keep caches of different sizes, so that {ADVICE}.")
+        raise CheckpointError(f"--target {TRANSFORMERS}: its layers keep caches of different sizes, so that {ADVICE}.")
     weights = module.state_dict(keep_vars=True) | _weights(graph, module)
     config = copy.deepcopy(module.config)
     if gone:
@@ -274,7 +207,7 @@ def _shorter(graph: Graph, module: Any) -> Any:
     try:
         shorter.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # weights that the config does not foresee, or the other way round
-        raise CheckpointError(f"--target {NAME}: {ADVICE}.") from error
+        raise CheckpointError(f"--target {TRANSFORMERS}: {ADVICE}.") from error
     shorter.tie_weights()
     if getattr(module, "generation_config", None) is not None:
         shorter.generation_config = module.generation_config

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from compressor import models
+from compressor.choices import TRANSFORMERS
 from compressor.data import splits as data_module
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
@@ -93,7 +94,7 @@ def load(settings: Settings, steps: Steps) -> Subject:
             on_disk=settings.max_memory is not None,
             cache=settings.cache,
         )
-    if settings.target == checkpoint.NAME:
+    if settings.target == TRANSFORMERS:
         checkpoint.check_model(model)
     with steps.step("load the data") as tick:
         data = load_data(settings, model, tick)

@@ -14,9 +14,11 @@ from typing import TypeVar
 
 import torch
 
+from compressor.choices import AUTO
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.lower.checkpoint import ADVICE, CONFIG
+from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Loaded, accepting_data
 from compressor.lower.write_onnx import lower
 from compressor.measure.workload import RUN, Call, Fed, calls_of, generate_of, together
@@ -24,8 +26,7 @@ from compressor.models.base import as_numpy
 from compressor.quality.evaluate import BATCH, Evaluation, EvaluationError, Runner, evaluate
 from compressor.quality.parity import REPORT_IT, Parity, check_parity
 from compressor.quantize.convert import best_of, convert, usable_quantizers
-from compressor.quantize.precision import AUTO, Converted, Source, Trial, judged
-from compressor.search.rewriter import finished
+from compressor.quantize.precision import Converted, Source, Trial, judged
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
 from compressor.workspace.progress import Steps, Tick

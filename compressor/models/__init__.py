@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressor.models.base import TASKS, Model, ModelError, no_language_model, why
+from compressor.choices import TASKS
+from compressor.models.base import Model, ModelError, no_language_model, why
 
 if TYPE_CHECKING:
     from types import ModuleType

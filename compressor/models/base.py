@@ -17,14 +17,6 @@ from compressor.limitations import Limitation
 if TYPE_CHECKING:
     from compressor.models.preprocess import Preprocess
 
-TASKS = (
-    "image-classification",
-    "image-feature-extraction",
-    "text-classification",
-    "feature-extraction",
-    "sentence-similarity",
-    "text-generation",
-)
 CONFIGS = ("config.json", "generation_config.json")
 LONGEST = 200
 _UNREACHABLE = "the hub cannot be reached and it was not downloaded before; connect, or pass a downloaded folder"

@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 
-from compressor.data.readers.base import DataError
+from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, no_language_model, why

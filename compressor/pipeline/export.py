@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.choices import AUTO
 from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.heal.heal import Healed, heal
-from compressor.limitations import Limitation, limitations_of
+from compressor.limitations import Limitation
 from compressor.lower.traced_model import Subject, accepting_data, described, load
 from compressor.measure.workload import Call, generate_of, together
 from compressor.measure.workshop import Workshop, sized
@@ -19,9 +20,10 @@ from compressor.models.base import without_cache
 from compressor.pipeline import export_offloaded, factorial_cells
 from compressor.quality.parity import Parity
 from compressor.quality.validation_loss import ROUNDING, Validation
-from compressor.quantize.precision import AUTO, Converted, Source, Trial
+from compressor.quantize.precision import Converted, Source, Trial
 from compressor.report import engine_layers
 from compressor.report.card import model_card
+from compressor.report.collect_limitations import limitations_of
 from compressor.report.pages.export_page import PAGE, html
 from compressor.report.pages.sample_previews import shown
 from compressor.report.report import REPORT, Quality, Report, Size, brief

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from compressor import models
+from compressor.choices import TRANSFORMERS
 from compressor.data.splits import Batch
 from compressor.deferred import package
 from compressor.deferred.reference_answers import AT_ONCE
 from compressor.errors import CompressorError
-from compressor.limitations import limitations_of
 from compressor.lower import checkpoint
+from compressor.lower.fold_graph import finished
 from compressor.lower.trace import trace
 from compressor.lower.traced_model import Subject, accepting_data, described, load
 from compressor.lower.write_onnx import lower
@@ -33,9 +34,9 @@ from compressor.quality.evaluate import Evaluation, Runner, evaluate
 from compressor.quality.intervals import Array
 from compressor.quality.parity import Parity, check_parity
 from compressor.quantize.precision import Source
+from compressor.report.collect_limitations import limitations_of
 from compressor.report.report import Quality, Report, Size
 from compressor.search.planner import Choice, spelled_out
-from compressor.search.rewriter import finished
 from compressor.settings import Settings
 from compressor.workspace.environment import environment
 from compressor.workspace.progress import Steps, Tick
@@ -61,10 +62,10 @@ def check_target(settings: Settings) -> None:
     Raises:
         LargeError: the target is one that builds an engine, and that is not left to another machine.
     """
-    if settings.target != checkpoint.NAME and not settings.defer_build:
+    if settings.target != TRANSFORMERS and not settings.defer_build:
         raise LargeError(
             f"target {settings.target} needs the whole model in memory, which --max-memory rules out; add "
-            f"--defer-build, to build it elsewhere, or give --target {checkpoint.NAME}."
+            f"--defer-build, to build it elsewhere, or give --target {TRANSFORMERS}."
         )
 
 
@@ -90,7 +91,7 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
         with steps.step("measure the quality") as tick:
             quality = _judged(subject, graphs, bounds, tick)
         (folder / "plan.json").write_text(choice.plan.to_json())
-        if settings.target == checkpoint.NAME:
+        if settings.target == TRANSFORMERS:
             engine, parity = _checkpoint(graphs, subject, folder, bounds, steps)
         else:
             engine, parity = _deferred(graphs, subject, folder, settings, bounds, steps), {}
@@ -137,7 +138,7 @@ def _checkpoint(
         path = lower(graph, subject.model, folder / checkpoint.CONFIG[1:])
     with steps.step("check it against torch"):
         parity = _parity(path, graph, subject, bounds)
-    told = {"state": "built", "streamed": True, "target": checkpoint.NAME, "file": path.name}
+    told = {"state": "built", "streamed": True, "target": TRANSFORMERS, "file": path.name}
     return told | {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}, {"result": parity.difference}
 
 

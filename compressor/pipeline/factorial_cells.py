@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from compressor.lower.fold_graph import finished
 from compressor.measure.workshop import Workshop
 from compressor.quality.evaluate import Evaluation
 from compressor.quantize.precision import Source
 from compressor.report.factorial import Factorial, cells_of, factorial, place, word
-from compressor.search.rewriter import finished
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
 from passes.graph.graph import Graph

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.choices import AUTO
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import accepting_data, load
 from compressor.measure.workshop import Workshop, sized
-from compressor.quantize.precision import AUTO
 from compressor.report.pareto_report import Front, plan_name, spread, with_measurements
 from compressor.search.planner import begin, facts_of, go_on, points_of, rewriter_of
 from compressor.settings import Settings

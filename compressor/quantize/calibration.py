@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from compressor.choices import Calibration
 from compressor.quantize.intermediate_values import Batch, stream, write_measuring
 from compressor.quantize.qdq_rewrite import PREFIX, Activations, Edit, QuantizeError, Range, activation_grid, load
 
-Calibration = Literal["typical", "minmax", "percentile", "entropy", "mse"]
-METHODS: tuple[Calibration, ...] = get_args(Calibration)
 BY_EXTREMES = ("typical", "minmax")
 Array = npt.NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from importlib import util
 from pathlib import Path
 from typing import Literal
 
-from compressor.quantize.calibration import Calibration
+from compressor.choices import Calibration
 from compressor.quantize.fp16 import to_fp16
 from compressor.quantize.int4 import to_int4
 from compressor.quantize.int8_search import quantize

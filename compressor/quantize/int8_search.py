@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from compressor.quantize.calibration import BY_EXTREMES, Calibration, Extremes, Histograms, extremes, histograms
+from compressor.choices import Calibration
+from compressor.quantize.calibration import BY_EXTREMES, Extremes, Histograms, extremes, histograms
 from compressor.quantize.intermediate_values import Batch, stream, write_measuring
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from compressor.choices import AUTO
 from compressor.errors import CompressorError
 from runtimes.base.protocols import PRECISIONS, Runtime
 from runtimes.base.registry import runtime, targets
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from compressor.quantize.int8_search import Quantized
 
-AUTO = "auto"
-SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic"}
 """What ``--int8`` takes, and the precision that each stands for."""
 
 

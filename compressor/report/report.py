@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressor.deferred.package import told
 from compressor.limitations import Limitation, listed
 from compressor.quality.disagreements import Changed
 from compressor.quality.intervals import METRICS, Figure
 from compressor.report import engine_layers
+from compressor.report.engine_text import told
 from compressor.workspace.progress import Step
 from runtimes.base.timing import Latency
 

@@ -21,10 +21,10 @@ from compressor.search.cost_model import Prices
 from compressor.search.rewriter import Rewriter
 from compressor.workspace.journal import Journal
 from passes.analysis.least_squares import Fits
+from passes.analysis.token_liveness import read_parts
 from passes.base import PassError
 from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
-from passes.rewrite.narrow_tokens import read_parts
 
 FRONT = 6  # candidates measured at a time
 PATIENCE = 4  # candidates in a row that may break the budget before the search ends

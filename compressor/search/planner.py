@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import __version__
+from compressor.choices import TRANSFORMERS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
@@ -19,10 +20,10 @@ from compressor.measure.workshop import Workshop
 from compressor.quality.evaluate import BATCH, tensor_batches
 from compressor.quality.output_divergence import Effects
 from compressor.quality.validation_loss import ROUNDING, Validation
-from compressor.report.pareto_report import Point, efficient
 from compressor.search import cost_model
 from compressor.search.cost_model import Prices
 from compressor.search.greedy import Search
+from compressor.search.pareto import Point, efficient
 from compressor.search.rewriter import Rewriter
 from compressor.search.site_evidence import evidence, few_scores
 from compressor.settings import Settings
@@ -93,7 +94,7 @@ def rewriter_of(subject: Subject, settings: Settings) -> Rewriter:
     Raises:
         CheckpointError: the target can lack none of this model's blocks.
     """
-    whole = settings.target == checkpoint.NAME
+    whole = settings.target == TRANSFORMERS
     if whole and settings.drop == "auto":
         checkpoint.check_blocks(subject.sites, subject.model)
     return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)

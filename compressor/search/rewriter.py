@@ -17,8 +17,6 @@ from passes.graph.graph import Graph, Site
 from passes.merge_tokens.token_merging import ReduceTokens
 from passes.plan.plan import PUBLISHED, form_and_rank, merged_tokens
 from passes.rewrite.drop import Drop
-from passes.rewrite.fold_linear import Fuse
-from passes.rewrite.narrow_tokens import Unread
 from passes.rewrite.remove_blocks import RemoveBlocks, weights_read
 from passes.rewrite.replace import Replace
 
@@ -171,11 +169,3 @@ def _has_place(graph: Graph, site: Site) -> bool:
     except PassError:
         return False
     return True
-
-
-def finished(graph: Graph) -> Graph:
-    """A fork ready to be lowered: what is linear folded, what nobody reads left out. It computes the same."""
-    fork = graph.fork()
-    apply(Fuse(), fork)
-    apply(Unread(), fork)
-    return fork

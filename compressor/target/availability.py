@@ -6,12 +6,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from compressor.deferred.package import STAND_IN, stand_in
+from compressor.choices import AUTO
 from compressor.errors import CompressorError
 from compressor.lower.write_onnx import OPSET
-from compressor.quantize.precision import AUTO, check
+from compressor.quantize.precision import check
 from compressor.settings import Settings
 from compressor.target.registry import target_named
+from compressor.target.stand_in import STAND_IN, stand_in
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import check_device, need
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from compressor.lower import checkpoint
+from compressor.choices import TRANSFORMERS
+from compressor.target.checkpoint import Transformers
 from runtimes.base import registry
-from runtimes.base.protocols import Runtime, RuntimesError
+from runtimes.base.protocols import Runtime
 
 
 def targets() -> tuple[str, ...]:
     """The names of all targets, whether or not they can run here, in alphabetical order."""
-    return tuple(sorted((*registry.targets(), checkpoint.NAME)))
+    return tuple(sorted((*registry.targets(), TRANSFORMERS)))
 
 
 def target_named(name: str, *, task: str | None = None, cache: bool = True) -> Runtime:
@@ -23,9 +24,6 @@ def target_named(name: str, *, task: str | None = None, cache: bool = True) -> R
     Raises:
         RuntimesError: there is no such target; the message lists those there are.
     """
-    if name == checkpoint.NAME:
-        return checkpoint.Transformers(task, cache)
-    try:
-        return registry.runtime(name)
-    except RuntimesError as error:
-        raise RuntimesError(f"{error} A checkpoint is written by {checkpoint.NAME}.") from error
+    if name == TRANSFORMERS:
+        return Transformers(task, cache)
+    return registry.runtime(name)

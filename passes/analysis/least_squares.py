@@ -24,10 +24,10 @@ import torch
 
 from passes.analysis.redundancy import MASK, rows_of
 from passes.analysis.site_location import place_of
+from passes.analysis.token_liveness import read_parts
 from passes.base import PassError
 from passes.execute.interpreter import Until
 from passes.graph.graph import Graph, Site
-from passes.rewrite.narrow_tokens import read_parts
 
 if TYPE_CHECKING:
     from passes.analysis.slicing_rules import Part

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from passes.analysis.multiply_adds import counted, multiply_adds
+from passes.analysis.token_liveness import read_parts
 from passes.graph.graph import value_of
 from passes.graph.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS, aten
-from passes.rewrite.narrow_tokens import read_parts
 from passes.torch_internals import expression
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.base.protocols import DTypes, Feeds, RuntimesError, Shapes, first_line, taken
-from runtimes.onnxruntime_fused.decoder_attention import LENGTH_AXIS
-from runtimes.onnxruntime_fused.group_query_attention import MASK, TOKENS
+from runtimes.onnxruntime.kv_cache_io import LENGTH_AXIS, MASK, TOKENS
 
 
 class Bound:

@@ -28,8 +28,8 @@ from runtimes.base.protocols import (
 )
 from runtimes.base.registry import installed, need
 from runtimes.onnxruntime.io_binding import Bound, Cache, Several, run_errors
+from runtimes.onnxruntime.kv_cache_io import calls, shared
 from runtimes.onnxruntime.optimized_graph import summary
-from runtimes.onnxruntime_fused.group_query_attention import calls, shared
 
 name = "onnxruntime"
 description = "ONNX Runtime on the CPU or on CUDA; runs model.onnx itself"

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runtimes.onnxruntime.kv_cache_io import LENGTH_AXIS
 from runtimes.onnxruntime_fused.graph_index import Index, attribute, number, scaled, transposed
 
 if TYPE_CHECKING:
     import onnx
 
-LENGTH_AXIS = 2  # of keys and values
 HIDDEN = -1e30  # a score that leaves no weight
 
 

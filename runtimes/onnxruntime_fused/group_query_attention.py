@@ -24,15 +24,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtimes.base.protocols import Feeds
-from runtimes.onnxruntime_fused.decoder_attention import LENGTH_AXIS, Attention, attentions, reads_length
+from runtimes.onnxruntime.kv_cache_io import FACT, LENGTH_AXIS, MASK, TOKENS
+from runtimes.onnxruntime_fused.decoder_attention import Attention, attentions, reads_length
 from runtimes.onnxruntime_fused.graph_index import DOMAIN, Index, attribute, fixed, replace
 
 if TYPE_CHECKING:
     import onnx
 
-FACT = "compressor.cache"  # metadata: which present may be the buffer of which past; none of them if it is empty
-TOKENS, MASK = "input_ids", "attention_mask"  # [rows, new tokens] and [rows, all tokens]
 FUSED = "GroupQueryAttention"
 HEADS_FIRST = [0, 2, 1, 3]  # the transposition between [rows, tokens, heads, width] and [rows, heads, tokens, width]
 WIDTHS = 8  # the operator takes heads whose width is a multiple of it
@@ -62,19 +60,6 @@ def fuse(model: onnx.ModelProto) -> Counter[str]:
     fact = model.metadata_props.add()
     fact.key, fact.value = FACT, json.dumps(pairs)
     return Counter({FUSED: len(found)})
-
-
-def calls(feeds: Feeds) -> list[Feeds]:
-    """The calls that the operator takes one for: one for each row, where there are several behind a cache."""
-    rows, new = feeds[TOKENS].shape
-    if rows == 1 or new == 1 or new == feeds[MASK].shape[1]:
-        return [feeds]
-    return [{name: value[row : row + 1] for name, value in feeds.items()} for row in range(rows)]
-
-
-def shared(metadata: Mapping[str, str]) -> dict[str, str] | None:
-    """Which output may be the buffer of which input, by a file's metadata; None where nothing was fused."""
-    return dict(json.loads(metadata[FACT])) if FACT in metadata else None
 
 
 # ------------------------------------------------------------------------------------------------- what takes its place

@@ -15,11 +15,12 @@ from PIL import Image
 
 from compressor import models
 from compressor.cli.param_types import drop_messages_about_insides
-from compressor.data.readers.base import DataError
 from compressor.data.splits import load as load_data
-from compressor.limitations import Limitation, limitations_of, listed, of_engine
+from compressor.errors import DataError, SettingsError
+from compressor.limitations import Limitation, listed
 from compressor.pipeline import export
 from compressor.quantize.precision import Trial
+from compressor.report.collect_limitations import limitations_of, of_engine
 from compressor.settings import Settings
 from tests.samples import worded
 
@@ -72,7 +73,7 @@ def test_without_a_cache_there_is_none_in_the_file(exported):
 
 
 def test_generation_behind_no_cache_is_refused(llama):
-    with pytest.raises(export.SettingsError, match="found --generate and --no-cache"):
+    with pytest.raises(SettingsError, match="found --generate and --no-cache"):
         Settings(model=str(llama), data="texts.txt", generate="8:8", cache=False)
 
 

@@ -10,9 +10,9 @@ import torch
 
 import compressor
 from compressor import CompressorError, Settings
+from compressor.choices import AUTO_ACTIONS, CALIBRATIONS
 from compressor.errors import SettingsError
-from compressor.quantize.calibration import METHODS as CALIBRATIONS
-from compressor.settings import AUTO_ACTIONS, DEFAULT_LOSS, METHODS
+from compressor.settings import DEFAULT_LOSS, HEAL_METHODS
 from passes.plan.plan import form_and_rank
 from runtimes.base.protocols import PRECISIONS
 
@@ -136,7 +136,7 @@ def test_actions_are_those_named_or_the_usual_ones() -> None:
 
 
 def test_healing_knows_the_methods_that_may_be_asked_for() -> None:
-    assert pytest.importorskip("compressor.heal.heal").METHODS == METHODS
+    assert pytest.importorskip("compressor.heal.heal").HEAL_METHODS == HEAL_METHODS
 
 
 def test_the_api_takes_every_setting_with_the_same_default() -> None:

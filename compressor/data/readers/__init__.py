@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.data.readers.arrays import read_arrays
-from compressor.data.readers.base import DataError, Samples
+from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
 from compressor.data.readers.images import read_folder
 from compressor.data.readers.random_inputs import random_samples
 from compressor.data.readers.tables import read_table
 from compressor.data.readers.texts import read_lines
+from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
 FILES = (".npy", ".npz", ".txt", ".csv", ".tsv")

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import Array, DataError, Feeds, LabelKind, Samples, dims, numbered
+from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, dims, numbered
 from compressor.data.readers.images import pictures
+from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
-from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
@@ -19,10 +18,6 @@ Feeds = dict[str, Array]
 LabelKind = Literal["class", "score", "tokens"]
 Progress = Callable[[int, int], None]
 SHOWN = 3  # class names that a sentence shows
-
-
-class DataError(CompressorError):
-    """The --data string, or what it points at, cannot be used."""
 
 
 @dataclass(frozen=True)

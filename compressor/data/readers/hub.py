@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import DataError, LabelKind, Samples
+from compressor.data.readers.base import LabelKind, Samples
 from compressor.data.readers.images import pictures
 from compressor.data.readers.tables import Table, table_samples
+from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?(:[\w.+-]+){0,2}")

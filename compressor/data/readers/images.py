@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from compressor.data.readers.base import Array, DataError, Feeds, LabelKind, Progress, Samples, dims, numbered
+from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, dims, numbered
 from compressor.data.readers.sample_cache import Store
+from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from compressor.data.readers.base import Array, DataError, LabelKind, Samples, Skipped, numbered
+from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, numbered
 from compressor.data.readers.texts import text_of, tokens
+from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compressor.data.readers.base import DataError, Feeds, LabelKind, Samples
+from compressor.data.readers.base import Feeds, LabelKind, Samples
+from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
 MEMORY = 64 * 1024**2  # bytes of token ids remembered: 512 rows of 128 tokens are 1.5 MB with three inputs

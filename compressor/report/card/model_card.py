@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.deferred.package import told
 from compressor.limitations import Limitation
 from compressor.quality.intervals import METRICS
 from compressor.report.card import preprocessing_recipe
 from compressor.report.card.loader_snippet import TITLES, loader, templates
+from compressor.report.engine_text import told
 from compressor.report.report import LABELS, what_is_timed
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from compressor.deferred.package import told
 from compressor.quality.intervals import METRICS, scaled
+from compressor.report.engine_text import told
 from compressor.report.pages import sections
 from compressor.report.pages.formatting import (
     INTERVALS,

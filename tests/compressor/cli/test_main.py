@@ -17,16 +17,15 @@ from click.testing import CliRunner
 import compressor
 import runtimes
 from compressor import __version__
-from compressor.cli import options as cli_options
+from compressor.choices import AUTO, CALIBRATIONS, COSTS, HEAL_METHODS, SHORT_FORMS
 from compressor.cli.main import Export, main
 from compressor.measure import workshop
 from compressor.pipeline import export as pipeline
 from compressor.pipeline import sweep
-from compressor.quantize.calibration import METHODS
-from compressor.quantize.precision import AUTO, SHORT_FORMS
 from compressor.settings import Settings
 from passes.plan.plan import Plan
-from runtimes.base.protocols import PRECISIONS
+from passes.plan.selection import METRICS
+from runtimes.base.protocols import DEVICES, PRECISIONS
 from runtimes.base.timing import interleave
 
 INTERRUPTED = "Error: interrupted; no output was written. A search goes on where it stopped if the command is repeated."
@@ -181,16 +180,26 @@ def test_every_setting_is_an_option() -> None:
     assert options - {"quiet"} == set(Settings.__dataclass_fields__) - {"example_inputs"}
 
 
-def test_choices_that_are_written_out_for_speed_are_those_of_their_modules() -> None:
-    assert ((AUTO, *PRECISIONS), tuple(SHORT_FORMS)) == (cli_options.PRECISIONS, cli_options.INT8)
-    assert ("auto", *METHODS) == cli_options.CALIBRATIONS
-    for command, names in (("export", {"precision", "int8", "calibration"}), ("sweep", {"precision", "int8"})):
-        options = {each.name: each.type for each in main.commands[command].params if isinstance(each, click.Option)}
-        assert names == set(options) & {"precision", "int8", "calibration"}
-        for name in names:
-            choice = options[name]
-            assert isinstance(choice, click.Choice)
-            assert tuple(choice.choices) == getattr(cli_options, {"int8": "INT8"}.get(name, f"{name}s".upper()))
+def test_choices_on_the_command_line_are_those_of_the_settings() -> None:
+    expected = {
+        "precision": (AUTO, *PRECISIONS),  # written out: importing them would slow --help down
+        "int8": tuple(SHORT_FORMS),
+        "calibration": (AUTO, *CALIBRATIONS),
+        "cost": COSTS,
+        "heal": HEAL_METHODS,
+        "metric": METRICS,
+        "device": DEVICES,
+    }
+    options = {each.name: each.type for each in main.commands["export"].params if isinstance(each, click.Option)}
+    for name, values in expected.items():
+        choice = options[name]
+        assert isinstance(choice, click.Choice)
+        assert set(choice.choices) == set(values)
+    for command in ("sweep", "inspect"):
+        for each in main.commands[command].params:
+            if isinstance(each, click.Option) and isinstance(each.type, click.Choice):
+                assert each.name is not None
+                assert set(each.type.choices) <= set(expected[each.name])
 
 
 @pytest.mark.parametrize(

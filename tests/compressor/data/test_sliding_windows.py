@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from compressor import models
 from compressor.data import splits
-from compressor.data.readers.base import DataError
 from compressor.data.sliding_windows import TOKENS, USUAL, Window, chosen, pieces
+from compressor.errors import DataError
 from compressor.lower.traced_model import SubjectError, load_data
 from compressor.quality.evaluate import evaluate, graph_runner
 from compressor.settings import Settings

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from compressor import models
+from compressor.choices import HEAL_METHODS
 from compressor.data.splits import Batch, Shares, load
 from compressor.heal import distill
 from compressor.heal import heal as heal_module
 from compressor.heal.closed_form import find_spots, refitted
 from compressor.heal.distill import Lesson, Recipe, Student, cropped, distance
-from compressor.heal.heal import METHODS, HealError, heal
+from compressor.heal.heal import HealError, heal
 from compressor.lower.trace import trace
 from compressor.quality.evaluate import metric_for
 from compressor.quality.output_divergence import Effects
@@ -149,7 +150,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", HEAL_METHODS[1:])
 def test_less_divergence_and_no_more_loss(method):
     """Measured anew on the graph that came back: the report tells the truth."""
     model, _, graph, fork, _, validation = digits()
@@ -167,7 +168,7 @@ def test_less_divergence_and_no_more_loss(method):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", HEAL_METHODS)
 def test_what_was_given_stays_bit_for_bit(method):
     _, _, graph, fork, _, _ = digits()
     before = [(parameters(one), [p.requires_grad for p in one.module.parameters()]) for one in (graph, fork)]
@@ -180,7 +181,7 @@ def test_what_was_given_stays_bit_for_bit(method):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", HEAL_METHODS[1:])
 def test_same_nodes_and_parameters(method):
     """Low-rank terms are merged; what was not trained is shared, not copied."""
     _, _, graph, fork, _, _ = digits()
@@ -205,7 +206,7 @@ def test_a_seed_repeats_and_another_does_not():
     assert not same(first, other)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", HEAL_METHODS[1:])
 def test_no_time_leaves_a_sound_graph(method):
     _, _, _, fork, _, _ = digits()
     result, report = healed(method, budget=0.0)
@@ -241,7 +242,7 @@ def test_training_that_harms_is_rolled_back(monkeypatch):
     assert report.note == "rolled back: it came no closer to the original on validation data"
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", HEAL_METHODS[1:])
 @pytest.mark.usefixtures("quick")
 def test_more_loss_is_rolled_back_however_close(method):
     """A metric by which every draft is worse than what was given, though each diverges less."""

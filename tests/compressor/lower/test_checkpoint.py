@@ -15,13 +15,14 @@ from compressor import models
 from compressor.benchmark.contenders import given
 from compressor.errors import SettingsError
 from compressor.lower import checkpoint
-from compressor.lower.checkpoint import CheckpointError, Transformers
+from compressor.lower.checkpoint import CheckpointError
 from compressor.lower.trace import trace
 from compressor.measure import workshop
 from compressor.pipeline import export
 from compressor.quality.parity import ParityError
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
+from compressor.target.checkpoint import Transformers
 from passes.base import PassError, apply
 from passes.execute.interpreter import run
 from passes.graph.edit import own

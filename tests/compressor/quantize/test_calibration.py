@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from compressor.choices import CALIBRATIONS
 from compressor.quantize.calibration import (
     BINS,
     HISTOGRAM_SAMPLES,
-    METHODS,
     OUTSIDE,
     SHARES,
     Extremes,
@@ -210,7 +210,7 @@ def test_entropy_clips_one_far_value_and_nothing_of_even_ones() -> None:
     assert 2.0 <= high < 2.5  # the even part ends at 2
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("typical", "minmax")])
+@pytest.mark.parametrize("method", [method for method in CALIBRATIONS if method not in ("typical", "minmax")])
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 def test_values_that_are_all_zero_have_an_empty_range(method: Any, activations: Any) -> None:
     counts = np.zeros(BINS)

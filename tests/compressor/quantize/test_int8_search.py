@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
+from compressor.choices import CALIBRATIONS, Calibration
 from compressor.errors import CompressorError
-from compressor.quantize.calibration import BY_EXTREMES, METHODS, Calibration, extremes, histograms
+from compressor.quantize.calibration import BY_EXTREMES, extremes, histograms
 from compressor.quantize.int8_search import ENOUGH, Calibrated, Quantized, QuantizeError, quantize
 from compressor.quantize.qdq_rewrite import activation_grid, quantize_weight
 from tests.onnx_files import (
@@ -297,7 +298,7 @@ def test_a_named_way_is_the_only_one(tmp_path: Path) -> None:
     assert done.calibrations == (Calibrated("mse", False, 0.09),)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CALIBRATIONS)
 def test_the_ranges_that_are_written_are_those_of_the_method(tmp_path: Path, method: Calibration) -> None:
     path, feeds = mlp(tmp_path / "f.onnx"), feeds_of(normal(70, 5, K) ** 3)
     quantize(path, tmp_path / "q.onnx", feeds, calibration=method)

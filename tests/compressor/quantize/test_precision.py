@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.choices import AUTO, SHORT_FORMS
 from compressor.quantize.int8_search import Attempt, Kept, Quantized
-from compressor.quantize.precision import AUTO, SHORT_FORMS, Converted, PrecisionError, Trial, check, judged
+from compressor.quantize.precision import Converted, PrecisionError, Trial, check, judged
 from runtimes.base.protocols import PRECISIONS
 from runtimes.base.registry import runtime, targets
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import METRICS
-from compressor.report.pareto_report import Front, Point, efficient, plan_name, spread, with_measurements
+from compressor.report.pareto_report import Front, plan_name, spread, with_measurements
+from compressor.search.pareto import Point, efficient
 from passes.plan.plan import Decision, Plan
 from runtimes.base.timing import Latency
 

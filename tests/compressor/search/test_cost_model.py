@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor.lower.fold_graph import finished
 from compressor.measure.workload import Call
 from compressor.search.cost_model import counted, designs_by_kind, timed
-from compressor.search.rewriter import finished
 from passes.analysis.counted_cost import Costs
 from passes.analysis.symbolic_cost import Counter, Work
 from passes.base import apply

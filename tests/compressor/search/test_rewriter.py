@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from compressor.lower.fold_graph import finished
 from compressor.search import rewriter as rewriter_module
-from compressor.search.rewriter import Rewriter, finished
+from compressor.search.rewriter import Rewriter
 from passes.analysis.least_squares import Fit
 from passes.base import PassError, apply
 from passes.execute.interpreter import run

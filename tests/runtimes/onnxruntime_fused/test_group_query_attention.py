@@ -15,9 +15,9 @@ from passes.base import apply
 from passes.rewrite.drop import Drop
 from runtimes.base.protocols import BuildOptions, RuntimesError
 from runtimes.onnxruntime import target as onnxruntime
+from runtimes.onnxruntime.kv_cache_io import FACT
 from runtimes.onnxruntime_fused import target as onnxruntime_fused
 from runtimes.onnxruntime_fused.encoder_fusions import fuse
-from runtimes.onnxruntime_fused.group_query_attention import FACT
 from tests.compressor.models.test_kv_cache import (
     DECODERS,
     LLAMA,
