@@ -29,7 +29,7 @@ INSTALL_DEV = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/pytho
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint types tests slow newest oldest lock optimum clean
+.PHONY: help demo test install lint types docs tests slow newest oldest lock optimum clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ help: ## List the targets
 demo: $(RUN_STAMP) ## Compress the embedded sample model and print what was gained and lost
 	$(BIN)/compressor export --drop auto --target onnxruntime --output $(DEMO_OUT) --force
 
-test: lint types tests ## Run everything that CI runs, with the locked versions
+test: lint types docs tests ## Run everything that CI runs, with the locked versions
 
 install: $(DEV_STAMP) ## Create the development environment and do nothing else
 
@@ -51,6 +51,10 @@ lint: $(DEV_STAMP) ## ruff: rules and format; import-linter: the order of the pa
 types: $(DEV_STAMP) ## mypy --strict on the three packages
 	$(BIN)/mypy
 	for stubs in typings/*; do MYPYPATH=$$stubs $(BIN)/mypy -p runtimes.tensorrt || exit 1; done
+
+# Needs no network. The variable silences an advertisement of Material's.
+docs: $(DEV_STAMP) ## The documentation, into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # One thread per worker: several workers with a full OpenMP pool each are slower than one.
 tests: $(DEV_STAMP) ## pytest, doctests included

@@ -1,12 +1,12 @@
-"""Which criterion finds the better plan: every published one, and ours, at equal multiply-adds and measured latency.
+"""Compare published pruning criteria with the search of Compressor, at equal multiply-adds and measured latency.
 
     python benchmarks/criteria.py --data-root ../shared/data [--model NAME ...] [--method NAME ...]
 
-For each model and method the plans grow until they save 10, 20, 35 and 50 % of the multiply-adds; the first that saves
-as much is judged on test data, which no method has seen. Exact rewrites (unread tokens, folding) are applied to all
-alike. The engines of all plans are timed against each other in one run; what the prices of the search foretold for each
-is kept beside. With `--method` only those are measured again, against the model as it is in the same run, and the other
-rows stay. `python benchmarks/tables.py` makes the tables and pictures.
+For each model and method, plans grow until they save 10, 20, 35 and 50 % of the multiply-adds. The first plan that
+reaches a budget is evaluated on test data, which no method has seen. Exact rewrites (dead tokens, folding) are applied
+to every plan. The engines of all plans are timed in one interleaved run; the speed-ups predicted by the cost model are
+recorded too. With `--method`, only these methods are measured again, against the original model in the same run, and
+the other rows are kept. `python benchmarks/tables.py` writes the tables and the figure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from main_job import sources
 from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Subject, load
 from compressor.lower.write_onnx import lower
-from compressor.measure.workshop import Workshop, sized
+from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
 from compressor.search.cost_model import Prices, counted
 from compressor.search.planner import begin, effects_on_output, score
@@ -43,10 +43,10 @@ from passes.graph.graph import Graph
 from passes.plan.plan import acting
 from passes.plan.selection import choose, parse
 
-Grown = tuple[Mapping[str, str], float]  # changes, and the most that they can save
+Grown = tuple[Mapping[str, str], float]  # changes, and an upper bound of the share that they save
 
 RESULTS = Path(__file__).parent / "results" / "criteria.json"
-SAMPLES = {"MiniLM": 600}  # of which half are for the test; the others use all there are
+SAMPLES = {"MiniLM": 600}  # half of them for the test; the other models use all samples
 AS_IS = "as it is"
 ROUNDS = 6  # timed bursts of each engine
 BUDGETS = (0.1, 0.2, 0.35, 0.5)
@@ -54,7 +54,7 @@ BUDGETS = (0.1, 0.2, 0.35, 0.5)
 
 @dataclass(frozen=True)
 class Method:
-    """A published way to a plan: what is counted, by which metric, and what takes its place."""
+    """A published method: the unit that it ranks, the metric, and the action that replaces a branch."""
 
     name: str
     unit: str
@@ -79,7 +79,7 @@ METHODS = (
     Method("angular + ReplaceMe cosine", "block", "angular", "replaceme-cosine"),
     Method("output effect, one by one", "site", "output"),
 )
-# Ours: a search with these actions. Deletion alone is the greedy deletion of SLEB and FinerCut with our effect.
+# Searches of Compressor by their actions. Deletion alone is the greedy deletion of SLEB and FinerCut, with our effect.
 MAPS = "drop,constant,scale,low-rank,linear,fuse"
 SEARCHES = {
     "greedy deletion": "drop",
@@ -87,7 +87,7 @@ SEARCHES = {
     "ours": f"{MAPS},merge",
     "ours, by time": f"{MAPS},merge",
 }
-BY_TIME = "ours, by time"  # its budgets are shares of the predicted time, as those of an export are
+BY_TIME = "ours, by time"  # its budgets are shares of the predicted latency, as in an export
 MODELS = {
     "digits": (None, None),
     "DeiT-Tiny": ("deit", "images"),
@@ -98,7 +98,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """One model at work: what it is, what a graph costs, and what has been judged."""
+    """One model: the traced model, the cost models, and the plans evaluated so far."""
 
     subject: Subject
     settings: Settings
@@ -110,13 +110,13 @@ class Bench:
     files: dict[str, Path] = field(default_factory=dict)
 
     def saved(self, graph: Graph, prices: Prices | None = None) -> float:
-        """Share of the multiply-adds that a graph saves, or of what other prices say."""
+        """Return the share of the cost that a graph saves, by `prices` or else by multiply-adds."""
         prices = self.counts if prices is None else prices
         return 1.0 - prices.cost(graph) / prices.cost(self.subject.graph)
 
 
 def plans(bench: Bench, method: Method) -> Iterator[Grown]:
-    """Growing plans of a published method; what replaces a branch saves no more than its deletion."""
+    """Yield the growing plans of a published method, with the savings of deletion, an upper bound of any replacement."""
     subject, steps = bench.subject, Steps()
     needs_scores = method.metric in ("cosine", "influence", "angular")
     scores = score(subject, steps) if needs_scores else None
@@ -126,40 +126,42 @@ def plans(bench: Bench, method: Method) -> Iterator[Grown]:
         measured = effects_on_output(subject, samples, steps).of_units([[site] for site in subject.sites])
         effect = lambda _: measured  # noqa: E731
     for count in range(1, len(subject.sites) + 1):
-        asked = parse(str(count) if method.unit == "site" else f"{method.unit}:{count}")
-        ranking = partial(choose, asked, subject.sites, method.metric, scores=scores, effect=effect, seed=method.seed)
+        selection = parse(str(count) if method.unit == "site" else f"{method.unit}:{count}")
+        ranking = partial(
+            choose, selection, subject.sites, method.metric, scores=scores, effect=effect, seed=method.seed
+        )
         try:
             plan = ranking(model=subject.model.name)
         except PassError:
-            return  # no more units of this kind
+            return  # all units of this kind are used
         yield acting(plan, method.action).changes, bench.saved(bench.rewriter.rewritten(plan.changes))
 
 
 def points(
     bench: Bench, candidates: Iterator[Grown], prices: Prices
 ) -> Iterator[tuple[float, Mapping[str, str], Graph]]:
-    """For each budget the first changes that save as much, with their graph; none where they cannot be made."""
-    wanted = list(BUDGETS)
+    """Yield for each budget the first plan that reaches it and its graph; stop at a plan that cannot be applied."""
+    budgets = list(BUDGETS)
     for changes, saved in candidates:
-        if not wanted:
+        if not budgets:
             return
-        if saved < wanted[0]:  # not worth a fit
+        if saved < budgets[0]:  # cannot reach the budget: skip the expensive fit
             continue
         try:
             graph = bench.rewriter.rewritten(changes)
         except PassError as error:
             click.echo(f"    refused: {error}")
             return
-        while wanted and bench.saved(graph, prices) >= wanted[0]:
-            yield wanted.pop(0), changes, graph
+        while budgets and bench.saved(graph, prices) >= budgets[0]:
+            yield budgets.pop(0), changes, graph
 
 
-def searched(bench: Bench, name: str, workshop: Workshop, timed: Journal) -> Iterator[Grown]:
-    """The growing plans of one search, with what they save of what it counts; `timed` knows the prices of time."""
+def searched(bench: Bench, name: str, evaluator: GraphEvaluator, timed: Journal) -> Iterator[Grown]:
+    """Yield the growing plans of one search, with the share that they save; `timed` is the journal of latencies."""
     cost = "latency" if name == BY_TIME else "macs"
     settings = Settings(**{**bench.settings.to_dict(), "actions": SEARCHES[name], "cost": cost})
     journal = timed if name == BY_TIME else Journal()
-    found = begin(bench.subject, settings, bench.rewriter, workshop, Steps(), journal)
+    found = begin(bench.subject, settings, bench.rewriter, evaluator, Steps(), journal)
     found.limit = math.inf  # perplexity can more than double
     found.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
     click.echo(f"    {len(found.steps)} steps, {found.effects.sweeps:.0f} sweeps")
@@ -169,43 +171,43 @@ def searched(bench: Bench, name: str, workshop: Workshop, timed: Journal) -> Ite
 
 
 def judged(bench: Bench, graphs: Mapping[tuple[tuple[str, str], ...], Graph]) -> Evaluation:
-    """Quality on test data of graphs by their changes, beside the original, and their ONNX files."""
+    """Evaluate graphs, by their changes, and the original on test data; write their ONNX files."""
     subject = bench.subject
     folded = {f"plan {len(bench.files) + number}": finished(graph) for number, graph in enumerate(graphs.values())}
     runners = {name: graph_runner(subject.model, partial(run, graph)) for name, graph in folded.items()}
     runners[AS_IS] = graph_runner(subject.model, partial(run, subject.graph))
-    found = evaluate(subject.data.test, runners, metric=subject.metric, reference=AS_IS)
+    evaluation = evaluate(subject.data.test, runners, metric=subject.metric, reference=AS_IS)
     for (name, graph), changes in zip(folded.items(), graphs, strict=True):
         bench.files[name] = lower(graph, subject.model, bench.scratch / f"{name}.onnx")
         bench.judged[changes] = {
             "plan": name,
-            "figure": asdict(found.figure(name)),
-            "loss": asdict(found.loss(AS_IS, name)),
-            **{key: asdict(value) for key, value in found.label_free(name).items()},
+            "figure": asdict(evaluation.figure(name)),
+            "loss": asdict(evaluation.loss(AS_IS, name)),
+            **{key: asdict(value) for key, value in evaluation.label_free(name).items()},
         }
-    return found
+    return evaluation
 
 
 def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) -> dict[str, Any]:
-    """All methods, or only some, on one model."""
+    """Measure all methods on one model, or those in `only`."""
     spec, data = (None if name is None else where.get(name, name) for name in MODELS[model])
     settings = Settings(model=spec, data=data, drop="auto", samples=SAMPLES.get(model))
     steps = Steps()
     target, options = usable(settings)
     with tempfile.TemporaryDirectory() as scratch:
         subject = load(settings, steps)
-        workshop = Workshop(subject, target, sized(options, subject, settings), Path(scratch))
+        evaluator = graph_evaluator(subject, target, options, replace(settings, rounds=ROUNDS), Path(scratch))
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
         timed = Journal()
-        times = begin(subject, settings, rewriter, workshop, steps, timed).prices
-        counts = counted(subject.graph, workshop.calls(settings))
+        times = begin(subject, settings, rewriter, evaluator, steps, timed).prices
+        counts = counted(subject.graph, evaluator.timer.calls)
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)
         ways = {method.name: partial(plans, bench, method) for method in METHODS}
-        ways |= {name: partial(searched, bench, name, workshop, timed) for name in SEARCHES}
+        ways |= {name: partial(searched, bench, name, evaluator, timed) for name in SEARCHES}
         rows = [row for name in only or ways for row in _rows(bench, name, ways[name]())]
         engines = {AS_IS: lower(subject.graph, subject.model, Path(scratch) / "original.onnx")} | bench.files
-        latency = workshop.latency(engines, replace(settings, rounds=ROUNDS), steps)
+        latency = evaluator.timer.latency(evaluator.builder, engines, steps)
     for row in rows:
         row["speedup"] = latency[row.pop("plan")].speedup_over(latency[AS_IS])._asdict()
     exact = bench.judged[()]
@@ -226,13 +228,13 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
 
 def _rows(bench: Bench, method: str, candidates: Iterator[Grown]) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    found = list(points(bench, candidates, bench.times if method == BY_TIME else bench.counts))
-    by_changes = {tuple(changes.items()): graph for _, changes, graph in found}
-    unknown = {changes: graph for changes, graph in by_changes.items() if changes not in bench.judged}
-    if unknown:  # several methods come to the same plan
-        judged(bench, unknown)
+    plans_by_budget = list(points(bench, candidates, bench.times if method == BY_TIME else bench.counts))
+    by_changes = {tuple(changes.items()): graph for _, changes, graph in plans_by_budget}
+    unseen = {changes: graph for changes, graph in by_changes.items() if changes not in bench.judged}
+    if unseen:  # several methods can yield the same plan
+        judged(bench, unseen)
     rows = []
-    for budget, changes, graph in found:
+    for budget, changes, graph in plans_by_budget:
         predicted = bench.times.cost(bench.subject.graph) / bench.times.cost(graph)
         rows.append({"method": method, "budget": budget, "saved": bench.saved(graph), "predicted_speedup": predicted,
                      "changes": dict(changes)} | bench.judged[tuple(changes.items())])  # fmt: skip
@@ -243,20 +245,28 @@ def _rows(bench: Bench, method: str, candidates: Iterator[Grown]) -> list[dict[s
 
 @click.command()
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@click.option("--model", "chosen", multiple=True, type=click.Choice(list(MODELS)), help="Only these models.")
-@click.option("--method", "only", multiple=True, help="Only these methods; the other rows stay as they are.")
+@click.option(
+    "--model",
+    "chosen",
+    multiple=True,
+    type=click.Choice(list(MODELS)),
+    help="Model to measure; repeatable.  [default: all]",
+)
+@click.option(
+    "--method", "only", multiple=True, help="Method to measure; repeatable, other rows are kept.  [default: all]"
+)
 def main(data_root: Path, chosen: tuple[str, ...], only: tuple[str, ...]) -> None:
-    """Judge every criterion on every model and keep the results."""
+    """Evaluate every criterion on every model and write results/criteria.json."""
     for model in chosen or tuple(MODELS):
         click.echo(model)
         start = time.perf_counter()
-        found = measure(model, sources(data_root), only)
-        found |= {"seconds": time.perf_counter() - start, "environment": environment()}
+        result = measure(model, sources(data_root), only)
+        result |= {"seconds": time.perf_counter() - start, "environment": environment()}
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
         if only and model in results["models"]:
             rows = [row for row in results["models"][model]["rows"] if row["method"] not in only]
-            found = results["models"][model] | {"rows": rows + found["rows"]}
-        results["models"][model] = found
+            result = results["models"][model] | {"rows": rows + result["rows"]}
+        results["models"][model] = result
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -1,12 +1,12 @@
-"""Generation at a real size: half of the attention layers dropped, in float and below, behind short and long contexts.
+"""Time generation at a real model size: half of the attention layers dropped, float and quantized, two contexts.
 
     python benchmarks/decode.py [--precision int8-dynamic|int8|int4] [--layers 28] [--context 128,2048] [--rounds 4]
 
-The model has the shapes of Qwen3-0.6B and random weights: this is about speed alone. Its vocabulary is smaller, 32,000,
-so that a float file stays below 2 GB; a larger one adds the same product to every engine. It is exported once with the
-cells of its factorial, as a user would on the command line; `compressor bench` then measures all of them on ONNX
-Runtime, as they are and fused for it with a cache that is written in place, beside torch eager with transformers' own
-cache, in one interleaved run. `python benchmarks/tables.py` makes the tables.
+The model has the shapes of Qwen3-0.6B and random weights: only speed is measured. Its vocabulary is reduced to 32,000,
+so that a float file stays below 2 GB; a larger one would add the same matrix product to every engine. The model is
+exported once with the cells of its factorial on the command line. `compressor bench` then measures all cells in one
+interleaved run: the portable file on ONNX Runtime, the fused form with a KV cache that is written in place, and torch
+eager with the cache of transformers. `python benchmarks/tables.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DATA = ("--data", "random", "--samples", "6", "--random-weights")
 
 
 def configured(folder: Path, layers: int, **sizes: int) -> Path:
-    """A folder with the config of the model, which is all that random weights need.
+    """Write the config of the model, from which random weights are built.
 
     Args:
-        folder: where it is made.
-        layers: blocks, of which half lose their attention.
-        sizes: of the config, in place of those of Qwen3-0.6B.
+        folder: the folder to create.
+        layers: number of blocks; half of them lose their attention.
+        sizes: values of the config that replace those of Qwen3-0.6B.
     """
     from transformers import Qwen3Config
 
@@ -48,7 +48,7 @@ def configured(folder: Path, layers: int, **sizes: int) -> Path:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command of Compressor as a user would."""
+    """Run a command of Compressor in a process of its own."""
     subprocess.run([sys.executable, "-m", "compressor", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -57,10 +57,10 @@ def measure(model: Path, work: Path, *, precision: str, layers: int, context: st
 
     Args:
         model: the folder of the config.
-        work: where files may be written.
-        precision: what the gains are set against.
-        layers: blocks of the model.
-        context: numbers of tokens, with commas.
+        work: folder for temporary files.
+        precision: precision of the factorial.
+        layers: number of blocks.
+        context: context lengths in tokens, separated by commas.
         rounds: timed bursts of each engine.
     """
     folder, fused, out = work / "export", work / "fused", work / "bench.json"
@@ -73,35 +73,41 @@ def measure(model: Path, work: Path, *, precision: str, layers: int, context: st
     return kept | slim(json.loads(out.read_text()))
 
 
-def retargeted(folder: Path, made: Path) -> None:
-    """The same export for the fused target; copied: onnx takes files with several links for an attack."""
-    shutil.copytree(folder, made)
+def retargeted(folder: Path, copy: Path) -> None:
+    """Copy an export and set the fused target; hard links do not work, since onnx refuses them."""
+    shutil.copytree(folder, copy)
     report = json.loads((folder / "report.json").read_text())
     report["settings"]["target"] = FUSED
-    (made / "report.json").write_text(json.dumps(report))
+    (copy / "report.json").write_text(json.dumps(report))
 
 
-def slim(found: dict[str, Any]) -> dict[str, Any]:
-    """What the tables need: everything on generation but the raw samples."""
-    for each in found["generation"]["measurements"]:
+def slim(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of bench.json that the tables need: generation without the raw samples."""
+    for each in content["generation"]["measurements"]:
         for part in ("first", "token"):
             del each[part]["latency"]["samples_ms"]
-    for each in found["generation"]["factorials"]:
+    for each in content["generation"]["factorials"]:
         del each["cells"]
-    for name, engine in found["engines"].items():
-        if engine.get("file"):  # not where it lay on the machine
+    for name, engine in content["engines"].items():
+        if engine.get("file"):  # without the path on this machine
             engine["file"] = f"{name.partition('/')[0]}/{Path(engine['file']).name}"
-    return {name: found[name] for name in ("engines", "generation", "against", "environment", "notes")}
+    return {name: content[name] for name in ("engines", "generation", "against", "environment", "notes")}
 
 
 @click.command()
-@click.option("--precision", type=click.Choice(PRECISIONS), default=PRECISIONS[0], show_default=True)
-@click.option("--layers", type=click.IntRange(min=2), default=LAYERS, show_default=True, help="Blocks; fewer to try.")
-@click.option("--context", default=CONTEXTS, show_default=True, help="Tokens to generate after.")
-@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Timed bursts of each engine.")
-@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="File of the results.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default=PRECISIONS[0],
+    show_default=True,
+    help="Precision to compare with float.",
+)
+@click.option("--layers", type=click.IntRange(min=2), default=LAYERS, show_default=True, help="Number of blocks.")
+@click.option("--context", default=CONTEXTS, show_default=True, help="Context lengths in tokens.")
+@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Timed bursts per engine.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Results file.")
 def main(precision: str, layers: int, context: str, rounds: int, output: Path) -> None:
-    """Measure one precision and keep the results; the others keep theirs."""
+    """Measure one precision and write results/decode.json; results of other precisions are kept."""
     results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         model = configured(Path(scratch) / "qwen3", layers)

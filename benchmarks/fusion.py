@@ -1,13 +1,13 @@
-"""What fusing operators gains on ONNX Runtime's CPU kernels: the optimisers there are, beside our own copy.
+"""Measure the gain of operator fusion on ONNX Runtime's CPU kernels, for several optimizers and our fused target.
 
     python benchmarks/fusion.py [MODEL ...] [--runs 40]
 
-Each model is exported as a user would, in float and in int8, with random weights: this is about speed alone. A folder
-that `compressor export` wrote may stand in place of a model. Every optimiser rewrites the same portable file. The forms
-run in turns (A B C C B A ...), each with one thread, and what is compared is the processor time of the calling thread:
-other work on the machine takes the processor away for a while but is not counted. Sessions of one thread have no others
-that spin, so all may be open together. The profile is of runs of its own. Prints the tables and keeps the results;
-`python benchmarks/tables.py` puts them into the page.
+Each model is exported on the command line, in float and in int8, with random weights: only speed is measured. MODEL may
+also be a folder that `compressor export` wrote. Every optimizer rewrites the same portable file. The forms run in turns
+(A B C C B A ...) with one thread each. The measure is the processor time of the calling thread, which does not include
+other work on the machine. All sessions are open at once: with one thread, none has spinning worker threads. Profiles
+come from separate runs. The script prints the tables and writes the results; `python benchmarks/tables.py` writes them
+into README.md.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ PRECISIONS = {"fp32": (), "int8": ("--int8", "static")}
 
 
 def by_transformers_optimizer(source: Path, out: Path, _: BuildOptions) -> Path:
-    """The optimiser that ONNX Runtime ships; its kind of model is "vit"."""
+    """Apply ONNX Runtime's transformer optimizer with model_type "vit"."""
     from onnxruntime.transformers.optimizer import optimize_model
 
-    made = optimize_model(str(source), model_type="vit", num_heads=0, hidden_size=0, opt_level=0)
-    made.save_model_to_file(str(out / "transformers.onnx"))
+    optimized = optimize_model(str(source), model_type="vit", num_heads=0, hidden_size=0, opt_level=0)
+    optimized.save_model_to_file(str(out / "transformers.onnx"))
     return out / "transformers.onnx"
 
 
 def by_onnxscript(source: Path, out: Path, _: BuildOptions) -> Path:
-    """The fusions for ONNX Runtime that onnxscript ships for graphs of torch's exporter."""
+    """Apply onnxscript's fusions for ONNX Runtime, which expect graphs of torch's exporter."""
     import onnx_ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    made, _counts = optimize_for_ort(onnx_ir.load(source))
-    onnx_ir.save(made, out / "onnxscript.onnx")
+    optimized, _counts = optimize_for_ort(onnx_ir.load(source))
+    onnx_ir.save(optimized, out / "onnxscript.onnx")
     return out / "onnxscript.onnx"
 
 
@@ -69,7 +69,7 @@ MAKERS: dict[str, Callable[[Path, Path, BuildOptions], Path]] = {
 
 
 def exported(model: str, precision: str, scratch: Path) -> Path:
-    """The portable file of a folder, copied because the profile is written beside it, or of a model exported now."""
+    """Return the portable file of a model, exported now, or a copy of that of a folder, as profiles are written next to it."""
     if Path(model).is_dir():
         return Path(shutil.copy(Path(model) / "model.onnx", scratch))
     folder = scratch / f"{model}-{precision}"
@@ -80,11 +80,11 @@ def exported(model: str, precision: str, scratch: Path) -> Path:
 
 
 def measure(source: Path, out: Path, runs: int) -> dict[str, Any]:
-    """Time of every form of one file, how far its answers are from the portable file's, and where the time goes."""
+    """Measure time, relative output difference from the portable file, and operator profile of every form of a file."""
     files = {name: make(source, out, ONE) for name, make in MAKERS.items()}
     engines = {name: onnxruntime.load(file, ONE) for name, file in files.items()}
     feeds = _feeds(engines[PORTABLE])
-    answers = {name: next(iter(engine.run(feeds).values())) for name, engine in engines.items()}
+    outputs = {name: next(iter(engine.run(feeds).values())) for name, engine in engines.items()}
     steps = {name: engine.bind(feeds) for name, engine in engines.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(runs + WARMUP):
@@ -92,12 +92,12 @@ def measure(source: Path, out: Path, runs: int) -> dict[str, Any]:
             start = thread_time_ns()
             steps[name]()
             times[name].append((thread_time_ns() - start) / 1e6)
-    expected = answers[PORTABLE]
+    expected = outputs[PORTABLE]
     return {
         name: {
             "median_ms": float(np.median(times[name][WARMUP:])),
             "speedup": _ratio(np.array(times[PORTABLE][WARMUP:]), np.array(times[name][WARMUP:])),
-            "difference": float(np.linalg.norm(answers[name] - expected) / np.linalg.norm(expected)),
+            "difference": float(np.linalg.norm(outputs[name] - expected) / np.linalg.norm(expected)),
             "operators_ms": operators(files[name], feeds, threads=1),
         }
         for name in files
@@ -105,7 +105,7 @@ def measure(source: Path, out: Path, runs: int) -> dict[str, Any]:
 
 
 def _ratio(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> dict[str, float]:
-    """The median ratio of runs that are neighbours in time, with a bootstrap 95 % interval."""
+    """Return the median ratio of consecutive runs, with a bootstrap 95 % interval."""
     ratios = before / after
     drawn = np.random.default_rng(0).choice(ratios, (2000, ratios.size))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
@@ -113,7 +113,7 @@ def _ratio(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> d
 
 
 def _feeds(engine: Engine) -> Feeds:
-    """One image of noise."""
+    """Return one image of Gaussian noise."""
     rng = np.random.default_rng(0)
     shapes = {name: [size or 1 for size in shape or ()] for name, shape in engine.input_shapes.items()}
     return {name: rng.normal(size=shape).astype(engine.input_dtypes[name]) for name, shape in shapes.items()}
@@ -121,21 +121,21 @@ def _feeds(engine: Engine) -> Feeds:
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--runs", type=click.IntRange(min=1), default=40, show_default=True, help="Timed runs of each form.")
-@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="File of the results.")
+@click.option("--runs", type=click.IntRange(min=1), default=40, show_default=True, help="Timed runs per form.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Results file.")
 def main(models: tuple[str, ...], runs: int, output: Path) -> None:
-    """Measure every model in float and in int8, print the tables and keep the results."""
-    logging.disable(logging.WARNING)  # the optimisers tell what they do
-    results: dict[str, Any] = {}
-    found = {"runs": runs, "environment": environment(), "cases": results}
+    """Measure every model in float and in int8, print the tables and write results/fusion.json."""
+    logging.disable(logging.WARNING)  # the optimizers log every fusion
+    cases: dict[str, Any] = {}
+    results = {"runs": runs, "environment": environment(), "cases": cases}
     for model in models or MODELS:
         for precision in ("",) if Path(model).is_dir() else PRECISIONS:
             with tempfile.TemporaryDirectory() as scratch:
                 source = exported(model, precision, Path(scratch))
                 case = f"{model}, {precision}" if precision else Path(model).name
-                results[case] = measure(source, Path(scratch), runs)
-            output.write_text(json.dumps(found, indent=1) + "\n")
-    print(tables_fusion.fusion_table(found))
+                cases[case] = measure(source, Path(scratch), runs)
+            output.write_text(json.dumps(results, indent=1) + "\n")
+    print(tables_fusion.fusion_table(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Hold the exports of this working tree, byte for byte, to those of another revision.
+"""Check that the exports of this working tree are byte-identical to those of another revision.
 
     python benchmarks/identical.py REVISION
 
-A change of layout or names changes nothing that is computed. This script exports five times with each of the two
-source trees, in the same environment: model.onnx and plan.json must have the same SHA-256. Exit status 1 if not.
+A refactoring must not change what is computed. The script runs five exports with each of the two source trees in the
+same environment and compares the SHA-256 of model.onnx and plan.json. The exit status is 1 if any differs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import click
 ROOT = Path(__file__).parents[1]
 FILES = ("model.onnx", "plan.json")
 SAMPLE = ("export", "--target", "onnxruntime", "--rounds", "1")
-# Multiply-adds in place of timings: a search that times its candidates decides by the machine's load.
+# Searches count multiply-adds, since a search by latency depends on the load of the machine.
 EXPORTS = {
     "attention dropped": (*SAMPLE, "--drop", "attention:2"),
     "search": (*SAMPLE, "--drop", "auto", "--cost", "macs", "--actions", "drop", "--samples", "300"),
@@ -34,7 +34,7 @@ EXPORTS = {
 
 
 def write_inputs(folder: Path) -> None:
-    """Write a small random Llama and token ids, as the exports of a language model read them."""
+    """Write a small random Llama and token ids for the export of a language model."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,7 +49,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def exported(source: Path, inputs: Path, name: str, arguments: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of the files of one export, by file name; `source` is the tree whose packages are imported."""
+    """Run one export with the packages of `source`; return the SHA-256 of its files by name."""
     output = inputs / "exported"
     shutil.rmtree(output, ignore_errors=True)
     done = subprocess.run(
@@ -68,7 +68,7 @@ def exported(source: Path, inputs: Path, name: str, arguments: Sequence[str]) ->
 @click.command()
 @click.argument("revision")
 def main(revision: str) -> None:
-    """Export with REVISION and with the working tree, and compare."""
+    """Export with REVISION and with the working tree, and compare the files."""
     different = []
     with tempfile.TemporaryDirectory() as folder:
         before, inputs = Path(folder, "before"), Path(folder, "inputs")

@@ -1,11 +1,11 @@
-"""A language model larger than the memory it is given: scored, rewritten, judged and written under --max-memory.
+"""Measure inspect and export of a language model that is larger than the memory limit (--max-memory).
 
     python benchmarks/large.py [--layers 20] [--width 2560] [--limit 3GiB] [--texts 24]
 
-The checkpoint has the form of Qwen3 and random weights in bf16, 2.1 billion of them as it stands: 4.2 GB in shards, 8.4
-GB in the float32 that is computed in. It is written shard by shard, so that making it takes little memory either. Each
-command is run as a user would run it, in a process of its own whose peak of memory (VmHWM, which Linux keeps) is
-watched from outside. `python benchmarks/tables.py` makes the table.
+The checkpoint has the architecture of Qwen3 and random weights in bf16, by default 2.1 billion: 4.2 GB in shards, 8.4 GB
+in float32, in which it is computed. It is written shard by shard, so that writing it takes little memory too. Each
+command runs in a process of its own, whose peak memory (VmHWM of Linux) is polled from outside.
+`python benchmarks/tables.py` writes the table.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import click
 
 RESULTS = Path(__file__).parent / "results" / "large.json"
 SHARD = 500_000_000  # bytes
-EVERY = 0.02  # seconds between two looks at a process: what a step peaked at is forgotten when the next begins
-TOKENS = 256  # of a text
+EVERY = 0.02  # seconds between two polls: the process resets its peak at the start of each step
+TOKENS = 256  # in each text
 GIB = 1024**3
 
 
 def checkpoint(folder: Path, layers: int, width: int, **sizes: int) -> Path:
-    """A folder of a model with random weights in bf16, in shards.
+    """Write a checkpoint with random weights in bf16, in shards.
 
     Args:
-        folder: where it is made.
-        layers: blocks.
-        width: of the trunk; the MLP is 3.8 times as wide.
-        sizes: of the config, in place of those of a Qwen3.
+        folder: the folder to create.
+        layers: number of blocks.
+        width: hidden size; the MLP is 3.8 times as wide.
+        sizes: values of the config that replace the defaults.
     """
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
@@ -55,42 +55,44 @@ def checkpoint(folder: Path, layers: int, width: int, **sizes: int) -> Path:
 
 
 def _write_shards(shapes: Mapping[str, Any], folder: Path) -> None:
-    """Random matrices, and norms of ones, in as many files as it takes."""
+    """Write random matrices, and ones for norms, in shards of about `SHARD` bytes."""
     import torch
     from safetensors.torch import save_file
 
-    numbers = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
-    placed: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     last = list(shapes)[-1]
     for name, shape in shapes.items():
-        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=numbers) * 0.02
+        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
         shard[name] = weight.bfloat16()
         if name == last or sum(each.nbytes for each in shard.values()) > SHARD:
-            file = f"model-{len(set(placed.values())) + 1:05d}.safetensors"
+            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
-            placed |= dict.fromkeys(shard, file)
+            weight_map |= dict.fromkeys(shard, file)
             shard = {}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def watched(*command: str | Path) -> dict[str, float]:
-    """Run a command of Compressor; its seconds, and the most memory its process held, in bytes."""
+    """Run a command of Compressor; return its duration in seconds and its peak memory in bytes."""
     start, peak = time.perf_counter(), 0
-    whole = [sys.executable, "-m", "compressor", *map(str, command)]
-    with subprocess.Popen(whole, stdout=subprocess.DEVNULL) as process:
+    arguments = [sys.executable, "-m", "compressor", *map(str, command)]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            held = next((line for line in lines if line.startswith("VmHWM:")), None)  # none as soon as it has ended
-            peak = max(peak, 0 if held is None else int(held.split()[1]) * 1024)
+            line = next((line for line in lines if line.startswith("VmHWM:")), None)  # None once the process has ended
+            peak = max(peak, 0 if line is None else int(line.split()[1]) * 1024)
             time.sleep(EVERY)
     if process.returncode:
-        raise SystemExit(f"{' '.join(whole)} ended with {process.returncode}")
+        raise SystemExit(
+            f"{' '.join(arguments)} ended with status {process.returncode}; its output above states the cause."
+        )
     return {"seconds": time.perf_counter() - start, "peak": peak}
 
 
 def commands(work: Path, layers: int, limit: str) -> dict[str, tuple[str | Path, ...]]:
-    """What is measured, by what a reader may call it."""
+    """Return the commands to measure, by their names in the table."""
     model = (work / "model", "--data", work / "tokens.npy", "--max-memory", limit)
     onnx = ("--drop", f"attention:{layers // 2}", "--defer-build", "--output", work / "onnx")
     plain = ("--drop", f"block:{max(1, layers // 5)}", "--target", "transformers", "--output", work / "plain")
@@ -105,11 +107,11 @@ def measure(work: Path, *, layers: int, limit: str, texts: int, vocabulary: int 
     """Run every command on the checkpoint in ``work / "model"``.
 
     Args:
-        work: where files may be written.
-        layers: blocks of the model.
-        limit: of memory, as for the command.
-        texts: of random tokens; a quarter is scored, half judged.
-        vocabulary: tokens there are.
+        work: folder for temporary files.
+        layers: number of blocks.
+        limit: value of --max-memory.
+        texts: number of texts of random tokens; a quarter is for scoring, half for the test.
+        vocabulary: size of the vocabulary.
     """
     import numpy as np
 
@@ -126,8 +128,8 @@ def measure(work: Path, *, layers: int, limit: str, texts: int, vocabulary: int 
             rows[name]["peak"] = max(rows[name]["peak"], *(peak for peak in peaks if peak is not None))
             rows[name] |= {"sizes": report["sizes"], "parity": report["parity"]}
     stored = _bytes(work / "model")
-    told = {"layers": layers, "limit": limit, "texts": texts, "tokens": TOKENS, "stored": stored}
-    return told | {"commands": rows, "environment": environment()}
+    facts = {"layers": layers, "limit": limit, "texts": texts, "tokens": TOKENS, "stored": stored}
+    return facts | {"commands": rows, "environment": environment()}
 
 
 def _bytes(folder: Path) -> int:
@@ -135,20 +137,24 @@ def _bytes(folder: Path) -> int:
 
 
 @click.command()
-@click.option("--layers", type=click.IntRange(min=2), default=20, show_default=True, help="Blocks; fewer to try.")
-@click.option("--width", type=click.IntRange(min=640), default=2560, show_default=True, help="Of the trunk.")
-@click.option("--limit", default="3GiB", show_default=True, help="Memory that each command is given.")
-@click.option("--texts", type=click.IntRange(min=3), default=24, show_default=True, help="Texts of the data.")
-@click.option("--work", type=click.Path(path_type=Path), help="Where files are written; a few times the model.")
-@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="File of the results.")
+@click.option("--layers", type=click.IntRange(min=2), default=20, show_default=True, help="Number of blocks.")
+@click.option("--width", type=click.IntRange(min=640), default=2560, show_default=True, help="Hidden size.")
+@click.option("--limit", default="3GiB", show_default=True, help="Memory limit of each command.")
+@click.option("--texts", type=click.IntRange(min=3), default=24, show_default=True, help="Number of texts.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder for temporary files, a few times the size of the model.  [default: the system's]",
+)
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Results file.")
 def main(layers: int, width: int, limit: str, texts: int, work: Path | None, output: Path) -> None:
-    """Measure every command and keep the results."""
+    """Measure every command and write results/large.json."""
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         checkpoint(Path(scratch) / "model", layers, width)
-        found = measure(Path(scratch), layers=layers, limit=limit, texts=texts)
-    output.write_text(json.dumps(found, indent=1) + "\n")
+        results = measure(Path(scratch), layers=layers, limit=limit, texts=texts)
+    output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ from compressor.benchmark.decode_timing import Generation, measure
 from compressor.benchmark.runner import Condition, Stand
 from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Subject, load
-from compressor.measure.workshop import Workshop, sized
+from compressor.measure.engine_builder import EngineBuilder, sized
+from compressor.measure.engine_parity import engine_parity
+from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
+from compressor.measure.workload import calls_of
 from compressor.quality.evaluate import Evaluation
 from compressor.report.report import brief
 from compressor.search.planner import begin, score
@@ -73,9 +76,9 @@ def published(subject: Subject) -> Iterator[Plan]:
             yield Plan(family, count, plan.changes)
 
 
-def searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop) -> Iterator[Plan]:
+def searched(subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator) -> Iterator[Plan]:
     """Every point of one search, which goes on while anything is saved; its prices are those of generation."""
-    found = begin(subject, settings, rewriter, workshop, Steps(), Journal())
+    found = begin(subject, settings, rewriter, evaluator, Steps(), Journal())
     found.limit = math.inf  # perplexity can more than double
     found.run()
     for count in range(1, len(found.steps) + 1):
@@ -87,13 +90,13 @@ def measured(
 ) -> tuple[Evaluation | None, dict[str, Generation]]:
     """Quality on test data and generation of all graphs, by name, in one interleaved run."""
     target, options = usable(settings)
-    workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
+    builder = EngineBuilder(subject, target, sized(options, subject, settings), scratch)
     entries = []
     for name, graph in graphs.items():
-        path = workshop.lowered(graph, name.replace(" ", "-"))
-        workshop.parity(path, graph)
+        path = builder.lower(graph, name.replace(" ", "-"))
+        engine_parity(builder, path, graph)
         entries.append(Entry(name, settings.target, path))
-    feeds = {1: workshop.timed_inputs(settings)}
+    feeds = {1: next(iter(calls_of(subject, settings).values())).inputs}
     stand = Stand(subject, settings, tuple(entries), AS_IS, (Condition(1, None),), feeds, (context,))
     engines, steps = stand.built(scratch, Steps()), Steps()
     evaluation = stand.quality(engines, steps)
@@ -146,9 +149,9 @@ def compare(settings: Settings, rounds: int, context: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         subject = load(settings, Steps())
         target, options = usable(settings)
-        workshop = Workshop(subject, target, sized(options, subject, settings), Path(scratch))
+        evaluator = graph_evaluator(subject, target, options, settings, Path(scratch))
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
-        plans = [Plan("", 0, {}), *published(subject), *searched(subject, settings, rewriter, workshop)]
+        plans = [Plan("", 0, {}), *published(subject), *searched(subject, settings, rewriter, evaluator)]
         click.echo(f"{len(plans)} plans", err=True)
         graphs = {plan.name: finished(rewriter.rewritten(plan.changes)) for plan in plans}
         folder = Path(scratch) / "engines"

@@ -22,7 +22,8 @@ from main_job import sources
 
 from compressor.errors import CompressorError
 from compressor.lower.traced_model import accepting_data, load
-from compressor.measure.workshop import Workshop, judge, sized
+from compressor.measure.engine_quality import judge
+from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.quantize.precision import Source
 from compressor.report.report import brief
 from compressor.settings import Settings
@@ -83,10 +84,11 @@ def built(case: Case, asked: Settings, scratch: Path) -> tuple[Any, dict[str, Bu
             subject = load(asked, Steps(None))
         folder = scratch / target
         folder.mkdir()
-        workshop = Workshop(subject, found, sized(options, subject, asked), folder)
-        feeds = workshop.timed_inputs(asked)
+        evaluator = graph_evaluator(subject, found, options, asked, folder)
+        builder = evaluator.builder
+        feeds = evaluator.timer.inputs
         with accepting_data(subject):
-            path = workshop.lowered(subject.graph, "model")
+            path = builder.lower(subject.graph, "model")
             for precision in found.precisions[options.device]:
                 name = f"{target} {precision}"
                 click.echo(f"  {name}", err=True)
@@ -95,13 +97,13 @@ def built(case: Case, asked: Settings, scratch: Path) -> tuple[Any, dict[str, Bu
                     with steps.step(name) as tick:
                         source, by = None, None
                         if precision != "fp32":
-                            source, facts = workshop.converted(path, replace(asked, precision=precision), tick)
+                            source, facts = evaluator.converter.convert(path, precision, tick)
                             by = facts.by
-                        engine = workshop.build(source or Source(path))
+                        engine = builder.build(source or Source(path))
                 except (CompressorError, RuntimesError) as error:
                     refused[name] = str(error)
                     continue
-                opener = partial(found.load, engine, workshop.options)
+                opener = partial(found.load, engine, builder.options)
                 engines[name] = Built(opener, engine_bytes(engine), by, steps.done[-1].seconds)
     return subject, engines, refused, feeds
 

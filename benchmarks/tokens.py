@@ -30,7 +30,13 @@ from rich.console import Console
 from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Subject, load
 from compressor.lower.write_onnx import lower
-from compressor.measure.workshop import Workshop, judge, sized
+from compressor.measure.engine_builder import EngineBuilder
+from compressor.measure.engine_parity import engine_parity
+from compressor.measure.engine_quality import evaluate_engines
+from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
+from compressor.measure.latency import EngineTimer
+from compressor.measure.variant import Variant, convert_variants, float_variant
+from compressor.measure.workload import calls_of
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import check_parity
 from compressor.report import report
@@ -97,15 +103,15 @@ def measure(settings: Settings, designs: Sequence[Design], rounds: int, steps: S
     target, options = usable(settings)
     subject = load(settings, steps)
     with tempfile.TemporaryDirectory() as scratch:
-        workshop = Workshop(subject, target, sized(options, subject, settings), Path(scratch))
+        evaluator = graph_evaluator(subject, target, options, settings, Path(scratch))
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
-        changes, facts = decided(designs, subject, settings, workshop, rewriter, steps)
+        changes, facts = decided(designs, subject, settings, evaluator, rewriter, steps)
         graphs = {name: rewriter.rewritten(made) for name, made in changes.items()}
-        files = lowered(graphs, workshop, steps)
+        variants = lowered(graphs, evaluator.builder, steps)
         rows: list[dict[str, Any]] = []
         for precision in PRECISIONS:
             asked = replace(settings, int8=precision, rounds=rounds)
-            rows += _rows(files, changes, work(graphs, subject), workshop, asked, steps)
+            rows += _rows(variants, changes, work(graphs, subject), evaluator, asked, steps)
     return {
         "model": subject.model.name,
         "metric": subject.metric,
@@ -120,7 +126,7 @@ def decided(
     designs: Sequence[Design],
     subject: Subject,
     settings: Settings,
-    workshop: Workshop,
+    evaluator: GraphEvaluator,
     rewriter: Rewriter,
     steps: Steps,
 ) -> tuple[dict[str, Mapping[str, str]], dict[str, Any]]:
@@ -134,20 +140,21 @@ def decided(
             changes[design.name] = schedule(design.tokens, subject.sites)
             continue
         asked = replace(settings, max_loss=design.limit)
-        search = begin(subject, asked, rewriter, workshop, steps, journal)
+        search = begin(subject, asked, rewriter, evaluator, steps, journal)
         go_on(search, steps)
         changes[design.name], facts[design.name] = search.changes, facts_of(search)
     return {design.name: changes[design.name] for design in designs}, facts
 
 
-def lowered(graphs: Mapping[str, Graph], workshop: Workshop, steps: Steps) -> dict[str, Path]:
-    """ONNX files by name, each held against torch on real samples."""
-    files = {}
+def lowered(graphs: Mapping[str, Graph], builder: EngineBuilder, steps: Steps) -> list[Variant]:
+    """Lower every design and compare it with torch on real samples; the first one is named ``baseline``."""
+    variants = []
     for number, (name, graph) in enumerate(graphs.items()):
         with steps.step(f"build {name}"):
-            files[name] = lower(finished(graph), workshop.subject.model, workshop.scratch / f"design{number}.onnx")
-            workshop.parity(files[name], graph)
-    return files
+            path = builder.lower(finished(graph), f"design{number}")
+            parity = engine_parity(builder, path, graph)
+            variants.append(float_variant(name if variants else "baseline", graph, path, parity))
+    return variants
 
 
 def work(graphs: Mapping[str, Graph], subject: Subject) -> dict[str, int]:
@@ -158,23 +165,26 @@ def work(graphs: Mapping[str, Graph], subject: Subject) -> dict[str, int]:
 
 
 def _rows(
-    files: Mapping[str, Path],
+    variants: Sequence[Variant],
     changes: Mapping[str, Mapping[str, str]],
     multiply_adds: Mapping[str, int],
-    workshop: Workshop,
+    evaluator: GraphEvaluator,
     settings: Settings,
     steps: Steps,
 ) -> list[dict[str, Any]]:
-    """Every design in one precision, beside the float original."""
-    first, *others = files
-    sources, _ = workshop.precise({"baseline": files[first], **{name: files[name] for name in others}}, settings, steps)
-    engines = {name: workshop.build(source) for name, source in sources.items()}
+    """Measure every design in one precision, beside the float original."""
+    builder = evaluator.builder
+    first, *others = changes
+    converted = convert_variants(variants, settings.precision, evaluator.converter, steps)
+    engines = {each.name: builder.build(each.source) for each in converted}
     reference = "original" if "original" in engines else "baseline"
     with steps.step("measure the quality"):
-        quality = judged(engines, workshop, reference)
+        test = builder.subject.data.test
+        quality = evaluate_engines(builder, engines, test, reference, lambda *_: None)
     latency = {}
     for batch in BATCHES:
-        latency[batch] = workshop.latency(engines, replace(settings, batch=batch), steps)
+        timer = EngineTimer(calls_of(builder.subject, replace(settings, batch=batch)), settings.rounds)
+        latency[batch] = timer.latency(builder, engines, steps)
     rows = []
     for name in (first, *others):
         engine = "baseline" if name == first else name
@@ -183,14 +193,6 @@ def _rows(
         row["multiply_adds"] = multiply_adds[name]
         rows.append(row | _quality(quality, engine, reference) | _speed(latency, engine, reference))
     return rows
-
-
-def judged(engines: Mapping[str, Path], workshop: Workshop, reference: str) -> Evaluation:
-    """Quality of several engines on test data, side by side."""
-    # Waiting threads that spin would take the cores from the other open engines.
-    shared = replace(workshop.options, spinning=False)
-    openers = {name: partial(workshop.target.load, path, shared) for name, path in engines.items()}
-    return judge(openers, workshop.subject, workshop.subject.data.test, reference, lambda *_: None)
 
 
 def _quality(quality: Evaluation, engine: str, reference: str) -> dict[str, Any]:

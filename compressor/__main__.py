@@ -1,4 +1,4 @@
-"""`python -m compressor` is the command line."""
+"""Run the command line as `python -m compressor`."""
 
 from compressor.cli.main import main
 

@@ -1,13 +1,16 @@
-"""The base of every error a user is meant to read."""
+"""Base classes of the errors that users see."""
 
 
 class CompressorError(Exception):
-    """Something the user can act on; the message says what was found, what was expected and what to do."""
+    """Base class of errors that the user can fix.
+
+    The message states the value that was found, the value that was expected and the remedy.
+    """
 
 
 class SettingsError(CompressorError):
-    """An option has a value that cannot work; a usage error."""
+    """An option with an invalid value: a usage error."""
 
 
 class DataError(CompressorError):
-    """The --data string, or what it points at, cannot be used."""
+    """A --data argument that cannot be used, or whose data cannot be used."""

@@ -1,6 +1,6 @@
-"""Limitations: what a model could have had and an export does not give it, each with the reason.
+"""Limitations of an export: features that it lacks and properties that were assumed, each with the reason.
 
-They are stated in the table, in report.json under ``limitations``, in report.html and in the card.
+They are listed in the terminal, in report.json under ``limitations``, in report.html and in the model card.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limitation:
-    """One thing that an export lacks, or that was assumed because nothing said it.
+    """A feature that an export lacks, or a property that was assumed because it is not specified.
 
     Attributes:
         feature: a noun, such as ``KV cache`` or ``tokenizer``.
-        reason: what was found and what follows from it, a clause without a full stop.
+        reason: the cause and its consequence, as a clause without a full stop.
     """
 
     feature: str
     reason: str
 
     def __str__(self) -> str:
-        """The limitation as a sentence.
+        """Return the limitation as a sentence.
 
         >>> str(Limitation("tokenizer", "none was found, so the data must be token ids"))
         'tokenizer: none was found, so the data must be token ids.'
@@ -35,5 +35,5 @@ class Limitation:
 
 
 def listed(limitations: Sequence[Limitation]) -> list[str]:
-    """Lines for a terminal: a heading and a line for each; none where there are none."""
-    return ["Limitations:", *(f"- {each}" for each in limitations)] if limitations else []
+    """Return a heading and one line per limitation for the terminal, or an empty list if there are no limitations."""
+    return ["Limitations:", *(f"- {limitation}" for limitation in limitations)] if limitations else []

@@ -1,4 +1,4 @@
-"""Graph world: an fx graph in, an fx graph out.
+"""Analyses and rewrites of fx graphs.
 
-Imports torch and the standard library only. One idea per file; ``edit`` is the only file that edits fx nodes.
+The package imports torch and the standard library only. `passes.graph.edit` is the only module that edits fx nodes.
 """

@@ -1,4 +1,4 @@
-"""What a pass is, and `apply`, the only way to run one."""
+"""The `Pass` protocol, and `apply`, which runs a pass and checks its contract."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class PassError(Exception):
-    """A pass was asked for something the graph cannot give."""
+    """Error of a pass that cannot be applied to a graph, a plan or the data."""
 
 
 class Pass(Protocol[Result_co]):
-    """A frozen dataclass whose fields are its options; `rewrites` says whether it may change the graph."""
+    """Protocol of a pass: a frozen dataclass whose fields are its options.
+
+    `rewrites` states whether the pass may change the graph, `needs_data` whether it needs calibration data.
+    """
 
     rewrites: ClassVar[bool]
     needs_data: ClassVar[bool]
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> Result_co:
-        """Analyse or rewrite `graph`; `data` yields batches of named inputs, first axis the samples."""
+        """Analyse or rewrite `graph`; `data` yields batches of named inputs whose first axis is the samples."""
         ...
 
 
 class Addable(Protocol):
-    """Statistics of some samples, which those of others can be added to."""
+    """Statistics of samples that can be added to the statistics of other samples."""
 
     def __add__(self, other: Any, /) -> Any:
-        """The statistics of both."""
+        """Return the statistics of the samples of both."""
         ...
 
 
@@ -46,37 +49,40 @@ Sums = TypeVar("Sums", bound=Addable)
 def swept(
     batch: Callable[[Mapping[str, torch.Tensor]], Sums], data: Iterable[Mapping[str, torch.Tensor]] | None, name: str
 ) -> Sums:
-    """The statistics of each batch, added up as they come.
+    """Sum the statistics of all batches, one batch at a time.
 
     Args:
-        batch: measures one batch.
+        batch: function that returns the statistics of one batch.
         data: the batches.
-        name: of the pass, for the error.
+        name: name of the pass, for the error message.
 
     Raises:
-        PassError: there is no batch.
+        PassError: `data` holds no batch.
     """
     total: Sums | None = None
     for feeds in data or ():
         part = batch(feeds)
         total = part if total is None else total + part
     if total is None:
-        raise PassError(f"{name} got no batches of data.")
+        raise PassError(f"{name} got no batches of data; expected at least one.")
     return total
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a rewrite did: the names of the sites or nodes it changed."""
+    """Result of a rewrite: the names of the sites or nodes that it changed."""
 
     changed: tuple[str, ...] = ()
 
 
 def apply(step: Pass[Result_co], graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Result_co:
-    """Run one pass and hold it to its contract: same interface, a sound graph, no change by an analysis.
+    """Run one pass, check its contract and append it to the history of the graph.
+
+    A rewrite must leave a valid graph with its named inputs and outputs. An analysis must not change the graph.
 
     Raises:
-        PassError: the pass needs data and got none, an analysis changed the graph, or the result is unsound.
+        PassError: the pass needs data and got none, or an analysis changed the graph.
+        GraphError: a rewrite left an invalid graph.
     """
     name = type(step).__name__
     if step.needs_data and data is None:
@@ -86,11 +92,11 @@ def apply(step: Pass[Result_co], graph: Graph, data: Iterable[Mapping[str, torch
     if step.rewrites:
         graph.check()
     elif graph.signature() != before:
-        raise PassError(f"{name} says it only analyses, but it changed the graph.")
+        raise PassError(f"{name} is declared as an analysis (rewrites=False), but it changed the graph.")
     graph.history.append(Applied(name, _options(step), before[0], graph.signature()[0]))
     return result
 
 
 def _options(step: object) -> dict[str, str]:
-    options = fields(step) if is_dataclass(step) else ()  # class facts such as `rewrites` are no options
+    options = fields(step) if is_dataclass(step) else ()  # leaves out class variables such as `rewrites`
     return {option.name: repr(getattr(step, option.name)) for option in options if option.repr}

@@ -1,7 +1,7 @@
-"""What `passes` reads of torch's private parts: a name that a release changes is changed here, and nowhere else here.
+"""Private and unstable names of torch that `passes` uses.
 
-All of it was seen in torch 2.14.1 and 2.15.0; of whichever is installed, tests/test_internals.py goes through it name
-by name.
+No other module of `passes` imports them, so a release that renames one needs a change in this file only. All of them
+exist in torch 2.14.1 and 2.15.0. tests/test_internals.py checks each name in the installed release.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# FakeTensorMode: values of shapes and types without elements. Without it nothing runs by shapes alone, as weights on
-# disk need it.
-# enable_python_dispatcher: without it addcmul refuses fake operands that broadcast.
-# tree_leaves: the tensors in the nested value of a node. `fx.node.map_aggregate` is public, but takes named tuples of
-# torch.return_types for leaves.
+# FakeTensorMode: tensors with a shape and a type but no elements. Offloaded weights need it for shape-only runs.
+# enable_python_dispatcher: without it, addcmul rejects fake operands that broadcast.
+# tree_leaves: the tensors in the nested value of a node. `fx.node.map_aggregate` is public, but treats named tuples of
+# torch.return_types as leaves.
 __all__ = [
     "COPYING_CASTS",
     "RUN_TIME_ASSERTIONS",
@@ -49,73 +48,73 @@ __all__ = [
 
 
 def operators(*names: str) -> frozenset[Any]:
-    """Collect the ATen operators of these names that this release of torch has; others are left out.
+    """Return the ATen operators of these names, without those that the installed torch does not have.
 
-    Names that start with an underscore are private: a release may drop them, and then no graph holds them either.
+    Names that start with an underscore are private. A release may drop them, and then no graph contains them.
 
     >>> operators("relu.default", "relu.no_such_overload", "_no_such_operator.default")
     frozenset({<OpOverload(op='aten.relu', overload='default')>})
     """
     pairs = (name.split(".") for name in names)
-    found = (getattr(getattr(torch.ops.aten, packet, None), overload, None) for packet, overload in pairs)
-    return frozenset(operator for operator in found if operator is not None)
+    candidates = (getattr(getattr(torch.ops.aten, packet, None), overload, None) for packet, overload in pairs)
+    return frozenset(operator for operator in candidates if operator is not None)
 
 
-# A name that torch changes is missing here, and graphs with the new one are read as if they had no such operator: a
-# softmax that is not seen hides an attention, a view that is not seen is not loosened, an assertion stays.
-SOFTMAX = operators("_softmax.default")  # what a decomposition makes of softmax.int
-SAFE_SOFTMAX = operators("_safe_softmax.default")  # the same with rows that are masked throughout
+# If torch renames one of these operators, its set is empty and the operator is not recognised: an attention with that
+# softmax is missed, a view is not turned into a reshape, an assertion stays in the graph.
+SOFTMAX = operators("_softmax.default")  # decomposition of softmax.int
+SAFE_SOFTMAX = operators("_safe_softmax.default")  # softmax that allows fully masked rows
 UNSAFE_VIEWS = operators("_unsafe_view.default")
 COPYING_CASTS = operators("_to_copy.default")
 RUN_TIME_ASSERTIONS = operators("_assert_tensor_metadata.default", "_assert_async.msg", "_assert_scalar.default")
 
 
 def is_mutable(target: object) -> bool:
-    """Whether a call of this target writes into its arguments; False for what is no operator of torch.
+    """Return whether a call of this target writes into its arguments; False for a target that is no `OpOverload`.
 
-    Reads `OpOverload._schema`, which has no public name. Without it, calls that write could not be told apart.
+    Reads `OpOverload._schema`, which has no public equivalent. Without it, in-place operators cannot be recognised.
     """
     return isinstance(target, OpOverload) and bool(target._schema.is_mutable)
 
 
 def arguments(target: Any) -> Sequence[Any]:
-    """List the arguments of an operator in order, each with its `name` and its `default_value`.
+    """Return the arguments of an operator in order, each with its `name` and its `default_value`.
 
-    Reads `OpOverload._schema`, which has no public name. Without it, options could be read by position only.
+    Reads `OpOverload._schema`, which has no public equivalent. Without it, arguments can be read by position only.
     """
-    found: Sequence[Any] = target._schema.arguments
-    return found
+    schema_arguments: Sequence[Any] = target._schema.arguments
+    return schema_arguments
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
 
 
 def expression(size: Any) -> Any:
-    """Return the sympy expression of a symbolic size, a number as it is.
+    """Return the sympy expression of a symbolic size; a number is returned unchanged.
 
-    Reads `SymInt.node.expr`. Without it, two symbolic sizes cannot be compared without fixing them to their example.
+    Reads `SymInt.node.expr`. Without it, comparing two symbolic sizes specialises them to the traced example.
     """
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def hint(size: Any) -> Any:
-    """Return the number that a symbolic size was in the example that was traced, a number as it is.
+    """Return the size of the traced example behind a symbolic size; a number is returned unchanged.
 
-    Reads `SymInt.node.hint`. Without it, no example of a traced value can be made.
+    Reads `SymInt.node.hint`. Without it, no example of a traced value can be created.
     """
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def free_size(mode: FakeTensorMode, example: Any, name: str) -> Any:
-    """Make a new symbolic size that stands for itself.
+    """Create a symbolic size with a symbol of its own.
 
-    Reads `StatelessSymbolicContext`, `DimDynamic` and `ConstantSource`: a size gets a symbol of its own only as that of
-    a tensor with a dynamic axis. Without them, sizes stay written as how they were computed, and edits take longer.
+    Uses `StatelessSymbolicContext`, `DimDynamic` and `ConstantSource`: torch creates a symbol only for the dynamic axis
+    of a tensor. Without them, a size stays the expression it was computed by, and edits of the graph take longer.
 
     Args:
-        mode: that the new size is to live in.
-        example: its number in the example.
-        name: where it is said to come from.
+        mode: fake tensor mode of the new size.
+        example: value of the size in the traced example.
+        name: name of the source that torch records for the symbol.
     """
     tensor = torch.empty(example, device="meta")
     dynamic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
@@ -126,25 +125,26 @@ def free_size(mode: FakeTensorMode, example: Any, name: str) -> Any:
 
 
 def fake_mode(value: object) -> FakeTensorMode | None:
-    """Return the mode that a traced value lives in; None for what is no traced tensor.
+    """Return the fake tensor mode of a traced value; None for any value but a fake tensor.
 
-    Reads `FakeTensor.fake_mode`. Without it, values derived after an edit would have no symbols in common with others.
+    Reads `FakeTensor.fake_mode`. Without it, values derived after an edit share no symbols with the traced ones.
     """
     return value.fake_mode if isinstance(value, FakeTensor) else None
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return a number that tensors share if, and only if, they share memory; for tensors without elements too.
+    """Return the identity of a tensor's storage: equal for two tensors if and only if they share memory.
 
-    Reads `UntypedStorage._cdata`: the public `data_ptr()` is 0 for all of those. Without it, views would count twice.
+    Reads `UntypedStorage._cdata`, because the public `data_ptr()` is 0 for every tensor without elements. Without it,
+    the memory of views is counted twice.
     """
-    found: int = tensor.untyped_storage()._cdata
-    return found
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def registries(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return where a module itself keeps its parameters and its buffers, to be edited in place.
+    """Return the dictionaries of a module's own parameters and buffers, which the caller may edit in place.
 
-    Reads `Module._parameters` and `Module._buffers`: the public iterators leave out the names that hold None.
+    Reads `Module._parameters` and `Module._buffers`, because the public iterators leave out names that hold None.
     """
     return module._parameters, module._buffers

@@ -1,8 +1,8 @@
-"""The execution world: an ONNX file in, a running engine out.
+"""Runtimes: build an engine from a model file, load it and time it.
 
-Every module and package here except `base` is a target, and its name is what `--target` takes. A package holds the
-target in its module `target`. No target imports torch at module level, nor its engine before it builds or loads, so
-that listing the targets is quick and works everywhere.
+Every module and package here except `base` is a target, named as `--target` takes it. A package holds its target in
+the module `target`. No target imports torch at module level or its engine library before build() or load(), so listing
+the targets is fast and works without the libraries.
 """
 
 from runtimes.base.protocols import BuildError, BuildOptions, Engine, Runtime, RuntimesError, RuntimeUnavailable

@@ -1,4 +1,4 @@
-"""Target openvino: the ONNX file as OpenVINO's own IR, run on the CPU."""
+"""Target openvino: the ONNX file converted to OpenVINO IR and run on the CPU."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ precisions = {"cpu": ("fp32", "fp16", "bf16", "int8")}
 own = ("fp16", "bf16")
 int8 = Int8Style(activations="uint8", convolutions=False, quantizers=("compressor", "nncf"))
 
-NOTED = ("compressor", "precision")  # where the IR says what it was built in
+NOTED = ("compressor", "precision")  # path of the build precision in the rt_info of the IR
 NO_LAYERS = ("Const", "Input", "Output")
 ATTENTIONS = ("ScaledDotProductAttention", "ScaledDotProductAttentionWithKVCache", "SDPA")
-FILE = "openvino_model.xml"  # the name that optimum-intel's OVModel classes look for
+FILE = "openvino_model.xml"  # the file name that optimum-intel's OVModel classes expect
 
 
 def missing() -> str | None:
-    """Return None where OpenVINO can be used, else the reason and the command that changes it."""
+    """Return None if OpenVINO can be used, else the reason and the command that fixes it."""
     if util.find_spec("openvino") is None:
         return "openvino is not installed; pip install openvino"
     return None
 
 
 def build(source: Path, out: Path, options: BuildOptions) -> Path:
-    """Convert an ONNX file to OpenVINO's IR in the folder `out` and return the path of the .xml file.
+    """Convert an ONNX file to OpenVINO IR in the folder `out` and return the path of the .xml file.
 
-    Weights keep their precision unless fp16 is asked for, which stores them in 16 bits and computes in 32 where the
-    processor has no 16-bit arithmetic. bf16 is a matter of computing alone, and noted in the file for load().
+    fp16 stores the weights in 16 bits and computes in 32 if the processor has no 16-bit arithmetic; all other
+    precisions store the weights unchanged. bf16 affects only the computation; the file records it for load().
 
     Raises:
-        RuntimeUnavailable: OpenVINO or the device is not there.
+        RuntimeUnavailable: OpenVINO or the device is not available.
         BuildError: OpenVINO refused the model.
     """
     need(name, missing(), devices, options)
@@ -72,10 +72,10 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
 
 
 def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
-    """Compile the IR that build() wrote for low latency, in the precision that it was built in.
+    """Compile the IR that build() wrote for low latency, in its build precision.
 
     Raises:
-        RuntimeUnavailable: OpenVINO or the device is not there.
+        RuntimeUnavailable: OpenVINO or the device is not available.
         BuildError: OpenVINO refused the model.
     """
     need(name, missing(), devices, options)
@@ -89,28 +89,28 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
     try:
         core = openvino.Core()
         model = core.read_model(str(path))
-        # OpenVINO computes float32 models in bfloat16 where the processor can: another precision than was asked for.
-        settings["INFERENCE_PRECISION_HINT"] = "bf16" if _noted(model) == "bf16" else "f32"
+        # Explicit, because by default OpenVINO computes float32 models in bfloat16 if the processor supports it.
+        settings["INFERENCE_PRECISION_HINT"] = "bf16" if _build_precision(model) == "bf16" else "f32"
         return OpenVinoEngine(core.compile_model(model, "CPU", settings))
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
 
 
 def layers(path: Path, options: BuildOptions) -> Layers:
-    """Return what OpenVINO says that it runs: its layers after fusion, as compiled for this CPU.
+    """Return the layers of the model after fusion, as OpenVINO compiled it for this CPU.
 
     Raises:
-        RuntimesError: as load() does.
+        RuntimesError: As in load().
     """
     with load(path, options) as engine:
-        found = [layer for layer in engine.described() if layer["layerType"] not in NO_LAYERS]
-    kinds = [layer["layerType"] for layer in found]
-    # An attention becomes one node of its own, or one generated kernel that is named after all that went into it.
+        nodes = [layer for layer in engine.described() if layer["layerType"] not in NO_LAYERS]
+    kinds = [layer["layerType"] for layer in nodes]
+    # A fused attention is one node, or one generated kernel that lists the layers it was made from.
     fused = any(
         kind in ATTENTIONS or (kind == "Subgraph" and "softmax" in layer["originalLayersNames"].lower())
-        for kind, layer in zip(kinds, found, strict=True)
+        for kind, layer in zip(kinds, nodes, strict=True)
     )
-    rows = [(layer["layerType"], (layer["runtimePrecision"],)) for layer in found]
+    rows = [(layer["layerType"], (layer["runtimePrecision"],)) for layer in nodes]
     return counted(rows, fused_attention=fused or (False if "Softmax" in kinds else None))
 
 
@@ -128,7 +128,7 @@ class OpenVinoEngine(Closing[Any]):
         self.input_shapes: Shapes = {key: _shape(self._ports[key]) for key in self.inputs}
 
     def described(self) -> list[dict[str, str]]:
-        """Return what OpenVINO notes of every node that it runs, such as its "layerType" and "runtimePrecision"."""
+        """Return the runtime information of every executed node, such as "layerType" and "runtimePrecision"."""
         nodes = self._live().get_compiled_model().get_runtime_model().get_ordered_ops()
         return [{key: str(value.astype(str)) for key, value in node.get_rt_info().items()} for node in nodes]
 
@@ -139,7 +139,7 @@ class OpenVinoEngine(Closing[Any]):
         return {key: np.array(request.get_tensor(self._ports[key]).data) for key in self.outputs}
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Copy the feeds into tensors of OpenVINO; each call of the result is one inference on them."""
+        """Copy the feeds into OpenVINO tensors and return a function that runs one inference on them."""
         import openvino
 
         request = self._live()
@@ -158,24 +158,24 @@ class OpenVinoEngine(Closing[Any]):
 
 
 def _check_processor(core: Any, precision: str) -> None:
-    """Raise RuntimeUnavailable for bf16 on a processor that would compute it in another precision."""
+    """Raise RuntimeUnavailable for bf16 on a processor without bfloat16 arithmetic."""
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise RuntimeUnavailable("This processor has no bfloat16 arithmetic; use fp32 or int8.")
 
 
-def _noted(model: Any) -> str:
-    """The precision that build() noted in a model; one from elsewhere counts as float32."""
+def _build_precision(model: Any) -> str:
+    """Return the precision that build() recorded in a model; "fp32" for an IR from another source."""
     return str(model.get_rt_info([*NOTED]).astype(str)) if model.has_rt_info([*NOTED]) else "fp32"
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of an OpenVINO error: the first ones name its own source files."""
+    """Return the last line of an OpenVINO error; earlier lines name OpenVINO source files."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].rstrip(".!") if lines else type(error).__name__
 
 
 def _port_name(port: Any) -> str:
-    """The ONNX name of an input or output; OpenVINO may add names of its own."""
+    """Return the ONNX name of an input or output; OpenVINO may add other names."""
     return str(port.get_any_name())
 
 

@@ -1,9 +1,9 @@
-"""Small random-weight models of many families, and for each how many residual branches its module tree promises.
+"""Small models of many families with random weights, and the number of residual branches of each module class.
 
-`branches` counts by hand, apart from the site finder: module class name to the number of branches that each instance
-of that class adds to a trunk, read from the class's own forward. `attention` does the same for attention alone.
-`repeats` is how often each module runs, `fewer` how many
-of these the structure honestly does not have, `why` the reason, also where a class adds other than one would guess.
+The counts are independent of `find_sites`: `branches` maps the name of a module class to the number of branches that
+each instance adds to a trunk, counted by hand in its `forward`. `attention` counts the attention branches among them.
+`repeats` is the number of times each module runs. `fewer` and `fewer_attention` are the numbers of counted branches
+that are no residual branches in the graph, and `why` is the reason. `why` also explains counts that are not obvious.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Architecture:
 
 
 def promised(module: torch.nn.Module, per_class: dict[str, int]) -> int:
-    """Sum of `per_class` over all modules of the tree, by class name."""
+    """Return the sum of `per_class` over all modules of the tree, by class name."""
     return sum(per_class.get(type(part).__name__, 0) for part in module.modules())
 
 
@@ -44,7 +44,7 @@ def pixels(size: int) -> torch.Tensor:
 
 
 def tokens(vocabulary: int = 50, length: int = 7) -> dict[str, torch.Tensor]:
-    """Ids with padding in the second row, so that the mask is no constant."""
+    """Return token ids with padding in the second row, so that the mask is not constant."""
     ids = torch.randint(3, vocabulary, (2, length), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, length - 2 :] = 0
@@ -63,13 +63,13 @@ def timm_model(name: str, size: int = 32, **options: Any) -> Callable[[], tuple[
 def timm_class(
     module: str, name: str, size: int = 32, **options: Any
 ) -> Callable[[], tuple[Any, dict[str, torch.Tensor]]]:
-    """A class of timm called directly, where its factory fixes the sizes."""
+    """Return a function that builds a timm class directly, for models whose factory fixes the sizes."""
 
     def build() -> tuple[Any, dict[str, torch.Tensor]]:
         import importlib
 
-        made = getattr(importlib.import_module(f"timm.models.{module}"), name)(num_classes=5, **options)
-        return made, {"x": pixels(size)}
+        model = getattr(importlib.import_module(f"timm.models.{module}"), name)(num_classes=5, **options)
+        return model, {"x": pixels(size)}
 
     return build
 
@@ -78,10 +78,10 @@ def vit_with(block: str, **options: Any) -> Callable[[], tuple[Any, dict[str, to
     def build() -> tuple[Any, dict[str, torch.Tensor]]:
         from timm.models import vision_transformer
 
-        made = vision_transformer.VisionTransformer(
+        model = vision_transformer.VisionTransformer(
             **VIT, num_classes=5, block_fn=getattr(vision_transformer, block), **options
         )
-        return made, {"x": pixels(32)}
+        return model, {"x": pixels(32)}
 
     return build
 
@@ -122,12 +122,14 @@ def small_metaformer(*mixers: str) -> Callable[[], tuple[Any, dict[str, torch.Te
     def build() -> tuple[Any, dict[str, torch.Tensor]]:
         from timm.models import metaformer
 
-        parts = [getattr(metaformer, mixer) for mixer in mixers]
-        flat = [
+        classes = [getattr(metaformer, mixer) for mixer in mixers]
+        norms = [
             metaformer.LayerNormNoBias if mixer == "Attention" else metaformer.LayerNorm2dNoBias for mixer in mixers
         ]
-        made = metaformer.MetaFormer(depths=(1, 1), dims=(8, 32), token_mixers=parts, norm_layers=flat, num_classes=5)
-        return made, {"x": pixels(32)}
+        model = metaformer.MetaFormer(
+            depths=(1, 1), dims=(8, 32), token_mixers=classes, norm_layers=norms, num_classes=5
+        )
+        return model, {"x": pixels(32)}
 
     return build
 
@@ -135,10 +137,10 @@ def small_metaformer(*mixers: str) -> Callable[[], tuple[Any, dict[str, torch.Te
 def small_resmlp() -> tuple[Any, dict[str, torch.Tensor]]:
     from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 
-    made = MlpMixer(
+    model = MlpMixer(
         num_classes=5, img_size=32, embed_dim=16, num_blocks=2, block_layer=ResBlock, norm_layer=Affine, mlp_ratio=4.0
     )
-    return made, {"x": pixels(32)}
+    return model, {"x": pixels(32)}
 
 
 VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -191,7 +193,7 @@ TIMM = (
         small_mvit,
         {"MultiScaleBlock": 2},
         {"MultiScaleAttention": 1},
-        why="between stages the shortcut is projected, so attention adds to no trunk; q + f(q) inside it does",
+        why="between stages the shortcut is projected, so attention is no branch, but q + f(q) inside it is one",
     ),
     Architecture(
         "hiera",
@@ -200,7 +202,7 @@ TIMM = (
         {"MaskUnitAttention": 1},
         fewer=3,
         fewer_attention=3,
-        why="three blocks between stages project and pool the shortcut: it is no input of their attention",
+        why="three blocks between stages project and pool the shortcut, which their attention does not read",
     ),
     Architecture(
         "davit",
@@ -223,7 +225,7 @@ TIMM = (
         timm_model("levit_128s", 64, img_size=64, embed_dim=(8, 16), depth=(2, 1), num_heads=(1, 2), key_dim=8),
         {"LevitBlock": 2, "LevitDownsample": 1},
         {"Attention": 1},
-        why="between stages attention pools and has no shortcut, the MLP behind it has one",
+        why="between stages, attention pools and has no shortcut; the MLP after it has one",
     ),
     Architecture(
         "convnext", timm_model("convnext_atto", 32, depths=(1, 2, 1, 1), dims=(8, 8, 16, 16)), {"ConvNeXtBlock": 1}, {}
@@ -233,7 +235,7 @@ TIMM = (
         small_metaformer("Pooling", "Pooling"),
         {"MetaFormerBlock": 2},
         {},
-        why="pooling has no weights of its own, the norm before it has: kind other",
+        why="pooling has no weights, but the norm before it has, so the site is of the kind other",
     ),
     Architecture(
         "vit_parallel_scaling",
@@ -246,7 +248,7 @@ TIMM = (
         vit_with("ParallelThingsBlock"),
         {"ParallelThingsBlock": 2},
         {"ParallelThingsBlock": 1},
-        why="its two attentions are stacked and summed by one operator, which makes one branch; likewise the MLPs",
+        why="one operator stacks and sums its two attentions, which makes one branch; the same holds for the MLPs",
     ),
     Architecture(
         "vit_parallel_layerscale",
@@ -327,7 +329,7 @@ TIMM = (
         timm_model("edgenext_xx_small", 64, depths=(2, 2, 1, 1), dims=(8, 8, 16, 16)),
         {"ConvBlock": 1, "SplitTransposeBlock": 1},
         {"SplitTransposeBlock": 1},
-        why="one shortcut spans convolutions, channel attention and MLP; attention's own sum lies inside",
+        why="one shortcut spans convolutions, channel attention and MLP; the sum of the attention is inside",
     ),
     Architecture(
         "convit",
@@ -398,13 +400,13 @@ TIMM = (
 def transformers_model(
     name: str, inputs: Callable[[], dict[str, torch.Tensor]], **options: Any
 ) -> Callable[[], tuple[Any, dict[str, torch.Tensor]]]:
-    """A base model of transformers from its own config class with small sizes."""
+    """Return a function that builds a base model of transformers from its config class."""
 
     def build() -> tuple[Any, dict[str, torch.Tensor]]:
         import transformers
 
-        made = getattr(transformers, name)
-        return made(made.config_class(**options)), inputs()
+        model_class = getattr(transformers, name)
+        return model_class(model_class.config_class(**options)), inputs()
 
     return build
 
@@ -484,7 +486,7 @@ TRANSFORMERS = (
         transformers_model("SiglipVisionModel", pictures, **PICTURE),
         {"SiglipEncoderLayer": 2, "SiglipMultiheadAttentionPoolingHead": 1},
         {"SiglipAttention": 1},
-        why="the pooling head attends from a probe, without shortcut; the MLP behind it has one",
+        why="the attention of the pooling head has no shortcut; the MLP after it has one",
     ),
     Architecture("hf_bert", transformers_model("BertModel", segments, **TEXT), {"BertLayer": 2}, {"BertAttention": 1}),
     Architecture(
@@ -505,7 +507,7 @@ TRANSFORMERS = (
         {"AlbertLayer": 2},
         {"AlbertAttention": 1},
         repeats=2,
-        why="one layer's weights, used twice",
+        why="two layers share their weights",
     ),
     Architecture(
         "hf_distilbert",

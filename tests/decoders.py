@@ -1,4 +1,4 @@
-"""Small decoders of several architectures, every weight at random: biases and norms of fresh ones are not."""
+"""Small decoders of several architectures with random values in all weights, including biases and norms."""
 
 import torch
 import transformers
@@ -13,7 +13,7 @@ GATED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
 NARROW = GATED | {"head_dim": 8}
 OLD = COMMON | {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-# By how their weights lie in files: tied or not, with biases, as Conv1D has them, several in one.
+# The architectures differ in the layout of their weights in files: tied, with biases, Conv1D, several in one tensor.
 DECODERS = {
     "Llama": GATED | {"tie_word_embeddings": False},
     "Qwen3": NARROW | {"tie_word_embeddings": True},
@@ -25,12 +25,12 @@ DECODERS = {
     "Phi3": GATED,
     "Gemma4Text": NARROW
     | {"sliding_window": WINDOW, "layer_types": MIXED, "global_head_dim": 16, "num_kv_shared_layers": 0}
-    | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY},  # learned scales that are buffers
+    | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY},  # has learned scales in buffers
 }
 
 
 def decoder(name, **changed):
-    """A module in evaluation mode."""
+    """Return a decoder in evaluation mode."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**DECODERS[name] | changed)
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -42,11 +42,11 @@ def decoder(name, **changed):
 
 
 def saved(folder, name, *, dtype=torch.float32, shard="5GB", **changed):
-    """A folder of one, in a type and in shards of a size."""
+    """Save a decoder to a folder and return the folder."""
     decoder(name, **changed).to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 
 def random_tokens(rows, tokens, seed=0):
-    """Token ids [rows, tokens]."""
+    """Return random token ids of shape [rows, tokens]."""
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Sites with planted scores, and plans for them."""
+"""Sites with planted scores, and plans for these sites."""
 
 import torch
 
@@ -15,7 +15,7 @@ def site(name, kind, block, order, trunk, root=None):
 
 
 def chain(blocks=BLOCKS):
-    """Attention and MLP of each block in a row, the sum before each being its trunk."""
+    """Return sequential sites, attention and MLP of each block, whose trunk is the sum before."""
     kinds = ("attention", "mlp")
     return tuple(
         site(f"b.{block}.{kind}", kind, f"b.{block}", order, f"add_{order - 1}" if order else "stem")
@@ -31,7 +31,7 @@ def moments(cosine, angular=0.5):
 
 
 def scores_of(sites, cosine, *, angular=None, blocks=None):
-    """Scores with a planted cosine per site, distances per site, and distances [states, states]."""
+    """Return scores with a planted cosine for each site and angular distances of shape [states, states]."""
     states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
     count = len(states)
     matrix = torch.full((count, count), 0.9, dtype=torch.float64) if angular is None else angular

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compressor.measure.workshop import Workshop
+from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.search.planner import schedule
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
@@ -50,10 +50,10 @@ def of_criteria():
 def untimed(monkeypatch):
     """No engine is built or timed for prices: they are made up."""
 
-    def clock(self, graphs, settings, steps):
-        return {name: dict.fromkeys(self.calls(settings), 10.0 - 0.5 * number) for number, name in enumerate(graphs)}
+    def time(self, graphs, steps):
+        return {name: dict.fromkeys(self.timer.calls, 10.0 - 0.5 * number) for number, name in enumerate(graphs)}
 
-    monkeypatch.setattr(Workshop, "clock", clock)
+    monkeypatch.setattr(GraphEvaluator, "time", time)
 
 
 # ------------------------------------------------------------------------------------------------ committed results

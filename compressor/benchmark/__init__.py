@@ -1,1 +1,1 @@
-"""`compressor bench`: exported folders and other contenders compared side by side."""
+"""`compressor bench`: compare exported folders, ONNX files and torch models side by side."""

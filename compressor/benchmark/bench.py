@@ -1,4 +1,4 @@
-"""`bench`: exported folders, ONNX files and torch models measured again, side by side in one interleaved run."""
+"""`bench`: measure exported folders, ONNX files and torch models side by side, in one interleaved run."""
 
 from __future__ import annotations
 
@@ -33,25 +33,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What `compressor bench` was asked for; each field is a flag of the same name.
+    """Options of `compressor bench`; each field is an option of the same name.
 
     Attributes:
         what: exported folders, .onnx files and models (as for `export`), in the order of the tables.
-        data: where samples come from; None takes what the first folder was exported with.
-        model: whose preprocessing and names hold; None takes those of the first folder, or of the first model.
-        against: the name that the others are compared with; None takes the first.
-        batch: batch sizes to measure at.
-        threads: numbers of threads to measure at; none leaves them to the runtimes.
-        context: tokens that language models generate after, each timed; None takes a usual number, none times nothing.
-        compile: measure torch models through torch.compile too.
-        target: the runtime of ONNX files (default onnxruntime) and of folders (default: what they were exported for).
-        max_length: tokens of a window of a language model's texts; None takes what the first folder was exported with.
-        stride: tokens from the start of a window to that of the next; None takes likewise.
-        tasks: tasks of lm-eval that every engine is asked; none asks nothing.
-        num_fewshot: examples in front of each question; None leaves it to the task.
-        limit: questions of each task: a number, or a share below 1; None takes all.
-        include_path: a folder with tasks of one's own, as YAML files.
+        data: samples, as for `export`; None uses those of the first folder's export.
+        model: the model whose preprocessing and input names are used; None uses that of the first folder, or the
+            first model.
+        against: name of the baseline; None uses the first engine.
+        batch: batch sizes.
+        threads: thread counts; empty leaves the number to the runtimes.
+        context: context lengths, in tokens, at which generation is timed; None uses a default, empty times none.
+        compile: also measure torch models with torch.compile.
+        target: the runtime; None uses onnxruntime for ONNX files and the export's target for folders.
+        device: cpu or cuda; None uses the target's first choice.
+        max_length: tokens in each window of a language model's texts; None uses that of the first folder's export.
+        stride: tokens between the starts of two windows; None uses that of the first folder's export.
+        tasks: lm-eval tasks to evaluate on every engine; empty evaluates none.
+        num_fewshot: few-shot examples of each question; None uses the task's own number.
+        limit: questions of each task: a number, or a share below 1; None uses all.
+        include_path: a folder with further tasks as YAML files.
         cache: trace language models with their KV cache; False (``--no-cache``) without.
+        rounds: timed bursts of each engine.
         output: the file to write.
     """
 
@@ -84,47 +87,47 @@ class BenchSettings:
     def __post_init__(self) -> None:
         for name, values in (("batch", self.batch), ("threads", self.threads), ("context", self.context or ())):
             if any(value < 1 for value in values) or len(set(values)) < len(values):
-                raise SettingsError(f"{name} is {_listed(values)}; expected different numbers of at least 1.")
+                raise SettingsError(f"{name} is {_listed(values)}; expected distinct integers of at least 1.")
         if not self.batch:
-            raise SettingsError("batch is empty; expected numbers such as 1,8.")
+            raise SettingsError("batch is empty; expected batch sizes such as 1,8.")
         self.asked.check()
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """Every batch size with every number of threads."""
+        """All combinations of batch size and thread count."""
         return tuple(itertools.starmap(Condition, itertools.product(self.batch, self.threads or (None,))))
 
     @property
     def asked(self) -> Asked:
-        """What the lm-evaluation-harness is asked for."""
+        """The options of the lm-evaluation-harness."""
         return Asked(self.tasks, self.num_fewshot, self.limit, self.include_path)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
+        """Return the settings as plain JSON values."""
         return dataclasses.asdict(self) | {"output": str(self.output)}
 
 
 def bench(
     settings: BenchSettings, *, console: Console | None = None, command: str = "compressor.bench(...)"
 ) -> Comparison:
-    """Measure everything again and write the JSON file.
+    """Measure every engine and write the JSON file.
 
     Args:
-        settings: what was asked for.
-        console: where progress is shown; None shows nothing.
-        command: the command line, for the file.
+        settings: the engines and the options.
+        console: console for progress; None shows no progress.
+        command: the command line to record in the file.
 
     Raises:
-        CompressorError, RuntimesError: one sentence that says what was found and what to do.
+        CompressorError, RuntimesError: an input is invalid or an engine fails; the message is one sentence.
     """
     output = Path(settings.output)
     if output.is_dir():
         raise SettingsError(f"--output {output} is a folder; expected a file such as bench.json.")
     check_writable(output.parent)
     steps = Steps(console)
-    things = given(settings.what)
-    folders = {each.name: each.folder for each in things if each.folder is not None}
-    stand = _set_up(settings, things, folders, steps)
+    contenders = given(settings.what)
+    folders = {each.name: each.folder for each in contenders if each.folder is not None}
+    stand = _set_up(settings, contenders, folders, steps)
     with tempfile.TemporaryDirectory() as scratch:
         engines = stand.built(Path(scratch), steps)
         parity = stand.parity(engines)
@@ -154,39 +157,41 @@ def bench(
         parity=parity,
         harness=harness,
         environment=environment(),
-        notes=tuple(_seen_before(stand, folders)),
+        notes=tuple(_leakage_warnings(stand, folders)),
     )
     write_files(output.parent, {output.name: comparison.to_json().encode()})
     return comparison
 
 
-def _set_up(settings: BenchSettings, things: Sequence[Given], folders: Mapping[str, Exported], steps: Steps) -> Stand:
-    """Load the models and the data."""
+def _set_up(
+    settings: BenchSettings, contenders: Sequence[Given], folders: Mapping[str, Exported], steps: Steps
+) -> Stand:
+    """Load the models and the data, and return the test bench."""
     _check_tasks(folders)
     with steps.step("load the models"):
-        loaded = {each.name: _given_model(each, settings) for each in things if each.is_model}
+        loaded = {each.name: _load_contender(each, settings) for each in contenders if each.is_model}
         model = _model(settings, folders, loaded)
     check_model(model, settings.asked)
     entries = tuple(
         entry
-        for each in things
+        for each in contenders
         for entry in each.entries(loaded.get(each.name), settings.target, compiled=settings.compile)
     )
     against = _against(settings.against, entries)
-    after = contexts(settings.context, model)
-    usual = _usual(settings, folders)
+    context_lengths = contexts(settings.context, model)
+    export_settings = _export_settings(settings, folders)
     with steps.step("load the data") as tick:
-        ground = Loaded(model, load_data(usual, model, tick))
-    feeds = {batch: timing_feeds(ground.data.test, batch) for batch in settings.batch}
-    return Stand(ground, usual, entries, against, settings.conditions, feeds, after)
+        data_and_model = Loaded(model, load_data(export_settings, model, tick))
+    feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
+    return Stand(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
 
 
-def _given_model(thing: Given, settings: BenchSettings) -> Model:
-    """A model that is to be measured; a checkpoint that was exported is loaded for the task it was exported for."""
-    if thing.folder is None:
-        return _load(thing.spec, settings)
-    facts = thing.folder.report["model"]
-    model = models.load(thing.spec, task=facts["task"], cache=thing.folder.cache)
+def _load_contender(contender: Given, settings: BenchSettings) -> Model:
+    """Load a model to measure; an exported checkpoint is loaded for the task of its export."""
+    if contender.folder is None:
+        return _load(contender.spec, settings)
+    facts = contender.folder.report["model"]
+    model = models.load(contender.spec, task=facts["task"], cache=contender.folder.cache)
     return dataclasses.replace(model, random_weights=facts["random_weights"])
 
 
@@ -202,77 +207,76 @@ def _load(spec: str, settings: BenchSettings) -> Model:
 
 
 def _model(settings: BenchSettings, folders: Mapping[str, Exported], loaded: Mapping[str, Model]) -> Model:
-    """The model whose preprocessing, task and names hold for everything; random if any weights are."""
+    """Return the model whose preprocessing, task and input names are used; it counts as random if any weights are."""
     if settings.model is not None:
         model = _load(settings.model, settings)
     elif folders or loaded:
         first = next(iter(folders.values())).model() if folders else next(iter(loaded.values()))
-        model = max(
-            (first, *loaded.values()), key=lambda each: len(each.state)
-        )  # a checkpoint lacks a part of the cache
+        # A compressed checkpoint has fewer cache inputs: take the model with the most.
+        model = max((first, *loaded.values()), key=lambda each: len(each.state))
     else:
-        raise SettingsError("only ONNX files are given; name with --model whose preprocessing they take.")
+        raise SettingsError("only ONNX files were given; name the model whose preprocessing they use with --model.")
     random = [folder.report["model"]["random_weights"] for folder in folders.values()]
     random += [each.random_weights for each in loaded.values()]
     return dataclasses.replace(model, random_weights=any(random) or (model.random_weights and not random))
 
 
 def _check_tasks(folders: Mapping[str, Exported]) -> None:
-    """Refuse models of different tasks: no data fits both."""
+    """Raise if the folders have different tasks: no data fits both."""
     tasks = {name: folder.report["model"]["task"] for name, folder in folders.items()}
     if len(set(tasks.values())) > 1:
-        found = ", ".join(f"{name} ({task})" for name, task in tasks.items())
-        raise BenchError(f"the folders are of different tasks: {found}; measure those of one task at a time.")
+        listing = ", ".join(f"{name} ({task})" for name, task in tasks.items())
+        raise BenchError(f"the folders have different tasks: {listing}; measure folders of one task at a time.")
 
 
-def _against(wanted: str | None, entries: Sequence[Entry]) -> str:
-    """The name of the baseline; a folder's name stands for its first engine."""
+def _against(baseline: str | None, entries: Sequence[Entry]) -> str:
+    """Return the name of the baseline engine; the name of a folder selects its first engine."""
     names = [entry.name for entry in entries]
-    if wanted is None:
+    if baseline is None:
         return names[0]
-    found = [name for name in names if name in (wanted, f"{wanted} (eager)") or name.startswith(f"{wanted}/")]
-    if not found:
-        raise SettingsError(f"--against {wanted} is none of what is measured; expected one of: {', '.join(names)}.")
-    return found[0]
+    matches = [name for name in names if name in (baseline, f"{baseline} (eager)") or name.startswith(f"{baseline}/")]
+    if not matches:
+        raise SettingsError(f"--against {baseline} is not a measured engine; expected one of: {', '.join(names)}.")
+    return matches[0]
 
 
-def _usual(settings: BenchSettings, folders: Mapping[str, Exported]) -> Settings:
-    """The settings by which data is read and engines are sized, as an export has them."""
+def _export_settings(settings: BenchSettings, folders: Mapping[str, Exported]) -> Settings:
+    """Return the settings of an export that reads the same data and sizes engines alike."""
     first = next(iter(folders.values()), None)
-    asked = {} if first is None else first.report["settings"]
+    exported = {} if first is None else first.report["settings"]
     return Settings(
-        model=asked.get("model") if first is not None else settings.model or settings.what[0],
-        data=asked.get("data") if settings.data is None else settings.data,
+        model=exported.get("model") if first is not None else settings.model or settings.what[0],
+        data=exported.get("data") if settings.data is None else settings.data,
         drop="none",
-        target=settings.target or asked.get("target", "onnxruntime"),
+        target=settings.target or exported.get("target", "onnxruntime"),
         device=settings.device,
         batch=settings.batch[0],
         samples=settings.samples,
-        max_length=asked.get("max_length") if settings.max_length is None else settings.max_length,
-        stride=asked.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,
+        max_length=exported.get("max_length") if settings.max_length is None else settings.max_length,
+        stride=exported.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,
         rounds=settings.rounds,
         seed=settings.seed,
     )
 
 
-def _seen_before(stand: Stand, folders: Mapping[str, Exported]) -> Iterator[str]:
-    """Warn of test samples on which a folder was calibrated or chosen, where it was made from the same data."""
+def _leakage_warnings(stand: Stand, folders: Mapping[str, Exported]) -> Iterator[str]:
+    """Yield a warning for each folder that may have been calibrated or selected on samples of this test split."""
     data = stand.loaded.data
     for name, folder in folders.items():
-        made = folder.report["data"]
-        seen = set(data.test.ids) - set(made["test_ids"])
-        # An export of fewer samples used up fewer than half of these, in the same order: the rest it never saw.
-        if not data.random and made["source"] == data.source and made["seed"] != data.seed:
-            yield f"{name} was exported with another --seed, so it may have been calibrated on samples of this test."
-        elif not data.random and made["source"] == data.source and seen and _fewer(data.describe(), made):
+        exported = folder.report["data"]
+        overlap = set(data.test.ids) - set(exported["test_ids"])
+        # An export with fewer samples used fewer than half of these, in the same order, and never saw the others.
+        if not data.random and exported["source"] == data.source and exported["seed"] != data.seed:
+            yield f"{name} was exported with another --seed and may have been calibrated on these test samples."
+        elif not data.random and exported["source"] == data.source and overlap and _fewer(data.describe(), exported):
             yield (
-                f"{len(seen)} of the {len(data.test)} test samples may have calibrated {name}, which was exported with "
-                "more samples; give as many --samples as then."
+                f"{name} was exported with more samples and may have been calibrated on {len(overlap)} of the "
+                f"{len(data.test)} test samples; give the --samples of the export."
             )
 
 
-def _fewer(mine: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
-    return bool(sum(mine["sizes"].values()) < sum(then["sizes"].values()))
+def _fewer(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return bool(sum(data["sizes"].values()) < sum(other["sizes"].values()))
 
 
 def _listed(values: Sequence[int]) -> str:

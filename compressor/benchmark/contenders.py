@@ -1,4 +1,4 @@
-"""What `compressor bench` measures: exported folders, ONNX files and torch models, each as something to open."""
+"""The contenders of `compressor bench`: exported folders, ONNX files and torch models, and the engines they yield."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EAGER = "eager"
 
 
 class BenchError(CompressorError):
-    """Something given to `bench` cannot be measured."""
+    """An input of `bench` cannot be measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A folder that `compressor export` wrote, as its report describes it."""
+    """A folder that `compressor export` wrote, with its report.json."""
 
     path: Path
     report: Mapping[str, Any]
@@ -38,63 +38,64 @@ class Exported:
         """Read a folder's report.
 
         Raises:
-            BenchError: it is no report, or the folder lacks model.onnx.
+            BenchError: report.json is missing, invalid, or of an older version.
         """
         try:
             report = json.loads((path / REPORT).read_text(encoding="utf-8"))
             exported = Exported(path, report)
             _ = exported.target, exported.precision, exported.cells, report["model"]["task"], report["data"]["test_ids"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BenchError(f"{path / REPORT} is no report that `compressor export` wrote; export again.") from error
+            raise BenchError(
+                f"{path / REPORT} is not a report that `compressor export` wrote; export again."
+            ) from error
         return exported
 
     @property
     def target(self) -> str:
-        """The target it was exported for."""
+        """The target of the export."""
         return str(self.report["settings"]["target"])
 
     @property
     def precision(self) -> str:
-        """The precision it was exported in."""
+        """The precision of the export."""
         return str(self.report["settings"]["precision"])
 
     @property
     def cache(self) -> bool:
-        """Whether a language model was exported with its KV cache, or --no-cache left it out."""
+        """Whether the model was exported with its KV cache (False after --no-cache)."""
         return bool(self.report["settings"].get("cache", True))
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it holds a model to be loaded, and no engine."""
+        """Whether the folder holds a transformers checkpoint instead of an engine."""
         return self.target == TRANSFORMERS
 
     @property
     def engine(self) -> Path:
-        """What an engine is built from: the portable file, or the engine itself where torch made it."""
+        """The file to build from: model.onnx, or the engine's own file if there is no model.onnx."""
         portable = self.path / "model.onnx"
         return portable if portable.is_file() else self.path / str(self.report["engine"].get("file", portable.name))
 
     @property
     def cells(self) -> dict[str, str]:
-        """The files of its factorial by cell; none where it was exported without."""
+        """The files of the factorial by cell; empty for an export without --factorial."""
         factorial = self.report.get("factorial")
         return {} if factorial is None else {name: str(cell["file"]) for name, cell in factorial["cells"].items()}
 
     def model(self) -> Model:
-        """The model around the engine: preprocessing, task and names; its weights do not matter.
+        """Load the model around the engine, for its preprocessing, task and input names; weights are random.
 
-        A folder holds the config and preprocessing of its model, but those of a module of one's own, which is made
-        again by the factory that it came from.
+        The folder holds the config and the preprocessing, except for a user module, which its factory builds again.
 
         Raises:
-            CompressorError: it cannot be loaded from there.
+            CompressorError: the model cannot be loaded.
         """
         facts, spec = self.report["model"], self.report["settings"]["model"]
         if facts["source"] == "module":
             if ":" not in str(spec):
                 raise BenchError(
-                    f"{self.path} was exported from a module that was handed over in Python; name with --model a "
-                    "package.module:factory that makes it."
+                    f"{self.path} was exported from a module object in Python; name a package.module:factory that "
+                    "builds it with --model."
                 )
             model = models.load(spec, task=facts["task"], cache=self.cache)
         else:
@@ -106,8 +107,13 @@ class Exported:
 class Entry:
     """One engine to measure.
 
-    `target` is a runtime's name, or ``eager`` for a torch model; `file` what was given, None for a torch model;
-    `precision` what an engine is built in from it; `cell` is of which folder it is a cell of the factorial.
+    Attributes:
+        name: name in the tables.
+        target: name of a runtime, or ``eager`` for a torch model.
+        file: the file to build from; None for a torch model.
+        module: the torch model; None for a file.
+        precision: the precision to build in.
+        cell: folder and cell of a factorial; None outside of one.
     """
 
     name: str
@@ -118,7 +124,7 @@ class Entry:
     cell: tuple[str, str] | None = None
 
     def opener(self, built: Path | None) -> Callable[[BuildOptions], Engine]:
-        """What opens it, given what was built from its file."""
+        """Return a function that opens the engine; `built` is the engine file, None for a torch model."""
         if self.module is not None:
             return self.module.open
         assert built is not None
@@ -126,12 +132,12 @@ class Entry:
 
     @property
     def compiled(self) -> bool:
-        """Whether it was compiled by torch."""
+        """Whether the engine is a torch model under torch.compile."""
         return self.module is not None and self.module.compiles
 
     @property
     def bytes(self) -> int | None:
-        """Size of the file with its external data; None for a torch model, which needs none."""
+        """Size of the file with its external data, in bytes; None for a torch model."""
         return None if self.file is None else engine_bytes(self.file)
 
 
@@ -141,7 +147,7 @@ def _load(target: Runtime, built: Path, options: BuildOptions) -> Engine:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """One thing to measure as it was named: an exported folder, an ONNX file, or else a model."""
+    """One argument of `bench`: an exported folder, an ONNX file, or otherwise a model."""
 
     name: str
     spec: str
@@ -150,17 +156,17 @@ class Given:
 
     @property
     def is_model(self) -> bool:
-        """Whether it is a model to be loaded, exported or not."""
+        """Whether the argument is a model or an exported checkpoint."""
         return self.file is None and (self.folder is None or self.folder.is_checkpoint)
 
     def entries(self, model: Model | None, target: str | None, *, compiled: bool) -> Iterator[Entry]:
-        """The engines to measure of it; `model` is what was loaded where it is one.
+        """Yield the engines of the argument; `model` is the loaded model if `is_model`.
 
         Raises:
-            BenchError: a file is missing.
+            BenchError: a file is missing, or the engine's file does not fit the target.
         """
         if self.folder is not None and not self.folder.is_checkpoint:
-            yield from _of_folder(self.name, self.folder, target)
+            yield from _folder_entries(self.name, self.folder, target)
         elif self.file is not None:
             yield Entry(self.name, target or "onnxruntime", self.file)
         elif model is not None:
@@ -170,50 +176,52 @@ class Given:
 
 
 def given(what: Sequence[str]) -> tuple[Given, ...]:
-    """What each argument is. Its name is the last part of its path, or the whole where two would have the same.
+    """Classify the arguments. Names are the last parts of the paths, or the whole paths if these are not unique.
 
     Raises:
-        SettingsError: nothing was given, or one thing twice.
-        BenchError: a folder's report is broken, or a file missing.
+        SettingsError: there are no arguments, or two are equal.
+        BenchError: a folder's report is invalid, or a file is missing.
     """
     if not what:
-        raise SettingsError("nothing to measure; give exported folders, .onnx files, or models.")
-    twice = [spec for spec in what if what.count(spec) > 1]
-    if twice:
-        raise SettingsError(f"{twice[0]} is given twice; give each once.")
+        raise SettingsError("nothing to measure; give exported folders, .onnx files or models.")
+    duplicates = [spec for spec in what if what.count(spec) > 1]
+    if duplicates:
+        raise SettingsError(f"{duplicates[0]} is given twice; give each argument once.")
     short = [Path(spec).name for spec in what]
-    return tuple(_one(name if short.count(name) == 1 else spec, spec) for spec, name in zip(what, short, strict=True))
+    return tuple(
+        _classify(name if short.count(name) == 1 else spec, spec) for spec, name in zip(what, short, strict=True)
+    )
 
 
-def _one(name: str, spec: str) -> Given:
+def _classify(name: str, spec: str) -> Given:
     path = Path(spec)
     if path.suffix.lower() == ".onnx":
-        return Given(name, spec, file=_there(path))
+        return Given(name, spec, file=_existing(path))
     return Given(name, spec, folder=Exported.read(path) if (path / REPORT).is_file() else None)
 
 
-def _there(path: Path) -> Path:
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise BenchError(f"there is no file {path}; check the path.")
     return path
 
 
-def _of_folder(name: str, folder: Exported, target: str | None) -> Iterator[Entry]:
-    """The engine of a folder, or one for each cell of its factorial."""
+def _folder_entries(name: str, folder: Exported, target: str | None) -> Iterator[Entry]:
+    """Yield the engine of a folder, or one engine for each cell of its factorial."""
     chosen = folder.target if target is None else target
-    own = folder.precision if chosen == folder.target and folder.precision in runtime(chosen).own else "fp32"
+    precision = folder.precision if chosen == folder.target and folder.precision in runtime(chosen).own else "fp32"
     if folder.engine.suffix != ".onnx" and chosen != folder.target:
         raise BenchError(f"{name} holds an engine of {folder.target}, which {chosen} cannot open; leave out --target.")
     if not folder.cells:
-        yield Entry(name, chosen, _there(folder.engine), precision=own)
+        yield Entry(name, chosen, _existing(folder.engine), precision=precision)
     for cell, file in folder.cells.items():
-        yield Entry(f"{name}/{cell}", chosen, _there(folder.path / file), cell=(name, cell))
+        yield Entry(f"{name}/{cell}", chosen, _existing(folder.path / file), cell=(name, cell))
 
 
 def cells(entries: Sequence[Entry]) -> dict[str, dict[str, Entry]]:
-    """The cells of each folder's factorial, by the folder's name."""
-    found: dict[str, dict[str, Entry]] = {}
+    """Group the entries that are cells of a factorial, by folder name and cell."""
+    by_folder: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         if entry.cell is not None:
-            found.setdefault(entry.cell[0], {})[entry.cell[1]] = entry
-    return found
+            by_folder.setdefault(entry.cell[0], {})[entry.cell[1]] = entry
+    return by_folder

@@ -1,4 +1,4 @@
-"""What `bench` found of generation: speed-ups, the factorials of prompt and token, the tables."""
+"""Results of the generation timing of `bench`: speed-ups, factorials of prefill and decode, tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS: dict[Part, str] = {"first": "for the first token of {} tokens", "token": 
 
 @dataclass(frozen=True)
 class Generated:
-    """Everything measured of generation; `against` is what the others are compared with in the same place."""
+    """All measurements of generation; speed-ups are over `against` under the same condition and context length."""
 
     model: str
     entries: tuple[Entry, ...]
@@ -32,11 +32,11 @@ class Generated:
 
     @cached_property
     def places(self) -> tuple[tuple[Condition, int], ...]:
-        """Every condition with every context."""
+        """All pairs of condition and context length."""
         return tuple(dict.fromkeys((each.condition, each.context) for each in self.runs))
 
     def latencies(self, part: Part, condition: Condition, context: int) -> dict[str, Latency]:
-        """Latencies of one call in one place, by engine."""
+        """Return the latencies of prefill or decode under one condition and context length, by engine."""
         return {
             each.name: each.first if part == "first" else each.token
             for each in self.runs
@@ -45,7 +45,7 @@ class Generated:
 
     @cached_property
     def speedups(self) -> dict[tuple[Part, Condition, int], dict[str, Speedup]]:
-        """By call and place, how many times faster each engine is."""
+        """Speed-ups of each engine, by call, condition and context length."""
         return {
             (part, *where): speedups_over(self.against, self.latencies(part, *where))
             for part in PARTS
@@ -54,7 +54,7 @@ class Generated:
 
     @cached_property
     def factorials(self) -> tuple[tuple[str, Part, int, Factorial], ...]:
-        """Of every folder with cells, of both calls, at every context and under every condition."""
+        """Factorials of every folder with cells, for both calls, every context length and every condition."""
         return tuple(
             (folder, part, context, self._factorial(own, part, condition, context))
             for folder, own in cells(self.entries).items()
@@ -70,7 +70,7 @@ class Generated:
         return factorial({cell: latency[entry.name] for cell, entry in own.items()}, None, files, where)
 
     def to_dict(self) -> dict[str, Any]:
-        """Measurements and factorials as plain JSON values; latencies with every raw sample, in milliseconds."""
+        """Return measurements and factorials as plain JSON values; latencies hold every sample, in milliseconds."""
         return {
             "measurements": [self._measured(each) for each in self.runs],
             "factorials": [
@@ -93,7 +93,7 @@ class Generated:
         }
 
     def tables(self) -> Iterator[Table]:
-        """One for each place, 80 columns wide where names are short."""
+        """Yield a table for each condition and context length, 80 columns wide if names are short."""
         return (self._table(*where) for where in self.places)
 
     def _table(self, condition: Condition, context: int) -> Table:
@@ -121,14 +121,14 @@ class Generated:
         return table
 
     def summary(self) -> Iterator[str]:
-        """One sentence or two on each factorial, and on how far steps are from the whole text."""
+        """Yield the conclusions of the factorials, and the largest difference of a decode step from the whole text."""
         for folder, _, _, each in self.factorials:
             for sentence in each.conclusion:
                 yield f"{folder}: {sentence}"
         if self.runs:
             worst = max(self.runs, key=lambda each: each.difference)
             yield (
-                "Behind a cache the logits of each engine differ from its own of the whole text by at most "
+                "With a KV cache, the logits of each engine differ from its logits of the whole text by at most "
                 f"{worst.difference:.1e} of their spread ({worst.name})."
             )
 

@@ -1,7 +1,7 @@
-"""An opened engine as a language model of EleutherAI's lm-evaluation-harness; needs the package lm-eval.
+"""Adapter of an engine to the language model interface of EleutherAI's lm-evaluation-harness (package lm-eval).
 
-Texts become tokens, prompts are cut and windows roll as its class for transformers (``--model hf``) does it, so that
-the same weights get the same figures.
+Tokenization, truncation of prompts and rolling windows follow the harness's class for transformers (``--model hf``), so
+that equal weights get equal results.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from compressor.models import Model
 from compressor.models.kv_cache import positions
 from runtimes.base.protocols import Engine, Feeds
 
-ROWS = 32  # at a time, fewer where texts are long: see compressor.windows.TOKENS
-NEW_TOKENS = 256  # generated at most where a task does not say, as the harness has it
+ROWS = 32  # in a batch; fewer for long texts, see compressor.data.sliding_windows.TOKENS
+NEW_TOKENS = 256  # limit of generated tokens for tasks without one, the default of the harness
 GREEDY = {"do_sample": (None, False), "temperature": (None, 0.0), "num_beams": (None, 1)}
 
 Ids = npt.NDArray[np.int64]
@@ -32,17 +32,17 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class HarnessError(CompressorError):
-    """The harness asks for something that an engine is not used for here."""
+    """A task needs sampling, beam search or more tokens than an engine supports here."""
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
-    """Likelihoods and greedy generation by an engine.
+    """A language model of the harness that computes likelihoods and greedy generation with an engine.
 
     Args:
-        engine: opened, of a causal language model.
-        model: the model around it, with its tokenizer.
-        length: most tokens of one call, prompt and answer together.
-        told: called with the requests that are done, and with all of those under way.
+        engine: an opened engine of a causal language model.
+        model: the model around the engine, with its tokenizer.
+        length: maximum number of tokens of one call, prompt and answer together.
+        told: progress callback, called with the number of finished requests and of all requests.
     """
 
     def __init__(
@@ -51,37 +51,37 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.engine, self.model, self.tokenizer, self.max_length = engine, model, model.tokenizer, length
         self._told = told
-        self._carried = {after: before for after, before in model.state.items() if before in engine.inputs}
+        self._cache_names = {after: before for after, before in model.state.items() if before in engine.inputs}
 
     # ----------------------------------------------------------------------------------------------------- texts
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The end-of-text token."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token in front of a text without context."""
+        """The token before a text without context: the BOS token, or the end-of-text token if there is none."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keeps requests under."""
+        """The name under which the harness caches requests."""
         return self.model.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids, with the tokenizer's own special tokens unless the text already begins with the first of them."""
+        """Tokenize a text; add special tokens unless the text already begins with the prefix token."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        found: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return found
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return ids
 
     # ------------------------------------------------------------------------------------------------ likelihoods
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that share no scored token."""
+        """Return the log-likelihood of whole texts, from windows whose scored tokens are disjoint."""
         windows: list[Request] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -99,9 +99,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def _loglikelihood_tokens(self, requests: list[Request], **_: object) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is what greedy generation gives.
+        """Return the log-likelihood of each continuation, and whether greedy generation yields it.
 
-        Requests that differ in their last token only, as choices of one letter do, share one call.
+        Requests that differ in their last token only, such as choices of one letter, share one call.
         """
         order = Collator(
             requests,
@@ -109,20 +109,20 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             group_by="contexts",
             group_fn=lambda request: request[1] + request[2][:-1],
         )
-        found: list[tuple[float, bool]] = []
+        scores: list[tuple[float, bool]] = []
         for chunk in order.get_batched(n=ROWS):
-            for part in self._parts(chunk):
+            for part in self._batches(chunk):
                 inputs = [(context + new)[-(self.max_length + 1) :][:-1] for _, context, new in part]
                 for (text, context, new), ids, row in zip(part, inputs, self._logits(inputs), strict=True):
-                    scores = torch.from_numpy(row[len(ids) - len(new) : len(ids)]).float().log_softmax(-1)
-                    shared = order.get_cache(req_str=text, cxt_toks=context, cont_toks=new, logits=scores[None])
-                    found += [_scored(values[0], tokens) for _, tokens, values in shared]
-            self._tell(len(found), len(requests))
-        answers: list[tuple[float, bool]] = order.get_original(found)
-        return answers
+                    log_probs = torch.from_numpy(row[len(ids) - len(new) : len(ids)]).float().log_softmax(-1)
+                    shared = order.get_cache(req_str=text, cxt_toks=context, cont_toks=new, logits=log_probs[None])
+                    scores += [_score(values[0], tokens) for _, tokens, values in shared]
+            self._report(len(scores), len(requests))
+        in_order: list[tuple[float, bool]] = order.get_original(scores)
+        return in_order
 
-    def _parts(self, chunk: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """As many requests at a time as have few tokens together; they come in order of length, longest first."""
+    def _batches(self, chunk: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Split requests, sorted by length with the longest first, into batches of at most `TOKENS` tokens (or one)."""
         start = 0
         while start < len(chunk):
             _, context, new = chunk[start]
@@ -131,110 +131,116 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             start += rows
 
     def _logits(self, inputs: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
-        """Logits of some texts, padded on the right."""
+        """Return the logits of texts, padded on the right: [rows, longest, vocabulary]."""
         ids = np.full((len(inputs), max(map(len, inputs))), self.eot_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, tokens in enumerate(inputs):
             ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-        logits: npt.NDArray[np.float32] = self._run(ids, mask, self._no_cache(len(ids)))[self.model.answer]
+        logits: npt.NDArray[np.float32] = self._run(ids, mask, self._empty_cache(len(ids)))[self.model.answer]
         return logits
 
     # ------------------------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the engine goes on with, token by token behind its cache, until one of the texts that end it."""
+        """Generate greedily with the KV cache until one of the task's stop sequences."""
         order = Collator(
             [request.args for request in requests],
-            sort_fn=lambda asked: (-len(self.tok_encode(asked[0])), asked[0]),
+            sort_fn=lambda args: (-len(self.tok_encode(args[0])), args[0]),
             group_by="gen_kwargs",
-            group_fn=lambda asked: asked[1],
+            group_fn=lambda args: args[1],
         )
-        found: list[str] = []
+        texts: list[str] = []
         for chunk in order.get_batched(n=ROWS):
-            most, until = self._ends(chunk[0][1])
-            prompts = [self.tok_encode(text)[-(self.max_length - most) :] for text, _ in chunk]
-            for tokens in self._generated(prompts, most, until):
+            limit, stops = self._limits(chunk[0][1])
+            prompts = [self.tok_encode(text)[-(self.max_length - limit) :] for text, _ in chunk]
+            for tokens in self._generate(prompts, limit, stops):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                found.append(postprocess_generated_text(generation=text, stop=until, think_end_token=None))
-            self._tell(len(found), len(requests))
-        texts: list[str] = order.get_original(found)
-        return texts
+                texts.append(postprocess_generated_text(generation=text, stop=stops, think_end_token=None))
+            self._report(len(texts), len(requests))
+        in_order: list[str] = order.get_original(texts)
+        return in_order
 
-    def _ends(self, asked: Mapping[str, Any]) -> tuple[int, list[str]]:
-        """Most new tokens, and the texts that end an answer.
+    def _limits(self, generation_kwargs: Mapping[str, Any]) -> tuple[int, list[str]]:
+        """Return the maximum number of new tokens and the stop sequences of a task.
 
         Raises:
-            HarnessError: the task samples or searches, or leaves no room for a prompt.
+            HarnessError: the task needs sampling or beam search, or leaves no tokens for the prompt.
         """
-        kwargs = normalize_gen_kwargs(dict(asked), NEW_TOKENS)
+        kwargs = normalize_gen_kwargs(dict(generation_kwargs), NEW_TOKENS)
         for name, values in GREEDY.items():
             if kwargs.get(name) not in values:
-                raise HarnessError(f"the task asks for {name} {kwargs[name]}; engines generate greedily here.")
-        most = int(kwargs["max_gen_toks"])
-        if not 0 < most < self.max_length:
+                raise HarnessError(
+                    f"the task needs {name} {kwargs[name]}, but engines generate greedily; leave it out of --tasks."
+                )
+        limit = int(kwargs["max_gen_toks"])
+        if not 0 < limit < self.max_length:
             raise HarnessError(
-                f"the task asks for {most} new tokens, and {self.model.name} takes {self.max_length} with the prompt."
+                f"the task needs {limit} new tokens, but {self.model.name} accepts {self.max_length} tokens with the "
+                "prompt; leave it out of --tasks."
             )
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        return most, handle_stop_sequences(kwargs["until"], eos=end)
+        return limit, handle_stop_sequences(kwargs["until"], eos=end)
 
-    def _generated(self, prompts: Sequence[Sequence[int]], most: int, until: Sequence[str]) -> list[list[int]]:
-        """New tokens of each prompt, up to the one that ends its text or completes an ending."""
+    def _generate(self, prompts: Sequence[Sequence[int]], limit: int, stops: Sequence[str]) -> list[list[int]]:
+        """Return up to `limit` new tokens of each prompt, until an end-of-text token or a stop sequence."""
         width = max(map(len, prompts))
         ids = np.full((len(prompts), width), self.eot_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row, tokens in enumerate(prompts):  # on the left, so that all go on at the same place
+        for row, tokens in enumerate(prompts):  # pad on the left, so that all rows end at the same position
             ids[row, width - len(tokens) :], mask[row, width - len(tokens) :] = tokens, 1
         new: list[list[int]] = [[] for _ in prompts]
-        open_rows = set(range(len(prompts)))
-        step, cache, ends = ids, self._no_cache(len(ids)), self._ending_tokens()
-        for _ in range(most):
-            answers = self._run(step, mask, cache)
-            chosen = answers[self.model.answer][:, -1].argmax(-1).astype(np.int64)[:, None]
-            for row in sorted(open_rows):
+        active = set(range(len(prompts)))
+        step, cache, end_tokens = ids, self._empty_cache(len(ids)), self._end_tokens()
+        for _ in range(limit):
+            outputs = self._run(step, mask, cache)
+            chosen = outputs[self.model.answer][:, -1].argmax(-1).astype(np.int64)[:, None]
+            for row in sorted(active):
                 token = int(chosen[row, 0])
-                if token not in ends:
+                if token not in end_tokens:
                     new[row].append(token)
-                if token in ends or self._ended(new[row], until):
-                    open_rows.remove(row)
-            if not open_rows:
+                if token in end_tokens or self._has_stop(new[row], stops):
+                    active.remove(row)
+            if not active:
                 break
-            cache = {before: answers[after] for after, before in self._carried.items()}
+            cache = {before: outputs[after] for after, before in self._cache_names.items()}
             ids = np.concatenate([ids, chosen], 1)
             mask = np.concatenate([mask, np.ones_like(chosen)], 1)
-            step = chosen if cache else ids  # a model without a cache reads everything again
+            step = chosen if cache else ids  # without a KV cache, run the whole text again
         return new
 
-    def _ending_tokens(self) -> set[int]:
-        said = getattr(getattr(self.model.module, "generation_config", None), "eos_token_id", None)
-        return {self.eot_token_id, *(said if isinstance(said, list) else [] if said is None else [said])}
+    def _end_tokens(self) -> set[int]:
+        eos = getattr(getattr(self.model.module, "generation_config", None), "eos_token_id", None)
+        return {self.eot_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
 
-    def _ended(self, tokens: Sequence[int], until: Sequence[str]) -> bool:
+    def _has_stop(self, tokens: Sequence[int], stops: Sequence[str]) -> bool:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return any(end and end in text for end in until)
+        return any(stop and stop in text for stop in stops)
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    def _no_cache(self, rows: int) -> Feeds:
+    def _empty_cache(self, rows: int) -> Feeds:
         return dict(empty(self.engine, self.model, rows))
 
     def _run(self, ids: Ids, mask: Ids, cache: Feeds) -> Mapping[str, npt.NDArray[Any]]:
-        """One call; `mask` is of all tokens so far, `ids` of those that the cache does not hold."""
-        told: dict[str, npt.NDArray[np.generic]] = {
+        """Run the engine; `mask` covers all tokens so far, `ids` only those that are not in the cache."""
+        feeds: dict[str, npt.NDArray[np.generic]] = {
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": positions(mask, ids.shape[1]),
         }
-        told["token_type_ids"] = np.zeros_like(ids)
-        return self.engine.run({name: told[name] for name in told if name in self.engine.inputs} | dict(cache))
+        feeds["token_type_ids"] = np.zeros_like(ids)
+        return self.engine.run({name: feeds[name] for name in feeds if name in self.engine.inputs} | dict(cache))
 
-    def _tell(self, done: int, total: int) -> None:
+    def _report(self, done: int, total: int) -> None:
         if self._told is not None:
             self._told(done, total)
 
 
-def _scored(scores: torch.Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood of tokens, of which `scores` [at least as many, vocabulary] ends with theirs."""
-    own = scores[-len(tokens) :]
+def _score(log_probs: torch.Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
+    """Return the log-likelihood of tokens, and whether each is the most likely one.
+
+    The last rows of `log_probs` [at least len(tokens), vocabulary] are those of the tokens.
+    """
+    own = log_probs[-len(tokens) :]
     chosen = torch.tensor(tokens)
     return float(own.gather(-1, chosen[:, None]).sum()), bool((own.argmax(-1) == chosen).all())

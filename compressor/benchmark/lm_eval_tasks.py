@@ -1,4 +1,4 @@
-"""`bench --tasks`: tasks of EleutherAI's lm-evaluation-harness, judged with every engine side by side."""
+"""`bench --tasks`: evaluate every engine on tasks of EleutherAI's lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 INSTALL = 'pip install "lm-eval>=0.4.13"'
-LONGEST = 2048  # tokens where nothing says what a model takes, as the harness has it
+LONGEST = 2048  # tokens of a call for models without a known limit, the default of the harness
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the harness is asked for.
+    """Tasks and options of the harness.
 
     Attributes:
         tasks: names of tasks, groups or tags of the harness, or YAML files of tasks.
-        shots: examples in front of each question; None leaves it to the task.
-        limit: questions of each task: a number, or a share below 1; None takes all.
-        include_path: a folder of own tasks.
+        shots: few-shot examples of each question; None uses the task's own number.
+        limit: questions of each task: a number, or a share below 1; None uses all.
+        include_path: a folder with further tasks.
     """
 
     tasks: tuple[str, ...]
@@ -41,28 +41,30 @@ class Asked:
     include_path: str | None = None
 
     def check(self) -> None:
-        """Refuse what cannot work before anything else is done.
+        """Check the options before any work.
 
         Raises:
-            SettingsError: no tasks but options of theirs, the harness is not installed, or a number is out of range.
+            SettingsError: options of --tasks are set without it, the harness is not installed, or a value is invalid.
         """
         options = {"--num-fewshot": self.shots, "--limit": self.limit, "--include-path": self.include_path}
-        lonely = [name for name, value in options.items() if value is not None]
+        given = [name for name, value in options.items() if value is not None]
         if not self.tasks:
-            if lonely:
-                raise SettingsError(f"{lonely[0]} is an option of --tasks; name tasks of lm-eval, or leave it out.")
+            if given:
+                raise SettingsError(f"{given[0]} needs --tasks; name tasks of lm-eval, or leave it out.")
             return
         if any(not task.strip() for task in self.tasks):
-            raise SettingsError("--tasks holds an empty name; expected names with commas, such as arc_easy,wikitext.")
+            raise SettingsError(
+                "--tasks holds an empty name; expected names separated by commas, such as arc_easy,wikitext."
+            )
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit == int(self.limit))):
             raise SettingsError(f"--limit is {self.limit:g}; expected a whole number, or a share between 0 and 1.")
         if find_spec("lm_eval") is None:
-            raise SettingsError(f"--tasks needs the lm-evaluation-harness, which is not installed: {INSTALL}")
+            raise SettingsError(f"--tasks needs the lm-evaluation-harness, which is not installed; run {INSTALL}")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One figure of one engine, as the harness states it; `error` is its standard error where it has one."""
+    """One metric of one engine on one task; `error` is the standard error, None if the harness states none."""
 
     engine: str
     task: str
@@ -77,12 +79,12 @@ class Result:
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """What the figures of all engines have in common."""
+        """Task, metric and filter: the key that the results of all engines share."""
         return self.task, self.metric, self.filter
 
     @property
     def title(self) -> str:
-        """Task, examples before each question, and metric with the direction that is better."""
+        """Task, number of shots, and metric with an arrow towards the better values."""
         shots = "" if self.shots is None else f"{self.shots}-shot, "
         kind = "" if self.filter == "none" else f" ({self.filter})"
         better = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
@@ -91,7 +93,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Harness:
-    """All figures of the harness, engine by engine, and with which release of it they were taken."""
+    """All results of the harness, engine by engine, and the release of lm-eval."""
 
     asked: Asked
     release: str
@@ -99,22 +101,22 @@ class Harness:
     results: tuple[Result, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        asked = {"tasks": list(self.asked.tasks), "num_fewshot": self.asked.shots, "limit": self.asked.limit}
+        """Return the results as plain JSON values."""
+        options = {"tasks": list(self.asked.tasks), "num_fewshot": self.asked.shots, "limit": self.asked.limit}
         rows = [
             {name: getattr(each, name) for name in Result.__dataclass_fields__}
             | {"value": _finite(each.value), "difference": _finite(self.difference(each))}
             for each in self.results
         ]
-        return {"lm_eval": self.release, **asked, "against": self.against, "results": rows}
+        return {"lm_eval": self.release, **options, "against": self.against, "results": rows}
 
     def difference(self, each: Result) -> float:
-        """How far a figure is above that of the reference in the same place; NaN where there is none."""
-        same = (one.value for one in self.results if (one.engine, one.place) == (self.against, each.place))
-        return each.value - next(same, math.nan)
+        """Return a result minus that of the reference on the same task and metric; NaN if there is none."""
+        reference = (one.value for one in self.results if (one.engine, one.place) == (self.against, each.place))
+        return each.value - next(reference, math.nan)
 
     def table(self) -> Table:
-        """A line for each figure and engine, 80 columns wide where names are short."""
+        """Return a table with a line for each metric and engine, 80 columns wide if names are short."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
@@ -135,29 +137,31 @@ class Harness:
         return table
 
     def summary(self) -> str:
-        """What to read with care, as a sentence."""
+        """Return a sentence on how to read the results."""
         part = "" if self.asked.limit is None else f" of the first {self.asked.limit:g} questions of each task"
         return (
-            f"Tasks: figures of lm-eval {self.release}{part}, each with its standard error, which is that of the "
-            "figure and not of the difference between engines; the questions are the same for all."
+            f"Tasks: results of lm-eval {self.release}{part}, on the same questions for all engines. A standard error "
+            "is that of the result, not of the difference between engines."
         )
 
 
 def check_model(model: Model, asked: Asked) -> None:
-    """Refuse a model that the harness cannot ask, and tasks that cannot be loaded, before engines are built.
+    """Check, before engines are built, that the model can be evaluated and that the tasks can be loaded.
 
     Raises:
-        SettingsError: it is no language model, or has no tokenizer or no trained weights.
-        HarnessError: a task is unknown, or its data cannot be loaded.
+        SettingsError: the model is not a language model, or has no tokenizer or no trained weights.
+        CompressorError: a task is unknown, or its data cannot be loaded.
     """
     if not asked.tasks:
         return
     if model.task != "text-generation":
-        raise SettingsError(f"--tasks are for language models; {model.name} does {model.task}.")
+        raise SettingsError(f"--tasks needs a language model; {model.name} does {model.task}. Leave --tasks out.")
     if model.tokenizer is None or model.tokenizer.eos_token_id is None:
-        raise SettingsError(f"--tasks need a tokenizer that knows the end of a text; {model.name} comes without one.")
+        raise SettingsError(
+            f"--tasks needs a tokenizer with an end-of-text token; {model.name} has none. Leave --tasks out."
+        )
     if model.random_weights:
-        raise SettingsError(f"--tasks judge quality, and the weights of {model.name} are random; leave them out.")
+        raise SettingsError(f"--tasks measures quality, but the weights of {model.name} are random; leave --tasks out.")
     with _loading(asked):
         manager, names = _tasks(asked)
         manager.load(names)
@@ -172,18 +176,19 @@ def judge(
     length: int | None,
     steps: Steps,
 ) -> Harness | None:
-    """Ask every engine all tasks, one engine after the other; None where no tasks are asked for.
+    """Evaluate every engine on all tasks, one engine after the other; return None without tasks.
 
     Args:
-        openers: what opens each engine, by name.
-        model: the model around them, with its tokenizer.
+        openers: functions that open the engines, by name.
+        model: the model around the engines, with its tokenizer.
         asked: tasks and options.
-        against: the engine that the others are compared with.
-        length: most tokens of a call; None takes what the model takes.
-        steps: where progress is shown.
+        against: name of the reference engine.
+        length: maximum number of tokens of a call; None uses the model's own limit.
+        steps: recorder of the progress.
 
     Raises:
-        HarnessError: a task asks for something that engines do not do here.
+        HarnessError: a task needs sampling, beam search, or more tokens than the model accepts.
+        CompressorError: the harness fails.
     """
     if not asked.tasks:
         return None
@@ -191,25 +196,25 @@ def judge(
 
     with _loading(asked):
         manager, names = _tasks(asked)
-    most = LONGEST if model.preprocess.longest is None else model.preprocess.longest
-    found: list[Result] = []
+    limit = LONGEST if model.preprocess.longest is None else model.preprocess.longest
+    all_results: list[Result] = []
     for name, opener in openers.items():
-        with steps.step(f"ask {', '.join(asked.tasks)}: {name}") as tick, opener() as engine:
-            lm = EngineLM(engine, model, most if length is None else length, told=tick)
-            found += results(name, _evaluated(lm, manager, names, asked))
-    return Harness(asked, importlib.metadata.version("lm_eval"), against, tuple(found))
+        with steps.step(f"evaluate {', '.join(asked.tasks)}: {name}") as tick, opener() as engine:
+            lm = EngineLM(engine, model, limit if length is None else length, told=tick)
+            all_results += results(name, _evaluate(lm, manager, names, asked))
+    return Harness(asked, importlib.metadata.version("lm_eval"), against, tuple(all_results))
 
 
-def results(engine: str, said: Mapping[str, Any]) -> Iterator[Result]:
-    """The figures in what the harness's `simple_evaluate` returns; groups are in it beside their tasks."""
-    for task, figures in said["results"].items():
-        for key, value in figures.items():
+def results(engine: str, output: Mapping[str, Any]) -> Iterator[Result]:
+    """Yield the results in the output of the harness's `simple_evaluate`, of groups as well as of their tasks."""
+    for task, metrics in output["results"].items():
+        for key, value in metrics.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = figures.get(f"{metric}_stderr,{kind}")
-            better = said.get("higher_is_better", {}).get(task, {}).get(metric)
-            version = said.get("versions", {}).get(task)
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            better = output.get("higher_is_better", {}).get(task, {}).get(metric)
+            version = output.get("versions", {}).get(task)
             yield Result(
                 engine=engine,
                 task=task,
@@ -217,35 +222,35 @@ def results(engine: str, said: Mapping[str, Any]) -> Iterator[Result]:
                 filter=kind,
                 value=float(value),
                 error=float(error) if isinstance(error, int | float) else None,
-                shots=said.get("n-shot", {}).get(task),
-                samples=said.get("n-samples", {}).get(task, {}).get("effective"),
+                shots=output.get("n-shot", {}).get(task),
+                samples=output.get("n-samples", {}).get(task, {}).get("effective"),
                 version=None if version is None else str(version),
                 higher_is_better=better,
             )
 
 
 def _tasks(asked: Asked) -> tuple[Any, list[str]]:
-    """The harness's task manager, which reads thousands of files, and the names that the patterns mean."""
+    """Return the harness's task manager, which reads thousands of files, and the task names that the patterns match."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=asked.include_path)
     return manager, [name for task in asked.tasks for name in (manager.match_tasks([task]) or [task])]
 
 
-def _evaluated(lm: Any, manager: Any, names: list[str], asked: Asked) -> Mapping[str, Any]:
+def _evaluate(lm: Any, manager: Any, names: list[str], asked: Asked) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
 
     limit = None if asked.limit is None else int(asked.limit) if asked.limit >= 1 else asked.limit
     with _loading(asked):
-        said: Mapping[str, Any] = simple_evaluate(
+        output: Mapping[str, Any] = simple_evaluate(
             model=lm, tasks=names, task_manager=manager, num_fewshot=asked.shots, limit=limit, log_samples=False
         )
-    return said
+    return output
 
 
 @contextlib.contextmanager
 def _loading(asked: Asked) -> Iterator[None]:
-    """What the harness and its data sets raise, in one sentence; and nothing logged below an error."""
+    """Turn exceptions of the harness and its datasets into a CompressorError; hide its log below errors."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -253,10 +258,10 @@ def _loading(asked: Asked) -> Iterator[None]:
         yield
     except CompressorError:
         raise
-    except Exception as error:  # the harness, the data library and the hub client let through whatever happens
+    except Exception as error:  # the harness, the data library and the hub client raise many types
         raise CompressorError(
-            f"lm-eval cannot ask {', '.join(asked.tasks)} ({first_line(error)}); check the names, --include-path and "
-            "the network that its data comes from."
+            f"lm-eval failed on {', '.join(asked.tasks)} ({first_line(error)}); check the task names, --include-path "
+            "and the network connection."
         ) from error
     finally:
         logger.setLevel(level)

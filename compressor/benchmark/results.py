@@ -1,4 +1,4 @@
-"""What `bench` found: JSON is the truth, the terminal tables are derived from it."""
+"""Results of `bench`: the content of bench.json, and the terminal tables."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NO_MEMORY = {
-    "torch": "the process of a torch model holds torch and what built it, which no engine needs",
-    "device": "memory is told for engines on the CPU, by the process that holds them",
+    "torch": "the process of a torch model also holds torch and the model's builder, which an engine does not need",
+    "device": "memory is that of the process, which covers engines on the CPU only",
 }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything measured by one `bench`, and everything needed to repeat it.
+    """All measurements of one `bench`, and the options needed to repeat it.
 
-    Speed-ups are over `against` under the same condition, losses against `reference`. `parity` is the largest
-    difference of each compiled torch model from the eager one, whose quality stands for it. `generated` holds nothing
-    but for language models with a cache, `harness` but where tasks of lm-eval were asked.
+    Speed-ups are over `against` under the same condition, losses against `reference`. `parity` is the largest absolute
+    difference of each compiled torch model from its eager model, whose quality counts for both. `generated` is empty
+    for models without a KV cache, `harness` is None without --tasks.
     """
 
     command: str
@@ -55,16 +55,16 @@ class Comparison:
 
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:
-        """Every batch size with every number of threads."""
+        """All combinations of batch size and thread count."""
         return tuple(dict.fromkeys(each.condition for each in self.measurements))
 
     def latencies(self, condition: Condition) -> dict[str, Latency]:
-        """Latencies under one condition, by engine."""
+        """Return the latencies under one condition, by engine."""
         return {each.name: each.latency for each in self.measurements if each.condition == condition}
 
     @cached_property
     def speedups(self) -> dict[tuple[str, Condition], Speedup]:
-        """How many times faster each engine is than the baseline, the same rounds drawn for all."""
+        """Speed-up of each engine over the baseline; the bootstrap draws the same rounds for all."""
         return {
             (name, condition): speed
             for condition in self.conditions
@@ -73,7 +73,7 @@ class Comparison:
 
     @cached_property
     def quality(self) -> dict[str, tuple[Figure, Figure]]:
-        """Figure of each engine that was judged, and its loss against the reference."""
+        """Quality of each evaluated engine, and its loss against the reference."""
         if self.evaluation is None:
             return {}
         names = self.evaluation.columns
@@ -81,7 +81,7 @@ class Comparison:
 
     @cached_property
     def factorials(self) -> tuple[tuple[str, Factorial], ...]:
-        """The factorial of every folder that has one, under every condition."""
+        """Factorials of every folder with cells, under every condition."""
         return tuple(
             (folder, self._factorial(own, condition))
             for folder, own in cells(self.entries).items()
@@ -90,20 +90,20 @@ class Comparison:
 
     def _factorial(self, own: Mapping[str, Entry], condition: Condition) -> Factorial:
         latency = self.latencies(condition)
-        judged = None
+        evaluation = None
         if self.evaluation is not None:
             columns = {cell: self.evaluation.columns[entry.name] for cell, entry in own.items()}
-            judged = Evaluation(self.evaluation.metric, columns)
+            evaluation = Evaluation(self.evaluation.metric, columns)
         target = next(iter(own.values())).target
         return factorial(
             {cell: latency[entry.name] for cell, entry in own.items()},
-            judged,
+            evaluation,
             {cell: str(entry.file) for cell, entry in own.items()},
             place(target, condition.batch, condition.threads),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as plain JSON values; latencies with every raw sample, in milliseconds."""
+        """Return the comparison as plain JSON values; latencies hold every sample, in milliseconds."""
         plain = ("command", "settings", "against", "model", "data", "no_quality_because", "environment")
         return {
             "version": VERSION,
@@ -119,7 +119,7 @@ class Comparison:
         }
 
     def to_json(self) -> str:
-        """The comparison as indented JSON."""
+        """Return the comparison as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def _engine(self, entry: Entry) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Comparison:
     # -------------------------------------------------------------------------------------------------- terminal
 
     def tables(self) -> Iterator[Table]:
-        """Speed under each condition, quality, and the factorials, each 80 columns wide where names are short."""
+        """Yield tables of speed, generation, quality, tasks and factorials, 80 columns wide if names are short."""
         for condition in self.conditions:
             yield self._speed(condition)
         yield from self.generated.tables()
@@ -188,24 +188,26 @@ class Comparison:
         return table
 
     def summary(self) -> str:
-        """Conclusions and what to read with care, as lines of text."""
-        lines = [sentence for folder, each in self.factorials for sentence in _told(folder, each)]
+        """Return conclusions and caveats as lines of text."""
+        lines = [sentence for folder, each in self.factorials for sentence in _conclusion(folder, each)]
         lines += self.generated.summary()
         if self.evaluation is not None:
             count = self.data["sizes"]["test"]
-            lines.append(f"Quality: {METRICS[self.evaluation.metric]}, on {count} test samples; the same for all.")
+            lines.append(
+                f"Quality: {METRICS[self.evaluation.metric]}, on {count} test samples, the same for all engines."
+            )
         if self.harness is not None:
             lines.append(self.harness.summary())
         if self.no_quality_because is not None:
             lines.append(f"No quality stated: {self.no_quality_because}.")
         lines += [
-            f"{name} differs from eager by at most {difference:.1e}, so its quality is that of eager."
+            f"{name} differs from the eager model by at most {difference:.1e}; its quality was not measured separately."
             for name, difference in self.parity.items()
         ]
         return "\n".join([*lines, *self.notes])
 
 
-def _told(folder: str, each: Factorial) -> Iterator[str]:
+def _conclusion(folder: str, each: Factorial) -> Iterator[str]:
     return (f"{folder}: {sentence}" for sentence in each.conclusion)
 
 

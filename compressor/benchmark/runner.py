@@ -1,4 +1,4 @@
-"""What `bench` measures with: every engine built, judged and timed on the same data."""
+"""The measurements of `bench`: build, evaluate and time every engine on the same data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import numpy as np
 from compressor.benchmark.contenders import EAGER, BenchError, Entry
 from compressor.lower.traced_model import Loaded
 from compressor.measure import peak_memory
+from compressor.measure.engine_builder import sized
+from compressor.measure.engine_quality import judge
+from compressor.measure.latency import timed
 from compressor.measure.peak_memory import Memory
 from compressor.measure.workload import Fed
-from compressor.measure.workshop import judge, sized, timed
 from compressor.quality.evaluate import Evaluation
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
@@ -27,7 +29,7 @@ from runtimes.base.timing import Latency
 
 
 class Condition(NamedTuple):
-    """A batch size and a number of threads; None leaves it to the runtime."""
+    """A batch size and a thread count; None leaves the count to the runtime."""
 
     batch: int
     threads: int | None
@@ -38,7 +40,7 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one engine does under one condition; no memory where it cannot be told."""
+    """Latency and peak memory of one engine under one condition; `memory` is None if it cannot be measured."""
 
     name: str
     condition: Condition
@@ -47,13 +49,13 @@ class Measurement:
 
     @property
     def throughput(self) -> float:
-        """Rows a second, one batch after the other."""
+        """Rows per second for consecutive batches, from the median latency."""
         return self.condition.batch / self.latency.median * 1000.0
 
 
 @dataclass(frozen=True)
 class Engines:
-    """What opens each engine, and what was built from the ONNX files, by name."""
+    """Functions that open the engines, and the engine files built from ONNX files, by name."""
 
     openers: Mapping[str, Callable[[BuildOptions], Engine]]
     paths: Mapping[str, Path]
@@ -61,7 +63,17 @@ class Engines:
 
 @dataclass(frozen=True)
 class Stand:
-    """Everything that is measured, and on what; `contexts` are the tokens that generation is timed after."""
+    """The engines, conditions and data of one comparison.
+
+    Attributes:
+        loaded: the model and the data.
+        settings: the settings by which engines are sized.
+        entries: the engines.
+        against: name of the baseline of the speed-ups.
+        conditions: batch sizes and thread counts.
+        feeds: inputs of the timed calls, by batch size.
+        contexts: context lengths, in tokens, at which generation is timed.
+    """
 
     loaded: Loaded
     settings: Settings
@@ -73,17 +85,18 @@ class Stand:
 
     @property
     def reference(self) -> str:
-        """What quality is compared with: the baseline, or the eager model of a compiled one."""
-        place = [entry.name for entry in self.entries].index(self.against)
-        return self.entries[place - 1 if self.entries[place].compiled else place].name  # the eager one comes before it
+        """Name of the reference for quality: the baseline, or its eager model if the baseline is compiled."""
+        index = [entry.name for entry in self.entries].index(self.against)
+        # The entry of an eager model directly precedes that of its compiled model.
+        return self.entries[index - 1 if self.entries[index].compiled else index].name
 
     @property
     def judged(self) -> tuple[Entry, ...]:
-        """The engines whose quality is measured: a compiled model is held against the eager one instead."""
+        """The engines whose quality is measured: all but compiled models, which are compared with the eager model."""
         return tuple(entry for entry in self.entries if not entry.compiled)
 
     def options(self, condition: Condition, entry: Entry) -> BuildOptions:
-        """How an engine is opened; `sized` for everything that it will meet."""
+        """Return the build options of an engine: device, threads, and the sizes of all inputs it will get."""
         device = self.settings.device
         if device is None:
             device = "cpu" if entry.target == EAGER else runtime(entry.target).devices[0]
@@ -91,23 +104,23 @@ class Stand:
 
     @cached_property
     def _sized(self) -> BuildOptions:
-        """The sizes that engines will meet; of texts that takes a pass over the data."""
+        """Options with the range of batch sizes and text lengths; cached, since lengths take a pass over the data."""
         options = sized(BuildOptions(), self.loaded, self.settings)
-        smallest, usual, largest = options.batches
+        smallest, typical, largest = options.batches
         batches = [condition.batch for condition in self.conditions]
-        least, middle, longest = options.lengths
+        shortest, middle, longest = options.lengths
         return dataclasses.replace(
             options,
-            batches=(smallest, usual, max(largest, *batches)),
-            lengths=(least, middle, max((longest, *(context + 1 for context in self.contexts)))),
+            batches=(smallest, typical, max(largest, *batches)),
+            lengths=(shortest, middle, max((longest, *(context + 1 for context in self.contexts)))),
         )
 
     def built(self, scratch: Path, steps: Steps) -> Engines:
-        """Build every engine anew, and see that it takes the data's inputs.
+        """Build every engine and check its inputs and outputs.
 
         Raises:
-            BenchError: an engine has other inputs or outputs.
-            RuntimesError: a target cannot be used, or refuses a file.
+            BenchError: an engine has other inputs or outputs than the model.
+            RuntimesError: a target is not available or cannot build a file.
         """
         openers: dict[str, Callable[[BuildOptions], Engine]] = {}
         paths: dict[str, Path] = {}
@@ -119,24 +132,24 @@ class Stand:
                     paths[entry.name] = _build(entry, entry.file, scratch / str(number), options)
                 openers[entry.name] = entry.opener(paths.get(entry.name))
                 with openers[entry.name](options) as engine:
-                    _check_ends(entry.name, engine, self.loaded)
+                    _check_inputs_and_outputs(entry.name, engine, self.loaded)
         return Engines(openers, paths)
 
     def parity(self, engines: Engines) -> dict[str, float]:
-        """Largest difference of each compiled model's answers from those of the eager one, on the timed inputs."""
-        found = {}
-        for before, entry in itertools.pairwise(self.entries):
-            if entry.compiled:  # comes right after its eager one
+        """Return the largest absolute difference of each compiled model's output from the eager model's."""
+        differences = {}
+        for eager, compiled in itertools.pairwise(self.entries):
+            if compiled.compiled:  # directly follows its eager model
                 feeds, answer = self.feeds[self.conditions[0].batch], self.loaded.model.answer
-                sides = []
-                for each in (before, entry):
+                outputs = []
+                for each in (eager, compiled):
                     with engines.openers[each.name](self.options(self.conditions[0], each)) as engine:
-                        sides.append(engine.run(feeds)[answer])
-                found[entry.name] = float(np.abs(sides[0] - sides[1]).max())
-        return found
+                        outputs.append(engine.run(feeds)[answer])
+                differences[compiled.name] = float(np.abs(outputs[0] - outputs[1]).max())
+        return differences
 
     def quiet_openers(self, engines: Engines) -> dict[str, Callable[[], Engine]]:
-        """What opens each engine that is judged; threads that wait and spin would take the cores from the others."""
+        """Return functions that open the evaluated engines without spinning threads, which would occupy the cores."""
         return {
             entry.name: partial(
                 engines.openers[entry.name],
@@ -146,14 +159,14 @@ class Stand:
         }
 
     def quality(self, engines: Engines, steps: Steps) -> Evaluation | None:
-        """Quality on test data, on the same samples for all; None where none may be stated."""
+        """Evaluate all engines on the same test samples; return None if no quality may be stated."""
         if self.loaded.no_quality_because is not None:
             return None
         with steps.step("measure the quality") as tick:
             return judge(self.quiet_openers(engines), self.loaded, self.loaded.data.test, self.reference, tick)
 
     def measurements(self, engines: Engines, rounds: int, steps: Steps) -> tuple[Measurement, ...]:
-        """Latency of every engine under every condition in one interleaved run, then peak memory."""
+        """Time every engine under every condition in one interleaved run, then measure peak memory."""
         runs = {
             f"{entry.name}, {condition}": (entry, condition) for condition in self.conditions for entry in self.entries
         }
@@ -165,12 +178,12 @@ class Stand:
         }
         latency = timed(fed, {}, rounds, steps)
         with steps.step("measure the memory") as tick:
-            found = []
+            measurements = []
             for number, (key, (entry, condition)) in enumerate(runs.items()):
                 tick(number, len(runs), key)
                 peak = self._memory(entry, condition, engines.paths)
-                found.append(Measurement(entry.name, condition, latency[key], peak))
-        return tuple(found)
+                measurements.append(Measurement(entry.name, condition, latency[key], peak))
+        return tuple(measurements)
 
     def _memory(self, entry: Entry, condition: Condition, built: Mapping[str, Path]) -> Memory | None:
         options = self.options(condition, entry)
@@ -183,17 +196,17 @@ def _build(entry: Entry, file: Path, scratch: Path, options: BuildOptions) -> Pa
     target = runtime(entry.target)
     need(target.name, target.missing(), target.devices, options)
     if file.suffix != ".onnx":
-        return file  # an engine already
+        return file  # already an engine
     scratch.mkdir()
     return target.build(file, scratch, dataclasses.replace(options, precision=entry.precision))
 
 
-def _check_ends(name: str, engine: Engine, loaded: Loaded) -> None:
-    """Refuse an engine that takes or gives something else than the data's model; a cache may have lost layers."""
+def _check_inputs_and_outputs(name: str, engine: Engine, loaded: Loaded) -> None:
+    """Raise if an engine's inputs or outputs differ from the model's; it may lack cache inputs of dropped layers."""
     model = loaded.model
-    needed = set(model.inputs) - set(model.state.values())
-    if not needed <= set(engine.inputs) <= set(model.inputs) or model.answer not in engine.outputs:
+    required = set(model.inputs) - set(model.state.values())
+    if not required <= set(engine.inputs) <= set(model.inputs) or model.answer not in engine.outputs:
         raise BenchError(
-            f"{name} goes from {', '.join(engine.inputs)} to {', '.join(engine.outputs)}, but {model.name} from "
-            f"{', '.join(model.inputs)} to {model.answer}; measure models of one kind, or name theirs with --model."
+            f"{name} maps {', '.join(engine.inputs)} to {', '.join(engine.outputs)}, but {model.name} maps "
+            f"{', '.join(model.inputs)} to {model.answer}; measure models of one kind, or name the model with --model."
         )

@@ -1,4 +1,4 @@
-"""The command `bench`: parse, one settings object, one call, print."""
+"""The command `compressor bench`."""
 
 from __future__ import annotations
 
@@ -10,55 +10,64 @@ from compressor.cli.options import no_cache_option
 from compressor.cli.param_types import Names, Numbers, command_line, console
 
 WHAT_HELP = (
-    "WHAT is any number of folders that `compressor export` wrote (each cell of a factorial is measured), .onnx files, "
-    "and models as for `export`, which are measured in torch, as checkpoints are that it wrote."
+    "WHAT is any number of folders that `compressor export` wrote (with every cell of a factorial), .onnx files, and "
+    "models as for `export`. Models, and folders that hold a checkpoint, are measured in torch."
 )
 
 
 @click.command(epilog=WHAT_HELP)
 @click.argument("what", nargs=-1)
 @click.option("--data", help="Samples, as for export.  [default: those of the first folder]")
-@click.option("--model", help="Whose preprocessing holds.  [default: the first folder's, or the first model's]")
-@click.option("--against", help="What the others are compared with.  [default: the first]")
+@click.option(
+    "--model", help="Model whose preprocessing is used.  [default: that of the first folder, or the first model]"
+)
+@click.option("--against", help="Baseline of the comparison.  [default: the first engine]")
 @click.option("--batch", type=Numbers(), default="1", show_default=True, help="Batch sizes, such as 1,8.")
-@click.option("--threads", type=Numbers(), help="Numbers of threads, such as 1,2.  [default: the runtimes' own]")
+@click.option("--threads", type=Numbers(), help="Thread counts, such as 1,2.  [default: the runtimes' own]")
 @click.option(
     "--context",
     type=Numbers(),
-    help="Tokens that language models generate after, such as 128,512.  [default: 128, or as many as fit]",
+    help="Language models: context lengths in tokens at which generation is timed, such as 128,512.  [default: 128, or "
+    "as many as fit]",
 )
-@click.option("--compile", is_flag=True, help="Measure torch models through torch.compile too.")
-@click.option("--target", help="Runtime.  [default: the one a folder was exported for; onnxruntime for files]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where engines run.  [default: as targets prefer]")
-@click.option("--task", help="Override the models' task, as for export.")
+@click.option("--compile", is_flag=True, help="Also measure torch models with torch.compile.")
+@click.option("--target", help="Runtime.  [default: that of the export for folders, onnxruntime for .onnx files]")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device of the engines.  [default: the target's first choice]"
+)
+@click.option("--task", help="Override the task of the models, as for export.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own.")
-@click.option("--random-weights", is_flag=True, help="Build models without their weights (speed only).")
+@click.option("--random-weights", is_flag=True, help="Build models with random weights (speed only).")
 @no_cache_option
-@click.option("--samples", type=click.IntRange(min=3), help="Most samples to use in total; as many as when exporting.")
+@click.option(
+    "--samples", type=click.IntRange(min=3), help="Largest number of samples in total; use that of the export."
+)
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
-    help="Tokens of a window of a language model's texts.  [default: as when exporting]",
+    help="Language models: tokens in each window of the texts.  [default: as in the export]",
 )
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens from one window to the next.  [default: likewise]")
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Language models: tokens between the starts of two windows.  [default: as in the export]",
+)
 @click.option(
     "--tasks",
     type=Names(),
     default="",
-    help="Tasks of lm-eval (pip install lm-eval) that every language model is asked, such as arc_easy,wikitext.",
+    help="Language models: lm-eval tasks to evaluate, such as arc_easy,wikitext (needs pip install lm-eval).",
 )
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's]")
-@click.option("--limit", type=float, help="Questions of each task, or a share of them below 1.  [default: all]")
-@click.option("--include-path", help="Folder with tasks of your own, as YAML files of lm-eval.")
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed bursts of each engine."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the data split; the same as when exporting.")
-@click.option("--output", "-o", default="bench.json", show_default=True, help="File to write.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Few-shot examples of --tasks.  [default: the task's]")
+@click.option("--limit", type=float, help="Questions of each task, or a share below 1.  [default: all]")
+@click.option("--include-path", help="Folder with further lm-eval tasks as YAML files.")
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed bursts per engine.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the data split; use that of the export.")
+@click.option("--output", "-o", default="bench.json", show_default=True, help="Output file.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 def bench(quiet: bool, what: tuple[str, ...], threads: tuple[int, ...] | None, **options: Any) -> None:
-    """Measure exported folders, ONNX files and torch models again, side by side in one interleaved run."""
+    """Measure exported folders, ONNX files and torch models side by side, in one interleaved run."""
     from rich.console import Console
 
     from compressor.benchmark.bench import BenchSettings

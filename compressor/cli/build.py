@@ -1,4 +1,4 @@
-"""The command `compressor build`, which runs on the device: no option of it needs torch."""
+"""The command `compressor build`. It runs on the device, where torch may be missing, and does not import it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import click
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: as in the export]")
+@click.option("--rounds", type=click.IntRange(min=1), help="Timed bursts per engine.  [default: as in the export]")
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: as the export was asked for]"
+    "--portable-engine",
+    is_flag=True,
+    help="TensorRT: build an engine for all GPUs from Ampere on and for later minor versions.",
 )
-@click.option(
-    "--rounds", type=click.IntRange(min=1), help="Timed bursts per engine.  [default: as the export was asked for]"
-)
-@click.option(
-    "--portable-engine", is_flag=True, help="TensorRT: an engine for all GPUs from Ampere on and later minor versions."
-)
-@click.option("--force", is_flag=True, help="Build again what was built already.")
+@click.option("--force", is_flag=True, help="Build the engine again if it was built already.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 def build(
     folder: Path, threads: int | None, rounds: int | None, portable_engine: bool, force: bool, quiet: bool

@@ -1,4 +1,7 @@
-"""The command line: parse, one Settings object, one call, print. Heavy imports wait until a command runs."""
+"""The `compressor` command line: each command parses options into one settings object, makes one call and prints.
+
+Heavy imports are inside the commands, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -22,68 +25,66 @@ from compressor.errors import CompressorError, SettingsError
 
 MODEL_HELP = (
     "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, a .gguf file (or the "
-    "folder that holds it), or package.module:factory for a module of your own; without it the embedded sample is used."
+    "folder that holds it), or package.module:factory for a module of your own.  [default: the embedded sample]"
 )
 
 
 class Failing(click.Group):
-    """Turns every error that is meant for the user into one sentence and an exit status."""
+    """A group that reports every user error as one sentence on standard error and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command: status 1 for what could not be done, 2 for usage, 130 for an interrupt."""
+        """Run a command; exit with status 1 for a failure, 2 for wrong usage, 130 for an interrupt."""
         drop_messages_about_insides()
         try:
-            with _tidy_termination():
+            with _exit_on_sigterm():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            _fail(
-                "interrupted; no output was written. A search goes on where it stopped if the command is repeated.", 130
-            )
+            _fail("interrupted; no output was written. Repeat the command to resume an interrupted search.", 130)
         except MemoryError:
-            _fail("the memory is not enough; give fewer --samples, or use a machine with more.", 1)
+            _fail("out of memory; give fewer --samples, or use a machine with more memory.", 1)
         except OSError as error:
             _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
         except Exception as error:
-            _fail(_sentence(error), 2 if isinstance(error, SettingsError) else 1)
+            _fail(_message(error), 2 if isinstance(error, SettingsError) else 1)
 
 
 class Export(click.Command):
-    """A command whose ``--int8`` takes a value or none, also right before MODEL."""
+    """A command whose ``--int8`` takes an optional value, even directly before MODEL."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Give a bare ``--int8`` its value, so that it never swallows what comes after it."""
+        """Replace a bare ``--int8`` by ``--int8=static``, so that it does not consume the next argument."""
         following = [*args, ""][1:]
         bare = [arg == "--int8" and value not in SHORT_FORMS for arg, value in zip(args, following, strict=True)]
-        plain = args.index("--") if "--" in args else len(args)
-        filled = [
-            "--int8=static" if empty and place < plain else arg
-            for place, (arg, empty) in enumerate(zip(args, bare, strict=True))
+        options_end = args.index("--") if "--" in args else len(args)
+        completed = [
+            "--int8=static" if is_bare and index < options_end else arg
+            for index, (arg, is_bare) in enumerate(zip(args, bare, strict=True))
         ]
-        return super().parse_args(ctx, filled)
+        return super().parse_args(ctx, completed)
 
 
 @contextlib.contextmanager
-def _tidy_termination() -> Iterator[None]:
-    """Let a SIGTERM (a container being stopped) clean up as an interrupt does, and end with its own status."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM (a container being stopped) into SystemExit with status 143, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _sentence(error: Exception) -> str:
-    """The message of an error of ours; anything else is a fault of ours and keeps its traceback."""
+def _message(error: Exception) -> str:
+    """Return the message of an error of this project as a sentence; raise any other error again, with its traceback."""
     from runtimes.base.protocols import RuntimesError
 
-    # Those of `passes` only where it is loaded: it imports torch, which a device that builds an engine may lack.
-    named = (("passes.base", "PassError"), ("passes.graph.graph", "GraphError"))
-    loaded = [getattr(sys.modules[module], name) for module, name in named if module in sys.modules]
+    # `passes` imports torch, which a device that builds an engine may lack: use its error classes only if it is loaded.
+    candidates = (("passes.base", "PassError"), ("passes.graph.graph", "GraphError"))
+    loaded = [getattr(sys.modules[module], name) for module, name in candidates if module in sys.modules]
     if isinstance(error, (CompressorError, RuntimesError, *loaded)):
         text = str(error)
         return text if text.endswith((".", "?", "!", ")")) else f"{text}."
@@ -98,7 +99,7 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.group(cls=Failing, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="compressor")
 def main() -> None:
-    """Drop what a pretrained transformer does not need, export it, and measure what that gained and cost."""
+    """Remove redundant parts of a pretrained transformer, export it, and measure the speed-up and the quality loss."""
 
 
 main.add_command(build)
@@ -111,59 +112,64 @@ main.add_command(build)
     "--drop",
     default="auto",
     show_default=True,
-    help="none, auto, 4, 25%, attention:4, mlp:2, block:3, site names separated by commas, or a plan.json to replay.",
+    help="Branches to remove: none, auto (by search), a number (4), a share (25%), a number of one kind (attention:4, "
+    "mlp:2, block:3), site names separated by commas, or a plan.json to replay.",
 )
 @click.option(
     "--metric",
     type=click.Choice(["cosine", "influence", "angular", "random", "reverse", "output"]),
     default="cosine",
     show_default=True,
-    help="How the counted forms of --drop rank; output = measured effect on the model's output.",
+    help="Ranking for --drop with a number or a share; output = measured effect on the model's output.",
 )
 @search_options
 @click.option(
     "--max-loss",
     type=float,
-    help="Most quality --drop auto may lose on validation data, in %: points of a score, or rise of perplexity.  "
-    "[default: 1; unlimited with --speedup or --latency]",
+    help="Largest loss that --drop auto accepts on validation data, in %: points of a score, or relative rise of "
+    "perplexity.  [default: 1; unlimited with --speedup or --latency]",
 )
-@click.option("--speedup", type=float, help="How many times faster --drop auto shall make the model, such as 1.5.")
-@click.option("--latency", type=Milliseconds(), help="The latency --drop auto shall reach, such as 5ms.")
+@click.option("--speedup", type=float, help="Speed-up that --drop auto must reach, such as 1.5.")
+@click.option("--latency", type=Milliseconds(), help="Latency that --drop auto must reach, such as 5ms.")
 @click.option(
     "--heal",
     type=click.Choice(HEAL_METHODS),
     default="none",
     show_default=True,
-    help="Adapt what is left, without labels; taken back where it does not help on validation data.",
+    help="Adapt the remaining weights, without labels; undone if the loss on validation data does not shrink.",
 )
-@click.option("--heal-budget", type=Duration(), default="5m", show_default=True, help="Most time healing takes.")
+@click.option("--heal-budget", type=Duration(), default="5m", show_default=True, help="Time limit of --heal.")
 @engine_options
 @click.option(
     "--factorial",
     is_flag=True,
-    help="Measure compression and --precision alone and together: do the gains multiply? int8 if none is named.",
+    help="Measure compression and --precision alone and together, to test whether the gains multiply (default: int8).",
 )
 @click.option(
     "--calibration",
     type=click.Choice((AUTO, *CALIBRATIONS)),
     default="auto",
     show_default=True,
-    help="How int8 finds the ranges of activations; auto tries them, and SmoothQuant, until one loses little.",
+    help="Method that sets the int8 activation ranges; auto tries them, and SmoothQuant, until the loss is small.",
 )
 @click.option(
     "--max-precision-loss",
     default=0.5,
     show_default=True,
-    help="Most a precision below fp32 may lose, in %: int8 returns layers to float until it holds.",
+    help="Largest loss of a precision below fp32, in %; int8 returns layers to float until the loss is that small.",
 )
-@click.option("--defer-build", is_flag=True, help="Leave the engine to `compressor build` on the device it runs on.")
 @click.option(
-    "--portable-engine", is_flag=True, help="TensorRT: an engine for all GPUs from Ampere on and later minor versions."
+    "--defer-build", is_flag=True, help="Do not build the engine; `compressor build` builds it on the device."
 )
-@click.option("--output", "-o", default="compressed", show_default=True, help="Folder to write.")
+@click.option(
+    "--portable-engine",
+    is_flag=True,
+    help="TensorRT: build an engine for all GPUs from Ampere on and for later minor versions.",
+)
+@click.option("--output", "-o", default="compressed", show_default=True, help="Output folder.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def export(quiet: bool, **options: Any) -> None:
-    """Compress MODEL and write an engine, its plan and a report of what was gained and lost."""
+    """Compress MODEL and write the engine, the plan and a report of speed-up and quality loss."""
     from rich.console import Console
 
     from compressor.pipeline import export as pipeline
@@ -186,17 +192,19 @@ def export(quiet: bool, **options: Any) -> None:
 @main.command(cls=Export, epilog=MODEL_HELP)
 @subject_options
 @search_options
+@click.option("--max-loss", default=20.0, show_default=True, help="Largest loss of the front on validation data, in %.")
 @click.option(
-    "--max-loss", default=20.0, show_default=True, help="Loss on validation data at which the front ends, in %."
-)
-@click.option(
-    "--points", type=click.IntRange(min=2), default=8, show_default=True, help="Plans to build, time and test."
+    "--points",
+    type=click.IntRange(min=2),
+    default=8,
+    show_default=True,
+    help="Number of plans on the front to build, time and test.",
 )
 @engine_options
-@click.option("--output", "-o", default="front", show_default=True, help="Folder to write.")
+@click.option("--output", "-o", default="front", show_default=True, help="Output folder.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def sweep(quiet: bool, points: int, **options: Any) -> None:
-    """Find the best plans of MODEL at every budget, in one run: what speed costs what quality."""
+    """Compute the Pareto front of MODEL in one run: the best plans, from small to large speed-ups."""
     from rich.console import Console
 
     from compressor.pipeline import sweep as pipeline
@@ -216,7 +224,7 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
     type=click.Choice(["cosine", "output"]),
     default="cosine",
     show_default=True,
-    help="output also measures each site's effect on the output.",
+    help="output also measures each site's effect on the model's output.",
 )
 @click.option(
     "--output", "-o", default="inspected", show_default=True, help="Folder for inspect.json and similarity.png."
@@ -224,16 +232,16 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
 @click.option(
     "--study",
     is_flag=True,
-    help="Also answer how redundancy runs over depth, positions and kinds of tokens, and how stable the ranking is: "
+    help="Also analyse redundancy by depth, position and kind of token, and the stability of the ranking; write "
     "study.json and study.html.",
 )
 @click.option(
     "--against-data",
     multiple=True,
-    help="With --study: further data, or random (tokens, or noise); do they rank the branches alike? Several times.",
+    help="With --study: other data, or random (tokens or noise), to compare the ranking of branches on; repeatable.",
 )
 def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...], **options: Any) -> None:
-    """Show every site of MODEL: how redundant it is, and what it costs."""
+    """Report the redundancy and the cost of every site (residual branch) of MODEL."""
     from rich.console import Console
 
     from compressor.limitations import listed
@@ -256,23 +264,24 @@ def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...]
 
 @main.command()
 def targets() -> None:
-    """List the runtimes: which can be used here, in which precisions, and how to get the others."""
+    """List the target runtimes, their precisions, and how to install missing ones."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from compressor.target.registry import target_named
-    from compressor.target.registry import targets as names
+    from compressor.target.registry import targets as target_names
 
     table = Table()
-    for heading in ("target", "", "precisions", "what it is, or how to get it"):
+    for heading in ("target", "", "precisions", "description, or how to install it"):
         table.add_column(heading, overflow="fold")
-    for name in names():
-        found = target_named(name)
-        reason = found.missing()
+    for name in target_names():
+        target = target_named(name)
+        reason = target.missing()
         state = "[green]ready[/green]" if reason is None else "[yellow]missing[/yellow]"
-        had = "\n".join(f"{device}: {', '.join(precisions)}" for device, precisions in found.precisions.items())
-        table.add_row(name, state, had, escape(found.description if reason is None else reason))  # [gpu] is no markup
+        precisions = "\n".join(f"{device}: {', '.join(each)}" for device, each in target.precisions.items())
+        description = escape(target.description if reason is None else reason)  # [gpu] is not markup
+        table.add_row(name, state, precisions, description)
     Console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: values with units on the command line, and where progress goes."""
+"""Parameter types with units, the console for progress, and the filter of log messages."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ class Milliseconds(click.ParamType[float]):
     name = "latency"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read a latency as milliseconds."""
+        """Convert a latency to milliseconds."""
         text = str(value).strip().removesuffix("ms")
         try:
             return float(text)
         except ValueError:
-            self.fail(f"{value!r} is no latency; expected milliseconds such as 5ms", param, ctx)
+            self.fail(f"{value!r} is not a latency; expected milliseconds such as 5ms", param, ctx)
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, or a number with a unit: 90, 90s, 5m, 1h."""
+    """A duration in seconds, or with a unit: 90, 90s, 5m, 1h."""
 
     name = "duration"
     units: ClassVar[dict[str, float]] = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read a duration as seconds."""
+        """Convert a duration to seconds."""
         text = str(value).strip()
         number, unit = (text[:-1], text[-1]) if text[-1:] in self.units else (text, "s")
         try:
             return float(number) * self.units[unit]
         except ValueError:
-            self.fail(f"{value!r} is no duration; expected seconds, or a number with s, m or h such as 5m", param, ctx)
+            self.fail(
+                f"{value!r} is not a duration; expected seconds, or a number with s, m or h such as 5m", param, ctx
+            )
 
 
 class Bytes(click.ParamType[int]):
-    """Bytes, with a unit as other tools have them: 8GiB, 8GB, 500MB."""
+    """A size in bytes, or with a binary or decimal unit: 8GiB, 8GB, 500MB."""
 
     name = "bytes"
     units: ClassVar[dict[str, int]] = {
@@ -51,7 +53,7 @@ class Bytes(click.ParamType[int]):
     }  # fmt: skip
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read a size as bytes."""
+        """Convert a size to bytes."""
         text = str(value).strip().lower()
         unit = next((unit for unit in self.units if text.endswith(unit)), "")
         try:
@@ -59,68 +61,68 @@ class Bytes(click.ParamType[int]):
         except ValueError:
             number = -1.0
         if not 0 < number < math.inf:
-            self.fail(f"{value!r} is no size; expected a number with a unit such as 8GiB or 500MB", param, ctx)
+            self.fail(f"{value!r} is not a size; expected a number with a unit such as 8GiB or 500MB", param, ctx)
         return int(number * self.units.get(unit, 1))
 
 
 class Names(click.ParamType[tuple[str, ...]]):
-    """Names with commas; nothing is no name."""
+    """Names separated by commas; empty parts are ignored."""
 
     name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """Read names separated by commas."""
+        """Split names at commas."""
         return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(",") if part)
 
 
 class Numbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers with commas, such as 1,8."""
+    """Integers separated by commas, such as 1,8."""
 
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Read numbers separated by commas."""
+        """Split integers at commas."""
         if isinstance(value, tuple):
             return value
         try:
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is no list of numbers; expected such as 1,8", param, ctx)
+            self.fail(f"{value!r} is not a list of integers; expected one such as 1,8", param, ctx)
 
 
-# What libraries log about their own insides, by logger and by a part of the text. Nothing here concerns a user's model.
+# Log messages of libraries about their own implementation, by logger and substring. None concerns a user's model.
 INSIDES = (
-    # torchao 0.18 registers enums at import in a way that torch 2.14 warns about; transformers imports it where it is.
+    # torchao 0.18 registers enums in a way that torch 2.14 warns about; transformers imports torchao if present.
     ("torch.utils._pytree", "register_constant() on Enum subclasses"),
 )
 
 
 def drop_messages_about_insides() -> None:
-    """Keep what libraries log about their own insides out of standard error; all else passes."""
-    for logger, part in INSIDES:
+    """Filter the messages of `INSIDES` out of the logs."""
+    for logger, substring in INSIDES:
         filters = logging.getLogger(logger).filters
-        if not any(isinstance(each, _Without) and each.part == part for each in filters):
-            logging.getLogger(logger).addFilter(_Without(part))
+        if not any(isinstance(each, _SubstringFilter) and each.substring == substring for each in filters):
+            logging.getLogger(logger).addFilter(_SubstringFilter(substring))
 
 
-class _Without(logging.Filter):
-    """Drops the records whose text contains a part."""
+class _SubstringFilter(logging.Filter):
+    """A filter that drops records whose message contains a substring."""
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, substring: str) -> None:
         super().__init__()
-        self.part = part
+        self.substring = substring
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return self.part not in record.getMessage()
+        return self.substring not in record.getMessage()
 
 
 def console(quiet: bool) -> Any:
-    """Progress goes to standard error, so that standard output holds only results."""
+    """Return a console on standard error for progress, or None if `quiet`; standard output is kept for results."""
     from rich.console import Console
 
     return None if quiet else Console(stderr=True)
 
 
 def command_line() -> str:
-    """The command that runs, as a shell takes it."""
+    """Return the command line of this process, quoted for a shell."""
     return shlex.join(["compressor", *sys.argv[1:]])

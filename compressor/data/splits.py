@@ -1,4 +1,4 @@
-"""The --data string as deterministic, disjoint calibration, validation and test parts of ready model inputs."""
+"""Deterministic, disjoint calibration, validation and test splits of the --data argument, as model inputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Batch", "Data", "DataError", "Shares", "Skipped", "Split", "load"]
 
 @dataclass(frozen=True)
 class Shares:
-    """How samples are shared out: fractions, largest numbers, and how many are looked at in total (None: all).
+    """The sizes of the splits: fractions, caps, and the total number of samples that are used (None: all).
 
-    What the two caps leave over goes to the test part.
+    Samples beyond the two caps go to the test split.
     """
 
     calibration: float = 0.25
@@ -34,13 +34,15 @@ class Shares:
         if not (self.calibration > 0 and self.validation > 0 and self.calibration + self.validation < 1):
             raise DataError(
                 f"found the fractions {self.calibration} for calibration and {self.validation} for validation; "
-                "expected positive numbers that leave something for test"
+                "expected positive numbers with a sum below 1, so that the test split is not empty"
             )
         if min(self.calibration_cap, self.validation_cap, 3 if self.total is None else self.total) < 1:
-            raise DataError("a cap or total number of samples below 1 leaves a part empty; give at least 1")
+            raise DataError(
+                "found a cap or total number of samples below 1, which leaves a split empty; set at least 1"
+            )
 
     def sizes(self, count: int) -> tuple[int, int, int]:
-        """Sizes of calibration, validation and test for `count` >= 3 samples.
+        """Return the sizes of calibration, validation and test for `count` >= 3 samples.
 
         >>> Shares().sizes(1379), Shares().sizes(50000), Shares().sizes(3)
         ((344, 344, 691), (512, 512, 48976), (1, 1, 1))
@@ -52,10 +54,10 @@ class Shares:
 
 @dataclass(frozen=True)
 class Batch:
-    """Ready model inputs, first axis rows, and their labels, one a sample.
+    """Model inputs with rows as the first axis, and one label per sample.
 
-    With `rows_per_sample` 2 the rows are a0, b0, a1, b1, ... of sentence pairs. `scored`, bool [rows, tokens], is there
-    where rows are windows of texts: a token that is not scored is context only, and a text may have several rows.
+    With `rows_per_sample` 2, the rows are a0, b0, a1, b1, ... of sentence pairs. If the rows are sliding windows, a
+    text may have several rows, and `scored`, bool [rows, tokens], marks the scored tokens; the others are context.
     """
 
     feeds: Feeds
@@ -67,7 +69,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """How long texts are cut, and what adds to a window what the model takes beyond tokens."""
+    """The sliding window over long texts, and the function that adds the derived inputs to a window."""
 
     window: Window
     complete: Callable[[Feeds], Feeds]
@@ -75,7 +77,7 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of the data, prepared batch by batch; every pass over it gives the same batches."""
+    """One split of the data, prepared batch by batch; every iteration yields the same batches."""
 
     name: str
     samples: Samples = field(repr=False)
@@ -87,22 +89,22 @@ class Split:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """File names relative to the folder, or row numbers from 0."""
+        """Return the sample ids: file names relative to the folder, or row numbers from 0."""
         return tuple(self.samples.ids[index] for index in self.indices)
 
     @property
     def labels(self) -> Array | None:
-        """The labels of all samples, without preparing any of them."""
+        """Return the labels of all samples without preparing the samples."""
         return None if self.samples.labels is None else self.samples.labels[list(self.indices)]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All samples, `batch_size` at a time; the last batch may be smaller."""
+        """Return an iterator over batches of `batch_size` samples; the last batch may be smaller."""
         if batch_size < 1:
-            raise DataError(f"found the batch size {batch_size}, expected at least 1")
+            raise DataError(f"found the batch size {batch_size}; expected at least 1")
         return (self._batch(start, batch_size) for start in range(0, len(self.indices), batch_size))
 
     def whole(self, batch_size: int) -> Iterator[Batch]:
-        """All samples, long texts as windows that follow each other; other samples as `batches` gives them."""
+        """Yield batches of all samples: texts as consecutive sliding windows, other samples as in `batches`."""
         if self.windows is None:
             yield from self.batches(batch_size)
             return
@@ -113,31 +115,33 @@ class Split:
             yield Batch(piece.feeds, None, 1, tuple(ids[owner] for owner in piece.owners), piece.scored)
 
     def head(self, n: int) -> Split:
-        """A part of at most `n` samples, evenly spaced over this one and sharing its prepared samples."""
+        """Return a subset of at most `n` evenly spaced samples, which shares the prepared samples of this split."""
         if n < 1:
-            raise DataError(f"found {n} samples for a subset, expected at least 1")
+            raise DataError(f"found {n} samples for a subset; expected at least 1")
         count = len(self.indices)
         if n >= count:
             return self
-        return replace(self, indices=tuple(self.indices[place * count // n] for place in range(n)))
+        return replace(self, indices=tuple(self.indices[position * count // n] for position in range(n)))
 
     def beside(self, other: Split, n: int) -> Split:
-        """At most `n` samples of this part that are not in `other`, evenly spaced; none where there are no more."""
-        taken = set(other.indices)
-        left = tuple(index for index in self.indices if index not in taken)
-        rest = replace(self, indices=left)
-        return rest.head(n) if left else rest
+        """Return at most `n` evenly spaced samples that are not in `other`; the result may be empty."""
+        excluded = set(other.indices)
+        remaining = tuple(index for index in self.indices if index not in excluded)
+        rest = replace(self, indices=remaining)
+        return rest.head(n) if remaining else rest
 
     def _batch(self, start: int, size: int) -> Batch:
-        part = self.indices[start : start + size]
+        indices = self.indices[start : start + size]
         samples = self.samples
-        labels = None if samples.labels is None else samples.labels[list(part)]
-        return Batch(samples.feeds(part), labels, samples.rows_per_sample, tuple(samples.ids[index] for index in part))
+        labels = None if samples.labels is None else samples.labels[list(indices)]
+        return Batch(
+            samples.feeds(indices), labels, samples.rows_per_sample, tuple(samples.ids[index] for index in indices)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The three parts of one source, and how they came about."""
+    """The three splits of a data source, with the settings and the findings of reading it."""
 
     source: str
     label_kind: LabelKind | None
@@ -153,7 +157,7 @@ class Data:
     limitations: tuple[Limitation, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Everything that report.json says about the data, as plain JSON values."""
+        """Return the entry of report.json about the data, as JSON values."""
         parts = (self.calibration, self.validation, self.test)
         return {
             "source": self.source,
@@ -183,11 +187,24 @@ def load(
     max_length: int | None = None,
     stride: int | None = None,
 ) -> Data:
-    """Read, check and split the data that `spec` names.
+    """Read, check and split the data.
 
-    Images are really decoded here, once, and kept prepared; `progress(done, total)` follows that. `max_length` and
-    `stride` say how texts are cut for a language model: its own length, at most 2,048 tokens, and half of that where
-    they are not given. What is calibrated on is the first window of each text. Raises DataError.
+    All images are decoded and preprocessed once and cached. The calibration split has the first window of each text.
+
+    Args:
+        spec: the --data argument.
+        preprocess: preprocessing of the model.
+        task: task of the model.
+        seed: seed of the shuffling.
+        shares: sizes of the splits.
+        revision: revision of a hub dataset.
+        progress: called with the number of decoded images and their total.
+        max_length: window length in tokens for a language model; by default the maximum length of the model, at most
+            2,048 tokens.
+        stride: stride of the windows in tokens; by default half of the length.
+
+    Raises:
+        DataError: the data cannot be read, does not fit the model, or has fewer than three usable samples.
     """
     shares = Shares() if shares is None else shares
     window = chosen(max_length, stride, preprocess.longest) if task == "text-generation" else None
@@ -196,7 +213,7 @@ def load(
     samples = read(spec, preprocess, task=task, seed=seed, revision=revision)
     window = window if samples.whole is not None else None
     if window is not None:
-        samples = replace(samples, feeds=_beginnings(samples.feeds, window))
+        samples = replace(samples, feeds=_first_windows(samples.feeds, window))
     windows = None if window is None else Windows(window, preprocess.complete or dict)
     if preprocess.complete is not None:
         samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
@@ -206,13 +223,13 @@ def load(
     skipped = (*samples.skipped, *(Skipped(samples.ids[index], faults[index]) for index in sorted(faults)))
     _check_usable(spec, usable, skipped, faults, samples.ids)
     calibration, validation, _ = shares.sizes(len(usable))
-    between = calibration + validation
+    test_start = calibration + validation
     return Data(
         source=spec,
         label_kind=samples.label_kind,
         calibration=Split("calibration", samples, usable[:calibration], windows),
-        validation=Split("validation", samples, usable[calibration:between], windows),
-        test=Split("test", samples, usable[between:], windows),
+        validation=Split("validation", samples, usable[calibration:test_start], windows),
+        test=Split("test", samples, usable[test_start:], windows),
         skipped=skipped,
         random=spec == "random",
         reading=samples.reading,
@@ -223,8 +240,8 @@ def load(
     )
 
 
-def _beginnings(feeds: Callable[[Sequence[int]], Feeds], window: Window) -> Callable[[Sequence[int]], Feeds]:
-    """Rows of token arrays cut at the first window; texts are by their tokenizer, which knows where it pads."""
+def _first_windows(feeds: Callable[[Sequence[int]], Feeds], window: Window) -> Callable[[Sequence[int]], Feeds]:
+    """Truncate the rows of token arrays to the first window; the tokenizer truncates and pads texts itself."""
     return lambda indices: {name: array[:, : window.length] for name, array in feeds(indices).items()}
 
 
@@ -233,9 +250,9 @@ def _completed(feeds: Callable[[Sequence[int]], Feeds], complete: Callable[[Feed
 
 
 def shuffled(ids: Sequence[str], seed: int) -> tuple[int, ...]:
-    """Positions in an order given by a hash of seed and id.
+    """Return the positions of the samples, sorted by a hash of seed and id.
 
-    The order of two samples does not depend on the other samples, the file system, or a library's generator.
+    The order of two samples does not depend on the other samples, the file system, or a random number generator.
     """
     keys = [hashlib.sha256(f"{seed}:{id}".encode(errors="surrogateescape")).digest() for id in ids]
     return tuple(sorted(range(len(ids)), key=keys.__getitem__))
@@ -248,11 +265,11 @@ def _check_usable(
         first = min(faults)
         raise DataError(
             f"none of the {len(faults)} images in {spec} can be decoded (first: {ids[first]}: {faults[first]}); "
-            "check how they were copied"
+            "check that the files were copied completely"
         )
     if len(usable) < 3:
         left_out = f" ({len(skipped)} skipped, first {skipped[0].id}: {skipped[0].reason})" if skipped else ""
         raise DataError(
-            f"found {len(usable)} usable samples in {spec}{left_out}, expected at least 3, one each for calibration, "
-            "validation and test; give more data"
+            f"found {len(usable)} usable samples in {spec}{left_out}; expected at least 3, one each for calibration, "
+            "validation and test; pass more data"
         )

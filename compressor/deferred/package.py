@@ -6,7 +6,7 @@ torch's answers, and the ``engine`` part of report.json, which says what to buil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.lower.traced_model import Loaded
-    from compressor.measure.workshop import Workshop
+    from compressor.measure.engine_builder import EngineBuilder
+    from compressor.measure.variant import Variant
     from compressor.quality.intervals import Array
     from compressor.quantize.precision import Source
     from compressor.settings import Settings
@@ -42,9 +43,9 @@ TIMED_LIMIT = LIMIT // 4  # of these, for the inputs to be timed
 
 def write(
     folder: Path,
-    files: Mapping[str, Source],
-    graphs: Mapping[str, Graph],
-    workshop: Workshop,
+    variants: Sequence[Variant],
+    builder: EngineBuilder,
+    timed: Mapping[str, Array],
     settings: Settings,
     steps: Steps,
 ) -> dict[str, Any]:
@@ -52,11 +53,11 @@ def write(
 
     Args:
         folder: holds ``model.onnx`` already.
-        files: the ONNX file of each variant, in its precision.
-        graphs: ``baseline`` and ``result`` as torch runs them.
-        workshop: with the stand-in for the target.
-        settings: what was asked for.
-        steps: where the time is noted.
+        variants: those of the report, with their sources.
+        builder: with the stand-in for the target.
+        timed: the inputs to be timed.
+        settings: the options of the export.
+        steps: shows progress.
 
     Returns:
         The ``engine`` part of the report.
@@ -66,17 +67,18 @@ def write(
     """
     target = runtime(settings.target)
     device = target.devices[0] if settings.device is None else settings.device
-    options = replace(workshop.options, device=device, portable=settings.portable_engine)
+    options = replace(builder.options, device=device, portable=settings.portable_engine)
+    graphs = {each.name: each.graph for each in variants if each.name != "original"}
+    sources = {each.name: each.source for each in variants}
     with steps.step("write what the device needs"):
         (folder / FOLDER).mkdir()
-        for name, source in files.items():
+        for name, source in sources.items():
             if name != "result":
                 copy_onnx(source.path, folder / FOLDER / f"{name}.onnx")
-        timed = workshop.timed_inputs(settings)
-        answers = stored_answers(folder, graphs, workshop.subject, timed, settings, one_by_one)
-        measured = {name: _measured(answers, name, source.path, workshop) for name, source in files.items()}
-    found = {"target": workshop.target.name, "device": "cpu", "rows": len(answers), "measured": measured}
-    return left_to_device(folder, target, options, files, workshop.subject, found)
+        answers = stored_answers(folder, graphs, builder.subject, timed, settings, one_by_one)
+        measured = {name: _measured(answers, name, source.path, builder) for name, source in sources.items()}
+    stand_in = {"target": builder.target.name, "device": "cpu", "rows": len(answers), "measured": measured}
+    return left_to_device(folder, target, options, sources, builder.subject, stand_in)
 
 
 def left_to_device(
@@ -194,15 +196,15 @@ def _torch(
         }
 
 
-def _measured(answers: Answers, name: str, path: Path, workshop: Workshop) -> dict[str, Any]:
-    """What the stand-in makes of a file: how far it is from torch, and how often it gives the same answer."""
-    subject = workshop.subject
-    with workshop.target.load(path, workshop.options) as engine:
+def _measured(answers: Answers, name: str, path: Path, builder: EngineBuilder) -> dict[str, Any]:
+    """Measure a file with the stand-in: its difference from torch, and how often it gives the same answer."""
+    subject = builder.subject
+    with builder.target.load(path, builder.options) as engine:
         parity = answers.hold(engine, name, allowed=float("inf"))
-        found: dict[str, Any] = {"parity": parity.difference}
+        measured: dict[str, Any] = {"parity": parity.difference}
         if subject.no_quality_because is None:
-            found |= answers.judged(engine, name, answer=subject.model.answer, metric=subject.metric)
-    return found
+            measured |= answers.judged(engine, name, answer=subject.model.answer, metric=subject.metric)
+    return measured
 
 
 def _commands(folder: Path, files: Mapping[str, Source], options: BuildOptions) -> dict[str, str]:

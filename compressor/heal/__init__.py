@@ -1,1 +1,1 @@
-"""Fit the remaining weights to the outputs of the original."""
+"""Adaptation of the remaining weights to the outputs of the original."""

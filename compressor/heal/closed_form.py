@@ -1,9 +1,9 @@
-"""Refit what still writes to the trunk, and the head, in closed form: pulled to what the original had there.
+"""Closed-form refit of the linear maps that write to the trunk, and of the head, to the hidden states of the original.
 
-Each kept branch's last linear map gets the ridge solution for what the original's state behind it and the present one
-differ by, the ridge on the *difference* to the weights there are: an infinite strength changes nothing. An exact fit of
-hidden states is known to do harm (see DESIGN.md 5), so the strength is the one with the least divergence of the output
-on samples that were not fitted, and a map that no strength improves stays as it is.
+The last linear map of each kept branch is changed by the ridge solution for the difference between the original's
+hidden state after the branch and the present one. The ridge penalises the *change* of the weights, so an infinite
+strength changes nothing. An exact fit of hidden states does harm (see DESIGN.md 5), so the strength with the least
+output divergence on held-out samples is used, and a map that no strength improves stays unchanged.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from passes.graph.edit import own
 from passes.graph.graph import Graph, Site, attribute, output_values
 from passes.graph.sites import aten
 
-STRENGTHS = (1e-4, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of the map's inputs
-LEAST_GAIN = 1e-3  # share of the divergence by which a refit must lower it
-DRAFTS = 4  # how often the graph is handed out to be judged
+STRENGTHS = (1e-4, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, relative to the mean square of the map's inputs
+LEAST_GAIN = 1e-3  # smallest relative decrease of the divergence for which a refit is accepted
+DRAFTS = 4  # number of drafts that are evaluated
 
 
 @dataclass(frozen=True)
 class Spot:
-    """A linear map that may be refitted: its node, and where its effect is compared with the original, by name."""
+    """A linear map to refit: the names of its node and of the node whose value is compared with the original."""
 
     map: str
     behind: str
@@ -51,18 +51,18 @@ def refitted(
     sites: Sequence[Site],
     seconds: float,
 ) -> Iterator[Draft]:
-    """Refit one map after the other, in order, each given those before it; hand the graph out now and then.
+    """Refit the maps in order, each on top of the earlier ones, and yield up to `DRAFTS` drafts.
 
-    Half of the calibration samples are fitted, on the other half strengths are chosen. No gradients, no labels; of the
-    activations only sums are kept. Stops when the time is over.
+    Half of the calibration samples are used for the fit, the other half to choose strengths. Neither gradients nor
+    labels are needed, and only sums over activations are kept. The refit stops after `seconds`.
 
     Args:
-        graph: the rewritten fork; it stays as it is.
-        original: what its states are compared with; it stays as it is.
-        model: what both were traced from.
-        calibration: samples; their labels are not read.
+        graph: rewritten fork; it is not modified.
+        original: graph whose hidden states are the goal; it is not modified.
+        model: model that both graphs were traced from.
+        calibration: samples; their labels are not used.
         sites: sites of the original that the graph still has.
-        seconds: wall time.
+        seconds: wall time in seconds.
     """
     start, spots = time.perf_counter(), find_spots(graph, original, model, sites)
     if not spots or len(calibration) < 2:
@@ -74,10 +74,10 @@ def refitted(
     for number, spot in enumerate(spots, start=1):
         forks = dict(enumerate(_variants(graph, original, fitting, spot)))
         if forks:
-            _, found = effects.measure(graph, forks)
-            least = min(found, key=found.__getitem__)
-            if found[least] < best * (1 - LEAST_GAIN):
-                graph, best = forks[least], found[least]
+            _, divergences = effects.measure(graph, forks)
+            least = min(divergences, key=divergences.__getitem__)
+            if divergences[least] < best * (1 - LEAST_GAIN):
+                graph, best = forks[least], divergences[least]
         late = time.perf_counter() - start > seconds * number / (number + 1)
         if number in due or late:
             yield Draft(graph, number, len(spots))
@@ -86,39 +86,39 @@ def refitted(
 
 
 def find_spots(graph: Graph, original: Graph, model: Model, sites: Sequence[Site]) -> list[Spot]:
-    """The last linear map of each of these branches, in order, and that of the answer; only where it ends in one."""
-    nodes, goals = {node.name: node for node in graph.nodes()}, {node.name for node in original.nodes()}
+    """Return the linear maps to refit, in order: those that end a site's branch, and the one that ends the model."""
+    nodes, original_names = {node.name: node for node in graph.nodes()}, {node.name for node in original.nodes()}
     spots = [
         Spot(site.branch, site.root, site.channel_dim)
         for site in sites
-        if _is_map(graph, nodes.get(site.branch)) and site.root in nodes and site.root in goals
+        if _is_map(graph, nodes.get(site.branch)) and site.root in nodes and site.root in original_names
     ]
     answer = output_values(graph)[model.outputs.index(model.answer)]
-    if _is_map(graph, answer) and answer.name in goals:
+    if _is_map(graph, answer) and answer.name in original_names:
         spots.append(Spot(answer.name, answer.name, answer.meta["val"].ndim - 1))
     return spots
 
 
 def _is_map(graph: Graph, node: fx.Node | None) -> bool:
-    """Whether a node is a linear map whose weights nobody else reads."""
+    """Return whether a node is a linear map whose weights have no other consumer."""
     if node is None or node.target != aten.linear.default:
         return False
-    read = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
-    held = [attribute(graph, argument) for argument in read if argument.op == "get_attr"]
-    everything = [attribute(graph, other) for other in graph.nodes() if other.op == "get_attr"]
-    alone = all(sum(value is other for other in everything) == 1 for value in held)
-    return alone and len(held) == len(read) and all(len(argument.users) == 1 for argument in read)
+    parameters = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
+    tensors = [attribute(graph, argument) for argument in parameters if argument.op == "get_attr"]
+    all_tensors = [attribute(graph, other) for other in graph.nodes() if other.op == "get_attr"]
+    unshared = all(sum(value is other for other in all_tensors) == 1 for value in tensors)
+    return unshared and len(tensors) == len(parameters) and all(len(argument.users) == 1 for argument in parameters)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over rows of a map's inputs x (with a 1 at the end for its bias) and of what is amiss behind it, e."""
+    """Sums over rows of x x^T and e x^T: x is the input of a map (with a 1 for its bias), e the error after it."""
 
     xx: torch.Tensor
     ex: torch.Tensor
 
     def change(self, strength: float) -> torch.Tensor:
-        """The D [out, in + 1] that minimises |e - D x|^2 + strength * mean square of x * |D|^2 over these rows."""
+        """Return the D [out, in + 1] that minimises |e - D x|^2 + strength * mean square of x * |D|^2 over the rows."""
         ridge = strength * self.xx.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         eye = torch.eye(len(self.xx), dtype=torch.float64)
         solution: torch.Tensor = torch.linalg.solve(self.xx + ridge * eye, self.ex.T)
@@ -127,7 +127,7 @@ class Moments:
 
 @torch.inference_mode()
 def moments(graph: Graph, original: Graph, split: Split, spot: Spot) -> Moments:
-    """One sweep of both graphs, each only as far as needed; float64."""
+    """Compute the moments in float64, in one pass over the split that runs both graphs only up to the nodes needed."""
     node = next(node for node in graph.nodes() if node.name == spot.map)
     source, biased = node.all_input_nodes[0].name, len(node.args) > 2
     now, before = Until(graph, {source, spot.behind}), Until(original, {spot.behind})
@@ -135,26 +135,26 @@ def moments(graph: Graph, original: Graph, split: Split, spot: Spot) -> Moments:
     ex: Any = 0
     for feeds in tensor_batches(split):
         present, goal = now.run(feeds), before.run(feeds)
-        amiss = goal[spot.behind] - present[spot.behind]
-        mask = feeds.get(MASK) if amiss.ndim > 2 else None
-        x, e = (rows_of(value, spot.channel_dim, mask).double() for value in (present[source], amiss))
+        error = goal[spot.behind] - present[spot.behind]
+        mask = feeds.get(MASK) if error.ndim > 2 else None
+        x, e = (rows_of(value, spot.channel_dim, mask).double() for value in (present[source], error))
         x = torch.cat([x, torch.full((len(x), 1), float(biased), dtype=x.dtype)], dim=1)
         xx, ex = xx + x.T @ x, ex + e.T @ x
     return Moments(xx, ex)
 
 
 def _variants(graph: Graph, original: Graph, split: Split, spot: Spot) -> Iterator[Graph]:
-    """Forks with the map refitted at each strength; none where nothing is amiss behind it."""
-    found = moments(graph, original, split, spot)
-    if not bool(torch.isfinite(found.ex).all()) or not bool(found.ex.any()):
+    """Yield a fork with the map refitted at each strength; none if the error is zero or not finite."""
+    sums = moments(graph, original, split, spot)
+    if not bool(torch.isfinite(sums.ex).all()) or not bool(sums.ex.any()):
         return
     node = next(node for node in graph.nodes() if node.name == spot.map)
     weight, *bias = (argument for argument in node.args[1:] if isinstance(argument, fx.Node))
     for strength in STRENGTHS:
-        change, fork = found.change(strength), graph.fork()
+        change, fork = sums.change(strength), graph.fork()
         _add(fork, weight, change[:, :-1])
-        for offset in bias:
-            _add(fork, offset, change[:, -1])
+        for argument in bias:
+            _add(fork, argument, change[:, -1])
         yield fork
 
 

@@ -1,4 +1,4 @@
-"""Train what is left of a rewritten graph to answer as the original does: from calibration inputs alone, no labels."""
+"""Distillation of the original into a rewritten graph, on calibration inputs without labels."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from passes.graph.edit import own
 from passes.graph.graph import Graph, attribute
 from passes.graph.sites import LINEAR_OPS
 
-CACHE = 2**28  # bytes of the teacher's answers that are kept
-SMALLEST_CROP = 0.6  # share of a picture that a crop holds at least
+CACHE = 2**28  # bytes; limit of the cache of teacher outputs
+SMALLEST_CROP = 0.6  # smallest area of a crop as a share of the image
 LONGEST_GRADIENT = 1.0
-JUDGING = 0.3  # share of the time that may go into judging drafts
+JUDGING = 0.3  # largest share of the time for the evaluation of drafts
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a student is trained: AdamW without decay, a short warm-up, then a cosine to zero.
+    """Training hyperparameters: AdamW without weight decay, a short warm-up, then cosine decay to zero.
 
-    `rate` is the largest learning rate, `rank` that of the low-rank terms, `steps` the most steps, `fewest` the number
-    below which training is not begun, `checks` how often the student is handed out to be
-    judged (less often where that takes long).
+    `rate` is the peak learning rate, `rank` the rank of the low-rank terms, `batch` the batch size, `steps` the maximum
+    number of steps, `fewest` the minimum number of steps for which training starts, `warmup` the share of steps for
+    warm-up, and `checks` the maximum number of drafts that are evaluated.
     """
 
     rate: float = 1e-3
@@ -51,11 +51,11 @@ RECIPE = Recipe()
 
 
 class Student:
-    """A rewritten graph with some of its parameters exchanged for trained ones; the graph itself stays as it is.
+    """A rewritten graph with some parameters replaced by trainable ones; the graph itself is not modified.
 
-    Vectors (norms, biases, scales) are trained as copies. The matrix W of a linear map is used as W + B A with A
-    [rank, in] and B [out, rank], B zero at first (LoRA, Hu et al., arXiv 2106.09685), so it is merged at every step
-    and the result has no node more. Nothing else is copied or gets a gradient.
+    Vectors (norms, biases, scales) are trained as copies. The matrix W of a linear map is replaced by W + B A with A
+    [rank, in] and B [out, rank], B initially zero (LoRA, Hu et al., arXiv 2106.09685). B A is merged at every step, so
+    the result has no additional node. No other parameter is copied or gets a gradient.
     """
 
     def __init__(self, graph: Graph, blocks: Sequence[str], recipe: Recipe, generator: torch.Generator) -> None:
@@ -78,22 +78,22 @@ class Student:
                 self.matrices[name], self.factors[name] = value, (down.requires_grad_(), up.requires_grad_())
 
     def trained(self) -> list[torch.Tensor]:
-        """The tensors that get gradients."""
+        """Return the trainable tensors."""
         return [*self.vectors.values(), *itertools.chain.from_iterable(self.factors.values())]
 
     def merged(self) -> dict[str, torch.Tensor]:
-        """The trained parameters by name, as the graph uses them."""
+        """Return the trained parameters by name, with low-rank terms merged."""
         maps = {name: self.matrices[name] + up @ down for name, (down, up) in self.factors.items()}
         return self.vectors | maps
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The outputs for one batch, with gradients."""
+        """Return the outputs for one batch, with gradients."""
         merged = self.merged()
         self.program.constants = {node: merged.get(self.names[node], value) for node, value in self.fixed.items()}
         return self.program.run(feeds)
 
     def written(self) -> Graph:
-        """A fork of the graph that holds the trained parameters, and shares the others."""
+        """Return a fork of the graph with the trained parameters; it shares the others."""
         fork = self.graph.fork()
         for name, value in self.merged().items():
             own(fork, name, value.detach().clone())
@@ -101,7 +101,7 @@ class Student:
 
 
 def _plain(value: object) -> torch.Tensor:
-    """A tensor that gradients can pass by: made in inference mode, it could not be used at all."""
+    """Detach a tensor; clone one created in inference mode, which autograd rejects."""
     assert isinstance(value, torch.Tensor)
     return value.detach().clone() if value.is_inference() else value.detach()
 
@@ -120,7 +120,7 @@ def _is_map(user: torch.fx.Node, weight: torch.fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Draft:
-    """A student to be judged, after `step` of `steps` steps."""
+    """A candidate graph to evaluate, after `step` of `steps` steps."""
 
     graph: Graph
     step: int
@@ -138,21 +138,21 @@ def distil(
     check: float,
     seed: int,
 ) -> Iterator[Draft]:
-    """Train a student of `original` that starts as `graph`; it is handed out to be judged from time to time.
+    """Train a student, initialised from `graph`, on the outputs of `original` and yield drafts.
 
-    The number of steps is what fits in the time, by the speed of the first ones (at most the recipe's). A student is
-    given only the logits or features of the original, of pictures in crops and mirrored. Yields nothing where the time
-    is too short or nothing can be trained.
+    The number of steps is estimated from the time of the first two and limited by the recipe. The targets are the
+    logits or features of the original; images are cropped and mirrored at random. Yields nothing if the time is too
+    short or no parameter can be trained.
 
     Args:
-        graph: the rewritten fork; it stays as it is.
-        original: the teacher; it stays as it is.
-        model: what both were traced from.
-        calibration: samples; their labels are not read.
-        blocks: module paths whose parameters are trained; all where it is empty.
-        seconds: wall time for everything, including the judging.
-        check: seconds that judging takes once.
-        seed: of batches, crops and initial factors.
+        graph: rewritten fork; it is not modified.
+        original: teacher; it is not modified.
+        model: model that both graphs were traced from.
+        calibration: samples; their labels are not used.
+        blocks: module paths whose parameters are trained; all parameters if empty.
+        seconds: wall time in seconds, including the evaluation of drafts.
+        check: seconds that the evaluation of one draft takes.
+        seed: seed of batches, crops and initial factors.
     """
     recipe, start = RECIPE, time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
@@ -180,25 +180,25 @@ def distil(
 
 
 def _schedule(done: float, warmup: float, least: float) -> float:
-    """Share of the largest rate: up in a line, then down a cosine."""
+    """Return the learning rate as a share of the peak: linear warm-up, then cosine decay."""
     if done < warmup:
         return (done + least) / (warmup + least)
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 def _affordable(lesson: Lesson, seconds: float, recipe: Recipe) -> int:
-    """How many steps fit, by the time that two take; their gradients are not used."""
+    """Estimate the number of steps that fit in the time by timing two steps, whose gradients are discarded."""
     start = time.perf_counter()
     lesson.learn()
     first = time.perf_counter()
     lesson.learn()
-    each = max(time.perf_counter() - first, 1e-6)
+    step_seconds = max(time.perf_counter() - first, 1e-6)
     left = seconds - (time.perf_counter() - start)
-    return max(0, min(recipe.steps, int(left / each)))
+    return max(0, min(recipe.steps, int(left / step_seconds)))
 
 
 class Lesson:
-    """Batches of calibration inputs with the original's answers to them, and the gradients that they give."""
+    """Training batches of calibration inputs, the teacher's outputs for them, and the backward pass."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class Lesson:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def learn(self) -> float:
-        """Leave the gradients of the next batch's loss at the student's tensors; returns the loss."""
+        """Compute the gradients of the student's tensors for the next batch; return the loss."""
         if not self.waiting:
             self.waiting = torch.randperm(len(self.parts), generator=self.generator).tolist()
         part = self.waiting.pop()
@@ -246,8 +246,8 @@ class Lesson:
             return self.answers[part]
         with torch.no_grad(), cheaper():
             target = self._read(self.teacher.run(feeds)).float()
-        room = target.nbytes * len(self.parts) <= CACHE
-        if room and not self.pictures:
+        fits = target.nbytes * len(self.parts) <= CACHE
+        if fits and not self.pictures:
             self.answers[part] = target
         return target
 
@@ -260,28 +260,28 @@ class Lesson:
 
 
 def distance(task: str, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What is minimised: KL(original || student) of logits, half the relative squared error of features.
+    """Compute the training loss: KL(original || student) of logits, or half the relative squared error of features.
 
-    At equal lengths the latter is 1 - cosine, the divergence that is judged; it keeps the length too.
+    At equal vector lengths the latter equals 1 - cosine, the reported divergence; it also preserves the length.
     """
     if task.endswith("classification") or task == "text-generation":
         return divergence(task, answer, target, mask).mean()
     target = target.float()
-    each = (answer.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12) / 2
-    if mask is not None and each.shape == mask.shape:
-        return (each * mask).sum() / mask.sum().clamp(min=1)
-    return each.mean()
+    errors = (answer.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12) / 2
+    if mask is not None and errors.shape == mask.shape:
+        return (errors * mask).sum() / mask.sum().clamp(min=1)
+    return errors.mean()
 
 
 def cheaper() -> contextlib.AbstractContextManager[object]:
-    """bfloat16 products where the processor has instructions for them (training is three times as fast)."""
-    known = torch.cpu.get_capabilities()
-    supported = known.get("avx512_bf16", False) or known.get("amx_tile", False)
+    """Return a bfloat16 autocast context if the processor has instructions for it (training is three times as fast)."""
+    capabilities = torch.cpu.get_capabilities()
+    supported = capabilities.get("avx512_bf16", False) or capabilities.get("amx_tile", False)
     return torch.autocast("cpu", torch.bfloat16) if supported else contextlib.nullcontext()
 
 
 def cropped(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A random crop of each picture [n, channels, height, width] at the same size, half of them mirrored."""
+    """Crop each image of [n, channels, height, width] at random, resize it back, and mirror half of them."""
     if pictures.ndim != 4 or not pictures.is_floating_point():
         return pictures
     draw = torch.rand(4, len(pictures), generator=generator)

@@ -1,4 +1,4 @@
-"""Heal a rewritten model: adapt what is left of it to the original's answers, and never hand back a worse one."""
+"""Healing of a rewritten model: its weights are adapted to the outputs of the original; a worse result is discarded."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from compressor.quality.validation_loss import ROUNDING, Validation
 from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
 
-LEAST_GAIN = 0.01  # share of the divergence that must go: less is noise of the samples it is measured on
-PATIENCE = 3  # drafts in a row that are no better, after which training ends
+LEAST_GAIN = 0.01  # smallest relative decrease of the divergence that is kept; a smaller one is sampling noise
+PATIENCE = 3  # consecutive drafts without improvement after which training stops
 
 
 class HealError(CompressorError):
-    """Healing was asked for in a way that there is not."""
+    """The healing method does not exist."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a graph stands on validation data: loss in percent by the promised metric, and divergence without labels.
+    """Validation loss in percent by the reported metric, and label-free divergence of a graph.
 
-    The divergence is KL(original || graph) in nats, for features 1 - cosine.
+    The divergence is KL(original || graph) in nats for logits and 1 - cosine for features.
     """
 
     loss: float
@@ -39,10 +39,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Healed:
-    """What healing did, as it is reported: `before` and `after` hold ``loss`` and ``divergence`` on validation data.
+    """Report of healing; `before` and `after` contain ``loss`` and ``divergence`` on validation data.
 
-    `sample_steps` counts steps: of training (one batch each), or maps looked at in closed form. Where `kept` is
-    false, the graph is as it was, and `note` says why.
+    `sample_steps` is the number of training steps (one batch each), or of linear maps tried in closed form. If `kept`
+    is false, the graph is unchanged and `note` states the reason.
     """
 
     method: str
@@ -56,27 +56,27 @@ class Healed:
 
 @dataclass
 class Judge:
-    """Measures graphs on validation data. A loss is measured only of those that diverge less than the best so far."""
+    """Evaluator of graphs on validation data; it measures the loss only of graphs that improve the divergence."""
 
     original: Graph
     model: Model
     validation: Validation
-    seconds: float = 0.0  # what the last full measurement took
+    seconds: float = 0.0  # duration of the last measurement of both divergence and loss
     _effects: Effects = field(init=False)
 
     def __post_init__(self) -> None:
         self._effects = Effects(self.original, self.model, self.validation.split)
-        self._effects.scales = (1.0,)  # as it is reported
+        self._effects.scales = (1.0,)  # the divergence in the report is unscaled
 
     def standing(self, graph: Graph, *, below: float | None = None) -> Standing | None:
-        """Loss and divergence; None where the divergence is not below `below`."""
+        """Measure the loss and the divergence of a graph; return None if the divergence is not less than `below`."""
         start = time.perf_counter()
         divergence, _ = self._effects.measure(graph, {})
         if below is not None and not divergence < below:
             return None
-        found = Standing(self.validation.loss(graph).percent, divergence)
+        standing = Standing(self.validation.loss(graph).percent, divergence)
         self.seconds = time.perf_counter() - start
-        return found
+        return standing
 
 
 def heal(
@@ -92,31 +92,31 @@ def heal(
     seed: int,
     progress: Callable[..., None],
 ) -> tuple[Graph, Healed]:
-    """Adapt the weights of a rewritten graph to the original's answers, without labels.
+    """Adapt the weights of a rewritten graph to the outputs of the original, without labels.
 
-    Of all drafts that lose no more than the graph does now, the one with the least divergence is kept, both on
-    validation data, if it takes away at least `LEAST_GAIN` of the divergence. Otherwise the graph comes back as it was.
+    Among the drafts whose validation loss is at most that of `graph`, the one with the least validation divergence is
+    kept if it decreases the divergence by more than `LEAST_GAIN`. Otherwise `graph` is returned unchanged.
 
     Args:
         method: one of `HEAL_METHODS`.
-        graph: the rewritten fork, which shares weights with `original`. Both stay as they are, bit for bit.
-        original: the traced model.
-        model: what both were traced from.
-        calibration: samples that weights are fitted to; labels are not read.
-        validation: judges drafts.
-        changed: the sites that were rewritten.
-        budget: seconds for all of it; measuring once may exceed it.
-        seed: of whatever is drawn at random. Results repeat where the budget does not end the work.
-        progress: called with steps done, steps in total and a line of text.
+        graph: rewritten fork, which shares weights with `original`; neither is modified.
+        original: traced graph of the model.
+        model: model that both graphs were traced from.
+        calibration: samples that weights are fitted to; labels are not used.
+        validation: measures the loss of drafts.
+        changed: sites that were rewritten.
+        budget: time budget in seconds; one measurement may exceed it.
+        seed: seed of all random draws. Results are reproducible unless the budget ends the work.
+        progress: called with steps done, total steps and a line of text.
 
     Returns:
         The healed fork, with the same nodes and number of parameters, and the report.
 
     Raises:
-        HealError: there is no such method.
+        HealError: the method does not exist.
     """
     if method not in HEAL_METHODS:
-        raise HealError(f"found the healing method {method!r}, expected one of {', '.join(HEAL_METHODS)}.")
+        raise HealError(f"unknown healing method {method!r}; expected one of {', '.join(HEAL_METHODS)}.")
     start = time.perf_counter()
     judge = Judge(original, model, validation)
     before = judge.standing(graph)
@@ -165,7 +165,7 @@ def _drafts(
 def _judged(
     drafts: Iterator[Draft], judge: Judge, before: Standing, progress: Callable[..., None]
 ) -> Iterator[tuple[Draft, Standing | None]]:
-    """Drafts with where they stand (None: diverging no less than the best), until they get no better for a while."""
+    """Yield drafts with their standing, None if the divergence is no better; stop after `PATIENCE` of the latter."""
     least, fruitless = before.divergence, 0
     for draft in drafts:
         standing = judge.standing(draft.graph, below=least)
@@ -183,14 +183,14 @@ def _loses_no_more(standing: Standing, before: Standing) -> bool:
 
 
 def _note(method: str, kept: bool, steps: int, refused: int, before: Standing, after: Standing) -> str:
-    """The outcome in words."""
+    """Describe the outcome in a sentence."""
     if method == "none":
-        return "not healed, as asked"
+        return "not healed: the method is none"
     if kept:
         share = 1 - after.divergence / before.divergence
-        return f"healed: {share:.0%} of the divergence on validation data is gone, and no more is lost"
+        return f"healed: the divergence on validation data decreased by {share:.0%}, and the loss did not increase"
     if not steps:
-        return "not healed: the time was too short to begin, or nothing behind the changes can be adapted"
+        return "not healed: the time budget is too short to start, or no weight after the changed sites can be adapted"
     if refused:
-        return "rolled back: it answered closer to the original, but lost more on validation data"
-    return "rolled back: it came no closer to the original on validation data"
+        return "rolled back: the divergence on validation data decreased, but the loss increased"
+    return f"rolled back: no draft decreased the divergence on validation data by more than {LEAST_GAIN:.0%}"

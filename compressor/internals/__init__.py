@@ -1,1 +1,1 @@
-"""What Compressor reads of the private and unstable parts of libraries, one module for each library."""
+"""Wrappers of private and unstable APIs of libraries, one module per library."""

@@ -1,4 +1,4 @@
-"""What `compressor` reads of the private parts of the package gguf; seen in 0.19.0."""
+"""Private APIs of the package gguf that `compressor` uses; checked with 0.19.0."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 
 def bounded_reader(path: Path) -> Any:
-    """Open a GGUF file as the package gguf has it, its tensors mapped into memory.
+    """Open a GGUF file with `gguf.GGUFReader`, its tensors memory-mapped.
 
-    Left to itself the package reads on behind the end of a file whose arrays claim to be longer, until memory is full.
-    Overrides `GGUFReader._get`; without that name, such files would fill the memory again.
+    Overrides `GGUFReader._get`. Without the override, an array that claims to be longer than the file makes the reader
+    continue past the end of the file until memory is full.
 
     Raises:
-        ValueError: the file ends where more should follow, or is no GGUF file.
+        ValueError: the file is truncated, or is not a GGUF file.
     """
     from gguf import GGUFReader
 
     def get(reader: Any, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        found = GGUFReader._get(reader, offset, dtype, count, override_order)
-        if len(found) < int(count):
-            raise ValueError("it ends where more should follow")
-        return found
+        values = GGUFReader._get(reader, offset, dtype, count, override_order)
+        if len(values) < int(count):
+            raise ValueError("the file ends before the data does")
+        return values
 
     return type("Reader", (GGUFReader,), {"_get": get})(path)

@@ -1,7 +1,6 @@
-"""What `compressor` reads of the private and unstable parts of transformers, files and weights only.
+"""Private and unstable APIs of transformers for files and weights that `compressor` uses.
 
-All of it was seen in transformers 5.24.0; of whichever is installed, tests/test_internals.py goes through it name by
-name.
+They were checked with transformers 5.24.0. tests/test_internals.py tests each name with the installed release.
 """
 
 from __future__ import annotations
@@ -39,35 +38,35 @@ __all__ = [
 
 
 def cached(where: str, name: str, revision: str | None) -> Path | None:
-    """Return the path of a file of a folder or of a hub repository, downloaded if need be; None where there is none.
+    """Return the path of a file of a folder or of a hub repository, downloaded if necessary; None if it is missing.
 
-    Reads three keywords of `cached_file` that start with an underscore. Without them, a file that is not there, or that
-    cannot be had offline, is an error of transformers.
+    Uses three keywords of `cached_file` that start with an underscore. Without them, transformers raises an error for a
+    file that does not exist or is not cached while offline.
     """
-    found = transformers.utils.cached_file(
+    path = transformers.utils.cached_file(
         where,
         name,
         revision=revision,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,  # offline, what was downloaded before is what there is
+        _raise_exceptions_for_connection_errors=False,  # while offline, only cached files exist
     )
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def shards(where: str, index: Path, revision: str | None) -> list[Path]:
-    """List the files of a checkpoint that its index names, downloaded if need be.
+    """Return the paths of the shards that a checkpoint's index names, downloaded if necessary.
 
-    Reads `get_checkpoint_shard_files` of `transformers.utils.hub`, which is not documented.
+    Uses `get_checkpoint_shard_files` of `transformers.utils.hub`, which is not documented.
     """
     return list(map(Path, get_checkpoint_shard_files(where, str(index), revision=revision)[0]))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show no bars and no advice on generation while weights are loaded or saved.
+    """Suppress progress bars and warnings about generation while weights are loaded or saved.
 
-    Reads the name of the logger that all of transformers logs to, and three functions of `transformers.utils.logging`.
+    Uses the name of the root logger of transformers and three functions of `transformers.utils.logging`.
     """
     logger = logging.getLogger("transformers")
     level = logger.level
@@ -86,75 +85,75 @@ def quiet() -> Iterator[None]:
 
 
 def as_modules_name_them(stored: Mapping[str, Value], module: Any) -> dict[str, Value]:
-    """Rename the tensors of a checkpoint as the module names them, where checkpoints of its kind have other names.
+    """Rename the tensors of a checkpoint to the names in the module, if the two differ.
 
-    Those that transformers would convert are left out: several that become one, or values in another order.
+    Tensors that transformers would convert, by merging several or by reordering values, are left out.
 
-    Reads `get_model_conversion_mapping`, `WeightRenaming` and `rename_source_key`, which are not documented. Without
-    them, weights whose names changed between releases are not found in older checkpoints.
+    Uses `get_model_conversion_mapping`, `WeightRenaming` and `rename_source_key`, which are not documented. Without
+    them, weights whose names changed between releases are missing in older checkpoints.
 
     Args:
-        stored: tensors, or what stands for them, by their names in the checkpoint.
+        stored: tensors or placeholders by their names in the checkpoint.
         module: a model of transformers.
     """
     conversions = get_model_conversion_mapping(module)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if not isinstance(each, WeightRenaming)]
-    found: dict[str, Value] = {}
-    for name, each in stored.items():
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if not isinstance(rule, WeightRenaming)]
+    renamed: dict[str, Value] = {}
+    for name, tensor in stored.items():
         path, converted = rename_source_key(name, renamings, converters)
         if converted is None:
-            found[path] = each
-    return found
+            renamed[path] = tensor
+    return renamed
 
 
 def as_checkpoints_name_them(tensors: Mapping[str, Any], module: Any) -> dict[str, Any]:
-    """Rename the tensors of a module as `save_pretrained` names them.
+    """Rename the tensors of a module to the names that `save_pretrained` writes.
 
-    Reads `revert_weight_conversion`, which is not documented. Without it, other releases do not find the weights.
+    Uses `revert_weight_conversion`, which is not documented. Without it, other releases cannot load the weights.
 
     Args:
-        tensors: by their names in the module.
+        tensors: tensors by their names in the module.
         module: a model of transformers.
     """
-    found: dict[str, Any] = revert_weight_conversion(module, dict(tensors))
-    return found
+    renamed: dict[str, Any] = revert_weight_conversion(module, dict(tensors))
+    return renamed
 
 
 # ----------------------------------------------------------------------------------------------------------- modules
 
 
 def with_random_weights(kind: Any, config: Any) -> Any:
-    """Make a model with random weights of a class of transformers, or of an auto class.
+    """Create a model with random weights from a model class or an auto class of transformers.
 
-    Reads `PreTrainedModel._from_config`; only auto classes have a public `from_config`.
+    Uses `PreTrainedModel._from_config`; only auto classes have a public `from_config`.
     """
     return kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
 
 
 def keep_stages(config: Any, count: int, kept: int) -> None:
-    """Let the config of a backbone name fewer stages, one for each block behind the stem; other configs stay.
+    """Truncate the stages in the config of a backbone, which has one stage per block after the stem.
 
-    Reads `stage_names` of backbones, which is not documented. Without it, the config of a backbone names stages that
-    the checkpoint does not have.
+    Other configs stay unchanged. Uses `stage_names` of backbones, which is not documented. Without it, the config of a
+    backbone names stages that the checkpoint does not have.
 
     Args:
-        config: of a model, changed in place.
-        count: blocks that there were.
-        kept: blocks that stay.
+        config: config of a model, modified in place.
+        count: number of blocks before the truncation.
+        kept: number of blocks after the truncation.
     """
     stages = getattr(config, "stage_names", None)
     if stages is not None and len(stages) == count + 1:
         config.stage_names = stages[: kept + 1]
-        config.out_features = config.stage_names[-1:]  # takes out_indices with it
+        config.out_features = config.stage_names[-1:]  # also sets out_indices
 
 
 @contextlib.contextmanager
 def without_bar() -> Iterator[None]:
-    """Show no bar over the tensors of a GGUF file.
+    """Suppress the progress bar over the tensors of a GGUF file.
 
-    Replaces the name `tqdm` in `transformers.modeling_gguf_pytorch_utils`, which the settings of transformers do not
-    reach. Without it, a bar is shown.
+    Replaces the name `tqdm` in `transformers.modeling_gguf_pytorch_utils`, which ignores the logging settings of
+    transformers.
     """
     from transformers import modeling_gguf_pytorch_utils as reader
 

@@ -1,4 +1,4 @@
-"""From a MODEL argument to a loaded model: one file per kind of source."""
+"""Model loading: resolves a MODEL argument to a source and loads the model; each source has its own module."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _PICKLE = (
     "compressor.export, or write a package.module:factory"
 )
 _FILES = {
-    ".onnx": "an ONNX file is what Compressor writes, not what it reads; pass the model it was made from",
-    ".safetensors": "weights alone are no model; pass the folder that holds them beside config.json",
-    ".json": "pass the folder that holds it",
+    ".onnx": "Compressor writes ONNX files and does not read them; pass the model that the file was exported from",
+    ".safetensors": "a weights file alone is not a model; pass the folder that contains it and config.json",
+    ".json": "pass the folder that contains it",
 } | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLE)
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -50,18 +50,18 @@ def load(
 
     Args:
         spec: a timm name, a hub id (timm or transformers), a local folder of either kind, a .gguf file or the folder
-            that holds one, ``package.module:factory`` (a callable that returns a module and its example inputs), a
+            that contains one, ``package.module:factory`` (a callable that returns a module and its example inputs), a
             module, or None for the embedded sample.
-        task: one of `TASKS`; by default what the model's own config says.
+        task: one of `TASKS`; by default the task that the model's config implies.
         revision: branch, tag or commit of a hub id.
-        random_weights: build the architecture without reading weights (for measuring speed).
-        trust_remote_code: let a transformers repository bring code of its own.
-        example_inputs: for a module: a tensor, a tuple of tensors or a dict of them, first axis the samples.
-        on_disk: leave the weights on disk, to be read when needed: language models of transformers alone.
-        cache: trace a causal language model with its KV cache, which must then be found.
+        random_weights: build the architecture without reading weights, for measuring speed.
+        trust_remote_code: allow a transformers repository to run its own code.
+        example_inputs: for a module: a tensor, a tuple of tensors or a dict of tensors; the first axis is the batch.
+        on_disk: leave the weights on disk and read them when needed; transformers language models only.
+        cache: trace a causal language model with its KV cache; it is an error if none is detected.
 
     Raises:
-        ModelError: unknown model, unreadable files, missing or non-finite weights, unknown task.
+        ModelError: the model or task is unknown, a file cannot be read, or weights are missing or not finite.
     """
     if task is not None and task not in TASKS:
         raise ModelError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}.")
@@ -70,13 +70,13 @@ def load(
         module_source.refuse(type(spec).__name__, revision=revision, random_weights=random_weights)
         model: Model = module_source.wrap(spec, example_inputs, task=task, cache=cache)
     else:
-        source, where = _locate(str(spec or SAMPLE), revision, random_weights)
+        source, location = _locate(str(spec or SAMPLE), revision, random_weights)
         if on_disk:
             return _on_disk(
-                source, where, task=task, revision=revision, trust_remote_code=trust_remote_code, cache=cache
+                source, location, task=task, revision=revision, trust_remote_code=trust_remote_code, cache=cache
             )
         model = _source(source).load(
-            where,
+            location,
             task=task,
             revision=revision,
             random_weights=random_weights,
@@ -85,18 +85,20 @@ def load(
         )
     _check_finite(model)
     if not cache and model.task != "text-generation":
-        raise ModelError(f"--no-cache is for language models; {model.name} does {model.task}: leave it out.")
+        raise ModelError(
+            f"--no-cache is for language models, but the task of {model.name} is {model.task}; leave --no-cache out."
+        )
     return model
 
 
 def _on_disk(
-    source: str, where: str, *, task: str | None, revision: str | None, trust_remote_code: bool, cache: bool
+    source: str, location: str, *, task: str | None, revision: str | None, trust_remote_code: bool, cache: bool
 ) -> Model:
-    """A model whose weights are read when they are needed; damaged ones show when it runs."""
+    """Load a model whose weights stay on disk. Damaged weights are only detected when the model runs."""
     if source not in ("transformers", "gguf"):
-        raise no_language_model(where, f"of {source}")
+        raise no_language_model(location, f"a model of {source}")
     model: Model = _source(source).load(
-        where,
+        location,
         task=task,
         revision=revision,
         random_weights=False,
@@ -112,7 +114,7 @@ def _source(name: str) -> ModuleType:
 
 
 def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str, str]:
-    """Which source reads `spec`, and under which name."""
+    """Return the source that loads `spec`, and the location to pass to its loader."""
     folder = Path(spec)
     if folder.is_dir():
         return _in_folder(folder)
@@ -139,8 +141,8 @@ def _in_folder(folder: Path) -> tuple[str, str]:
         if file is not None:
             return "gguf", str(file)
         raise ModelError(
-            f"{folder} holds no config.json; expected a timm folder, a save_pretrained folder, or one with a .gguf "
-            "file."
+            f"{folder} contains no config.json; expected a timm folder, a save_pretrained folder, or a folder with a "
+            ".gguf file."
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
@@ -148,18 +150,18 @@ def _in_folder(folder: Path) -> tuple[str, str]:
 
 
 def _gguf_in(folder: Path) -> Path | None:
-    found: Path | None = _source("gguf").file_of(folder)
-    return found
+    file: Path | None = _source("gguf").file_of(folder)
+    return file
 
 
-def _config_source(config: object, where: str) -> str:
+def _config_source(config: object, location: str) -> str:
     if isinstance(config, dict) and isinstance(config.get("architecture"), str):
         return "timm"
     if isinstance(config, dict) and isinstance(config.get("model_type"), str):
         return "transformers"
     raise ModelError(
-        f'config.json of {where} names neither timm\'s "architecture" nor transformers\' "model_type"; '
-        "for a model of your own pass package.module:factory."
+        f'config.json of {location} names neither timm\'s "architecture" nor transformers\' "model_type"; '
+        "for a custom model, pass package.module:factory."
     )
 
 
@@ -169,7 +171,9 @@ def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
     try:
         path = hf_hub_download(spec, "config.json", revision=revision)
     except Exception as error:  # the hub client raises a dozen types: offline, gated, missing, wrong revision
-        raise ModelError(f"{spec!r} is no local folder and could not be fetched from the hub: {why(error)}.") from error
+        raise ModelError(
+            f"{spec!r} is not a local folder and could not be fetched from the hub: {why(error)}."
+        ) from error
     source = _config_source(json.loads(Path(path).read_text()), spec)
     return source, f"hf-hub:{spec}" if source == "timm" else spec
 
@@ -183,17 +187,17 @@ def _is_timm_name(spec: str) -> bool:
 def _did_you_mean(spec: str) -> str:
     import timm
 
-    wanted, names = spec.lower().replace("-", "_"), timm.list_models()
-    begun = [name for name in names if name.startswith(wanted)]
-    close = begun[:3] or difflib.get_close_matches(wanted, names, n=3)
+    normalized, names = spec.lower().replace("-", "_"), timm.list_models()
+    prefixed = [name for name in names if name.startswith(normalized)]
+    close = prefixed[:3] or difflib.get_close_matches(normalized, names, n=3)
     return f"did you mean {', '.join(close)}? " if close else ""
 
 
 def _check_finite(model: Model) -> None:
     for name, parameter in model.module.named_parameters():
         if not torch.isfinite(parameter).all():
-            broken = int((~torch.isfinite(parameter)).sum())
+            count = int((~torch.isfinite(parameter)).sum())
             raise ModelError(
-                f"{model.name}: {broken} of {parameter.numel()} values of {name} are NaN or infinite; "
+                f"{model.name}: {count} of {parameter.numel()} values of {name} are NaN or infinite; "
                 "the checkpoint is damaged."
             )

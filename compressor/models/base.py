@@ -1,4 +1,4 @@
-"""What every source of models returns."""
+"""The model description that every model source returns, and helpers that the sources share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CONFIGS = ("config.json", "generation_config.json")
 LONGEST = 200
-_UNREACHABLE = "the hub cannot be reached and it was not downloaded before; connect, or pass a downloaded folder"
+_UNREACHABLE = "the hub cannot be reached and no copy is cached; connect to the network, or pass a downloaded folder"
 
 
 class ModelError(CompressorError):
@@ -28,21 +28,21 @@ class ModelError(CompressorError):
 
 @dataclass(frozen=True)
 class Model:
-    """A module with everything around it that export and evaluation need.
+    """A module with the metadata and functions that export and evaluation need.
 
     Attributes:
         module: the torch module, in evaluation mode.
-        call: calls the module with its inputs in order, returns the outputs in order.
-        answer: name of the output that quality is judged by.
-        example: input name to tensor, two samples.
+        call: calls the module with its inputs in order and returns its outputs in order.
+        answer: name of the output that quality is measured on.
+        example: input name to tensor, with a batch size of two.
         dynamic_axes: input name to {axis: name}, e.g. ``{0: "batch", 1: "sequence"}``.
-        untrained: parameter names that the checkpoint did not hold; a traced graph must not read them.
-        save: writes the model's config and preprocessing into a folder, under the ecosystem's own file names.
-        hub_id: where the weights lie on the hub, if they come from there.
-        random_weights: no checkpoint was read, so no quality may be stated.
-        tokenizer: the tokenizer of transformers, where the model takes texts and has one.
-        state: output name to the input name that it is in the next call, such as a key-value cache.
-        limitations: what the model could have had and does not have here, and what was assumed of it.
+        untrained: names of the parameters that the checkpoint lacks; a traced graph must not read them.
+        save: writes the model's config and preprocessing files into a folder, under the file names of its library.
+        hub_id: hub repository of the weights; None for other sources.
+        random_weights: no checkpoint was read, so quality must not be reported.
+        tokenizer: transformers tokenizer of a text model; None if the model has none.
+        state: output name to the input name that it feeds in the next call, such as the KV cache.
+        limitations: features that the model lacks here, and properties that were assumed.
     """
 
     name: str
@@ -66,35 +66,35 @@ class Model:
     limitations: tuple[Limitation, ...] = ()
 
     def classes(self) -> int | None:
-        """Number of classes of a classifier, by its last weight; None for other tasks."""
+        """Return the number of classes of a classifier, the last axis of its output; None for other tasks."""
         if not self.task.endswith("classification"):
             return None
         with torch.inference_mode():
             return int(self.call(self.module, *self.example.values())[self.outputs.index(self.answer)].shape[-1])
 
 
-def fixed_size(pictures: torch.Tensor) -> Limitation:
-    """The limitation of a model that takes pictures of one size.
+def fixed_size(images: torch.Tensor) -> Limitation:
+    """Return the limitation of a model that takes images of one size only.
 
     Args:
-        pictures: example inputs [batch, channels, height, width].
+        images: example inputs [batch, channels, height, width].
     """
-    channels, height, width = pictures.shape[1:]
+    channels, height, width = images.shape[1:]
     return Limitation(
-        "size of the pictures", f"the export takes {height} x {width} with {channels} channels and no other"
+        "image size", f"the export takes only images of {height} x {width} pixels with {channels} channels"
     )
 
 
 def as_numpy(example: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Example inputs as arrays."""
+    """Return the example inputs as NumPy arrays."""
     return {name: tensor.numpy() for name, tensor in example.items()}
 
 
 def without_cache(folder: Path) -> None:
-    """Say in the configs of a folder that its model keeps no cache, as where every attention is gone.
+    """Set ``use_cache`` to false in the configs of a folder, for a model without attention layers.
 
-    Generation then hands it the whole text each time. Optimum's classes do not ask the configs: whoever opens the
-    folder with them gives ``use_cache=False``.
+    Generation then passes the whole text in every call. Optimum's classes ignore this field and need
+    ``use_cache=False`` as an argument.
     """
     for path in (folder / name for name in CONFIGS):
         if path.is_file():
@@ -103,7 +103,10 @@ def without_cache(folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, with the next where it only announces it; at most 200 characters."""
+    """Return the first line of an error message, at most 200 characters.
+
+    If the first line ends with a colon, the second line is appended.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
     if not lines:
         return type(error).__name__
@@ -111,38 +114,38 @@ def first_line(error: BaseException) -> str:
     return text.rstrip(".") if len(text) <= LONGEST else f"{text[:LONGEST].rstrip(' .')} ..."
 
 
-def no_language_model(where: str, kind: str) -> ModelError:
-    """The refusal to leave the weights of another kind of model on disk."""
+def no_language_model(location: str, kind: str) -> ModelError:
+    """Return the error for a model of another kind whose weights are to stay on disk."""
     return ModelError(
-        f"--max-memory is for language models of transformers, whose layers are run one after the other from their "
-        f"files; {where} is {kind}: leave it out."
+        f"--max-memory is for language models of transformers, whose layers run one at a time from their files, but "
+        f"{location} is {kind}; leave --max-memory out."
     )
 
 
 def why(error: BaseException) -> str:
-    """Why a library could not load a model, in words that say what to do where the cause is a known one."""
+    """Return the reason why a library could not load a model, with the remedy if the cause is recognized."""
     text = str(error).lower()
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text or "weights only" in text:
         return "its weights are a pickle that runs code when it is read, which is refused; convert it to safetensors"
     if "trust_remote_code" in text:
-        return "it brings code of its own, which is not run; pass --trust-remote-code if you trust its author"
+        return "its repository contains custom code, which is not run; pass --trust-remote-code if you trust its author"
     return of_hub(error) or first_line(error)
 
 
 def of_hub(error: BaseException) -> str | None:
-    """What a failed download means; None where the error is not one of the hub client's."""
+    """Return the reason and the remedy of a failed download; None if the error does not come from the hub client."""
     from huggingface_hub import errors
 
     meanings: tuple[tuple[type[Exception], str], ...] = (
-        (errors.GatedRepoError, "access to it has to be asked for on the hub; do so, then log in with `hf auth login`"),
+        (errors.GatedRepoError, "access is restricted; request it on the hub, then log in with `hf auth login`"),
         (errors.RepositoryNotFoundError, "the hub has no such repository, or it is private; check the name"),
-        (errors.RevisionNotFoundError, "the hub has the repository, but not that revision; check --revision"),
+        (errors.RevisionNotFoundError, "the repository has no such revision; check --revision"),
         (errors.LocalEntryNotFoundError, _UNREACHABLE),
         (errors.OfflineModeIsEnabled, _UNREACHABLE),
-        (errors.EntryNotFoundError, "the repository lacks a needed file; expected a timm or transformers model"),
-        (errors.HFValidationError, "that is no name the hub allows; expected owner/name"),
+        (errors.EntryNotFoundError, "the repository lacks a required file; expected a timm or transformers model"),
+        (errors.HFValidationError, "the name is not valid on the hub; expected owner/name"),
         (ConnectionError, _UNREACHABLE),
     )
-    found = next((text for kind, text in meanings if isinstance(error, kind)), None)
+    meaning = next((text for kind, text in meanings if isinstance(error, kind)), None)
     cause = error.__cause__ or error.__context__
-    return found if found is not None or cause is None else of_hub(cause)
+    return meaning if meaning is not None or cause is None else of_hub(cause)

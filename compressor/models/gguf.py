@@ -1,7 +1,7 @@
-"""GGUF files, as llama.cpp has them: transformers reads them, and quantized weights become float32.
+"""GGUF files of llama.cpp, read by transformers; quantized weights are dequantized to float32.
 
-A file brings its config and its tokenizer as plain values, so that nothing of it is executed. It is read apart from
-the folder it lies in: an adapter, a config or a tokenizer beside it belongs to some other model.
+A GGUF file stores its config and tokenizer as plain values, so no code is executed. Other files in its folder, such as
+an adapter, a config or a tokenizer, belong to other models and are ignored.
 """
 
 from __future__ import annotations
@@ -30,52 +30,54 @@ from compressor.models.transformers import _kind, _task, _wrap
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 CAUSAL = "text-generation"
-# Of Llama 3.1 and 3.2, whose files hold what comes of them and not the numbers themselves.
+# RoPE parameters of Llama 3.1 and 3.2. Their files store only the frequency divisors that follow from these.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-GPT2 = ("gpt-2", "gpt2")  # as files name GPT-2's way of splitting texts
+GPT2 = ("gpt-2", "gpt2")  # names of GPT-2's pre-tokenizer in GGUF files
 FLOATS = ("F64", "F32", "F16", "BF16")
 FREQUENCIES = "rope_freqs.weight"
 _INSTALL = "install them with `pip install 'compressor-ai[gguf]'` (or `pip install gguf accelerate`)"
-_OWN_FILES = "pass the model in transformers' own files, a hub id or a save_pretrained folder"
+_OWN_FILES = "pass the model in the format of transformers, as a hub id or a save_pretrained folder"
 
 
 def file_of(spec: str | Path) -> Path | None:
-    """The GGUF file that a MODEL argument names: itself, or the only one in a folder without config.json.
+    """Return the GGUF file of a MODEL argument: the file itself, or the only one in a folder without config.json.
+
+    Return None for any other argument.
 
     Raises:
-        ModelError: the folder holds several.
+        ModelError: the folder contains several GGUF files.
     """
     path = Path(spec)
     if path.is_file():
         return path if path.suffix.lower() == SUFFIX else None
     if not path.is_dir() or (path / "config.json").exists():
         return None
-    files = sorted(each for each in path.iterdir() if each.suffix.lower() == SUFFIX and each.is_file())
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX and file.is_file())
     if len(files) > 1:
         raise ModelError(
-            f"{path} holds {len(files)} GGUF files ({', '.join(each.name for each in files)}); pass the file that is "
-            "meant instead of the folder."
+            f"{path} contains {len(files)} GGUF files ({', '.join(file.name for file in files)}); pass one of the "
+            "files instead of the folder."
         )
     return files[0] if files else None
 
 
 def quantization_of(spec: str | Path) -> str:
-    """Types of the tensors in a GGUF file, those that hold most values first: ``Q4_1 (210 tensors), F32 (61)``.
+    """Return the tensor types of a GGUF file by descending number of values: ``Q4_1 (210 tensors), F32 (61)``.
 
     Args:
-        spec: the file, or the folder that holds it.
+        spec: the file, or the folder that contains it.
 
     Raises:
         ModelError: there is no such file, it cannot be read, or the package gguf is missing.
     """
     path = file_of(spec)
     if path is None:
-        raise ModelError(f"{spec} is neither a {SUFFIX} file nor a folder with one and no config.json.")
+        raise ModelError(f"{spec} is neither a {SUFFIX} file nor a folder with a {SUFFIX} file and no config.json.")
     return _types(_read(path).tensors.values())
 
 
 def load(
-    where: str,
+    location: str,
     *,
     task: str | None,
     revision: str | None,
@@ -84,52 +86,52 @@ def load(
     cache: bool = True,
     on_disk: bool = False,
 ) -> Model:
-    """Load a GGUF file, its weights in float32 whatever they are stored as; from then on it is one of transformers.
+    """Load a GGUF file as a transformers model with float32 weights.
 
-    `trust_remote_code` changes nothing: such a file brings no code. Without `cache` a language model is traced without
-    its KV cache.
+    `trust_remote_code` has no effect, because a GGUF file contains no code. Without `cache`, a language model is traced
+    without its KV cache.
 
     Raises:
-        ModelError: the packages are missing, the file is damaged, transformers cannot read it or would leave a part
-            of it out, or an option is given that such a file does not go with.
+        ModelError: a package is missing, the file is damaged, transformers cannot read it or would ignore a part of it,
+            or an option does not apply to GGUF files.
     """
-    path = Path(where)
+    path = Path(location)
     if revision is not None:
-        raise ModelError(f"{where} is a local file, so it has no revision {revision!r}; leave --revision out.")
+        raise ModelError(f"{location} is a local file, so it has no revision {revision!r}; leave --revision out.")
     if on_disk:
         raise ModelError(
-            f"--max-memory reads weights from safetensors files as they are, but those of {where} are packed as GGUF "
-            "has them; leave it out, or save the model with save_pretrained once and pass that folder."
+            f"--max-memory reads weights from safetensors files as they are, but {location} is a GGUF file; leave "
+            "--max-memory out, or save the model with save_pretrained once and pass that folder."
         )
-    found = _read(path)
-    _check_complete(path, found)
+    content = _read(path)
+    _check_complete(path, content)
     with quiet(), without_bar(), _empty_folder(path.stem) as empty:
-        # An absolute name is taken for what it is, and the folder has nothing else to offer.
+        # transformers uses an absolute path as it is, and the empty folder provides no other files.
         options = {"gguf_file": str(path.resolve())}
         try:
-            config = _config(path, found, empty, options)
-            chosen = task or _task_of(config, where)
-            module, untrained = _module(_kind(config, chosen), config, random_weights, empty, options)
+            config = _config(path, content, empty, options)
+            resolved_task = task or _task_of(config, location)
+            module, untrained = _module(_kind(config, resolved_task), config, random_weights, empty, options)
         except ModelError:
             raise
-        except Exception as error:  # transformers lets errors of files and shapes through as they are
+        except Exception as error:  # transformers does not wrap file and shape errors
             raise ModelError(
-                f"transformers could not read {where}, a GGUF file of the architecture {found.architecture} "
+                f"transformers could not read {location}, a GGUF file of the architecture {content.architecture} "
                 f"({_reason(error)}); {_OWN_FILES}."
             ) from error
         if not random_weights:
-            _check_all_taken(path, found, module, chosen)
-        _be_one_of_transformers(module, path)
+            _check_all_loaded(path, content, module, resolved_task)
+        _clear_quantization(module, path)
         own = {"revision": None, "trust_remote_code": False, **options}
-        model = _wrap(module.eval().float(), empty, chosen, own, {}, random_weights, untrained, cache)
+        model = _wrap(module.eval().float(), empty, resolved_task, own, {}, random_weights, untrained, cache)
     if model.tokenizer is not None:
         model.tokenizer.name_or_path = path.stem
-    return replace(model, limitations=(*_limitations(found, model), *model.limitations))
+    return replace(model, limitations=(*_limitations(content, model), *model.limitations))
 
 
 def _reason(error: Exception) -> str:
-    # That message refers to a table that transformers has logged.
-    return "its tensors are not of the shapes its metadata says" if "mismatched_sizes" in str(error) else why(error)
+    # The original message refers to a table in the log of transformers.
+    return "the shapes of its tensors do not match its metadata" if "mismatched_sizes" in str(error) else why(error)
 
 
 @contextlib.contextmanager
@@ -140,34 +142,42 @@ def _empty_folder(name: str) -> Iterator[str]:
         yield str(inner)
 
 
-def _limitations(found: _Content, model: Model) -> Iterator[Limitation]:
-    """What the file lacks of the model that it was made from."""
-    packed = [each for each in found.tensors.values() if each[0] not in FLOATS]
+def _limitations(content: _Content, model: Model) -> Iterator[Limitation]:
+    """Yield the differences between the file and the model that it was converted from."""
+    packed = [stored for stored in content.tensors.values() if stored[0] not in FLOATS]
     if packed and not model.random_weights:
         yield Limitation(
-            "precision of the weights", f"the file holds them as {_types(packed)}, dequantized to float32 here"
+            "weight precision", f"the file stores the weights as {_types(packed)}; they were dequantized to float32"
         )
-    ahead = [name for name in found.tensors if _block(name) >= _layers(model.module)]
+    ahead = [name for name in content.tensors if _block(name) >= _layers(model.module)]
     if ahead:
-        yield Limitation("blocks that guess several tokens ahead", f"{len(ahead)} tensors of the file are left out")
-    if model.tokenizer is not None and found.splitting is not None and found.splitting not in _splittings():
+        yield Limitation("multi-token prediction", f"its {len(ahead)} tensors in the file are left out")
+    if (
+        model.tokenizer is not None
+        and content.pre_tokenizer is not None
+        and content.pre_tokenizer not in _pre_tokenizers()
+    ):
         yield Limitation(
             "pre-tokenizer",
-            f"transformers does not know the file's ({found.splitting}) and splits texts as GPT-2 does, so that tokens "
-            "of some may differ",
+            f"transformers does not support the file's pre-tokenizer {content.pre_tokenizer} and uses that of GPT-2, "
+            "so some texts may be tokenized differently",
         )
 
 
-# ----------------------------------------------------------------------------------------------- what the file says
+# --------------------------------------------------------------------------------------------- content of the file
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What is asked of a file before transformers reads it.
+    """The metadata of a GGUF file that is checked before transformers reads it.
 
-    `tensors` are the type and the number of values of each; `parts` is how many files the model is split into,
-    `scaling` how positions are scaled (kind and factor), `frequencies` what rotary frequencies are divided by,
-    `splitting` how texts are split before the merges of a byte-level tokenizer.
+    Attributes:
+        architecture: llama.cpp's name of the architecture.
+        tensors: tensor name to type and number of values.
+        parts: number of files that the model is split into.
+        scaling: kind and factor of the position scaling, if any.
+        frequencies: divisors of the rotary frequencies, if any.
+        pre_tokenizer: name of the pre-tokenizer of a byte-level BPE tokenizer; None for other tokenizers.
     """
 
     architecture: str
@@ -175,11 +185,11 @@ class _Content:
     parts: int
     scaling: tuple[str, float] | None
     frequencies: torch.Tensor | None
-    splitting: str | None
+    pre_tokenizer: str | None
 
 
 def _types(tensors: Iterable[tuple[str, int]]) -> str:
-    """Types of tensors and how many are of each, those that hold most values first."""
+    """Format tensor types with the number of tensors of each, by descending number of values."""
     counts, values = Counter[str](), Counter[str]()
     for kind, count in tensors:
         counts[kind] += 1
@@ -189,10 +199,10 @@ def _types(tensors: Iterable[tuple[str, int]]) -> str:
 
 
 def _read(path: Path) -> _Content:
-    """The head of a file; of the weights, which stay on disk, the few that scale rotary frequencies.
+    """Read the metadata of a file. Of the weights, only the divisors of the rotary frequencies are read.
 
     Raises:
-        ModelError: a package is missing, or the file is none of this kind, damaged or cut short.
+        ModelError: a package is missing, or the file is damaged, truncated or not a GGUF file.
     """
     absent = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if absent:
@@ -204,15 +214,15 @@ def _read(path: Path) -> _Content:
         begin = file.read(len(MAGIC))
     if begin != MAGIC:
         raise ModelError(
-            f"{path} is no GGUF file: it begins with {begin!r} and not with {MAGIC!r}; fetch it again (a pointer of "
-            "Git LFS or an error page may have been saved in its place)."
+            f"{path} is not a GGUF file: it begins with {begin!r} instead of {MAGIC!r}; download it again (a Git LFS "
+            "pointer or an error page may have been saved in its place)."
         )
     try:
         return _content(bounded_reader(path))
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ModelError(
-            f"{path} cannot be read as GGUF ({why(error)}): it is damaged, cut short, or newer than the installed "
-            "package gguf; fetch it again, or update the package."
+            f"{path} cannot be read as GGUF ({why(error)}): it is damaged, truncated, or newer than the installed "
+            "package gguf; download it again, or update the package."
         ) from error
 
 
@@ -224,63 +234,63 @@ def _content(reader: Any) -> _Content:
     architecture = str(value("general.architecture", "(none named)"))
     kind = value(f"{architecture}.rope.scaling.type", "none")
     factor = float(value(f"{architecture}.rope.scaling.factor", value(f"{architecture}.rope.scale_linear", 1.0)))
-    divisors = [each.data for each in reader.tensors if each.name == FREQUENCIES]
+    divisors = [tensor.data for tensor in reader.tensors if tensor.name == FREQUENCIES]
     return _Content(
         architecture,
-        {each.name: (each.tensor_type.name, int(each.n_elements)) for each in reader.tensors},
+        {tensor.name: (tensor.tensor_type.name, int(tensor.n_elements)) for tensor in reader.tensors},
         int(value("split.count", 1)),
-        # The older key names no kind: linear was the only one.
+        # The older key has no kind, because linear scaling was the only one.
         None if factor == 1 else ("linear" if kind == "none" else str(kind), factor),
         torch.tensor(divisors[0].copy()) if divisors else None,
         value("tokenizer.ggml.pre", "default") if value("tokenizer.ggml.model", None) == "gpt2" else None,
     )
 
 
-def _check_complete(path: Path, found: _Content) -> None:
-    if found.parts > 1:
+def _check_complete(path: Path, content: _Content) -> None:
+    if content.parts > 1:
         raise ModelError(
-            f"{path} is one of {found.parts} files that the model is split into; join them with "
-            "`llama-gguf-split --merge` and pass the file that comes of it."
+            f"{path} is one of {content.parts} files that the model is split into; merge them with "
+            "`llama-gguf-split --merge` and pass the merged file."
         )
-    if not found.tensors:
-        raise ModelError(f"{path} holds no weights, only a config or a tokenizer; pass the file with the weights.")
+    if not content.tensors:
+        raise ModelError(f"{path} contains no weights, only a config or a tokenizer; pass the file with the weights.")
 
 
-# -------------------------------------------------------------------------------------- what transformers makes of it
+# --------------------------------------------------------------------------------------- loading with transformers
 
 
-def _config(path: Path, found: _Content, empty: str, options: dict[str, Any]) -> Any:
-    """The config that transformers makes of a file, with the scaling of positions that it leaves out."""
-    if find_spec("kernels") is not None and found.architecture in _fetching():
+def _config(path: Path, content: _Content, empty: str, options: dict[str, Any]) -> Any:
+    """Return the config that transformers derives from a file, with the position scaling that it ignores added."""
+    if find_spec("kernels") is not None and content.architecture in _kernel_architectures():
         raise ModelError(
-            f"with the package kernels installed transformers fetches compiled code from the hub for GGUF files of "
-            f"the architecture {found.architecture}, which is not run; uninstall kernels, or {_OWN_FILES}."
+            "the package kernels is installed, so transformers would download and run compiled code from the hub for "
+            f"GGUF files of the architecture {content.architecture}; uninstall kernels, or {_OWN_FILES}."
         )
     config = transformers.AutoConfig.from_pretrained(empty, **options)
     rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("rope_type") != "default":  # it has none, or knows more of it than the file
+    if rotary.get("rope_type") != "default":  # no RoPE, or a scaling that transformers has already read
         return config
-    if found.scaling is not None:
-        kind, factor = found.scaling
+    if content.scaling is not None:
+        kind, factor = content.scaling
         if kind != "linear":
-            raise _wrong(path, f"positions are scaled by {kind}")
+            raise _unsupported(path, f"positions are scaled by {kind}")
         rotary = config.rope_parameters = {**rotary, "rope_type": "linear", "factor": factor}
-    if found.frequencies is not None:
-        scaled = _llama3(config, found.frequencies)
-        if scaled is None or found.scaling is not None:
-            raise _wrong(path, f"rotary frequencies are divided by {FREQUENCIES}, in another way than Llama 3's")
+    if content.frequencies is not None:
+        scaled = _llama3(config, content.frequencies)
+        if scaled is None or content.scaling is not None:
+            raise _unsupported(path, f"rotary frequencies are divided by {FREQUENCIES}, but not as in Llama 3")
         config.rope_parameters = scaled
-    if any(name.startswith("rope_factors_") for name in found.tensors):
-        raise _wrong(path, "rotary frequencies are scaled for long texts")
+    if any(name.startswith("rope_factors_") for name in content.tensors):
+        raise _unsupported(path, "rotary frequencies are scaled for long texts")
     return config
 
 
-def _wrong(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path}: {what}, which transformers leaves out, so that the outputs would differ; {_OWN_FILES}.")
+def _unsupported(path: Path, feature: str) -> ModelError:
+    return ModelError(f"{path}: {feature}, which transformers ignores, so the outputs would differ; {_OWN_FILES}.")
 
 
-def _fetching() -> frozenset[str]:
-    """Architectures that transformers reads in a way of its own, which asks the hub for kernels (since 5.24)."""
+def _kernel_architectures() -> frozenset[str]:
+    """Return the architectures for which transformers loads kernels from the hub (since 5.24)."""
     try:
         from transformers.integrations.gguf import GGUF_ARCHS
     except ImportError:
@@ -288,8 +298,8 @@ def _fetching() -> frozenset[str]:
     return frozenset(GGUF_ARCHS)
 
 
-def _splittings() -> frozenset[str]:
-    """The ways of splitting texts that transformers knows, GPT-2's among them (since 5.24)."""
+def _pre_tokenizers() -> frozenset[str]:
+    """Return the names of the pre-tokenizers that transformers supports (since 5.24), including that of GPT-2."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:
@@ -298,9 +308,9 @@ def _splittings() -> frozenset[str]:
 
 
 def _llama3(config: Any, divisors: torch.Tensor) -> dict[str, Any] | None:
-    """The parameters of Llama 3's rotary frequencies, where these divisors are what they amount to.
+    """Return the RoPE parameters of Llama 3 that yield these frequency divisors; None if no such parameters exist.
 
-    llama.cpp's converter writes the divisors alone; the largest is the factor.
+    llama.cpp's converter writes only the divisors. The largest divisor is the scaling factor.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -315,48 +325,50 @@ def _llama3(config: Any, divisors: torch.Tensor) -> dict[str, Any] | None:
     return dict(scaled.rope_parameters) if same else None
 
 
-def _task_of(config: Any, where: str) -> str:
-    """Text generation where the model can do it: files name no head."""
+def _task_of(config: Any, location: str) -> str:
+    """Return the task; text generation if the architecture supports it, because GGUF files do not name a head."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CAUSAL
     if config.is_encoder_decoder and not config.architectures:
-        raise ValueError("it has an encoder and a decoder")
-    return _task(config, {}, where)
+        raise ValueError("encoder-decoder models are not supported")
+    return _task(config, {}, location)
 
 
 def _module(
     kind: Any, config: Any, random_weights: bool, empty: str, options: dict[str, Any]
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """The module, and the names of the weights that the file does not hold."""
+    """Return the module, and the names of the weights that the file lacks."""
     if random_weights:
         torch.manual_seed(0)
         return with_random_weights(kind, config), ()
-    # Before there was this class, weights were made floats always.
-    floats = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _can_stay_packed() else {}
+    # Releases without GgufConfig always dequantize.
+    floats = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _has_gguf_config() else {}
     module, info = kind.from_pretrained(
         empty, config=config, dtype=torch.float32, output_loading_info=True, **options, **floats
     )
     return module, tuple(sorted(info["missing_keys"]))
 
 
-def _can_stay_packed() -> bool:
+def _has_gguf_config() -> bool:
     return hasattr(transformers, "GgufConfig")
 
 
-def _check_all_taken(path: Path, found: _Content, module: Any, task: str) -> None:
-    """Hold that every value of the file has a place in the module: transformers skips tensors without a word."""
-    skipped = {FREQUENCIES}  # it is in the config
+def _check_all_loaded(path: Path, content: _Content, module: Any, task: str) -> None:
+    """Check that the module has as many values as the file, because transformers skips unknown tensors silently."""
+    skipped = {FREQUENCIES}  # stored in the config instead
     if task != CAUSAL or module.config.get_text_config().tie_word_embeddings:
         skipped |= {"output.weight"}
     held = sum(
-        count for name, (_, count) in found.tensors.items()
+        count for name, (_, count) in content.tensors.items()
         if name not in skipped and _block(name) < _layers(module)
     )  # fmt: skip
     state = {id(value): value.numel() for value in module.state_dict(keep_vars=True).values()}
     if held > sum(state.values()):
-        raise _wrong(path, f"it holds {held:,} weights, of which {type(module).__name__} has {sum(state.values()):,}")
+        raise _unsupported(
+            path, f"it stores {held:,} weights, but {type(module).__name__} takes only {sum(state.values()):,}"
+        )
 
 
 def _layers(module: Any) -> int:
@@ -368,8 +380,8 @@ def _block(name: str) -> float:
     return -math.inf if matched is None else int(matched[1])
 
 
-def _be_one_of_transformers(module: Any, path: Path) -> None:
-    """Take out what says that the weights are packed, and name the class as the files of `save_pretrained` do."""
+def _clear_quantization(module: Any, path: Path) -> None:
+    """Remove the quantization config, and set the class name and model name as `save_pretrained` expects them."""
     quantizer = getattr(module, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(module)

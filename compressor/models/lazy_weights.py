@@ -1,4 +1,4 @@
-"""Checkpoints of transformers whose weights stay on disk: the module holds stand-ins that know where to read them."""
+"""Checkpoints of transformers with weights on disk: the module holds placeholders that are read when needed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from passes.execute.offloaded_weights import READ, is_offloaded, offloaded
 from passes.graph.graph import Graph
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Buffers may be of these too.
+# Buffers may also have the integer and bool types.
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 SHARD = "5GB"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file; `kind` is its type as the file names it, such as BF16."""
+    """A tensor in a safetensors file; `kind` is the dtype name of the file, such as BF16."""
 
     path: Path
     name: str
@@ -45,55 +45,54 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type in the file."""
+        """Return the dtype in the file."""
         return DTYPES[self.kind]
 
     def __call__(self) -> torch.Tensor:
-        """Its values in float32."""
+        """Read the values as float32."""
         return self.as_stored().float()
 
     def as_stored(self) -> torch.Tensor:
-        """Its values in the type that the file has."""
+        """Read the values in the dtype of the file."""
         with safe_open(self.path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(self.name)
         return tensor
 
 
-def module_on_disk(kind: Any, config: Any, where: str, options: Mapping[str, Any]) -> torch.nn.Module:
-    """A module of transformers that reads its weights when they are needed; buffers are in memory, small as they are.
+def module_on_disk(kind: Any, config: Any, location: str, options: Mapping[str, Any]) -> torch.nn.Module:
+    """Create a module of transformers that reads its weights from disk when needed; its small buffers are in memory.
 
     Args:
         kind: an auto class.
-        config: of the model.
-        where: a folder or hub id with safetensors files.
+        config: config of the model.
+        location: a folder or hub id with safetensors files.
         options: revision, trust_remote_code.
 
     Raises:
-        ModelError: the weights are not in safetensors files, under other names or in other shapes than the module has
-            them, or quantized.
+        ModelError: the weights are not in safetensors files, are quantized, or differ from the module in name or shape.
     """
     with _without_memory():
         module: torch.nn.Module = kind.from_config(
             config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
         )
-    stored = as_modules_name_them(_stored(where, options), module)
+    stored = as_modules_name_them(_stored(location, options), module)
     base = f"{getattr(module, 'base_model_prefix', '')}."
     for weight, paths in _tied(module):
-        found = next((each for path in paths if (each := _found(stored, path, base)) is not None), None)
-        stand_in = offloaded(weight, _checked(found, paths[0], weight.shape, where))
+        entry = next((tensor for path in paths if (tensor := _lookup(stored, path, base)) is not None), None)
+        placeholder = offloaded(weight, _checked(entry, paths[0], weight.shape, location))
         for owner, _, leaf in (path.rpartition(".") for path in paths):
-            module.get_submodule(owner).register_parameter(leaf, stand_in)
+            module.get_submodule(owner).register_parameter(leaf, placeholder)
     for path, buffer in _kept_buffers(module).items():
-        found = _found(stored, path, base)
-        if found is not None:
-            buffer.copy_(found.as_stored())
-    with contextlib.suppress(OSError):  # not every folder has one; the module has made one of its config
-        module.generation_config = GenerationConfig.from_pretrained(where, revision=options["revision"])
+        entry = _lookup(stored, path, base)
+        if entry is not None:
+            buffer.copy_(entry.as_stored())
+    with contextlib.suppress(OSError):  # optional file; the module derives a default from its config
+        module.generation_config = GenerationConfig.from_pretrained(location, revision=options["revision"])
     return module
 
 
 def _tied(module: torch.nn.Module) -> list[tuple[torch.nn.Parameter, list[str]]]:
-    """Every parameter with the paths that it has; tied ones have several."""
+    """Return every parameter with its paths; a tied parameter has several."""
     paths: dict[int, list[str]] = {}
     for path, weight in module.named_parameters(remove_duplicate=False):
         paths.setdefault(id(weight), []).append(path)
@@ -101,78 +100,78 @@ def _tied(module: torch.nn.Module) -> list[tuple[torch.nn.Parameter, list[str]]]
 
 
 def _kept_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that checkpoints hold: learned values that are no parameters, such as the scale of a layer."""
+    """Return the persistent buffers, such as a learned scale of a layer, by path."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {path: value for path, value in module.state_dict(keep_vars=True).items() if path not in parameters}
 
 
-def _stored(where: str, options: Mapping[str, Any]) -> dict[str, Stored]:
-    """Where each tensor of a checkpoint is; shards are downloaded first."""
+def _stored(location: str, options: Mapping[str, Any]) -> dict[str, Stored]:
+    """Return the tensors of a checkpoint by name; download missing shards first."""
     revision = options["revision"]
-    index = cached(where, SAFE_WEIGHTS_INDEX_NAME, revision)
+    index = cached(location, SAFE_WEIGHTS_INDEX_NAME, revision)
     if index is not None:
-        paths = shards(where, index, revision)
-    elif (single := cached(where, SAFE_WEIGHTS_NAME, revision)) is not None:
+        paths = shards(location, index, revision)
+    elif (single := cached(location, SAFE_WEIGHTS_NAME, revision)) is not None:
         paths = [single]
     else:
         raise ModelError(
-            f"{where} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}, which --max-memory reads weights "
-            "from; save it with save_pretrained once, or leave --max-memory out."
+            f"{location} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}, but --max-memory reads weights "
+            "from these files; save the model with save_pretrained once, or leave --max-memory out."
         )
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                found[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
-    return found
+                tensors[name] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+    return tensors
 
 
-def _found(stored: Mapping[str, Stored], path: str, base: str) -> Stored | None:
-    """Where a tensor is; checkpoints of the bare model and of one with a head differ by a prefix."""
+def _lookup(stored: Mapping[str, Stored], path: str, base: str) -> Stored | None:
+    """Return a tensor by its path; checkpoints of models with and without a head differ by the prefix `base`."""
     names = (path, path.removeprefix(base), f"{base}{path}")
     return next((stored[name] for name in names if name in stored), None)
 
 
-def _checked(found: Stored | None, path: str, shape: torch.Size, where: str) -> Stored:
-    """A tensor that can be taken for the one of this path."""
-    if found is None:
+def _checked(entry: Stored | None, path: str, shape: torch.Size, location: str) -> Stored:
+    """Return the tensor of a path, after checking its presence, dtype and shape."""
+    if entry is None:
         raise ModelError(
-            f"the files of {where} have no tensor {path}, or one that is converted when it is loaded; --max-memory "
-            "reads weights as they are: leave it out."
+            f"the files of {location} have no tensor {path}, or transformers converts it on loading, but --max-memory "
+            "reads weights as they are; leave --max-memory out."
         )
-    if found.kind not in DTYPES:
+    if entry.kind not in DTYPES:
         raise ModelError(
-            f"{path} in the files of {where} is of type {found.kind}; --max-memory reads {', '.join(DTYPES)}: give a "
-            "checkpoint that is not quantized."
+            f"{path} in the files of {location} is of type {entry.kind}, but --max-memory reads {', '.join(DTYPES)}; "
+            "pass a checkpoint that is not quantized."
         )
-    if found.shape != tuple(shape):
+    if entry.shape != tuple(shape):
         raise ModelError(
-            f"{path} in the files of {where} has the shape {list(found.shape)}, but the config makes it {list(shape)}; "
-            "give a folder whose config.json belongs to its weights."
+            f"{path} in the files of {location} has the shape {list(entry.shape)}, but the config implies "
+            f"{list(shape)}; pass a folder whose config.json belongs to its weights."
         )
-    return found
+    return entry
 
 
 def stored_bytes(graph: Graph) -> int:
-    """Bytes that the weights of a graph have in their files, those it shares counted once."""
-    stored = {getattr(each, READ): each.numel() for each in graph.module.parameters() if is_offloaded(each)}
-    return sum(count * place.dtype.itemsize for place, count in stored.items())
+    """Return the bytes of a graph's weights in their files; shared weights are counted once."""
+    stored = {getattr(weight, READ): weight.numel() for weight in graph.module.parameters() if is_offloaded(weight)}
+    return sum(count * entry.dtype.itemsize for entry, count in stored.items())
 
 
 def write_from_disk(module: Any, folder: Path) -> None:
-    """Write a model of transformers whose weights are read from disk, as `save_pretrained` would, shard by shard.
+    """Write a model of transformers with weights on disk shard by shard, in the format of `save_pretrained`.
 
-    Weights keep the type that they are stored in; tied ones are written once.
+    Weights keep their stored dtype. Tied weights are written once.
 
     Args:
-        module: every parameter as `module_on_disk` makes them.
-        folder: exists.
+        module: a module as returned by `module_on_disk`.
+        folder: an existing folder.
     """
     first = {id(weight): name for name, weight in reversed(list(module.named_parameters()))}
     weights = {name: getattr(weight, READ) for name, weight in module.named_parameters() if first[id(weight)] == name}
     tensors = _as_checkpoints_name_them(module, weights | _kept_buffers(module))
-    shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in tensors.items()}
+    shapes = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
         _write_shard(folder / file, {name: tensors[name] for name in names})
@@ -193,37 +192,39 @@ def _as_checkpoints_name_them(
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Stored | torch.Tensor]) -> None:
-    """Write a safetensors file of which one tensor at a time is in memory; `save_file` wants all of them at once.
+    """Write a safetensors file with one tensor in memory at a time; `save_file` needs all tensors at once.
 
-    The format (github.com/huggingface/safetensors, "Format"): bytes of the header as a little-endian 64-bit number, the
-    header as JSON, padded with spaces to a multiple of 8, then the tensors, each at the offsets that the header gives.
+    The format (github.com/huggingface/safetensors, "Format"): the size of the header in bytes as a little-endian 64-bit
+    number, the header as JSON, padded with spaces to a multiple of 8, then the tensors at the offsets in the header.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # The widest types first, as `save_file` has them: so each tensor lies at a multiple of its elements.
+    # The widest dtypes first, as in `save_file`, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    for name, each in ordered:
-        start, end = end, end + math.prod(each.shape) * each.dtype.itemsize
-        header[name] = {"dtype": NAMES[each.dtype], "shape": list(each.shape), "data_offsets": [start, end]}
+    for name, value in ordered:
+        start, end = end, end + math.prod(value.shape) * value.dtype.itemsize
+        header[name] = {"dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, each in ordered:
-            values = each.as_stored() if isinstance(each, Stored) else each
-            file.write(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for _, value in ordered:
+            array = value.as_stored() if isinstance(value, Stored) else value
+            file.write(array.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager
 def _without_memory() -> Iterator[None]:
-    """Modules made here have parameters without values, while buffers are computed as usual."""
+    """Create parameters of new modules on the meta device; buffers are computed as usual."""
 
     def move(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
         if parameter.is_meta:
             return None
-        return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)  # unwritten memory costs nothing yet
+        return torch.nn.Parameter(
+            parameter.to("meta"), requires_grad=False
+        )  # memory is not committed before it is written
 
-    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]  # its answer is taken
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]  # the return value replaces the parameter
     try:
         yield
     finally:

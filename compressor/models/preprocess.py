@@ -1,4 +1,4 @@
-"""What the data side has to know about a model: its inputs, and how a picture or a text becomes them."""
+"""The preprocessing of a model: its inputs, and the functions that convert images and texts to inputs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A model's own preprocessing.
+    """The preprocessing that belongs to a model.
 
-    `inputs` are the model's input names in order. `image` turns one picture of mode `image_mode` into float32
-    [C, H, W]; it is called from several threads at once. `text` tokenises a batch of texts, optionally with second
-    texts, into int64 [rows, tokens] arrays by input name, padded to the longest row of the batch. `example` is one
-    batch of inputs, batch first, that says shapes and dtypes. `class_first`: the tokenizer puts a class token in front
-    of every text. `complete` adds what the model takes beyond those and follows from them: positions, an empty cache.
-    `whole` tokenises a text without padding or cutting it, [tokens] by input name; `cut` makes a `text` that cuts texts
-    at so many tokens; `longest` is how many the model takes, as far as that is known.
+    Attributes:
+        inputs: input names of the model, in order.
+        kind: kind of the data that the model takes.
+        example: one batch of inputs, batch axis first, for shapes and dtypes.
+        image: converts an image of mode `image_mode` to float32 [C, H, W]; must be thread-safe.
+        text: tokenizes a batch of texts, optionally with second texts, to int64 [rows, tokens] by input name, padded
+            to the longest row of the batch.
+        image_mode: PIL mode of the images.
+        class_first: the tokenizer puts a class token in front of every text.
+        complete: adds the inputs that are derived from the others: position ids and an empty KV cache.
+        whole: tokenizes one text without padding or truncation, [tokens] by input name.
+        cut: returns a `text` function that truncates texts to a number of tokens.
+        longest: maximum number of tokens that the model takes; None if it is unknown.
     """
 
     inputs: tuple[str, ...]
@@ -42,5 +48,5 @@ class Preprocess:
     longest: int | None = None
 
     def limited(self, length: int) -> Preprocess:
-        """The same with texts cut at so many tokens."""
+        """Return a copy that truncates texts to `length` tokens."""
         return self if self.cut is None else replace(self, text=self.cut(length))

@@ -1,7 +1,7 @@
-"""Find out which inputs a module takes by calling it on a short text, not by reading the signature of its forward pass.
+"""Detection of the inputs that a module takes, by calling it on a short text.
 
-Signatures change with releases (``past_key_values`` became ``cache`` in transformers 5.24), wrappers hide them, and
-``**kwargs`` take any name and may use none of it.
+The signature of `forward` is not reliable. It changes between releases (``past_key_values`` became ``cache`` in
+transformers 5.24), wrappers hide it, and ``**kwargs`` accepts any name and may ignore it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from passes.execute.offloaded_weights import is_offloaded
 from passes.torch_internals import FakeTensorMode
 
-TOKENS = 3  # of the text: two are left where one is taken away, so that nothing broadcasts
+TOKENS = 3  # of the text; with one token less, two remain, which do not broadcast
 
 
 def text(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
-    """A text of the token 0, [1, tokens], nothing of it padding."""
+    """Return a text that repeats the token 0, [1, tokens], without padding."""
     ones = torch.ones(1, tokens, dtype=torch.int64)
     return {"input_ids": torch.zeros_like(ones), "attention_mask": ones}
 
 
 @contextlib.contextmanager
 def calling(module: torch.nn.Module) -> Iterator[None]:
-    """Call a module without gradients; by shapes alone where its weights stay on disk."""
+    """Disable gradients for calls of a module; propagate only shapes if its weights stay on disk."""
     shapes_only = any(map(is_offloaded, module.parameters()))
     mode = FakeTensorMode(allow_non_fake_inputs=True) if shapes_only else contextlib.nullcontext()
     with torch.inference_mode(), mode:
@@ -34,13 +34,13 @@ def calling(module: torch.nn.Module) -> Iterator[None]:
 
 
 def accepts(module: Any, inputs: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> bool:
-    """Whether a module can be called with an input of this name.
+    """Return whether a module can be called with an input of this name.
 
     Args:
-        module: any module.
-        inputs: that it is called with besides.
-        name: of the input.
-        value: of the input.
+        module: the module to call.
+        inputs: the other inputs.
+        name: name of the input.
+        value: value of the input.
     """
     try:
         module(**inputs, **{name: value})
@@ -50,15 +50,16 @@ def accepts(module: Any, inputs: Mapping[str, torch.Tensor], name: str, value: t
 
 
 def computes_with(module: Any, inputs: Mapping[str, torch.Tensor], name: str, value: torch.Tensor) -> bool:
-    """Whether a module computes with an input of this name: it takes a value for each token, and fails on one less.
+    """Return whether a module uses an input of this name.
 
-    Further keyword arguments that a module takes and ignores do not count.
+    A module that uses it accepts one value per token and fails with one value less. A module that accepts and ignores
+    any keyword argument does not fail.
 
     Args:
-        module: any module.
-        inputs: that it is called with besides.
-        name: of the input.
-        value: [1, tokens].
+        module: the module to call.
+        inputs: the other inputs.
+        name: name of the input.
+        value: value of the input, [1, tokens].
     """
     if not accepts(module, inputs, name, value):
         return False

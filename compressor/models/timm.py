@@ -1,4 +1,4 @@
-"""Models of timm: by name, from the hub, or from a local folder in timm's own format."""
+"""Models of timm: by name, from the hub, or from a local folder in timm's format."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, why
 from compressor.models.preprocess import Preprocess
 
-NO_CLASSIFIER = Limitation("classifier", "the checkpoint has none (num_classes is 0), so its features are exported")
+NO_CLASSIFIER = Limitation(
+    "classifier", "the checkpoint has no classifier (num_classes is 0), so its features are exported"
+)
 
 
 def load(
-    where: str,
+    location: str,
     *,
     task: str | None,
     revision: str | None,
@@ -31,51 +33,51 @@ def load(
     trust_remote_code: bool,
     cache: bool = True,
 ) -> Model:
-    """Load a timm model as a classifier, or as a feature extractor when `task` asks for it.
+    """Load a timm model as a classifier, or as a feature extractor if `task` is image-feature-extraction.
 
     Raises:
-        ModelError: the weights cannot be read, or the task is not one of images.
+        ModelError: the weights cannot be read, or the task is not an image task.
     """
-    chosen = task or "image-classification"
-    if not chosen.startswith("image"):
+    resolved_task = task or "image-classification"
+    if not resolved_task.startswith("image"):
         raise ModelError(
-            f"{where} is a timm model, which cannot do {chosen}; expected image-classification or "
-            "image-feature-extraction."
+            f"{location} is a timm model, which does not support the task {resolved_task}; expected "
+            "image-classification or image-feature-extraction."
         )
-    folder = Path(where)
-    if revision is not None and not where.startswith("hf-hub:"):
+    folder = Path(location)
+    if revision is not None and not location.startswith("hf-hub:"):
         raise ModelError(
-            f"{where} is no hub id, so it has no revision {revision!r}; leave --revision out, or pass owner/name."
+            f"{location} is not a hub id, so it has no revision {revision!r}; leave --revision out, or pass owner/name."
         )
-    name = f"local-dir:{where}" if folder.is_dir() else where
+    name = f"local-dir:{location}" if folder.is_dir() else location
     if revision is not None:
         name = f"{name}@{revision}"
     try:
         module = timm.create_model(name, pretrained=not random_weights).eval().float()
-    except Exception as error:  # timm lets hub, file, pickle and shape errors through as they are
-        raise ModelError(f"timm could not load {where}: {why(error)}{_tags(where, error)}.") from error
+    except Exception as error:  # timm does not wrap hub, file, pickle and shape errors
+        raise ModelError(f"timm could not load {location}: {why(error)}{_tags(location, error)}.") from error
     if task == "image-classification" and getattr(module, "num_classes", 0) == 0:
-        raise ModelError(f"{where} has no classifier (num_classes is 0); leave --task out, or choose another model.")
-    label = folder.name if folder.is_dir() else where.removeprefix("hf-hub:")
-    return _wrap(module, label, chosen, where, revision, random_weights, asked=task)
+        raise ModelError(f"{location} has no classifier (num_classes is 0); leave --task out, or choose another model.")
+    label = folder.name if folder.is_dir() else location.removeprefix("hf-hub:")
+    return _wrap(module, label, resolved_task, location, revision, random_weights, requested_task=task)
 
 
-def _tags(where: str, error: Exception) -> str:
-    """The tags there are, where the one asked for does not exist."""
+def _tags(location: str, error: Exception) -> str:
+    """Return the available pretrained tags if the error is about an unknown tag."""
     if "pretrained tag" not in str(error):
         return ""
-    return f"; expected one of {', '.join(timm.list_pretrained(where.split('.', maxsplit=1)[0] + '.*'))}"
+    return f"; expected one of {', '.join(timm.list_pretrained(location.split('.', maxsplit=1)[0] + '.*'))}"
 
 
 def _wrap(
     module: torch.nn.Module,
     name: str,
     task: str,
-    where: str,
+    location: str,
     revision: str | None,
     random_weights: bool,
     *,
-    asked: str | None,
+    requested_task: str | None,
 ) -> Model:
     config = resolve_model_data_config(module)
     example = {"pixel_values": torch.rand(2, *config["input_size"], generator=torch.Generator().manual_seed(0))}
@@ -94,23 +96,25 @@ def _wrap(
         example=example,
         dynamic_axes={"pixel_values": {0: "batch"}},
         preprocess=_preprocess(config, example),
-        save=partial(_save, module, where),
+        save=partial(_save, module, location),
         revision=revision,
-        hub_id=None if random_weights else _hub_id(module, where),
+        hub_id=None if random_weights else _hub_id(module, location),
         random_weights=random_weights,
         limitations=(
             fixed_size(example["pixel_values"]),
-            *(() if classifies or asked is not None else (NO_CLASSIFIER,)),
+            *(() if classifies or requested_task is not None else (NO_CLASSIFIER,)),
         ),
     )
 
 
-def _hub_id(module: Any, where: str) -> str | None:
-    """The repository that timm took the weights from; None for a folder's."""
-    if Path(where).is_dir():
+def _hub_id(module: Any, location: str) -> str | None:
+    """Return the hub repository of the weights; None for a local folder."""
+    if Path(location).is_dir():
         return None
-    found = where.removeprefix("hf-hub:") if where.startswith("hf-hub:") else module.pretrained_cfg.get("hf_hub_id")
-    return str(found) if found else None
+    hub_id = (
+        location.removeprefix("hf-hub:") if location.startswith("hf-hub:") else module.pretrained_cfg.get("hf_hub_id")
+    )
+    return str(hub_id) if hub_id else None
 
 
 def _classify(module: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -125,16 +129,16 @@ def _features(module: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _preprocess(config: dict[str, Any], example: dict[str, torch.Tensor]) -> Preprocess:
     transform = create_transform(**config, is_training=False)
 
-    def image(picture: Image.Image) -> npt.NDArray[np.float32]:
-        pixels: npt.NDArray[np.float32] = transform(picture).numpy()
+    def image(pil_image: Image.Image) -> npt.NDArray[np.float32]:
+        pixels: npt.NDArray[np.float32] = transform(pil_image).numpy()
         return pixels
 
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     return Preprocess(("pixel_values",), "image", as_numpy(example), image=image, image_mode=mode)
 
 
-def _save(module: torch.nn.Module, where: str, folder: Path) -> None:
-    original = Path(where) / "config.json"
+def _save(module: torch.nn.Module, location: str, folder: Path) -> None:
+    original = Path(location) / "config.json"
     if original.is_file():
         shutil.copyfile(original, folder / "config.json")
     else:

@@ -1,4 +1,4 @@
-"""Anyone's own nn.Module: handed over in Python, or named as ``package.module:factory``."""
+"""User-defined modules: an `nn.Module` passed in Python, or named as ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess
 
-# Axes of the answer, where a task fixes them.
+# Number of axes of the judged output, for the tasks that determine it.
 AXES = {"image-classification": 2, "text-classification": 2, "sentence-similarity": 2, "text-generation": 3}
 
 
 def load(
-    where: str,
+    location: str,
     *,
     task: str | None,
     revision: str | None,
@@ -34,76 +34,76 @@ def load(
     """Call the factory, which returns a module, or a module and its example inputs.
 
     Raises:
-        ModelError: the factory cannot be imported or called, or returns something else; an option that a module
-            has no use for.
+        ModelError: the factory cannot be imported or called, returns another type, or an option does not apply to
+            modules.
     """
-    refuse(where, revision=revision, random_weights=random_weights)
-    name, attribute = where.split(":")
+    refuse(location, revision=revision, random_weights=random_weights)
+    name, attribute = location.split(":")
     try:
         with _current_folder():
-            made = getattr(importlib.import_module(name), attribute)()
+            returned = getattr(importlib.import_module(name), attribute)()
     except (Exception, SystemExit) as error:  # user code may raise anything
-        raise ModelError(f"{where} could not be called: {type(error).__name__}: {first_line(error)}.") from error
-    module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        raise ModelError(f"{location} could not be called: {type(error).__name__}: {first_line(error)}.") from error
+    module, inputs = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
-            f"{where} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
+            f"{location} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
-    return wrap(module, inputs, task=task, name=where, cache=cache)
+    return wrap(module, inputs, task=task, name=location, cache=cache)
 
 
 def refuse(label: str, *, revision: str | None, random_weights: bool) -> None:
-    """Refuse what only a published architecture has: revisions, and weights apart from it.
+    """Reject the options that do not apply to user-defined modules.
 
     Raises:
-        ModelError: either was asked for.
+        ModelError: `revision` or `random_weights` is set.
     """
     if revision is not None:
         raise ModelError(f"{label} is code, not a hub repository, so it has no revision; leave --revision out.")
     if random_weights:
         raise ModelError(
-            f"{label} comes with the weights its code gives it; leave --random-weights out, or make them random there."
+            f"{label} sets its weights in its own code; leave --random-weights out, or randomize them in that code."
         )
 
 
 @contextlib.contextmanager
 def _current_folder() -> Iterator[None]:
-    """Let the user's own file in the current folder be imported: last on the path, and only meanwhile.
+    """Append the current folder to `sys.path` temporarily, so that a user's file in it can be imported.
 
-    A folder there called ``datasets`` or ``openvino`` must not pass for the library.
+    It is the last entry, so that a folder such as ``datasets`` or ``openvino`` does not shadow the library.
     """
-    here = str(Path.cwd())
-    if here in sys.path:
+    folder = str(Path.cwd())
+    if folder in sys.path:
         yield
         return
-    sys.path.append(here)
+    sys.path.append(folder)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)
 
 
 def wrap(
     module: torch.nn.Module, example_inputs: Any, *, task: str | None, name: str | None = None, cache: bool = True
 ) -> Model:
-    """Describe a module by what it takes and by what it returns for its example inputs.
+    """Build the model description of a module from its outputs for the example inputs.
 
     Args:
-        module: anyone's own.
-        example_inputs: a tensor, a tuple of tensors in the order of its forward pass, or a dict of them.
-        task: one of `TASKS`; None guesses it from the shapes.
-        name: how messages call it.
-        cache: call a language model with its KV cache, which must then be found.
+        module: a user-defined module.
+        example_inputs: a tensor, a tuple of tensors in the order of the arguments of `forward`, or a dict of tensors.
+        task: one of `TASKS`; None infers it from the shapes.
+        name: name of the module in messages; its class name by default.
+        cache: call a language model with its KV cache; it is an error if none is detected.
 
     Raises:
-        ModelError: no example inputs, a forward pass that fails or returns no tensors, or a language model without a
-            cache.
+        ModelError: the example inputs are missing, the forward pass fails or returns no tensors, or the cache of a
+            language model cannot be detected.
     """
     module = module.eval().float()
     label = name or type(module).__name__
-    named = _named(module, example_inputs, label)
-    _check_example(named, label)
-    example = _two_samples(named)
+    inputs_by_name = _name_inputs(module, example_inputs, label)
+    _check_example(inputs_by_name, label)
+    example = _two_samples(inputs_by_name)
     try:
         with torch.inference_mode():
             returned = module(**example)
@@ -113,12 +113,12 @@ def wrap(
         ) from error
     outputs = _output_names(returned, label)
     answer = "logits" if "logits" in outputs else outputs[0]
-    chosen = _task(task, _flatten(returned)[outputs.index(answer)], example, label)
+    resolved_task = _task(task, _flatten(returned)[outputs.index(answer)], example, label)
     axes = {key: _axes(key, value) for key, value in example.items()}
     model = Model(
         name=label,
         source="module",
-        task=chosen,
+        task=resolved_task,
         module=module,
         call=partial(_call, names=tuple(example)),
         inputs=tuple(example),
@@ -127,70 +127,85 @@ def wrap(
         example=example,
         dynamic_axes=axes,
         preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
-        save=partial(_save, label, chosen, example),
-        limitations=(*_fixed(example, axes), *_assumed(returned, outputs, answer, chosen if task is None else None)),
+        save=partial(_save, label, resolved_task, example),
+        limitations=(
+            *_fixed_shapes(example, axes),
+            *_assumptions(returned, outputs, answer, resolved_task if task is None else None),
+        ),
     )
-    if chosen != "text-generation":
+    if resolved_task != "text-generation":
         return model
     from compressor.models.kv_cache import with_cache
 
     return with_cache(model, cache)
 
 
-def _fixed(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Iterator[Limitation]:
-    """The inputs whose sizes beyond the batch are those of the example."""
+def _fixed_shapes(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Iterator[Limitation]:
+    """Yield a limitation for every input that has static axes other than the batch."""
     for name, value in example.items():
         fixed = [str(size) for axis, size in enumerate(value.shape) if axis not in axes[name]]
         if fixed:
             yield Limitation(
                 f"shape of {name}",
-                f"every sample has the sizes of the example, {' x '.join(fixed)}; others are refused",
+                f"every sample must have the shape of the example, {' x '.join(fixed)}; other shapes are rejected",
             )
 
 
-def _assumed(returned: Any, outputs: tuple[str, ...], answer: str, guessed: str | None) -> Iterator[Limitation]:
-    """What is left out of a module's answer, and what was assumed of it."""
+def _assumptions(returned: Any, outputs: tuple[str, ...], answer: str, inferred: str | None) -> Iterator[Limitation]:
+    """Yield the outputs that are left out, and the assumptions about the judged output and the task."""
     if isinstance(returned, Mapping):
         others = [f"{name} ({type(value).__name__})" for name, value in returned.items() if name not in outputs]
     else:
         values = returned if isinstance(returned, tuple | list) else ()
         others = [type(value).__name__ for value in values if not isinstance(value, torch.Tensor)]
-    others = [each for each in others if not each.endswith(("NoneType", "NoneType)"))]
+    others = [other for other in others if not other.endswith(("NoneType", "NoneType)"))]
     if others:
         yield Limitation("outputs left out", f"{', '.join(others)}: only tensors are exported")
     if len(outputs) > 1 and answer != "logits":
-        yield Limitation("judged output", f"{answer}, the first of {len(outputs)}; the others are not judged")
-    if guessed is not None:
-        yield Limitation("task", f"taken for {guessed} by the shape of its answer; --task says otherwise")
+        yield Limitation(
+            "judged output", f"{answer}, the first of {len(outputs)}; quality is not measured on the others"
+        )
+    if inferred is not None:
+        yield Limitation("task", f"{inferred} is assumed from the shape of the output; set another task with --task")
 
 
-def _named(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.Tensor]:
+def _name_inputs(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.Tensor]:
     if inputs is None:
         raise ModelError(
-            f"{label} came without example inputs; return (module, inputs), a tensor, tuple or dict of tensors."
+            f"{label} has no example inputs; return (module, inputs), with inputs a tensor, tuple or dict of tensors."
         )
     if isinstance(inputs, dict):
         return {str(key): value for key, value in inputs.items()}
     values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     names = list(inspect.signature(module.forward).parameters)
     if len(values) > len(names):
-        raise ModelError(f"{label} came with {len(values)} example inputs, but forward takes {len(names)}.")
+        raise ModelError(
+            f"{label} has {len(values)} example inputs, but forward takes {len(names)}; pass one per argument."
+        )
     return dict(zip(names, values, strict=False))
 
 
 def _check_example(example: dict[str, Any], label: str) -> None:
-    """Every input must be a tensor whose first axis holds as many samples as that of the others."""
+    """Check that every input is a tensor and that all inputs have the same batch size.
+
+    Raises:
+        ModelError: an input is not a tensor, has no samples, or differs from the others in batch size.
+    """
     for name, value in example.items():
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) == 0:
-            found = f"the shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ModelError(f"{label}: example input {name} is {found}; expected a tensor, first axis the samples.")
+            actual = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ModelError(
+                f"{label}: example input {name} is {actual}; expected a tensor with the batch as first axis."
+            )
     if len({len(value) for value in example.values()}) > 1:
         rows = ", ".join(f"{name} {len(value)}" for name, value in example.items())
-        raise ModelError(f"{label}: the example inputs have different numbers of samples ({rows}); expected the same.")
+        raise ModelError(
+            f"{label}: the example inputs have different batch sizes ({rows}); expected the same batch size."
+        )
 
 
 def _two_samples(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Two samples, because a batch of one would be traced as a constant; floats as float32, as the module."""
+    """Return the inputs with a batch of two, because a size of one is traced as a constant, and floats as float32."""
     return {name: _floating(torch.cat([value, value])[:2].detach().cpu()) for name, value in example.items()}
 
 
@@ -211,7 +226,7 @@ def _output_names(returned: Any, label: str) -> tuple[str, ...]:
     tensors = _flatten(returned)
     if not tensors:
         raise ModelError(
-            f"{label} returned {type(returned).__name__} without tensors; expected a tensor, tuple or dict."
+            f"{label} returned {type(returned).__name__} without tensors; expected a tensor, tuple or dict of tensors."
         )
     if hasattr(returned, "items"):
         return tuple(key for key, value in returned.items() if isinstance(value, torch.Tensor))
@@ -223,24 +238,26 @@ def _call(module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...
 
 
 def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tensor], label: str) -> str:
-    """The task asked for if the answer has its shape, else the one that shape suggests."""
+    """Return `task` if the output has a matching shape; infer it from the shapes if `task` is None."""
     if answer.ndim < 2 or len(answer) != 2:
         raise ModelError(
-            f"{label} answers two samples with the shape {list(answer.shape)}; expected a first axis of samples and "
-            "at least one more."
+            f"{label} returns an output of shape {list(answer.shape)} for a batch of two; expected the batch as first "
+            "axis and at least one more axis."
         )
     axes = AXES.get(task or "", answer.ndim)
     if answer.ndim != axes or (task == "text-generation" and "input_ids" not in example):
-        needs = "input_ids and logits [batch, tokens, vocabulary]" if axes == 3 else "an answer [batch, values]"
-        raise ModelError(f"{label} answers with {answer.ndim} axes, but {task} needs {needs}; leave --task out.")
-    return task or _guess_task(answer, example)
+        needs = "input_ids and logits [batch, tokens, vocabulary]" if axes == 3 else "an output [batch, values]"
+        raise ModelError(
+            f"{label} returns an output with {answer.ndim} axes, but {task} needs {needs}; leave --task out."
+        )
+    return task or _infer_task(answer, example)
 
 
-def _guess_task(answer: torch.Tensor, example: dict[str, torch.Tensor]) -> str:
-    picture = next(iter(example.values())).ndim == 4
+def _infer_task(answer: torch.Tensor, example: dict[str, torch.Tensor]) -> str:
+    is_image = next(iter(example.values())).ndim == 4
     if answer.ndim == 2:
-        return "image-classification" if picture else "text-classification"
-    return "image-feature-extraction" if picture else "feature-extraction"
+        return "image-classification" if is_image else "text-classification"
+    return "image-feature-extraction" if is_image else "feature-extraction"
 
 
 def _axes(name: str, value: torch.Tensor) -> dict[int, str]:

@@ -1,10 +1,10 @@
-"""The pipeline: `export` from settings to report, `inspect` from settings to scores, each as one straight line."""
+"""Export: from settings to an engine, a report and a model card, as one straight line."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,17 @@ from compressor.deferred import package
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.traced_model import Subject, accepting_data, described, load
-from compressor.measure.workload import Call, generate_of, together
-from compressor.measure.workshop import Workshop, sized
+from compressor.measure.engine_builder import EngineBuilder
+from compressor.measure.engine_parity import engine_parity
+from compressor.measure.engine_quality import quality_on_test
+from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
+from compressor.measure.precision_converter import PrecisionConverter
+from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of, float_variant
+from compressor.measure.workload import Call, generate_of
 from compressor.models.base import without_cache
 from compressor.pipeline import export_offloaded, factorial_cells
-from compressor.quality.parity import Parity
 from compressor.quality.validation_loss import ROUNDING, Validation
-from compressor.quantize.precision import Converted, Source, Trial
+from compressor.quantize.precision import Converted, Trial
 from compressor.report import engine_layers
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of
@@ -48,12 +52,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class _Rewritten:
-    """What was decided and what came of it: the graph before tokens are merged, after, and ready to be lowered."""
+    """The choice and its graphs.
+
+    Attributes:
+        choice: the plan and how it was found.
+        adapted: the changed graph after healing, before tokens are merged.
+        graph: the same with tokens merged.
+        folded: the same, ready to be lowered.
+        healed: what healing did; None without it.
+    """
 
     choice: Choice
     adapted: Graph
     graph: Graph
-    final: Graph
+    folded: Graph
     healed: Healed | None
 
 
@@ -61,7 +73,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     """Compress a model: trace, score, choose, rewrite, lower, build, measure; write the output folder.
 
     Args:
-        settings: everything that was asked for.
+        settings: the options of the export.
         console: where progress is shown; None shows nothing.
         command: the command line, for the report.
 
@@ -79,148 +91,151 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         else:
             subject = load(settings, steps)
             subject.model.save(folder)
-            workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
-            report = _compressed(subject, settings, workshop, folder, steps, command)
+            evaluator = graph_evaluator(subject, target, options, settings, scratch)
+            report = _compressed(subject, settings, evaluator, folder, steps, command)
         _write(report, folder, subject)
         model_card.write(folder)
     return report
 
 
 def _compressed(
-    subject: Subject, settings: Settings, workshop: Workshop, folder: Path, steps: Steps, command: str
+    subject: Subject, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps, command: str
 ) -> Report:
-    """Choose, rewrite, lower, build and measure; the result is written into the folder, the report is handed back."""
-    done = _rewritten(subject, settings, workshop, steps)
-    (folder / "plan.json").write_text(done.choice.plan.to_json())
-    if subject.model.task == "text-generation" and not done.final.state:
+    """Choose, rewrite, lower, build and measure; write the result into the folder and return the report."""
+    builder, timer, converter = evaluator.builder, evaluator.timer, evaluator.converter
+    rewritten = _rewritten(subject, settings, evaluator, steps)
+    plan = rewritten.choice.plan
+    (folder / "plan.json").write_text(plan.to_json())
+    if subject.model.task == "text-generation" and not rewritten.folded.state:
         without_cache(folder)
-    floats, parity = _lowered(subject, done, workshop, steps)
-    factorial = settings.factorial and floats["result"] != floats["baseline"]
+
+    variants = _lowered(subject, rewritten, builder, steps)
+    factorial = settings.factorial and variants[0].float_file != variants[1].float_file
     if factorial:
-        floats |= factorial_cells.unmerged(done.choice.plan, done.adapted, workshop)
-    settings, trials = _with_precision(settings, floats["result"], workshop, steps)
-    files, converted = workshop.precise(floats, settings, steps)
-    files, more = factorial_cells.parted(floats, files, settings.precision) if factorial else (files, {})
-    files["result"], engines = _built(files, more, workshop, folder, steps)
-    quality = workshop.quality(engines, steps)
-    calls = workshop.calls(settings)
-    parts = workshop.latencies(engines, settings, steps)
-    latency = {name: together(calls, each) for name, each in parts.items()}
-    engine = _engine(done, files, engines["result"], workshop, folder, settings, steps)
+        variants += factorial_cells.unmerged(plan, rewritten.adapted, builder)
+    settings, trials = _with_precision(settings, variants[1], converter, steps)
+    variants = convert_variants(variants, settings.precision, converter, steps)
+    conversions = {each.name: each.conversion for each in variants if each.conversion is not None}
+    if factorial:
+        variants = factorial_cells.with_cells(variants, settings.precision)
+    variants = build_variants(variants, builder, folder, steps)
+
+    engines = engines_of(variants)
+    reference = "original" if "original" in engines else "baseline"
+    quality = quality_on_test(builder, engines, reference, steps)
+    parts = timer.latencies(builder, engines, steps)
+    latency = timer.totals(parts)
+    reported = [each for each in variants if each.reported]
+    engine = _engine(rewritten, reported, evaluator, folder, settings, steps)
+    names = [each.name for each in reported]
     report = Report(
         command=command,
         settings=settings.to_dict(),
         model=described(subject),
         data=subject.data.describe(),
-        plan=done.choice.plan,
-        sizes=_sizes({name: engines[name] for name in files}, subject, done.final),
-        quality=None if quality is None else Quality.of(quality, list(files)),
+        plan=plan,
+        sizes=_sizes({name: engines[name] for name in names}, subject, rewritten.folded),
+        quality=None if quality is None else Quality.of(quality, names),
         no_quality_because=subject.no_quality_because,
-        latency={name: latency[name] for name in files},
-        timed_inputs={name: list(shape) for name, shape in next(iter(calls.values())).shapes.items()},
-        generation=_generation(parts, calls, settings, subject),
-        parity={name: value.difference for name, value in parity.items()},
-        precision={name: facts.to_dict() for name, facts in converted.items()},
+        latency={name: latency[name] for name in names},
+        timed_inputs={name: list(shape) for name, shape in next(iter(timer.calls.values())).shapes.items()},
+        generation=_generation(parts, timer.calls, settings, subject),
+        parity={each.name: each.parity.difference for each in reported if each.name != "original"},
+        precision={name: facts.to_dict() for name, facts in conversions.items()},
         trials=tuple(map(dataclasses.asdict, trials)),
-        search=done.choice.facts,
-        healed=None if done.healed is None else dataclasses.asdict(done.healed),
+        search=rewritten.choice.facts,
+        healed=None if rewritten.healed is None else dataclasses.asdict(rewritten.healed),
         steps=tuple(steps.done),
-        passes=tuple(done.final.history),
+        passes=tuple(rewritten.folded.history),
         environment=environment(),
         engine=engine,
-        factorial=factorial_cells.measured(latency, quality, files | more, settings, folder) if factorial else None,
-        evidence=_evidence(done, subject),
-        limitations=(*limitations_of(subject, settings.precision, converted, trials, engine), *_lost(done, subject)),
+        factorial=factorial_cells.measured(latency, quality, variants, settings, folder) if factorial else None,
+        evidence=_evidence(rewritten, subject),
+        limitations=(
+            *limitations_of(subject, settings.precision, conversions, trials, engine),
+            *_lost(rewritten, subject),
+        ),
     )
-    return dataclasses.replace(report, notes=_notes(report, settings, subject, converted, done.healed))
+    return dataclasses.replace(report, notes=_notes(report, settings, subject, conversions, rewritten.healed))
 
 
-def _rewritten(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> _Rewritten:
+def _rewritten(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> _Rewritten:
     with accepting_data(subject):
-        choice, adapted, healed = _healed(decide(subject, settings, workshop, steps), subject, settings, steps)
+        choice, adapted, healed = _healed(decide(subject, settings, evaluator, steps), subject, settings, steps)
         graph = choice.rewriter.reduced(adapted, choice.plan.changes)
-    return _Rewritten(choice, adapted, graph, workshop.finished(graph), healed)
+    return _Rewritten(choice, adapted, graph, evaluator.builder.fold(graph), healed)
 
 
-def _built(
-    files: Mapping[str, Source], more: Mapping[str, Source], workshop: Workshop, folder: Path, steps: Steps
-) -> tuple[Source, dict[str, Path]]:
-    """What the result's engine was built from, and every engine, by variant; the result's lies in the output folder."""
-    with steps.step(f"build for {workshop.target.name}"):
-        source, shipped = workshop.shipped(files["result"], folder)
-        rest = {name: each for name, each in {**files, **more}.items() if name != "result"}
-        return source, {name: workshop.build(each) for name, each in rest.items()} | {"result": shipped}
+def _lowered(subject: Subject, rewritten: _Rewritten, builder: EngineBuilder, steps: Steps) -> list[Variant]:
+    """Lower baseline and result and compare each with torch.
+
+    The result shares the baseline's file where nothing was changed, folded or left out.
+    """
+    with steps.step("lower, check against torch"):
+        path = builder.lower(subject.graph, "baseline")
+        baseline = float_variant("baseline", subject.graph, path, engine_parity(builder, path, subject.graph))
+        if not rewritten.choice.plan.changes and rewritten.folded.signature() == subject.graph.signature():
+            return [baseline, dataclasses.replace(baseline, name="result")]
+        path = builder.lower(rewritten.folded, "result")
+        # Compared with the graph as it was before it was folded.
+        return [baseline, float_variant("result", rewritten.graph, path, engine_parity(builder, path, rewritten.graph))]
+
+
+def _with_precision(
+    settings: Settings, result: Variant, converter: PrecisionConverter, steps: Steps
+) -> tuple[Settings, tuple[Trial, ...]]:
+    """Return the settings with the precision that ``auto`` chooses, and the precisions tried."""
+    if settings.precision != AUTO:
+        return settings, ()
+    chosen, trials = converter.choose(result.float_file, steps)
+    return dataclasses.replace(settings, precision=chosen), trials
 
 
 def _engine(
-    done: _Rewritten,
-    files: Mapping[str, Source],
-    shipped: Path,
-    workshop: Workshop,
+    rewritten: _Rewritten,
+    variants: Sequence[Variant],
+    evaluator: GraphEvaluator,
     folder: Path,
     settings: Settings,
     steps: Steps,
 ) -> dict[str, Any]:
-    """The ``engine`` part of the report."""
+    """Return the ``engine`` part of the report."""
+    builder = evaluator.builder
     if settings.defer_build:
-        graphs = {"baseline": done.choice.rewriter.original, "result": done.graph}
-        return package.write(folder, files, graphs, workshop, settings, steps)
-    final, target = done.final, workshop.target
+        return package.write(folder, variants, builder, evaluator.timer.inputs, settings, steps)
+    shipped = engines_of(variants)["result"]
+    folded, target = rewritten.folded, builder.target
     named = {"state": "built", "target": target.name, "file": shipped.name}
-    ends = {"inputs": list(final.inputs), "outputs": list(final.outputs)}
-    return named | ends | {"layers": engine_layers.described(target, shipped, workshop.options)}
-
-
-def _with_precision(
-    settings: Settings, result: Path, workshop: Workshop, steps: Steps
-) -> tuple[Settings, tuple[Trial, ...]]:
-    """The settings with the precision that ``auto`` comes to, and what was tried for it."""
-    if settings.precision != AUTO:
-        return settings, ()
-    chosen, trials = workshop.choose_precision(result, settings, steps)
-    return dataclasses.replace(settings, precision=chosen), trials
+    ends = {"inputs": list(folded.inputs), "outputs": list(folded.outputs)}
+    return named | ends | {"layers": engine_layers.described(target, shipped, builder.options)}
 
 
 def _write(report: Report, folder: Path, subject: Subject) -> None:
-    """report.json, and report.html from the same values, with what people see of the samples it names."""
+    """Write report.json, and report.html with previews of the samples that it names."""
     content = report.to_dict()
     places = [] if report.quality is None else [each.place for each in report.quality.changed]
     (folder / REPORT).write_text(report.to_json())
     (folder / PAGE).write_text(html(content, shown(subject.data.test, places)), encoding="utf-8")
 
 
-def _lost(done: _Rewritten, subject: Subject) -> Iterator[Limitation]:
-    """What was asked for and the plan does not have, and what the plan took from the model."""
-    search = done.choice.search
+def _lost(rewritten: _Rewritten, subject: Subject) -> Iterator[Limitation]:
+    """Yield what was requested and is not in the plan, and what the plan took from the model."""
+    search = rewritten.choice.search
     merging = None if search is None else search.no_merging()
     if merging is not None:
         yield Limitation("token merging", f"behind no attention ({merging.rstrip('.')})")
-    if subject.model.state and not done.final.state:
+    if subject.model.state and not rewritten.folded.state:
         yield Limitation(
             "KV cache", "none is left, as every attention is gone; Optimum's classes open it with use_cache=False"
         )
 
 
-def _evidence(done: _Rewritten, subject: Subject) -> dict[str, Any]:
-    """What the choice was based on, and the tokens that its plan leaves where it merges some."""
-    if not done.choice.plan.merges:
-        return done.choice.evidence
-    return done.choice.evidence | {"tokens": tokens_left(done.graph, subject.sites, subject.data.test)}
-
-
-def _lowered(
-    subject: Subject, done: _Rewritten, workshop: Workshop, steps: Steps
-) -> tuple[dict[str, Path], dict[str, Parity]]:
-    """The files of baseline and result that engines are built from, each held against torch."""
-    with steps.step("lower, check against torch"):
-        dense = workshop.lowered(subject.graph, "baseline")
-        parity = {"baseline": workshop.parity(dense, subject.graph)}
-        # Where nothing was changed, folded or left out, the result is the baseline: no second export or int8.
-        if not done.choice.plan.changes and done.final.signature() == subject.graph.signature():
-            return {"baseline": dense, "result": dense}, parity | {"result": parity["baseline"]}
-        result = workshop.lowered(done.final, "result")
-        # Held against the graph as it was before it was folded.
-        return {"baseline": dense, "result": result}, parity | {"result": workshop.parity(result, done.graph)}
+def _evidence(rewritten: _Rewritten, subject: Subject) -> dict[str, Any]:
+    """Return the measurements that the choice is based on, with the tokens that its plan leaves where it merges."""
+    choice = rewritten.choice
+    if not choice.plan.merges:
+        return choice.evidence
+    return choice.evidence | {"tokens": tokens_left(rewritten.graph, subject.sites, subject.data.test)}
 
 
 def _generation(

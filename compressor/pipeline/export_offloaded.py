@@ -25,9 +25,9 @@ from compressor.lower.fold_graph import finished
 from compressor.lower.trace import trace
 from compressor.lower.traced_model import Subject, accepting_data, described, load
 from compressor.lower.write_onnx import lower
+from compressor.measure.engine_builder import sized
 from compressor.measure.memory_budget import GIB, Bounded, limited
 from compressor.measure.workload import timing_feeds
-from compressor.measure.workshop import sized
 from compressor.models.base import without_cache
 from compressor.models.lazy_weights import stored_bytes
 from compressor.quality.evaluate import Evaluation, Runner, evaluate

@@ -1,15 +1,15 @@
-"""The cells of a factorial in an export: the engines that it needs beside those of the report, and their files."""
+"""The cells of a factorial in an export: the variants that it needs beside those of the report, and their files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from compressor.lower.fold_graph import finished
-from compressor.measure.workshop import Workshop
+from compressor.measure.engine_builder import EngineBuilder
+from compressor.measure.engine_parity import engine_parity
+from compressor.measure.variant import Variant, float_variant
 from compressor.quality.evaluate import Evaluation
-from compressor.quantize.precision import Source
 from compressor.report.factorial import Factorial, cells_of, factorial, place, word
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
@@ -21,46 +21,54 @@ FOLDER = "factorial"
 CHANGES = "changes"
 
 
-def unmerged(plan: Plan, graph: Graph, workshop: Workshop) -> dict[str, Path]:
-    """The ONNX file of a plan's changes without its merging of tokens, where it has both; `graph` is that model."""
-    merging = [merged_tokens(action) is not None for action in plan.changes.values()]
-    if not any(merging) or all(merging):
-        return {}
-    made = workshop.lowered(finished(graph), CHANGES)
-    workshop.parity(made, graph)
-    return {CHANGES: made}
-
-
-def parted(
-    floats: Mapping[str, Path], files: Mapping[str, Source], precision: str
-) -> tuple[dict[str, Source], dict[str, Source]]:
-    """The sources of the report's variants, and those of the cells that it lacks.
+def unmerged(plan: Plan, graph: Graph, builder: EngineBuilder) -> list[Variant]:
+    """Lower the model with the plan's changes but without merged tokens, where the plan has both.
 
     Args:
-        floats: ONNX files in float: ``baseline``, ``result`` and, where tokens are merged, ``changes``.
-        files: the same in the precision, with ``original`` for the float baseline.
-        precision: below float.
+        plan: the changes of the export.
+        graph: the changed model before tokens are merged.
+        builder: lowers it.
+
+    Returns:
+        One variant, or none.
     """
-    more = {"compressed float": Source(floats["result"])}
-    if CHANGES in floats:
-        more |= {f"{CHANGES} float": Source(floats[CHANGES]), f"{CHANGES} {word(precision)}": files[CHANGES]}
-    return {name: source for name, source in files.items() if name != CHANGES}, more
+    merging = [merged_tokens(action) is not None for action in plan.changes.values()]
+    if not any(merging) or all(merging):
+        return []
+    path = builder.lower(builder.fold(graph), CHANGES)
+    return [float_variant(CHANGES, graph, path, engine_parity(builder, path, graph))]
+
+
+def with_cells(variants: Sequence[Variant], precision: str) -> list[Variant]:
+    """Add the float variants that the factorial compares with, and name all of its own by their cells.
+
+    Args:
+        variants: in the precision: ``original``, ``baseline``, ``result`` and, where tokens are merged, ``changes``.
+        precision: below fp32.
+    """
+    by_name = {variant.name: variant for variant in variants}
+    cells = [by_name["result"].as_float().renamed("compressed float")]
+    if CHANGES in by_name:
+        changes = by_name.pop(CHANGES)
+        cells += [changes.as_float().renamed(f"{CHANGES} float"), changes.renamed(f"{CHANGES} {word(precision)}")]
+    return [*by_name.values(), *cells]
 
 
 def measured(
     latency: Mapping[str, Latency],
     evaluation: Evaluation | None,
-    files: Mapping[str, Source],
+    variants: Sequence[Variant],
     settings: Settings,
     folder: Path,
 ) -> Factorial:
-    """The factorial of an export, and every cell's ONNX file in its folder, so that it can be measured again."""
+    """Return the factorial of an export; write every cell's ONNX file so that it can be measured again."""
     reduced = word(settings.precision)
-    # Those that the report measures anyway, by the name they have there.
-    known = {"dense float": "original", f"dense {reduced}": "baseline", f"compressed {reduced}": "result"}
-    named = {cell: known.get(cell, cell) for cell in cells_of(reduced) if known.get(cell, cell) in latency}
+    sources = {variant.name: variant.source for variant in variants}
+    # The cells that the report measures anyway, by the name they have there.
+    reported = {"dense float": "original", f"dense {reduced}": "baseline", f"compressed {reduced}": "result"}
+    named = {cell: reported.get(cell, cell) for cell in cells_of(reduced) if reported.get(cell, cell) in latency}
     (folder / FOLDER).mkdir()
-    shipped = {cell: _file(cell, files[name].path, folder) for cell, name in named.items()}
+    shipped = {cell: _file(cell, sources[name].path, folder) for cell, name in named.items()}
     columns = {} if evaluation is None else {cell: evaluation.columns[name] for cell, name in named.items()}
     return factorial(
         {cell: latency[name] for cell, name in named.items()},
@@ -71,7 +79,7 @@ def measured(
 
 
 def _file(cell: str, path: Path, folder: Path) -> str:
-    """Where a cell's file lies in the folder; put there unless it is the result itself."""
+    """Return the name of a cell's file in the folder, where it is copied unless it is the result itself."""
     if path.parent == folder:
         return path.name
     name = f"{FOLDER}/{cell.replace(' ', '.')}.onnx"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compressor.choices import AUTO
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import accepting_data, load
-from compressor.measure.workshop import Workshop, sized
+from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.report.pareto_report import Front, plan_name, spread, with_measurements
 from compressor.search.planner import begin, facts_of, go_on, points_of, rewriter_of
 from compressor.settings import Settings
@@ -44,15 +44,15 @@ def sweep(
     output = Path(settings.output)
     with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
         subject = load(settings, steps)
-        workshop = Workshop(subject, target, sized(options, subject, settings), scratch)
+        evaluator = graph_evaluator(subject, target, options, settings, scratch)
         with accepting_data(subject):
             rewriter = rewriter_of(subject, settings)
-            search = begin(subject, settings, rewriter, workshop, steps)
+            search = begin(subject, settings, rewriter, evaluator, steps)
             go_on(search, steps)
             found = points_of(search, subject.model.name)
             chosen = spread(len(found), points, [point.efficient for point in found])
             built = {str(place): rewriter.rewritten(found[place].plan.changes) for place in chosen}
-        quality, latency = workshop.measured(built, settings, steps)
+        quality, latency = evaluator.measure(built, steps)
         front = Front(
             command=command,
             settings=settings.to_dict() | {"points": points},

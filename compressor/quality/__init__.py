@@ -1,1 +1,1 @@
-"""Quality of outputs: metrics with intervals, parity with torch, divergence from the original."""
+"""Quality of outputs: metrics with bootstrap intervals, parity with torch, divergence from the original."""

@@ -1,4 +1,4 @@
-"""Samples that a classifier answers differently after it was changed: the few worst are kept while they stream by."""
+"""Disagreements of a changed classifier with the reference: the worst samples, collected batch by batch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ if TYPE_CHECKING:
     from compressor.data.splits import Batch
     from compressor.quality.intervals import Array
 
-KEPT = 8  # samples that are named for each model
+KEPT = 8  # samples reported for each model
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A sample that a model puts into another class than the reference does.
+    """A sample for which a model and the reference predict different classes.
 
-    `place` is its position in the split, `label` its class where that is known, `before` and `after` the classes with
-    the probability that each model gives to its own. `regret` is how much less probable the reference holds `after`.
+    `place` is the index of the sample in the split. `label` is its true class, None without labels. `before` and
+    `after` are the predictions of the reference and of the model, each a class with the probability that its own model
+    assigns to it. `regret` is the drop in the reference's probability from the class in `before` to that in `after`.
     """
 
     place: int
@@ -32,14 +33,14 @@ class Changed:
 
 
 def changed_of(batch: Batch, answer: Array, original: Array, regret: Array, start: int) -> list[Changed]:
-    """The samples of a batch that two classifiers put into different classes.
+    """Return the samples of a batch for which two classifiers predict different classes.
 
     Args:
-        batch: the samples, one row each.
+        batch: samples, one row each.
         answer: logits of the changed model, [rows, classes].
-        original: logits of the reference.
-        regret: by row.
-        start: the place of the batch's first sample in the split.
+        original: logits of the reference, [rows, classes].
+        regret: regret of each row, [rows].
+        start: index of the batch's first sample in the split.
     """
     rows = np.flatnonzero(answer.argmax(-1) != original.argmax(-1))
     return [
@@ -55,12 +56,12 @@ def changed_of(batch: Batch, answer: Array, original: Array, regret: Array, star
     ]
 
 
-def worst(found: Sequence[Changed]) -> list[Changed]:
-    """Those of the largest regret: where the reference was surest of another class."""
-    return sorted(found, key=lambda each: -each.regret)[:KEPT]
+def worst(disagreements: Sequence[Changed]) -> list[Changed]:
+    """Return the `KEPT` disagreements with the largest regret, in descending order."""
+    return sorted(disagreements, key=lambda sample: -sample.regret)[:KEPT]
 
 
 def _top(logits: Array) -> tuple[int, float]:
-    """The most probable class and its probability."""
+    """Return the most probable class and its probability."""
     shifted = logits.astype(np.float64) - logits.max()
     return int(logits.argmax()), float(1.0 / np.exp(shifted).sum())

@@ -1,7 +1,7 @@
-"""Quality of a model's answers: against labels where there are any, against the original model otherwise.
+"""Evaluation of model outputs against labels or, without labels, against the original model.
 
-For every sample a few numbers are kept (never the answers themselves), so that any two models can be compared
-sample by sample and every figure gets a bootstrap interval.
+Outputs are reduced to a few numbers per sample and then discarded. These columns allow a comparison of any two models
+sample by sample and a bootstrap interval for every figure.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from compressor.quality.intervals import Array, Columns, Figure, bootstrap, by_t
 Runner = Callable[[Mapping[str, Array]], Array]
 
 BATCH = 32
-POSITIONS = 128  # judged at a time: with a vocabulary of 128,000 their log-probabilities are 64 MB
-LARGEST_NLL = 700.0  # exp() of more overflows; a model this far off is lost anyway
+POSITIONS = 128  # tokens per chunk: with a vocabulary of 128,000 their log-probabilities take 64 MB
+LARGEST_NLL = 700.0  # exp() of a larger value overflows; such a model is useless anyway
 
 
 class EvaluationError(CompressorError):
-    """A model gave answers that cannot be judged."""
+    """A model returned outputs that cannot be evaluated."""
 
 
 def metric_for(task: str, label_kind: str | None) -> str:
-    """The metric by which a task is judged, given what labels there are.
+    """Return the metric of a task, given the kind of its labels (None without labels).
 
     >>> metric_for("image-classification", "class"), metric_for("image-classification", None)
     ('accuracy', 'agreement')
@@ -46,12 +46,12 @@ def metric_for(task: str, label_kind: str | None) -> str:
 
 
 def judge(metric: str, columns: Columns) -> float:
-    """The metric's value from the columns of all samples."""
-    return float(_judge(metric, columns))
+    """Compute the metric from the columns of all samples."""
+    return float(_metric_value(metric, columns))
 
 
-def _judge(metric: str, columns: Columns) -> Array:
-    """The metric along the last axis of the columns, so that many resamples are judged at once."""
+def _metric_value(metric: str, columns: Columns) -> Array:
+    """Compute the metric along the last axis of the columns; leading axes hold bootstrap resamples."""
     value: Array
     if metric == "perplexity":
         mean = columns["nll"].sum(-1) / np.maximum(columns["tokens"].sum(-1), 1.0)
@@ -64,7 +64,7 @@ def _judge(metric: str, columns: Columns) -> Array:
 
 
 def _correlation(left: Array, right: Array) -> Array:
-    """Pearson correlation along the last axis; 0 where one side is constant, as nothing is told apart there."""
+    """Compute the Pearson correlation along the last axis; 0 where one side is constant."""
     left, right = left - left.mean(-1, keepdims=True), right - right.mean(-1, keepdims=True)
     spread = np.sqrt((left**2).sum(-1) * (right**2).sum(-1))
     correlation: Array = (left * right).sum(-1) / np.where(spread > 0, spread, 1.0)
@@ -72,7 +72,7 @@ def _correlation(left: Array, right: Array) -> Array:
 
 
 def _mean(columns: Columns, key: str) -> Array:
-    """The mean over samples; over all scored tokens where samples are texts of several."""
+    """Average a column over samples, weighted by the number of scored tokens where samples are texts."""
     if "tokens" not in columns:
         mean: Array = columns[key].mean(-1)
         return mean
@@ -82,7 +82,10 @@ def _mean(columns: Columns, key: str) -> Array:
 
 
 def loss(metric: str, before: float, after: float) -> float:
-    """What was lost, in percent: points of a score, relative increase of perplexity. Negative means better."""
+    """Return the loss in percent: the drop of a score in points, or the relative increase of perplexity.
+
+    A negative loss is an improvement.
+    """
     return float(_loss(metric, np.asarray(before), np.asarray(after)))
 
 
@@ -92,20 +95,20 @@ def _loss(metric: str, before: Array, after: Array) -> Array:
 
 
 def figure(metric: str, columns: Columns, *, seed: int = 0) -> Figure:
-    """The metric with a percentile bootstrap interval over samples."""
-    return bootstrap(lambda part: _judge(metric, part), columns, seed)
+    """Compute the metric with a percentile bootstrap interval over samples."""
+    return bootstrap(lambda part: _metric_value(metric, part), columns, seed)
 
 
 def loss_figure(metric: str, before: Columns, after: Columns, *, seed: int = 0) -> Figure:
-    """The loss from `before` to `after`, resampling the same samples of both (a paired bootstrap)."""
+    """Compute the loss from `before` to `after` with a paired bootstrap interval (the same samples of both models)."""
     return paired_figure(metric, (before, after), lambda *values: _loss(metric, *values), seed=seed)
 
 
 def excess_figure(metric: str, original: Columns, one: Columns, other: Columns, both: Columns) -> Figure:
-    """What two changes lose together beyond the sum of what each loses alone, by a paired bootstrap.
+    """Compute the interaction of two changes: the loss of both minus the sum of their separate losses.
 
-    loss(original, both) - (loss(original, one) + loss(original, other)): 0 where losses add up, negative where the two
-    lose less together.
+    loss(original, both) - (loss(original, one) + loss(original, other)), with a paired bootstrap interval. It is 0
+    where the losses add up and negative where both changes together lose less.
     """
 
     def excess(start: Array, first: Array, second: Array, end: Array) -> Array:
@@ -115,14 +118,14 @@ def excess_figure(metric: str, original: Columns, one: Columns, other: Columns, 
 
 
 def paired_figure(metric: str, models: Sequence[Columns], statistic: Callable[..., Array], *, seed: int = 0) -> Figure:
-    """`statistic` of the metric's values of several models, resampling the same samples of all of them."""
-    merged = {f"{place} {key}": value for place, columns in enumerate(models) for key, value in columns.items()}
+    """Compute `statistic` of the metrics of several models with a paired bootstrap interval."""
+    merged = {f"{index} {key}": value for index, columns in enumerate(models) for key, value in columns.items()}
 
-    def of(part: Columns) -> Array:
-        sides = [{key: part[f"{place} {key}"] for key in columns} for place, columns in enumerate(models)]
-        return statistic(*(_judge(metric, side) for side in sides))
+    def resampled_statistic(part: Columns) -> Array:
+        sides = [{key: part[f"{index} {key}"] for key in columns} for index, columns in enumerate(models)]
+        return statistic(*(_metric_value(metric, side) for side in sides))
 
-    return bootstrap(of, merged, seed)
+    return bootstrap(resampled_statistic, merged, seed)
 
 
 # ------------------------------------------------------------------------------------------------------- running
@@ -130,9 +133,9 @@ def paired_figure(metric: str, models: Sequence[Columns], statistic: Callable[..
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Columns of per-sample numbers for each model that was run, and the metric they are judged by.
+    """Per-sample columns of each evaluated model and the metric to compute from them.
 
-    `changed` names, for classifiers, the samples that each model answers differently: those of the largest regret.
+    For classifiers, `changed` maps each model to its disagreements with the reference, those of the largest regret.
     """
 
     metric: str
@@ -140,15 +143,15 @@ class Evaluation:
     changed: Mapping[str, Sequence[Changed]] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
-        """The metric's value for one model."""
+        """Return the metric of one model."""
         return judge(self.metric, self.columns[name])
 
     def figure(self, name: str) -> Figure:
-        """The metric of one model, with its interval."""
+        """Return the metric of one model with its interval."""
         return figure(self.metric, self.columns[name])
 
     def label_free(self, name: str) -> dict[str, Figure]:
-        """Agreement with the reference in % and divergence from it, as far as the answers allow."""
+        """Return the agreement with the reference in % and the divergence from it, where these columns exist."""
         columns = self.columns[name]
         scales = {"agreement": 100.0, "divergence": 1.0}
         return {
@@ -158,25 +161,25 @@ class Evaluation:
         }
 
     def loss_value(self, before: str, after: str) -> float:
-        """What `after` lost against `before`, in percent, without an interval."""
+        """Return the loss of `after` against `before` in percent, without an interval."""
         return loss(self.metric, self.value(before), self.value(after))
 
     def expected_loss(self, reference: str, after: str) -> float:
-        """What `after` is to lose against the reference on further samples, in percent.
+        """Return the loss of `after` against the reference to expect on new samples, in percent.
 
-        A few hundred labels tell a loss of accuracy to a point or so, as one changed answer is luck or bad luck; the
-        regret (`_regret`) tells it far more closely. For other metrics it is the loss that was measured.
+        For classifiers it is the mean regret (see `_regret`): a few hundred labels measure a loss of accuracy only to
+        about one point, and the regret has a far smaller variance. For other metrics it is the measured loss.
         """
         if "regret" in self.columns[after]:
             return float(self.columns[after]["regret"].mean()) * 100.0
         return self.loss_value(reference, after)
 
     def loss(self, before: str, after: str) -> Figure:
-        """What `after` lost against `before`, with its interval."""
+        """Return the loss of `after` against `before` with its interval."""
         return loss_figure(self.metric, self.columns[before], self.columns[after])
 
     def excess(self, original: str, one: str, other: str, both: str) -> Figure:
-        """What two changes lose together beyond the sum of what each loses alone, with its interval."""
+        """Return the interaction of two changes with its interval (see `excess_figure`)."""
         return excess_figure(self.metric, *(self.columns[name] for name in (original, one, other, both)))
 
 
@@ -189,18 +192,18 @@ def evaluate(
     batch_size: int = BATCH,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Run all models over a split, batch by batch, side by side.
+    """Evaluate all models on a split, every model on one batch before the next batch.
 
     Args:
         split: samples.
-        runners: model name to a function from feeds to its answer (first axis rows).
+        runners: model name to a function from feeds to the model's output (first axis: rows).
         metric: see `metric_for`.
-        reference: the runner that the others are compared with.
-        batch_size: samples a batch.
-        progress: called with samples done and in total.
+        reference: name of the runner that the others are compared with.
+        batch_size: samples per batch.
+        progress: called with the number of samples done and the total.
 
     Raises:
-        EvaluationError: an answer holds NaN or infinity.
+        EvaluationError: an output contains NaN or infinity.
     """
     parts: dict[str, list[Columns]] = {name: [] for name in runners}
     changed: dict[str, list[Changed]] = {name: [] for name in runners}
@@ -225,7 +228,7 @@ def evaluate(
 
 
 def join(parts: list[Columns]) -> Columns:
-    """Columns of consecutive batches as one."""
+    """Concatenate the columns of consecutive batches."""
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -238,18 +241,18 @@ def compare(
     *,
     diverging: bool = True,
 ) -> Columns:
-    """Per-sample numbers of one batch.
+    """Compute the per-sample columns of one batch.
 
     Args:
-        metric: which numbers are needed.
+        metric: the metric that the columns are for.
         batch: feeds and labels.
-        answer: the model's answer, first axis rows.
-        original: the reference model's answer, None where the metric does without.
-        name: for the error message.
-        diverging: also tell the divergence from the original, which a search does without.
+        answer: output of the model, first axis: rows.
+        original: output of the reference model; None where the metric does not need it.
+        name: name of the model in the error message.
+        diverging: also compute the divergence from `original`, which a search does not need.
 
     Raises:
-        EvaluationError: the answer is not finite.
+        EvaluationError: `answer` contains NaN or infinity.
     """
     finite = np.isfinite(answer).reshape(len(answer), -1).all(1)
     if not finite.all():
@@ -260,11 +263,11 @@ def compare(
         return {"fidelity": _similarity(answer, original, batch)}
     columns: Columns = {}
     if original is not None and diverging:
-        columns["divergence"] = _moved(metric, batch, answer, original)
+        columns["divergence"] = _divergence_column(metric, batch, answer, original)
     if metric == "perplexity":
-        return _tokens(batch, answer, original) | columns
+        return _token_columns(batch, answer, original) | columns
     if metric == "spearman":
-        return _pairs(batch, answer) | columns
+        return _pair_columns(batch, answer) | columns
     if metric == "accuracy":
         assert batch.labels is not None
         columns["accuracy"] = (answer.argmax(-1) == batch.labels).astype(np.float64)
@@ -274,24 +277,24 @@ def compare(
     return columns
 
 
-def _moved(metric: str, batch: Batch, answer: Array, original: Array) -> Array:
-    """Divergence from the original's answers, per sample; row by row, so that one row of probabilities exists."""
+def _divergence_column(metric: str, batch: Batch, answer: Array, original: Array) -> Array:
+    """Compute the divergence from the original's output per sample, row by row to limit the memory in use."""
     task = "feature-extraction" if metric == "spearman" else "text-generation"
-    mask = _foretelling(batch) if metric == "perplexity" else batch.feeds.get("attention_mask")
+    mask = _scored_mask(batch) if metric == "perplexity" else batch.feeds.get("attention_mask")
     rows = []
     for row in range(len(answer)):
-        moved, before = (torch.from_numpy(side[row : row + 1]) for side in (answer, original))
-        there = torch.from_numpy(mask[row : row + 1]) if mask is not None and answer.ndim > 2 else None
-        rows.append(float(divergence(task, moved, before, there)))
+        after, before = (torch.from_numpy(side[row : row + 1]) for side in (answer, original))
+        row_mask = torch.from_numpy(mask[row : row + 1]) if mask is not None and answer.ndim > 2 else None
+        rows.append(float(divergence(task, after, before, row_mask)))
     means: Array = np.array(rows).reshape(-1, batch.rows_per_sample).mean(1)
     return means
 
 
 def _regret(answer: Array, original: Array) -> Array:
-    """How much less probable the original holds the new class than its own, per row.
+    """Compute the regret per row: p(original's class) - p(new class), with the original's probabilities p.
 
-    Its mean is the loss of accuracy to expect if the original's probabilities are right. It needs no labels and
-    varies far less from sample to sample than right or wrong does.
+    Its mean is the expected loss of accuracy if the original is calibrated. It needs no labels and varies far less
+    from sample to sample than the 0/1 correctness does.
     """
     exponents = np.exp(original.astype(np.float64) - original.max(-1, keepdims=True))
     probabilities = exponents / exponents.sum(-1, keepdims=True)
@@ -300,35 +303,37 @@ def _regret(answer: Array, original: Array) -> Array:
     return regret
 
 
-def _foretelling(batch: Batch) -> Array:
-    """Which positions foretell a token that is scored, [rows, tokens]: the last one of a text never does."""
+def _scored_mask(batch: Batch) -> Array:
+    """Return the mask of positions that predict a scored token, [rows, tokens]; the last of a text never does."""
     mask = batch.feeds.get("attention_mask", np.ones_like(batch.feeds["input_ids"])).astype(bool)
     counted = np.zeros_like(mask)
-    counted[:, :-1] = mask[:, 1:] & mask[:, :-1]  # with padding on the left, the first token is not at 0
+    counted[:, :-1] = mask[:, 1:] & mask[:, :-1]  # with left padding, the first token of a text is not at position 0
     if batch.scored is not None:
         counted[:, :-1] &= batch.scored[:, 1:]
     return counted
 
 
-def _tokens(batch: Batch, answer: Array, original: Array | None) -> Columns:
-    """Negative log-likelihood of each next token; padding, context and the first token of a text do not count."""
+def _token_columns(batch: Batch, answer: Array, original: Array | None) -> Columns:
+    """Sum the negative log-likelihoods of next tokens, without padding, context and the first token of a text."""
     ids = torch.from_numpy(batch.feeds["input_ids"])
-    foretelling = torch.from_numpy(_foretelling(batch))[:, :-1]
+    scored_mask = torch.from_numpy(_scored_mask(batch))[:, :-1]
     rows = []
     for row, logits in enumerate(torch.from_numpy(answer)):
-        counted = foretelling[row]
-        some = ((part[there].float(), told[there]) for part, told, there in _few(logits[:-1], ids[row, 1:], counted))
-        nll = sum(float(torch.nn.functional.cross_entropy(*each, reduction="sum")) for each in some)
-        same = 0.0
+        scored = scored_mask[row]
+        chunks = (
+            (part[mask].float(), targets[mask]) for part, targets, mask in _chunks(logits[:-1], ids[row, 1:], scored)
+        )
+        nll = sum(float(torch.nn.functional.cross_entropy(*chunk, reduction="sum")) for chunk in chunks)
+        agreeing = 0.0
         if original is not None:
-            same = float((logits.argmax(-1).numpy() == original[row].argmax(-1))[:-1][counted.numpy()].sum())
-        rows.append((nll, float(counted.sum()), same))
-    nlls, tokens, agreeing = np.array(rows, dtype=np.float64).T
+            agreeing = float((logits.argmax(-1).numpy() == original[row].argmax(-1))[:-1][scored.numpy()].sum())
+        rows.append((nll, float(scored.sum()), agreeing))
+    nlls, tokens, agreements = np.array(rows, dtype=np.float64).T
     columns = {"nll": nlls, "tokens": tokens}
-    return columns if original is None else columns | {"agreement": agreeing / np.maximum(tokens, 1.0)}
+    return columns if original is None else columns | {"agreement": agreements / np.maximum(tokens, 1.0)}
 
 
-def _pairs(batch: Batch, answer: Array) -> Columns:
+def _pair_columns(batch: Batch, answer: Array) -> Columns:
     first, second = answer[0::2].astype(np.float64), answer[1::2].astype(np.float64)
     assert batch.labels is not None
     return {"cosine": _cosine(first, second), "gold": np.asarray(batch.labels, dtype=np.float64)}
@@ -341,7 +346,7 @@ def _cosine(left: Array, right: Array) -> Array:
 
 
 def _similarity(answer: Array, original: Array, batch: Batch) -> Array:
-    """Mean cosine over a sample's tokens, padding left out; over its vector where there is one per row."""
+    """Average the cosine similarity over the tokens of a sample, without padding; one vector per row has one cosine."""
     cosine = _cosine(answer.astype(np.float64), original.astype(np.float64))
     mask = batch.feeds.get("attention_mask")
     if mask is not None and cosine.shape == mask.shape:
@@ -354,25 +359,25 @@ def _similarity(answer: Array, original: Array, batch: Batch) -> Array:
 def divergence(
     task: str, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """How far answers moved, per row: KL(original || answer) in nats for logits, 1 - cosine for features.
+    """Compute the output divergence per row: KL(original || answer) in nats for logits, 1 - cosine for features.
 
     Args:
-        task: logits or features.
-        answer: [rows, ..., classes or width].
-        original: the same shape.
-        mask: [rows, tokens], 0 at padding, which does not count where there is an answer for each token.
+        task: determines whether the outputs are logits or features.
+        answer: output of the changed model, [rows, ..., classes or width].
+        original: output of the original model, of the same shape.
+        mask: [rows, tokens], 0 at padding. Padding is left out where there is an output for each token.
     """
     if task.endswith("classification") or task == "text-generation":
-        rows = _few(answer.reshape(-1, answer.shape[-1]), original.reshape(-1, answer.shape[-1]))
-        each = torch.cat([_relative_entropy(*some) for some in rows]).reshape(answer.shape[:-1])
+        chunks = _chunks(answer.reshape(-1, answer.shape[-1]), original.reshape(-1, answer.shape[-1]))
+        values = torch.cat([_relative_entropy(*chunk) for chunk in chunks]).reshape(answer.shape[:-1])
     else:
-        each = 1.0 - torch.nn.functional.cosine_similarity(answer.float(), original.float(), dim=-1)
-    if mask is not None and each.shape == mask.shape:
-        return (each * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return each.reshape(len(each), -1).mean(1)
+        values = 1.0 - torch.nn.functional.cosine_similarity(answer.float(), original.float(), dim=-1)
+    if mask is not None and values.shape == mask.shape:
+        return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return values.reshape(len(values), -1).mean(1)
 
 
-def _few(*sides: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _chunks(*sides: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(*(torch.split(side, POSITIONS) for side in sides), strict=True)
 
 
@@ -382,7 +387,7 @@ def _relative_entropy(answer: torch.Tensor, original: torch.Tensor) -> torch.Ten
 
 
 def graph_runner(model: Model, run: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]) -> Runner:
-    """A runner over a function from tensors to the outputs of `model`."""
+    """Wrap a function from tensors to the outputs of `model` as a runner on numpy arrays."""
     position = model.outputs.index(model.answer)
 
     def answer(feeds: Mapping[str, Array]) -> Array:
@@ -394,6 +399,6 @@ def graph_runner(model: Model, run: Callable[[Mapping[str, torch.Tensor]], tuple
 
 
 def tensor_batches(split: Split, batch_size: int = BATCH) -> Iterator[dict[str, torch.Tensor]]:
-    """The feeds of a split as tensors."""
+    """Yield the feeds of each batch of a split as tensors."""
     for batch in split.batches(batch_size):
         yield {name: torch.from_numpy(value) for name, value in batch.feeds.items()}

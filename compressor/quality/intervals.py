@@ -1,4 +1,4 @@
-"""Numbers with intervals, and the names of the metrics: what reports need of evaluation, without torch."""
+"""Bootstrap intervals and the descriptions of the metrics; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 Columns = dict[str, Array]
 
 RESAMPLES = 999
-DRAWS = 2_000_000  # samples drawn at a time in a bootstrap, 16 MB a column
+DRAWS = 2_000_000  # samples drawn at a time in a bootstrap, 16 MB per column
 METRICS = {
     "accuracy": "top-1 accuracy in %",
     "agreement": "top-1 agreement with the original in %",
@@ -34,12 +34,12 @@ class Figure:
 
 
 def bootstrap(statistic: Callable[[Columns], Array], columns: Columns, seed: int = 0) -> Figure:
-    """Percentile bootstrap (Efron 1979): `statistic` of `RESAMPLES` draws of the samples with replacement.
+    """Compute `statistic` with a 95 % percentile bootstrap interval (Efron 1979) from `RESAMPLES` resamples.
 
     Args:
-        statistic: judges columns along their last axis, so that many resamples are judged at once.
+        statistic: reduces the last axis of columns; leading axes hold resamples, many per call.
         columns: name to one number per sample.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     count = len(next(iter(columns.values())))
     value = float(statistic(columns))
@@ -56,22 +56,25 @@ def bootstrap(statistic: Callable[[Columns], Array], columns: Columns, seed: int
 
 
 def by_text(columns: Columns, owners: Sequence[str]) -> Columns:
-    """Columns of windows as those of the texts that they are of, in order of appearance.
+    """Aggregate the columns of windows into columns of texts, in order of first appearance.
 
-    The tokens of a text are not independent of each other, and windows of one text hardly more, so it is texts that a
-    bootstrap draws.
+    Windows of one text are not independent, so the bootstrap must resample texts.
+
+    Args:
+        columns: name to one number per window; "nll" and "tokens" are summed, the others averaged over tokens.
+        owners: the text of each window.
     """
-    places = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
-    rows = np.array([places[owner] for owner in owners])
-    tokens = np.bincount(rows, columns["tokens"], len(places))
-    means = {key: np.bincount(rows, columns[key] * columns["tokens"], len(places)) for key in columns}
-    return {"nll": np.bincount(rows, columns["nll"], len(places)), "tokens": tokens} | {
+    indices = {owner: index for index, owner in enumerate(dict.fromkeys(owners))}
+    rows = np.array([indices[owner] for owner in owners])
+    tokens = np.bincount(rows, columns["tokens"], len(indices))
+    means = {key: np.bincount(rows, columns[key] * columns["tokens"], len(indices)) for key in columns}
+    return {"nll": np.bincount(rows, columns["nll"], len(indices)), "tokens": tokens} | {
         key: value / np.maximum(tokens, 1.0) for key, value in means.items() if key not in ("nll", "tokens")
     }
 
 
 def scaled(count: int, gap: str = "") -> str:
-    """A count in three digits or so, and `gap` before its unit.
+    """Format a count with about three digits and an SI prefix, with `gap` before the prefix.
 
     >>> scaled(950), scaled(49_792), scaled(5_717_416), scaled(1_258_000_000)
     ('950', '49.8k', '5.72M', '1.26G')

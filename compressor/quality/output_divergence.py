@@ -1,4 +1,4 @@
-"""How far rewritten graphs move the model's output, on a few calibration samples and without labels."""
+"""Output divergence of rewritten graphs from the original on calibration samples; no labels are needed."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from passes.rewrite.drop import Drop
 
 Key = TypeVar("Key", bound=Hashable)
 
-POSITIONS = 64  # tokens of a text at which the divergence of a language model is measured
-# Dropping branches makes a classifier more or less sure without changing its answers, so its logits are compared at
-# the best of these scales. A language model's probabilities are its answer: they are compared as they are.
+POSITIONS = 64  # tokens per text at which the divergence of a language model is measured
+# Dropping branches changes the confidence of a classifier without changing its predictions, so its logits are compared
+# at the best of these scales. The output of a language model is its probabilities, which are compared unscaled.
 SCALES = (1.0, 0.6, 0.75, 0.87, 1.15, 1.33, 1.6, 2.0)
 
 
 @dataclass
 class Effects:
-    """Output divergence from the original on a few calibration samples, under any rewrites.
+    """Output divergence of rewritten graphs from the original on a few calibration samples.
 
-    The original's answers are kept (for language models at `POSITIONS` tokens of each text), no activations. `sweeps`
-    counts forward passes over these samples, by the share of the graph's nodes that were executed.
+    The outputs of the original are kept in memory (for language models at `POSITIONS` tokens per text); activations are
+    not. `sweeps` counts forward passes over the samples, each weighted by the share of the graph's nodes that ran.
 
     Raises:
-        EvaluationError: the original itself gives NaN or infinity.
+        EvaluationError: the output of the original contains NaN or infinity.
     """
 
     graph: Graph
@@ -56,9 +56,9 @@ class Effects:
         self.sweeps += 1
 
     def measure(self, main: Graph, variants: Mapping[Key, Graph]) -> tuple[float, dict[Key, float]]:
-        """Divergence of a graph and of variants derived from it: mean over the samples' rows, at the best scale.
+        """Return the divergence of a graph and of each variant derived from it.
 
-        Infinite where the answers are no longer finite.
+        The divergence is the mean over rows at the best scale, and infinity where an output is not finite.
         """
         forks = Forks(main, variants)
         sums: dict[Key | None, npt.NDArray[np.float64]] = {key: np.zeros(len(self.scales)) for key in (None, *variants)}
@@ -81,21 +81,20 @@ class Effects:
         return means[None], {key: means[key] for key in variants}
 
     def of_units(self, units: Sequence[Sequence[Site]]) -> list[float]:
-        """Divergence when all sites of a unit are dropped, for each unit on its own."""
+        """Return the divergence of each unit: that of the graph with all sites of only this unit dropped."""
         variants = {}
         for number, unit in enumerate(units):
             variants[number] = self.graph.fork()
             apply(Drop(tuple(site.name for site in unit)), variants[number])
-        _, found = self.measure(self.graph, variants)
-        return [found[number] for number in range(len(units))]
+        _, divergences = self.measure(self.graph, variants)
+        return [divergences[number] for number in range(len(units))]
 
     def _divergences(
         self, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None
     ) -> npt.NDArray[np.float64]:
-        """Summed over rows, at each scale."""
+        """Return the divergence summed over rows, for each scale."""
         task = self.model.task
-        each = [float(divergence(task, answer * scale, original, mask).sum()) for scale in self.scales]
-        return np.array(each)
+        return np.array([float(divergence(task, answer * scale, original, mask).sum()) for scale in self.scales])
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         answer = outputs[self.model.outputs.index(self.model.answer)]
@@ -109,7 +108,7 @@ class Effects:
 
 
 def spaced(values: torch.Tensor) -> torch.Tensor:
-    """`POSITIONS` evenly spaced tokens of [rows, tokens, ...]: a language model's logits of all fill the memory."""
+    """Select `POSITIONS` evenly spaced tokens of [rows, tokens, ...]; the logits of all may not fit in memory."""
     if values.shape[1] <= POSITIONS:
         return values
     return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()]

@@ -1,4 +1,4 @@
-"""Whether an engine computes what torch does, on real inputs; without torch, whose answers are handed in."""
+"""Parity check of an engine with torch on real inputs; torch's outputs are passed in, so torch is not imported."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 from compressor.errors import CompressorError
 
-# Largest difference allowed, relative to the largest value of the output: float32 sums in another order differ by about
-# 1e-6 a layer; a wrong operator is off by 1e-2 or more.
+# Largest allowed difference, relative to the largest value of the output: float32 sums in another order differ by about
+# 1e-6 per layer; a wrong operator is off by 1e-2 or more.
 TOLERANCE = 1e-4
-REPORT_IT = "this is a fault of the export, not of your model: please report it"
+REPORT_IT = "this is a bug in the export, not in your model: please report it"
 
 
 class ParityError(CompressorError):
-    """A file or an engine computes something else than torch."""
+    """The outputs of a file or an engine differ from those of torch."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest difference of an engine's outputs from torch's, relative to the largest output value."""
+    """Largest difference of an output from torch's, relative to the largest value of that output."""
 
     output: str
     difference: float
@@ -42,41 +42,44 @@ def check_parity(
 
     Args:
         expected: output name to torch's value.
-        run: runs the engine on the same inputs.
-        name: for the error message.
-        tolerance: largest difference allowed, relative to the largest value of the output; infinite only measures.
-        advice: how the error message ends.
+        run: runs the engine on the same inputs and returns its outputs by name.
+        name: name of the engine in the error message.
+        tolerance: largest allowed difference, relative to the largest value of the output; infinity disables the check.
+        advice: end of the error message.
+
+    Returns:
+        The output with the largest relative difference.
 
     Raises:
-        ParityError: an output differs by more than `tolerance`, or in shape, or torch's own is not finite.
+        ParityError: an output differs by more than `tolerance` or in shape, or torch's output is not finite.
     """
-    found = run()
-    worst = max((difference(key, value, found[key], name) for key, value in expected.items()), key=magnitude)
+    outputs = run()
+    worst = max((difference(key, value, outputs[key], name) for key, value in expected.items()), key=magnitude)
     if not worst.difference <= tolerance:
         raise ParityError(
             f"{name}: output {worst.output} differs from torch by {worst.difference:.2e} of its largest value, "
-            f"allowed is {tolerance:g}; {advice}."
+            f"expected at most {tolerance:g}; {advice}."
         )
     return worst
 
 
 def magnitude(parity: Parity) -> float:
-    """The difference as something to sort by: NaN is the largest."""
+    """Return the difference as a sort key, with NaN as infinity."""
     return np.inf if np.isnan(parity.difference) else parity.difference
 
 
-def difference(output: str, expected: npt.NDArray[Any], found: npt.NDArray[Any], name: str) -> Parity:
-    """The difference of one output from torch's, allowed or not.
+def difference(output: str, expected: npt.NDArray[Any], value: npt.NDArray[Any], name: str) -> Parity:
+    """Measure the difference of one output from torch's, without comparing it with a tolerance.
 
     Raises:
-        ParityError: it has another shape, or torch's own is not finite.
+        ParityError: the shapes differ, or torch's output is not finite.
     """
-    if expected.shape != found.shape:
-        raise ParityError(f"{name}: output {output} has shape {found.shape}, torch gives {expected.shape}.")
+    if expected.shape != value.shape:
+        raise ParityError(f"{name}: output {output} has shape {value.shape}, expected {expected.shape} as in torch.")
     if not np.isfinite(expected).all():
         raise ParityError(
-            f"{name}: in torch already, output {output} is NaN or infinite on samples of the data; check the weights "
+            f"{name}: output {output} of the torch model has NaN or infinity on samples of the data; check the weights "
             "and the preprocessing."
         )
     scale = float(np.abs(expected).max(initial=1e-12))
-    return Parity(output, float(np.abs(found - expected).max(initial=0.0)) / scale, len(expected))
+    return Parity(output, float(np.abs(value - expected).max(initial=0.0)) / scale, len(expected))

@@ -1,4 +1,4 @@
-"""What a rewritten graph loses on validation data, and as soon as that is too much, no further."""
+"""Loss of rewritten graphs on validation data, with early stopping once the loss is certain to exceed a limit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from compressor.quality.intervals import Array, Columns
 from passes.execute.interpreter import Program
 from passes.graph.graph import Graph
 
-ROUNDING = 1e-9  # percent by which a sum of losses may exceed the limit through rounding alone
+ROUNDING = 1e-9  # percent by which rounding alone may raise a sum of losses above the limit
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a candidate loses, in percent; only a lower bound if `samples` is fewer than the validation split has."""
+    """Loss of a candidate in percent; a lower bound if `samples` is smaller than the validation split."""
 
     percent: float
     samples: int
@@ -30,12 +30,12 @@ class Loss:
 
 @dataclass
 class Validation:
-    """Loss of rewritten graphs on the validation split, by the metric the user is promised.
+    """Loss of rewritten graphs on the validation split, by the reported metric.
 
     A few hundred labels measure a loss of accuracy only to a point or two, and a search that takes the best of many
-    candidates takes the luckiest. Accuracy is therefore held to its expected loss as well (`regret` in
-    `compressor.evaluate`), and the larger of the two counts. The original's answers are kept for the metrics that
-    compare with them. `sweeps` counts passes over the split; one that stops early counts by its share of the samples.
+    candidates takes the luckiest. The loss of accuracy is therefore the larger of the measured and the expected loss
+    (`regret` in `compressor.quality.evaluate`). The outputs of the original are kept for metrics that compare with
+    them. `sweeps` counts passes over the split; a pass that stops early counts by its share of the samples.
     """
 
     graph: Graph
@@ -54,46 +54,46 @@ class Validation:
 
     @property
     def evaluations(self) -> float:
-        """Passes over the split so far, rounded for the report."""
+        """Number of passes over the split so far, rounded for the report."""
         return round(self.sweeps, 2)
 
     def loss(self, graph: Graph, *, limit: float = math.inf) -> Loss:
-        """What a rewritten graph loses against the original (see `compressor.evaluate.loss`).
+        """Measure the loss of a rewritten graph against the original (see `compressor.quality.evaluate.loss`).
 
-        Stops as soon as the loss is certain to exceed `limit`, whatever the other samples give. Answers that are no
-        longer finite are an infinite loss.
+        The pass stops as soon as the lower bound of the loss exceeds `limit`. The loss is infinite if an output is not
+        finite.
         """
         parts: list[Columns] = []
         try:
             for part in self._columns(graph, first=False):
                 parts.append(part)
                 columns = join(parts)
-                certain = self._certain(columns)
-                if certain > limit + ROUNDING:
-                    return Loss(certain, self._samples(columns))
+                bound = self._lower_bound(columns)
+                if bound > limit + ROUNDING:
+                    return Loss(bound, self._samples(columns))
         except EvaluationError:
             return Loss(math.inf, len(self.split))
         measured = loss(self.metric, self._before, judge(self.metric, columns))
         if self.metric == "accuracy":
-            measured = max(measured, self._certain(columns))
+            measured = max(measured, self._lower_bound(columns))
         return Loss(measured, self._samples(columns))
 
     def _hardest_first(self) -> None:
-        """Begin with the samples of which the original is least sure: losses show there, so lost checks end soon."""
+        """Sort the samples by the margin of the original, smallest first, so that failing checks stop early."""
         answers = np.concatenate([answer for answer in self._originals if answer is not None])
         best = np.sort(answers, axis=-1)[:, -2:]
         order = np.argsort(best[:, -1] - best[:, 0], kind="stable")
         self.split = dataclasses.replace(self.split, indices=tuple(self.split.indices[row] for row in order))
         self._originals = [answers[order[start : start + BATCH]] for start in range(0, len(order), BATCH)]
 
-    def _certain(self, columns: Columns) -> float:
-        """A lower bound of the loss, given the first samples: the others may lose nothing, but not win anything."""
+    def _lower_bound(self, columns: Columns) -> float:
+        """Return a lower bound of the loss from the first samples; the others can at best lose nothing."""
         count = len(next(iter(self._whole.values())))
         if self.metric == "accuracy":
             return float(columns["regret"].sum()) / count * 100.0
         if self.metric in ("agreement", "fidelity"):
             return float((1.0 - columns[self.metric]).sum()) / count * 100.0
-        if self.metric == "perplexity":  # the others' tokens could at best be foretold with certainty
+        if self.metric == "perplexity":  # at best, the remaining tokens have an NLL of 0
             padded = {"nll": columns["nll"].sum(keepdims=True), "tokens": self._whole["tokens"].sum(keepdims=True)}
             return loss(self.metric, self._before, judge(self.metric, padded))
         return -math.inf

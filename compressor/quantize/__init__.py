@@ -1,1 +1,1 @@
-"""Lower precisions: int8, int4 and fp16 files, and the choice among them."""
+"""Quantization to int8, int4 and fp16, and the choice between precisions."""

@@ -1,13 +1,13 @@
-"""Ranges of activations for static int8, from calibration data, by five methods.
+"""Activation ranges for static int8 from calibration data, by five methods.
 
-``typical``: mean over the samples of their extremes, plus one standard deviation, never beyond the extremes.
+``typical``: mean of the per-sample extremes plus one standard deviation, clipped to the extremes of all samples.
 ``minmax``: the extremes of all samples (Jacob et al. 2018, arXiv:1712.05877).
-``percentile``: what leaves a share of 1e-4 of the values out (McKinstry et al. 2018, arXiv:1809.04191).
+``percentile``: the range that excludes a share of 1e-4 of the values (McKinstry et al. 2018, arXiv:1809.04191).
 ``entropy``: the clipping with the least Kullback-Leibler divergence between the values' histogram and its quantized
 form (Migacz, "8-bit inference with TensorRT", GTC 2017).
 ``mse``: the clipping with the least mean squared error (Nagel et al. 2021, arXiv:2106.08295, section 3.1).
 
-The last three go by histograms of every activation, which take a second pass over a part of the samples. Memory does
+The last three use a histogram of every activation, which takes a second pass over some of the samples. Memory use does
 not depend on the number of samples.
 """
 
@@ -31,28 +31,28 @@ Array = npt.NDArray[np.float64]
 
 BINS = 2048
 HISTOGRAM_SAMPLES = 64
-"""Most samples whose values go into histograms."""
+"""Maximum number of samples in the histograms."""
 
 ROWS = 4
-"""Samples at a time whose activations leave the model whole."""
+"""Samples per run that returns whole activations."""
 
 OUTSIDE = 1e-4
 """Share of the values that ``percentile`` clips, half on each side."""
 
 SHARES = np.linspace(0.2, 1.0, 33)
-"""Clippings tried, as shares of the extremes."""
+"""Clipping thresholds tried, as shares of the extremes."""
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """What one pass over the samples tells of each activation.
+    """Statistics of the minimum and maximum of each activation, from one pass over the samples.
 
     Args:
-        names: the activations, T of them.
-        mean: mean over the samples of their minimum and of their maximum, [2, T].
-        deviation: its standard deviation, [2, T].
-        extreme: minimum and maximum of all samples, [2, T]; 0 belongs to every range.
-        samples: how many there were.
+        names: names of the T activations.
+        mean: mean over samples of the per-sample minimum and maximum, [2, T].
+        deviation: standard deviation over samples of the same, [2, T].
+        extreme: minimum and maximum over all samples, [2, T]; every range includes 0.
+        samples: number of samples.
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ class Extremes:
     samples: int
 
     def ranges(self, method: Calibration) -> dict[str, Range]:
-        """Ranges by activation, by ``minmax`` or ``typical``."""
+        """Return the range of each activation by ``minmax`` or ``typical``."""
         reach = self.extreme
         if method == "typical":
             low, high = self.mean[0] - self.deviation[0], self.mean[1] + self.deviation[1]
@@ -77,20 +77,20 @@ def extremes(
     feeds: Callable[[], Iterator[Batch]],
     progress: Callable[[str], None],
 ) -> Extremes:
-    """Minimum and maximum of activations, in one pass.
+    """Measure the minimum and maximum of activations in one pass.
 
-    The graph reduces each activation to one minimum and maximum per index of its leading axis (samples, windows or
-    tokens), so nothing large leaves it; rows are joined into samples here.
+    Nodes added to the graph reduce each activation to one minimum and maximum per index of its leading axis (samples,
+    windows or tokens), so the outputs are small. Rows are grouped into samples here.
 
     Args:
-        source: the float ONNX file.
-        work: where a copy of it goes that gives these values.
-        names: the activations.
-        feeds: gives a fresh stream of calibration batches.
-        progress: told in a few words how far it is.
+        source: float ONNX file.
+        work: path for the temporary model that outputs these values.
+        names: names of the activations.
+        feeds: returns a new iterator over the calibration batches.
+        progress: called with a short message after each batch.
 
     Raises:
-        QuantizeError: there is no batch, one does not fit the model, or values are not finite.
+        QuantizeError: there is no batch, a batch does not fit the model, or an activation is not finite.
     """
     names = tuple(dict.fromkeys(names))
     model = load(source)
@@ -117,13 +117,13 @@ def extremes(
 
 @dataclass(frozen=True)
 class Histograms:
-    """How often values of each activation fall into `BINS` equal bins between its extremes."""
+    """Histogram of each activation, with `BINS` equal bins between its extremes."""
 
     counts: Mapping[str, Array]
     extreme: Mapping[str, Range]
 
     def ranges(self, method: Calibration, activations: Activations) -> dict[str, Range]:
-        """Ranges by activation, by ``percentile``, ``entropy`` or ``mse``."""
+        """Return the range of each activation by ``percentile``, ``entropy`` or ``mse``."""
         if method == "percentile":
             return {name: _percentile(counts, self.extreme[name]) for name, counts in self.counts.items()}
         cost = partial({"entropy": _divergence, "mse": _squared_error}[method], activations=activations)
@@ -131,13 +131,13 @@ class Histograms:
 
 
 def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], Iterator[Batch]]) -> Histograms:
-    """Histograms of activations between their extremes, over the first `HISTOGRAM_SAMPLES` samples.
+    """Compute histograms of activations between their extremes, over the first `HISTOGRAM_SAMPLES` samples.
 
     Args:
-        source: the float ONNX file.
-        work: where a copy of it goes that gives the activations.
-        found: their extremes.
-        feeds: gives a fresh stream of calibration batches.
+        source: float ONNX file.
+        work: path for the temporary model that outputs the activations.
+        found: extremes of the activations.
+        feeds: returns a new iterator over the calibration batches.
 
     Raises:
         QuantizeError: a batch does not fit the model.
@@ -153,7 +153,7 @@ def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], It
 
 
 def _few_rows(feeds: Iterator[Batch], most: int) -> Iterator[Batch]:
-    """The first `most` samples, at most `ROWS` at a time."""
+    """Yield the first `most` samples in batches of at most `ROWS`."""
     for batch in feeds:
         rows = min(len(next(iter(batch.values()))), most)
         for start in range(0, rows, ROWS):
@@ -163,11 +163,11 @@ def _few_rows(feeds: Iterator[Batch], most: int) -> Iterator[Batch]:
             return
 
 
-# ---- where to clip
+# ---- clipping thresholds
 
 
 def _percentile(counts: Array, reach: Range) -> Range:
-    """The range that leaves half of `OUTSIDE` on each side; 0 belongs to it."""
+    """Return the range that excludes a share of `OUTSIDE` / 2 on each side and includes 0."""
     share = np.cumsum(counts) / max(counts.sum(), 1.0)
     edges = np.linspace(*reach, BINS + 1)
     low = edges[int(np.searchsorted(share, OUTSIDE / 2))]
@@ -176,9 +176,9 @@ def _percentile(counts: Array, reach: Range) -> Range:
 
 
 def _cheapest(counts: Array, reach: Range, cost: Callable[..., float]) -> Range:
-    """The clipping of both sides, each by a share of its own, that costs least: one after the other, twice.
+    """Return the clipped range of least cost by coordinate descent: each side in turn, twice.
 
-    A joint search over both would take the square of the time for the same minimum in nearly every case.
+    A joint search over both sides takes the square of the time and nearly always finds the same minimum.
     """
     edges = np.linspace(*reach, BINS + 1)
     centres = (edges[:-1] + edges[1:]) / 2
@@ -190,7 +190,7 @@ def _cheapest(counts: Array, reach: Range, cost: Callable[..., float]) -> Range:
 
 
 def _rounded(centres: Array, reach: Range, activations: Activations) -> npt.NDArray[np.int64]:
-    """The level that each value is rounded to."""
+    """Return the quantization level of each value."""
     scale, zero = activation_grid(*reach, activations)
     ends = (0, 255) if activations == "uint8" else (-127, 127)
     levels: npt.NDArray[np.int64] = np.clip(np.rint(centres / float(scale)) + int(zero), *ends).astype(np.int64)
@@ -198,14 +198,14 @@ def _rounded(centres: Array, reach: Range, activations: Activations) -> npt.NDAr
 
 
 def _squared_error(counts: Array, centres: Array, reach: Range, activations: Activations) -> float:
-    """Sum of (x - Q(x))^2 over all values."""
+    """Return the sum of (x - Q(x))^2 over all values."""
     scale, zero = activation_grid(*reach, activations)
     levels = _rounded(centres, reach, activations)
     return float(counts @ (centres - (levels - int(zero)) * float(scale)) ** 2)
 
 
 def _divergence(counts: Array, centres: Array, reach: Range, activations: Activations) -> float:
-    """KL(P | Q): P the histogram with what is clipped added to its ends, Q the same count spread over each level."""
+    """Return KL(P || Q): P adds the clipped counts to the end bins, Q spreads the counts of each level evenly."""
     inside = (centres >= reach[0]) & (centres <= reach[1])
     if not counts[inside].any():
         return float("inf")
@@ -214,13 +214,13 @@ def _divergence(counts: Array, centres: Array, reach: Range, activations: Activa
     clipped[-1] += counts[centres > reach[1]].sum()
     levels = _rounded(centres[inside], reach, activations)
     levels -= levels.min()
-    filled = clipped > 0  # of the clipped histogram: an end must not weigh nothing in Q
+    filled = clipped > 0  # of the clipped histogram, so that an end bin has mass in Q
     total = np.bincount(levels, counts[inside])[levels]
     spread = np.where(filled, total / np.maximum(np.bincount(levels, filled)[levels], 1), 0.0)
-    expected, found = clipped / clipped.sum(), spread / max(spread.sum(), 1e-12)
-    both = filled & (found > 0)
-    lost = expected[filled & (found <= 0)].sum()  # mass that Q says cannot be: as if at one in a million
-    return float((expected[both] * np.log(expected[both] / found[both])).sum() + lost * np.log(1e6))
+    p, q = clipped / clipped.sum(), spread / max(spread.sum(), 1e-12)
+    both = filled & (q > 0)
+    lost = p[filled & (q <= 0)].sum()  # mass where Q is 0: a penalty of log(1e6) instead of infinity
+    return float((p[both] * np.log(p[both] / q[both])).sum() + lost * np.log(1e6))
 
 
 # ---- reductions inside the graph
@@ -229,13 +229,13 @@ def _divergence(counts: Array, centres: Array, reach: Range, activations: Activa
 def _check_finite(names: Sequence[str], sums: Sequence[npt.NDArray[Any]]) -> None:
     for name, value in zip(names, sums, strict=True):
         if not np.isfinite(value).all():
-            raise QuantizeError(f"The activation {name} has NaN or infinity; check the model and the calibration data.")
+            raise QuantizeError(f"Activation {name} has NaN or infinity; check the model and the calibration data.")
 
 
 def _reductions(edit: Edit, name: str) -> tuple[str, str, str]:
-    """Add nodes for minimum, maximum and sum of each index of the leading axis.
+    """Add nodes for the minimum, maximum and sum of each index of the leading axis; return their outputs.
 
-    The sum is there to notice a NaN: ONNX Runtime's minimum and maximum pass over it.
+    The sum detects NaN, which the minimum and maximum of ONNX Runtime ignore.
     """
     base = f"{PREFIX}{name}"
     inputs = (edit.node("Flatten", [name], [f"{base}/rows"], axis=1), edit.constant(f"{PREFIX}axes", np.array([1])))
@@ -245,6 +245,6 @@ def _reductions(edit: Edit, name: str) -> tuple[str, str, str]:
 
 
 def _per_sample(rows: npt.NDArray[Any], samples: int, reduce: np.ufunc) -> Array:
-    """Join the rows of each sample; rows that do not divide among the samples (no batch axis) count as one."""
+    """Reduce the rows of each sample; rows that do not divide evenly (no batch axis) count as one sample."""
     groups = samples if samples and len(rows) % samples == 0 else 1
     return np.asarray(reduce.reduce(rows.reshape(groups, -1), axis=1), np.float64)

@@ -1,4 +1,4 @@
-"""From a float ONNX file to one in a lower precision, by whatever writes that precision."""
+"""Conversion of a float ONNX file to a lower precision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OURS = "compressor"
 
 
 def usable_quantizers(precision: str, style: Int8Style) -> tuple[str, ...]:
-    """What can write a precision for a target: for int8 also other packages' quantizers, where they are installed."""
+    """Return the quantizers of a precision; for int8 this includes installed packages that the target's style lists."""
     if precision != "int8":
         return (OURS,)
     return tuple(name for name in style.quantizers if name == OURS or util.find_spec(name) is not None)
@@ -44,19 +44,19 @@ def convert(
     """Write an ONNX file in a precision below fp32.
 
     Args:
-        source: the float32 file.
-        destination: what to write.
-        precision: of `runtimes.base.PRECISIONS`.
-        style: how the target wants int8.
-        feeds: gives a fresh stream of calibration batches.
-        quantizer: what writes int8.
-        calibration: how this package finds the ranges of static int8.
-        loss: measures a written file against the float one, in percent.
-        max_loss: most that may be lost; int8 returns layers to float until it holds, the others are as they are.
-        progress: told in a few words about each step.
+        source: float32 ONNX file.
+        destination: output path.
+        precision: one of `runtimes.base.PRECISIONS`.
+        style: form of int8 that the target expects.
+        feeds: returns a new iterator over the calibration batches.
+        quantizer: package that writes int8.
+        calibration: calibration method of this package's static int8.
+        loss: returns the loss of a written file against the float file in percent.
+        max_loss: largest allowed loss in percent. int8 keeps layers in float to meet it; other precisions ignore it.
+        progress: called with a short message at each step.
 
     Raises:
-        CompressorError: it cannot be written.
+        CompressorError: the file cannot be written in this precision.
     """
     if precision in ("int8", "int8-dynamic") and quantizer == OURS:
         dynamic = precision == "int8-dynamic"
@@ -80,12 +80,12 @@ def convert(
         nncf_to_int8(source, destination, feeds)
     else:
         {"fp16": to_fp16, "int4": to_int4}[precision](source, destination)
-    by = quantizer if quantizer != OURS else "onnxruntime"  # whose tools write fp16 and int4
+    by = quantizer if quantizer != OURS else "onnxruntime"  # its tools write fp16 and int4
     return Converted(precision, by, None if loss is None else float(loss(destination)))
 
 
 def _loss_in_fp16(loss: Callable[[Path], float], path: Path) -> float:
-    """What a quantized file loses once its rest is fp16: that is what decides which layers stay in float."""
+    """Return the loss of an int8 file after conversion of its other nodes to fp16, the form that is deployed."""
     with tempfile.TemporaryDirectory(prefix=".fp16-", dir=path.parent) as folder:
         halved = Path(folder, path.name)
         to_fp16(path, halved)
@@ -95,7 +95,7 @@ def _loss_in_fp16(loss: Callable[[Path], float], path: Path) -> float:
 def best_of(
     made: Mapping[Source, Converted], milliseconds: Mapping[Source, float], max_loss: float
 ) -> tuple[Source, Converted]:
-    """The quickest of several quantizers' files that loses no more than allowed, or else what loses least."""
+    """Return the fastest file whose loss is at most `max_loss`, or the file of least loss if there is none."""
 
     def lost(source: Source) -> float:
         return made[source].loss or 0.0

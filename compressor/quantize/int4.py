@@ -1,4 +1,4 @@
-"""Weights of 4 bits in an ONNX file: what makes memory-bound products faster, above all those of generation."""
+"""Weight-only int4 quantization of an ONNX file, which speeds up memory-bound products such as those of decode."""
 
 from __future__ import annotations
 
@@ -22,42 +22,43 @@ from compressor.quantize.qdq_rewrite import (
 )
 
 BLOCK = 32
-"""Weights that share a scale: the smallest that ONNX Runtime's kernels take, and the most accurate."""
+"""Weights per scale: the smallest block size that ONNX Runtime's kernels accept, and the most accurate."""
 
 ACCURACY_LEVEL = 4
-"""Activations are rounded to int8 in blocks inside the kernel, so that products run on integers (ONNX Runtime's
-``accuracy_level`` of MatMulNBits; 1 would multiply in float32)."""
+"""``accuracy_level`` of ONNX Runtime's MatMulNBits: the kernel rounds blocks of the activation to int8 and multiplies
+integers; 1 would multiply in float32."""
 
 
 class Int4Error(CompressorError):
-    """A model cannot be written with 4-bit weights."""
+    """A model cannot be quantized to int4."""
 
 
 def to_int4(source: Path, destination: Path) -> int:
-    """Write the version of a float32 ONNX file whose Linear weights have 4 bits, as MatMulNBits of ONNX Runtime.
+    """Quantize the Linear weights of a float32 ONNX file to 4 bits, as MatMulNBits nodes of ONNX Runtime.
 
-    Blocks of 32 weights along the input channels share a scale and a zero point, rounded to nearest (Dettmers &
-    Zettlemoyer 2023, arXiv:2212.09720, find small blocks best at 4 bits); ONNX Runtime's own quantizer writes them.
+    Blocks of 32 weights along the input channels share a scale and a zero point; weights are rounded to nearest.
+    Dettmers & Zettlemoyer (2023, arXiv:2212.09720) find small blocks best at 4 bits. ONNX Runtime's quantizer writes
+    the nodes.
 
     Returns:
         The number of quantized nodes.
 
     Raises:
-        Int4Error: ONNX Runtime's tools are missing, or there is nothing to quantize.
+        Int4Error: ONNX Runtime's tools are not installed, or the file has no node to quantize.
     """
     try:
         with _quiet():
             from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     except ImportError as error:
         raise Int4Error(
-            "int4 is written with ONNX Runtime's tools, which are missing: pip install onnxruntime"
+            "Quantization to int4 needs ONNX Runtime, which is not installed: run pip install onnxruntime"
         ) from error
     model = load(source)
     linears, _ = candidates(model, convolutions=False)
     if not linears:
         raise Int4Error(
-            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}: "
-            "int4 has nothing to work on, leave it out for this model."
+            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
+            "so there is nothing to quantize to int4; choose another precision."
         )
     edit = Edit(model.graph)
     for node, linear in paired(model.graph, linears):
@@ -81,7 +82,7 @@ def to_int4(source: Path, destination: Path) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The quantizer logs every node, and configures logging for the whole program when it is imported."""
+    """Silence logging and restore its configuration: the quantizer logs every node and configures the root logger."""
     root = logging.getLogger()
     before = root.level, list(root.handlers), logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,6 +1,6 @@
-"""Int8 quantization of a float ONNX file after training: which ranges, and what must stay in float.
+"""Post-training int8 quantization of a float ONNX file: search for activation ranges and for nodes to keep in float.
 
-What is quantized and how it is written is decided in compressor.int8; this module tries and measures.
+`compressor.quantize.qdq_rewrite` selects and rewrites the nodes; this module writes candidate files and measures them.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ Mode = Literal["static", "dynamic"]
 Feeds = Callable[[], Iterator[Batch]]
 
 SENSITIVITY_BATCHES = 4
-"""Calibration batches over which the error of each node is measured."""
+"""Number of calibration batches used to measure the error of each node."""
 
 ENOUGH = 0.2
-"""Share of the loss allowed at which no other way to find ranges is tried any more."""
+"""Share of the allowed loss at which the search for ranges stops."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One quantized file that was measured: how many nodes were kept in float for accuracy, and the loss."""
+    """A measured file: the number of nodes kept in float for accuracy, and the loss."""
 
     kept: int
     loss: float
@@ -60,7 +60,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A way to find ranges that was tried: the method (None: at run time), whether after smoothing, and the loss."""
+    """A measured calibration: the method (None for dynamic ranges), whether smoothing came first, and the loss."""
 
     method: Calibration | None
     smoothed: bool
@@ -69,19 +69,19 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` did.
+    """Result of `quantize`.
 
     Args:
         mode: "static" or "dynamic".
         activations: integer type of the activations.
-        calibration: how activation ranges were chosen (see compressor.calibration); None in dynamic mode.
-        smoothed: whether outliers were moved from activations into weights first (see compressor.smooth).
-        calibrations: every way to find ranges that was tried, in order.
+        calibration: calibration method of the file (see `compressor.quantize.calibration`); None in dynamic mode.
+        smoothed: whether SmoothQuant was applied first (see `compressor.quantize.smoothquant`).
+        calibrations: all calibrations tried, in order.
         nodes: number of quantized nodes.
-        kept: every constant-weight node that stayed in float.
-        loss: loss of the written file, None if it was not measured.
-        attempts: all files that were measured, in order.
-        samples: calibration samples that went into the ranges.
+        kept: constant-weight nodes that stayed in float.
+        loss: loss of the written file, None if not measured.
+        attempts: all measured files with the final ranges, in order.
+        samples: number of calibration samples used for the ranges.
     """
 
     mode: Mode
@@ -109,13 +109,13 @@ class _Settings:
 class _Job:
     source: Path
     destination: Path
-    folder: Path  # where models made for measuring go
+    folder: Path  # for temporary models
     feeds: Feeds
     settings: _Settings
 
     @property
     def work(self) -> Path:
-        """The model made for measuring."""
+        """Path of the temporary model that outputs intermediate values."""
         return self.folder / "measure.onnx"
 
 
@@ -133,33 +133,34 @@ def quantize(
     external_above: int = EXTERNAL_ABOVE,
     progress: Callable[[str], None] | None = None,
 ) -> Quantized:
-    """Write the int8 version of a float ONNX file and say what stayed in float.
+    """Quantize a float ONNX file to int8 and return the nodes that stay in float.
 
-    All eligible nodes are quantized first, with ranges as `calibration` says. "auto" tries the methods of
-    compressor.calibration, then SmoothQuant, until one loses a fifth of what is allowed or less, and keeps the best. If
-    that loses more than `max_loss`, nodes are ranked by the relative squared error that int8 causes at their own
-    output, |Y - Y8|^2 / |Y|^2, and the worst 1, 2, 4, 8 ... of them return to float until the loss is met or half of
-    them are in float; failing that, the attempt with the lowest loss is kept, and the caller decides whether it will
-    do. Without `loss` only the fixed rules of compressor.int8 and the first method apply.
+    All eligible nodes are quantized first. With `calibration="auto"`, the methods of `compressor.quantize.calibration`
+    and SmoothQuant are tried until the loss is at most a fifth of `max_loss`, and the best is kept. If its loss
+    exceeds `max_loss`, nodes are ranked by the relative squared error of their own output in int8,
+    |Y - Y8|^2 / |Y|^2. The worst 1, 2, 4, 8 ... nodes return to float until the loss is met or half of all nodes are in
+    float. If the loss is still not met, the attempt with the lowest loss is kept, and the caller decides whether to
+    accept it. Without `loss`, only the fixed rules of `compressor.quantize.qdq_rewrite` and the first method apply.
 
     Args:
-        source: float ONNX file, opset 18 or newer; external data is read where there is some.
-        destination: where to write; weights go to `<name>.data` beside it when they exceed `external_above` bytes.
-        feeds: called for a fresh stream of calibration batches: input name to array, leading axis = samples, other
-            sizes may vary from batch to batch.
-        mode: "static" (Q/DQ with fixed activation ranges) or "dynamic" (ranges found at run time, as MatMulInteger,
-            which TensorRT does not read).
-        activations: "uint8" with a zero point (more accurate) or "int8" symmetric (what TensorRT needs).
-            Dynamic is always uint8.
-        calibration: how static ranges are found: a method, or "auto".
-        convolutions: also give convolutions Q/DQ inputs, for TensorRT; ONNX Runtime's CPU then only emulates int8.
-        loss: measures a quantized file; 0 = as good as float, lower is better.
+        source: float ONNX file, opset 18 or newer, with or without external data.
+        destination: output path; weights are saved in `<name>.data` next to it if they exceed `external_above` bytes.
+        feeds: returns a new iterator over the calibration batches: input name to array, leading axis = samples; other
+            sizes may vary between batches.
+        mode: "static" (Q/DQ with fixed activation ranges) or "dynamic" (ranges computed at run time, as MatMulInteger,
+            which TensorRT does not support).
+        activations: "uint8" with a zero point (more accurate) or symmetric "int8" (required by TensorRT).
+            Dynamic mode always uses uint8.
+        calibration: calibration method of static ranges, or "auto".
+        convolutions: also give convolutions Q/DQ inputs, for TensorRT; ONNX Runtime's CPU kernels only emulate them.
+        loss: returns the loss of a quantized file; 0 = as good as float, lower is better.
         max_loss: largest acceptable `loss`.
-        external_above: bytes of weights above which they are stored as external data.
-        progress: told in a few words about each step.
+        external_above: weight size in bytes above which weights are stored as external data.
+        progress: called with a short message at each step.
 
     Raises:
-        QuantizeError: nothing to quantize, no calibration data, inputs missing, or values that are not finite.
+        QuantizeError: there is no node to quantize or no calibration data, an input is missing, or a value is not
+            finite.
     """
     if source.resolve() == destination.resolve():
         raise QuantizeError(f"Source and destination are the same file, {source}; give another destination.")
@@ -171,14 +172,14 @@ def quantize(
     linears, kept = candidates(load(source), convolutions=convolutions)
     if not linears:
         raise QuantizeError(
-            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}: "
-            "int8 has nothing to work on, leave it out for this model."
+            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
+            "so there is nothing to quantize to int8; choose another precision."
         )
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=destination.parent) as folder:
-        # Beside the result, because a model of several GB may not fit into the system's temporary folder.
+        # Next to the result: a model of several GB may not fit into the system's temporary folder.
         job = _Job(source, destination, Path(folder), feeds, settings)
         trial, tried, samples = _calibrate(job, linears, loss, max_loss)
-        attempts, returned = _fit(trial, linears, loss, max_loss)
+        attempts, returned = _return_to_float(trial, linears, loss, max_loss)
     return Quantized(
         mode=mode,
         activations=activations,
@@ -195,7 +196,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One way to find ranges: the job (with a smoothed source, maybe), the method, the ranges, the loss once known."""
+    """A calibration to try: the job (its source may be smoothed), the method, the ranges, and the measured loss."""
 
     job: _Job
     method: Calibration | None
@@ -207,74 +208,74 @@ class _Trial:
 def _calibrate(
     job: _Job, linears: Sequence[Linear], loss: Callable[[Path], float] | None, max_loss: float
 ) -> tuple[_Trial, list[Calibrated], int]:
-    """Write the file with the best ranges; return that trial, all that were tried, and how many samples there were."""
+    """Write the file with the best ranges; return its trial, all calibrations tried, and the number of samples."""
     activations = [linear.activation for linear in linears]
     static = job.settings.mode == "static"
-    found = extremes(job.source, job.work, activations, job.feeds, job.settings.progress) if static else None
+    measured = extremes(job.source, job.work, activations, job.feeds, job.settings.progress) if static else None
     tried: list[Calibrated] = []
     best = last = None
-    for untried in _trials(job, found):
-        _attempt(untried, linears)
+    for untried in _trials(job, measured):
+        _write_attempt(untried, linears)
         trial = last = untried if loss is None else replace(untried, loss=float(loss(job.destination)))
         tried.append(Calibrated(trial.method, trial.smoothed, trial.loss))
-        if best is None or _badness(trial.loss) < _badness(best.loss):
+        if best is None or _sort_key(trial.loss) < _sort_key(best.loss):
             best = trial
         if trial.loss is None or trial.loss <= ENOUGH * max_loss:
             break
     assert best is not None
     if last is not best:
-        _attempt(best, linears)
-    return best, tried, 0 if found is None else found.samples
+        _write_attempt(best, linears)
+    return best, tried, 0 if measured is None else measured.samples
 
 
-def _badness(loss: float | None) -> float:
+def _sort_key(loss: float | None) -> float:
     return 0.0 if loss is None else math.inf if math.isnan(loss) else loss
 
 
-def _trials(job: _Job, found: Extremes | None) -> Iterator[_Trial]:
-    """The ways to find ranges, cheap and mostly good ones first; each is made when it is asked for."""
-    wanted = job.settings.calibration
-    if found is None:
+def _trials(job: _Job, measured: Extremes | None) -> Iterator[_Trial]:
+    """Yield the calibrations to try, cheap and usually good ones first; each is computed on demand."""
+    calibration = job.settings.calibration
+    if measured is None:
         yield _Trial(job, None, None)
-        if wanted == "auto" and (smoother := _smoothed(job)) is not None:
-            yield _Trial(smoother, None, None, smoothed=True)
+        if calibration == "auto" and (smoothed := _smoothed(job)) is not None:
+            yield _Trial(smoothed, None, None, smoothed=True)
         return
-    if wanted != "auto":
-        yield from _by_methods(job, found, (wanted,))
+    if calibration != "auto":
+        yield from _by_methods(job, measured, (calibration,))
         return
-    yield from _by_methods(job, found, ("typical",))
-    if (smoother := _smoothed(job)) is not None:
-        again = extremes(smoother.source, job.work, found.names, job.feeds, job.settings.progress)
-        yield from _by_methods(smoother, again, ("typical", "mse"), smoothed=True)
-    yield from _by_methods(job, found, ("minmax", "mse", "percentile", "entropy"))
+    yield from _by_methods(job, measured, ("typical",))
+    if (smoothed := _smoothed(job)) is not None:
+        remeasured = extremes(smoothed.source, job.work, measured.names, job.feeds, job.settings.progress)
+        yield from _by_methods(smoothed, remeasured, ("typical", "mse"), smoothed=True)
+    yield from _by_methods(job, measured, ("minmax", "mse", "percentile", "entropy"))
 
 
 def _by_methods(
-    job: _Job, found: Extremes, methods: Sequence[Calibration], *, smoothed: bool = False
+    job: _Job, measured: Extremes, methods: Sequence[Calibration], *, smoothed: bool = False
 ) -> Iterator[_Trial]:
-    """One trial for each method; histograms are made once, when the first method needs them."""
+    """Yield one trial per method; histograms are computed once, for the first method that needs them."""
     counted: Histograms | None = None
     for method in methods:
         if method in BY_EXTREMES:
-            yield _Trial(job, method, found.ranges(method), smoothed)
+            yield _Trial(job, method, measured.ranges(method), smoothed)
             continue
         if counted is None:
             job.settings.progress("int8: histograms of the activations")
-            counted = histograms(job.source, job.work, found, job.feeds)
+            counted = histograms(job.source, job.work, measured, job.feeds)
         yield _Trial(job, method, counted.ranges(method, job.settings.activations), smoothed)
 
 
 def _smoothed(job: _Job) -> _Job | None:
-    """The same job on a file whose activations were smoothed, where there is something to smooth."""
+    """Return the job on a smoothed source file, or None if the model has no norm to smooth."""
     job.settings.progress("int8: smoothing the activations")
-    smoother = replace(job, source=job.folder / "smooth.onnx")
-    return smoother if smooth(job.source, smoother.source, job.feeds, job.work) else None
+    smoothed = replace(job, source=job.folder / "smooth.onnx")
+    return smoothed if smooth(job.source, smoothed.source, job.feeds, job.work) else None
 
 
-def _fit(
+def _return_to_float(
     trial: _Trial, linears: Sequence[Linear], loss: Callable[[Path], float] | None, max_loss: float
 ) -> tuple[list[Attempt], list[Kept]]:
-    """Return nodes to float until the loss is met; what was measured, and the nodes in float, worst first."""
+    """Keep nodes in float until the loss is met; return the attempts and the nodes kept in float, worst first."""
     if loss is None or trial.loss is None:
         return [], []
     attempts = [Attempt(0, trial.loss)]
@@ -283,18 +284,18 @@ def _fit(
     errors = _sensitivity(trial, linears)
     worst = sorted(linears, key=lambda linear: -errors[linear.output])
     for count in _steps(len(worst)):
-        _attempt(trial, worst[count:])
+        _write_attempt(trial, worst[count:])
         attempts.append(Attempt(count, float(loss(trial.job.destination))))
         if attempts[-1].loss <= max_loss:
             break
-    best = min(attempts, key=lambda attempt: _badness(attempt.loss))
+    best = min(attempts, key=lambda attempt: _sort_key(attempt.loss))
     chosen = attempts[-1] if attempts[-1].loss <= max_loss else best
     if chosen is not attempts[-1]:
-        _attempt(trial, worst[chosen.kept :])
+        _write_attempt(trial, worst[chosen.kept :])
     return attempts, [_kept_for_accuracy(linear, errors[linear.output]) for linear in worst[: chosen.kept]]
 
 
-def _attempt(trial: _Trial, linears: Sequence[Linear]) -> None:
+def _write_attempt(trial: _Trial, linears: Sequence[Linear]) -> None:
     job, settings = trial.job, trial.job.settings
     settings.progress(f"int8: writing {len(linears)} nodes")
     write(
@@ -308,7 +309,7 @@ def _attempt(trial: _Trial, linears: Sequence[Linear]) -> None:
 
 
 def _steps(nodes: int) -> list[int]:
-    """How many nodes to keep in float, attempt after attempt: powers of two, then half.
+    """Return the number of nodes to keep in float in each attempt: powers of two, then half.
 
     >>> _steps(49), _steps(2), _steps(1)
     ([1, 2, 4, 8, 16, 24], [1], [])
@@ -327,7 +328,7 @@ def _silent(_: str) -> None:
 
 
 def _sensitivity(trial: _Trial, linears: Sequence[Linear]) -> dict[str, float]:
-    """Relative squared output error of each node when it alone is in int8, |Y - Y8|^2 / |Y|^2, over a few batches."""
+    """Measure |Y - Y8|^2 / |Y|^2 of each node when only this node is in int8, over `SENSITIVITY_BATCHES` batches."""
     job, ranges = trial.job, trial.ranges
     job.settings.progress("int8: error of each node")
     model = load(job.source)
@@ -350,7 +351,7 @@ def _sensitivity(trial: _Trial, linears: Sequence[Linear]) -> dict[str, float]:
 def _error_nodes(
     edit: Edit, linear: Linear, node: onnx.NodeProto, ranges: Mapping[str, Range] | None, activations: Activations
 ) -> tuple[str, str]:
-    """Add a second, int8 version of a node that nothing reads but its squared difference from the float one."""
+    """Add an int8 copy of a node that only its error consumes; return the outputs |Y - Y8|^2 and |Y|^2."""
     base = f"{PREFIX}{linear.output}"
     if ranges is None:
         activation = edit.once(

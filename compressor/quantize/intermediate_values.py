@@ -1,4 +1,4 @@
-"""Values inside an ONNX model on calibration data: a copy of the file with those as outputs, run batch by batch."""
+"""Intermediate values of an ONNX model on calibration data, from a copy of the file with these values as outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Batch = Mapping[str, npt.NDArray[Any]]
 
 
 def write_measuring(model: onnx.ModelProto, edit: Edit, outputs: Sequence[str], path: Path) -> None:
-    """Save a model that has the given values as its only outputs; what they do not need is not computed."""
+    """Save the model with `outputs` as its only outputs, so that the runtime skips all other nodes."""
     model.graph.node.extend(edit.nodes)
     del model.graph.output[:]
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
@@ -24,10 +24,12 @@ def write_measuring(model: onnx.ModelProto, edit: Edit, outputs: Sequence[str], 
 
 
 def stream(path: Path, feeds: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[int, list[npt.NDArray[Any]]]]:
-    """Run each batch, yielding its number of samples and the outputs; it is released before the next is asked for.
+    """Run each batch and yield its number of samples and its outputs.
+
+    A batch is released before the next is requested, so that only one is in memory.
 
     Raises:
-        QuantizeError: a batch lacks an input, or does not run.
+        QuantizeError: a batch lacks an input of the model or does not run through it, or ONNX Runtime is not installed.
     """
     session = _session(path)
     names = [value.name for value in session.get_inputs()]
@@ -35,7 +37,7 @@ def stream(path: Path, feeds: Iterable[Batch], outputs: Sequence[str]) -> Iterat
         missing = [name for name in names if name not in batch]
         if missing:
             raise QuantizeError(
-                f"The calibration batch has inputs {sorted(batch)}, and {missing} is missing; give every input."
+                f"The calibration batch has the inputs {sorted(batch)}, but {missing} is missing; provide every input."
             )
         size = len(batch[names[0]])
         try:
@@ -52,8 +54,8 @@ def _session(path: Path) -> Any:
         import onnxruntime
     except ImportError as error:
         raise QuantizeError(
-            "Int8 is calibrated with ONNX Runtime, which is missing: pip install onnxruntime"
+            "Calibration of int8 needs ONNX Runtime, which is not installed: run pip install onnxruntime"
         ) from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: nothing may be written between the lines of a progress display
+    options.log_severity_level = 3  # errors only: other output would break the progress display
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Int8 by NNCF (OpenVINO's quantizer), whose files OpenVINO sometimes runs faster than ours."""
+"""Int8 quantization by NNCF, the quantizer of OpenVINO, whose files OpenVINO sometimes runs faster than ours."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from runtimes.base.protocols import Feeds, first_line
 
 
 class NncfError(CompressorError):
-    """NNCF refused a model."""
+    """NNCF cannot quantize a model."""
 
 
 def to_int8(source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]]) -> None:
-    """Write NNCF's post-training int8 version of a float ONNX file, in its form for transformers.
+    """Quantize a float ONNX file to int8 with NNCF's post-training quantization for transformers.
 
-    Every calibration batch is used, one sample at a time, as NNCF takes them.
+    All calibration batches are used, one sample at a time as NNCF expects.
 
     Raises:
         NncfError: NNCF cannot quantize the model.
@@ -38,7 +38,7 @@ def to_int8(source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]
                 model_type=nncf.ModelType.TRANSFORMER,
                 subset_size=len(samples),
             )
-        except Exception as error:  # NNCF's errors have no common base
+        except Exception as error:  # NNCF's errors have no common base class
             raise NncfError(f"NNCF cannot quantize {source.name}: {first_line(error)}.") from error
     assert isinstance(model, onnx.ModelProto)
     save(model, destination, EXTERNAL_ABOVE)
@@ -51,7 +51,7 @@ def _rows(batch: Feeds) -> Iterator[Feeds]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF shows progress bars and logs every step."""
+    """Silence NNCF, which shows progress bars and logs every step."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,6 +1,7 @@
-"""Precisions below float32: which a target has, what makes them, and which of several is worth it.
+"""Precisions below float32: support by targets, records of conversions, and the choice of the fastest.
 
-A precision is written into the ONNX file here, or made by the target itself from the float file (`Runtime.own`).
+A precision is either written into the ONNX file by this package or applied by the target to the float file
+(`Runtime.own`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ if TYPE_CHECKING:
 
     from compressor.quantize.int8_search import Quantized
 
-"""What ``--int8`` takes, and the precision that each stands for."""
-
 
 class PrecisionError(CompressorError):
-    """The target does not compute in that precision on that device."""
+    """The target does not support the precision on the device."""
 
 
 class Source(NamedTuple):
-    """The file that an engine is built from, and the precision it is built in."""
+    """An ONNX file or checkpoint and the precision to build its engine in."""
 
     path: Path
     precision: str = "fp32"
@@ -36,15 +35,15 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Converted:
-    """How a variant got its precision.
+    """Record of the conversion of a variant to a precision.
 
     Args:
         precision: the precision.
-        by: what made it: ``compressor``, ``nncf``, ``onnxruntime``, or the target itself.
-        loss: the loss to expect against the float engine on validation data, in percent; None if not measured.
-        quantized: what was quantized in the file, where it was done here.
-        tried: what other quantizers' files lost and took, where there were several.
-        rest: what the nodes around int8 products compute in.
+        by: the quantizer: ``compressor``, ``nncf``, ``onnxruntime``, or the name of the target.
+        loss: expected loss against the float engine on validation data in percent; None if not measured.
+        quantized: result of this package's int8 quantizer, None for other quantizers.
+        tried: loss and latency of each quantizer's file, where several were tried.
+        rest: precision of the nodes around int8 products.
     """
 
     precision: str
@@ -55,7 +54,7 @@ class Converted:
     rest: str = "fp32"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, what was quantized among the others."""
+        """Convert to plain JSON values, with the fields of `quantized` at the top level."""
         inner = {} if self.quantized is None else asdict(self.quantized)
         outer = {"precision": self.precision, "by": self.by, "loss": self.loss, "tried": list(self.tried)}
         return inner | outer | ({} if self.quantized is None else {"rest": self.rest})
@@ -63,14 +62,14 @@ class Converted:
 
 @dataclass(frozen=True)
 class Trial:
-    """One precision tried on the result: its time, its loss against fp32 on validation data, and what became of it.
+    """One precision tried on the result: latency, loss against fp32 on validation data, and verdict.
 
     Args:
         precision: the precision.
-        milliseconds: of one inference, those of the quietest burst; None where it could not be built.
-        speedup: how many times faster than fp32.
-        loss: in percent; None where no quality may be stated.
-        verdict: ``chosen``, or why not.
+        milliseconds: latency of one inference in the quietest burst; None if the engine was not built.
+        speedup: fp32 latency divided by this latency.
+        loss: loss in percent; None where no quality may be stated.
+        verdict: ``chosen``, or the reason against it.
     """
 
     precision: str
@@ -81,7 +80,7 @@ class Trial:
 
 
 def table(trials: Sequence[dict[str, Any]]) -> Table:
-    """What ``auto`` found of each precision, for a terminal."""
+    """Return a terminal table of the precisions that ``auto`` tried."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -96,30 +95,31 @@ def table(trials: Sequence[dict[str, Any]]) -> Table:
 
 
 def check(target: Runtime, precision: str, device: str) -> None:
-    """Refuse a precision that the target would compute in another, on another device than asked for, or not at all.
+    """Check that the target supports the precision on the device.
 
     Raises:
-        PrecisionError: with what the target can do there, and who else has the precision.
+        PrecisionError: it does not. The message names the precisions of the target on the device and the targets that
+            have this precision.
     """
-    had = target.precisions.get(device, ())
-    if precision in (AUTO, "fp32", *had):  # a device that it lacks is refused as such, with fp32
+    supported = target.precisions.get(device, ())
+    if precision in (AUTO, "fp32", *supported):  # an unsupported device is reported elsewhere, also for fp32
         return
     others = [name for name in targets() if precision in runtime(name).precisions.get(device, ())]
     elsewhere = f"; {precision} on {device} needs --target {' or '.join(others)}" if others else ""
-    there = f"; it has {', '.join(had)} there" if had else ""
+    there = f"; it has {', '.join(supported)} there" if supported else ""
     raise PrecisionError(f"target {target.name} has no {precision} on {device}{there}{elsewhere}.")
 
 
 def judged(
     milliseconds: dict[str, float], losses: dict[str, float | None], refused: dict[str, str], limit: float
 ) -> tuple[str, tuple[Trial, ...]]:
-    """The fastest precision within the budget, and the verdict on each; fp32 where none is faster.
+    """Return the fastest precision whose loss is within the limit, and a trial with a verdict for each precision.
 
     Args:
-        milliseconds: of each precision that was built, fp32 among them.
-        losses: of each, against fp32.
-        refused: why a precision could not be built.
-        limit: most that may be lost, in percent.
+        milliseconds: latency of each precision that was built, including fp32.
+        losses: loss of each of these against fp32 in percent; None where no quality may be stated.
+        refused: precisions that could not be built, with the reason.
+        limit: largest allowed loss in percent.
 
     >>> judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": 3.0}, {}, 0.5)[0]
     'fp32'
@@ -132,7 +132,7 @@ def judged(
         if name == chosen:
             return "chosen"
         if name == "fp32":
-            return "what the others are held against"
+            return "reference for the other precisions"
         if name not in fitting:
             return f"loses {losses[name]:.2f} %, more than {limit:g} %"
         return "not faster than fp32" if milliseconds[name] >= whole else f"slower than {chosen}"

@@ -1,15 +1,15 @@
-"""Int8 products in an ONNX file: which nodes can have them, and writing them.
+"""Int8 products in an ONNX file: selection of the nodes and the Q/DQ rewrite.
 
-What is quantized: `MatMul` and `Gemm` with a constant 32-bit float weight. Products of two activations, residual
-additions, LayerNorm, softmax and embeddings stay in float. Weights are symmetric int8 with one scale per output channel
-and zero point 0; activations have one scale per tensor. Biases stay in float and a Linear's output is not quantized:
-ONNX Runtime's CPU kernels then go straight from the int32 sums to float, and TensorRT accepts no int32 bias.
+`MatMul` and `Gemm` with a constant float32 weight are quantized. Products of two activations, residual additions,
+LayerNorm, softmax and embeddings stay in float. Weights are symmetric int8 with one scale per output channel and zero
+point 0; activations have one scale per tensor. Biases stay in float and the output of a Linear is not quantized: ONNX
+Runtime's CPU kernels then convert the int32 sums directly to float, and TensorRT does not accept an int32 bias.
 
-Kept in float by rule: convolutions, because ONNX Runtime runs one in int8 only if its output is quantized as well,
-which puts the residual stream of a vision transformer on 8 bits; and weights under 16 channels, where converting costs
-more than the product.
+Two kinds of nodes stay in float by rule: convolutions, because ONNX Runtime runs one in int8 only if its output is also
+quantized, which puts the residual stream of a vision transformer on 8 bits; and weights with fewer than 16 channels,
+where the conversion costs more than the product.
 
-Where a processor has no VNNI instructions, ONNX Runtime's uint8 x int8 product may saturate at 16 bits.
+On processors without VNNI instructions, ONNX Runtime's uint8 x int8 product may saturate at 16 bits.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Activations = Literal["uint8", "int8"]
 Range = tuple[float, float]
 
 SMALLEST = 16
-"""Fewest input or output channels for which int8 is tried."""
+"""Smallest number of input or output channels that is quantized."""
 
 PREFIX = "int8/"
-"""What the name of every added tensor and node starts with; the torch exporter makes no such names."""
+"""Name prefix of every added tensor and node; the torch exporter does not use it."""
 
 EXTERNAL_ABOVE = 1_500_000_000
-"""Bytes of weights beyond which they are stored beside the file: protobuf ends at 2 GB."""
+"""Weight size in bytes above which weights are stored as external data; protobuf is limited to 2 GB."""
 
 
 class QuantizeError(CompressorError):
-    """The model cannot be quantized as asked; the message says what was found and what to do."""
+    """The model cannot be quantized with the given options."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Kept:
     """A constant-weight node that stayed in float.
 
     Args:
-        node: its name in the ONNX file.
-        module: the torch module it came from, where the file says so.
-        reason: why it stayed in float.
-        sensitivity: relative squared output error under int8, where it was measured.
+        node: name of the node in the ONNX file.
+        module: qualified name of the torch module it was exported from, None if not in the metadata.
+        reason: reason for which it stayed in float.
+        sensitivity: relative squared output error in int8, None if not measured.
     """
 
     node: str
@@ -63,7 +63,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Linear:
-    """A node that can be quantized. `output` identifies it: value names are unique in ONNX, node names need not be."""
+    """A node to quantize, identified by `output`: value names are unique in ONNX, node names need not be."""
 
     output: str
     node: str
@@ -76,12 +76,12 @@ class Linear:
 
     @property
     def axis(self) -> int:
-        """Output channels: axis 1 of a [K, N] matrix, axis 0 of a convolution's kernel."""
+        """Return the axis of the output channels: 1 of a [K, N] matrix, 0 of a convolution's kernel."""
         return 0 if self.op == "Conv" else 1
 
 
 def quantize_weight(weight: npt.NDArray[np.float32], axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Round a weight to int8 in [-127, 127] with one symmetric scale per index of `axis`; return it and the scales.
+    """Round a weight to int8 in [-127, 127] with one symmetric scale per index of `axis`; return both.
 
     >>> q, scale = quantize_weight(np.array([[1.0, -2.0], [0.5, 1.0]], np.float32), axis=1)
     >>> q.tolist(), (127 * scale).tolist()
@@ -96,7 +96,7 @@ def quantize_weight(weight: npt.NDArray[np.float32], axis: int) -> tuple[npt.NDA
 def activation_grid(
     low: float, high: float, activations: Activations
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
-    """Scale and zero point (both rank 0) that cover [low, high] and 0; padding and ReLU produce exact zeros.
+    """Return the scale and zero point (both rank 0) of [low, high], extended to 0 so that zeros are exact.
 
     >>> scale, zero = activation_grid(-1.0, 4.1, "uint8")
     >>> round(float(scale), 6), int(zero)
@@ -110,23 +110,25 @@ def activation_grid(
 
 
 def _positive(scale: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
-    """The scale in float32, 1 where all values are zero: a scale must be positive."""
+    """Return the scale in float32, 1 where all values are zero, because a scale must be positive."""
     tiny = np.finfo(np.float32).tiny
     return np.asarray(np.where(scale < tiny, 1.0, scale), np.float32)
 
 
-# ---- what can be quantized
+# ---- selection
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """Read a model without its value_info: the exporter's can contradict itself, and shape inference then stops."""
+    """Load a model without its value_info: that of the exporter may be inconsistent and break shape inference."""
     try:
         model = onnx.load(str(path))
-    except Exception as error:  # protobuf and the file system raise a dozen types here
+    except Exception as error:  # protobuf and the file system raise many types
         raise QuantizeError(f"{path.name} cannot be read as an ONNX file: {error}") from error
     version = next((o.version for o in model.opset_import if o.domain in {"", "ai.onnx"}), 0)
     if version < 18:
-        raise QuantizeError(f"{path.name} has opset {version}; int8 needs opset 18 or newer, export it again.")
+        raise QuantizeError(
+            f"{path.name} has opset {version}, but quantization needs opset 18 or newer; export the model again."
+        )
     del model.graph.value_info[:]
     return model
 
@@ -136,27 +138,29 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 
 def _weights(graph: onnx.GraphProto) -> dict[str, tuple[onnx.TensorProto, bool]]:
-    """Constant tensors by value name, and whether the value is the transpose of the stored tensor.
+    """Return the constant tensors by value name, with True where the value is the transpose of the stored tensor.
 
-    Tied embeddings arrive as Gather(W) and MatMul(x, Transpose(W)): the exporter does not fold the transpose of a
-    tensor that is used twice.
+    The exporter writes tied embeddings as Gather(W) and MatMul(x, Transpose(W)): it does not fold the transpose of a
+    tensor with two consumers.
     """
     inputs = {value.name for value in graph.input}
-    found = {tensor.name: (tensor, False) for tensor in graph.initializer if tensor.name not in inputs}
+    weights = {tensor.name: (tensor, False) for tensor in graph.initializer if tensor.name not in inputs}
     for node in graph.node:
         if node.op_type == "Constant" and (value := _attribute(node, "value", None)) is not None:
-            found[node.output[0]] = (value, False)
+            weights[node.output[0]] = (value, False)
         elif (
-            node.op_type == "Transpose" and node.input[0] in found and list(_attribute(node, "perm", [1, 0])) == [1, 0]
+            node.op_type == "Transpose"
+            and node.input[0] in weights
+            and list(_attribute(node, "perm", [1, 0])) == [1, 0]
         ):
-            tensor, flipped = found[node.input[0]]
+            tensor, transposed = weights[node.input[0]]
             if len(tensor.dims) == 2:
-                found[node.output[0]] = (tensor, not flipped)
-    return found
+                weights[node.output[0]] = (tensor, not transposed)
+    return weights
 
 
 def candidates(model: onnx.ModelProto, *, convolutions: bool) -> tuple[list[Linear], list[Kept]]:
-    """Split the nodes with a constant weight into those to quantize and those the fixed rules keep in float."""
+    """Split the nodes with a constant weight into nodes to quantize and nodes that the fixed rules keep in float."""
     weights = _weights(model.graph)
     linears: list[Linear] = []
     kept: list[Kept] = []
@@ -165,28 +169,28 @@ def candidates(model: onnx.ModelProto, *, convolutions: bool) -> tuple[list[Line
             continue
         if node.input[1] not in weights or node.input[0] in weights:
             continue
-        tensor, flipped = weights[node.input[1]]
+        tensor, transposed = weights[node.input[1]]
         reason = _refusal(node, tensor, convolutions=convolutions)
         name, module = node.name or node.output[0], _module(node)
         if reason is not None:
             kept.append(Kept(name, module, reason))
             continue
-        flip = flipped != (node.op_type == "Gemm" and _attribute(node, "transB", 0) == 1)
+        flip = transposed != (node.op_type == "Gemm" and _attribute(node, "transB", 0) == 1)
         bias = node.input[2] if len(node.input) > 2 else ""
         linears.append(Linear(node.output[0], name, module, node.op_type, node.input[0], node.input[1], flip, bias))
     return linears, kept
 
 
 def _refusal(node: onnx.NodeProto, tensor: onnx.TensorProto, *, convolutions: bool) -> str | None:
-    """Why the rules keep a constant-weight node in float, or None."""
+    """Return the reason for which the rules keep a constant-weight node in float, or None."""
     if tensor.data_type != onnx.TensorProto.FLOAT:
         return f"weight is {onnx.TensorProto.DataType.Name(tensor.data_type).lower()}, not 32-bit float"
     if node.op_type == "Conv":
-        return None if convolutions else "convolution: int8 would need its output, the residual stream, on 8 bits too"
+        return None if convolutions else "convolution: int8 would also quantize its output, the residual stream"
     if len(tensor.dims) != 2:
-        return f"weight has {len(tensor.dims)} axes, a Linear has 2"
+        return f"weight has {len(tensor.dims)} axes, expected 2"
     if min(tensor.dims) < SMALLEST:
-        return f"only {min(tensor.dims)} channels: converting costs more than int8 saves under {SMALLEST}"
+        return f"only {min(tensor.dims)} channels: below {SMALLEST}, the conversion costs more than int8 saves"
     plain = (
         _attribute(node, "alpha", 1.0) == _attribute(node, "beta", 1.0) == 1.0 and _attribute(node, "transA", 0) == 0
     )
@@ -194,7 +198,7 @@ def _refusal(node: onnx.NodeProto, tensor: onnx.TensorProto, *, convolutions: bo
 
 
 def _module(node: onnx.NodeProto) -> str | None:
-    """Qualified name of the torch module a node came from, which the exporter leaves in the node's metadata."""
+    """Return the qualified name of the torch module of a node from the exporter's metadata, or None."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
     try:
         names = ast.literal_eval(scopes)
@@ -204,17 +208,17 @@ def _module(node: onnx.NodeProto) -> str | None:
 
 
 def paired(graph: onnx.GraphProto, linears: Sequence[Linear]) -> Iterator[tuple[onnx.NodeProto, Linear | None]]:
-    """Every node in order, with the Linear that it is."""
-    wanted = {linear.output: linear for linear in linears}
+    """Yield every node in order, with its Linear or None."""
+    by_output = {linear.output: linear for linear in linears}
     for node in graph.node:
-        yield node, wanted.get(node.output[0]) if node.output else None
+        yield node, by_output.get(node.output[0]) if node.output else None
 
 
 # ---- writing
 
 
 class Edit:
-    """Nodes and initializers being added to a graph; a weight or activation that nodes share is converted once."""
+    """Nodes and initializers to add to a graph; a shared weight or activation is quantized once."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
@@ -229,22 +233,20 @@ class Edit:
         return outputs[0]
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> str:
-        """Append an initializer unless it is there already; return its name."""
+        """Append an initializer unless it was added before; return its name."""
         if name not in self.made:
             self.made.add(name)
             self.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
     def weight(self, linear: Linear) -> tuple[str, str, str]:
-        """Names of the int8 weight, its scales and its zero points."""
+        """Add the int8 weight; return the names of the weight, its scales and its zero points."""
         base = f"{PREFIX}{linear.weight}{'/flipped' if linear.flip else ''}"
         names = (base, f"{base}/scale", f"{base}/zero_point")
         if base not in self.made:
             stored = numpy_helper.to_array(self.weights[linear.weight][0])
             if not np.isfinite(stored).all():
-                raise QuantizeError(
-                    f"The weight {linear.weight} of {linear.node} has NaN or infinity; check the model."
-                )
+                raise QuantizeError(f"Weight {linear.weight} of {linear.node} has NaN or infinity; check the model.")
             quantized, scale = quantize_weight(stored.T if linear.flip else stored, linear.axis)
             self.constant(names[0], np.ascontiguousarray(quantized))
             self.constant(names[1], scale)
@@ -252,12 +254,12 @@ class Edit:
         return names
 
     def float_weight(self, linear: Linear) -> str:
-        """The weight behind DequantizeLinear."""
+        """Return the name of the dequantized weight."""
         names = self.weight(linear)
         return self.once("DequantizeLinear", names, f"{names[0]}/float", axis=linear.axis)
 
     def plain_weight(self, linear: Linear) -> str:
-        """The float weight as a stored [K, N] matrix, whatever form the node had it in."""
+        """Return the name of the float weight as an initializer [K, N], added if it is stored in another form."""
         if not linear.flip and linear.weight in self.stored:
             return linear.weight
         stored = numpy_helper.to_array(self.weights[linear.weight][0])
@@ -266,14 +268,14 @@ class Edit:
         )
 
     def once(self, op: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
-        """Append a node unless it is there already; return its output."""
+        """Append a node unless it was added before; return its output."""
         if output not in self.made:
             self.made.add(output)
             self.node(op, inputs, [output], **attributes)
         return output
 
     def grid(self, activation: str, reach: Range, activations: Activations) -> str:
-        """The activation behind QuantizeLinear and DequantizeLinear with fixed scale."""
+        """Add QuantizeLinear and DequantizeLinear of an activation with a fixed scale; return the output."""
         base = f"{PREFIX}{activation}"
         scale, zero = activation_grid(*reach, activations)
         parameters = (self.constant(f"{base}/scale", scale), self.constant(f"{base}/zero_point", zero))
@@ -281,7 +283,7 @@ class Edit:
         return self.once("DequantizeLinear", (f"{base}/quantized", *parameters), f"{base}/float")
 
     def dynamic(self, activation: str) -> tuple[str, str, str]:
-        """Names of the activation quantized at run time, its scale and its zero point."""
+        """Add DynamicQuantizeLinear; return the names of the quantized activation, its scale and its zero point."""
         base = f"{PREFIX}{activation}"
         names = (f"{base}/quantized", f"{base}/scale", f"{base}/zero_point")
         if base not in self.made:
@@ -290,10 +292,10 @@ class Edit:
         return names
 
     def product(self, linear: Linear, inputs: tuple[str, str], output: str) -> None:
-        """MatMul and Add for a Gemm, the form of every other Linear.
+        """Add MatMul, and Add for the bias, in place of a Gemm; this is the form of every other Linear.
 
-        ONNX Runtime 1.31 has no int8 kernel for a Gemm with a float bias, and turns a MatMul and Add of two axes back
-        into one: in static mode such a node (a classifier; GPT-2's layers) becomes smaller but not faster.
+        ONNX Runtime 1.31 has no int8 kernel for a Gemm with a float bias and fuses a rank-2 MatMul and Add back into
+        a Gemm. In static mode such a node (a classifier; the layers of GPT-2) therefore becomes smaller but not faster.
         """
         if not linear.bias:
             self.node("MatMul", inputs, [output])
@@ -310,9 +312,9 @@ def write(
     activations: Activations,
     external_above: int,
 ) -> None:
-    """Write the model with the given nodes in int8; reading the source anew avoids a second copy of the weights.
+    """Write the model with `linears` in int8; without `ranges`, activations are quantized dynamically.
 
-    Without `ranges` they are found at run time.
+    The source is loaded again on each call to avoid a second copy of the weights in memory.
     """
     model = load(source)
     edit = Edit(model.graph)
@@ -330,7 +332,7 @@ def write(
 
 
 def add_fake(edit: Edit, linear: Linear, node: onnx.NodeProto, activation: str, output: str) -> None:
-    """Add a node whose activation and weight come from DequantizeLinear, which is how ONNX writes an int8 product."""
+    """Add the product of a dequantized activation and weight, the Q/DQ form of an int8 product in ONNX."""
     weight = edit.float_weight(linear)
     if linear.op == "Gemm":
         edit.product(linear, (activation, weight), output)
@@ -343,7 +345,7 @@ def add_fake(edit: Edit, linear: Linear, node: onnx.NodeProto, activation: str, 
 
 
 def _add_integer(edit: Edit, linear: Linear) -> None:
-    """Add the product with ranges found at run time, as ONNX Runtime fuses it into one DynamicQuantizeMatMul."""
+    """Add a dynamically quantized product in the form that ONNX Runtime fuses into DynamicQuantizeMatMul."""
     quantized, scale, zero = edit.dynamic(linear.activation)
     weight, weight_scale, weight_zero = edit.weight(linear)
     base = f"{PREFIX}{linear.output}"
@@ -357,16 +359,15 @@ def _add_integer(edit: Edit, linear: Linear) -> None:
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Give a graph a new list of nodes, some of which may be its own."""
-    fresh = [
-        onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes
-    ]  # the graph's own nodes die with the deletion
+    """Replace the nodes of a graph; `nodes` may contain some of the old ones."""
+    # Copied first, because the deletion invalidates the graph's own nodes.
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
-    graph.node.extend(fresh)
+    graph.node.extend(copies)
 
 
 def used(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every value name that is read in a graph, its outputs and its subgraphs."""
+    """Yield the value names consumed by the nodes, outputs and subgraphs of a graph, once per use."""
     yield from (value.name for value in graph.output)
     for node in graph.node:
         yield from node.input
@@ -376,19 +377,19 @@ def used(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def remove_unused(graph: onnx.GraphProto, values: set[str]) -> None:
-    """Drop the given float weights and their makers, unless something else still reads them (a tied embedding)."""
-    while unread := values - set(used(graph)):
-        makers = [node for node in graph.node if unread & set(node.output)]
-        dead = [tensor for tensor in graph.initializer if tensor.name in unread]
-        for maker in makers:
-            graph.node.remove(maker)
+    """Remove the float weights without a consumer and the nodes that produce them; a tied embedding stays."""
+    while unused := values - set(used(graph)):
+        producers = [node for node in graph.node if unused & set(node.output)]
+        dead = [tensor for tensor in graph.initializer if tensor.name in unused]
+        for producer in producers:
+            graph.node.remove(producer)
         for tensor in dead:
             graph.initializer.remove(tensor)
-        values = {name for maker in makers for name in maker.input}
+        values = {name for producer in producers for name in producer.input}
 
 
 def save(model: onnx.ModelProto, path: Path, external_above: int) -> None:
-    """Write a model, with its weights in `<name>.data` beside it if they take more than `external_above` bytes."""
+    """Save a model, with its weights in `<name>.data` next to it if they exceed `external_above` bytes."""
     data = path.with_name(path.name + ".data")
     data.unlink(missing_ok=True)  # onnx appends to a file that exists
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)  # ByteSize fails beyond 2 GB

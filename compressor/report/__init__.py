@@ -1,1 +1,1 @@
-"""Reports as JSON, tables and pictures."""
+"""Reports as JSON, tables, charts, HTML pages and model cards."""

@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     from compressor.lower.traced_model import Loaded
     from compressor.quantize.precision import Converted, Trial
 
-if TYPE_CHECKING:
-    from compressor.lower.traced_model import Loaded
-    from compressor.quantize.precision import Converted, Trial
-
 
 def limitations_of(
     subject: Loaded,
@@ -27,9 +23,9 @@ def limitations_of(
 
     Args:
         subject: the model with its data.
-        precision: what the result computes in.
-        converted: how each variant got that precision.
-        trials: what ``--precision auto`` tried.
+        precision: the precision of the result.
+        converted: the conversion of each variant to that precision.
+        trials: the precisions that ``--precision auto`` tried.
         engine: the ``engine`` part of the report.
     """
     yield from subject.model.limitations
@@ -45,46 +41,50 @@ def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
     """List the limitations of a built engine, by the ``engine`` part of a report."""
     if engine.get("state") != "built":
         return
-    found = engine.get("layers")
-    if found is None or "unknown" in found:
-        reason = "" if found is None else f" ({found['unknown'].rstrip('.')})"
-        yield Limitation("layers of the engine", f"not told{reason}, so their precision and fusion are unchecked")
-    elif found["fused_attention"] is False:
+    layers = engine.get("layers")
+    if layers is None or "unknown" in layers:
+        reason = "" if layers is None else f" ({layers['unknown'].rstrip('.')})"
+        yield Limitation(
+            "layers of the engine",
+            f"the runtime does not report them{reason}, so their precision and fusion are not checked",
+        )
+    elif layers["fused_attention"] is False:
         yield Limitation("fused attention", "the engine computes attention as separate operators")
 
 
-NAMED = 5  # most names that a sentence lists
+NAMED = 5  # maximum number of names in a sentence
 
 
 def _of_labels(subject: Loaded) -> Iterator[Limitation]:
-    """Labels that are in the data and are not what the task is judged by."""
+    """Yield a limitation if the data has labels that the metric does not use."""
     kind, metric = subject.data.label_kind, subject.metric
     used = {"class": ("accuracy",), "score": ("spearman",)}
     if kind in used and metric not in used[kind]:
         yield Limitation(
-            "labels", f"the data has {kind} labels, which {subject.model.task} is not judged by; quality is {metric}"
+            "labels",
+            f"the data has {kind} labels, but {subject.model.task} is evaluated by {metric}, which does not use them",
         )
 
 
 def _of_precision(precision: str, converted: Mapping[str, Converted], trials: Sequence[Trial]) -> Iterator[Limitation]:
-    """What stayed in float, what was not tried, and what was chosen without a measured loss."""
+    """Yield the limitations of the precision: a fallback to fp32, an unmeasured loss, layers in float."""
     others = [trial for trial in trials if trial.precision != "fp32"]
     if others and precision == "fp32":
         tried = "; ".join(f"{trial.precision}: {trial.verdict}" for trial in others)
-        yield Limitation("precision", f"fp32, as none of the others was taken ({tried})")
+        yield Limitation("precision", f"fp32, because no other precision was accepted ({tried})")
     if others and all(trial.loss is None for trial in others):
-        yield Limitation("loss of the precisions", "not measured, so the fastest was taken by speed alone")
+        yield Limitation("loss of the precisions", "not measured, so the precision was chosen by latency alone")
     quantized = converted["result"].quantized if "result" in converted else None
     if quantized is not None and quantized.kept:
         yield Limitation(
             f"{precision} of all layers",
-            f"{len(quantized.kept)} layers compute in float, because of their accuracy or their form: "
-            f"{_some([each.module or each.node for each in quantized.kept])}",
+            f"{len(quantized.kept)} layers compute in float, for accuracy or because they cannot be quantized: "
+            f"{_some([kept.module or kept.node for kept in quantized.kept])}",
         )
 
 
 def _saturating(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitation]:
-    """Products of 8 bits that are not exact on the processor that measured them."""
+    """Yield a limitation if int8 products were measured on a processor that saturates them."""
     measured_here = engine.get("state") == "deferred" or str(engine.get("target")).startswith("onnxruntime")
     if not (precision.startswith("int8") and measured_here):
         return
@@ -93,19 +93,19 @@ def _saturating(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitatio
     if int8_saturates():
         yield Limitation(
             "exact int8 products",
-            "sums of products saturate at 16 bits in ONNX Runtime on this processor, which has no VNNI; the loss was "
-            "measured so, and a processor with VNNI can answer otherwise",
+            "ONNX Runtime saturates sums of int8 products at 16 bits on this processor, which has no VNNI; the "
+            "measured loss includes this error, and predictions can differ on a processor with VNNI",
         )
 
 
 def _unused(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitation]:
-    """A precision that no layer of the engine computes in, as where the processor lacks it."""
+    """Yield a limitation if no layer of the engine computes in the precision, as on a processor without it."""
     name = precision.removesuffix("-dynamic")
     counts = (engine.get("layers") or {}).get("precisions")
     if counts and name in ("fp16", "bf16", "int8") and not counts.get(name) and not counts.get("unknown"):
-        found = ", ".join(f"{count} {each}" for each, count in counts.items())
+        layers = ", ".join(f"{count} {computed}" for computed, count in counts.items())
         yield Limitation(
-            precision, f"no layer of the engine computes in it ({found}); it is what weights are stored in"
+            precision, f"no layer of the engine computes in this precision ({layers}); only weights are stored in it"
         )
 
 

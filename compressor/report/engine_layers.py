@@ -1,4 +1,4 @@
-"""What the target made of the model's layers: a fact of the report, asked for once the engine is built."""
+"""The layers of a built engine, as the runtime reports them: their number, precisions, kinds and fused attention."""
 
 from __future__ import annotations
 
@@ -9,45 +9,46 @@ from typing import Any
 
 from runtimes.base.protocols import BuildOptions, Runtime, RuntimesError
 
-KINDS = 8  # most kinds that a page lists
+KINDS = 8  # maximum number of kinds listed on a page
 
 
 def described(target: Runtime, path: Path, options: BuildOptions) -> dict[str, Any] | None:
-    """The layers of an engine as plain JSON values; None where the target does not tell.
+    """Return the layers of an engine as plain JSON values; None if the runtime does not report them.
 
-    An engine that works is not given up because it cannot be described: then there is only the reason, as ``unknown``.
+    An error of the runtime does not stop the export, as the engine works without the description: the result then
+    holds only the message, under ``unknown``.
     """
     try:
-        found = target.layers(path, options)
+        layers = target.layers(path, options)
     except RuntimesError as error:
         return {"unknown": str(error)}
-    return None if found is None else asdict(found)
+    return None if layers is None else asdict(layers)
 
 
 def told(engine: Mapping[str, Any]) -> Iterator[str]:
-    """What a report's ``engine`` part says of its layers, as a sentence.
+    """Describe the layers in a report's ``engine`` part in one sentence; yield nothing if they are not reported.
 
     >>> list(told({"layers": {"count": 3, "precisions": {"int8": 2, "other": 1}, "fused_attention": None}}))
-    ['The engine has 3 layers: 2 int8, 1 other; whether attention is fused cannot be told.']
+    ['The engine has 3 layers: 2 int8, 1 other; fusion of attention is unknown.']
     """
-    found = engine.get("layers")
-    if not found:
+    layers = engine.get("layers")
+    if not layers:
         return
-    if "unknown" in found:
-        yield f"The engine's layers are unknown: {found['unknown']}"
+    if "unknown" in layers:
+        yield f"The engine's layers are unknown: {layers['unknown']}"
         return
-    counts = ", ".join(f"{count} {name}" for name, count in found["precisions"].items())
-    yield f"The engine has {found['count']} layers: {counts}; {_attention(found['fused_attention'])}."
+    counts = ", ".join(f"{count} {name}" for name, count in layers["precisions"].items())
+    yield f"The engine has {layers['count']} layers: {counts}; {_attention(layers['fused_attention'])}."
 
 
-def kinds(found: Mapping[str, Any]) -> list[list[str]]:
-    """The most frequent kinds of layers and how many there are of each, the rest as one row."""
-    rows = list(found["kinds"].items())
+def kinds(layers: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row for each of the `KINDS` most frequent kinds of layers with its count, and one for all others."""
+    rows = list(layers["kinds"].items())
     rest = sum(count for _, count in rows[KINDS:])
     return [[name, str(count)] for name, count in [*rows[:KINDS], *([("all others", rest)] if rest else [])]]
 
 
 def _attention(fused: bool | None) -> str:
     if fused is None:
-        return "whether attention is fused cannot be told"
+        return "fusion of attention is unknown"
     return "attention is fused" if fused else "attention is not fused"

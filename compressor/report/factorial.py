@@ -1,7 +1,8 @@
-"""The factorial: what compression and a precision gain and lose alone and together, and whether the gains multiply.
+"""The factorial experiment: speed-ups and losses of compression and of a precision, separately and combined.
 
-Cells are named by what was done to the model and its precision, such as ``compressed int8``. ``dense`` is the model as
-it is; ``changes`` is the compressed one before its tokens are merged, where the plan merges any.
+A cell is named by the form of the model and its precision, such as ``compressed int8``. ``dense`` is the unchanged
+model, ``compressed`` the model with the whole plan. ``changes`` is the model with the plan except for token merging; it
+exists only if the plan merges tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 FORMS = ("dense", "changes", "compressed")
 FLOAT = "float"
 START = f"{FORMS[0]} {FLOAT}"
-# What is held against the precision: the name, and the forms before and after it.
+# The changes that are combined with the precision: name, form before and form after the change.
 STEPS = (
     ("compression", "dense", "compressed"),
     ("compression without merging", "dense", "changes"),
@@ -30,7 +31,7 @@ STEPS = (
 
 
 def cells_of(reduced: str) -> tuple[str, ...]:
-    """The cells in order, for a precision below float.
+    """Return the names of all cells in order, for a precision below float.
 
     >>> cells_of("int8")[:2]
     ('dense float', 'dense int8')
@@ -39,7 +40,7 @@ def cells_of(reduced: str) -> tuple[str, ...]:
 
 
 def word(precision: str) -> str:
-    """What cells call a precision: int8 whether its ranges are fixed or found at run time.
+    """Return the name of a precision in cells: static and dynamic int8 are both ``int8``.
 
     >>> word("int8-dynamic"), word("int4")
     ('int8', 'int4')
@@ -49,15 +50,16 @@ def word(precision: str) -> str:
 
 @dataclass(frozen=True)
 class Interaction:
-    """A change and a precision (Q), each alone and both together.
+    """The interaction of a change with a precision (Q).
 
     Attributes:
-        change: what is held against the precision.
-        cells: the engines as they were before, with the change, with the precision, with both.
-        speed: speed-ups by the change, by the precision and by both, over the first cell.
-        ratio: S_both / (S_change x S_Q); 1 where speed-ups multiply.
-        loss: what the change, the precision and both lost against the first cell; None where no quality may be stated.
-        excess: loss_both - (loss_change + loss_Q); 0 where losses add up.
+        change: the name of the change.
+        cells: the cells with neither, with the change, with the precision, and with both.
+        speed: speed-ups over the first cell of the change, of the precision and of both.
+        ratio: S_both / (S_change x S_Q); 1 if the speed-ups multiply.
+        loss: losses against the first cell of the change, of the precision and of both; None if no quality may be
+            stated.
+        excess: loss_both - (loss_change + loss_Q); 0 if the losses add up.
     """
 
     change: str
@@ -69,19 +71,19 @@ class Interaction:
 
     @property
     def precision(self) -> str:
-        """The precision that the change is held against."""
+        """The precision that is combined with the change."""
         return self.cells[2].rpartition(" ")[2]
 
     @property
     def verdict(self) -> str:
-        """``multiplicative`` where the interval of the ratio holds 1, else ``less`` or ``more``."""
+        """``multiplicative`` if the interval of the ratio contains 1, else ``less`` or ``more``."""
         if self.ratio.high < 1.0:
             return "less"
         return "more" if self.ratio.low > 1.0 else "multiplicative"
 
     @property
     def additive(self) -> str | None:
-        """``additive`` where the interval of the excess holds 0, else ``less`` or ``more``; None without quality."""
+        """``additive`` if the interval of the excess contains 0, else ``less`` or ``more``; None without quality."""
         if self.excess is None:
             return None
         if self.excess.high < 0.0:
@@ -89,38 +91,42 @@ class Interaction:
         return "more" if self.excess.low > 0.0 else "additive"
 
     def sentence(self, where: str) -> str:
-        """The conclusion in words."""
-        says = {
+        """Return the conclusion in one or two sentences.
+
+        Args:
+            where: the conditions of the measurement, such as ``at batch 1 on onnxruntime``.
+        """
+        verdict = {
             "multiplicative": "The speed-ups of {} and {} multiply",
             "less": "{} and {} together gain less than the product of their speed-ups",
             "more": "{} and {} together gain more than the product of their speed-ups",
         }[self.verdict].format(self.change, self.precision)
-        alone, reduced, both = (f"{each.ratio:.2f}x" for each in self.speed)
+        alone, reduced, both = (f"{speedup.ratio:.2f}x" for speedup in self.speed)
         return (
-            f"{says[0].upper()}{says[1:]} {where}: {alone} and {reduced} alone, {both} together, "
+            f"{verdict[0].upper()}{verdict[1:]} {where}: {alone} and {reduced} alone, {both} together, "
             f"{self.ratio.ratio:.3f} of the product ({self.ratio.low:.3f}–{self.ratio.high:.3f})."
         ) + self._losses()
 
     def _losses(self) -> str:
         if self.loss is None or self.excess is None or self.additive is None:
             return ""
-        says = {
+        verdict = {
             "additive": "Their losses add up",
             "less": "Together they lose less than the sum",
             "more": "Together they lose more than the sum",
         }[self.additive]
-        alone, reduced, both = (f"{each.value:+.2f} %" for each in self.loss)
+        alone, reduced, both = (f"{loss.value:+.2f} %" for loss in self.loss)
         beyond = f"{self.excess.value:+.2f} % beyond the sum ({self.excess.low:+.2f} to {self.excess.high:+.2f})"
-        return f" {says}: {alone} and {reduced} alone, {both} together, {beyond}."
+        return f" {verdict}: {alone} and {reduced} alone, {both} together, {beyond}."
 
     def to_dict(self) -> dict[str, Any]:
-        """The interaction as plain JSON values."""
+        """Return the interaction as plain JSON values."""
         names = ("change", self.precision, "both")
         return {
             "change": self.change,
             "precision": self.precision,
             "cells": list(self.cells),
-            "speedup": {name: each._asdict() for name, each in zip(names, self.speed, strict=True)},
+            "speedup": {name: speedup._asdict() for name, speedup in zip(names, self.speed, strict=True)},
             "ratio": self.ratio._asdict(),
             "verdict": self.verdict,
             "loss": None if self.loss is None else dict(zip(names, map(asdict, self.loss), strict=True)),
@@ -133,7 +139,14 @@ class Interaction:
 class Factorial:
     """All cells of one model, measured in one interleaved run.
 
-    `where` says at which batch on which target; `files` where each cell's ONNX file lies in the output folder.
+    Attributes:
+        where: the conditions of the measurement, such as ``at batch 1 on onnxruntime``.
+        files: the path of each cell's ONNX file in the output folder.
+        latency: the latency of each cell.
+        speed: the speed-up of each cell over ``dense float``.
+        figures: the quality of each cell; empty if none may be stated.
+        losses: the loss of each cell against ``dense float``.
+        interactions: the interactions, that of the whole compression first.
     """
 
     where: str
@@ -146,15 +159,15 @@ class Factorial:
 
     @property
     def conclusion(self) -> tuple[str, ...]:
-        """One sentence or two on each interaction, the whole compression first."""
-        return tuple(each.sentence(self.where) for each in self.interactions)
+        """The conclusion on each interaction, that on the whole compression first."""
+        return tuple(interaction.sentence(self.where) for interaction in self.interactions)
 
     def to_dict(self) -> dict[str, Any]:
-        """The factorial as plain JSON values, latencies with every raw sample."""
+        """Return the factorial as plain JSON values; latencies hold every raw sample."""
         return {
             "where": self.where,
             "cells": {name: self._cell(name) for name in self.latency},
-            "interactions": [each.to_dict() for each in self.interactions],
+            "interactions": [interaction.to_dict() for interaction in self.interactions],
             "conclusion": list(self.conclusion),
         }
 
@@ -168,11 +181,11 @@ class Factorial:
         }
 
     def table(self) -> Table:
-        """The cells as a table, 80 columns wide."""
+        """Return the cells as a table that fits 80 columns; every row compares its cell with ``dense float``."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        title = f"Each alone and both together, {self.where}"
+        title = f"Compression and precision, separately and combined, {self.where}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         for heading in ("latency, ms", "speed-up", *(("quality", "loss, %") if self.figures else ())):
@@ -182,37 +195,37 @@ class Factorial:
         return table
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
-        """Two lines for each cell: its figures, and their intervals below."""
+        """Yield two rows for each cell: its figures, and their intervals."""
         for name in self.latency:
-            speed, figure, lost = self.speed.get(name), self.figures.get(name), self.losses.get(name)
+            speed, figure, loss = self.speed.get(name), self.figures.get(name), self.losses.get(name)
             yield (
                 name,
                 f"{self.latency[name].median:.2f}",
                 f"{speed.ratio:.2f}x" if speed else "",
                 f"{figure.value:.2f}" if figure else "",
-                f"{lost.value:+.2f}" if lost else "",
+                f"{loss.value:+.2f}" if loss else "",
             )
-            ranges = (
+            intervals = (
                 "",
                 "",
                 f"{speed.low:.2f}–{speed.high:.2f}" if speed else "",
                 f"{figure.low:.2f}–{figure.high:.2f}" if figure else "",
-                f"{lost.low:+.2f} to {lost.high:+.2f}" if lost else "",
+                f"{loss.low:+.2f} to {loss.high:+.2f}" if loss else "",
             )
-            yield tuple(dim(text) for text in ranges)
+            yield tuple(dim(text) for text in intervals)
 
 
 def factorial(
     latency: Mapping[str, Latency], evaluation: Evaluation | None, files: Mapping[str, str], where: str
 ) -> Factorial:
-    """Work out every effect from what was measured of the cells.
+    """Compute speed-ups, losses and interactions from the measurements of the cells.
 
     Args:
-        latency: by cell, of one interleaved run: bursts of one round are drawn together. Without the cells of
-            ``changes`` there are two factors.
-        evaluation: quality by cell, on the same samples; None where none may be stated.
-        files: by cell, where its ONNX file lies.
-        where: at which batch on which target.
+        latency: the latency of each cell, from one interleaved run; the bootstrap draws the bursts of one round
+            together. Without the cells of ``changes`` there is one interaction.
+        evaluation: the quality of each cell on the same samples; None if none may be stated.
+        files: the path of each cell's ONNX file.
+        where: the conditions of the measurement, such as ``at batch 1 on onnxruntime``.
     """
     reduced = next(name for name in latency if not name.endswith(FLOAT)).rpartition(" ")[2]
     names = [name for name in cells_of(reduced) if name in latency]
@@ -248,7 +261,7 @@ def factorial(
 
 
 def place(target: str, batch: int, threads: int | None = None) -> str:
-    """At which batch on which target, in words.
+    """Describe the batch, the target and the number of threads.
 
     >>> place("onnxruntime", 1), place("openvino", 8, 2)
     ('at batch 1 on onnxruntime', 'at batch 8 on openvino, threads 2')

@@ -1,4 +1,4 @@
-"""What `compressor inspect` shows: a table of sites, a JSON file, a heat map of the trunk's states."""
+"""The results of `compressor inspect`: a table of sites, a JSON file and a heat map of the trunk states."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Scores and costs of every site.
+    """The scores and costs of every site.
 
-    `effects` is each site's output divergence when dropped alone, `study` how redundancy runs over depth, positions and
-    kinds of tokens; both only if measured. With `at_ends` pairs of states were compared at the last token of each text
-    alone, sites and blocks at all of them. `limitations` are those of the model and the data.
+    Attributes:
+        effects: the output divergence when each site is dropped alone; None if not measured.
+        study: redundancy by depth, position and kind of token; None if not measured.
+        at_ends: whether pairs of states were compared only at the last token of each text. Sites and blocks are always
+            compared at all tokens.
+        limitations: those of the model and the data.
     """
 
     model: str
@@ -46,7 +49,7 @@ class Inspection:
     limitations: tuple[Limitation, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain dict per site, in order."""
+        """Return one plain dict per site, in order."""
         rows = []
         for index, site in enumerate(self.sites):
             saved = self.costs.saved(site)
@@ -67,7 +70,7 @@ class Inspection:
         return rows
 
     def to_json(self) -> str:
-        """Everything as indented JSON; NaN (states of different shape) as null."""
+        """Return the inspection as indented JSON; NaN (states of different shapes) becomes null."""
         total = self.costs.total
         content = {
             "model": self.model,
@@ -89,18 +92,18 @@ class Inspection:
         return json.dumps(_finite(content), indent=2) + "\n"
 
     def state_names(self) -> tuple[str, ...]:
-        """A readable name per trunk state: the site it enters, then the output of the last."""
+        """Return a readable name per trunk state: the site it enters, or the output for the last state."""
         return state_names(self.sites, self.scores)
 
     def table(self) -> Table:
-        """The sites for a terminal: scores, parameters, multiply-adds (MACs) of one sample and their share."""
+        """Return the sites as a table: scores, parameters, multiply-adds (MACs) per sample and their share."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         total = self.costs.total
         title = f"{self.model}: {len(self.sites)} sites, {scaled(total.parameters)} parameters, "
         table = Table(
-            title=f"{title}{scaled(total.multiply_adds)} multiply-adds a sample",
+            title=f"{title}{scaled(total.multiply_adds)} multiply-adds per sample",
             title_justify="left",
             box=SIMPLE_HEAD,
             padding=0,
@@ -121,14 +124,14 @@ class Inspection:
         return table
 
     def save(self, folder: Path, *, command: str = "") -> tuple[Path, ...]:
-        """Write inspect.json and similarity.png into a folder, and study.json and study.html; returns their paths.
+        """Write inspect.json and similarity.png, and study.json and study.html if there is a study; return the paths.
 
         Args:
-            folder: made if need be.
-            command: the command line, for the study's page.
+            folder: the output folder; created if it does not exist.
+            command: the command line, shown on the page of the study.
 
         Raises:
-            FolderError: the folder cannot be written, or the disk is full; no file is there then.
+            FolderError: the folder cannot be written, or the disk is full; no file is written then.
         """
         files = {"inspect.json": self.to_json().encode(), "similarity.png": self.heat_map()}
         if self.study is not None:
@@ -139,7 +142,7 @@ class Inspection:
         return write_files(folder, files)
 
     def heat_map(self) -> bytes:
-        """The cosine similarity of every pair of trunk states as a PNG picture."""
+        """Return the cosine similarity of every pair of trunk states as a PNG heat map."""
         from matplotlib.figure import Figure
 
         names = self.state_names()
@@ -161,7 +164,7 @@ class Inspection:
 
 
 def _number(value: float, digits: int) -> str:
-    """A dash where a site's states have different shapes and there is nothing to compare."""
+    """Format a number; a dash for NaN, the score of a site whose states have different shapes."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 

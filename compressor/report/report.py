@@ -1,4 +1,4 @@
-"""The report: JSON is the truth, the terminal table is derived from it."""
+"""The report of one export: its JSON, and the terminal table and summary derived from the same values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 REPORT = "report.json"
-# A metric's name short enough for a column, and its unit.
+# Short names of the metrics with their units: a table of three variants fits 80 columns.
 LABELS = {
     "accuracy": ("top-1 accuracy", "%"),
     "agreement": ("top-1 agreement", "%"),
@@ -34,13 +34,12 @@ LABELS = {
     "spearman": ("Spearman x 100", ""),
     "fidelity": ("feature cosine", "%"),
 }
-# Short for the same reason: three variants fit 80 columns.
 LABEL_FREE = {"agreement": "same answers, %", "divergence": "divergence"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters, multiply-adds for one sample, bytes of the ONNX file, and of the cache for each token of a text."""
+    """Parameters, multiply-adds per sample, bytes of the ONNX file and bytes of KV cache per token."""
 
     parameters: int
     multiply_adds: int
@@ -50,11 +49,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Quality:
-    """Metric, each variant's figure on test data, and what the result lost against baseline and original.
+    """The quality of each variant on test data, and the loss of the result against each other variant.
 
-    `label_free` compares the result's answers with those of the float model before any change, where that makes sense:
-    ``agreement`` in %, ``divergence`` in nats (of features: 1 - cosine). `changed` are samples that a classifier
-    answers differently now, those that the original was surest of first.
+    Attributes:
+        metric: the name of the metric.
+        figures: the metric, by variant.
+        loss: the loss of the result, by the variant it is compared with.
+        label_free: ``agreement`` (%) and ``divergence`` (nats; of features: 1 - cosine) of the result with the float
+            model before any change, where they apply.
+        changed: samples for which the classifier predicts another class than before, largest regret first.
     """
 
     metric: str
@@ -65,7 +68,7 @@ class Quality:
 
     @staticmethod
     def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
-        """Figures and paired losses of the variants `names`: ``result`` and what it is compared with."""
+        """Return the figures and paired losses of the variants `names`, of which one is ``result``."""
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
         figures = {name: evaluation.figure(name) for name in names}
         changed = tuple(evaluation.changed.get("result", ()))
@@ -74,17 +77,25 @@ class Quality:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything measured in one export, and everything needed to repeat it.
+    """The measurements of one export, and everything needed to repeat it.
 
-    The variants are ``original`` (unpruned in fp32, only where the result is in another precision), ``baseline``
-    (unpruned, same target and precision as the result) and ``result``. `quality` is None, with the reason, where none
-    may be stated. `engine` says whether the engine is built; where it was left to the device, with what, and what was
-    measured there. `evidence` is what the plan was based on (see evidence.py), with the tokens left where some are
-    merged. `latency` is empty where the model was never in memory as a whole. `precision` says how each variant got
-    below fp32, `trials` what ``--precision auto`` found of each.
-    `limitations` are what the model could have had and this export does not give it, and what was assumed.
-    `generation`, of a language model with a cache, has tokens of the `prompt` and `new` ones that `latency` is the time
-    of, and the latency of each kind of call (``prompt``; ``token``, behind a cache of `behind` tokens).
+    The variants are ``original`` (unpruned in fp32, only if the result has another precision), ``baseline`` (unpruned,
+    with the target and precision of the result) and ``result``.
+
+    Attributes:
+        quality: the quality of each variant; None if no quality may be stated, with the reason in
+            `no_quality_because`.
+        latency: the latency of each variant; empty if the model was never in memory as a whole.
+        precision: how each variant was converted to a precision below fp32.
+        engine: whether the engine is built. If it was built later on the device: its options, its environment and the
+            measurements on the device.
+        trials: the result of each precision that ``--precision auto`` tried.
+        evidence: the scores and effects that the plan is based on (see `compressor.search.site_evidence`), and the
+            numbers of remaining tokens if the plan merges tokens.
+        generation: of a language model with a KV cache, the numbers of `prompt` tokens and `new` tokens that `latency`
+            covers, and the latency of each call: ``prompt`` (prefill) and ``token`` (decode with a cache of `behind`
+            tokens).
+        limitations: the features that this export lacks, and the assumptions that were made.
     """
 
     command: str
@@ -113,7 +124,7 @@ class Report:
     limitations: tuple[Limitation, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values; latencies with every raw sample, in milliseconds."""
+        """Return the report as plain JSON values; latencies hold every raw sample, in milliseconds."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return plain | {
             "version": VERSION,
@@ -138,26 +149,30 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """The report as indented JSON."""
+        """Return the report as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def speedup(self, over: str = "baseline") -> Any:
-        """How many times faster the result is than another variant, with a 95 % interval."""
+        """Return the speed-up of the result over another variant, with its 95 % interval."""
         return self._speedups[over]
 
     @cached_property
     def _speedups(self) -> dict[str, Any]:
-        """Computed once: a bootstrap over many thousand raw samples of a small model takes seconds."""
+        """The speed-up of the result over each other variant; cached, as the bootstrap can take seconds."""
         result = self.latency["result"]
         return {name: result.speedup_over(self.latency[name]) for name in self.latency if name != "result"}
 
     def table(self) -> Table:
-        """The headline figures for a terminal, 80 columns wide; below a figure stands its 95 % interval."""
+        """Return the headline figures as a table that fits 80 columns, with the 95 % intervals below the figures.
+
+        Each column holds the figures of one variant. Losses and speed-ups are those of the result, one row for each
+        variant it is compared with; the cell of that variant reads ``reference``.
+        """
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         late = self.engine.get("state") == "deferred" and bool(self.latency)
-        target = f"ONNX Runtime, for {self.settings['target']}" if late else self.settings["target"]
+        target = f"ONNX Runtime (target: {self.settings['target']})" if late else self.settings["target"]
         title = f"{self.model['name']} on {target}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
@@ -170,63 +185,72 @@ class Report:
     def _rows(self) -> Iterator[tuple[str, ...]]:
         variants = list(self.sizes)
         if self.quality is not None:
-            label, unit = LABELS[self.quality.metric]
-            figures = [self.quality.figures[name] for name in variants]
-            lost = [self.quality.loss.get(name) for name in variants]
-            percent = "%" if self.quality.metric == "perplexity" else unit
-            yield f"{label}{_unit(unit)}", *(f"{figure.value:.2f}" for figure in figures)
-            yield "", *(dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
-            yield f"  result's loss{_unit(percent)}", *(f"{each.value:+.2f}" if each else "" for each in lost)
-            yield "", *(dim(f"{each.low:+.2f} to {each.high:+.2f}") if each else "" for each in lost)
-            for name, each in self.quality.label_free.items():
-                if name != self.quality.metric:
-                    yield LABEL_FREE[name], *([""] * (len(variants) - 1)), f"{each.value:.4g}"
+            yield from self._quality_rows(self.quality, variants)
         if self.latency:
-            speedups = [None if name == "result" else self.speedup(name) for name in variants]
-            yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
-            yield "  result's speed-up", *(f"{each.ratio:.2f}x" if each else "" for each in speedups)
-            yield "", *(dim(f"{each.low:.2f}–{each.high:.2f}") if each else "" for each in speedups)
-            yield from self._calls(variants)
+            yield from self._latency_rows(variants)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
         yield "engine, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
         if any(size.cache for size in self.sizes.values()):
-            yield "cache, bytes a token", *(f"{self.sizes[name].cache}" for name in variants)
+            yield "cache, bytes per token", *(f"{self.sizes[name].cache}" for name in variants)
+
+    def _quality_rows(self, quality: Quality, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        label, unit = LABELS[quality.metric]
+        figures = [quality.figures[name] for name in variants]
+        yield f"{label}{_unit(unit)}", *(f"{figure.value:.2f}" for figure in figures)
+        yield "", *(dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
+        for name in variants:
+            if name in quality.loss:
+                loss, percent = quality.loss[name], "%" if quality.metric == "perplexity" else unit
+                yield f"  loss vs {name}{_unit(percent)}", *against(variants, name, f"{loss.value:+.2f}")
+                yield "", *_of_result(variants, dim(f"{loss.low:+.2f} to {loss.high:+.2f}"))
+        for name, figure in quality.label_free.items():
+            if name != quality.metric:
+                yield LABEL_FREE[name], *_of_result(variants, f"{figure.value:.4g}")
+
+    def _latency_rows(self, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
+        for name in variants:
+            if name != "result":
+                speedup = self.speedup(name)
+                yield f"  speed-up vs {name}", *against(variants, name, f"{speedup.ratio:.2f}x")
+                yield "", *_of_result(variants, dim(f"{speedup.low:.2f}–{speedup.high:.2f}"))
+        yield from self._calls(variants)
 
     def _calls(self, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """What the calls take that generation is made of."""
+        """Yield the latency of the prefill call and of the decode call of a language model."""
         if self.generation is not None and self.generation["new"]:
-            for call, label in (("prompt", "  the prompt, ms"), ("token", "  each new token, ms")):
+            for call, label in (("prompt", "  prompt, ms"), ("token", "  each new token, ms")):
                 medians = (self.generation["calls"][name][call]["median"] for name in variants)
                 yield label, *(f"{median:.2f}" for median in medians)
 
     def summary(self) -> str:
-        """What was dropped and what to read with care, as lines of text."""
+        """Return the changes, the conditions of the measurements, the notes and the limitations, one per line."""
         changes = [name if action == "drop" else f"{name} ({action})" for name, action in self.plan.changes.items()]
         done = "Dropped" if len(self.plan.dropped) == len(changes) else "Changed"
         sites = f"{done} {len(changes)} of {len(self.plan.decisions)} sites: {', '.join(changes) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
-        meaning = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
+        metric = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
         factorial = () if self.factorial is None else self.factorial.conclusion
         timed = () if self.generation is None else (f"Latency: {what_is_timed(self.generation)}.",)
         engine = (*told(self.engine), *engine_layers.told(self.engine))
         return "\n".join(
-            [sites, *meaning, *quality, *timed, *factorial, *self.notes, *engine, *listed(self.limitations)]
+            [sites, *metric, *quality, *timed, *factorial, *self.notes, *engine, *listed(self.limitations)]
         )
 
     def missed(self) -> tuple[str, ...]:
-        """Wishes for speed that the measured result does not fulfil, one sentence each."""
+        """Return a sentence for each of ``--speedup`` and ``--latency`` that the measured result does not reach."""
         if not self.latency:
             return ()
         wanted, latency = self.settings["speedup"], self.settings["latency"]
         reached, median = self.speedup().ratio, self.latency["result"].median
-        more = "." if self.settings["max_loss"] is None else "; allow a larger --max-loss."
-        found = []
+        advice = "." if self.settings["max_loss"] is None else "; allow a larger --max-loss."
+        sentences = []
         if wanted is not None and reached < wanted:
-            found.append(f"The result is {reached:.4g}x faster, not {wanted:g}x as asked for{more}")
+            sentences.append(f"The result is {reached:.4g}x faster, not {wanted:g}x as asked for{advice}")
         if latency is not None and median > latency:
-            found.append(f"The result takes {median:.4g} ms, not {latency:g} ms as asked for{more}")
-        return tuple(found)
+            sentences.append(f"The result takes {median:.4g} ms, not {latency:g} ms as asked for{advice}")
+        return tuple(sentences)
 
     def _judged(self) -> str:
         count = self.quality.figures["result"].n if self.quality is not None else 0
@@ -234,7 +258,7 @@ class Report:
 
 
 def brief(latency: Latency) -> dict[str, Any]:
-    """A latency as plain JSON values: percentiles in ms, and every raw sample."""
+    """Return a latency as plain JSON values: percentiles and every raw sample, in milliseconds."""
     return {
         "median": latency.median,
         "p90": latency.p90,
@@ -244,8 +268,18 @@ def brief(latency: Latency) -> dict[str, Any]:
     }
 
 
+def against(variants: Sequence[str], reference: str, value: Any) -> list[Any]:
+    """Return the cells of a row that compares the result with another variant.
+
+    >>> against(("original", "baseline", "result"), "baseline", "+0.50")
+    ['', 'reference', '+0.50']
+    """
+    cells = {"result": value, reference: "reference"}
+    return [cells.get(name, "") for name in variants]
+
+
 def what_is_timed(generation: Mapping[str, Any]) -> str:
-    """What the latency of a language model is the time of, in words.
+    """Describe the calls that the latency of a language model covers.
 
     >>> what_is_timed({"prompt": 512, "new": 0, "behind": 512})
     'a prompt of 512 tokens'
@@ -253,13 +287,18 @@ def what_is_timed(generation: Mapping[str, Any]) -> str:
     prompt, new, behind = (generation[name] for name in ("prompt", "new", "behind"))
     if not new:
         return f"a prompt of {prompt} tokens"
-    return f"a prompt of {prompt} tokens and {new} new ones, each timed behind a cache of {behind}"
+    return f"a prompt of {prompt} tokens and {new} new tokens, each with a cache of {behind} tokens"
 
 
 def _unit(unit: str) -> str:
     return f", {unit}" if unit else ""
 
 
+def _of_result(variants: Sequence[str], value: str) -> list[str]:
+    """Return the cells of a row that has a value for the result only."""
+    return [value if name == "result" else "" for name in variants]
+
+
 def dim(text: str) -> str:
-    """Text that stands back, where there is any."""
+    """Wrap a text in rich's dim style."""
     return f"[dim]{text}[/dim]"

@@ -15,8 +15,8 @@ from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
 from compressor.lower.traced_model import Subject
+from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.measure.memory_budget import Bounded
-from compressor.measure.workshop import Workshop
 from compressor.quality.evaluate import BATCH, tensor_batches
 from compressor.quality.output_divergence import Effects
 from compressor.quality.validation_loss import ROUNDING, Validation
@@ -67,10 +67,10 @@ class Choice:
         return replace(self, plan=plan, graph=graph, facts=self.facts | {"chosen": count})
 
 
-def decide(subject: Subject, settings: Settings, workshop: Workshop, steps: Steps) -> Choice:
+def decide(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> Choice:
     """Make the plan and carry it out on a fork of the subject's graph."""
     if settings.drop == "auto":
-        return _searched(subject, settings, rewriter_of(subject, settings), workshop, steps)
+        return _searched(subject, settings, rewriter_of(subject, settings), evaluator, steps)
     return spelled_out(subject, settings, steps)
 
 
@@ -135,17 +135,19 @@ def _named(
     return acting(plan, settings.chosen_actions[0]), facts, evidence(subject.sites, scores, alone)
 
 
-def _searched(subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, steps: Steps) -> Choice:
-    search = begin(subject, settings, rewriter, workshop, steps)
+def _searched(
+    subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, steps: Steps
+) -> Choice:
+    search = begin(subject, settings, rewriter, evaluator, steps)
     wished = _wish(settings, search.prices)
     enough = wished
     for _ in range(CORRECTIONS):
         go_on(search, steps, enough)
         if wished == math.inf or search.speedup < enough:
             break
-        designs = {"as it is": workshop.finished(subject.graph), "result": workshop.finished(search.reduced)}
-        timings, calls = workshop.clock(designs, settings, steps), workshop.calls(settings)
-        before, after = (sum(calls[call].times * ms for call, ms in timings[name].items()) for name in designs)
+        fold = evaluator.builder.fold
+        designs = {"as it is": fold(subject.graph), "result": fold(search.reduced)}
+        before, after = map(evaluator.timer.total, evaluator.time(designs, steps).values())
         reached = before / after
         if reached >= wished:
             break
@@ -169,7 +171,7 @@ def begin(
     subject: Subject,
     settings: Settings,
     rewriter: Rewriter,
-    workshop: Workshop,
+    evaluator: GraphEvaluator,
     steps: Steps,
     journal: Journal | None = None,
 ) -> Search:
@@ -184,7 +186,7 @@ def begin(
         rewriter,
         effects,
         validation,
-        _prices(subject, settings, rewriter, workshop, journal, steps),
+        _prices(subject, settings, rewriter, evaluator, journal, steps),
         settings.chosen_actions,
         settings.loss_limit * (1.0 if settings.heal == "none" else HEADROOM),
         fitting=fitted,
@@ -229,18 +231,18 @@ def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
 
 
 def _prices(
-    subject: Subject, settings: Settings, rewriter: Rewriter, workshop: Workshop, journal: Journal, steps: Steps
+    subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, journal: Journal, steps: Steps
 ) -> Prices:
     """What rewritten graphs cost: timed on the target once, unless the user wants multiply-adds."""
-    calls = workshop.calls(settings)
+    calls = evaluator.timer.calls
     if settings.cost == "macs":
         return cost_model.counted(subject.graph, calls)
     designs = _designs(subject, settings, rewriter)
     return cost_model.timed(
         subject.graph,
         calls,
-        {name: workshop.finished(design) for name, design in designs.items()},
-        lambda graphs: journal.recall("timings of calls", lambda: workshop.clock(graphs, settings, steps)),
+        {name: evaluator.builder.fold(design) for name, design in designs.items()},
+        lambda graphs: journal.recall("timings of calls", lambda: evaluator.time(graphs, steps)),
     )
 
 

@@ -1,1 +1,1 @@
-"""How redundancy is distributed over depth, positions and kinds of tokens, and how stable it is."""
+"""Redundancy studies: redundancy by depth, position and kind of token, and the stability of its ranking."""

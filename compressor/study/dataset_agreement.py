@@ -1,8 +1,8 @@
-"""Whether different data rank the sites of a model alike: rank correlation and shared ends, against what chance gives.
+"""Agreement between data sets on the ranking of a model's sites: rank correlation and shared top sites.
 
-The interval draws the samples of both sets anew, with replacement (Efron 1979). Whether they differ by more than their
-size explains tells a permutation test (Fisher 1935): the samples of both are dealt into two heaps of the same sizes at
-random, and sets that agree less than 95 % of such heaps rank differently.
+The intervals are bootstrap intervals: both sets of samples are drawn with replacement (Efron 1979). A permutation test
+(Fisher 1935) decides whether two sets rank differently: all samples are split at random into two mixtures of the sizes
+of the sets, and sets that agree less than 95 % of such pairs of mixtures rank differently.
 """
 
 from __future__ import annotations
@@ -22,35 +22,48 @@ if TYPE_CHECKING:
     from compressor.data.splits import Split
     from compressor.models import Model
 
-ENDS = (1, 2, 4, 8, 16, 32)  # numbers of most redundant sites that are looked at
+ENDS = (1, 2, 4, 8, 16, 32)  # numbers of most redundant sites that are compared
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What one data set says of the sites: tokens and cosines of each sample, float64 [sites, samples]."""
+    """The numbers of tokens and the sums of cosines of one data set, by site and sample, float64 [sites, samples]."""
 
     name: str
     tokens: Array
     sums: Array
 
     def means(self, drawn: np.typing.NDArray[np.int64] | None = None) -> Array:
-        """The mean cosine of each site over the samples of each draw, [draws, sites]; over all without draws."""
+        """Return the mean cosine of each site over the samples of each draw, [draws, sites].
+
+        Args:
+            drawn: indices of the samples of each draw, [draws, size]; None for one draw of all samples.
+        """
         rows = np.arange(self.sums.shape[1])[None] if drawn is None else drawn
         return means_of(self.tokens, self.sums, rows)
 
     def redrawn(self, rng: np.random.Generator) -> Array:
-        """The means over many draws of as many samples, with replacement."""
+        """Return the means over `DRAWS` bootstrap draws, [draws, sites]."""
         count = self.sums.shape[1]
         return self.means(rng.integers(0, count, (DRAWS, count)))
 
 
 @dataclass(frozen=True)
 class Between:
-    """How two data sets agree on the order of a model's sites.
+    """The agreement of two data sets on the ranking of a model's sites.
 
-    `low` and `high` are the 5th and 95th percentile of Spearman's correlation over draws of both, `mixed` the mean and
-    `floor` the 5th percentile of that of two heaps in which the samples of both are mixed. `kinds` is Spearman's among
-    the sites of each kind alone, `shared` how many of the so many most redundant sites are the same.
+    Attributes:
+        first: source of one data set.
+        second: source of the other.
+        samples: their numbers of samples.
+        spearman: Spearman's rank correlation.
+        low: its 5th percentile over bootstrap draws of both sets.
+        high: its 95th percentile over the same draws.
+        kendall: Kendall's rank correlation (tau-b).
+        mixed: mean of Spearman's correlation between two random mixtures of the samples.
+        floor: its 5th percentile.
+        kinds: Spearman's correlation among the sites of each kind.
+        shared: by the number of most redundant sites, how many of them both sets have in common.
     """
 
     first: str
@@ -67,18 +80,18 @@ class Between:
 
     @property
     def alike(self) -> bool:
-        """Whether they differ by no more than heaps do in which they are mixed."""
+        """Return whether the sets agree at least as well as 5 % of random mixtures do."""
         return self.spearman >= self.floor
 
 
 def between(first: Sums, second: Sums, kinds: Sequence[str], *, seed: int = 0) -> Between | None:
-    """Compare the rankings by two data sets; None for fewer than three sites, which have no order to speak of.
+    """Compare the rankings by two data sets; return None for fewer than three sites.
 
     Args:
-        first: of one set.
-        second: of the other, the same sites.
-        kinds: of each site.
-        seed: of the draws.
+        first: the sums of one set.
+        second: the sums of the other set, for the same sites.
+        kinds: the kind of each site.
+        seed: seed of the draws.
     """
     if len(kinds) < 3:
         return None
@@ -103,27 +116,27 @@ def between(first: Sums, second: Sums, kinds: Sequence[str], *, seed: int = 0) -
 
 
 def _mixed(first: Sums, second: Sums, rng: np.random.Generator) -> Array:
-    """Spearman's correlation of two heaps of mixed samples, as large as the sets, [draws]."""
+    """Return Spearman's correlation between random mixtures of the samples, of the sizes of the sets, [draws]."""
     both = Sums("both", np.hstack([first.tokens, second.tokens]), np.hstack([first.sums, second.sums]))
     size = first.sums.shape[1]
-    dealt = np.stack([rng.permutation(both.sums.shape[1]) for _ in range(DRAWS)])
-    return rank_correlation(both.means(dealt[:, :size]), both.means(dealt[:, size:]))
+    permutations = np.stack([rng.permutation(both.sums.shape[1]) for _ in range(DRAWS)])
+    return rank_correlation(both.means(permutations[:, :size]), both.means(permutations[:, size:]))
 
 
 def _by_kind(one: Array, other: Array, kinds: Sequence[str]) -> dict[str, float]:
-    places = {kind: [place for place, each in enumerate(kinds) if each == kind] for kind in dict.fromkeys(kinds)}
+    sites = {kind: [index for index, own in enumerate(kinds) if own == kind] for kind in dict.fromkeys(kinds)}
     return {
-        kind: float(rank_correlation(one[:, own], other[:, own])[0]) for kind, own in places.items() if len(own) >= 3
+        kind: float(rank_correlation(one[:, rows], other[:, rows])[0]) for kind, rows in sites.items() if len(rows) >= 3
     }
 
 
 def shared_ends(one: Array, other: Array) -> dict[int, int]:
-    """How many of the 1, 2, 4, ... largest are the same, as far as these are at most half of all.
+    """Count the common entries among the 1, 2, 4, ... largest, for numbers up to half of all entries.
 
     >>> shared_ends(np.array([4.0, 3.0, 2.0, 1.0]), np.array([3.0, 4.0, 1.0, 2.0]))
     {1: 0, 2: 2}
     """
-    orders = [np.argsort(-each, kind="stable") for each in (one, other)]
+    orders = [np.argsort(-means, kind="stable") for means in (one, other)]
     return {
         count: len(set(orders[0][:count].tolist()) & set(orders[1][:count].tolist()))
         for count in ENDS
@@ -132,7 +145,7 @@ def shared_ends(one: Array, other: Array) -> dict[int, int]:
 
 
 def short(source: str) -> str:
-    """What sentences call a data set: by the last part of its path.
+    """Return the short name of a data set: the last part of its path.
 
     >>> short("../data/stories.txt"), short("random")
     ('stories.txt', 'random')
@@ -141,12 +154,18 @@ def short(source: str) -> str:
 
 
 def random_tokens(model: Model, split: Split, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a split with every token replaced by any of the vocabulary; lengths and padding stay."""
+    """Yield the batches of a split with random token ids; lengths and padding are kept.
+
+    Args:
+        model: the model, whose config states the size of the vocabulary.
+        split: the split with the texts.
+        seed: seed of the token ids.
+    """
     from compressor.quality.evaluate import tensor_batches
 
-    numbers = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     config = getattr(model.module, "config", None)
     size = int(model.example["input_ids"].max()) + 1 if config is None else config.get_text_config().vocab_size
     for feeds in tensor_batches(split):
-        drawn = torch.randint(0, size, feeds["input_ids"].shape, generator=numbers)
-        yield {**feeds, "input_ids": drawn.to(feeds["input_ids"].dtype)}
+        token_ids = torch.randint(0, size, feeds["input_ids"].shape, generator=generator)
+        yield {**feeds, "input_ids": token_ids.to(feeds["input_ids"].dtype)}

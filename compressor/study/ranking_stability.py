@@ -1,7 +1,7 @@
-"""How much a ranking of sites depends on the samples it was made with: halves, smaller sizes, bootstrap.
+"""Stability of a ranking of sites: comparison of rankings by halves, by fewer samples and by bootstrap draws.
 
-A ranking orders sites by a mean over all tokens of the samples drawn, as `passes.score` does. Two rankings are compared
-by Spearman's and Kendall's (tau-b) rank correlation. Everything is drawn from sums of single samples.
+A ranking orders sites by a mean over all tokens of the drawn samples, as `passes.analysis.redundancy` does. Rankings
+are compared by Spearman's and Kendall's (tau-b) rank correlation. All means are computed from sums of single samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ SMALLEST = 8
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rank correlation of two rankings: the mean over draws, and the 5th and 95th percentile of Spearman's."""
+    """Rank correlation of two rankings of `samples` samples.
+
+    `spearman` and `kendall` are means over draws; `low` and `high` are the 5th and 95th percentile of Spearman's.
+    """
 
     samples: int
     spearman: float
@@ -33,12 +36,16 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Stability:
-    """How stable a ranking is.
+    """The stability of a ranking.
 
-    `halves` compares disjoint halves; `sizes` smaller draws (without replacement) with all samples, of which they are
-    part, so that the last of them flatter themselves. `ranks` holds for each site its rank (1: the most redundant) by
-    all samples and the 5th and 95th percentile over bootstrap draws (Efron 1979); `kept` is the share of these draws
-    whose `top` most redundant sites are the same set.
+    Attributes:
+        halves: agreement of disjoint halves of the samples.
+        sizes: agreement of smaller draws, without replacement, with all samples. The draws are parts of all samples, so
+            the agreement of the larger ones is too optimistic.
+        ranks: for each site its rank by all samples (1 is the most redundant), and the 5th and 95th percentile of its
+            rank over bootstrap draws (Efron 1979).
+        top: number of most redundant sites that `kept` compares.
+        kept: share of the bootstrap draws with the same set of `top` most redundant sites as all samples.
     """
 
     halves: Agreement
@@ -51,13 +58,13 @@ class Stability:
 def stability(
     tokens: Array, sums: Array, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Stability | None:
-    """Compare the rankings of many draws; None for fewer than three sites or four samples, where nothing can be told.
+    """Compare the rankings of many draws; return None for fewer than three sites or four samples.
 
     Args:
-        tokens: [sites, samples], how many tokens each sample has.
-        sums: [sites, samples], what is added up over them.
-        seed: of the draws.
-        progress: called with draws done and all draws.
+        tokens: number of tokens of each sample, [sites, samples].
+        sums: sum of the score over these tokens, [sites, samples].
+        seed: seed of the draws.
+        progress: called with the number of finished sizes and the number of all sizes.
     """
     sites, samples = sums.shape
     if sites < 3 or samples < 4:
@@ -66,30 +73,30 @@ def stability(
     sizes = sizes_below(samples)
     every = means_of(tokens, sums, np.arange(samples)[None])
     halves = _agreement(*_halves(tokens, sums, rng), samples // 2)
-    found = []
+    agreements = []
     for done, size in enumerate(sizes):
         if progress is not None:
             progress(done, len(sizes))
         drawn = np.stack([rng.permutation(samples)[:size] for _ in range(DRAWS)])
-        found.append(_agreement(means_of(tokens, sums, drawn), np.repeat(every, DRAWS, 0), size))
-    again = means_of(tokens, sums, rng.integers(0, samples, (DRAWS, samples)))
+        agreements.append(_agreement(means_of(tokens, sums, drawn), np.repeat(every, DRAWS, 0), size))
+    redrawn = means_of(tokens, sums, rng.integers(0, samples, (DRAWS, samples)))
     if progress is not None:
         progress(len(sizes), len(sizes))
     top = max(1, sites // 4)
-    return Stability(halves, tuple(found), _ranks(every, again), top, _kept(every, again, top))
+    return Stability(halves, tuple(agreements), _ranks(every, redrawn), top, _kept(every, redrawn, top))
 
 
 def sizes_below(samples: int) -> tuple[int, ...]:
-    """8, 16, 32, ... as far as they are smaller than all samples.
+    """Return the sizes 8, 16, 32, ... below the number of samples, or its half if there is none.
 
     >>> sizes_below(100), sizes_below(8)
     ((8, 16, 32, 64), (4,))
     """
-    found, size = [], SMALLEST
+    sizes, size = [], SMALLEST
     while size < samples:
-        found.append(size)
+        sizes.append(size)
         size *= 2
-    return tuple(found) or (samples // 2,)
+    return tuple(sizes) or (samples // 2,)
 
 
 def _halves(tokens: Array, sums: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -100,9 +107,15 @@ def _halves(tokens: Array, sums: Array, rng: np.random.Generator) -> tuple[Array
 
 
 def means_of(tokens: Array, sums: Array, drawn: npt.NDArray[Any]) -> Array:
-    """The mean over all tokens of each draw, [draws, sites]."""
-    found: Array = np.stack([sums[:, rows].sum(1) / np.maximum(tokens[:, rows].sum(1), 1.0) for rows in drawn])
-    return found
+    """Return the mean over all tokens of each draw, [draws, sites].
+
+    Args:
+        tokens: number of tokens, [sites, samples].
+        sums: sum of the score over these tokens, [sites, samples].
+        drawn: indices of the samples of each draw, [draws, size].
+    """
+    means: Array = np.stack([sums[:, rows].sum(1) / np.maximum(tokens[:, rows].sum(1), 1.0) for rows in drawn])
+    return means
 
 
 def _agreement(left: Array, right: Array, samples: int) -> Agreement:
@@ -113,22 +126,22 @@ def _agreement(left: Array, right: Array, samples: int) -> Agreement:
 
 
 def rank_correlation(left: Array, right: Array) -> Array:
-    """Spearman's correlation of each row of `left` with that of `right`; 0 where all of a row is equal."""
-    first, second = (stats.rankdata(each, axis=-1) for each in (left, right))
-    first, second = (each - each.mean(-1, keepdims=True) for each in (first, second))
+    """Return Spearman's correlation of each row of `left` with that of `right`; 0 if all values of a row are equal."""
+    first, second = (stats.rankdata(values, axis=-1) for values in (left, right))
+    first, second = (ranks - ranks.mean(-1, keepdims=True) for ranks in (first, second))
     spread = np.sqrt((first**2).sum(-1) * (second**2).sum(-1))
-    found: Array = (first * second).sum(-1) / np.where(spread > 0, spread, 1.0)
-    return found
+    correlation: Array = (first * second).sum(-1) / np.where(spread > 0, spread, 1.0)
+    return correlation
 
 
 def _ranks(every: Array, drawn: Array) -> tuple[tuple[int, int, int], ...]:
-    """Rank of each site, 1 for the largest mean, with the range of ranks over the draws."""
+    """Return the rank of each site, 1 for the largest mean, with the 5th and 95th percentile over the draws."""
     full = stats.rankdata(-every[0], method="ordinal")
-    each = stats.rankdata(-drawn, method="ordinal", axis=-1)
-    low, high = np.percentile(each, [5, 95], axis=0, method="nearest")
+    ranks = stats.rankdata(-drawn, method="ordinal", axis=-1)
+    low, high = np.percentile(ranks, [5, 95], axis=0, method="nearest")
     return tuple((int(a), int(b), int(c)) for a, b, c in zip(full, low, high, strict=True))
 
 
 def _kept(every: Array, drawn: Array, top: int) -> float:
-    wanted = set(np.argsort(-every[0], kind="stable")[:top].tolist())
-    return float(np.mean([set(np.argsort(-row, kind="stable")[:top].tolist()) == wanted for row in drawn]))
+    most = set(np.argsort(-every[0], kind="stable")[:top].tolist())
+    return float(np.mean([set(np.argsort(-row, kind="stable")[:top].tolist()) == most for row in drawn]))

@@ -1,4 +1,4 @@
-"""What `compressor inspect --study` finds: where along depth, positions and kinds of tokens a model is redundant."""
+"""The study of `compressor inspect --study`: redundancy of a model by depth, position and kind of token."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from compressor.workspace.progress import Steps
     from passes.graph.graph import Graph, Site
 
-# Sun et al. 2024, section 2: an activation above 100 that is a thousand times the median.
+# Sun et al. 2024, section 2: a massive activation is above 100 and above 1,000 times the median.
 MASSIVE, TIMES = 100.0, 1000.0
 
 
 @dataclass(frozen=True)
 class Study:
-    """The statistics of a model's sites, how stable their ranking by cosine is, and whether other data rank alike."""
+    """The statistics of a model's sites, and the stability of their ranking by cosine over samples and data sets."""
 
     model: str
     task: str
@@ -45,7 +45,7 @@ class Study:
     agreements: tuple[Between, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values, NaN as None."""
+        """Return the study as plain JSON values, with None for NaN."""
         return {
             "model": self.model,
             "data": self.data,
@@ -55,21 +55,21 @@ class Study:
             "blocks": self.block_rows(),
             "states": self.state_rows(),
             "stability": None if self.stability is None else asdict(self.stability),
-            "agreements": [asdict(each) | {"alike": each.alike} for each in self.agreements],
+            "agreements": [asdict(pair) | {"alike": pair.alike} for pair in self.agreements],
         }
 
     def summary(self) -> tuple[str, ...]:
-        """The answers as plain sentences with numbers."""
+        """Return the findings as plain sentences with numbers."""
         from compressor.study.findings import sentences
 
         return tuple(sentences(self))
 
     def to_json(self) -> str:
-        """Everything as indented JSON."""
+        """Return the study as indented JSON."""
         return json.dumps({"summary": self.summary(), **self.to_dict()}, indent=2, allow_nan=False) + "\n"
 
     def site_rows(self) -> list[dict[str, Any]]:
-        """One plain dict per site, in order."""
+        """Return one plain dict per site, in order."""
         ranks = [None] * len(self.sites) if self.stability is None else list(self.stability.ranks)
         return [
             {"name": site.name, "kind": site.kind, "block": site.block}
@@ -79,40 +79,41 @@ class Study:
         ]
 
     def block_rows(self) -> list[dict[str, Any]]:
-        """One plain dict per block whose input and output have one shape."""
-        return [{"name": name, **changed(each, self.found.kinds)} for name, each in self.found.blocks.items()]
+        """Return one plain dict per block whose input and output have the same shape."""
+        return [{"name": name, **changed(changes, self.found.kinds)} for name, changes in self.found.blocks.items()]
 
     def state_rows(self) -> list[dict[str, Any]]:
-        """One plain dict per trunk state: named by the site it enters, the last one ``output``."""
+        """Return one plain dict per trunk state, named by the site it enters; the last one is ``output``."""
         entered: dict[str, str] = {}
         for site in self.sites:
             entered.setdefault(site.trunk, site.name)
         return [
             {"name": entered.get(node, "output")}
-            | _held(states.kinds.numpy(), states.samples.numpy(), self.found.kinds)
+            | _state(states.kinds.numpy(), states.samples.numpy(), self.found.kinds)
             for node, states in self.found.states.items()
         ]
 
 
 def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Data] = ()) -> Study:
-    """Measure a model on its calibration data: one sweep, then rankings drawn anew.
+    """Measure the statistics of a model's sites on its calibration data, and compare rankings of samples and data sets.
 
     Args:
-        subject: model, data, graph and sites.
-        steps: where progress is shown.
-        seed: of the draws of samples.
-        against: other data, whose rankings are held against each other's and the subject's; each takes a sweep.
+        subject: the model with its data, graph and sites.
+        steps: progress of the steps.
+        seed: seed of the draws of samples.
+        against: other data sets. All pairs of rankings, those with the subject's data included, are compared. Each data
+            set takes one pass through the model.
     """
     from compressor.search.planner import ticking
 
     own = subject.data
     with steps.step("study the sites") as tick:
         batches = ticking(_batches(subject, own, seed), _rows(own), tick)
-        found = apply(_measure(subject, own), subject.graph, batches)
-    mine = _sums(own.source, found, subject.sites)
-    with steps.step("draw samples anew") as tick:
-        stable = stability(mine.tokens, mine.sums, seed=seed, progress=tick)
-    sets = [mine]
+        statistics = apply(_measure(subject, own), subject.graph, batches)
+    sums = _sums(own.source, statistics, subject.sites)
+    with steps.step("compare rankings of samples") as tick:
+        stable = stability(sums.tokens, sums.sums, seed=seed, progress=tick)
+    sets = [sums]
     for data in against:
         with steps.step(f"rank by {short(data.source)}") as tick:
             batches = ticking(_batches(subject, data, seed), _rows(data), tick)
@@ -121,7 +122,7 @@ def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Da
     pairs = (between(*pair, kinds, seed=seed) for pair in itertools.combinations(sets, 2))
     agreements = tuple(pair for pair in pairs if pair is not None)
     model, count = subject.model, len(own.calibration)
-    return Study(model.name, model.task, own.describe(), count, subject.sites, found, stable, agreements)
+    return Study(model.name, model.task, own.describe(), count, subject.sites, statistics, stable, agreements)
 
 
 def _measure(subject: Subject, data: Data) -> Measure:
@@ -134,7 +135,7 @@ def _rows(data: Data) -> int:
 
 
 def _batches(subject: Subject, data: Data, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The calibration samples; random tokens in the lengths of the subject's own, as others are not comparable."""
+    """Return the calibration batches; random tokens have the lengths of the subject's texts, to be comparable."""
     from compressor.quality.evaluate import tensor_batches
 
     if data.random and "input_ids" in subject.model.inputs and not subject.data.random:
@@ -142,13 +143,13 @@ def _batches(subject: Subject, data: Data, seed: int) -> Iterator[dict[str, torc
     return tensor_batches(data.calibration)
 
 
-def _sums(name: str, found: Statistics, sites: Sequence[Site]) -> Sums:
-    each = [found.sites[site.name].samples.numpy() for site in sites]
-    return Sums(name, np.stack([one[0] for one in each]), np.stack([one[1] for one in each]))
+def _sums(name: str, statistics: Statistics, sites: Sequence[Site]) -> Sums:
+    samples = [statistics.sites[site.name].samples.numpy() for site in sites]
+    return Sums(name, np.stack([tokens for tokens, _ in samples]), np.stack([sums for _, sums in samples]))
 
 
 def kinds_of(model: Model, graph: Graph, sites: Sequence[Site]) -> Kinds:
-    """How a model's tokens are called: by what timm and transformers say of it, else by its graph's structure."""
+    """Name the kinds of a model's tokens, from the attributes of timm and transformers or else from its graph."""
     if "input_ids" in model.inputs:
         return Kinds(first="class" if model.preprocess.class_first else "first", last="last", rest="other")
     (trunk,) = [node for node in graph.nodes() if node.name == sites[0].trunk]
@@ -158,47 +159,48 @@ def kinds_of(model: Model, graph: Graph, sites: Sequence[Site]) -> Kinds:
     classes = ("class", "distillation")[: leading - registers] if leading - registers <= 2 else ()
     others = leading - registers - len(classes)
     names = (*classes, *["register"] * registers, *["leading"] * others)
-    picture = model.preprocess.kind == "image" or len(next(iter(model.example.values())).shape) == 4
-    return Kinds(names, rest="patch" if picture else "token")
+    image = model.preprocess.kind == "image" or len(next(iter(model.example.values())).shape) == 4
+    return Kinds(names, rest="patch" if image else "token")
 
 
 def _registers(module: Any) -> int:
-    """Register tokens, as timm's modules and transformers' configs count them."""
-    said = getattr(module, "num_reg_tokens", None)
-    said = getattr(getattr(module, "config", None), "num_register_tokens", 0) if said is None else said
-    return said if isinstance(said, int) else 0
+    """Return the number of register tokens that a timm module or a transformers config states; 0 without one."""
+    count = getattr(module, "num_reg_tokens", None)
+    count = getattr(getattr(module, "config", None), "num_register_tokens", 0) if count is None else count
+    return count if isinstance(count, int) else 0
 
 
 def changed(changes: Changes, kinds: Sequence[str]) -> dict[str, Any]:
-    """Means of what a site or block does: over all tokens, by kind, by position."""
-    by_kind, by_place = changes.kinds.numpy(), changes.positions.numpy()
+    """Return the mean cosine, update and norm of a site or block: over all tokens, by kind and by position."""
+    by_kind, by_position = changes.kinds.numpy(), changes.positions.numpy()
     tokens = by_kind[0].sum()
     means = {name: _mean(by_kind[row].sum(), tokens) for row, name in ((1, "cosine"), (2, "update"), (3, "norm"))}
-    found = {
-        kind: {"tokens": int(by_kind[0, place])}
+    kind_means = {
+        kind: {"tokens": int(by_kind[0, index])}
         | {
-            name: _mean(by_kind[row, place], by_kind[0, place])
+            name: _mean(by_kind[row, index], by_kind[0, index])
             for row, name in ((1, "cosine"), (2, "update"), (3, "norm"))
         }
-        for place, kind in enumerate(kinds)
-        if by_kind[0, place]
+        for index, kind in enumerate(kinds)
+        if by_kind[0, index]
     }
-    places = {
-        name: [_short(_mean(value, count)) for value, count in zip(by_place[row], by_place[0], strict=True)]
+    position_means = {
+        name: [_short(_mean(value, count)) for value, count in zip(by_position[row], by_position[0], strict=True)]
         for row, name in ((1, "cosine"), (2, "update"))
     }
-    return {**means, "kinds": found, "positions": {"tokens": [int(count) for count in by_place[0]], **places}}
+    counts = [int(count) for count in by_position[0]]
+    return {**means, "kinds": kind_means, "positions": {"tokens": counts, **position_means}}
 
 
-def _held(by_kind: Any, samples: Any, kinds: Sequence[str]) -> dict[str, Any]:
-    """A state's norms by kind, and its largest activations."""
+def _state(by_kind: Any, samples: Any, kinds: Sequence[str]) -> dict[str, Any]:
+    """Return the norms of a trunk state by kind of token, and its largest activations."""
     largest, median, channel, kind = samples
     ratio = largest / np.maximum(median, 1e-12)
     top = int(np.argmax(ratio))
     channels, counts = np.unique(channel[channel >= 0], return_counts=True)
     return {
         "norm": _mean(by_kind[1].sum(), by_kind[0].sum()),
-        "kinds": {name: _mean(*by_kind[::-1, place]) for place, name in enumerate(kinds) if by_kind[0, place]},
+        "kinds": {name: _mean(*by_kind[::-1, index]) for index, name in enumerate(kinds) if by_kind[0, index]},
         "largest": float(largest.max()),
         "median": float(np.median(median)),
         "ratio": float(np.median(ratio)),
@@ -211,7 +213,7 @@ def _held(by_kind: Any, samples: Any, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def _short(value: float | None) -> float | None:
-    """Six digits: a long text has a number for each position and branch."""
+    """Round to six digits: the JSON of a long text has a number for each position and branch."""
     return None if value is None else round(value, 6)
 
 

@@ -1,1 +1,1 @@
-"""The output folder, the environment, progress and the journal of a search."""
+"""The output folder, the search journal, progress of steps, and facts of the environment."""

@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions, processor, memory."""
+"""The environment of a measurement: package versions, processor, GPUs and process memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, object]:
-    """Versions and hardware as plain JSON values."""
+    """Return versions and hardware as plain JSON values."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -36,18 +36,18 @@ def environment() -> dict[str, object]:
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory` start anew, where the system can (Linux)."""
+    """Reset the peak that `peak_memory` returns; does nothing on systems other than Linux."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int | None:
-    """Most memory this process has held since `forget_peak_memory`, in bytes.
+    """Return the peak resident memory of this process since `forget_peak_memory`, in bytes.
 
-    Since its start where the system cannot forget (macOS), None where it does not say (Windows).
+    On macOS, which cannot reset the peak, it is the peak since the process started; on Windows it is None.
     """
     with contextlib.suppress(OSError, StopIteration):
-        return _of_process("VmHWM")
+        return _process_status("VmHWM")
     try:
         import resource
     except ImportError:
@@ -57,14 +57,14 @@ def peak_memory() -> int | None:
 
 
 def held_memory() -> int | None:
-    """Memory that this process holds now, in bytes; None where the system does not say."""
+    """Return the current resident memory of this process in bytes, or None if the system does not report it."""
     with contextlib.suppress(OSError, StopIteration):
-        return _of_process("VmRSS")
+        return _process_status("VmRSS")
     return None
 
 
-def _of_process(name: str) -> int:
-    """A figure in kB that Linux keeps of this process, in bytes."""
+def _process_status(name: str) -> int:
+    """Return a field of /proc/self/status, which Linux states in kB, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
@@ -77,7 +77,7 @@ def _version(name: str) -> str | None:
 
 
 def _gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
-    """Names of NVIDIA's GPUs, as their driver lists them (Linux)."""
+    """Return the names of the NVIDIA GPUs that the driver lists (Linux)."""
     names = []
     with contextlib.suppress(OSError):
         for path in sorted(driver.glob("*/information")):

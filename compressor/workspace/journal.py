@@ -1,4 +1,4 @@
-"""What a search has measured so far, kept on disk, so that an interrupted search need not measure it again."""
+"""The journal of a search: measured values on disk, from which an interrupted search resumes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from compressor.errors import CompressorError
 
 
 class JournalError(CompressorError):
-    """The journal of an earlier search cannot be used."""
+    """The journal file cannot be written."""
 
 
 @dataclass
 class Journal:
     """Measured values by key, one JSON line each in `path`; without a path they are kept in memory only.
 
-    The first line says what was searched (`subject`); a journal of another subject is begun anew. A last line that an
-    interrupt cut short is left out. `found` counts the values of an earlier run that did not have to be measured again.
+    The first line identifies the search (`subject`); a file with another subject is overwritten. An incomplete last
+    line, left by an interrupt, is ignored. `found` counts the values that were reused from an earlier run.
     """
 
     subject: str = ""
@@ -43,7 +43,7 @@ class Journal:
         return len(self._values)
 
     def recall(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The value of a key; measured, and written down, where it is not known yet."""
+        """Return the value of a key; measure and record it if the journal lacks it."""
         if key in self._values:
             self.found += key in self._earlier
             self._earlier.discard(key)
@@ -52,18 +52,18 @@ class Journal:
         return self._values[key]
 
     def knows(self, key: str) -> bool:
-        """Whether a key need not be measured."""
+        """Return whether the journal holds a value for a key."""
         return key in self._values
 
     def note(self, key: str, value: Any) -> None:
-        """Write a value down at once; what follows an interrupt finds it."""
+        """Record a value and append it to the file at once, so that it survives an interrupt."""
         self._values[key] = value
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "value": value}) + "\n")
 
     def forget(self) -> None:
-        """Delete the file: the search is done."""
+        """Delete the file, once the search is complete."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -73,7 +73,7 @@ class Journal:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         except OSError as error:
             raise JournalError(
-                f"the search's journal {self.path} cannot be written ({error.strerror}); choose another --output."
+                f"the search journal {self.path} cannot be written ({error.strerror}); choose another --output."
             ) from error
 
     @staticmethod
@@ -82,6 +82,6 @@ class Journal:
         try:
             for text in path.read_text(encoding="utf-8").splitlines():
                 lines.append(json.loads(text))
-        except (OSError, ValueError):  # absent, not ours, or cut short by an interrupt: what was read is good
+        except (OSError, ValueError):  # absent, another format, or cut short by an interrupt: keep the lines before
             pass
         return lines

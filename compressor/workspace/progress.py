@@ -1,4 +1,4 @@
-"""The steps of a run: shown while they run, with the time and memory each took."""
+"""The steps of a run: progress bars, and the time and peak memory of each step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tick = Callable[..., None]
 
 @dataclass(frozen=True)
 class Step:
-    """One finished step: seconds it took, and the most memory the process held meanwhile, in bytes."""
+    """A finished step: its duration in seconds and the peak memory of the process during it, in bytes."""
 
     name: str
     seconds: float
@@ -27,14 +27,14 @@ class Step:
 
 @dataclass
 class Steps:
-    """Records the steps of a run and shows a progress bar for the current one on `console`, if there is one."""
+    """A recorder of the steps of a run, with a progress bar for the current step on `console` (None: no output)."""
 
     console: Console | None = None
     done: list[Step] = field(default_factory=list)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Tick]:
-        """Time a step. Yields ``tick(done, total, text)`` for its progress bar; every argument may be left out."""
+        """Time a step; yield ``tick(done, total, text)`` to update its progress bar. Every argument is optional."""
         start = time.perf_counter()
         forget_peak_memory()
         with self._bar(name) as tick:

@@ -1,1 +1,1 @@
-"""Analyses: they read a graph and data, and change nothing."""
+"""Analysis passes, which measure a graph and do not change it."""

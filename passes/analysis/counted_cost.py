@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a graph, as a whole and per site."""
+"""Parameters and multiply-adds of a graph and of each site, counted by running the graph."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """Number of parameters (shared ones once) and of multiply-adds of one forward pass of one sample."""
+    """Number of parameters, with shared ones counted once, and multiply-adds of one forward pass of one sample."""
 
     parameters: int
     multiply_adds: int
 
     def __sub__(self, other: Cost) -> Cost:
-        """What is saved by going from this cost to the other."""
+        """Return the difference to another cost."""
         return Cost(self.parameters - other.parameters, self.multiply_adds - other.multiply_adds)
 
 
 class Costs:
-    """Costs of a graph under any drops, from one counted run.
+    """Costs of a graph with any set of dropped sites, from one counted run.
 
-    Multiply-adds are those of matrix products, convolutions and attention, by `passes.multiply_adds`; element-wise work
-    is not counted.
+    Multiply-adds of matrix products, convolutions and attention are counted by `passes.analysis.multiply_adds`.
+    Element-wise operators are not counted.
 
     Args:
         graph: the traced model.
@@ -51,21 +51,21 @@ class Costs:
         self.total = self.under(())
 
     def under(self, skip: Collection[Site]) -> Cost:
-        """Cost of the graph without the branches of `skip`."""
+        """Return the cost of the graph without the branches of `skip`."""
         live = live_nodes(self.graph, resolution(self.graph, skip))
         tensors = [attribute(self.graph, node) for node in live if node.op == "get_attr"]
         parameters = {id(tensor): tensor.numel() for tensor in tensors if isinstance(tensor, torch.nn.Parameter)}
         return Cost(sum(parameters.values()), sum(self.by_node.get(node.name, 0) for node in live))
 
     def saved(self, site: Site) -> Cost:
-        """What dropping this one site saves."""
+        """Return the cost that dropping one site saves."""
         return self.total - self.under([site])
 
 
 @torch.inference_mode()
 def _count(graph: Graph, example: Mapping[str, torch.Tensor]) -> dict[str, int]:
     program = Program(graph)
-    if has_offloaded(graph):  # counted by shapes alone
+    if has_offloaded(graph):  # count by shapes without loading the weights
         with shapes_alone(program, example) as values:
             return _counted(program, values)
     return _counted(program, program.start(example))
@@ -75,10 +75,10 @@ def _counted(program: Program, values: dict[fx.Node, Any]) -> dict[str, int]:
     batch = len(values[program.graph.placeholders()[0]])
     counts: dict[str, int] = {}
     with FlopCounterMode(display=False) as counter:
-        done = 0
+        previous_total = 0
         for node in program.walk(values):
             total = counter.get_total_flops()
             by_formula = multiply_adds(node.target, program.operands(node, values), values[node])
-            counts[node.name] = ((total - done) // 2 if by_formula is None else by_formula) // batch
-            done = total
+            counts[node.name] = ((total - previous_total) // 2 if by_formula is None else by_formula) // batch
+            previous_total = total
     return counts

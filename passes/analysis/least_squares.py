@@ -1,16 +1,16 @@
-"""Closed-form stand-ins for branches: which map of a cheap state predicts what a branch (or a span of them) does.
+"""Closed-form replacements of residual branches, fitted by least squares.
 
-With x the state before a site in the graph as it is now, and y the state behind the site in the *original* graph, the
-target is t = y - x: a stand-in also repairs what changes upstream have shifted, and one that is fitted after the sites
-before it were dropped stands for the whole span. From a regressor r the least-squares map is t ~ A r + b; r is
+Let x be the state before a site in the current graph and y the state after the site in the *original* graph. The
+target is t = y - x, so a fitted map also corrects the shift that earlier edits caused. A map that is fitted after the
+preceding sites were dropped replaces the whole span. The least-squares map is t ~ A r + b. The regressor r is
 
 - ``state``: x itself (TOAST/TBA, Cannistraci et al., arXiv 2410.04941, made affine and residual);
-- ``normalised``: what the branch's first linear map reads, mostly the normalised x;
+- ``normalised``: the input of the branch's first linear map, mostly the normalised x;
 - ``previous``: the branch output m that was last added to x (ReplaceMe, Shopkhoev et al., NeurIPS 2025, made affine).
-  The stand-in maps m itself, m + A m + b, and can be folded into that branch's own output projection.
+  The replacement maps m to m + A m + b and can be folded into the output projection of that branch.
 
-Sums are streamed in float64 over all unpadded tokens; no activation outlives its batch. The ridge strength is the one
-with the least error on held-out batches: even batches judge the fit of odd ones and the other way round.
+Sums are accumulated in float64 over all unpadded tokens; activations are freed after each batch. The ridge strength is
+chosen by two-fold cross-validation over even and odd batches.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ STRENGTHS = (1e-8, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the mean variance
 
 @dataclass(frozen=True)
 class Map:
-    """A fitted map r -> A r + b.
+    """Fitted map r -> A r + b, in float64.
 
-    `factors` is empty for a constant, one vector [width] for a per-channel scale, one matrix [width, width] for a
-    linear map, and two, [rank, width] then [width, rank], for one of low rank. float64 until it enters a graph.
+    `factors` is empty for a constant. It holds one vector [width] for a per-channel scale, one matrix [width, width]
+    for a linear map, and two matrices, [rank, width] then [width, rank], for a low-rank map.
     """
 
     factors: tuple[torch.Tensor, ...]
     bias: torch.Tensor | None
 
     def matrix(self, width: int) -> torch.Tensor:
-        """A as a full matrix [width, width]."""
+        """Return A as a full matrix [width, width]."""
         if not self.factors:
             return torch.zeros(width, width, dtype=torch.float64)
         if len(self.factors) == 2:
@@ -60,9 +60,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Regression:
-    """Sums over rows of a regressor r [rows, width] and a target t [rows, width], all float64; they add up.
+    """Sufficient statistics of a regression of t [rows, width] on r [rows, width], in float64.
 
-    `rr` is the sum of r r^T, `tr` of t r^T (both [width, width]), `tt` of t squared [width].
+    `rr` is the sum of r r^T, `tr` of t r^T (both [width, width]), `tt` of t squared [width]. Statistics of several
+    batches are added with ``+``.
     """
 
     rows: int
@@ -74,18 +75,18 @@ class Regression:
 
     @staticmethod
     def of(regressor: torch.Tensor, target: torch.Tensor) -> Regression:
-        """Sums of one batch of rows, accumulated in float64."""
+        """Compute the sums of one batch of rows in float64."""
         r, t = regressor.double(), target.double()
         return Regression(len(r), r.sum(0), t.sum(0), r.T @ r, t.T @ r, (t * t).sum(0))
 
     def __add__(self, other: Regression) -> Regression:
-        """Sums over the rows of both."""
+        """Return the sums over the rows of both."""
         mine = (self.r, self.t, self.rr, self.tr, self.tt)
         theirs = (other.r, other.t, other.rr, other.tr, other.tt)
         return Regression(self.rows + other.rows, *(a + b for a, b in zip(mine, theirs, strict=True)))
 
     def error(self, fitted: Map) -> float:
-        """Mean over these rows of |A r + b - t|^2, from the sums alone."""
+        """Return the mean of |A r + b - t|^2 over the rows, computed from the sums."""
         a = fitted.matrix(len(self.r))
         b = torch.zeros_like(self.t) if fitted.bias is None else fitted.bias
         squares = (a @ self.rr * a).sum() + self.rows * (b * b).sum() + self.tt.sum()
@@ -93,26 +94,29 @@ class Regression:
         return max(float(squares + mixed), 0.0) / max(self.rows, 1)
 
     def power(self) -> float:
-        """Mean of |t|^2: the error of putting nothing in the branch's place."""
+        """Return the mean of |t|^2, which is the error of dropping the branch."""
         return float(self.tt.sum()) / max(self.rows, 1)
 
     def solve(self, form: str, strength: float = 0.0, *, rank: int | None = None, biased: bool = True) -> Map:
-        """The ridge solution of a form.
+        """Return the ridge solution of a form.
 
         Args:
             form: one of `FORMS`.
             strength: ridge strength relative to the mean variance of the regressor's features.
-            rank: of ``low-rank``: reduced-rank regression (Izenman 1975), the best of that rank for these rows.
-            biased: without, neither side is centred and the map has no bias, as TBA and ReplaceMe have it.
+            rank: rank of a ``low-rank`` map, solved by reduced-rank regression (Izenman 1975), which is optimal for
+                these rows; None is a quarter of the width.
+            biased: False fits a map without bias on uncentred rows, as in TBA and ReplaceMe.
 
         Raises:
-            PassError: there is no such form, or no such rank.
+            PassError: the form does not exist, or the rank is below 1.
         """
         if form not in FORMS or (rank is not None and rank < 1):
-            raise PassError(f"there is no {form} map of rank {rank}; forms are {', '.join(FORMS)}, ranks start at 1.")
+            raise PassError(
+                f"found form {form!r} and rank {rank}; expected one of {', '.join(FORMS)} and a rank of at least 1."
+            )
         mean_r, mean_t, rr, tr = self._centred if biased else (self.r * 0, self.t * 0, self.rr, self.tr)
         ridge = max(strength * float(rr.diagonal().mean()), torch.finfo(torch.float64).tiny)
-        # What holds no variance holds no information either, only what rounding left of the sums before centring.
+        # Centring leaves rounding errors of this size in directions without variance, which carry no information.
         floor = float(self.rr.diagonal().max().clamp(min=0)) * len(self.r) * torch.finfo(torch.float64).eps
         if form == "constant":
             return Map((), mean_t)
@@ -133,7 +137,7 @@ class Regression:
 
     @cached_property
     def _spectrum(self) -> tuple[torch.Tensor, ...]:
-        """Decomposed once for all ridge strengths."""
+        """Eigendecomposition of the centred sums, shared by all ridge strengths."""
         _, _, rr, tr = self._centred
         return _spectrum(rr, tr)
 
@@ -144,14 +148,14 @@ def _spectrum(rr: torch.Tensor, tr: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def matrix_times(factors: tuple[torch.Tensor, ...], vector: torch.Tensor) -> torch.Tensor:
-    """A r for one vector r, through the factors."""
+    """Return A r for one vector r [width], with A given by its factors."""
     for factor in factors:
         vector = factor * vector if factor.ndim == 1 else factor @ vector
     return vector
 
 
 def _reduced(matrix: torch.Tensor, rr: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Project a full solution on the `rank` directions (a quarter of all) of its predictions that vary most."""
+    """Project a full solution on the `rank` directions of largest variance of its predictions; None is a quarter."""
     _, directions = torch.linalg.eigh(matrix @ rr @ matrix.T)
     kept = directions[:, -min(max(len(matrix) // 4, 1) if rank is None else rank, len(matrix)) :]
     return kept.T @ matrix, kept
@@ -159,10 +163,10 @@ def _reduced(matrix: torch.Tensor, rr: torch.Tensor, rank: int | None) -> tuple[
 
 @dataclass(frozen=True)
 class StandIn:
-    """What to put in a branch's place: a map of a source, and the share of |t|^2 that it leaves unexplained.
+    """Replacement of a branch: a map of a source, and the share of |t|^2 that the map leaves unexplained.
 
-    `unexplained` is measured on held-out batches (on the same where there is one only); leaving the branch out
-    altogether has 1, whatever the source.
+    `unexplained` is measured on held-out batches, or on the fitted batch if there is only one. Dropping the branch
+    leaves 1 for every source. `strength` is the ridge strength.
     """
 
     source: str
@@ -173,66 +177,68 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Fits:
-    """The regressions of one site by source, each as sums of the even and of the odd batches, and what was refused."""
+    """Regressions of one site by source, as sums of even and of odd batches; refused sources map to the reason."""
 
     halves: Mapping[str, tuple[Regression, Regression]]
     refused: Mapping[str, str]
 
     def stand_in(self, form: str, *, rank: int | None = None) -> StandIn:
-        """The best stand-in of a form; of two sources that fit, the one that predicts held-out batches better.
+        """Return the replacement of a form with the least held-out error over its sources.
 
         Args:
             form: ``constant``, ``scale``, ``linear``, ``low-rank``, ``fuse`` (linear in the previous branch's output),
                 ``tba`` or ``replaceme`` (the published forms: plain least squares, no bias).
-            rank: of ``low-rank``.
+            rank: rank of a ``low-rank`` map.
 
         Raises:
-            PassError: the site has no source for this form, with the reason.
+            PassError: the site has no source for this form; the message states the reason.
         """
         if form in ("fuse", "replaceme"):
             return self._fitted("previous", "linear", rank, published=form == "replaceme")
         if form == "tba":
             return self._fitted("state", "linear", rank, published=True)
-        own = [source for source in ("state", "normalised") if source in self.halves] or ["state"]
-        tried = own if form != "constant" else own[:1]
-        return min((self._fitted(source, form, rank) for source in tried), key=lambda fit: fit.unexplained)
+        available = [source for source in ("state", "normalised") if source in self.halves] or ["state"]
+        candidates = available if form != "constant" else available[:1]
+        return min((self._fitted(source, form, rank) for source in candidates), key=lambda fit: fit.unexplained)
 
     def _fitted(self, source: str, form: str, rank: int | None, *, published: bool = False) -> StandIn:
         if source not in self.halves:
-            raise PassError(f"{self.refused.get(source, f'no fit was asked for from the source {source!r}')}.")
+            raise PassError(
+                f"{self.refused.get(source, f'the source {source!r} was not fitted; add it to `sources`')}."
+            )
         even, odd = self.halves[source]
         whole, pairs = even + odd, ((even, odd), (odd, even))
-        power, alone = max(whole.power(), 1e-300), not (even.rows and odd.rows)
+        power, single_batch = max(whole.power(), 1e-300), not (even.rows and odd.rows)
 
-        # The published objective leaves out a shift in the target: x T ~ y is t ~ x (T - I) without a bias.
+        # Without a bias the published objective x T ~ y equals t ~ x (T - I).
         def solved(rows: Regression, form: str, strength: float) -> Map:
             return rows.solve(form, strength, rank=rank, biased=not published)
 
         def held_out_error(form: str, strength: float) -> float:
-            return sum(other.error(solved(half, form, strength)) * other.rows for half, other in pairs) / whole.rows
+            return sum(test.error(solved(train, form, strength)) * test.rows for train, test in pairs) / whole.rows
 
-        # The strength of the full map serves the one of low rank too, which is cut from it.
-        judged, strength = "linear" if form == "low-rank" else form, 0.0 if published else STRENGTHS[2]
-        if not (published or alone or form == "constant"):
-            strength = min(STRENGTHS, key=lambda strength: held_out_error(judged, strength))
+        # A low-rank map is projected from the linear one and takes over its strength.
+        validated_form, strength = "linear" if form == "low-rank" else form, 0.0 if published else STRENGTHS[2]
+        if not (published or single_batch or form == "constant"):
+            strength = min(STRENGTHS, key=lambda strength: held_out_error(validated_form, strength))
         fitted = solved(whole, form, strength)
-        error = whole.error(fitted) if alone else held_out_error(form, strength)
-        return StandIn(source, _beside_itself(fitted) if source == "previous" else fitted, error / power, strength)
+        error = whole.error(fitted) if single_batch else held_out_error(form, strength)
+        return StandIn(source, _plus_identity(fitted) if source == "previous" else fitted, error / power, strength)
 
 
-def _beside_itself(fitted: Map) -> Map:
-    """The map of r + A r + b."""
+def _plus_identity(fitted: Map) -> Map:
+    """Return the map r -> r + A r + b."""
     (matrix,) = fitted.factors
     return Map((matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device),), fitted.bias)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Collect the regressions of some sites in one sweep of the original graph and of the graph as it is now.
+    """Analysis pass that collects the regressions of sites in one sweep of the original and the current graph.
 
-    `sites` are sites of the original that the current graph still has. Where only some tokens of the state behind a
-    site are read later on (the class token, in the last block), the others do not count, unless `all_tokens` is set,
-    as in the published forms. Changes nothing.
+    `sites` are sites of the original graph that the current graph still has. If later operators read only some tokens
+    of the state after a site (the class token, in the last block), only those tokens count. `all_tokens` counts every
+    token, as the published forms do. The pass does not change the graph.
     """
 
     original: Graph = field(repr=False)
@@ -244,10 +250,10 @@ class Fit:
     needs_data: ClassVar[bool] = True
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> dict[str, Fits]:
-        """Fits by site name.
+        """Return the fits by site name.
 
         Raises:
-            PassError: no data, a site that is no longer in the graph, or values that are not finite.
+            PassError: there is no data, a site is no longer in the graph, or values are not finite.
         """
         sweep = Sweep(self, graph)
         for number, feeds in enumerate(data or ()):
@@ -259,7 +265,7 @@ class Fit:
 
 
 class Sweep:
-    """Both graphs of a fit, run side by side up to the last value that it needs."""
+    """Joint execution of the original and the current graph of a fit, up to the last value that the fit needs."""
 
     def __init__(self, fit: Fit, graph: Graph) -> None:
         self.places = {site.name: place_of(graph, site) for site in fit.sites}
@@ -278,29 +284,29 @@ class Sweep:
 
     @torch.inference_mode()
     def batch(self, feeds: Mapping[str, torch.Tensor]) -> Iterator[tuple[tuple[str, str], Regression]]:
-        """The sums of one batch, by site and source."""
+        """Yield the sums of one batch with their site and source."""
         for name, source, regressor, target in self.rows(feeds):
             yield (name, source), Regression.of(regressor, target)
 
     @torch.inference_mode()
     def rows(self, feeds: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
-        """Site, source, and the rows [tokens, width] of regressor and target in one batch.
+        """Yield site, source, and the rows [tokens, width] of regressor and target in one batch.
 
         Raises:
-            PassError: values that are not finite.
+            PassError: values are not finite.
         """
         original, current = self.before.run(feeds), self.now.run(feeds)
         mask = feeds.get(MASK)
         for name, place in self.places.items():
-            without = current[place.root] - current[place.branch]  # the trunk, and what branches beside this one add
-            goal = original[self.roots[name]]
+            without_branch = current[place.root] - current[place.branch]  # the trunk plus any parallel branches
+            state_after = original[self.roots[name]]
             for source in self.sources:
                 if (name, source) not in self.sums:
                     continue
-                regressor, target = current[place.source(source)], goal - without
+                regressor, target = current[place.source(source)], state_after - without_branch
                 part = self.read.get(place.root)
                 regressor, target = (
-                    rows_of(_taken(value, part), self.dims[name], None if mask is None else _taken(mask, part))
+                    rows_of(_read_part(value, part), self.dims[name], None if mask is None else _read_part(mask, part))
                     for value in (regressor, target)
                 )
                 if not all(bool(torch.isfinite(rows).all()) for rows in (regressor, target)):
@@ -308,24 +314,24 @@ class Sweep:
                 yield name, source, regressor, target
 
     def fits(self, name: str) -> Fits:
-        """The sums of one site over all batches; raises PassError where there were none."""
-        mine = {source: halves for (site, source), halves in self.sums.items() if site == name}
-        if not all(any(halves) for halves in mine.values()):
+        """Return the sums of one site over all batches. Raises PassError if there was no batch."""
+        by_source = {source: halves for (site, source), halves in self.sums.items() if site == name}
+        if not all(any(halves) for halves in by_source.values()):
             raise PassError("Fit got no batches of data.")
-        complete = {source: _both(halves) for source, halves in mine.items()}
+        complete = {source: _fill_missing(halves) for source, halves in by_source.items()}
         return Fits(complete, dict(self.places[name].refused))
 
 
-def _taken(value: torch.Tensor, part: Part | None) -> torch.Tensor:
-    """The part of a value that is read."""
+def _read_part(value: torch.Tensor, part: Part | None) -> torch.Tensor:
+    """Return the part of a value that later operators read."""
     if part is None:
         return value
     start = part.start % value.shape[part.axis]
     return value.narrow(part.axis, start, part.width)
 
 
-def _both(halves: list[Regression | None]) -> tuple[Regression, Regression]:
-    """Two halves; where there was one batch only, the other is empty."""
+def _fill_missing(halves: list[Regression | None]) -> tuple[Regression, Regression]:
+    """Return both halves; after a single batch the missing half is empty."""
     one = next(half for half in halves if half is not None)
     empty = Regression(0, *(torch.zeros_like(value) for value in (one.r, one.t, one.rr, one.tr, one.tt)))
     even, odd = (empty if half is None else half for half in halves)

@@ -1,8 +1,8 @@
-"""Multiply-adds of single operators, by closed formulas over the shapes of their operands.
+"""Multiply-adds of single operators, from closed formulas over operand shapes.
 
-The count of an operator does not depend on the kernel that a release of torch picks for it: torch 2.14's
-``FlopCounterMode`` counts no operations for scaled_dot_product_attention on the CPU, torch 2.15's counts them.
-Operators without a formula are left to ``torch.utils.flop_counter``.
+The formulas do not depend on the kernel that a torch release selects: for scaled_dot_product_attention on the CPU,
+``FlopCounterMode`` counts no operations in torch 2.14 and all of them in torch 2.15. Operators without a formula are
+counted by ``torch.utils.flop_counter``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Formula: TypeAlias = "Callable[[Sequence[Any], torch.Size], int]"
 
 
 def multiply_adds(target: Any, args: Sequence[Any], result: Any) -> int | None:
-    """Count the multiply-adds of one call; None for an operator without a formula.
+    """Return the multiply-adds of one call; None for an operator without a formula.
 
     Args:
         target: an ATen operator.
         args: its positional arguments, tensors on any device.
-        result: what the call returns.
+        result: return value of the call.
     """
     formula = FORMULAS.get(target)
     if formula is None or not isinstance(result, torch.Tensor):
@@ -34,7 +34,7 @@ def multiply_adds(target: Any, args: Sequence[Any], result: Any) -> int | None:
 
 
 def counted(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Count the multiply-adds of one call by running it: half of the operations that torch counts.
+    """Count the multiply-adds of one call by running it; they are half of the floating point operations.
 
     Args:
         target: an operator without a formula.
@@ -47,33 +47,33 @@ def counted(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 
 def _linear(args: Sequence[Any], result: torch.Size) -> int:
-    """An input [..., K] times a weight [N, K] or [K]."""
+    """Count the product of an input [..., K] and a weight [N, K] or [K]."""
     return int(result.numel() * args[1].shape[-1])
 
 
 def _product(args: Sequence[Any], result: torch.Size) -> int:
-    """[..., M, K] times [..., K, N]."""
+    """Count the product of [..., M, K] and [..., K, N]."""
     return int(result.numel() * args[0].shape[-1])
 
 
 def _added_product(args: Sequence[Any], result: torch.Size) -> int:
-    """A term plus [..., M, K] times [..., K, N]; the sum is not counted."""
+    """Count the product of [..., M, K] and [..., K, N], without the addition of the first argument."""
     return int(result.numel() * args[1].shape[-1])
 
 
 def _attention(args: Sequence[Any], result: torch.Size) -> int:
-    """Queries [..., L, E], keys [..., S, E], values [..., S, V]: L * S * (E + V) a head, masked or not."""
-    queries, keys, values = (each.shape for each in args[:3])
+    """Count L * S * (E + V) per head for queries [..., L, E], keys [..., S, E], values [..., S, V]; ignore masks."""
+    queries, keys, values = (operand.shape for operand in args[:3])
     return int(math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1]))
 
 
 def _convolution(args: Sequence[Any], result: torch.Size) -> int:
-    """Each output value reads the weight [N, C / groups, *kernel] of its channel once."""
+    """Count one use of the channel's weight, of [N, C / groups, *kernel], per output value."""
     return int(result.numel() * math.prod(args[1].shape[1:]))
 
 
 def _transposed_convolution(args: Sequence[Any], result: torch.Size) -> int:
-    """Each input value meets the weight [C, N / groups, *kernel] of its channel once."""
+    """Count one use of the channel's weight, of [C, N / groups, *kernel], per input value."""
     return int(math.prod(args[0].shape) * math.prod(args[1].shape[1:]))
 
 

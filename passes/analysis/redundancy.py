@@ -1,16 +1,17 @@
-"""How redundant each branch is: one streaming sweep over calibration data, memory independent of its length.
+"""Redundancy scores of residual branches, measured in one streaming sweep over the calibration data.
 
-Formulas, with x the trunk before the norm and y = x + f(x), means over all unpadded tokens of all samples:
+Memory does not grow with the amount of data. With x the trunk before the norm and y = x + f(x), the scores are means
+over all unpadded tokens of all samples:
 
 - cosine similarity, LLM-Drop (He et al., "What Matters in Transformers?", eq. 1): mean <x, y> / (|x| |y|);
 - Block Influence, ShortGPT (Men et al. 2024, eq. 1): 1 - mean cosine between block input and block output;
 - angular distance, Gromov et al. 2024 (eq. 7): arccos(<x, y> / (|x| |y|)) / pi, over n blocks, at the last unpadded
-  token of each text, over all tokens otherwise;
+  token of each text, or over all tokens of other inputs;
 - relative update norm: mean |f(x)| / |x|.
 
-A text is what comes with an ``attention_mask``. A block ends with the complete sum of its last site, so where norms
-follow the sums (BERT) its output is taken before the last of them. States are compared in float32, as LLM-Drop does,
-and summed in float64.
+A sample with an ``attention_mask`` counts as text. A block ends with the complete sum of its last site, so the output
+of a post-norm block (BERT) is taken before its last norm. States are compared in float32, as LLM-Drop does, and summed
+in float64.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
     from passes.graph.graph import Graph, Site
 
 MASK = "attention_mask"
-MATRIX = 2  # axes
+MATRIX = 2  # number of axes of a matrix
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums in float64: cosine similarity and relative update norm over `tokens`, angular distance over `ends`.
+    """Float64 sums: cosine similarity and relative update norm over `tokens`, angular distance over `ends`.
 
-    `ends` are the last tokens of texts, and all tokens otherwise.
+    `tokens` and `ends` are counts. `ends` counts the last tokens of texts, or all tokens of other inputs.
     """
 
     tokens: int = 0
@@ -51,7 +52,7 @@ class Moments:
     update: float = 0.0
 
     def __add__(self, other: Moments) -> Moments:
-        """Moments of the tokens of both."""
+        """Return the moments of the tokens of both."""
         return Moments(
             self.tokens + other.tokens,
             self.ends + other.ends,
@@ -61,18 +62,18 @@ class Moments:
         )
 
     def mean(self, name: str) -> float:
-        """Mean of one of the sums; NaN before any token was seen."""
+        """Return the mean of one of the sums; NaN if there is no token."""
         count = self.ends if name == "angular" else self.tokens
         return float(getattr(self, name)) / count if count else math.nan
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Statistics of every site and block, and of every pair of trunk states.
+    """Redundancy statistics of every site, every block and every pair of trunk states.
 
-    Scores of two parts of the data add up (``+``) to the scores of the whole. `states` are the trunk values in order
-    (the input of each site, then the last output); `similarity` and `angular` are [states, states] float64 sums over
-    `tokens` [states, states] and `ends`; pairs of different shape stay at zero tokens.
+    Scores of two parts of the data are added with ``+``. `states` names the trunk values in order: the input of each
+    site, then the last output. `similarity` and `angular` are float64 sums [states, states] over the counts `tokens`
+    and `ends` [states, states]. Pairs of states of different shape keep a count of zero.
     """
 
     samples: int
@@ -85,10 +86,10 @@ class Scores:
     ends: torch.Tensor = field(repr=False)
 
     def __add__(self, other: Scores) -> Scores:
-        """Scores of both parts of the data together.
+        """Return the scores of both parts of the data.
 
         Raises:
-            PassError: the two are of different graphs.
+            PassError: the scores are of graphs with different trunk states.
         """
         if self.states != other.states:
             raise PassError("scores of two different graphs cannot be added: their sites differ.")
@@ -104,29 +105,29 @@ class Scores:
         )
 
     def cosine(self, name: str) -> float:
-        """Mean cosine similarity of a site's or block's input and output; 1 means it changes no direction."""
+        """Return the mean cosine similarity of input and output of a site or block; 1 means unchanged direction."""
         return (self.sites.get(name) or self.blocks[name]).mean("cosine")
 
     def influence(self, name: str) -> float:
-        """Block Influence, 1 - cosine; low means redundant."""
+        """Return the Block Influence, 1 - cosine; a low value means redundant."""
         return 1.0 - self.cosine(name)
 
     def update(self, name: str) -> float:
-        """Mean |f(x)| / |x|."""
+        """Return the relative update norm, mean |f(x)| / |x|."""
         return (self.sites.get(name) or self.blocks[name]).mean("update")
 
     def similarity_matrix(self) -> torch.Tensor:
-        """Mean cosine similarity of every pair of states, [states, states]; NaN where shapes differ."""
+        """Return the mean cosine similarity of every pair of states, [states, states]; NaN where shapes differ."""
         return self.similarity / torch.where(self.tokens > 0, self.tokens, math.nan)
 
     def angular_matrix(self) -> torch.Tensor:
-        """Mean angular distance in [0, 1] of every pair of states, [states, states]; NaN where shapes differ."""
+        """Return the mean angular distance in [0, 1] of every pair of states; NaN where shapes differ."""
         return self.angular / torch.where(self.ends > 0, self.ends, math.nan)
 
 
 @dataclass
-class _Seen:
-    """What is known of one batch so far."""
+class _BatchRecord:
+    """Statistics of one batch while it is executed."""
 
     samples: int
     mask: torch.Tensor | None
@@ -137,10 +138,10 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Score:
-    """Measure `Scores` of all sites in one sweep over the data. Changes nothing.
+    """Analysis pass that measures the `Scores` of all sites in one sweep. It does not change the graph.
 
-    With `room` the graph is run in sections of whole blocks, for weights that stay on disk. Pairs of states are then
-    compared where angular distance is taken alone, similarity too: all their tokens would not fit into memory.
+    With `room` the graph is executed in sections of whole blocks, for weights that stay on disk. Pairs of states are
+    then compared only at the tokens of the angular distance, because all tokens of all states do not fit into memory.
     """
 
     room: Room | None = None
@@ -152,7 +153,7 @@ class Score:
         """Run the graph once over `data` and add up the statistics of each batch.
 
         Raises:
-            PassError: no data, no sites, or values that are not finite (with the first site that has them).
+            PassError: there is no data or no site, or values are not finite; the message names the first such site.
         """
         sites = find_sites(graph)
         if not sites:
@@ -176,9 +177,9 @@ class _Sweep:
         self.nodes = {node.name: node for node in graph.nodes()}
         branches = {site.branch for site in sites if site.add != site.root}
         self.program = Program(graph, keep={*self.states, *self.ends, *branches}, outputs=())
-        self.place = {node.name: place for place, node in enumerate(self.program.order)}
+        self.position = {node.name: position for position, node in enumerate(self.program.order)}
         self.last_read = {
-            source.name: place for place, node in enumerate(self.program.order) for source in node.all_input_nodes
+            source.name: position for position, node in enumerate(self.program.order) for source in node.all_input_nodes
         }
         self.at_root: dict[str, list[Site]] = {}
         for site in sites:
@@ -187,52 +188,52 @@ class _Sweep:
     @torch.inference_mode()
     def batch(self, feeds: Mapping[str, torch.Tensor]) -> Scores:
         values = self.program.start(feeds)
-        seen = _Seen(len(next(iter(feeds.values()))), feeds.get(MASK))
+        record = _BatchRecord(len(next(iter(feeds.values()))), feeds.get(MASK))
         for node in self.program.walk(values):
-            self._see(node, values, seen)
-        return self._scores(values, seen)
+            self._observe(node, values, record)
+        return self._scores(values, record)
 
     @torch.inference_mode()
     def in_sections(self, data: Iterable[Mapping[str, torch.Tensor]], room: Room) -> Iterator[Scores]:
-        """The scores of each batch, all of which go through one section before the next."""
-        seen: list[_Seen] = []
+        """Yield the scores of each batch; all batches pass through a section before the next section runs."""
+        records: list[_BatchRecord] = []
 
-        def noted() -> Iterator[Mapping[str, torch.Tensor]]:
+        def recorded_feeds() -> Iterator[Mapping[str, torch.Tensor]]:
             for feeds in data:
-                seen.append(_Seen(len(next(iter(feeds.values()))), feeds.get(MASK)))
+                records.append(_BatchRecord(len(next(iter(feeds.values()))), feeds.get(MASK)))
                 yield feeds
 
-        def see(number: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-            self._see(node, values, seen[number])
+        def observe(number: int, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+            self._observe(node, values, records[number])
             if node.name in self.ends:
-                self._let_go(node, values, seen[number])
+                self._release(node, values, records[number])
             if node.name == self.sites[-1].root:
-                seen[number].scores = self._scores(values, seen[number])
+                records[number].scores = self._scores(values, records[number])
 
         sections = cut(self.program, section_ends(self.program.graph), room.weights)
-        for number, _ in enumerate(run_in_sections(self.program, sections, noted(), room.folder, see)):
-            scores = seen[number].scores
+        for number, _ in enumerate(run_in_sections(self.program, sections, recorded_feeds(), room.folder, observe)):
+            scores = records[number].scores
             assert scores is not None
             yield scores
 
-    def _see(self, node: fx.Node, values: dict[fx.Node, Any], seen: _Seen) -> None:
+    def _observe(self, node: fx.Node, values: dict[fx.Node, Any], record: _BatchRecord) -> None:
         for site in self.at_root.get(node.name, ()):
-            seen.sites[site.name] = self._site(site, values, seen.mask)
+            record.sites[site.name] = self._site(site, values, record.mask)
         if node.name in self.ends:
             name = self.ends[node.name]
-            seen.blocks[name] = self._block(self.blocks[name], values, seen.mask)
+            record.blocks[name] = self._block(self.blocks[name], values, record.mask)
 
-    def _scores(self, values: dict[fx.Node, Any], seen: _Seen) -> Scores:
-        return Scores(seen.samples, seen.sites, seen.blocks, self.states, *self._pairs(values, seen.mask))
+    def _scores(self, values: dict[fx.Node, Any], record: _BatchRecord) -> Scores:
+        return Scores(record.samples, record.sites, record.blocks, self.states, *self._pairs(values, record.mask))
 
-    def _let_go(self, end: fx.Node, values: dict[fx.Node, Any], seen: _Seen) -> None:
-        """Behind a block, keep of its states only what pairs are told by; the last one is still computed with."""
+    def _release(self, end: fx.Node, values: dict[fx.Node, Any], record: _BatchRecord) -> None:
+        """Reduce the states of a finished block to the rows of the angular distance, unless they are still read."""
         for site in self.blocks[self.ends[end.name]]:
             values.pop(self.nodes[site.branch], None)
-        for state in (name for name in self.states if self.last_read.get(name, -1) <= self.place[end.name]):
+        for state in (name for name in self.states if self.last_read.get(name, -1) <= self.position[end.name]):
             value = values.get(self.nodes[state])
             if value is not None and value.ndim > MATRIX:
-                values[self.nodes[state]] = _ends(value, self.dims[state], seen.mask)
+                values[self.nodes[state]] = _end_rows(value, self.dims[state], record.mask)
 
     def _site(self, site: Site, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> Moments:
         before, change = values[self.nodes[site.trunk]].float(), values[self.nodes[site.branch]].float()
@@ -245,18 +246,18 @@ class _Sweep:
         return _moments(first.float(), last.float(), members[0].channel_dim, mask, members[0].block)
 
     def _pairs(self, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Sums over tokens for each pair of states of one shape: cosines, their tokens, angles, their tokens."""
+        """Return sums for each pair of states of one shape: cosines, their token count, angles, their token count."""
         count = len(self.states)
         sums, tokens, angles, ends = torch.zeros(4, count, count, dtype=torch.float64)
         for members in self._same_shape(values):
-            where = torch.tensor(members)
-            pair = where[:, None], where
+            indices = torch.tensor(members)
+            pair = indices[:, None], indices
             states = [self._state(values, index) for index in members]
             rows = [rows_of(value, dim, mask) for value, dim in states]
             sums[pair], angles[pair] = _pair_sums(rows)
             tokens[pair] = ends[pair] = float(len(rows[0]))
             if mask is not None:
-                last = [_ends(value, dim, mask) for value, dim in states]
+                last = [_end_rows(value, dim, mask) for value, dim in states]
                 angles[pair], ends[pair] = _pair_sums(last)[1], float(len(last[0]))
         return sums, tokens, angles, ends
 
@@ -268,26 +269,26 @@ class _Sweep:
         return list(groups.values())
 
     def _state(self, values: dict[fx.Node, Any], index: int) -> tuple[torch.Tensor, int]:
-        """A state and the axis of its features: the last of rows, as which states in sections are kept."""
+        """Return a state and its feature axis, which is the last one for states that were reduced to rows."""
         value = values[self.nodes[self.states[index]]]
         return value, min(self.dims[self.states[index]], value.ndim - 1)
 
 
 def rows_of(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """A state as float32 rows [tokens, width], padded tokens left out."""
+    """Return a state as float32 rows [tokens, width] without padding tokens."""
     rows = value.movedim(channel_dim, -1).float()
     if mask is not None and rows.ndim == 3 and rows.shape[:2] == mask.shape:
         return rows[mask.bool()]
     return rows.reshape(-1, rows.shape[-1])
 
 
-def _ends(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """The rows at which angular distance is taken: the last unpadded token of each text, or all tokens."""
+def _end_rows(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows of the angular distance: the last unpadded token of each text, or all tokens."""
     rows = value.movedim(channel_dim, -1)
     if mask is None or rows.ndim != 3 or rows.shape[:2] != mask.shape:
         return rows_of(value, channel_dim, None)
     positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask.bool() * positions).argmax(1)  # on whichever side the padding is
+    last = (mask.bool() * positions).argmax(1)  # for left and right padding
     return rows[torch.arange(len(rows), device=mask.device), last].float()
 
 
@@ -304,20 +305,22 @@ def _moments(
         )
     at_ends = cosine
     if mask is not None:
-        x, y = _ends(before, channel_dim, mask), _ends(after, channel_dim, mask)
+        x, y = _end_rows(before, channel_dim, mask), _end_rows(after, channel_dim, mask)
         at_ends = torch.nn.functional.cosine_similarity(x, y, dim=-1).double()
     angular = torch.arccos(at_ends.clamp(-1.0, 1.0)) / math.pi
     return Moments(len(cosine), len(at_ends), float(cosine.sum()), float(angular.sum()), float(update.sum()))
 
 
 def _pair_sums(states: list[torch.Tensor], chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over rows of the cosine and of arccos / pi for each pair of states, each given as rows [tokens, width]."""
+    """Return sums over rows of the cosine and of arccos / pi for each pair of states [tokens, width]."""
     count = len(states)
     cosines, angles = torch.zeros(2, count, count, dtype=torch.float64, device=states[0].device)
-    for start in range(0, len(states[0]), chunk):  # all states of all tokens side by side would double the memory
+    for start in range(0, len(states[0]), chunk):  # stacking all tokens of all states at once would double the memory
         rows = torch.stack([state[start : start + chunk] for state in states], dim=1)
         unit = torch.nn.functional.normalize(rows, dim=-1)
         products = unit @ unit.transpose(1, 2)
         cosines += products.sum(0, dtype=torch.float64)
         angles += torch.arccos(products.clamp_(-1.0, 1.0)).sum(0, dtype=torch.float64)
-    return cosines, (angles / math.pi).fill_diagonal_(0.0)  # rounding would put a state 1e-4 away from itself
+    return cosines, (angles / math.pi).fill_diagonal_(
+        0.0
+    )  # rounding errors would give a state a distance of 1e-4 to itself

@@ -1,4 +1,4 @@
-"""The published cosine form of a stand-in: a map of the branch added before, learned by gradient descent."""
+"""ReplaceMe with the cosine objective: a map of the previous branch output, learned by gradient descent."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class FitCosine:
-    """Learn what ReplaceMe puts in the place of a span (Shopkhoev et al., NeurIPS 2025), by its cosine objective.
+    """Analysis pass that learns the replacement of a span by the cosine objective of ReplaceMe.
 
-    With Y the trunk of the graph as it is now, M the branch output last added to it and L the original's state behind
-    the site, minimise the sum over all unpadded tokens of 1 - cos(M T, L - Y): the cheap form of the paper, without a
-    bias, from T = identity, by Adam. Rows are taken in the order of the data, not shuffled, and a step never mixes two
-    batches of it: a batch of fewer than `rows` tokens makes a smaller step. The objective leaves the scale of M T open.
+    Shopkhoev et al., NeurIPS 2025. Let Y be the trunk of the current graph, M the branch output that was last added to
+    it, and L the state after the site in the original graph. Adam minimises the sum of 1 - cos(M T, L - Y) over all
+    unpadded tokens, starting at T = identity. This is the memory-saving form of the paper, without a bias. The
+    objective does not determine the scale of M T.
 
-    `epochs` sweeps of both graphs; no activation outlives its batch. The map is learned in float64. Changes nothing.
+    Rows are taken in the order of the data, without shuffling. A step uses at most `rows` tokens and never mixes two
+    batches. Both graphs are executed `epochs` times; activations are freed after each batch. The map is learned in
+    float64. The pass does not change the graph.
     """
 
     original: Graph = field(repr=False)
@@ -38,15 +40,15 @@ class FitCosine:
     needs_data: ClassVar[bool] = True
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> StandIn:
-        """The map m -> T^T m of the source ``previous``, and the share of |t|^2 it leaves on the same rows.
+        """Return the map m -> T^T m of the source ``previous``, and the share of |t|^2 it leaves on the same rows.
 
         Args:
-            graph: the graph as it is now.
-            data: batches of named inputs, gone through once for each epoch: a list, or what can be iterated repeatedly.
+            graph: the current graph.
+            data: batches of named inputs, as a list or another iterable that supports repeated iteration.
 
         Raises:
-            PassError: no data, data that can be gone through only once, a site that is no longer in the graph or has
-                no branch before it that a map could be folded into, or values that are not finite.
+            PassError: there is no data, the data supports one iteration only, the site is no longer in the graph, no
+                previous branch can take the map, or values are not finite.
         """
         batches = self._checked(data)
         sweep = Sweep(Fit(self.original, (self.site,), ("previous",), all_tokens=True), graph)
@@ -59,29 +61,29 @@ class FitCosine:
             for m, t in _rows(sweep, batches, f"epoch {epoch} of {self.epochs}"):
                 if epoch == 1:
                     sums = Regression.of(m, t) if sums is None else sums + Regression.of(m, t)
-                for part, goal in zip(torch.split(m, self.rows), torch.split(t + m, self.rows), strict=True):
-                    descent.step(part, goal)
+                for m_rows, goal in zip(torch.split(m, self.rows), torch.split(t + m, self.rows), strict=True):
+                    descent.step(m_rows, goal)
         assert sums is not None
         matrix = descent.transform.detach().T.contiguous()
-        beside = Map((matrix - torch.eye(len(matrix), dtype=matrix.dtype),), None)
-        return StandIn("previous", Map((matrix,), None), sums.error(beside) / max(sums.power(), 1e-300))
+        residual = Map((matrix - torch.eye(len(matrix), dtype=matrix.dtype),), None)
+        return StandIn("previous", Map((matrix,), None), sums.error(residual) / max(sums.power(), 1e-300))
 
     def _checked(self, data: Iterable[Mapping[str, torch.Tensor]] | None) -> Iterable[Mapping[str, torch.Tensor]]:
         if self.epochs < 1 or self.rows < 1 or self.rate <= 0.0:
             raise PassError(
-                f"found {self.epochs} epochs of steps of {self.rows} rows at rate {self.rate}; expected at least 1 "
-                "epoch, 1 row and a rate above 0."
+                f"found epochs={self.epochs}, rows={self.rows} and rate={self.rate}; "
+                "expected at least 1 epoch, at least 1 row and a rate above 0."
             )
         if isinstance(data, Iterator):
             raise PassError(
-                f"FitCosine goes through its data {self.epochs} times and found an iterator, which is exhausted after "
-                "one; pass a list of batches, or an object that can be iterated repeatedly."
+                f"FitCosine iterates {self.epochs} times over the data and found an iterator, "
+                "which supports one pass only; pass a list of batches."
             )
         return () if data is None else data
 
 
 def _rows(sweep: Sweep, data: Iterable[Mapping[str, torch.Tensor]], when: str) -> Iterator[Rows]:
-    """Regressor and target of each batch, float64 rows [tokens, width]."""
+    """Yield regressor and target of each batch as float64 rows [tokens, width]."""
     feeds = None
     for feeds in data:
         for _, _, regressor, target in sweep.rows(feeds):
@@ -91,7 +93,7 @@ def _rows(sweep: Sweep, data: Iterable[Mapping[str, torch.Tensor]], when: str) -
 
 
 class _Descent:
-    """T [width, width], on its way down from the identity."""
+    """Optimizer of T [width, width], starting at the identity."""
 
     def __init__(self, width: int, rate: float) -> None:
         with torch.inference_mode(False):
@@ -99,8 +101,8 @@ class _Descent:
         self.adam = torch.optim.Adam([self.transform], lr=rate)
 
     def step(self, m: torch.Tensor, goal: torch.Tensor) -> None:
-        """One step of Adam down the sum over rows of 1 - cos(m T, goal)."""
-        # The caller may be in inference mode; what was computed there takes no part in a gradient, its copies do.
+        """Take one Adam step on the sum over rows of 1 - cos(m T, goal)."""
+        # The caller may be in inference mode. Autograd refuses inference tensors, but accepts their clones.
         with torch.inference_mode(False), torch.enable_grad():
             loss = (1.0 - cosine_similarity(m.clone() @ self.transform, goal.clone(), dim=-1)).sum()
             (self.transform.grad,) = torch.autograd.grad(loss, self.transform)

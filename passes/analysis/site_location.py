@@ -1,4 +1,4 @@
-"""Where a site stands in a graph that has already been changed, and what a stand-in for its branch may read."""
+"""Location of a site in an edited graph, and the values that a replacement of its branch may read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SCALINGS = frozenset({aten.mul.Tensor, aten.mul_.Tensor})
 
 @dataclass(frozen=True)
 class Place:
-    """Names of the nodes around a site, read in the graph as it is now.
+    """Names of the nodes of a site in the current graph.
 
-    `root` holds the sum behind the site. `normalised` is what the branch's first linear map reads, `previous` the
-    branch output last added to the trunk, by the sum `trunk`; where there is none, `refused` says why.
+    `root` is the complete sum after the site. `normalised` is the input of the branch's first linear map. `previous` is
+    the branch output that the sum `trunk` added last. If either is None, `refused` maps its name to the reason.
     """
 
     add: str
@@ -37,32 +37,37 @@ class Place:
     refused: Mapping[str, str]
 
     def source(self, name: str) -> str:
-        """The node that a source names."""
-        found = {"state": self.trunk, "normalised": self.normalised, "previous": self.previous}[name]
-        assert found is not None
-        return found
+        """Return the name of the node of a source."""
+        node = {"state": self.trunk, "normalised": self.normalised, "previous": self.previous}[name]
+        assert node is not None
+        return node
 
     def names(self) -> set[str]:
-        """All nodes whose values a fit needs."""
+        """Return the names of all nodes whose values a fit needs."""
         return {self.branch, self.trunk, self.root, *filter(None, (self.normalised, self.previous))}
 
 
 def place_of(graph: Graph, site: Site) -> Place:
-    """Find a site of the original graph in the current one.
+    """Locate a site of the original graph in the current one.
 
     Raises:
-        PassError: its branch is gone already, or the state that it is computed from.
+        PassError: the graph no longer holds the branch of the site, or the trunk before it.
     """
     nodes = {node.name: node for node in graph.nodes()}
     add, branch = _sum_of(nodes, site)
     root = nodes.get(site.root) or _root(add, site)
     trunk = nodes.get(site.trunk) or _trunk(root, branch)
     if trunk is None:
-        raise PassError(f"the state before {site.name} is gone: what was put beside it has taken its place.")
+        raise PassError(
+            f"the trunk before {site.name} is no longer in the graph: the map of a parallel branch replaced it."
+        )
     refused: dict[str, str] = {}
     normalised = _read_first(branch, trunk)
     if normalised is None:
-        refused["normalised"] = f"{site.name}: its first linear map reads the state itself, or none was found"
+        refused["normalised"] = (
+            f"{site.name} has no normalised source: its first linear map reads the trunk itself or a value of another "
+            "shape, or the branch has no linear map"
+        )
     previous = _previous(site, add, branch, trunk)
     if isinstance(previous, str):
         refused["previous"] = previous
@@ -78,30 +83,33 @@ def place_of(graph: Graph, site: Site) -> Place:
 
 
 def _sum_of(nodes: Mapping[str, fx.Node], site: Site) -> tuple[fx.Node, fx.Node]:
-    """The sum that adds a branch now, and the branch; another one than at first where a branch beside it is gone."""
+    """Return the sum that adds the branch in the current graph, and the branch.
+
+    After a parallel branch was dropped, this is not the original sum.
+    """
     branch = nodes.get(site.branch)
     if branch is None:
-        raise PassError(f"the branch of {site.name} is gone already, so nothing can stand in for it.")
+        raise PassError(f"the branch of {site.name} is no longer in the graph, so it cannot be replaced.")
     add, *others = branch.users
     if others or not is_sum(add):
-        raise PassError(f"the branch of {site.name} is no term of a sum any more: a map was put behind it.")
+        raise PassError(f"the branch of {site.name} is no longer a term of a sum: a map was inserted after it.")
     return add, branch
 
 
 def _root(add: fx.Node, site: Site) -> fx.Node:
-    """The complete sum, where the one that was complete at first is gone with one of its terms."""
+    """Return the complete sum after the original one was removed together with one of its terms."""
     while site.add != site.root and len(add.users) == 1 and is_sum(reader := next(iter(add.users))):
         if any(term.op == "get_attr" for term in reader.all_input_nodes):
-            break  # a constant that stands for a later branch
+            break  # the constant that replaces a later branch
         add = reader
     return add
 
 
 def _trunk(root: fx.Node, branch: fx.Node) -> fx.Node | None:
-    """The term of a sum that the branch is computed from, where the one it had at first is gone: the earliest."""
+    """Return the earliest term of the sum that the branch depends on, after the original trunk node was removed."""
     order = {node: position for position, node in enumerate(root.graph.nodes)}
-    above = _ancestors(branch)
-    return min((term for term in _terms(root) if term in above), key=order.__getitem__, default=None)
+    ancestors = _ancestors(branch)
+    return min((term for term in _terms(root) if term in ancestors), key=order.__getitem__, default=None)
 
 
 def _terms(root: fx.Node) -> Iterator[fx.Node]:
@@ -115,14 +123,14 @@ def _terms(root: fx.Node) -> Iterator[fx.Node]:
 def _ancestors(node: fx.Node) -> set[fx.Node]:
     seen, stack = {node}, [node]
     while stack:
-        fresh = set(stack.pop().all_input_nodes) - seen
-        seen |= fresh
-        stack.extend(fresh)
+        unseen = set(stack.pop().all_input_nodes) - seen
+        seen |= unseen
+        stack.extend(unseen)
     return seen - {node}
 
 
 def _read_first(branch: fx.Node, trunk: fx.Node) -> fx.Node | None:
-    """The input, shaped like the trunk, of the first linear map between trunk and branch output."""
+    """Return the input of the first linear map between trunk and branch output, if it has the shape of the trunk."""
     shape = str(value_of(trunk).shape)
     for node in _between(trunk, branch):
         if node.target in LINEAR_OPS | CONV_OPS:
@@ -133,7 +141,7 @@ def _read_first(branch: fx.Node, trunk: fx.Node) -> fx.Node | None:
 
 
 def _between(trunk: fx.Node, branch: fx.Node) -> Iterator[fx.Node]:
-    """Nodes computed from the trunk that lead to the branch output, in order."""
+    """Yield the nodes on the paths from the trunk to the branch output, in graph order."""
     needed, stack = {branch}, [branch]
     while stack:
         for source in stack.pop().all_input_nodes:
@@ -148,29 +156,30 @@ def _between(trunk: fx.Node, branch: fx.Node) -> Iterator[fx.Node]:
 
 
 def _previous(site: Site, add: fx.Node, branch: fx.Node, trunk: fx.Node) -> fx.Node | str:
-    """The branch output that was last added to the trunk, or why a map of it could not be folded anywhere."""
+    """Return the branch output that was last added to the trunk, or the reason why no map can be folded into it."""
+    refusal = f"{site.name} cannot be folded into the previous branch"
     if not is_sum(trunk):
-        return f"{site.name} cannot be folded backwards: its trunk is no sum, {trunk.name} lies between"
+        return f"{refusal}: its trunk is the output of {trunk.name}, not a sum"
     inside = {add, *_between(trunk, branch)}
-    readers = {reader for node in (trunk, *inside - {add}) for reader in node.users if _is_tensor(reader)}
-    if not inside.issuperset(readers):
-        return f"{site.name} cannot be folded backwards: the state before it, or what is made of it, has other readers"
+    consumers = {user for node in (trunk, *inside - {add}) for user in node.users if _is_tensor(user)}
+    if not inside.issuperset(consumers):
+        return f"{refusal}: its trunk, or a value computed from it, has other consumers"
     for operand in trunk.all_input_nodes:
         if len(operand.users) == 1 and trunk.args.count(operand) == 1 and projection(operand) is not None:
             return operand
-    return f"{site.name} cannot be folded backwards: what is added before it does not end in a linear map"
+    return f"{refusal}: that branch does not end in a linear map"
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether a reader sees values; a size is the same whatever is folded."""
+    """Return whether a node computes a tensor; sizes do not change when a map is folded."""
     return node.op == "output" or isinstance(value_of(node), (torch.Tensor, list, tuple))
 
 
 def projection(node: fx.Node) -> fx.Node | None:
-    """The linear map that a value comes from, through per-channel scales (LayerScale) at most."""
+    """Return the linear map that computes a value, directly or through per-channel scales (LayerScale)."""
     while node.target in SCALINGS and len(node.users) == 1:
-        moving = [source for source in node.all_input_nodes if source.op != "get_attr"]
-        if len(moving) != 1:
+        operands = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        if len(operands) != 1:
             return None
-        (node,) = moving
+        (node,) = operands
     return node if node.target in LINEAR_OPS and len(node.users) == 1 else None

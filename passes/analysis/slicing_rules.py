@@ -1,4 +1,7 @@
-"""Which part of each input an operator needs to compute only a part of its value: one rule per operator family."""
+"""Slice propagation rules: the part of each input that an operator needs to compute a part of its output.
+
+There is one rule per operator family. A rule returns None for an operator that mixes entries along the sliced axis.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from passes.graph.sites import ATTENTION_OPS, LINEAR_OPS, NORM_OPS, SOFTMAX_OPS
 
 aten = torch.ops.aten
 
-END = 2**63 - 1  # how a traced slice says "up to the end"
+END = 2**63 - 1  # the `end` of an open-ended slice in a traced graph
 
 
 @dataclass(frozen=True)
 class Part:
-    """A range of one axis of a value. Counted from the end, ``-1`` to ``0``, where the axis has no fixed size."""
+    """Range of one axis of a value.
+
+    On an axis of symbolic size, a range at the end has negative indices, with ``stop`` 0 for the end.
+    """
 
     axis: int
     start: int
@@ -29,24 +35,24 @@ class Part:
 
     @property
     def width(self) -> int:
-        """How many there are."""
+        """Number of entries."""
         return self.stop - self.start
 
     def at(self, axis: int, *, shift: int = 0) -> Part:
-        """The same range of another axis, or `shift` further on."""
+        """Return the range on another axis, shifted by `shift` entries."""
         return Part(axis, self.start + shift, self.stop + shift)
 
 
 NOTHING = Part(0, 0, 0)
-Asked = list[tuple[fx.Node, "Part | None"]]
+Requests = list[tuple[fx.Node, "Part | None"]]
 
 
 @dataclass(frozen=True)
 class Step:
-    """How a node computes only `part` of its value: what it asks of its inputs, and arguments that change.
+    """Narrowing of a node to `part` of its value.
 
-    Inputs that are not named, or named with None, are asked for in full. `hands_on` says that the part is no more than
-    what the node gets from one input.
+    `asks` maps an input to the part that the node then needs; None, or no entry, is the whole input. `arguments`
+    replaces the arguments of the node unless it is None. `hands_on` is set if the part equals a part of one input.
     """
 
     part: Part
@@ -59,7 +65,10 @@ class Step:
 
 
 def selection(node: fx.Node) -> dict[fx.Node, Part | None]:
-    """The part that a `select` or `slice` reads of its input; empty for anything else, for the batch and for all."""
+    """Return the part of its input that a `select` or `slice` reads.
+
+    The result is empty for other operators, for the batch axis and for a selection of the whole axis.
+    """
     if node.target not in (aten.select.int, aten.slice.Tensor):
         return {}
     source = _input(node)
@@ -68,7 +77,7 @@ def selection(node: fx.Node) -> dict[fx.Node, Part | None]:
 
 
 def _range(node: fx.Node, source: fx.Node) -> Part | None:
-    """The range of a selection, None where it is not known while tracing; without a fixed size never an empty one."""
+    """Return the range of a selection; None if its bounds are dynamic, or if it may be empty on a symbolic axis."""
     axis = _axis(source, _argument(node, 1, 0))
     size = size_of(source, axis)
     if node.target == aten.select.int:
@@ -88,7 +97,7 @@ def _range(node: fx.Node, source: fx.Node) -> Part | None:
 
 
 def _is_all(node: fx.Node) -> bool:
-    """Whether a slice is of everything."""
+    """Return whether a slice covers the whole axis."""
     first, last = _argument(node, 2, None), _argument(node, 3, None)
     size = size_of(_input(node), _axis(_input(node), _argument(node, 1, 0)))
     return first in (None, 0) and (
@@ -100,7 +109,7 @@ def _is_all(node: fx.Node) -> bool:
 
 
 def step_for(node: fx.Node, part: Part) -> Step | None:
-    """How to compute only `part` of a node, None where its operator mixes the tokens of that axis or is not known."""
+    """Return the narrowing of a node to `part`; None if the operator mixes entries of that axis or has no rule."""
     rule = _rule(node)
     return rule(node, part) if rule else None
 
@@ -113,34 +122,36 @@ def _rule(node: fx.Node) -> Callable[[fx.Node, Part], Step | None] | None:
     return _elementwise if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags else None
 
 
-def _made(part: Part, asked: Asked, arguments: tuple[Any, ...] | None = None, *, hands_on: bool = False) -> Step | None:
-    """The step, unless it wants two different things of one input."""
-    asks = dict(asked)
-    agree = all(asks[source] == ask for source, ask in asked)
+def _step(
+    part: Part, requests: Requests, arguments: tuple[Any, ...] | None = None, *, hands_on: bool = False
+) -> Step | None:
+    """Return the step; None if it requests two different parts of one input."""
+    asks = dict(requests)
+    agree = all(asks[source] == request for source, request in requests)
     return Step(part, asks, arguments, hands_on) if agree else None
 
 
 def _elementwise(node: fx.Node, part: Part) -> Step | None:
-    """Operands are aligned at their last axis; one that is broadcast along the axis is read in full."""
-    return _made(part, [(source, _aligned(source, _rank(node), part)) for source in node.all_input_nodes])
+    """Slice each operand, aligned at the last axis; an operand that is broadcast along the axis is read in full."""
+    return _step(part, [(source, _aligned(source, _rank(node), part)) for source in node.all_input_nodes])
 
 
 def _aligned(source: fx.Node, rank: int, part: Part) -> Part | None:
-    """The part of an operand that broadcasting to `rank` axes puts beside `part` of the result."""
+    """Return the part of an operand that contributes to `part` of a result of `rank` axes under broadcasting."""
     axis = part.axis - rank + _rank(source)
     return None if axis < 0 or _is_one(size_of(source, axis)) else part.at(axis)
 
 
-def _first_alone(node: fx.Node, part: Part) -> Step | None:
-    """Casts and the like: what else they read is no data."""
-    return _made(part, [(source, part if source is node.args[0] else None) for source in node.all_input_nodes])
+def _first_input(node: fx.Node, part: Part) -> Step | None:
+    """Slice the first input only; other inputs carry no data along the axis."""
+    return _step(part, [(source, part if source is node.args[0] else None) for source in node.all_input_nodes])
 
 
-def _rows(node: fx.Node, part: Part) -> Step | None:
-    """A linear map of the last axis."""
+def _linear(node: fx.Node, part: Part) -> Step | None:
+    """Slice a linear map along any axis but the last."""
     if node.target == aten.addmm.default:
-        return _made(part, [(_input(node, 1), part), (_input(node, 2), None)]) if _is_row(node, part) else None
-    return _first_alone(node, part) if part.axis < _rank(node) - 1 else None
+        return _step(part, [(_input(node, 1), part), (_input(node, 2), None)]) if _is_row(node, part) else None
+    return _first_input(node, part) if part.axis < _rank(node) - 1 else None
 
 
 def _is_row(node: fx.Node, part: Part) -> bool:
@@ -148,51 +159,54 @@ def _is_row(node: fx.Node, part: Part) -> bool:
 
 
 def _norm(node: fx.Node, part: Part) -> Step | None:
-    """Normalised are as many last axes as are named."""
+    """Slice a norm along an axis that is not normalised; the normalised ones are the last `len(sizes)`."""
     sizes = node.args[1]
     assert isinstance(sizes, Sequence)
-    return _first_alone(node, part) if part.axis < _rank(node) - len(sizes) else None
+    return _first_input(node, part) if part.axis < _rank(node) - len(sizes) else None
 
 
 def _softmax(node: fx.Node, part: Part) -> Step | None:
-    return _first_alone(node, part) if part.axis != _axis(node, node.args[1]) else None
+    return _first_input(node, part) if part.axis != _axis(node, node.args[1]) else None
 
 
 def _product(node: fx.Node, part: Part) -> Step | None:
-    """Rows of the left matrix or columns of the right one; other axes are broadcast as element-wise ones are."""
+    """Slice rows of the left matrix, columns of the right one, or a broadcast batch axis of both."""
     left, right = _input(node), _input(node, 1)
     rank = _rank(node)
     if min(_rank(left), _rank(right)) < 2:
         return None
     if part.axis == rank - 2:
-        return _made(part, [(left, part.at(_rank(left) - 2)), (right, None)])
+        return _step(part, [(left, part.at(_rank(left) - 2)), (right, None)])
     if part.axis == rank - 1:
-        return _made(part, [(left, None), (right, part.at(_rank(right) - 1))])
-    return _made(part, [(left, _aligned(left, rank, part)), (right, _aligned(right, rank, part))])
+        return _step(part, [(left, None), (right, part.at(_rank(right) - 1))])
+    return _step(part, [(left, _aligned(left, rank, part)), (right, _aligned(right, rank, part))])
 
 
 def _attention(node: fx.Node, part: Part) -> Step | None:
-    """Queries are independent of each other. A causal mask that is only a flag counts them from the first: refused."""
+    """Slice the queries, which are independent of each other.
+
+    ``is_causal`` is refused, because it numbers the queries from the first one.
+    """
     query, key, value = (_input(node, position) for position in range(3))
     mask = _argument(node, 3, node.kwargs.get("attn_mask"))
     if part.axis != _rank(node) - 2 or _argument(node, 5, node.kwargs.get("is_causal", False)):
         return None
-    masked: Asked = [(mask, _aligned(mask, _rank(node), part))] if isinstance(mask, fx.Node) else []
-    return _made(part, [(query, part.at(_rank(query) - 2)), (key, None), (value, None), *masked])
+    mask_request: Requests = [(mask, _aligned(mask, _rank(node), part))] if isinstance(mask, fx.Node) else []
+    return _step(part, [(query, part.at(_rank(query) - 2)), (key, None), (value, None), *mask_request])
 
 
-def _permuted(node: fx.Node, part: Part) -> Step | None:
+def _permute(node: fx.Node, part: Part) -> Step | None:
     order = list(range(_rank(node)))
     if node.target == aten.permute.default:
         order = [_axis(node, dim) for dim in node.args[1]]  # type: ignore[union-attr]
     else:
         first, second = (_axis(node, dim) for dim in node.args[1:3])
         order[first], order[second] = second, first
-    return _made(part, [(_input(node), part.at(order[part.axis]))])
+    return _step(part, [(_input(node), part.at(order[part.axis]))])
 
 
-def _reshaped(node: fx.Node, part: Part) -> Step | None:
-    """Axes may be split and merged on either side of an axis that stays."""
+def _reshape(node: fx.Node, part: Part) -> Step | None:
+    """Slice along an axis that a reshape keeps; axes on either side may be split or merged."""
     source = _input(node)
     before, after = value_of(source).shape, value_of(node).shape
     same = [
@@ -200,11 +214,11 @@ def _reshaped(node: fx.Node, part: Part) -> Step | None:
         for axis in range(len(before))
         if _product_of(before[:axis]) == _product_of(after[: part.axis]) and str(before[axis]) == str(after[part.axis])
     ]
-    return _made(part, [(source, part.at(same[0]))], _resized(node, part)) if same else None
+    return _step(part, [(source, part.at(same[0]))], _resized(node, part)) if same else None
 
 
 def _resized(node: fx.Node, part: Part) -> tuple[Any, ...] | None:
-    """The arguments of a reshape or expand with the size of the part; those of other operators name none."""
+    """Return the arguments of a reshape or expand with the size of the part; None for an operator without sizes."""
     if node.target not in RESHAPES | EXPANDS:
         return None
     sizes = list(node.args[1])  # type: ignore[arg-type]
@@ -213,20 +227,20 @@ def _resized(node: fx.Node, part: Part) -> tuple[Any, ...] | None:
 
 
 def _product_of(sizes: Sequence[Any]) -> str:
-    """As text, because comparing symbolic sizes would fix them."""
+    """Return the product as text, because comparing symbolic sizes would specialize them."""
     return str(math.prod(sizes))
 
 
-def _expanded(node: fx.Node, part: Part) -> Step | None:
+def _expand(node: fx.Node, part: Part) -> Step | None:
     source = _input(node)
-    return _made(part, [(source, _aligned(source, _rank(node), part))], _resized(node, part))
+    return _step(part, [(source, _aligned(source, _rank(node), part))], _resized(node, part))
 
 
-def _joined(node: fx.Node, part: Part) -> Step | None:
-    """A concatenation along another axis, or the one of its parts in which the range lies."""
+def _concatenation(node: fx.Node, part: Part) -> Step | None:
+    """Slice a concatenation along another axis, or replace it by the one input that contains the range."""
     sources = node.all_input_nodes
     if part.axis != _axis(node, _argument(node, 1, 0)):
-        return _made(part, [(source, part) for source in sources])
+        return _step(part, [(source, part) for source in sources])
     begin = 0
     parts = node.args[0]
     assert isinstance(parts, Sequence)
@@ -237,80 +251,80 @@ def _joined(node: fx.Node, part: Part) -> Step | None:
             return None
         if begin <= part.start and part.stop <= begin + size:
             inside = part.at(part.axis, shift=-begin) if part.width < size else None
-            others: Asked = [(other, NOTHING) for other in sources if other is not source]
-            return _made(part, [(source, inside), *others], hands_on=True)
+            others: Requests = [(other, NOTHING) for other in sources if other is not source]
+            return _step(part, [(source, inside), *others], hands_on=True)
         begin += size
     return None
 
 
-def _stacked(node: fx.Node, part: Part) -> Step | None:
-    new = _axis(node, _argument(node, 1, 0))
-    inside = part.at(part.axis - (part.axis > new))
-    return _made(part, [(source, inside) for source in node.all_input_nodes]) if part.axis != new else None
+def _stack(node: fx.Node, part: Part) -> Step | None:
+    new_axis = _axis(node, _argument(node, 1, 0))
+    inside = part.at(part.axis - (part.axis > new_axis))
+    return _step(part, [(source, inside) for source in node.all_input_nodes]) if part.axis != new_axis else None
 
 
 def _split(node: fx.Node, part: Part) -> Step | None:
-    """A list of results, of which all are narrowed alike."""
+    """Slice an operator with a list of results; all results are narrowed alike."""
     source = _input(node)
     if node.target == aten.unbind.int:
-        return _made(part, [(source, part.at(_with_axis(part.axis, _axis(source, _argument(node, 1, 0)))))])
-    return _made(part, [(source, part)]) if part.axis != _axis(source, _argument(node, 2, 0)) else None
+        return _step(part, [(source, part.at(_with_axis(part.axis, _axis(source, _argument(node, 1, 0)))))])
+    return _step(part, [(source, part)]) if part.axis != _axis(source, _argument(node, 2, 0)) else None
 
 
-def _selected(node: fx.Node, part: Part) -> Step | None:
-    """A selection in another axis stays; a slice in the same one may begin further on."""
+def _select(node: fx.Node, part: Part) -> Step | None:
+    """Keep a selection on another axis; shift the range through a slice on the same axis."""
     source = _input(node)
     axis = _axis(source, _argument(node, 1, 0))
     if node.target == aten.select.int:
-        return _made(part, [(source, part.at(_with_axis(part.axis, axis)))])
+        return _step(part, [(source, part.at(_with_axis(part.axis, axis)))])
     if part.axis != axis or _is_all(node):
-        return _made(part, [(source, part)])
-    found = _range(node, source)
-    if found is None or found.start < 0 or part.start < 0:
+        return _step(part, [(source, part)])
+    selected = _range(node, source)
+    if selected is None or selected.start < 0 or part.start < 0:
         return None
-    return _made(part, [(source, part.at(axis, shift=found.start))], hands_on=True)
+    return _step(part, [(source, part.at(axis, shift=selected.start))], hands_on=True)
 
 
 def _with_axis(axis: int, extra: int) -> int:
-    """Where an axis lies in a value that has one more, `extra`."""
+    """Return the index of an axis after an axis is inserted at `extra`."""
     return axis + (axis >= extra)
 
 
-def _reduced(node: fx.Node, part: Part) -> Step | None:
-    """A sum or mean over other axes."""
+def _reduction(node: fx.Node, part: Part) -> Step | None:
+    """Slice a reduction over other axes."""
     source, dims = _input(node), _argument(node, 1, None)
     if not isinstance(dims, Sequence) or not dims:
         return None
-    gone = {_axis(source, dim) for dim in dims}
-    kept = [axis for axis in range(_rank(source)) if axis not in gone or _argument(node, 2, False)]
+    reduced = {_axis(source, dim) for dim in dims}
+    kept = [axis for axis in range(_rank(source)) if axis not in reduced or _argument(node, 2, False)]
     axis = kept[part.axis]
-    return _made(part, [(source, part.at(axis))]) if axis not in gone else None
+    return _step(part, [(source, part.at(axis))]) if axis not in reduced else None
 
 
-def _taken(node: fx.Node, part: Part) -> Step | None:
-    """One result of several."""
-    return _made(part, [(_input(node), part)])
+def _item(node: fx.Node, part: Part) -> Step | None:
+    """Slice one item of a list of results."""
+    return _step(part, [(_input(node), part)])
 
 
 RESHAPES = VIEWS | {aten.reshape.default}
 EXPANDS = frozenset({aten.expand.default})
 SPLITS = frozenset({aten.unbind.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
 RULES: tuple[tuple[frozenset[Any], Callable[[fx.Node, Part], Step | None]], ...] = (
-    (LINEAR_OPS - {aten.mm.default}, _rows),
+    (LINEAR_OPS - {aten.mm.default}, _linear),
     (NORM_OPS, _norm),
     (SOFTMAX_OPS, _softmax),
     (frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default}), _product),
     (ATTENTION_OPS, _attention),
-    (frozenset({aten.permute.default, aten.transpose.int}), _permuted),
-    (RESHAPES | {aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim}, _reshaped),
-    (EXPANDS, _expanded),
-    (frozenset({aten.cat.default}), _joined),
-    (frozenset({aten.stack.default}), _stacked),
+    (frozenset({aten.permute.default, aten.transpose.int}), _permute),
+    (RESHAPES | {aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim}, _reshape),
+    (EXPANDS, _expand),
+    (frozenset({aten.cat.default}), _concatenation),
+    (frozenset({aten.stack.default}), _stack),
     (SPLITS, _split),
-    (frozenset({operator.getitem}), _taken),
-    (frozenset({aten.select.int, aten.slice.Tensor}), _selected),
-    (frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.amax.default}), _reduced),
-    (CASTS | COPIES | DROPOUTS | {aten.type_as.default}, _first_alone),
+    (frozenset({operator.getitem}), _item),
+    (frozenset({aten.select.int, aten.slice.Tensor}), _select),
+    (frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.amax.default}), _reduction),
+    (CASTS | COPIES | DROPOUTS | {aten.type_as.default}, _first_input),
 )
 
 
@@ -323,12 +337,12 @@ def _argument(node: fx.Node, position: int, default: Any) -> Any:
 
 def _input(node: fx.Node, position: int = 0) -> fx.Node:
     source = node.args[position]
-    assert isinstance(source, fx.Node), f"{node.name} has no tensor at {position}"
+    assert isinstance(source, fx.Node), f"argument {position} of {node.name} is not a node"
     return source
 
 
 def _shape(node: fx.Node) -> Sequence[Any]:
-    """Sizes, of the first of several results; none for what is no tensor."""
+    """Return the sizes of a value, or of the first of several results; empty if it is not a tensor."""
     value = value_of(node)
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return getattr(value, "shape", ())
@@ -339,12 +353,12 @@ def _rank(node: fx.Node) -> int:
 
 
 def size_of(node: fx.Node, axis: int) -> Any:
-    """The size of an axis, a symbol where it is not fixed."""
+    """Return the size of an axis, an integer or a symbol."""
     return _shape(node)[axis]
 
 
 def _axis(node: fx.Node, dim: Any) -> int:
-    """An axis counted from the front."""
+    """Return an axis as a non-negative index."""
     return int(dim) % max(_rank(node), 1)
 
 

@@ -1,4 +1,4 @@
-"""How much work a graph is at given input sizes, read from its traced shapes: nothing is run."""
+"""Cost of a graph at concrete input sizes, computed from its traced symbolic shapes without running it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from passes.analysis.slicing_rules import Part
     from passes.graph.graph import Graph
 
-# With padding by name ("valid", "same") a convolution is another overload.
+# A convolution with string padding ("valid", "same") is a separate overload.
 CONVOLUTIONS = CONV_OPS | {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
-# They hand on what is there already, under another shape.
+# View operators, which write no elements.
 FREE = frozenset(
     {
         aten.reshape.default,
@@ -40,10 +40,11 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class Work:
-    """What one run of a graph takes.
+    """Work of one forward pass.
 
-    `products` are the multiply-adds of linear maps and convolutions, `attention` those of products of two activations,
-    `elements` the values that all other operators write, `operators` how many there are of any kind.
+    `products` is the number of multiply-adds of linear maps and convolutions, `attention` that of products of two
+    activations. `elements` is the number of values that all other operators write. `operators` counts operators of any
+    kind except views.
     """
 
     products: int
@@ -53,20 +54,20 @@ class Work:
 
     @property
     def multiply_adds(self) -> int:
-        """All multiply-adds: what `passes.cost` counts by running."""
+        """Number of all multiply-adds, as `passes.analysis.counted_cost` counts them by running the graph."""
         return self.products + self.attention
 
 
 class Shapes:
-    """Turns the symbolic sizes of traced values into numbers, given the sizes of the inputs.
+    """Evaluator of the symbolic sizes of traced values at concrete input shapes.
 
     Args:
-        graph: any fork of the traced model.
+        graph: the traced graph or a fork of it.
         inputs: input name to shape.
     """
 
     def __init__(self, graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> None:
-        self.known: dict[str, int] = {}
+        self.evaluated: dict[str, int] = {}
         self.symbols: dict[Any, int] = {}
         for node, name in zip(graph.placeholders(), graph.inputs, strict=True):
             for size, number in zip(value_of(node).shape, inputs[name], strict=True):
@@ -74,16 +75,16 @@ class Shapes:
                     self.symbols[expression(size)] = int(number)
 
     def number(self, size: Any) -> int:
-        """A size as a number."""
+        """Return a size as an integer."""
         if not isinstance(size, torch.SymInt):
             return int(size)
         text = str(size)
-        if text not in self.known:
-            self.known[text] = int(expression(size).subs(self.symbols))
-        return self.known[text]
+        if text not in self.evaluated:
+            self.evaluated[text] = int(expression(size).subs(self.symbols))
+        return self.evaluated[text]
 
     def learn(self, node: fx.Node) -> None:
-        """Work out a size that stands for itself (`passes.edit.name_size`) from those it was computed of."""
+        """Evaluate the new symbol of a size (`passes.graph.edit.name_size`) from the arguments of its node."""
         size = value_of(node)
         symbol = expression(size) if isinstance(size, torch.SymInt) else None
         if symbol is not None and symbol.is_Symbol and symbol not in self.symbols:
@@ -91,19 +92,19 @@ class Shapes:
             self.symbols[symbol] = int(node.target(*args))  # type: ignore[operator]
 
     def of(self, value: torch.Tensor) -> tuple[int, ...]:
-        """A traced value's shape in numbers."""
+        """Return the shape of a traced value as integers."""
         return tuple(self.number(size) for size in value.shape)
 
 
 class Counter:
-    """Counts the work of graphs traced from one model, at one size of the inputs; what it has counted it remembers."""
+    """Work counter for forks of one traced graph at fixed input shapes. Counts of single operators are cached."""
 
     def __init__(self, graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = Shapes(graph, inputs)
         self.counted: dict[str, int] = {}
 
     def count(self, graph: Graph) -> Work:
-        """The work of one forward pass at those sizes, once what nobody reads is left out (`passes.unread`)."""
+        """Return the work of one forward pass without dead tokens (`passes.rewrite.narrow_tokens`)."""
         read = read_parts(graph)
         products = attention = elements = operators = 0
         for node in graph.nodes():
@@ -125,7 +126,7 @@ class Counter:
         return Work(products, attention, elements, operators)
 
     def _share(self, node: fx.Node, part: Part | None) -> float:
-        """How much of a node's value is read: rows of linear maps and attention cost the same each."""
+        """Return the fraction of a value that is read; the cost of an operator is proportional to its rows."""
         if part is None:
             return 1.0
         value = value_of(node)
@@ -135,12 +136,12 @@ class Counter:
     def _elements(self, value: Any) -> int:
         if isinstance(value, torch.Tensor):
             return torch.Size(self.shapes.of(value)).numel()
-        return sum(self._elements(each) for each in value if isinstance(each, torch.Tensor))
+        return sum(self._elements(item) for item in value if isinstance(item, torch.Tensor))
 
     def _multiply_adds(self, node: fx.Node) -> int:
-        """The multiply-adds of an operator on tensors without data of these shapes."""
+        """Return the multiply-adds of an operator, computed on meta tensors of the evaluated shapes."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._empty(value_of(source)))
-        key = str((node.target, fx.node.map_aggregate((args, kwargs), _described)))
+        key = str((node.target, fx.node.map_aggregate((args, kwargs), _shape_key)))
         if key not in self.counted:
             call: Callable[..., Any] = node.target  # type: ignore[assignment]
             by_formula = multiply_adds(call, args, self._empty(value_of(node)))
@@ -153,5 +154,5 @@ class Counter:
         return self.shapes.number(value) if isinstance(value, torch.SymInt) else value
 
 
-def _described(value: Any) -> Any:
+def _shape_key(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else value

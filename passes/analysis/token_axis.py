@@ -1,4 +1,4 @@
-"""Follow the token axis of a value through operators: where it goes, where its length is written, where it is lost."""
+"""Tracking of the batch and token axes through operators, and detection of leading constant tokens."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ SIZES = {aten.reshape.default: 1, aten.expand.default: 1, **dict.fromkeys(VIEWS,
 
 
 class Unfollowed(Exception):
-    """An operator does not keep the tokens apart; the message says why."""
+    """An operator through which the token axis cannot be tracked; the message states the reason."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Where the tokens are in a value.
+    """Batch and token axes of a value.
 
-    ``stage`` is the number of reductions behind it, ``batch`` its axis of samples, ``tokens`` pairs of an axis and the
-    token it starts with (negative: so many other entries stand in front). ``weighted`` is set behind a softmax over
-    tokens, which knows their sizes.
+    ``stage`` is the number of token reductions before the value and ``batch`` its batch axis. ``tokens`` holds pairs of
+    an axis and the index of its first token; a negative index counts other entries in front of the tokens.
+    ``weighted`` is set after a softmax over tokens, which accounts for the token sizes.
     """
 
     stage: int
@@ -64,43 +64,46 @@ class Flow:
 
 
 def sizes_of(node: fx.Node) -> list[Any]:
-    """Sizes as integers and expressions, which compare without fixing symbolic ones; of the first of several parts."""
+    """Return the sizes of a value, or of the first tensor of a list.
+
+    Symbolic sizes are returned as expressions, whose comparison does not specialize them.
+    """
     value = value_of(node)
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return [expression(size) for size in getattr(value, "shape", ())]
 
 
 def option(node: fx.Node, name: str) -> Any:
-    """An argument of a call by its name, its default where it is not given."""
+    """Return an argument of a call by name, or its default. Raises KeyError if the operator has no such argument."""
     for position, argument in enumerate(arguments(node.target)):
         if argument.name == name:
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
-            return argument.default_value if given is None else given
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
+            return argument.default_value if value is None else value
     raise KeyError(name)
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether an operator works on each entry alone, operands broadcast."""
+    """Return whether an operator is element-wise, with broadcast operands."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def move(node: fx.Node, flow: Flow, before: Sequence[Any], after: Sequence[Any]) -> Flow:
-    """The flow behind an operator that moves, joins or splits axes.
+    """Return the flow after an operator that moves, merges or splits axes.
 
     Raises:
-        Unfollowed: the axis of samples or tokens is not one axis any more.
+        Unfollowed: the operator merges or splits the batch axis or a token axis.
     """
-    where = axes_behind(node, before, after)
-    lost = [axis for axis in (flow.batch, *dict(flow.tokens)) if axis not in where]
+    output_axis = axes_behind(node, before, after)
+    lost = [axis for axis in (flow.batch, *dict(flow.tokens)) if axis not in output_axis]
     if lost:
-        what = "samples" if lost[0] == flow.batch else "tokens"
-        raise Unfollowed(f"it joins or splits the axis of {what} ({as_text(before)} to {as_text(after)})")
-    tokens = tuple(sorted((where[axis], start) for axis, start in flow.tokens))
-    return Flow(flow.stage, where[flow.batch], tokens, flow.weighted)
+        name = "batch" if lost[0] == flow.batch else "token"
+        raise Unfollowed(f"it merges or splits the {name} axis ({as_text(before)} to {as_text(after)})")
+    tokens = tuple(sorted((output_axis[axis], start) for axis, start in flow.tokens))
+    return Flow(flow.stage, output_axis[flow.batch], tokens, flow.weighted)
 
 
 def axes_behind(node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> dict[int, int]:
-    """For each axis of the input that is one axis of the output too, which."""
+    """Map each input axis that the operator keeps as one axis to the corresponding output axis."""
     rank = len(before)
     if node.target == aten.permute.default:
         return {dim % rank: position for position, dim in enumerate(option(node, "dims"))}
@@ -111,7 +114,7 @@ def axes_behind(node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> d
         new = option(node, "dim") % (rank + 1)
         return {axis: axis + (axis >= new) for axis in range(rank)}
     if node.target in (aten.squeeze.dim, aten.select.int, aten.unbind.int):
-        return _without(rank, [option(node, "dim")]) if len(after) < rank else _straight(rank)
+        return _without(rank, [option(node, "dim")]) if len(after) < rank else _identity(rank)
     if node.target in RESHAPES:
         return _reshaped(before, after)
     if node.target in REDUCTIONS and not option(node, "keepdim"):
@@ -119,35 +122,35 @@ def axes_behind(node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> d
     return {axis: axis + len(after) - rank for axis in range(rank)}
 
 
-def _straight(rank: int) -> dict[int, int]:
+def _identity(rank: int) -> dict[int, int]:
     return {axis: axis for axis in range(rank)}
 
 
 def _without(rank: int, dims: Sequence[int]) -> dict[int, int]:
-    gone = {dim % rank for dim in dims}
-    left = [axis for axis in range(rank) if axis not in gone]
-    return {axis: position for position, axis in enumerate(left)}
+    removed = {dim % rank for dim in dims}
+    kept = [axis for axis in range(rank) if axis not in removed]
+    return {axis: position for position, axis in enumerate(kept)}
 
 
 def _reshaped(before: Sequence[Any], after: Sequence[Any]) -> dict[int, int]:
-    """Axes of the same size with as many entries before them."""
-    ahead = [math.prod(after[:position]) for position in range(len(after))]
-    found = {}
+    """Map input axes to output axes of the same size whose preceding sizes have the same product."""
+    output_products = [math.prod(after[:position]) for position in range(len(after))]
+    output_axis = {}
     for axis, size in enumerate(before):
-        front = math.prod(before[:axis])
-        for position, other in enumerate(after):
-            if ahead[position] == front and other == size:
-                found[axis] = position
-    return found
+        input_product = math.prod(before[:axis])
+        for position, output_size in enumerate(after):
+            if output_products[position] == input_product and output_size == size:
+                output_axis[axis] = position
+    return output_axis
 
 
 def as_text(sizes: Sequence[Any]) -> str:
-    """Sizes as they are written in messages."""
+    """Format sizes for an error message."""
     return "[" + ", ".join(map(str, sizes)) + "]"
 
 
 def baked_sizes(node: fx.Node, flow: Flow, lengths: Mapping[int, Any]) -> tuple[Any, ...] | None:
-    """The arguments of a reshape or expand with other lengths on its token axes; None where they hold none."""
+    """Return the arguments of a reshape or expand with new token axis lengths; None for any other operator."""
     if node.target not in SIZES:
         return None
     sizes = list(node.args[1])  # type: ignore[arg-type]
@@ -158,31 +161,31 @@ def baked_sizes(node: fx.Node, flow: Flow, lengths: Mapping[int, Any]) -> tuple[
 
 
 def together(flows: Sequence[tuple[Flow, int]], rank: int) -> Flow:
-    """The flow of operands, each with its rank, broadcast to a value of `rank` axes.
+    """Return the flow of operands, each given with its rank, that are broadcast to `rank` axes.
 
     Raises:
-        Unfollowed: they disagree on where samples or tokens are.
+        Unfollowed: the operands disagree on the batch axis or on the first token of a token axis.
     """
     tokens: dict[int, int] = {}
     batches = set()
-    for flow, own in flows:
-        batches.add(flow.batch + rank - own)
+    for flow, operand_rank in flows:
+        batches.add(flow.batch + rank - operand_rank)
         for axis, start in flow.tokens:
-            if tokens.setdefault(axis + rank - own, start) != start:
-                raise Unfollowed("it joins values that start with different tokens")
+            if tokens.setdefault(axis + rank - operand_rank, start) != start:
+                raise Unfollowed("it combines values whose first tokens differ")
     if len(batches) > 1:
-        raise Unfollowed("it joins values with the samples on different axes")
+        raise Unfollowed("it combines values whose batch axes differ")
     stage = max(flow.stage for flow, _ in flows)
     return Flow(stage, batches.pop(), tuple(sorted(tokens.items())), any(flow.weighted for flow, _ in flows))
 
 
 def leading_constants(node: fx.Node, axis: int, data: set[fx.Node]) -> int:
-    """Number of leading entries along an axis that come from parameters alone: class and register tokens.
+    """Return the number of leading entries along an axis that depend on parameters only (class, register tokens).
 
     Args:
         node: a value ``[samples, tokens, features]``.
-        axis: its axis of tokens.
-        data: nodes computed from the inputs' values.
+        axis: its token axis.
+        data: nodes that depend on the values of an input.
     """
     if node not in data:
         sizes = sizes_of(node)
@@ -207,18 +210,18 @@ def _end(node: fx.Node) -> int:
 def _leading_of_parts(parts: Sequence[fx.Node], axis: int, data: set[fx.Node]) -> int:
     total = 0
     for part in parts:
-        found = leading_constants(part, axis, data)
-        total += found
-        if found != sizes_of(part)[axis]:
+        count = leading_constants(part, axis, data)
+        total += count
+        if count != sizes_of(part)[axis]:
             break
     return total
 
 
 def from_data(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes whose values depend on the values of an input; sizes are no data."""
-    found: set[fx.Node] = set()
+    """Return the nodes that depend on the values of an input; shape arithmetic does not count."""
+    dependent: set[fx.Node] = set()
     for node in nodes:
-        number = node.target in (aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.floordiv)
-        if node.op == "placeholder" or (not number and any(source in found for source in node.all_input_nodes)):
-            found.add(node)
-    return found
+        is_size = node.target in (aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.floordiv)
+        if node.op == "placeholder" or (not is_size and any(source in dependent for source in node.all_input_nodes)):
+            dependent.add(node)
+    return dependent

@@ -1,4 +1,4 @@
-"""Dead tokens: which part of each value is used by what follows, found from the outputs up."""
+"""Liveness analysis of tokens: the part of each value that later operators read, propagated from the outputs."""
 
 from __future__ import annotations
 
@@ -24,49 +24,52 @@ EXPENSIVE = LINEAR_OPS | PRODUCTS | ATTENTION_OPS
 
 
 def read_parts(graph: Graph) -> dict[str, Part]:
-    """Which part of a value is read, by node name, for the nodes that `Unread` would narrow. Changes nothing."""
+    """Return the part of its value that is read, by name of each node that `Unread` would narrow.
+
+    The graph is not changed.
+    """
     return {node.name: step.part for node, step in worthwhile_steps(graph).items()}
 
 
 def worthwhile_steps(graph: Graph) -> dict[fx.Node, Step]:
-    """The nodes to narrow, in order: connected groups of them that hold a matrix product.
+    """Return the narrowing steps worth applying, in graph order.
 
-    Groups are planned again from the start without those found to be of no use, because what one of them does not
-    read is another's reason to be narrowed.
+    A connected group of steps is kept if it contains a linear map, a matrix product or an attention. The plan is
+    repeated without the rejected nodes until no group is rejected, because a rejected node reads its whole inputs.
     """
-    banned: set[fx.Node] = set()
+    rejected: set[fx.Node] = set()
     while True:
-        steps = _plan(graph, banned)
-        useless = {node for node in steps if _is_cut_off(node, steps)}
+        steps = _plan(graph, rejected)
+        newly_rejected = {node for node in steps if _is_inconsistent_item(node, steps)}
         for group in _groups(steps):
             if not any(node.target in EXPENSIVE for node in group):
-                useless |= group
-        if not useless:
+                newly_rejected |= group
+        if not newly_rejected:
             return {node: steps[node] for node in graph.nodes() if node in steps}
-        banned |= useless
+        rejected |= newly_rejected
 
 
-def _plan(graph: Graph, banned: Collection[fx.Node]) -> dict[fx.Node, Step]:
-    """From the outputs up: what each node's readers want of it, and whether it can be made to compute no more."""
+def _plan(graph: Graph, rejected: Collection[fx.Node]) -> dict[fx.Node, Step]:
+    """Propagate the parts that consumers read from the outputs upwards, and narrow each node that has a rule."""
     steps: dict[fx.Node, Step] = {}
-    wanted: dict[fx.Node, Part | None] = {}
+    read: dict[fx.Node, Part | None] = {}
     for node in reversed(graph.nodes()):
-        if node not in wanted and node.users:
-            continue  # its only readers were narrowed to something else
-        part = wanted.get(node)
-        step = step_for(node, part) if part and node not in banned and _shrinks(node, part) else None
+        if node not in read and node.users:
+            continue  # its consumers were narrowed to other inputs
+        part = read.get(node)
+        step = step_for(node, part) if part and node not in rejected and _shrinks(node, part) else None
         if step:
             steps[node] = step
         asks = step.asks if step else selection(node)
         for source in node.all_input_nodes:
-            ask = asks.get(source)
-            if ask != NOTHING:
-                wanted[source] = _hull(source, wanted[source], ask) if source in wanted else ask
+            requested = asks.get(source)
+            if requested != NOTHING:
+                read[source] = _hull(source, read[source], requested) if source in read else requested
     return steps
 
 
 def _hull(node: fx.Node, left: Part | None, right: Part | None) -> Part | None:
-    """What covers both, None for everything."""
+    """Return the smallest part that covers both; None is the whole value."""
     if left == right or left is None or right is None:
         return left if left == right else None
     if left.axis != right.axis or not isinstance(size_of(node, left.axis), int):
@@ -75,22 +78,28 @@ def _hull(node: fx.Node, left: Part | None, right: Part | None) -> Part | None:
 
 
 def _shrinks(node: fx.Node, part: Part) -> bool:
-    """At least by half. Of an axis without a fixed size one token only: several may be fewer at run time."""
+    """Return whether a part is at most half of its axis.
+
+    A part of a symbolic axis must be one entry, because the axis may have fewer entries than a longer part.
+    """
     size = size_of(node, part.axis)
     return 2 * part.width <= size if isinstance(size, int) else part.width == 1
 
 
-def _is_cut_off(node: fx.Node, steps: Mapping[fx.Node, Step]) -> bool:
-    """Whether a node takes one of several results that are not narrowed alike: lists cannot be sliced."""
+def _is_inconsistent_item(node: fx.Node, steps: Mapping[fx.Node, Step]) -> bool:
+    """Return whether a node takes an item of a list of results that is not narrowed to the same part.
+
+    A list of results cannot be sliced.
+    """
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and (source not in steps or steps[source].part != steps[node].part)
 
 
 def _groups(steps: Mapping[fx.Node, Step]) -> list[set[fx.Node]]:
-    """Narrowed nodes that read each other."""
+    """Return the connected groups of narrowed nodes."""
     groups: list[set[fx.Node]] = []
     for node, step in steps.items():
         joined = {node, *(source for source in step.asks if source in steps)}
-        apart = [group for group in groups if group.isdisjoint(joined)]
-        groups = [*apart, joined.union(*(group for group in groups if not group.isdisjoint(joined)))]
+        disjoint = [group for group in groups if group.isdisjoint(joined)]
+        groups = [*disjoint, joined.union(*(group for group in groups if not group.isdisjoint(joined)))]
     return groups

@@ -1,10 +1,12 @@
-"""Where along depth, positions and kinds of tokens a model is redundant: one streaming sweep over calibration data.
+"""Redundancy statistics by depth, token position and kind of token, from one streaming sweep over calibration data.
 
-With x the trunk before a branch and y = x + f(x), for each token: cosine <x, y> / (|x| |y|) (as LLM-Drop, He et al.
-2024, eq. 1), relative update |f(x)| / |x|, and |f(x)|. They are added up in float64 by site, position and kind of
-token; of each sample only one cosine a site is kept, so that rankings can be drawn anew. Of each trunk state: |x| by
-kind, and for each sample the largest |activation| and the median, whose ratio tells massive activations (Sun et al.
-2024, "Massive Activations in Large Language Models", section 2: above 100 and a thousand times the median).
+Let x be the trunk before a branch and y = x + f(x). The statistics of a token are the cosine <x, y> / (|x| |y|)
+(LLM-Drop, He et al. 2024, eq. 1), the relative update |f(x)| / |x|, and |f(x)|. They are summed in float64 by site,
+position and kind of token. Each sample also keeps its sum of cosines per site, so that rankings can be resampled.
+
+The statistics of a trunk state are |x| by kind of token, and for each sample the largest |activation| and the median.
+Their ratio detects massive activations (Sun et al. 2024, "Massive Activations in Large Language Models", section 2:
+above 100 and above a thousand times the median).
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kinds:
-    """How tokens are called.
+    """Names of the kinds of tokens.
 
-    `leading` names those that stand in front of all others, one by one (class, registers). In texts the first token
-    that is no padding is called `first`, the last one `last`, where these are given. All others are `rest`.
+    `leading` names the leading tokens one by one (class, registers). In texts, `first` names the first token that is
+    not padding and `last` the last one, unless they are None. `rest` names all other tokens.
     """
 
     leading: tuple[str, ...] = ()
@@ -44,35 +46,37 @@ class Kinds:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every kind once, those in front first."""
+        """Unique names of all kinds, leading tokens first."""
         return tuple(dict.fromkeys([*self.leading, *filter(None, (self.first, self.last)), self.rest]))
 
     def of(self, shape: tuple[int, int], mask: torch.Tensor | None, leading: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kind (an index of `names`, -1 for padding) and position of each token, int64 [rows, tokens].
+        """Return kind and position of each token, int64 [rows, tokens].
+
+        The kind is an index into `names`, or -1 for padding. Positions start at the first token that is not padding.
 
         Args:
-            shape: rows and tokens.
-            mask: [rows, tokens], 0 at padding; None where there is none. Positions begin at the first token.
-            leading: how many of the leading tokens this state has.
+            shape: numbers of rows and tokens.
+            mask: attention mask [rows, tokens], 0 at padding, or None.
+            leading: number of leading tokens that this state has.
         """
         present = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-        place = (present.long().cumsum(1) - 1).clamp(min=0)
+        positions = (present.long().cumsum(1) - 1).clamp(min=0)
         kind = torch.full(shape, self.names.index(self.rest))
         for position, name in enumerate(self.leading[:leading]):
             kind[:, position] = self.names.index(name)
         if self.last is not None:
-            kind[place == present.sum(1, keepdim=True) - 1] = self.names.index(self.last)
+            kind[positions == present.sum(1, keepdim=True) - 1] = self.names.index(self.last)
         if self.first is not None:
-            kind[place == 0] = self.names.index(self.first)
-        return torch.where(present, kind, -1), place
+            kind[positions == 0] = self.names.index(self.first)
+        return torch.where(present, kind, -1), positions
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What branches or blocks do to tokens: float64 sums.
+    """Float64 sums of the changes that a branch or block applies to tokens.
 
-    `positions` [3, positions] are tokens, cosines and relative updates; `kinds` [4, kinds] the same and |f(x)|;
-    `samples` [2, samples] tokens and cosines of each sample.
+    `positions` [3, positions] holds token counts, cosines and relative updates. `kinds` [4, kinds] holds the same and
+    |f(x)|. `samples` [2, samples] holds token counts and cosines of each sample.
     """
 
     positions: torch.Tensor
@@ -80,33 +84,33 @@ class Changes:
     samples: torch.Tensor
 
     def __add__(self, other: Changes) -> Changes:
-        """Sums over the samples of both."""
+        """Return the sums over the samples of both."""
         longest = max(self.positions.shape[1], other.positions.shape[1])
         padded = [
-            torch.nn.functional.pad(each.positions, (0, longest - each.positions.shape[1])) for each in (self, other)
+            torch.nn.functional.pad(part.positions, (0, longest - part.positions.shape[1])) for part in (self, other)
         ]
         return Changes(padded[0] + padded[1], self.kinds + other.kinds, torch.cat([self.samples, other.samples], 1))
 
 
 @dataclass(frozen=True)
 class States:
-    """What a trunk state holds: `kinds` [2, kinds] are tokens and sums of |x|.
+    """Activation statistics of a trunk state.
 
-    `samples` [4, samples] are the largest |activation| of each sample, the median, and the channel and kind of token
-    that the largest one belongs to.
+    `kinds` [2, kinds] holds token counts and sums of |x|. `samples` [4, samples] holds the largest |activation| of each
+    sample, the median, and the channel and the kind of token of the largest one.
     """
 
     kinds: torch.Tensor
     samples: torch.Tensor
 
     def __add__(self, other: States) -> States:
-        """Sums over the samples of both."""
+        """Return the sums over the samples of both."""
         return States(self.kinds + other.kinds, torch.cat([self.samples, other.samples], 1))
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Everything by name: sites, blocks, and trunk states (by the node that holds them). Parts of the data add up."""
+    """Statistics by name of site, block and trunk state (node name). Parts of the data are added with ``+``."""
 
     kinds: tuple[str, ...]
     sites: Mapping[str, Changes]
@@ -114,22 +118,22 @@ class Statistics:
     states: Mapping[str, States] = field(repr=False)
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Statistics of both parts of the data together."""
+        """Return the statistics of both parts of the data."""
         return Statistics(
             self.kinds,
-            {name: each + other.sites[name] for name, each in self.sites.items()},
-            {name: each + other.blocks[name] for name, each in self.blocks.items()},
-            {name: each + other.states[name] for name, each in self.states.items()},
+            {name: changes + other.sites[name] for name, changes in self.sites.items()},
+            {name: changes + other.blocks[name] for name, changes in self.blocks.items()},
+            {name: state + other.states[name] for name, state in self.states.items()},
         )
 
 
 @dataclass(frozen=True)
 class Study:
-    """Measure `Statistics` of all sites in one sweep over the data. Changes nothing.
+    """Analysis pass that measures the `Statistics` of all sites in one sweep. It does not change the graph.
 
     Args:
-        kinds: how tokens are called.
-        rows_per_sample: 2 where a sample is a pair of texts.
+        kinds: names of the kinds of tokens.
+        rows_per_sample: rows of the batch that form one sample, 2 for pairs of texts.
     """
 
     kinds: Kinds = Kinds()
@@ -142,7 +146,7 @@ class Study:
         """Run the graph once over `data` and add up the statistics of each batch.
 
         Raises:
-            PassError: no data, no sites, or values that are not finite (with the first site that has them).
+            PassError: there is no data or no site, or values are not finite; the message names the first such site.
         """
         sites = find_sites(graph)
         if not sites:
@@ -171,7 +175,7 @@ class _Sweep:
         sites: dict[str, Changes] = {}
         blocks: dict[str, Changes] = {}
         states: dict[str, States] = {}
-        for name in set(self.states) & {node.name for node in values}:  # a trunk that is an input itself
+        for name in set(self.states) & {node.name for node in values}:  # a trunk that is a graph input
             states[name] = self._state(name, values, mask)
         for node in self.program.walk(values):
             if node.name in self.states and node.name not in states:
@@ -188,82 +192,85 @@ class _Sweep:
         return Statistics(self.names, sites, blocks, order)
 
     def _tokens(self, name: str, values: Mapping[fx.Node, Any], like: Site | None = None) -> torch.Tensor:
-        """A state as float32 [rows, tokens, width]; a grid's tokens are in reading order."""
+        """Return a state as float32 [rows, tokens, width]; the tokens of a grid are in row-major order."""
         dim = self.dims[name] if like is None else like.channel_dim
         value: torch.Tensor = values[self.nodes[name]].float().movedim(dim, -1)
         return value.reshape(len(value), -1, value.shape[-1])
 
-    def _named(self, trunk: str, shape: torch.Size, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kind and position of each token of a state."""
+    def _token_kinds(
+        self, trunk: str, shape: torch.Size, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return kind and position of each token of a state."""
         size = int(shape[0]), int(shape[1])
         fits = mask is not None and tuple(mask.shape) == size
         kinds = self.study.kinds if fits or mask is None else Kinds(rest=self.study.kinds.rest)
-        kind, place = kinds.of(size, mask if fits else None, self.leading[trunk])
+        kind, positions = kinds.of(size, mask if fits else None, self.leading[trunk])
         if kinds is not self.study.kinds:
             kind += self.names.index(kinds.rest)
-        return kind, place
+        return kind, positions
 
     def _changes(
         self, x: torch.Tensor, y: torch.Tensor, change: torch.Tensor, site: Site, mask: torch.Tensor | None
     ) -> Changes:
-        kind, place = self._named(site.trunk, x.shape, mask)
+        kind, positions = self._token_kinds(site.trunk, x.shape, mask)
         cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1).double()
         size = change.norm(dim=-1)
         update = (size / x.norm(dim=-1).clamp(min=1e-12)).double()
-        there = kind >= 0
-        if not (torch.isfinite(cosine[there]).all() and torch.isfinite(update[there]).all()):
+        present = kind >= 0
+        if not (torch.isfinite(cosine[present]).all() and torch.isfinite(update[present]).all()):
             raise PassError(f"site {site.name} computes values that are NaN or infinite on the calibration data.")
         ones = torch.ones_like(cosine)
-        by_place = _summed([ones, cosine, update], place[there], there, int(place.max()) + 1)
-        by_kind = _summed([ones, cosine, update, size.double()], kind[there], there, len(self.names))
-        rows = torch.stack([(each * there).sum(1) for each in (ones, cosine)])
-        return Changes(by_place, by_kind, rows.reshape(2, -1, self.study.rows_per_sample).sum(2))
+        by_position = _summed([ones, cosine, update], positions[present], present, int(positions.max()) + 1)
+        by_kind = _summed([ones, cosine, update, size.double()], kind[present], present, len(self.names))
+        rows = torch.stack([(value * present).sum(1) for value in (ones, cosine)])
+        return Changes(by_position, by_kind, rows.reshape(2, -1, self.study.rows_per_sample).sum(2))
 
     def _state(self, name: str, values: Mapping[fx.Node, Any], mask: torch.Tensor | None) -> States:
         x = self._tokens(name, values)
-        kind, _ = self._named(name, x.shape, mask)
-        there = kind >= 0
+        kind, _ = self._token_kinds(name, x.shape, mask)
+        present = kind >= 0
         by_kind = _summed(
-            [torch.ones_like(x[..., 0]).double(), x.norm(dim=-1).double()], kind[there], there, len(self.names)
+            [torch.ones_like(x[..., 0]).double(), x.norm(dim=-1).double()], kind[present], present, len(self.names)
         )
-        per = self.study.rows_per_sample
-        rows = [_largest(x[at : at + per], kind[at : at + per]) for at in range(0, len(x), per)]
+        step = self.study.rows_per_sample
+        rows = [_largest(x[start : start + step], kind[start : start + step]) for start in range(0, len(x), step)]
         return States(by_kind, torch.tensor(rows, dtype=torch.float64).T)
 
 
-def _summed(values: list[torch.Tensor], index: torch.Tensor, there: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums of each value over the tokens of each index, float64 [values, count]."""
+def _summed(values: list[torch.Tensor], index: torch.Tensor, present: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum each value over the present tokens of each index; return float64 [values, count]."""
     total = torch.zeros(len(values), count, dtype=torch.float64)
-    return total.index_add_(1, index, torch.stack([value[there] for value in values]))
+    return total.index_add_(1, index, torch.stack([value[present] for value in values]))
 
 
 def _largest(x: torch.Tensor, kind: torch.Tensor) -> tuple[float, float, float, float]:
-    """Of one sample: the largest |activation|, the median, and channel and kind of the token of the largest."""
-    there = kind >= 0
-    sizes = x[there].abs()
+    """Return the largest |activation| and the median of one sample, and channel and kind of token of the largest."""
+    present = kind >= 0
+    sizes = x[present].abs()
     if not len(sizes):
         return math.nan, math.nan, -1.0, -1.0
-    place = int(sizes.argmax())
-    token, channel = divmod(place, sizes.shape[1])
-    return float(sizes.flatten()[place]), float(sizes.median()), float(channel), float(kind[there][token])
+    index = int(sizes.argmax())
+    token, channel = divmod(index, sizes.shape[1])
+    return float(sizes.flatten()[index]), float(sizes.median()), float(channel), float(kind[present][token])
 
 
 def _leading(
-    graph: Graph, states: Iterable[str], dims: Mapping[str, int], nodes: Mapping[str, fx.Node], most: int
+    graph: Graph, states: Iterable[str], dims: Mapping[str, int], nodes: Mapping[str, fx.Node], limit: int
 ) -> dict[str, int]:
-    """How many leading tokens each state has: as many as at the trunk's beginning, as long as its length is the same.
+    """Return the number of leading tokens of each state, at most `limit`.
 
-    Class tokens that join late (CaiT) change the length, so what is in front is read again there.
+    Consecutive states of the same length share one count. A class token that is concatenated late (CaiT) changes the
+    length, so the leading tokens are counted again there.
     """
-    data, found = from_data(graph.nodes()), {}
+    data, counts = from_data(graph.nodes()), {}
     length: object = None
     count = 0
     for name in states:
         shape = nodes[name].meta["val"].shape
         if len(shape) != 3 or dims[name] % 3 != 2:
-            found[name] = 0
+            counts[name] = 0
             continue
         if shape[1] is not length and str(shape[1]) != str(length):
             length, count = shape[1], leading_constants(nodes[name], 1, data)
-        found[name] = min(count, most)
-    return found
+        counts[name] = min(count, limit)
+    return counts

@@ -1,1 +1,1 @@
-"""Run a graph: in memory, section by section, or with weights read from disk."""
+"""Execution of a graph: in memory, section by section, or with offloaded weights."""

@@ -1,7 +1,7 @@
-"""Run a graph node by node: with some branches skipped, or beside variants of it that share its beginning.
+"""Interpreter of a graph: runs it node by node, with branches skipped or together with variants of it.
 
-An interpreted run that lets chosen adds stand for their other operand equals the rewritten graph bit for bit. A fork
-of a graph shares its weights, so that scoring and search need no export and no second copy of the model.
+A run that replaces the add of a skipped branch by its other operand equals the rewritten graph bit for bit. Variants
+share the weights of the graph, so that scoring and search need neither an export nor a second copy of the model.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Key = TypeVar("Key")
 
 
 class Program:
-    """A graph with some branches skipped, ready to run: the nodes needed, in order, and when each value dies.
+    """Execution plan of a graph: the nodes to run, in order, and the last use of each value.
 
     Args:
-        graph: the traced model; not changed, and not to be changed while the program is in use.
+        graph: traced model; must not be edited while the program is in use.
         skip: sites whose branch counts as zero.
-        keep: names of nodes to hold on to until the end although nothing reads them any more.
-        outputs: names of the outputs that are computed; None computes all of them.
+        keep: names of nodes whose values are kept after their last use.
+        outputs: names of the outputs to compute; None computes all of them.
     """
 
     def __init__(
@@ -44,35 +44,37 @@ class Program:
     ) -> None:
         self.graph = graph
         self.stand_in = resolution(graph, skip)
-        kept = {self._value(node) for node in graph.nodes() if node.name in keep}
-        named = zip(graph.outputs, output_values(graph), strict=True)
-        self.outputs = [self._value(node) for name, node in named if outputs is None or name in outputs]
+        kept = {self._resolve(node) for node in graph.nodes() if node.name in keep}
+        named_outputs = zip(graph.outputs, output_values(graph), strict=True)
+        self.outputs = [self._resolve(node) for name, node in named_outputs if outputs is None or name in outputs]
         live = live_nodes(graph, self.stand_in) if outputs is None else needed_by(self.outputs, self.stand_in)
         live = live | needed_by(kept, self.stand_in)
         self.order = [node for node in graph.nodes() if node in live and node.op != "output"]
         self.constants = {node: attribute(graph, node) for node in self.order if node.op == "get_attr"}
         self.last_uses = self._last_uses(kept)
 
-    def _value(self, node: fx.Node) -> fx.Node:
+    def _resolve(self, node: fx.Node) -> fx.Node:
         return self.stand_in.get(node, node)
 
     def _last_uses(self, kept: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
         last: dict[fx.Node, fx.Node] = {}
         for node in self.order:
             for source in node.all_input_nodes:
-                last[self._value(source)] = node
-        dying: dict[fx.Node, list[fx.Node]] = {}
+                last[self._resolve(source)] = node
+        last_uses: dict[fx.Node, list[fx.Node]] = {}
         for source, node in last.items():
             if source not in kept and source not in self.outputs:
-                dying.setdefault(node, []).append(source)
-        return dying
+                last_uses.setdefault(node, []).append(source)
+        return last_uses
 
     def step(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """The value of one node, given those of its inputs."""
+        """Compute the value of one node from the values of its inputs."""
         if node.op == "get_attr":
             return self.constants[node]
-        # A weight on disk is read for each node that takes it and forgotten again (passes.sections knows better).
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: in_memory(values[self._value(source)]))
+        # An offloaded weight is read again for every consumer; `passes.execute.sections` reads it once a section.
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda source: in_memory(values[self._resolve(source)])
+        )
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
@@ -80,16 +82,16 @@ class Program:
         return self.graph.module.get_submodule(str(node.target))(*args, **kwargs)
 
     def operands(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, ...]:
-        """The positional arguments of one node, as long as its inputs have values; weights on disk as stand-ins."""
-        arguments: tuple[Any, ...] = fx.node.map_arg(node.args, lambda source: values[self._value(source)])
+        """Return the positional arguments of a node while its inputs have values, without reading offloaded weights."""
+        arguments: tuple[Any, ...] = fx.node.map_arg(node.args, lambda source: values[self._resolve(source)])
         return arguments
 
     def start(self, feeds: Mapping[str, torch.Tensor]) -> dict[fx.Node, Any]:
-        """Values of the input nodes."""
+        """Return the values of the input nodes."""
         return {node: feeds[name] for node, name in zip(self.graph.placeholders(), self.graph.inputs, strict=True)}
 
     def walk(self, values: dict[fx.Node, Any], *, start: int = 0, stop: int | None = None) -> Iterator[fx.Node]:
-        """Compute the nodes of `order` from `start` to `stop`, yielding each before its inputs may be freed."""
+        """Compute the nodes of `order` from `start` to `stop`; yield each before its inputs are freed."""
         for node in self.order[start:stop]:
             if node not in values:
                 values[node] = self.step(node, values)
@@ -98,45 +100,45 @@ class Program:
                 values.pop(dead, None)
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The outputs for one batch."""
+        """Return the outputs for one batch."""
         return _finish(self, self.start(feeds), 0)
 
     def results(self, values: Mapping[fx.Node, Any]) -> tuple[torch.Tensor, ...]:
-        """The outputs, once every node has run."""
+        """Return the outputs after every node has run."""
         return tuple(values[node] for node in self.outputs)
 
 
 @torch.inference_mode()
 def run(graph: Graph, feeds: Mapping[str, torch.Tensor], *, skip: Collection[Site] = ()) -> tuple[torch.Tensor, ...]:
-    """Outputs of the graph for one batch, as if the branches of `skip` were gone.
+    """Run a graph on one batch and return its outputs, with the branches of `skip` left out.
 
     Args:
-        graph: the traced model.
-        feeds: input name to tensor, first axis the samples.
+        graph: traced model.
+        feeds: input name to tensor; the first axis is the samples.
         skip: sites whose branch counts as zero.
     """
     return Program(graph, skip).run(feeds)
 
 
 class Forks(Generic[Key]):
-    """Outputs of a graph and of several variants of it, sharing all the work before each one's first difference.
+    """Joint run of a graph and several variants of it, which computes shared nodes once.
 
-    For each batch the main graph runs once; as soon as it has computed all that a variant has in common with it, the
-    run forks: those values are reused and only the variant's tail is computed. Nothing outlives the batch.
+    The main graph runs once a batch. As soon as it has computed all values that a variant shares with it, the nodes of
+    the variant after its first difference are computed from those values. No value is kept after the batch.
 
     Args:
-        main: the graph that the variants are derived from.
-        variants: forks of it, rewritten in any way; nodes left alone keep their names.
+        main: graph that the variants are derived from.
+        variants: rewritten forks of it, in which unchanged nodes keep their names.
     """
 
     def __init__(self, main: Graph, variants: Mapping[Key, Graph]) -> None:
         position = {node.name: index for index, node in enumerate(Program(main).order)}
-        self.tails = sorted((_tail(key, main, variant, position) for key, variant in variants.items()), key=_place)
+        self.tails = sorted((_tail(key, main, variant, position) for key, variant in variants.items()), key=_fork)
         self.main = Program(main, keep={name for tail in self.tails for name in tail.shared.values()})
 
     @property
     def share(self) -> float:
-        """Work of one run in forward passes of the main graph, by the share of nodes that are computed."""
+        """Return the cost of one run in forward passes of the main graph, by the number of computed nodes."""
         tails = sum(_calls(tail.program.order[tail.start :]) for tail in self.tails)
         return 1.0 + tails / max(_calls(self.main.order), 1)
 
@@ -144,7 +146,7 @@ class Forks(Generic[Key]):
     def run(
         self, feeds: Mapping[str, torch.Tensor], receive: Callable[[Key | None, tuple[torch.Tensor, ...]], None]
     ) -> None:
-        """Run one batch; `receive` gets each variant's outputs with its key, and with None those of the main graph."""
+        """Run one batch; pass `receive` each variant's key and outputs, then None and the outputs of the main graph."""
         values = self.main.start(feeds)
         by_name = {node.name: node for node in self.main.order}
         computed, trunk_run = 0, self.main.walk(values)
@@ -161,9 +163,9 @@ class Forks(Generic[Key]):
 
 @dataclass(frozen=True)
 class _Tail(Generic[Key]):
-    """A variant's program from position `start` on, after position `fork` of the main one.
+    """Nodes of a variant from position `start` on, which can run after `fork` nodes of the main program.
 
-    `shared` gives for each value it takes over the name of the main graph's node.
+    `shared` maps each node whose value is reused to the name of that node in the main graph.
     """
 
     key: Key
@@ -174,21 +176,21 @@ class _Tail(Generic[Key]):
 
 
 class Until:
-    """A graph run only as far as the named values reach.
+    """Partial run of a graph up to the last of the named nodes.
 
     Args:
-        graph: not changed, and not to be changed while this is in use.
-        names: nodes of the graph; those that no output needs are left out.
+        graph: traced model; must not be edited while this object is in use.
+        names: names of nodes; those that no output needs are left out.
     """
 
     def __init__(self, graph: Graph, names: Collection[str]) -> None:
         self.program = Program(graph, keep=names)
         self.wanted = {node.name: node for node in self.program.order if node.name in names}
-        self.last = max(place for place, node in enumerate(self.program.order) if node.name in self.wanted)
+        self.last = max(index for index, node in enumerate(self.program.order) if node.name in self.wanted)
 
     @torch.inference_mode()
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The named values of one batch."""
+        """Return the values of the named nodes for one batch."""
         values = self.program.start(feeds)
         for _ in itertools.islice(self.program.walk(values), self.last + 1):
             pass
@@ -198,7 +200,7 @@ class Until:
 def _tail(key: Key, main: Graph, variant: Graph, position: Mapping[str, int]) -> _Tail[Key]:
     program = Program(variant)
     same = _unchanged(main, variant, program.order, position)
-    changed = (place for place, node in enumerate(program.order) if node.op != "get_attr" and node not in same)
+    changed = (index for index, node in enumerate(program.order) if node.op != "get_attr" and node not in same)
     start = next(changed, len(program.order))
     read = {source for node in program.order[start:] for source in node.all_input_nodes} | set(program.outputs)
     before = {node for node in program.order[:start] if node.op != "get_attr"}
@@ -208,29 +210,29 @@ def _tail(key: Key, main: Graph, variant: Graph, position: Mapping[str, int]) ->
 
 
 def _unchanged(main: Graph, variant: Graph, order: Sequence[fx.Node], position: Mapping[str, int]) -> set[fx.Node]:
-    """Nodes of a variant that compute what the node of the same name computes in the main graph."""
+    """Return the nodes of a variant that compute the same value as the node of the same name in the main graph."""
     originals = {node.name: node for node in main.nodes() if node.name in position}
     same: set[fx.Node] = set()
     for node in order:
         twin = originals.get(node.name)
-        if twin is None or (node.op, node.target) != (twin.op, twin.target) or _listed(node) != _listed(twin):
+        if twin is None or (node.op, node.target) != (twin.op, twin.target) or _args(node) != _args(twin):
             continue
-        moved = node.op == "get_attr" and attribute(variant, node) is not attribute(main, twin)
-        if not moved and same.issuperset(node.all_input_nodes):
+        replaced = node.op == "get_attr" and attribute(variant, node) is not attribute(main, twin)
+        if not replaced and same.issuperset(node.all_input_nodes):
             same.add(node)
     return same
 
 
-def _listed(node: fx.Node) -> str:
+def _args(node: fx.Node) -> str:
     return str((node.args, node.kwargs))  # nodes print as their names
 
 
-def _place(tail: _Tail[Any]) -> int:
+def _fork(tail: _Tail[Any]) -> int:
     return tail.fork
 
 
 def _calls(nodes: Sequence[fx.Node]) -> int:
-    """Nodes that compute: parameters, which all stand at the front of a traced graph, cost nothing."""
+    """Return the number of nodes that compute; parameters, which precede all other nodes, cost nothing."""
     return sum(node.op.startswith("call") for node in nodes)
 
 

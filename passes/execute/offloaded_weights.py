@@ -1,7 +1,7 @@
-"""Weights that stay on disk: what a traced model holds in their place, and how their values are read.
+"""Offloaded weights: placeholder parameters in a traced model for weights that stay on disk.
 
-A stand-in is a parameter of the weight's shape whose elements are all one NaN in memory: whatever only asks for shapes
-takes it for the weight, and whatever computes with it by mistake shows.
+A placeholder is a parameter with the shape and type of the weight. All of its elements share one NaN in memory. Code
+that reads shapes only can use it like the weight, and any result computed from it by mistake is NaN.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ READ = "read_from_disk"
 
 
 def offloaded(weight: torch.Tensor, read: Callable[[], torch.Tensor]) -> torch.nn.Parameter:
-    """A stand-in for a weight that stays on disk.
+    """Return a placeholder parameter for a weight that stays on disk.
 
     Args:
-        weight: of the weight's shape and type, on any device.
-        read: gives its values, in memory of their own.
+        weight: tensor with the shape and type of the weight, on any device.
+        read: function that reads the values into newly allocated memory.
     """
-    nothing = torch.full((), math.nan, dtype=weight.dtype).expand(weight.shape)
-    parameter = torch.nn.Parameter(nothing, requires_grad=False)
+    nan = torch.full((), math.nan, dtype=weight.dtype).expand(weight.shape)
+    parameter = torch.nn.Parameter(nan, requires_grad=False)
     setattr(parameter, READ, read)
     return parameter
 
 
 def is_offloaded(value: Any) -> bool:
-    """Whether a value is a stand-in."""
+    """Return whether a value is the placeholder of an offloaded weight."""
     return hasattr(value, READ)
 
 
 def in_memory(value: Any) -> Any:
-    """The values of a weight that stays on disk; anything else as it is."""
+    """Read an offloaded weight from disk; return any other value unchanged."""
     return getattr(value, READ)() if is_offloaded(value) else value
 
 
 def has_offloaded(graph: Graph) -> bool:
-    """Whether any weight of a graph stays on disk."""
+    """Return whether any weight of a graph is offloaded."""
     return any(map(is_offloaded, graph.module.parameters()))
 
 
 @contextlib.contextmanager
 def shapes_alone(program: Program, feeds: Mapping[str, torch.Tensor]) -> Iterator[dict[fx.Node, Any]]:
-    """Values to walk a program with that have shapes and types and no elements: nothing is read or computed.
+    """Yield values for `Program.walk` that have shapes and types but no elements, so that nothing is read or computed.
 
     Args:
-        program: what is to be walked.
-        feeds: input name to tensor; only their shapes count.
+        program: program to walk.
+        feeds: input name to tensor; only shapes and types are used.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         values = program.start({name: mode.from_tensor(value) for name, value in feeds.items()})
-        yield values | {node: _shape_of(value, mode) for node, value in program.constants.items()}
+        yield values | {node: _fake(value, mode) for node, value in program.constants.items()}
 
 
-def _shape_of(weight: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+def _fake(weight: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return torch.empty(weight.shape, dtype=weight.dtype) if is_offloaded(weight) else mode.from_tensor(weight)

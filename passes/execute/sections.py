@@ -1,7 +1,8 @@
-"""Run a graph section by section, all samples through one before the next: a model of any size in bounded memory.
+"""Execution of a graph section by section, for models that are larger than memory.
 
-The weights of a section are read from disk once for all samples. What later sections need of a batch (its hidden
-states, masks, positions) waits in a folder meanwhile, so that memory does not grow with the samples either.
+All batches run through one section before the next, so that the weights of a section are read from disk once. Values
+of a batch that later sections read (hidden states, masks, positions) are stored in a folder in between. Memory
+therefore grows neither with the size of the model nor with the number of samples.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ See: TypeAlias = "Callable[[int, fx.Node, Values], None]"
 
 @dataclass(frozen=True)
 class Room:
-    """What a run in sections may take: bytes of the weights that are in memory at a time, and a folder to write in."""
+    """Resources of a run in sections: bytes of weights in memory at a time, and a folder for intermediate values."""
 
     weights: int
     folder: Path
@@ -40,33 +41,33 @@ class Room:
 
 @dataclass(frozen=True)
 class Section:
-    """Positions `start` to `stop` of a program's order, and the weights that are read there: ``get_attr`` nodes."""
+    """Nodes `start` to `stop` of a program's order and the ``get_attr`` nodes of the offloaded weights they read."""
 
     start: int
     stop: int
     weights: frozenset[fx.Node]
 
     def with_next(self, other: Section) -> Section:
-        """This section and the one behind it as one."""
+        """Return this section joined with the next one."""
         return Section(self.start, other.stop, self.weights | other.weights)
 
 
 def cut(program: Program, ends: Collection[str], most: int) -> tuple[Section, ...]:
-    """Divide a program, behind some of the given nodes, into few sections of at most `most` bytes of weights each.
+    """Divide a program into few sections with at most `most` bytes of weights each.
 
     Args:
-        program: what is to be run.
-        ends: names of nodes behind which a section may end.
-        most: bytes.
+        program: program to divide.
+        ends: names of nodes after which a section may end.
+        most: maximum bytes of weights in a section.
 
     Raises:
-        PassError: what lies between two of those nodes is more; says how many bytes it takes.
+        PassError: the weights between two consecutive nodes of `ends` exceed `most`.
     """
     sections: list[Section] = []
     for piece in pieces(program, ends):
         if (size := weight_bytes(program, piece.weights)) > most:
-            behind = program.order[piece.stop - 1].name
-            raise PassError(f"the weights up to {behind} take {size} bytes at once, more than the {most} there are.")
+            end = program.order[piece.stop - 1].name
+            raise PassError(f"the weights of the section up to {end} take {size} bytes; expected at most {most}.")
         joined = sections[-1].with_next(piece) if sections else piece
         if sections and weight_bytes(program, joined.weights) <= most:
             sections[-1] = joined
@@ -76,65 +77,66 @@ def cut(program: Program, ends: Collection[str], most: int) -> tuple[Section, ..
 
 
 def section_ends(graph: Graph) -> frozenset[str]:
-    """Where a graph may be divided: behind what the first block reads, and behind every block."""
+    """Return the names of the nodes after which a graph may be divided: the first block's input, all block outputs."""
     sites = find_sites(graph)
     blocks = groupby(sites, key=lambda site: site.block)
     return frozenset({sites[0].trunk, *(list(members)[-1].root for _, members in blocks)})
 
 
 def pieces(program: Program, ends: Collection[str]) -> Iterator[Section]:
-    """The smallest sections of a program, each up to one of the nodes `ends`."""
-    stops = [place + 1 for place, node in enumerate(program.order) if node.name in ends]
+    """Yield the smallest sections of a program, each of which ends after one of the nodes `ends`."""
+    stops = [index + 1 for index, node in enumerate(program.order) if node.name in ends]
     for start, stop in pairwise(sorted({0, *stops, len(program.order)})):
         read = {source for node in program.order[start:stop] for source in node.all_input_nodes}
         yield Section(start, stop, frozenset(node for node in read if is_offloaded(program.constants.get(node))))
 
 
 def weight_bytes(program: Program, weights: Collection[fx.Node]) -> int:
-    """Bytes that weights take in memory; a tied one is one node."""
+    """Return the bytes that weights take in memory; a tied weight is one node and counts once."""
     values = (program.constants[node] for node in weights)
     return sum(value.numel() * value.itemsize for value in values)
 
 
 def working_bytes(program: Program, feeds: Feeds) -> int:
-    """Most bytes that the values of one batch take at a time, weights left out: found without computing any.
+    """Return the peak bytes of the values of one batch, without weights, computed from shapes alone.
 
     Args:
-        program: what is to be run.
-        feeds: input name to tensor; only their shapes count.
+        program: program to measure.
+        feeds: input name to tensor; only shapes and types are used.
     """
     most = 0
     with shapes_alone(program, feeds) as values:
         for _ in program.walk(values):
-            alive = [each for node, value in values.items() if node.op != "get_attr" for each in _tensors(value)]
-            storages = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in alive}
+            live = [tensor for node, value in values.items() if node.op != "get_attr" for tensor in _tensors(value)]
+            storages = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in live}
             most = max(most, sum(storages.values()))
     return most
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    return (each for each in tree_leaves(value) if isinstance(each, torch.Tensor))
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 @torch.inference_mode()
 def run_in_sections(
     program: Program, sections: Iterable[Section], batches: Iterable[Feeds], folder: Path, see: See | None = None
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The outputs of each batch, in order, as the last section computes them.
+    """Yield the outputs of each batch, in order, as the last section computes them.
 
     Args:
-        program: what is run.
-        sections: all of it, in order.
-        batches: input name to tensor; gone through once.
-        folder: exists; what waits there is gone when the last batch is done.
-        see: called with the batch's number behind each node, before the node's inputs may be freed.
+        program: program to run.
+        sections: the sections of the whole program, in order.
+        batches: batches of input name to tensor; iterated once.
+        folder: existing folder for intermediate values, which are deleted when they are read back.
+        see: callback after each node, before its inputs are freed; takes the number of the batch, the node and the
+            values of the batch.
     """
     *before, last = sections
-    waiting = (program.start(feeds) for feeds in batches)
+    states = (program.start(feeds) for feeds in batches)
     for section in (*before, last):
         weights = {node: in_memory(program.constants[node]) for node in section.weights}
-        ready: list[Path] = []
-        for number, batch in enumerate(waiting):
+        paths: list[Path] = []
+        for number, batch in enumerate(states):
             values = batch | program.constants | weights
             for node in program.walk(values, start=section.start, stop=section.stop):
                 if see is not None:
@@ -142,26 +144,26 @@ def run_in_sections(
             if section is last:
                 yield program.results(values)
             else:
-                ready.append(_put_aside(values, folder / f"batch{number}.pt"))
+                paths.append(_save_values(values, folder / f"batch{number}.pt"))
             del batch, values
-        waiting = (_taken_up(path, program) for path in ready)
+        states = (_load_values(path, program) for path in paths)
         del weights
 
 
-def _put_aside(values: Values, path: Path) -> Path:
-    """Write what a batch still needs: all but weights and constants, which are there anyway."""
-    kept = {node.name: _alone(value) for node, value in values.items() if node.op != "get_attr"}
+def _save_values(values: Values, path: Path) -> Path:
+    """Write the live values of a batch, without weights and constants, which every section has anyway."""
+    kept = {node.name: _own_storage(value) for node, value in values.items() if node.op != "get_attr"}
     torch.save(kept, path)
     return path
 
 
-def _alone(value: Any) -> Any:
-    """A tensor without what else lies in its storage, which would be written too."""
+def _own_storage(value: Any) -> Any:
+    """Return a tensor with a storage of its own size, because `torch.save` writes the whole storage of a view."""
     shared = isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes
     return value.clone() if shared else value
 
 
-def _taken_up(path: Path, program: Program) -> Values:
+def _load_values(path: Path, program: Program) -> Values:
     values = torch.load(path, weights_only=True)
     path.unlink()
     by_name = {node.name: node for node in program.order} | {node.name: node for node in program.graph.placeholders()}

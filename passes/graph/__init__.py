@@ -1,1 +1,1 @@
-"""The graph, its sites, and every edit of fx nodes."""
+"""The traced graph, its residual sites and the edits of its fx nodes."""

@@ -1,4 +1,7 @@
-"""What a model hands to its next call, such as a key-value cache: it goes with the attention that it belongs to."""
+"""State that a model passes to its next call, such as a KV cache.
+
+The cache of a layer is removed together with the attention that reads it.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def forget_unread(graph: Graph) -> tuple[str, ...]:
-    """Take out the state that no answer needs any more, once the branch that read it is gone.
+    """Remove the state that no other output depends on, after the branch that read it was dropped.
 
-    The rest moves up to the names that become free, so that layers stay numbered without a gap; where layers keep
-    different numbers of heads, or of other widths, each keeps its name, by which its shape is known. Where the length
-    of an input that goes is still asked for, one that stays answers.
+    The remaining state takes over the names that become free, so that the layers stay numbered without a gap. If the
+    layers differ in the number or the width of their heads, each keeps its name, because the name identifies its
+    shape. If a node still reads the length of a removed input, it reads that of a remaining input instead.
 
     Returns:
-        The names of the outputs that went, as they were.
+        The former names of the removed outputs.
     """
     if not graph.state:
         return ()
@@ -32,35 +35,35 @@ def forget_unread(graph: Graph) -> tuple[str, ...]:
     inputs = dict(zip(graph.inputs, graph.placeholders(), strict=True))
     needed = needed_by([node for name, node in outputs.items() if name not in graph.state])
     pairs = list(graph.state.items())
-    kept = [(after, before) for after, before in pairs if outputs[after] in needed]
-    lost = tuple(after for after, before in pairs if (after, before) not in kept)
-    if not lost:
+    kept = [(present, past) for present, past in pairs if outputs[present] in needed]
+    removed = tuple(present for present, past in pairs if (present, past) not in kept)
+    if not removed:
         return ()
-    staying = [inputs[before] for _, before in kept]
-    for after in lost:
-        _let_answer(graph, inputs[graph.state[after]], staying)
-    alike = len({tuple(map(str, value_of(inputs[before]).shape[1::2])) for _, before in pairs}) == 1
-    free = dict(zip(kept, pairs if alike else kept, strict=False))
-    graph.state = dict(free.values())
+    remaining = [inputs[past] for _, past in kept]
+    for present in removed:
+        _read_size_from_another(graph, inputs[graph.state[present]], remaining)
+    same_heads = len({tuple(map(str, value_of(inputs[past]).shape[1::2])) for _, past in pairs}) == 1
+    renamed = dict(zip(kept, pairs if same_heads else kept, strict=False))
+    graph.state = dict(renamed.values())
     set_ends(
         graph,
         {node: name for name, node in inputs.items() if name not in dict(pairs).values()}
-        | {inputs[before]: free[after, before][1] for after, before in kept},
+        | {inputs[past]: renamed[present, past][1] for present, past in kept},
         {name: node for name, node in outputs.items() if name not in dict(pairs)}
-        | {free[after, before][0]: outputs[after] for after, before in kept},
+        | {renamed[present, past][0]: outputs[present] for present, past in kept},
     )
-    return lost
+    return removed
 
 
 def bytes_per_token(graph: Graph) -> int:
-    """What the state grows by with each token of a row, in bytes; 0 where there is none."""
+    """Return the bytes by which the state of one row grows with each token; 0 for a graph without state."""
     values = dict(zip(graph.outputs, map(value_of, output_values(graph)), strict=True))
-    kept = (values[name] for name in graph.state)
-    return sum(value.itemsize * math.prod(size for size in value.shape if isinstance(size, int)) for value in kept)
+    states = (values[name] for name in graph.state)
+    return sum(value.itemsize * math.prod(size for size in value.shape if isinstance(size, int)) for value in states)
 
 
-def _let_answer(graph: Graph, node: fx.Node, others: Collection[fx.Node]) -> None:
-    """Let the length of another state input be asked for instead of a node's."""
+def _read_size_from_another(graph: Graph, node: fx.Node, others: Collection[fx.Node]) -> None:
+    """Let the `sym_size` nodes that read `node` read another state input with the same size."""
     for reader in list(node.users):
         if reader.target is aten.sym_size.int:
             size = value_of(reader)

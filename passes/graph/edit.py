@@ -1,4 +1,4 @@
-"""Every edit made to a graph: this is the only file that changes fx nodes."""
+"""Edits of a graph. No other module changes fx nodes."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 
 
 def drop_branches(graph: Graph, dropped: Collection[Site]) -> None:
-    """Rewrite ``y = x + f(x)`` to ``y = x`` for each site; `remove_dead` then takes out what only f needed."""
+    """Rewrite ``y = x + f(x)`` to ``y = x`` for each site; `remove_dead` removes the nodes that only ``f`` needed."""
     for add, value in resolution(graph, dropped).items():
         add.replace_all_uses_with(value)
 
 
 def bypass(graph: Graph, node: fx.Node, value: fx.Node) -> None:
-    """Let every reader of `node` read `value` instead."""
+    """Replace `node` by `value` in all of its consumers."""
     node.replace_all_uses_with(value)
 
 
 def insert_call(
     graph: Graph, target: Callable[..., Any], *args: Any, before: fx.Node, options: Mapping[str, Any] | None = None
 ) -> fx.Node:
-    """A new node ahead of `before` that calls an operator; its traced value is derived from those of its inputs.
+    """Insert a call of an operator before a node, with a traced value derived from those of its inputs.
 
     Args:
-        graph: what is edited.
-        target: an ATen operator.
-        args: its arguments; nodes among them must stand ahead of `before`.
-        before: the node it is put in front of, whose place in the module tree it takes over.
-        options: its keyword arguments.
+        graph: graph to edit.
+        target: ATen operator.
+        args: positional arguments; nodes among them must precede `before`.
+        before: node that follows the new one, which takes over its module path.
+        options: keyword arguments.
 
     Raises:
-        GraphError: the operator refuses the shapes of these inputs.
+        GraphError: the operator rejects the shapes of its inputs.
     """
     with graph.module.graph.inserting_before(before):
         node = graph.module.graph.call_function(target, args, dict(options or {}))
@@ -55,59 +55,59 @@ def insert_call(
 
 
 def insert_constant(graph: Graph, name: str, tensor: torch.Tensor, *, before: fx.Node) -> fx.Node:
-    """A new node ahead of `before` that reads `tensor`, which becomes a parameter of the module.
+    """Register a tensor as a parameter of the module and insert a node that reads it.
 
     Args:
-        graph: what is edited.
-        name: wanted name; made unique, with underscores for what Python does not allow.
-        tensor: the value; it is not copied.
-        before: the node it is put in front of.
+        graph: graph to edit.
+        name: preferred name; made a unique Python identifier.
+        tensor: value of the parameter; it is not copied.
+        before: node that follows the new one.
     """
-    free = re.sub(r"\W", "_", f"fitted_{name}")
-    path = next(path for path in _numbered_names(free) if not hasattr(graph.module, path))
+    identifier = re.sub(r"\W", "_", f"fitted_{name}")
+    path = next(path for path in _numbered_names(identifier) if not hasattr(graph.module, path))
     parameter = torch.nn.Parameter(tensor, requires_grad=False)
     graph.module.register_parameter(path, parameter)
     with graph.module.graph.inserting_before(before):
         node = graph.module.graph.get_attr(path)
     mode = _mode(graph.module.graph)
-    assert mode is not None  # every input of a traced graph has one
+    assert mode is not None  # the inputs of a traced graph are fake tensors
     node.meta["val"] = mode.from_tensor(parameter, static_shapes=True)
     return node
 
 
 def own(graph: Graph, name: str, tensor: torch.Tensor) -> None:
-    """Give a fork a parameter of its own under every name of the shared one; other forks keep theirs.
+    """Replace a parameter of one fork, under all of its names; other forks keep the shared one.
 
     Args:
-        graph: what is edited.
-        name: attribute path of the parameter, the target of the nodes that read it.
-        tensor: the new value; it is not copied.
+        graph: fork to edit.
+        name: attribute path of the parameter, which is the target of the nodes that read it.
+        tensor: new value; it is not copied.
 
     Raises:
         GraphError: there is no such parameter, or the new value has another shape or type.
     """
-    known = dict(graph.module.named_parameters(remove_duplicate=False))
-    shared = known.get(name)
+    parameters = dict(graph.module.named_parameters(remove_duplicate=False))
+    shared = parameters.get(name)
     if shared is None or (shared.shape, shared.dtype) != (tensor.shape, tensor.dtype):
-        found = "no parameter" if shared is None else f"{list(shared.shape)} of {shared.dtype}"
-        raise GraphError(f"{name} is {found}; expected {list(tensor.shape)} of {tensor.dtype}.")
+        current = "no parameter" if shared is None else f"{list(shared.shape)} of {shared.dtype}"
+        raise GraphError(f"{name} is {current}; expected {list(tensor.shape)} of {tensor.dtype}.")
     parameter = torch.nn.Parameter(tensor, requires_grad=False)
-    for path, other in known.items():
+    for path, other in parameters.items():
         if other is shared:  # tied weights stay tied
             owner, _, leaf = path.rpartition(".")
             graph.module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
 def set_ends(graph: Graph, inputs: Mapping[fx.Node, str], outputs: Mapping[str, fx.Node]) -> None:
-    """Give a graph fewer inputs or outputs, or other names for them.
+    """Remove or rename inputs and outputs of a graph.
 
     Args:
-        graph: what is edited.
-        inputs: placeholder to name; one that is left out goes.
-        outputs: name to the node of its value, in the order they are to have.
+        graph: graph to edit.
+        inputs: name of each placeholder to keep; the others are removed.
+        outputs: output node of each name, in the new order.
 
     Raises:
-        GraphError: an input that should go is still read.
+        GraphError: an input to remove still has a consumer.
     """
     (output,) = [node for node in graph.nodes() if node.op == "output"]
     output.args = (tuple(outputs.values()),)
@@ -115,45 +115,45 @@ def set_ends(graph: Graph, inputs: Mapping[fx.Node, str], outputs: Mapping[str, 
     for node in graph.placeholders():
         if node not in inputs:
             if node.users:
-                raise GraphError(f"{node.name} cannot go, {next(iter(node.users)).name} still reads it.")
+                raise GraphError(f"input {node.name} cannot be removed: {next(iter(node.users)).name} still reads it.")
             graph.module.graph.erase_node(node)
-    graph.module.graph.set_codegen(fx.graph.CodeGen())  # the traced one insists on the arguments that were traced
+    graph.module.graph.set_codegen(fx.graph.CodeGen())  # that of torch.export expects the traced inputs
     graph.module.recompile()
     graph.inputs, graph.outputs = tuple(inputs[node] for node in graph.placeholders()), tuple(outputs)
 
 
 def rewire(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    """Let one reader of `old` read `new` instead, wherever it does so."""
+    """Replace `old` by `new` in all arguments of one consumer."""
     reader.replace_input_with(old, new)
 
 
 def set_arguments(graph: Graph, node: fx.Node, *args: Any) -> None:
-    """Give a node other positional arguments, and derive its traced value again."""
+    """Replace the positional arguments of a node and derive its traced value again."""
     node.args = args
     derive(node)
 
 
 def derive(node: fx.Node) -> None:
-    """Derive a call's traced value from those of its inputs.
+    """Derive the traced value of a call from those of its inputs.
 
     Raises:
-        GraphError: the operator refuses them.
+        GraphError: the operator rejects these inputs.
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
     assert callable(node.target)
-    mode = _mode(node.graph) or contextlib.nullcontext()  # without it, arange makes a real tensor
+    mode = _mode(node.graph) or contextlib.nullcontext()  # without a mode, arange returns a real tensor
     try:
-        with enable_python_dispatcher(), mode:  # addcmul broadcasts only under the former
+        with enable_python_dispatcher(), mode:  # addcmul broadcasts only with the dispatcher
             node.meta["val"] = node.target(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise GraphError(f"{node.name} ({node.target}) does not take its new inputs: {error}") from error
+        raise GraphError(f"{node.name} ({node.target}) rejects its new inputs: {error}") from error
 
 
 def name_size(node: fx.Node) -> None:
-    """Let a symbolic size stand for itself, as that of an input does, and no longer for how it was computed.
+    """Replace the expression of a symbolic size by a symbol of its own, as the size of an input has.
 
-    Sizes computed from sizes nest, and shapes behind them are compared by simplifying the whole expression: five
-    reductions of a text took six times as long to write down. A number stays what it is.
+    Sizes computed from sizes nest, and torch compares shapes by simplifying the whole expression: five token
+    reductions of a text model took six times as long. A plain number stays unchanged.
     """
     size, mode = value_of(node), _mode(node.graph)
     if not isinstance(size, torch.SymInt) or mode is None:
@@ -162,7 +162,7 @@ def name_size(node: fx.Node) -> None:
 
 
 def _mode(graph: fx.Graph) -> FakeTensorMode | None:
-    """The mode that the traced values live in."""
+    """Return the fake tensor mode of the traced values, or None if no value has one."""
     modes = (fake_mode(value_of(node)) for node in graph.nodes)
     return next((mode for mode in modes if mode is not None), None)
 
@@ -176,7 +176,7 @@ def remove_dead(graph: Graph) -> int:
     """Remove nodes that no output needs, then parameters, buffers and modules that no node reads.
 
     Returns:
-        Number of nodes removed.
+        The number of nodes removed.
     """
     live = live_nodes(graph)
     dead = [node for node in reversed(graph.nodes()) if node not in live]
@@ -199,10 +199,10 @@ def _remove_unread_attributes(module: fx.GraphModule) -> None:
 
 
 def loosen_views(graph: Graph) -> list[str]:
-    """Turn views into reshapes, which give the same values and ask nothing of the strides; returns their names.
+    """Replace views by reshapes, which return the same values for any strides; return the names of the nodes.
 
-    Tracing writes `reshape` as `view` where the strides it saw allow it. They need not allow it any more once a copy
-    or a branch before it is gone.
+    Tracing records `reshape` as `view` if the strides of the example allow it. They may no longer allow it after a
+    copy or a branch before the view was removed.
     """
     views = [node for node in graph.nodes() if node.target in VIEWS]
     for node in views:
@@ -211,7 +211,7 @@ def loosen_views(graph: Graph) -> list[str]:
 
 
 def remove_effects(graph: Graph) -> list[str]:
-    """Remove nodes that only assert something about traced values; returns their names."""
+    """Remove nodes that only assert properties of traced values; return their names."""
     asserting = [node for node in graph.nodes() if node.target in ASSERTIONS]
     for node in reversed(asserting):
         graph.module.graph.erase_node(node)

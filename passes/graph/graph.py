@@ -1,7 +1,8 @@
-"""The traced model: an fx graph and how it is read. Edits are in `passes.edit`, sites in `passes.sites`.
+"""The graph of a traced model and functions that read it.
 
-A *site* is a residual branch, ``y = x + f(x)``; the *trunk* is the skip path ``x``. Sites are described by names, never
-by fx nodes: node references go stale with the first edit.
+Edits are in `passes.graph.edit`, the search for sites is in `passes.graph.sites`. A *site* is a residual branch,
+``y = x + f(x)``; the *trunk* is the skip path ``x``. Sites hold names of nodes instead of fx nodes, because node
+references become stale with the first edit.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ ASSERTIONS = RUN_TIME_ASSERTIONS | {
 
 
 class GraphError(Exception):
-    """The graph is unsound, or a site was asked for that it does not have."""
+    """Error of an invalid graph, an edit that does not fit it, or a site that it does not have."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One residual branch ``y = x + f(x)``, by names only.
+    """One residual branch ``y = x + f(x)``, described by the names of its nodes.
 
     ``add`` is the node that adds the branch, ``branch`` its operand ``f(x)``, ``trunk`` the skip value ``x`` and
     ``root`` the node that holds the complete sum (equal to ``add`` unless several branches share one trunk).
@@ -63,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Applied:
-    """One line of a graph's history: the pass, its options, and the number of nodes before and after."""
+    """Entry in the history of a graph: the pass, its options and the number of nodes before and after."""
 
     name: str
     options: Mapping[str, str]
@@ -73,10 +74,10 @@ class Applied:
 
 @dataclass
 class Graph:
-    """An fx graph of ATen operators with named inputs and outputs. Mutable on purpose, edited only in `passes.edit`.
+    """An fx graph of ATen operators with named inputs and outputs, edited in place by `passes.graph.edit` only.
 
-    ``prefix`` is the attribute path under which the user's model hangs in the traced module; it is cut from names.
-    ``state`` says which output of one call is which input of the next, such as a key-value cache.
+    ``prefix`` is the attribute path of the user's model in the traced module; it is removed from the names of sites.
+    ``state`` maps the name of an output to the name of the input that it becomes in the next call, such as a KV cache.
     """
 
     module: fx.GraphModule
@@ -87,53 +88,54 @@ class Graph:
     state: Mapping[str, str] = field(default_factory=dict)
 
     def nodes(self) -> list[fx.Node]:
-        """All nodes in execution order."""
+        """Return all nodes in execution order."""
         return list(self.module.graph.nodes)
 
     def placeholders(self) -> list[fx.Node]:
-        """The input nodes, in the order of ``inputs``."""
+        """Return the input nodes in the order of ``inputs``."""
         return [node for node in self.module.graph.nodes if node.op == "placeholder"]
 
     def signature(self) -> tuple[int, int, int, tuple[str, ...]]:
-        """Number of nodes, inputs and outputs, and the node names: what an analysis must leave as it was."""
+        """Return the number of nodes, inputs and outputs, and the node names, none of which an analysis may change."""
         nodes = self.nodes()
         return len(nodes), len(self.inputs), len(output_values(self)), tuple(node.name for node in nodes)
 
     def parameter_count(self) -> int:
-        """Number of parameters of the traced module, shared ones counted once."""
+        """Return the number of parameters of the traced module; shared ones count once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def fork(self) -> Graph:
-        """An independent graph that shares the weights: editing it leaves this one as it is."""
+        """Return a copy of the graph that shares the weights; editing it does not change this one."""
         twin = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
         twin.meta.update(self.module.meta)
         return Graph(twin, self.inputs, self.outputs, self.prefix, list(self.history), self.state)
 
     def check(self) -> None:
-        """Lint the graph and hold it to its named interface.
+        """Check that the graph is valid, has its named inputs and outputs and holds no dead nodes.
 
         Raises:
-            GraphError: dangling nodes, another number of inputs or outputs than named, or dead pure nodes.
+            GraphError: `fx.Graph.lint` fails, the number of inputs or outputs differs from that of their names, or a
+                pure node has no path to an output.
         """
         try:
             self.module.graph.lint()
         except RuntimeError as error:
-            raise GraphError(f"the graph is unsound after a rewrite: {error}") from error
-        found = (len(self.placeholders()), len(output_values(self)))
-        if found != (len(self.inputs), len(self.outputs)):
+            raise GraphError(f"the graph is invalid after a rewrite: {error}") from error
+        counts = (len(self.placeholders()), len(output_values(self)))
+        if counts != (len(self.inputs), len(self.outputs)):
             expected = f"{len(self.inputs)} and {len(self.outputs)}"
-            raise GraphError(f"the graph has {found[0]} inputs and {found[1]} outputs, expected {expected}.")
+            raise GraphError(f"the graph has {counts[0]} inputs and {counts[1]} outputs, expected {expected}.")
         live = live_nodes(self)
         dead = [node.name for node in self.nodes() if node not in live]
         if dead:
-            raise GraphError(f"the graph still holds {len(dead)} dead nodes, the first is {dead[0]}.")
+            raise GraphError(f"the graph still holds {len(dead)} dead nodes, the first is {dead[0]}; call remove_dead.")
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
 def output_values(graph: Graph) -> list[fx.Node]:
-    """The nodes whose values the graph returns, in order."""
+    """Return the nodes whose values the graph returns, in order."""
     (output,) = [node for node in graph.module.graph.nodes if node.op == "output"]
     flat: list[fx.Node] = []
     fx.node.map_arg(output.args, flat.append)
@@ -141,20 +143,20 @@ def output_values(graph: Graph) -> list[fx.Node]:
 
 
 def attribute(graph: Graph, node: fx.Node) -> Any:
-    """The parameter, buffer or constant behind a ``get_attr`` node."""
+    """Return the parameter, buffer or constant of a ``get_attr`` node."""
     return functools.reduce(getattr, str(node.target).split("."), graph.module)
 
 
 def value_of(node: fx.Node) -> Any:
-    """The traced (fake) value of a node, or None where tracing left none."""
+    """Return the traced (fake) value of a node, or None if tracing recorded none."""
     return node.meta.get("val")
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node without users may go.
+    """Return whether a node without consumers may be removed.
 
-    Own rule, because fx counts dropout and scaled_dot_product_attention as impure (they draw random numbers), keeps
-    them alive after their branch is gone, and so makes parameter counts and timings lie.
+    `fx.Node.is_impure` is no substitute: it holds for dropout and scaled_dot_product_attention, which draw random
+    numbers. They would stay after their branch was dropped and falsify parameter counts and latencies.
     """
     if node.op in ("placeholder", "output"):
         return False
@@ -164,19 +166,19 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def live_nodes(graph: Graph, resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
-    """Nodes that the outputs need, with some adds standing for another value (`resolved`, see `resolution`)."""
+    """Return the nodes that the outputs need, with adds replaced as in `resolved` (see `resolution`)."""
     return needed_by({node for node in graph.module.graph.nodes if not is_pure(node)}, resolved)
 
 
 def needed_by(nodes: Collection[fx.Node], resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
-    """Some nodes and all that their values come from."""
-    stand_in = resolved or {}
+    """Return nodes and all nodes that their values are computed from, with adds replaced as in `resolved`."""
+    replaced_by = resolved or {}
     seen = set(nodes)
     stack = list(seen)
     while stack:
         node = stack.pop()
         for source in node.all_input_nodes:
-            needed = stand_in.get(source, source)
+            needed = replaced_by.get(source, source)
             if needed not in seen:
                 seen.add(needed)
                 stack.append(needed)
@@ -184,7 +186,7 @@ def needed_by(nodes: Collection[fx.Node], resolved: Mapping[fx.Node, fx.Node] | 
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether a node adds two traced tensors, unscaled."""
+    """Return whether a node adds two traced tensors without a scale (`alpha`)."""
     plain = node.op == "call_function" and node.target in ADDS and not node.kwargs.get("alpha")
     return (
         plain and isinstance(value_of(node), torch.Tensor) and sum(isinstance(arg, fx.Node) for arg in node.args) == 2
@@ -192,22 +194,22 @@ def is_sum(node: fx.Node) -> bool:
 
 
 def resolution(graph: Graph, dropped: Collection[Site]) -> dict[fx.Node, fx.Node]:
-    """Which value each add stands for when the given branches count as zero.
+    """Map each add to the value that replaces it if the branches of `dropped` are zero.
 
-    Returns only the adds that change. Operands are read here, at the time of the edit: with two adjacent branches
-    gone, the second add must stand for the trunk before the first.
+    Adds that do not change are left out. Operands are read from the graph as it is now: if two adjacent branches are
+    dropped, the second add maps to the trunk before the first.
     """
-    # A branch is a term of one sum. Of which is read here too: of `add`, or where that went with another branch of the
-    # same block (two that are summed before the trunk is added), of the sum that took its terms.
-    gone = {site.branch for site in dropped}
-    stand_in: dict[fx.Node, fx.Node] = {}
+    # A branch is a term of one sum. That sum is read from the graph too, because it need not be `site.add`: if two
+    # branches are summed before the trunk is added and one is already dropped, the outer sum holds the other.
+    branches = {site.branch for site in dropped}
+    replaced_by: dict[fx.Node, fx.Node] = {}
     empty: set[fx.Node] = set()
     for node in graph.nodes():
-        if not is_sum(node) or not any(term.name in gone or term in empty for term in node.all_input_nodes):
+        if not is_sum(node) or not any(term.name in branches or term in empty for term in node.all_input_nodes):
             continue
-        kept = [term for term in node.args if getattr(term, "name", "") not in gone and term not in empty]
+        kept = [term for term in node.args if getattr(term, "name", "") not in branches and term not in empty]
         if not kept:
             empty.add(node)
         elif len(kept) == 1 and isinstance(kept[0], fx.Node):
-            stand_in[node] = stand_in.get(kept[0], kept[0])
-    return stand_in
+            replaced_by[node] = replaced_by.get(kept[0], kept[0])
+    return replaced_by

@@ -1,4 +1,4 @@
-"""Residual sites of a graph, found by structure alone, and the names they are known by."""
+"""Search for the residual sites of a graph by its structure, and their names."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ NORM_OPS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 
 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
-    """Find every residual branch by structure alone: no model names, no module classes.
+    """Return every residual branch of a graph, without the use of model names or module classes.
 
-    Sums are flattened first (``x + a(x) + m(x)`` is one trunk with two branches). In a sum, the trunk is the term that
-    the others are computed from, and a term is a branch when it is computed from the trunk, uses parameters, and
-    has no other reader. Values computed before the trunk (masks, rotary tables, batch size) may enter from the side.
-    A sum inside another sum's branch is part of that branch, unless the branch holds a chain of two or more of them:
-    then the outer sum is a group of blocks (a long skip), and the inner ones are the sites.
+    Sums are flattened first: ``x + a(x) + m(x)`` is one trunk with two branches. The trunk of a sum is the term that
+    the others are computed from. A term is a branch if it is computed from the trunk, uses parameters and has no other
+    consumer. A branch may also read values computed before the trunk (masks, rotary tables, batch size). A sum inside
+    the branch of another sum is part of that branch, unless the branch holds a chain of two or more sums. Then the
+    outer sum is a group of blocks (a long skip), and the inner sums are the sites.
     """
     finder = _Finder(graph)
-    found = finder.outermost(finder.candidates())
-    bases = [_base_name(graph, candidate) for candidate in found]
-    names = _unique_names([_full_name(graph, *pair) for pair in zip(found, bases, strict=True)])
-    blocks = _block_names(graph, found, bases)
+    candidates = finder.outermost(finder.candidates())
+    bases = [_base_name(graph, candidate) for candidate in candidates]
+    names = _unique_names([_full_name(graph, *pair) for pair in zip(candidates, bases, strict=True)])
+    blocks = _block_names(graph, candidates, bases)
     return tuple(
         Site(
             name=name,
@@ -55,7 +55,7 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
             trunk=candidate.trunk.name,
             root=candidate.root.name,
         )
-        for order, (name, block, candidate) in enumerate(zip(names, blocks, found, strict=True))
+        for order, (name, block, candidate) in enumerate(zip(names, blocks, candidates, strict=True))
     )
 
 
@@ -73,26 +73,26 @@ class _Candidate:
 
 
 class _Finder:
-    """Reachability as bit masks over the nodes, so that every ancestor question is one integer operation."""
+    """Search for sites, with the ancestors of each node as a bit mask, so that a dependency test is one shift."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.order = graph.nodes()
         self.index = {node: position for position, node in enumerate(self.order)}
-        self.ancestors = self._closure()
+        self.ancestors = self._ancestor_masks()
         self.from_weights = {node for node in self.order if self._is_constant(node)}
 
-    def _closure(self) -> list[int]:
-        """For each node the set of nodes it is computed from. Shapes are not data: sizes count as sources."""
-        closure: list[int] = []
+    def _ancestor_masks(self) -> list[int]:
+        """Return the bit mask of the ancestors of each node. Sizes have none, because shapes are not data."""
+        masks: list[int] = []
         for node in self.order:
             reached = 0
             if _is_tensor(node):
                 for source in node.all_input_nodes:
                     if _is_tensor(source):
-                        reached |= closure[self.index[source]] | (1 << self.index[source])
-            closure.append(reached)
-        return closure
+                        reached |= masks[self.index[source]] | (1 << self.index[source])
+            masks.append(reached)
+        return masks
 
     def _is_constant(self, node: fx.Node) -> bool:
         inputs = list(self.graph.placeholders())
@@ -100,13 +100,14 @@ class _Finder:
         return not (self.ancestors[self.index[node]] & mask) and node.op != "placeholder"
 
     def candidates(self) -> list[_Candidate]:
-        found: list[_Candidate] = []
+        """Return every branch of every complete sum."""
+        candidates: list[_Candidate] = []
         for root in self.order:
-            if is_sum(root) and not _continues(root):
-                found.extend(self._of_sum(root))
-        return found
+            if is_sum(root) and not _is_partial_sum(root):
+                candidates.extend(self._branches(root))
+        return candidates
 
-    def _of_sum(self, root: fx.Node) -> Iterator[_Candidate]:
+    def _branches(self, root: fx.Node) -> Iterator[_Candidate]:
         terms = list(_terms(root))
         trunk = self._trunk([term for _, term in terms])
         if trunk is None or not _same_shape(trunk, root):
@@ -118,7 +119,7 @@ class _Finder:
                     yield candidate
 
     def _trunk(self, terms: list[fx.Node]) -> fx.Node | None:
-        """The term that other terms are computed from; the earliest where several are."""
+        """Return the term that other terms are computed from, the earliest if there are several."""
         sources = [term for term in terms if any(self._depends(other, term) for other in terms if other is not term)]
         return min(sources, key=self.index.__getitem__, default=None)
 
@@ -141,9 +142,9 @@ class _Finder:
         return tuple(node for node in between if self._depends(node, trunk))
 
     def _weights(self, nodes: tuple[fx.Node, ...], trunk: fx.Node) -> tuple[fx.Node, ...]:
-        """Parameters that enter a region, directly or through tables computed from nothing but parameters.
+        """Return the parameters that a region reads, directly or through values computed from parameters only.
 
-        The trunk may itself be one (a class token that attends to the image): it is not the branch's.
+        The trunk may be a parameter itself (a class token that attends to the image). It is not one of the branch.
         """
         stack = [source for node in nodes for source in node.all_input_nodes if source in self.from_weights - {trunk}]
         seen: dict[fx.Node, None] = {}
@@ -166,14 +167,14 @@ class _Finder:
         return "mlp" if len(pointwise) > 1 else "other"
 
     def _is_attention(self, nodes: tuple[fx.Node, ...]) -> bool:
-        """Fused attention, or a product of two activations beside a normalisation over tokens or channels."""
+        """Return whether the nodes hold fused attention, two products of activations, or one and a softmax."""
         if any(node.target in ATTENTION_OPS for node in nodes):
             return True
         products = [node for node in nodes if node.target in PRODUCTS and self._multiplies_activations(node)]
         return len(products) >= 2 or (bool(products) and any(node.target in SOFTMAX_OPS for node in nodes))
 
     def _maps_features(self, node: fx.Node) -> bool:
-        """Whether a product is a linear map written out, x @ W.T, as Falcon has it."""
+        """Return whether a product is a linear map written as ``x @ W.T``, as in Falcon."""
         if node.target not in PRODUCTS:
             return False
         left, right = node.all_input_nodes[0], node.all_input_nodes[-1]
@@ -184,7 +185,7 @@ class _Finder:
         return len(operands) >= 2 and not any(operand in self.from_weights for operand in operands)
 
     def outermost(self, candidates: list[_Candidate]) -> list[_Candidate]:
-        """Drop sums inside a branch (GPT-2's tanh GELU holds one), or the branch if it is itself a chain of blocks."""
+        """Remove branches that are chains of blocks, and candidates inside other branches (as in GPT-2's tanh GELU)."""
         groups = [outer for outer in candidates if self._inner_sums(outer, candidates) >= 2]
         flat = [candidate for candidate in candidates if candidate not in groups]
         return [inner for inner in flat if not any(_inside(inner, outer) for outer in flat)]
@@ -202,15 +203,15 @@ def _is_tensor(node: fx.Node) -> bool:
     return node.op in ("get_attr", "placeholder") or isinstance(value, (torch.Tensor, list, tuple)) or value is None
 
 
-def _continues(node: fx.Node) -> bool:
-    """Whether a sum is only a term of a larger sum."""
+def _is_partial_sum(node: fx.Node) -> bool:
+    """Return whether the only consumer of a sum is another sum."""
     return len(node.users) == 1 and is_sum(next(iter(node.users)))
 
 
 def _terms(root: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The terms of a flattened sum, each with the add node it is a direct operand of."""
+    """Yield the terms of a flattened sum, each with the add node that reads it directly."""
     for operand in root.all_input_nodes:
-        if is_sum(operand) and _continues(operand):
+        if is_sum(operand) and _is_partial_sum(operand):
             yield from _terms(operand)
         else:
             yield root, operand
@@ -227,9 +228,10 @@ def _is_pointwise(conv: fx.Node) -> bool:
 
 
 def _channel_dim(trunk: fx.Node, nodes: tuple[fx.Node, ...]) -> int:
-    """Axis of the trunk's features: the one that the branch's first convolution, norm or linear map reads as such.
+    """Return the feature axis of the trunk: the one that the branch's first convolution, norm or linear map uses.
 
-    Axes are followed from the trunk through everything that only moves them. The last axis where no path arrives.
+    The axes of the trunk are tracked through nodes that only move them. The result is the last axis if none of those
+    operators is reached.
     """
     rank = len(value_of(trunk).shape)
     axes: dict[fx.Node, list[int | None]] = {trunk: list(range(rank))}
@@ -238,15 +240,18 @@ def _channel_dim(trunk: fx.Node, nodes: tuple[fx.Node, ...]) -> int:
         if source is None:
             continue
         position = _feature_position(node)
-        found = axes[source][position] if position is not None and len(axes[source]) > 1 else None
-        if found is not None:
-            return found
+        axis = axes[source][position] if position is not None and len(axes[source]) > 1 else None
+        if axis is not None:
+            return axis
         axes[node] = _moved_axes(node, source, axes[source])
     return rank - 1
 
 
 def _feature_position(node: fx.Node) -> int | None:
-    """Which axis of its input a node takes for features: by its operator, or by a parameter that has one axis only."""
+    """Return the feature axis of a node's input, or None if neither its operator nor a parameter determines it.
+
+    A parameter determines the axis if only one of its axes is longer than 1.
+    """
     if node.target in CHANNELS_FIRST_OPS:
         return 1
     if node.target in LINEAR_OPS | NORM_OPS:
@@ -260,7 +265,7 @@ def _feature_position(node: fx.Node) -> int | None:
 
 
 def _moved_axes(node: fx.Node, source: fx.Node, axes: list[int | None]) -> list[int | None]:
-    """Which axis of the trunk each axis of `node` is, None for those that are new or merged."""
+    """Return the axis of the trunk for each axis of `node`, None for axes that are new or merged."""
     if node.target == aten.permute.default:
         return [axes[dim] for dim in node.args[1]]  # type: ignore[union-attr,index]
     if node.target == aten.transpose.int:
@@ -270,19 +275,22 @@ def _moved_axes(node: fx.Node, source: fx.Node, axes: list[int | None]) -> list[
     before, after = _sizes(source), _sizes(node)
     if len(before) == len(after):
         return axes
-    front = _agreeing(before, after)
-    back = min(_agreeing(before[::-1], after[::-1]), len(after) - front)
+    front = _common_length(before, after)
+    back = min(_common_length(before[::-1], after[::-1]), len(after) - front)
     return [*axes[:front], *[None] * (len(after) - front - back), *axes[len(axes) - back :]]
 
 
 def _sizes(node: fx.Node) -> list[str]:
-    """Sizes as text, because comparing symbolic ones would fix them; those of the first part of a split tensor."""
+    """Return the sizes of a node as text, because comparing symbolic sizes would specialise them.
+
+    For a node that returns several tensors, such as a split, they are the sizes of the first one.
+    """
     value = value_of(node)
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return [str(size) for size in getattr(value, "shape", ())]
 
 
-def _agreeing(left: list[str], right: list[str]) -> int:
+def _common_length(left: list[str], right: list[str]) -> int:
     return sum(1 for _ in _common(left, right))
 
 
@@ -290,10 +298,10 @@ def _agreeing(left: list[str], right: list[str]) -> int:
 
 
 def _base_name(graph: Graph, candidate: _Candidate) -> str:
-    """Common module path of the branch's own weight matrices, e.g. ``blocks.3.attn``; the add node where there is none.
+    """Return the common module path of the branch's weight matrices, such as ``blocks.3.attn``.
 
-    Matrices that the branch reads itself come first: a table computed beforehand may belong to an earlier block, as
-    T5's position bias does.
+    If they have none in common, the name is that of the add node. Matrices that the branch reads directly take
+    precedence, because a table computed before the branch may belong to an earlier block, as T5's position bias does.
     """
     read = {source for node in candidate.nodes for source in node.all_input_nodes}
     matrices = [node for node in candidate.weights if _is_matrix(attribute(graph, node))] or list(candidate.weights)
@@ -317,31 +325,35 @@ def _common(left: Sequence[str], right: Sequence[str]) -> Iterator[tuple[str, st
 
 
 def _full_name(graph: Graph, candidate: _Candidate, base: str) -> str:
-    """The base, with the kind where the base is the block that does the adding (unless its name says so already).
+    """Return the base name, with the kind appended if the base ends in a number or is the module of the add node.
 
-    Looks at nothing but the site itself: whatever else is dropped, its name stays.
+    The module of the add node gets no kind if its name is the kind already. The name depends on the site alone, so
+    that it does not change when other sites are dropped.
     """
     last = base.rpartition(".")[2]
     adding = _module_path(candidate.add).removeprefix(graph.prefix)
     return f"{base}.{candidate.kind}" if last.isdigit() or (base == adding and last != candidate.kind) else base
 
 
-def _unique_names(named: list[str]) -> list[str]:
-    """Number the sites that share their weights, and so their name."""
-    repeats, seen = Counter(named), Counter[str]()
+def _unique_names(full_names: list[str]) -> list[str]:
+    """Append a number to the names of sites that share their weights, and therefore their name."""
+    repeats, seen = Counter(full_names), Counter[str]()
     names = []
-    for name in named:
+    for name in full_names:
         seen[name] += 1
         names.append(f"{name}#{seen[name]}" if repeats[name] > 1 else name)
     return names
 
 
-def _block_names(graph: Graph, found: list[_Candidate], bases: list[str]) -> list[str]:
-    """Group consecutive sites into blocks: the module path up to its last number, or a new attention."""
+def _block_names(graph: Graph, candidates: list[_Candidate], bases: list[str]) -> list[str]:
+    """Return the block of each site: the module path up to its last number.
+
+    A new block starts with a new path, a repeated site or, for sites without a numbered path, the next attention.
+    """
     names: list[str] = []
     key, members, count = None, list[tuple[str, str]](), 0
-    for candidate, base in zip(found, bases, strict=True):
-        path = _numbered(_module_path(candidate.root).removeprefix(graph.prefix)) or _numbered(base)
+    for candidate, base in zip(candidates, bases, strict=True):
+        path = _up_to_last_number(_module_path(candidate.root).removeprefix(graph.prefix)) or _up_to_last_number(base)
         repeats = (base, candidate.kind) in members
         restarts = not path and candidate.kind == "attention" and "attention" in [kind for _, kind in members]
         if path != key or repeats or restarts:
@@ -349,18 +361,18 @@ def _block_names(graph: Graph, found: list[_Candidate], bases: list[str]) -> lis
         members.append((base, candidate.kind))
         earlier = names[: len(names) - len(members) + 1]
         names.append(path if path and path not in earlier else f"{path or 'block'}#{count}")
-    return _joined(names, [candidate.kind for candidate in found])
+    return _join_sublayers(names, [candidate.kind for candidate in candidates])
 
 
-def _joined(blocks: list[str], kinds: list[str]) -> list[str]:
-    """Join numbered sublayers to one block: attention alone in ``block.3.layer.0``, the MLP in ``block.3.layer.1``.
+def _join_sublayers(blocks: list[str], kinds: list[str]) -> list[str]:
+    """Join numbered sublayers, such as attention in ``block.3.layer.0`` and MLP in ``block.3.layer.1``, to one block.
 
-    Blocks of one site each are sublayers where they have one numbered parent and are attention first, one MLP last.
+    Blocks of one site each are sublayers if they have the same numbered parent and are attentions followed by one MLP.
     """
     joined, members = list(blocks), defaultdict[str, list[int]](list)
     for position, block in enumerate(blocks):
         if blocks.count(block) == 1:
-            members[_numbered(block.rpartition(".")[0])].append(position)
+            members[_up_to_last_number(block.rpartition(".")[0])].append(position)
     for parent, positions in members.items():
         parts = [kinds[position] for position in positions]
         if parent and parts == ["attention"] * (len(parts) - 1) + ["mlp"] and len(parts) > 1:
@@ -374,19 +386,19 @@ def _module_path(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def _numbered(path: str) -> str:
+def _up_to_last_number(path: str) -> str:
     parts = path.split(".")
     last = max((position for position, part in enumerate(parts) if part.isdigit()), default=-1)
     return ".".join(parts[: last + 1])
 
 
 def site_named(sites: Collection[Site], name: str) -> Site:
-    """The site of that name.
+    """Return the site of a name.
 
     Raises:
-        GraphError: there is none.
+        GraphError: no site has this name.
     """
     for site in sites:
         if site.name == name:
             return site
-    raise GraphError(f"the graph has no site named {name!r}; it has {len(sites)}: `compressor inspect` lists them.")
+    raise GraphError(f"the graph has no site named {name!r}; it has {len(sites)}, which `compressor inspect` lists.")

@@ -1,1 +1,1 @@
-"""Merge similar tokens behind attention (ToMe), and carry the shorter axis through the graph."""
+"""Token merging after attention (ToMe), and propagation of the shorter token axis through the graph."""

@@ -1,4 +1,4 @@
-"""One more reduction: how many tokens go, and which."""
+"""Insertion of one token reduction: number of removed tokens, and their selection."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ aten = torch.ops.aten
 
 
 class Attended(NamedTuple):
-    """The attention seen last.
+    """Operands of the preceding attention.
 
-    ``keys`` are ``[B, (H,) N, d]``, or ``[B, (H,) d, N]`` where `turned`. Scores come from ``query``, ``mask`` and
-    ``scale`` of fused attention, or ``weights`` is the softmax of the explicit form. ``real`` ``[B, N]`` is False for
-    padding.
+    ``keys`` is ``[B, (H,) N, d]``, or ``[B, (H,) d, N]`` if `turned`. Fused attention sets ``query``, ``mask`` and
+    ``scale``; explicit attention sets ``weights``, its softmax. ``real`` ``[B, N]`` is False for padding.
     """
 
     keys: fx.Node
@@ -38,42 +37,46 @@ class Attended(NamedTuple):
 
 
 def next_stage(call: Any, root: fx.Node, amount: float, attended: Attended, past: Stages) -> Stage:
-    """Write the reduction of what `root` holds.
+    """Insert the nodes of a token reduction of `root`.
 
     Args:
-        call: writes a node.
-        root: the trunk ``[B, N, D]`` behind an attention.
-        amount: how many tokens go, or which share.
-        attended: that attention.
+        call: function that inserts a node.
+        root: the trunk ``[B, N, D]`` after an attention.
+        amount: number (int) or share (float) of tokens to remove.
+        attended: operands of that attention.
         past: the reductions so far.
 
     Raises:
-        PassError: the amount does not fit, or the keys have another layout.
+        PassError: `amount` is a number but the token axis is dynamic, or the keys have an unknown layout.
     """
     size = value_of(root).shape[1]
-    whole = size if isinstance(size, int) else call(aten.sym_size.int, root, 1)
-    old: Count = past.done[-1].count if past.done else whole
+    original = size if isinstance(size, int) else call(aten.sym_size.int, root, 1)
+    old: Count = past.done[-1].count if past.done else original
     sizes = past.done[-1].sizes if past.done else None
     method, protected = past.reduction.method, past.reduction.protected
     removed = _removed(call, root, old, amount, past.reduction)
-    count, kind = arithmetic.minus(call, old, removed), value_of(root).dtype
+    count, dtype = arithmetic.minus(call, old, removed), value_of(root).dtype
     if not isinstance(count, int):
         name_size(count)
     if method == "attention":
-        return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, kind)
+        return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, dtype)
     keys = _mean_keys(call, attended)
     if method == "norm":
         score = call(aten.linalg_vector_norm.default, keys, 2, [-1])
-        return arithmetic.keep(call, score, count, protected, sizes, kind)
-    place = arithmetic.match(call, keys, protected, removed, attended.real)
-    return arithmetic.merge(call, place, count, sizes, kind)
+        return arithmetic.keep(call, score, count, protected, sizes, dtype)
+    new_index = arithmetic.match(call, keys, protected, removed, attended.real)
+    return arithmetic.merge(call, new_index, count, sizes, dtype)
 
 
 def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Reduction) -> Count:
-    """As many as asked for, and no more than there are: a merge takes less than half of the free tokens."""
+    """Return the number of removed tokens, limited to the available ones.
+
+    A merge removes less than half of the unprotected tokens.
+    """
     if not isinstance(old, int) and isinstance(amount, int):
         raise PassError(
-            f"{amount} tokens cannot be taken from a text of any length behind {root.name}: give a share, as 0.25."
+            f"found {amount} tokens to remove after {root.name}, which has a dynamic length; "
+            "expected a share such as 0.25."
         )
     removed = arithmetic.removed_tokens(call, old, reduction.protected, amount)
     if not isinstance(old, int):
@@ -83,7 +86,7 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
 
 
 def _mean_keys(call: Any, attended: Attended) -> fx.Node:
-    """Keys ``[B, N, d]`` in float32, averaged over heads."""
+    """Return the keys ``[B, N, d]`` in float32, averaged over heads."""
     keys = attended.keys
     if len(value_of(keys).shape) not in (3, 4):
         shape = tuple(value_of(keys).shape)

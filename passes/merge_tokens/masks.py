@@ -1,4 +1,4 @@
-"""What a mask or bias on attention scores depends on, found by computing it for two made-up inputs."""
+"""Classification of masks and biases on attention scores, by evaluating them on two random inputs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-FORBIDDEN = -1e3  # what a mask adds to a score; biases are far smaller
+FORBIDDEN = -1e3  # a score offset below this value is a mask; biases are far smaller
 
 
 @dataclass(frozen=True)
 class Mask:
-    """``empty`` hides nothing ever; ``by_key`` is the same for every query; ``padding`` hides keys by the inputs.
+    """Properties of a mask or bias.
 
-    ``refused`` is the reason why it cannot be had for fewer tokens, empty where it can.
+    ``empty``: it never masks a key. ``by_key``: it is the same for every query. ``padding``: it masks keys depending on
+    the inputs. ``refused`` is the reason why it cannot be reduced to fewer tokens, or an empty string.
     """
 
     empty: bool
@@ -39,28 +40,28 @@ class Mask:
 
 
 def read_mask(graph: Graph, table: fx.Node, data: set[fx.Node]) -> Mask:
-    """Tell a constant bias, a padding mask and a mask over pairs of tokens apart.
+    """Classify a table as constant bias, padding mask or mask over pairs of tokens.
 
     Args:
-        graph: where it is computed.
-        table: its node, ``[..., queries, keys]``; nothing that it depends on may have been edited.
+        graph: the graph that computes the table.
+        table: node of the mask or bias ``[..., queries, keys]``; its inputs must not have been edited.
         data: nodes that depend on the values of an input.
     """
-    samples = [_computed(graph, table, seed) for seed in (0, 1)]
+    samples = [_evaluate(graph, table, seed) for seed in (0, 1)]
     boolean = samples[0].dtype == torch.bool
     by_key = all(bool((sample == sample[..., :1, :]).all()) for sample in samples) if samples[0].dim() > 1 else True
-    hides = any(bool((~sample).any() if boolean else (sample < FORBIDDEN).any()) for sample in samples)
+    masks_keys = any(bool((~sample).any() if boolean else (sample < FORBIDDEN).any()) for sample in samples)
     fixed = table not in data and not any(isinstance(size, torch.SymInt) for size in value_of(table).shape[-2:])
     mask_like = boolean or all(bool(((sample == 0) | (sample < FORBIDDEN)).all()) for sample in samples)
-    empty = mask_like and not hides and fixed
+    empty = mask_like and not masks_keys and fixed
     reason = ""
-    if not by_key and (hides or boolean):
-        reason = f"{table.name} hides different tokens from different queries (causal or windowed)"
+    if not by_key and (masks_keys or boolean):
+        reason = f"{table.name} masks different tokens for different queries (causal or windowed attention)"
     return Mask(empty, by_key, by_key and mask_like and table in data, reason)
 
 
 class Masks:
-    """The masks and biases on the scores of one graph, as they are after the reductions so far."""
+    """Masks and biases on the attention scores of one graph, adapted to the reductions so far."""
 
     def __init__(self, graph: Graph, past: Stages) -> None:
         self.graph, self.past = graph, past
@@ -68,7 +69,7 @@ class Masks:
         self.known: dict[fx.Node, Mask] = {}
 
     def fit(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int) -> fx.Node:
-        """What stands for a mask or bias on scores at this stage. Raises Unfollowed."""
+        """Reduce a mask or bias to the remaining tokens. Raises Unfollowed if that is not possible."""
         if table not in self.known:
             self.known[table] = read_mask(self.graph, table, self.data)
         mask = self.known[table]
@@ -89,9 +90,9 @@ class Masks:
         return self.past.cache[key], replace(flow, tokens=tuple(pair for pair in flow.tokens if pair[0] == rank - 1))
 
     def real(self, node: fx.Node, table: fx.Node, mask: fx.Node) -> fx.Node | None:
-        """Which tokens are no padding, ``[B, N]``, from a mask that is the same for every query."""
-        found = self.known.get(table)
-        if found is None or not found.padding:
+        """Return a bool node ``[B, N]``, False for padding, from a padding mask; None for any other mask."""
+        properties = self.known.get(table)
+        if properties is None or not properties.padding:
             return None
         call = self.past.call(node)
         row: fx.Node = mask
@@ -100,21 +101,22 @@ class Masks:
         return row if value_of(row).dtype == torch.bool else call(aten.gt.Scalar, row, -1.0)
 
     def with_sizes(self, node: fx.Node, mask: fx.Node | None, bias: fx.Node, rank: int) -> fx.Node:
-        """A mask or None, with the logarithm of the sizes ``[B, N]`` added to what every key gets."""
+        """Add the logarithm of the token sizes ``[B, N]`` to a mask, along the keys; None is an empty mask."""
         call, key = self.past.call(node), ("bias", mask, bias, rank)
         if key not in self.past.cache:
-            wide = arithmetic.spread(call, bias, rank, 0, rank - 1)
+            broadcast_bias = arithmetic.spread(call, bias, rank, 0, rank - 1)
             if mask is None:
-                self.past.cache[key] = wide
+                self.past.cache[key] = broadcast_bias
             elif value_of(mask).dtype == torch.bool:
-                lowest = torch.finfo(value_of(wide).dtype).min
-                self.past.cache[key] = call(aten.where.ScalarOther, mask, wide, lowest)
+                lowest = torch.finfo(value_of(broadcast_bias).dtype).min
+                self.past.cache[key] = call(aten.where.ScalarOther, mask, broadcast_bias, lowest)
             else:
-                self.past.cache[key] = call(aten.add.Tensor, mask, wide)
+                self.past.cache[key] = call(aten.add.Tensor, mask, broadcast_bias)
         return self.past.cache[key]
 
 
-def _computed(graph: Graph, table: fx.Node, seed: int) -> torch.Tensor:
+def _evaluate(graph: Graph, table: fx.Node, seed: int) -> torch.Tensor:
+    """Return the value of a node for random inputs."""
     generator = torch.Generator().manual_seed(seed)
     program = Program(graph, keep=[table.name])
     needed = {table}
@@ -122,18 +124,19 @@ def _computed(graph: Graph, table: fx.Node, seed: int) -> torch.Tensor:
         if node in needed:
             needed.update(node.all_input_nodes)
     feeds = {
-        name: _made_up(value_of(node), generator) for name, node in zip(graph.inputs, graph.placeholders(), strict=True)
+        name: _random_input(value_of(node), generator)
+        for name, node in zip(graph.inputs, graph.placeholders(), strict=True)
     }
     values: dict[fx.Node, Any] = program.start(feeds)
     with torch.no_grad():
         for node in program.order:
             if node in needed and node not in values:
                 values[node] = program.step(node, values)
-    found: torch.Tensor = values[table]
-    return found
+    result: torch.Tensor = values[table]
+    return result
 
 
-def _made_up(value: Any, generator: torch.Generator) -> torch.Tensor:
-    """Zeros and ones of the traced shape: valid as ids and as a mask."""
-    drawn = torch.randint(0, 2, [hint(size) for size in value.shape], generator=generator)
-    return drawn.to(value.dtype)
+def _random_input(value: Any, generator: torch.Generator) -> torch.Tensor:
+    """Return random zeros and ones of the traced shape, which are valid token ids and a valid attention mask."""
+    bits = torch.randint(0, 2, [hint(size) for size in value.shape], generator=generator)
+    return bits.to(value.dtype)

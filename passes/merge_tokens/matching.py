@@ -1,9 +1,9 @@
-"""The arithmetic of fewer tokens, written into a graph: match, average, keep, spread again.
+"""Graph arithmetic of token reduction: matching, averaging, selection and unmerging.
 
-One reduction is one matrix. ``assign[b, i, j]`` is 1 where old token j becomes (part of) new token i, ``mean`` is the
-same with rows that sum to one, so that ``mean @ x`` holds the new tokens. Only comparisons, sums and matrix products
-are used: every runtime has them, they need no sorting, ties cannot change the number of tokens, and tokens move by one
-product instead of by gathers and scatters.
+A reduction is a matrix. ``assign[b, i, j]`` is 1 if old token j becomes (part of) new token i. ``mean`` is ``assign``
+with rows normalised to sum 1, so ``mean @ x`` computes the new tokens. Only comparisons, sums and matrix products are
+used, because every runtime supports them. They need no sorting, ties cannot change the number of tokens, and one
+product replaces gathers and scatters.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    Call = Callable[..., fx.Node]  # insert_call with the graph and the place filled in
+    Call = Callable[..., fx.Node]  # insert_call with its graph and position bound
 
 aten = torch.ops.aten
 LAST = 2**63 - 1
 FLOAT = {"dtype": torch.float32}
-# Cosines lie in [-1, 1]. Two tokens of padding rank above every real pair, a pair of both kinds below.
+# Cosines lie in [-1, 1]. Pairs of padding tokens rank above every real pair, mixed pairs below.
 PADDING_FIRST, NEVER = 4.0, -2.0
 
-Count = Any  # int, or the node that holds a symbolic number
+Count = Any  # int, or the node of a symbolic integer
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one reduction left behind.
+    """Result of one reduction.
 
-    ``count`` tokens are left, an integer or the node of a symbolic one. ``assign`` and ``mean`` are ``[B, new, old]``,
-    ``sizes`` ``[B, new]`` is the number of original tokens in each, None where tokens were only dropped.
+    ``count`` is the number of remaining tokens, an integer or the node of a symbolic one. ``assign`` and ``mean`` are
+    ``[B, new, old]``. ``sizes`` ``[B, new]`` is the number of original tokens in each, or None if tokens were only
+    dropped.
     """
 
     count: Count
@@ -47,17 +48,17 @@ class Stage:
 
 
 def minus(call: Call, left: Count, right: Count) -> Count:
-    """The difference of two counts: a number where both are, else a node."""
+    """Return the difference of two counts, an integer if both are integers, otherwise a node."""
     return left - right if isinstance(left, int) and isinstance(right, int) else call(operator.sub, left, right)
 
 
 def plus(call: Call, left: Count, right: Count) -> Count:
-    """The sum of two counts: a number where both are, else a node."""
+    """Return the sum of two counts, an integer if both are integers, otherwise a node."""
     return left + right if isinstance(left, int) and isinstance(right, int) else call(operator.add, left, right)
 
 
 def removed_tokens(call: Call, count: Count, protected: int, amount: int | float) -> Count:
-    """How many tokens an amount takes: itself, or that share of those that are not protected, rounded down."""
+    """Return the number of removed tokens: an integer `amount`, or a share of the unprotected ones, rounded down."""
     if isinstance(amount, int):
         return amount
     parts = round(amount * 1000)
@@ -68,40 +69,40 @@ def removed_tokens(call: Call, count: Count, protected: int, amount: int | float
 
 
 def match(call: Call, keys: fx.Node, protected: int, removed: Count, real: fx.Node | None) -> fx.Node:
-    """The new place of every token: bipartite soft matching (Bolya et al., Token Merging, ICLR 2023, section 3).
+    """Compute bipartite soft matching (Bolya et al., Token Merging, ICLR 2023, section 3).
 
-    The unprotected tokens are split in turn into sets A and B; each of A is linked to the one of B with the most
-    similar key (cosine), the `removed` most similar links are merged into B, all others stay. New order: protected
-    tokens, the rest of A by rank, B.
+    The unprotected tokens alternate between sets A and B. Each token of A is linked to the token of B with the most
+    similar key (cosine). The `removed` most similar links are merged into B. The new order is the protected tokens, the
+    rest of A by rank, then B.
 
     Args:
-        call: writes a node.
-        keys: ``[B, N, d]``, one key a token.
-        protected: leading tokens that stay as they are.
+        call: function that inserts a node.
+        keys: ``[B, N, d]``, one key per token.
+        protected: number of leading tokens that are never merged.
         removed: number of links to merge.
-        real: ``[B, N]`` bool, False for padding, which merges first and only with itself; None where there is none.
+        real: ``[B, N]`` bool, False for padding, which merges first and only with padding; None without padding.
 
     Returns:
-        ``[B, N]`` float32, the row of each old token among the new ones.
+        ``[B, N]`` float32, the index of each old token among the new ones.
     """
     norm = call(aten.linalg_vector_norm.default, keys, 2, [-1], True)
     unit = call(aten.div.Tensor, keys, call(aten.clamp_min.default, norm, 1e-6))
     first, second = (call(aten.slice.Tensor, unit, 1, protected + side, LAST, 2) for side in (0, 1))
     scores = call(aten.matmul.default, first, call(aten.transpose.int, second, 1, 2))
     if real is not None:
-        scores = _apart(call, scores, real, protected)
+        scores = _separate_padding(call, scores, real, protected)
     best, partner = call(aten.amax.default, scores, [-1]), call(aten.argmax.default, scores, -1)
     rank = _rank(call, best)
     in_a = _size(call, best)
     kept = minus(call, in_a, removed)
     linked = call(aten.add.Tensor, call(aten.to.dtype, partner, torch.float32), plus(call, kept, protected))
-    stays = call(aten.sub.Tensor, rank, minus(call, removed, protected))
-    place_a = call(aten.where.self, call(aten.lt.Scalar, rank, removed), linked, stays)
+    unmerged = call(aten.sub.Tensor, rank, minus(call, removed, protected))
+    index_a = call(aten.where.self, call(aten.lt.Scalar, rank, removed), linked, unmerged)
     zero = _zero(call, rank)
-    places = [call(aten.add.Tensor, zero, _range(call, protected)), place_a] if protected else [place_a]
-    after = call(aten.add.Tensor, _range(call, _size(call, second)), plus(call, kept, protected))
-    joined = call(aten.cat.default, [*places, call(aten.add.Tensor, zero, after)], 1)
-    return call(aten.index_select.default, joined, 1, _in_turn(call, _size(call, keys), protected, in_a))
+    indices = [call(aten.add.Tensor, zero, _range(call, protected)), index_a] if protected else [index_a]
+    index_b = call(aten.add.Tensor, _range(call, _size(call, second)), plus(call, kept, protected))
+    by_set = call(aten.cat.default, [*indices, call(aten.add.Tensor, zero, index_b)], 1)
+    return call(aten.index_select.default, by_set, 1, _original_order(call, _size(call, keys), protected, in_a))
 
 
 def _size(call: Call, node: fx.Node, axis: int = 1) -> Count:
@@ -114,12 +115,12 @@ def _range(call: Call, count: Count) -> fx.Node:
 
 
 def _zero(call: Call, vector: fx.Node) -> fx.Node:
-    """A column of zeros ``[B, 1]``, to give a row of constants its samples."""
+    """Return zeros ``[B, 1]``, which broadcast a row of constants to all samples."""
     return call(aten.mul.Tensor, call(aten.amin.default, vector, [1], True), 0.0)
 
 
-def _apart(call: Call, scores: fx.Node, real: fx.Node, protected: int) -> fx.Node:
-    """Let padding merge with padding, first of all, and never with a real token."""
+def _separate_padding(call: Call, scores: fx.Node, real: fx.Node, protected: int) -> fx.Node:
+    """Rank pairs of padding tokens first and pairs of a padding and a real token last."""
     first, second = (call(aten.slice.Tensor, real, 1, protected + side, LAST, 2) for side in (0, 1))
     rows, columns = call(aten.unsqueeze.default, first, 2), call(aten.unsqueeze.default, second, 1)
     padding = call(aten.to.dtype, call(aten.logical_not.default, columns), torch.float32)
@@ -129,7 +130,7 @@ def _apart(call: Call, scores: fx.Node, real: fx.Node, protected: int) -> fx.Nod
 
 
 def _rank(call: Call, values: fx.Node) -> fx.Node:
-    """Position of each value from the largest down, ties in order: how many others come before it."""
+    """Return the rank of each value ``[B, N]`` in descending order, ties in order of position."""
     own, other = call(aten.unsqueeze.default, values, 2), call(aten.unsqueeze.default, values, 1)
     index = _range(call, _size(call, values))
     earlier = call(aten.lt.Tensor, index, call(aten.unsqueeze.default, index, 1))
@@ -138,8 +139,8 @@ def _rank(call: Call, values: fx.Node) -> fx.Node:
     return call(aten.sum.dim_IntList, call(aten.to.dtype, ahead, torch.float32), [-1])
 
 
-def _in_turn(call: Call, count: Count, protected: int, in_a: Count) -> fx.Node:
-    """Where in (protected, A, B) the tokens stand in their old order."""
+def _original_order(call: Call, count: Count, protected: int, in_a: Count) -> fx.Node:
+    """Return the indices into (protected, A, B) that restore the original token order."""
     free = call(aten.arange.default, minus(call, count, protected))
     half = call(aten.floor_divide.default, free, 2)
     side = call(aten.mul.Tensor, call(aten.remainder.Scalar, free, 2), in_a)
@@ -149,14 +150,15 @@ def _in_turn(call: Call, count: Count, protected: int, in_a: Count) -> fx.Node:
     return call(aten.cat.default, [call(aten.arange.default, protected), order])
 
 
-def _assign(call: Call, place: fx.Node, count: Count, dtype: torch.dtype) -> fx.Node:
-    row, rows = call(aten.unsqueeze.default, place, 1), call(aten.unsqueeze.default, _range(call, count), 1)
+def _assign(call: Call, new_index: fx.Node, count: Count, dtype: torch.dtype) -> fx.Node:
+    """Return the matrix ``[B, new, old]`` that maps each old token to its new index."""
+    row, rows = call(aten.unsqueeze.default, new_index, 1), call(aten.unsqueeze.default, _range(call, count), 1)
     return call(aten.to.dtype, call(aten.eq.Tensor, row, rows), dtype)
 
 
-def merge(call: Call, place: fx.Node, count: Count, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:
-    """The stage in which tokens of one place become their average, weighted by size (section 3, tracking size)."""
-    assign = _assign(call, place, count, dtype)
+def merge(call: Call, new_index: fx.Node, count: Count, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:
+    """Replace tokens with the same new index by their average, weighted by size (section 3, tracking token size)."""
+    assign = _assign(call, new_index, count, dtype)
     weights = assign if sizes is None else call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, sizes, 1))
     total = call(aten.sum.dim_IntList, weights, [-1])
     mean = call(aten.div.Tensor, weights, call(aten.unsqueeze.default, total, 2))
@@ -164,34 +166,34 @@ def merge(call: Call, place: fx.Node, count: Count, sizes: fx.Node | None, dtype
 
 
 def keep(call: Call, score: fx.Node, count: Count, protected: int, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:
-    """The stage in which the tokens of highest score stay, beside the protected ones; `score` is ``[B, N]``."""
+    """Keep the protected tokens and those of highest score; `score` is ``[B, N]``."""
     free = call(aten.slice.Tensor, score, 1, protected, LAST)
-    place = call(aten.add.Tensor, _rank(call, free), float(protected))
+    new_index = call(aten.add.Tensor, _rank(call, free), float(protected))
     if protected:
-        zero = _zero(call, place)
-        place = call(aten.cat.default, [call(aten.add.Tensor, zero, _range(call, protected)), place], 1)
-    assign = _assign(call, place, count, dtype)
-    left = sizes
+        zero = _zero(call, new_index)
+        new_index = call(aten.cat.default, [call(aten.add.Tensor, zero, _range(call, protected)), new_index], 1)
+    assign = _assign(call, new_index, count, dtype)
+    kept_sizes = sizes
     if sizes is not None:
         product = call(aten.matmul.default, assign, call(aten.unsqueeze.default, sizes, 2))
-        left = call(aten.squeeze.dim, product, 2)
-    return Stage(count, assign, assign, left)
+        kept_sizes = call(aten.squeeze.dim, product, 2)
+    return Stage(count, assign, assign, kept_sizes)
 
 
 def apply_matrix(call: Call, matrix: fx.Node, value: fx.Node, batch: int, axis: int, start: int) -> fx.Node:
-    """Multiply one axis of a value by ``matrix`` ``[B, new, old]``, all other axes broadcast.
+    """Multiply one axis of a value by ``matrix`` ``[B, new, old]``; all other axes are broadcast.
 
     Args:
-        call: writes a node.
-        matrix: the rows are the new tokens.
-        value: any rank of at least 2.
-        batch: its axis of samples.
-        axis: its axis of tokens.
-        start: which token the axis starts with; those before are protected, so the rest of the matrix is a block.
+        call: function that inserts a node.
+        matrix: matrix with one row per new token.
+        value: node of rank 2 or higher.
+        batch: batch axis of the value.
+        axis: token axis of the value.
+        start: index of the first token of the axis. Earlier tokens are protected, so the rest of the matrix is a block.
     """
     if start:
         matrix = call(aten.slice.Tensor, call(aten.slice.Tensor, matrix, 1, start, LAST), 2, start, LAST)
-    if batch:  # samples first, as in the matrix
+    if batch:  # the matrix has its batch on axis 0
         moved = call(aten.transpose.int, value, 0, batch)
         result = apply_matrix(call, matrix, moved, 0, batch if axis == 0 else axis, 0)
         return call(aten.transpose.int, result, 0, batch)
@@ -210,7 +212,7 @@ def apply_matrix(call: Call, matrix: fx.Node, value: fx.Node, batch: int, axis: 
 
 
 def spread(call: Call, vector: fx.Node, rank: int, batch: int, axis: int) -> fx.Node:
-    """A ``[B, N]`` vector with axes of one in between, to broadcast against a value of that rank."""
+    """Insert axes of size 1 into a ``[B, N]`` vector so that it broadcasts to a value of `rank` axes."""
     if batch > axis:
         vector = call(aten.transpose.int, vector, 0, 1)
     for position in range(rank):
@@ -220,7 +222,7 @@ def spread(call: Call, vector: fx.Node, rank: int, batch: int, axis: int) -> fx.
 
 
 def from_token(call: Call, vector: fx.Node, start: int) -> fx.Node:
-    """The entries of ``[B, N]`` from token `start` on; where an axis holds others in front, these count 1."""
+    """Return the sizes ``[B, N]`` from token `start` on; a negative `start` prepends ones for other entries."""
     if start > 0:
         return call(aten.slice.Tensor, vector, 1, start, LAST)
     if start == 0:
@@ -233,14 +235,16 @@ def from_token(call: Call, vector: fx.Node, start: int) -> fx.Node:
 def attention_received(
     call: Call, query: fx.Node, keys: fx.Node, mask: fx.Node | None, scale: float, protected: int
 ) -> fx.Node:
-    """How much each token is looked at, ``[B, N]``: by the first token where one is protected, else by all on average.
+    """Return the attention that each token receives, ``[B, N]``.
+
+    It is the attention of the first token if a token is protected, otherwise the mean over all tokens.
 
     Args:
-        call: writes a node.
+        call: function that inserts a node.
         query: ``[B, H, N, d]``.
         keys: ``[B, H, N, d]``.
-        mask: what scaled_dot_product_attention takes, or None.
-        scale: of the scores.
+        mask: mask of scaled_dot_product_attention, or None.
+        scale: scale of the scores.
         protected: number of protected tokens; the first is the class token.
     """
     if protected:

@@ -1,4 +1,4 @@
-"""Walk a graph behind its first reduction of tokens and make every operator fit what is left."""
+"""Propagation of token reductions: adapts every later operator to the shorter token axis."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
-MOST_LEADING = 64  # a token read by a position beyond this is no class or register token
+MOST_LEADING = 64  # class and register tokens have indices below this limit
 
 
 class Walk:
-    """One walk from the trunk of `first` to the outputs.
+    """Traversal of a graph from the trunk of `first` to the outputs, with reductions inserted on the way.
 
     Args:
-        graph: what is edited.
-        first: the first attention behind which tokens go.
-        last: the last one.
-        amounts: root node of a site to what is taken away there; empty for a trial, which edits nothing.
-        reduction: how.
+        graph: the graph to edit.
+        first: the first attention site after which tokens are removed.
+        last: the last such site.
+        amounts: root node name of a site to the number or share of tokens removed there; empty for a trial run.
+        reduction: options of the reductions.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class Walk:
         if len(sizes) != 3 or first.channel_dim != 2:
             raise PassError(
                 f"{first.name} has a trunk of shape {axes.as_text(sizes)}; expected [samples, tokens, features]. "
-                "Tokens on a grid (windows, convolutions) depend on their neighbours and cannot be taken away."
+                "Tokens on a grid (windows, convolutions) depend on their neighbours and cannot be removed."
             )
         if sizes[1] == 1:
-            raise PassError(f"{first.name} has a trunk of one token: there is nothing to take away.")
+            raise PassError(f"{first.name} has a trunk of one token, so no token can be removed.")
         self.flows[self.first] = Flow(0, 0, ((1, 0),))
 
-    # ------------------------------------------------------------------------------------------------------ the walk
+    # --------------------------------------------------------------------------------------------------- traversal
 
     def run(self) -> None:
-        """Walk.
+        """Visit all nodes after the trunk of the first site.
 
         Raises:
-            PassError: an operator on the way to the last reduction cannot be followed.
+            PassError: the tokens cannot be tracked through an operator before the last reduction.
         """
         for node in self.order[self.index[self.first] + 1 :]:
             if node.op == "output":
@@ -93,7 +93,7 @@ class Walk:
             flow = self._follow(node)
         except Unfollowed as reason:
             if node in self.trunk:
-                raise PassError(f"tokens cannot be followed through {node.name} ({node.target}): {reason}.") from None
+                raise PassError(f"cannot track tokens through {node.name} ({node.target}): {reason}.") from None
             for source in sources:
                 self.past.restore(node, source, self.flows[source], output=False)
             flow = None
@@ -102,10 +102,10 @@ class Walk:
         if flow is not None and flow.tokens:
             self.flows[node] = flow
         if node.name in self.amounts:
-            self._take(node)
+            self._reduce(node)
 
     def _follow(self, node: fx.Node) -> Flow | None:
-        """The flow behind a node, after whatever edit makes it fit. Raises Unfollowed."""
+        """Adapt a node to the reduced tokens and return the flow of its value. Raises Unfollowed."""
         target = node.target
         source = next(source for source in node.all_input_nodes if source in self.flows)
         if target is operator.getitem:
@@ -119,11 +119,11 @@ class Walk:
         if target in PRODUCTS:
             return self._multiply(node)
         if target in SOFTMAX_OPS:
-            return self._normalise(node, source)
+            return self._softmax(node, source)
         if target in LINEAR_OPS | NORM_OPS:
             return self._features(node, source)
         if target in (aten.slice.Tensor, aten.select.int):
-            return self._cut(node, source)
+            return self._slice_or_select(node, source)
         if target == aten.cat.default:
             return self._concatenate(node)
         return self._follow_axes(node, source)
@@ -133,71 +133,71 @@ class Walk:
         if target in axes.MOVES:
             return self._move(node, source)
         if target in axes.SPLITS:
-            self._not_tokens(source, option(node, "dim"))
+            self._require_no_tokens(source, option(node, "dim"))
             return self.flows[source]
         if target in axes.REDUCTIONS:
             return self._pool(node, source)
         if target in axes.SAME_SHAPE:
             return self.flows[source] if node.args[0] is source else None
         if target == aten.stack.default:
-            return axes.move(node, self._join(node, self.rank[node] - 1), self.before[source], self.before[node])
+            return axes.move(node, self._broadcast(node, self.rank[node] - 1), self.before[source], self.before[node])
         if axes.is_pointwise(node):
-            return self._join(node, self.rank[node])
-        raise Unfollowed("it is not known to keep tokens apart")
+            return self._broadcast(node, self.rank[node])
+        raise Unfollowed("there is no rule for this operator")
 
-    # ------------------------------------------------------------------------------------------------ single operators
+    # ------------------------------------------------------------------------------------------------ unary operators
 
-    def _not_tokens(self, source: fx.Node, *dims: int) -> None:
+    def _require_no_tokens(self, source: fx.Node, *dims: int) -> None:
         rank = self.rank[source]
         if {dim % rank for dim in dims} & set(dict(self.flows[source].tokens)):
-            raise Unfollowed("it works along the axis of tokens")
+            raise Unfollowed("it operates along the token axis")
 
     def _features(self, node: fx.Node, source: fx.Node) -> Flow:
         if node.args[0] is not source:
-            raise Unfollowed("its weights are tokens")
+            raise Unfollowed("its weight depends on tokens")
         span = len(option(node, "normalized_shape")) if node.target in NORM_OPS else 1
-        self._not_tokens(source, *range(-span, 0))
+        self._require_no_tokens(source, *range(-span, 0))
         return self.flows[source]
 
     def _move(self, node: fx.Node, source: fx.Node) -> Flow:
-        found = axes.move(node, self.flows[source], self.before[source], self.before[node])
-        if found.stage and node.target in axes.SIZES:
-            lengths = {axis: self.past.length(node, found.stage, start) for axis, start in found.tokens}
-            arguments = axes.baked_sizes(node, found, lengths)
+        flow = axes.move(node, self.flows[source], self.before[source], self.before[node])
+        if flow.stage and node.target in axes.SIZES:
+            lengths = {axis: self.past.length(node, flow.stage, start) for axis, start in flow.tokens}
+            arguments = axes.baked_sizes(node, flow, lengths)
             assert arguments is not None
             set_arguments(self.graph, node, *arguments)
-        return found
+        return flow
 
-    def _cut(self, node: fx.Node, source: fx.Node) -> Flow | None:
-        """A slice or one entry: of another axis, or of the tokens at their start."""
+    def _slice_or_select(self, node: fx.Node, source: fx.Node) -> Flow | None:
+        """Adapt a slice or select, which may read another axis or leading tokens."""
         flow, rank = self.flows[source], self.rank[source]
         dim = option(node, "dim") % rank
         starts = dict(flow.tokens)
         if dim not in starts:
             return axes.move(node, flow, self.before[source], self.before[node])
         if node.target == aten.select.int:
-            self._read(option(node, "index") + starts[dim], option(node, "index"))
-            left = replace(flow, tokens=tuple(pair for pair in flow.tokens if pair[0] != dim))
-            return axes.move(node, left, self.before[source], self.before[node])
+            self._check_position(option(node, "index") + starts[dim], option(node, "index"))
+            remaining = replace(flow, tokens=tuple(pair for pair in flow.tokens if pair[0] != dim))
+            return axes.move(node, remaining, self.before[source], self.before[node])
         return self._slice(node, flow, dim, starts[dim])
 
     def _slice(self, node: fx.Node, flow: Flow, dim: int, offset: int) -> Flow | None:
         begin, end, size = option(node, "start") or 0, option(node, "end"), self.before[node.all_input_nodes[0]][dim]
         whole = end is None or end == size or (isinstance(end, int) and end >= arithmetic.LAST)
         if option(node, "step") != 1 or not isinstance(begin, int) or not (whole or isinstance(end, int)):
-            raise Unfollowed("it picks tokens by their place in the picture or text")
-        self._read((begin if whole else end) + offset - 1, begin if whole else end)
+            raise Unfollowed("it selects tokens by position")
+        self._check_position((begin if whole else end) + offset - 1, begin if whole else end)
         if not whole:
-            left = tuple(pair for pair in flow.tokens if pair[0] != dim)
-            return replace(flow, tokens=left)
+            remaining = tuple(pair for pair in flow.tokens if pair[0] != dim)
+            return replace(flow, tokens=remaining)
         if flow.stage:
             set_arguments(self.graph, node, node.args[0], dim, begin)
         return replace(flow, tokens=tuple((axis, start + begin * (axis == dim)) for axis, start in flow.tokens))
 
-    def _read(self, token: int, given: int) -> None:
-        """Hold a token that is read by its position to be protected; in a trial, remember it."""
-        if given < 0 or token >= MOST_LEADING:
-            raise Unfollowed("it picks a token by its place")
+    def _check_position(self, token: int, index: int) -> None:
+        """Record the leading tokens that are read by position, and require them to be protected."""
+        if index < 0 or token >= MOST_LEADING:
+            raise Unfollowed("it selects a token by position")
         self.read_by_position = max(self.read_by_position, token + 1)
         if self.amounts and token >= self.past.reduction.protected:
             raise Unfollowed(f"it reads token {token}, which is not protected")
@@ -208,32 +208,34 @@ class Walk:
         dim = option(node, "dim") % rank
         tracked = [part for part in parts if part in self.flows]
         if not any(dim in dict(self.flows[part].tokens) for part in tracked):
-            return self._join(node, rank)
+            return self._broadcast(node, rank)
         if len(tracked) > 1 or parts[-1] is not tracked[0]:
-            raise Unfollowed("it puts something behind the tokens")
+            raise Unfollowed("it concatenates values after the tokens")
         lengths = [self.before[part][dim] for part in parts[:-1]]
         if not all(isinstance(length, int) for length in lengths):
-            raise Unfollowed("it puts any number of values in front of the tokens")
+            raise Unfollowed("it concatenates a dynamic number of values before the tokens")
         flow, front = self.flows[tracked[0]], sum(map(int, lengths))
         return replace(flow, tokens=tuple((axis, start - front * (axis == dim)) for axis, start in flow.tokens))
 
     def _pool(self, node: fx.Node, source: fx.Node) -> Flow | None:
-        """A mean over tokens counts each as often as it has members."""
+        """Adapt a reduction; a mean over tokens is weighted by the token sizes."""
         flow, rank = self.flows[source], self.rank[source]
         dims = option(node, "dim")
         dims = {dim % rank for dim in (range(rank) if dims is None else dims)}
         pooled = [pair for pair in flow.tokens if pair[0] in dims]
         if pooled:
-            self._weigh(node, source, flow, dims, pooled)
+            self._weighted_mean(node, source, flow, dims, pooled)
             flow = replace(flow, tokens=tuple(pair for pair in flow.tokens if pair[0] not in dims))
         return axes.move(node, flow, self.before[source], self.before[node]) if flow.tokens else None
 
-    def _weigh(self, node: fx.Node, source: fx.Node, flow: Flow, dims: set[int], pooled: list[tuple[int, int]]) -> None:
+    def _weighted_mean(
+        self, node: fx.Node, source: fx.Node, flow: Flow, dims: set[int], pooled: list[tuple[int, int]]
+    ) -> None:
         if node.target in (aten.amax.default, aten.amin.default) or not flow.stage:
             return
         sizes = self.past.done[flow.stage - 1].sizes
         if node.target != aten.mean.dim or len(dims) > 1:
-            raise Unfollowed("it sums up tokens")
+            raise Unfollowed("it sums over tokens")
         if sizes is None:
             return
         call, ((axis, start),) = self.past.call(node), pooled
@@ -243,10 +245,10 @@ class Walk:
         total = call(aten.sum.dim_IntList, call(aten.mul.Tensor, source, counts), [axis], keep)
         bypass(self.graph, node, call(aten.div.Tensor, total, call(aten.sum.dim_IntList, counts, [axis], keep)))
 
-    # --------------------------------------------------------------------------------------------- several operands
+    # --------------------------------------------------------------------------------------------- broadcast operands
 
-    def _join(self, node: fx.Node, rank: int) -> Flow:
-        """Operands broadcast against each other: those of an older stage, and tables of the old length, are reduced."""
+    def _broadcast(self, node: fx.Node, rank: int) -> Flow:
+        """Reduce broadcast operands of an earlier stage, and tables of the original length, to the current tokens."""
         operands = [source for source in node.all_input_nodes if isinstance(value_of(source), torch.Tensor)]
         tracked = [(self.flows[source], self.rank[source]) for source in operands if source in self.flows]
         flow = axes.together(tracked, rank)
@@ -257,13 +259,13 @@ class Walk:
                 self._fit_table(node, source, replace(flow, tokens=tuple(wide)), rank, scores=len(flow.tokens) > 1)
                 continue
             if len(wide) != len(self.flows[source].tokens):
-                raise Unfollowed("it joins tokens with something else as long")
+                raise Unfollowed("it combines tokens with an untracked axis of the same length")
             if self.flows[source].stage < flow.stage:
                 rewire(self.graph, node, source, self.past.advance(node, source, self.flows[source], flow.stage))
         return flow
 
     def _fit_table(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int, *, scores: bool) -> None:
-        """Reduce what is added to or multiplied with tokens: positions, rotations, masks, biases."""
+        """Reduce a table that is combined with tokens: positions, rotations, masks or biases."""
         if not flow.tokens:
             return
         if scores:
@@ -273,7 +275,7 @@ class Walk:
 
     def _fit_scores(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int) -> None:
         if node.target == aten.masked_fill.Scalar:
-            raise Unfollowed("masks that say what is hidden are not followed")
+            raise Unfollowed("masked_fill masks are not supported")
         fitted = self.masks.fit(node, table, flow, rank)
         if fitted is not table:
             rewire(self.graph, node, table, fitted)
@@ -283,10 +285,10 @@ class Walk:
     # ----------------------------------------------------------------------------------------------------- attention
 
     def _multiply(self, node: fx.Node) -> Flow:
-        """A product of two values: scores (tokens by tokens), or an average by the weights of a softmax."""
+        """Adapt a product of two values: attention scores (tokens by tokens), or an average with softmax weights."""
         left, right = (cast("fx.Node", side) for side in node.args[:2])
         if node.target not in (aten.matmul.default, aten.bmm.default):
-            raise Unfollowed("products of this form are not followed")
+            raise Unfollowed("this matrix product operator is not supported")
         rank = self.rank[node]
         rows, inner = self._tokens_of(left, (-2, -1))
         across, columns = self._tokens_of(right, (-2, -1))
@@ -294,28 +296,28 @@ class Walk:
         if inner != across:
             raise Unfollowed("it sums over tokens of one operand only")
         if inner is not None and not any(flow.weighted for flow in flows):
-            raise Unfollowed("it sums over tokens that no softmax has weighted")
+            raise Unfollowed("it sums over tokens without softmax weights")
         if len({flow.stage for flow in flows}) > 1 or len({flow.batch for flow in flows}) > 1:
-            raise Unfollowed("it multiplies values before and behind a reduction")
+            raise Unfollowed("it multiplies values from before and after a reduction")
         tokens = tuple((rank + axis, start) for axis, start in ((-2, rows), (-1, columns)) if start is not None)
         if rows is not None and columns is not None:
             self._remember_product(node, left, right)
         return Flow(flows[0].stage, flows[0].batch, tokens, any(flow.weighted for flow in flows))
 
-    def _tokens_of(self, side: Any, wanted: tuple[int, int]) -> tuple[int | None, int | None]:
-        flow = self.flows.get(side)
+    def _tokens_of(self, operand: Any, matrix_axes: tuple[int, int]) -> tuple[int | None, int | None]:
+        flow = self.flows.get(operand)
         if flow is None:
             return None, None
-        starts = {axis - self.rank[side]: start for axis, start in flow.tokens}
-        if set(starts) - set(wanted):
-            raise Unfollowed("it multiplies each token by itself")
-        return starts.get(wanted[0]), starts.get(wanted[1])
+        starts = {axis - self.rank[operand]: start for axis, start in flow.tokens}
+        if set(starts) - set(matrix_axes):
+            raise Unfollowed("it has tokens on a batch axis of a matrix product")
+        return starts.get(matrix_axes[0]), starts.get(matrix_axes[1])
 
     def _remember_product(self, node: fx.Node, left: Any, right: Any) -> None:
         self.attended = None if self.flows[right].batch else Attended(right, turned=True)
 
-    def _normalise(self, node: fx.Node, source: fx.Node) -> Flow:
-        """A softmax over tokens: size-proportional attention adds the logarithm of the sizes (Bolya et al., eq. 1)."""
+    def _softmax(self, node: fx.Node, source: fx.Node) -> Flow:
+        """Add the logarithm of the token sizes to the scores: proportional attention (Bolya et al., eq. 1)."""
         flow, rank = self.flows[source], self.rank[source]
         dim = option(node, "dim") % rank
         starts = dict(flow.tokens)
@@ -324,8 +326,8 @@ class Walk:
         bias = self.past.log_sizes(node, flow.stage, starts[dim])
         if bias is not None:
             call = self.past.call(node)
-            wide = arithmetic.spread(call, bias, rank, flow.batch, dim)
-            rewire(self.graph, node, source, call(aten.add.Tensor, source, wide))
+            broadcast_bias = arithmetic.spread(call, bias, rank, flow.batch, dim)
+            rewire(self.graph, node, source, call(aten.add.Tensor, source, broadcast_bias))
         if self.attended is not None and len(flow.tokens) > 1 and self.attended.weights is None:
             self.attended = self.attended._replace(weights=node)
         return replace(flow, weighted=True)
@@ -334,22 +336,22 @@ class Walk:
         query, keys, values = (cast("fx.Node", side) for side in node.args[:3])
         rank = self.rank[node]
         if option(node, "is_causal"):
-            raise Unfollowed("causal attention: a merged token would see what comes after its first part")
-        own, other = (self._tokens_of(side, (-2, -1))[0] for side in (query, keys))
+            raise Unfollowed("causal attention would let a merged token attend to later tokens")
+        query_start, key_start = (self._tokens_of(side, (-2, -1))[0] for side in (query, keys))
         if self.flows.get(keys) != self.flows.get(values):
             raise Unfollowed("keys and values hold different tokens")
         flow = axes.together([(self.flows[side], rank) for side in (query, keys) if side in self.flows], rank)
         if flow.batch != 0:
-            raise Unfollowed("its samples are not on the first axis")
+            raise Unfollowed("its batch axis is not the first axis")
         if self.flows.get(keys, flow).stage != flow.stage or self.flows.get(query, flow).stage != flow.stage:
             raise Unfollowed("queries and keys hold different tokens")
-        pairs = ((rank - 2, own), (rank - 1, other))
+        pairs = ((rank - 2, query_start), (rank - 1, key_start))
         scores = Flow(flow.stage, 0, tuple((axis, start) for axis, start in pairs if start is not None))
         self._attend_to(node, scores, rank)
-        return replace(flow, tokens=scores.tokens[:1], weighted=False) if own is not None else None
+        return replace(flow, tokens=scores.tokens[:1], weighted=False) if query_start is not None else None
 
     def _attend_to(self, node: fx.Node, flow: Flow, rank: int) -> None:
-        """Reduce the mask, add the sizes, and remember the keys."""
+        """Reduce the mask, add the token sizes, and record the operands of the attention."""
         table = option(node, "attn_mask")
         real, mask = None, table
         if table is not None:
@@ -370,30 +372,32 @@ class Walk:
             query, keys = node.args[:2]
             self.attended = Attended(keys, False, query, mask, float(scale), None, real)  # type: ignore[arg-type]
 
-    # -------------------------------------------------------------------------------------------- taking, giving back
+    # ----------------------------------------------------------------------------------------------------- reduction
 
-    def _take(self, root: fx.Node) -> None:
-        """Insert one reduction behind a root and let everything behind it read the tokens that are left."""
+    def _reduce(self, root: fx.Node) -> None:
+        """Insert one reduction after a root, and rewire the consumers of the root to the remaining tokens."""
         flow = self.flows.get(root)
         if flow is None or flow.tokens != ((1, 0),) or flow.batch:
-            raise PassError(f"the sum {root.name} does not hold all tokens: none can be taken away behind it.")
+            raise PassError(f"the sum {root.name} does not hold all tokens, so tokens cannot be reduced after it.")
         if self.attended is None:
-            raise PassError(f"the attention before {root.name} compares no tokens with each other.")
-        readers, call = list(root.users), self.past.call(root.next)
+            raise PassError(
+                f"found no attention scores between tokens before {root.name}, so tokens cannot be reduced after it."
+            )
+        users, call = list(root.users), self.past.call(root.next)
         stage = next_stage(call, root, self.amounts[root.name], self.attended, self.past)
         self.past.done.append(stage)
-        left = call(aten.matmul.default, stage.mean, root)
-        for reader in readers:
-            rewire(self.graph, reader, root, left)
-        self.flows[left] = replace(flow, stage=len(self.past.done))
-        self.rank[left], self.before[left] = 3, self.before[root]
+        reduced = call(aten.matmul.default, stage.mean, root)
+        for user in users:
+            rewire(self.graph, user, root, reduced)
+        self.flows[reduced] = replace(flow, stage=len(self.past.done))
+        self.rank[reduced], self.before[reduced] = 3, self.before[root]
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, stack = {node}, [node]
+    ancestors, stack = {node}, [node]
     while stack:
         for source in stack.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
+            if source not in ancestors:
+                ancestors.add(source)
                 stack.append(source)
-    return found
+    return ancestors

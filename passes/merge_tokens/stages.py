@@ -1,4 +1,4 @@
-"""The reductions made so far, and every value that has to take part in them later."""
+"""Token reductions of a graph, and their application to later values and tables."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from passes.merge_tokens.matching import Count, Stage
 
 aten = torch.ops.aten
-LOWEST = -1e30  # stands for minus infinity, which times zero is no number
+LOWEST = -1e30  # replaces minus infinity, because 0 * -inf is NaN
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """How tokens are taken away: the method, the number of leading tokens that stay, and what outputs get back."""
+    """Options of the token reductions: method, number of protected leading tokens, and unmerging of outputs."""
 
     method: str
     protected: int
@@ -35,12 +35,12 @@ class Reduction:
 
     @property
     def spreads(self) -> bool:
-        """Whether a value for each token can have its old length back."""
+        """True if a value for each token can be restored to its original length."""
         return self.method == "merge" and self.unmerge is not False
 
 
 class Stages:
-    """The reductions of one graph, oldest first, and what was already computed from them."""
+    """Token reductions of one graph, oldest first, with a cache of the nodes derived from them."""
 
     def __init__(self, graph: Graph, reduction: Reduction) -> None:
         self.graph, self.reduction = graph, reduction
@@ -48,15 +48,15 @@ class Stages:
         self.cache: dict[tuple[Any, ...], fx.Node] = {}
 
     def call(self, before: fx.Node) -> Any:
-        """Writes a node ahead of `before`: ``call(operator, *arguments)``."""
+        """Return a function ``call(operator, *arguments)`` that inserts a node before `before`."""
         return functools.partial(insert_call, self.graph, before=before)
 
     def length(self, node: fx.Node, stage: int, start: int) -> Count:
-        """Number of tokens after so many reductions, from token `start` on; a node ahead of `node` if symbolic."""
+        """Return the number of tokens from `start` on after `stage` reductions, an integer or a node before `node`."""
         return arithmetic.minus(self.call(node), self.done[stage - 1].count, start)
 
     def advance(self, node: fx.Node, value: fx.Node, flow: Flow, stage: int, rank: int | None = None) -> fx.Node:
-        """A value or table of an earlier stage, with the reductions since then done to it (averages)."""
+        """Apply all reductions up to `stage` to a value or table of an earlier stage, by averaging."""
         call = self.call(node)
         for later in range(flow.stage + 1, stage + 1):
             key = (value, flow.tokens, flow.batch, rank, later)
@@ -66,30 +66,34 @@ class Stages:
         return value
 
     def average(self, call: Any, value: fx.Node, flow: Flow, rank: int | None) -> fx.Node:
-        """A value or table of the stage before ``flow.stage``, averaged over what became one token."""
-        kind = value_of(value).dtype
-        if not (kind.is_floating_point or kind == torch.bool):
-            raise Unfollowed(f"{value.name} holds a whole number for each token")
+        """Average a value or table of the stage before ``flow.stage`` over the tokens that were merged.
+
+        Raises:
+            Unfollowed: the value is an integer, or a table axis holds entries in front of the tokens.
+        """
+        dtype = value_of(value).dtype
+        if not (dtype.is_floating_point or dtype == torch.bool):
+            raise Unfollowed(f"{value.name} holds an integer for each token")
         mean = self.done[flow.stage - 1].mean
         result: fx.Node = value
-        if kind != value_of(mean).dtype:
+        if dtype != value_of(mean).dtype:
             result = call(aten.to.dtype, value, value_of(mean).dtype)
-        if len(flow.tokens) > 1 or kind == torch.bool:
+        if len(flow.tokens) > 1 or dtype == torch.bool:
             result = call(aten.clamp_min.default, result, LOWEST)
         for _ in range((rank or 0) - len(value_of(value).shape)):
             result = call(aten.unsqueeze.default, result, 0)
         for axis, start in flow.tokens:
             if start < 0:
-                raise Unfollowed("it joins a table with tokens that others were put in front of")
+                raise Unfollowed("it combines a table with tokens that follow other entries")
             result = arithmetic.apply_matrix(call, mean, result, flow.batch, axis, start)
-        if kind == torch.bool:
+        if dtype == torch.bool:
             result = call(aten.gt.Scalar, result, 0.5)
-        elif value_of(result).dtype != kind:
-            result = call(aten.to.dtype, result, kind)
+        elif value_of(result).dtype != dtype:
+            result = call(aten.to.dtype, result, dtype)
         return result
 
     def log_sizes(self, node: fx.Node, stage: int, start: int) -> fx.Node | None:
-        """The logarithm of the sizes ``[B, N]`` from token `start` on; None where no token was merged."""
+        """Return the logarithm of the token sizes ``[B, N]`` from `start` on; None if no token was merged."""
         sizes = self.done[stage - 1].sizes if stage else None
         if sizes is None:
             return None
@@ -100,10 +104,10 @@ class Stages:
         return self.cache[key]
 
     def restore(self, reader: fx.Node, source: fx.Node, flow: Flow, *, output: bool) -> None:
-        """Let a reader that cannot take fewer tokens read as many as there were: each the one that it became.
+        """Restore the original length for a consumer that needs all tokens; a merged token is repeated.
 
         Raises:
-            PassError: dropped tokens have no value to give back.
+            PassError: the method drops tokens, which have no value, or unmerging is disabled.
         """
         if not flow.stage:
             return
@@ -112,17 +116,17 @@ class Stages:
             if output and self.reduction.unmerge is False:
                 return
             raise PassError(
-                f"{reader.name} needs a value for each token ({source.name}), and those that are dropped have none: "
-                "merge, or let the outputs be shorter (unmerge=False)."
+                f"{reader.name} needs {source.name} for each token, but dropped tokens have no value; "
+                "use method='merge', or unmerge=False for shorter outputs."
             )
         value = source
         for number in range(flow.stage, 0, -1):
             key = ("restored", source, number)
             if key not in self.cache:
                 call, assign = self.call(reader), self.done[number - 1].assign
-                turned = call(aten.transpose.int, assign, 1, 2)
+                transposed = call(aten.transpose.int, assign, 1, 2)
                 for axis, start in flow.tokens:
-                    value = arithmetic.apply_matrix(call, turned, value, flow.batch, axis, max(start, 0))
+                    value = arithmetic.apply_matrix(call, transposed, value, flow.batch, axis, max(start, 0))
                 self.cache[key] = value
             value = self.cache[key]
         rewire(self.graph, reader, source, value)

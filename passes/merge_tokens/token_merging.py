@@ -1,4 +1,4 @@
-"""Let fewer tokens flow on: merge similar ones or drop unattended ones behind chosen attentions."""
+"""Token reduction pass: merge similar tokens or drop unimportant ones after chosen attentions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Amount = int | float
 
 @dataclass(frozen=True)
 class ReduceTokens:
-    """Merge or drop tokens behind the attention of chosen blocks, in the trunk of any isotropic transformer.
+    """Rewrite pass that merges or drops tokens after the attention of chosen blocks of an isotropic transformer.
 
     Before::
 
@@ -36,23 +36,23 @@ class ReduceTokens:
         %y = add(%x, %attention); %m = matmul(%mean, %y); %n = layer_norm(%m); ...
         %a = scaled_dot_product_attention(%q, %k, %v, log(%sizes))
 
-    Everything behind is followed operator by operator: lengths in reshapes, position tables, rotary tables, relative
-    biases and padding masks take part in the same reduction; outputs with a value for each token are spread again.
+    All later operators are adapted to the shorter token axis. Reshape sizes, position tables, rotary tables, relative
+    biases and padding masks are reduced in the same way. Outputs with a value for each token are unmerged.
 
     Args:
-        schedule: block or attention site, and what it takes away: a number of tokens, or (a float below 0.5) a share
-            of those that are not protected. Texts of any length take shares only.
-        method: ``merge`` averages pairs of similar keys (Token Merging, Bolya et al., ICLR 2023) and weights the later
-            attention by size; ``attention`` keeps the tokens that are looked at most (by the class token where there
-            is one, else on average), ``norm`` those of the largest keys.
-        protected: number of leading tokens that always stay. None: those made of parameters (class, registers) and
-            those that are read by position later on.
-        unmerge: whether outputs with a value for each token get their old length back; None: where tokens are merged.
-            A dropped token has no value to give back.
-        trusted: `protected` was found by `protects` on this model, and the graph is a fork that an error may spoil:
-            nothing is tried out beforehand.
+        schedule: pairs of a block or attention site and the number of tokens to remove, or the share (a float below
+            0.5) of the unprotected tokens. A dynamic token axis takes shares only.
+        method: ``merge`` averages tokens with similar keys (Token Merging, Bolya et al., ICLR 2023) and weights later
+            attention by token size. ``attention`` keeps the tokens that receive the most attention, from the class
+            token if there is one, otherwise on average. ``norm`` keeps the tokens with the largest key norms.
+        protected: number of leading tokens that are never removed. None protects leading tokens made of parameters
+            (class, registers) and tokens that later operators read by position.
+        unmerge: True restores the original length of outputs with a value for each token. None does so for ``merge``
+            only, because a dropped token has no value.
+        trusted: True skips the trial run on a fork. It requires that `protected` was returned by `protects` for this
+            model and that the graph is a fork, which an error may leave half edited.
 
-    A graph is left as it is where nothing is to be taken, and where an error is raised before the first edit.
+    The graph is unchanged if no token is removed, or if the trial run raises an error.
     """
 
     schedule: tuple[tuple[str, Amount], ...]
@@ -65,21 +65,23 @@ class ReduceTokens:
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Take a mapping for a schedule too, and check the amounts."""
+        """Convert a mapping to a schedule, and check method and amounts."""
         if isinstance(self.schedule, Mapping):
             object.__setattr__(self, "schedule", tuple(self.schedule.items()))
         if self.method not in ("merge", "attention", "norm"):
-            raise PassError(f"found the method {self.method!r}, expected merge, attention or norm.")
+            raise PassError(f"found the method {self.method!r}; expected merge, attention or norm.")
         for name, amount in self.schedule:
             if amount < 0 or (isinstance(amount, float) and amount >= 0.5):
-                raise PassError(f"{name} is to lose {amount} tokens; expected a number from 0 or a share below 0.5.")
+                raise PassError(
+                    f"found the amount {amount} for {name}; expected a number of tokens from 0 or a share below 0.5."
+                )
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
-        """Edit the graph; returns the names of the sites behind which tokens are taken away.
+        """Insert the reductions. Return the names of the sites after which tokens are removed.
 
         Raises:
-            PassError: a name is no attention of the graph, the amount is more than there is, or an operator cannot be
-                followed (window partitions, causal masks); the message names it.
+            PassError: a name is not an attention of the graph, an amount does not fit, or the tokens cannot be tracked
+                through an operator (window partitions, causal masks); the message names it.
         """
         sites = find_sites(graph)
         chosen = [(_attention(sites, name), amount) for name, amount in self.schedule if amount]
@@ -92,7 +94,7 @@ class ReduceTokens:
             reduction = Reduction(self.method, self.protected, self.unmerge)
         else:
             reduction = Reduction(self.method, self._protected(graph, *ends), self.unmerge)
-            Walk(graph.fork(), *ends, amounts, reduction).run()  # errors leave the graph as it was
+            Walk(graph.fork(), *ends, amounts, reduction).run()  # trial run: an error leaves the graph unchanged
         Walk(graph, *ends, amounts, reduction).run()
         remove_dead(graph)
         return Rewritten(changed=tuple(site.name for site, _ in chosen))
@@ -105,16 +107,16 @@ class ReduceTokens:
             return max(leading_constants(trunk, 1, from_data(graph.nodes())), trial.read_by_position)
         if self.protected < trial.read_by_position:
             raise PassError(
-                f"{self.protected} tokens are to be protected, but the model reads the first {trial.read_by_position} "
-                "by their position: protect as many, or leave the number out."
+                f"found protected={self.protected}, but the model reads the first {trial.read_by_position} tokens by "
+                "position; protect at least that many, or leave `protected` unset."
             )
         return self.protected
 
     def protects(self, graph: Graph) -> int:
-        """How many leading tokens stay when this is run on `graph`; the graph is left as it is.
+        """Return the number of protected leading tokens of this pass on `graph`. The graph is not changed.
 
         Raises:
-            PassError: as `run`.
+            PassError: see `run`.
         """
         sites = find_sites(graph)
         chosen = sorted((_attention(sites, name) for name, _ in self.schedule), key=lambda site: site.order)
@@ -122,10 +124,10 @@ class ReduceTokens:
 
 
 def _attention(sites: tuple[Site, ...], name: str) -> Site:
-    """The attention site of that name, or the one of the block of that name."""
+    """Return the attention site with this name, or the first one of the block with this name."""
     attentions = [site for site in sites if site.kind == "attention"]
     for site in attentions:
         if name in (site.name, site.block):
             return site
-    known = ", ".join(site.name for site in attentions[:12]) or "none"
-    raise PassError(f"tokens are taken away behind an attention, and {name!r} is none; the graph has {known}.")
+    names = ", ".join(site.name for site in attentions[:12]) or "none"
+    raise PassError(f"found {name!r}, expected the name of an attention site or of its block; the graph has {names}.")

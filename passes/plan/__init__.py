@@ -1,1 +1,1 @@
-"""Plans: the decisions of an export as data, and how they are selected."""
+"""Plans, which hold the decision for each site of a model, and their selection."""

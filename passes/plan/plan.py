@@ -1,4 +1,4 @@
-"""Decisions as data: what happens to each site, by which rule, and why."""
+"""Plans: the action for each site of a model, its reason, and the rule that chose it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from passes.base import PassError
 if TYPE_CHECKING:
     from passes.graph.graph import Site
 
-VERSION = 2  # version 1 knew no actions but drop and keep; its plans are still read
+VERSION = 2  # version 1 had the actions drop and keep only; such plans can still be read
 FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme", "replaceme-cosine")
-PUBLISHED = ("tba", "replaceme", "replaceme-cosine")  # forms as others have published them, for comparison
+PUBLISHED = ("tba", "replaceme", "replaceme-cosine")  # published methods, for comparison
 ACTIONS = ("drop", *FORMS, "merge")
 
 
 def merged_tokens(action: str) -> int | float | None:
-    """How many tokens an action merges behind its attention, or (a float) what share of them; None for other actions.
+    """Return the number (int) or share (float) of tokens that an action merges after its attention.
+
+    Actions other than ``merge`` return None.
 
     Raises:
-        PassError: no number, or a share of half and more: tokens are merged in pairs.
+        PassError: the amount is no number, or a share of 50% or more; tokens are merged in pairs.
 
     >>> merged_tokens("merge:8"), merged_tokens("merge:25%"), merged_tokens("drop")
     (8, 0.25, None)
@@ -41,10 +43,10 @@ def merged_tokens(action: str) -> int | float | None:
 
 
 def form_and_rank(action: str) -> tuple[str, int | None]:
-    """Split an action such as ``low-rank:48``; the rank is None where the action names none.
+    """Split an action such as ``low-rank:48`` into form and rank; the rank is None for an action without one.
 
     Raises:
-        PassError: an unknown action, or a rank where there can be none.
+        PassError: the action is unknown, or has a rank that its form does not take.
 
     >>> form_and_rank("low-rank:48"), form_and_rank("drop")
     (('low-rank', 48), ('drop', None))
@@ -61,7 +63,7 @@ def form_and_rank(action: str) -> tuple[str, int | None]:
 
 @dataclass(frozen=True)
 class Decision:
-    """One site and what happens to it: ``keep``, or one of `ACTIONS`; `reason` says why in words."""
+    """Action for one site, ``keep`` or one of `ACTIONS`, and the `reason` for it as a text."""
 
     site: str
     action: str
@@ -70,11 +72,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to each site of one model, replayable with ``--drop plan.json``.
+    """Actions for the sites of one model, which ``--drop plan.json`` applies again.
 
-    `decisions` has one entry per site, in the order of the sites; `order` lists the changed ones as they were chosen:
-    a stand-in is fitted on what the changes before it have left. `fingerprint` names the structure of the model the
-    plan was made for.
+    `decisions` has one entry per site, in the order of the sites. `order` lists the changed sites in the order in which
+    they were chosen, because a replacement is fitted on the graph that the changes before it leave. `fingerprint`
+    identifies the structure of the model (see `fingerprint`).
     """
 
     model: str
@@ -87,27 +89,27 @@ class Plan:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Names of the sites whose branch is deleted, with nothing in its place."""
+        """The names of the sites whose branch is removed without a replacement."""
         return tuple(decision.site for decision in self.decisions if decision.action == "drop")
 
     @property
     def merges(self) -> dict[str, str]:
-        """The attentions behind which tokens are merged."""
+        """The actions of the attention sites after which tokens are merged, by name."""
         return {name: action for name, action in self.changes.items() if merged_tokens(action) is not None}
 
     @property
     def changes(self) -> dict[str, str]:
-        """The action of every site that is not kept, in the order in which they are carried out."""
+        """The action of every changed site by name, in the order in which the changes are applied."""
         actions = {decision.site: decision.action for decision in self.decisions}
         return {name: actions[name] for name in self.order}
 
     def to_json(self) -> str:
-        """The plan as indented JSON."""
+        """Return the plan as indented JSON."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Read a plan back.
+        """Read a plan from its JSON text.
 
         Raises:
             PassError: the text is not JSON, or not a plan of this version.
@@ -116,7 +118,9 @@ class Plan:
             fields = json.loads(text)
             version = fields.get("version")
             if version not in (1, VERSION):
-                raise PassError(f"the plan has version {version}, expected {VERSION}; make it again with this release.")
+                raise PassError(
+                    f"the plan has version {version}, expected {VERSION}; create it again with this release."
+                )
             fields["version"] = VERSION
             decisions = tuple(Decision(**decision) for decision in fields.pop("decisions"))
             plan = Plan(decisions=decisions, order=tuple(fields.pop("order")), **fields)
@@ -126,7 +130,7 @@ class Plan:
         return plan
 
     def _check_fields(self) -> None:
-        """Raise ValueError unless every field has its type and the changes are ordered completely."""
+        """Raise ValueError unless texts are strings, actions are valid and `order` lists exactly the changed sites."""
         texts = [self.model, self.fingerprint, self.rule, self.metric, *self.order]
         texts += [text for decision in self.decisions for text in (decision.site, decision.action, decision.reason)]
         if not all(isinstance(text, str) for text in texts):
@@ -135,18 +139,18 @@ class Plan:
             if decision.action != "keep":
                 form_and_rank(decision.action)
         if sorted(self.order) != sorted(decision.site for decision in self.decisions if decision.action != "keep"):
-            raise ValueError("the order lists other sites than those that are changed")
+            raise ValueError("the field order does not list exactly the changed sites")
         if len({decision.site for decision in self.decisions}) < len(self.decisions):
-            raise ValueError("a site is decided twice")
+            raise ValueError("a site has more than one decision")
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Hold the plan against the sites of a model.
+        """Check that the plan fits the sites of a model.
 
         Raises:
-            PassError: it names unknown sites, or was made for a model of another structure.
+            PassError: the plan names unknown sites, or was made for a model of another structure.
         """
-        known = {site.name for site in sites}
-        unknown = [decision.site for decision in self.decisions if decision.site not in known]
+        names = {site.name for site in sites}
+        unknown = [decision.site for decision in self.decisions if decision.site not in names]
         foreign = self.fingerprint != fingerprint(sites)
         if unknown and not (foreign and len(unknown) == len(self.decisions)):
             raise PassError(
@@ -154,42 +158,44 @@ class Plan:
             )
         if foreign:
             raise PassError(
-                f"the plan was made for another model ({self.model}): its sites differ from those found here."
+                f"the plan was made for another model ({self.model}): its sites differ from those of this model."
             )
 
 
 def fingerprint(sites: Sequence[Site]) -> str:
-    """A short hash of names, kinds and widths of all sites: the structure a plan applies to."""
+    """Return the first 16 hex digits of the SHA-256 of the names, kinds, blocks and widths of all sites."""
     listing = [(site.name, site.kind, site.block, site.width) for site in sites]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
 def acting(plan: Plan, action: str) -> Plan:
-    """The same choice with another action than to drop: one stand-in for every run of consecutive chosen sites.
+    """Return a plan with another action in place of drop, with one replacement for each run of consecutive sites.
 
-    All sites of a run but the last are dropped first; what is fitted in the place of the last then stands for the run.
+    All sites of a run but the last are dropped first. The replacement is fitted at the last site and covers the run.
     """
     form_and_rank(action)
     if action == "drop":
         return plan
     decisions, order = list(plan.decisions), list[str]()
-    for gone, run in groupby(range(len(decisions)), key=lambda place: decisions[place].action == "drop"):
-        if gone:
-            *inside, last = run
+    for dropped, run in groupby(range(len(decisions)), key=lambda index: decisions[index].action == "drop"):
+        if dropped:
+            *others, last = run
             decisions[last] = replace(decisions[last], action=action)
-            order += [decisions[place].site for place in [*inside, last]]
+            order += [decisions[index].site for index in [*others, last]]
     return replace(plan, decisions=tuple(decisions), order=tuple(order))
 
 
 def merging(plan: Plan, merges: Mapping[str, str]) -> Plan:
-    """The plan with tokens merged behind attentions that it keeps.
+    """Return a plan with tokens merged after attention sites that it keeps.
 
     Raises:
-        PassError: one of them is changed already.
+        PassError: the plan changes one of these sites already.
     """
-    taken = sorted(set(merges) & set(plan.changes))
-    if taken:
-        raise PassError(f"tokens cannot be merged behind {taken[0]}, which the plan changes; merge none there.")
+    changed = sorted(set(merges) & set(plan.changes))
+    if changed:
+        raise PassError(
+            f"tokens cannot be merged after {changed[0]}, which the plan changes; merge after kept sites only."
+        )
     decisions = tuple(
         replace(decision, action=merges[decision.site], reason="tokens are merged behind it, as asked for")
         if decision.site in merges

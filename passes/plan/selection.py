@@ -1,4 +1,4 @@
-"""What `--drop` asks for, and the choice of branches by a metric: a `passes.plan.Plan`."""
+"""Parser of ``--drop``, and the selection of branches by a metric, which returns a `passes.plan.plan.Plan`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
 
 @dataclass(frozen=True)
 class Selection:
-    """A parsed ``--drop``: how many units of a kind, or which names.
+    """A parsed ``--drop``: a number or percentage of units, or names.
 
-    `unit` is ``site`` (any kind), ``block`` or one kind of site; `count` of them, or `percent` of all of them, rounded
-    down to whole units (25% of 10 sites are 2).
+    `unit` is ``site`` (any kind), ``block`` or one kind of site. `count` is the number of units, `percent` the
+    percentage of all units, rounded down to whole units (25% of 10 sites are 2).
     """
 
     text: str
@@ -38,10 +38,10 @@ class Selection:
 
 
 def parse(text: str) -> Selection:
-    """Read ``4``, ``25%``, ``attention:4``, ``block:3`` or a comma-separated list of site names.
+    """Parse ``4``, ``25%``, ``attention:4``, ``block:3`` or a comma-separated list of site or block names.
 
     Raises:
-        PassError: an unknown kind, or a percentage above 100.
+        PassError: the text is empty, the kind is unknown, or the percentage is above 100.
 
     >>> parse("attention:4").unit, parse("attention:4").count, parse("25%").percent
     ('attention', 4, 25.0)
@@ -76,20 +76,21 @@ def choose(
     seed: int = 0,
     action: str = "drop",
 ) -> Plan:
-    """Rank the units by a metric and drop, or otherwise change, the most redundant ones.
+    """Rank the units by a metric and return a plan that drops, or otherwise changes, the most redundant ones.
 
     Args:
-        selection: what was asked for, from `parse`.
+        selection: result of `parse`.
         sites: all sites of the model, in order.
         metric: one of `METRICS`.
-        model: name to write into the plan.
-        scores: needed by cosine, influence and angular.
-        effect: for ``output``: measures, for each unit, how far the model's output moves without it.
-        seed: for ``random``.
-        action: what happens to the chosen ones, see `acting`.
+        model: name of the model to write into the plan.
+        scores: redundancy scores; required by ``cosine``, ``influence`` and ``angular``.
+        effect: function that measures the change of the model's output without each unit; required by ``output``.
+        seed: seed of ``random``.
+        action: action for the chosen units, see `acting`.
 
     Raises:
-        PassError: unknown names, more units asked for than there are, or an unknown metric.
+        PassError: a name or the metric is unknown, the selection exceeds the number of units, no span of this length
+            can be chosen (``angular``), or the metric lacks its scores or effects.
     """
     return acting(_choose(selection, sites, metric, model, scores, effect, seed), action)
 
@@ -111,12 +112,11 @@ def _choose(
         inside, reasons = _closest_span(units, count, scores)
         return _plan(selection, sites, model, metric, units, inside, reasons)
     values = _values(units, metric, scores, effect, seed)
-    # A unit without a value (a block whose input and output differ in shape) goes last.
+    # NaN, the value of a block whose input and output differ in shape, goes last.
     ranked = sorted(units, key=lambda name: (math.isnan(values[name]), values[name]))
-    places = {name: place for place, name in enumerate(ranked, start=1)}
     reasons = {
-        name: f"{metric}: rank {place} of {len(units)} ({_shown(metric, values[name])})"
-        for name, place in places.items()
+        name: f"{metric}: rank {rank} of {len(units)} ({_value_text(metric, values[name])})"
+        for rank, name in enumerate(ranked, start=1)
     }
     return _plan(selection, sites, model, metric, units, ranked[:count], reasons)
 
@@ -143,7 +143,7 @@ def _values(
     effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None,
     seed: int,
 ) -> dict[str, float]:
-    """A number for each unit; the lowest is dropped first."""
+    """Return a value for each unit; the unit with the lowest value is dropped first."""
     names = list(units)
     if metric == "random":
         order = random.Random(seed).sample(range(len(names)), len(names))
@@ -163,25 +163,29 @@ def _values(
     return {name: scores.influence(name) for name in names}
 
 
-def _shown(metric: str, value: float) -> str:
-    """A value under its metric's name: ranks go by 1 - cosine, people read the cosine."""
+def _value_text(metric: str, value: float) -> str:
+    """Format the value of a metric; cosine is ranked by 1 - cosine but reported as the cosine."""
     return f"{1.0 - value if metric == 'cosine' else value:.4g}"
 
 
 def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -> tuple[list[str], dict[str, str]]:
-    """The `count` consecutive units whose input and output are closest (Gromov et al. 2024), and a reason for each.
+    """Return the `count` consecutive units with the least angular distance, and a reason for every unit.
 
-    A span starts and ends at states of the trunk, so it takes both or none of two branches added to the same state.
+    The distance is that between the input and the output of the span (Gromov et al. 2024). A span starts and ends at
+    states of the trunk, so it contains both or none of two branches that are added to the same state.
     """
     names, distances = list(units), scores.angular_matrix()
     states = [scores.states.index(units[name][0].trunk) for name in names] + [len(scores.states) - 1]
-    starts = [place for place in range(len(names) + 1) if place == 0 or states[place] != states[place - 1]]
+    starts = [index for index in range(len(names) + 1) if index == 0 or states[index] != states[index - 1]]
     spans = [
         (float(distances[states[start], states[start + count]]), start) for start in starts if start + count in starts
     ]
     finite = [span for span in spans if not math.isnan(span[0])]
     if not finite:
-        raise PassError(f"no {count} consecutive units lead from one state to another of its shape; ask for fewer.")
+        raise PassError(
+            f"no span of {count} consecutive units leads from one trunk state to another of the same shape; "
+            "choose another number."
+        )
     distance, best = min(finite)
     inside = names[best : best + count]
     span = f"the closest of {len(finite)} spans of {count} ({distance:.4g})"
@@ -189,15 +193,15 @@ def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -
 
 
 def _by_name(selection: Selection, sites: Sequence[Site], model: str) -> Plan:
-    known = {site.name: [site] for site in sites} | _units("block", sites)
-    unknown = [name for name in selection.names if name not in known]
+    units = {site.name: [site] for site in sites} | _units("block", sites)
+    unknown = [name for name in selection.names if name not in units]
     if unknown:
         raise PassError(
             f"--drop names {unknown[0]!r}, which is neither a site nor a block of the model; "
             "`compressor inspect` lists them (a plan file must exist and end in .json)."
         )
     return _plan(
-        selection, sites, model, "names", known, list(selection.names), dict.fromkeys(known, "named in --drop")
+        selection, sites, model, "names", units, list(selection.names), dict.fromkeys(units, "named in --drop")
     )
 
 
@@ -210,14 +214,14 @@ def _plan(
     chosen: Sequence[str],
     reasons: Mapping[str, str],
 ) -> Plan:
-    gone = {site.name: reasons[unit] for unit in chosen for site in units[unit]}
-    stays = {site.name: reasons[unit] for unit in units if unit not in chosen for site in units[unit]}
+    dropped = {site.name: reasons[unit] for unit in chosen for site in units[unit]}
+    kept = {site.name: reasons[unit] for unit in units if unit not in chosen for site in units[unit]}
     if metric == "names":
-        stays = dict.fromkeys(stays, "not named in --drop")
+        kept = dict.fromkeys(kept, "not named in --drop")
     decisions = tuple(
-        Decision(site.name, "drop", gone[site.name])
-        if site.name in gone
-        else Decision(site.name, "keep", stays.get(site.name, f"not of the kind {selection.unit}"))
+        Decision(site.name, "drop", dropped[site.name])
+        if site.name in dropped
+        else Decision(site.name, "keep", kept.get(site.name, f"not of the kind {selection.unit}"))
         for site in sites
     )
-    return Plan(model, fingerprint(sites), selection.text, metric, decisions, tuple(gone))
+    return Plan(model, fingerprint(sites), selection.text, metric, decisions, tuple(dropped))

@@ -1,1 +1,1 @@
-"""Rewrites: each changes a graph and returns what it changed."""
+"""Rewrite passes, which edit a graph and return the names of the changed sites or nodes."""

@@ -1,4 +1,4 @@
-"""Take out what does nothing at inference time: dropout, copies, casts to the same type, assertions, dead code."""
+"""Removal of inference no-ops: dropout, copies, casts to the same dtype, assertions and dead code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clean:
-    """Remove no-ops and dead code, and make views indifferent to strides.
+    """Rewrite pass that removes no-ops and dead code and replaces views by stride-independent reshapes.
 
     Before::
 
@@ -33,21 +33,21 @@ class Clean:
     needs_data: ClassVar[bool] = False
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
-        """Edit the graph; returns the names of the no-op nodes taken out."""
-        loosen_views(graph)  # first: a view may need the copy before it that goes next
-        gone = remove_effects(graph)
+        """Clean the graph. Return the names of the removed nodes."""
+        loosen_views(graph)  # first, because a view may depend on the strides of a copy that is removed next
+        removed = remove_effects(graph)
         for node in graph.nodes():
             if is_identity(node):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 bypass(graph, node, source)
-                gone.append(node.name)
+                removed.append(node.name)
         remove_dead(graph)
-        return Rewritten(changed=tuple(gone))
+        return Rewritten(changed=tuple(removed))
 
 
 def is_identity(node: fx.Node) -> bool:
-    """Whether a node hands on its first input unchanged at inference time."""
+    """Return whether a node returns its first input unchanged at inference time."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.target in COPIES:
@@ -58,7 +58,7 @@ def is_identity(node: fx.Node) -> bool:
 
 
 def _same_type(node: fx.Node, source: fx.Node) -> bool:
-    """A cast that changes neither type nor device; one that is asked for a memory format stays."""
+    """Return whether a cast changes neither dtype nor device and has no ``memory_format``."""
     after, before = value_of(node), value_of(source)
     if not isinstance(after, torch.Tensor) or not isinstance(before, torch.Tensor):
         return False

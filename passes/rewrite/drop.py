@@ -1,4 +1,4 @@
-"""Delete residual branches."""
+"""Removal of residual branches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drop:
-    """Delete the branches of the given sites, and everything that only they used.
+    """Rewrite pass that removes the branches of sites and all nodes that only these branches use.
 
-    A name is looked up in the graph as it is. A `Site` is taken as it was found in the graph that this one was forked
-    from, whose names may no longer be found once other branches were replaced.
+    A name is looked up in the current graph. A `Site` may come from the graph that this one was forked from; the
+    lookup by name can fail after other branches were replaced.
 
     Before::
 
@@ -40,13 +40,13 @@ class Drop:
     needs_data: ClassVar[bool] = False
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
-        """Edit the graph.
+        """Remove the branches. Return the names of the sites.
 
         Raises:
             GraphError: a name is not a site of the graph.
         """
-        found = find_sites(graph) if any(isinstance(site, str) for site in self.sites) else ()
-        dropped = [site_named(found, site) if isinstance(site, str) else site for site in self.sites]
+        current = find_sites(graph) if any(isinstance(site, str) for site in self.sites) else ()
+        dropped = [site_named(current, site) if isinstance(site, str) else site for site in self.sites]
         drop_branches(graph, dropped)
         forget_unread(graph)
         remove_dead(graph)

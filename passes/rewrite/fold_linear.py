@@ -1,4 +1,4 @@
-"""Fold what is linear into the linear map beside it: exact algebra that costs nothing at run time, and often saves."""
+"""Folding of scales, shifts and adjacent linear maps: exact algebra that only removes work at run time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYER_NORM = aten.layer_norm.default
 
 @dataclass(frozen=True)
 class Fuse:
-    """Fold scales, shifts and linear maps into a linear map or a norm that they follow.
+    """Rewrite pass that folds scales, shifts and linear maps into the preceding linear map or norm.
 
     Before::
 
@@ -38,24 +38,24 @@ class Fuse:
 
         %f = linear(%g, A diag(ls) W, A (ls * b) + c); %y = add(%x, %f)
 
-    Two linear maps on top of each other become one only where that takes fewer multiply-adds. A linear map beside its
-    own input, twice in a row (two replaced sites), becomes one; a constant added to the trunk goes into the bias of
-    the projection that was added before it. Nothing is folded past a norm or an activation, which are not linear, nor
-    into a value that has another reader, which would see the change. Products are computed in float64.
+    Two consecutive linear maps become one only if the product has no more weights than both. Two consecutive residual
+    linear maps x + A x (two replaced sites) become one. A constant added to the trunk is folded into the bias of the
+    projection that was added before it. Nothing is folded across a norm or an activation, which are not linear, or into
+    a value with another consumer, which would see the change. Products are computed in float64.
     """
 
     rewrites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
-        """Edit the graph; returns the names of the nodes that were folded away."""
+        """Fold until no rule applies. Return the names of the removed nodes."""
         folded: list[str] = []
         while True:
-            found = next((name for node in graph.nodes() for rule in RULES if (name := rule(graph, node))), None)
-            if found is None:
+            removed = next((name for node in graph.nodes() for rule in RULES if (name := rule(graph, node))), None)
+            if removed is None:
                 break
             remove_dead(graph)
-            folded.append(found)
+            folded.append(removed)
         return Rewritten(changed=tuple(folded))
 
 
@@ -64,7 +64,7 @@ Rule = Callable[["Graph", "fx.Node"], str | None]
 
 @dataclass(frozen=True)
 class _Linear:
-    """The parts of a linear node: its input, weight [out, in] and bias [out], in float64."""
+    """Operands of a linear node: its input, weight [out, in] and bias [out], in float64."""
 
     node: fx.Node
     source: fx.Node
@@ -73,11 +73,11 @@ class _Linear:
 
 
 def _linear(graph: Graph, node: object) -> _Linear | None:
-    """A linear node with constant weights."""
+    """Return the operands of a linear node with constant weights; None for any other node."""
     if getattr(node, "target", None) is not LINEAR or node.kwargs:  # type: ignore[attr-defined]
         return None
     source, weight, bias = (*node.args, None)[:3]  # type: ignore[attr-defined]
-    tensors = [_constant(graph, each) for each in (weight, bias)]
+    tensors = [_constant(graph, argument) for argument in (weight, bias)]
     if tensors[0] is None or (bias is not None and tensors[1] is None):
         return None
     return _Linear(node, source, tensors[0], tensors[1])  # type: ignore[arg-type]
@@ -86,40 +86,40 @@ def _linear(graph: Graph, node: object) -> _Linear | None:
 def _constant(graph: Graph, node: object) -> torch.Tensor | None:
     if getattr(node, "op", None) != "get_attr":
         return None
-    found = attribute(graph, node)  # type: ignore[arg-type]
-    if is_offloaded(found):  # a weight that stays on disk stays as it is
+    tensor = attribute(graph, node)  # type: ignore[arg-type]
+    if is_offloaded(tensor):  # folding would load the weight into memory
         return None
-    return found.detach().double() if isinstance(found, torch.Tensor) and found.is_floating_point() else None
+    return tensor.detach().double() if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else None
 
 
 def _operands(graph: Graph, node: fx.Node) -> tuple[fx.Node, torch.Tensor] | None:
-    """The moving operand and the constant of a sum or product of the two; the constant one value a feature."""
+    """Return the computed operand and the per-feature constant of a sum or product; None for any other node."""
     if len(node.args) != 2 or node.kwargs:
         return None
-    for moving, other in (node.args, node.args[::-1]):
+    for operand, other in (node.args, node.args[::-1]):
         constant = _constant(graph, other)
         one_axis = constant is not None and constant.numel() == constant.shape[-1:].numel()
-        if constant is not None and one_axis and getattr(moving, "op", None) == "call_function":
-            return (moving, constant.reshape(-1)) if _same_form(node, moving) else None  # type: ignore[arg-type,return-value]
+        if constant is not None and one_axis and getattr(operand, "op", None) == "call_function":
+            return (operand, constant.reshape(-1)) if _same_type(node, operand) else None  # type: ignore[arg-type,return-value]
     return None
 
 
-def _same_form(left: fx.Node, right: fx.Node) -> bool:
-    """Whether two values have one type and shape: a constant that widens either has to stay."""
-    forms = [
+def _same_type(left: fx.Node, right: fx.Node) -> bool:
+    """Return whether two values have the same dtype and shape. A constant that broadcasts or promotes is not folded."""
+    types = [
         (getattr(value, "dtype", None), str(getattr(value, "shape", ""))) for value in map(value_of, (left, right))
     ]
-    return forms[0] == forms[1]
+    return types[0] == types[1]
 
 
-def _alone(node: fx.Node) -> bool:
+def _has_one_user(node: fx.Node) -> bool:
     return len(node.users) == 1
 
 
-def _replaced(
+def _replace_by_linear(
     graph: Graph, old: fx.Node, source: fx.Node, weight: torch.Tensor, bias: torch.Tensor | None, like: fx.Node
 ) -> str:
-    """Put a new linear map in the place of `old`, with weights in the type of `like`'s weight."""
+    """Replace `old` by a new linear map with the weight dtype of `like`. Return the name of `old`."""
     dtype = attribute(graph, like.args[1]).dtype  # type: ignore[arg-type]
     name = str(like.args[1].target).rpartition(".")[0] or like.name  # type: ignore[union-attr]
     parts = [insert_constant(graph, f"{name}.weight", weight.to(dtype), before=old)]
@@ -130,48 +130,53 @@ def _replaced(
 
 
 def scale_after_linear(graph: Graph, node: fx.Node) -> str | None:
-    """LayerScale, or a fitted scale, behind a linear map."""
-    found = _operands(graph, node) if node.target in SCALINGS else None
-    inner = None if found is None else _linear(graph, found[0])
-    if found is None or inner is None or not _alone(inner.node) or found[1].numel() not in (1, len(inner.weight)):
+    """Fold a scale (LayerScale, or a fitted scale) into the preceding linear map."""
+    operands = _operands(graph, node) if node.target in SCALINGS else None
+    inner = None if operands is None else _linear(graph, operands[0])
+    if (
+        operands is None
+        or inner is None
+        or not _has_one_user(inner.node)
+        or operands[1].numel() not in (1, len(inner.weight))
+    ):
         return None
-    scale = found[1].expand(len(inner.weight))
+    scale = operands[1].expand(len(inner.weight))
     bias = None if inner.bias is None else scale * inner.bias
-    return _replaced(graph, node, inner.source, scale[:, None] * inner.weight, bias, inner.node)
+    return _replace_by_linear(graph, node, inner.source, scale[:, None] * inner.weight, bias, inner.node)
 
 
 def shift_after_linear(graph: Graph, node: fx.Node) -> str | None:
-    """A constant behind a linear map."""
-    found = _operands(graph, node) if node.target in ADDS else None
-    inner = None if found is None else _linear(graph, found[0])
-    if found is None or inner is None or not _alone(inner.node) or found[1].numel() != len(inner.weight):
+    """Fold an added constant into the bias of the preceding linear map."""
+    operands = _operands(graph, node) if node.target in ADDS else None
+    inner = None if operands is None else _linear(graph, operands[0])
+    if operands is None or inner is None or not _has_one_user(inner.node) or operands[1].numel() != len(inner.weight):
         return None
-    bias = found[1] if inner.bias is None else inner.bias + found[1]
-    return _replaced(graph, node, inner.source, inner.weight, bias, inner.node)
+    bias = operands[1] if inner.bias is None else inner.bias + operands[1]
+    return _replace_by_linear(graph, node, inner.source, inner.weight, bias, inner.node)
 
 
 def shift_after_sum(graph: Graph, node: fx.Node) -> str | None:
-    """A constant added to a trunk whose last term is a projection goes into that projection's bias."""
-    found = _operands(graph, node) if node.target in ADDS else None
-    if found is None or not is_sum(found[0]) or not _alone(found[0]):
+    """Fold a constant added to the trunk into the bias of a projection that is a term of the trunk."""
+    operands = _operands(graph, node) if node.target in ADDS else None
+    if operands is None or not is_sum(operands[0]) or not _has_one_user(operands[0]):
         return None
-    for term in found[0].all_input_nodes:
+    for term in operands[0].all_input_nodes:
         inner = _linear(graph, term)
-        once = _alone(term) and found[0].args.count(term) == 1
-        if inner is not None and once and found[1].numel() == len(inner.weight):
-            bias = found[1] if inner.bias is None else inner.bias + found[1]
-            _replaced(graph, term, inner.source, inner.weight, bias, inner.node)
-            bypass(graph, node, found[0])
+        once = _has_one_user(term) and operands[0].args.count(term) == 1
+        if inner is not None and once and operands[1].numel() == len(inner.weight):
+            bias = operands[1] if inner.bias is None else inner.bias + operands[1]
+            _replace_by_linear(graph, term, inner.source, inner.weight, bias, inner.node)
+            bypass(graph, node, operands[0])
             return node.name
     return None
 
 
 def linear_after_linear(graph: Graph, node: fx.Node) -> str | None:
-    """Two linear maps on top of each other, where one of both takes fewer multiply-adds."""
+    """Fold two consecutive linear maps into one, unless the product has more weights than both."""
     if node.target is not LINEAR or getattr(node.args[0], "target", None) is not LINEAR:
-        return None  # told before any weight is read
+        return None  # before reading any weight
     outer, inner = _linear(graph, node), _linear(graph, node.args[0])
-    if outer is None or inner is None or not _alone(inner.node):
+    if outer is None or inner is None or not _has_one_user(inner.node):
         return None
     weight = outer.weight @ inner.weight
     if weight.numel() > outer.weight.numel() + inner.weight.numel():
@@ -179,53 +184,56 @@ def linear_after_linear(graph: Graph, node: fx.Node) -> str | None:
     bias = outer.bias
     if inner.bias is not None:
         bias = outer.weight @ inner.bias if bias is None else outer.weight @ inner.bias + bias
-    return _replaced(graph, node, inner.source, weight, bias, node)
+    return _replace_by_linear(graph, node, inner.source, weight, bias, node)
 
 
 def residual_after_residual(graph: Graph, node: fx.Node) -> str | None:
-    """Two sites in a row that are linear: with y = x + A x + a and z = y + B y + b, z = x + (A + B + BA) x + c."""
+    """Fold two consecutive residual linear maps.
+
+    With y = x + A x + a and z = y + B y + b, z = x + (A + B + BA) x + (a + B a + b).
+    """
     outer, first = _residual(graph, node)
     if outer is None or first is None or set(first.users) != {node, outer.node}:
         return None
     inner, trunk = _residual(graph, first)
-    if inner is None or trunk is None or not _alone(inner.node):
+    if inner is None or trunk is None or not _has_one_user(inner.node):
         return None
     weight = inner.weight + outer.weight + outer.weight @ inner.weight
     bias = outer.bias
     if inner.bias is not None:
         bias = inner.bias + outer.weight @ inner.bias + (0.0 if bias is None else bias)
-    _replaced(graph, inner.node, trunk, weight, bias, inner.node)
+    _replace_by_linear(graph, inner.node, trunk, weight, bias, inner.node)
     bypass(graph, node, first)
     return node.name
 
 
 def _residual(graph: Graph, node: fx.Node) -> tuple[_Linear | None, fx.Node | None]:
-    """The linear map and the trunk of ``x + linear(x)``."""
+    """Return the linear map and the trunk of ``x + linear(x)``; two None for any other node."""
     if is_sum(node):
         for branch, trunk in (node.args[:2], node.args[1::-1]):
             assert isinstance(branch, torch.fx.Node)
             assert isinstance(trunk, torch.fx.Node)
-            if not _alone(branch) or trunk not in branch.all_input_nodes:
+            if not _has_one_user(branch) or trunk not in branch.all_input_nodes:
                 continue
-            found = _linear(graph, branch)
-            if found is not None and found.source is trunk and len(found.weight) == found.weight.shape[1]:
-                return found, trunk
+            linear = _linear(graph, branch)
+            if linear is not None and linear.source is trunk and len(linear.weight) == linear.weight.shape[1]:
+                return linear, trunk
     return None, None
 
 
 def affine_after_norm(graph: Graph, node: fx.Node) -> str | None:
-    """A scale or a shift behind a layer norm with weights goes into them."""
-    found = _operands(graph, node) if node.target in SCALINGS | ADDS else None
-    norm = None if found is None else found[0]
-    if found is None or norm is None or norm.target is not LAYER_NORM or not _alone(norm):
+    """Fold a scale or a shift into the weight and bias of the preceding layer norm."""
+    operands = _operands(graph, node) if node.target in SCALINGS | ADDS else None
+    norm = None if operands is None else operands[0]
+    if operands is None or norm is None or norm.target is not LAYER_NORM or not _has_one_user(norm):
         return None
     if len(norm.args) < 4 or norm.kwargs:
         return None
-    weight, bias = (_constant(graph, each) for each in norm.args[2:4])
-    if weight is None or bias is None or weight.shape != found[1].shape:
+    weight, bias = (_constant(graph, argument) for argument in norm.args[2:4])
+    if weight is None or bias is None or weight.shape != operands[1].shape:
         return None
     scaling = node.target in SCALINGS
-    weight, bias = (weight * found[1], bias * found[1]) if scaling else (weight, bias + found[1])
+    weight, bias = (weight * operands[1], bias * operands[1]) if scaling else (weight, bias + operands[1])
     dtype = attribute(graph, norm.args[2]).dtype  # type: ignore[arg-type]
     parts = [insert_constant(graph, f"{norm.name}.{name}", value.to(dtype), before=norm)
              for name, value in (("weight", weight), ("bias", bias))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Take out what is computed for tokens that nobody reads: exact, up to the order of floating point sums."""
+"""Dead token elimination: exact up to the order of floating point sums."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unread:
-    """Compute only what is read where a model reads one token (or few) of its last block.
+    """Rewrite pass that removes the computation of tokens that no later operator reads.
 
-    A selection moves up through everything that treats the tokens of its axis alike, until it meets what mixes them
-    or what somebody else reads in full. In a block that is read at the class token, the attention's query rows, its
-    output projection, the norm and the MLP are left with one token; keys and values keep all.
+    A slice is moved upwards through operators that treat the tokens independently. It stops at an operator that mixes
+    tokens and at a value that another consumer reads in full. In a last block that is read at the class token, the
+    query rows of the attention, its output projection, the norm and the MLP keep one token. Keys and values keep all.
 
     Before::
 
@@ -37,55 +37,49 @@ class Unread:
         %q0 = slice(%q, 1, 0, 1); %a = attention(%q0, %k, %v); %f = linear(%a, ...)
         %x0 = slice(%x, 1, 0, 1); %y = add(%x0, %f); %n = layer_norm(%y, ...); return select(%n, 1, 0)
 
-    Run it last: the trunk of a narrowed block is a slice, so its residual branches are no sites any more. A graph
-    in which no matrix product would get smaller is left as it is.
+    Run this pass last: the trunk of a narrowed block is a slice, so its residual branches are no longer sites. The pass
+    does not change a graph in which no matrix product gets smaller.
     """
 
     rewrites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
-        """Edit the graph; returns the names of the nodes that compute fewer tokens now."""
+        """Narrow the graph. Return the names of the remaining nodes that compute fewer tokens."""
         steps = worthwhile_steps(graph)
         names = tuple(node.name for node in steps)
         _Narrowing(graph, steps).run()
-        left = {node.name for node in graph.nodes()}
-        return Rewritten(changed=tuple(name for name in names if name in left))
-
-
-# ----------------------------------------------------------------------------------------------- what is worth doing
-
-
-# ---------------------------------------------------------------------------------------------------------- the edit
+        remaining = {node.name for node in graph.nodes()}
+        return Rewritten(changed=tuple(name for name in names if name in remaining))
 
 
 class _Narrowing:
-    """The edit itself. Nodes keep their names; slices are shared by all readers of the same part."""
+    """Editor that applies narrowing steps. Nodes keep their names; consumers of the same part share one slice."""
 
     def __init__(self, graph: Graph, steps: Mapping[fx.Node, Step]) -> None:
         self.graph = graph
         self.steps = steps
-        self.asks = {node: selection(node) for node in graph.nodes()}  # read while shapes are the old ones
+        self.asks = {node: selection(node) for node in graph.nodes()}  # computed before the edits change shapes
         self.slices: dict[tuple[fx.Node, Part], fx.Node] = {}
-        self.idle: dict[fx.Node, fx.Node] = {}
+        self.identities: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
-        """Narrow all nodes, then take out those that hand on one input."""
+        """Narrow all nodes, then remove those that became the identity."""
         for node in self.graph.nodes():
             if node in self.steps:
                 self._narrow(node, self.steps[node])
             else:
                 self._select(node, self.asks[node])
-        for node, value in reversed(self.idle.items()):  # the value may itself be an idle node that comes earlier
+        for node, value in reversed(self.identities.items()):  # `value` may itself be an earlier identity
             bypass(self.graph, node, value)
         if self.steps:
             remove_dead(self.graph)
 
     def _narrow(self, node: fx.Node, step: Step) -> None:
-        parts = {source: self._fetch(source, ask, node) for source, ask in step.asks.items() if ask != NOTHING}
+        parts = {source: self._fetch(source, part, node) for source, part in step.asks.items() if part != NOTHING}
         if step.hands_on:
             (value,) = parts.values()
-            self._hand_on(node, value)
+            self._make_identity(node, value)
             return
         for source, value in parts.items():
             rewire(self.graph, node, source, value)
@@ -93,25 +87,25 @@ class _Narrowing:
         set_arguments(self.graph, node, *fx.node.map_arg(changed, lambda source: parts.get(source, source)))
 
     def _select(self, node: fx.Node, asks: Mapping[fx.Node, Part | None]) -> None:
-        """Let a selection from a narrowed value count from where that begins."""
-        for source, ask in asks.items():
-            if source not in self.steps or ask is None or not _lies_in(ask, self.steps[source].part):
+        """Shift the indices of a selection from a narrowed value to the start of the kept part."""
+        for source, part in asks.items():
+            if source not in self.steps or part is None or not _lies_in(part, self.steps[source].part):
                 continue
             if node.target == aten.select.int:
-                set_arguments(self.graph, node, source, ask.axis, ask.start - self.steps[source].part.start)
+                set_arguments(self.graph, node, source, part.axis, part.start - self.steps[source].part.start)
             else:
-                self._hand_on(node, self._fetch(source, ask, node))
+                self._make_identity(node, self._fetch(source, part, node))
 
-    def _hand_on(self, node: fx.Node, value: fx.Node) -> None:
-        """Make a slice or concatenation one of all that it gets, to be taken out at the end."""
+    def _make_identity(self, node: fx.Node, value: fx.Node) -> None:
+        """Turn a slice or concatenation into the identity of `value`, to be removed at the end."""
         if node.target == aten.cat.default:
             set_arguments(self.graph, node, [value], *node.args[1:])
         else:
             set_arguments(self.graph, node, value, node.args[1], 0, END)
-        self.idle[node] = value
+        self.identities[node] = value
 
     def _fetch(self, source: fx.Node, part: Part | None, before: fx.Node) -> fx.Node:
-        """The node that holds `part` of the original value of `source`, None for all of it."""
+        """Return the node that holds `part` of the original value of `source`; None is the whole value."""
         kept = self.steps[source].part if source in self.steps else None
         if part is None or part == kept:
             return source
@@ -125,5 +119,5 @@ class _Narrowing:
 
 
 def _lies_in(part: Part, kept: Part) -> bool:
-    """Whether a part is still there; where it is not, nobody reads it any more."""
+    """Return whether a part lies within the kept part; a part outside it has no consumer left."""
     return part.axis == kept.axis and kept.start <= part.start and part.stop <= kept.stop

@@ -1,4 +1,4 @@
-"""Take blocks out of a stack as wholes, as leaving a layer out of a checkpoint does."""
+"""Removal of whole blocks, equivalent to leaving their layers out of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RemoveBlocks:
-    """Take out what is left of blocks whose branches were dropped: the norms that a post-norm block puts behind sums.
+    """Rewrite pass that removes the rest of blocks whose branches were dropped.
 
-    `paths` are the modules of the blocks, as `Site.block` has them. A pre-norm block is gone with its branches.
+    A post-norm block leaves the norms after its sums; a pre-norm block leaves nothing. `paths` are the module paths of
+    the blocks, as in `Site.block`.
 
-    Before, where the block's own branches are gone::
+    Before, with the branches of the block dropped::
 
         %a = layer_norm(%x, block.norm1); %b = layer_norm(%a, block.norm2); return linear(%b)
 
@@ -39,10 +40,10 @@ class RemoveBlocks:
     needs_data: ClassVar[bool] = False
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
-        """Edit the graph; returns the paths of the blocks that had left something.
+        """Remove the blocks. Return the paths of the blocks that had nodes left.
 
         Raises:
-            PassError: more of a block is left than a chain from its input to its output, or others read its weights.
+            PassError: the rest of a block is not a chain from its input to its output, or others read its weights.
         """
         changed = tuple(path for path in self.paths if _weights(graph, path))
         for path in changed:
@@ -51,7 +52,7 @@ class RemoveBlocks:
 
 
 def weights_read(graph: Graph) -> frozenset[str]:
-    """Names of the model's parameters and buffers that the graph reads."""
+    """Return the names of the parameters and buffers of the model that the graph reads."""
     read = (str(node.target) for node in graph.nodes() if node.op == "get_attr")
     return frozenset(name.removeprefix(graph.prefix) for name in read)
 
@@ -62,19 +63,19 @@ def _weights(graph: Graph, path: str) -> set[fx.Node]:
 
 
 def _remove(graph: Graph, path: str) -> None:
-    left = _weights(graph, path)
-    chain = {reader for weight in left for reader in weight.users}
-    first = [source for node in chain for source in node.all_input_nodes if source.op != "get_attr"]
+    weights = _weights(graph, path)
+    chain = {user for weight in weights for user in weight.users}
+    sources = [source for node in chain for source in node.all_input_nodes if source.op != "get_attr"]
     ends = [node for node in chain if not chain.issuperset(node.users)]
-    starts = [node for node in first if node not in chain and not needed_by([node]) & chain]
-    if len(starts) != 1 or len(ends) != 1 or not _alike(starts[0], ends[0]):
-        raise PassError(f"{path} cannot be taken out as a whole: other blocks read what it computes; drop others.")
+    starts = [node for node in sources if node not in chain and not needed_by([node]) & chain]
+    if len(starts) != 1 or len(ends) != 1 or not _same_shape(starts[0], ends[0]):
+        raise PassError(f"{path} cannot be removed as a whole: other blocks read values inside it; drop other sites.")
     bypass(graph, ends[0], starts[0])
     remove_dead(graph)
     if _weights(graph, path):
-        raise PassError(f"{path} cannot be taken out as a whole: other blocks read its weights; drop others.")
+        raise PassError(f"{path} cannot be removed as a whole: other blocks read its weights; drop other sites.")
 
 
-def _alike(left: fx.Node, right: fx.Node) -> bool:
-    """Whether two values have one shape; as text, because comparing symbolic sizes would fix them."""
+def _same_shape(left: fx.Node, right: fx.Node) -> bool:
+    """Return whether two values have the same shape, compared as text so that symbolic sizes are not specialized."""
     return str(getattr(value_of(left), "shape", left)) == str(getattr(value_of(right), "shape", right))

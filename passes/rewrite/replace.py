@@ -1,4 +1,4 @@
-"""Put fitted maps in the place of residual branches."""
+"""Replacement of residual branches by fitted maps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Replace the branch of one site by a fitted map.
+    """Rewrite pass that replaces the branch of one site by a fitted map.
 
     Before::
 
@@ -35,11 +35,11 @@ class Replace:
 
         %f = linear(%x, A, b); %y = add(%x, %f)
 
-    with a per-channel scale (``state``), whose sum with the trunk is one scale again::
+    With a per-channel scale (``state``), whose sum with the trunk is again one scale::
 
         %y = add(mul(%x, 1 + a), b)
 
-    and folded backwards (``previous``), where %x was add(%w, %m)::
+    Folded into the previous branch (``previous``), where %x was add(%w, %m)::
 
         %y = add(%w, linear(%m, A, b))
     """
@@ -51,44 +51,47 @@ class Replace:
     needs_data: ClassVar[bool] = False
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
-        """Edit the graph.
+        """Replace the branch.
 
         Raises:
-            PassError: the branch is gone already, or the source of the map is not there.
+            PassError: the branch is no longer in the graph, the site has no such source, or the feature axis takes no
+                linear map.
         """
-        place = place_of(graph, self.site)
-        if self.stand_in.source in place.refused:
-            raise PassError(f"{place.refused[self.stand_in.source]}.")
+        location = place_of(graph, self.site)
+        if self.stand_in.source in location.refused:
+            raise PassError(f"{location.refused[self.stand_in.source]}.")
         nodes = {node.name: node for node in graph.nodes()}
-        writer = _Writer(graph, self.site, self.stand_in.map, value_of(nodes[place.trunk]).dtype)
+        writer = _Writer(graph, self.site, self.stand_in.map, value_of(nodes[location.trunk]).dtype)
         if self.stand_in.source == "previous":
-            _fold_backwards(graph, writer, place, nodes)
+            _fold_into_previous(graph, writer, location, nodes)
         else:
-            _stand_in(graph, writer, place, nodes, nodes[place.source(self.stand_in.source)])
+            _replace_branch(graph, writer, location, nodes, nodes[location.source(self.stand_in.source)])
         forget_unread(graph)
         remove_dead(graph)
         return Rewritten(changed=(self.site.name,))
 
 
-def _stand_in(graph: Graph, writer: _Writer, place: Place, nodes: Mapping[str, fx.Node], source: fx.Node) -> None:
-    add, branch, trunk = nodes[place.add], nodes[place.branch], nodes[place.trunk]
-    # Beside another branch the trunk has to stay a term of its own: that branch's site is known by it.
-    alone = source is trunk and set(add.all_input_nodes) == {trunk, branch} and place.root == place.add
-    if alone and len(writer.map.factors) == 1 and writer.map.factors[0].ndim == 1:
+def _replace_branch(
+    graph: Graph, writer: _Writer, location: Place, nodes: Mapping[str, fx.Node], source: fx.Node
+) -> None:
+    add, branch, trunk = nodes[location.add], nodes[location.branch], nodes[location.trunk]
+    # A parallel branch identifies its site by the trunk node, which then has to stay a term of the sum.
+    only_branch = source is trunk and set(add.all_input_nodes) == {trunk, branch} and location.root == location.add
+    if only_branch and len(writer.map.factors) == 1 and writer.map.factors[0].ndim == 1:
         bypass(graph, add, writer.scale(trunk, writer.map.factors[0] + 1.0, before=add))
         return
     rewire(graph, add, branch, writer.mapped(source, before=add))
 
 
-def _fold_backwards(graph: Graph, writer: _Writer, place: Place, nodes: Mapping[str, fx.Node]) -> None:
-    trunk, previous = nodes[place.trunk], nodes[place.source("previous")]
-    bypass(graph, nodes[place.add], trunk)
+def _fold_into_previous(graph: Graph, writer: _Writer, location: Place, nodes: Mapping[str, fx.Node]) -> None:
+    trunk, previous = nodes[location.trunk], nodes[location.source("previous")]
+    bypass(graph, nodes[location.add], trunk)
     rewire(graph, trunk, previous, writer.mapped(previous, before=trunk))
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes a map as nodes of a graph, in the trunk's type and on its feature axis."""
+    """Writer of the nodes of a fitted map, with the dtype and the feature axis of the trunk."""
 
     graph: Graph
     site: Site
@@ -96,10 +99,10 @@ class _Writer:
     dtype: torch.dtype
 
     def mapped(self, source: fx.Node, *, before: fx.Node) -> fx.Node:
-        """Put A r + b."""
+        """Insert the nodes of A r + b."""
         factors = self.map.factors
         if not factors:
-            assert self.map.bias is not None  # a constant is nothing but its bias
+            assert self.map.bias is not None  # a constant map has a bias only
             return self._constant("bias", self._along(source, self.map.bias), before)
         if factors[0].ndim == 1:
             return self.scale(source, factors[0], before=before)
@@ -109,7 +112,7 @@ class _Writer:
         return source
 
     def scale(self, source: fx.Node, factor: torch.Tensor, *, before: fx.Node) -> fx.Node:
-        """Put a * r + b for each channel."""
+        """Insert the nodes of a * r + b with one factor per channel."""
         scale = self._constant("scale", self._along(source, factor), before)
         scaled = insert_call(self.graph, aten.mul.Tensor, source, scale, before=before)
         if self.map.bias is None:
@@ -122,8 +125,8 @@ class _Writer:
         last = self.site.channel_dim == dims - 1
         if not last and (self.site.channel_dim, dims) != (1, 4):
             raise PassError(
-                f"{self.site.name} has its features on axis {self.site.channel_dim} of {dims}, where no linear map can "
-                "be put; drop it or use a per-channel scale."
+                f"{self.site.name} has its features on axis {self.site.channel_dim} of {dims}; a linear map needs them "
+                "on the last axis or on axis 1 of 4. Drop the site or use a per-channel scale."
             )
         weight = self._constant("weight", matrix if last else matrix[:, :, None, None], before)
         offset = () if bias is None else (self._constant("bias", bias, before),)
@@ -131,7 +134,7 @@ class _Writer:
         return insert_call(self.graph, target, source, weight, *offset, before=before)
 
     def _along(self, source: fx.Node, vector: torch.Tensor) -> torch.Tensor:
-        """A vector shaped so that it lies on the feature axis."""
+        """Reshape a vector to broadcast along the feature axis."""
         return vector.reshape(-1, *[1] * (value_of(source).ndim - 1 - self.site.channel_dim))
 
     def _constant(self, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:

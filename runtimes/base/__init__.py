@@ -1,1 +1,1 @@
-"""What every target implements, how targets are found, and how engines are timed."""
+"""Target protocols, target discovery, latency measurement and layer counts."""

@@ -1,4 +1,4 @@
-"""Counting the layers of an engine: how its own names of number types become those of precisions."""
+"""Layer counts of an engine, and the mapping from each runtime's data type names to precisions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from runtimes.base.protocols import Layers
 
-# The narrowest first; each as TensorRT, OpenVINO or ONNX write it, such as "Row major linear FP16 format".
+# Narrowest first. Each pattern covers the spellings of TensorRT, OpenVINO and ONNX, such as "Row major linear FP16".
 TYPES = (
     ("int4", r"u?int4|[iu]4"),
     ("fp4", r"fp4|float4\w*|f4\w*"),
@@ -23,21 +23,21 @@ UNKNOWN = "unknown"
 
 
 def precision_of(texts: Iterable[str]) -> str:
-    """Return the narrowest precision among the descriptions of what a layer reads; "other" for indices and the like.
+    """Return the narrowest precision named in a layer's input descriptions; "other" for types such as indices.
 
     >>> precision_of(["Thirty-two wide channel vectorized row major Int8 format.", "Half"])
     'int8'
     >>> precision_of(["N/A due to dynamic shapes"])
     'unknown'
     """
-    found = {name for text in texts for name, words in TYPES if re.search(rf"\b({words})\b", text, re.IGNORECASE)}
-    return next((name for name, _ in TYPES if name in found), UNKNOWN)
+    matches = {name for text in texts for name, words in TYPES if re.search(rf"\b({words})\b", text, re.IGNORECASE)}
+    return next((name for name, _ in TYPES if name in matches), UNKNOWN)
 
 
 def counted(layers: Iterable[tuple[str, Iterable[str]]], *, fused_attention: bool | None) -> Layers:
-    """Return the counts of layers, given as the kind of each and descriptions of what it reads, most frequent first."""
+    """Count layers, given as (kind, input descriptions) pairs, by kind and precision; most frequent first."""
     rows = [(kind, precision_of(texts)) for kind, texts in layers]
-    kinds, precisions = (Counter(row[place] for row in rows) for place in (0, 1))
+    kinds, precisions = (Counter(row[column] for row in rows) for column in (0, 1))
     return Layers(len(rows), dict(_sorted(precisions)), dict(_sorted(kinds)), fused_attention)
 
 

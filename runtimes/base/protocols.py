@@ -1,4 +1,4 @@
-"""What every target promises: the Runtime and Engine protocols, their options and errors, and how targets are found."""
+"""The Runtime and Engine protocols that every target implements, with build options, errors and input checks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 DEVICES = ("cpu", "cuda")
-# What an engine computes its matrix products in. int8-dynamic finds the ranges of activations at run time, int4 has
-# weights of 4 bits only. The rest of a model stays in float: in 16 bits with fp16 and bf16, else in 32.
+# The precision of an engine's matrix products. int8-dynamic computes activation ranges at run time; int4 quantizes
+# only weights. All other operators compute in float: 16 bits for fp16 and bf16, otherwise 32.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]
-# Per input the size of each axis, None for an axis of any size. None in place of the tuple: the file does not say.
+# The size of each axis of every input; None for a dynamic axis. None instead of a tuple means unknown rank.
 Shapes: TypeAlias = Mapping[str, "tuple[int | None, ...] | None"]
 
 Opened = TypeVar("Opened")
@@ -30,38 +30,38 @@ Self = TypeVar("Self", bound="Closing[Any]")
 
 
 class RuntimesError(Exception):
-    """Something asked of a runtime cannot be done; the message is one sentence for the user."""
+    """Base class of the errors of this package; the message is one sentence for the user."""
 
 
 class RuntimeUnavailable(RuntimesError):
-    """The target, or the device asked of it, does not exist on this machine."""
+    """The target or the requested device is not available on this machine."""
 
 
 class BuildError(RuntimesError):
-    """The engine could not be built from the ONNX file, or opened."""
+    """The engine could not be built from the source file, or its file could not be opened."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Where an engine runs, and on which sizes.
+    """Device, precision and input sizes of an engine.
 
-    A runtime that takes any size ignores the sizes; one that plans its memory and kernels ahead is quickest at the
-    middle one and refuses what lies outside.
+    A runtime with dynamic shapes ignores the sizes. A runtime that plans memory and kernels ahead optimises for the
+    usual size and refuses sizes outside the range.
 
     Attributes:
         device: "cpu" or "cuda".
-        threads: CPU threads for one inference; None leaves it to the runtime, which takes all physical cores.
-        spinning: Let threads wait actively between runs. Quicker for one engine, but several open ones then take the
-            cores from each other: turn it off for those.
-        batches: Smallest, usual and largest size of a free first axis, the batch.
-        lengths: Smallest, usual and largest size of every other free axis, such as the tokens of a text, or of its
-            cache, which is empty at first.
-        precision: The precision to build in. One that the target does not make itself is that of the file already.
-        samples: Gives a fresh stream of calibration batches to a target that quantizes by itself.
-        portable: Build an engine that runs on other GPUs and with other versions too, at some cost in speed.
+        threads: CPU threads for one inference; None leaves the number to the runtime, which uses all physical cores.
+        spinning: Let threads busy-wait between runs. This is faster for one engine; turn it off for several open
+            engines, which would compete for the cores.
+        batches: Smallest, usual and largest size of a dynamic first axis, the batch.
+        lengths: Smallest, usual and largest size of every other dynamic axis, such as the token axis or the length of
+            the KV cache, which is empty at first.
+        precision: The precision to build in. Unless the target converts to it itself, the source file already has it.
+        samples: Returns a new iterator over calibration batches, for targets that quantize the model themselves.
+        portable: Build an engine that also runs on other GPUs and with other versions, at some cost in speed.
 
     Raises:
-        RuntimesError: An option has a value that no runtime takes.
+        RuntimesError: An option has a value that no runtime supports.
     """
 
     device: str = "cpu"
@@ -79,7 +79,7 @@ class BuildOptions:
         if self.precision not in PRECISIONS:
             raise RuntimesError(f"Unknown precision {self.precision!r}; expected one of: {', '.join(PRECISIONS)}.")
         if self.threads is not None and self.threads < 1:
-            raise RuntimesError(f"Found threads={self.threads}; expected at least 1, or none given for all cores.")
+            raise RuntimesError(f"Found threads={self.threads}; expected at least 1, or no value for all cores.")
         for name, sizes, least in (("batches", self.batches, 1), ("lengths", self.lengths, 0)):
             if not least <= sizes[0] <= sizes[1] <= sizes[2]:
                 raise RuntimesError(
@@ -89,14 +89,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Int8Style:
-    """How an int8 file has to be written for a target.
+    """The form of int8 ONNX file that a target requires.
 
     Attributes:
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
-        quantizers: What writes the file: this package, and others whose file may be quicker there.
-        rest: What everything else computes in, scales included; norms and softmax stay in fp32. Of ranges fixed in the
-            file only.
+        quantizers: The quantizers to try: this package, and others whose file may be faster on this target.
+        rest: The float type of scales and of all other operators; norms and softmax stay in fp32. It applies to static
+            quantization only.
     """
 
     activations: Literal["uint8", "int8"]
@@ -107,15 +107,15 @@ class Int8Style:
 
 @dataclass(frozen=True)
 class Layers:
-    """What a runtime made of the model: its layers after fusion, by its own account.
+    """Counts of an engine's layers after fusion, as the runtime reports them.
 
     Attributes:
-        count: How many there are, constants and the ends left out.
-        precisions: How many there are of each precision: the narrowest type that a layer reads, "other" for those that
-            read no floats, "unknown" where the runtime does not tell.
-        kinds: How many there are of each kind, in the runtime's words.
-        fused_attention: Whether there are kernels for a whole attention; None where that cannot be told, as in a model
-            without attention.
+        count: Number of layers, without constants, inputs and outputs.
+        precisions: Number of layers by precision, which is the narrowest input type of a layer: "other" for layers
+            without float or quantized inputs, "unknown" if the runtime reports no type.
+        kinds: Number of layers by kind, in the runtime's own terms.
+        fused_attention: Whether the engine has fused attention kernels; None if this cannot be determined, as in a
+            model without attention.
     """
 
     count: int
@@ -125,10 +125,10 @@ class Layers:
 
 
 class Engine(Protocol):
-    """An opened executable; a context manager, so that its threads and memory are gone when the block ends.
+    """A loaded model that runs inferences; a context manager that frees its threads and memory on exit.
 
-    Feeds must hold all `inputs`, with the dtype and shape stated for each; others are not looked at. Anything else
-    raises RuntimesError, and so does every use after close().
+    Feeds must contain all `inputs` with the stated dtypes and shapes; additional entries are ignored. Other feeds raise
+    RuntimesError, and so does any use after close().
     """
 
     @property
@@ -145,16 +145,16 @@ class Engine(Protocol):
 
     @property
     def input_shapes(self) -> Shapes:
-        """The shape of each input, None for an axis of any size."""
+        """The shape of each input, with None for a dynamic axis."""
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Copy the feeds to where the engine runs; each call of the result is one complete inference on them."""
+        """Copy the feeds to the device and return a function that runs one complete inference on them."""
 
     def close(self) -> None:
-        """Give back threads and memory. Closing twice is allowed."""
+        """Free threads and memory. Closing twice is allowed."""
 
     def __enter__(self) -> Engine:
         """Return the engine itself."""
@@ -166,13 +166,13 @@ class Engine(Protocol):
 
 
 class Closing(Generic[Opened]):
-    """The closing half of an engine: holds what its library opened until close(), and refuses every use after that."""
+    """Base class of engines that holds the library's session until close() and refuses any use afterwards."""
 
     def __init__(self, opened: Opened) -> None:
         self._opened: Opened | None = opened
 
     def close(self) -> None:
-        """Give back threads and memory. Closing twice is allowed."""
+        """Free threads and memory. Closing twice is allowed."""
         self._opened = None
 
     def __enter__(self: Self) -> Self:
@@ -193,46 +193,46 @@ class Closing(Generic[Opened]):
 
 
 class Runtime(Protocol):
-    """What a target file defines at module level: its facts and three functions."""
+    """The module-level attributes and functions of a target."""
 
     @property
     def name(self) -> str:
-        """The file's name, and what `--target` takes."""
+        """The name of the module, which is the value that `--target` takes."""
 
     @property
     def description(self) -> str:
-        """One line for `compressor targets`."""
+        """A one-line description for `compressor targets`."""
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices it can run on, the preferred one first."""
+        """The supported devices, the preferred one first."""
 
     @property
     def source(self) -> Literal[".onnx", ".pt2", "/config.json"]:
-        """What it builds from: an ONNX file, a saved torch.export.ExportedProgram, or a folder with a checkpoint."""
+        """The kind of source file: an ONNX file, a saved torch.export.ExportedProgram, or a checkpoint folder."""
 
     @property
     def precisions(self) -> Mapping[str, tuple[str, ...]]:
-        """Those in which it computes on each device, fp32 first; what it would only emulate there is left out."""
+        """The supported precisions by device, fp32 first; precisions that a device only emulates are left out."""
 
     @property
     def own(self) -> tuple[str, ...]:
-        """The precisions that it makes itself, from the float file; others are written into the file."""
+        """The precisions that build() converts a float file to; for all others the source file is already converted."""
 
     @property
     def int8(self) -> Int8Style:
-        """How an int8 file is written for it."""
+        """The form of int8 ONNX file that the target requires."""
 
     def missing(self) -> str | None:
-        """Return None where the target can be used, else the reason and what to install; imports no engine."""
+        """Return None if the target can be used, else the reason and what to install; imports no engine library."""
 
     def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
-        """Make an engine from a file of the kind it wants and return its path.
+        """Build an engine from a file of the kind `source` states and return its path.
 
         Args:
-            source: The model; external data lies next to it.
-            out: The folder for what has to be written. A target that runs the ONNX file itself writes nothing.
-            options: Where the engine will run, and in which precision.
+            source: The model; external data lies in the same folder.
+            out: The output folder. A target that runs the ONNX file itself writes nothing.
+            options: Device, precision and sizes of the engine.
 
         Raises:
             RuntimeUnavailable: This machine lacks the runtime or the device.
@@ -240,24 +240,24 @@ class Runtime(Protocol):
         """
 
     def load(self, path: Path, options: BuildOptions) -> Engine:
-        """Open what build() returned. Raises like build()."""
+        """Open the engine at the path that build() returned. Raises the errors of build()."""
 
     def layers(self, path: Path, options: BuildOptions) -> Layers | None:
-        """Describe what build() returned, at its usual sizes; None where the runtime does not tell.
+        """Return the layers of an engine at its usual sizes; None if the runtime does not report them.
 
         Raises:
-            RuntimesError: as load() does, or what the runtime tells cannot be read.
+            RuntimesError: load() failed, or the runtime's report cannot be read.
         """
 
 
 def taken(feeds: Feeds, dtypes: DTypes, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
-    """The feeds of the stated names, each with its dtype and shape; what else there is stays out.
+    """Return the feeds named in `dtypes`, after checking their dtypes and shapes; drop all others.
 
-    A model that lost layers takes less than the data gives, such as no cache for an attention that is gone. Engines
-    differ in what they do with a wrong input (convert, crash, read beyond the end), hence one check for all.
+    A pruned model can have fewer inputs than the data, such as no KV cache for a removed attention. Engines react
+    differently to a wrong input (convert, crash, read out of bounds), so all of them use this check.
 
     Raises:
-        RuntimesError: one is missing, or of another dtype or shape.
+        RuntimesError: An input is missing, or has another dtype or shape.
     """
     if not set(dtypes) <= set(feeds):
         raise RuntimesError(f"Found inputs {_names(feeds)}; the engine expects {_names(dtypes)}.")
@@ -277,7 +277,7 @@ def _check_feed(name: str, value: object, dtype: npt.DTypeLike, shape: tuple[int
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a library, torch above all, from logging, warning and printing: what matters is in its error."""
+    """Suppress the log messages, warnings and stderr output of a library; errors are raised as usual."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -289,13 +289,13 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that says something, for use inside a sentence."""
+    """Return the first non-empty line of an error's message without its final period, for use inside a sentence."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line.rstrip(".") for line in lines if line), type(error).__name__)
 
 
-def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(found) == len(expected) and all(e is None or f == e for f, e in zip(found, expected, strict=True))
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(e is None or s == e for s, e in zip(shape, expected, strict=True))
 
 
 def _names(names: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""The targets by name: every module and package of runtimes/ but `base`."""
+"""Target registry: every module and package of runtimes/ except `base`, by name."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from typing import cast
 from runtimes.base.protocols import BuildOptions, Runtime, RuntimesError, RuntimeUnavailable
 
 RUNTIMES = Path(__file__).parents[1]
-PORTABLE = "tensorrt"  # the target whose engines are tied to a GPU and a version unless asked not to be
+PORTABLE = "tensorrt"  # the only target whose engines depend on one GPU and version by default
 
 
 def targets() -> tuple[str, ...]:
-    """Return the names of all targets, whether or not they can run here, in alphabetical order.
+    """Return the names of all targets in alphabetical order, including those that cannot run on this machine.
 
     >>> "onnxruntime" in targets()
     True
     """
-    found = (module.name for module in pkgutil.iter_modules([str(RUNTIMES)]))
-    return tuple(sorted(name for name in found if name != "base"))
+    names = (module.name for module in pkgutil.iter_modules([str(RUNTIMES)]))
+    return tuple(sorted(name for name in names if name != "base"))
 
 
 def runtime(name: str) -> Runtime:
-    """Return the target of that name.
+    """Return the target called `name`.
 
     Raises:
-        RuntimesError: There is no such target; the message lists those there are.
+        RuntimesError: No target has this name; the message lists all targets.
     """
-    known = targets()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+    names = targets()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise RuntimesError(f"Unknown target {name!r}; {hint}The targets are: {', '.join(known)}.")
+        raise RuntimesError(f"Unknown target {name!r}; {hint}The targets are: {', '.join(names)}.")
     module = f"runtimes.{name}.target" if (RUNTIMES / name).is_dir() else f"runtimes.{name}"
     return cast(Runtime, importlib.import_module(module))
 
 
 def need(name: str, missing: str | None, devices: tuple[str, ...], options: BuildOptions) -> None:
-    """Raise RuntimeUnavailable unless a target can be used on this machine and on the device asked for.
+    """Raise RuntimeUnavailable unless a target can run on this machine and on the device of `options`.
 
     Args:
-        name: The target.
-        missing: What its missing() returned.
-        devices: Those it runs on.
-        options: Name the device.
+        name: The target's name.
+        missing: The result of the target's missing().
+        devices: The devices that the target supports.
+        options: The build options; only `device` and `portable` are read.
     """
     if missing is not None:
         raise RuntimeUnavailable(f"Target {name} cannot be used here: {missing}.")
@@ -55,7 +55,7 @@ def need(name: str, missing: str | None, devices: tuple[str, ...], options: Buil
 
 
 def installed(distribution: str) -> bool:
-    """Return whether pip knows the distribution, whose name is not always that of the module."""
+    """Return whether a distribution is installed, by its name on PyPI, which can differ from the module name."""
     try:
         metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -64,11 +64,11 @@ def installed(distribution: str) -> bool:
 
 
 def check_device(name: str, devices: tuple[str, ...], options: BuildOptions) -> None:
-    """Raise RuntimeUnavailable if a target does not run on the device asked for, or in the way."""
+    """Raise RuntimeUnavailable if a target does not support the device or the portability of `options`."""
     if options.portable and name != PORTABLE:
         raise RuntimeUnavailable(
-            f"Target {name} has no portable engines; only those of {PORTABLE} are tied to one GPU and version: leave "
-            "that option out."
+            f"Target {name} has no portable engines; only {PORTABLE} engines depend on one GPU and version: omit "
+            "this option."
         )
     if options.device not in devices:
         raise RuntimeUnavailable(f"Target {name} runs on {' or '.join(devices)}; found device {options.device!r}.")

@@ -1,4 +1,4 @@
-"""Latency measured so that two engines can be compared: one clock, alternating bursts, raw samples kept."""
+"""Latency measurement for comparing engines: alternating bursts on one clock, with all raw samples kept."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ RESAMPLES = 2000
 
 
 class Timeable(Protocol):
-    """What of an engine its timing needs."""
+    """The part of the Engine protocol that timing uses."""
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Put the feeds where the engine runs; each call of the result is one complete inference on them."""
+        """Copy the feeds to the device and return a function that runs one complete inference on them."""
 
     def __enter__(self) -> Timeable:
         """Return the engine itself."""
@@ -37,7 +37,7 @@ class Timeable(Protocol):
 
 
 class Speedup(NamedTuple):
-    """How many times faster, with a 95 % interval."""
+    """Ratio of two median latencies, with a 95 % confidence interval."""
 
     ratio: float
     low: float
@@ -45,20 +45,19 @@ class Speedup(NamedTuple):
 
     @staticmethod
     def of(ratio: float, resampled: npt.NDArray[np.float64]) -> Speedup:
-        """The ratio with the percentile interval of its resamples."""
+        """Return a speedup whose interval spans the 2.5th to 97.5th percentile of the resampled ratios."""
         low, high = np.percentile(resampled, [2.5, 97.5])
         return Speedup(ratio, float(low), float(high))
 
 
 @dataclass(frozen=True)
 class Latency:
-    """The time of every single inference of one engine, in milliseconds, burst by burst.
+    """The latency of every single inference of one engine, in milliseconds, grouped by burst.
 
-    Bursts stay apart because samples of one burst share the state of the machine: they say less than as many
-    independent ones.
+    Samples of one burst share the state of the machine and are therefore not independent, so bursts are kept apart.
 
     Raises:
-        RuntimesError: A burst is empty or holds a time that is not positive and finite.
+        RuntimesError: A burst is empty or contains a time that is not positive and finite.
 
     >>> Latency(((1.0, 3.0), (2.0, 2.0))).median
     2.0
@@ -68,9 +67,9 @@ class Latency:
 
     def __post_init__(self) -> None:
         if not self.samples_ms or not all(self.samples_ms):
-            raise RuntimesError("Found a latency without samples; expected at least one in every burst.")
+            raise RuntimesError("Found a latency without samples; expected at least one sample in every burst.")
         if not all(0.0 < sample < float("inf") for sample in chain.from_iterable(self.samples_ms)):
-            raise RuntimesError("Found a latency that is not positive and finite; expected milliseconds.")
+            raise RuntimesError("Found a latency that is not positive and finite; expected a time in milliseconds.")
 
     @property
     def n(self) -> int:
@@ -84,9 +83,9 @@ class Latency:
 
     @property
     def quietest(self) -> float:
-        """The least median of a burst, in milliseconds: what is left where other processes disturbed most bursts.
+        """The smallest median of any burst, in milliseconds: an estimate that ignores bursts slowed by other processes.
 
-        For predictions. It is no figure to report: the best of many is better than what users will see.
+        Use it for predictions only. Do not report it: the best of many bursts is better than what users will see.
 
         >>> Latency(((9.0, 9.0), (2.0, 3.0, 2.0), (8.0,))).quietest
         2.0
@@ -106,7 +105,7 @@ class Latency:
     def speedup_over(self, other: Latency, *, seed: int = 0, resamples: int = RESAMPLES) -> Speedup:
         """Return median(other) / median(self) with a percentile bootstrap 95 % interval; above 1 means self is faster.
 
-        The bootstrap is that of `resampled_medians`.
+        `resampled_medians` describes the bootstrap.
         """
         mine, theirs = resampled_medians((self, other), seed=seed, resamples=resamples)
         return Speedup.of(other.median / self.median, theirs / mine)
@@ -118,33 +117,33 @@ class Latency:
 def resampled_medians(
     latencies: Sequence[Latency], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> npt.NDArray[np.float64]:
-    """Return bootstrap medians, [latencies, resamples], so that any function of several medians gets an interval.
+    """Return bootstrap medians of shape [latencies, resamples], for intervals of any function of several medians.
 
     The bootstrap is hierarchical (Davison and Hinkley, Bootstrap Methods and their Application, 1997, on hierarchical
-    data): it draws bursts with replacement, then samples within each drawn burst, so that drift from burst to burst
-    widens the interval. Latencies with as many bursts as the first get the same ones drawn: those of one round of
-    interleave() are neighbours in time, and what slowed all of them down is no difference between them.
+    data): it draws bursts with replacement, then samples within each drawn burst, so that drift between bursts widens
+    the interval. Every latency with as many bursts as the first uses the same burst numbers: bursts of one round of
+    interleave() are adjacent in time, so a slowdown common to all of them must not count as a difference.
     """
     rng = np.random.default_rng(seed)
     bursts = [tuple(map(np.asarray, latency.samples_ms)) for latency in latencies]
     medians = np.empty((len(bursts), resamples))
     for i in range(resamples):
         drawn = _draw(len(bursts[0]), rng)
-        for place, each in enumerate(bursts):
-            paired = drawn if len(each) == len(drawn) else _draw(len(each), rng)
-            medians[place, i] = _median(each, paired, rng)
+        for row, samples in enumerate(bursts):
+            paired = drawn if len(samples) == len(drawn) else _draw(len(samples), rng)
+            medians[row, i] = _median(samples, paired, rng)
     return medians
 
 
 def speedups_over(name: str, latencies: Mapping[str, Latency]) -> dict[str, Speedup]:
-    """Return how many times faster each latency is than the named one, the same rounds drawn for all.
+    """Return the speedup of every latency over `latencies[name]`, with the same rounds drawn for all.
 
-    See `resampled_medians`.
+    `resampled_medians` describes the bootstrap.
     """
     medians = dict(zip(latencies, resampled_medians(list(latencies.values())), strict=True))
     return {
-        other: Speedup.of(latencies[name].median / each.median, medians[name] / medians[other])
-        for other, each in latencies.items()
+        other: Speedup.of(latencies[name].median / latency.median, medians[name] / medians[other])
+        for other, latency in latencies.items()
     }
 
 
@@ -160,28 +159,29 @@ def interleave(
     warmup_seconds: float = 0.2,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Latency]:
-    """Time engines against each other on the same feeds, in bursts ordered A B B A A B, and return the latency of each.
+    """Time engines on the same feeds, in bursts ordered A B B A A B, and return the latency of each engine.
 
-    One engine is open at a time: ONNX Runtime's threads go on spinning after a run and would slow the others down, by
-    up to two times on two cores. The order is reversed every round, so that a machine that gets slower favours nobody.
+    Only one engine is open at a time: ONNX Runtime's threads keep spinning after a run and would slow down other
+    engines, by up to two times on two cores. The order is reversed every round, so that gradual slowdown of the
+    machine favours no engine.
 
     Args:
-        openers: For each name a function that opens its engine anew.
-        feeds: The inputs; they are put where the engine runs before its clock starts.
-        rounds: Bursts of each engine. Even numbers keep the order fair.
-        burst_seconds: Shortest time of one burst, after warming up.
-        min_runs: Fewest timed inferences of one burst, however long they take.
-        max_runs: Most timed inferences of one burst: more of a very quick model say nothing more and fill the report.
-        warmup_runs: Fewest untimed inferences at the start of a burst.
-        warmup_seconds: Shortest time of those.
-        progress: Called before each burst with the engine's name, the number of bursts done, and of all bursts.
+        openers: For each name, a function that opens a new engine.
+        feeds: The inputs, copied to the device before the clock starts.
+        rounds: Number of bursts of each engine. Even numbers keep the order fair.
+        burst_seconds: Minimum duration of one burst in seconds, without warm-up.
+        min_runs: Minimum number of timed inferences in one burst, however long they take.
+        max_runs: Maximum number of timed inferences in one burst; it keeps the report small for very fast models.
+        warmup_runs: Minimum number of untimed inferences at the start of a burst.
+        warmup_seconds: Minimum duration of the warm-up in seconds.
+        progress: Called before each burst with the engine's name, the number of finished bursts and the total.
 
     Raises:
-        RuntimesError: Nothing to time, or an engine refuses the feeds.
+        RuntimesError: There is nothing to time, or an engine refuses the feeds.
     """
     if not openers or rounds < 1 or min_runs < 1:
         raise RuntimesError(
-            f"Found {len(openers)} engines, {rounds} rounds, {min_runs} runs; expected at least 1 of each."
+            f"Found {len(openers)} engines, {rounds} rounds and {min_runs} runs; expected at least 1 of each."
         )
     bursts: dict[str, list[tuple[float, ...]]] = {name: [] for name in openers}
     for done, name in enumerate(_order(tuple(openers), rounds)):
@@ -197,7 +197,7 @@ def interleave(
 def _burst(
     engine: Timeable, feeds: Feeds, warmup: Callable[..., object], timed: Callable[..., tuple[float, ...]]
 ) -> tuple[float, ...]:
-    """Warm up and time; what was bound is given back before the next engine opens, as a cache can be large."""
+    """Warm up and time one burst; on return the bound inputs, which can be large, are freed for the next engine."""
     step = engine.bind(feeds)
     warmup(step)
     return timed(step)
@@ -213,9 +213,9 @@ def _order(names: tuple[str, ...], rounds: int) -> list[str]:
 
 
 def _repeat(step: Callable[[], None], *, seconds: float, fewest: int, most: float = math.inf) -> tuple[float, ...]:
-    """Call step until the time has passed, at least `fewest` and at most `most` times; return the milliseconds of each.
+    """Call `step` for `seconds`, at least `fewest` and at most `most` times, and return each duration in milliseconds.
 
-    `fewest` wins over `most`.
+    `fewest` takes precedence over `most`.
     """
     samples: list[float] = []
     end = perf_counter_ns() + int(seconds * 1e9)
@@ -227,13 +227,13 @@ def _repeat(step: Callable[[], None], *, seconds: float, fewest: int, most: floa
 
 
 def _draw(bursts: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return as many burst numbers as there are bursts, with replacement."""
+    """Draw as many burst numbers as there are bursts, with replacement."""
     return rng.integers(bursts, size=bursts)
 
 
 def _median(
     bursts: tuple[npt.NDArray[np.float64], ...], drawn: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> float:
-    """Return the median of the drawn bursts, each with its samples drawn again."""
+    """Return the median of the drawn bursts after resampling within each of them."""
     resampled = [bursts[number][_draw(bursts[number].size, rng)] for number in drawn]
     return float(np.median(np.concatenate(resampled)))

@@ -1,4 +1,4 @@
-"""From a saved torch.export program to ExecuTorch's file: quantized if asked, sizes bounded, lowered to XNNPACK."""
+"""Conversion of a saved torch.export program to a .pte file: quantization, bounded sizes, lowering to XNNPACK."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from runtimes.base.protocols import BuildError, BuildOptions, first_line
 from runtimes.torch.internals import expression, hint
 
-FACTS = "compressor"  # the constant method that says what the file's tensors are called and how large they may be
-NAMES = "compressor.json"  # where the saved program says what its inputs and outputs are called
+FACTS = "compressor"  # the constant method that returns names, dtypes and sizes of inputs and outputs as JSON
+NAMES = "compressor.json"  # the file in the saved program with the names of its inputs and outputs
 
 
 def opened(path: Path) -> tuple[Any, dict[str, list[str]]]:
-    """The saved program, and the names of its inputs and outputs."""
+    """Load a saved program and the names of its inputs and outputs."""
     import torch
 
     extra = {NAMES: ""}
@@ -26,12 +26,12 @@ def opened(path: Path) -> tuple[Any, dict[str, list[str]]]:
     except Exception as error:  # torch's errors have no common base
         raise BuildError(f"torch.export cannot read {path.name}: {first_line(error)}.") from error
     if not extra[NAMES]:
-        raise BuildError(f"{path.name} does not name its inputs and outputs; expected {NAMES} in it.")
+        raise BuildError(f"{path.name} does not name its inputs and outputs; expected {NAMES} in the file.")
     return program, json.loads(extra[NAMES])
 
 
 def lowered(program: Any, names: dict[str, list[str]], options: BuildOptions) -> bytes:
-    """The .pte file of a program, in which its names, dtypes and sizes are what the method `compressor` returns."""
+    """Lower a program to the bytes of a .pte file; its method `compressor` returns names, dtypes and sizes as JSON."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -40,9 +40,9 @@ def lowered(program: Any, names: dict[str, list[str]], options: BuildOptions) ->
     example, largest = _example(axes, options), _largest(axes, program.range_constraints, options)
     with torch.no_grad():
         module = _quantized(program.module(check_guards=False), example, names["inputs"], options)
-        bounded = torch.export.export(module, example, dynamic_shapes=_free(axes, largest), strict=False)
+        bounded = torch.export.export(module, example, dynamic_shapes=_dynamic_shapes(axes, largest), strict=False)
         bounded = bounded.run_decompositions(_decompositions())
-    stated = {
+    facts = {
         **names,
         "dtypes": _by_name(names, [str(tensor.dtype).removeprefix("torch.") for tensor in example]),
         "shapes": _by_name(names, [tuple(map(_fixed, tensor.shape)) for tensor in _inputs(bounded)]),
@@ -50,13 +50,16 @@ def lowered(program: Any, names: dict[str, list[str]], options: BuildOptions) ->
         "precision": options.precision,
     }
     edge = to_edge_transform_and_lower(
-        bounded, partitioner=[XnnpackPartitioner()], constant_methods={FACTS: json.dumps(stated)}
+        bounded, partitioner=[XnnpackPartitioner()], constant_methods={FACTS: json.dumps(facts)}
     )
     return bytes(edge.to_executorch().buffer)
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """How products are written before ExecuTorch does it: its own way, outside of XNNPACK, doubles DeiT-Tiny's time."""
+    """Return the decompositions of attention and matmul into operators that XNNPACK runs.
+
+    ExecuTorch's own decompositions run outside of XNNPACK and double the latency of DeiT-Tiny.
+    """
     import torch
 
     return {
@@ -66,7 +69,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _product(a: Any, b: Any) -> Any:
-    """One batched product of two tensors of 4 axes, without the copies to a common shape that they have already."""
+    """Compute a @ b of two 4-axis tensors with equal leading axes by one bmm, without redundant expand copies."""
     import torch
 
     if a.dim() != 4 or b.dim() != 4 or list(map(str, a.shape[:2])) != list(map(str, b.shape[:2])):
@@ -85,9 +88,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(scale query key^T) value, where rows that are masked throughout become zero, as torch has it.
+    """Compute softmax(scale query key^T) value, with zeros for fully masked rows, as in torch.
 
-    Only for no mask or one of truth values; anything else is left to ExecuTorch, which looks for such rows afterwards.
+    Only the cases without a mask or with a boolean mask are handled. The other cases stay with ExecuTorch, which
+    detects fully masked rows afterwards.
     """
     import torch
 
@@ -99,9 +103,9 @@ def _attention(
         return NotImplemented
     if attn_mask is None:
         return _product(torch.softmax(scores, -1), value)
-    seen = attn_mask.to(query.dtype)
-    # Far below any score, far above minus infinity: a row of these alone has no NaN, and `seen` takes it out again.
-    return _product(torch.softmax(scores + (seen - 1) * 1e30, -1) * seen, value)
+    visible = attn_mask.to(query.dtype)
+    # -1e30 is below any score but finite: a fully masked row gives no NaN, and the product with `visible` zeroes it.
+    return _product(torch.softmax(scores + (visible - 1) * 1e30, -1) * visible, value)
 
 
 def _by_name(names: dict[str, list[str]], values: list[Any]) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def _by_name(names: dict[str, list[str]], values: list[Any]) -> dict[str, Any]:
 
 
 def _inputs(program: Any) -> list[Any]:
-    """The program's inputs in order, as fake tensors: free axes are symbols."""
+    """Return the program's inputs in order, as fake tensors with symbolic sizes of dynamic axes."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     return [nodes[key].meta["val"] for key in program.graph_signature.user_inputs]
 
@@ -123,21 +127,21 @@ def _bound(axis: int, options: BuildOptions) -> int:
 
 
 def _largest(inputs: list[Any], ranges: Any, options: BuildOptions) -> list[tuple[int, ...]]:
-    """Per input the largest size of each axis: what was asked for, or less where the model takes less."""
+    """Return the largest size of each axis of every input: the bound of `options` or of the program, if smaller."""
 
-    def most(axis: int, size: Any) -> int:
+    def largest(axis: int, size: Any) -> int:
         if isinstance(size, int):
             return size
-        known = ranges.get(expression(size))
-        return int(min([_bound(axis, options)] + ([known.upper] if known is not None else [])))
+        bounds = ranges.get(expression(size))
+        return int(min([_bound(axis, options)] + ([bounds.upper] if bounds is not None else [])))
 
-    return [tuple(most(axis, size) for axis, size in enumerate(tensor.shape)) for tensor in inputs]
+    return [tuple(largest(axis, size) for axis, size in enumerate(tensor.shape)) for tensor in inputs]
 
 
 def _example(inputs: list[Any], options: BuildOptions) -> tuple[Any, ...]:
-    """Zeros of the sizes that the program was exported with, or of the largest where that is less.
+    """Return zeros of the sizes that the program was exported with, limited to the largest sizes of `options`.
 
-    Axes that are computed from others, such as a mask over cache and tokens, follow those.
+    Sizes that are expressions of others, such as that of a mask over cache and new tokens, are computed from those.
     """
     import torch
 
@@ -150,8 +154,8 @@ def _example(inputs: list[Any], options: BuildOptions) -> tuple[Any, ...]:
     return tuple(torch.zeros(size, dtype=tensor.dtype) for size, tensor in zip(sizes, inputs, strict=True))
 
 
-def _free(inputs: list[Any], largest: list[tuple[int, ...]]) -> Any:
-    """Which axes torch.export leaves free, and up to which size; those of at most one element are fixed."""
+def _dynamic_shapes(inputs: list[Any], largest: list[tuple[int, ...]]) -> Any:
+    """Return the bounded `dynamic_shapes` argument of torch.export; axes of at most one element are static."""
     from torch.export import Dim
 
     axes = [
@@ -166,7 +170,7 @@ def _free(inputs: list[Any], largest: list[tuple[int, ...]]) -> Any:
 
 
 def _quantized(module: Any, example: tuple[Any, ...], names: list[str], options: BuildOptions) -> Any:
-    """The module with quantized Linear layers, or as it is for fp32."""
+    """Quantize the Linear layers of a module to the precision of `options`; return it unchanged for fp32."""
     if options.precision == "fp32":
         return module
     import torch
@@ -178,7 +182,7 @@ def _quantized(module: Any, example: tuple[Any, ...], names: list[str], options:
     quantizer = xnnpack.XNNPACKQuantizer().set_operator_type(torch.ops.aten.linear.default, style)
     prepared = prepare_pt2e(module, quantizer)
     if options.samples is None or dynamic:
-        prepared(*example)  # the ranges of the weights are read off in a run
+        prepared(*example)  # the weight observers need one run
     else:
         for feeds in options.samples():
             prepared(*(torch.from_numpy(np.array(feeds[key])) for key in names))

@@ -1,10 +1,11 @@
-"""Target executorch: an exported program as a .pte file for phones and boards, with XNNPACK's kernels on the CPU.
+"""Target executorch: an exported program as a .pte file for phones and boards, with XNNPACK kernels on the CPU.
 
-ExecuTorch plans its memory while building, so every free axis gets an upper bound there: the largest of
-`BuildOptions.batches` for the first axis, of `BuildOptions.lengths` for the others. All sizes up to that run.
+ExecuTorch plans its memory during the build, so every dynamic axis gets an upper bound: the largest of
+`BuildOptions.batches` for the first axis, the largest of `BuildOptions.lengths` for the others. An engine accepts all
+sizes up to this bound.
 
-Its Python runtime has one pool of threads for the whole process, which open engines hold on to. `BuildOptions.threads`
-sets it while no engine is open; an engine that asks for another number beside an open one is refused.
+The Python runtime has one thread pool for the whole process, and open engines keep its address. `BuildOptions.threads`
+sets its size while no engine is open. With an open engine, load() refuses another number of threads.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ from runtimes.executorch.internals import reset_threads, thread_count
 from runtimes.executorch.program import FACTS, lowered, opened
 
 name = "executorch"
-description = (
-    "ExecuTorch with XNNPACK on the CPU, for phones and boards; writes model.pte, batch up to the largest stated"
-)
+description = "ExecuTorch with XNNPACK on the CPU, for phones and boards; writes model.pte with a largest batch size"
 devices = ("cpu",)
 source: Literal[".pt2"] = ".pt2"
 precisions = MappingProxyType({"cpu": ("fp32", "int8", "int8-dynamic")})
@@ -59,40 +58,40 @@ FILE = "model.pte"
 
 
 def missing() -> str | None:
-    """Return None where ExecuTorch can be used, else the reason and the command that changes it."""
+    """Return None if ExecuTorch can be used, else the reason and the command that fixes it."""
     if util.find_spec("executorch") is None:
         return "executorch is not installed; pip install executorch"
     if util.find_spec("torchao") is None:
-        return "torchao is not installed, which executorch quantizes with; pip install torchao"
+        return "torchao is not installed; executorch needs it for quantization; pip install torchao"
     return None
 
 
 def build(source: Path, out: Path, options: BuildOptions) -> Path:
-    """Lower a saved torch.export program to `out`/model.pte in the precision asked for, and return its path.
+    """Lower a saved torch.export program to `out`/model.pte in the precision of `options` and return its path.
 
-    int8 quantizes the inputs, weights and outputs of Linear layers, all else stays in float32. Weights are symmetric
-    with a scale per output channel; inputs and outputs have one scale and zero point each, from `options.samples`,
-    because XNNPACK has no static int8 product with a float32 result. int8-dynamic quantizes inputs and weights only,
-    the inputs with a scale per row, found at run time.
+    int8 quantizes the inputs, weights and outputs of Linear layers; other operators stay in float32. Weights are
+    symmetric with one scale per output channel. Inputs and outputs have one scale and zero point each, calibrated on
+    `options.samples`; outputs are included because XNNPACK has no static int8 product with a float32 result.
+    int8-dynamic quantizes inputs and weights only, the inputs with one scale per row, computed at run time.
 
     Raises:
-        RuntimeUnavailable: ExecuTorch or the device is not there.
-        BuildError: The file is no such program, ExecuTorch refused it, or int8 was asked for without samples.
+        RuntimeUnavailable: ExecuTorch or the device is not available.
+        BuildError: The file is not an exported program, ExecuTorch refused it, or int8 has no calibration samples.
     """
     need(name, missing(), devices, options)
     if options.precision not in precisions["cpu"]:
-        known = ", ".join(precisions["cpu"])
-        raise BuildError(f"Target {name} has no precision {options.precision!r}; expected one of: {known}.")
+        supported = ", ".join(precisions["cpu"])
+        raise BuildError(f"Target {name} has no precision {options.precision!r}; expected one of: {supported}.")
     if options.precision == "int8" and options.samples is None:
-        raise BuildError("int8 needs samples to calibrate with; found none.")
+        raise BuildError("int8 needs calibration samples; found none.")
     with _quiet():
         program, names = opened(source)
         try:
-            written = lowered(program, names, options)
-        except Exception as error:  # its errors have no common base
+            content = lowered(program, names, options)
+        except Exception as error:  # ExecuTorch's errors have no common base
             raise BuildError(f"ExecuTorch cannot build {source.name}: {first_line(error)}.") from error
     path = out / FILE
-    path.write_bytes(written)
+    path.write_bytes(content)
     return path
 
 
@@ -100,9 +99,9 @@ def load(path: Path, options: BuildOptions) -> ExecutorchEngine:
     """Open the file that build() wrote.
 
     Raises:
-        RuntimeUnavailable: ExecuTorch or the device is not there.
-        RuntimesError: Open engines hold a pool with another number of threads.
-        BuildError: The file is none that build() wrote.
+        RuntimeUnavailable: ExecuTorch or the device is not available.
+        RuntimesError: An open engine uses the thread pool with another number of threads.
+        BuildError: The file was not written by build(), or ExecuTorch cannot open it.
     """
     need(name, missing(), devices, options)
     if not path.is_file():
@@ -114,7 +113,9 @@ def load(path: Path, options: BuildOptions) -> ExecutorchEngine:
             _resize(_pool(), options.threads)
             program = Runtime.get().load_program(path)
             if not {FACTS, "forward"} <= program.method_names:
-                raise BuildError(f"{path.name} was not written by this target: it does not name its inputs.")
+                raise BuildError(
+                    f"{path.name} was not written by this target: it does not name its inputs; build it again."
+                )
             facts = json.loads(program.load_method(FACTS).execute([])[0])
             engine = ExecutorchEngine(program, program.load_method("forward"), facts)
         except (RuntimeError, ImportError, ValueError) as error:
@@ -124,11 +125,11 @@ def load(path: Path, options: BuildOptions) -> ExecutorchEngine:
 
 
 def layers(path: Path, options: BuildOptions) -> None:
-    """Return nothing: the package is compiled code, which does not tell what became of the model's layers."""
+    """Return None: a .pte file does not describe its layers after lowering."""
 
 
 class ExecutorchEngine(Closing[Any]):
-    """A loaded ExecuTorch method; see runtimes.base.Engine. Sizes beyond those planned for raise RuntimesError."""
+    """A loaded ExecuTorch method; see runtimes.base.Engine. Sizes above the planned bounds raise RuntimesError."""
 
     def __init__(self, program: Any, method: Any, facts: dict[str, Any]) -> None:
         super().__init__((method, program))
@@ -140,11 +141,11 @@ class ExecutorchEngine(Closing[Any]):
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""
-        found = self._execute(self._tensors(feeds))
-        return {key: value.numpy() for key, value in zip(self.outputs, found, strict=True)}  # ExecuTorch made a copy
+        outputs = self._execute(self._tensors(feeds))
+        return {key: value.numpy() for key, value in zip(self.outputs, outputs, strict=True)}  # ExecuTorch copied them
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Copy the feeds into tensors; each call of the result is one inference on them."""
+        """Copy the feeds into tensors and return a function that runs one inference on them."""
         tensors = self._tensors(feeds)
 
         def step() -> None:
@@ -161,7 +162,7 @@ class ExecutorchEngine(Closing[Any]):
             if any(size > most for size, most in zip(value.shape, self._largest[key], strict=True)):
                 raise RuntimesError(
                     f"Input {key!r}: found shape {list(value.shape)}; expected at most {list(self._largest[key])}, "
-                    "which the file was built for."
+                    "the largest shape the file was built for."
                 )
         return [torch.from_numpy(np.array(feeds[key], order="C")) for key in self.inputs]
 
@@ -175,42 +176,48 @@ class ExecutorchEngine(Closing[Any]):
 
 @dataclass(frozen=True)
 class _Pool:
-    """The process's pool of threads: its first size, and the engines that hold its address."""
+    """The thread pool of the process: its initial size and the engines that use it."""
 
-    first: int
+    initial: int
     engines: weakref.WeakSet[ExecutorchEngine] = field(default_factory=weakref.WeakSet)
 
 
 @functools.cache
 def _pool() -> _Pool:
-    """The record of the one pool there is: ExecuTorch replaces it under engines that still use it."""
+    """Return the record of the thread pool, which ExecuTorch would replace even while engines use it."""
     return _Pool(thread_count())
 
 
 def _resize(pool: _Pool, threads: int | None) -> None:
-    """Give the pool the number of threads asked for, or that it began with; an open engine's is left alone."""
-    found = thread_count()
-    wanted = pool.first if threads is None else threads
-    if found == wanted:
+    """Resize the pool to `threads`, or to its initial size for None.
+
+    While an engine is open, None keeps the pool.
+
+    Raises:
+        RuntimesError: An open engine uses the pool with another number of threads.
+    """
+    current = thread_count()
+    target_count = pool.initial if threads is None else threads
+    if current == target_count:
         return
     if not any(engine._opened is not None for engine in pool.engines):
-        reset_threads(wanted)
+        reset_threads(target_count)
     elif threads is not None:
         raise RuntimesError(
-            f"Found threads={threads} beside an open engine with {found}; executorch has one pool for the process: "
-            "close that engine first, or give both the same number."
+            f"Found threads={threads} while an open engine uses {current}; executorch has one thread pool per process: "
+            "close the engine first, or use the same number of threads."
         )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's warnings, log and native messages about processor files from the terminal."""
+    """Suppress the library's warnings, log and native messages, such as those about processor files."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), _muted(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):  # some of its native messages take the way through Python
+            with contextlib.redirect_stderr(io.StringIO()):  # some native messages are printed through Python
                 yield
     finally:
         logging.disable(before)
@@ -218,12 +225,12 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """Point file descriptor 2 elsewhere: native code writes to it without asking Python."""
+    """Redirect file descriptor 2, which native code writes to directly, to a temporary file."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with tempfile.TemporaryFile() as aside:
-            os.dup2(aside.fileno(), 2)
+        with tempfile.TemporaryFile() as sink:
+            os.dup2(sink.fileno(), 2)
             yield
     finally:
         sys.stderr.flush()

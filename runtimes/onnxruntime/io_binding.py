@@ -1,4 +1,4 @@
-"""Inferences of ONNX Runtime on values that stay where it runs: the same one again and again, or a text that grows."""
+"""ONNX Runtime I/O binding: repeated inference on device-resident inputs, and decoding with an in-place KV cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from runtimes.onnxruntime.kv_cache_io import LENGTH_AXIS, MASK, TOKENS
 
 
 class Bound:
-    """Feeds that lie where a session runs; each call is one inference on them, from there to buffers that stay there.
+    """Device-resident inputs and outputs of a session; each call runs one inference on them.
 
-    ONNX Runtime allocates the outputs at the first call, which knows their shapes; every further one writes the same
-    buffers. So a step of generation, whose keys and values are outputs, goes through no host array and allocates none.
-    Outputs that may share a buffer with an input do: each call then writes the same new tokens behind the same past.
+    ONNX Runtime allocates the outputs in the first call, when their shapes become known; later calls reuse the
+    buffers. A decode step, whose keys and values are outputs, therefore copies nothing to the host and allocates
+    nothing. Outputs in `shared` use the buffer of an input: each call writes the same new tokens behind the same past.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Bound:
         shared = {} if shared is None else shared
         copies = {key: np.array(value, order="C") for key, value in feeds.items() if key not in shared.values()}
         copies |= {key: _lengthened(feeds[key], feeds[MASK].shape[1]) for key in shared.values()}
-        # Held here to keep it alive: on the CPU the binding reads its memory without owning it.
+        # Keep a reference: on the CPU the binding reads this memory without owning it.
         self._inputs = {key: ort.OrtValue.ortvalue_from_numpy(value, device, 0) for key, value in copies.items()}
         self._outputs: dict[str, Any] = {}
         self._binding = live().io_binding()
@@ -56,38 +56,38 @@ class Bound:
             self._keep()
 
     def outputs(self) -> dict[str, npt.NDArray[Any]]:
-        """Copies of the outputs of the last call; none before the first."""
+        """Return copies of the outputs of the last call; an empty dict before the first call."""
         return {key: value.numpy().copy() for key, value in self._outputs.items()}
 
     def _keep(self) -> None:
-        """Let further calls write where the first one did."""
+        """Bind the output buffers of the first call, so that later calls reuse them."""
         self._outputs = dict(zip(self._names, self._binding.get_outputs(), strict=True))
         for key, value in self._outputs.items():
             self._binding.bind_ortvalue_output(key, value)
 
 
 class Several:
-    """One inference in parts, each with some of the rows."""
+    """One inference split by rows into several bound calls."""
 
     def __init__(self, parts: Sequence[Bound]) -> None:
         self._parts = parts
 
     def __call__(self) -> None:
-        """Run all parts, one after the other."""
+        """Run all parts in order."""
         for part in self._parts:
             part()
 
     def outputs(self) -> dict[str, npt.NDArray[Any]]:
-        """Copies of the outputs of the last call, all rows together; none before the first."""
-        found = [part.outputs() for part in self._parts]
-        return {key: np.concatenate([each[key] for each in found]) for key in found[0]}
+        """Return copies of the outputs of the last call, concatenated by rows; an empty dict before the first call."""
+        outputs = [part.outputs() for part in self._parts]
+        return {key: np.concatenate([rows[key] for rows in outputs]) for key in outputs[0]}
 
 
 class Cache:
-    """Keys and values of texts that grow, in buffers as long as they may get; no call copies what is in them.
+    """A KV cache of fixed capacity that the model updates in place, without copying its content.
 
-    A call is one or more tokens for every text: first the prompt, then what follows, token by token where there are
-    several texts. ONNX Runtime takes several tokens behind others for one text only.
+    The first call is the prefill of the prompt; later calls decode one or more tokens for every row. With several rows,
+    decode one token a call: ONNX Runtime supports several new tokens behind a cache for one row only.
     """
 
     def __init__(
@@ -95,45 +95,45 @@ class Cache:
         live: Callable[[], Any],
         shared: Mapping[str, str],
         sizes: Mapping[str, tuple[int, ...]],
-        told: tuple[DTypes, Shapes],
+        signature: tuple[DTypes, Shapes],
     ) -> None:
-        """Make it.
+        """Allocate the buffers.
 
         Args:
-            live: gives the session, as long as it is open.
-            shared: which output is written to the buffer of which input.
-            sizes: shapes of the buffers.
-            told: types and shapes of the other inputs.
+            live: Returns the open session; raises RuntimesError once it is closed.
+            shared: Map from each present output to the past input whose buffer it shares.
+            sizes: Shapes of the buffers, [rows, heads, capacity in tokens, width].
+            signature: Dtypes and shapes of the inputs other than the cache.
         """
         import onnxruntime as ort
 
-        self.tokens = 0  # of each text, padding included
-        self._live, self._told = live, told
-        self._most = min(size[LENGTH_AXIS] for size in sizes.values())
+        self.tokens = 0  # tokens of each row in the cache, padding included
+        self._live, self._signature = live, signature
+        self._capacity = min(size[LENGTH_AXIS] for size in sizes.values())
         buffers = {name: np.zeros(size, dtype=np.float32) for name, size in sizes.items()}
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(value, "cpu", 0) for name, value in buffers.items()}
         self._outputs = {present: self._buffers[past] for present, past in shared.items()}
 
     def __call__(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """Read further tokens and return the model's outputs for them, but for the cache.
+        """Append tokens to the cache and return the model's outputs for them, without the cache.
 
         Args:
-            feeds: all inputs but the cache; the mask covers every token so far.
+            feeds: All inputs except the cache; the attention mask covers the cached and the new tokens.
 
         Raises:
-            RuntimesError: the tokens do not go on where those before ended, or are too many; or as Engine.run.
+            RuntimesError: The mask does not match the cached and new tokens, or the cache is full; or as Engine.run.
         """
-        feeds = taken(feeds, *self._told)
-        new, every = feeds[TOKENS].shape[1], feeds[MASK].shape[1]
-        if every != self.tokens + new or every > self._most:
+        feeds = taken(feeds, *self._signature)
+        new, total = feeds[TOKENS].shape[1], feeds[MASK].shape[1]
+        if total != self.tokens + new or total > self._capacity:
             raise RuntimesError(
-                f"Found {new} tokens and a mask of {every} behind a cache of {self.tokens}; expected a mask of all of "
-                f"them, and at most {self._most}."
+                f"Found {new} new tokens and an attention mask of {total} behind a cache of {self.tokens}; expected a "
+                f"mask of {self.tokens + new}, and at most {self._capacity}."
             )
         session = self._live()
         binding = session.io_binding()
-        read = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # held until it was run
-        for name, value in read.items():
+        arrays = {name: np.ascontiguousarray(value) for name, value in feeds.items()}  # must outlive the run
+        for name, value in arrays.items():
             binding.bind_cpu_input(name, value)
         for name, buffer in self._buffers.items():
             binding.bind_ortvalue_input(name, buffer)
@@ -144,24 +144,24 @@ class Cache:
             binding.bind_output(name, "cpu")
         with run_errors():
             session.run_with_iobinding(binding)
-        self.tokens = every
-        found = binding.get_outputs()[len(self._outputs) :]
-        return {name: value.numpy().copy() for name, value in zip(names, found, strict=True)}
+        self.tokens = total
+        outputs = binding.get_outputs()[len(self._outputs) :]
+        return {name: value.numpy().copy() for name, value in zip(names, outputs, strict=True)}
 
 
 @contextlib.contextmanager
 def run_errors() -> Iterator[None]:
-    """Make one sentence of what ONNX Runtime raises while running."""
+    """Convert ONNX Runtime's run-time exceptions to a RuntimesError of one sentence."""
     try:
         yield
     except RuntimesError:
         raise
     except Exception as error:  # the classes of ONNX Runtime's errors have no common base but Exception
-        raise RuntimesError(f"ONNX Runtime stopped: {first_line(error)}.") from error
+        raise RuntimesError(f"ONNX Runtime failed while running: {first_line(error)}.") from error
 
 
 def _lengthened(past: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
-    """A past with room for the tokens that come, so many in all."""
+    """Return a copy of `past`, zero-padded along the token axis to `length`."""
     longer = np.zeros((*past.shape[:LENGTH_AXIS], length, *past.shape[LENGTH_AXIS + 1 :]), dtype=past.dtype)
     longer[:, :, : past.shape[LENGTH_AXIS]] = past
     return longer

@@ -1,4 +1,4 @@
-"""The KV cache as inputs and outputs of an ONNX file: names, axes, shared buffers, and calls row by row."""
+"""KV cache inputs and outputs of an ONNX file: names, axes, shared buffers and row-by-row calls."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Mapping
 
 from runtimes.base.protocols import Feeds
 
-LENGTH_AXIS = 2  # of keys and values
+LENGTH_AXIS = 2  # the token axis of keys and values, [rows, heads, tokens, width]
 
-
-FACT = "compressor.cache"  # metadata: which present may be the buffer of which past; none of them if it is empty
+FACT = (
+    "compressor.cache"  # metadata key: a JSON map from present outputs to the past inputs whose buffers they may share
+)
 
 
 TOKENS, MASK = "input_ids", "attention_mask"  # [rows, new tokens] and [rows, all tokens]
 
 
 def calls(feeds: Feeds) -> list[Feeds]:
-    """The calls that the operator takes one for: one for each row, where there are several behind a cache."""
+    """Split a decode of several rows and several new tokens behind a cache into one call per row."""
     rows, new = feeds[TOKENS].shape
     if rows == 1 or new == 1 or new == feeds[MASK].shape[1]:
         return [feeds]
@@ -25,5 +26,5 @@ def calls(feeds: Feeds) -> list[Feeds]:
 
 
 def shared(metadata: Mapping[str, str]) -> dict[str, str] | None:
-    """Which output may be the buffer of which input, by a file's metadata; None where nothing was fused."""
+    """Return the map from present outputs to the past inputs whose buffers they share; None if nothing was fused."""
     return dict(json.loads(metadata[FACT])) if FACT in metadata else None

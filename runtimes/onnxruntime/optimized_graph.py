@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a model: the graph that it runs after its optimisations, which it can write to a file."""
+"""Layer counts of the optimised graph that ONNX Runtime writes to a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     import onnx
 
 ATTENTIONS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "QAttention"})
-# They return indices, whatever they read.
+# These operators return indices for inputs of any type.
 INDICES = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
 
 
 def summary(path: Path) -> Layers:
-    """Return the counts of an optimised graph."""
+    """Return the layer counts of the optimised graph at `path`."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
@@ -33,36 +33,37 @@ def summary(path: Path) -> Layers:
 
 
 def _types(graph: onnx.GraphProto) -> dict[str, str]:
-    """Return the type of every value by name; the file tells few, and no inference knows ONNX Runtime's own operators.
+    """Return the data type of every tensor by name.
 
-    So a node returns what its kind is known to, or else the first type of floats that it reads.
+    The file states few of them, and ONNX's type inference does not know ONNX Runtime's own operators. The output type
+    of a node therefore follows from its operator, or else is the first float type among its inputs.
     """
-    found = {tensor.name: _named(tensor.data_type) for tensor in graph.initializer}
+    types = {tensor.name: _type_name(tensor.data_type) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.input, *graph.output):
-        found[value.name] = _named(value.type.tensor_type.elem_type)
+        types[value.name] = _type_name(value.type.tensor_type.elem_type)
     for node in graph.node:
-        made = _made(node, [found.get(name, "") for name in node.input])
+        output_type = _output_type(node, [types.get(name, "") for name in node.input])
         for name in node.output:
-            found.setdefault(name, made)
-    return found
+            types.setdefault(name, output_type)
+    return types
 
 
-def _made(node: onnx.NodeProto, read: list[str]) -> str:
-    """Return the type of what a node returns, given the types of what it reads."""
+def _output_type(node: onnx.NodeProto, inputs: list[str]) -> str:
+    """Return the data type of a node's outputs, from the data types of its inputs."""
     if node.op_type in INDICES:
         return "int64"
     if node.op_type == "Cast":
-        return _named(next(each.i for each in node.attribute if each.name == "to"))
+        return _type_name(next(attribute.i for attribute in node.attribute if attribute.name == "to"))
     if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
-        return read[2] if len(read) > 2 else "uint8"
+        return inputs[2] if len(inputs) > 2 else "uint8"
     if node.op_type == "DequantizeLinear":
-        return read[1]
+        return inputs[1]
     if node.op_type.startswith("QLinear"):
-        return read[0]
-    return next((kind for kind in read if "float" in kind), read[0] if read else "")
+        return inputs[0]
+    return next((kind for kind in inputs if "float" in kind), inputs[0] if inputs else "")
 
 
-def _named(kind: int) -> str:
+def _type_name(kind: int) -> str:
     from onnx import TensorProto
 
     return str(TensorProto.DataType.Name(kind)).lower()

@@ -1,4 +1,4 @@
-"""Target onnxruntime: the ONNX file is the engine, run by ONNX Runtime on the CPU or on a CUDA device."""
+"""Target onnxruntime: ONNX Runtime on the CPU or on a CUDA device; the ONNX file itself is the engine."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ name = "onnxruntime"
 description = "ONNX Runtime on the CPU or on CUDA; runs model.onnx itself"
 devices = ("cpu", "cuda")
 source: Literal[".onnx"] = ".onnx"
-# On CUDA it would compute Q/DQ in float and leave dynamic quantization to the CPU: there is no kernel for either. The
-# CPU has few kernels for 16 bits: it would compute in float and convert before and after.
+# The CUDA provider has no kernels for Q/DQ or dynamic quantization: it would compute the former in float and leave the
+# latter to the CPU. The CPU has few 16-bit kernels: it would compute in float and cast before and after.
 precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4"), "cuda": ("fp32", "fp16")}
 own = ()
-# Its CPU kernels run a convolution in int8 only if the output is quantized too, and uint8 activations lose less.
+# The CPU kernels run a convolution in int8 only if its output is quantized too. uint8 activations lose less quality.
 int8 = Int8Style(activations="uint8", convolutions=False)
 
 CUDA = "CUDAExecutionProvider"
@@ -52,7 +52,7 @@ GET_CUDA = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 
 
 def missing() -> str | None:
-    """Return None where ONNX Runtime can be used, else the reason and the command that changes it."""
+    """Return None if ONNX Runtime can be used, else the reason and the command that fixes it."""
     if util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; pip install onnxruntime (for CUDA: pip install onnxruntime-gpu)"
     if installed("onnxruntime") and installed("onnxruntime-gpu"):
@@ -64,12 +64,13 @@ def missing() -> str | None:
 
 
 def build(source: Path, out: Path, options: BuildOptions) -> Path:
-    """Check that ONNX Runtime opens the model and return its path: for this target the portable file is the engine.
+    """Check that ONNX Runtime opens the model and return `source`, which is the engine of this target.
 
-    Nothing is written to `out`: ONNX Runtime optimises while opening, and what it could save fits no other machine.
+    Nothing is written to `out`: ONNX Runtime optimises when it opens a file, and its optimised graph is specific to
+    the machine.
 
     Raises:
-        RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
+        RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
     load(source, options).close()
@@ -80,11 +81,11 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
     """Open an ONNX file, with all graph optimisations.
 
     Args:
-        path: The model; external data lies next to it.
+        path: The model; external data lies in the same folder.
         options: Device and threads.
 
     Raises:
-        RuntimeUnavailable: ONNX Runtime or its CUDA provider is not there.
+        RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
     need(name, missing(), devices, options)
@@ -94,12 +95,12 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
 
 
 def layers(path: Path, options: BuildOptions) -> Layers | None:
-    """Return the layers of the graph that ONNX Runtime makes of a model for this device.
+    """Return the layers of ONNX Runtime's optimised graph of a model on this device.
 
-    None without the package onnx, which reads that graph and which no engine needs.
+    Return None if the package onnx is not installed; it reads this graph, but engines do not need it.
 
     Raises:
-        RuntimesError: as load() does.
+        RuntimesError: As in load().
     """
     need(name, missing(), devices, options)
     try:
@@ -129,14 +130,14 @@ class OnnxRuntimeEngine(Closing[Any]):
         session = self._live()
         feeds = taken(feeds, self.input_dtypes, self.input_shapes)
         with run_errors():
-            found = [session.run(list(self.outputs), dict(part)) for part in self._parts(feeds)]
-        values = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
+            results = [session.run(list(self.outputs), dict(part)) for part in self._parts(feeds)]
+        values = results[0] if len(results) == 1 else map(np.concatenate, zip(*results, strict=True))
         return dict(zip(self.outputs, values, strict=True))
 
     def bind(self, feeds: Feeds) -> Bound | Several:
-        """Copy the feeds to the device; each call of the result is one inference on them, its outputs staying there.
+        """Copy the feeds to the device and return a function that runs one inference; outputs stay on the device.
 
-        Keys and values are written behind those of the past, in one buffer, where the file allows it.
+        If the file allows shared buffers, new keys and values are written in place behind the past ones.
         """
         self._live()
         feeds = taken(feeds, self.input_dtypes, self.input_shapes)
@@ -144,46 +145,50 @@ class OnnxRuntimeEngine(Closing[Any]):
         return parts[0] if len(parts) == 1 else Several(parts)
 
     def cache(self, rows: int, most: int) -> Cache:
-        """An empty cache for so many texts of at most so many tokens; each call of it reads further ones.
+        """Return an empty in-place KV cache; each call of it appends tokens.
+
+        Args:
+            rows: The number of sequences in the batch.
+            most: The capacity in tokens per row, padding included.
 
         Raises:
-            RuntimesError: the file has none that can be written in place, as target onnxruntime_fused makes them.
+            RuntimesError: The file has no cache that can be updated in place, as target onnxruntime_fused builds it.
         """
         self._live()
         if not self._shared:
             raise RuntimesError(
-                "This file has no cache that can be written in place; expected a language model, built for "
+                "This file has no KV cache that can be updated in place; expected a language model built for "
                 "onnxruntime_fused."
             )
         shapes = {past: self.input_shapes[past] for past in self._shared.values()}
         sizes = {past: (rows, shape[1] or 0, most, shape[3] or 0) for past, shape in shapes.items() if shape}
-        told = [name for name in self.inputs if name not in sizes]
-        dtypes = {name: self.input_dtypes[name] for name in told}
-        return Cache(self._live, self._shared, sizes, (dtypes, {name: self.input_shapes[name] for name in told}))
+        others = [name for name in self.inputs if name not in sizes]
+        dtypes = {name: self.input_dtypes[name] for name in others}
+        return Cache(self._live, self._shared, sizes, (dtypes, {name: self.input_shapes[name] for name in others}))
 
     def _parts(self, feeds: Feeds) -> list[Feeds]:
-        """The calls that one inference takes."""
+        """Split the feeds into the session calls of one inference; see kv_cache_io.calls."""
         return [feeds] if self._shared is None else calls(feeds)
 
 
 def _open(path: Path, options: BuildOptions, optimised: Path | None = None) -> Any:
-    """Open a session, and let it write the graph that it runs where that is wanted."""
+    """Open a session and, if `optimised` is given, write its optimised graph to that path."""
     import onnxruntime as ort
 
     if options.device == "cuda":
         _need_cuda(ort)
     try:
-        asked = _session_options(ort, options)
+        session_options = _session_options(ort, options)
         if optimised is not None:
-            asked.optimized_model_filepath = str(optimised)
-            # Beside it, because protobuf ends at 2 GB.
+            session_options.optimized_model_filepath = str(optimised)
+            # In a separate file, because protobuf is limited to 2 GB.
             weights = "session.optimized_model_external_initializers_file_name"
-            asked.add_session_config_entry(weights, f"{optimised.name}.data")
-        session = ort.InferenceSession(str(path), asked, providers=_providers(options.device))
+            session_options.add_session_config_entry(weights, f"{optimised.name}.data")
+        session = ort.InferenceSession(str(path), session_options, providers=_providers(options.device))
     except Exception as error:  # the classes of ONNX Runtime's errors have no common base but Exception
         raise BuildError(f"ONNX Runtime cannot open {path.name}: {first_line(error)}.") from error
     if options.device == "cuda" and session.get_providers()[0] != CUDA:
-        # It has logged why and gone on with the CPU: the very thing that must not pass for a CUDA result.
+        # ONNX Runtime logs the reason and falls back to the CPU; that must not count as a CUDA result.
         raise RuntimeUnavailable(
             f"ONNX Runtime could not start its CUDA provider (found {session.get_providers()[0]}); it needs a CUDA "
             "device and the CUDA and cuDNN libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'."
@@ -192,11 +197,11 @@ def _open(path: Path, options: BuildOptions, optimised: Path | None = None) -> A
 
 
 def _need_cuda(ort: Any) -> None:
-    """Raise RuntimeUnavailable unless this ONNX Runtime was built for CUDA; load the CUDA libraries of pip packages."""
+    """Raise RuntimeUnavailable unless this ONNX Runtime supports CUDA; preload the CUDA libraries of pip packages."""
     if CUDA not in ort.get_available_providers():
         raise RuntimeUnavailable(f"This ONNX Runtime is built without CUDA; {GET_CUDA}, or use --device cpu.")
     if hasattr(ort, "preload_dlls"):
-        # It prints what it does not find; whether the provider starts is checked on the session itself.
+        # It prints the libraries it does not find. The session check in _open() decides whether CUDA works.
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
 
@@ -213,15 +218,15 @@ def _session_options(ort: Any, options: BuildOptions) -> Any:
 
 
 def _providers(device: str) -> list[Any]:
-    """Return the providers in order of preference; the CPU follows CUDA for the shape arithmetic that belongs there."""
-    # TF32 off: a float32 model is to be run in float32, or parity with torch would fail for no fault of the model.
+    """Return the providers in order of preference; after CUDA, the CPU computes shapes."""
+    # TF32 off: a float32 model must run in float32, otherwise the parity check against torch fails.
     return [(CUDA, {"use_tf32": "0"}), CPU] if device == "cuda" else [CPU]
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
-    """Return the NumPy dtype of an ONNX Runtime input, whose type reads "tensor(float)"."""
+    """Return the NumPy dtype of an ONNX Runtime input, whose type is a string such as "tensor(float)"."""
     kind = {"tensor(float)": "float32", "tensor(double)": "float64"}.get(value.type, value.type[len("tensor(") : -1])
-    # Not left to np.dtype: it knows bfloat16 as soon as anyone has imported ml_dtypes, which ONNX Runtime refuses.
+    # np.dtype is no sufficient check: it accepts bfloat16 once ml_dtypes is imported, but ONNX Runtime refuses it.
     if kind not in NUMPY_KINDS:
         raise BuildError(f"Input {value.name!r} has type {value.type}, which cannot be fed from NumPy.")
     dtype: np.dtype[Any] = np.dtype(kind)
@@ -229,5 +234,5 @@ def _dtype(value: Any) -> np.dtype[Any]:
 
 
 def _shape(value: Any) -> tuple[int | None, ...] | None:
-    """Return the axes, None for a symbolic one; an empty list stands for a scalar as well as for an unknown rank."""
+    """Return the axis sizes, None for a dynamic axis; None for an empty shape, which means a scalar or unknown rank."""
     return tuple(size if isinstance(size, int) else None for size in value.shape) or None

@@ -1,9 +1,10 @@
-"""Attention of language models behind a cache, recognised in the ONNX graph that torch's exporter makes.
+"""Pattern matching of attention with a KV cache in the ONNX graph of a language model exported by torch.
 
-    Concat(past, new) -> present -> each head of keys several times -> transposed, Mul -> MatMul -> Mul, Tanh, Mul
+    Concat(past, new) -> present -> repeated key heads -> transpose, Mul -> MatMul -> Mul, Tanh, Mul (softcap)
     -> Add(mask) -> Softmax -> MatMul
 
-Limits of scores, repetition and constant factors may be missing or elsewhere. What looks otherwise is none.
+Softcap, head repetition and constant factors are optional, and the factors may be at other places. Any other graph does
+not match.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from runtimes.onnxruntime_fused.graph_index import Index, attribute, number, sca
 if TYPE_CHECKING:
     import onnx
 
-HIDDEN = -1e30  # a score that leaves no weight
+HIDDEN = -1e30  # mask values up to this one give an attention weight of zero
 
 
 @dataclass(frozen=True)
 class State:
-    """One input of the graph that grows by new tokens: [rows, heads, tokens, width]."""
+    """One KV cache tensor, the keys or values of one attention: [rows, heads, tokens, width]."""
 
     past: str
     new: str
@@ -35,7 +36,7 @@ class State:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention to everything in a cache."""
+    """One attention over a KV cache."""
 
     queries: str  # [rows, heads, new tokens, width]
     keys: State
@@ -43,8 +44,8 @@ class Attention:
     mask: str  # broadcast to [rows, heads, new tokens, all tokens]
     heads: int
     scale: float
-    softcap: float  # scores stay within plus and minus this; 0 for no limit
-    causal: bool  # whether the mask is known to hide whatever comes after a token
+    softcap: float  # bound of the absolute scores; 0 for none
+    causal: bool  # whether the mask provably hides all later tokens
     output: str  # [rows, heads, new tokens, width]
 
 
@@ -57,7 +58,7 @@ class _Scores:
 
 
 def attentions(graph: onnx.GraphProto, index: Index) -> Iterator[Attention]:
-    """Those that are known, each with a cache of its own."""
+    """Yield the attentions of a graph that match the pattern, each with its own cache."""
     states, taken = _states(graph, index), set[str]()
     for node in graph.node:
         attention = _attention(index, states, node) if node.op_type == "MatMul" else None
@@ -67,9 +68,9 @@ def attentions(graph: onnx.GraphProto, index: Index) -> Iterator[Attention]:
 
 
 def _states(graph: onnx.GraphProto, index: Index) -> dict[str, State]:
-    """By the name of what comes out, every input that comes out longer."""
-    shapes = {each.name: index.shapes[each.name] for each in graph.input}
-    outputs, found = {each.name for each in graph.output}, {}
+    """Return the cache tensors of a graph, by the names of their present outputs."""
+    shapes = {value.name: index.shapes[value.name] for value in graph.input}
+    outputs, states = {value.name for value in graph.output}, {}
     for node in graph.node:
         past = node.input[0] if node.op_type == "Concat" and len(node.input) == 2 else ""
         if (
@@ -78,13 +79,13 @@ def _states(graph: onnx.GraphProto, index: Index) -> dict[str, State]:
             and attribute(node, "axis") in (-2, LENGTH_AXIS)
         ):
             _, heads, _, width = shapes[past]
-            found[node.output[0]] = State(past, node.input[1], node.output[0], heads, width)
-    return found
+            states[node.output[0]] = State(past, node.input[1], node.output[0], heads, width)
+    return states
 
 
-def _attention(index: Index, states: Mapping[str, State], mixed: onnx.NodeProto) -> Attention | None:
-    """The attention whose weights and values this node multiplies."""
-    softmax = _softmax(index, mixed.input[0])
+def _attention(index: Index, states: Mapping[str, State], product: onnx.NodeProto) -> Attention | None:
+    """Return the attention whose weights and values the MatMul node `product` multiplies."""
+    softmax = _softmax(index, product.input[0])
     if softmax is None or attribute(softmax, "axis", -1) not in (-1, 3):
         return None
     masked = index.maker(softmax.input[0], "Add")
@@ -92,23 +93,31 @@ def _attention(index: Index, states: Mapping[str, State], mixed: onnx.NodeProto)
     if masked is None or scores is None or not _finite(index, masked.input[1]):
         return None
     keys, heads = _repeated(index, states, transposed(index, scores.keys))
-    values, same = _repeated(index, states, mixed.input[1])
-    if keys is None or values is None or heads != same or (keys.heads, keys.width) != (values.heads, values.width):
+    values, value_heads = _repeated(index, states, product.input[1])
+    if (
+        keys is None
+        or values is None
+        or heads != value_heads
+        or (keys.heads, keys.width) != (values.heads, values.width)
+    ):
         return None
     if keys.present == values.present:
         return None
-    if keys.heads == 1 == heads:  # a single one is read by all without being repeated
-        heads = [*index.shapes.get(mixed.output[0], ()), 0, 0][1]
+    if keys.heads == 1 == heads:  # MatMul broadcasts a single key head to all query heads
+        heads = [*index.shapes.get(product.output[0], ()), 0, 0][1]
     if not heads:
         return None
     mask = masked.input[1]
     return Attention(
-        scores.queries, keys, values, mask, heads, scores.scale, scores.softcap, _causal(index, mask), mixed.output[0]
+        scores.queries, keys, values, mask, heads, scores.scale, scores.softcap, _causal(index, mask), product.output[0]
     )
 
 
 def _softmax(index: Index, weights: str) -> onnx.NodeProto | None:
-    """What makes the weights; torch puts 0 where they are no numbers, which finite masks never make them."""
+    """Return the Softmax node that produces the attention weights.
+
+    torch wraps it in Where(IsNaN(weights), 0, weights), which has no effect with a finite mask.
+    """
     guard = index.maker(weights, "Where")
     test = index.maker(guard.input[0], "IsNaN") if guard is not None else None
     if (
@@ -122,34 +131,34 @@ def _softmax(index: Index, weights: str) -> onnx.NodeProto | None:
 
 
 def _finite(index: Index, mask: str) -> bool:
-    """Whether a mask is one of two finite numbers everywhere."""
+    """Return whether a mask is a Where of two finite constants."""
     node = index.maker(mask, "Where")
     numbers = [number(index, name) for name in node.input[1:]] if node is not None else [None]
-    return all(each is not None and math.isfinite(each) for each in numbers)
+    return all(entry is not None and math.isfinite(entry) for entry in numbers)
 
 
 def _causal(index: Index, mask: str) -> bool:
-    """Whether one of the conditions for being seen is to be no later than oneself."""
-    found, chosen = index.maker(mask, "Where"), []
-    hidden = number(index, found.input[2]) if found is not None else None
-    waiting = [found.input[0]] if found is not None and hidden is not None and hidden <= HIDDEN else []
-    while waiting:
-        node = index.makers.get(waiting.pop())
+    """Return whether one condition of the mask is column <= row, so that no token attends to later ones."""
+    where, comparisons = index.maker(mask, "Where"), []
+    hidden = number(index, where.input[2]) if where is not None else None
+    pending = [where.input[0]] if where is not None and hidden is not None and hidden <= HIDDEN else []
+    while pending:
+        node = index.makers.get(pending.pop())
         if node is not None and node.op_type in ("And", "Expand"):
-            waiting.extend(node.input[: 2 if node.op_type == "And" else 1])
+            pending.extend(node.input[: 2 if node.op_type == "And" else 1])
         elif node is not None and node.op_type == "LessOrEqual":
-            chosen.append(node)
-    return any(_columns(index, node.input[0]) and _rows(index, node.input[1]) for node in chosen)
+            comparisons.append(node)
+    return any(_columns(index, node.input[0]) and _rows(index, node.input[1]) for node in comparisons)
 
 
 def _columns(index: Index, value: str) -> bool:
-    """Whether a value is 0, 1, 2 ... along the last of four axes: the places of what is attended to."""
+    """Return whether a tensor is 0, 1, 2 ... along axis 3 of four: the positions of the keys."""
     value, axes = _unsqueezed(index, value)
     return axes == [1, 1, 1, 0] and _counts(index, value)
 
 
 def _rows(index: Index, value: str) -> bool:
-    """Whether a value counts on from the length of the past along the axis before: the places of the new tokens."""
+    """Return whether a tensor is past length + 0, 1, 2 ... along axis 2 of four: the positions of the queries."""
     value, axes = _unsqueezed(index, value)
     node = index.maker(value, "Add")
     length = index.maker(node.input[1], "Squeeze") if node is not None else None
@@ -160,28 +169,31 @@ def _rows(index: Index, value: str) -> bool:
 
 
 def _counts(index: Index, value: str) -> bool:
-    """Whether a value is 0, 1, 2 ..."""
+    """Return whether a tensor is 0, 1, 2 ..."""
     node = index.maker(value, "Range")
     return node is not None and number(index, node.input[0]) == 0 and number(index, node.input[2]) == 1
 
 
 def _unsqueezed(index: Index, value: str) -> tuple[str, list[int]]:
-    """What of one axis a value was before it got others, and all of its axes: 0 for that one, 1 for the others."""
+    """Return the one-axis tensor before a chain of Unsqueeze nodes, and a list with one entry per final axis.
+
+    The entry is 0 for the tensor's own axis and 1 for an added axis.
+    """
     added: list[list[int]] = []
     while (node := index.maker(value, "Unsqueeze")) is not None:
         constant = index.constant(node.input[1])
         added.append([] if constant is None else constant.ravel().tolist())
         value = node.input[0]
     axes = [0]
-    for places in reversed(added):
-        rank = len(axes) + len(places)
-        for place in sorted(place % rank for place in places):
-            axes.insert(place, 1)
+    for positions in reversed(added):
+        rank = len(axes) + len(positions)
+        for position in sorted(position % rank for position in positions):
+            axes.insert(position, 1)
     return value, axes
 
 
 def _scores(index: Index, value: str) -> _Scores | None:
-    """The scores that a value is: limited or not, and multiplied by constants anywhere."""
+    """Match scaled attention scores, with or without a softcap; constant factors may be anywhere."""
     inner, softcap = _multiple(index, value)
     limited = index.maker(inner, "Tanh")
     product, scale = _multiple(index, limited.input[0]) if limited is not None else (inner, 1.0)
@@ -193,8 +205,8 @@ def _scores(index: Index, value: str) -> _Scores | None:
 
 
 def _multiple(index: Index, value: str) -> tuple[str, float]:
-    """What a value is a multiple of, and the factor, however many steps it takes."""
-    whole = 1.0
+    """Return (x, factor) for a tensor computed from x by any number of Mul and Div nodes with constants."""
+    total = 1.0
     while True:
         inner, factor = scaled(index, value)
         divided = index.maker(value, "Div")
@@ -202,26 +214,28 @@ def _multiple(index: Index, value: str) -> tuple[str, float]:
         if divided is not None and divisor:
             inner, factor = divided.input[0], 1.0 / divisor
         if inner == value:
-            return value, whole
-        value, whole = inner, whole * factor
+            return value, total
+        value, total = inner, total * factor
 
 
 def reads_length(node: onnx.NodeProto) -> bool:
-    """Whether what a shape is asked for is the length, and nothing else."""
+    """Return whether a Shape node returns the size of the token axis alone."""
     return (attribute(node, "start", 0), attribute(node, "end")) == (LENGTH_AXIS, LENGTH_AXIS + 1)
 
 
 def _repeated(index: Index, states: Mapping[str, State], value: str) -> tuple[State | None, int]:
-    """The state whose heads a value has, each several times in a row or once, and how many heads that makes."""
+    """Return the cache tensor whose heads `value` repeats (or has once), and the number of heads; (None, 0) if none."""
     if value in states:
         return states[value], states[value].heads
-    joined = index.maker(value, "Reshape")
-    several = index.maker(joined.input[0], "Expand") if joined is not None else None
-    single = index.maker(several.input[0], "Unsqueeze") if several is not None else None
-    state = states.get(single.input[0]) if single is not None else None
-    if joined is None or several is None or single is None or state is None or number(index, single.input[1]) != 2:
+    reshape = index.maker(value, "Reshape")
+    expand = index.maker(reshape.input[0], "Expand") if reshape is not None else None
+    unsqueeze = index.maker(expand.input[0], "Unsqueeze") if expand is not None else None
+    state = states.get(unsqueeze.input[0]) if unsqueeze is not None else None
+    if reshape is None or expand is None or unsqueeze is None or state is None:
         return None, 0
-    five, four = _sizes(index, several.input[1]), _sizes(index, joined.input[1])
+    if number(index, unsqueeze.input[1]) != 2:
+        return None, 0
+    five, four = _sizes(index, expand.input[1]), _sizes(index, reshape.input[1])
     if len(five) != 5 or len(four) != 4 or five[1] not in (1, state.heads) or not five[2]:
         return None, 0
     heads = state.heads * five[2]
@@ -229,7 +243,7 @@ def _repeated(index: Index, states: Mapping[str, State], value: str) -> tuple[St
 
 
 def _sizes(index: Index, shape: str) -> list[int | None]:
-    """The numbers of a shape, None where they are not constant; the exporter joins one of each axis."""
+    """Return the entries of a shape tensor, None for computed ones; the exporter concatenates one entry per axis."""
     node = index.maker(shape, "Concat")
     parts = [index.constant(name) for name in (node.input if node is not None else [shape])]
     return [size for part in parts for size in ([None] if part is None else part.ravel().tolist())]

@@ -1,18 +1,19 @@
-"""Attention of language models behind a cache, as the one operator of ONNX Runtime that can write the cache in place.
+"""Fusion of attention with a KV cache into GroupQueryAttention, which can update the cache in place.
 
-    before  Concat(past, new) -> present -> each head of keys repeated -> transposed, Mul -> MatMul -> Mul, Tanh, Mul
+    before  Concat(past, new) -> present -> repeated key heads -> transpose, Mul -> MatMul -> Mul, Tanh, Mul (softcap)
             -> Add(mask) -> Softmax -> MatMul -> Transpose -> Reshape
-    after   GroupQueryAttention, the graph's own mask as its bias; it makes `present` too
+    after   GroupQueryAttention, with the graph's mask as attention bias; it also produces `present`
 
-The mask stays the graph's own: padding, sliding windows and whatever else it holds are added to the scores as before.
-The operator's own, which hides what comes later, is on where the graph's is seen to hide that too: it saves a twelfth
-of the time. Rotary positions stay outside, because the operator's own take no padding into account.
+The graph's mask, with padding and sliding windows, is added to the scores as before. The causal mask of the operator is
+enabled only if the graph's mask is provably causal; this saves a twelfth of the time. Rotary embeddings stay outside,
+because those of the operator ignore padding.
 
-Where past and present are one buffer, as long as the text may ever get, the operator writes the new tokens into it and
-copies nothing; the buffer's length is then not that of the past, so everything that asked for it is told by the mask.
-The file says so in its metadata (`shared`). A file that does not, for an attention looks like none known, is right too.
+If past and present share one buffer of maximum length, the operator writes the new tokens into it and copies nothing.
+The size of the buffer is then not the length of the past, so nodes that read this length compute it from the mask. The
+metadata of the file lists the shared buffers (see kv_cache_io.shared). A file with an attention of another form shares
+none and also computes correct results.
 
-ONNX Runtime refuses several new tokens behind a cache for several rows at once; the engine gives it one row at a time.
+ONNX Runtime does not support several new tokens behind a cache for several rows; the engine then runs row by row.
 """
 
 from __future__ import annotations
@@ -32,49 +33,50 @@ if TYPE_CHECKING:
     import onnx
 
 FUSED = "GroupQueryAttention"
-HEADS_FIRST = [0, 2, 1, 3]  # the transposition between [rows, tokens, heads, width] and [rows, heads, tokens, width]
-WIDTHS = 8  # the operator takes heads whose width is a multiple of it
+HEADS_FIRST = [0, 2, 1, 3]  # permutation between [rows, tokens, heads, width] and [rows, heads, tokens, width]
+WIDTHS = 8  # the operator requires a head width that is a multiple of this
 
 
 def fuse(model: onnx.ModelProto) -> Counter[str]:
-    """Rewrite the main graph in place and return how many of each operator were put in; note what may share a buffer.
+    """Fuse the attentions of the main graph in place and return the number of new nodes by operator.
 
-    A graph that is no language model with the inputs of transformers has nothing that is looked for.
+    The metadata of the model records which cache buffers may be shared. A graph without the inputs of a transformers
+    language model stays unchanged.
     """
     graph = model.graph
-    index, ends = Index(graph), {each.name for each in graph.input}
-    known = attentions(graph, index) if {TOKENS, MASK} <= ends else ()
-    found = [each for each in known if each.keys.width % WIDTHS == 0]
-    if not found:
+    index, inputs = Index(graph), {value.name for value in graph.input}
+    matches = attentions(graph, index) if {TOKENS, MASK} <= inputs else ()
+    fusable = [attention for attention in matches if attention.keys.width % WIDTHS == 0]
+    if not fusable:
         return Counter()
     replaced: dict[str, list[onnx.NodeProto]] = {}
-    for attention in found:
+    for attention in fusable:
         replaced |= {attention.keys.present: [], attention.values.present: []}
         replaced |= {attention.output: list(_nodes(index, attention))}
-    _prepend(graph, found)
+    _prepend(graph, fusable)
     replace(graph, replaced)
-    pairs = {state.present: state.past for each in found for state in (each.keys, each.values)}
+    pairs = {state.present: state.past for attention in fusable for state in (attention.keys, attention.values)}
     if not _sharable(graph, pairs):
         pairs = {}
-    _tell_lengths(graph, set(pairs.values()))
+    _read_lengths_from_mask(graph, set(pairs.values()))
     fact = model.metadata_props.add()
     fact.key, fact.value = FACT, json.dumps(pairs)
-    return Counter({FUSED: len(found)})
+    return Counter({FUSED: len(fusable)})
 
 
-# ------------------------------------------------------------------------------------------------- what takes its place
+# ----------------------------------------------------------------------------------------------------- the new nodes
 
 
 def _name(part: str) -> str:
-    """A name that no exporter gives."""
+    """Return a tensor name that no exporter uses."""
     return f"cache/{part}"
 
 
 ONES, SHAPE, TOTAL, NEW, COUNT, LAST = map(_name, ("ones", "shape", "total", "new", "count", "last"))
 
 
-def _prepend(graph: onnx.GraphProto, found: list[Attention]) -> None:
-    """Put first what all attentions read: how many tokens there are, in the forms that the operators want."""
+def _prepend(graph: onnx.GraphProto, fusable: list[Attention]) -> None:
+    """Prepend the nodes and constants that all attentions share: token counts in the forms that the operator reads."""
     from onnx import TensorProto, helper, numpy_helper
 
     one, rows, before = map(_name, ("one", "rows", "before"))
@@ -87,51 +89,53 @@ def _prepend(graph: onnx.GraphProto, found: list[Attention]) -> None:
         helper.make_node("Sub", [COUNT, one], [before]),
         helper.make_node("Expand", [before, rows], [LAST]),
     ]
-    sizes = {each.heads * each.keys.width for each in found} | {each.keys.heads * each.keys.width for each in found}
+    query_sizes = {part.heads * part.keys.width for part in fusable}
+    sizes = query_sizes | {part.keys.heads * part.keys.width for part in fusable}
     constants = {ONES: np.array([1, 1]), one: np.array([1], np.int32)}
     constants |= {_name(f"joined_{size}"): np.array([0, 0, size]) for size in sizes}
-    constants |= {_name(f"split_{each.heads}"): np.array([0, 0, each.heads, -1]) for each in found}
+    constants |= {_name(f"split_{part.heads}"): np.array([0, 0, part.heads, -1]) for part in fusable}
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     nodes.extend(graph.node)
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _nodes(index: Index, found: Attention) -> Iterator[onnx.NodeProto]:
-    """The operator with what brings its inputs into its form, and its answer into that of the graph.
+def _nodes(index: Index, attention: Attention) -> Iterator[onnx.NodeProto]:
+    """Yield GroupQueryAttention with the nodes that convert the layouts of its inputs and output.
 
-    It wants heads behind tokens, as linear maps give them: where the graph has only just put them first it takes what
-    was there before. A reshaping reads only the order of numbers, so what joins the heads again may stay.
+    The operator reads [rows, tokens, heads * width], the layout of a linear map's output. If the graph transposes that
+    layout to [rows, heads, tokens, width], the nodes read the tensor before the Transpose. The graph's own Transpose
+    and Reshape after the attention stay in place.
     """
     from onnx import helper
 
     queries, keys, values, mask, answer = (
-        f"{found.output}/{part}" for part in ("queries", "keys", "values", "mask", "answer")
+        f"{attention.output}/{part}" for part in ("queries", "keys", "values", "mask", "answer")
     )
-    few = found.keys.heads * found.keys.width
-    yield from _joined(index, found.queries, queries, found.heads * found.keys.width)
-    yield from _joined(index, found.keys.new, keys, few)
-    yield from _joined(index, found.values.new, values, few)
-    yield helper.make_node("Expand", [found.mask, SHAPE], [mask])  # it may have fewer axes, and one column for all
-    inputs = [queries, keys, values, found.keys.past, found.values.past, LAST, COUNT, "", "", "", mask]
+    size, cache_size = attention.heads * attention.keys.width, attention.keys.heads * attention.keys.width
+    yield from _joined(index, attention.queries, queries, size)
+    yield from _joined(index, attention.keys.new, keys, cache_size)
+    yield from _joined(index, attention.values.new, values, cache_size)
+    yield helper.make_node("Expand", [attention.mask, SHAPE], [mask])  # the mask may rely on broadcasting
+    inputs = [queries, keys, values, attention.keys.past, attention.values.past, LAST, COUNT, "", "", "", mask]
     yield helper.make_node(
         FUSED,
         inputs,
-        [answer, found.keys.present, found.values.present],
+        [answer, attention.keys.present, attention.values.present],
         domain=DOMAIN,
-        num_heads=found.heads,
-        kv_num_heads=found.keys.heads,
-        scale=found.scale,
-        softcap=found.softcap,
-        causal=None if found.causal else 0,
+        num_heads=attention.heads,
+        kv_num_heads=attention.keys.heads,
+        scale=attention.scale,
+        softcap=attention.softcap,
+        causal=None if attention.causal else 0,
     )
     split = f"{answer}/split"
-    yield helper.make_node("Reshape", [answer, _name(f"split_{found.heads}")], [split])
-    yield helper.make_node("Transpose", [split], [found.output], perm=HEADS_FIRST)
+    yield helper.make_node("Reshape", [answer, _name(f"split_{attention.heads}")], [split])
+    yield helper.make_node("Transpose", [split], [attention.output], perm=HEADS_FIRST)
 
 
 def _joined(index: Index, value: str, output: str, size: int) -> Iterator[onnx.NodeProto]:
-    """From [rows, heads, tokens, width] to [rows, tokens, heads * width]."""
+    """Yield the nodes from `value`, [rows, heads, tokens, width], to `output`, [rows, tokens, heads * width]."""
     from onnx import helper
 
     before = index.maker(value, "Transpose")
@@ -143,28 +147,29 @@ def _joined(index: Index, value: str, output: str, size: int) -> Iterator[onnx.N
     yield helper.make_node("Reshape", [source, _name(f"joined_{size}")], [output])
 
 
-# -------------------------------------------------------------------------------------------------- a buffer for both
+# ---------------------------------------------------------------------------------------------------- shared buffers
 
 
 def _sharable(graph: onnx.GraphProto, pairs: Mapping[str, str]) -> bool:
-    """Whether all caches of the graph are these, and all that is read of them is read by the operator, or a size."""
-    caches = {each.name for each in graph.input if len(fixed(each)) == 4}
+    """Return whether `pairs` covers all caches, and nodes other than the operator read only sizes of them."""
+    caches = {value.name for value in graph.input if len(fixed(value)) == 4}
     for node in graph.node:
-        if node.op_type == FUSED or (node.op_type == "Shape" and _reads_none(node)):
+        if node.op_type == FUSED or (node.op_type == "Shape" and _ends_before_length(node)):
             continue
-        told = pairs.keys() if node.op_type == "Shape" and reads_length(node) else {*pairs, *pairs.values()}
-        if told & set(node.input):
+        # _read_lengths_from_mask() replaces the length of a past, but not that of a present.
+        forbidden = pairs.keys() if node.op_type == "Shape" and reads_length(node) else {*pairs, *pairs.values()}
+        if forbidden & set(node.input):
             return False
     return caches == set(pairs.values())
 
 
-def _reads_none(node: onnx.NodeProto) -> bool:
-    """Whether what a shape is asked for ends before the length."""
+def _ends_before_length(node: onnx.NodeProto) -> bool:
+    """Return whether a Shape node returns only sizes of axes before the token axis."""
     return bool(attribute(node, "start", 0) >= 0 and 0 <= attribute(node, "end", -1) <= LENGTH_AXIS)
 
 
-def _tell_lengths(graph: onnx.GraphProto, pasts: set[str]) -> None:
-    """Tell how long the past is from the mask, in place of the length of a buffer."""
+def _read_lengths_from_mask(graph: onnx.GraphProto, pasts: set[str]) -> None:
+    """Compute the length of the past from the attention mask instead of the size of the cache buffer."""
     from onnx import helper
 
     for node in graph.node:

@@ -1,10 +1,11 @@
-"""Root mean square norms as the one operator of ONNX Runtime that computes them.
+"""Fusion of root mean square norms into SimplifiedLayerNormalization.
 
     before  x -> Pow 2 -> ReduceMean -> Add -> Sqrt -> Reciprocal -> Mul x -> Mul weight
     after   SimplifiedLayerNormalization
 
-ONNX Runtime looks for a division where torch's exporter writes Reciprocal. Gained in a language model of eight blocks
-of Qwen3-0.6B behind 128 tokens: 4 % of a step in float, 7 % with weights of 4 bits. RMSNorm: Zhang and Sennrich, 2019.
+ONNX Runtime's own fusion expects a Div where torch's exporter writes Reciprocal. In a language model of eight blocks of
+Qwen3-0.6B behind 128 tokens, the fusion saves 4 % of a decode step in float and 7 % with int4 weights. RMSNorm: Zhang
+and Sennrich, 2019.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from runtimes.onnxruntime_fused.graph_index import Index, attribute, number, rep
 if TYPE_CHECKING:
     import onnx
 
-FUSED = "SimplifiedLayerNormalization"  # of ONNX Runtime, though in the domain of ONNX
+FUSED = "SimplifiedLayerNormalization"  # an operator of ONNX Runtime, although in the default ONNX domain
 CHAIN = ("Reciprocal", "Sqrt", "Add", "ReduceMean", "Pow")
 
 
 def fuse(graph: onnx.GraphProto) -> Counter[str]:
-    """Rewrite a graph in place and return how many there were."""
+    """Fuse the norms of a graph in place and return the number of new nodes by operator."""
     index, replaced = Index(graph), {}
     for node in graph.node:
-        made = _norm(index, node) if node.op_type == "Mul" else None
-        if made is not None:
-            replaced[node.output[0]] = [made]
+        norm = _norm(index, node) if node.op_type == "Mul" else None
+        if norm is not None:
+            replaced[node.output[0]] = [norm]
     replace(graph, replaced)
     return Counter({FUSED: len(replaced)} if replaced else {})
 
 
 def _norm(index: Index, last: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The norm over the last axis that a product with a constant is the end of."""
+    """Return the fused norm over the last axis that ends in the weight product `last`; None if there is none."""
     from onnx import helper
 
     weights = [name for name in last.input if name in index.constants and len(index.constants[name].dims) == 1]
-    inner = next((found for name in last.input if (found := index.maker(name, "Mul")) is not None), None)
+    inner = next((node for name in last.input if (node := index.maker(name, "Mul")) is not None), None)
     if len(weights) != 1 or inner is None:
         return None
     chain = _chain(index, inner.input[1])
@@ -53,7 +54,7 @@ def _norm(index: Index, last: onnx.NodeProto) -> onnx.NodeProto | None:
 
 
 def _chain(index: Index, value: str) -> list[onnx.NodeProto] | None:
-    """The nodes that make a value, last first, if they are those of the reciprocal of a root mean square."""
+    """Return the nodes that compute 1 / rms as tensor `value`, last node first; None for any other chain."""
     nodes: list[onnx.NodeProto] = []
     for kind in CHAIN:
         node = index.maker(value, kind)

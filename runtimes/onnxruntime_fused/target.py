@@ -1,10 +1,12 @@
-"""Target onnxruntime_fused: an ONNX-Runtime-only copy of the model with fused attention and int8 products, for the CPU.
+"""Target onnxruntime_fused: a copy of the model with ONNX Runtime's own fused operators, on the CPU.
 
-The copy of a language model takes and gives what the portable file does; its cache can be written in place besides
-(OnnxRuntimeEngine.bind and .cache).
+The fused operators are attention, norms and int8 products.
 
-A target of its own, so that nothing about it is decided by a stopwatch while building: what is fused follows from the
-graph alone, the same file gives the same engine, and `compressor bench` times it beside the portable file.
+The copy of a language model has the inputs and outputs of the portable file. In addition, its KV cache can be updated
+in place (OnnxRuntimeEngine.bind and .cache).
+
+This is a separate target so that no measurement during the build decides what is fused. The fusions depend on the graph
+alone, the same file gives the same engine, and `compressor bench` compares it with the portable file.
 """
 
 from __future__ import annotations
@@ -30,22 +32,22 @@ int8 = Int8Style(activations="uint8", convolutions=False)
 
 FILE = "model.fused.onnx"
 WEIGHTS = f"{FILE}.data"
-EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights beyond which they lie beside the file: protobuf ends at 2 GB
+EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; above, they go to a separate file, as protobuf is limited to 2 GB
 
 
 def missing() -> str | None:
-    """Return None where ONNX Runtime can be used, else the reason and the command that changes it."""
+    """Return None if ONNX Runtime can be used, else the reason and the command that fixes it."""
     return onnxruntime.missing()
 
 
 def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Write the fused copy into the folder `out` and return its path.
 
-    A model in which there is nothing to fuse, such as a float one of few tokens, is copied as it is. The answers are
-    those of the portable file up to rounding; of int8, up to the values that rounding moves to the next of 256 steps.
+    A model without a matching pattern, such as a float model of few tokens, is copied unchanged. The outputs equal
+    those of the portable file up to rounding; in int8, rounding can move single values to the next of 256 steps.
 
     Raises:
-        RuntimeUnavailable: ONNX Runtime or the device is not there.
+        RuntimeUnavailable: ONNX Runtime or the device is not available.
         BuildError: ONNX Runtime refused the model.
     """
     need(name, missing(), devices, options)
@@ -57,9 +59,9 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         model = onnx.load(source)
         onnxruntime_graph.fuse(model)
         _save(model, out)
-        del model  # a language model takes as much again when it is opened
+        del model  # a language model takes the same memory again when it is opened
         load(out / FILE, options).close()
-    except Exception as error:  # protobuf's have no common base but that
+    except Exception as error:  # protobuf's errors have no common base but Exception
         for file in (FILE, WEIGHTS):
             (out / file).unlink(missing_ok=True)
         raise BuildError(f"{source.name} cannot be fused for ONNX Runtime: {first_line(error)}.") from error
@@ -67,19 +69,19 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
 
 
 def _save(model: onnx.ModelProto, out: Path) -> None:
-    """Write the file, and its weights beside it where they are too large for one."""
+    """Write the model, with its weights in a separate file if they are too large for one."""
     import onnx
 
-    (out / WEIGHTS).unlink(missing_ok=True)  # it would be written behind what is there
-    apart = sum(len(each.raw_data) for each in model.graph.initializer) > EXTERNAL_ABOVE
-    onnx.save(model, out / FILE, save_as_external_data=apart, location=WEIGHTS if apart else None)
+    (out / WEIGHTS).unlink(missing_ok=True)  # onnx would append to an existing file
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_ABOVE
+    onnx.save(model, out / FILE, save_as_external_data=external, location=WEIGHTS if external else None)
 
 
 def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
     """Open the file that build() wrote.
 
     Raises:
-        RuntimeUnavailable: ONNX Runtime or the device is not there.
+        RuntimeUnavailable: ONNX Runtime or the device is not available.
         BuildError: ONNX Runtime refused the model.
     """
     need(name, missing(), devices, options)

@@ -1,4 +1,4 @@
-"""An open TensorRT engine, its device memory and its stream; see runtimes.tensorrt for what has been checked of it."""
+"""An open TensorRT engine with its device memory and CUDA stream; runtimes.tensorrt.target states what is tested."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 ALIGNMENT = 256
-"""Bytes; what TensorRT asks of every address."""
+"""Alignment in bytes that TensorRT requires of every device address."""
 
 
 class Refused(Exception):
-    """TensorRT returned nothing or False where it had to return something; the message says what is missing."""
+    """TensorRT returned None or False instead of a result; the message names the missing result."""
 
 
 @dataclass
 class _Bound:
-    """Feeds on the device, with room for what comes out; `held` gives it back."""
+    """Device memory of the inputs and outputs of one call; closing `held` frees it."""
 
     shapes: dict[str, Shape]
     held: contextlib.ExitStack
@@ -51,15 +51,15 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         import tensorrt as trt
 
         super().__init__((engine, context))
-        names = [engine.get_tensor_name(place) for place in range(engine.num_io_tensors)]
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self._device, self._keep, self._said = device, keep, said
         self._active: _Bound | None = None
         self._last: _Bound | None = None
         self._all: list[_Bound] = []
-        fed = {key for key in names if engine.get_tensor_mode(key) == trt.TensorIOMode.INPUT}
+        inputs = {key for key in names if engine.get_tensor_mode(key) == trt.TensorIOMode.INPUT}
         dtypes = {key: _dtype(engine, key) for key in names}
-        self.inputs: tuple[str, ...] = tuple(key for key in names if key in fed)
-        self.outputs: tuple[str, ...] = tuple(key for key in names if key not in fed)
+        self.inputs: tuple[str, ...] = tuple(key for key in names if key in inputs)
+        self.outputs: tuple[str, ...] = tuple(key for key in names if key not in inputs)
         self.input_dtypes: DTypes = {key: dtypes[key] for key in self.inputs}
         self.input_shapes: Shapes = {key: _sizes(engine, key) for key in self.inputs}
         self._output_dtypes = {key: dtypes[key] for key in self.outputs}
@@ -76,16 +76,16 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
             bound = self._last = self._reserve(feeds)
         self._upload(bound, feeds)
         self._execute(bound)
-        found = {key: np.empty(bound.outputs[key], self._output_dtypes[key]) for key in self.outputs}
-        for key, value in found.items():
+        outputs = {key: np.empty(bound.outputs[key], self._output_dtypes[key]) for key in self.outputs}
+        for key, value in outputs.items():
             self._device.download(value, bound.addresses[key])
         self._device.wait()
-        return found
+        return outputs
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Copy the feeds to the device; each call of the result is one inference on them, its outputs staying there.
+        """Copy the feeds to the device and return a function that runs one inference; outputs stay on the device.
 
-        The device memory is given back by close().
+        close() frees the device memory.
         """
         self._live()
         feeds = taken(feeds, self.input_dtypes, self.input_shapes)
@@ -103,12 +103,13 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         return step
 
     def described(self) -> str:
-        """Return what TensorRT's inspector says of the engine, as JSON.
+        """Return the report of TensorRT's engine inspector as JSON.
 
-        With free sizes it tells no types before they are set, so those that the engine is quickest at are set.
+        With dynamic shapes the inspector reports types only after the input shapes are set, so this method sets the
+        usual shapes.
 
         Raises:
-            RuntimesError: it makes no inspector.
+            RuntimesError: TensorRT rejected the usual shapes or created no inspector.
         """
         import tensorrt as trt
 
@@ -117,34 +118,34 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         for key in self.inputs:
             shape = tuple(engine.get_tensor_profile_shape(key, 0)[1])
             if not context.set_input_shape(key, shape):
-                raise RuntimesError(f"TensorRT does not take its own usual shape {list(shape)} for {key!r}.")
+                raise RuntimesError(f"TensorRT rejected the usual shape {list(shape)} of input {key!r}.")
         inspector = engine.create_engine_inspector()
         if inspector is None:
-            raise RuntimesError(f"TensorRT makes no inspector: {reason(self._said, 'no reason given')}.")
+            raise RuntimesError(f"TensorRT created no inspector: {reason(self._said, 'no reason given')}.")
         inspector.execution_context = context
         return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
-        """Give back memory, stream, context and engine. Closing twice is allowed."""
+        """Free memory, stream, context and engine. Closing twice is allowed."""
         for bound in list(self._all):
             self._release(bound)
         self._device.held.close()
         self._last = None
-        # In this order: a context must not outlive its engine, nor the engine its runtime and logger.
+        # The context must not outlive its engine, nor the engine its runtime and logger.
         engine = None if self._opened is None else self._opened[0]
         super().close()
         del engine
         self._keep = ()
 
     def _reserve(self, feeds: Feeds) -> _Bound:
-        """Tell the context the shapes and find room for every input and output; on failure nothing stays reserved."""
+        """Set the shapes and allocate device memory for all inputs and outputs; on failure free all of it."""
         _, context = self._live()
         self._active = None
         with contextlib.ExitStack() as held:
             bound = _Bound(_shapes(feeds), held)
             self._set_shapes(bound)
             for key in self.outputs:
-                bound.outputs[key] = _known(key, tuple(context.get_tensor_shape(key)))
+                bound.outputs[key] = _static(key, tuple(context.get_tensor_shape(key)))
             dtypes = {**self.input_dtypes, **self._output_dtypes}
             for key, shape in {**bound.shapes, **bound.outputs}.items():
                 bound.addresses[key] = self._device.reserve(math.prod(shape) * dtypes[key].itemsize, held)
@@ -164,7 +165,7 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         copies = {key: np.ascontiguousarray(value) for key, value in feeds.items()}
         for key, value in copies.items():
             self._device.upload(bound.addresses[key], value)
-        self._device.wait()  # until then the copies must live
+        self._device.wait()  # `copies` must live until the upload is complete
 
     def _execute(self, bound: _Bound) -> None:
         _, context = self._live()
@@ -174,7 +175,7 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
             self._set_addresses(bound)
             self._active = bound
         if not context.execute_async_v3(self._device.stream):
-            raise RuntimesError(f"TensorRT stopped: {reason(self._said, 'it gives no reason')}.")
+            raise RuntimesError(f"TensorRT failed while running: {reason(self._said, 'no reason given')}.")
 
     def _set_shapes(self, bound: _Bound) -> None:
         engine, context = self._live()
@@ -183,21 +184,23 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
                 least, _, most = (list(size) for size in engine.get_tensor_profile_shape(key, 0))
                 raise RuntimesError(
                     f"Input {key!r}: found shape {list(shape)}; this engine was built for {least} to {most}: "
-                    "stay within, or build it again for other sizes."
+                    "use sizes in this range, or build it again for other sizes."
                 )
         unset = list(context.infer_shapes())
         if unset:
-            raise RuntimesError(f"TensorRT cannot find the output shapes: {', '.join(unset)} has no shape.")
+            raise RuntimesError(f"TensorRT cannot infer the output shapes: input {', '.join(unset)} has no shape.")
 
     def _set_addresses(self, bound: _Bound) -> None:
         _, context = self._live()
         for key, address in bound.addresses.items():
             if not context.set_tensor_address(key, address):
-                raise RuntimesError(f"TensorRT takes no memory for {key!r}: {reason(self._said, 'no reason given')}.")
+                raise RuntimesError(
+                    f"TensorRT rejected the address of {key!r}: {reason(self._said, 'no reason given')}."
+                )
 
 
 class Device:
-    """The GPU's memory and one stream of its own; every failure is a RuntimesError."""
+    """Memory of the GPU and one CUDA stream; every failure raises a RuntimesError."""
 
     def __init__(self, held: contextlib.ExitStack) -> None:
         from cuda.bindings import runtime
@@ -210,41 +213,41 @@ class Device:
         self.stream = int(stream)
 
     def reserve(self, size: int, held: contextlib.ExitStack) -> int:
-        """Return the address of new memory of at least one byte, which `held` gives back."""
+        """Allocate `size` bytes, at least one, and return the address; closing `held` frees the memory."""
         address = int(self._call("cudaMalloc", max(size, 1)))
         held.callback(self._free, "cudaFree", address)
         if address % ALIGNMENT:
-            raise RuntimesError(f"CUDA gave memory at {address}; TensorRT needs a multiple of {ALIGNMENT}.")
+            raise RuntimesError(f"CUDA allocated memory at {address}; TensorRT needs a multiple of {ALIGNMENT}.")
         return address
 
     def upload(self, address: int, value: npt.NDArray[Any]) -> None:
-        """Start to copy an array, contiguous and alive until wait(), to the device."""
+        """Start copying an array to the device; it must be contiguous and live until wait() returns."""
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, value.ctypes.data, value.nbytes, kind, self._stream)
 
     def download(self, value: npt.NDArray[Any], address: int) -> None:
-        """Start to copy from the device into an array, complete after wait()."""
+        """Start copying from the device into an array; the copy is complete after wait()."""
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", value.ctypes.data, address, value.nbytes, kind, self._stream)
 
     def wait(self) -> None:
-        """Return when all that was started is complete."""
+        """Wait until all operations of the stream are complete."""
         self._call("cudaStreamSynchronize", self._stream)
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """Call CUDA, whose functions return an error code followed by the result, if there is one."""
+        """Call a CUDA function and return its result, if any; raise RuntimesError for an error code."""
         code, *result = getattr(self.cuda, function)(*arguments)
         if code != self.cuda.cudaError_t.cudaSuccess:
-            raise RuntimesError(f"CUDA stopped at {function}: {self._text(code)}.")
+            raise RuntimesError(f"CUDA failed in {function}: {self._text(code)}.")
         return result[0] if result else None
 
     def _text(self, code: Any) -> str:
         _, text = self.cuda.cudaGetErrorString(code)
         return str(text.decode() if isinstance(text, bytes) else text)
 
-    def _free(self, function: str, thing: Any) -> None:
-        # Its code is left alone: it repeats the error of an earlier call, which has been raised.
-        getattr(self.cuda, function)(thing)
+    def _free(self, function: str, resource: Any) -> None:
+        # The error code is ignored: it repeats the error of an earlier call, which was raised.
+        getattr(self.cuda, function)(resource)
 
 
 def _dtype(engine: trt.ICudaEngine, key: str) -> np.dtype[Any]:
@@ -253,11 +256,11 @@ def _dtype(engine: trt.ICudaEngine, key: str) -> np.dtype[Any]:
 
     kind = engine.get_tensor_dtype(key)
     if engine.get_tensor_location(key) == trt.TensorLocation.HOST:
-        raise Refused(f"{key!r} lies in host memory, as shapes do, which is not supported")
+        raise Refused(f"{key!r} is in host memory, as shape tensors are, which is not supported")
     try:
         dtype: np.dtype[Any] = np.dtype(trt.nptype(kind))
     except TypeError as error:
-        raise Refused(f"{key!r} has type {kind}, which NumPy does not know") from error
+        raise Refused(f"{key!r} has type {kind}, which has no NumPy dtype") from error
     return dtype
 
 
@@ -269,14 +272,12 @@ def _shapes(feeds: Feeds) -> dict[str, Shape]:
     return {key: tuple(value.shape) for key, value in feeds.items()}
 
 
-def _known(key: str, shape: Shape) -> Shape:
+def _static(key: str, shape: Shape) -> Shape:
     if -1 in shape:
-        raise RuntimesError(
-            f"Output {key!r} has a size that depends on the data, {list(shape)}; that is not supported."
-        )
+        raise RuntimesError(f"Output {key!r} has a data-dependent shape, {list(shape)}, which is not supported.")
     return shape
 
 
-def reason(said: list[str], otherwise: str) -> str:
-    """Return the last error that TensorRT logged."""
-    return first_line(Refused(said[-1])) if said else otherwise
+def reason(errors: list[str], default: str) -> str:
+    """Return the first line of the last error that TensorRT logged, or `default` if there is none."""
+    return first_line(Refused(errors[-1])) if errors else default

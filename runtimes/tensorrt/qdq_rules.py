@@ -1,12 +1,12 @@
-"""Rules that a quantized ONNX file must keep for TensorRT, checked before anything is built.
+"""Rules of TensorRT for quantized ONNX files, checked before the build.
 
-TensorRT reads int8 as QuantizeLinear and DequantizeLinear (Q, DQ) only, and with limits: symmetric, constant ranges,
-per channel for weights alone. Where a file breaks them its parser stops with an error about its own internals, or
-worse, the product silently runs in float. Sources: onnx-tensorrt's importer of Q and DQ, NvInfer.h on IQuantizeLayer,
-and NVIDIA's recommendations on the placement of Q and DQ.
+TensorRT supports int8 only as QuantizeLinear and DequantizeLinear (Q, DQ), and only symmetric with constant scales, per
+channel for weights alone. For a file that violates these rules, the parser fails with an error about its internals, or
+the product silently runs in float. Sources: onnx-tensorrt's importer of Q and DQ, NvInfer.h on IQuantizeLayer, and
+NVIDIA's recommendations on the placement of Q and DQ.
 
-The main graph is checked, not the bodies of If and Loop. Not checked: what costs speed alone, such as attention that is
-quantized in half.
+The check covers the main graph, not the bodies of If and Loop. It excludes patterns that only cost speed, such as
+partly quantized attention.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
 
 UNREAD = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"})
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
-# By name, because their numbers need onnx to be imported.
+# By name, because the enum values would require importing onnx.
 QUANTIZED = frozenset({"INT8", "INT4", "FLOAT4E2M1", "FLOAT8E4M3FN"})
 SCALES = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A node that breaks a rule; `rule` completes the sentence that starts with the node."""
+    """A node that violates a rule; `rule` completes a sentence that starts with the node."""
 
     node: str
     rule: str
 
 
 def check(path: Path) -> None:
-    """Raise BuildError, naming node and rule, if TensorRT cannot read the quantization of an ONNX file."""
-    found = violations(path)
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise BuildError(f"TensorRT cannot take {path.name}: node {found[0].node!r} {found[0].rule}{more}.")
+    """Raise BuildError with the first node and rule if the quantization of an ONNX file violates a rule."""
+    broken = violations(path)
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise BuildError(f"TensorRT cannot import {path.name}: node {broken[0].node!r} {broken[0].rule}{more}.")
 
 
 def violations(path: Path) -> list[Violation]:
-    """Return every node that breaks a rule, in the order of the file.
+    """Return all rule violations, in the order of the nodes.
 
     Raises:
-        BuildError: This is no ONNX file.
+        BuildError: The file does not exist or is no ONNX file.
     """
     import onnx
 
@@ -61,7 +61,7 @@ def violations(path: Path) -> list[Violation]:
         raise BuildError(f"There is no ONNX file {path}.")
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf and the file system raise a dozen types here
+    except Exception as error:  # protobuf and the file system raise many types of errors
         raise BuildError(f"{path.name} cannot be read as an ONNX file: {first_line(error)}.") from error
     if not model.graph.node:
         raise BuildError(f"{path.name} cannot be read as an ONNX file: it has no node.")
@@ -70,10 +70,10 @@ def violations(path: Path) -> list[Violation]:
 
 
 class _Graph:
-    """Constants, makers, readers and types of the values of a graph."""
+    """Constants, producers, consumers and types of the tensors of a graph."""
 
     def __init__(self, graph: onnx.GraphProto, folder: Path, types: dict[str, str]) -> None:
-        fed = {value.name for value in graph.input}
+        inputs = {value.name for value in graph.input}
         self.folder = folder
         self.types = types
         self.outputs = {value.name for value in graph.output}
@@ -82,13 +82,13 @@ class _Graph:
         for node in graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
-        self.constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in fed}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs}
         for node in graph.node:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
 
     def value(self, name: str) -> npt.NDArray[Any]:
-        """Return a constant; only those asked for are read from external data."""
+        """Return the array of a constant, loading its external data if necessary."""
         from onnx import external_data_helper, numpy_helper
 
         tensor = self.constants[name]
@@ -97,14 +97,14 @@ class _Graph:
         return numpy_helper.to_array(tensor)
 
     def behind(self, name: str, op: str) -> onnx.NodeProto | None:
-        """Return the node that makes a value if it is of that kind."""
+        """Return the producer of tensor `name` if its operator is `op`, else None."""
         maker = self.makers.get(name)
         return maker if maker is not None and maker.op_type == op else None
 
 
 def _broken(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
     if node.domain.startswith("com.microsoft") or node.op_type in UNREAD:
-        yield f"is {node.op_type}, which TensorRT does not read: give it Q and DQ with fixed ranges, unfused"
+        yield f"is {node.op_type}, which TensorRT does not support: use unfused Q and DQ with constant scales"
     elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         yield from _of_type(graph, node)
         yield from _of_zero_point(graph, node)
@@ -119,14 +119,14 @@ def _broken(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
 def _of_type(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
     kind = _kind(graph, node)
     if kind is None:
-        yield "has a quantized type that the file does not state: give it an int8 zero point"
+        yield "has no stated quantized type: add an int8 zero point"
     elif kind not in QUANTIZED:
         hint = "leave biases in float" if kind == "INT32" else "quantize symmetrically, to int8"
         yield f"has the quantized type {kind.lower()}, expected int8: {hint}"
 
 
 def _kind(graph: _Graph, node: onnx.NodeProto) -> str | None:
-    """Return the name of the quantized type of Q or DQ, UINT8 where ONNX takes it for want of a zero point."""
+    """Return the name of the quantized type of Q or DQ; UINT8, the ONNX default, for Q without a zero point."""
     if node.op_type == "DequantizeLinear":
         if node.input[0] in graph.constants:
             return _name(graph.constants[node.input[0]].data_type)
@@ -134,8 +134,8 @@ def _kind(graph: _Graph, node: onnx.NodeProto) -> str | None:
         return None if maker is None else _kind(graph, maker)
     if (zero := _input(node, 2)) is not None:
         return _name(graph.constants[zero].data_type) if zero in graph.constants else None
-    stated = int(_attribute(node, "output_dtype", 0))
-    return _name(stated) if stated else "UINT8"
+    output_dtype = int(_attribute(node, "output_dtype", 0))
+    return _name(output_dtype) if output_dtype else "UINT8"
 
 
 def _of_zero_point(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
@@ -163,23 +163,23 @@ def _of_scale(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _of_scale_type(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
-    """TensorRT converts neither Q's scale nor its input."""
-    found = {kind for name in node.input[:2] if (kind := graph.types.get(name)) is not None}
-    if node.op_type == "QuantizeLinear" and len(found) > 1:
-        yield f"has a scale and an input of types {_listed(found)}, expected one type for both"
+    """Check that scale and input of Q have one type, because TensorRT casts neither."""
+    types = {kind for name in node.input[:2] if (kind := graph.types.get(name)) is not None}
+    if node.op_type == "QuantizeLinear" and len(types) > 1:
+        yield f"has a scale and an input of types {_listed(types)}, expected one type for both"
 
 
 def _of_computing_type(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
-    """An int8 product computes in what its DQs return, the type of their scales; so all it reads, a bias too."""
-    found = {kind for name in node.input if (kind := graph.types.get(name)) is not None}
-    if len(found) > 1 and any(graph.behind(name, "DequantizeLinear") for name in node.input):
-        yield f"has inputs of types {_listed(found)}, expected one: that of the scales of its DQs"
+    """Check that all inputs of an int8 product, a bias included, have the type of the scales of its DQs."""
+    types = {kind for name in node.input if (kind := graph.types.get(name)) is not None}
+    if len(types) > 1 and any(graph.behind(name, "DequantizeLinear") for name in node.input):
+        yield f"has inputs of types {_listed(types)}, expected one: that of the scales of its DQs"
 
 
 def _of_channels(graph: _Graph, node: onnx.NodeProto, scale: npt.NDArray[np.float32]) -> Iterator[str]:
     source = _stored(graph, node)
     if source is None:
-        yield "has one scale per channel on an activation, expected one scale for all: only weights may have more"
+        yield "has one scale per channel on an activation, expected one scale per tensor: only weights may have several"
         return
     dims, axis = list(graph.constants[source].dims), int(_attribute(node, "axis", 1))
     if scale.ndim != 1 or not -len(dims) <= axis < len(dims) or dims[axis] != scale.size:
@@ -187,7 +187,7 @@ def _of_channels(graph: _Graph, node: onnx.NodeProto, scale: npt.NDArray[np.floa
 
 
 def _stored(graph: _Graph, node: onnx.NodeProto) -> str | None:
-    """Return the constant that Q or DQ starts from; None for an activation."""
+    """Return the name of the constant that Q or DQ converts; None for an activation."""
     maker = graph.behind(node.input[0], "QuantizeLinear") if node.op_type == "DequantizeLinear" else None
     name = node.input[0] if maker is None else maker.input[0]
     return name if name in graph.constants else None
@@ -199,7 +199,7 @@ def _of_place(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
     if node.op_type == "DequantizeLinear":
         return
     if node.output[0] in graph.outputs:
-        yield "makes a graph output, which would stay quantized: put DQ behind it"
+        yield "produces a graph output, which would stay quantized: add a DQ after it"
     maker = graph.makers.get(node.input[0])
     if maker is not None and maker.op_type == "MatMul" and _adds_bias(graph, node):
         yield f"lies between {maker.name or maker.output[0]} and its bias: quantize inputs of products, not outputs"
@@ -212,7 +212,7 @@ def _adds_bias(graph: _Graph, quantize: onnx.NodeProto) -> bool:
 
 
 def _is_constant(graph: _Graph, name: str) -> bool:
-    """Return whether a value is stored, in float or quantized."""
+    """Return whether a tensor is a constant, float or dequantized."""
     weight = graph.behind(name, "DequantizeLinear")
     return name in graph.constants or (weight is not None and _stored(graph, weight) is not None)
 
@@ -220,8 +220,8 @@ def _is_constant(graph: _Graph, name: str) -> bool:
 def _of_product(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
     sides = [graph.behind(name, "DequantizeLinear") for name in node.input[:2]]
     if (sides[0] is None) != (sides[1] is None):
-        bare = node.input[0] if sides[0] is None else node.input[1]
-        yield f"has one int8 input and one in float, {bare}: put Q and DQ on both, or on neither"
+        float_input = node.input[0] if sides[0] is None else node.input[1]
+        yield f"has one int8 input and one float input, {float_input}: put Q and DQ on both, or on neither"
     weight = sides[1]
     if weight is None or (source := _stored(graph, weight)) is None:
         return
@@ -234,28 +234,28 @@ def _of_product(graph: _Graph, node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _channels(node: onnx.NodeProto, rank: int) -> int:
-    """Return the axis of a product's weight that holds the output channels."""
+    """Return the output channel axis of a product's weight."""
     if node.op_type == "MatMul":
         return rank - 1
     return 0 if node.op_type == "Conv" else 1 - int(_attribute(node, "transB", 0))
 
 
 def _types(model: onnx.ModelProto) -> dict[str, str]:
-    """Return the types that ONNX's inference finds, by value; one that it cannot tell is left out.
+    """Return the data types that ONNX's type inference determines, by tensor name; undetermined ones are left out.
 
-    The file's own notes on types are dropped: a quantizer need not have kept them up, and inference stops at a
-    contradiction. Where it stops for another reason, only the types of constants, inputs and outputs are known.
+    The file's own value_info is dropped: a quantizer may have left it outdated, and inference fails at a contradiction.
+    If inference fails for another reason, the result has only constants, inputs and outputs.
     """
     from onnx import shape_inference
 
     del model.graph.value_info[:]
     graph = model.graph
-    with contextlib.suppress(Exception):  # its C++ errors are RuntimeErrors and more
+    with contextlib.suppress(Exception):  # the C++ code raises RuntimeError and other types
         graph = shape_inference.infer_shapes(model).graph
-    found = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.input, *graph.output):
-        found[value.name] = value.type.tensor_type.elem_type
-    return {name: _name(kind) for name, kind in found.items() if kind}
+        types[value.name] = value.type.tensor_type.elem_type
+    return {name: _name(kind) for name, kind in types.items() if kind}
 
 
 def _name(kind: int) -> str:
@@ -269,12 +269,12 @@ def _listed(kinds: set[str]) -> str:
     return " and ".join(sorted(map(str.lower, kinds)))
 
 
-def _input(node: onnx.NodeProto, place: int) -> str | None:
-    """Return the name of an optional input, None where it is left out."""
-    return (node.input[place] or None) if len(node.input) > place else None
+def _input(node: onnx.NodeProto, i: int) -> str | None:
+    """Return the name of optional input `i`; None if it is left out."""
+    return (node.input[i] or None) if len(node.input) > i else None
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> Any:
     from onnx import helper
 
-    return next((helper.get_attribute_value(found) for found in node.attribute if found.name == name), default)
+    return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), default)

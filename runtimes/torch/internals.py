@@ -1,7 +1,7 @@
-"""What the targets read of torch's private parts: a name that a release changes is changed here, and nowhere else here.
+"""Private torch functions that the targets use; no other module of this package depends on them.
 
-All of it was seen in torch 2.14.1 and 2.15.0; of whichever is installed, tests/test_internals.py goes through it name
-by name. It imports torch when it is called, as the whole package does.
+All of them exist in torch 2.14.1 and 2.15.0, and tests/test_internals.py checks them in the installed version. Like the
+whole package, this module imports torch only inside its functions.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# The end of the name of the file in a package that holds, as JSON, the metadata it was compiled with. Without it, a
-# package could be asked what it was built for only by opening it, which runs its code.
+# Suffix of the file in a package that contains its metadata as JSON. Reading this file instead of opening the package
+# avoids running the code of the package.
 METADATA_FILE = "wrapper_metadata.json"
 
 
 def expression(size: Any) -> Any:
     """Return the sympy expression of a symbolic size.
 
-    Reads `SymInt.node.expr`. Without it, a program cannot say which of its axes are of one size.
+    Reads `SymInt.node.expr`. Without it, equal sizes of different axes cannot be detected.
     """
     return size.node.expr
 
 
 def hint(size: Any) -> Any:
-    """Return the number that a symbolic size had when the program was exported.
+    """Return the value that a symbolic size had when the program was exported.
 
-    Reads `SymInt.node.hint`. Without it, programs could not be exported anew with the sizes of their example.
+    Reads `SymInt.node.hint`. Without it, a program cannot be exported again with the sizes of its example inputs.
     """
     return size.node.hint
 
@@ -47,15 +47,15 @@ def tree_map(function: Callable[[Any], Any], nested: Any) -> Any:
 def compile_package(program: ExportedProgram, path: Path, metadata: Mapping[str, str], threads: int) -> None:
     """Compile a program ahead of time and write it as one package.
 
-    Reads `torch._inductor.aoti_compile_and_package`, documented under that name, and four of Inductor's settings:
-    `aot_inductor.metadata`, `freezing`, `cpp.dynamic_threads` and `cpp.threads`. Without the second, weights are not
-    packed for the processor; without the last two, the number of threads of this process is compiled in.
+    Reads `torch._inductor.aoti_compile_and_package`, documented under that name, and four Inductor settings:
+    `aot_inductor.metadata`, `freezing`, `cpp.dynamic_threads` and `cpp.threads`. Without `freezing`, weights are not
+    packed for the processor. Without the last two, the number of threads of this process is compiled in.
 
     Args:
-        program: what is compiled.
-        path: of the package.
-        metadata: what the package carries, for whoever reads it.
-        threads: at most.
+        program: The exported program.
+        path: The path of the package.
+        metadata: Metadata to store in the package.
+        threads: The maximum number of threads.
     """
     from torch import _inductor
 
@@ -81,7 +81,7 @@ def open_package(path: Path) -> Any:
 def run_package(opened: Any, tensors: list[Any]) -> list[Any]:
     """Run an opened package on flat inputs and return its flat outputs.
 
-    Reads `AOTICompiledModel.loader`: the call of the package itself parses the structure of the outputs every time.
+    Reads `AOTICompiledModel.loader`, because calling the package itself parses the structure of the outputs every time.
     """
-    found: list[Any] = opened.loader.run(tensors)
-    return found
+    outputs: list[Any] = opened.loader.run(tensors)
+    return outputs

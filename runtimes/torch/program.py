@@ -1,4 +1,4 @@
-"""The program half of target torch: what an exported program takes, and the same program in another precision."""
+"""Signatures of exported programs, and their conversion to other precisions, for target torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 NAMES = "compressor.json"  # the file in an exported program that holds the names of its inputs and outputs
-# Operators whose time is that of a matrix product.
+# Operators dominated by matrix products or convolutions.
 PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "conv1d", "conv2d", "scaled_dot_product_attention")
 Samples: TypeAlias = Callable[[], Iterator[Feeds]]
-# A size: a number, or a sum of symbols ("" stands for one) as {symbol: how often}, or None for anything.
+# An axis size: a number; a linear expression {symbol: coefficient}, in which "" is the constant term; or None for any.
 Size: TypeAlias = "int | dict[str, int] | None"
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a program: its name, its NumPy dtype and the sizes of its axes."""
+    """One input of a program: name, NumPy dtype and axis sizes."""
 
     name: str
     dtype: str
@@ -33,18 +33,18 @@ class Input:
 
     @property
     def shape(self) -> tuple[int | None, ...]:
-        """The sizes, None for an axis that is not of one size."""
+        """The axis sizes, with None for a dynamic axis."""
         return tuple(size if isinstance(size, int) else None for size in self.sizes)
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a program takes and gives; travels in the engine's file.
+    """Inputs and outputs of a program, stored in the engine's file.
 
     Attributes:
-        inputs: in the order of the program.
-        outputs: their names, in the order of the program.
-        most: the largest value of each symbol that has one.
+        inputs: The inputs in the program's order.
+        outputs: The output names in the program's order.
+        most: The upper bound of each bounded symbol.
     """
 
     inputs: tuple[Input, ...]
@@ -52,62 +52,65 @@ class Signature:
     most: Mapping[str, int]
 
     def to_json(self) -> str:
-        """Write it as JSON.
+        """Return the signature as JSON.
 
-        >>> given = Signature((Input("x", "float32", ({"s0": 1}, 8)),), ("y",), {"s0": 64})
-        >>> Signature.of_json(given.to_json()) == given
+        >>> original = Signature((Input("x", "float32", ({"s0": 1}, 8)),), ("y",), {"s0": 64})
+        >>> Signature.of_json(original.to_json()) == original
         True
         """
         return json.dumps(asdict(self))
 
     @staticmethod
     def of_json(text: str) -> Signature:
-        """Read what to_json() wrote. Raises ValueError, KeyError or TypeError where it did not."""
-        found = json.loads(text)
-        inputs = (Input(each["name"], each["dtype"], tuple(each["sizes"])) for each in found["inputs"])
-        return Signature(tuple(inputs), tuple(found["outputs"]), dict(found["most"]))
+        """Read the result of to_json(). Raise ValueError, KeyError or TypeError for any other text."""
+        facts = json.loads(text)
+        inputs = (Input(entry["name"], entry["dtype"], tuple(entry["sizes"])) for entry in facts["inputs"])
+        return Signature(tuple(inputs), tuple(facts["outputs"]), dict(facts["most"]))
 
     def check(self, feeds: Feeds) -> None:
-        """Refuse sizes that do not fit together: compiled code would read beyond the end of the smaller input.
+        """Check that the dynamic sizes of all inputs agree; compiled code would read out of bounds otherwise.
 
         Raises:
-            RuntimesError: two axes of one size differ, or one is larger than the program allows.
+            RuntimesError: Two axes with the same symbol differ, or a size exceeds the program's upper bound.
         """
         sizes = [
-            (each.name, axis, size, feeds[each.name].shape[axis])
-            for each in self.inputs
-            for axis, size in enumerate(each.sizes)
+            (entry.name, axis, size, feeds[entry.name].shape[axis])
+            for entry in self.inputs
+            for axis, size in enumerate(entry.sizes)
             if isinstance(size, dict)
         ]
-        # A symbol's value is that of the first axis that is the symbol alone.
-        values = {next(iter(size)): found for _, _, size, found in reversed(sizes) if list(size.values()) == [1]}
-        for name, axis, size, found in sizes:
+        # The first axis whose size is the symbol alone determines the symbol's value.
+        values = {next(iter(size)): actual for _, _, size, actual in reversed(sizes) if list(size.values()) == [1]}
+        for name, axis, size, actual in sizes:
             expected = _value(size, values)
-            if expected not in (None, found):
-                raise RuntimesError(f"Input {name!r}: found size {found} of axis {axis}; the others need {expected}.")
-            symbol = next(iter(size))
-            if values.get(symbol) == found and found > self.most.get(symbol, found):
+            if expected not in (None, actual):
                 raise RuntimesError(
-                    f"Input {name!r}: found size {found} of axis {axis}; expected at most {self.most[symbol]}."
+                    f"Input {name!r}: found size {actual} of axis {axis}; expected {expected}, as in the other inputs."
+                )
+            symbol = next(iter(size))
+            if values.get(symbol) == actual and actual > self.most.get(symbol, actual):
+                raise RuntimesError(
+                    f"Input {name!r}: found size {actual} of axis {axis}; expected at most {self.most[symbol]}."
                 )
 
 
 def _value(size: Mapping[str, int], values: Mapping[str, int]) -> int | None:
     if not set(size) - {""} <= set(values):
         return None
-    return sum(times * (values[symbol] if symbol else 1) for symbol, times in size.items())
+    return sum(factor * (values[symbol] if symbol else 1) for symbol, factor in size.items())
 
 
 def signature(program: ExportedProgram, names: Mapping[str, Sequence[str]]) -> Signature:
-    """What an exported program takes, under the names that came with it."""
+    """Return the signature of an exported program; `names` maps "inputs" and "outputs" to names in order."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     values = [nodes[key].meta["val"] for key in program.graph_signature.user_inputs]
     inputs = (
         Input(name, str(value.dtype).removeprefix("torch."), tuple(map(_size, value.shape)))
         for name, value in zip(names["inputs"], values, strict=True)
     )
-    most = {str(symbol): _bound(bounds.upper) for symbol, bounds in program.range_constraints.items()}
-    return Signature(tuple(inputs), tuple(names["outputs"]), {key: top for key, top in most.items() if top is not None})
+    bounds = {str(symbol): _bound(interval.upper) for symbol, interval in program.range_constraints.items()}
+    most = {symbol: bound for symbol, bound in bounds.items() if bound is not None}
+    return Signature(tuple(inputs), tuple(names["outputs"]), most)
 
 
 def _size(size: Any) -> Size:
@@ -120,16 +123,16 @@ def _size(size: Any) -> Size:
 
 
 def _bound(upper: Any) -> int | None:
-    """An upper bound as a number; torch has its own infinity for sizes, beside those of sympy."""
+    """Return an upper bound as int; None for an infinite one, which is a type of torch or of sympy."""
     return int(upper) if getattr(upper, "is_Integer", False) and upper < 2**31 else None
 
 
 def in_products(program: ExportedProgram, precision: str) -> ExportedProgram:
-    """The program with its matrix products, convolutions and attention in bfloat16 or float16, all else in float32.
+    """Return the program with matrix products, convolutions and attention in bfloat16 or float16 (`precision`).
 
-    Those are what takes the time. Norms, softmax outside of attention and the residual stream stay in float32, and so
-    do inputs and outputs: what a program writes as float32 in its operators stays right, and range is no matter.
-    Weights are cast by an operator each, which the compiler folds into the weight.
+    These operators take most of the time. Norms, softmax outside of attention, the residual stream, inputs and outputs
+    stay in float32, so float32 casts in the program stay correct and the small range of float16 is no problem.
+    Each weight gets a cast node, which the compiler folds into the weight.
     """
     import torch
 
@@ -145,8 +148,8 @@ def in_products(program: ExportedProgram, precision: str) -> ExportedProgram:
             if target not in products:
                 return super().call_function(target, args, kwargs)
             args, kwargs = tree_map(lower, (args, kwargs))
-            found = super().call_function(target, args, kwargs)
-            return found.to(torch.float32) if found.dtype == low else found
+            result = super().call_function(target, args, kwargs)
+            return result.to(torch.float32) if result.dtype == low else result
 
     class Module(torch.nn.Module):
         def __init__(self, inner: torch.fx.GraphModule) -> None:
@@ -156,24 +159,24 @@ def in_products(program: ExportedProgram, precision: str) -> ExportedProgram:
         def forward(self, *tensors: torch.Tensor) -> Any:
             return Products(self.inner).run(*tensors)
 
-    return _again(Module(_module(program)), program, packed=True)
+    return _export_again(Module(_module(program)), program, packed=True)
 
 
 def in_int8(
     program: ExportedProgram, *, dynamic: bool, names: Sequence[str], samples: Samples | None
 ) -> ExportedProgram:
-    """The program with the products of its Linear layers in int8, quantized by torchao for Inductor's x86 kernels.
+    """Return the program with its Linear layers in int8, quantized by torchao for Inductor's x86 kernels.
 
-    Weights are int8 per channel, symmetric; activations uint8 per tensor, with ranges from histograms of the samples,
-    or, dynamic, from the very tensor, all rows of a batch together.
+    Weights are symmetric int8 per channel, activations uint8 per tensor. Static activation ranges come from histograms
+    of the calibration samples. Dynamic ranges come from the tensor at run time, over all rows of a batch.
 
     Raises:
-        BuildError: torchao or samples are missing, or there is no Linear layer.
+        BuildError: torchao or samples are missing, or the model has no Linear layer.
     """
     if util.find_spec("torchao") is None:
-        raise BuildError("Target torch makes int8 with torchao, which is not installed; pip install torchao.")
+        raise BuildError("Target torch needs torchao for int8, which is not installed; pip install torchao.")
     if not dynamic and samples is None:
-        raise BuildError("Target torch finds the ranges of int8 on samples; found none, give --data or int8-dynamic.")
+        raise BuildError("Target torch needs calibration samples for int8; found none: use --data, or int8-dynamic.")
     import torch
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -183,7 +186,7 @@ def in_int8(
     quantizer.set_function_type_qconfig(torch.nn.functional.linear, config)
     prepared = prepare_pt2e(_module(program), quantizer)
     assert program.example_inputs is not None
-    # One run in any case: ranges of weights are found while running too.
+    # The weight observers need one run even without samples.
     if dynamic or samples is None:
         prepared(*program.example_inputs[0])
     else:
@@ -191,16 +194,16 @@ def in_int8(
             prepared(*(torch.tensor(feeds[name]) for name in names))
     converted = convert_pt2e(prepared)
     if not any("dequantize" in str(node.target) for node in converted.graph.nodes):
-        raise BuildError("The model has no Linear layer, which is what target torch computes in int8; take fp32.")
-    return _again(converted, program)
+        raise BuildError("The model has no Linear layer, and target torch quantizes only these to int8; use fp32.")
+    return _export_again(converted, program)
 
 
 def _module(program: ExportedProgram) -> torch.fx.GraphModule:
     return program.module(check_guards=False)
 
 
-def _again(module: torch.nn.Module, program: ExportedProgram, *, packed: bool = False) -> ExportedProgram:
-    """Export a module that takes what a program takes; `packed` says that it takes it as *tensors."""
+def _export_again(module: torch.nn.Module, program: ExportedProgram, *, packed: bool = False) -> ExportedProgram:
+    """Export a module with the inputs of `program`; `packed` means that it takes them as *tensors."""
     import torch
 
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -213,5 +216,5 @@ def _again(module: torch.nn.Module, program: ExportedProgram, *, packed: bool = 
         for key in program.graph_signature.user_inputs
     )
     assert program.example_inputs is not None
-    given = {"tensors": shapes} if packed else shapes
-    return torch.export.export(module, program.example_inputs[0], dynamic_shapes=given, strict=False)
+    dynamic_shapes = {"tensors": shapes} if packed else shapes
+    return torch.export.export(module, program.example_inputs[0], dynamic_shapes=dynamic_shapes, strict=False)

@@ -55,7 +55,7 @@ def exported(llama, tmp_path_factory):
 def test_a_limitation_is_in_table_report_page_and_card(exported):
     report, folder = exported
     (found,) = [each for each in report.limitations if each.feature == "KV cache"]
-    assert str(found) == "KV cache: left out by --no-cache, so each new token computes the whole text again."
+    assert str(found) == "KV cache: left out by --no-cache, so every new token recomputes the whole text."
     assert f"- {found}" in report.summary()
     stored = json.loads((folder / "report.json").read_text())["limitations"]
     assert {"feature": found.feature, "reason": found.reason} in stored
@@ -99,7 +99,7 @@ def test_a_folder_without_a_tokenizer_gets_none_made_up(tmp_path):
     assert model.tokenizer is None
     assert "tokenizer" in features(model.limitations)
     (tmp_path / "texts.txt").write_text("one\ntwo\nthree\n")
-    with pytest.raises(DataError, match="comes without a tokenizer"):
+    with pytest.raises(DataError, match="has no tokenizer"):
         load_data(str(tmp_path / "texts.txt"), model.preprocess, task=model.task)
 
 
@@ -114,7 +114,7 @@ def test_an_image_processor_that_cannot_be_read_is_not_taken_for_none(tmp_path):
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
     )
     transformers.ViTModel(config).save_pretrained(tmp_path)
-    assert features(models.load(tmp_path).limitations) == ["preprocessing", "size of the pictures"]
+    assert features(models.load(tmp_path).limitations) == ["preprocessing", "image size"]
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(models.ModelError, match=r"the image processor of .* cannot be read"):
         models.load(tmp_path)
@@ -124,7 +124,7 @@ def test_sizes_that_the_config_does_not_say_are_said_to_be_assumed(tmp_path):
     config = transformers.ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8, layer_type="basic")
     transformers.ResNetModel(config).save_pretrained(tmp_path)
     found = models.load(tmp_path, task="image-feature-extraction").limitations
-    assert "image_size of the pictures" in features(found)
+    assert "image_size of the config" in features(found)
     assert any("224" in each.reason for each in found)
 
 
@@ -188,7 +188,7 @@ def test_class_folders_are_said_to_be_numbered_in_sorted_order(tmp_path, sample)
     (tmp_path / "cat" / "notes.txt").write_text("not a picture")
     found = {each.feature: each.reason for each in read(tmp_path, sample)}
     assert "bird = 0, cat = 1" in found["class order"]
-    assert found["files of the data"].startswith("1 of 7 not read, by their ending (.txt)")
+    assert found["files of the data"].startswith("1 of 7 not read because of their extension (.txt)")
 
 
 def test_class_names_in_a_table_and_columns_that_are_not_read_are_said(tmp_path, llama):
@@ -200,7 +200,7 @@ def test_class_names_in_a_table_and_columns_that_are_not_read_are_said(tmp_path,
     assert found["columns of the data"] == "'origin' not read"
     (tmp_path / "other.csv").write_text(f"text,mood,origin\n{rows}")
     found = {each.feature: each.reason for each in read(tmp_path / "other.csv", model, "text-classification")}
-    assert found["columns of the data"] == "'mood', 'origin' not read, and no column is taken for a label"
+    assert found["columns of the data"] == "'mood', 'origin' not read; no column is used as label"
 
 
 def test_arrays_beside_the_images_are_not_left_out(tmp_path, sample):

@@ -1,4 +1,4 @@
-"""apply() holds every pass to its contract."""
+"""Tests of `apply`: every pass must keep its contract."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +28,7 @@ def traced():
 
 @dataclass(frozen=True)
 class Meddling:
-    """Says that it analyses, and rewrites."""
+    """Pass that is declared as an analysis but rewrites the graph."""
 
     rewrites: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
@@ -39,7 +39,7 @@ class Meddling:
 
 @dataclass(frozen=True)
 class Careless:
-    """Rewrites, and leaves dead nodes behind."""
+    """Rewrite that leaves dead nodes in the graph."""
 
     rewrites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
@@ -51,7 +51,9 @@ class Careless:
 
 
 def test_an_analysis_may_not_change_the_graph(traced):
-    with pytest.raises(PassError, match="Meddling says it only analyses, but it changed the graph"):
+    with pytest.raises(
+        PassError, match=r"Meddling is declared as an analysis \(rewrites=False\), but it changed the graph"
+    ):
         apply(Meddling(), traced[1].fork())
 
 
@@ -62,12 +64,12 @@ def test_a_rewrite_may_not_leave_dead_nodes(traced):
     assert not [line for line in graph.history if line.name == "Careless"]
 
 
-def test_data_is_asked_for_before_anything_runs(traced):
+def test_missing_calibration_data_is_an_error(traced):
     with pytest.raises(PassError, match="Score needs calibration data and got none"):
         apply(Score(), traced[1])
 
 
-def test_the_history_says_what_was_applied_with_which_options(traced):
+def test_the_history_holds_the_pass_and_its_options(traced):
     graph = traced[1].fork()
     before = len(graph.nodes())
     apply(Drop(("blocks.1.attn",)), graph)
@@ -77,7 +79,7 @@ def test_the_history_says_what_was_applied_with_which_options(traced):
     assert line.nodes_after < before
 
 
-def test_an_analysis_leaves_nodes_weights_and_inputs_as_they_were(traced):
+def test_an_analysis_leaves_nodes_weights_and_inputs_unchanged(traced):
     model, graph = traced
     before = graph.signature(), {name: value.clone() for name, value in graph.module.state_dict().items()}
     inputs = {name: value.clone() for name, value in model.example.items()}

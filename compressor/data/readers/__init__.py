@@ -1,4 +1,4 @@
-"""Readers: one file per format, from the --data string to samples that are prepared on demand."""
+"""Readers, one module per data format: from the --data argument to samples that are prepared on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset a
 
 
 def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: str | None) -> Samples:
-    """The samples that a --data string means; DataError with one sentence where it means none."""
+    """Read the samples of a --data argument.
+
+    Raises:
+        DataError: the argument names no readable data.
+    """
     if spec == "random":
         return random_samples(preprocess, seed)
     path = Path(spec).expanduser()
@@ -45,4 +49,4 @@ def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samp
         return read_lines(path, spec, preprocess, task)
     if suffix in (".csv", ".tsv"):
         return read_table(path, spec, preprocess, task)
-    raise DataError(f"the file {spec} has the ending {suffix or 'none'}; expected {FORMS}")
+    raise DataError(f"the file {spec} has the extension {suffix or 'none'}; expected {FORMS}")

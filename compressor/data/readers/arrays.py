@@ -1,4 +1,4 @@
-"""Arrays: .npy and .npz with raw images, ready model inputs or token ids."""
+"""Reader of .npy and .npz files with raw images, preprocessed model inputs or token ids."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from compressor.models.preprocess import Preprocess
 
 FIRST = ("images", "x")
 LABELS = ("labels", "y")
-CHUNK = 2**22  # numbers looked at together: 16 MB of float32
-FILLED = {"attention_mask": 1, "token_type_ids": 0}  # what a tokenizer would say about rows without padding
+CHUNK = 2**22  # values that are checked at a time; 16 MB of float32
+FILLED = {"attention_mask": 1, "token_type_ids": 0}  # values that a tokenizer returns for rows without padding
 
 
 def read_arrays(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
-    """A .npy file (memory-mapped) or a .npz file with arrays by input name and optional labels."""
-    found = _opened(path, name)
-    labels = next((found.pop(key) for key in LABELS if key in found and key not in preprocess.inputs), None)
-    arrays = _by_input(found, name, preprocess)
+    """Read a memory-mapped .npy file, or a .npz file with arrays by input name and optional labels."""
+    content = _load_arrays(path, name)
+    labels = next((content.pop(key) for key in LABELS if key in content and key not in preprocess.inputs), None)
+    arrays = _by_input(content, name, preprocess)
     rows = len(arrays[preprocess.inputs[0]])
     for key, array in arrays.items():
         if len(array) != rows:
             raise DataError(
-                f"{name} holds {len(array)} rows for {key} and {rows} for {preprocess.inputs[0]}; expected equally many"
+                f"{name} holds {len(array)} rows for {key} and {rows} for {preprocess.inputs[0]}; expected the same "
+                "number"
             )
     samples = _samples(arrays, name, preprocess, task)
     if labels is None or samples.label_kind == "tokens":
@@ -39,13 +40,13 @@ def read_arrays(path: Path, name: str, preprocess: Preprocess, task: str) -> Sam
     return _labelled(samples, labels, name)
 
 
-def _opened(path: Path, name: str) -> dict[str, Array]:
+def _load_arrays(path: Path, name: str) -> dict[str, Array]:
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
-            return {"": _plain(content, name)}
+            return {"": _check_axes(content, name)}
         with content:
-            return {key: _plain(content[key], name) for key in content.files}
+            return {key: _check_axes(content[key], name) for key in content.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(_unreadable(name, str(error))) from error
 
@@ -59,27 +60,27 @@ def _unreadable(name: str, reason: str) -> str:
     return f"{name} is not a readable NumPy file; expected .npy or .npz as numpy.save writes them"
 
 
-def _plain(array: Array, name: str) -> Array:
+def _check_axes(array: Array, name: str) -> Array:
     if array.ndim == 0 or len(array) == 0:
         raise DataError(f"{name} holds an array of shape {dims(array.shape)}; expected samples along the first axis")
     return array
 
 
-def _by_input(found: Mapping[str, Array], name: str, preprocess: Preprocess) -> dict[str, Array]:
+def _by_input(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) -> dict[str, Array]:
     first = preprocess.inputs[0]
-    if first in found and set(found) <= set(preprocess.inputs):
-        return {key: found[key] for key in preprocess.inputs if key in found}
-    if len(found) == 1:
-        return {first: next(iter(found.values()))}
-    named = [key for key in FIRST if key in found]
-    if len(named) == 1:
-        others = sorted(set(found) - set(named))
+    if first in arrays and set(arrays) <= set(preprocess.inputs):
+        return {key: arrays[key] for key in preprocess.inputs if key in arrays}
+    if len(arrays) == 1:
+        return {first: next(iter(arrays.values()))}
+    image_keys = [key for key in FIRST if key in arrays]
+    if len(image_keys) == 1:
+        others = sorted(set(arrays) - set(image_keys))
         raise DataError(
-            f"{name} holds {', '.join(others)} beside {named[0]}; expected labels as {' or '.join(LABELS)}, so rename "
-            "or remove the rest"
+            f"{name} holds {', '.join(others)} beside {image_keys[0]}; expected labels as {' or '.join(LABELS)}; "
+            "rename or remove the other arrays"
         )
     raise DataError(
-        f"{name} holds the arrays {', '.join(sorted(found)) or 'none'}; expected one array, one called "
+        f"{name} holds the arrays {', '.join(sorted(arrays)) or 'none'}; expected one array, one named "
         f"{' or '.join(FIRST)}, or the model's inputs {', '.join(preprocess.inputs)}"
     )
 
@@ -89,17 +90,17 @@ def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: 
     if preprocess.kind == "image" and first.dtype == np.uint8 and len(arrays) == 1:
         return _raw_images(first, name, preprocess)
     if preprocess.kind == "text":
-        assumed = _assumed(arrays, preprocess)
-        return replace(_token_rows(_tokens(arrays, name, preprocess), task), limitations=assumed)
+        defaults = _default_inputs(arrays, preprocess)
+        return replace(_token_rows(_tokens(arrays, name, preprocess), task), limitations=defaults)
     for key in preprocess.inputs:
         if key not in arrays:
             raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
-        _check_ready(arrays[key], key, name, preprocess)
+        _check_model_input(arrays[key], key, name, preprocess)
     dtypes = {key: preprocess.example[key].dtype for key in preprocess.inputs}
-    return _ready(arrays, "ready model inputs", None, dtypes)
+    return _model_input_samples(arrays, "ready model inputs", None, dtypes)
 
 
-def _ready(
+def _model_input_samples(
     arrays: Mapping[str, Array], reading: str, kind: LabelKind | None, dtypes: Mapping[str, np.dtype] | None = None
 ) -> Samples:
     def feeds(indices: Sequence[int]) -> Feeds:
@@ -113,19 +114,22 @@ def _ready(
 
 def _token_rows(arrays: Mapping[str, Array], task: str) -> Samples:
     if task != "text-generation":
-        return _ready(arrays, "token ids", None)
+        return _model_input_samples(arrays, "token ids", None)
 
     def whole(index: int) -> Feeds:
-        there = np.asarray(arrays.get("attention_mask", arrays["input_ids"] * 0 + 1)[index], dtype=bool)
-        return {key: np.asarray(array[index], dtype=np.int64)[there] for key, array in arrays.items()}
+        mask = np.asarray(arrays.get("attention_mask", arrays["input_ids"] * 0 + 1)[index], dtype=bool)
+        return {key: np.asarray(array[index], dtype=np.int64)[mask] for key, array in arrays.items()}
 
-    return replace(_ready(arrays, "token ids", "tokens"), whole=whole)
+    return replace(_model_input_samples(arrays, "token ids", "tokens"), whole=whole)
 
 
-def _assumed(arrays: Mapping[str, Array], preprocess: Preprocess) -> tuple[Limitation, ...]:
-    """The inputs that a file of token ids lacks, each with the value that all tokens get."""
+def _default_inputs(arrays: Mapping[str, Array], preprocess: Preprocess) -> tuple[Limitation, ...]:
+    """Return the limitations for inputs that a file of token ids lacks, each with its default value."""
     return tuple(
-        Limitation(f"input {key}", f"the data has none, so it is {FILLED[key]} at every token, padding included")
+        Limitation(
+            f"input {key}",
+            f"the data does not contain it, so it is set to {FILLED[key]} for every token, padding included",
+        )
         for key in preprocess.inputs
         if key not in arrays and key in FILLED
     )
@@ -159,32 +163,32 @@ def _tokens(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) -> d
             )
     if int(first.min()) < 0:
         raise DataError(
-            f"{name} holds the token id {int(first.min())}; expected ids from 0, so cut or replace the padding"
+            f"{name} holds the token id {int(first.min())}; expected ids from 0; remove or replace the padding"
         )
-    return {key: arrays[key] if key in arrays else _filled(key, first, name) for key in preprocess.inputs}
+    return {key: arrays[key] if key in arrays else _default_array(key, first, name) for key in preprocess.inputs}
 
 
-def _filled(key: str, first: Array, name: str) -> Array:
+def _default_array(key: str, first: Array, name: str) -> Array:
     if key not in FILLED:
         raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
     return np.broadcast_to(np.array(FILLED[key], dtype=np.int64), first.shape)
 
 
-def _check_ready(array: Array, key: str, name: str, preprocess: Preprocess) -> None:
+def _check_model_input(array: Array, key: str, name: str, preprocess: Preprocess) -> None:
     example = preprocess.example[key]
-    wanted = ("N", *example.shape[1:])
+    expected = ("N", *example.shape[1:])
     same = array.dtype.kind == example.dtype.kind or (array.dtype.kind in "iub" and example.dtype.kind in "iub")
     if not same or array.shape[1:] != example.shape[1:]:
         raw = " or raw uint8 images [N, H, W] or [N, H, W, C]" if preprocess.kind == "image" else ""
         raise DataError(
-            f"{name} holds {array.dtype} {dims(array.shape)} for {key}; expected {example.dtype} {dims(wanted)}{raw}"
+            f"{name} holds {array.dtype} {dims(array.shape)} for {key}; expected {example.dtype} {dims(expected)}{raw}"
         )
     if array.dtype.kind == "f":
         _check_finite(array, name)
 
 
 def _check_finite(array: Array, name: str) -> None:
-    """Look at all values in pieces, so that a memory-mapped file is never in memory as a whole."""
+    """Check all values chunk by chunk, so that a memory-mapped file is never in memory as a whole."""
     step = max(1, CHUNK // max(1, array[0].size))
     for start in range(0, len(array), step):
         part = np.isfinite(array[start : start + step]).reshape(min(step, len(array) - start), -1).all(axis=1)
@@ -200,19 +204,19 @@ def _labelled(samples: Samples, labels: Array, name: str) -> Samples:
         raise DataError(
             f"{name} holds labels of shape {dims(labels.shape)}; expected {dims((count,))}, one for each sample"
         )
-    kind: LabelKind = "score" if values.dtype.kind == "f" and not _whole(values) else "class"
-    made = _scores(values, name) if kind == "score" else _classes(values, name)
-    named = (numbered(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
+    kind: LabelKind = "score" if values.dtype.kind == "f" and not _is_integral(values) else "class"
+    parsed = _scores(values, name) if kind == "score" else _classes(values, name)
+    name_order = (numbered(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
     return replace(
         samples,
-        labels=made,
+        labels=parsed,
         label_kind=kind,
         reading=f"{samples.reading} with {kind} labels",
-        limitations=(*samples.limitations, *named),
+        limitations=(*samples.limitations, *name_order),
     )
 
 
-def _whole(values: Array) -> bool:
+def _is_integral(values: Array) -> bool:
     return bool((np.isfinite(values) & (values == np.round(values))).all())
 
 

@@ -1,4 +1,4 @@
-"""What every reader gives back: samples that are named now and prepared later, batch by batch."""
+"""The return type of all readers: samples with ids that are prepared later, batch by batch."""
 
 from __future__ import annotations
 
@@ -17,33 +17,41 @@ Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 LabelKind = Literal["class", "score", "tokens"]
 Progress = Callable[[int, int], None]
-SHOWN = 3  # class names that a sentence shows
+SHOWN = 3  # class names in a limitation
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One sample that cannot be used, and why."""
+    """A sample that cannot be used, and the reason."""
 
     id: str
     reason: str
 
 
 def no_faults(indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
-    """The check of a reader that has nothing left to find out after reading."""
+    """Return no faults, for readers whose samples are all valid after reading."""
     return {}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """All samples of a source, in an order that depends on their names only.
+    """All samples of a source, in an order that depends only on their names.
 
-    `feeds` prepares the samples with the given positions, in that order, as fresh arrays with
-    `rows_per_sample` rows each. `faults` really decodes the given samples and returns the reasons of those that
-    cannot be used, by position. `labels` has one entry a sample. `reading` says in words how the source was understood.
-    `class_folders` counts the subfolders that labels were taken from, those without a picture included. `shown` is
-    what people see of one sample: a picture or a text; None where there is nothing but numbers. `whole` gives the
-    tokens of a text as they are, [tokens] by input name, neither padded nor cut; None for all else. `limitations` are
-    what was expected of the source and not found, and what was assumed.
+    Attributes:
+        ids: file names relative to the folder, or row numbers from 0.
+        feeds: prepares the samples at the given positions, in that order, as new arrays with `rows_per_sample` rows
+            per sample.
+        reading: description of how the source was interpreted.
+        labels: one label per sample.
+        label_kind: kind of the labels.
+        rows_per_sample: rows of the model inputs per sample.
+        class_folders: number of class folders, including empty ones.
+        skipped: samples that were skipped while reading.
+        faults: decodes the samples at the given positions and returns the reasons of those that cannot be used, by
+            position.
+        shown: returns the image or text of a sample for display; None for numeric data.
+        whole: returns the tokens of a text without padding or truncation, [tokens] by input name; None for other data.
+        limitations: expected properties that the source lacks, and assumptions about it.
     """
 
     ids: tuple[str, ...]
@@ -61,21 +69,21 @@ class Samples:
 
 
 def numbered(names: Sequence[str]) -> Limitation:
-    """The limitation that class names were numbered in sorted order, whatever the model's own order is.
+    """Return the limitation that class names were numbered in sorted order, which may differ from the model's order.
 
     >>> print(numbered(["cat", "dog"]))
-    class order: the names in the data are numbered in sorted order (cat = 0, dog = 1); the model's must be the same.
+    class order: the names in the data are numbered in sorted order (cat = 0, dog = 1); the model must use this order.
     """
     shown = ", ".join(f"{name} = {number}" for number, name in enumerate(names[:SHOWN]))
     more = ", ..." if len(names) > SHOWN else ""
     return Limitation(
         "class order",
-        f"the names in the data are numbered in sorted order ({shown}{more}); the model's must be the same",
+        f"the names in the data are numbered in sorted order ({shown}{more}); the model must use this order",
     )
 
 
 def dims(shape: Sequence[int | str]) -> str:
-    """A shape as people write it.
+    """Format a shape.
 
     >>> dims(("N", 3, 8, 8))
     '[N, 3, 8, 8]'

@@ -1,4 +1,4 @@
-"""Hub datasets, through the optional `datasets` library."""
+"""Reader of hub datasets; needs the optional `datasets` library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ SPLITS = ("validation", "test", "train")  # test comes second: its labels are of
 
 
 def looks_like(spec: str) -> bool:
-    """Whether a string has the form owner/name or owner/name@revision, then :config, :split, :config:split or nothing.
+    """Return whether a string names a hub dataset.
+
+    The form is owner/name or owner/name@revision, optionally followed by :config, :split or :config:split.
 
     >>> looks_like("nyu-mll/glue:sst2"), looks_like("nyu-mll/glue@main:sst2"), looks_like("./folder/images")
     (True, True, False)
@@ -30,28 +32,28 @@ def looks_like(spec: str) -> bool:
 
 
 def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None) -> Samples:
-    """A hub dataset, at the revision that `spec` names after @, else at the one given.
+    """Read a hub dataset at the revision after the @ in `spec`, or else at `revision`.
 
-    The code that a dataset repository may hold is never run: datasets 4 and later no longer can.
+    Code in a dataset repository is never run, because datasets 4 and later do not support it.
     """
     try:
         library = importlib.import_module("datasets")
     except ImportError as error:
         raise DataError(
-            f"{spec} is neither a file nor a folder here; to read it as a hub dataset, install the datasets library: "
+            f"{spec} is not a local file or folder; to read it as a hub dataset, install the datasets library: "
             "pip install datasets"
         ) from error
     _check_version(library)
-    place, *parts = spec.split(":")
-    name, _, named = place.partition("@")
-    revision = named or revision
+    repository, *parts = spec.split(":")
+    name, _, own_revision = repository.partition("@")
+    revision = own_revision or revision
     try:
         config, split = _part(library, name, parts, revision)
         dataset = library.load_dataset(name, config, split=split, revision=revision)
-    # The library raises its own errors, those of the hub client, of the network and of pyarrow
+    # The library raises its own errors and those of the hub client, the network and pyarrow
     except Exception as error:
         raise DataError(
-            f"{spec} is neither a file nor a folder here, nor can it be loaded as a hub dataset "
+            f"{spec} is not a local file or folder and cannot be loaded as a hub dataset "
             f"({_first_line(error)}); check the path, or the name and the network"
         ) from error
     return dataset_samples(dataset, spec, preprocess, task)
@@ -61,22 +63,22 @@ def _check_version(library: Any) -> None:
     version = str(getattr(library, "__version__", ""))
     if re.match(r"[0-3]\.", version):
         raise DataError(
-            f"found datasets {version}, which may run code that a data set brings; expected 4 or later: "
+            f"found datasets {version}, which may run code of a dataset repository; expected 4 or later: "
             'pip install "datasets>=4"'
         )
 
 
 def dataset_samples(dataset: Any, name: str, preprocess: Preprocess, task: str) -> Samples:
-    """The samples of a `datasets.Dataset`, by the types of its columns."""
+    """Read the samples of a `datasets.Dataset`, according to the types of its columns."""
     if len(dataset) == 0:
-        raise DataError(f"{name} holds no rows; give another split as owner/name:split")
+        raise DataError(f"{name} contains no rows; pass another split as owner/name:split")
     if preprocess.kind == "image":
         return _image_samples(dataset, name, preprocess)
     return table_samples(_table(dataset, name), name, preprocess, task)
 
 
 def _part(library: Any, name: str, parts: Sequence[str], revision: str | None) -> tuple[str | None, str]:
-    """Config and split; a single part is a config where there is one of that name, a split otherwise."""
+    """Return config and split; a single part is a config if one of that name exists, and a split otherwise."""
     if len(parts) == 2:
         return parts[0], parts[1]
     configs = library.get_dataset_config_names(name, revision=revision)
@@ -94,10 +96,10 @@ def _image_samples(dataset: Any, name: str, preprocess: Preprocess) -> Samples:
     only_images = dataset.select_columns([column])
 
     def load(index: int) -> Image.Image:
-        picture = only_images[index][column]
-        if not isinstance(picture, Image.Image):
+        image = only_images[index][column]
+        if not isinstance(image, Image.Image):
             raise ValueError("no image in this row")
-        return picture
+        return image
 
     ids = tuple(str(row) for row in range(len(dataset)))
     source = pictures(name, ids, load, preprocess)
@@ -112,7 +114,7 @@ def _class_numbers(dataset: Any, label: str, name: str) -> np.ndarray[Any, np.dt
     values = dataset.select_columns([label]).with_format(None)[:][label]
     if any(value is None or value < 0 for value in values):
         raise DataError(
-            f"{name} has rows without a label in the column {label!r}; give another split as owner/name:split"
+            f"{name} has rows without a label in the column {label!r}; pass another split as owner/name:split"
         )
     return np.array(values, dtype=np.int64)
 
@@ -138,8 +140,8 @@ def _is_cell(feature: Any) -> bool:
 
 
 def _of_type(dataset: Any, kind: str) -> str | None:
-    names: Callable[[str], str] = lambda column: type(dataset.features[column]).__name__  # noqa: E731
-    return next((column for column in dataset.column_names if names(column) == kind), None)
+    type_name: Callable[[str], str] = lambda column: type(dataset.features[column]).__name__  # noqa: E731
+    return next((column for column in dataset.column_names if type_name(column) == kind), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Pictures: a folder of files, or anything else that yields PIL images by number."""
+"""Reader of image folders, and preprocessing of PIL images from any source."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 
-# Not PIL's own table: that also lists formats for which it has stubs only (.h5, .grib) and some that are no pictures.
+# PIL's own table also lists formats for which it has only stubs (.h5, .grib), and formats that are not images.
 _COMMON = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
 _OTHERS = (".avif", ".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff")
 SUFFIXES = frozenset((*_COMMON, *_OTHERS))
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
-CHUNK = 64  # pictures prepared at once while checking: 39 MB at 3 x 224 x 224
+CHUNK = 64  # images prepared at a time while checking; 39 MB at 3 x 224 x 224
 
 
 class BrokenImageError(Exception):
-    """A picture that cannot be decoded; the message is the reason."""
+    """An image that cannot be decoded; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures by position, prepared by the model's own preprocessing, each once as long as the store has room."""
+    """Images by position, preprocessed for the model; each image once, as long as the store has space."""
 
     name: str
     ids: tuple[str, ...]
@@ -41,86 +41,98 @@ class Pictures:
     store: Store
 
     def feeds(self, indices: Sequence[int]) -> Feeds:
-        """The prepared pictures as the model's first input, [rows, C, H, W]."""
-        rows = self._prepared(indices)
+        """Return the preprocessed images as the model's first input, [rows, C, H, W]."""
+        rows = self._prepare_all(indices)
         for index, row in zip(indices, rows, strict=True):
             if isinstance(row, BrokenImageError):
-                raise DataError(f"{self.ids[index]} in {self.name} cannot be decoded any more ({row}); run again")
+                raise DataError(f"{self.ids[index]} in {self.name} can no longer be decoded ({row}); run again")
         first = self.preprocess.inputs[0]
         return {first: np.stack([row for row in rows if not isinstance(row, BrokenImageError)])}
 
     def shown(self, index: int) -> Image.Image:
-        """The picture itself, as it was decoded; BrokenImageError where it cannot be any more."""
+        """Return the decoded image, before preprocessing.
+
+        Raises:
+            BrokenImageError: the image can no longer be decoded.
+        """
         return decoded(partial(self.load, index), self.preprocess.image_mode)
 
     def faults(self, indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
-        """Decode pictures, keep them in the store, and return the reasons of those that cannot be decoded."""
+        """Decode and store images; return the reasons of those that cannot be decoded, by position."""
         broken: dict[int, str] = {}
         for start in range(0, len(indices), CHUNK):
             part = indices[start : start + CHUNK]
-            rows = zip(part, self._prepared(part), strict=True)
+            rows = zip(part, self._prepare_all(part), strict=True)
             broken.update((index, str(row)) for index, row in rows if isinstance(row, BrokenImageError))
             if progress is not None:
                 progress(start + len(part), len(indices))
         return broken
 
-    def _prepared(self, indices: Sequence[int]) -> list[Array | BrokenImageError]:
+    def _prepare_all(self, indices: Sequence[int]) -> list[Array | BrokenImageError]:
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            return list(pool.map(self._one, indices))
+            return list(pool.map(self._prepare, indices))
 
-    def _one(self, index: int) -> Array | BrokenImageError:
+    def _prepare(self, index: int) -> Array | BrokenImageError:
         if index in self.store:
             return self.store.get(index)
         try:
-            picture = decoded(partial(self.load, index), self.preprocess.image_mode)
+            image = decoded(partial(self.load, index), self.preprocess.image_mode)
         except BrokenImageError as fault:
             return fault
-        value = _checked(self.preprocess, picture)
+        value = _preprocessed(self.preprocess, image)
         self.store.put(index, value)
         return value
 
 
 def pictures(name: str, ids: tuple[str, ...], load: Callable[[int], Image.Image], preprocess: Preprocess) -> Pictures:
-    """Pictures that are prepared as the model's first input; DataError where the model takes none."""
+    """Return the images, to be preprocessed as the model's first input.
+
+    Raises:
+        DataError: the model does not take images, or has no image preprocessing.
+    """
     if preprocess.kind != "image":
-        raise DataError(f"{name} holds images, but the model takes {preprocess.kind} inputs; give --data of that kind")
+        raise DataError(f"{name} holds images, but the model takes {preprocess.kind} inputs; pass --data of that kind")
     if preprocess.image is None:
         raise DataError(
-            f"{name} holds images, but the model comes without the preprocessing that makes inputs of them; add its "
-            "preprocessor_config.json, or give ready model inputs as .npy"
+            f"{name} holds images, but the model has no image preprocessing; add its preprocessor_config.json, or pass "
+            "preprocessed model inputs as .npy"
         )
     example = preprocess.example[preprocess.inputs[0]]
     return Pictures(name, ids, load, preprocess, Store(example.shape[1:], example.dtype))
 
 
 def decoded(load: Callable[[], Image.Image], mode: str) -> Image.Image:
-    """A picture with all its pixels in memory, in the given mode; BrokenImageError with the reason otherwise."""
+    """Decode an image and convert it to a PIL mode.
+
+    Raises:
+        BrokenImageError: the image cannot be decoded.
+    """
     try:
-        with load() as picture:
-            picture.load()
-            if picture.mode == "P" and "transparency" in picture.info:
-                return picture.convert("RGBA").convert(mode)  # PIL warns about the direct way
-            return picture.convert(mode) if picture.mode != mode else picture.copy()
-    # PIL's decoders raise whatever their parsers run into: OSError, SyntaxError, ValueError, struct.error, IndexError
+        with load() as image:
+            image.load()
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert(mode)  # PIL warns about a direct conversion
+            return image.convert(mode) if image.mode != mode else image.copy()
+    # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError and others
     except Exception as error:
         raise BrokenImageError(_reason(error)) from error
 
 
 def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
-    """An image folder: class subfolders in sorted order are the labels 0..C-1, a flat folder has no labels."""
+    """Read an image folder: class folders in sorted order are the labels 0..C-1; a flat folder has no labels."""
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    flat = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and _is_picture(entry.name))
+    flat = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and _is_image(entry.name))
     _check_layout(name, classes, flat)
-    found = [(file, -1) for file in flat] or [
-        (file, label) for label, part in enumerate(classes) for file in _files(folder, part)
+    files = [(file, -1) for file in flat] or [
+        (file, label) for label, class_folder in enumerate(classes) for file in _files(folder, class_folder)
     ]
-    if not found:
+    if not files:
         raise DataError(
-            f"the folder {name} holds no images; expected image files ({_known()}) or class folders of them"
+            f"the folder {name} holds no images; expected image files ({_suffixes()}) or class folders of image files"
         )
-    ids = tuple(file for file, _ in found)
+    ids = tuple(file for file, _ in files)
     source = pictures(name, ids, lambda index: Image.open(folder / ids[index]), preprocess)
-    labels = None if flat else np.array([label for _, label in found], dtype=np.int64)
+    labels = None if flat else np.array([label for _, label in files], dtype=np.int64)
     reading = "flat image folder" if flat else f"image folder, {len(classes)} class folders"
     kind: LabelKind | None = None if flat else "class"
     folders = None if flat else len(classes)
@@ -133,18 +145,18 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
         class_folders=folders,
         faults=source.faults,
         shown=source.shown,
-        limitations=tuple(_limitations(folder, found, classes if not flat else [])),
+        limitations=tuple(_limitations(folder, files, classes if not flat else [])),
     )
 
 
-def _limitations(folder: Path, found: Sequence[tuple[str, int]], classes: Sequence[str]) -> Iterator[Limitation]:
-    """List the files that are not read, and the class folders that were numbered."""
+def _limitations(folder: Path, images: Sequence[tuple[str, int]], classes: Sequence[str]) -> Iterator[Limitation]:
+    """Yield limitations for files that are not read and for the numbering of class folders."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    others = sorted({path.suffix.lower() or path.name for path in files if not _is_picture(path.name)})
-    if len(files) > len(found):
+    others = sorted({path.suffix.lower() or path.name for path in files if not _is_image(path.name)})
+    if len(files) > len(images):
         yield Limitation(
             "files of the data",
-            f"{len(files) - len(found)} of {len(files)} not read, by their ending ({', '.join(others[:3])})",
+            f"{len(files) - len(images)} of {len(files)} not read because of their extension ({', '.join(others[:3])})",
         )
     if classes:
         yield numbered(classes)
@@ -154,31 +166,31 @@ def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str]) -> Non
     if classes and flat:
         raise DataError(
             f"the folder {name} holds {len(flat)} images beside {len(classes)} folders; "
-            "expected either images or class folders only, so move one of them away"
+            "expected either images or class folders only; move one of the two away"
         )
     if classes and {part.lower() for part in classes} <= PARTS:
         raise DataError(
-            f"the folder {name} holds parts of a data set ({', '.join(classes)}); give one of them as --data"
+            f"the folder {name} holds splits of a dataset ({', '.join(classes)}); pass one of them as --data"
         )
 
 
-def _files(folder: Path, part: str) -> list[str]:
-    found = []
-    for root, _, files in os.walk(folder / part):
-        found += [(Path(root) / file).relative_to(folder).as_posix() for file in files if _is_picture(file)]
-    return sorted(found)
+def _files(folder: Path, class_folder: str) -> list[str]:
+    names = []
+    for root, _, files in os.walk(folder / class_folder):
+        names += [(Path(root) / file).relative_to(folder).as_posix() for file in files if _is_image(file)]
+    return sorted(names)
 
 
-def _is_picture(file: str) -> bool:
+def _is_image(file: str) -> bool:
     return not file.startswith(".") and Path(file).suffix.lower() in SUFFIXES
 
 
-def _known() -> str:
+def _suffixes() -> str:
     return ", ".join(sorted(SUFFIXES))
 
 
 def _reason(error: Exception) -> str:
-    # PIL puts the absolute path into this one; the id already says which file it is
+    # The message of PIL contains the absolute path, but the id already names the file
     if isinstance(error, UnidentifiedImageError):
         return "not an image that can be identified"
     if isinstance(error, OSError) and error.strerror:
@@ -186,9 +198,9 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _checked(preprocess: Preprocess, picture: Image.Image) -> Array:
+def _preprocessed(preprocess: Preprocess, image: Image.Image) -> Array:
     assert preprocess.image is not None
-    value = preprocess.image(picture)
+    value = preprocess.image(image)
     example = preprocess.example[preprocess.inputs[0]]
     if value.shape != example.shape[1:]:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Seeded random inputs, for measuring speed where there is no data."""
+"""Seeded random inputs, for measuring speed without data."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ROWS = 256
 
 
 def random_samples(preprocess: Preprocess, seed: int) -> Samples:
-    """Random inputs shaped and typed like the example; sample i is the same in whatever batch it comes.
+    """Return random inputs with the shapes and dtypes of the example; a sample does not depend on its batch.
 
-    Floats are standard normal, integers uniform in [0, largest of the example], masks as in the example: an attention
-    mask of random bits would hide whole rows.
+    Floats are standard normal. Integers are uniform in [0, maximum of the example]. Masks are those of the example,
+    because a random attention mask could hide whole rows.
     """
 
     def feeds(indices: Sequence[int]) -> Feeds:
@@ -35,6 +35,6 @@ def _values(generator: np.random.Generator, name: str, example: Array, index: in
     if name.endswith("mask") or example.dtype.kind == "b":
         return np.array(example[index % len(example)])
     if example.dtype.kind in "iu":
-        whole = generator.integers(0, int(example.max()) + 1, size=example.shape[1:], dtype=np.int64)
-        return np.asarray(whole, dtype=example.dtype)
+        integers = generator.integers(0, int(example.max()) + 1, size=example.shape[1:], dtype=np.int64)
+        return np.asarray(integers, dtype=example.dtype)
     return np.asarray(generator.standard_normal(example.shape[1:], dtype=np.float32), dtype=example.dtype)

@@ -1,4 +1,4 @@
-"""Tables of texts: .csv and .tsv, with or without a header line, and which of their columns mean what."""
+"""Reader of .csv and .tsv files with texts, with or without a header, and detection of their text and label columns."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ PAIRS = (
 )
 CLASSES = ("label", "labels", "class", "target", "category", "sentiment", "intent")
 SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "rating")
-FEW = 10  # rows: in a shorter table labels may happen to count 0, 1, 2
+FEW = 10  # rows; in a shorter table, labels may be 0, 1, 2 by chance
 NUMBERINGS = ("", "id", "idx", "index", "row", "guid")
 NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *CLASSES, *SCORES])
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of equally many cells; `header` is empty where the file has none. Ids are row numbers from 0."""
+    """Rows with equal numbers of cells; `header` is empty if the file has none. Ids are row numbers from 0."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
 
-    def column(self, place: int) -> list[str]:
-        """All cells of one column."""
-        return [row[place] for row in self.rows]
+    def column(self, column: int) -> list[str]:
+        """Return all cells of a column."""
+        return [row[column] for row in self.rows]
 
-    def title(self, place: int) -> str:
-        """How messages call a column."""
-        return repr(self.header[place]) if self.header else str(place)
+    def title(self, column: int) -> str:
+        """Return the name of a column for messages: its title, or its number without a header."""
+        return repr(self.header[column]) if self.header else str(column)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One or two columns of texts and perhaps one of labels."""
+    """The indices of one or two text columns, and of the label column, if any."""
 
     texts: tuple[int, ...]
     label: int | None
 
 
 def read_table(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
-    """A .csv or .tsv file of texts with optional labels or scores."""
+    """Read a .csv or .tsv file of texts with optional labels or scores."""
     table, ragged = parse(text_of(path, name), name)
     return table_samples(table, name, preprocess, task, skipped=ragged)
 
@@ -74,23 +74,23 @@ def read_table(path: Path, name: str, preprocess: Preprocess, task: str) -> Samp
 def table_samples(
     table: Table, name: str, preprocess: Preprocess, task: str, *, skipped: Sequence[Skipped] = ()
 ) -> Samples:
-    """The samples of a table; rows without a text or a usable label are skipped with the reason."""
+    """Read the samples of a table; rows without a text or a usable label are skipped with a reason."""
     columns = choose(table, name, task)
-    apart = len(columns.texts) == 2 and task != "text-classification"
-    kind = _label_kind(table, columns, task, apart)
+    paired = len(columns.texts) == 2 and task != "text-classification"
+    kind = _label_kind(table, columns, task, paired)
     reasons = [_fault(row, columns, kind) for row in table.rows]
-    good = [row for row, reason in zip(table.rows, reasons, strict=True) if reason is None]
-    bad = [Skipped(id, reason) for id, reason in zip(table.ids, reasons, strict=True) if reason is not None]
-    texts = [[row[place] for row in good] for place in columns.texts]
-    source = tokens(name, texts[0], texts[1] if len(texts) == 2 else None, apart, preprocess)
+    usable = [row for row, reason in zip(table.rows, reasons, strict=True) if reason is None]
+    unusable = [Skipped(id, reason) for id, reason in zip(table.ids, reasons, strict=True) if reason is not None]
+    texts = [[row[index] for row in usable] for index in columns.texts]
+    source = tokens(name, texts[0], texts[1] if len(texts) == 2 else None, paired, preprocess)
     return Samples(
         ids=tuple(id for id, reason in zip(table.ids, reasons, strict=True) if reason is None),
         feeds=source.feeds,
         reading=_reading(table, columns, kind),
-        labels=_labels([row[columns.label] for row in good], kind, name) if columns.label is not None else None,
+        labels=_labels([row[columns.label] for row in usable], kind, name) if columns.label is not None else None,
         label_kind="tokens" if task == "text-generation" else kind,
-        rows_per_sample=2 if apart else 1,
-        skipped=(*skipped, *bad),
+        rows_per_sample=2 if paired else 1,
+        skipped=(*skipped, *unusable),
         shown=source.shown,
         whole=source.whole if task == "text-generation" and preprocess.whole is not None else None,
         limitations=tuple(_limitations(table, columns, kind, task)),
@@ -98,29 +98,29 @@ def table_samples(
 
 
 def _limitations(table: Table, columns: Columns, kind: LabelKind | None, task: str) -> Iterator[Limitation]:
-    """List the columns that are not read, and the class names that were numbered."""
-    unread = [place for place in _places(table) if place not in (*columns.texts, columns.label)]
+    """Yield limitations for columns that are not read and for the numbering of class names."""
+    unread = [index for index in _column_indices(table) if index not in (*columns.texts, columns.label)]
     if unread:
-        titles = ", ".join(table.title(place) for place in unread)
-        also = "" if columns.label is not None or task == "text-generation" else ", and no column is taken for a label"
+        titles = ", ".join(table.title(index) for index in unread)
+        also = "" if columns.label is not None or task == "text-generation" else "; no column is used as label"
         yield Limitation("columns of the data", f"{titles} not read{also}")
     if kind == "class" and columns.label is not None:
         cells = [cell.strip() for cell in table.column(columns.label) if cell.strip()]
-        if not _numeric(cells):
+        if not _are_numbers(cells):
             yield numbered(sorted(set(cells)))
 
 
 def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
-    """A table from the text of a file; rows with another number of cells than most are skipped.
+    """Parse the text of a file into a table; skip rows whose number of cells differs from that of most rows.
 
-    The separator is the one of comma, semicolon and tab that cuts the lines most evenly: csv.Sniffer guesses from
-    letter frequencies and takes letters of prose for separators.
+    The separator is the comma, semicolon or tab that splits the lines most evenly. csv.Sniffer uses letter frequencies
+    and may choose a letter of the texts as separator.
     """
-    lines = _cut(text, _separator(text), name)
+    lines = _split_lines(text, _separator(text), name)
     if not lines:
         raise DataError(f"{name} holds no rows; expected texts with optional labels")
     width = _width(lines)
-    header = tuple(_normal(cell) for cell in lines[0]) if _is_header(lines, width) else ()
+    header = tuple(_normalized(cell) for cell in lines[0]) if _is_header(lines, width) else ()
     rows = list(enumerate(lines[1:] if header else lines))
     ragged = [
         Skipped(str(row), f"{len(cells)} columns, expected {width}") for row, cells in rows if len(cells) != width
@@ -132,24 +132,28 @@ def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
 
 
 def choose(table: Table, name: str, task: str) -> Columns:
-    """Which columns are texts and labels: by the header's names first, by content otherwise."""
+    """Choose the text and label columns by the names in the header, or else by their content.
+
+    Raises:
+        DataError: the columns are ambiguous.
+    """
     texts = _named_texts(table, task)
     label = next((table.header.index(title) for title in (*CLASSES, *SCORES) if title in table.header), None)
-    rest = [place for place in _places(table) if place not in texts and place != label]
+    rest = [index for index in _column_indices(table) if index not in texts and index != label]
     if label is None and task != "text-generation":
         label = _label_by_content(table, rest, named=bool(texts), name=name, task=task)
     if not texts:
-        texts = tuple(place for place in rest if place != label and not _numeric(table.column(place)))
+        texts = tuple(index for index in rest if index != label and not _are_numbers(table.column(index)))
     if not 1 <= len(texts) <= (1 if task == "text-generation" else 2):
-        wanted = "one" if task == "text-generation" else "one or two"
+        expected = "one" if task == "text-generation" else "one or two"
         raise DataError(
-            f"{name} has {len(texts)} columns that look like texts, expected {wanted}; "
-            "add a header line with the names text, or sentence1 and sentence2, and label or score"
+            f"{name} has {len(texts)} columns that look like texts; expected {expected}; "
+            "add a header with the names text, or sentence1 and sentence2, and label or score"
         )
     return Columns(texts, None if task == "text-generation" else label)
 
 
-def _cut(text: str, separator: str, name: str) -> list[list[str]]:
+def _split_lines(text: str, separator: str, name: str) -> list[list[str]]:
     try:
         return [cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(cells)]
     except csv.Error as error:
@@ -157,10 +161,10 @@ def _cut(text: str, separator: str, name: str) -> list[list[str]]:
 
 
 def _separator(text: str) -> str:
-    start = "\n".join(text.split("\n", 200)[:200])
+    head = "\n".join(text.split("\n", 200)[:200])
 
     def evenness(separator: str) -> float:
-        lines = [cells for cells in csv.reader(io.StringIO(start, newline=""), delimiter=separator) if any(cells)]
+        lines = [cells for cells in csv.reader(io.StringIO(head, newline=""), delimiter=separator) if any(cells)]
         width = _width(lines) if lines else 1
         return sum(len(cells) == width for cells in lines) / len(lines) if width > 1 else 0.0
 
@@ -178,53 +182,53 @@ def _is_header(lines: Sequence[Sequence[str]], width: int) -> bool:
     first, rest = lines[0], [cells for cells in lines[1:] if len(cells) == width]
     if len(first) != width or any(_number(cell) is not None for cell in first):
         return False
-    # A name that comes again below is a class of that name, not a title
+    # A name that occurs again below the first line is a class label, not a title
     columns = list(zip(*rest, strict=True)) or [()] * width
-    if any(_normal(cell) in NAMES and cell not in columns[place] for place, cell in enumerate(first)):
+    if any(_normalized(cell) in NAMES and cell not in columns[index] for index, cell in enumerate(first)):
         return True
-    return bool(rest) and any(_numeric(column) for column in columns)
+    return bool(rest) and any(_are_numbers(column) for column in columns)
 
 
-def _normal(title: str) -> str:
+def _normalized(title: str) -> str:
     return title.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def _places(table: Table) -> list[int]:
-    places = range(len(table.rows[0]))
-    return [place for place in places if not table.header or table.header[place] not in NUMBERINGS]
+def _column_indices(table: Table) -> list[int]:
+    indices = range(len(table.rows[0]))
+    return [index for index in indices if not table.header or table.header[index] not in NUMBERINGS]
 
 
 def _named_texts(table: Table, task: str) -> tuple[int, ...]:
     pair = next((pair for pair in PAIRS if set(pair) <= set(table.header)), None)
     if pair is not None and task != "text-generation":
         return tuple(table.header.index(title) for title in pair)
-    alone = (*TEXTS, *(first for first, _ in PAIRS))
-    return tuple(table.header.index(title) for title in alone if title in table.header)[:1]
+    single = (*TEXTS, *(first for first, _ in PAIRS))
+    return tuple(table.header.index(title) for title in single if title in table.header)[:1]
 
 
 def _label_by_content(table: Table, rest: Sequence[int], *, named: bool, name: str, task: str) -> int | None:
-    numeric = [place for place in rest if _numeric(table.column(place))]
+    numeric = [index for index in rest if _are_numbers(table.column(index))]
     if len(numeric) > 1 or len(table.rows) >= FEW:
-        numeric = [place for place in numeric if not _counts(table.column(place))]
+        numeric = [index for index in numeric if not _are_row_numbers(table.column(index))]
     if len(numeric) > 1 and not named:
-        titles = " and ".join(table.title(place) for place in numeric)
+        titles = " and ".join(table.title(index) for index in numeric)
         raise DataError(
-            f"{name} has the number columns {titles}, expected one; name the right one label or score in a header"
+            f"{name} has the numeric columns {titles}; expected one; name the label column 'label' or 'score' in a header"
         )
     if len(numeric) == 1:
         return numeric[0]
     if task == "text-classification" and not numeric and not named and len(rest) > 1:
-        return next((place for place in reversed(rest) if _categorical(table.column(place))), None)
+        return next((index for index in reversed(rest) if _are_categories(table.column(index))), None)
     return None
 
 
-def _categorical(cells: Sequence[str]) -> bool:
-    """Few different single words: class names rather than texts."""
+def _are_categories(cells: Sequence[str]) -> bool:
+    """Return whether the cells are few distinct single words: class names rather than texts."""
     return len(set(cells)) <= max(2, len(cells) // 2) and not any(" " in cell.strip() for cell in cells)
 
 
-def _counts(cells: Sequence[str]) -> bool:
-    """0, 1, 2, ... or 1, 2, 3, ...: the row numbers that some programs write."""
+def _are_row_numbers(cells: Sequence[str]) -> bool:
+    """Return whether the cells are row numbers: 0, 1, 2, ... or 1, 2, 3, ..."""
     return list(cells) in ([str(row) for row in range(start, start + len(cells))] for start in (0, 1))
 
 
@@ -235,24 +239,24 @@ def _number(cell: str) -> float | None:
         return None
 
 
-def _numeric(cells: Sequence[str]) -> bool:
+def _are_numbers(cells: Sequence[str]) -> bool:
     return all(_number(cell) is not None for cell in cells)
 
 
-def _label_kind(table: Table, columns: Columns, task: str, apart: bool) -> LabelKind | None:
+def _label_kind(table: Table, columns: Columns, task: str, paired: bool) -> LabelKind | None:
     if columns.label is None:
         return None
     title = table.header[columns.label] if table.header else ""
     cells = [cell for cell in table.column(columns.label) if cell.strip()]
-    if title in SCORES or (apart and task == "sentence-similarity" and _numeric(cells)):
+    if title in SCORES or (paired and task == "sentence-similarity" and _are_numbers(cells)):
         return "score"
     numbers = [_number(cell) for cell in cells]
     fraction = any(number is not None and math.isfinite(number) and number != int(number) for number in numbers)
-    return "score" if fraction and _numeric(cells) else "class"
+    return "score" if fraction and _are_numbers(cells) else "class"
 
 
 def _fault(row: Sequence[str], columns: Columns, kind: LabelKind | None) -> str | None:
-    if any(not row[place].strip() for place in columns.texts):
+    if any(not row[index].strip() for index in columns.texts):
         return "the text is empty"
     if columns.label is None:
         return None
@@ -268,7 +272,7 @@ def _fault(row: Sequence[str], columns: Columns, kind: LabelKind | None) -> str 
 def _labels(cells: Sequence[str], kind: LabelKind | None, name: str) -> Array:
     if kind == "score":
         return np.array([float(cell) for cell in cells], dtype=np.float64)
-    if not _numeric(cells):
+    if not _are_numbers(cells):
         return np.unique([cell.strip() for cell in cells], return_inverse=True)[1].astype(np.int64).reshape(-1)
     values = np.array([float(cell) for cell in cells])
     wrong = ~np.isfinite(values) | (values < 0)
@@ -280,6 +284,6 @@ def _labels(cells: Sequence[str], kind: LabelKind | None, name: str) -> Array:
 
 
 def _reading(table: Table, columns: Columns, kind: LabelKind | None) -> str:
-    texts = " and ".join(table.title(place) for place in columns.texts)
+    texts = " and ".join(table.title(index) for index in columns.texts)
     label = "" if columns.label is None else f", {kind} {table.title(columns.label)}"
     return f"table {'with' if table.header else 'without'} header: texts {texts}{label}"

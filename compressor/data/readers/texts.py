@@ -1,4 +1,4 @@
-"""Texts: tokenised batch by batch with the model's own tokenizer, remembered while they are small."""
+"""Reader of text files; texts are tokenized batch by batch with the model's tokenizer, and small batches are cached."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from compressor.data.readers.base import Feeds, LabelKind, Samples
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
-MEMORY = 64 * 1024**2  # bytes of token ids remembered: 512 rows of 128 tokens are 1.5 MB with three inputs
+MEMORY = 64 * 1024**2  # bytes of cached token ids; 512 rows of 128 tokens take 1.5 MB with three inputs
 
 
 @dataclass
 class Tokens:
-    """Texts by position as padded token batches.
+    """Texts by position, as padded batches of tokens.
 
-    Whole batches are remembered, not single texts: only the tokenizer knows how it pads, and sweeps repeat batches.
-    With `paired`, the two texts of a sample are two rows (a0, b0, a1, b1, ...), otherwise they are one row together.
+    Whole batches are cached instead of single texts, because the tokenizer pads them and iterations repeat batches.
+    With `paired`, the two texts of a sample are two rows (a0, b0, a1, b1, ...); otherwise they are one row.
     """
 
     name: str
@@ -27,26 +27,26 @@ class Tokens:
     paired: bool
     preprocess: Preprocess
     limit: int = MEMORY
-    _kept: dict[tuple[int, ...], Feeds] = field(default_factory=dict)
+    _batches: dict[tuple[int, ...], Feeds] = field(default_factory=dict)
     _bytes: int = 0
 
     def feeds(self, indices: Sequence[int]) -> Feeds:
-        """Token arrays by input name, [rows, longest of the batch]."""
+        """Return token arrays by input name, [rows, longest row of the batch]."""
         key = tuple(indices)
-        batch = self._kept.get(key)
+        batch = self._batches.get(key)
         if batch is None:
-            batch = self._tokenised(key)
+            batch = self._tokenize(key)
             size = sum(array.nbytes for array in batch.values())
             if self._bytes + size <= self.limit:
-                self._kept[key] = batch
+                self._batches[key] = batch
                 self._bytes += size
         return {name: array.copy() for name, array in batch.items()}
 
     def shown(self, index: int) -> str:
-        """The text itself; two texts as two lines."""
+        """Return the text of a sample; two texts are two lines."""
         return self.first[index] if self.second is None else f"{self.first[index]}\n{self.second[index]}"
 
-    def _tokenised(self, indices: Sequence[int]) -> Feeds:
+    def _tokenize(self, indices: Sequence[int]) -> Feeds:
         assert self.preprocess.text is not None
         first = [self.first[index] for index in indices]
         second = None if self.second is None else [self.second[index] for index in indices]
@@ -56,13 +56,13 @@ class Tokens:
         for name in self.preprocess.inputs:
             if name not in batch:
                 raise DataError(
-                    f"the tokenizer gives {', '.join(batch)}, but the model also takes {name}; "
-                    "give token arrays as .npz with all inputs"
+                    f"the tokenizer returns {', '.join(batch)}, but the model also takes {name}; "
+                    "pass token arrays as .npz with all inputs"
                 )
         return {name: batch[name] for name in self.preprocess.inputs}
 
     def whole(self, index: int) -> Feeds:
-        """The tokens of a single text, neither padded nor cut, [tokens] by input name."""
+        """Return the tokens of a single text without padding or truncation, [tokens] by input name."""
         assert self.preprocess.whole is not None
         return self.preprocess.whole(self.first[index])
 
@@ -70,19 +70,23 @@ class Tokens:
 def tokens(
     name: str, first: Sequence[str], second: Sequence[str] | None, paired: bool, preprocess: Preprocess
 ) -> Tokens:
-    """Texts for a model that takes texts; DataError for any other model."""
+    """Return the texts, to be tokenized for the model.
+
+    Raises:
+        DataError: the model does not take texts, or has no tokenizer.
+    """
     if preprocess.kind != "text":
-        raise DataError(f"{name} holds texts, but the model takes {preprocess.kind} inputs; give --data of that kind")
+        raise DataError(f"{name} holds texts, but the model takes {preprocess.kind} inputs; pass --data of that kind")
     if preprocess.text is None:
         raise DataError(
-            f"{name} holds texts, but the model comes without a tokenizer; add its tokenizer files (tokenizer.json, "
-            "tokenizer_config.json), or give token ids as .npy"
+            f"{name} holds texts, but the model has no tokenizer; add its tokenizer files (tokenizer.json, "
+            "tokenizer_config.json), or pass token ids as .npy"
         )
     return Tokens(name, first, second, paired, preprocess)
 
 
 def text_of(path: Path, name: str) -> str:
-    """The content of a UTF-8 file, with or without a byte order mark."""
+    """Return the content of a UTF-8 file, without its byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -90,12 +94,12 @@ def text_of(path: Path, name: str) -> str:
 
 
 def read_lines(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
-    """A .txt file with one text a line; the ids are line numbers from 0, empty lines are no samples."""
+    """Read a .txt file with one text per line; ids are line numbers from 0, and empty lines are ignored."""
     lines = [(row, line) for row, line in enumerate(text_of(path, name).split("\n")) if line.strip()]
     if not lines:
-        raise DataError(f"{name} holds no text; expected one text a line")
+        raise DataError(f"{name} holds no text; expected one text per line")
     source = tokens(name, [line for _, line in lines], None, False, preprocess)
     kind: LabelKind | None = "tokens" if task == "text-generation" else None
     ids = tuple(str(row) for row, _ in lines)
     whole = source.whole if kind == "tokens" and preprocess.whole is not None else None
-    return Samples(ids, source.feeds, "one text a line", label_kind=kind, shown=source.shown, whole=whole)
+    return Samples(ids, source.feeds, "one text per line", label_kind=kind, shown=source.shown, whole=whole)

@@ -1,6 +1,6 @@
-"""A few lines of Python that load an exported engine and run it without Compressor, torch, timm or transformers.
+"""The Python snippet of a model card, which loads an exported engine and runs it.
 
-A checkpoint is the exception: it is run by transformers.
+It needs neither Compressor nor torch, timm or transformers. The exception is a checkpoint, which needs transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 TEMPLATES = Path(__file__).parent / "templates"
-# What lies in the folder where a target has an engine of its own, and the packages that open it.
+# The engine file of each target that has its own format, and the packages that open it.
 ENGINES = {
     "onnxruntime_fused": "model.fused.onnx",
     "onnxruntime_mobile": "model.ort",
@@ -53,9 +53,14 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Loader:
-    """The lines, what they need installed, and what has to be said about them.
+    """The snippet of a model card.
 
-    `runtime` opens the engine; that is ONNX Runtime with model.onnx where the target's engine is not there (yet).
+    Attributes:
+        text: the lines of Python.
+        packages: the packages that it needs.
+        runtime: the target whose runtime opens the engine; ``onnxruntime`` with model.onnx if the folder does not hold
+            the target's engine (yet).
+        remarks: sentences on its limits.
     """
 
     text: str
@@ -65,11 +70,11 @@ class Loader:
 
 
 def loader(content: Json, folder: Path) -> Loader:
-    """The lines for an exported folder.
+    """Return the snippet for an exported folder.
 
     Args:
         content: its report.json.
-        folder: where the engine and the model's own files lie.
+        folder: the folder with the engine and the model's own files.
     """
     model = content["model"]
     cached = any(name.startswith("past_key_values.") for name in model["inputs"])
@@ -101,13 +106,13 @@ def loader(content: Json, folder: Path) -> Loader:
             classifies=answer(model["outputs"]) == "logits" and not cached,
         )
     )
-    needed = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
+    packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
     prepared = picture is not None or tokenizer is not None or not _prepares(content)
-    return Loader(text.strip(), needed, runtime, _remarks(content, runtime, cached, prepared))
+    return Loader(text.strip(), packages, runtime, _remarks(content, runtime, cached, prepared))
 
 
 def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
-    """The lines that open a checkpoint: those of transformers, with its own preprocessing where the folder has it."""
+    """Return the snippet for a checkpoint, with the preprocessing of transformers if the folder holds it."""
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     inputs, outputs = content["model"]["inputs"], content["model"]["outputs"]
     picture = "pixel_values" in inputs and (folder / "preprocessor_config.json").is_file()
@@ -127,18 +132,18 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
             output="logits" if "logits" in outputs else outputs[0],
         )
     )
-    needed = (*PACKAGES["transformers"], *(("pillow",) if picture else ()))
-    return Loader(text.strip(), needed, "transformers", ())
+    packages = (*PACKAGES["transformers"], *(("pillow",) if picture else ()))
+    return Loader(text.strip(), packages, "transformers", ())
 
 
 def answer(outputs: list[str]) -> str:
-    """The output that quality is judged by, as `compressor.models` names it."""
-    wanted = ("logits", "sentence_embedding", "pooler_output")
-    return next((name for name in wanted if name in outputs), outputs[0])
+    """Return the output that the metric evaluates, as `compressor.models` names it."""
+    preferred = ("logits", "sentence_embedding", "pooler_output")
+    return next((name for name in preferred if name in outputs), outputs[0])
 
 
 def templates() -> Environment:
-    """The templates of this package; a value that a template names and nobody gives is an error."""
+    """Return the environment of this package's templates; an undefined variable in a template raises."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
@@ -152,23 +157,26 @@ def templates() -> Environment:
 
 
 def _runtime(content: Json, folder: Path, cached: bool) -> str:
-    """The target where its engine lies in the folder; a cache that begins empty is not tried with TensorRT."""
+    """Return the target if the folder holds its engine, else ``onnxruntime``.
+
+    TensorRT's engine is not used for a model with a KV cache: the snippet starts with an empty cache.
+    """
     target: str = content["settings"]["target"]
-    there = target in ENGINES and (folder / ENGINES[target]).is_file()
-    return target if there and not (cached and target == "tensorrt") else "onnxruntime"
+    built = target in ENGINES and (folder / ENGINES[target]).is_file()
+    return target if built and not (cached and target == "tensorrt") else "onnxruntime"
 
 
 def _caches(content: Json) -> dict[str, tuple[int, int]]:
-    """Heads and width of each cache that the engine takes."""
-    taken = content["engine"].get("inputs", ())
+    """Return the number of heads and the head size of each cache input of the engine."""
+    inputs = content["engine"].get("inputs", ())
     shapes = content["timed_inputs"]
-    return {name: (shapes[name][1], shapes[name][3]) for name in taken if name.startswith("past_key_values.")}
+    return {name: (shapes[name][1], shapes[name][3]) for name in inputs if name.startswith("past_key_values.")}
 
 
 def _portable(content: Json) -> bool:
-    """Whether the engine was built for other GPUs and versions too, when it was exported or later on the device."""
-    asked = content["settings"].get("portable_engine", False)
-    return bool(content["engine"].get("options", {}).get("portable", asked))
+    """Return whether the engine was built for other GPUs and versions too, at the export or later on the device."""
+    exported = content["settings"].get("portable_engine", False)
+    return bool(content["engine"].get("options", {}).get("portable", exported))
 
 
 def _providers(content: Json) -> str:
@@ -177,37 +185,37 @@ def _providers(content: Json) -> str:
 
 
 def _prepares(content: Json) -> bool:
-    """Whether the inputs are made of something else: pictures or texts."""
+    """Return whether the inputs are preprocessed images or tokenized texts."""
     return content["model"]["inputs"][:1] == ["pixel_values"] or "input_ids" in content["model"]["inputs"]
 
 
 def _arrays(content: Json, folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape, with a batch of one, and type of inputs that are given as they are."""
-    known = preprocessing_recipe.shapes(folder)
+    """Return the shape, with a batch of one, and the NumPy type of each input without a preprocessing recipe."""
+    configured = preprocessing_recipe.shapes(folder)
     timed = content["timed_inputs"]
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in content["model"]["inputs"]:
-        guessed = tuple(timed.get(name, (1,))[1:]), "float32" if name == "pixel_values" else "int64"
-        shape, kind = known.get(name, guessed)
-        found[name] = (1, *shape), "bool_" if kind == "bool" else kind
-    return found
+        default = tuple(timed.get(name, (1,))[1:]), "float32" if name == "pixel_values" else "int64"
+        shape, dtype = configured.get(name, default)
+        arrays[name] = (1, *shape), "bool_" if dtype == "bool" else dtype
+    return arrays
 
 
 def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple[str, ...]:
-    target, found = content["settings"]["target"], []
+    target, remarks = content["settings"]["target"], []
     if runtime != target and content["engine"].get("state") == "deferred":
-        found.append(
-            f"{TITLES.get(target, target)}'s engine is not built yet: until `compressor build` has run, these lines "
-            "open `model.onnx` with ONNX Runtime."
+        remarks.append(
+            f"The engine of {TITLES.get(target, target)} is not built yet. Until `compressor build` has run, this code "
+            "opens `model.onnx` with ONNX Runtime."
         )
     elif runtime != target:
-        found.append(f"These lines open `model.onnx` with ONNX Runtime, not the engine of {target}.")
+        remarks.append(f"This code opens `model.onnx` with ONNX Runtime, not the engine of {target}.")
     if runtime == "tensorrt":
-        found.append("The engine runs only on the kind of GPU and the TensorRT version that it was built with.")
+        remarks.append("The engine runs only on the GPU model and the TensorRT version that it was built with.")
     if cached:
-        found.append("The prompt's keys and values are kept, so that each further token is computed alone (greedy).")
+        remarks.append("Generation is greedy and uses the KV cache: each new token is one decode step.")
     if not prepared and cached:
-        found.append("The folder holds no tokenizer that these lines could read, so they take token ids.")
+        remarks.append("The folder holds no tokenizer that this code can read, so it takes token ids.")
     elif not prepared:
-        found.append("The model's own preprocessing is not repeated here: give inputs that are prepared as it asks.")
-    return tuple(found)
+        remarks.append("This code does not include the model's preprocessing. Pass preprocessed inputs.")
+    return tuple(remarks)

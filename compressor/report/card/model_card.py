@@ -1,7 +1,7 @@
-"""The model card: README.md of an exported folder, made of report.json and of what lies in the folder.
+"""The model card: README.md of an exported folder, generated from report.json and the folder's files.
 
-The header is the hub's (https://huggingface.co/docs/hub/model-cards), written by its own client. Nothing here needs
-torch; jinja2 and huggingface_hub are imported when a card is made.
+The header follows the Hugging Face Hub (https://huggingface.co/docs/hub/model-cards) and is written by its client. The
+module does not need torch; it imports jinja2 and huggingface_hub when it generates a card.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compressor.quality.intervals import METRICS
 from compressor.report.card import preprocessing_recipe
 from compressor.report.card.loader_snippet import TITLES, loader, templates
 from compressor.report.engine_text import told
-from compressor.report.report import LABELS, what_is_timed
+from compressor.report.report import LABELS, against, what_is_timed
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 NAME = "README.md"
-# As the hub names them, where it has a metric of that kind.
+# Names of the metrics on the hub.
 HUB_METRICS = {
     "accuracy": "accuracy",
     "agreement": "agreement",
@@ -34,43 +34,43 @@ HUB_METRICS = {
 }
 USES = {
     "image-classification": "classifies images",
-    "image-feature-extraction": "turns images into features",
+    "image-feature-extraction": "extracts features from images",
     "text-classification": "classifies texts",
-    "feature-extraction": "turns its inputs into features",
-    "sentence-similarity": "embeds sentences, to compare them",
-    "text-generation": "continues texts",
+    "feature-extraction": "extracts features from its inputs",
+    "sentence-similarity": "embeds sentences for comparison",
+    "text-generation": "generates text",
 }
 ANEW = (
-    "Once the engine is built, `report.json` holds the device's figures; this page is written anew with them where "
-    "jinja2 and huggingface_hub are installed."
+    "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "
+    "huggingface_hub are installed."
 )
 MEANINGS = {
-    "fp16": "It computes in 16-bit floats (fp16), norms and softmax in 32.",
-    "bf16": "It computes in 16-bit floats (bfloat16).",
-    "int8": "Weights and what they multiply are int8, with ranges fixed on calibration data.",
-    "int8-dynamic": "Weights and what they multiply are int8, with ranges found at run time.",
-    "int4": "Weights have 4 bits, in blocks with a scale each; what they multiply is rounded to int8 at run time.",
+    "fp16": "The engine computes in fp16, and normalisation and softmax in fp32.",
+    "bf16": "The engine computes in bfloat16.",
+    "int8": "Weights and the activations they multiply are int8, with activation ranges from calibration data.",
+    "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
+    "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
 }
 INT8 = (
-    "int8 saves time where the processor multiplies 8-bit numbers in one instruction (AVX-512 VNNI, AMX, Arm's dot "
-    "product, tensor cores); elsewhere it can be slower than float, so measure it there."
+    "int8 is faster on hardware with 8-bit dot products (AVX-512 VNNI, AMX, Arm's dot product, tensor cores). On other "
+    "hardware it can be slower than float, so measure it there."
 )
 
 
 def write(folder: Path) -> None:
-    """Write the card of a folder that holds everything else, report.json included."""
+    """Write the card of a folder that holds all other files, including report.json."""
     content = json.loads((folder / "report.json").read_bytes())
     (folder / NAME).write_text(card(content, folder), encoding="utf-8")
 
 
 def card(content: Json, folder: Path) -> str:
-    """The card's text, the same for the same report and folder.
+    """Return the text of the card; it is deterministic.
 
     Args:
         content: report.json.
-        folder: where model.onnx, the engine, config and preprocessing lie.
+        folder: the folder with model.onnx, the engine, the config and the preprocessing files.
     """
-    made, model, changes = loader(content, folder), content["model"], content["plan"]["changes"]
+    model, changes = content["model"], content["plan"]["changes"]
     return (
         templates()
         .get_template("card.md.j2")
@@ -82,9 +82,9 @@ def card(content: Json, folder: Path) -> str:
             conditions=list(_conditions(content)),
             changed=_changed(content),
             limits=list(_limits(content)),
-            loader=made,
+            loader=loader(content, folder),
             command=content["command"],
-            actions={name: "nothing" if each == "drop" else f"`{each}`" for name, each in changes.items()},
+            actions={name: "removed" if action == "drop" else f"`{action}`" for name, action in changes.items()},
             shell=content["command"].startswith("compressor "),
             settings={name: value for name, value in content["settings"].items() if value not in (None, False)},
         )
@@ -95,8 +95,8 @@ def _header(content: Json, folder: Path) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     model, settings, results = content["model"], content["settings"], _results(content)
-    known = None if model["random_weights"] else model.get("hub_id")
-    quantized = {"base_model_relation": "quantized"} if known and settings["precision"] != "fp32" else {}
+    base_model = None if model["random_weights"] else model.get("hub_id")
+    quantized = {"base_model_relation": "quantized"} if base_model and settings["precision"] != "fp32" else {}
     tags = [
         _library(content),
         settings["target"],
@@ -104,7 +104,7 @@ def _header(content: Json, folder: Path) -> ModelCardData:
         *([settings["precision"]] if settings["precision"] != "fp32" else []),
     ]
     return ModelCardData(
-        base_model=known,
+        base_model=base_model,
         datasets=[dataset] if (dataset := _dataset(content)) is not None else None,
         eval_results=results,
         library_name=_library(content),
@@ -119,19 +119,18 @@ def _header(content: Json, folder: Path) -> ModelCardData:
 
 
 def _results(content: Json) -> list[EvalResult] | None:
-    """The result's quality as the hub's model-index wants it; None where no quality is stated."""
+    """Return the quality of the result for the hub's model-index; None if no quality is stated."""
     from huggingface_hub import EvalResult
 
     quality = content["quality"]
     if quality is None:
         return None
     figure, dataset = quality["figures"]["result"], _dataset(content)
-    name = _data(content)
     return [
         EvalResult(
             task_type=content["model"]["task"],
             dataset_type=dataset or "custom",
-            dataset_name=name,
+            dataset_name=_data(content),
             dataset_split="held-out part",
             metric_type=HUB_METRICS[quality["metric"]],
             metric_value=round(figure["value"], 4),
@@ -141,13 +140,13 @@ def _results(content: Json) -> list[EvalResult] | None:
 
 
 def _dataset(content: Json) -> str | None:
-    """The data set's id, where it comes from the hub."""
+    """Return the id of a data set from the hub; None for other data."""
     data = content["data"]
     return data["source"].split("@")[0].split(":")[0] if data["reading"].startswith("hub dataset") else None
 
 
 def _data(content: Json) -> str:
-    """The data's name, without the folders of whoever made the card."""
+    """Return the name of the data without its folders, which would publish paths of the author's machine."""
     source: str = content["data"]["source"]
     return _dataset(content) or ("random numbers" if content["data"]["random"] else Path(source).name)
 
@@ -155,16 +154,17 @@ def _data(content: Json) -> str:
 def _about(content: Json) -> str:
     model, settings = content["model"], content["settings"]
     origin = f"[{model['name']}](https://huggingface.co/{model['hub_id']})" if model.get("hub_id") else model["name"]
+    use = USES.get(model["task"], f"performs {model['task']}")
     weights = " Its weights are random." if model["random_weights"] else ""
     return (
-        f"{origin}, a model that {USES.get(model['task'], model['task'])}, as {_form(content)} for "
-        f"{TITLES.get(settings['target'], settings['target'])} in {settings['precision']}: inputs "
-        f"{_listed(model['inputs'])}, outputs {_listed(model['outputs'])}.{weights}"
+        f"This folder holds {origin} as {_form(content)} for {TITLES.get(settings['target'], settings['target'])} in "
+        f"{settings['precision']}. The model {use}. Inputs: "
+        f"{_listed(model['inputs'])}. Outputs: {_listed(model['outputs'])}.{weights}"
     )
 
 
 def _library(content: Json) -> str:
-    """The library that opens what is exported, by the hub's name."""
+    """Return the hub's name of the library that opens the exported model."""
     return "transformers" if content["settings"]["target"] == "transformers" else "onnx"
 
 
@@ -173,41 +173,44 @@ def _form(content: Json) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """A few names; the caches of a language model as one."""
+    """List names in Markdown; the caches of a language model as one entry."""
     plain = [f"`{name}`" for name in names if not name.startswith(("past_key_values.", "present."))]
     caches = [name for name in names if name.startswith(("past_key_values.", "present."))]
     return ", ".join([*plain, *([f"`{caches[0].split('.')[0]}.*`"] if caches else [])])
 
 
 def _rows(content: Json) -> Iterator[str]:
-    """The table of figures in Markdown; in brackets 95 % intervals."""
+    """Yield the lines of the table of figures in Markdown, with 95 % intervals in brackets.
+
+    Losses and speed-ups stand in the column of the result, one row for each variant it is compared with.
+    """
     variants, quality = list(content["sizes"]), content["quality"]
     yield f"| | {' | '.join(variants)} |"
     yield f"|---|{'---:|' * len(variants)}"
     if quality is not None:
         label, unit = LABELS[quality["metric"]]
         yield _row(f"{label}{f', {unit}' if unit else ''}", [_figure(quality["figures"][name]) for name in variants])
-        lost = [_figure(quality["loss"][name], "+") if name in quality["loss"] else "" for name in variants]
-        yield _row("lost by the result" + (", %" if quality["metric"] == "perplexity" else ""), lost)
+        percent = "%" if quality["metric"] == "perplexity" else unit
+        for name in (name for name in variants if name in quality["loss"]):
+            title = f"loss vs {name}{f', {percent}' if percent else ''}"
+            yield _row(title, against(variants, name, _figure(quality["loss"][name], "+")))
         for name, figure in quality["label_free"].items():
             if name != quality["metric"]:
                 title = "same answers, %" if name == "agreement" else "divergence"
-                yield _row(title, [_figure(figure) if each == "result" else "" for each in variants])
-    speedups = content["speedup"]
+                yield _row(title, [_figure(figure) if variant == "result" else "" for variant in variants])
     if content["latency"]:
         yield _row("latency, ms (median)", [f"{content['latency'][name]['median']:.3g}" for name in variants])
-        faster = [
-            f"{each['ratio']:.2f}x ({each['low']:.2f}–{each['high']:.2f})" if (each := speedups.get(name)) else ""
-            for name in variants
-        ]
-        yield _row("speed-up of the result", faster)
+        for name in (name for name in variants if name in content["speedup"]):
+            speedup = content["speedup"][name]
+            text = f"{speedup['ratio']:.2f}x ({speedup['low']:.2f}–{speedup['high']:.2f})"
+            yield _row(f"speed-up vs {name}", against(variants, name, text))
     sizes = [content["sizes"][name] for name in variants]
     yield _row("parameters, M", [f"{size['parameters'] / 1e6:.2f}" for size in sizes])
-    yield _row("multiply-adds of a sample, G", [f"{size['multiply_adds'] / 1e9:.3f}" for size in sizes])
+    yield _row("multiply-adds per sample, G", [f"{size['multiply_adds'] / 1e9:.3f}" for size in sizes])
     file = "checkpoint" if _library(content) == "transformers" else "ONNX file"
     yield _row(f"{file}, MB", [f"{size['bytes'] / 1e6:.2f}" for size in sizes])
     if any(size["cache"] for size in sizes):
-        yield _row("cache of a token, bytes", [f"{size['cache']}" for size in sizes])
+        yield _row("KV cache per token, bytes", [f"{size['cache']}" for size in sizes])
 
 
 def _row(title: str, cells: list[str]) -> str:
@@ -223,11 +226,11 @@ def _span(figure: Json) -> str:
 
 
 def _conditions(content: Json) -> Iterator[str]:
-    """What the figures hold for: data, target, machine."""
+    """Yield the conditions of the measurements: variants, data, target and machine."""
     settings, quality, engine = content["settings"], content["quality"], content["engine"]
     yield (
-        "`baseline` is the model with nothing changed, on the same target at the same precision"
-        + ("; `original` is that in float." if "original" in content["sizes"] else ".")
+        "`baseline` is the unchanged model on the same target in the same precision"
+        + ("; `original` is the unchanged model in fp32." if "original" in content["sizes"] else ".")
     )
     if quality is not None:
         count = quality["figures"]["result"]["n"]
@@ -239,8 +242,8 @@ def _conditions(content: Json) -> Iterator[str]:
     threads = f", {settings['threads']} threads" if settings["threads"] else ""
     if content["latency"]:
         yield (
-            f"Latency: {'ONNX Runtime in the place of ' if late else ''}{target}, batch {settings['batch']}{threads}, "
-            f"{inputs}; engines timed in alternating bursts, copies to a GPU not included."
+            f"Latency: {'ONNX Runtime instead of ' if late else ''}{target}, batch {settings['batch']}{threads}, "
+            f"{inputs}. The engines were timed in alternating bursts, without copies to a GPU."
         )
     if settings["device"] is not None:
         yield f"Device: {settings['device']}."
@@ -265,34 +268,32 @@ def _changed(content: Json) -> str:
     if settings["precision"] != "fp32":
         lines.append(MEANINGS[settings["precision"]])
     if healed is not None:
-        lines.append(f"What is left was adapted without labels ({healed['method']}: {healed['note']}).")
+        lines.append(f"The remaining weights were adapted without labels ({healed['method']}: {healed['note']}).")
     return " ".join(lines)
 
 
 def _limits(content: Json) -> Iterator[str]:
-    """What the model is for, what it was judged on, and what nobody has tried."""
-    model, data, quality, settings = content["model"], content["data"], content["quality"], content["settings"]
-    yield (
-        f"It {USES.get(model['task'], model['task'])}, as the original does: what that is meant for, and what it must "
-        "not be used for, holds here too."
-    )
+    """Yield the intended use, the data of the evaluation, the limitations and the notes."""
+    data, quality, settings = content["data"], content["quality"], content["settings"]
+    yield "The model has the same intended and excluded uses as the original model."
     if quality is None:
-        yield f"No quality is stated, because {content['no_quality_because']}: judge it before you use it."
+        yield f"No quality is stated, because {content['no_quality_because']}. Evaluate the model before you use it."
     else:
         yield (
-            f"Judged on {quality['figures']['result']['n']} samples of {_data(content)} ({data['reading']}), which "
-            f"neither calibration ({data['sizes']['calibration']} samples) nor the choice "
-            f"({data['sizes']['validation']}) had seen. On other data it may lose more: measure it on yours."
+            f"Quality was measured on {quality['figures']['result']['n']} test samples of {_data(content)} "
+            f"({data['reading']}). Calibration ({data['sizes']['calibration']} samples) and the choice of the plan "
+            f"({data['sizes']['validation']} samples) used other samples. The loss on other data can be larger, so "
+            "measure it on yours."
         )
         if quality["metric"] in ("agreement", "fidelity"):
-            yield "No labels were used: the figure says how close it is to the original, not how often it is right."
+            yield "No labels were used: the figure is the closeness to the original model, not the accuracy."
     if settings["precision"].startswith("int8"):
         yield INT8
     if settings["target"] == "onnxruntime" or content["engine"].get("state") == "deferred":
-        yield "An ONNX file carries no preprocessing: feed it what the original's preprocessing gives."
+        yield "The ONNX file contains no preprocessing: preprocess its inputs as for the original model."
     generation = content.get("generation")
     if content["latency"] and generation and not generation["new"]:
-        yield "Latency is that of a prompt with an empty cache; no step of generation was timed."
+        yield "Latency is that of prefill with an empty KV cache; decode was not timed."
     for limitation in content.get("limitations", ()):
         yield str(Limitation(**limitation))
     yield from content["notes"]

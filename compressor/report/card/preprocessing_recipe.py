@@ -1,7 +1,7 @@
-"""How an exported folder's inputs are made without Compressor: read from the files that lie in the folder.
+"""The preprocessing of a model's inputs, read from the configuration files in an exported folder.
 
-Only recipes that Pillow, NumPy and the tokenizers package follow exactly are given; None stands for any other. Nothing
-here needs torch, timm or transformers.
+A recipe is returned only if Pillow, NumPy and the tokenizers package reproduce it exactly, else None. The module needs
+neither torch nor timm nor transformers.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 Json = dict[str, Any]
 
-# Image processors of transformers that resize, crop, rescale and normalise as their config says, and nothing else.
+# Image processors of transformers that only resize, crop, rescale and normalise, as configured.
 PLAIN = ("ViT", "DeiT", "Bit", "CLIP", "Siglip", "Beit")
 FILTERS = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "BOX", "HAMMING")  # Pillow's, by number
-UNLIMITED = 10**6  # tokenizers of transformers that know no limit give a number far above this
-LONGEST = 2048  # as compressor.models.transformers cuts where nothing else limits a text
+UNLIMITED = 10**6  # transformers writes a far larger number for a tokenizer without a maximum length
+LONGEST = 2048  # the length at which compressor.models.transformers truncates texts without another limit
 
 
 @dataclass(frozen=True)
 class Picture:
-    """From a picture to numbers: resize, crop in the middle, scale to [0, 1], normalise.
+    """The preprocessing of an image: resize, center crop, scale to [0, 1], normalise.
 
     `resize` is the length of the shorter side, or [width, height]; `crop` is [width, height].
     """
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """From texts to token ids: the longest row, and what fills shorter ones."""
+    """The truncation and padding of token ids: maximum length, padding token and padding side."""
 
     longest: int
     pad_id: int
@@ -48,88 +48,88 @@ class Tokenizer:
 
 
 def picture(folder: Path) -> Picture | None:
-    """The preprocessing of images, by timm's config.json or transformers' preprocessor_config.json."""
+    """Return the preprocessing of images from transformers' preprocessor_config.json or timm's config.json."""
     processor = _read(folder / "preprocessor_config.json")
     return _processor(processor) if processor else _timm(_read(folder / "config.json").get("pretrained_cfg") or {})
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer, where the folder holds one that the tokenizers package reads."""
+    """Return the options of the tokenizer, or None if the folder holds no tokenizer.json."""
     content, options, config = (_read(folder / f"{name}.json") for name in ("tokenizer", "tokenizer_config", "config"))
     if not content:
         return None
     limits = [options.get("model_max_length"), config.get("max_position_embeddings")]
     limits.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
     longest = int(min(limit or math.inf for limit in limits) if any(limits) else LONGEST)
-    # A model without a token to pad with is padded with the one that ends texts.
+    # A tokenizer without a padding token pads with the end-of-text token.
     token = options.get("pad_token") or options.get("eos_token")
     text = token.get("content", "") if isinstance(token, Mapping) else str(token)
-    known = {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}
-    known |= {text: place} if (place := _place(content, text)) is not None else {}
+    ids = {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}
+    ids |= {text: index} if (index := _index(content, text)) is not None else {}
     longest = longest if longest < UNLIMITED else LONGEST
-    return Tokenizer(longest, int(known.get(text, 0)), text, options.get("padding_side", "right"))
+    return Tokenizer(longest, int(ids.get(text, 0)), text, options.get("padding_side", "right"))
 
 
 def licence(folder: Path) -> str | None:
-    """The licence of the weights, where the model's config names it (timm)."""
-    found = (_read(folder / "config.json").get("pretrained_cfg") or {}).get("license")
-    return found if isinstance(found, str) else None
+    """Return the licence of the weights if the model's config states it (timm)."""
+    name = (_read(folder / "config.json").get("pretrained_cfg") or {}).get("license")
+    return name if isinstance(name, str) else None
 
 
 def ends(folder: Path) -> tuple[int, ...]:
-    """Tokens that end a generated text."""
+    """Return the ids of the tokens that end a generated text."""
     for name in ("generation_config.json", "config.json"):
-        found = _read(folder / name).get("eos_token_id")
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
+        tokens = _read(folder / name).get("eos_token_id")
+        if tokens is not None:
+            return tuple(tokens) if isinstance(tokens, list) else (tokens,)
     return ()
 
 
 def start(folder: Path) -> int:
-    """The token that begins a text; 0 where the config names none."""
-    found = _read(folder / "config.json").get("bos_token_id")
-    return found if isinstance(found, int) else 0
+    """Return the id of the token that begins a text; 0 if the config has none."""
+    token = _read(folder / "config.json").get("bos_token_id")
+    return token if isinstance(token, int) else 0
 
 
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape of a sample and NumPy type of each input of a module of one's own."""
+    """Return the shape of a sample and the NumPy type of each input of a user's module."""
     inputs = _read(folder / "config.json").get("inputs") or {}
-    return {name: (tuple(each["shape"]), each["dtype"].removeprefix("torch.")) for name, each in inputs.items()}
+    return {name: (tuple(entry["shape"]), entry["dtype"].removeprefix("torch.")) for name, entry in inputs.items()}
 
 
 def _read(path: Path) -> Json:
-    """A JSON object; empty where there is none."""
+    """Read a JSON object; return an empty one if the file is missing or holds anything else."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _timm(config: Mapping[str, Any]) -> Picture | None:
-    """As ``timm.data.create_transform`` for evaluation has it (timm/data/transforms_factory.py)."""
+    """Return the transform of ``timm.data.create_transform`` for evaluation (timm/data/transforms_factory.py)."""
     if not {"input_size", "mean", "std"} <= config.keys():
         return None
     channels, height, width = config["input_size"]
     mode, share = config.get("crop_mode") or "center", config.get("crop_pct") or 0.875
     size = math.floor(width / share), math.floor(height / share)
-    chosen = str(config.get("interpolation", "bicubic")).upper()
-    if mode not in ("center", "squash") or (mode == "center" and width != height) or chosen not in FILTERS:
+    resampling = str(config.get("interpolation", "bicubic")).upper()
+    if mode not in ("center", "squash") or (mode == "center" and width != height) or resampling not in FILTERS:
         return None
     resize = size[0] if mode == "center" else size
     colours = "L" if channels == 1 else "RGB"
-    return Picture(colours, resize, chosen, (width, height), tuple(config["mean"]), tuple(config["std"]))
+    return Picture(colours, resize, resampling, (width, height), tuple(config["mean"]), tuple(config["std"]))
 
 
 def _processor(config: Mapping[str, Any]) -> Picture | None:
-    """As transformers' image processors have it: resize, center crop, rescale, normalise, each only if asked for."""
+    """Return the steps that a transformers image processor has enabled: resize, center crop, rescale, normalise."""
     kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "")))
     size, crop = config.get("size") or {}, config.get("crop_size") or {}
-    known = kind.startswith(tuple(f"{name}ImageProcessor" for name in PLAIN)) and not config.get("do_pad")
+    plain = kind.startswith(tuple(f"{name}ImageProcessor" for name in PLAIN)) and not config.get("do_pad")
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", "crop_size" in config)
     fits = set(size) in ({"height", "width"}, {"shortest_edge"}) and (not crops or set(crop) == {"height", "width"})
     scaled = config.get("do_rescale", True) and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255)
-    if not (known and fits and scaled and config.get("resample", 2) in range(len(FILTERS))):
+    if not (plain and fits and scaled and config.get("resample", 2) in range(len(FILTERS))):
         return None
     normal = config.get("do_normalize", True)
     return Picture(
@@ -142,9 +142,9 @@ def _processor(config: Mapping[str, Any]) -> Picture | None:
     )
 
 
-def _place(content: Mapping[str, Any], token: str) -> int | None:
-    """A token's number in the vocabulary of a tokenizer.json."""
+def _index(content: Mapping[str, Any], token: str) -> int | None:
+    """Return the id of a token in the vocabulary of a tokenizer.json."""
     vocabulary = content.get("model", {}).get("vocab")
     if isinstance(vocabulary, Mapping):
         return vocabulary.get(token)
-    return next((place for place, entry in enumerate(vocabulary or ()) if entry[0] == token), None)
+    return next((index for index, entry in enumerate(vocabulary or ()) if entry[0] == token), None)

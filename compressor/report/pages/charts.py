@@ -15,11 +15,11 @@ from compressor.report.pages.html_page import ACCENT, BAD, CATEGORIES, GOOD, INK
 Json = dict[str, Any]
 Row = dict[str, Any]
 
-BAR = 30  # px a bar takes with the gap below it
+BAR = 30  # px, height of a bar and the gap below it
 BINS = 80
-NARROW = 44  # px of a block in the site map from which on its action is written inside
-MOST_STATES = 72  # sides of the heat map; more are thinned out, as nobody could tell them apart
-# Actions in the order of the legend. A kept site stands back.
+NARROW = 44  # px; a block of the site map that is at least this wide shows its action as text
+MOST_STATES = 72  # maximum side of the heat map; more states are subsampled, as their cells would be too small
+# Actions in the order of the legend. Kept sites are grey.
 COLOURS = {
     "kept": QUIET,
     "dropped": CATEGORIES[0],
@@ -33,25 +33,25 @@ COLOURS = {
 
 
 def table(rows: Sequence[Row]) -> alt.InlineData:
-    """Rows as a chart's data."""
+    """Convert rows to inline data of a chart."""
     return alt.InlineData(values=list(rows))
 
 
 def bars(rows: Sequence[Row], *, title: str, form: str, expected: str = "") -> alt.TopLevelMixin:
-    """Horizontal bars with intervals and their values written beside them.
+    """Draw horizontal bars with their intervals and values.
 
     Args:
-        rows: ``name``, ``value``, ``low``, ``high``, ``text``, ``group`` (told apart by colour); some ``expected``.
-        title: of the axis.
-        form: how a value is written, in d3's format.
-        expected: what the mark at ``expected`` means.
+        rows: ``name``, ``value``, ``low``, ``high``, ``text`` and ``group`` (shown as colour); optionally ``expected``.
+        title: title of the axis.
+        form: format of the values, in d3's syntax.
+        expected: meaning of the mark at ``expected``.
     """
-    shown = [row | {"start": 0.0} for row in rows]
+    values = [row | {"start": 0.0} for row in rows]
     names = [row["name"] for row in rows]
     low, high = min(0.0, *(row["low"] for row in rows)), max(0.0, *(row["high"] for row in rows))
-    domain = [low, high + 0.12 * (high - low)]  # room for the values that are written behind the bars
+    domain = [low, high + 0.12 * (high - low)]  # room for the values to the right of the bars
     tips = [alt.Tooltip("name:N", title="cell"), *_interval(title, form)]
-    base = alt.Chart(table(shown)).encode(y=alt.Y("name:N", sort=names, title=None, axis=alt.Axis(ticks=False)))
+    base = alt.Chart(table(values)).encode(y=alt.Y("name:N", sort=names, title=None, axis=alt.Axis(ticks=False)))
     groups = sorted({row["group"] for row in rows}, key=lambda group: group != "float")
     colour = alt.Color("group:N", title=None, scale=alt.Scale(domain=groups, range=[QUIET, ACCENT]), legend=_above())
     x = alt.X(
@@ -72,19 +72,19 @@ def bars(rows: Sequence[Row], *, title: str, form: str, expected: str = "") -> a
 
 
 def site_map(rows: Sequence[Row], blocks: Sequence[str], tokens: Mapping[str, int]) -> alt.TopLevelMixin:
-    """Each block's branches along the depth, coloured by what happened to them; below them the tokens left.
+    """Draw the branches of each block over depth, coloured by action, and below them the numbers of tokens.
 
     Args:
-        rows: ``block``, ``place`` (the row of the map), ``done``, ``action``, ``site`` and ``reason`` of each site.
-        blocks: in order.
-        tokens: that enter a block; empty where none are merged.
+        rows: ``block``, ``place`` (row of the map), ``done``, ``action``, ``label``, ``site`` and ``reason``, by site.
+        blocks: the blocks in order.
+        tokens: the number of tokens that enter each block; empty if no tokens are merged.
     """
     width = WIDTH - 100
     wide = width / len(blocks) >= NARROW
     lanes = list(dict.fromkeys(row["place"] for row in rows))
     present = [name for name in COLOURS if any(row["done"] == name for row in rows)]
     others = sorted({row["done"] for row in rows} - set(present))
-    colours = [COLOURS[name] for name in present] + [CATEGORIES[3 + place % 3] for place in range(len(others))]
+    colours = [COLOURS[name] for name in present] + [CATEGORIES[3 + index % 3] for index in range(len(others))]
     axis = alt.Axis(title="block", orient="bottom", labelAngle=0 if wide else -90, labelOverlap="greedy", ticks=False)
     x = alt.X("block:N", sort=list(blocks), scale=alt.Scale(paddingInner=0.08), axis=axis)
     y = alt.Y("place:N", sort=lanes, title=None, scale=alt.Scale(paddingInner=0.08), axis=alt.Axis(ticks=False))
@@ -107,38 +107,39 @@ def site_map(rows: Sequence[Row], blocks: Sequence[str], tokens: Mapping[str, in
 
 
 def _tokens(x: alt.X, tokens: Mapping[str, int], width: float) -> Any:
+    """Draw the number of tokens that enter each block as bars, on the axis `x` of the site map."""
     rows = [{"block": block, "tokens": count} for block, count in tokens.items()]
     y = alt.Y("tokens:Q", title="tokens", axis=alt.Axis(tickCount=3), scale=alt.Scale(zero=True))
     base = alt.Chart(table(rows)).encode(
-        x=x, y=y, tooltip=["block:N", alt.Tooltip("tokens:Q", title="tokens that enter")]
+        x=x, y=y, tooltip=["block:N", alt.Tooltip("tokens:Q", title="tokens at the input")]
     )
-    written = base.mark_text(dy=-7, color=MUTED, fontSize=10.5).encode(text="tokens:Q")
+    text = base.mark_text(dy=-7, color=MUTED, fontSize=10.5).encode(text="tokens:Q")
     bar = base.mark_bar(color=COLOURS["tokens merged"], opacity=0.75, cornerRadius=2)
-    return alt.layer(*([bar, written] if width / len(rows) >= NARROW / 1.5 else [bar])).properties(
-        width=width, height=80
-    )
+    return alt.layer(*([bar, text] if width / len(rows) >= NARROW / 1.5 else [bar])).properties(width=width, height=80)
 
 
 def front(points: Sequence[Row], measured: Row | None, *, metric: str) -> alt.TopLevelMixin:
-    """Loss against speed-up of every plan on the way of a search, with the chosen one and what it measured at last.
+    """Draw loss against speed-up of all plans of a search, with the chosen plan and the measured result.
 
     Args:
-        points: ``number``, ``change``, ``loss``, ``predicted``, ``kind``.
-        measured: ``predicted``, ``low``, ``high``, ``loss``, ``loss_low``, ``loss_high``; None without quality.
-        metric: what is lost.
+        points: ``number``, ``change``, ``loss``, ``predicted`` and ``kind`` (``plan of the search`` or ``chosen plan``)
+            of each plan.
+        measured: ``predicted``, ``low``, ``high``, ``loss``, ``loss_low`` and ``loss_high`` of the result; None without
+            quality.
+        metric: name of the metric.
     """
-    kinds = ["a plan on the way", "the chosen plan", *(["the result as measured"] if measured is not None else [])]
+    kinds = ["plan of the search", "chosen plan", *(["measured result"] if measured is not None else [])]
     scale = alt.Scale(domain=kinds, range=[QUIET, ACCENT, BAD][: len(kinds)])
-    x = alt.X("predicted:Q", title="times faster", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=8))
+    x = alt.X("predicted:Q", title="speed-up", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=8))
     y = alt.Y("loss:Q", title=f"loss of {metric}, %", scale=alt.Scale(zero=False, nice=True))
     base = alt.Chart(table(points)).encode(x=x, y=y)
     tips = [
         alt.Tooltip("number:Q", title="changes"),
-        alt.Tooltip("change:N", title="the last of them"),
-        alt.Tooltip("predicted:Q", title="times faster, predicted", format=".3f"),
+        alt.Tooltip("change:N", title="last change"),
+        alt.Tooltip("predicted:Q", title="predicted speed-up", format=".3f"),
         alt.Tooltip("loss:Q", title="loss on validation data, %", format="+.2f"),
     ]
-    size = alt.condition("datum.kind == 'the chosen plan'", alt.value(170), alt.value(55))
+    size = alt.condition("datum.kind == 'chosen plan'", alt.value(170), alt.value(55))
     layers = [
         base.mark_line(color=QUIET, strokeWidth=1.5).encode(order="number:Q"),
         base.mark_point(filled=True, opacity=1).encode(
@@ -153,7 +154,7 @@ def front(points: Sequence[Row], measured: Row | None, *, metric: str) -> alt.To
             end.mark_point(filled=True, opacity=1, shape="diamond", size=150).encode(
                 color=alt.Color("kind:N", scale=scale),
                 tooltip=[
-                    alt.Tooltip("predicted:Q", title="times faster", format=".3f"),
+                    alt.Tooltip("predicted:Q", title="measured speed-up", format=".3f"),
                     alt.Tooltip("loss:Q", title="loss on test data, %", format="+.2f"),
                 ],
             ),
@@ -162,16 +163,16 @@ def front(points: Sequence[Row], measured: Row | None, *, metric: str) -> alt.To
 
 
 def scatter(rows: Sequence[Row]) -> alt.TopLevelMixin:
-    """Each site's measured effect against its score: ``site``, ``kind``, ``cosine``, ``effect``."""
+    """Draw the measured effect of each site against its score; rows: ``site``, ``kind``, ``cosine``, ``effect``."""
     effects = [row["effect"] for row in rows]
     scale, axis = alt.Scale(type="symlog"), alt.Axis(tickCount=6)
-    if min(effects) > 0.0:  # otherwise a branch without which the output is closer than with it
+    if min(effects) > 0.0:  # a logarithmic axis cannot show an effect of zero or below
         powers = range(math.floor(math.log10(min(effects))), math.ceil(math.log10(max(effects))) + 1)
         scale = alt.Scale(type="log", nice=False, padding=12)
         axis = alt.Axis(values=[part * 10.0**power for power in powers for part in (1, 3)], format="~g")
-    apart = "score: cosine similarity of the branch's input and output"
-    x = alt.X("cosine:Q", title=apart, scale=alt.Scale(zero=False))
-    y = alt.Y("effect:Q", title="effect: output divergence without it", scale=scale, axis=axis)
+    title = "score: cosine similarity of the branch's input and output"
+    x = alt.X("cosine:Q", title=title, scale=alt.Scale(zero=False))
+    y = alt.Y("effect:Q", title="effect: output divergence without the branch", scale=scale, axis=axis)
     chart: alt.Chart = (
         alt.Chart(table(rows), height=320)
         .mark_point(filled=True, size=70, opacity=0.9)
@@ -192,7 +193,7 @@ def scatter(rows: Sequence[Row]) -> alt.TopLevelMixin:
 
 
 def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> alt.TopLevelMixin:
-    """Cosine similarity of every pair of states of the trunk; pairs of different shape are left out."""
+    """Draw the cosine similarity of every pair of trunk states; pairs of different shapes are left out."""
     step = -(-len(names) // MOST_STATES)
     kept = [*range(0, len(names) - 1, step), len(names) - 1]
     rows = [
@@ -226,7 +227,7 @@ def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> 
             color=alt.Color("v:Q", scale=alt.Scale(scheme="viridis", domain=[lowest, 1.0]), legend=legend),
             tooltip=[
                 alt.Tooltip("one:N", title="state before"),
-                alt.Tooltip("other:N", title="and before"),
+                alt.Tooltip("other:N", title="other state before"),
                 alt.Tooltip("v:Q", title="cosine", format=".4f"),
             ],
         )
@@ -235,18 +236,18 @@ def heat_map(names: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> 
 
 
 def distributions(samples: Mapping[str, Sequence[float]], end: float) -> alt.TopLevelMixin:
-    """The distribution of each variant's latency, one below the other on the same axis.
+    """Draw the distribution of each variant's latency, one below the other on the same axis.
 
     Args:
-        samples: milliseconds by variant.
-        end: where the axis ends; what is slower is left out.
+        samples: latencies in milliseconds, by variant.
+        end: upper end of the axis in milliseconds; slower samples are not drawn.
     """
     start = min(min(values) for values in samples.values())
     edges = np.linspace(start, end, BINS + 1)
     width = WIDTH - 130
     panels = [
-        _distribution(name, values, edges, width, place == len(samples) - 1)
-        for place, (name, values) in enumerate(samples.items())
+        _distribution(name, values, edges, width, index == len(samples) - 1)
+        for index, (name, values) in enumerate(samples.items())
     ]
     return alt.vconcat(*panels, spacing=10)
 
@@ -288,5 +289,5 @@ def _interval(title: str, form: str) -> Iterator[alt.Tooltip]:
 
 
 def _above() -> alt.Legend:
-    """A legend in one line above the chart."""
+    """Return a legend in one line above the chart."""
     return alt.Legend(orient="top", direction="horizontal", symbolType="square", offset=12)

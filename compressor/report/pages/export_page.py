@@ -1,6 +1,6 @@
-"""The page of an export: report.html from what report.json holds, without torch and without running anything.
+"""The page of an export: report.html, generated from report.json alone, without torch.
 
-Sections whose figures a report lacks are left out.
+Sections without figures in the report are left out.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from compressor.report.pages.formatting import (
 )
 from compressor.report.pages.html_page import Cell, Page, Points, Prose, Section, Table, Tile
 from compressor.report.pages.precision_section import precision
-from compressor.report.report import LABELS
+from compressor.report.report import LABELS, against
 
 Json = dict[str, Any]
 
 PAGE = "report.html"
-# What the variants are, where a table lists them.
+# Descriptions of the variants below their table.
 VARIANTS = {
-    "original": "the model as it is, in float",
-    "baseline": "the model as it is, built like the result",
-    "result": "what this export made",
+    "original": "the unchanged model in fp32",
+    "baseline": "the unchanged model, with the target and precision of the result",
+    "result": "the exported model",
 }
 OF_A_REPORT = ("original", "baseline", "result")
 
 
 def html(content: Json, shown: Mapping[str, str] | None = None) -> str:
-    """The page as one HTML document.
+    """Return the page as one HTML document.
 
     Args:
-        content: what report.json holds.
-        shown: pictures (as data: addresses) and texts of the samples that are answered differently, by their id.
+        content: the content of report.json.
+        shown: previews of the samples whose predicted class changed, by id: images as data: URLs, and texts.
     """
     return page(content, shown or {}).to_html()
 
 
 def page(content: Json, shown: Mapping[str, str]) -> Page:
-    """Everything on the page, as data."""
-    found = (
+    """Return the page as data."""
+    candidates = (
         _notes(content),
         _limitations(content),
         _variants(content),
@@ -69,39 +69,39 @@ def page(content: Json, shown: Mapping[str, str]) -> Page:
         title=f"{content['model']['name']}, compressed",
         lead=list(_lead(content)),
         tiles=list(_tiles(content)),
-        sections=[section for section in found if section is not None],
+        sections=[section for section in candidates if section is not None],
         environment=list(_environment(content)),
         command=content["command"],
     )
 
 
 def shown_in(document: str) -> dict[str, str]:
-    """The pictures and texts that an earlier page of the same export shows, by the samples' id."""
-    reader = _Shown()
+    """Return the previews of samples on an earlier page of the same export, by id: data: URLs and texts."""
+    reader = _PreviewReader()
     reader.feed(document)
-    return reader.found
+    return reader.previews
 
 
-class _Shown(HTMLParser):
-    """Reads examples back: the data set is not at hand where an engine is built."""
+class _PreviewReader(HTMLParser):
+    """A parser that reads previews from a page: the device that builds an engine does not have the data set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, str] = {}
+        self.previews: dict[str, str] = {}
         self.name: str | None = None
         self.quoting = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
+        attributes = dict(attrs)
         if tag == "article":
-            self.name = given.get("data-name")
+            self.name = attributes.get("data-name")
         elif tag == "img" and self.name is not None:
-            self.found[self.name] = given.get("src") or ""
+            self.previews[self.name] = attributes.get("src") or ""
         self.quoting = tag == "blockquote"
 
     def handle_data(self, data: str) -> None:
         if self.quoting and self.name is not None:
-            self.found[self.name] = self.found.get(self.name, "") + data
+            self.previews[self.name] = self.previews.get(self.name, "") + data
 
     def handle_endtag(self, tag: str) -> None:
         self.quoting = False
@@ -120,21 +120,21 @@ def _lead(content: Json) -> Iterator[str]:
     yield f"{_target(content)}, batch {settings['batch']}, {settings['precision']}. Plan: {plan['rule']}."
     quality = content["quality"]
     if quality is not None:
-        judged = quality["figures"]["result"]["n"]
+        samples = quality["figures"]["result"]["n"]
         metric, source = capital(METRICS[quality["metric"]]), Path(content["data"]["source"]).name
-        yield f"{metric}, on {judged} test samples of {source}."
+        yield f"{metric}, on {samples} test samples of {source}."
 
 
 def _target(content: Json) -> str:
     target = content["settings"]["target"]
-    return f"onnxruntime, for {target}" if content["engine"].get("state") == "deferred" else str(target)
+    return f"onnxruntime (target: {target})" if content["engine"].get("state") == "deferred" else str(target)
 
 
 def _tiles(content: Json) -> Iterator[Tile]:
     latency, sizes, quality = content["latency"], content["sizes"], content["quality"]
     for name, over in content["speedup"].items():
-        beside = name == "baseline" and len(content["speedup"]) > 1
-        label = f"Speed-up at {content['settings']['precision']}" if beside else "Speed-up"
+        same_precision = name == "baseline" and len(content["speedup"]) > 1
+        label = f"Speed-up at {content['settings']['precision']}" if same_precision else "Speed-up"
         yield Tile(label, f"{over['ratio']:.2f}×", f"{over['low']:.2f}–{over['high']:.2f}, over the {name}")
     start = next(name for name in OF_A_REPORT if name in sizes)
     if latency:
@@ -143,7 +143,7 @@ def _tiles(content: Json) -> Iterator[Tile]:
         )
     if quality is not None:
         label, unit = LABELS[quality["metric"]]
-        figure, lost = quality["figures"]["result"], quality["loss"][start]
+        figure, loss = quality["figures"]["result"], quality["loss"][start]
         yield Tile(
             capital(label),
             value_text(figure, unit),
@@ -151,8 +151,8 @@ def _tiles(content: Json) -> Iterator[Tile]:
         )
         yield Tile(
             "Loss",
-            f"{lost['value']:+.2f} {loss_unit(content)}".rstrip(),
-            f"{interval(lost, signed=True)}, against the {start}",
+            f"{loss['value']:+.2f} {loss_unit(content)}".rstrip(),
+            f"{interval(loss, signed=True)}, against the {start}",
         )
     for label, key, unit in (
         ("ONNX file", "bytes", "B"),
@@ -165,22 +165,22 @@ def _tiles(content: Json) -> Iterator[Tile]:
 
 
 def _notes(content: Json) -> Section | None:
-    because = content["no_quality_because"]
-    lines = [] if because is None else [f"No quality stated: {because}."]
+    reason = content["no_quality_because"]
+    lines = [] if reason is None else [f"No quality stated: {reason}."]
     lines += [*content["notes"], *told(content["engine"])]
-    return Section("To know first", [Points(lines)]) if lines else None
+    return Section("Notes", [Points(lines)]) if lines else None
 
 
 def _limitations(content: Json) -> Section | None:
-    rows: list[list[Cell]] = [[each["feature"], each["reason"]] for each in content.get("limitations", ())]
-    return Section("Limitations", [Table(["", "what was found, and what follows"], rows)]) if rows else None
+    rows: list[list[Cell]] = [[entry["feature"], entry["reason"]] for entry in content.get("limitations", ())]
+    return Section("Limitations", [Table(["", "reason and consequence"], rows)]) if rows else None
 
 
 def _variants(content: Json) -> Section:
     names = [name for name in OF_A_REPORT if name in content["sizes"]]
     prose = " ".join(f"{capital(name)}: {VARIANTS[name]}." for name in names)
     table = Table(["", *names], list(_rows(content, names)), caption=INTERVALS)
-    return Section("Gained and lost", [table, Prose(prose)])
+    return Section("Results", [table, Prose(prose)])
 
 
 def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
@@ -188,35 +188,35 @@ def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
     if quality is not None:
         label, unit = LABELS[quality["metric"]]
         yield [with_unit(label, unit), *(cell(quality["figures"][name]) for name in names)]
-        lost = [quality["loss"].get(name) for name in names]
-        yield [
-            with_unit("loss of the result", loss_unit(content)),
-            *(cell(each, signed=True) if each else "" for each in lost),
-        ]
+        for name in (name for name in names if name in quality["loss"]):
+            loss = cell(quality["loss"][name], signed=True)
+            yield [with_unit(f"loss vs {name}", loss_unit(content)), *against(names, name, loss)]
         for key, label in (("agreement", "same answers, %"), ("divergence", "divergence")):
             if key in quality["label_free"] and key != quality["metric"]:
-                found = quality["label_free"][key]
-                places = 2 if key == "agreement" else 4
-                yield [label, *([""] * (len(names) - 1)), cell(found, places=places)]
+                figure = cell(quality["label_free"][key], places=2 if key == "agreement" else 4)
+                yield [label, *(figure if name == "result" else "" for name in names)]
     if latency:
-        tails = [
-            (f"{each['median']:.2f}", f"p90 {each['p90']:.2f}, p99 {each['p99']:.2f}")
-            for each in map(latency.get, names)
+        cells = [
+            (f"{timing['median']:.2f}", f"p90 {timing['p90']:.2f}, p99 {timing['p99']:.2f}")
+            for timing in map(latency.get, names)
         ]
-        yield ["latency, ms", *tails]
-        yield ["speed-up of the result", *(times(content["speedup"].get(name)) for name in names)]
+        yield ["latency, ms", *cells]
+        for name in (name for name in names if name in content["speedup"]):
+            yield [f"speed-up vs {name}", *against(names, name, times(content["speedup"][name]))]
     yield ["parameters, M", *(f"{sizes[name]['parameters'] / 1e6:.2f}" for name in names)]
     yield ["multiply-adds, G", *(f"{sizes[name]['multiply_adds'] / 1e9:.3f}" for name in names)]
     yield ["engine, MB", *(f"{sizes[name]['bytes'] / 1e6:.2f}" for name in names)]
     if any(sizes[name]["cache"] for name in names):
-        yield ["cache, bytes a token", *(f"{sizes[name]['cache']}" for name in names)]
+        yield ["cache, bytes per token", *(f"{sizes[name]['cache']}" for name in names)]
 
 
 def _environment(content: Json) -> Iterator[tuple[str, str]]:
     device = content["engine"].get("environment")
-    places = [("", content["environment"])] if device is None else [("device: ", device), ("", content["environment"])]
-    for prefix, found in places:
-        for name, value in found.items():
+    machines = [("", content["environment"])]
+    if device is not None:
+        machines.insert(0, ("device: ", device))
+    for prefix, facts in machines:
+        for name, value in facts.items():
             if isinstance(value, Mapping):
                 yield from ((f"{prefix}{key}", str(inner)) for key, inner in value.items())
             elif value:

@@ -1,4 +1,4 @@
-"""How an export's page writes figures: with their unit and interval, as long as the reader needs."""
+"""Formatting of figures on an export's page, with units and intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DONE = {"keep": "kept", "drop": "dropped", "merge": "tokens merged", "fuse": "fu
 
 
 def done(action: str) -> str:
-    """What happened to a branch, without the amount.
+    """Return the past participle of an action on a branch, without its amount.
 
     >>> done("drop"), done("low-rank:8"), done("merge:25%")
     ('dropped', 'low-rank', 'tokens merged')
@@ -24,38 +24,38 @@ def done(action: str) -> str:
 
 
 def loss_unit(content: Json) -> str:
-    """The unit of a loss."""
+    """Return the unit of a loss."""
     metric = content["quality"]["metric"]
     return "%" if metric == "perplexity" else LABELS[metric][1]
 
 
 def value_text(figure: Json, unit: str) -> str:
-    """A figure's value with its unit."""
+    """Format the value of a figure with its unit."""
     return f"{figure['value']:.2f}{' ' if unit else ''}{unit}"
 
 
 def interval(figure: Json, *, signed: bool = False, places: int = 2) -> str:
-    """A figure's interval; of a difference with signs."""
+    """Format the interval of a figure, for a difference with signs."""
     low, high = figure["low"], figure["high"]
     return f"{low:+.{places}f} to {high:+.{places}f}" if signed else f"{low:.{places}f}–{high:.{places}f}"
 
 
 def cell(figure: Json, *, signed: bool = False, places: int = 2) -> Cell:
-    """A table's cell: the value, and the interval below."""
+    """Return a table cell with the value of a figure and its interval below."""
     sign = "+" if signed else ""
     return f"{figure['value']:{sign}.{places}f}", interval(figure, signed=signed, places=places)
 
 
 def times(speedup: Json | None) -> Cell:
-    """A table's cell of a speed-up; empty where there is none."""
+    """Return a table cell with a speed-up and its interval below; an empty cell for None."""
     return "" if speedup is None else (f"{speedup['ratio']:.2f}×", f"{speedup['low']:.2f}–{speedup['high']:.2f}")
 
 
 def with_unit(label: str, unit: str) -> str:
-    """A row's name with the unit of its figures, where they have one."""
+    """Append the unit, if there is one, to the label of a row."""
     return f"{label}, {unit}" if unit else label
 
 
 def capital(text: str) -> str:
-    """A text with a capital letter, the rest as it is."""
+    """Capitalise the first letter of a text and leave the rest unchanged."""
     return text[:1].upper() + text[1:]

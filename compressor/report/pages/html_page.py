@@ -1,8 +1,8 @@
-"""A page of figures, charts and tables as one self-contained HTML file: what `report.html` and others are made of.
+"""Self-contained HTML pages of figures, charts and tables, such as `report.html` and `study.html`.
 
-A page is data (`Page`, its sections and their parts) and becomes text by `Page.to_html`. It opens without a network:
-the charts are Altair's, and the JavaScript that draws them is written into the page. Colours are CSS variables, in the
-charts too, so that dark mode and print need nothing drawn anew.
+A `Page` is data: sections and their parts. `Page.to_html` renders it. A page opens without a network: its charts are
+Altair charts, and the page contains the JavaScript that draws them. All colours, those of the charts included, are CSS
+variables, so dark mode and print need no redrawing.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     import altair
 
 TEMPLATES = Path(__file__).parent / "templates"
-WIDTH = 860  # px of the text column; a chart of this width with its axes fills it
+WIDTH = 860  # px, width of the text column and of a full-width chart with its axes
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-# Variables of page.css. A chart takes them by name: `alt.value(GOOD)`, or as the range of a scale.
+# Variables of page.css. Charts use them as values, `alt.value(GOOD)`, or as the range of a scale.
 INK, MUTED, LINE, SURFACE = "var(--ink)", "var(--muted)", "var(--line)", "var(--surface)"
 ACCENT, GOOD, BAD, QUIET = "var(--accent)", "var(--good)", "var(--bad)", "var(--quiet)"
-# Told apart in both schemes and by people who do not see red and green: blue, orange, teal, purple, olive, rose.
+# Distinct in both colour schemes and for red-green colour blindness: blue, orange, teal, purple, olive, rose.
 CATEGORIES = tuple(f"var(--c{number})" for number in range(1, 7))
 
-Cell = str | tuple[str, str]  # the text, and what stands back below it, such as an interval
+Cell = str | tuple[str, str]  # a text, or a text with a dimmed second line, such as an interval
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline figure: what it is, its value, and an interval or comparison below."""
+    """A headline figure: label, value, and a note such as an interval or a comparison."""
 
     label: str
     value: str
@@ -53,14 +53,14 @@ class Points:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy, such as a command."""
+    """A block of code, such as a command."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Chart:
-    """An Altair chart, told in words by `alt` for those who do not see it, with a caption below."""
+    """An Altair chart with an alternative text `alt` for screen readers and a caption below."""
 
     chart: altair.TopLevelMixin
     alt: str
@@ -68,19 +68,19 @@ class Chart:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The chart as Vega-Lite, in the style of the page."""
-        found: dict[str, Any] = self.chart.to_dict(validate=False)
-        found.pop("$schema", None)  # the address of a schema: nothing here may name the network
-        if not {"vconcat", "hconcat", "facet"} & set(found):  # those do without: their parts have widths
-            found.setdefault("width", WIDTH)
-            if found["width"] == WIDTH:
-                found["autosize"] = {"type": "fit-x", "contains": "padding"}
-        return found | {"config": found.get("config", {}) | style()}
+        """The chart as a Vega-Lite specification, in the style of the page."""
+        spec: dict[str, Any] = self.chart.to_dict(validate=False)
+        spec.pop("$schema", None)  # a URL; the page must not refer to the network
+        if not {"vconcat", "hconcat", "facet"} & set(spec):  # the parts of these have widths of their own
+            spec.setdefault("width", WIDTH)
+            if spec["width"] == WIDTH:
+                spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+        return spec | {"config": spec.get("config", {}) | style()}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings; the first cell names its row, the columns named in `words` hold words, the rest numbers."""
+    """A table. The first cell of a row is its heading; the columns named in `words` hold text, all others numbers."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -90,7 +90,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Example:
-    """One input: a picture as a data: address or a text, and facts about it as name and value."""
+    """One input: an image as a data: URL or a text, and facts about it as pairs of name and value."""
 
     name: str
     facts: Sequence[tuple[str, str]]
@@ -100,7 +100,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Examples side by side."""
+    """A row of examples."""
 
     examples: Sequence[Example]
 
@@ -110,7 +110,7 @@ Part = Prose | Points | Code | Chart | Table | Gallery
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it, in order."""
+    """A heading and the parts below it, in order."""
 
     heading: str
     parts: Sequence[Part]
@@ -118,7 +118,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A title with lines below it, headline figures, sections, the environment and the command that made it all."""
+    """A page: title, lead, headline figures, sections, the environment, and the command that was run."""
 
     title: str
     lead: Sequence[str]
@@ -128,10 +128,10 @@ class Page:
     command: str = ""
 
     def to_html(self) -> str:
-        """The page as one HTML document; whatever text it holds is escaped."""
+        """Render the page as one HTML document; all text is escaped."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-        # The template's own texts are ours; every value is escaped, and tojson escapes what could end a script.
+        # autoescape covers every value; tojson also escapes sequences that could end a script element.
         jinja = Environment(
             loader=FileSystemLoader(TEMPLATES),
             autoescape=True,
@@ -143,7 +143,7 @@ class Page:
         return jinja.get_template("page.html").render(
             page=self,
             kind=lambda part: type(part).__name__.lower(),
-            place=lambda part: next(at for at, chart in enumerate(charts) if chart is part),
+            place=lambda part: next(index for index, chart in enumerate(charts) if chart is part),
             specs=[chart.spec for chart in charts],
             library=bundle() if charts else "",
             style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
@@ -152,7 +152,7 @@ class Page:
 
 
 def style() -> dict[str, Any]:
-    """Vega-Lite's configuration: no background, thin lines, the page's font and colours."""
+    """Return Vega-Lite's configuration: no background, thin lines, the page's font and colours."""
     text = {"labelColor": MUTED, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500}
     axis = {"domainColor": LINE, "tickColor": LINE, "gridColor": LINE, "titlePadding": 10, "labelLimit": 260}
     return {
@@ -170,13 +170,17 @@ def style() -> dict[str, Any]:
 
 @functools.cache
 def bundle() -> str:
-    """Vega, Vega-Lite (the version that Altair writes for) and vegaEmbed as one script: about 0.9 MB, made in 2 s."""
+    """Return Vega, Vega-Lite and vegaEmbed as one script of about 0.9 MB; bundling takes about 2 s.
+
+    The version of Vega-Lite is that of Altair's schema.
+    """
     import altair
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     library: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
-    # Inside <script> only these three can end it or change how it is read; in strings and patterns \x3c means the same.
+    # Only these three can end a script element or change its parsing; \x3c is equivalent in strings and regular
+    # expressions.
     for tag in ("</script", "<script", "<!--"):
         library = library.replace(tag, f"\\x3c{tag[1:]}")
     return library

@@ -1,4 +1,4 @@
-"""The section of an export's page on its precision: what was tried, what was taken, and what stayed in float."""
+"""The precision section of an export's page: the precisions tried, the one chosen, and the layers left in float."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 
 def precision(content: Json) -> Section | None:
-    """How the result got its precision, and what the engine made of it; None where there is nothing to tell."""
+    """Return the section on the precision of the result and the layers of its engine; None without such data."""
     parts = [*_parts(content), *_layers(content["engine"])]
     return Section("Precision", parts) if parts else None
 
@@ -21,52 +21,55 @@ def _parts(content: Json) -> Iterator[Part]:
     trials, facts = content.get("trials") or [], content["precision"].get("result")
     if trials:
         rows = [
-            [each["precision"], *map(_figure, (each["milliseconds"], each["speedup"], each["loss"])), each["verdict"]]
-            for each in trials
+            [
+                trial["precision"],
+                *map(_figure, (trial["milliseconds"], trial["speedup"], trial["loss"])),
+                trial["verdict"],
+            ]
+            for trial in trials
         ]
         yield Table(
             ["", "latency, ms", "speed-up, ×", "expected loss, %", ""],
             rows,
-            caption="Each precision of the target on the result: its quietest burst, its loss on validation data.",
+            caption="Each precision that was tried: latency of its fastest burst, speed-up over fp32, and expected "
+            "loss on validation data.",
         )
     if facts is None:
         return
-    yield Prose(_told(facts))
+    yield Prose(_description(facts))
     if facts["tried"]:
-        rows = [[each["by"], _figure(each["milliseconds"]), _figure(each["loss"])] for each in facts["tried"]]
+        rows = [[trial["by"], _figure(trial["milliseconds"]), _figure(trial["loss"])] for trial in facts["tried"]]
         yield Table(["quantizer", "latency, ms", "expected loss, %"], rows)
     if len(facts.get("calibrations", ())) > 1:
-        rows = [[_method(each), _figure(each["loss"])] for each in facts["calibrations"]]
-        yield Table(
-            ["ranges of activations", "expected loss, %"], rows, caption="In the order in which they were tried."
-        )
+        rows = [[_method(calibration), _figure(calibration["loss"])] for calibration in facts["calibrations"]]
+        yield Table(["activation ranges", "expected loss, %"], rows, caption="In the order in which they were tried.")
 
 
 def _layers(engine: Json) -> Iterator[Part]:
-    """What the runtime says it runs."""
+    """Yield the layers of the engine, as the runtime reports them."""
     yield from (Prose(line) for line in engine_layers.told(engine))
-    found = engine.get("layers") or {}
-    if "kinds" in found:
-        caption = "By the runtime's own account. A layer counts by the narrowest type that it reads."
-        yield Table(["kind of layer", "number"], engine_layers.kinds(found), caption=caption)
+    layers = engine.get("layers") or {}
+    if "kinds" in layers:
+        caption = "As the runtime reports them. The precision of a layer is the narrowest type that it reads."
+        yield Table(["kind of layer", "number"], engine_layers.kinds(layers), caption=caption)
 
 
-def _told(facts: Json) -> str:
-    """One or two sentences on the result's precision."""
-    lost = "" if facts["loss"] is None else f", with a loss to expect of {facts['loss']:.2f} % on validation data"
-    made = f"{facts['precision']} by {facts['by']}{lost}."
+def _description(facts: Json) -> str:
+    """Describe the precision of the result in a few sentences."""
+    loss = "" if facts["loss"] is None else f", with an expected loss of {facts['loss']:.2f} % on validation data"
+    first = f"{facts['precision']} by {facts['by']}{loss}."
     if "nodes" not in facts:
-        return made
-    back = [kept["module"] or kept["node"] for kept in facts["kept"] if kept["sensitivity"] is not None]
-    stayed = f" In float for accuracy: {', '.join(back)}." if back else ""
-    ranges = f" Ranges: {_method(facts | {'method': facts['calibration']})}." if facts["calibration"] else ""
+        return first
+    names = [kept["module"] or kept["node"] for kept in facts["kept"] if kept["sensitivity"] is not None]
+    in_float = f" In float for accuracy: {', '.join(names)}." if names else ""
+    ranges = f" Activation ranges: {_method(facts | {'method': facts['calibration']})}." if facts["calibration"] else ""
     rest = f", the rest in {facts['rest']}" if facts.get("rest", "fp32") != "fp32" else ""
-    return f"{made} {facts['nodes']} products in int8{rest}.{ranges}{stayed}"
+    return f"{first} {facts['nodes']} nodes in int8{rest}.{ranges}{in_float}"
 
 
-def _method(found: Json) -> str:
-    name = found["method"] or "at run time"
-    return f"{name}, after SmoothQuant" if found["smoothed"] else str(name)
+def _method(calibration: Json) -> str:
+    name = calibration["method"] or "at run time"
+    return f"{name}, after SmoothQuant" if calibration["smoothed"] else str(name)
 
 
 def _figure(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What people see of a sample: a small picture as a data: address, or the beginning of a text."""
+"""Previews of samples: a small image as a data: URL, or the beginning of a text."""
 
 from __future__ import annotations
 
@@ -17,36 +17,41 @@ if TYPE_CHECKING:
 
     from compressor.quality.intervals import Array
 
-SIDE = 200  # px of the longer side
-TINY = 64  # up to this many px a picture is drawn larger, pixel by pixel
-LONGEST = 400  # characters of a text
+SIDE = 200  # px, longer side of a preview
+TINY = 64  # px; images up to this size are enlarged without interpolation
+LONGEST = 400  # characters; longer texts are cut
 
 
 def shown(split: Split, places: Iterable[int]) -> dict[str, str]:
-    """Pictures (as data: addresses) and texts of a few samples by id; without those that are numbers only.
+    """Return previews of a few samples by their ids: data: URLs of images, and texts.
 
-    They are read again from the data set: nothing of them is kept during an evaluation.
+    Samples that are neither an image nor a text have no preview. The samples are read again from the data set, as an
+    evaluation does not keep them.
+
+    Args:
+        split: the split with the samples.
+        places: indices of the samples in the split.
     """
-    found = {split.ids[place]: _shown(split, split.indices[place]) for place in places}
-    return {id: seen for id, seen in found.items() if seen is not None}
+    previews = {split.ids[place]: _preview(split, split.indices[place]) for place in places}
+    return {id: preview for id, preview in previews.items() if preview is not None}
 
 
-def _shown(split: Split, index: int) -> str | None:
+def _preview(split: Split, index: int) -> str | None:
     samples = split.samples
     if samples.shown is None:
         first = next(iter(samples.feeds([index]).values()))[0]
         return _picture(_pixels(first)) if first.ndim == 3 and first.shape[0] in (1, 3) else None
     try:
-        seen = samples.shown(index)
-    except BrokenImageError:  # it could be decoded when the data was loaded
+        content = samples.shown(index)
+    except BrokenImageError:  # the file has changed since the data was loaded
         return None
-    if isinstance(seen, str):
-        return seen if len(seen) <= LONGEST else f"{seen[:LONGEST]} ..."
-    return _picture(seen)
+    if isinstance(content, str):
+        return content if len(content) <= LONGEST else f"{content[:LONGEST]} ..."
+    return _picture(content)
 
 
 def _pixels(values: Array) -> Image.Image:
-    """A ready model input [C, H, W] as a picture: from its darkest to its brightest value."""
+    """Convert a model input [C, H, W] to an image, with its smallest value black and its largest white."""
     from PIL import Image
 
     low, high = float(values.min()), float(values.max())
@@ -55,6 +60,7 @@ def _pixels(values: Array) -> Image.Image:
 
 
 def _picture(picture: Image.Image) -> str:
+    """Encode a small copy of an image as a data: URL: PNG if it is tiny, else JPEG."""
     from PIL import Image
 
     small = picture.convert("L" if picture.mode in ("1", "L") else "RGB")

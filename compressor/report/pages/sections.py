@@ -1,4 +1,4 @@
-"""The sections of an export's page: each from report.json's content, None where what it shows was not measured."""
+"""The sections of an export's page, each from the content of report.json; None if its data was not measured."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from compressor.report.report import LABELS, what_is_timed
 
 Json = dict[str, Any]
 
-SLOWEST = 99.5  # percentile of all runs at which the axis of latencies ends
+SLOWEST = 99.5  # percentile of the latencies of a variant at which the axis of the chart ends
 
 
 def factorial(content: Json) -> Section | None:
-    """What compression and the precision gain and lose alone and together, as bars and table."""
-    found = content["factorial"]
-    if found is None:
+    """Return the section on the factorial experiment: conclusion, charts and table."""
+    measured = content["factorial"]
+    if measured is None:
         return None
     from compressor.report.pages.charts import bars
 
-    cells = found["cells"]
+    cells = measured["cells"]
     judged = content["quality"] is not None
     rows = [
-        [name, (f"{each['latency']['median']:.2f}", f"p90 {each['latency']['p90']:.2f}"), times(each["speedup"])]
-        + ([cell(each["figure"]), cell(each["loss"], signed=True) if each["loss"] else ""] if judged else [])
-        for name, each in cells.items()
+        [name, (f"{facts['latency']['median']:.2f}", f"p90 {facts['latency']['p90']:.2f}"), times(facts["speedup"])]
+        + ([cell(facts["figure"]), cell(facts["loss"], signed=True) if facts["loss"] else ""] if judged else [])
+        for name, facts in cells.items()
     ]
     headings = ["", "latency, ms", "speed-up", *(("quality", "loss, %") if judged else ())]
-    products = {one["cells"][3]: one for one in found["interactions"] if one["cells"][0] == next(iter(cells))}
+    products = {one["cells"][3]: one for one in measured["interactions"] if one["cells"][0] == next(iter(cells))}
     speeds = [
-        _bar(name, each["speedup"], "ratio", "×") | ({"expected": _product(products[name])} if name in products else {})
-        for name, each in cells.items()
-        if each["speedup"]
+        _bar(name, facts["speedup"], "ratio", "×")
+        | ({"expected": _product(products[name])} if name in products else {})
+        for name, facts in cells.items()
+        if facts["speedup"]
     ]
     parts: list[Part] = [
-        Points(found["conclusion"]),
+        Points(measured["conclusion"]),
         Chart(
-            bars(speeds, title="times faster than dense float", form=".2~f", expected="product of each alone"),
-            f"Speed-up of each cell of the factorial {found['where']}; the table below holds the figures.",
-            f"Speed-ups {found['where']}. Diamonds: the product of each alone, where speed-ups would multiply.",
+            bars(speeds, title="speed-up over dense float", form=".2~f", expected="product of the separate speed-ups"),
+            f"Speed-up of each cell of the factorial {measured['where']}; the table below lists the figures.",
+            f"Speed-ups {measured['where']}. Diamonds: product of the separate speed-ups.",
         ),
     ]
     if judged:
-        lost = [_bar(name, each["loss"], "value", " %") for name, each in cells.items() if each["loss"]]
-        chart = bars(lost, title="loss against dense float, %", form="+.2~f")
-        parts.append(Chart(chart, "Loss of quality of each cell; the table below holds the figures.", INTERVALS))
-    parts.append(Table(headings, rows, caption=INTERVALS))
-    changes = " changes: the compressed model before its tokens are merged." if "changes float" in cells else ""
-    parts.append(Prose(f"dense: the model as it is. compressed: the result's plan.{changes}"))
-    reduced = found["interactions"][0]["precision"]
-    return Section(f"Compression and {reduced}, alone and together", parts)
+        losses = [_bar(name, facts["loss"], "value", " %") for name, facts in cells.items() if facts["loss"]]
+        chart = bars(losses, title="loss against dense float, %", form="+.2~f")
+        parts.append(Chart(chart, "Loss of quality of each cell; the table below lists the figures.", INTERVALS))
+    parts.append(Table(headings, rows, caption=f"Speed-ups and losses are against dense float. {INTERVALS}"))
+    changes = " changes: the compressed model without token merging." if "changes float" in cells else ""
+    parts.append(Prose(f"dense: the unchanged model. compressed: the model with the plan of the result.{changes}"))
+    reduced = measured["interactions"][0]["precision"]
+    return Section(f"Compression and {reduced}, separately and combined", parts)
 
 
 def _bar(name: str, figure: Json, key: str, unit: str) -> Json:
@@ -76,25 +77,25 @@ def _product(interaction: Json) -> float:
 
 
 def sites(content: Json) -> Section | None:
-    """The map of branches along the depth, with the tokens left where some are merged."""
-    every = content["model"]["sites"]
-    if not every:
+    """Return the section with the map of branches over depth, and the numbers of tokens if some are merged."""
+    all_sites = content["model"]["sites"]
+    if not all_sites:
         return None
     from compressor.report.pages.charts import site_map
 
-    labels = _labels([site["block"] for site in every])
+    labels = _labels([site["block"] for site in all_sites])
     changes, reasons = content["plan"]["changes"], content["plan"]["reasons"]
     rows = []
-    for block, members in groupby(every, key=lambda site: site["block"]):
-        seen: list[str] = []
+    for block, members in groupby(all_sites, key=lambda site: site["block"]):
+        kinds: list[str] = []
         for site in members:
             action = changes.get(site["name"], "keep")
-            form, again = done(action), seen.count(site["kind"])
-            seen.append(site["kind"])
+            form, earlier = done(action), kinds.count(site["kind"])
+            kinds.append(site["kind"])
             rows.append(
                 {
                     "block": labels[block],
-                    "place": site["kind"] + (f" {again + 1}" if again else ""),
+                    "place": site["kind"] + (f" {earlier + 1}" if earlier else ""),
                     "site": site["name"],
                     "done": form,
                     "action": action,
@@ -103,32 +104,32 @@ def sites(content: Json) -> Section | None:
                 }
             )
     counts = content["evidence"].get("tokens", {})
-    first = {labels[site["block"]]: counts[site["name"]] for site in reversed(every) if site["name"] in counts}
+    first = {labels[site["block"]]: counts[site["name"]] for site in reversed(all_sites) if site["name"] in counts}
     tokens = {block: first[block] for block in dict.fromkeys(labels.values()) if block in first}
-    alt = f"{len(changes)} of {len(every)} branches along the depth of the model were changed: " + (
+    alt = f"{len(changes)} of {len(all_sites)} branches of the model were changed: " + (
         ", ".join(f"{name} ({action})" for name, action in changes.items()) or "none"
     )
-    caption = "Each block's branches from the input (left) to the output." + (
-        f" Below: tokens that enter the block, of {max(tokens.values())}." if tokens else ""
+    caption = "The branches of each block, from the input (left) to the output (right)." + (
+        f" Below: number of tokens at the input of each block, at most {max(tokens.values())}." if tokens else ""
     )
     chart = site_map(rows, list(dict.fromkeys(labels.values())), tokens)
-    return Section("What was done where", [Chart(chart, alt, caption)])
+    return Section("Changes by block", [Chart(chart, alt, caption)])
 
 
 def _labels(blocks: Sequence[str]) -> dict[str, str]:
-    """Names of blocks without the part that all of them share.
+    """Return short labels of blocks: the numbers in their names, or the names if the numbers are not unique.
 
     >>> _labels(["blocks.0", "blocks.1"]), _labels(["layers.0.blocks.0", "layers.1.blocks.0"])
     ({'blocks.0': '0', 'blocks.1': '1'}, {'layers.0.blocks.0': '0.0', 'layers.1.blocks.0': '1.0'})
     """
     names = list(dict.fromkeys(blocks))
     numbers = {name: ".".join(part for part in name.split(".") if part.isdigit()) for name in names}
-    told_apart = len(set(numbers.values())) == len(names) and all(numbers.values())
-    return numbers if told_apart else {name: name or "–" for name in names}
+    unique = len(set(numbers.values())) == len(names) and all(numbers.values())
+    return numbers if unique else {name: name or "–" for name in names}
 
 
 def search(content: Json) -> Section | None:
-    """Loss against speed-up of the plans on the way of a search."""
+    """Return the section on the plans of a search: loss against speed-up."""
     points = content["search"].get("front", [])
     if len(points) < 2:
         return None
@@ -138,37 +139,37 @@ def search(content: Json) -> Section | None:
     rows = [
         point
         | {
-            "change": "as it is" if point["change"] is None else " ".join(point["change"]),
-            "kind": "the chosen plan" if point["number"] == chosen else "a plan on the way",
+            "change": "unchanged" if point["change"] is None else " ".join(point["change"]),
+            "kind": "chosen plan" if point["number"] == chosen else "plan of the search",
         }
         for point in points
     ]
     measured = None
     if quality is not None:
-        speed, lost = content["speedup"]["baseline"], quality["loss"]["baseline"]
+        speed, loss = content["speedup"]["baseline"], quality["loss"]["baseline"]
         measured = {"predicted": speed["ratio"], "low": speed["low"], "high": speed["high"]}
-        measured |= {"loss": lost["value"], "loss_low": lost["low"], "loss_high": lost["high"]}
+        measured |= {"loss": loss["value"], "loss_low": loss["low"], "loss_high": loss["high"]}
     metric = "quality" if quality is None else LABELS[quality["metric"]][0]
     unit = content["search"]["prices"]["unit"]
     best = sum(point["efficient"] for point in points)
-    end = "" if measured is None else ", the result by what was measured on test data, against the baseline"
+    end = "" if measured is None else " The result is shown with its measured speed-up and its loss on test data."
     facts = (
-        f"The search made {len(points) - 1} changes one after the other and {chosen} of them were taken. Plans on the "
-        f"way are placed by the predicted speed-up (in {unit}) and the loss on validation data{end}. "
-        f"{best} of {len(points)} are not beaten by another in both."
+        f"The search made {len(points) - 1} changes one after the other; the chosen plan has the first {chosen}. Plans "
+        f"are shown with their predicted speed-up (cost in {unit}) and their loss on validation data.{end} {best} of "
+        f"{len(points)} plans are Pareto-efficient."
     )
     caption = "" if measured is None else INTERVALS
     chart = Chart(front(rows, measured, metric=metric), f"Loss against speed-up of {len(points)} plans.", caption)
-    return Section("What speed costs", [Prose(facts), chart])
+    return Section("Loss against speed-up", [Prose(facts), chart])
 
 
 def scores(content: Json) -> Section | None:
-    """Each branch's score against its measured effect, where both are known of three and more."""
+    """Return the section on scores and measured effects; None if fewer than three branches have both."""
     kinds = {site["name"]: site["kind"] for site in content["model"]["sites"]}
-    known = content["evidence"].get("sites", {})
+    evidence = content["evidence"].get("sites", {})
     rows = [
         {"site": name, "kind": kinds[name], "cosine": row["cosine"], "effect": row["effect"]}
-        for name, row in known.items()
+        for name, row in evidence.items()
         if row.get("cosine") is not None and row["effect"] is not None
     ]
     if len(rows) < 3:
@@ -177,22 +178,22 @@ def scores(content: Json) -> Section | None:
 
     rank = _rank_correlation([row["cosine"] for row in rows], [row["effect"] for row in rows])
     text = (
-        "A score says how little a branch changes the states that pass it, the effect how far the model's output moves "
-        f"when the branch alone is dropped. Their rank correlation here is {rank:+.2f}; where scores foretold effects "
-        "it would be −1."
+        "The score is the cosine similarity of a branch's input and output. The effect is the divergence of the "
+        f"model's output when only that branch is dropped. Their rank correlation is {rank:+.2f}; a value of −1 means "
+        "that the scores predict the order of the effects exactly."
     )
-    chart = Chart(scatter(rows), f"Measured effect against score of {len(rows)} branches.", "One mark for each branch.")
+    chart = Chart(scatter(rows), f"Measured effect against score of {len(rows)} branches.", "One mark per branch.")
     return Section("Score and measured effect", [Prose(text), chart])
 
 
 def _rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Spearman's correlation; equal values are ranked in their order."""
+    """Return Spearman's rank correlation; ties are ranked in their order."""
     first, second = (np.argsort(np.argsort(np.asarray(side))).astype(np.float64) for side in (left, right))
     return float(np.corrcoef(first, second)[0, 1])
 
 
 def states(content: Json) -> Section | None:
-    """How similar the states along the depth are."""
+    """Return the section on the similarity of the trunk states over depth."""
     evidence = content["evidence"]
     if len(evidence.get("states", [])) < 3:
         return None
@@ -200,55 +201,54 @@ def states(content: Json) -> Section | None:
 
     names = evidence["states"]
     text = (
-        f"Cosine similarity of the trunk's states before each branch, and of the last, over {evidence['samples']} "
-        "calibration samples. A bright square on the diagonal is a stretch of the model that changes little."
+        f"Cosine similarity of the trunk states before each branch, and of the last state, over {evidence['samples']} "
+        "calibration samples. A bright square on the diagonal is a span of branches that changes the states little."
     )
     chart = Chart(heat_map(names, evidence["similarity"]), f"Similarity of {len(names)} states with each other.")
     return Section("Similarity along the depth", [Prose(text), chart])
 
 
 def latencies(content: Json) -> Section | None:
-    """The distributions of all latencies: of the factorial's cells, or else of the report's variants."""
+    """Return the section on the latency distributions of the factorial's cells, or else of the variants."""
     if not content["latency"]:
         return None
     from compressor.report.pages.charts import distributions
 
     cells = content["factorial"]
-    source = content["latency"] if cells is None else {k: each["latency"] for k, each in cells["cells"].items()}
-    samples = {name: list(chain.from_iterable(each["samples_ms"])) for name, each in source.items()}
-    # A few stragglers would squeeze all others into a corner.
+    source = content["latency"] if cells is None else {k: facts["latency"] for k, facts in cells["cells"].items()}
+    samples = {name: list(chain.from_iterable(latency["samples_ms"])) for name, latency in source.items()}
+    # Outliers would compress the axis.
     end = max(float(np.percentile(values, SLOWEST)) for values in samples.values())
     beyond = sum(value > end for values in samples.values() for value in values)
     total = sum(map(len, samples.values()))
     inputs = ", ".join(f"{name} {shape}" for name, shape in content["timed_inputs"].items())
     if content.get("generation"):
         inputs = what_is_timed(content["generation"])
-    caption = (
-        f"{total} runs on {inputs}, interleaved. Lines: medians. Slower than {end:.3g} ms and not drawn: {beyond}."
-    )
+    caption = f"{total} interleaved runs on {inputs}. Lines: medians. Slower than {end:.3g} ms and not drawn: {beyond}."
     chart = Chart(distributions(samples, end), f"Distribution of the latency of {', '.join(samples)}.", caption)
     return Section("Latency", [chart])
 
 
 def examples(content: Json, shown: Mapping[str, str]) -> Section | None:
-    """Samples that are answered differently, with what people see of them."""
+    """Return the section on samples whose predicted class changed, with previews of the samples."""
     quality = content["quality"]
     if quality is None or not quality["changed"]:
         return None
     start = "original" if "original" in quality["figures"] else "baseline"
-    found = [_example(each, start, shown.get(each["id"])) for each in quality["changed"]]
+    gallery = Gallery([_example(changed, start, shown.get(changed["id"])) for changed in quality["changed"]])
     agreement = quality["label_free"].get("agreement")
-    often = "" if agreement is None else f" That happens in {100.0 - agreement['value']:.2f} % of the test samples."
+    share = "" if agreement is None else f" These are {100.0 - agreement['value']:.2f} % of the test samples."
     text = (
-        f"Inputs that the {start} and the result put into different classes, those first of which it was surest.{often}"
+        f"Test samples for which the {start} and the result predict different classes.{share} Shown are those with the "
+        f"largest regret: the {start}'s probability of its own class minus that of the result's class."
     )
-    return Section("Where answers differ", [Prose(text), Gallery(found)])
+    return Section("Changed predictions", [Prose(text), gallery])
 
 
-def _example(changed: Json, start: str, seen: str | None) -> Example:
-    label, picture = changed["label"], seen is not None and seen.startswith("data:image/")
+def _example(changed: Json, start: str, preview: str | None) -> Example:
+    label, picture = changed["label"], preview is not None and preview.startswith("data:image/")
     facts = [] if label is None else [("label", str(label))]
     for name, (answer, probability) in ((start, changed["before"]), ("result", changed["after"])):
         right = " ✓" if answer == label else ""
         facts.append((name, f"{answer} ({probability:.0%}){right}"))
-    return Example(changed["id"], facts, picture=seen if picture else None, text=None if picture else seen)
+    return Example(changed["id"], facts, picture=preview if picture else None, text=None if picture else preview)

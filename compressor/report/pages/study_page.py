@@ -1,4 +1,4 @@
-"""study.html: the charts and tables of a study, on the page that `compressor.report.pages.html_page` makes."""
+"""The page of a study, study.html, with its charts and tables."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-BINS = 64  # most positions that the heat map shows apart
-HEIGHT = 260  # px
+BINS = 64  # maximum number of positions or bins of positions in the heat map
+HEIGHT = 260  # px, height of a line chart
 
 
 def page(study: Study, *, command: str = "") -> Page:
-    """The page of a study.
+    """Return the page of a study.
 
     Args:
-        study: what was found.
-        command: what made it.
+        study: the study.
+        command: the command line that was run.
     """
     sites, blocks, states = study.site_rows(), study.block_rows(), study.state_rows()
     return Page(
         title=f"Redundancy study: {study.model}",
         lead=[
             f"{len(sites)} residual branches, measured on {study.samples} calibration samples "
-            f"({study.data['reading']}). Cosine: of a token's state before a branch and after it; 1 means unchanged."
+            f"({study.data['reading']}). Cosine: similarity of a token's state before and after a branch; 1 means "
+            "unchanged."
         ],
         tiles=list(_tiles(study, sites)),
         sections=[
-            Section("In short", [Points(study.summary())]),
+            Section("Summary", [Points(study.summary())]),
             *_depth(study, sites, blocks),
             *_tokens(study, sites),
             *_norms(sites, states),
@@ -49,24 +50,24 @@ def page(study: Study, *, command: str = "") -> Page:
 
 
 def _tiles(study: Study, sites: Sequence[Row]) -> Iterator[Tile]:
-    known = sorted((row for row in sites if row["cosine"] is not None), key=lambda row: row["cosine"])
-    if known:
-        yield Tile("least changing branch", cosine(known[-1]["cosine"]), known[-1]["name"])
-        yield Tile("most changing branch", cosine(known[0]["cosine"]), known[0]["name"])
+    ranked = sorted((row for row in sites if row["cosine"] is not None), key=lambda row: row["cosine"])
+    if ranked:
+        yield Tile("branch with the smallest change", cosine(ranked[-1]["cosine"]), ranked[-1]["name"])
+        yield Tile("branch with the largest change", cosine(ranked[0]["cosine"]), ranked[0]["name"])
     if study.stability is not None:
         half = study.stability.halves
-        yield Tile("halves agree (Spearman)", f"{half.spearman:.3f}", f"{half.low:.3f} to {half.high:.3f}")
+        yield Tile("agreement of halves (Spearman)", f"{half.spearman:.3f}", f"{half.low:.3f} to {half.high:.3f}")
     ratios = [row["ratio_most"] for row in study.state_rows()]
     yield Tile("largest activation", f"{max(ratios):.0f}x", "times the median of its sample")
 
 
 def _depth(study: Study, sites: Sequence[Row], blocks: Sequence[Row]) -> Iterator[Section]:
     rows = [
-        {"place": place, "name": row["name"], "of": row["kind"], "cosine": row["cosine"], "update": row["update"]}
-        for place, row in enumerate(sites)
+        {"place": index, "name": row["name"], "of": row["kind"], "cosine": row["cosine"], "update": row["update"]}
+        for index, row in enumerate(sites)
         if row["cosine"] is not None
     ]
-    last = {row["block"]: place for place, row in enumerate(sites)}
+    last = {row["block"]: index for index, row in enumerate(sites)}
     rows += [
         {
             "place": last[row["name"]],
@@ -80,10 +81,10 @@ def _depth(study: Study, sites: Sequence[Row], blocks: Sequence[Row]) -> Iterato
     ]
     if not rows:
         return
-    chart = _lines(rows, "place", "branch, in order of depth", "cosine", "cosine of before and after", "of", "what")
+    chart = _lines(rows, "place", "branch, in order of depth", "cosine", "cosine of input and output", "of", "part")
     yield Section(
         "Over depth: attention, MLP and block",
-        [Chart(chart, f"Cosine of before and after for {len(rows)} branches and blocks of {study.model} over depth.")],
+        [Chart(chart, f"Cosine of input and output of {len(rows)} branches and blocks of {study.model} over depth.")],
     )
 
 
@@ -92,63 +93,63 @@ def _tokens(study: Study, sites: Sequence[Row]) -> Iterator[Section]:
     parts: list[Any] = []
     if len(kinds) > 1:
         rows = [
-            {"place": place, "name": row["name"], "of": kind, "cosine": row["kinds"][kind]["cosine"]}
-            for place, row in enumerate(sites)
+            {"place": index, "name": row["name"], "of": kind, "cosine": row["kinds"][kind]["cosine"]}
+            for index, row in enumerate(sites)
             for kind in kinds
             if kind in row["kinds"]
         ]
         chart = _lines(
-            rows, "place", "branch, in order of depth", "cosine", "cosine of before and after", "of", "token"
+            rows, "place", "branch, in order of depth", "cosine", "cosine of input and output", "of", "token"
         )
         parts.append(Chart(chart, f"Cosine by kind of token ({', '.join(kinds)}) over depth."))
         means = [mean_by_kind(sites, kinds, name) for name in ("cosine", "update", "norm")]
-        table = [[kind, *(f"{each[kind]:.4g}" for each in means)] for kind in kinds]
-        headings = ("token", "cosine", "relative update", "norm of the update")
+        table = [[kind, *(f"{mean[kind]:.4g}" for mean in means)] for kind in kinds]
+        headings = ("token", "cosine", "relative update", "norm of update")
         parts.append(Table(headings, table, "Means over all branches."))
     cells = list(_cells(sites))
     if len({cell["position"] for cell in cells}) > 2:
-        parts.append(Chart(_heat(cells), "Cosine by position and branch.", _said(sites)))
+        parts.append(Chart(_heat(cells), "Cosine by position and branch.", _caption(sites)))
     if parts:
-        yield Section("Per token: kind and position", parts)
+        yield Section("By token: kind and position", parts)
 
 
-def _said(sites: Sequence[Row]) -> str:
+def _caption(sites: Sequence[Row]) -> str:
     longest = max(len(row["positions"]["tokens"]) for row in sites)
-    shown = f"in bins of {-(-longest // BINS)}" if longest > BINS else "one by one"
-    return f"{len(mean_by_position(sites))} positions, {shown}; position 0 is the first token. Darker: changed more."
+    bins = f" in bins of {-(-longest // BINS)}" if longest > BINS else ""
+    return f"{len(mean_by_position(sites))} positions{bins}. Position 0 is the first token. Dark cells change more."
 
 
 def _cells(sites: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """The heat map's cells: mean cosine of each branch over a bin of positions."""
+    """Yield the cells of the heat map: mean cosine of each branch over a bin of positions."""
     longest = max(len(row["positions"]["tokens"]) for row in sites)
     width = -(-longest // BINS)
     for row in sites:
         tokens, cosines = row["positions"]["tokens"], row["positions"]["cosine"]
-        starts = [0, *range(1, len(tokens), width)]  # the first token stands apart: it is another kind
+        starts = [0, *range(1, len(tokens), width)]  # the first token has its own bin, as it is of another kind
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             count = sum(tokens[start:end])
             if count:
                 pairs = zip(tokens[start:end], cosines[start:end], strict=True)
-                total = sum(many * value for many, value in pairs if value is not None)
+                total = sum(number * value for number, value in pairs if value is not None)
                 yield {"name": row["name"], "position": start, "cosine": total / count}
 
 
 def _norms(sites: Sequence[Row], states: Sequence[Row]) -> Iterator[Section]:
     kinds = sorted({kind for row in states for kind in row["kinds"]})
     trunk = [
-        {"place": place, "name": f"before {row['name']}", "of": kind, "norm": row["kinds"][kind]}
-        for place, row in enumerate(states)
+        {"place": index, "name": f"before {row['name']}", "of": kind, "norm": row["kinds"][kind]}
+        for index, row in enumerate(states)
         for kind in kinds
         if row["kinds"].get(kind)
     ]
     branch = [
-        {"place": place, "name": row["name"], "of": row["kind"], "update": row["update"]}
-        for place, row in enumerate(sites)
+        {"place": index, "name": row["name"], "of": row["kind"], "update": row["update"]}
+        for index, row in enumerate(sites)
         if row["update"] is not None
     ]
     largest = [
-        {"place": place, "name": f"before {row['name']}", "of": name, "ratio": max(row[key], 1.0)}
-        for place, row in enumerate(states)
+        {"place": index, "name": f"before {row['name']}", "of": name, "ratio": max(row[key], 1.0)}
+        for index, row in enumerate(states)
         for key, name in (("ratio", "median sample"), ("ratio_most", "largest sample"))
     ]
     yield Section(
@@ -156,13 +157,13 @@ def _norms(sites: Sequence[Row], states: Sequence[Row]) -> Iterator[Section]:
         [
             Chart(
                 _lines(trunk, "place", "trunk state, in order of depth", "norm", "mean norm", "of", "token", log=True),
-                "Mean norm of the trunk over depth, by kind of token.",
+                "Mean norm of the trunk states over depth, by kind of token.",
             ),
             Chart(
                 _lines(
                     branch, "place", "branch, in order of depth", "update", "|f(x)| / |x|", "of", "branch", log=True
                 ),
-                "Norm of each branch's update, relative to the trunk.",
+                "Norm of each branch's update relative to the trunk state.",
             ),
             Chart(
                 _lines(
@@ -175,28 +176,28 @@ def _norms(sites: Sequence[Row], states: Sequence[Row]) -> Iterator[Section]:
                     "over",
                     log=True,
                 ),
-                "Largest activation over the median of its sample, over depth.",
-                "Massive activations (Sun et al. 2024) are above 100 and a thousand times the median.",
+                "Ratio of the largest activation to the median of its sample, over depth.",
+                "Massive activations (Sun et al. 2024) are above 100 and above 1,000 times the median.",
             ),
         ],
     )
 
 
 def _stability(study: Study) -> Iterator[Section]:
-    found = study.stability
-    if found is None:
-        yield Section("How stable the ranking is", [Prose("Too few samples or branches to tell.")])
+    stability = study.stability
+    if stability is None:
+        yield Section("Stability of the ranking", [Prose("Not computed: too few samples or branches.")])
         return
     rows = [
         [
-            f"{each.samples} against all",
-            f"{each.spearman:.3f}",
-            f"{each.low:.3f} to {each.high:.3f}",
-            f"{each.kendall:.3f}",
+            f"{part.samples} against all",
+            f"{part.spearman:.3f}",
+            f"{part.low:.3f} to {part.high:.3f}",
+            f"{part.kendall:.3f}",
         ]
-        for each in found.sizes
+        for part in stability.sizes
     ]
-    half = found.halves
+    half = stability.halves
     rows.insert(
         0,
         [
@@ -208,21 +209,21 @@ def _stability(study: Study) -> Iterator[Section]:
     )
     ranks = [
         {"name": site.name, "rank": rank, "low": low, "high": high, "of": site.kind}
-        for site, (rank, low, high) in zip(study.sites, found.ranks, strict=True)
+        for site, (rank, low, high) in zip(study.sites, stability.ranks, strict=True)
     ]
     yield Section(
-        "How stable the ranking is",
+        "Stability of the ranking",
         [
             Table(
                 ("samples", "Spearman", "5 to 95 %", "Kendall"),
                 rows,
-                "Rankings by mean cosine. Smaller draws are part of all samples, halves share none.",
+                "Rankings by mean cosine. Smaller draws are subsets of all samples; the two halves are disjoint.",
             ),
             Chart(
                 _ranks(ranks),
                 "Rank of each branch with its range over bootstrap draws.",
-                f"Rank 1 changes the stream least; bars span 5 to 95 % of bootstrap draws, of which {found.kept:.0%} "
-                f"have the same {found.top} in front.",
+                f"The branch of rank 1 changes the residual stream least. Bars span 5 to 95 % of bootstrap draws; "
+                f"{stability.kept:.0%} of them have the same set of {stability.top} most redundant branches.",
             ),
         ],
     )
@@ -231,19 +232,19 @@ def _stability(study: Study) -> Iterator[Section]:
 def _agreements(study: Study) -> Iterator[Section]:
     rows = [
         [
-            f"{short(each.first)} and {short(each.second)}",
-            f"{each.spearman:.3f}",
-            f"{each.low:.3f} to {each.high:.3f}",
-            f"{each.kendall:.3f}",
-            f"{each.mixed:.3f}, 95 % above {each.floor:.3f}",
-            ", ".join(f"{same} of {count}" for count, same in each.shared.items()),
+            f"{short(pair.first)} and {short(pair.second)}",
+            f"{pair.spearman:.3f}",
+            f"{pair.low:.3f} to {pair.high:.3f}",
+            f"{pair.kendall:.3f}",
+            f"{pair.mixed:.3f}, 95 % above {pair.floor:.3f}",
+            ", ".join(f"{same} of {count}" for count, same in pair.shared.items()),
         ]
-        for each in study.agreements
+        for pair in study.agreements
     ]
     if rows:
-        headings = ("data", "Spearman", "5 to 95 %", "Kendall", "mixed", "most redundant the same")
-        note = "Rankings by mean cosine. Mixed: Spearman of two heaps, with samples of both in each."
-        yield Section("Whether other data rank alike", [Table(headings, rows, note)])
+        headings = ("data", "Spearman", "5 to 95 %", "Kendall", "mixtures", "shared most redundant")
+        note = "Rankings by mean cosine. Mixtures: Spearman of two random mixtures of the samples of both data sets."
+        yield Section("Agreement between data sets", [Table(headings, rows, note)])
 
 
 def _table(sites: Sequence[Row]) -> Table:
@@ -256,7 +257,7 @@ def _table(sites: Sequence[Row]) -> Table:
         ]
         for row in sites
     ]
-    return Table(("branch", "kind", "cosine", "relative update", "norm of the update", "rank"), rows, words=("kind",))
+    return Table(("branch", "kind", "cosine", "relative update", "norm of update", "rank"), rows, words=("kind",))
 
 
 def _lines(
@@ -270,7 +271,7 @@ def _lines(
     *,
     log: bool = False,
 ) -> altair.TopLevelMixin:
-    """A line with points for each colour; hovering names the branch."""
+    """Draw a line with points for each value of `colour`; tooltips name the branch."""
     import altair as alt
 
     data = alt.InlineData(list(rows))
@@ -290,7 +291,7 @@ def _lines(
 
 
 def _heat(cells: Sequence[Row]) -> altair.TopLevelMixin:
-    """Positions across, branches down, in order of depth."""
+    """Draw the heat map of cosines: positions in columns, branches in rows, in order of depth."""
     import altair as alt
 
     names = list(dict.fromkeys(cell["name"] for cell in cells))
@@ -309,7 +310,7 @@ def _heat(cells: Sequence[Row]) -> altair.TopLevelMixin:
 
 
 def _ranks(rows: Sequence[Row]) -> altair.TopLevelMixin:
-    """A point for each branch's rank and a bar for its range, in order of depth."""
+    """Draw the rank of each branch as a point and its range as a bar, in order of depth."""
     import altair as alt
 
     names = [row["name"] for row in rows]

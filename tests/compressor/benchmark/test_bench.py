@@ -1,4 +1,4 @@
-"""`export --factorial` and `bench` for real, on a vision transformer of three small blocks: what is measured again."""
+"""Tests of `export --factorial` and of `bench`, on a vision transformer with three small blocks."""
 
 import json
 from functools import partial
@@ -17,7 +17,8 @@ from compressor.benchmark.bench import BenchSettings, bench
 from compressor.benchmark.results import Comparison
 from compressor.cli.main import main
 from compressor.errors import SettingsError
-from compressor.measure import peak_memory, workshop
+from compressor.measure import latency as engine_timing
+from compressor.measure import peak_memory
 from compressor.report.factorial import cells_of
 from compressor.report.report import Report
 from compressor.settings import Settings
@@ -32,7 +33,7 @@ ONE = BuildOptions(threads=1)
 
 
 def small() -> tuple[torch.nn.Module, torch.Tensor]:
-    """A factory for ``module:factory``: three blocks whose branches matter, on pictures of 16 tokens."""
+    """Build a model for ``module:factory``: three blocks with branches of significant effect, images of 16 tokens."""
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
     module = timm.create_model("vit_tiny_patch16_224", **sizes)
@@ -44,17 +45,17 @@ def small() -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def brief() -> Any:
-    """Real timing, but for a moment only; and the factory can be found."""
+def short_timing() -> Any:
+    """Shorten the timing, and make the factory importable."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+        patch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
         patch.syspath_prepend(str(Path(__file__).parent))
         yield
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, str]:
-    """A factorial of three factors, with data whose labels are the model's own answers; and the data."""
+    """Export a factorial of three factors; return folder, report and the data, labelled by the model itself."""
     folder = tmp_path_factory.mktemp("exported")
     module, _ = small()
     pictures = np.random.default_rng(0).standard_normal((80, 3, 16, 16)).astype(np.float32)
@@ -72,7 +73,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report, st
 def measured(
     exported: tuple[Path, Report, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Comparison, dict[str, Any]]:
-    """Everything there is, measured once."""
+    """Run `bench` once on a folder, an ONNX file and a module; return the comparison and the JSON."""
     output = tmp_path_factory.mktemp("measured") / "bench.json"
     folder = exported[0]
     comparison = compressor.bench(
@@ -84,7 +85,7 @@ def measured(
 # --------------------------------------------------------------------------------------------------- the export
 
 
-def test_an_export_holds_every_cell_and_the_conclusion(exported: tuple[Path, Report, str]) -> None:
+def test_export_holds_every_cell_and_the_conclusion(exported: tuple[Path, Report, str]) -> None:
     folder, report, _ = exported
     content = json.loads((folder / "report.json").read_text())["factorial"]
     listed = json.loads((folder / "manifest.json").read_text())["files"]
@@ -98,7 +99,7 @@ def test_an_export_holds_every_cell_and_the_conclusion(exported: tuple[Path, Rep
         assert sentence in report.summary()
 
 
-def test_the_cells_are_the_engines_of_the_report_and_those_between(exported: tuple[Path, Report, str]) -> None:
+def test_cells_include_the_engines_of_the_report(exported: tuple[Path, Report, str]) -> None:
     _, report, _ = exported
     assert report.factorial is not None
     assert report.quality is not None
@@ -106,12 +107,12 @@ def test_the_cells_are_the_engines_of_the_report_and_those_between(exported: tup
     for cell, name in {"dense float": "original", "dense int8": "baseline", "compressed int8": "result"}.items():
         assert cells.latency[cell] == report.latency[name]
         assert cells.figures[cell] == report.quality.figures[name]
-    assert cells.figures["dense float"].value == 100.0  # the labels are its own answers
-    # What differs between neighbouring cells is one thing: bytes of weights by int8, a branch, or nothing but tokens.
+    assert cells.figures["dense float"].value == 100.0  # the model itself made the labels
+    # The two cells differ in merged tokens only.
     assert cells.losses["compressed float"] != cells.losses["changes float"]
 
 
-def test_a_plan_that_changes_nothing_has_no_factorial(tmp_path: Path) -> None:
+def test_plan_without_changes_has_no_factorial(tmp_path: Path) -> None:
     module, inputs = torch.nn.Sequential(Branch(), torch.nn.Linear(32, 4)), torch.zeros(2, 32)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32))
     report = compressor.export(
@@ -126,12 +127,12 @@ def test_a_plan_that_changes_nothing_has_no_factorial(tmp_path: Path) -> None:
     assert report.factorial is None
     assert "No factorial: the plan changes nothing." in report.notes
     assert not (tmp_path / "out" / "factorial").exists()
-    with pytest.raises(CompressorError, match="name with --model a package"):  # nothing says how to make it again
+    with pytest.raises(CompressorError, match="builds it with --model"):  # no factory to build the module again
         bench(BenchSettings((str(tmp_path / "out"),), output=tmp_path / "bench.json"))
 
 
 class Branch(torch.nn.Module):
-    """x + f(x) on vectors of 32."""
+    """A residual branch, x + f(x), on vectors of length 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class Branch(torch.nn.Module):
         return x + torch.relu(self.inner(x))
 
 
-def test_a_factorial_asks_for_int8_unless_one_is_named() -> None:
+def test_factorial_implies_int8() -> None:
     assert Settings(factorial=True).precision == "int8"
     assert Settings(factorial=True, int8="dynamic").precision == "int8-dynamic"
     assert Settings().precision == "fp32"
@@ -151,7 +152,7 @@ def test_a_factorial_asks_for_int8_unless_one_is_named() -> None:
 # -------------------------------------------------------------------------------------------------------- bench
 
 
-def test_bench_measures_every_engine_side_by_side(measured: tuple[Comparison, dict[str, Any]]) -> None:
+def test_bench_measures_every_engine(measured: tuple[Comparison, dict[str, Any]]) -> None:
     _, content = measured
     names = [*(f"out/{cell}" for cell in cells_of("int8")), "model.onnx", f"{FACTORY} (eager)"]
     assert list(content["engines"]) == [row["engine"] for row in content["measurements"]] == names
@@ -167,7 +168,7 @@ def test_bench_measures_every_engine_side_by_side(measured: tuple[Comparison, di
     assert content["measurements"][0]["speedup"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
 
 
-def test_bench_judges_as_the_export_did(
+def test_bench_quality_equals_that_of_the_export(
     measured: tuple[Comparison, dict[str, Any]], exported: tuple[Path, Report, str]
 ) -> None:
     engines, report = measured[1]["engines"], exported[1]
@@ -181,7 +182,7 @@ def test_bench_judges_as_the_export_did(
     assert engines[f"{FACTORY} (eager)"]["bytes"] is None
 
 
-def test_bench_works_out_the_factorial_again(measured: tuple[Comparison, dict[str, Any]]) -> None:
+def test_bench_computes_the_factorial(measured: tuple[Comparison, dict[str, Any]]) -> None:
     comparison, content = measured
     (again,) = content["factorials"]
     assert again["folder"] == "out"
@@ -193,9 +194,7 @@ def test_bench_works_out_the_factorial_again(measured: tuple[Comparison, dict[st
     assert f"out: {again['conclusion'][0]}" in comparison.summary()
 
 
-def test_the_command_prints_every_engine_under_every_condition(
-    exported: tuple[Path, Report, str], tmp_path: Path
-) -> None:
+def test_command_prints_every_engine_under_every_condition(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
     folder, _, data = exported
     options = ["--model", FACTORY, "--data", data, "--batch", "1,3", "--threads", "1,2", "--rounds", "1"]
     files = [str(folder / "model.onnx"), str(folder / "factorial" / "dense.float.onnx")]
@@ -215,12 +214,12 @@ def test_the_command_prints_every_engine_under_every_condition(
     assert "measure the latency" in done.stderr
 
 
-def test_samples_that_calibrated_a_folder_are_named(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
+def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
     comparison = bench(BenchSettings((str(exported[0]),), samples=40, rounds=1, output=tmp_path / "bench.json"))
-    # 80 samples: 20 calibrated, 20 validated. Of the first 40, 20 are tested on, all of them seen by the export.
+    # Of 80 samples, the export used 20 for calibration and 20 for validation, which include the 20 test samples here.
     assert comparison.notes == (
-        "20 of the 20 test samples may have calibrated out, which was exported with more samples; give as many "
-        "--samples as then.",
+        "out was exported with more samples and may have been calibrated on 20 of the 20 test samples; give the "
+        "--samples of the export.",
     )
 
 
@@ -229,21 +228,21 @@ def test_samples_that_calibrated_a_folder_are_named(exported: tuple[Path, Report
     [
         ([], {}, SettingsError, "nothing to measure"),
         (["OUT", "OUT"], {}, SettingsError, "is given twice"),
-        (["OUT/model.onnx"], {}, SettingsError, "name with --model"),
+        (["OUT/model.onnx"], {}, SettingsError, "preprocessing they use with --model"),
         (["OUT/none.onnx"], {}, CompressorError, "there is no file"),
-        (["OUT"], {"against": "nobody"}, SettingsError, "--against nobody is none of what is measured"),
+        (["OUT"], {"against": "nobody"}, SettingsError, "--against nobody is not a measured engine"),
         (["OUT"], {"batch": (0,)}, SettingsError, "batch is 0"),
         (["OUT"], {"batch": ()}, SettingsError, "batch is empty"),
         (["OUT"], {"threads": (2, 2)}, SettingsError, "threads is 2,2"),
         (["OUT"], {"output": "ROOM"}, SettingsError, "is a folder; expected a file"),
         (["OUT"], {"target": "onnxruntim"}, SettingsError, "did you mean onnxruntime"),
         (["OUT"], {"model": "nowhere_at_all:x"}, CompressorError, "could not be called"),
-        (["BROKEN"], {}, CompressorError, "is no report that `compressor export` wrote"),
+        (["BROKEN"], {}, CompressorError, "is not a report that `compressor export` wrote"),
         (["vit_basse_patch16_224"], {"data": "random"}, CompressorError, "did you mean vit_base"),
-        (["OUT/model.onnx"], {"model": "SAMPLE", "data": "DIGITS"}, CompressorError, "x to output, but sample from"),
+        (["OUT/model.onnx"], {"model": "SAMPLE", "data": "DIGITS"}, CompressorError, "x to output, but sample maps"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(
+def test_bad_input_is_reported_in_one_sentence_and_writes_no_files(
     exported: tuple[Path, Report, str],
     tmp_path: Path,
     what: list[str],
@@ -254,7 +253,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     (tmp_path / "room").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "report.json").write_text('{"settings": {}}')
-    places = {
+    paths = {
         "OUT": str(exported[0]),
         "ROOM": str(tmp_path / "room"),
         "BROKEN": str(tmp_path / "broken"),
@@ -263,18 +262,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     }
 
     def filled(text: Any) -> Any:
-        for name, place in places.items():
-            text = text.replace(name, place) if isinstance(text, str) else text
+        for name, path in paths.items():
+            text = text.replace(name, path) if isinstance(text, str) else text
         return text
 
-    asked = {"output": str(tmp_path / "room" / "bench.json"), "samples": 12, "rounds": 1} | options
+    values = {"output": str(tmp_path / "room" / "bench.json"), "samples": 12, "rounds": 1} | options
     with pytest.raises(kind) as caught:
-        bench(BenchSettings(tuple(map(filled, what)), **{key: filled(value) for key, value in asked.items()}))
+        bench(BenchSettings(tuple(map(filled, what)), **{key: filled(value) for key, value in values.items()}))
     assert words in str(caught.value)
     assert list((tmp_path / "room").iterdir()) == []
 
 
-def test_usage_ends_with_status_2_and_what_fails_with_1(tmp_path: Path) -> None:
+def test_wrong_usage_ends_with_status_2_and_failure_with_1(tmp_path: Path) -> None:
     for arguments, status in ((["bench"], 2), (["bench", "--batch", "one"], 2), (["bench", "none.onnx"], 1)):
         done = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "bench.json")])
         assert (done.exit_code, done.stdout) == (status, "")
@@ -286,7 +285,7 @@ def test_usage_ends_with_status_2_and_what_fails_with_1(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- torch and memory
 
 
-def test_a_torch_engine_answers_as_its_module_and_puts_threads_back() -> None:
+def test_torch_engine_equals_its_module_and_restores_threads() -> None:
     module, inputs = small()
     model = models.load(module, example_inputs=inputs)
     feeds = {"x": np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)}
@@ -307,16 +306,16 @@ def test_a_torch_engine_answers_as_its_module_and_puts_threads_back() -> None:
         Module(model).open(BuildOptions(device="cuda"))
 
 
-def test_a_compiled_module_is_compiled_once_for_each_shape_and_answers_as_the_eager_one() -> None:
-    """Through dynamo alone: its C++ backend takes a minute."""
+def test_compiled_module_is_compiled_once_per_shape_and_equals_eager() -> None:
+    """With the backend `eager`: Inductor compiles C++ for a minute."""
     module, inputs = small()
     compiling = Module(models.load(module, example_inputs=inputs), compiles=True, backend="eager")
     rows = {count: np.random.default_rng(0).standard_normal((count, 3, 16, 16)).astype(np.float32) for count in (1, 2)}
-    for _ in range(2):  # opened anew for each burst
+    for _ in range(2):  # as for each burst
         for count, pictures in rows.items():
             with compiling.open(ONE) as engine, torch.inference_mode():
                 expected = module(torch.from_numpy(pictures)).numpy()
-                # The same operators, called one by one from the traced graph.
+                # The traced graph calls the same operators.
                 np.testing.assert_allclose(engine.run({"x": pictures})["output"], expected, rtol=1e-5, atol=1e-6)
             assert len(compiling.compiled) >= count
     assert len(compiling.compiled) == 2
@@ -329,7 +328,7 @@ def test_a_compiled_module_is_compiled_once_for_each_shape_and_answers_as_the_ea
 
 def test_memory_is_that_of_a_process_with_the_engine(exported: tuple[Path, Report, str]) -> None:
     feeds = {"x": np.zeros((2, 3, 16, 16), np.float32)}
-    found = peak_memory.measure("onnxruntime", exported[0] / "model.onnx", ONE, feeds)
-    assert found is None or 1_000_000 < found.before < found.peak  # None: a system that does not say
+    memory = peak_memory.measure("onnxruntime", exported[0] / "model.onnx", ONE, feeds)
+    assert memory is None or 1_000_000 < memory.before < memory.peak  # None if the system does not report it
     with pytest.raises(peak_memory.PeakMemoryError, match=r"memory of none\.onnx failed \(.*There is no ONNX file"):
         peak_memory.measure("onnxruntime", exported[0] / "none.onnx", ONE, feeds)

@@ -1,4 +1,4 @@
-"""Generation as `bench` times it: the timed step is the one that goes on where the prompt ended, on every engine."""
+"""Tests of the generation timing: the timed decode step continues its prompt, on every engine."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from compressor.errors import SettingsError
 from compressor.lower.trace import trace
 from compressor.lower.traced_model import Loaded
 from compressor.lower.write_onnx import lower
-from compressor.measure import workshop
+from compressor.measure import latency as engine_timing
 from compressor.measure.workload import token_ids
 from compressor.quantize.int8_search import quantize
 from compressor.settings import Settings
@@ -46,23 +46,23 @@ pytest.importorskip("onnxruntime", reason="the target of these engines")
 LLAMA = SHARED_DATA / "stories260k"
 needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
 
-CLOSE = 2e-5  # of float32 sums in another order, on logits of size 1
-INT8 = 0.1  # of the logits' spread, where a step's dynamic ranges are those of one token: 0.03 found
+CLOSE = 2e-5  # rounding of float32 sums in another order, for logits of size 1
+INT8 = 0.1  # share of the logits' spread, for dynamic ranges of a single token; measured 0.03
 ONE = BuildOptions(threads=1)
 ROWS, CONTEXT = 2, 9
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint of two small random layers with 32 positions."""
+    """Write a checkpoint of two small random layers with 32 positions."""
     torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("model") / "tiny"
+    path = tmp_path_factory.mktemp("model") / "tiny"
     config = transformers.LlamaConfig(
         vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
         num_key_value_heads=2, max_position_embeddings=32,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(made)
-    return made
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +77,31 @@ def ids():
 
 @pytest.fixture(scope="module")
 def engines(model, ids, tmp_path_factory):
-    """What opens each engine, and the bytes of cache that each token takes there."""
+    """Return functions that open the engines, and the cache bytes of each token, by name."""
     scratch = tmp_path_factory.mktemp("engines")
     graph = trace(model)
     sites = [site for site in find_sites(graph) if site.kind == "attention"]
-    found = {"eager": (partial(Module(model).open, ONE), bytes_per_token(graph))}
-    for name, gone in (("dense", ()), ("pruned", sites[:1])):
+    by_name = {"eager": (partial(Module(model).open, ONE), bytes_per_token(graph))}
+    for name, dropped in (("dense", ()), ("pruned", sites[:1])):
         fork = graph.fork()
-        apply(Drop(tuple(site.name for site in gone)), fork)
+        apply(Drop(tuple(site.name for site in dropped)), fork)
         path = lower(fork, model, scratch / f"{name}.onnx")
-        found[name] = (partial(target.load, path, ONE), bytes_per_token(fork))
+        by_name[name] = (partial(target.load, path, ONE), bytes_per_token(fork))
         if name == "pruned":
             small = scratch / "int8.onnx"
             quantize(path, small, lambda: iter([]), mode="dynamic")  # ranges are found at run time
-            found["pruned int8"] = (partial(target.load, small, ONE), bytes_per_token(fork))
-    return found
+            by_name["pruned int8"] = (partial(target.load, small, ONE), bytes_per_token(fork))
+    return by_name
 
 
 @pytest.fixture(autouse=True)
-def brief(monkeypatch):
-    """Real timing, but for a moment only."""
-    monkeypatch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+def short_timing(monkeypatch):
+    """Shorten the timing."""
+    monkeypatch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
 
 
-def whole(model, ids):
-    """The model's logits after a text, by transformers alone."""
+def reference_logits(model, ids):
+    """Return the logits of a text, computed by transformers without a cache."""
     with torch.inference_mode():
         return model.module(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
 
@@ -110,8 +110,8 @@ def whole(model, ids):
 
 
 @pytest.mark.parametrize("name", ["eager", "dense", "pruned", "pruned int8"])
-def test_the_step_answers_as_the_whole_text_does(engines, model, ids, tmp_path, name):
-    """Against the same engine given all of it at once, and the cache is as large as the report says."""
+def test_decode_step_equals_the_whole_text(engines, model, ids, tmp_path, name):
+    """Compare with one call of the same engine on the whole text; the cache has the size of the report."""
     opener, per_token = engines[name]
     with opener() as engine:
         ready = prepare(engine, model, ids, tmp_path / "cache")
@@ -123,14 +123,14 @@ def test_the_step_answers_as_the_whole_text_does(engines, model, ids, tmp_path, 
     assert ready.cache == per_token * CONTEXT * ROWS
     assert {value.shape[2] for key, value in ready.step.items() if key.startswith("past")} <= {CONTEXT}
     assert ready.difference <= (INT8 if "int8" in name else CLOSE)
-    if "int8" not in name:  # its ranges are those of the tensors it is given
+    if "int8" not in name:  # dynamic ranges depend on the input of a call
         np.testing.assert_allclose(step["logits"][:, 0], at_once["logits"][:, -1], atol=CLOSE, rtol=0)
         np.testing.assert_allclose(prompt["logits"], at_once["logits"][:, :-1], atol=CLOSE, rtol=0)
     if name in ("eager", "dense"):
-        np.testing.assert_allclose(step["logits"][:, 0], whole(model, ids)[:, -1], atol=CLOSE, rtol=0)
+        np.testing.assert_allclose(step["logits"][:, 0], reference_logits(model, ids)[:, -1], atol=CLOSE, rtol=0)
 
 
-def test_other_runtimes_go_on_as_well(engines, model, ids, tmp_path):
+def test_decode_step_on_openvino(engines, model, ids, tmp_path):
     pytest.importorskip("openvino", reason="the target of this engine")
     other = runtime("openvino")
     path = other.build(engines["pruned"][0].args[0], tmp_path, ONE)
@@ -142,8 +142,8 @@ def test_other_runtimes_go_on_as_well(engines, model, ids, tmp_path):
         np.testing.assert_allclose(found, engine.run(ready.step)["logits"], atol=CLOSE, rtol=0)
 
 
-def test_what_is_bound_is_what_is_run(engines, model, ids, tmp_path):
-    """The timed call itself: its outputs are those of the step, written anew each time to the same place."""
+def test_bound_step_equals_run(engines, model, ids, tmp_path):
+    """Each timed call writes the outputs of the step to the same memory."""
     with engines["pruned"][0]() as engine:
         ready = prepare(engine, model, ids, tmp_path / "cache")
         expected = engine.run(ready.step)
@@ -160,9 +160,9 @@ def test_what_is_bound_is_what_is_run(engines, model, ids, tmp_path):
         assert found["present.0.key"].shape[2] == CONTEXT + 1
 
 
-def test_a_step_that_does_not_go_on_is_refused(engines, model, ids, tmp_path):
+def test_step_that_ignores_its_cache_is_refused(engines, model, ids, tmp_path):
     class Forgetful:
-        """An engine that leaves its cache unread."""
+        """An engine that ignores its cache."""
 
         def __init__(self, engine):
             self.inputs, self.input_shapes, self.input_dtypes = engine.inputs, engine.input_shapes, engine.input_dtypes
@@ -179,20 +179,20 @@ def test_a_step_that_does_not_go_on_is_refused(engines, model, ids, tmp_path):
     assert _checked(entry, good) is good
     assert bad.difference > 100 * good.difference
     for wrong in (2 * FURTHEST, float("nan")):
-        with pytest.raises(BenchError, match="forgetful does not go on where its prompt ended"):
+        with pytest.raises(BenchError, match="forgetful does not continue its prompt"):
             _checked(entry, type(bad)(bad.prompt, bad.step, bad.cache, wrong))
 
 
-def test_distance_is_told_by_the_spread():
+def test_distance_is_relative_to_the_spread():
     expected = np.array([[0.0, 2.0, 4.0], [10.0, 10.0, 13.0]], np.float32)
     other_token = expected[:, ::-1]
     assert distance(expected, expected) == 0.0
-    assert distance(expected + 100.0, expected) > 1.0  # logits that moved as one are not the same logits
+    assert distance(expected + 100.0, expected) > 1.0  # a common offset counts as a difference
     assert distance(other_token, expected) == pytest.approx(2.0)
     assert np.isnan(distance(np.full_like(expected, np.nan), expected))
 
 
-def test_tokens_are_those_of_the_data_without_padding(model):
+def test_token_ids_are_those_of_the_data_without_padding(model):
     data = load("random", model.preprocess, task="text-generation")
     found = token_ids(data.test, 2, 1000)
     assert (found.shape, found.dtype) == ((2, 1000), np.int64)
@@ -202,19 +202,19 @@ def test_tokens_are_those_of_the_data_without_padding(model):
     np.testing.assert_array_equal(found.ravel(), np.resize(every, 2000))
 
 
-# ------------------------------------------------------------------------------------------------------ what is asked
+# ------------------------------------------------------------------------------------------------- context lengths
 
 
-def test_the_context_fits_the_model(model):
+def test_context_is_limited_by_the_positions(model):
     assert contexts(None, model) == (31,)
     assert contexts((4, 31), model) == (4, 31)
     assert contexts((), model) == ()
-    with pytest.raises(SettingsError, match="--context 32 and one more token do not fit tiny, which has 32 positions"):
+    with pytest.raises(SettingsError, match="--context 32 plus one token exceeds the 32 positions of tiny"):
         contexts((4, 32), model)
 
 
 def test_engines_are_built_for_the_longest_context(model):
-    """What a runtime that plans its memory ahead has to know."""
+    """Runtimes that plan their memory ahead need the largest length."""
     data = load("random", model.preprocess, task="text-generation")
     settings = Settings(data="random", drop="none")
     stand = Stand(Loaded(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
@@ -222,12 +222,12 @@ def test_engines_are_built_for_the_longest_context(model):
     assert (least, longest) == (0, 901)
 
 
-def test_other_tasks_refuse_a_context():
+def test_context_of_another_task_is_refused():
     digits = models.load(None)
     assert contexts(None, digits) == ()
-    with pytest.raises(SettingsError, match=r"--context needs a language model with a cache; .* does image-class"):
+    with pytest.raises(SettingsError, match=r"--context needs a language model with a KV cache; .* does image-class"):
         contexts((4,), digits)
-    with pytest.raises(SettingsError, match=r"context is 0; expected different numbers of at least 1\."):
+    with pytest.raises(SettingsError, match=r"context is 0; expected distinct integers of at least 1\."):
         BenchSettings(("model",), context=(0,))
 
 
@@ -239,7 +239,7 @@ CELLS = {"dense float": 8.0, "dense int8": 4.0, "compressed float": 4.0, "compre
 
 @pytest.fixture(scope="module")
 def made_up():
-    """Cells in one context: a token's speed-ups gain more than their product, those of a prompt multiply."""
+    """Return cells whose decode speed-ups exceed their product, and whose prefill speed-ups multiply."""
     condition, context = Condition(2, 1), 10
     entries = tuple(Entry(f"out/{cell}", "onnxruntime", Path("x.onnx"), cell=("out", cell)) for cell in CELLS)
     first = {**CELLS, "compressed int8": 2.0}
@@ -255,7 +255,7 @@ def made_up():
     return Generated("tiny", entries, "out/dense float", runs)
 
 
-def test_speedups_and_interactions_are_those_of_each_call(made_up):
+def test_speedups_and_interactions_of_both_calls(made_up):
     content = made_up.to_dict()
     row = content["measurements"][3]
     assert (row["engine"], row["context"], row["batch"], row["threads"]) == ("out/compressed int8", 10, 2, 1)
@@ -283,18 +283,18 @@ def test_tables_fit_a_terminal(made_up):
 
 
 @needs_llama
-def test_a_trained_model_goes_on_as_transformers_does(tmp_path):
-    """Where a wrong position shows: the token after a hundred of a text that the model drew itself."""
+def test_trained_model_equals_transformers(tmp_path):
+    """A wrong position id changes the logits after 100 tokens of a text sampled from the model."""
     model = models.load(LLAMA)
     ids = np.load(LLAMA / "sampled_tokens.npy")[:3, :101].astype(np.int64)
     with Module(model).open(ONE) as engine:
         ready = prepare(engine, model, ids, tmp_path / "cache")
         found = engine.run(ready.step)["logits"][:, 0]
-    np.testing.assert_allclose(found, whole(model, ids)[:, -1], atol=10 * CLOSE, rtol=0)  # logits of size 10
+    np.testing.assert_allclose(found, reference_logits(model, ids)[:, -1], atol=10 * CLOSE, rtol=0)  # logits of size 10
     assert len(set(found.argmax(-1))) > 1
 
 
-def test_bench_times_generation_of_everything(engines, folder, tmp_path):
+def test_bench_times_generation_of_every_engine(engines, folder, tmp_path):
     dense, pruned = (engines[name][0].args[0] for name in ("dense", "pruned"))
     output = tmp_path / "bench.json"
     comparison = compressor.bench(
@@ -311,13 +311,13 @@ def test_bench_times_generation_of_everything(engines, folder, tmp_path):
         assert row["tokens_per_second"] == pytest.approx(2000.0 / row["token"]["latency"]["median"])
         assert len(row["token"]["latency"]["samples_ms"]) == 2
     assert rows[0]["token"]["speedup"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
-    assert "Behind a cache the logits of each engine differ" in comparison.summary()
+    assert "With a KV cache, the logits of each engine differ" in comparison.summary()
     assert len(list(comparison.tables())) == 2  # the prompt of the data, and generation
 
 
-def test_bench_of_another_task_refuses_a_context(tmp_path):
+def test_bench_of_another_task_refuses_context(tmp_path):
     options = ["--data", "random", "--context", "8", "--output", str(tmp_path / "bench.json")]
     done = CliRunner().invoke(main, ["bench", str(models.SAMPLE), *options])
     assert done.exit_code == 2
-    assert "--context needs a language model with a cache; " in " ".join(done.stderr.split())
+    assert "--context needs a language model with a KV cache; " in " ".join(done.stderr.split())
     assert not (tmp_path / "bench.json").exists()

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: engines get the figures that the harness's own class for transformers gets."""
+"""Tests of the lm-eval tasks: engines get the results of the harness's own class for transformers."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from runtimes.base.protocols import BuildOptions
 from runtimes.base.registry import runtime
 from tests.samples import worded
 
-EQUAL = 1e-4  # relative: float32 logits of rows padded otherwise; 1e-6 found
+EQUAL = 1e-4  # relative, for float32 logits of rows with other padding; measured 1e-6
 ROUNDS = ["--rounds", "1", "--threads", "1", "--context", "8", "-q"]
 
 SAID = {
@@ -41,51 +41,51 @@ SAID = {
 # -------------------------------------------------------------------------------------------- without the harness
 
 
-def test_figures_keep_errors_shots_and_versions():
+def test_results_hold_errors_shots_and_versions():
     arc, wiki = results("dense", SAID)
     assert arc == Result("dense", "arc", "acc", "none", 0.5, 0.1, 5, 40, "1.0", True)
     assert wiki == Result("dense", "wiki", "ppl", "none", 7.0, None, 0, None, None, False)
     assert (arc.title, wiki.title) == ("arc, 5-shot, acc ↑", "wiki, 0-shot, ppl ↓")
 
 
-def test_differences_are_from_the_reference_in_the_same_place():
+def test_differences_are_from_the_reference_on_the_same_metric():
     worse = {**SAID, "results": {"arc": {"acc,none": 0.25}, "new": {"f1,strict": 1.0}}}
-    found = Harness(Asked(("arc",), limit=40), "9.9", "dense", (*results("dense", SAID), *results("less", worse)))
-    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    harness = Harness(Asked(("arc",), limit=40), "9.9", "dense", (*results("dense", SAID), *results("less", worse)))
+    content = json.loads(json.dumps(harness.to_dict(), allow_nan=False))
     assert content["lm_eval"] == "9.9"
     assert content["limit"] == 40
     assert [row["difference"] for row in content["results"]] == [0.0, 0.0, -0.25, None]
-    assert found.table().row_count == 3 + 4
-    assert "first 40 questions" in found.summary()
+    assert harness.table().row_count == 3 + 4
+    assert "first 40 questions" in harness.summary()
 
 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (Asked((), shots=2), "--num-fewshot is an option of --tasks"),
-        (Asked((), include_path="x"), "--include-path is an option of --tasks"),
+        (Asked((), shots=2), "--num-fewshot needs --tasks"),
+        (Asked((), include_path="x"), "--include-path needs --tasks"),
         (Asked(("a", " ")), "an empty name"),
         (Asked(("a",), limit=1.5), "--limit is 1.5"),
         (Asked(("a",), limit=0), "--limit is 0"),
         (Asked(("a",)), "pip install"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_at_once(asked, words, monkeypatch):
+def test_invalid_options_are_refused(asked, words, monkeypatch):
     monkeypatch.setattr(lm_eval_tasks, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=words):
         asked.check()
 
 
-def test_only_language_models_with_a_tokenizer_and_weights_are_asked(tmp_path):
+def test_model_without_tokenizer_or_weights_is_refused(tmp_path):
     model = models.load(str(worded(tmp_path, vocabulary=20)))
     for change, words in (
-        ({"task": "feature-extraction"}, "language models"),
+        ({"task": "feature-extraction"}, "needs a language model"),
         ({"tokenizer": None}, "tokenizer"),
         ({"random_weights": True}, "random"),
     ):
         with pytest.raises(SettingsError, match=words):
             check_model(dataclasses.replace(model, **change), Asked(("a",)))
-    check_model(dataclasses.replace(model, tokenizer=None), Asked(()))  # nothing is asked
+    check_model(dataclasses.replace(model, tokenizer=None), Asked(()))  # without tasks, no check
     assert judge({}, model, Asked(()), against="", length=None, steps=Steps()) is None
 
 
@@ -95,7 +95,7 @@ TASKS = {
     "mine_choice": "output_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_target: gold\n"
     "doc_to_choice: choices\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n",
     "mine_word": "output_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_target: gold\n"
-    "doc_to_choice: words\nmetric_list:\n  - metric: acc\n",  # one token each: these share a call
+    "doc_to_choice: words\nmetric_list:\n  - metric: acc\n",  # of one token each, so that they share a call
     "mine_rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: page\n"
     "metric_list:\n  - metric: word_perplexity\n",
     "mine_answer": "output_type: generate_until\ndoc_to_text: '{{context}}'\ndoc_to_target: answer\n"
@@ -105,7 +105,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A folder with a small Llama, tasks over a local file, and token ids."""
+    """Write a folder with a small Llama, tasks on a local file, and token ids."""
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     pytest.importorskip("accelerate", reason="lm-eval's own class for transformers needs accelerate")
     folder = tmp_path_factory.mktemp("harness")
@@ -142,13 +142,13 @@ def engine(model):
 
 
 class TestWithTheHarness:
-    """Each skips with a reason where lm-eval is not installed."""
+    """Tests that skip if lm-eval is not installed."""
 
     pytestmark = needs_harness
 
     @pytest.fixture(autouse=True)
     def own_tasks_only(self, monkeypatch):
-        """The harness's own tasks are thousands of files, and its description of the machine takes seconds."""
+        """Skip the harness's own tasks (thousands of files) and its description of the machine (seconds)."""
         from lm_eval import evaluator, tasks
 
         monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
@@ -157,8 +157,8 @@ class TestWithTheHarness:
     def asked(self, own, **options):
         return Asked(tuple(TASKS), include_path=str(own / "tasks"), **options)
 
-    def test_the_figures_are_those_of_the_class_for_transformers(self, own):
-        """Choices, choices of one token, pages longer than the model takes, and answers."""
+    def test_results_equal_those_of_the_class_for_transformers(self, own):
+        """Choices, choices of one token, texts longer than the model's limit, and generated answers."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -169,20 +169,20 @@ class TestWithTheHarness:
             "ours": lambda: runtime("onnxruntime").load(file, BuildOptions(threads=1)),
             "eager": lambda: engine(model),
         }
-        found = judge(openers, model, self.asked(own), against="ours", length=None, steps=Steps())
+        harness = judge(openers, model, self.asked(own), against="ours", length=None, steps=Steps())
         manager = TaskManager(include_path=str(own / "tasks"))
         theirs = HFLM(pretrained=str(own / "llama"), dtype="float32", device="cpu", batch_size=4)
-        said = simple_evaluate(model=theirs, tasks=list(TASKS), task_manager=manager, log_samples=False)
-        expected = list(results("ours", said))
+        output = simple_evaluate(model=theirs, tasks=list(TASKS), task_manager=manager, log_samples=False)
+        expected = list(results("ours", output))
         assert {each.task for each in expected} == set(TASKS)
         for name in openers:
-            mine = [each for each in found.results if each.engine == name]
+            mine = [each for each in harness.results if each.engine == name]
             for each, same in zip(mine, expected, strict=True):
                 assert each == dataclasses.replace(same, engine=name, value=each.value)
                 assert each.value == pytest.approx(same.value, rel=EQUAL)
 
-    def test_the_answers_are_those_of_the_class_for_transformers(self, own):
-        """Request by request: likelihoods, whether greedy, whole pages, generated texts."""
+    def test_responses_equal_those_of_the_class_for_transformers(self, own):
+        """Compare request by request: likelihoods, greedy flags, rolling likelihoods, generated texts."""
         from lm_eval.models.huggingface import HFLM
 
         from compressor.benchmark.lm_eval_model import EngineLM
@@ -202,8 +202,8 @@ class TestWithTheHarness:
                 for ending, most in (("w7", 20), ("nothing", 5))
             ],
         }
-        for kind, asked in every.items():
-            requests = [SimpleNamespace(args=args, task_name="mine") for args in asked]
+        for kind, arguments in every.items():
+            requests = [SimpleNamespace(args=args, task_name="mine") for args in arguments]
             one, other = (getattr(lm, kind)(requests, disable_tqdm=True) for lm in (ours, theirs))
             if kind == "generate_until":
                 assert one == other
@@ -216,26 +216,28 @@ class TestWithTheHarness:
             else:
                 np.testing.assert_allclose(one, other, rtol=EQUAL)
 
-    def test_a_model_without_a_cache_generates_the_same(self, own):
+    def test_model_without_cache_generates_the_same_text(self, own):
         from compressor.benchmark.lm_eval_model import EngineLM
 
         model = models.load(str(own / "llama"))
         opened = engine(model)
 
-        class Whole:
-            """The same answers to whole texts only."""
+        class WithoutCache:
+            """The same engine without cache inputs and outputs."""
 
             inputs, outputs = ("input_ids", "attention_mask", "position_ids"), ("logits",)
 
             def run(self, feeds):
                 return {"logits": opened.run(model.preprocess.complete(dict(feeds)))["logits"]}
 
-        asked = [SimpleNamespace(args=(f"w{n} w9 w{n + 1}", {"until": ["w7"], "max_gen_toks": 9})) for n in range(3, 9)]
-        with_cache = EngineLM(opened, model, 64).generate_until(asked)
-        assert EngineLM(Whole(), model, 64).generate_until(asked) == with_cache
+        requests = [
+            SimpleNamespace(args=(f"w{n} w9 w{n + 1}", {"until": ["w7"], "max_gen_toks": 9})) for n in range(3, 9)
+        ]
+        with_cache = EngineLM(opened, model, 64).generate_until(requests)
+        assert EngineLM(WithoutCache(), model, 64).generate_until(requests) == with_cache
         assert any(with_cache)
 
-    def test_what_an_engine_does_not_do_is_refused(self, own):
+    def test_unsupported_generation_is_refused(self, own):
         from compressor.benchmark.lm_eval_model import EngineLM, HarnessError
 
         model = models.load(str(own / "llama"))
@@ -250,7 +252,7 @@ class TestWithTheHarness:
             check_model(model, Asked(("no_such_task",)))
 
     @pytest.mark.slow  # half a minute for an export and a bench
-    def test_the_command_asks_an_exported_folder_and_the_model(self, own, monkeypatch):
+    def test_command_evaluates_an_exported_folder_and_the_model(self, own, monkeypatch):
         monkeypatch.chdir(own)
         run = CliRunner()
         common = ["--data", "ids.npy", "--samples", "24"]

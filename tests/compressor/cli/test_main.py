@@ -1,4 +1,4 @@
-"""The command line: what is printed where, exit statuses, and interrupts of a real process."""
+"""Tests of the command line: output streams, exit statuses, options, and interrupts of a real process."""
 
 import importlib
 import inspect
@@ -19,7 +19,7 @@ import runtimes
 from compressor import __version__
 from compressor.choices import AUTO, CALIBRATIONS, COSTS, HEAL_METHODS, SHORT_FORMS
 from compressor.cli.main import Export, main
-from compressor.measure import workshop
+from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
 from compressor.pipeline import sweep
 from compressor.settings import Settings
@@ -28,7 +28,7 @@ from passes.plan.selection import METRICS
 from runtimes.base.protocols import DEVICES, PRECISIONS
 from runtimes.base.timing import interleave
 
-INTERRUPTED = "Error: interrupted; no output was written. A search goes on where it stopped if the command is repeated."
+INTERRUPTED = "Error: interrupted; no output was written. Repeat the command to resume an interrupted search."
 
 
 def invoke(*args: str) -> tuple[int, str, str]:
@@ -65,7 +65,7 @@ def test_help_and_version_load_no_torch(arguments: list[str]) -> None:
         (["m", "--int8"], "static", "m"),
     ],
 )
-def test_every_form_of_int8_parses_as_meant(arguments: list[str], int8: str | None, model: str | None) -> None:
+def test_int8_parses_with_and_without_a_value(arguments: list[str], int8: str | None, model: str | None) -> None:
     @click.command(cls=Export)
     @click.argument("model", required=False)
     @click.option("--drop")
@@ -98,8 +98,8 @@ def test_every_form_of_int8_parses_as_meant(arguments: list[str], int8: str | No
         (["export", "--actions", "teleport"], 2, "unknown action 'teleport'"),
         (["export", "--drop", "2", "--actions", "drop,linear"], 2, "only --drop auto chooses among several"),
         (["export", "--speedup", "0.5"], 2, "speedup is 0.5; expected more than 1"),
-        (["export", "--latency", "soon"], 2, "'soon' is no latency; expected milliseconds such as 5ms"),
-        (["export", "--heal-budget", "5d"], 2, "'5d' is no duration"),
+        (["export", "--latency", "soon"], 2, "'soon' is not a latency; expected milliseconds such as 5ms"),
+        (["export", "--heal-budget", "5d"], 2, "'5d' is not a duration"),
         (["export", "--heal-budget", "0"], 2, "heal-budget is 0; expected more than 0"),
         (["export", "--heal", "prayer"], 2, "'--heal'"),
         (["export", "--cost", "time"], 2, "'--cost'"),
@@ -122,7 +122,7 @@ def test_every_form_of_int8_parses_as_meant(arguments: list[str], int8: str | No
         (["inspect", "--data", "EMPTY"], 1, "holds no images"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_bad_input_is_reported_in_one_sentence_and_leaves_no_files(
     tmp_path: Path, arguments: list[str], status: int, words: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -135,15 +135,15 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert list((tmp_path / "room").iterdir()) == []
 
 
-class Told:
-    """Stands in for a report or a front: remembers what was asked for."""
+class FakeResult:
+    """A fake of a pipeline function and of the report or front that it returns; records the arguments."""
 
     def __init__(self, *missed: str) -> None:
         self.sentences = missed
         self.settings: Settings | None = None
         self.points: int | None = None
 
-    def __call__(self, settings: Settings, *, points: int | None = None, **_: object) -> "Told":
+    def __call__(self, settings: Settings, *, points: int | None = None, **_: object) -> "FakeResult":
         self.settings, self.points = settings, points
         return self
 
@@ -160,19 +160,20 @@ class Told:
         return self.sentences
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, command: str, *args: str) -> Told:
-    told = Told()
-    monkeypatch.setattr(importlib.import_module(f"compressor.pipeline.{command}"), command, told)
+def recorded(monkeypatch: pytest.MonkeyPatch, command: str, *args: str) -> FakeResult:
+    """Invoke a command with a fake pipeline, which records the settings."""
+    result = FakeResult()
+    monkeypatch.setattr(importlib.import_module(f"compressor.pipeline.{command}"), command, result)
     assert invoke(command, *args, "--quiet")[0] == 0
-    assert told.settings is not None
-    return told
+    assert result.settings is not None
+    return result
 
 
-def test_without_options_the_defaults_are_those_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked(monkeypatch, "export").settings == Settings()
-    told = asked(monkeypatch, "sweep")
-    assert told.settings == Settings(max_loss=20.0, output="front")
-    assert told.points == inspect.signature(compressor.sweep).parameters["points"].default
+def test_default_options_equal_the_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recorded(monkeypatch, "export").settings == Settings()
+    result = recorded(monkeypatch, "sweep")
+    assert result.settings == Settings(max_loss=20.0, output="front")
+    assert result.points == inspect.signature(compressor.sweep).parameters["points"].default
 
 
 def test_every_setting_is_an_option() -> None:
@@ -180,9 +181,9 @@ def test_every_setting_is_an_option() -> None:
     assert options - {"quiet"} == set(Settings.__dataclass_fields__) - {"example_inputs"}
 
 
-def test_choices_on_the_command_line_are_those_of_the_settings() -> None:
+def test_choices_equal_those_of_the_settings() -> None:
     expected = {
-        "precision": (AUTO, *PRECISIONS),  # written out: importing them would slow --help down
+        "precision": (AUTO, *PRECISIONS),  # copied in options.py, because importing them would slow --help
         "int8": tuple(SHORT_FORMS),
         "calibration": (AUTO, *CALIBRATIONS),
         "cost": COSTS,
@@ -225,20 +226,20 @@ def test_choices_on_the_command_line_are_those_of_the_settings() -> None:
         (["--defer-build", "--target", "tensorrt"], {"defer_build": True, "target": "tensorrt"}),
     ],
 )
-def test_options_arrive_in_their_units(
+def test_options_are_converted_to_settings(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: dict[str, Any]
 ) -> None:
-    assert asked(monkeypatch, "export", *arguments).settings == Settings(**expected)
+    assert recorded(monkeypatch, "export", *arguments).settings == Settings(**expected)
 
 
-def test_a_wish_that_is_missed_is_said_and_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "export", Told("The result is too slow."))
+def test_missed_speedup_is_printed_and_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "export", FakeResult("The result is too slow."))
     code, out, err = invoke("export", "--speedup", "9", "--output", "somewhere", "--quiet")
     assert (code, err) == (1, "")
     assert out.splitlines() == ["table", "summary", "The result is too slow.", "Written to somewhere."]
 
 
-def test_an_interrupt_says_what_becomes_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_prints_how_to_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -248,18 +249,18 @@ def test_an_interrupt_says_what_becomes_of_the_search(monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A front of the embedded sample, drops only, counted in multiply-adds and timed for a moment."""
+    """Sweep the embedded sample with drops only, by multiply-adds and with short timing; return folder and output."""
     output = tmp_path_factory.mktemp("swept") / "front"
     sizes = ["--samples", "40", "--search-samples", "8", "--points", "2", "--rounds", "1", "--max-loss", "8"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
+        patch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
         code, out, err = invoke("sweep", "--cost", "macs", "--actions", "drop", *sizes, "--output", str(output))
     assert code == 0, err
     assert "search" in err
     return output, out
 
 
-def test_sweep_writes_a_whole_folder(swept: tuple[Path, str]) -> None:
+def test_sweep_writes_a_complete_folder(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     content = json.loads((folder / "sweep.json").read_text())
     rows = content["points"]
@@ -302,7 +303,7 @@ def test_sweep_replaces_only_what_it_wrote(swept: tuple[Path, str], tmp_path: Pa
     assert "did not write" in invoke("sweep", "--force", "--output", str(tmp_path))[2]
 
 
-def test_a_sweep_wants_one_precision(tmp_path: Path) -> None:
+def test_sweep_refuses_precision_auto(tmp_path: Path) -> None:
     code, out, err = invoke("sweep", "--precision", "auto", "--output", str(tmp_path / "front"))
     assert (code, out) == (2, "")
     assert err == "Error: a sweep compares plans in one precision; found --precision auto, name one such as int8.\n"
@@ -319,21 +320,21 @@ def test_cuda_without_cuda_is_refused_before_the_model_is_loaded(tmp_path: Path)
     assert "load the model" not in err
 
 
-def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+def test_existing_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     assert "exists" in invoke("export", "--output", str(tmp_path))[2]
     assert "did not write" in invoke("export", "--force", "--output", str(tmp_path))[2]
     assert "cannot be written" in invoke("export", "--output", str(tmp_path / "mine.txt" / "out"))[2]
-    assert "is no folder" in invoke("inspect", "--output", str(tmp_path / "mine.txt"))[2]
+    assert "is not a folder" in invoke("inspect", "--output", str(tmp_path / "mine.txt"))[2]
 
 
 def test_targets_lists_every_runtime() -> None:
     code, out, err = invoke("targets")
     assert (code, err) == (0, "")
-    said = "".join(part for line in out.splitlines() for part in line.split("│")).replace(" ", "")
+    text = "".join(part for line in out.splitlines() for part in line.split("│")).replace(" ", "")
     for name in runtimes.targets():
-        assert name[:8] in said  # folded in a narrow terminal
-    assert "cuda:fp32,fp16" in said
+        assert name[:8] in text  # folded in a narrow terminal
+    assert "cuda:fp32,fp16" in text
 
 
 def test_inspect_writes_its_files_and_keeps_progress_off_standard_output(tmp_path: Path) -> None:
@@ -358,12 +359,12 @@ def test_inspect_writes_its_files_and_keeps_progress_off_standard_output(tmp_pat
         (("--drop", "2"), "load the model", signal.SIGTERM, 143, set()),
     ],
 )
-def test_an_interrupt_ends_in_one_line_and_leaves_at_most_a_journal(
+def test_interrupt_prints_one_line_and_leaves_at_most_a_journal(
     tmp_path: Path, options: tuple[str, ...], after: str, number: signal.Signals, status: int, left: set[str]
 ) -> None:
-    # A shell that starts the tests in the background lets its children ignore interrupts.
-    heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"{heeded}\nfrom compressor.cli.main import main\nmain()"
+    # A shell that runs the tests in the background makes its child processes ignore SIGINT.
+    restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{restore}\nfrom compressor.cli.main import main\nmain()"
     command = [sys.executable, "-c", program, "export", "--samples", "60", *options]
     with subprocess.Popen(
         [*command, "--output", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

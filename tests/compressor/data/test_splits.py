@@ -670,7 +670,7 @@ def test_a_datasets_library_that_may_run_code_is_refused(hub: Callable[[FakeData
     for version in ("3.6.0", "2.14.dev0"):
         sys.modules["datasets"].__version__ = version  # type: ignore[attr-defined]
         assert refused("nobody/texts", language()) == (
-            f"found datasets {version}, which may run code that a data set brings; expected 4 or later: "
+            f"found datasets {version}, which may run code of a dataset repository; expected 4 or later: "
             'pip install "datasets>=4"'
         )
     assert asked == []
@@ -696,8 +696,8 @@ def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) ->
     library.get_dataset_config_names = refuse  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert refused("nobody/nothing", vision()) == (
-        "nobody/nothing is neither a file nor a folder here, nor can it be loaded as a hub dataset (no route); check "
-        "the path, or the name and the network"
+        "nobody/nothing is not a local file or folder and cannot be loaded as a hub dataset (no route); check the path, "
+        "or the name and the network"
     )
     assert refused("folder/typo.csv", vision()) == f"there is no file or folder 'folder/typo.csv'; expected {FORMS}"
 
@@ -707,8 +707,8 @@ def test_a_missing_datasets_library_is_named_with_its_command(monkeypatch: pytes
     with pytest.raises(DataError) as refusal:
         load("nobody/nothing", vision(), task="image-classification")
     assert str(refusal.value) == (
-        "nobody/nothing is neither a file nor a folder here; to read it as a hub dataset, install the datasets "
-        "library: pip install datasets"
+        "nobody/nothing is not a local file or folder; to read it as a hub dataset, install the datasets library: "
+        "pip install datasets"
     )
 
 
@@ -739,23 +739,23 @@ def test_refused_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for number in range(4):
         Path(f"broken/{number}.png").write_text("words")
     assert refused("./nowhere", vision()) == f"there is no file or folder './nowhere'; expected {FORMS}"
-    assert refused("x.json", vision()) == f"the file x.json has the ending .json; expected {FORMS}"
+    assert refused("x.json", vision()) == f"the file x.json has the extension .json; expected {FORMS}"
     assert refused("empty", vision()).startswith("the folder empty holds no images; expected image files (.avif, .bmp,")
-    assert refused("few", language()) == ("few holds images, but the model takes text inputs; give --data of that kind")
+    assert refused("few", language()) == ("few holds images, but the model takes text inputs; pass --data of that kind")
     assert refused("few", vision()) == (
-        "found 2 usable samples in few (2 skipped, first 0-broken.png: not an image that can be identified), expected "
-        "at least 3, one each for calibration, validation and test; give more data"
+        "found 2 usable samples in few (2 skipped, first 0-broken.png: not an image that can be identified); expected "
+        "at least 3, one each for calibration, validation and test; pass more data"
     )
     assert refused("mixed", vision()) == (
-        "the folder mixed holds 2 images beside 1 folders; expected either images or class folders only, so move one "
-        "of them away"
+        "the folder mixed holds 2 images beside 1 folders; expected either images or class folders only; move one "
+        "of the two away"
     )
     assert refused("split", vision()) == (
-        "the folder split holds parts of a data set (train, val); give one of them as --data"
+        "the folder split holds splits of a dataset (train, val); pass one of them as --data"
     )
     assert refused("broken", vision()) == (
-        "none of the 4 images in broken can be decoded (first: 0.png: not an image that can be identified); check how "
-        "they were copied"
+        "none of the 4 images in broken can be decoded (first: 0.png: not an image that can be identified); check "
+        "that the files were copied completely"
     )
 
 
@@ -767,14 +767,14 @@ def test_a_model_without_its_preprocessing_is_told_from_one_of_another_kind(
         paint(Path(f"few/{number}.png"), 9)
     Path("x.txt").write_text("a\nb\nc\n")
     assert refused("few", replace(vision(), image=None)) == (
-        "few holds images, but the model comes without the preprocessing that makes inputs of them; add its "
-        "preprocessor_config.json, or give ready model inputs as .npy"
+        "few holds images, but the model has no image preprocessing; add its preprocessor_config.json, or pass "
+        "preprocessed model inputs as .npy"
     )
     assert refused("x.txt", replace(language(), text=None)) == (
-        "x.txt holds texts, but the model comes without a tokenizer; add its tokenizer files (tokenizer.json, "
-        "tokenizer_config.json), or give token ids as .npy"
+        "x.txt holds texts, but the model has no tokenizer; add its tokenizer files (tokenizer.json, "
+        "tokenizer_config.json), or pass token ids as .npy"
     )
-    assert refused("x.txt", vision()) == "x.txt holds texts, but the model takes image inputs; give --data of that kind"
+    assert refused("x.txt", vision()) == "x.txt holds texts, but the model takes image inputs; pass --data of that kind"
 
 
 def test_class_folders_are_counted_with_the_empty_ones(folder: Path) -> None:
@@ -813,7 +813,7 @@ def test_refused_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "x.npy holds float32 [5, 2] for input_ids; expected integer token ids [N, T]"
     )
     assert of(np.full((5, 2), -1), language()) == (
-        "x.npy holds the token id -1; expected ids from 0, so cut or replace the padding"
+        "x.npy holds the token id -1; expected ids from 0; remove or replace the padding"
     )
     assert of(np.zeros((5, 2), np.float32), pair) == (
         "x.npy has no array for the model's input b; save one under that name in a .npz file"
@@ -840,7 +840,7 @@ def test_refused_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "x.npz holds labels of type complex128; expected whole numbers, scores or strings"
     )
     assert of(p=x, q=x) == (
-        "x.npz holds the arrays p, q; expected one array, one called images or x, or the model's inputs x"
+        "x.npz holds the arrays p, q; expected one array, one named images or x, or the model's inputs x"
     )
 
 
@@ -852,25 +852,25 @@ def test_refused_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return refused("t.csv", prepare or language(), task)
 
     Path("t.txt").write_text("\n\n")
-    assert refused("t.txt", language()) == "t.txt holds no text; expected one text a line"
+    assert refused("t.txt", language()) == "t.txt holds no text; expected one text per line"
     assert of("") == "t.csv holds no rows; expected texts with optional labels"
     assert of("text,label\n") == "t.csv holds a header but no rows; expected texts with optional labels"
     assert of(b"caf\xe9,1\n") == "t.csv is not UTF-8 text (byte 3); save it as UTF-8"
     assert of("a,0\nb,-1\nc,1\n") == "t.csv holds the class label -1; expected whole numbers from 0"
     assert of("a,5,7\nb,6,9\nc,7,1\n") == (
-        "t.csv has the number columns 1 and 2, expected one; name the right one label or score in a header"
+        "t.csv has the numeric columns 1 and 2; expected one; name the label column 'label' or 'score' in a header"
     )
-    assert of("1,2\n2,3\n5,4\n").startswith("t.csv has the number columns 0 and 1, expected one;")
+    assert of("1,2\n2,3\n5,4\n").startswith("t.csv has the numeric columns 0 and 1; expected one;")
     assert of("a b,c d,e f\ng h,i j,k l\n") == (
-        "t.csv has 3 columns that look like texts, expected one or two; add a header line with the names text, or "
+        "t.csv has 3 columns that look like texts; expected one or two; add a header with the names text, or "
         "sentence1 and sentence2, and label or score"
     )
     assert of("a,0\nb,1\nc,1\n", vision()) == (
-        "t.csv holds texts, but the model takes image inputs; give --data of that kind"
+        "t.csv holds texts, but the model takes image inputs; pass --data of that kind"
     )
     assert of("a,0\nb,1\n") == (
-        "found 2 usable samples in t.csv, expected at least 3, one each for calibration, validation and test; "
-        "give more data"
+        "found 2 usable samples in t.csv; expected at least 3, one each for calibration, validation and test; "
+        "pass more data"
     )
 
 
@@ -880,7 +880,7 @@ def test_a_tokenizer_without_an_input_of_the_model(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         next(data.test.batches(1))
     assert str(refusal.value) == (
-        "the tokenizer gives input_ids, attention_mask, unused, but the model also takes bbox; give token arrays as "
+        "the tokenizer returns input_ids, attention_mask, unused, but the model also takes bbox; pass token arrays as "
         ".npz with all inputs"
     )
 
@@ -893,9 +893,9 @@ def test_sizes_below_one_are_refused_at_once(call: Callable[[Split], Any]) -> No
 
 
 def test_refused_shares() -> None:
-    with pytest.raises(DataError, match="expected positive numbers that leave something for test"):
+    with pytest.raises(DataError, match="expected positive numbers with a sum below 1"):
         Shares(0.5, 0.5)
-    with pytest.raises(DataError, match="leaves a part empty"):
+    with pytest.raises(DataError, match="leaves a split empty"):
         Shares(calibration_cap=0)
 
 

@@ -19,10 +19,11 @@ from compressor.deferred import build as complete
 from compressor.deferred import package as deferred
 from compressor.deferred.reference_answers import INT8_SLACK, Answers, AnswersError, allowed_for
 from compressor.errors import CompressorError, SettingsError
-from compressor.measure import workshop
+from compressor.measure import latency as engine_timing
 from compressor.quality.parity import TOLERANCE, ParityError
 from compressor.quantize.precision import Source
 from compressor.quantize.saturation import int8_saturates
+from compressor.report.engine_text import told
 from compressor.report.pages.export_page import html, shown_in
 from compressor.settings import Settings
 from compressor.workspace import environment
@@ -93,7 +94,7 @@ class Residual(torch.nn.Module):
 def brief():
     """Real timing, but for a moment only: these tests are about what is written."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (workshop, complete):
+        for module in (engine_timing, complete):
             patch.setattr(module, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
         yield
 
@@ -186,9 +187,9 @@ def test_the_report_says_that_onnxruntime_stood_in(originals, target):
 
 def test_the_report_of_a_deferred_export_tells_its_reader(originals):
     report = complete._restored(report_of(originals["openvino"]), originals["openvino"])
-    assert report.table().title == "Residual on ONNX Runtime, for openvino, batch 5"
-    assert "run `compressor build` with this folder on the device" in report.summary()
-    assert "with ONNX Runtime on the CPU here, not with openvino there" in report.summary()
+    assert report.table().title == "Residual on ONNX Runtime (target: openvino), batch 5"
+    assert "Run `compressor build` with this folder on the device" in report.summary()
+    assert "with ONNX Runtime on the CPU of this machine, not with openvino on the device" in report.summary()
 
 
 def test_the_stored_answers_are_torchs(originals):
@@ -339,12 +340,12 @@ def test_the_device_needs_neither_torch_nor_its_like(folder):
     done = on_device("build", folder, "--rounds", "1", "--threads", "1", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"Residual on {target}, batch 5" in done.stdout
-    assert "result's speed-up" in done.stdout
+    assert "speed-up vs baseline" in done.stdout
     assert "Dropped 1 of 3 sites" in done.stdout
-    assert "On 64 stored rows the result gives torch's answer in" in " ".join(done.stdout.split())
+    assert "of 64 stored rows." in " ".join(done.stdout.split())
     _check_completed(before, folder)
     assert (folder / "README.md").read_bytes() == card  # without jinja2 it stays, and says whose figures it holds
-    assert b"`report.json` holds the device's figures" in card
+    assert b"writes the device's figures to `report.json`" in card
     assert (folder / "report.html").read_bytes() == page  # what draws it is not there, which is said
     assert complete.NO_PAGE in report_of(folder)["notes"]
     built = {"openvino_model.xml", "openvino_model.bin"} if target == "openvino" else set()
@@ -379,11 +380,11 @@ def _check_completed(before, folder):
 
 def test_the_card_is_made_anew_unless_someone_has_edited_it(folder, brief):
     there = (folder / "README.md").read_text()
-    assert "ONNX Runtime in the place of ONNX Runtime" in there
+    assert "ONNX Runtime instead of ONNX Runtime" in there
     compressor.build(folder, rounds=1)
     anew = (folder / "README.md").read_text()
     assert "Latency was measured with onnxruntime on this device" in anew
-    assert "in the place of" not in anew
+    assert "instead of" not in anew
     (folder / "README.md").write_text("Mine.")
     for _ in range(2):  # nor does the first of them make it look like ours
         compressor.build(folder, rounds=1, force=True)
@@ -595,5 +596,5 @@ def test_the_environment_names_gpus(tmp_path):
 def test_features_are_told_as_what_they_are():
     similar = {"value": 99.5, "low": 99.0, "high": 99.9, "n": 12}
     part = {"state": "built", "target": "openvino", "environment": {}, "measured": {"result": {"similarity": similar}}}
-    assert list(deferred.told(part))[1:] == ["On 12 stored rows the result is similar to torch by 99.50 % (cosine)."]
-    assert list(deferred.told({"state": "built", "target": "openvino"})) == []
+    assert list(told(part))[1:] == ["The cosine similarity of the result to torch is 99.50 % on 12 stored rows."]
+    assert list(told({"state": "built", "target": "openvino"})) == []

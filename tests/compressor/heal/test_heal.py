@@ -1,4 +1,4 @@
-"""Healing: on the embedded model, on planted modules, and the promises about what is left untouched."""
+"""Tests of healing on the embedded model and on small modules, and of the graphs that must stay unchanged."""
 
 import dataclasses
 import functools
@@ -28,13 +28,13 @@ from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 
 QUICK = Recipe(steps=24, checks=2, fewest=1)
-LONG = 600.0  # seconds: more than any of these needs, so that the number of steps is the recipe's
+LONG = 600.0  # seconds; never the limit here, so that the number of steps is that of the recipe
 DROPPED = ("blocks.5.mlp", "blocks.7.mlp", "blocks.4.mlp", "blocks.8.mlp", "blocks.9.attn", "blocks.6.mlp")
 
 
 @dataclasses.dataclass
 class Tensors:
-    """A split of ready tensors without labels: asking for one is an error."""
+    """A split of arrays without labels; access to labels fails."""
 
     feeds: dict[str, np.ndarray]
     indices: tuple[int, ...] = ()
@@ -53,7 +53,7 @@ class Tensors:
 
 
 class Residual(torch.nn.Module):
-    """Branches that are linear maps, f_i(x) = A_i x + b_i, then whatever `head` is."""
+    """Residual branches that are linear maps, f_i(x) = A_i x + b_i, followed by `head`."""
 
     def __init__(self, head=None, width=8):
         super().__init__()
@@ -81,7 +81,7 @@ class Words(torch.nn.Module):
 
 
 def planted(module, example, rows, task, drop):
-    """Model, its graph, a fork with one branch dropped, the site, and calibration and validation of `rows`."""
+    """Return the model, its graph, a fork without one branch, the dropped sites, and two halves of `rows` as splits."""
     model = models.load(module, task=task, example_inputs=example, cache=task != "text-generation")
     graph = trace(model)
     sites = find_sites(graph)
@@ -105,7 +105,7 @@ def texts():
 
 @functools.cache
 def digits():
-    """The embedded model with six branches dropped, and 160 of its samples: 40 to calibrate, 40 to validate."""
+    """Load the embedded model with six branches dropped and 160 samples, 40 for calibration and 40 for validation."""
     model = models.load(None)
     data = load(str(models.SAMPLE / "digits.npz"), model.preprocess, task=model.task, shares=Shares(total=160))
     graph = trace(model)
@@ -146,13 +146,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(distill, "RECIPE", QUICK)
 
 
-# ----------------------------------------------------------------------------------------------- the whole, on digits
+# ------------------------------------------------------------------------------------------------ end to end, on digits
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", HEAL_METHODS[1:])
-def test_less_divergence_and_no_more_loss(method):
-    """Measured anew on the graph that came back: the report tells the truth."""
+def test_healing_decreases_divergence_without_more_loss(method):
+    """The report equals a new measurement of the returned graph."""
     model, _, graph, fork, _, validation = digits()
     result, report = healed(method)
     assert report.kept
@@ -169,7 +169,7 @@ def test_less_divergence_and_no_more_loss(method):
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", HEAL_METHODS)
-def test_what_was_given_stays_bit_for_bit(method):
+def test_input_graphs_are_not_modified(method):
     _, _, graph, fork, _, _ = digits()
     before = [(parameters(one), [p.requires_grad for p in one.module.parameters()]) for one in (graph, fork)]
     healed(method)
@@ -182,8 +182,8 @@ def test_what_was_given_stays_bit_for_bit(method):
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", HEAL_METHODS[1:])
-def test_same_nodes_and_parameters(method):
-    """Low-rank terms are merged; what was not trained is shared, not copied."""
+def test_healed_graph_has_the_same_nodes_and_parameters(method):
+    """Low-rank terms are merged; untrained parameters are shared, not copied."""
     _, _, graph, fork, _, _ = digits()
     result, report = healed(method)
     assert report.kept
@@ -199,15 +199,15 @@ def test_same_nodes_and_parameters(method):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_seed_repeats_and_another_does_not():
-    """The number of steps is fixed, so the weights are the same to the bit."""
+def test_distillation_is_reproducible_by_seed():
+    """The number of steps is fixed, so equal seeds give bitwise equal weights."""
     first, again, other = (parameters(healed("distill", seed=seed)[0]) for seed in (0, 0, 1))
     assert same(first, again)
     assert not same(first, other)
 
 
 @pytest.mark.parametrize("method", HEAL_METHODS[1:])
-def test_no_time_leaves_a_sound_graph(method):
+def test_zero_budget_returns_a_valid_graph(method):
     _, _, _, fork, _, _ = digits()
     result, report = healed(method, budget=0.0)
     result.check()
@@ -216,7 +216,7 @@ def test_no_time_leaves_a_sound_graph(method):
     assert method != "distill" or (report.sample_steps == 0 and "too short" in report.note)
 
 
-def test_none_does_nothing():
+def test_method_none_returns_the_graph():
     _, _, _, fork, _, _ = digits()
     result, report = healed("none")
     assert result is fork
@@ -224,28 +224,28 @@ def test_none_does_nothing():
     assert report.before == report.after
 
 
-def test_an_unknown_method_is_refused():
-    with pytest.raises(HealError, match="'prayer', expected one of none, closed-form, distill"):
+def test_unknown_method_raises():
+    with pytest.raises(HealError, match="'prayer'; expected one of none, closed-form, distill"):
         healed("prayer")
 
 
 # ------------------------------------------------------------------------------------------------------ rolling back
 
 
-def test_training_that_harms_is_rolled_back(monkeypatch):
+def test_diverging_training_is_rolled_back(monkeypatch):
     monkeypatch.setattr(distill, "RECIPE", dataclasses.replace(QUICK, rate=3.0))
     _, _, _, fork, _, _ = digits()
     result, report = healed("distill")
     assert result is fork
     assert not report.kept
     assert report.after == report.before
-    assert report.note == "rolled back: it came no closer to the original on validation data"
+    assert report.note == "rolled back: no draft decreased the divergence on validation data by more than 1%"
 
 
 @pytest.mark.parametrize("method", HEAL_METHODS[1:])
 @pytest.mark.usefixtures("quick")
-def test_more_loss_is_rolled_back_however_close(method):
-    """A metric by which every draft is worse than what was given, though each diverges less."""
+def test_higher_loss_is_rolled_back_despite_lower_divergence(method):
+    """Every draft has a larger loss than the input graph, although its divergence is smaller."""
     _, data, _, fork, _, _ = digits()
 
     class Strict:
@@ -257,10 +257,10 @@ def test_more_loss_is_rolled_back_however_close(method):
     result, report = healed(method, validation=Strict())
     assert result is fork
     assert not report.kept
-    assert "lost more" in report.note
+    assert "but the loss increased" in report.note
 
 
-def test_training_ends_when_it_gets_no_better(monkeypatch):
+def test_training_stops_without_improvement(monkeypatch):
     monkeypatch.setattr(distill, "RECIPE", dataclasses.replace(QUICK, rate=3.0, checks=12))
     _, report = healed("distill")
     assert report.sample_steps == QUICK.steps * heal_module.PATIENCE // 12
@@ -270,9 +270,9 @@ def test_training_ends_when_it_gets_no_better(monkeypatch):
 
 
 @pytest.mark.parametrize("drop", [0, 1])
-def test_what_a_later_branch_can_take_over_is_recovered(drop):
-    """With linear branches, x + A x of the next one can hold both: (I + A2)(I + A1). The least strength is 1e-4 of the
-    inputs' mean square, so that about as much of the difference stays, squared in the divergence."""
+def test_later_branch_recovers_a_dropped_linear_branch(drop):
+    """With linear branches, the next branch can represent both: (I + A2)(I + A1). The smallest ridge strength is 1e-4
+    of the mean square of the inputs, so about this share of the difference remains, squared in the divergence."""
     model, graph, fork, changed, calibration, validation = vectors(drop=drop)
     result, report = heal(
         "closed-form",
@@ -293,8 +293,8 @@ def test_what_a_later_branch_can_take_over_is_recovered(drop):
     assert (after - goal).norm() < 1e-3 * (before - goal).norm()
 
 
-def test_the_head_is_refitted_too():
-    """The last branch is gone: nothing but the head is behind it, and head' = head (I + A3) is the answer."""
+def test_head_is_refitted():
+    """Only the head follows the dropped last branch, and head' = head (I + A3) is the exact solution."""
     model, graph, fork, changed, calibration, validation = vectors(torch.nn.Linear(8, 5), "image-classification", 2)
     assert [spot.map for spot in find_spots(fork, graph, model, ())] == [graph.nodes()[-1].args[0][0].name]
     effects = Effects(graph, model, validation)
@@ -303,7 +303,7 @@ def test_the_head_is_refitted_too():
     assert changed
 
 
-def test_nothing_behind_the_change_leaves_all_as_it_is():
+def test_graph_without_later_maps_is_unchanged():
     model, graph, fork, changed, calibration, validation = vectors(drop=2)
     result, report = heal(
         "closed-form",
@@ -318,7 +318,7 @@ def test_nothing_behind_the_change_leaves_all_as_it_is():
         progress=lambda *_: None,
     )
     assert result is fork
-    assert "nothing behind the changes" in report.note
+    assert "no weight after the changed sites" in report.note
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -332,8 +332,8 @@ CASES = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_answer_comes_closer_without_labels(case):
-    """The splits here have no labels at all. Perplexity may rise with random weights, so its loss is not judged."""
+def test_distillation_decreases_divergence_for_every_output_kind(case):
+    """The splits have no labels. Perplexity may rise with random weights, so its loss is not tested."""
     make, metric = CASES[case]
     model, graph, fork, changed, calibration, validation = make()
     judge = Validation(graph, model, validation, metric)
@@ -356,8 +356,8 @@ def test_every_kind_of_answer_comes_closer_without_labels(case):
     assert report.after["divergence"] < report.before["divergence"]
 
 
-def test_a_student_is_what_it_writes():
-    """Fresh it equals the graph; changed, the fork it writes computes the same (float32, order of one sum apart)."""
+def test_student_equals_its_written_graph():
+    """A new student equals the graph, and a changed one equals its written fork (float32, another order of one sum)."""
     model, _, fork, _, calibration, _ = vectors()
     student = Student(fork, (), QUICK, torch.Generator().manual_seed(0))
     feeds = {"x": torch.from_numpy(calibration.feeds["x"])}
@@ -381,11 +381,11 @@ def test_gradients_reach_only_the_chosen_blocks():
     assert all(parameter.grad is None for parameter in graph.module.parameters())
 
 
-def test_the_distance_of_features_is_their_divergence_at_equal_length():
+def test_feature_loss_is_the_divergence_at_equal_length():
     left, right = torch.nn.functional.normalize(torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)), dim=2)
     cosine = torch.nn.functional.cosine_similarity(left, right)
-    found = distance("feature-extraction", left, right, None)
-    torch.testing.assert_close(found, (1 - cosine).mean(), rtol=1e-5, atol=1e-6)  # float32
+    value = distance("feature-extraction", left, right, None)
+    torch.testing.assert_close(value, (1 - cosine).mean(), rtol=1e-5, atol=1e-6)  # float32
     assert distance("feature-extraction", 2 * right, right, None) == pytest.approx(0.5, rel=1e-5)
 
 
@@ -401,8 +401,8 @@ def test_crops_keep_size_and_range():
     assert cropped(ids, torch.Generator()) is ids
 
 
-def test_a_parameter_of_its_own():
-    """Only the fork changes; under all names of a tied weight."""
+def test_own_replaces_a_parameter_of_the_fork_only():
+    """Only the fork changes, under all names of a tied weight."""
     _, graph, fork, _, _, _ = vectors()
     names = [name for name, _ in fork.module.named_parameters()]
     untouched = parameters(graph)

@@ -17,7 +17,7 @@ from compressor.errors import SettingsError
 from compressor.lower import checkpoint
 from compressor.lower.checkpoint import CheckpointError
 from compressor.lower.trace import trace
-from compressor.measure import workshop
+from compressor.measure import latency as engine_timing
 from compressor.pipeline import export
 from compressor.quality.parity import ParityError
 from compressor.search.rewriter import Rewriter
@@ -316,7 +316,7 @@ def test_an_export_is_a_folder_to_open_and_to_bench(tmp_path, tokens, monkeypatc
 
 def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
     """That the checkpoint computes the rewritten graph is held by the export itself."""
-    monkeypatch.setattr(workshop, "CLOCK_ROUNDS", 1)
+    monkeypatch.setattr(engine_timing, "QUICK_ROUNDS", 1)
     dense = saved(tmp_path / "dense", "LlamaForCausalLM")
     out = tmp_path / "out"
     report = compressor.export(

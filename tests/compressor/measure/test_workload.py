@@ -16,7 +16,7 @@ from compressor.data.splits import load
 from compressor.errors import SettingsError
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
-from compressor.measure import workshop
+from compressor.measure import latency as engine_timing
 from compressor.measure.workload import PROMPT, RUN, TOKEN, Call, Generate, calls_of, generate_of, together, token_ids
 from compressor.search.cost_model import counted
 from compressor.settings import Settings
@@ -151,9 +151,9 @@ def test_latencies_add_up_round_by_round():
 
 @pytest.fixture
 def brief(monkeypatch):
-    monkeypatch.setattr(workshop, "CLOCK_ROUNDS", 2)
-    monkeypatch.setattr(workshop, "CLOCK_SECONDS", 0.001)
-    monkeypatch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+    monkeypatch.setattr(engine_timing, "QUICK_ROUNDS", 2)
+    monkeypatch.setattr(engine_timing, "QUICK_SECONDS", 0.001)
+    monkeypatch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
 
 
 @pytest.mark.usefixtures("brief")
@@ -174,9 +174,9 @@ def test_an_export_reports_generation_and_the_search_goes_by_it(folder, tmp_path
     assert {name: call["times"] for name, call in prices["calls"].items()} == {PROMPT: 1, TOKEN: 4}
     for design, total in prices["timings"].items():
         assert total == pytest.approx(sum(call["timings"][design] for call in prices["calls"].values()))
-    assert "Latency: a prompt of 6 tokens and 4 new ones, each timed behind a cache of 8." in report.summary()
+    assert "Latency: a prompt of 6 tokens and 4 new tokens, each with a cache of 8 tokens." in report.summary()
     for page in ("README.md", "report.html"):
-        assert "a prompt of 6 tokens and 4 new ones" in (tmp_path / "out" / page).read_text()
+        assert "a prompt of 6 tokens and 4 new tokens" in (tmp_path / "out" / page).read_text()
     assert "each new token, ms" in [row[0].strip() for row in report._rows()]
 
 

@@ -80,7 +80,7 @@ def test_an_unknown_name_gets_a_suggestion(spec: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("m.onnx", "what Compressor writes"), ("m.pt", "may run code"), ("m.safetensors", "the folder"), ("m", "hub id")],
+    [("m.onnx", "Compressor writes ONNX files"), ("m.pt", "may run code"), ("m.safetensors", "the folder"), ("m", "hub id")],
 )
 def test_a_file_is_no_model_and_the_sentence_says_what_to_pass(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_bytes(b"x")
@@ -92,7 +92,7 @@ def test_a_file_is_no_model_and_the_sentence_says_what_to_pass(tmp_path: Path, n
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (None, "holds no config.json"),
+        (None, "contains no config.json"),
         ("{nope", "cannot be read as JSON"),
         ("[]", "names neither"),
         ('{"architecture": 3}', "names neither"),
@@ -166,7 +166,7 @@ def test_a_repositorys_own_code_is_not_run(tmp_path: Path, model_type: str) -> N
     if model_type == "bert":
         assert type(load(folder).module).__name__ == "BertModel"
     else:
-        with pytest.raises(ModelError, match="brings code of its own, which is not run; pass --trust-remote-code"):
+        with pytest.raises(ModelError, match="contains custom code, which is not run; pass --trust-remote-code"):
             load(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -179,12 +179,12 @@ def test_a_repositorys_own_code_is_not_run(tmp_path: Path, model_type: str) -> N
         ("three", "returned int; expected an nn.Module"),
         ("fails", "RuntimeError: kaboom"),
         ("leaves", "SystemExit"),
-        ("bare", "without example inputs"),
+        ("bare", "has no example inputs"),
         ("silent", "returned NoneType without tensors"),
         ("text", "example input x is str"),
-        ("scalar", "example input x is the shape []"),
+        ("scalar", "example input x is of shape []"),
         ("many", "2 example inputs, but forward takes 1"),
-        ("uneven", "different numbers of samples"),
+        ("uneven", "different batch sizes"),
     ],
 )
 def test_a_factory_that_gives_something_else_is_refused(factories: Path, attribute: str, words: str) -> None:
@@ -221,7 +221,7 @@ def test_a_module_takes_its_example_inputs_in_any_form(form: str) -> None:
 
 
 def test_a_task_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ModelError, match="cannot do text-generation; expected image-classification or image-feature"):
+    with pytest.raises(ModelError, match="does not support the task text-generation; expected image-classification or image-"):
         load(None, task="text-generation")
     with pytest.raises(ModelError, match="text-generation needs input_ids"):
         load(Sum(), example_inputs=(torch.ones(1, 3), torch.ones(1, 3)), task="text-generation")
@@ -253,7 +253,7 @@ def test_the_hubs_errors_are_told_apart() -> None:
 def test_a_hub_id_while_offline_says_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"'nobody/no-such-model' is no local folder .* the hub cannot be reached"):
+    with pytest.raises(ModelError, match=r"'nobody/no-such-model' is not a local folder .* the hub cannot be reached"):
         load("nobody/no-such-model")
 
 
@@ -416,7 +416,7 @@ def test_the_longest_row_of_a_sentence_model_is_respected_on_the_hub(
 
 
 def test_a_pooling_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="asks for pooling by lasttoken; expected mean_tokens or cls_token"):
+    with pytest.raises(ModelError, match="sets the pooling lasttoken; expected mean_tokens or cls_token"):
         load(sentence(tmp_path / "m", "lasttoken"))
 
 
@@ -433,13 +433,13 @@ def test_options_that_a_model_has_no_use_for_are_refused(factories: Path, tmp_pa
     x = torch.ones(1, 3)
     with pytest.raises(ModelError, match=r"own_factories:good is code, not a hub repository.* leave --revision out"):
         load("own_factories:good", revision="v1")
-    with pytest.raises(ModelError, match=r"comes with the weights its code gives it; leave --random-weights out"):
+    with pytest.raises(ModelError, match=r"sets its weights in its own code; leave --random-weights out"):
         load("own_factories:good", random_weights=True)
     with pytest.raises(ModelError, match=r"Sum is code"):
         load(Sum(), example_inputs=(x, x), revision="v1")
-    with pytest.raises(ModelError, match=r"Sum comes with the weights"):
+    with pytest.raises(ModelError, match=r"Sum sets its weights in its own code"):
         load(Sum(), example_inputs=(x, x), random_weights=True)
-    with pytest.raises(ModelError, match=r"vit_tiny_patch16_224 is no hub id, so it has no revision 'v1'"):
+    with pytest.raises(ModelError, match=r"vit_tiny_patch16_224 is not a hub id, so it has no revision 'v1'"):
         load("vit_tiny_patch16_224", revision="v1")
     with pytest.raises(ModelError, match=r"is a local folder, so it has no revision 'v1'; leave --revision out"):
         load(saved(tmp_path / "m", "BertModel", "BertConfig", SMALL), revision="v1")

@@ -429,18 +429,18 @@ def test_ones_own_decoder_is_traced_with_its_cache(kind):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Neither, "its answer holds no cache, only logits"),
-        (Unused, "goes on from none given as cache or past_key_values"),
+        (Neither, "its output contains no cache, only logits"),
+        (Unused, "does not accept one as cache or past_key_values"),
         (Legacy, "past_key_values as tuples of tensors"),
-        (WithoutOption, "does not take use_cache"),
-        (Recurrent, "layer 0 of its cache (SimpleNamespace) holds no keys and values"),
-        (Broken, "goes on from none given as cache or past_key_values (no second call)"),
+        (WithoutOption, "has no argument use_cache"),
+        (Recurrent, "layer 0 of its cache (SimpleNamespace) has no keys and values"),
+        (Broken, "does not accept one as cache or past_key_values (no second call)"),
     ],
 )
 def test_a_decoder_whose_cache_is_not_found_is_refused_in_a_sentence(kind, reason):
     with pytest.raises(models.ModelError) as told:
         own(kind)
-    assert re.fullmatch(f"the KV cache of {kind.__name__} was not found: .*; pass --no-cache .*\\.", str(told.value))
+    assert re.fullmatch(f"the KV cache of {kind.__name__} could not be detected: .*; pass --no-cache .*\\.", str(told.value))
     assert reason in str(told.value)
 
 

@@ -164,39 +164,39 @@ def test_what_transformers_converts_when_it_loads_is_refused(tmp_path):
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"experts.gate_up_proj, or one that is converted when it is loaded"):
+    with pytest.raises(ModelError, match=r"experts.gate_up_proj, or transformers converts it on loading"):
         on_disk(tmp_path)
 
 
 def test_other_names_are_refused(tmp_path):
     renamed = {"model.norm.weight": "model.final_norm.weight"}
     broken(tmp_path, lambda stored: {renamed.get(key, key): value for key, value in stored.items()})
-    with pytest.raises(ModelError, match=r"no tensor model.norm.weight, .* leave it out"):
+    with pytest.raises(ModelError, match=r"no tensor model.norm.weight, .* leave --max-memory out"):
         on_disk(tmp_path)
 
 
 def test_quantized_weights_are_refused(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     broken(tmp_path, lambda stored: stored | {name: stored[name].to(torch.int8)})
-    with pytest.raises(ModelError, match=rf"{name} .* type I8; --max-memory reads F32, F16, BF16: .* not quantized"):
+    with pytest.raises(ModelError, match=rf"{name} .* type I8, but --max-memory reads F32, F16, BF16; .* not quantized"):
         on_disk(tmp_path)
 
 
 def test_shapes_that_the_config_does_not_give_are_refused(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     broken(tmp_path, lambda stored: stored | {name: stored[name][:, 1:].contiguous()})
-    with pytest.raises(ModelError, match=rf"{name} .* shape \[32, 47\], but the config makes it \[32, 48\]"):
+    with pytest.raises(ModelError, match=rf"{name} .* shape \[32, 47\], but the config implies \[32, 48\]"):
         on_disk(tmp_path)
 
 
 def test_models_that_are_no_language_models_of_transformers_are_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"--max-memory is for language models of transformers.* is of timm"):
+    with pytest.raises(ModelError, match=r"--max-memory is for language models of transformers.* is a model of timm"):
         on_disk(models.SAMPLE)
     config = transformers.BertConfig(
         vocab_size=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="is for feature-extraction: leave it out"):
+    with pytest.raises(ModelError, match="is a model for feature-extraction; leave --max-memory out"):
         on_disk(tmp_path)
 
 

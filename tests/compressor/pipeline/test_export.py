@@ -20,8 +20,9 @@ from PIL import Image
 import compressor
 from compressor import CompressorError
 from compressor.cli.main import main
-from compressor.measure import workshop
-from compressor.measure.workshop import Workshop
+from compressor.measure import engine_builder
+from compressor.measure import latency as engine_timing
+from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.models import SAMPLE
 from compressor.pipeline import export
 from compressor.quality.validation_loss import Loss, Validation
@@ -271,7 +272,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real timing, but for a moment only: these tests are about what is written, not about figures."""
-    monkeypatch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+    monkeypatch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
 
 
 def by_operators(openers: Mapping[str, Any], feeds: Any, **_: Any) -> dict[str, Latency]:
@@ -294,7 +295,7 @@ def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     """A front all of whose efficient points are built."""
     output = tmp_path_factory.mktemp("swept") / "front"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+        patch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
         front = compressor.sweep(**labelled, cost="macs", max_loss=60.0, points=12, output=output)
     return output, front
 
@@ -364,7 +365,7 @@ def test_a_sweep_that_fails_leaves_only_what_it_would_go_on_from(
     def failing(*_: Any) -> None:
         raise CompressorError("the engine fell asleep")
 
-    monkeypatch.setattr(Workshop, "measured", failing)
+    monkeypatch.setattr(GraphEvaluator, "measure", failing)
     with pytest.raises(CompressorError, match="fell asleep"):
         compressor.sweep(**labelled, cost="macs", actions="drop", points=2, output=tmp_path / "front")
     assert [path.name for path in tmp_path.iterdir()] == [".front.journal"]
@@ -390,7 +391,7 @@ def test_the_report_of_a_search_says_what_it_did(labelled: dict[str, Any], brief
 def test_a_wish_for_speed_is_fulfilled_on_the_clock(
     labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "interleave", by_operators)
+    monkeypatch.setattr(engine_timing, "interleave", by_operators)
     report = compressor.export(**labelled, actions="drop", speedup=1.6, output=tmp_path / "out")
     assert report.speedup().ratio == 5 / 3  # of five matrix multiplications three are left: four would be 1.25 times
     assert report.search["prices"]["timings"]["as it is"] == 5.0
@@ -401,7 +402,7 @@ def test_a_wish_for_speed_is_fulfilled_on_the_clock(
 def test_a_wish_that_no_plan_fulfils_ends_with_status_1_and_a_whole_folder(
     labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "interleave", never_faster)
+    monkeypatch.setattr(engine_timing, "interleave", never_faster)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     arguments = ["export", f"{Path(__file__).stem}:uneven", "--data", labelled["data"], "--task", labelled["task"]]
     wish = ["--speedup", "1.5", "--actions", "drop"]
@@ -452,7 +453,7 @@ def test_the_result_is_held_against_the_graph_before_it_was_folded(
         apply(Drop(tuple(find_sites(fork)[:1])), fork)
         return fork
 
-    monkeypatch.setattr(workshop, "finished", breaking)
+    monkeypatch.setattr(engine_builder, "finished", breaking)
     with pytest.raises(CompressorError, match=r"result\.onnx"):
         compressor.export(**labelled, drop="1", output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

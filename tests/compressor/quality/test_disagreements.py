@@ -1,4 +1,4 @@
-"""Samples that are answered differently: found while batches stream by, against what all answers together say."""
+"""Tests of disagreements: the streamed worst samples against those computed from all outputs at once."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from compressor.quality.evaluate import evaluate
 
 
 class Rows:
-    """Samples whose only input is their number, so that runners can answer what a test wants."""
+    """A split whose only input is the row index, so that runners can look up prepared outputs."""
 
     def __init__(self, count, labels=None):
         self.count, self.labels = count, labels
@@ -29,28 +29,28 @@ class Rows:
 
 @pytest.mark.parametrize("count", [5, 60])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_they_are_the_worst_of_all_in_the_order_of_their_regret(count, labelled):
+def test_worst_disagreements_are_sorted_by_regret(count, labelled):
     rng = np.random.default_rng(count)
     before, after = rng.standard_normal((2, count, 3)).astype(np.float32) * 2.0
     labels = rng.integers(0, 3, count) if labelled else None
     metric = "accuracy" if labelled else "agreement"
     runners = {"old": lambda feeds: before[feeds["x"]], "new": lambda feeds: after[feeds["x"]]}
-    found = evaluate(Rows(count, labels), runners, metric=metric, reference="old", batch_size=7)
-    assert found.changed["old"] == []
-    changed = found.changed["new"]
+    evaluation = evaluate(Rows(count, labels), runners, metric=metric, reference="old", batch_size=7)
+    assert evaluation.changed["old"] == []
+    changed = evaluation.changed["new"]
     differing = np.flatnonzero(before.argmax(-1) != after.argmax(-1))
-    expected = sorted(differing.tolist(), key=lambda row: -found.columns["new"]["regret"][row])[:KEPT]
-    assert [each.place for each in changed] == expected
+    expected = sorted(differing.tolist(), key=lambda row: -evaluation.columns["new"]["regret"][row])[:KEPT]
+    assert [sample.place for sample in changed] == expected
     probabilities = [np.exp(side) / np.exp(side).sum(-1, keepdims=True) for side in (before, after)]
-    for each in changed:
-        assert each.id == f"s{each.place}"
-        assert each.label == (None if labels is None else labels[each.place])
-        for (answer, probability), side in zip((each.before, each.after), probabilities, strict=True):
-            assert answer == side[each.place].argmax()
-            assert probability == pytest.approx(side[each.place].max(), rel=1e-5)  # float32 against float64
+    for sample in changed:
+        assert sample.id == f"s{sample.place}"
+        assert sample.label == (None if labels is None else labels[sample.place])
+        for (answer, probability), side in zip((sample.before, sample.after), probabilities, strict=True):
+            assert answer == side[sample.place].argmax()
+            assert probability == pytest.approx(side[sample.place].max(), rel=1e-5)  # float32 against float64
 
 
-def test_other_metrics_name_none():
+def test_other_metrics_have_no_disagreements():
     answers = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     runners = {"old": lambda feeds: answers[feeds["x"]], "new": lambda feeds: -answers[feeds["x"]]}
     assert evaluate(Rows(6), runners, metric="fidelity", reference="old").changed == {"old": [], "new": []}

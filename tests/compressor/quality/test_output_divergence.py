@@ -1,4 +1,4 @@
-"""Effects on the output: against a rewritten graph per candidate, with the divergence written out."""
+"""Tests of the output divergence against one rewritten graph per candidate and a float64 KL."""
 
 import dataclasses
 import math
@@ -26,19 +26,19 @@ def dropped(graph, sites):
 
 
 def divergences(graph, other, split, scales):
-    """Mean KL of the answers of two graphs, the second's multiplied by each scale, in float64."""
+    """Compute the mean KL between the logits of two graphs in float64, for each scale of the second's logits."""
     totals = np.zeros(len(scales))
     for feeds in tensor_batches(split):
-        original, answer = (run(each, feeds)[0].double() for each in (graph, other))
+        original, answer = (run(side, feeds)[0].double() for side in (graph, other))
         p = original.softmax(-1)
-        for place, scale in enumerate(scales):
-            totals[place] += float((p * (p.log() - (answer * scale).log_softmax(-1))).sum())
+        for index, scale in enumerate(scales):
+            totals[index] += float((p * (p.log() - (answer * scale).log_softmax(-1))).sum())
     return totals / len(split)
 
 
 @pytest.mark.parametrize("most", [32, 7])
-def test_effects_are_measured_at_the_best_scale_under_the_changes_so_far(most):
-    """One scale for all samples: the least of the means, not the mean of the least."""
+def test_divergence_is_measured_at_the_best_scale_on_top_of_earlier_drops(most):
+    """All samples share one scale: the result is the minimum of the means, not the mean of the minima."""
     model, graph, sites, split = small(spread())
     split.most = most
     effects = Effects(graph, model, split)
@@ -46,19 +46,19 @@ def test_effects_are_measured_at_the_best_scale_under_the_changes_so_far(most):
     for skip in ([], [sites[0]], [sites[1], sites[2]]):
         main = dropped(graph, skip)
         variants = {site.name: dropped(graph, [*skip, site]) for site in sites if site not in skip}
-        base, found = effects.measure(main, variants)
+        base, measured = effects.measure(main, variants)
         assert base == pytest.approx(divergences(graph, main, split, SCALES).min(), abs=SUMS)
-        assert list(found) == list(variants)
+        assert list(measured) == list(variants)
         for name, variant in variants.items():
-            each = divergences(graph, variant, split, SCALES)
-            best.add(SCALES[each.argmin()])
-            assert found[name] == pytest.approx(each.min(), abs=SUMS)
-    assert len(best) > 1  # of which one alone would not show that the scale matters
+            expected = divergences(graph, variant, split, SCALES)
+            best.add(SCALES[expected.argmin()])
+            assert measured[name] == pytest.approx(expected.min(), abs=SUMS)
+    assert len(best) > 1  # with one best scale, the test would not show that the scale matters
     assert effects.measure(graph, {}) == (0.0, {})
 
 
-def test_classifiers_alone_are_scaled():
-    """A language model's probabilities are its answer, and features are compared by their direction."""
+def test_only_classifiers_are_scaled():
+    """The output of a language model is its probabilities, and features are compared by direction."""
     model, graph, _, split = small()
     assert Effects(graph, model, split).scales == SCALES
     assert SCALES[0] == 1.0
@@ -66,14 +66,14 @@ def test_classifiers_alone_are_scaled():
         assert Effects(graph, dataclasses.replace(model, task=task), split).scales == (1.0,)
 
 
-def test_a_graph_that_only_scales_its_logits_has_no_effect():
-    """Its answers are the same; what is scaled by none of the factors has some."""
+def test_graph_that_only_scales_its_logits_has_no_divergence():
+    """Its predictions are unchanged; a scale outside `SCALES` leaves a divergence."""
     model, graph, _, split = small(spread())
     effects = Effects(graph, model, split)
     shrunk, odd = ((small(shrinking(factor)))[1] for factor in (1 / 1.6, 1 / 1.4))
-    _, found = effects.measure(graph, {"shrunk": shrunk, "odd": odd})
-    assert found["shrunk"] == pytest.approx(0.0, abs=SUMS)
-    assert found["odd"] > 1e-4
+    _, measured = effects.measure(graph, {"shrunk": shrunk, "odd": odd})
+    assert measured["shrunk"] == pytest.approx(0.0, abs=SUMS)
+    assert measured["odd"] > 1e-4
 
 
 def shrinking(factor):
@@ -85,7 +85,7 @@ def shrinking(factor):
     return change
 
 
-def test_effects_of_blocks_are_those_of_all_their_sites():
+def test_divergence_of_a_unit_drops_all_its_sites():
     model, graph, sites, split = small(spread())
     effects = Effects(graph, model, split)
     blocks = [sites[:2], sites[2:]]
@@ -94,7 +94,7 @@ def test_effects_of_blocks_are_those_of_all_their_sites():
     assert effects.of_units([[site] for site in sites]) == list(alone.values())
 
 
-def test_sweeps_count_the_nodes_that_were_run(monkeypatch):
+def test_sweeps_count_executed_nodes(monkeypatch):
     model, graph, sites, split = small()
     effects = Effects(graph, model, split)
     assert effects.sweeps == 1.0
@@ -112,14 +112,16 @@ def test_sweeps_count_the_nodes_that_were_run(monkeypatch):
     one = computed()
     effects.measure(main, {site: dropped(graph, [sites[1], site]) for site in (sites[0], *sites[2:])})
     assert effects.sweeps - 1 == pytest.approx(computed() / one, abs=1e-12)
-    assert effects.sweeps - 1 < 4  # variants share what comes before their first difference
+    assert effects.sweeps - 1 < 4  # variants share the nodes before their first difference
 
 
-def test_texts_are_compared_where_there_is_no_padding():
+def test_padding_is_excluded_from_the_divergence():
     model = BY_NAME["hf_bert"].load()
     with torch.no_grad():
         for parameter in model.module.encoder.parameters():
-            parameter.mul_(8.0 if parameter.ndim > 1 else 1.0)  # random weights start so small that nothing matters
+            parameter.mul_(
+                8.0 if parameter.ndim > 1 else 1.0
+            )  # the initial weights are too small for a visible divergence
     graph = trace(model)
     sites = find_sites(graph)
     feeds = {name: value.numpy() for name, value in model.example.items()}
@@ -130,8 +132,8 @@ def test_texts_are_compared_where_there_is_no_padding():
     assert min(measured[0]) > 1e-4
 
 
-def test_long_texts_are_compared_at_so_many_positions():
-    """Spread evenly from the first token to the last, whatever the length."""
+def test_long_texts_are_compared_at_evenly_spaced_positions():
+    """The positions are evenly spaced from the first token to the last."""
     rows = torch.arange(200).repeat(2, 1)
     taken = spaced(rows)
     assert taken.shape == (2, POSITIONS)
@@ -140,14 +142,14 @@ def test_long_texts_are_compared_at_so_many_positions():
     assert torch.equal(spaced(rows[:, :POSITIONS]), rows[:, :POSITIONS])
 
 
-def test_answers_that_are_not_finite_are_infinitely_far():
+def test_non_finite_output_has_infinite_divergence():
     model, graph, _, split = small()
     broken = small(lambda module: module.blocks[1].mlp.fc2.weight.fill_(math.nan))[1]
-    base, found = Effects(graph, model, split).measure(graph, {"broken": broken})
-    assert (base, found) == (0.0, {"broken": math.inf})
+    base, measured = Effects(graph, model, split).measure(graph, {"broken": broken})
+    assert (base, measured) == (0.0, {"broken": math.inf})
 
 
-def test_an_original_that_gives_nan_is_an_error():
+def test_original_with_nan_raises():
     model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
     with pytest.raises(EvaluationError, match="gave NaN or infinity on calibration data"):
         Effects(graph, model, split)

@@ -1,4 +1,4 @@
-"""Losses on validation data: given up early only where the loss is certain."""
+"""Tests of the validation loss: a pass stops early only if the loss is certain to exceed the limit."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ def without(graph, sites):
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "agreement", "fidelity"])
-def test_what_is_certain_never_exceeds_the_loss(metric, monkeypatch):
+def test_lower_bound_never_exceeds_the_loss(metric, monkeypatch):
     monkeypatch.setattr(validation_loss, "BATCH", 5)
     model, graph, sites, split = small(spread())
     split.labels = np.arange(24) % 5
@@ -46,7 +46,7 @@ def test_what_is_certain_never_exceeds_the_loss(metric, monkeypatch):
     assert validation.loss(graph).percent == pytest.approx(0.0, abs=1e-5)  # float32 cosines
 
 
-def test_the_loss_of_agreement_is_the_share_of_other_answers():
+def test_loss_of_agreement_is_the_share_of_changed_predictions():
     model, graph, sites, split = small(spread())
     validation = Validation(graph, model, split, "agreement")
     for site in sites:
@@ -56,23 +56,23 @@ def test_the_loss_of_agreement_is_the_share_of_other_answers():
         assert validation.loss(other).percent == pytest.approx(float(differs.double().mean()) * 100)
 
 
-def test_samples_on_which_the_original_wavers_come_first():
+def test_samples_with_the_smallest_margin_come_first():
     model, data, graph, _ = digits()
     validation = Validation(graph, model, data.validation, "accuracy")
     assert sorted(validation.split.indices) == sorted(data.validation.indices)
     with torch.inference_mode():
         answers = torch.cat([run(graph, feeds)[0] for feeds in tensor_batches(validation.split)])
     best = answers.topk(2).values
-    assert ((best[:, 0] - best[:, 1]).diff() >= -1e-5).all()  # answers in other batches round differently
+    assert ((best[:, 0] - best[:, 1]).diff() >= -1e-5).all()  # outputs round differently in other batches
     assert validation.loss(graph).percent == 0.0
 
 
-def test_perplexity_is_given_up_early_only_when_it_is_lost(monkeypatch):
+def test_perplexity_stops_early_only_above_the_limit(monkeypatch):
     monkeypatch.setattr(validation_loss, "BATCH", 1)
     model = dataclasses.replace(BY_NAME["hf_bert"].load(), task="text-generation")
     graph = trace(model)
     feeds = {name: value.numpy() for name, value in model.example.items()}
-    feeds["input_ids"] = feeds["input_ids"] % 8  # so that the hidden state can pass for logits
+    feeds["input_ids"] = feeds["input_ids"] % 8  # the hidden state serves as logits of 8 or more classes
     split = Tensors({name: np.concatenate([value] * 3) for name, value in feeds.items()})
     validation = Validation(graph, model, split, "perplexity")
     bare = without(graph, find_sites(graph))
@@ -84,13 +84,13 @@ def test_perplexity_is_given_up_early_only_when_it_is_lost(monkeypatch):
     assert validation.evaluations == pytest.approx(3 + early.samples / 6, abs=0.005)
 
 
-def test_answers_that_are_not_finite_lose_everything():
+def test_non_finite_output_has_infinite_loss():
     model, graph, _, split = small()
     broken = small(lambda module: module.blocks[1].mlp.fc2.weight.fill_(math.nan))[1]
     assert Validation(graph, model, split, "agreement").loss(broken, limit=50.0) == Loss(math.inf, 24)
 
 
-def test_an_original_that_gives_nan_is_an_error():
+def test_original_with_nan_raises():
     model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
     with pytest.raises(EvaluationError, match="gave NaN or infinity for sample 0"):
         Validation(graph, model, split, "agreement")

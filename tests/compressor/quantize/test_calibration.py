@@ -1,4 +1,4 @@
-"""Ranges of activations: extremes and histograms as numpy has them, and each method against its definition."""
+"""Tests of activation ranges: extremes and histograms against numpy, and each method against its definition."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Counts = npt.NDArray[np.float64]
 
 
 def hidden(x: Array) -> Array:
-    """What `mlp` computes between its Linears."""
+    """Compute the activation between the Linears of `mlp`."""
     return np.asarray(np.maximum(x @ MLP_WEIGHTS["w1"] + MLP_WEIGHTS["b1"], 0))
 
 
@@ -39,20 +39,20 @@ def measured(path: Path, *batches: Array, names: tuple[str, ...] = ("x", "h2")) 
 
 
 @pytest.mark.parametrize("cuts", [[], [4], [1, 2, 3, 4, 5], [5]])
-def test_extremes_are_numpys_however_the_samples_are_batched(tmp_path: Path, cuts: list[int]) -> None:
+def test_extremes_equal_numpy_for_any_batching(tmp_path: Path, cuts: list[int]) -> None:
     x = normal(6, 5, K, seed=9) + np.float32(0.3)
-    found = measured(mlp(tmp_path / "f.onnx"), *np.split(x, cuts), names=("x", "h2", "x"))
-    assert (found.names, found.samples) == (("x", "h2"), 6)
+    stats = measured(mlp(tmp_path / "f.onnx"), *np.split(x, cuts), names=("x", "h2", "x"))
+    assert (stats.names, stats.samples) == (("x", "h2"), 6)
     for at, values in enumerate((x, hidden(x))):
         ends = np.stack([values.reshape(6, -1).min(axis=1), values.reshape(6, -1).max(axis=1)])
-        np.testing.assert_allclose(found.mean[:, at], ends.mean(axis=1), rtol=FLOAT32)
-        # The variance is a difference of squares: what float32 lost of either stays.
-        np.testing.assert_allclose(found.deviation[:, at], ends.std(axis=1), rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(found.extreme[:, at], [ends[0].min(), ends[1].max()], rtol=FLOAT32)
+        np.testing.assert_allclose(stats.mean[:, at], ends.mean(axis=1), rtol=FLOAT32)
+        # The variance is a difference of squares, which keeps the float32 rounding error of both.
+        np.testing.assert_allclose(stats.deviation[:, at], ends.std(axis=1), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(stats.extreme[:, at], [ends[0].min(), ends[1].max()], rtol=FLOAT32)
 
 
-def test_rows_that_are_not_samples_are_joined_into_their_sample(tmp_path: Path) -> None:
-    """Windows and tokens may take the leading axis from the samples."""
+def test_rows_are_grouped_into_samples(tmp_path: Path) -> None:
+    """The leading axis may be that of windows or tokens."""
     nodes = [node("Reshape", ["x", "flat"], "tokens"), node("MatMul", ["tokens", "w"], "y")]
     path = save(tmp_path / "f.onnx", nodes, {"flat": np.array([-1, K]), "w": normal(K, K)}, ["y"])
     x = normal(4, 5, K, seed=3)
@@ -61,31 +61,30 @@ def test_rows_that_are_not_samples_are_joined_into_their_sample(tmp_path: Path) 
     np.testing.assert_allclose(flat.deviation, whole.deviation, rtol=1e-3)
 
 
-def test_zero_belongs_to_every_range(tmp_path: Path) -> None:
+def test_every_range_includes_zero(tmp_path: Path) -> None:
     x = np.abs(normal(3, 2, K)) + np.float32(1)
-    found = measured(mlp(tmp_path / "f.onnx"), x, names=("x",))
-    assert found.ranges("minmax") == {"x": (0.0, float(x.max()))}
+    stats = measured(mlp(tmp_path / "f.onnx"), x, names=("x",))
+    assert stats.ranges("minmax") == {"x": (0.0, float(x.max()))}
 
 
-def test_typical_is_mean_and_deviation_but_never_beyond_the_extremes() -> None:
-    found = Extremes(
+def test_typical_is_mean_plus_deviation_within_the_extremes() -> None:
+    stats = Extremes(
         names=("a", "b"),
         mean=np.array([[-2.0, -3.0], [1.0, 4.0]]),
         deviation=np.array([[0.5, 9.0], [0.25, 0.5]]),
         extreme=np.array([[-3.0, -5.0], [2.0, 4.25]]),
         samples=7,
     )
-    assert found.ranges("typical") == {"a": (-2.5, 1.25), "b": (-5.0, 4.25)}
-    assert found.ranges("minmax") == {"a": (-3.0, 2.0), "b": (-5.0, 4.25)}
+    assert stats.ranges("typical") == {"a": (-2.5, 1.25), "b": (-5.0, 4.25)}
+    assert stats.ranges("minmax") == {"a": (-3.0, 2.0), "b": (-5.0, 4.25)}
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 80])
-def test_histograms_are_numpys_over_the_first_samples_however_they_are_batched(tmp_path: Path, size: int) -> None:
+def test_histograms_equal_numpy_for_any_batching(tmp_path: Path, size: int) -> None:
     x = normal(HISTOGRAM_SAMPLES + 6, 2, K, seed=4)
     batches = [x[start : start + size] for start in range(0, len(x), size)]
     path = mlp(tmp_path / "f.onnx")
-    found = measured(path, x)
-    counted = histograms(path, tmp_path / "work.onnx", found, feeds_of(*batches))
+    counted = histograms(path, tmp_path / "work.onnx", measured(path, x), feeds_of(*batches))
     for name, values in (("x", x), ("h2", hidden(x))):
         expected, _ = np.histogram(values[:HISTOGRAM_SAMPLES], BINS, counted.extreme[name])
         assert counted.counts[name].sum() == expected.sum() == values[:HISTOGRAM_SAMPLES].size
@@ -93,7 +92,7 @@ def test_histograms_are_numpys_over_the_first_samples_however_they_are_batched(t
         assert np.abs(np.cumsum(counted.counts[name] - expected)).max() <= (0 if name == "x" else 3)
 
 
-def test_no_data_and_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_missing_data_and_non_finite_values_raise(tmp_path: Path) -> None:
     path, x = mlp(tmp_path / "f.onnx"), normal(2, 5, K)
     with pytest.raises(QuantizeError, match="no calibration data"):
         measured(path)
@@ -102,11 +101,11 @@ def test_no_data_and_values_that_are_not_finite_are_refused(tmp_path: Path) -> N
         measured(path, x)
 
 
-# ---- methods, on known histograms
+# ---- methods, on prepared histograms
 
 
 def long_tailed(low: float, high: float, seed: int = 0) -> Histograms:
-    """Four million Laplace-distributed values that reach two thirds of the way to either end, and one at each end."""
+    """Return a histogram of 4 million Laplace-distributed values within two thirds of the ends, and one at each end."""
     values = np.random.default_rng(seed).laplace(scale=max(-low, high) / 16, size=40_000)
     counts, _ = np.histogram(values, BINS, (low, high))
     counts *= 100
@@ -119,7 +118,7 @@ def centres_of(low: float, high: float) -> Counts:
 
 
 def squared_error(counts: Counts, centres: Counts, low: float, high: float, activations: str) -> float:
-    """What rounding to int8 costs, written independently of the module."""
+    """Compute the squared error of rounding to int8, independently of the module."""
     if activations == "int8":
         step = max(-low, high) / 127
         rounded = np.clip(np.round(centres / step), -127, 127) * step
@@ -132,24 +131,26 @@ def squared_error(counts: Counts, centres: Counts, low: float, high: float, acti
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 @pytest.mark.parametrize("reach", [(0.0, 9.0), (-9.0, 9.0), (-4.0, 9.0), (-9.0, 1.0)])
-def test_mse_is_the_least_squared_error_of_all_clippings(reach: tuple[float, float], activations: Any) -> None:
-    given = long_tailed(*reach)
-    found = given.ranges("mse", activations)["a"]
-    counts, centres = given.counts["a"], centres_of(*reach)
+def test_mse_minimises_the_squared_error(reach: tuple[float, float], activations: Any) -> None:
+    histogram = long_tailed(*reach)
+    clipped = histogram.ranges("mse", activations)["a"]
+    counts, centres = histogram.counts["a"], centres_of(*reach)
     lows = SHARES * reach[0] if reach[0] < 0 else [0.0]
     costs = [squared_error(counts, centres, low, share * reach[1], activations) for low in lows for share in SHARES]
-    cost = squared_error(counts, centres, *found, activations)
-    # One end after the other comes to the joint minimum but for the last share or so.
+    cost = squared_error(counts, centres, *clipped, activations)
+    # Coordinate descent reaches the joint minimum up to about one step of the shares.
     assert min(costs) * (1 - 1e-6) <= cost <= min(costs) * 1.02
-    assert cost < 0.7 * squared_error(counts, centres, *reach, activations)  # clipping is worth it here
-    assert reach[0] <= found[0] <= 0 <= found[1] <= reach[1]
+    assert cost < 0.7 * squared_error(
+        counts, centres, *reach, activations
+    )  # clipping reduces the error on this histogram
+    assert reach[0] <= clipped[0] <= 0 <= clipped[1] <= reach[1]
 
 
 @pytest.mark.parametrize("reach", [(0.0, 9.0), (-9.0, 9.0), (-2.0, 9.0)])
-def test_percentile_leaves_the_stated_share_outside_and_no_bin_more(reach: tuple[float, float]) -> None:
-    given = long_tailed(*reach)
-    low, high = given.ranges("percentile", "uint8")["a"]
-    counts, centres = given.counts["a"], centres_of(*reach)
+def test_percentile_excludes_the_stated_share(reach: tuple[float, float]) -> None:
+    histogram = long_tailed(*reach)
+    low, high = histogram.ranges("percentile", "uint8")["a"]
+    counts, centres = histogram.counts["a"], centres_of(*reach)
     width = (reach[1] - reach[0]) / BINS
 
     def outside(below: float, above: float) -> tuple[float, float]:
@@ -163,24 +164,24 @@ def test_percentile_leaves_the_stated_share_outside_and_no_bin_more(reach: tuple
     assert low == 0.0 or tighter[0] > OUTSIDE / 2
 
 
-def test_percentile_keeps_zero_in_the_range() -> None:
+def test_percentile_range_includes_zero() -> None:
     counts = np.zeros(BINS)
     counts[-100:] = 10
     assert Histograms({"a": counts}, {"a": (0.0, 5.0)}).ranges("percentile", "uint8")["a"] == (0.0, 5.0)
 
 
 def divergence(counts: Counts, centres: Counts, high: float) -> float:
-    """KL(P | Q) of one-sided values clipped at `high`, value by value (Migacz 2017)."""
+    """Compute KL(P || Q) of one-sided values clipped at `high`, value by value (Migacz 2017)."""
     kept = [(count, centre) for count, centre in zip(counts, centres, strict=True) if centre <= high]
     p = [count for count, _ in kept]
     p[-1] += counts.sum() - sum(p)
     level = [min(round(centre / (high / 255)), 255) for _, centre in kept]
     q = [0.0] * len(p)
-    for each in set(level):
-        members = [i for i, of in enumerate(level) if of == each]
-        alive = [i for i in members if p[i] > 0]
-        for i in alive:
-            q[i] = sum(kept[j][0] for j in members) / len(alive)
+    for current in set(level):
+        members = [i for i, of in enumerate(level) if of == current]
+        filled = [i for i in members if p[i] > 0]
+        for i in filled:
+            q[i] = sum(kept[j][0] for j in members) / len(filled)
     total, mass = sum(p), sum(q)
     cost = 0.0
     for one, other in zip(p, q, strict=True):
@@ -190,17 +191,17 @@ def divergence(counts: Counts, centres: Counts, high: float) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_entropy_is_the_least_divergence_of_all_clippings(seed: int) -> None:
-    given = long_tailed(0.0, 9.0, seed)
-    low, high = given.ranges("entropy", "uint8")["a"]
-    counts, centres = given.counts["a"], centres_of(0.0, 9.0)
+def test_entropy_minimises_the_divergence(seed: int) -> None:
+    histogram = long_tailed(0.0, 9.0, seed)
+    low, high = histogram.ranges("entropy", "uint8")["a"]
+    counts, centres = histogram.counts["a"], centres_of(0.0, 9.0)
     costs = {share * 9.0: divergence(counts, centres, share * 9.0) for share in SHARES}
     assert low == 0.0
     assert costs[high] == pytest.approx(min(costs.values()), rel=1e-9)
     assert high < 9.0
 
 
-def test_entropy_clips_one_far_value_and_nothing_of_even_ones() -> None:
+def test_entropy_clips_an_outlier_but_not_a_uniform_histogram() -> None:
     even = Histograms({"a": np.full(BINS, 50.0)}, {"a": (0.0, 8.0)})
     assert even.ranges("entropy", "uint8")["a"] == (0.0, 8.0)
     counts = np.zeros(BINS)
@@ -212,7 +213,7 @@ def test_entropy_clips_one_far_value_and_nothing_of_even_ones() -> None:
 
 @pytest.mark.parametrize("method", [method for method in CALIBRATIONS if method not in ("typical", "minmax")])
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
-def test_values_that_are_all_zero_have_an_empty_range(method: Any, activations: Any) -> None:
+def test_zero_activation_has_an_empty_range(method: Any, activations: Any) -> None:
     counts = np.zeros(BINS)
     counts[BINS // 2] = 100
     low, high = Histograms({"a": counts}, {"a": (0.0, 0.0)}).ranges(method, activations)["a"]

@@ -1,4 +1,4 @@
-"""Conversion: who writes which precision, that what was asked for arrives there, and which file is kept."""
+"""Tests of conversion: the quantizer of each precision, the options passed to it, and the choice of a file."""
 
 from __future__ import annotations
 
@@ -35,29 +35,27 @@ def converted(path: Path, precision: str, style: Int8Style = CPU, **options: Any
         ("int4", "onnxruntime", "MatMulNBits", 2),
     ],
 )
-def test_each_precision_is_written_and_its_loss_measured(
-    tmp_path: Path, precision: str, by: str, op: str, nodes: int
-) -> None:
-    path, asked, x = mlp(tmp_path / "f.onnx"), list[Path](), normal(2, 5, K)
+def test_each_precision_is_written_and_measured(tmp_path: Path, precision: str, by: str, op: str, nodes: int) -> None:
+    path, measured, x = mlp(tmp_path / "f.onnx"), list[Path](), normal(2, 5, K)
 
     def loss(file: Path) -> float:
-        asked.append(file)
+        measured.append(file)
         assert file.is_file()
-        return 0.05  # a tenth of what is allowed: good enough
+        return 0.05  # a tenth of the allowed loss, so the search stops
 
     facts = converted(path, precision, loss=loss)
     assert (facts.precision, facts.by, facts.loss, facts.tried) == (precision, by, 0.05, ())
-    assert asked == [tmp_path / "out.onnx"]
-    assert count(asked[0], op) == nodes
+    assert measured == [tmp_path / "out.onnx"]
+    assert count(measured[0], op) == nodes
     assert (facts.quantized is None) == precision.startswith(("fp", "int4"))
-    exact, low = run(path, x)[0], run(asked[0], x)[0]
-    # 4 bits are off by about a tenth of a weight; 8 bits by 0.09 where sums of products saturate at 16 bits.
+    exact, low = run(path, x)[0], run(measured[0], x)[0]
+    # The error of 4 bits is about a tenth of a weight; that of 8 bits 0.09 where sums of products saturate at 16 bits.
     allowed = 0.2 if precision == "int4" else 0.15 if precision.startswith("int8") and int8_saturates() else 0.03
     assert 0 < np.linalg.norm(low - exact) / np.linalg.norm(exact) < allowed
     assert converted(path, precision).loss is None
 
 
-def test_int8_is_written_as_the_target_wants_it(tmp_path: Path) -> None:
+def test_int8_follows_the_style_of_the_target(tmp_path: Path) -> None:
     nodes = [node("Conv", ["x", "kernel"], "c"), node("MatMul", ["c", "w"], "y")]
     weights = {"kernel": normal(5, 5, 1), "w": normal(K, K)}
     path = save(tmp_path / "f.onnx", nodes, weights, ["y"])
@@ -71,20 +69,20 @@ def test_int8_is_written_as_the_target_wants_it(tmp_path: Path) -> None:
     assert (dynamic.nodes, dynamic.mode, dynamic.activations) == (1, "dynamic", "uint8")
 
 
-def test_calibration_budget_and_progress_reach_the_quantizer(tmp_path: Path) -> None:
-    path, told = mlp(tmp_path / "f.onnx"), list[str]()
-    answers = iter([3.0, 0.2])
+def test_options_are_passed_to_the_quantizer(tmp_path: Path) -> None:
+    path, messages = mlp(tmp_path / "f.onnx"), list[str]()
+    losses = iter([3.0, 0.2])
     facts = converted(
-        path, "int8", calibration="entropy", loss=lambda _: next(answers), max_loss=0.25, progress=told.append
+        path, "int8", calibration="entropy", loss=lambda _: next(losses), max_loss=0.25, progress=messages.append
     )
     assert facts.quantized is not None
-    assert [way.method for way in facts.quantized.calibrations] == ["entropy"]
+    assert [tried.method for tried in facts.quantized.calibrations] == ["entropy"]
     assert [attempt.loss for attempt in facts.quantized.attempts] == [3.0, 0.2]
     assert (facts.loss, len(facts.quantized.kept)) == (0.2, 1)
-    assert any("samples" in text for text in told)
+    assert any("samples" in text for text in messages)
 
 
-def test_the_feeds_given_are_those_that_calibrate(tmp_path: Path) -> None:
+def test_feeds_are_used_for_calibration(tmp_path: Path) -> None:
     path, seen = mlp(tmp_path / "f.onnx"), list[int]()
 
     def feeds() -> Any:
@@ -92,13 +90,12 @@ def test_the_feeds_given_are_those_that_calibrate(tmp_path: Path) -> None:
             seen.append(size)
             yield {"x": normal(size, 5, K)}
 
-    given: Feeds = feeds
-    facts = convert(path, tmp_path / "out.onnx", "int8", CPU, given, calibration="typical")
+    facts = convert(path, tmp_path / "out.onnx", "int8", CPU, feeds, calibration="typical")
     assert facts.quantized is not None
     assert (facts.quantized.samples, seen) == (5, [3, 2])
 
 
-def test_other_quantizers_are_asked_only_for_int8_and_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_quantizers_are_used_only_for_int8_and_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"nncf": object()}
     monkeypatch.setattr("compressor.quantize.convert.util.find_spec", installed.get)
     assert usable_quantizers("int8", GPU) == (OURS, "nncf")
@@ -109,7 +106,7 @@ def test_other_quantizers_are_asked_only_for_int8_and_where_they_are_installed(m
     assert usable_quantizers("int8", GPU) == (OURS,)
 
 
-def test_another_quantizer_writes_in_our_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_quantizer_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(source: Path, destination: Path, feeds: Feeds) -> None:
         assert [batch["x"].shape for batch in feeds()] == [(4, 5, K)]
         onnx.save(onnx.load(str(source)), str(destination))
@@ -120,14 +117,14 @@ def test_another_quantizer_writes_in_our_place(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "out.onnx").is_file()
 
 
-def test_what_cannot_be_written_is_an_error_for_the_user(tmp_path: Path) -> None:
+def test_model_without_weights_raises(tmp_path: Path) -> None:
     path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
     for precision in ("fp16", "int8", "int8-dynamic", "int4"):
-        with pytest.raises(CompressorError, match=r"f\.onnx .*nothing to work on, leave it out"):
+        with pytest.raises(CompressorError, match=r"f\.onnx has no .*nothing to .*; choose another precision"):
             converted(path, precision)
 
 
-# ---- which of several files is kept
+# ---- choice of a file
 
 
 def files(**losses: float | None) -> dict[Source, Converted]:
@@ -137,13 +134,17 @@ def files(**losses: float | None) -> dict[Source, Converted]:
 @pytest.mark.parametrize(
     ("losses", "times", "best"),
     [
-        ({"a": 0.1, "b": 0.4, "c": 2.0}, {"a": 3.0, "b": 2.0, "c": 1.0}, "b"),  # the quickest within the budget
-        ({"a": 0.6, "b": 0.9, "c": 0.7}, {"a": 3.0, "b": 1.0, "c": 2.0}, "a"),  # none fits: what loses least
+        ({"a": 0.1, "b": 0.4, "c": 2.0}, {"a": 3.0, "b": 2.0, "c": 1.0}, "b"),  # the fastest within the limit
+        (
+            {"a": 0.6, "b": 0.9, "c": 0.7},
+            {"a": 3.0, "b": 1.0, "c": 2.0},
+            "a",
+        ),  # none is within the limit: the least loss
         ({"a": None, "b": None}, {"a": 3.0, "b": 2.0}, "b"),  # no quality may be stated
         ({"a": 0.5, "b": float("inf")}, {"a": 3.0, "b": 2.0}, "a"),
     ],
 )
-def test_the_quickest_that_fits_is_kept_with_a_word_on_the_others(
+def test_fastest_file_within_the_limit_is_kept(
     losses: dict[str, float | None], times: dict[str, float], best: str
 ) -> None:
     made = files(**losses)

@@ -1,4 +1,4 @@
-"""Weights of 4 bits: the arithmetic against numpy, and what is stored and what is not."""
+"""Tests of int4: the arithmetic against numpy, and the contents of the file."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def quantized(path: Path) -> dict[str, onnx.NodeProto]:
 
 
 def dequantized(path: Path, product: onnx.NodeProto) -> tuple[Doubles, Doubles]:
-    """The [K, N] weight of a product as its 4 bits, scales and zero points say, and the step of each entry."""
+    """Decode the [K, N] weight of a product from its 4 bits, scales and zero points; return it and the steps."""
     values = initializers(path)
-    sizes = {each.name: each.i for each in product.attribute}
+    sizes = {attribute.name: attribute.i for attribute in product.attribute}
     packed, scale = values[product.input[1]], values[product.input[2]]
     assert (sizes["bits"], sizes["block_size"], packed.dtype) == (4, BLOCK, np.uint8)
     blocks = -(-sizes["K"] // BLOCK)
@@ -44,7 +44,7 @@ def dequantized(path: Path, product: onnx.NodeProto) -> tuple[Doubles, Doubles]:
 
 
 def rounding(x: Doubles, weight: Doubles) -> Doubles:
-    """What rounding each block of an activation to int8 may change: half a step for each weight of the block."""
+    """Return the error bound of int8 rounding of activation blocks: half a step for each weight of the block."""
     blocks = [slice(start, start + BLOCK) for start in range(0, x.shape[-1], BLOCK)]
     return np.asarray(
         sum(
@@ -55,8 +55,8 @@ def rounding(x: Doubles, weight: Doubles) -> Doubles:
 
 
 @pytest.mark.parametrize("width", [K, 3 * K, 48])
-def test_the_product_is_numpys_with_the_rounded_weight(tmp_path: Path, width: int) -> None:
-    """Also where the last block is not full."""
+def test_product_equals_numpy_with_the_rounded_weight(tmp_path: Path, width: int) -> None:
+    """Some widths leave the last block partly filled."""
     nodes = [
         node("MatMul", ["x", "spread"], "wide"),
         node("MatMul", ["wide", "w"], "y0"),
@@ -68,28 +68,28 @@ def test_the_product_is_numpys_with_the_rounded_weight(tmp_path: Path, width: in
     y, wide = run(tmp_path / "q.onnx", x)
     products = quantized(tmp_path / "q.onnx")
     assert len(products) == 2
-    for product, given, found, original in (
+    for product, value, output, original in (
         (products["wide"], x, wide, weights["spread"]),
         (products["y0"], wide, y - weights["b"], weights["w"]),
     ):
         weight, step = dequantized(tmp_path / "q.onnx", product)
-        # Half a step, and as much again where the zero point was rounded.
+        # Half a step, and another half from rounding of the zero point.
         assert (np.abs(weight - original) <= 1.001 * step).all()
         assert np.abs(weight - original).max() > 0
-        wanted = given.astype(np.float64) @ weight
-        slack = rounding(given.astype(np.float64), weight) + FLOAT32 * (np.abs(given) @ np.abs(weight))
-        assert (np.abs(found - wanted) <= slack).all()
+        expected = value.astype(np.float64) @ weight
+        slack = rounding(value.astype(np.float64), weight) + FLOAT32 * (np.abs(value) @ np.abs(weight))
+        assert (np.abs(output - expected) <= slack).all()
 
 
-def test_the_file_shrinks_to_about_an_eighth(tmp_path: Path) -> None:
+def test_file_size_is_below_a_fifth(tmp_path: Path) -> None:
     path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": normal(K, 2048)}, ["y"])
     to_int4(path, tmp_path / "q.onnx")
-    # 4 bits for 32, and a float32 scale and 4 bits of zero point for each 32 weights: 0.16, and the graph itself.
+    # 4 of 32 bits, and a float32 scale and a 4-bit zero point per 32 weights: 0.16, plus the graph itself.
     assert (tmp_path / "q.onnx").stat().st_size < 0.2 * path.stat().st_size
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_gemm_with_bias_is_quantized(tmp_path: Path, transposed: bool) -> None:
+def test_gemm_with_bias_is_quantized(tmp_path: Path, transposed: bool) -> None:
     w = normal(K, H)
     nodes = [
         node("ReduceMean", ["x", "axes"], "pooled", keepdims=0),
@@ -100,14 +100,14 @@ def test_a_gemm_with_bias_is_quantized(tmp_path: Path, transposed: bool) -> None
     assert to_int4(path, tmp_path / "q.onnx") == 1
     (product,) = quantized(tmp_path / "q.onnx").values()
     weight, step = dequantized(tmp_path / "q.onnx", product)
-    assert (np.abs(weight - w) <= 1.001 * step).all()  # the right way round
+    assert (np.abs(weight - w) <= 1.001 * step).all()  # not transposed
     pooled = x.astype(np.float64).mean(axis=1)
     slack = rounding(pooled, weight) + FLOAT32 * (np.abs(pooled) @ np.abs(weight) + 1)
     assert (np.abs(run(tmp_path / "q.onnx", x)[0] - (pooled @ weight + weights["b"])) <= slack).all()
     assert "w" not in initializers(tmp_path / "q.onnx")
 
 
-def test_a_tied_embedding_is_quantized_for_the_product_and_whole_for_the_lookup(tmp_path: Path) -> None:
+def test_tied_embedding_is_quantized_only_for_the_product(tmp_path: Path) -> None:
     table = normal(K, K)
     nodes = [
         node("Gather", ["table", "row"], "e"),
@@ -122,12 +122,12 @@ def test_a_tied_embedding_is_quantized_for_the_product_and_whole_for_the_lookup(
     weight, step = dequantized(tmp_path / "q.onnx", quantized(tmp_path / "q.onnx")["y"])
     assert (np.abs(weight - table.T) <= 1.001 * step).all()
     x = normal(4, 5, K)
-    given = (x + table[3]).astype(np.float64)
-    slack = rounding(given, weight) + FLOAT32 * (np.abs(given) @ np.abs(weight))
-    assert (np.abs(run(tmp_path / "q.onnx", x)[0] - given @ weight) <= slack).all()
+    hidden = (x + table[3]).astype(np.float64)
+    slack = rounding(hidden, weight) + FLOAT32 * (np.abs(hidden) @ np.abs(weight))
+    assert (np.abs(run(tmp_path / "q.onnx", x)[0] - hidden @ weight) <= slack).all()
 
 
-def test_products_of_activations_and_small_weights_stay(tmp_path: Path) -> None:
+def test_activation_products_and_small_weights_are_unchanged(tmp_path: Path) -> None:
     nodes = [
         node("MatMul", ["x", "w"], "a"),
         node("Transpose", ["a"], "t", perm=[0, 2, 1]),
@@ -147,14 +147,14 @@ def test_products_of_activations_and_small_weights_stay(tmp_path: Path) -> None:
         np.testing.assert_array_equal(initializers(tmp_path / "q.onnx")[name], weights[name])
 
 
-def test_nodes_without_names_are_told_apart(tmp_path: Path) -> None:
+def test_nodes_without_names_are_distinguished(tmp_path: Path) -> None:
     path = mlp(tmp_path / "f.onnx")
     model = onnx.load(str(path))
     model.graph.initializer.append(numpy_helper.from_array(normal(K, 4), "small"))
     model.graph.node.append(helper.make_node("MatMul", ["x", "small"], ["few"]))
     model.graph.output.append(helper.make_tensor_value_info("few", TensorProto.FLOAT, None))
-    for each in model.graph.node:
-        each.name = ""
+    for unnamed in model.graph.node:
+        unnamed.name = ""
     onnx.save(model, str(path))
     assert to_int4(path, tmp_path / "q.onnx") == 2
     assert set(quantized(tmp_path / "q.onnx")) == {"h0", "y0"}
@@ -170,15 +170,17 @@ def test_names_dynamic_axes_and_metadata_are_kept(tmp_path: Path) -> None:
     assert run(tmp_path / "q.onnx", normal(7, 3, K))[0].shape == run(path, normal(7, 3, K))[0].shape
 
 
-def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_model_without_linears_raises(tmp_path: Path) -> None:
     path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
-    with pytest.raises(CompressorError, match=r"f\.onnx has no MatMul .* int4 has nothing to work on, leave it out"):
+    with pytest.raises(
+        CompressorError, match=r"f\.onnx has no MatMul .*, so there is nothing to quantize to int4; choose another"
+    ):
         to_int4(path, tmp_path / "q.onnx")
     assert not (tmp_path / "q.onnx").exists()
 
 
-def test_it_says_nothing_and_leaves_logging_as_it_was(tmp_path: Path) -> None:
-    """In a process of its own: ONNX Runtime's quantizer configures logging when it is first imported."""
+def test_output_is_silent_and_logging_is_restored(tmp_path: Path) -> None:
+    """The test runs in a subprocess, because ONNX Runtime's quantizer configures logging on its first import."""
     path = mlp(tmp_path / "f.onnx")
     program = (
         "import logging, sys\nfrom pathlib import Path\nfrom compressor.quantize.int4 import to_int4\n"

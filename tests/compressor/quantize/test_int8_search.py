@@ -1,4 +1,4 @@
-"""Int8: the arithmetic against numpy, what is touched and what is not, and the return of harmful nodes to float."""
+"""Tests of int8: the arithmetic against numpy, the selection of nodes, and sensitive nodes kept in float."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ pytest.importorskip("onnxruntime")
 @exact_int8
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 @pytest.mark.parametrize("calibration", ["typical", "minmax"])
-def test_static_result_is_that_of_rounding_in_numpy(tmp_path: Path, activations: Any, calibration: Any) -> None:
+def test_static_result_equals_rounding_in_numpy(tmp_path: Path, activations: Any, calibration: Any) -> None:
     x = normal(6, 5, K, seed=9)
     parts = (x[:4], x[4:])  # unequal batches: statistics are over samples, not over batches
     done = quantize(
@@ -73,23 +73,23 @@ def test_static_result_is_that_of_rounding_in_numpy(tmp_path: Path, activations:
     hidden = np.maximum(linear(x, x, w["w1"], w["b1"]), 0)
     expected = linear(hidden, float_hidden, w["w2"], w["b2"])
     (result,) = run(tmp_path / "q.onnx", x)
-    # A hidden value on the edge between two steps may fall to either side (float32 sums in another order):
-    # one step of the hidden grid times the largest weight. Everything else is float32 rounding.
+    # A hidden value between two steps may round to either (float32 sums in another order): the bound is one step
+    # of the hidden grid times the largest weight. All other differences are float32 rounding.
     step = float_hidden.max() / (127 if activations == "int8" else 255)
     assert np.abs(result - expected).max() <= step * np.abs(w["w2"]).max()
     assert np.median(np.abs(result - expected)) < 1e-4
     (exact,) = run(tmp_path / "f.onnx", x)
-    assert np.abs(result - exact).max() > 1e-3  # it is not the float model
+    assert np.abs(result - exact).max() > 1e-3  # the result is not that of the float model
 
 
 @exact_int8
-def test_dynamic_result_is_that_of_rounding_in_numpy(tmp_path: Path) -> None:
+def test_dynamic_result_equals_rounding_in_numpy(tmp_path: Path) -> None:
     x = normal(2, 3, K, seed=5)
     path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": MLP_WEIGHTS["w1"]}, ["y"])
     done = quantize(path, tmp_path / "q.onnx", feeds_of(), mode="dynamic")
     rounded = round_activation(x, float(x.min()), float(x.max()), symmetric=False)
     assert (done.nodes, done.calibration, done.samples) == (1, None, 0)
-    # Integer sums are exact; what is left is float32 rounding of values of a size of about ten.
+    # Integer sums are exact; the tolerance covers float32 rounding of values around ten.
     np.testing.assert_allclose(run(tmp_path / "q.onnx", x)[0], rounded @ round_weight(MLP_WEIGHTS["w1"]), atol=1e-4)
 
 
@@ -128,17 +128,17 @@ def test_only_products_with_a_constant_weight_are_quantized(tmp_path: Path) -> N
     assert initializers(tmp_path / "c.onnx")["int8/kernel/scale"].shape == (5,)  # output channels, axis 0
 
 
-def test_a_matmul_weight_has_one_scale_per_column_and_zero_point_zero(tmp_path: Path) -> None:
+def test_matmul_weight_has_one_scale_per_column_and_zero_point_zero(tmp_path: Path) -> None:
     quantize(mlp(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), activations="int8")
     values = initializers(tmp_path / "q.onnx")
     assert values["int8/w1"].dtype == np.int8
     assert values["int8/w1"].shape == (K, H)
     assert values["int8/w1/scale"].shape == (H,)
     np.testing.assert_allclose(values["int8/w1/scale"] * 127, np.abs(MLP_WEIGHTS["w1"]).max(axis=0), rtol=1e-6)
-    assert "w1" not in values  # the float weight is gone
+    assert "w1" not in values  # the float weight is removed
     zero_points = [value for name, value in values.items() if name.endswith("zero_point")]
     assert len(zero_points) == 4
-    assert all(value.dtype == np.int8 and not value.any() for value in zero_points)  # what TensorRT accepts
+    assert all(value.dtype == np.int8 and not value.any() for value in zero_points)  # required by TensorRT
     weight = next(n for n in onnx.load(str(tmp_path / "q.onnx")).graph.node if n.input[0] == "int8/w1")
     assert (weight.op_type, [a.i for a in weight.attribute if a.name == "axis"]) == ("DequantizeLinear", [1])
 
@@ -158,7 +158,7 @@ def test_names_dynamic_axes_and_metadata_are_kept(tmp_path: Path, mode: Any) -> 
 @exact_int8
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_gemm_with_bias_is_quantized(tmp_path: Path, mode: Any, transposed: bool) -> None:
+def test_gemm_with_bias_is_quantized(tmp_path: Path, mode: Any, transposed: bool) -> None:
     w = normal(K, N)
     nodes = [
         node("ReduceMean", ["x", "axes"], "pooled", keepdims=0),
@@ -169,7 +169,7 @@ def test_a_gemm_with_bias_is_quantized(tmp_path: Path, mode: Any, transposed: bo
     x = normal(8, 4, K)
     assert quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, calibration="minmax").nodes == 1
     exact, rounded = run(path, x)[0], run(tmp_path / "q.onnx", x)[0]
-    # 8 bits on both sides of 32 products: a relative error of a per cent or so.
+    # 8 bits on both sides of 32 products give a relative error of about one percent.
     assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.03
 
 
@@ -191,17 +191,17 @@ def test_shared_and_tied_weights(tmp_path: Path, mode: Any) -> None:
     assert quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, calibration="minmax").nodes == 3
     values = initializers(tmp_path / "q.onnx")
     assert sum(value.dtype == np.int8 and value.ndim == 2 for value in values.values()) == 2
-    np.testing.assert_array_equal(values["embedding"], embedding)  # the lookup still needs it
+    np.testing.assert_array_equal(values["embedding"], embedding)  # still used by the lookup
     assert "w" not in values
     assert count(tmp_path / "q.onnx", "Transpose") == 0
     exact, rounded = run(path, x)[0], run(tmp_path / "q.onnx", x)[0]
-    # Three roundings of a per cent or so in a row.
+    # Three roundings in a row, of about one percent each.
     assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.05
 
 
 @exact_int8
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_the_node_that_does_the_harm_stays_in_float(tmp_path: Path, mode: Any) -> None:
+def test_sensitive_node_stays_in_float(tmp_path: Path, mode: Any) -> None:
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
     loss = relative_loss(path, x)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode=mode, calibration="typical", loss=loss, max_loss=0.1)
@@ -214,7 +214,7 @@ def test_the_node_that_does_the_harm_stays_in_float(tmp_path: Path, mode: Any) -
     assert done.nodes == 3
 
 
-def test_a_loss_that_cannot_be_met_ends_at_the_best_of_at_most_half(tmp_path: Path) -> None:
+def test_unmet_loss_keeps_the_best_attempt_with_at_most_half_in_float(tmp_path: Path) -> None:
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
     answers = iter([float("nan"), 0.5, 0.7])
     done = quantize(
@@ -227,16 +227,16 @@ def test_a_loss_that_cannot_be_met_ends_at_the_best_of_at_most_half(tmp_path: Pa
     )
     assert [attempt.kept for attempt in done.attempts] == [0, 1, 2]
     assert (done.loss, done.nodes, [kept.node for kept in done.kept]) == (0.5, 3, ["node_bad"])
-    assert count(tmp_path / "q.onnx", "QuantizeLinear") == 3  # the best was written again
+    assert count(tmp_path / "q.onnx", "QuantizeLinear") == 3  # the best attempt is written again
 
 
-def test_a_loss_within_the_limit_keeps_nothing_in_float(tmp_path: Path) -> None:
+def test_loss_within_the_limit_keeps_no_node_in_float(tmp_path: Path) -> None:
     done = quantize(mlp(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), loss=lambda _: 0.001)
     assert (done.nodes, done.kept, done.loss, len(done.attempts)) == (2, (), 0.001, 1)
 
 
 class Losses:
-    """A loss that answers with the given figures in turn, and notes the files it was asked about."""
+    """A loss function that returns prepared values in turn and records the measured files."""
 
     def __init__(self, *answers: float) -> None:
         self.answers = iter(answers)
@@ -247,7 +247,7 @@ class Losses:
         return next(self.answers)
 
 
-EVERY_WAY = [
+CALIBRATION_ORDER = [
     ("typical", False),
     ("typical", True),
     ("mse", True),
@@ -259,63 +259,63 @@ EVERY_WAY = [
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_auto_stops_at_the_first_way_that_is_good_enough(tmp_path: Path, at: int) -> None:
+def test_auto_stops_at_the_first_sufficient_calibration(tmp_path: Path, at: int) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     losses = Losses(*[0.09] * at, ENOUGH * 0.1)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=losses, max_loss=0.1)
-    assert [(way.method, way.smoothed) for way in done.calibrations] == EVERY_WAY[: at + 1]
-    assert (done.calibration, done.smoothed) == EVERY_WAY[at]
+    assert [(tried.method, tried.smoothed) for tried in done.calibrations] == CALIBRATION_ORDER[: at + 1]
+    assert (done.calibration, done.smoothed) == CALIBRATION_ORDER[at]
     assert len(losses.files) == at + 1
-    assert len(set(losses.files)) == at + 1  # each way gives another file
+    assert len(set(losses.files)) == at + 1  # each calibration gives another file
     assert (tmp_path / "q.onnx").read_bytes() == losses.files[-1]
     assert (done.loss, done.samples) == (ENOUGH * 0.1, 8)
 
 
 @pytest.mark.parametrize("best", range(7))
-def test_auto_keeps_the_best_of_all_ways_where_none_is_good_enough(tmp_path: Path, best: int) -> None:
+def test_auto_keeps_the_best_if_no_calibration_is_sufficient(tmp_path: Path, best: int) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     answers = [float("nan"), *[0.09] * 6]
     answers[best] = 0.05
     losses = Losses(*answers)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=losses, max_loss=0.1)
-    tried = [(way.method, way.smoothed) for way in done.calibrations]
-    assert tried == EVERY_WAY
-    np.testing.assert_array_equal([way.loss for way in done.calibrations], answers)
-    assert (done.calibration, done.smoothed) == EVERY_WAY[best]
+    tried = [(entry.method, entry.smoothed) for entry in done.calibrations]
+    assert tried == CALIBRATION_ORDER
+    np.testing.assert_array_equal([entry.loss for entry in done.calibrations], answers)
+    assert (done.calibration, done.smoothed) == CALIBRATION_ORDER[best]
     assert (done.loss, done.kept) == (0.05, ())
-    assert (tmp_path / "q.onnx").read_bytes() == losses.files[best]  # written again, unless it was the last
+    assert (tmp_path / "q.onnx").read_bytes() == losses.files[best]  # written again unless it was the last
 
 
-def test_auto_without_a_loss_takes_the_first_way(tmp_path: Path) -> None:
+def test_auto_without_a_loss_uses_the_first_calibration(tmp_path: Path) -> None:
     done = quantize(normed(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(normal(8, 5, K)))
     assert done.calibrations == (Calibrated("typical", False, None),)
     assert done.loss is None
 
 
-def test_a_named_way_is_the_only_one(tmp_path: Path) -> None:
+def test_explicit_method_is_the_only_one_tried(tmp_path: Path) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), calibration="mse", loss=lambda _: 0.09, max_loss=0.1)
     assert done.calibrations == (Calibrated("mse", False, 0.09),)
 
 
 @pytest.mark.parametrize("method", CALIBRATIONS)
-def test_the_ranges_that_are_written_are_those_of_the_method(tmp_path: Path, method: Calibration) -> None:
+def test_written_ranges_are_those_of_the_method(tmp_path: Path, method: Calibration) -> None:
     path, feeds = mlp(tmp_path / "f.onnx"), feeds_of(normal(70, 5, K) ** 3)
     quantize(path, tmp_path / "q.onnx", feeds, calibration=method)
     names, work = ("x", "h2"), tmp_path / "work.onnx"
-    found = extremes(path, work, names, feeds, lambda _: None)
+    stats = extremes(path, work, names, feeds, lambda _: None)
     if method in BY_EXTREMES:
-        ranges = found.ranges(method)
+        ranges = stats.ranges(method)
     else:
-        ranges = histograms(path, work, found, feeds).ranges(method, "uint8")
-        assert ranges["x"] != found.ranges("minmax")["x"]  # tails so long are clipped
+        ranges = histograms(path, work, stats, feeds).ranges(method, "uint8")
+        assert ranges["x"] != stats.ranges("minmax")["x"]  # long tails are clipped
     values = initializers(tmp_path / "q.onnx")
     for name in names:
         scale, zero = activation_grid(*ranges[name], "uint8")
         assert (values[f"int8/{name}/scale"], values[f"int8/{name}/zero_point"]) == (scale, zero)
 
 
-def test_dynamic_int8_has_no_ranges_but_can_be_smoothed(tmp_path: Path) -> None:
+def test_dynamic_int8_tries_smoothing(tmp_path: Path) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     losses = Losses(0.09, 0.05)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), mode="dynamic", loss=losses, max_loss=0.1)
@@ -333,8 +333,8 @@ def test_dynamic_int8_needs_no_calibration_data(tmp_path: Path) -> None:
 
 
 @exact_int8
-def test_smoothing_saves_the_node_that_an_outlier_spoils(tmp_path: Path) -> None:
-    """The same model and budget as where the node has to stay in float: a hundredfold channel is moved away instead."""
+def test_smoothing_quantizes_the_node_with_an_outlier(tmp_path: Path) -> None:
+    """The node that would stay in float is quantized instead, because smoothing scales its hundredfold channel."""
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=relative_loss(path, x), max_loss=0.1)
     assert (done.smoothed, done.kept, done.nodes) == (True, (), 4)
@@ -345,7 +345,7 @@ def test_smoothing_saves_the_node_that_an_outlier_spoils(tmp_path: Path) -> None
     assert relative_loss(path, x)(tmp_path / "q.onnx") == after
 
 
-def test_one_calibration_batch_at_a_time_is_alive(tmp_path: Path) -> None:
+def test_only_one_calibration_batch_is_in_memory(tmp_path: Path) -> None:
     alive: list[weakref.ref[Array]] = []
     streams = 0
 
@@ -354,7 +354,7 @@ def test_one_calibration_batch_at_a_time_is_alive(tmp_path: Path) -> None:
         streams += 1
         for i in range(6):
             assert all(reference() is None for reference in alive)
-            batch = normal(2, 3 + i % 2, K, seed=i)  # another length every time, as with texts
+            batch = normal(2, 3 + i % 2, K, seed=i)  # lengths vary, as with texts
             alive.append(weakref.ref(batch))
             feed = {"x": batch}
             del batch
@@ -364,25 +364,25 @@ def test_one_calibration_batch_at_a_time_is_alive(tmp_path: Path) -> None:
     path = outlier(tmp_path / "f.onnx")
     done = quantize(path, tmp_path / "q.onnx", feeds, calibration="typical", loss=lambda _: 1.0)
     assert done.samples == 12
-    assert streams == 2  # ranges are found once, the errors of the nodes once, however many attempts there are
+    assert streams == 2  # one pass for ranges and one for node errors, for any number of attempts
     assert len(done.attempts) == 3
     assert len(alive) == 6 + 4  # SENSITIVITY_BATCHES
 
 
-def test_weights_go_to_a_file_of_their_own_when_they_are_large(tmp_path: Path) -> None:
+def test_large_weights_are_saved_as_external_data(tmp_path: Path) -> None:
     model = onnx.load(str(mlp(tmp_path / "f.onnx")))
     onnx.save(model, str(tmp_path / "g.onnx"), save_as_external_data=True, location="g.bin", size_threshold=0)
     x = normal(2, 5, K)
     quantize(tmp_path / "g.onnx", tmp_path / "q.onnx", feeds_of(x), external_above=0)
     once = (tmp_path / "q.onnx.data").stat().st_size
     quantize(tmp_path / "g.onnx", tmp_path / "q.onnx", feeds_of(x), external_above=0)
-    assert (tmp_path / "q.onnx.data").stat().st_size == once > 0  # written anew, not appended to
+    assert (tmp_path / "q.onnx.data").stat().st_size == once > 0  # overwritten, not appended to
     quantize(tmp_path / "f.onnx", tmp_path / "inline.onnx", feeds_of(x))
     np.testing.assert_array_equal(run(tmp_path / "q.onnx", x)[0], run(tmp_path / "inline.onnx", x)[0])
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".int8")]  # nothing left behind
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".int8")]  # no temporary file remains
 
 
-def test_it_says_nothing_but_reports_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_is_silent_except_for_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     steps: list[str] = []
     path = outlier(tmp_path / "f.onnx")
     quantize(path, tmp_path / "q.onnx", feeds_of(normal(2, 5, K)), loss=lambda _: 1.0, progress=steps.append)
@@ -409,10 +409,10 @@ def expect(tmp_path: Path, path: Path, feeds: Feeds, match: str, **options: Any)
     assert issubclass(QuantizeError, CompressorError)
 
 
-def test_errors_are_one_clear_sentence(tmp_path: Path) -> None:
+def test_invalid_input_raises(tmp_path: Path) -> None:
     path, x = mlp(tmp_path / "f.onnx"), normal(2, 5, K)
     nothing = save(tmp_path / "n.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
-    expect(tmp_path, nothing, feeds_of(x), "nothing to work on")
+    expect(tmp_path, nothing, feeds_of(x), "nothing to quantize to int8")
     expect(tmp_path, path, feeds_of(), "no calibration data")
     expect(tmp_path, path, lambda: iter([{"pixels": x}]), r"\['x'\] is missing")
     expect(tmp_path, path, feeds_of(x[..., :7]), "does not run")
@@ -423,7 +423,7 @@ def test_errors_are_one_clear_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_an_error(tmp_path: Path, bad: float) -> None:
+def test_non_finite_values_raise(tmp_path: Path, bad: float) -> None:
     path, x = mlp(tmp_path / "f.onnx"), normal(2, 5, K)
     x[1, 2, 3] = bad
     expect(tmp_path, path, feeds_of(x), "has NaN or infinity")
@@ -433,7 +433,7 @@ def test_values_that_are_not_finite_are_an_error(tmp_path: Path, bad: float) -> 
     expect(tmp_path, broken, feeds_of(normal(2, 5, K)), "NaN or infinity")
 
 
-def test_an_all_zero_weight_and_activation_stay_zero(tmp_path: Path) -> None:
+def test_zero_weight_and_activation_stay_zero(tmp_path: Path) -> None:
     path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": np.zeros((K, K), np.float32)}, ["y"])
     done: Quantized = quantize(path, tmp_path / "q.onnx", feeds_of(np.zeros((2, 5, K), np.float32)))
     assert done.nodes == 1
@@ -441,7 +441,7 @@ def test_an_all_zero_weight_and_activation_stay_zero(tmp_path: Path) -> None:
 
 
 @given(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4))
-def test_an_activation_grid_holds_zero_exactly_and_reaches_both_ends(a: float, b: float) -> None:
+def test_activation_grid_contains_zero_and_both_ends(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
     for kind, least, most in (("uint8", 0, 255), ("int8", -127, 127)):
         scale, zero = activation_grid(low, high, "uint8" if kind == "uint8" else "int8")
@@ -453,7 +453,7 @@ def test_an_activation_grid_holds_zero_exactly_and_reaches_both_ends(a: float, b
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0, 1]))
-def test_a_weight_is_rounded_to_the_nearest_step_of_its_channel(seed: int, axis: int) -> None:
+def test_weight_is_rounded_to_the_nearest_step_of_its_channel(seed: int, axis: int) -> None:
     w = normal(5, 7, seed=seed)
     quantized, scale = quantize_weight(w, axis)
     assert scale.shape == (w.shape[axis],)

@@ -1,4 +1,4 @@
-"""NNCF's int8: a file that loads and is close to float, made from all samples one by one, in silence."""
+"""Tests of NNCF int8: a valid file close to float, calibration by single samples, and silence."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ pytest.importorskip("onnxruntime")
 
 
 @exact_int8
-def test_it_is_close_to_float_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_result_is_close_to_float_and_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nncf", reason="nncf is not installed")
     path, x = mlp(tmp_path / "f.onnx"), normal(6, 5, K)
     to_int8(path, tmp_path / "q.onnx", feeds_of(x[:4], x[4:]))
     assert capfd.readouterr() == ("", "")
     assert count(tmp_path / "q.onnx", "QuantizeLinear") >= 2
     exact, rounded = run(path, x)[0], run(tmp_path / "q.onnx", x)[0]
-    # 8 bits on both sides of two products, one behind the other.
+    # 8 bits on both sides of two products in a row.
     assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.05
     assert run(tmp_path / "q.onnx", normal(3, 7, K))[0].shape == (3, 7, exact.shape[-1])
 
 
 class Fake:
-    """An NNCF that notes what it is given."""
+    """A replacement of the nncf package that records its arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: str = "") -> None:
         self.samples: list[Any] = []
@@ -46,7 +46,7 @@ class Fake:
         monkeypatch.setitem(sys.modules, "nncf", package)
 
     def quantize(self, model: onnx.ModelProto, samples: list[Any], **options: Any) -> onnx.ModelProto:
-        print("Statistics collection")  # as NNCF's progress bars
+        print("Statistics collection")  # in place of NNCF's progress bars
         logging.getLogger("nncf").warning("every step")
         if self.failure:
             raise ZeroDivisionError(self.failure)
@@ -54,7 +54,7 @@ class Fake:
         return model
 
 
-def test_every_sample_of_every_batch_is_given_by_itself(
+def test_all_samples_are_passed_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake, x = Fake(monkeypatch), normal(6, 5, K)
@@ -66,9 +66,7 @@ def test_every_sample_of_every_batch_is_given_by_itself(
 
 
 @pytest.mark.parametrize("disabled", [logging.NOTSET, logging.ERROR])
-def test_a_refusal_is_one_sentence_and_logging_is_as_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: int
-) -> None:
+def test_failure_raises_and_logging_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: int) -> None:
     Fake(monkeypatch, "no such operator.\nsecond line")
     path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
     before = logging.root.manager.disable

@@ -1,4 +1,4 @@
-"""Precisions: who has which, and which of several is taken."""
+"""Tests of precisions: support by targets and the choice of the fastest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtimes.base.registry import runtime, targets
 
 
 @pytest.mark.parametrize("name", targets())
-def test_what_a_target_states_is_taken_and_all_else_refused_in_a_sentence(name: str) -> None:
+def test_check_accepts_only_the_precisions_of_the_target(name: str) -> None:
     target = runtime(name)
     for device in target.devices:
         for precision in PRECISIONS:
@@ -28,13 +28,13 @@ def test_what_a_target_states_is_taken_and_all_else_refused_in_a_sentence(name: 
                 PrecisionError, match=rf"^target {name} has no {precision} on {device}; .*\.$"
             ) as caught:
                 check(target, precision, device)
-            for had in target.precisions[device]:
-                assert had in str(caught.value)
+            for supported in target.precisions[device]:
+                assert supported in str(caught.value)
         check(target, AUTO, device)
         check(target, "fp32", device)
 
 
-def test_a_refusal_names_who_else_has_the_precision_there() -> None:
+def test_error_names_the_targets_with_the_precision() -> None:
     with pytest.raises(PrecisionError) as caught:
         check(runtime("onnxruntime"), "bf16", "cpu")
     others = [name for name in targets() if "bf16" in runtime(name).precisions.get("cpu", ())]
@@ -47,35 +47,35 @@ def test_a_refusal_names_who_else_has_the_precision_there() -> None:
         check(runtime("openvino"), "int4", "cpu")
 
 
-def test_a_refusal_names_nobody_where_nobody_has_the_precision_there() -> None:
+def test_error_without_a_target_with_the_precision() -> None:
     with pytest.raises(PrecisionError, match=r"^target onnxruntime has no int4 on cuda; it has fp32, fp16 there\.$"):
         check(runtime("onnxruntime"), "int4", "cuda")
     with pytest.raises(PrecisionError, match=r"int8 on cuda needs --target tensorrt( or \w+)*\.$"):
         check(runtime("onnxruntime"), "int8", "cuda")
 
 
-def test_a_device_that_a_target_lacks_has_no_precision_but_the_one_that_is_refused_elsewhere() -> None:
+def test_unsupported_device_has_no_precision_except_fp32() -> None:
     tensorrt = runtime("tensorrt")
     check(tensorrt, "fp32", "cpu")
     with pytest.raises(PrecisionError, match=r"^target tensorrt has no int8 on cpu; int8 on cpu needs --target "):
         check(tensorrt, "int8", "cpu")
 
 
-def test_short_forms_stand_for_precisions() -> None:
+def test_short_forms_map_to_precisions() -> None:
     assert {form: SHORT_FORMS[form] for form in ("static", "dynamic")} == SHORT_FORMS
     assert set(SHORT_FORMS.values()) < set(PRECISIONS)
 
 
-# ---- what is taken
+# ---- choice
 
 
-def test_the_fastest_within_the_budget_is_taken_and_every_other_is_told_why_not() -> None:
+def test_fastest_within_the_limit_is_chosen_with_verdicts_for_the_others() -> None:
     times = {"fp32": 4.0, "fp16": 3.0, "bf16": 5.0, "int8": 2.0, "int4": 1.0}
     losses = {"fp32": 0.0, "fp16": 0.1, "bf16": 0.2, "int8": 0.5, "int4": 3.0}
     chosen, trials = judged(times, losses, {"int8-dynamic": "It has no kernel."}, 0.5)
     assert chosen == "int8"
     assert trials == (
-        Trial("fp32", 4.0, 1.0, 0.0, "what the others are held against"),
+        Trial("fp32", 4.0, 1.0, 0.0, "reference for the other precisions"),
         Trial("fp16", 3.0, 4 / 3, 0.1, "slower than int8"),
         Trial("bf16", 5.0, 0.8, 0.2, "not faster than fp32"),
         Trial("int8", 2.0, 2.0, 0.5, "chosen"),
@@ -84,12 +84,12 @@ def test_the_fastest_within_the_budget_is_taken_and_every_other_is_told_why_not(
     )
 
 
-def test_where_no_quality_may_be_stated_time_alone_decides() -> None:
+def test_latency_alone_decides_without_losses() -> None:
     assert judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": None}, {}, 0.0)[0] == "int8"
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
-def test_a_loss_that_is_no_number_is_beyond_every_budget(loss: float) -> None:
+def test_non_finite_loss_exceeds_every_limit(loss: float) -> None:
     assert judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": loss}, {}, 100.0)[0] == "fp32"
 
 
@@ -101,7 +101,7 @@ figures = st.floats(0.1, 10)
     figures,
     st.floats(0, 5),
 )
-def test_nothing_that_fits_is_faster_than_what_is_taken(
+def test_chosen_precision_is_the_fastest_within_the_limit(
     others: dict[str, tuple[float, float | None]], whole: float, limit: float
 ) -> None:
     times = {"fp32": whole} | {name: time for name, (time, _) in others.items()}
@@ -117,7 +117,7 @@ def test_nothing_that_fits_is_faster_than_what_is_taken(
     assert [trial.precision for trial in trials if trial.verdict == "chosen"] == [chosen]
 
 
-def test_how_a_variant_was_converted_is_plain_json() -> None:
+def test_converted_to_dict_is_plain_json() -> None:
     plain = Converted("fp16", "onnxruntime", None).to_dict()
     assert plain == {"precision": "fp16", "by": "onnxruntime", "loss": None, "tried": []}
     kept = (Kept("node", "module", "reason", 0.5),)

@@ -1,4 +1,4 @@
-"""SmoothQuant: the same in float, channels as equation 4 has them, and only where nothing else reads what changes."""
+"""Tests of SmoothQuant: unchanged float outputs, the scales of equation 4, and norms with other consumers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def normalized(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("cuts", [[], [3], [1, 2]])
-def test_channels_are_scaled_as_equation_4_says_and_nothing_changes_in_float(tmp_path: Path, cuts: list[int]) -> None:
+def test_channels_are_scaled_by_equation_4_without_a_float_change(tmp_path: Path, cuts: list[int]) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     assert smoothed(path, *np.split(x, cuts)) == 1
     before, after = initializers(path), initializers(tmp_path / "s.onnx")
@@ -54,18 +54,18 @@ def test_channels_are_scaled_as_equation_4_says_and_nothing_changes_in_float(tmp
     agree(path, x)
 
 
-def test_activations_and_weights_end_up_with_the_same_maximum_in_every_channel(tmp_path: Path) -> None:
+def test_activation_and_weight_maxima_are_equal_in_every_channel(tmp_path: Path) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     smoothed(path, x)
     after = initializers(tmp_path / "s.onnx")
     activation = np.abs(normalized(x) * after["scale"] + after["shift"]).reshape(-1, K).max(axis=0)
     rows = np.maximum(np.abs(after["w1"]).max(axis=1), np.abs(after["w2"]).max(axis=1))
-    np.testing.assert_allclose(activation, rows, rtol=1e-5)  # what a strength of one half means
+    np.testing.assert_allclose(activation, rows, rtol=1e-5)  # by definition of a strength of 0.5
     wild = np.abs(normalized(x) * initializers(path)["scale"] + after["shift"]).reshape(-1, K).max(axis=0)
     assert activation.max() / np.median(activation) < 0.25 * wild.max() / np.median(wild)
 
 
-def test_the_scale_that_an_rms_norm_ends_with_is_one_too(tmp_path: Path) -> None:
+def test_scale_of_an_rms_norm_is_smoothed(tmp_path: Path) -> None:
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
     assert smoothed(path, x) == 1
     before, after = initializers(path), initializers(tmp_path / "s.onnx")
@@ -75,7 +75,7 @@ def test_the_scale_that_an_rms_norm_ends_with_is_one_too(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_gemm_keeps_the_form_of_its_weight(tmp_path: Path, transposed: bool) -> None:
+def test_gemm_keeps_the_layout_of_its_weight(tmp_path: Path, transposed: bool) -> None:
     w, nodes = normal(K, H, seed=1), normed_parts()[0]
     nodes = [
         node("ReduceMean", ["x", "axes"], "pooled", keepdims=0),
@@ -90,7 +90,7 @@ def test_a_gemm_keeps_the_form_of_its_weight(tmp_path: Path, transposed: bool) -
     agree(path, x)
 
 
-def test_a_dead_channel_and_a_row_of_zeros_stay_as_they_are(tmp_path: Path) -> None:
+def test_zero_channel_and_zero_weight_row_are_unchanged(tmp_path: Path) -> None:
     nodes, weights = normed_parts()
     weights["scale"][5] = weights["shift"][5] = 0
     weights["w1"][9] = weights["w2"][9] = 0
@@ -103,13 +103,13 @@ def test_a_dead_channel_and_a_row_of_zeros_stay_as_they_are(tmp_path: Path) -> N
 
 
 def reading(*more: onnx.NodeProto, outputs: tuple[str, ...] = (), **weights: npt.NDArray[Any]) -> tuple[Any, ...]:
-    """`normed` with something else that reads what smoothing would change."""
+    """Return `normed` with more consumers of the tensors that smoothing would change."""
     nodes, stored = normed_parts()
     return [*nodes, *more], {**stored, **weights}, ["y", *outputs]
 
 
 def branch() -> onnx.NodeProto:
-    """A node whose two subgraphs read the norm's output."""
+    """Return an If node whose two subgraphs consume the output of the norm."""
     inner = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
     bodies = [helper.make_graph([helper.make_node(op, ["n"], ["inner"])], op, [], [inner]) for op in ("Abs", "Neg")]
     return node("If", ["yes"], "z", then_branch=bodies[0], else_branch=bodies[1])
@@ -135,16 +135,16 @@ UNTOUCHED = {
 
 
 @pytest.mark.parametrize("why", UNTOUCHED)
-def test_what_something_else_reads_is_not_touched(tmp_path: Path, why: str) -> None:
+def test_norm_with_other_consumers_is_unchanged(tmp_path: Path, why: str) -> None:
     path = save(tmp_path / "f.onnx", *UNTOUCHED[why])
-    run(path, normal(2, 5, K))  # the file itself is sound
+    run(path, normal(2, 5, K))  # the file is valid
     assert places(onnx.load(str(path))) == []
     assert smoothed(path, normal(2, 5, K)) == 0
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["f.onnx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f.onnx"]
 
 
-def test_a_tied_embedding_is_not_touched(tmp_path: Path) -> None:
-    """MatMul(n, Transpose(table)) beside Gather(table)."""
+def test_tied_embedding_is_unchanged(tmp_path: Path) -> None:
+    """The model has MatMul(n, Transpose(table)) and Gather(table)."""
     nodes = [
         node("Gather", ["table", "row"], "e"),
         node("Add", ["x", "e"], "x0"),
@@ -157,7 +157,7 @@ def test_a_tied_embedding_is_not_touched(tmp_path: Path) -> None:
     assert smoothed(path, normal(2, 5, K)) == 0
 
 
-def test_two_norms_are_changed_each_by_its_own_channels(tmp_path: Path) -> None:
+def test_two_norms_are_scaled_by_their_own_channels(tmp_path: Path) -> None:
     nodes, weights = normed_parts()
     nodes += [
         node("LayerNormalization", ["t", "scale2"], "n2"),
@@ -165,14 +165,14 @@ def test_two_norms_are_changed_each_by_its_own_channels(tmp_path: Path) -> None:
     ]
     weights |= {"scale2": np.linspace(0.1, 30, H, dtype=np.float32), "w4": normal(H, H)}
     path, x = save(tmp_path / "f.onnx", nodes, weights, ["y", "z"]), normal(4, 5, K)
-    assert [place.activation for place in places(onnx.load(str(path)))] == ["n", "n2"]
+    assert [norm.activation for norm in places(onnx.load(str(path)))] == ["n", "n2"]
     assert smoothed(path, x) == 2
     agree(path, x)
     spread = initializers(tmp_path / "s.onnx")["scale2"]
     assert spread.max() / spread.min() < 0.2 * 300
 
 
-def test_without_data_nothing_is_smoothed_and_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_missing_data_skips_smoothing_and_a_wrong_batch_raises(tmp_path: Path) -> None:
     path = normed(tmp_path / "f.onnx")
     assert smoothed(path) == 0
     assert not (tmp_path / "s.onnx").exists()

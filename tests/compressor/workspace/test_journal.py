@@ -1,4 +1,4 @@
-"""Journals: what was measured is found again, whatever ended the run before."""
+"""Tests of the search journal: recorded values are reused, however the earlier run ended."""
 
 import json
 import math
@@ -15,7 +15,7 @@ values = st.dictionaries(st.text(max_size=30), numbers | st.lists(numbers | st.t
 
 
 def never():
-    raise AssertionError("measured although it is known")
+    raise AssertionError("measured although the journal holds the value")
 
 
 def filled(path, count=3, subject="s"):
@@ -27,7 +27,7 @@ def filled(path, count=3, subject="s"):
 
 @settings(max_examples=25, deadline=None)
 @given(values)
-def test_what_is_noted_is_recalled_to_the_last_bit(tmp_path_factory, content):
+def test_recorded_values_are_recalled_exactly(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("journal") / ".j"
     first = Journal("subject", path)
     for key, value in content.items():
@@ -41,12 +41,12 @@ def test_what_is_noted_is_recalled_to_the_last_bit(tmp_path_factory, content):
 
 
 def test_infinity_survives(tmp_path):
-    """A refused candidate is noted with it."""
+    """A refused candidate is recorded with an infinite cost."""
     Journal("s", tmp_path / "j").note("refused", [math.inf, math.inf, "why"])
     assert Journal("s", tmp_path / "j").recall("refused", never) == [math.inf, math.inf, "why"]
 
 
-def test_a_measured_value_is_written_at_once(tmp_path):
+def test_measured_value_is_written_at_once(tmp_path):
     journal = Journal("s", tmp_path / "j")
 
     def interrupted():
@@ -60,14 +60,14 @@ def test_a_measured_value_is_written_at_once(tmp_path):
     assert not again.knows("b")
 
 
-def test_the_later_of_two_values_counts(tmp_path):
+def test_later_value_of_a_key_wins(tmp_path):
     journal = filled(tmp_path / "j")
     journal.note("key 1", 9.0)
     assert Journal("s", tmp_path / "j").recall("key 1", never) == 9.0
     assert len(Journal("s", tmp_path / "j")) == 3
 
 
-def test_another_subject_begins_anew(tmp_path):
+def test_another_subject_starts_an_empty_journal(tmp_path):
     filled(tmp_path / "j", subject="one")
     other = Journal("two", tmp_path / "j")
     assert len(other) == 0
@@ -75,8 +75,8 @@ def test_another_subject_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, 25))
-def test_a_line_cut_short_is_left_out(tmp_path, cut):
-    """Wherever the last line ends, the ones before it count and what is noted next can be read."""
+def test_incomplete_last_line_is_ignored(tmp_path, cut):
+    """The lines before are kept, and a value that is recorded next can be read."""
     filled(tmp_path / "j")
     text = (tmp_path / "j").read_bytes()
     (tmp_path / "j").write_bytes(text[:-cut])
@@ -88,27 +88,27 @@ def test_a_line_cut_short_is_left_out(tmp_path, cut):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x81\xff", b"no json\n", b"[1, 2]\n", b"3\n", b"\n"])
-def test_a_file_that_is_no_journal_begins_anew(tmp_path, content):
+def test_file_in_another_format_starts_an_empty_journal(tmp_path, content):
     (tmp_path / "j").write_bytes(content)
     assert len(Journal("s", tmp_path / "j")) == 0
     filled(tmp_path / "j")
     assert len(Journal("s", tmp_path / "j")) == 3
 
 
-def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
+def test_journal_without_path_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     journal = Journal()
     assert journal.recall("a", lambda: 1) == journal.recall("a", never) == 1
     journal.forget()
     assert list(tmp_path.iterdir()) == []
-    assert len(Journal()) == 0  # no two share their values
+    assert len(Journal()) == 0  # instances do not share values
 
 
 def test_forget_deletes_the_file(tmp_path):
     journal = filled(tmp_path / "j")
     journal.forget()
     assert not (tmp_path / "j").exists()
-    journal.forget()  # nothing to delete is no error
+    journal.forget()  # a missing file is not an error
     assert len(Journal("s", tmp_path / "j")) == 0
 
 
@@ -118,8 +118,8 @@ def test_every_line_is_json(tmp_path):
     assert lines == [{"subject": "s"}, {"key": "key 0", "value": 0.0}, {"key": "key 1", "value": 1 / 3}]
 
 
-def test_an_unwritable_place_is_told(tmp_path):
-    """A file where a folder should be: permissions do not stop root."""
+def test_unwritable_path_is_reported(tmp_path):
+    """The parent is a file, because permissions do not restrict root."""
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match=r"journal .*file.j cannot be written \(.+\); choose another --output\."):
         Journal("s", tmp_path / "file" / "j")

@@ -1,4 +1,4 @@
-"""The output folder: whole or not there, and nobody else's files are touched."""
+"""Tests of the output folder: it is complete or absent, and files of the user are never deleted."""
 
 import errno
 import hashlib
@@ -21,7 +21,7 @@ def make(path: Path, *, force: bool = False, content: str = "new") -> None:
         (folder / "sub" / "a.txt").write_text(content)
 
 
-def test_the_manifest_holds_the_true_size_and_hash_of_every_file(tmp_path: Path) -> None:
+def test_manifest_holds_size_and_sha256_of_every_file(tmp_path: Path) -> None:
     make(tmp_path / "out")
     files = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
     assert files == {"sub/a.txt": {"bytes": 3, "sha256": hashlib.sha256(b"new").hexdigest()}}
@@ -29,7 +29,7 @@ def test_the_manifest_holds_the_true_size_and_hash_of_every_file(tmp_path: Path)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(143)])
-def test_nothing_is_left_when_the_work_fails(tmp_path: Path, error: BaseException) -> None:
+def test_failure_leaves_no_files(tmp_path: Path, error: BaseException) -> None:
     def fail() -> None:
         with output_folder(tmp_path / "out", force=False) as folder, scratch_folder(tmp_path / "out") as scratch:
             (folder / "half").write_text("x")
@@ -41,7 +41,7 @@ def test_nothing_is_left_when_the_work_fails(tmp_path: Path, error: BaseExceptio
     assert names(tmp_path) == []
 
 
-def test_an_existing_folder_is_refused_without_force_and_replaced_with_it(tmp_path: Path) -> None:
+def test_existing_folder_is_replaced_only_with_force(tmp_path: Path) -> None:
     make(tmp_path / "out", content="old")
     with pytest.raises(FolderError, match="exists; choose another --output, or replace it with --force"):
         make(tmp_path / "out")
@@ -50,7 +50,7 @@ def test_an_existing_folder_is_refused_without_force_and_replaced_with_it(tmp_pa
     assert names(tmp_path) == ["out"]
 
 
-def test_an_existing_folder_survives_a_failed_replacement(tmp_path: Path) -> None:
+def test_existing_folder_survives_failed_replacement(tmp_path: Path) -> None:
     make(tmp_path / "out", content="old")
 
     def fail() -> None:
@@ -63,7 +63,7 @@ def test_an_existing_folder_survives_a_failed_replacement(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("manifest", [None, "{}", "nonsense", '{"files": {"other": 1}}'])
-def test_force_never_replaces_a_folder_of_someone_else(tmp_path: Path, manifest: str | None) -> None:
+def test_force_does_not_replace_a_foreign_folder(tmp_path: Path, manifest: str | None) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     if manifest is not None:
@@ -73,20 +73,20 @@ def test_force_never_replaces_a_folder_of_someone_else(tmp_path: Path, manifest:
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-def test_force_refuses_a_folder_to_which_someone_added_a_file(tmp_path: Path) -> None:
+def test_force_does_not_replace_a_folder_with_an_added_file(tmp_path: Path) -> None:
     make(tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(FolderError, match=r"did not write \(notes.txt\)"):
         make(tmp_path / "out", force=True)
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+def test_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     make(tmp_path / "out")
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
-def test_a_link_is_followed_not_replaced(tmp_path: Path) -> None:
+def test_symlink_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
     make(tmp_path / "out")
@@ -94,24 +94,24 @@ def test_a_link_is_followed_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "manifest.json").is_file()
 
 
-def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+def test_file_at_the_output_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FolderError, match="exists and is no folder"):
+    with pytest.raises(FolderError, match="exists and is not a folder"):
         make(tmp_path / "file", force=True)
     with pytest.raises(FolderError, match="cannot be written"):
         make(tmp_path / "file" / "out")
-    with pytest.raises(FolderError, match="is no folder"):
+    with pytest.raises(FolderError, match="is not a folder"):
         check_writable(tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_a_name_that_the_disk_refuses_is_found_at_once(tmp_path: Path) -> None:
+def test_too_long_name_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="cannot be written"):
         make(tmp_path / ("x" * 300))
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_said_whatever_the_writer_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_for_every_writer_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(error: Exception) -> None:
         with output_folder(tmp_path / "out", force=False):
             raise error
@@ -126,7 +126,7 @@ def test_a_full_disk_is_said_whatever_the_writer_raises(tmp_path: Path, monkeypa
     assert names(tmp_path) == []
 
 
-def test_several_files_are_written_all_or_none(tmp_path: Path) -> None:
+def test_write_files_writes_all_or_none(tmp_path: Path) -> None:
     assert write_files(tmp_path / "a" / "b", {"x": b"1", "y": b"2"}) == (tmp_path / "a/b/x", tmp_path / "a/b/y")
     assert names(tmp_path / "a" / "b") == ["x", "y"]
     with pytest.raises(FolderError, match="cannot be written"):

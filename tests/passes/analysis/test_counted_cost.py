@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds against closed formulas, and against the graph that is left after a drop. All exact."""
+"""Parameters and multiply-adds, exactly equal to closed formulas and to the cost of the graph after a drop."""
 
 import functools
 
@@ -28,7 +28,7 @@ def traced(name):
 
 
 def attention(d=WIDTH, n=TOKENS):
-    """Query, key, value, projection with biases, and the norm before; QK^T and the weighted sum are n*n*d each."""
+    """Query, key, value and projection with biases, and the norm; QK^T and the weighted sum are n*n*d each."""
     return Cost(4 * d * d + 4 * d + 2 * d, 4 * n * d * d + 2 * n * n * d)
 
 
@@ -51,12 +51,12 @@ def test_vit_equals_the_closed_formula():
     assert costs.total - around == costs.total - costs.under(sites)
 
 
-def test_twelve_d_squared_a_block():
+def test_block_costs_twelve_d_squared_per_token():
     attn, rest = attention(), mlp()
     assert attn.multiply_adds + rest.multiply_adds == TOKENS * 12 * WIDTH**2 + 2 * TOKENS**2 * WIDTH
 
 
-def test_costs_are_of_one_sample():
+def test_costs_are_per_sample():
     model, graph, _, costs = traced("vit")
     bigger = {name: value.repeat(3, 1, 1, 1) for name, value in model.example.items()}
     assert Costs(graph, bigger).total == costs.total
@@ -64,25 +64,25 @@ def test_costs_are_of_one_sample():
 
 @settings(max_examples=16, deadline=None)
 @given(st.sampled_from(["vit", "hf_bert", "vit_parallel_scaling", "hf_albert"]), st.sets(st.integers(0, 3)))
-def test_costs_under_a_drop_are_those_of_the_rewritten_graph(name, positions):
+def test_cost_with_skipped_sites_equals_cost_of_the_rewritten_graph(name, positions):
     model, graph, sites, costs = traced(name)
     skip = [sites[position] for position in positions]
-    left = graph.fork()
-    apply(Drop(tuple(site.name for site in skip)), left)
-    assert costs.under(skip) == Costs(left, model.example).total
-    assert costs.under(skip).parameters == left.parameter_count()
+    dropped = graph.fork()
+    apply(Drop(tuple(site.name for site in skip)), dropped)
+    assert costs.under(skip) == Costs(dropped, model.example).total
+    assert costs.under(skip).parameters == dropped.parameter_count()
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_bert"])
-def test_what_sites_save_adds_up_where_nothing_is_shared(name):
+def test_savings_add_up_without_shared_weights(name):
     _, _, sites, costs = traced(name)
     together = costs.total - costs.under(sites)
     assert sum(costs.saved(site).multiply_adds for site in sites) == together.multiply_adds
     assert sum(costs.saved(site).parameters for site in sites) == together.parameters
 
 
-def test_a_fused_projection_is_saved_with_the_last_of_its_readers():
-    """Parallel attention and MLP read one norm and one projection: neither saves it alone."""
+def test_shared_projection_is_saved_with_its_last_consumer():
+    """Parallel attention and MLP share one norm and one projection, which dropping one of them does not save."""
     _, _, sites, costs = traced("vit_parallel_scaling")
     alone = [costs.saved(site) for site in sites[:2]]
     together = costs.total - costs.under(sites[:2])
@@ -90,7 +90,7 @@ def test_a_fused_projection_is_saved_with_the_last_of_its_readers():
     assert sum(saved.parameters for saved in alone) < together.parameters
 
 
-def test_shared_weights_count_once_and_stay_until_the_last_reader_is_gone():
+def test_shared_weights_count_once_until_the_last_consumer_is_dropped():
     model, graph, sites, costs = traced("hf_albert")
     assert costs.total.parameters == graph.parameter_count()
     assert costs.total.parameters == sum(parameter.numel() for parameter in graph.module.parameters())
@@ -101,7 +101,7 @@ def test_shared_weights_count_once_and_stay_until_the_last_reader_is_gone():
     assert model.module.config.num_hidden_layers == 2
 
 
-def test_counting_changes_nothing():
+def test_counting_does_not_change_the_graph():
     model, graph, _, costs = traced("vit")
     before = graph.signature()
     assert Costs(graph, model.example).total == costs.total

@@ -1,4 +1,4 @@
-"""Formulas of single operators against torch's own count of the same products written out, and whole models. Exact."""
+"""Formulas of single operators and counts of whole models, exactly equal to the counts of torch or closed formulas."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def by_formula(target, *args):
 
 @settings(max_examples=20, deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES)
-def test_products_equal_torchs_count(batch, rows, inner, columns):
+def test_products_equal_the_count_of_torch(batch, rows, inner, columns):
     x, w = empty(batch, rows, inner), empty(columns, inner)
     right = empty(batch, inner, columns)
     assert by_formula(aten.linear.default, x, w, empty(columns)) == batch * rows * inner * columns
@@ -45,7 +45,7 @@ def test_products_equal_torchs_count(batch, rows, inner, columns):
 
 @settings(max_examples=20, deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES, SIZES, SIZES)
-def test_attention_is_its_two_products(batch, heads, queries, keys, width, value_width):
+def test_attention_equals_its_two_products(batch, heads, queries, keys, width, value_width):
     q, k, v = (
         empty(batch, heads, queries, width),
         empty(batch, heads, keys, width),
@@ -56,7 +56,7 @@ def test_attention_is_its_two_products(batch, heads, queries, keys, width, value
     assert by_formula(aten.scaled_dot_product_attention.default, q, k, v) == counter.get_total_flops() // 2
 
 
-def test_grouped_heads_are_counted_by_their_queries():
+def test_grouped_query_attention_counts_query_heads():
     q, k = empty(2, 8, 5, 4), empty(2, 2, 7, 4)
     target = aten.scaled_dot_product_attention.default
     result = empty(2, 8, 5, 4)  # enable_gqa is a keyword
@@ -65,7 +65,7 @@ def test_grouped_heads_are_counted_by_their_queries():
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1)])
-def test_convolutions_equal_torchs_count(groups, stride, padding):
+def test_convolutions_equal_the_count_of_torch(groups, stride, padding):
     x, weight = empty(3, 4, 9, 8), empty(6, 4 // groups, 3, 2)
     back = empty(4, 6 // groups, 3, 2)
     either = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
@@ -75,36 +75,36 @@ def test_convolutions_equal_torchs_count(groups, stride, padding):
         (aten.convolution.default, (x, weight, None, *either)),
         (aten.convolution.default, (x, back, None, *either[:3], True, *either[4:])),
     ):
-        # torch counts a grouped convolution as if each channel met the channels of its group alone, as here.
+        # torch also counts the channels of one group only for a grouped convolution.
         assert by_formula(target, *args) == counted(target, args, {})
 
 
-def test_every_product_that_sites_are_made_of_has_a_formula():
-    """But einsum, whose count torch has from the products that it is made of."""
+def test_every_product_operator_has_a_formula():
+    """Except einsum, which torch counts by its constituent products."""
     missing = (ATTENTION_OPS | CONV_OPS | LINEAR_OPS | PRODUCTS) - FORMULAS.keys()
     assert missing == {aten.einsum.default}
     assert multiply_adds(aten.relu.default, (empty(2),), empty(2)) is None
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_llama", "hf_bert", "convnext"])
-def test_models_count_the_same_whatever_kernels_a_release_counts(name, monkeypatch):
-    """A release whose counter knows no kernel at all: the formulas alone."""
+def test_model_counts_do_not_depend_on_the_counter_of_torch(name, monkeypatch):
+    """Simulate a torch release whose counter counts no kernel, so that only the formulas count."""
 
-    class Blind(FlopCounterMode):
+    class CountsNothing(FlopCounterMode):
         def get_total_flops(self):
             return 0
 
     model = BY_NAME[name].load()
     graph = trace(model)
     expected = Costs(graph, model.example).total
-    monkeypatch.setattr(counted_cost, "FlopCounterMode", Blind)
+    monkeypatch.setattr(counted_cost, "FlopCounterMode", CountsNothing)
     assert Costs(graph, model.example).total == expected
     assert expected.multiply_adds > 0
 
 
 @pytest.mark.parametrize("length", [4, 9])
 def test_llama_equals_the_closed_formula(length):
-    """Grouped heads: queries and output 16 x 16, keys and values 8 x 16; three maps of a gated MLP; the head."""
+    """Grouped-query attention (queries and output 16 x 16, keys and values 8 x 16), a gated MLP and the head."""
     model = BY_NAME["hf_llama"].load()
     config = model.module.config
     d, m, layers, vocabulary = (

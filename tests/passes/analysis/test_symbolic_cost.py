@@ -1,4 +1,4 @@
-"""Counted work against the graph that is run, closed formulas, and graphs of one operator. Multiply-adds are exact."""
+"""Symbolic cost against executed graphs, closed formulas and graphs of one operator. Multiply-adds are exact."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ TOKENS = (32 // PATCH) ** 2 + 1
 
 
 def sized(model, batch, length=None):
-    """Feeds of a batch; texts are cut or repeated to a length."""
+    """Return feeds of a batch size; texts are cut or repeated to a length."""
     feeds = {name: value[:1].repeat(batch, *[1] * (value.ndim - 1)) for name, value in model.example.items()}
     if length is None:
         return feeds
@@ -35,20 +35,20 @@ def counter_for(graph, feeds):
 
 
 def multiply_adds_run(graph, feeds):
-    """Of the whole batch, counted while the narrowed graph runs."""
+    """Count the multiply-adds of the whole batch by running the narrowed graph."""
     narrowed = graph.fork()
     apply(Unread(), narrowed)
     return Costs(narrowed, feeds).total.multiply_adds * len(next(iter(feeds.values())))
 
 
-# ---------------------------------------------------------------------------------------------- against what is run
+# --------------------------------------------------------------------------------------------- against executed graphs
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     "name", ["vit", "deit3", "swin", "convnext", "poolformer", "vit_parallel_scaling", "hf_siglip_vision"]
 )
-def test_pictures_are_counted_as_they_run(name, batch):
+def test_image_models_equal_the_executed_count(name, batch):
     model, graph, _ = traced(name)
     feeds = sized(model, batch)
     assert counter_for(graph, feeds).count(graph).multiply_adds == multiply_adds_run(graph, feeds)
@@ -56,15 +56,15 @@ def test_pictures_are_counted_as_they_run(name, batch):
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 7), (3, 7), (1, 12), (2, 19)])
 @pytest.mark.parametrize("name", ["hf_bert", "hf_llama", "hf_gpt2"])
-def test_texts_are_counted_as_they_run(name, batch, length):
+def test_text_models_equal_the_executed_count(name, batch, length):
     model, graph, _ = traced(name)
     feeds = sized(model, batch, length)
     assert counter_for(graph, feeds).count(graph).multiply_adds == multiply_adds_run(graph, feeds)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 9), (2, 20)])
-def test_merged_texts_are_counted_as_they_run(batch, length):
-    """Behind a reduction lengths stand for themselves; what they are follows from what they were computed of."""
+def test_text_models_with_merged_tokens_equal_the_executed_count(batch, length):
+    """A reduced length has its own symbol, which is evaluated from the sizes it was computed from."""
     model, graph, sites = traced("hf_bert")
     feeds, fork = sized(model, batch, length), graph.fork()
     apply(ReduceTokens(tuple((site.name, 0.3) for site in sites if site.kind == "attention")), fork)
@@ -73,18 +73,18 @@ def test_merged_texts_are_counted_as_they_run(batch, length):
 
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["vit", "hf_bert", "hf_llama"]), st.sets(st.integers(0, 3)))
-def test_rewritten_graphs_are_counted_as_they_run(name, places):
-    """One attention is left: without any, a class token reads no patch, and `Unread` takes out the stem as well."""
+def test_rewritten_graphs_equal_the_executed_count(name, positions):
+    """Keep one attention, because without any the class token reads no patch and `Unread` removes the stem."""
     model, graph, sites = traced(name)
-    assume(name != "vit" or any(site.kind == "attention" for site in sites if site.order not in places))
+    assume(name != "vit" or any(site.kind == "attention" for site in sites if site.order not in positions))
     feeds, fork = sized(model, 2), graph.fork()
-    apply(Drop(tuple(sites[place] for place in places)), fork)
+    apply(Drop(tuple(sites[position] for position in positions)), fork)
     assert counter_for(graph, feeds).count(fork).multiply_adds == multiply_adds_run(fork, feeds)
 
 
 @pytest.mark.parametrize("shapes", [((16, 16),), ((4, 16), (16, 4))])
-def test_stand_ins_are_counted_as_they_run(shapes):
-    """Written into a graph by a pass, so that their shapes are derived, not traced."""
+def test_fitted_maps_equal_the_executed_count(shapes):
+    """A pass inserts the maps, so their shapes are derived instead of traced."""
     model, graph, sites = traced("vit")
     feeds, fork = sized(model, 3), graph.fork()
     factors = tuple(torch.ones(shape, dtype=torch.float64) for shape in shapes)
@@ -102,8 +102,8 @@ def test_stand_ins_are_counted_as_they_run(shapes):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_deit_equals_the_closed_formula(batch):
-    """All but the class token of the last block are unread: it keeps keys and values (and the queries' projection,
-    which is one with theirs) of all tokens, one query row, one row of the output projection and of the MLP."""
+    """The last block is read at the class token only. It computes the fused query, key and value projection for all
+    tokens, but one query row and one row of the output projection and of the MLP."""
     model, graph, _ = traced("vit")
     work = counter_for(graph, sized(model, batch)).count(graph)
     d, n = WIDTH, TOKENS
@@ -160,20 +160,20 @@ def test_views_cost_nothing(view):
     assert work_of(lambda x: view(torch.relu(x)), 2, 6, 4) == alone
 
 
-def test_elements_are_those_written():
+def test_elements_count_written_values():
     assert work_of(lambda x: torch.cat([x, x], 1) + 1.0, 2, 6, 4) == Work(0, 0, 4 * 6 * 4 * 2, 2)
     pieces = work_of(lambda x: torch.split(x, 3, dim=1)[1] * 2.0, 2, 6, 4)
     assert (pieces.elements, pieces.operators) == (2 * 6 * 4 + 2 * 3 * 4, 2)  # all pieces are written
 
 
-def test_products_of_activations_are_attention():
+def test_products_of_activations_count_as_attention():
     work = work_of(lambda x: x @ x.transpose(1, 2), 2, 6, 4)
     assert (work.products, work.attention) == (0, 2 * 6 * 6 * 4)
 
 
 @pytest.mark.parametrize("padding", [1, "same", "valid"])
-def test_convolutions_are_products_however_they_are_padded(padding):
-    """A string calls another overload of the operator."""
+def test_convolutions_count_as_products_for_any_padding(padding):
+    """String padding selects another overload of the operator."""
 
     class Convolution(nn.Module):
         def __init__(self):
@@ -188,30 +188,30 @@ def test_convolutions_are_products_however_they_are_padded(padding):
     assert Counter(graph, {"x": (2, 3, 8, 8)}).count(graph) == Work(2 * side * side * 7 * 3 * 9, 0, 0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------- the rest
+# -------------------------------------------------------------------------------------------------- shapes and caching
 
 
-def test_sizes_are_numbers_of_the_inputs():
+def test_shapes_follow_from_the_inputs():
     model, graph, _ = traced("hf_bert")
     shapes = Shapes(graph, dict.fromkeys(model.example, (3, 11)))
     last = [node for node in graph.nodes() if "layer_norm" in str(node.target)][-1]
     assert shapes.of(last.meta["val"]) == (3, 11, 16)
 
 
-def test_counting_changes_nothing_and_is_remembered(monkeypatch):
+def test_counting_is_cached_and_does_not_change_the_graph(monkeypatch):
     model, graph, _ = traced("vit")
     before, counter = graph.signature(), counter_for(graph, sized(model, 1))
     first = counter.count(graph)
     assert graph.signature() == before
-    monkeypatch.setattr("passes.analysis.symbolic_cost.multiply_adds", None)  # a second count works nothing out again
+    monkeypatch.setattr("passes.analysis.symbolic_cost.multiply_adds", None)  # the second count must use the cache
     assert counter.count(graph) == first == counter.count(graph.fork())
 
 
-def test_what_is_dropped_is_not_counted():
+def test_dropped_sites_are_not_counted():
     model, graph, sites = traced("hf_bert")
     counter, fork = counter_for(graph, sized(model, 2)), graph.fork()
     apply(Drop(sites), fork)
-    left, whole = counter.count(fork), counter.count(graph)
-    assert left.attention == 0 < whole.attention
-    assert left.operators < whole.operators
-    assert left.elements < whole.elements
+    dropped, whole = counter.count(fork), counter.count(graph)
+    assert dropped.attention == 0 < whole.attention
+    assert dropped.operators < whole.operators
+    assert dropped.elements < whole.elements

@@ -1,4 +1,4 @@
-"""Running with branches skipped, against the rewritten graph and against separate runs: bit for bit, no tolerance."""
+"""Tests of the interpreter: runs equal rewritten graphs and separate runs bit for bit."""
 
 import functools
 
@@ -43,7 +43,7 @@ def test_skip_equals_the_rewritten_graph(case):
     apply(Drop(tuple(site.name for site in skip)), rewritten)
     expected = run(graph, model.example, skip=skip)
     assert equal(run(rewritten, model.example), expected)
-    with torch.inference_mode():  # outside of it torch picks other kernels for linear maps, whose last bits differ
+    with torch.inference_mode():  # otherwise torch uses other kernels for linear maps, with other rounding
         assert equal(rewritten.module(*model.example.values()), expected)
 
 
@@ -57,19 +57,19 @@ def dropped(graph, *names):
 @given(cases)
 def test_forks_equal_separate_runs(case):
     model, graph, sites = traced(case[0])
-    gone = [sites[position].name for position in case[1]]
-    rest = [site.name for site in sites if site.name not in gone]
-    main = dropped(graph, *gone)
+    skipped = [sites[position].name for position in case[1]]
+    kept = [site.name for site in sites if site.name not in skipped]
+    main = dropped(graph, *skipped)
     received = {}
-    forks = Forks(main, {name: dropped(graph, *gone, name) for name in rest})
+    forks = Forks(main, {name: dropped(graph, *skipped, name) for name in kept})
     forks.run(model.example, received.__setitem__)
-    assert set(received) == {None, *rest}
+    assert set(received) == {None, *kept}
     for name, outputs in received.items():
-        assert equal(outputs, run(dropped(graph, *gone, *([name] if name else [])), model.example))
+        assert equal(outputs, run(dropped(graph, *skipped, *([name] if name else [])), model.example))
 
 
-def test_forks_compute_only_what_differs(monkeypatch):
-    """Work is counted by nodes: a variant equal to the main graph costs nothing, one without its last site little."""
+def test_forks_compute_only_changed_nodes(monkeypatch):
+    """A variant equal to the main graph costs no nodes, one without its last site costs few."""
     model, graph, sites = traced("vit")
     assert Forks(graph, {"same": graph.fork()}).share == 1.0
     shares = [Forks(graph, {site.name: dropped(graph, site.name)}).share for site in sites]
@@ -87,8 +87,8 @@ def test_forks_compute_only_what_differs(monkeypatch):
     assert calls == pytest.approx(shares[-1] * sum(node.op.startswith("call") for node in Program(graph).order))
 
 
-def test_a_variant_may_read_what_the_main_graph_has_freed():
-    """A later site that reads an early state: the main run must hold on to it."""
+def test_a_variant_may_read_a_value_after_its_last_use_in_the_main_graph():
+    """The last add of the variant reads an early trunk state, which the main run must keep."""
     model, graph, sites = traced("vit")
     variant = graph.fork()
     nodes = {node.name: node for node in variant.nodes()}
@@ -101,7 +101,7 @@ def test_a_variant_may_read_what_the_main_graph_has_freed():
     assert not equal(received["early"], received[None])
 
 
-def test_a_constant_of_the_same_name_and_other_value_is_a_difference():
+def test_a_constant_of_the_same_name_and_another_value_is_a_change():
     model, graph, sites = traced("vit")
     variants = {}
     for value in (0.0, 1.0):
@@ -130,11 +130,11 @@ def test_forks_can_be_run_again_on_other_batches():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_skip_it_is_the_model(name):
+def test_a_run_without_skipped_sites_equals_the_model(name):
     model, graph, _ = traced(name)
     with torch.inference_mode():
         expected = model.call(model.module, *model.example.values())
-    assert equal(run(graph, model.example), expected)  # the same kernels in the same order
+    assert equal(run(graph, model.example), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,14 +142,14 @@ def test_values_are_freed_after_their_last_reader(name):
     model, graph, sites = traced(name)
     program = Program(graph, sites[:1], keep=[sites[1].trunk])
     values = program.start(model.example)
-    held = 0
+    peak = 0
     with torch.inference_mode():
         for _ in program.walk(values):
-            held = max(held, sum(node.op == "call_function" for node in values))
+            peak = max(peak, sum(node.op == "call_function" for node in values))
     calls = sum(node.op == "call_function" for node in program.order)
     trunk = {program.stand_in.get(node, node) for node in graph.nodes() if node.name == sites[1].trunk}
     assert {node for node in values if node.op == "call_function"} == {*program.outputs, *trunk}
-    assert held < calls
+    assert peak < calls
 
 
 def test_side_inputs_of_a_skipped_branch_are_not_computed():

@@ -1,4 +1,4 @@
-"""Stand-ins for weights on disk: their shape tells the truth, their values show that nobody read them."""
+"""Tests of placeholders for offloaded weights: the shape of the weight, and NaN unless it is read."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,7 +12,7 @@ from passes.rewrite.fold_linear import Fuse
 
 
 class Branches(torch.nn.Module):
-    """Two residual branches with weights of different sizes, the first used twice, and a constant."""
+    """Two residual branches with weights of different sizes, of which `other` is used twice, and a constant."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ def traced(module=None):
 
 
 class Counted:
-    """Reads a weight and counts how often."""
+    """Reader of a weight that counts its calls."""
 
     def __init__(self, weight):
         self.weight, self.reads = weight.detach().clone(), 0
@@ -48,7 +48,7 @@ class Counted:
 
 
 def on_disk(graph):
-    """The same graph with every weight behind a stand-in, and what reads them by name."""
+    """Offload every weight of a graph; return the graph and the readers by name."""
     readers = {}
     for name, weight in list(graph.module.named_parameters()):
         readers[name] = Counted(weight)
@@ -57,25 +57,25 @@ def on_disk(graph):
     return graph, readers
 
 
-def test_a_stand_in_has_the_form_of_its_weight_and_no_memory():
+def test_a_placeholder_has_the_shape_of_its_weight_and_the_memory_of_one_element():
     weight = torch.nn.Parameter(torch.zeros(300, 200, dtype=torch.bfloat16))
-    stand_in = offloaded(weight, lambda: weight.data)
-    assert (stand_in.shape, stand_in.dtype, stand_in.device.type) == (weight.shape, weight.dtype, "cpu")
-    assert stand_in.untyped_storage().nbytes() == weight.itemsize
-    assert not stand_in.requires_grad
-    assert is_offloaded(stand_in)
-    assert torch.equal(in_memory(stand_in), weight)
+    placeholder = offloaded(weight, lambda: weight.data)
+    assert (placeholder.shape, placeholder.dtype, placeholder.device.type) == (weight.shape, weight.dtype, "cpu")
+    assert placeholder.untyped_storage().nbytes() == weight.itemsize
+    assert not placeholder.requires_grad
+    assert is_offloaded(placeholder)
+    assert torch.equal(in_memory(placeholder), weight)
     assert not is_offloaded(weight)
     assert in_memory(weight) is weight
     assert in_memory(3) == 3
 
 
-def test_whatever_computes_with_a_stand_in_shows():
+def test_values_computed_from_a_placeholder_are_nan():
     graph, _ = on_disk(traced())
     assert torch.isnan(graph.module(torch.ones(3, 8))).all()
 
 
-def test_a_run_reads_a_weight_for_every_node_that_takes_it():
+def test_a_run_reads_a_weight_once_for_every_consumer():
     plain = traced()
     graph, readers = on_disk(traced())
     assert has_offloaded(graph)
@@ -98,7 +98,7 @@ def test_costs_are_counted_without_reading():
     assert not any(reader.reads for reader in readers.values())
 
 
-def test_shapes_alone_are_those_of_the_values_and_need_no_memory():
+def test_shapes_alone_equal_those_of_the_values_and_read_no_weight():
     graph, readers = on_disk(traced())
     program = Program(graph)
     feeds = {"x": torch.ones(3, 8)}
@@ -114,7 +114,7 @@ def test_shapes_alone_are_those_of_the_values_and_need_no_memory():
 
 
 class Scaled(torch.nn.Module):
-    """A linear map with a scale behind it, which can be folded into it."""
+    """A linear map followed by a scale that can be folded into it."""
 
     def __init__(self):
         super().__init__()
@@ -125,8 +125,8 @@ class Scaled(torch.nn.Module):
         return x + self.map(x) * self.scale
 
 
-def test_a_weight_on_disk_is_not_folded():
-    """What is linear around it would be folded with its stand-in."""
+def test_an_offloaded_weight_is_not_folded():
+    """A fold would compute with the NaN of the placeholder."""
     assert apply(Fuse(), traced(Scaled())).changed
     graph, readers = on_disk(traced(Scaled()))
     assert not apply(Fuse(), graph).changed

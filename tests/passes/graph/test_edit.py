@@ -1,4 +1,4 @@
-"""The edit functions: what is inserted computes, knows its shape, and leaves the graph that was forked from alone."""
+"""Tests of graph edits: inserted nodes compute, have a traced shape, and do not change the graph a fork came from."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def named(graph):
     return {node.name: node for node in graph.nodes()}
 
 
-def test_an_inserted_map_takes_the_place_of_a_branch(graph):
+def test_an_inserted_linear_map_replaces_a_branch(graph):
     (site,) = find_sites(graph)
     edited, weight = graph.fork(), torch.randn(6, 6)
     nodes = named(edited)
@@ -50,20 +50,20 @@ def test_an_inserted_map_takes_the_place_of_a_branch(graph):
     remove_dead(edited)
     edited.check()
     x = torch.randn(3, 5, 6)
-    (found,) = run(edited, {edited.inputs[0]: x})
-    torch.testing.assert_close(found, x + x @ weight.T)  # the same products in another order: float32's own tolerance
-    assert str(value_of(call).shape) == str(value_of(trunk).shape)  # the batch is free still
+    (output,) = run(edited, {edited.inputs[0]: x})
+    torch.testing.assert_close(output, x + x @ weight.T)  # default float32 tolerance: the order of summation differs
+    assert str(value_of(call).shape) == str(value_of(trunk).shape)  # the batch axis is still dynamic
     assert edited.parameter_count() == 36
     assert not any("fitted" in name for name, _ in graph.module.named_parameters())
 
 
-def test_constants_of_one_name_are_told_apart(graph):
+def test_constants_of_the_same_name_get_unique_names(graph):
     before = graph.nodes()[-1]
-    made = [insert_constant(graph, "w", torch.full((1,), float(value)), before=before) for value in range(3)]
-    assert [float(getattr(graph.module, node.target)) for node in made] == [0.0, 1.0, 2.0]
+    constants = [insert_constant(graph, "w", torch.full((1,), float(value)), before=before) for value in range(3)]
+    assert [float(getattr(graph.module, node.target)) for node in constants] == [0.0, 1.0, 2.0]
 
 
-def test_what_an_operator_refuses_is_named(graph):
+def test_an_error_names_the_operator_that_rejects_its_inputs(graph):
     (site,) = find_sites(graph)
     nodes = named(graph)
     constant = insert_constant(graph, "w", torch.zeros(4, 7), before=nodes[site.add])
@@ -78,7 +78,7 @@ def test_values_derived_again_have_the_traced_shapes():
     assert {node.name: str(getattr(value_of(node), "shape", None)) for node in graph.nodes()} == traced
 
 
-def test_a_new_shape_flows_on(graph):
+def test_a_new_shape_reaches_the_consumers(graph):
     nodes = named(graph)
     (first, *_) = [node for node in graph.nodes() if node.target == aten.layer_norm.default]
     x = nodes[find_sites(graph)[0].trunk]

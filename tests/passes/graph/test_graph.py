@@ -1,7 +1,7 @@
-"""Residual sites of many architectures, against a count from the module tree and a committed listing.
+"""Tests of the residual sites of many architectures, against counts from the module tree and committed listings.
 
-To write the listings anew: ``COMPRESSOR_UPDATE_GOLDEN=1 pytest tests/test_passes_graph.py`` rewrites those that differ
-and fails for each, so that no listing changes unseen; look at the diff, then run again without the variable.
+``COMPRESSOR_UPDATE_GOLDEN=1 pytest tests/passes/graph/test_graph.py`` rewrites the listings that differ and fails for
+each of them, so that no change passes unnoticed. Review the diff, then run the tests again without the variable.
 """
 
 import random
@@ -34,12 +34,12 @@ def case(request):
 
 
 def unnumbered(sites):
-    """Names without the number of shared weights, which counts those that are left."""
+    """Return the names without the number of shared weights, which changes when such a site is dropped."""
     return [site.name.split("#")[0] for site in sites]
 
 
 def feeds(model, size, seed=0):
-    """`size` rows drawn from the model's example, so that masks and ids stay valid."""
+    """Draw `size` rows from the model's example, so that masks and ids stay valid."""
     rows = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed))
     return {name: value[rows] for name, value in model.example.items()}
 
@@ -47,7 +47,7 @@ def feeds(model, size, seed=0):
 # ------------------------------------------------------------------------------------------------- every architecture
 
 
-def test_as_many_sites_as_the_module_tree_promises(case):
+def test_number_of_sites_matches_the_module_tree(case):
     architecture, model, _, sites = case
     assert len(sites) == promised(model.module, architecture.branches) * architecture.repeats - architecture.fewer
     attention = sum(site.kind == "attention" for site in sites)
@@ -73,7 +73,7 @@ def test_sites_are_described_by_nodes_of_the_graph(case):
 
 
 @torch.inference_mode()
-def test_skipping_equals_rewriting_at_other_batch_sizes_and_names_stay(case):
+def test_skipping_equals_rewriting_at_other_batch_sizes_and_keeps_names(case):
     architecture, model, graph, sites = case
     chosen = random.Random(architecture.name).sample(sites, (len(sites) + 1) // 2)
     rewritten = graph.fork()
@@ -81,41 +81,41 @@ def test_skipping_equals_rewriting_at_other_batch_sizes_and_names_stay(case):
     for size in (1, 3):
         batch = feeds(model, size)
         expected = run(graph, batch, skip=chosen)
-        for got in (run(rewritten, batch), rewritten.module(*batch.values())):
-            assert all(torch.equal(left, right) for left, right in zip(got, expected, strict=True))
-    # A site also goes when only dropped branches used it: GCViT's query generator feeds one attention alone.
+        for outputs in (run(rewritten, batch), rewritten.module(*batch.values())):
+            assert all(torch.equal(left, right) for left, right in zip(outputs, expected, strict=True))
+    # A site is removed too if only dropped branches read it: GCViT's query generator feeds one attention.
     live = {node.name for node in rewritten.nodes()}
-    left = [site for site in sites if site not in chosen and site.branch in live]
-    assert unnumbered(find_sites(rewritten)) == unnumbered(left)
-    assert len(left) == len(sites) - len(chosen) or architecture.name == "gcvit"
+    remaining = [site for site in sites if site not in chosen and site.branch in live]
+    assert unnumbered(find_sites(rewritten)) == unnumbered(remaining)
+    assert len(remaining) == len(sites) - len(chosen) or architecture.name == "gcvit"
 
 
-# The others are read at all tokens: pooled, or with the last hidden state for an output.
-READ_AT_FEW = {
+# The other models use all tokens: they pool them or return the last hidden state.
+UNUSED_TOKENS = {
     *("vit", "deit_distilled", "deit3", "vit_registers", "vit_swiglu", "vit_post_norm", "coat_lite", "convit", "tnt"),
     *("vit_parallel_scaling", "vit_parallel_things", "vit_parallel_layerscale"),
 }
 
 
 @torch.inference_mode()
-def test_what_nobody_reads_is_left_out_and_nothing_else_changes(case):
+def test_unused_tokens_are_removed_and_outputs_do_not_change(case):
     architecture, model, graph, _ = case
     lean = graph.fork()
     changed = apply(Unread(), lean).changed
-    assert bool(changed) == (architecture.name in READ_AT_FEW)
+    assert bool(changed) == (architecture.name in UNUSED_TOKENS)
     assert bool(changed) or lean.signature() == graph.signature()
     for size in (1, 3) if changed else ():
         batch = feeds(model, size)
         for left, right in zip(run(graph, batch), run(lean, batch), strict=True):
-            # Products of one row are summed in other blocks than products of many: float32 rounding.
+            # Matrix products of one row and of many rows differ in the order of summation: float32 rounding.
             torch.testing.assert_close(right, left, atol=1e-5, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------- traps, one module each
+# ---------------------------------------------------------------------------------- difficult cases, one module each
 
 
 class Ops(nn.Module):
-    """A trunk of width 8 with branches a and b; `forward` comes from the test."""
+    """Model with linear maps of width 8, which `rule` combines between `stem` and `head`."""
 
     def __init__(self, rule):
         super().__init__()
@@ -188,13 +188,13 @@ def subtracted(m, x):
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (dropout_between, ["a"]),  # the second sum's trunk is the norm, which its branch does not read
+        (dropout_between, ["a"]),  # the trunk of the second sum is a norm that its branch does not read
         (norm_between, ["a", "b"]),
-        (scaled, ["add"]),  # a gate is one branch of two matrices: their common path is the model itself
+        (scaled, ["add"]),  # two matrices in one branch: their common path is that of the model
         (cast_between, ["a"]),
-        (long_skip, ["a", "b"]),  # a skip over a chain of two blocks groups them
+        (long_skip, ["a", "b"]),  # a skip over a chain of two blocks is no site
         (no_weights, []),
-        (two_readers, []),  # dropping it would not remove it
+        (two_readers, []),  # a dropped branch would still have a consumer
         (no_trunk, []),
         (other_shape, []),
         (weighted, []),
@@ -202,12 +202,12 @@ def subtracted(m, x):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_is_a_site(rule, expected):
+def test_sites_of_small_modules(rule, expected):
     assert names(rule) == expected
 
 
 def test_tanh_gelu_is_no_site():
-    """Its x + 0.0447 x^3 adds a function of x to x, inside the branch."""
+    """The term ``x + 0.0447 x^3`` of GELU adds a function of x to x inside a branch."""
 
     def rule(m, x):
         y = m.a(x)
@@ -218,15 +218,15 @@ def test_tanh_gelu_is_no_site():
     assert site.kind == "mlp"
 
 
-def test_gpt2_finds_the_blocks_only():
+def test_gpt2_has_only_its_blocks_as_sites():
     names = {architecture.name: architecture for architecture in TRANSFORMERS}
     graph = trace(names["hf_gpt2"].load())
     cubes = [node for node in graph.nodes() if "pow" in node.name]
-    assert len(cubes) == 2  # the trap is there
+    assert len(cubes) == 2  # one tanh GELU a block
     assert [site.name for site in find_sites(graph)] == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
 
 
-def test_side_inputs_may_enter_from_before_the_trunk():
+def test_a_branch_may_read_values_from_before_the_trunk():
     def rule(m, x):
         table = torch.cos(torch.arange(x.shape[1], dtype=x.dtype))[None, :, None]
         mask = (x.mean(-1, keepdim=True) > 0).to(x.dtype)
@@ -243,7 +243,7 @@ def test_side_inputs_may_enter_from_before_the_trunk():
         assert run(graph, {"x": torch.rand(size, 5, 8)})[0].shape == (size, 5, 8)
 
 
-def test_dropout_and_fused_attention_are_dead_once_nobody_reads_them():
+def test_dropout_and_fused_attention_without_consumers_are_dead():
     def rule(m, x):
         heads = m.a(x)[:, None]
         return x + m.b(F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.0)[:, 0])
@@ -251,7 +251,7 @@ def test_dropout_and_fused_attention_are_dead_once_nobody_reads_them():
     graph = traced(rule)
     attention = [node for node in graph.nodes() if "scaled_dot_product" in node.name]
     assert attention
-    assert attention[0].is_impure()  # what fx says, and why its own clean-up would keep the branch
+    assert attention[0].is_impure()  # fx's dead code elimination would keep the branch
     drop_branches(graph, find_sites(graph))
     assert attention[0] not in live_nodes(graph)
     remove_dead(graph)
@@ -266,12 +266,12 @@ def test_a_dead_node_fails_the_check():
         graph.check()
 
 
-def test_an_unknown_site_is_named():
+def test_an_error_names_the_unknown_site():
     with pytest.raises(GraphError, match="no site named 'nowhere'; it has 1"):
         site_named(find_sites(traced(lambda m, x: x + m.a(x))), "nowhere")
 
 
-def test_features_of_a_channels_first_trunk():
+def test_feature_axis_of_a_channels_first_trunk():
     class Conv(nn.Module):
         def __init__(self):
             super().__init__()

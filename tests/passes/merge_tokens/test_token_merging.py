@@ -256,10 +256,10 @@ def test_architectures_are_followed(name):
     ("name", "amount", "reason"),
     [
         ("swin", 1, r"trunk of shape \[.*, 16, 16, 8\].*grid"),
-        ("hf_swinv2", 1, "joins or splits the axis of tokens"),
-        ("hf_clip_text", 0.3, "hides different tokens from different queries"),
-        ("hf_bert", 1, "text of any length"),
-        ("hf_gpt2", 0.3, "joins or splits the axis of samples"),
+        ("hf_swinv2", 1, "merges or splits the token axis"),
+        ("hf_clip_text", 0.3, "masks different tokens for different queries"),
+        ("hf_bert", 1, "dynamic length"),
+        ("hf_gpt2", 0.3, "merges or splits the batch axis"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_the_reason(name, amount, reason):
@@ -279,9 +279,9 @@ def test_what_is_no_attention_or_too_much_is_refused():
         ReduceTokens((("blocks.0", 0.5),))
     with pytest.raises(PassError, match="merge, attention or norm"):
         ReduceTokens((), method="random")  # type: ignore[arg-type]
-    with pytest.raises(PassError, match="reads the first 1 by their position"):
+    with pytest.raises(PassError, match="reads the first 1 tokens by position"):
         ReduceTokens((("blocks.0", 1),), protected=0).run(graph)
-    with pytest.raises(PassError, match="those that are dropped have none"):
+    with pytest.raises(PassError, match="dropped tokens have no value"):
         ReduceTokens((("blocks.0", 1),), method="norm").run(traced(Trunk(dense=True), 13))
 
 

@@ -1,4 +1,4 @@
-"""Plans: what is written is what is read; actions and merges."""
+"""Tests of plans: JSON round trip, validation, actions and token merging."""
 
 import dataclasses
 import json
@@ -15,15 +15,17 @@ from tests.plans import BLOCKS, SITES, chain, plan_for
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 texts = st.text(max_size=20)
-DONE = [action for action in ACTIONS if action != "merge"]  # merging needs to know how much
+COMPLETE_ACTIONS = [action for action in ACTIONS if action != "merge"]  # merge needs an amount
 counts = st.integers(1, 10**6)
-actions = st.sampled_from(["keep", *DONE]) | counts.map("low-rank:{}".format) | counts.map("merge:{}".format)
-named = st.lists(st.tuples(st.text(min_size=1, max_size=12), actions, texts), unique_by=lambda entry: entry[0])
+actions = (
+    st.sampled_from(["keep", *COMPLETE_ACTIONS]) | counts.map("low-rank:{}".format) | counts.map("merge:{}".format)
+)
+entries = st.lists(st.tuples(st.text(min_size=1, max_size=12), actions, texts), unique_by=lambda entry: entry[0])
 
 
 @st.composite
 def plans(draw):
-    decisions = tuple(Decision(*entry) for entry in draw(named))
+    decisions = tuple(Decision(*entry) for entry in draw(entries))
     order = draw(st.permutations([decision.site for decision in decisions if decision.action != "keep"]))
     return Plan(draw(texts), draw(texts), draw(texts), draw(st.sampled_from(METRICS)), decisions, tuple(order))
 
@@ -33,7 +35,9 @@ def plans(draw):
 def test_json_round_trip(plan):
     again = Plan.from_json(plan.to_json())
     assert again == plan
-    assert list(again.changes.items()) == list(plan.changes.items())  # in order: it decides what is fitted on what
+    assert list(again.changes.items()) == list(
+        plan.changes.items()
+    )  # the order decides which graph a replacement is fitted on
 
 
 def test_changes_are_in_the_order_chosen():
@@ -43,8 +47,8 @@ def test_changes_are_in_the_order_chosen():
     assert plan.dropped == ("c",)
 
 
-def test_plans_of_version_one_are_still_read():
-    """They drop and keep only; what is written from then on has the version of today."""
+def test_plans_of_version_one_can_be_read():
+    """Such plans drop and keep sites only, and are written with the current version."""
     plan = plan_for("2")
     old = Plan.from_json(edited(version=1))
     assert old == plan
@@ -81,10 +85,10 @@ def edited(**changes):
         (edited(decisions=[{"site": 3, "action": "keep", "reason": ""}], order=[]), "is not text"),
         (edited(decisions=[{"site": "a", "action": "melt", "reason": ""}], order=[]), "unknown action 'melt'"),
         (edited(decisions=[{"site": "a", "action": "drop:4", "reason": ""}], order=["a"]), "unknown action 'drop:4'"),
-        (edited(decisions=[{"site": "a", "action": "linear", "reason": ""}], order=[]), "the order lists other sites"),
-        (edited(decisions=[{"site": "a", "action": "keep", "reason": ""}], order=["a"]), "the order lists other sites"),
-        (edited(decisions=[{"site": "a", "action": "keep", "reason": ""}] * 2, order=[]), "decided twice"),
-        (edited(order=[]), "the order lists other sites"),
+        (edited(decisions=[{"site": "a", "action": "linear", "reason": ""}], order=[]), "order does not list exactly"),
+        (edited(decisions=[{"site": "a", "action": "keep", "reason": ""}], order=["a"]), "order does not list exactly"),
+        (edited(decisions=[{"site": "a", "action": "keep", "reason": ""}] * 2, order=[]), "more than one decision"),
+        (edited(order=[]), "order does not list exactly"),
         (edited(surprise=1), "not a plan.json"),
     ],
 )
@@ -93,23 +97,23 @@ def test_malformed_plans(text, message):
         Plan.from_json(text)
 
 
-def test_plans_are_held_against_the_model():
+def test_a_plan_must_fit_the_sites_of_the_model():
     plan = plan_for("2")
     plan.check(SITES)
     with pytest.raises(PassError, match="made for another model"):
         plan.check(chain(BLOCKS + 1))
     with pytest.raises(PassError, match=r"names 2 sites that the model does not have, the first is b\.5\.attention"):
         plan.check(SITES[:-2])
-    strange = Plan("m", fingerprint(SITES), "r", "names", (Decision("nowhere", "drop", ""),), ("nowhere",))
+    unknown = Plan("m", fingerprint(SITES), "r", "names", (Decision("nowhere", "drop", ""),), ("nowhere",))
     with pytest.raises(PassError, match="the first is nowhere"):
-        strange.check(SITES)
+        unknown.check(SITES)
 
 
 @pytest.mark.parametrize(
     "change",
     [("name", "other"), ("kind", "other"), ("block", "b.9"), ("width", 9)],
 )
-def test_fingerprints_tell_structures_apart_and_ignore_node_names(change):
+def test_fingerprints_depend_on_the_structure_but_not_on_node_names(change):
     first = SITES[0]
     assert fingerprint([dataclasses.replace(first, **dict([change]))]) != fingerprint([first])
     assert fingerprint([dataclasses.replace(first, add="add_99", trunk="x")]) == fingerprint([first])
@@ -119,12 +123,12 @@ def test_fingerprints_tell_structures_apart_and_ignore_node_names(change):
 
 
 @given(st.integers(1, 10**9))
-def test_ranks_are_read_back(rank):
+def test_ranks_are_parsed(rank):
     assert form_and_rank(f"low-rank:{rank}") == ("low-rank", rank)
 
 
 def test_every_action_has_a_form():
-    assert [form_and_rank(action) for action in DONE] == [(action, None) for action in DONE]
+    assert [form_and_rank(action) for action in COMPLETE_ACTIONS] == [(action, None) for action in COMPLETE_ACTIONS]
     assert form_and_rank("merge:8") == form_and_rank("merge:25%") == ("merge", None)
 
 
@@ -132,31 +136,31 @@ def test_every_action_has_a_form():
     "action",
     ["", "keep", "melt", "low-rank:", "low-rank:0", "low-rank:-3", "low-rank:x", "low-rank:1:2", "linear:4", "drop:"],
 )
-def test_unknown_actions_name_the_known_ones(action):
+def test_the_error_for_an_unknown_action_lists_the_valid_ones(action):
     with pytest.raises(PassError, match=f"unknown action {action!r}; expected drop, constant, .*, low-rank:RANK"):
         form_and_rank(action)
 
 
 @pytest.mark.parametrize("action", ["merge", "merge:", "merge:50%", "merge:%", "merge:-1", "merge:x", "merge:1.5"])
-def test_tokens_are_merged_by_number_or_by_less_than_half(action):
-    for read in (form_and_rank, merged_tokens):
+def test_merge_takes_a_number_or_a_share_below_half(action):
+    for parser in (form_and_rank, merged_tokens):
         with pytest.raises(PassError, match="expected merge:NUMBER or merge:SHARE% below 50%"):
-            read(action)
+            parser(action)
 
 
-def test_merges_join_a_plan():
+def test_merges_are_added_to_a_plan():
     plan = merging(plan_for("b.5"), {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"})
     assert plan.order == ("b.5.attention", "b.5.mlp", "b.1.attention", "b.3.attention")
     assert plan.merges == {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"}
     assert [merged_tokens(action) for action in plan.merges.values()] == [0.25, 4]
     assert merged_tokens("drop") is None
     assert Plan.from_json(plan.to_json()) == plan
-    with pytest.raises(PassError, match=r"cannot be merged behind b\.5\.attention, which the plan changes"):
+    with pytest.raises(PassError, match=r"cannot be merged after b\.5\.attention, which the plan changes"):
         merging(plan, {"b.5.attention": "merge:2"})
 
 
-def test_one_stand_in_for_a_run_of_sites():
-    """Blocks 1 and 2 are four sites in a row, b.4.mlp is a run of one; the others of a run are dropped first."""
+def test_one_replacement_for_a_run_of_sites():
+    """Blocks 1 and 2 are a run of four sites, b.4.mlp is a run of one; all but the last of a run are dropped first."""
     plan = plan_for("b.4.mlp,b.2,b.1")
     assert plan.order == ("b.4.mlp", "b.2.attention", "b.2.mlp", "b.1.attention", "b.1.mlp")
     changed = acting(plan, "low-rank:3")
@@ -173,20 +177,19 @@ def test_one_stand_in_for_a_run_of_sites():
 
 
 @settings(deadline=None)
-@given(st.sets(st.integers(0, len(SITES) - 1), min_size=1), st.sampled_from(DONE))
-def test_acting_changes_the_same_sites(places, action):
-    plan = plan_for(",".join(SITES[place].name for place in sorted(places)))
+@given(st.sets(st.integers(0, len(SITES) - 1), min_size=1), st.sampled_from(COMPLETE_ACTIONS))
+def test_acting_changes_the_same_sites(positions, action):
+    plan = plan_for(",".join(SITES[position].name for position in sorted(positions)))
     changed = acting(plan, action)
     assert set(changed.changes) == set(plan.changes)
-    ends = {SITES[place].name for place in places if place + 1 not in places}
-    assert {name for name, done in changed.changes.items() if done == action} == (
+    ends = {SITES[position].name for position in positions if position + 1 not in positions}
+    assert {name for name, change in changed.changes.items() if change == action} == (
         set(plan.changes) if action == "drop" else ends
     )
-    places_in_order = [[site.name for site in SITES].index(name) for name in changed.order]
-    assert places_in_order == sorted(places)
+    assert [[site.name for site in SITES].index(name) for name in changed.order] == sorted(positions)
 
 
-def test_choose_passes_the_action_on():
+def test_choose_applies_the_action():
     assert plan_for("b.3", action="linear").changes == {"b.3.attention": "drop", "b.3.mlp": "linear"}
     with pytest.raises(PassError, match="unknown action 'melt'"):
         plan_for("0", action="melt")

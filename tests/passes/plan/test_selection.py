@@ -1,4 +1,4 @@
-"""Every form of --drop, and every metric against planted scores."""
+"""Tests of every form of --drop, and of every metric on planted scores."""
 
 import math
 
@@ -34,7 +34,7 @@ from tests.plans import BLOCKS, SITES, moments, plan_for, scores_of, site
     ],
 )
 def test_every_form_of_drop(text, dropped):
-    """`reverse` takes the deepest, so the outcome of each form is plain."""
+    """The metric `reverse` drops the deepest sites first, so the result of each form is known."""
     plan = plan_for(text)
     assert list(plan.dropped) == dropped
     assert sorted(plan.order) == sorted(dropped)
@@ -61,19 +61,19 @@ def test_every_form_of_drop(text, dropped):
         ("2.5%", "neither a site nor a block"),
     ],
 )
-def test_what_cannot_be_dropped(text, message):
+def test_invalid_forms_of_drop(text, message):
     with pytest.raises(PassError, match=message):
         plan_for(text)
 
 
-def test_names_are_dropped_in_the_order_given_and_once():
+def test_names_are_dropped_in_their_order_and_once():
     plan = plan_for("b.4,b.1.mlp,b.4.mlp,b.1.mlp")
     assert plan.order == ("b.4.attention", "b.4.mlp", "b.1.mlp")
     assert plan.metric == "names"
     assert {decision.reason for decision in plan.decisions} == {"named in --drop", "not named in --drop"}
 
 
-def test_kinds_that_were_not_asked_for_say_so():
+def test_the_reason_of_a_site_of_another_kind_names_the_kind():
     reasons = {decision.site: decision.reason for decision in plan_for("mlp:2").decisions}
     assert reasons["b.0.attention"] == "not of the kind mlp"
     assert reasons["b.5.mlp"].startswith("reverse: rank 1 of 6")
@@ -102,7 +102,7 @@ def test_equal_scores_keep_the_order_of_the_model():
 
 
 def test_a_block_without_a_score_goes_last():
-    """Where a block's input and output differ in shape there is no cosine; NaN must not disturb the ranking."""
+    """The cosine of a block whose input and output differ in shape is NaN, which must not disturb the ranking."""
     blocks = {f"b.{block}": moments(0.1 * block) for block in range(BLOCKS)} | {"b.3": Moments()}
     scores = scores_of(SITES, lambda _: 0.5, blocks=blocks)
     order = [name.split(".")[1] for name in plan_for("block:6", "cosine", scores=scores).order[::2]]
@@ -113,13 +113,13 @@ def test_a_block_without_a_score_goes_last():
 def test_angular_takes_the_closest_span(text, inside):
     count = len(SITES) + 1
     distances = torch.full((count, count), 0.9, dtype=torch.float64)
-    distances[5, 9] = distances[6, 10] = 0.1  # an odd start is no start of a block
+    distances[5, 9] = distances[6, 10] = 0.1  # an odd start is inside a block
     distances[2, 5] = 0.01  # closer, but a span of three
     plan = plan_for(text, "angular", scores=scores_of(SITES, lambda _: 0.5, angular=distances))
     if text == "4":
         distances[6, 10] = 0.2
         plan = plan_for(text, "angular", scores=scores_of(SITES, lambda _: 0.5, angular=distances))
-    assert plan.order == tuple(SITES[place].name for place in inside)
+    assert plan.order == tuple(SITES[position].name for position in inside)
     assert {decision.reason.split(" the ")[0] for decision in plan.decisions} == {"angular: in", "angular: not in"}
     assert "(0.1)" in plan.decisions[0].reason
 
@@ -130,29 +130,29 @@ def test_angular_ranks_one_kind_by_its_own_distances():
 
 
 def parallel(blocks=3):
-    """Both branches of each block added to the same trunk."""
+    """Return sites whose two branches of each block are added to the same trunk."""
     return tuple(
-        site(f"b.{block}.{kind}", kind, f"b.{block}", 2 * block + place, f"state_{block}", f"state_{block + 1}")
+        site(f"b.{block}.{kind}", kind, f"b.{block}", 2 * block + index, f"state_{block}", f"state_{block + 1}")
         for block in range(blocks)
-        for place, kind in enumerate(("attention", "mlp"))
+        for index, kind in enumerate(("attention", "mlp"))
     )
 
 
 def test_a_span_takes_both_or_none_of_two_parallel_branches():
-    """From a trunk to itself the distance is 0, which must not pass for a span of one branch."""
+    """The distance of a trunk state to itself is 0, which must not count as a span of one branch."""
     sites = parallel()
     distances = torch.full((4, 4), 0.9, dtype=torch.float64).fill_diagonal_(0.0)
     distances[1, 2] = 0.2
     scores = scores_of(sites, lambda _: 0.5, angular=distances)
     plan = choose(parse("2"), sites, "angular", model="m", scores=scores)
     assert plan.order == ("b.1.attention", "b.1.mlp")
-    with pytest.raises(PassError, match="no 1 consecutive units lead from one state to another"):
+    with pytest.raises(PassError, match="no span of 1 consecutive units leads from one trunk state to another"):
         choose(parse("1"), sites, "angular", model="m", scores=scores)
 
 
 def test_angular_skips_spans_between_states_of_different_shape():
     distances = torch.full((13, 13), math.nan, dtype=torch.float64)
-    with pytest.raises(PassError, match="no 4 consecutive units"):
+    with pytest.raises(PassError, match="no span of 4 consecutive units"):
         plan_for("4", "angular", scores=scores_of(SITES, lambda _: 0.5, angular=distances))
     distances[8, 12] = 0.95
     plan = plan_for("4", "angular", scores=scores_of(SITES, lambda _: 0.5, angular=distances))
@@ -172,11 +172,11 @@ def test_reverse_drops_the_deepest_first():
     assert plan_for("3").order == ("b.5.mlp", "b.5.attention", "b.4.mlp")
 
 
-def test_output_asks_for_the_effect_of_each_unit():
-    asked = []
+def test_output_measures_the_effect_of_each_unit():
+    measured = []
 
     def effect(units):
-        asked.extend(tuple(site.name for site in unit) for unit in units)
+        measured.extend(tuple(site.name for site in unit) for unit in units)
         return [0.5, 0.1, 0.3, 0.9, 0.2, math.inf]
 
     assert plan_for("block:2", "output", effect=effect).order == (
@@ -185,7 +185,7 @@ def test_output_asks_for_the_effect_of_each_unit():
         "b.4.attention",
         "b.4.mlp",
     )
-    assert asked == [(f"b.{block}.attention", f"b.{block}.mlp") for block in range(BLOCKS)]
+    assert measured == [(f"b.{block}.attention", f"b.{block}.mlp") for block in range(BLOCKS)]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,6 @@ def test_output_asks_for_the_effect_of_each_unit():
         ("taste", "unknown metric"),
     ],
 )
-def test_metrics_without_what_they_need(metric, message):
+def test_metrics_without_their_scores_or_effects(metric, message):
     with pytest.raises(PassError, match=message):
         plan_for("2", metric)

@@ -234,12 +234,12 @@ def graph_of(module):
 @pytest.mark.parametrize(
     ("graph", "position", "reason"),
     [
-        (lambda: traced("swinv2")[1], 0, "its trunk is no sum, layer_norm lies between"),
-        (lambda: traced("hf_bert")[1], 1, "its trunk is no sum, layer_norm_1 lies between"),
-        (lambda: traced("hf_llama")[1], 0, "its trunk is no sum, embedding lies between"),
-        (lambda: traced("vit_parallel_scaling")[1], 2, "has other readers"),
+        (lambda: traced("swinv2")[1], 0, "its trunk is the output of layer_norm, not a sum"),
+        (lambda: traced("hf_bert")[1], 1, "its trunk is the output of layer_norm_1, not a sum"),
+        (lambda: traced("hf_llama")[1], 0, "its trunk is the output of embedding, not a sum"),
+        (lambda: traced("vit_parallel_scaling")[1], 2, "has other consumers"),
         (lambda: traced("vit_post_norm")[1], 1, "does not end in a linear map"),
-        (lambda: graph_of(Shared()), 1, "has other readers"),
+        (lambda: graph_of(Shared()), 1, "has other consumers"),
         (lambda: graph_of(Doubled()), 0, "does not end in a linear map"),
     ],
 )
@@ -247,14 +247,14 @@ def test_what_cannot_be_folded_backwards_says_why(graph, position, reason):
     graph = graph().fork()
     site = find_sites(graph)[position]
     before = [node.name for node in graph.nodes()]
-    with pytest.raises(PassError, match=f"cannot be folded backwards: .*{reason}"):
+    with pytest.raises(PassError, match=f"cannot be folded into the previous branch: .*{reason}"):
         apply(Replace(site, StandIn("previous", some_map("linear", site.width), 0.5)), graph)
     assert [node.name for node in graph.nodes()] == before
 
 
 def test_a_source_that_is_not_there_says_so():
     _, graph, sites = traced("hf_bert")
-    with pytest.raises(PassError, match="its first linear map reads the state itself"):
+    with pytest.raises(PassError, match="its first linear map reads the trunk itself"):
         apply(Replace(sites[0], StandIn("normalised", some_map("linear", 16), 0.5)), graph.fork())
 
 
@@ -262,10 +262,10 @@ def test_a_branch_that_is_gone_or_changed_says_so():
     _, graph, sites = traced("vit")
     dropped = graph.fork()
     apply(Drop((sites[1].name,)), dropped)
-    with pytest.raises(PassError, match=r"the branch of blocks\.0\.mlp is gone already"):
+    with pytest.raises(PassError, match=r"the branch of blocks\.0\.mlp is no longer in the graph"):
         apply(Replace(sites[1], StandIn("state", some_map("scale", 16), 0.5)), dropped)
     folded = replaced(graph, sites[1], "previous", some_map("linear", 16))
-    with pytest.raises(PassError, match=r"the branch of blocks\.0\.attn is no term of a sum any more"):
+    with pytest.raises(PassError, match=r"the branch of blocks\.0\.attn is no longer a term of a sum"):
         apply(Replace(sites[0], StandIn("state", some_map("scale", 16), 0.5)), folded)
 
 
@@ -285,7 +285,7 @@ def test_axes_without_a_linear_map_are_refused_and_take_a_scale():
     torch.manual_seed(0)
     graph = trace(models.load(ChannelsOfThree().eval(), example_inputs=torch.rand(2, 4, 7)))
     (site,) = find_sites(graph)
-    with pytest.raises(PassError, match="has its features on axis 1 of 3, where no linear map can be put"):
+    with pytest.raises(PassError, match="has its features on axis 1 of 3; a linear map needs"):
         apply(Replace(site, StandIn("state", some_map("linear", 4), 0.5)), graph.fork())
     found, feeds = some_map("scale", 4), {"x": torch.rand(3, 4, 7)}
     edited = replaced(graph, site, "state", found)

@@ -263,7 +263,7 @@ def test_an_engine_that_cannot_be_described_is_kept_with_the_reason(tmp_path):
 def test_layers_are_told_in_one_sentence_and_the_frequent_kinds_in_rows(plain):
     found = report_layers.described(onnxruntime, plain, OPTIONS)
     assert json.loads(json.dumps(found)) == found
-    for fused, words in ((True, "attention is fused."), (False, "attention is not fused."), (None, "cannot be told.")):
+    for fused, words in ((True, "attention is fused."), (False, "attention is not fused."), (None, "is unknown.")):
         (line,) = report_layers.told({"layers": found | {"fused_attention": fused}})
         assert line.startswith("The engine has 1 layers: 1 fp32; ")
         assert line.endswith(words)

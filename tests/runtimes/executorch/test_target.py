@@ -212,7 +212,7 @@ def test_int8_weights_take_a_quarter(tmp_path, folder):
 
 
 def test_int8_without_samples_is_refused(vision, tmp_path):
-    with pytest.raises(BuildError, match=r"int8 needs samples .*; found none\.$"):
+    with pytest.raises(BuildError, match=r"int8 needs calibration samples; found none\.$"):
         target.build(vision, tmp_path, BuildOptions(precision="int8"))
 
 
@@ -224,7 +224,7 @@ def test_a_precision_it_does_not_have_is_refused(vision, tmp_path):
 
 def test_a_pool_in_use_is_not_resized(built):
     with target.load(built, OPTIONS) as engine:
-        with pytest.raises(RuntimesError, match=r"Found threads=2 beside an open engine with 1; .*\.$"):
+        with pytest.raises(RuntimesError, match=r"Found threads=2 while an open engine uses 1; .*\.$"):
             target.load(built, BuildOptions(threads=2))
         target.load(built, BuildOptions()).close()  # leaves it to the runtime, which has one
         assert engine.run({"pixel_values": pixels(1)})["logits"].shape == (1, NARROW)

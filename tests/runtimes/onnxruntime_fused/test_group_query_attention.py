@@ -167,7 +167,7 @@ def test_pruned_models_generate_as_their_portable_file(folder, gone):
         if len(gone) < 2:
             assert_alike(in_place(engine, ids, mask, room=3), expected, mask)
         else:
-            with pytest.raises(RuntimesError, match="no cache that can be written in place"):
+            with pytest.raises(RuntimesError, match="no KV cache that can be updated in place"):
                 engine.cache(1, 8)
 
 
@@ -242,7 +242,7 @@ def test_a_cache_goes_on_where_it_ended(folder):
         cache(told(ids, mask, 0, FIRST))
         assert cache.tokens == FIRST
         with pytest.raises(
-            RuntimesError, match=r"Found 1 tokens and a mask of 12 behind a cache of 9; expected a mask"
+            RuntimesError, match=r"Found 1 new tokens and an attention mask of 12 behind a cache of 9; expected a mask"
         ):
             cache(told(ids, mask, 11, 12))
         cache(told(ids, mask, FIRST, FIRST + 1))
@@ -255,7 +255,7 @@ def test_a_cache_goes_on_where_it_ended(folder):
 
 def test_the_portable_file_has_no_cache_to_write_in_place(folder):
     with onnxruntime.load(portable("LlamaConfig", folder), ONE) as plain:
-        message = r"^This file has no cache that can be written in place; expected a language model, built for onnx"
+        message = r"^This file has no KV cache that can be updated in place; expected a language model built for onnx"
         with pytest.raises(RuntimesError, match=message):
             plain.cache(1, 8)
 
@@ -347,7 +347,7 @@ def test_what_looks_otherwise_is_right_all_the_same(folder, edit, found, may_sha
         if may_share:
             assert_alike(in_place(engine, ids, mask, room=2), expected, mask)
         else:
-            with pytest.raises(RuntimesError, match="no cache that can be written in place"):
+            with pytest.raises(RuntimesError, match="no KV cache that can be updated in place"):
                 engine.cache(1, 8)
     made = onnx.load(folder / edit.__name__ / onnxruntime_fused.FILE)
     assert len(nodes(made.graph, "GroupQueryAttention")) == found

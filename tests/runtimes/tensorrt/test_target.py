@@ -24,7 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
 from compressor.errors import CompressorError
-from compressor.measure import workshop
+from compressor.measure import engine_builder
+from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
 from compressor.quantize.convert import convert
 from compressor.quantize.fp16 import HalfError, to_fp16
@@ -561,15 +562,15 @@ def test_free_axes_get_the_sizes_of_the_options(fake, built, tmp_path):
     ("step", "words"),
     [
         ("Builder", ["factory function returned nullptr"]),
-        ("create_network", ["it makes no network"]),
+        ("create_network", ["it created no network"]),
         ("parse_from_file", ["node 'node_0' (Einsum): Assertion failed; node 'node_1' (Einsum): Assertion failed"]),
-        ("create_builder_config", ["it makes no builder configuration"]),
-        ("create_optimization_profile", ["it makes no optimization profile"]),
-        ("is_shape_tensor", ["input 'x' holds a shape"]),
-        ("add_optimization_profile", ["it takes no batches of (1, 2, 4) and lengths of (2, 8, 16)"]),
-        ("create_cache", ["it makes no timing cache"]),
-        ("set_timing_cache", ["it takes no timing cache"]),
-        ("build_serialized_network", ["it makes no engine", "no implementation for node block.3"]),
+        ("create_builder_config", ["it created no builder configuration"]),
+        ("create_optimization_profile", ["it created no optimization profile"]),
+        ("is_shape_tensor", ["input 'x' is a shape tensor"]),
+        ("add_optimization_profile", ["it rejected the profile with batches (1, 2, 4) and lengths (2, 8, 16)"]),
+        ("create_cache", ["it created no timing cache"]),
+        ("set_timing_cache", ["it rejected an empty timing cache"]),
+        ("build_serialized_network", ["it built no engine", "no implementation for node block.3"]),
     ],
 )
 def test_each_failure_of_a_build_is_one_sentence_and_leaves_no_file(fake, tmp_path, step, words):
@@ -591,7 +592,7 @@ def test_timings_of_earlier_builds_are_used_unless_they_do_not_fit(fake, tmp_pat
     target.build(path, tmp_path, OPTIONS)
     assert (fake.timings[2:], timings.read_bytes()) == ([b""], b"+")
     fake.fail = {"set_timing_cache": 0}  # of another GPU: refused, and so is the empty one here
-    with pytest.raises(BuildError, match="it takes no timing cache"):
+    with pytest.raises(BuildError, match="it rejected an empty timing cache"):
         target.build(path, tmp_path, OPTIONS)
     assert fake.timings[3:] == [b"+", b""]
 
@@ -603,8 +604,8 @@ def test_timings_of_earlier_builds_are_used_unless_they_do_not_fit(fake, tmp_pat
     ("step", "words"),
     [
         ("deserialize_cuda_engine", ["built for another GPU or TensorRT version", "build it again", "Serialization"]),
-        ("create_execution_context", ["it makes no execution context"]),
-        ("cudaStreamCreate", ["CUDA stopped at cudaStreamCreate: out of memory"]),
+        ("create_execution_context", ["it created no execution context"]),
+        ("cudaStreamCreate", ["CUDA failed in cudaStreamCreate: out of memory"]),
     ],
 )
 def test_each_failure_to_open_is_one_sentence_and_leaves_nothing(fake, built, step, words):
@@ -621,10 +622,10 @@ def test_files_and_types_that_cannot_be_opened(fake, built, tmp_path):
     with pytest.raises(BuildError, match=r"cannot open model\.onnx: it was built for another GPU"):
         target.load(tmp_path / "model.onnx", OPTIONS)
     fake.types["tensor(float)"] = "BF16"
-    with pytest.raises(BuildError, match=r"'x' has type DataType\.BF16, which NumPy does not know"):
+    with pytest.raises(BuildError, match=r"'x' has type DataType\.BF16, which has no NumPy dtype"):
         target.load(built, OPTIONS)
     fake.location = "HOST"
-    with pytest.raises(BuildError, match="'x' lies in host memory"):
+    with pytest.raises(BuildError, match="'x' is in host memory"):
         target.load(built, OPTIONS)
     assert (fake.memory, fake.streams) == ({}, {})
 
@@ -712,15 +713,15 @@ def test_wrong_feeds_are_refused_with_found_and_expected(fake, built, feeds, wor
     ("step", "after", "words"),
     [
         ("set_input_shape", 0, ["found shape [2, 8]"]),
-        ("infer_shapes", 0, ["cannot find the output shapes: mask has no shape"]),
-        ("get_tensor_shape", 0, ["Output 'y' has a size that depends on the data, [-1, 4]"]),
-        ("cudaMalloc", 0, ["CUDA stopped at cudaMalloc: out of memory"]),
-        ("cudaMalloc", 2, ["CUDA stopped at cudaMalloc: out of memory"]),
+        ("infer_shapes", 0, ["cannot infer the output shapes: input mask has no shape"]),
+        ("get_tensor_shape", 0, ["Output 'y' has a data-dependent shape, [-1, 4]"]),
+        ("cudaMalloc", 0, ["CUDA failed in cudaMalloc: out of memory"]),
+        ("cudaMalloc", 2, ["CUDA failed in cudaMalloc: out of memory"]),
         ("misaligned", 0, ["needs a multiple of 256"]),
-        ("set_tensor_address", 1, ["TensorRT takes no memory for 'y'"]),
-        ("cudaMemcpyAsync", 0, ["CUDA stopped at cudaMemcpyAsync"]),
-        ("cudaStreamSynchronize", 0, ["CUDA stopped at cudaStreamSynchronize"]),
-        ("execute_async_v3", 0, ["TensorRT stopped: enqueueV3: an address is not set"]),
+        ("set_tensor_address", 1, ["TensorRT rejected the address of 'y'"]),
+        ("cudaMemcpyAsync", 0, ["CUDA failed in cudaMemcpyAsync"]),
+        ("cudaStreamSynchronize", 0, ["CUDA failed in cudaStreamSynchronize"]),
+        ("execute_async_v3", 0, ["TensorRT failed while running: enqueueV3: an address is not set"]),
     ],
 )
 def test_each_failure_of_a_run_is_one_sentence_and_the_engine_goes_on(fake, built, step, after, words):
@@ -740,7 +741,7 @@ def test_a_failed_bind_gives_its_memory_back(fake, built):
     with target.load(built, OPTIONS) as engine:
         engine.run(pixels(1))
         fake.fail = {"cudaMemcpyAsync": 0}
-        with pytest.raises(RuntimesError, match="CUDA stopped at cudaMemcpyAsync"):
+        with pytest.raises(RuntimesError, match="CUDA failed in cudaMemcpyAsync"):
             engine.bind(pixels(2))
         assert len(fake.memory) == 3
 
@@ -760,9 +761,7 @@ def test_a_portable_engine_is_asked_for_and_may_bring_its_code(fake, tmp_path):
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_other_targets_refuse_to_be_portable(tmp_path, defer):
-    words = (
-        r"^Target onnxruntime has no portable engines; only those of tensorrt are tied to one GPU and version: .*\.$"
-    )
+    words = r"^Target onnxruntime has no portable engines; only tensorrt engines depend on one GPU and version: .*\.$"
     with pytest.raises(RuntimeUnavailable, match=words):
         pipeline.export(Settings(portable_engine=True, defer_build=defer, output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -778,8 +777,8 @@ def test_the_layers_are_asked_for_at_the_usual_sizes(fake, built):
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        ("create_engine_inspector", "TensorRT makes no inspector: no reason given."),
-        ("set_input_shape", "TensorRT does not take its own usual shape [2, 8] for 'x'."),
+        ("create_engine_inspector", "TensorRT created no inspector: no reason given."),
+        ("set_input_shape", "TensorRT rejected the usual shape [2, 8] of input 'x'."),
         ("get_engine_information", "TensorRT's description of the engine cannot be read: 'Layers'."),
         ("deserialize_cuda_engine", "TensorRT cannot open model.engine: it was built for another GPU"),
     ],
@@ -888,7 +887,7 @@ VIOLATIONS = {
     "MatMulInteger": (replaced("product", helper.make_node("MatMulInteger", ["xq", "w"], ["p"], "n")), "is MatMulInt"),
     "com.microsoft": (
         replaced("product", helper.make_node("FusedMatMul", ["xf", "wf"], ["p"], "n", domain="com.microsoft")),
-        "node 'n' is FusedMatMul, which TensorRT does not read",
+        "node 'n' is FusedMatMul, which TensorRT does not support",
     ),
     "uint8": (set_constants(zero=np.uint8(0)), "node 'q' has the quantized type uint8, expected int8"),
     "no zero point": (set_inputs("q", "x", "scale"), "node 'q' has the quantized type uint8, expected int8"),
@@ -908,8 +907,11 @@ VIOLATIONS = {
         "node 'wdq' has 3 scales for axis 1 of a weight of shape [8, 4]",
     ),
     "axis": (wrong_axis, "node 'product' has weight scales along axis 0, expected the output channels, axis 1"),
-    "weight only": (set_inputs("product", "x", "wf"), "node 'product' has one int8 input and one in float, x: put Q"),
-    "output": (quantized_output, "node 'end' makes a graph output, which would stay quantized"),
+    "weight only": (
+        set_inputs("product", "x", "wf"),
+        "node 'product' has one int8 input and one float input, x: put Q",
+    ),
+    "output": (quantized_output, "node 'end' produces a graph output, which would stay quantized"),
     "scale not of its input": (
         set_constants(scale=np.float16(0.1)),
         "node 'q' has a scale and an input of types float and float16, expected one type for both",
@@ -931,7 +933,7 @@ def test_each_broken_rule_is_a_sentence_with_its_node_before_any_build(fake, tmp
         target.build(path, tmp_path, OPTIONS)
     assert fake.calls == []
     text = str(error.value)
-    assert text.startswith("TensorRT cannot take model.onnx: node ")
+    assert text.startswith("TensorRT cannot import model.onnx: node ")
     assert text.endswith(".")
     rules = [f"node {found.node!r} {found.rule}" for found in qdq.violations(path)]
     assert any(words in rule for rule in rules), rules
@@ -1067,7 +1069,7 @@ def test_scales_in_fp16_need_an_opset_that_has_them(tmp_path):
     model = onnx.load(path)
     model.opset_import[0].version = 18
     onnx.save(model, path)
-    with pytest.raises(HalfError, match=r"model\.onnx has int8 products and opset 18; scales in fp16 need opset 19"):
+    with pytest.raises(HalfError, match=r"model\.onnx has int8 products and opset 18, but fp16 scales need opset 19"):
         to_fp16(path, path)
 
 
@@ -1134,7 +1136,7 @@ def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatc
     # Of the calls and files alone: what the stand-in computes is ONNX Runtime's result.
     output = tmp_path / "out"
     timed = partial(runtimes.interleave, burst_seconds=0.0, warmup_seconds=0.0, min_runs=2)
-    monkeypatch.setattr(workshop, "interleave", timed)
+    monkeypatch.setattr(engine_timing, "interleave", timed)
     report = pipeline.export(
         Settings(
             target="tensorrt",
@@ -1163,7 +1165,7 @@ def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatc
         "kinds": {"gemm": 1},
         "fused_attention": None,
     }
-    assert "The engine has 1 layers: 1 fp32; whether attention is fused cannot be told." in report.summary()
+    assert "The engine has 1 layers: 1 fp32; fusion of attention is unknown." in report.summary()
     assert (fake.memory, fake.streams) == ({}, {})
 
 
@@ -1178,7 +1180,7 @@ def test_the_sizes_of_texts_reach_from_one_to_the_longest_at_hand():
     data = types.SimpleNamespace(calibration=part(3, 4), validation=part(*[5] * 40, 19), test=part(6, 11, 7))
     model = types.SimpleNamespace(state={}, dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
     subject = types.SimpleNamespace(data=data, model=model)
-    found = workshop.sized(OPTIONS, subject, Settings(batch=2))
+    found = engine_builder.sized(OPTIONS, subject, Settings(batch=2))
     assert (found.batches, found.lengths) == ((1, 2, 64), (1, 11, 19))
     model.dynamic_axes = {"ids": {0: "batch"}}
-    assert workshop.sized(OPTIONS, subject, Settings(batch=100)).batches == (1, 100, 100)
+    assert engine_builder.sized(OPTIONS, subject, Settings(batch=100)).batches == (1, 100, 100)

@@ -154,7 +154,9 @@ def test_axes_that_belong_together_must_agree(fp32):
     with target.load(fp32, THREADS) as engine:
         mixed = feeds(3) | {"scale": feeds(2)["scale"]}
         for use in (engine.run, engine.bind):
-            with pytest.raises(RuntimesError, match=r"^Input 'scale': found size 2 of axis 0; the others need 3\.$"):
+            with pytest.raises(
+                RuntimesError, match=r"^Input 'scale': found size 2 of axis 0; expected 3, as in the other inputs\.$"
+            ):
                 use(mixed)
 
 
@@ -177,7 +179,7 @@ def test_a_package_of_another_processor_is_refused_before_it_is_opened(fp32, tmp
     monkeypatch.setattr(torch._inductor, "aoti_load_package", None)
     monkeypatch.setattr(target, "_machine", lambda: "linux riscv64 DEFAULT")
     with pytest.raises(
-        BuildError, match=r"^model\.pt2 was compiled for .*, found linux riscv64 DEFAULT; build it again"
+        BuildError, match=r"^model\.pt2 was compiled for .*; found linux riscv64 DEFAULT: build it again"
     ):
         target.load(fp32, THREADS)
 
@@ -205,9 +207,9 @@ def test_without_a_compiler_is_one_sentence(program, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("precision", "without", "message"),
     [
-        ("int8", "torchao", r"makes int8 with torchao, which is not installed; pip install torchao\.$"),
-        ("int8", None, r"ranges of int8 on samples; found none"),
-        ("int4", None, r"computes in fp32, bf16, int8, int8-dynamic on cpu; found precision 'int4'\.$"),
+        ("int8", "torchao", r"needs torchao for int8, which is not installed; pip install torchao\.$"),
+        ("int8", None, r"needs calibration samples for int8; found none"),
+        ("int4", None, r"supports fp32, bf16, int8, int8-dynamic on cpu; found precision 'int4'\.$"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(program, tmp_path, monkeypatch, precision, without, message):
@@ -242,7 +244,9 @@ def test_sizes_are_checked_by_their_sums_and_bounds():
         signature.check({key: np.zeros(length, np.int64) for key, length in zip("abc", lengths, strict=True)})
 
     check(0, 4, 4)
-    with pytest.raises(RuntimesError, match=r"^Input 'b': found size 5 of axis 0; the others need 6\.$"):
+    with pytest.raises(
+        RuntimesError, match=r"^Input 'b': found size 5 of axis 0; expected 6, as in the other inputs\.$"
+    ):
         check(2, 5, 4)
     with pytest.raises(RuntimesError, match=r"^Input 'c': found size 5 of axis 0; expected at most 4\.$"):
         check(2, 7, 5)

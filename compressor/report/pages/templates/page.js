@@ -1,9 +1,9 @@
-// Draws every chart of the page. `data-drawn` on the root says that all are there: "yes", or what went wrong.
+// Draw every chart of the page. Then set `data-drawn` on the root element to "yes", or to the error message.
 const specs = JSON.parse(document.getElementById("charts").textContent);
-const places = [...document.querySelectorAll("[data-chart]")];
+const charts = [...document.querySelectorAll("[data-chart]")];
 const options = { actions: false, renderer: "svg", tooltip: { theme: "custom", offsetX: 14, offsetY: 14 } };
 try {
-  await Promise.all(places.map((place) => window.vegaEmbed(place, specs[Number(place.dataset.chart)], options)));
+  await Promise.all(charts.map((chart) => window.vegaEmbed(chart, specs[Number(chart.dataset.chart)], options)));
   document.documentElement.dataset.drawn = "yes";
 } catch (error) {
   document.documentElement.dataset.drawn = String(error);

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compressor
-from compressor.measure import workshop
+from compressor.measure import latency as engine_timing
 from compressor.report.pages.export_page import html, page, shown_in
 from compressor.report.pages.html_page import Chart, Gallery, Table
 from compressor.report.pages.sections import _rank_correlation
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         labels = module(torch.from_numpy(pictures)).argmax(-1).numpy()
     np.savez(room / "rows.npz", x=pictures, y=labels)
     with pytest.MonkeyPatch.context() as patch:  # real timing, but brief
-        patch.setattr(workshop, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+        patch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
         compressor.export(
             module,
             example_inputs=example,

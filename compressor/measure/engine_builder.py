@@ -1,0 +1,125 @@
+"""Lower the graphs of one model and build engines from them on one target."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from compressor.lower.checkpoint import CONFIG
+from compressor.lower.fold_graph import finished
+from compressor.lower.traced_model import Loaded
+from compressor.lower.write_onnx import lower
+from compressor.measure.workload import calls_of, generate_of
+from compressor.quality.evaluate import BATCH
+from compressor.quantize.precision import Source
+from compressor.settings import Settings
+from compressor.workspace.output_folder import copy_onnx
+from passes.graph.graph import Graph
+from runtimes.base.protocols import BuildOptions, Engine, Feeds, Runtime
+
+PARITY_ROWS = 8  # of real samples, on which engines are compared with torch
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineBuilder:
+    """Lowers graphs and builds engines.
+
+    Attributes:
+        subject: the model and its data.
+        target: builds and opens the engines.
+        options: where engines run and which sizes they take.
+        scratch: a folder; each engine gets a folder of its own in it.
+        compiled: engines from exported programs, which take a compiler minutes and are built once.
+    """
+
+    subject: Loaded
+    target: Runtime
+    options: BuildOptions
+    scratch: Path
+    compiled: dict[Source, Path] = dataclasses.field(default_factory=dict, repr=False)
+
+    def fold(self, graph: Graph) -> Graph:
+        """Return a fork that is ready to be lowered. A checkpoint keeps the layers of its architecture: no folding."""
+        return graph.fork() if self.target.source == CONFIG else finished(graph)
+
+    def lower(self, graph: Graph, name: str) -> Path:
+        """Write a folded graph in the form that the target builds from; return its path, under `scratch`."""
+        return lower(graph, self.subject.model, self.scratch / f"{name}{self.target.source}")
+
+    def build(self, source: Source, out: Path | None = None) -> Path:
+        """Build an engine and return its path.
+
+        Args:
+            source: the file and the precision.
+            out: an existing folder for the engine; None makes one under `scratch`.
+        """
+        if source in self.compiled:
+            return self.compiled[source]
+        folder = self.scratch / f"{source.path.stem}.{source.precision}.{self.target.name}" if out is None else out
+        folder.mkdir(exist_ok=True)
+        samples = self.calibration_batches if source.precision in self.target.own else None
+        options = dataclasses.replace(self.options, precision=source.precision, samples=samples)
+        built = self.target.build(source.path, folder, options)
+        if source.path.suffix == ".pt2":
+            self.compiled[source] = built
+        return built
+
+    def ship(self, source: Source, folder: Path) -> tuple[Source, Path]:
+        """Put an engine into the output folder, with the ONNX file that it is built from, where there is one.
+
+        Returns:
+            The source that the engine was built from, and the path of the engine.
+        """
+        if self.target.source == CONFIG:
+            return source, Path(shutil.copytree(source.path.parent, folder, dirs_exist_ok=True), source.path.name)
+        if self.target.source == ".onnx":
+            source = source._replace(path=copy_onnx(source.path, folder / "model.onnx"))
+            return source, self.build(source, folder)
+        built = self.build(source)
+        return source, Path(shutil.copy(built, folder / built.name))
+
+    def openers(self, engines: Mapping[str, Path], *, spinning: bool = True) -> dict[str, Callable[[], Engine]]:
+        """Return a function for each engine that opens it.
+
+        Args:
+            engines: paths that `build` returned.
+            spinning: False for engines that are open at the same time: waiting threads that spin would take the cores
+                from the others.
+        """
+        options = self.options if spinning else dataclasses.replace(self.options, spinning=False)
+        return {name: partial(self.target.load, path, options) for name, path in engines.items()}
+
+    def calibration_batches(self) -> Iterator[Feeds]:
+        """Return a fresh stream of calibration batches."""
+        return (batch.feeds for batch in self.subject.data.calibration.batches(BATCH))
+
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[EngineBuilder]:
+        """Yield the same builder with a scratch folder that is removed afterwards, engines included."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:
+            yield dataclasses.replace(self, scratch=Path(scratch), compiled={})
+
+
+def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOptions:
+    """Return the options with the sizes that an engine will get: from one row to the batches of the evaluation."""
+    parts = (subject.data.calibration, subject.data.validation, subject.data.test)
+    rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
+    options = dataclasses.replace(options, batches=(1, settings.batch, rows))
+    axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis != 0]
+    if not axes:
+        return options
+    usual = next(iter(calls_of(subject, settings).values())).shapes
+    feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
+    longest = max(inputs[name].shape[axis] for inputs in feeds for name, axis in axes)
+    least = 1
+    if subject.model.state:  # the data's cache is empty, that of the example is not
+        least, longest = 0, max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
+    generation = generate_of(settings, subject.model)
+    if generation is not None:
+        longest = max(longest, generation.prompt + generation.new)
+    return dataclasses.replace(options, lengths=(least, max(usual[name][axis] for name, axis in axes), longest))

@@ -1,0 +1,51 @@
+"""Compare the float engine of a graph with torch, on real samples."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from compressor.lower.checkpoint import ADVICE, CONFIG
+from compressor.lower.traced_model import accepting_data
+from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
+from compressor.models.base import as_numpy
+from compressor.quality.parity import REPORT_IT, Parity, check_parity
+from compressor.quantize.precision import Source
+from passes.execute.interpreter import run
+from passes.graph.graph import Graph
+
+
+def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
+    """Build the float engine of a file and compare its outputs with those of a graph.
+
+    The samples are run as one batch and one alone, which shows a batch size that is fixed in the file. A language model
+    is also run behind a cache of some tokens.
+
+    Args:
+        builder: builds and opens the engine.
+        path: what `builder.lower` wrote.
+        graph: the graph as it was before folding.
+
+    Returns:
+        The parity with the largest difference.
+
+    Raises:
+        ParityError: the outputs differ by more than the tolerance.
+    """
+    subject = builder.subject
+    batch = next(subject.data.calibration.batches(PARITY_ROWS)).feeds
+    batches = [batch, {name: value[:1] for name, value in batch.items()}]
+    if graph.state:  # the data's cache is empty
+        batches.append(as_numpy(subject.model.example))
+    worst = Parity("", 0.0, 0)
+    advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
+    with builder.target.load(builder.build(Source(path)), builder.options) as engine:
+        for feeds in batches:
+            with accepting_data(subject):
+                outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
+            expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
+            parity = check_parity(expected, partial(engine.run, feeds), name=path.name, advice=advice)
+            worst = max(worst, parity, key=lambda each: each.difference)
+    return worst

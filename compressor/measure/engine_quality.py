@@ -1,0 +1,55 @@
+"""Evaluate engines side by side on a split of the data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from compressor.data.splits import Split
+from compressor.lower.traced_model import Loaded
+from compressor.measure.engine_builder import EngineBuilder
+from compressor.quality.evaluate import Evaluation, Runner, evaluate
+from compressor.workspace.progress import Steps, Tick
+from runtimes.base.protocols import Engine
+
+
+def quality_on_test(
+    builder: EngineBuilder, engines: Mapping[str, Path], reference: str, steps: Steps
+) -> Evaluation | None:
+    """Evaluate engines on test data, which neither calibration nor search has seen.
+
+    Args:
+        builder: opens the engines.
+        engines: paths by name.
+        reference: the engine that the others are compared with.
+        steps: shows progress.
+
+    Returns:
+        The evaluation; None where no quality may be stated, see `Loaded.no_quality_because`.
+    """
+    if builder.subject.no_quality_because is not None:
+        return None
+    with steps.step("measure the quality") as tick:
+        return evaluate_engines(builder, engines, builder.subject.data.test, reference, tick)
+
+
+def evaluate_engines(
+    builder: EngineBuilder, engines: Mapping[str, Path], split: Split, reference: str, tick: Tick
+) -> Evaluation:
+    """Open all engines at the same time and evaluate them on a split."""
+    return judge(builder.openers(engines, spinning=False), builder.subject, split, reference, tick)
+
+
+def judge(
+    openers: Mapping[str, Callable[[], Engine]], subject: Loaded, split: Split, reference: str, tick: Tick
+) -> Evaluation:
+    """Open engines and evaluate them side by side on a split; the others are compared with `reference`."""
+    with contextlib.ExitStack() as opened:
+        engines = {name: opened.enter_context(opener()) for name, opener in openers.items()}
+        runners = {name: _runner(engine, subject.model.answer) for name, engine in engines.items()}
+        return evaluate(split, runners, metric=subject.metric, reference=reference, progress=tick)
+
+
+def _runner(engine: Engine, answer: str) -> Runner:
+    return lambda feeds: engine.run(feeds)[answer]

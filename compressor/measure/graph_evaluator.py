@@ -1,0 +1,91 @@
+"""Measure graphs as engines: the one object that a search and a sweep ask for times and quality."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from compressor.lower.traced_model import Loaded
+from compressor.measure.engine_builder import EngineBuilder, sized
+from compressor.measure.engine_parity import engine_parity
+from compressor.measure.engine_quality import quality_on_test
+from compressor.measure.latency import EngineTimer
+from compressor.measure.precision_converter import PrecisionConverter
+from compressor.measure.workload import calls_of
+from compressor.quality.evaluate import Evaluation
+from compressor.quantize.precision import Source
+from compressor.settings import Settings
+from compressor.workspace.progress import Steps
+from passes.graph.graph import Graph
+from runtimes.base.protocols import BuildOptions, Runtime
+from runtimes.base.timing import Latency
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphEvaluator:
+    """Builds engines from graphs in one precision, and measures them."""
+
+    builder: EngineBuilder
+    timer: EngineTimer
+    converter: PrecisionConverter
+    precision: str
+
+    def time(self, graphs: Mapping[str, Graph], steps: Steps) -> dict[str, dict[str, float]]:
+        """Build an engine from each folded graph and time them against each other in short bursts.
+
+        Returns:
+            Milliseconds of the quietest burst, by graph and call.
+        """
+        target = self.builder.target.name
+        with steps.step(f"time {len(graphs)} designs on {target}") as tick, self.builder.temporary() as builder:
+            converter = dataclasses.replace(self.converter, builder=builder)
+            engines: dict[str, Path] = {}
+            for number, (name, graph) in enumerate(graphs.items()):
+                tick(number, 2 * len(graphs), f"build {name}")
+                path = builder.lower(graph, f"design{number}")
+                engines[name] = builder.build(converter.convert_for_timing(path, self.precision))
+            return self.timer.quick(
+                builder, engines, lambda name, done, total: tick(total + done, 2 * total, f"time {name}")
+            )
+
+    def measure(self, graphs: Mapping[str, Graph], steps: Steps) -> tuple[Evaluation | None, dict[str, Latency]]:
+        """Measure quality on test data and latency of graphs side by side.
+
+        Returns:
+            The evaluation, in which the first graph is the reference (None where no quality may be stated), and the
+            latencies.
+        """
+        with self.builder.temporary() as builder:
+            converter = dataclasses.replace(self.converter, builder=builder, results={})
+            engines = {name: self._engine(name, graph, builder, converter, steps) for name, graph in graphs.items()}
+            quality = quality_on_test(builder, engines, next(iter(graphs)), steps)
+            return quality, self.timer.latency(builder, engines, steps)
+
+    def _engine(
+        self, name: str, graph: Graph, builder: EngineBuilder, converter: PrecisionConverter, steps: Steps
+    ) -> Path:
+        with steps.step(f"build {name}") as tick:
+            path = builder.lower(builder.fold(graph), name)
+            engine_parity(builder, path, graph)
+            if self.precision == "fp32":
+                return builder.build(Source(path))
+            return builder.build(converter.convert(path, self.precision, tick)[0])
+
+
+def graph_evaluator(
+    subject: Loaded, target: Runtime, options: BuildOptions, settings: Settings, scratch: Path
+) -> GraphEvaluator:
+    """Return the evaluator of a model on a target, as the settings want it.
+
+    Args:
+        subject: the model and its data.
+        target: builds the engines.
+        options: where they run; the sizes are set here.
+        settings: precision, calibration, batch, rounds and generation.
+        scratch: a folder for engines.
+    """
+    builder = EngineBuilder(subject, target, sized(options, subject, settings), scratch)
+    timer = EngineTimer(calls_of(subject, settings), settings.rounds)
+    converter = PrecisionConverter(builder, timer, settings.calibration, settings.max_precision_loss)
+    return GraphEvaluator(builder, timer, converter, settings.precision)

@@ -1,0 +1,114 @@
+"""Time engines against each other, interleaved, on the calls of a workload."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from compressor.measure.engine_builder import EngineBuilder
+from compressor.measure.workload import RUN, Call, Fed, together
+from compressor.workspace.progress import Steps
+from runtimes.base.protocols import Feeds
+from runtimes.base.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
+
+QUICK_ROUNDS = 8  # of the quick timing that a search uses: short ones, some of which meet a quiet machine
+QUICK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class EngineTimer:
+    """Times engines on one workload.
+
+    Attributes:
+        calls: the calls whose time is the latency, by name; see `compressor.measure.workload`.
+        rounds: timed bursts of each engine.
+    """
+
+    calls: Mapping[str, Call]
+    rounds: int
+
+    @property
+    def inputs(self) -> Feeds:
+        """The inputs of the first call."""
+        return next(iter(self.calls.values())).inputs
+
+    def latencies(
+        self, builder: EngineBuilder, engines: Mapping[str, Path], steps: Steps
+    ) -> dict[str, dict[str, Latency]]:
+        """Time every call of every engine.
+
+        Returns:
+            Latencies by engine and call.
+        """
+        few = partial(timed, min_runs=3, warmup_runs=1) if builder.subject.model.state else timed  # a prompt is long
+        return self._interleaved(builder, engines, partial(few, rounds=self.rounds, steps=steps))
+
+    def latency(self, builder: EngineBuilder, engines: Mapping[str, Path], steps: Steps) -> dict[str, Latency]:
+        """Time engines; the calls of each are added up."""
+        return self.totals(self.latencies(builder, engines, steps))
+
+    def totals(self, latencies: Mapping[str, Mapping[str, Latency]]) -> dict[str, Latency]:
+        """Add up the calls of each engine."""
+        return {name: together(self.calls, parts) for name, parts in latencies.items()}
+
+    def quick(
+        self,
+        builder: EngineBuilder,
+        engines: Mapping[str, Path],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Time every call of every engine in short bursts.
+
+        Returns:
+            Milliseconds of the quietest burst, by engine and call.
+        """
+        briefly = partial(interleave, rounds=QUICK_ROUNDS, burst_seconds=QUICK_SECONDS, progress=progress)
+        latencies = self._interleaved(builder, engines, briefly)
+        return {name: {call: each.quietest for call, each in parts.items()} for name, parts in latencies.items()}
+
+    def total(self, milliseconds: Mapping[str, float]) -> float:
+        """Add up the milliseconds of the calls, each as often as it is made."""
+        return sum(self.calls[call].times * each for call, each in milliseconds.items())
+
+    def _interleaved(
+        self, builder: EngineBuilder, engines: Mapping[str, Path], interleaved: Callable[..., dict[str, Latency]]
+    ) -> dict[str, dict[str, Latency]]:
+        """Time all calls of all engines in one interleaved run."""
+        openers = builder.openers(engines)
+        if list(self.calls) == [RUN]:
+            return {name: {RUN: each} for name, each in interleaved(openers, self.calls[RUN].inputs).items()}
+        pairs = [(name, call) for call in self.calls for name in engines]
+        with tempfile.TemporaryDirectory(dir=builder.scratch) as caches:
+            fed = {
+                f"{name}, {call}": partial(
+                    Fed, openers[name], self.calls[call].feeds(openers[name], Path(caches, f"{number}"))
+                )
+                for number, (name, call) in enumerate(pairs)
+            }
+            latencies = interleaved(fed, {})
+        return {name: {call: latencies[f"{name}, {call}"] for call in self.calls} for name in engines}
+
+
+def timed(
+    openers: Mapping[str, Callable[[], Timeable]],
+    feeds: Feeds,
+    rounds: int,
+    steps: Steps,
+    *,
+    name: str = "measure the latency",
+    min_runs: int = MIN_RUNS,
+    warmup_runs: int = WARMUP_RUNS,
+) -> dict[str, Latency]:
+    """Time engines against each other in one interleaved run, with progress."""
+    with steps.step(name) as tick:
+        return interleave(
+            openers,
+            feeds,
+            rounds=rounds,
+            min_runs=min_runs,
+            warmup_runs=warmup_runs,
+            progress=lambda name, done, total: tick(done, total, name),
+        )

@@ -1,0 +1,144 @@
+"""Convert float files to a lower precision, and choose among precisions by measured loss and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from compressor.choices import AUTO, Calibration
+from compressor.errors import CompressorError
+from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
+from compressor.measure.engine_quality import evaluate_engines
+from compressor.measure.latency import EngineTimer
+from compressor.quality.evaluate import EvaluationError
+from compressor.quantize.convert import best_of, convert, usable_quantizers
+from compressor.quantize.precision import Converted, Source, Trial, judged
+from compressor.workspace.progress import Steps, Tick
+from runtimes.base.protocols import RuntimesError
+
+Key = TypeVar("Key")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConverter:
+    """Converts the files of one builder.
+
+    Attributes:
+        builder: builds the engines whose loss and time are measured.
+        timer: times them.
+        calibration: how activation ranges are chosen for int8; ``auto`` tries several.
+        max_loss: largest quality loss against the float engine on validation data, in percent, that layers are kept in
+            float for and that ``auto`` accepts.
+        results: conversions by source, each made once.
+    """
+
+    builder: EngineBuilder
+    timer: EngineTimer
+    calibration: Calibration | Literal["auto"]
+    max_loss: float
+    results: dict[Source, tuple[Source, Converted]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def convert(self, path: Path, precision: str, tick: Tick) -> tuple[Source, Converted]:
+        """Convert a float file; return the source of the engine and the facts of the conversion."""
+        key = Source(path, precision)
+        if key not in self.results:
+            self.results[key] = self._convert(path, precision, tick)
+        return self.results[key]
+
+    def _convert(self, path: Path, precision: str, tick: Tick) -> tuple[Source, Converted]:
+        target, loss = self.builder.target, self._expected_loss(path)
+        if precision in target.own:
+            source = Source(path, precision)
+            tick(text=f"{precision}: building")
+            return source, Converted(precision, target.name, None if loss is None else loss(source))
+        converted = {}
+        for quantizer in usable_quantizers(precision, target.int8):
+            source = Source(path.with_suffix(f".{precision}.{quantizer}.onnx"), precision)
+            converted[source] = convert(
+                path,
+                source.path,
+                precision,
+                target.int8,
+                self.builder.calibration_batches,
+                quantizer=quantizer,
+                calibration=self.calibration,
+                loss=None if loss is None else partial(_loss_of_file, loss, precision),
+                max_loss=self.max_loss,
+                progress=lambda text: tick(text=text),
+            )
+        if len(converted) == 1:
+            return next(iter(converted.items()))
+        tick(text=f"{precision}: timing {len(converted)} quantizers")
+        return best_of(converted, self.quick({source: source for source in converted}), self.max_loss)
+
+    def convert_for_timing(self, path: Path, precision: str) -> Source:
+        """Convert a file well enough to be timed: int8 ranges come from one batch, and nothing is evaluated.
+
+        ``auto`` is timed in int8 where that is written into the file, else in fp32.
+        """
+        target = self.builder.target
+        if precision == AUTO:
+            precisions = target.precisions[self.builder.options.device]
+            precision = "int8" if "int8" in precisions and "int8" not in target.own else "fp32"
+        if precision == "fp32" or precision in target.own:
+            return Source(path, precision)
+        batch = next(self.builder.subject.data.calibration.batches(PARITY_ROWS)).feeds
+        converted = path.with_suffix(f".{precision}.onnx")
+        convert(path, converted, precision, target.int8, lambda: iter([batch]), calibration="typical")
+        return Source(converted, precision)
+
+    def choose(self, path: Path, steps: Steps) -> tuple[str, tuple[Trial, ...]]:
+        """Try every precision of the target on a float file.
+
+        Returns:
+            The fastest precision whose loss stays within `max_loss`, and all trials.
+        """
+        sources, refused = {"fp32": Source(path)}, dict[str, str]()
+        losses: dict[str, float | None] = {"fp32": 0.0}
+        others = self.builder.target.precisions[self.builder.options.device][1:]
+        with steps.step("try the precisions") as tick:
+            for number, precision in enumerate(others):
+                tick(number, len(others), precision)
+                try:
+                    source, facts = self.convert(path, precision, tick)
+                    self.builder.build(source)
+                except (CompressorError, RuntimesError) as error:
+                    refused[precision] = str(error)
+                    continue
+                sources[precision], losses[precision] = source, facts.loss
+            times = self.quick(sources)
+        return judged(times, losses, refused, self.max_loss)
+
+    def quick(self, sources: Mapping[Key, Source]) -> dict[Key, float]:
+        """Build engines and time them in short bursts; return the milliseconds of all calls, by key."""
+        engines = {str(number): self.builder.build(source) for number, source in enumerate(sources.values())}
+        times = self.timer.quick(self.builder, engines).values()
+        return {key: self.timer.total(parts) for key, parts in zip(sources, times, strict=True)}
+
+    def _expected_loss(self, path: Path) -> Callable[[Source], float] | None:
+        """Return a function that measures the loss of an engine against the float engine of `path`.
+
+        The loss is on validation data, in percent; None where no quality may be stated.
+        """
+        if self.builder.subject.no_quality_because is not None:
+            return None
+        float_engine = self.builder.build(Source(path))
+
+        def loss(source: Source) -> float:
+            engines = {"float": float_engine, "converted": self.builder.build(source)}
+            validation = self.builder.subject.data.validation
+            try:
+                evaluation = evaluate_engines(self.builder, engines, validation, "float", lambda *_: None)
+            except EvaluationError:  # NaN or infinity: the worst loss, so that layers return to float
+                return math.inf
+            return evaluation.expected_loss("float", "converted")
+
+        return loss
+
+
+def _loss_of_file(loss: Callable[[Source], float], precision: str, path: Path) -> float:
+    return loss(Source(path, precision))
