@@ -52,7 +52,7 @@ types: $(DEV_STAMP) ## mypy --strict on the three packages
 	$(BIN)/mypy
 	for stubs in typings/*; do MYPYPATH=$$stubs $(BIN)/mypy -p runtimes.tensorrt || exit 1; done
 
-# Needs no network. The variable silences an advertisement of Material's.
+# Needs no network. The variable silences Material's notice that it is maintained until May 2027 and what follows it.
 docs: $(DEV_STAMP) ## The documentation, into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -116,7 +116,7 @@ class Bench:
 
 
 def plans(bench: Bench, method: Method) -> Iterator[Grown]:
-    """Yield the growing plans of a published method, with the savings of deletion, an upper bound of any replacement."""
+    """Yield the growing plans of a published method, with the savings of deletion, an upper bound for its action."""
     subject, steps = bench.subject, Steps()
     needs_scores = method.metric in ("cosine", "influence", "angular")
     scores = score(subject, steps) if needs_scores else None
@@ -161,13 +161,13 @@ def searched(bench: Bench, name: str, evaluator: GraphEvaluator, timed: Journal)
     cost = "latency" if name == BY_TIME else "macs"
     settings = Settings(**{**bench.settings.to_dict(), "actions": SEARCHES[name], "cost": cost})
     journal = timed if name == BY_TIME else Journal()
-    found = begin(bench.subject, settings, bench.rewriter, evaluator, Steps(), journal)
-    found.limit = math.inf  # perplexity can more than double
-    found.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
-    click.echo(f"    {len(found.steps)} steps, {found.effects.sweeps:.0f} sweeps")
-    for count, step in enumerate(found.steps, start=1):
-        saved = 1.0 - step.cost / found.prices.cost(bench.subject.graph)
-        yield {step.unit: step.action for step in found.steps[:count]}, saved
+    search = begin(bench.subject, settings, bench.rewriter, evaluator, Steps(), journal)
+    search.limit = math.inf  # perplexity can more than double
+    search.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
+    click.echo(f"    {len(search.steps)} steps, {search.effects.sweeps:.0f} sweeps")
+    for count, step in enumerate(search.steps, start=1):
+        saved = 1.0 - step.cost / search.prices.cost(bench.subject.graph)
+        yield {step.unit: step.action for step in search.steps[:count]}, saved
 
 
 def judged(bench: Bench, graphs: Mapping[tuple[tuple[str, str], ...], Graph]) -> Evaluation:
@@ -203,9 +203,9 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
         counts = counted(subject.graph, evaluator.timer.calls)
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)
-        ways = {method.name: partial(plans, bench, method) for method in METHODS}
-        ways |= {name: partial(searched, bench, name, evaluator, timed) for name in SEARCHES}
-        rows = [row for name in only or ways for row in _rows(bench, name, ways[name]())]
+        candidates = {method.name: partial(plans, bench, method) for method in METHODS}
+        candidates |= {name: partial(searched, bench, name, evaluator, timed) for name in SEARCHES}
+        rows = [row for name in only or candidates for row in _rows(bench, name, candidates[name]())]
         engines = {AS_IS: lower(subject.graph, subject.model, Path(scratch) / "original.onnx")} | bench.files
         latency = evaluator.timer.latency(evaluator.builder, engines, steps)
     for row in rows:

@@ -69,7 +69,7 @@ MAKERS: dict[str, Callable[[Path, Path, BuildOptions], Path]] = {
 
 
 def exported(model: str, precision: str, scratch: Path) -> Path:
-    """Return the portable file of a model, exported now, or a copy of that of a folder, as profiles are written next to it."""
+    """Export a model and return its portable file; copy that of a folder, since profiles are written next to it."""
     if Path(model).is_dir():
         return Path(shutil.copy(Path(model) / "model.onnx", scratch))
     folder = scratch / f"{model}-{precision}"

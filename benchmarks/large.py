@@ -2,8 +2,8 @@
 
     python benchmarks/large.py [--layers 20] [--width 2560] [--limit 3GiB] [--texts 24]
 
-The checkpoint has the architecture of Qwen3 and random weights in bf16, by default 2.1 billion: 4.2 GB in shards, 8.4 GB
-in float32, in which it is computed. It is written shard by shard, so that writing it takes little memory too. Each
+The checkpoint has the architecture of Qwen3 and random weights in bf16, by default 2.1 billion: 4.2 GB in shards, and
+8.4 GB in float32, the precision of the computation. It is written shard by shard, which takes little memory too. Each
 command runs in a process of its own, whose peak memory (VmHWM of Linux) is polled from outside.
 `python benchmarks/tables.py` writes the table.
 """

@@ -1,13 +1,12 @@
-"""A small trained language model: what plans cost in perplexity, and what they gain in measured generation.
+"""Compare published plans with the search on a small trained language model, by perplexity and generation latency.
 
     python benchmarks/llm.py --data-root ../shared/data [--rounds 10] [--context 64]
 
-The published plans drop attention layers, MLPs, blocks, or the best of all branches (LLM-Drop's "joint"), ranked by
-cosine. Ours are the points on the way of one search (`--drop auto`, all actions but merging), each built and measured
-as they are. Quality is measured on sequences that neither ranking nor search has seen, generation as `compressor bench`
-measures it, all engines in one interleaved run (ONNX Runtime, float, batch 1). For each published plan the point of
-ours nearest in measured time a token is named, with the difference in perplexity. `python benchmarks/tables.py` makes
-the table.
+The published plans drop attention layers, MLPs, blocks, or any branches (LLM-Drop's "joint"), ranked by cosine. The
+plans of Compressor are the steps of one search (`--drop auto`, all actions but merging). Quality is measured on
+sequences that neither ranking nor search has seen. Generation is measured as by `compressor bench`, all engines in one
+interleaved run (ONNX Runtime, float, batch 1). Each published plan is paired with the step of the search whose measured
+time per token is nearest, and their perplexities are compared. `python benchmarks/tables.py` writes the table.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ CONTEXT = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan to measure: whose it is, how much of it, and what it changes."""
+    """A plan to measure: its family, the number of units changed, and the changes."""
 
     family: str
     count: int
@@ -62,33 +61,33 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """What its engine and its row are called."""
+        """Name of the engine and of the table row."""
         return f"{self.family} {self.count}" if self.count else AS_IS
 
 
 def published(subject: Subject) -> Iterator[Plan]:
-    """Plans of the published kinds, ranked by cosine on the calibration data; "joint" ranks all branches together."""
+    """Yield the published plans, ranked by cosine on the calibration data; "joint" ranks all branches together."""
     scores = score(subject, Steps())
     for family, counts in PUBLISHED.items():
         for count in counts:
-            asked = parse(str(count) if family == "joint" else f"{family}:{count}")
-            plan = choose(asked, subject.sites, "cosine", model=subject.model.name, scores=scores)
+            selection = parse(str(count) if family == "joint" else f"{family}:{count}")
+            plan = choose(selection, subject.sites, "cosine", model=subject.model.name, scores=scores)
             yield Plan(family, count, plan.changes)
 
 
 def searched(subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator) -> Iterator[Plan]:
-    """Every point of one search, which goes on while anything is saved; its prices are those of generation."""
-    found = begin(subject, settings, rewriter, evaluator, Steps(), Journal())
-    found.limit = math.inf  # perplexity can more than double
-    found.run()
-    for count in range(1, len(found.steps) + 1):
-        yield Plan(OURS, count, found.plan(subject.model.name, OURS, count).changes)
+    """Yield every step of one search, which runs until nothing more is saved; its cost is generation latency."""
+    search = begin(subject, settings, rewriter, evaluator, Steps(), Journal())
+    search.limit = math.inf  # perplexity can more than double
+    search.run()
+    for count in range(1, len(search.steps) + 1):
+        yield Plan(OURS, count, search.plan(subject.model.name, OURS, count).changes)
 
 
 def measured(
     subject: Subject, settings: Settings, graphs: Mapping[str, Graph], scratch: Path, rounds: int, context: int
 ) -> tuple[Evaluation | None, dict[str, Generation]]:
-    """Quality on test data and generation of all graphs, by name, in one interleaved run."""
+    """Measure quality on test data, and generation in one interleaved run, of all graphs by name."""
     target, options = usable(settings)
     builder = EngineBuilder(subject, target, sized(options, subject, settings), scratch)
     entries = []
@@ -104,8 +103,8 @@ def measured(
 
 
 def rows_of(plans: Sequence[Plan], quality: Evaluation | None, timed: Mapping[str, Generation]) -> list[dict[str, Any]]:
-    """What the table needs of every plan."""
-    start, rows = timed[AS_IS], []
+    """Return the table row of every plan."""
+    original, rows = timed[AS_IS], []
     for plan in plans:
         mine = timed[plan.name]
         row: dict[str, Any] = {"name": plan.name, "family": plan.family, "changes": dict(plan.changes)}
@@ -113,7 +112,7 @@ def rows_of(plans: Sequence[Plan], quality: Evaluation | None, timed: Mapping[st
         for part in ("first", "token"):
             latency: Latency = getattr(mine, part)
             row[part] = {key: value for key, value in brief(latency).items() if key != "samples_ms"}
-            row[f"{part}_speedup"] = latency.speedup_over(getattr(start, part))._asdict()
+            row[f"{part}_speedup"] = latency.speedup_over(getattr(original, part))._asdict()
         if quality is not None:
             row |= {"figure": asdict(quality.figure(plan.name)), "loss": asdict(quality.loss(AS_IS, plan.name))}
             row |= {key: asdict(value) for key, value in quality.label_free(plan.name).items()}
@@ -124,28 +123,28 @@ def rows_of(plans: Sequence[Plan], quality: Evaluation | None, timed: Mapping[st
 def nearest(
     plans: Sequence[Plan], quality: Evaluation | None, timed: Mapping[str, Generation]
 ) -> dict[str, dict[str, Any]]:
-    """For each published plan the point of ours nearest in measured time a token, and how the two compare.
+    """Pair each published plan with the search step whose measured time per token is nearest.
 
     Returns:
-        By the name of the published plan: `point`, how many times faster ours is a token (`speedup`), and the relative
-        difference of its perplexity in % (`loss`, paired: negative where ours is the better).
+        By name of the published plan: the name of the step (`point`), its speed-up per token over the published plan
+        (`speedup`), and the paired relative difference of its perplexity in % (`loss`; negative if it is better).
     """
     ours = [plan.name for plan in plans if plan.family == OURS]
-    found = {}
+    pairs = {}
     for plan in plans:
         if plan.family in PUBLISHED and ours:
             theirs = timed[plan.name].token
             point = min(ours, key=lambda name: abs(math.log(timed[name].token.median / theirs.median)))
-            found[plan.name] = {
+            pairs[plan.name] = {
                 "point": point,
                 "speedup": timed[point].token.speedup_over(theirs)._asdict(),
                 "loss": None if quality is None else asdict(quality.loss(plan.name, point)),
             }
-    return found
+    return pairs
 
 
 def compare(settings: Settings, rounds: int, context: int) -> dict[str, Any]:
-    """All plans of one model."""
+    """Measure all plans of one model."""
     with tempfile.TemporaryDirectory() as scratch:
         subject = load(settings, Steps())
         target, options = usable(settings)
@@ -170,14 +169,14 @@ def compare(settings: Settings, rounds: int, context: int) -> dict[str, Any]:
 
 @click.command()
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed bursts per engine.")
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed bursts of each engine."
+    "--context", type=click.IntRange(min=1), default=CONTEXT, show_default=True, help="Tokens in the KV cache."
 )
-@click.option("--context", type=click.IntRange(min=1), default=CONTEXT, show_default=True, help="Tokens in the cache.")
-@click.option("--samples", type=click.IntRange(min=3), help="Most sequences used, to try; all where not given.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, help="File of the results.")
+@click.option("--samples", type=click.IntRange(min=3), help="Largest number of sequences.  [default: all]")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, help="Results file.")
 def main(data_root: Path, rounds: int, context: int, samples: int | None, output: Path) -> None:
-    """Measure all plans and keep the results."""
+    """Measure all plans and write results/llm.json."""
     where = sources(data_root)
     settings = Settings(model=where["llama"], data=where["tokens"], drop="auto", actions=ACTIONS, tokens="none",
                         generate=f"{context}:{context}", samples=samples)  # fmt: skip

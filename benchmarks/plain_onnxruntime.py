@@ -2,8 +2,8 @@
 
     python benchmarks/plain_onnxruntime.py OUT IMAGES
 
-reads OUT/model.onnx, OUT/config.json (timm's preprocessing) and OUT/report.json (which images were test data, and the
-top-1 accuracy it claims), classifies those images, and fails if its own top-1 differs by more than 0.2 points.
+reads OUT/model.onnx, OUT/config.json (timm's preprocessing) and OUT/report.json (the test images and the top-1
+accuracy), classifies the test images, and fails if its own top-1 differs from the report by more than 0.2 points.
 """
 
 import json
@@ -18,7 +18,7 @@ TOLERANCE = 0.2  # points; resizing with another Pillow release can flip an imag
 
 
 def pixels(path: Path, config: dict) -> np.ndarray:
-    """One image as float32 [3, H, W]: shorter side to size / crop_pct, centre crop, scale, normalise."""
+    """Return an image as float32 [3, H, W]: shorter side to size / crop_pct, centre crop, scale, normalize."""
     side = config["input_size"][-1]
     resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[config["interpolation"]]
     image = Image.open(path).convert("RGB")
@@ -33,22 +33,22 @@ def pixels(path: Path, config: dict) -> np.ndarray:
 
 
 def top1(folder: Path, images: Path) -> tuple[float, float]:
-    """Top-1 accuracy in % on the report's test images, and what the report says."""
+    """Return the top-1 accuracy in % on the report's test images, and the accuracy in the report."""
     report = json.loads((folder / "report.json").read_text())
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     classes = {
         name: index for index, name in enumerate(sorted(path.name for path in images.iterdir() if path.is_dir()))
     }
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-    right = 0
+    correct = 0
     for name in report["data"]["test_ids"]:
         (logits,) = session.run(["logits"], {"pixel_values": pixels(images / name, config)[None]})
-        right += int(logits[0].argmax() == classes[Path(name).parts[0]])
+        correct += int(logits[0].argmax() == classes[Path(name).parts[0]])
     claimed = report["quality"]["figures"]["result"]["value"]
-    return 100.0 * right / len(report["data"]["test_ids"]), claimed
+    return 100.0 * correct / len(report["data"]["test_ids"]), claimed
 
 
 if __name__ == "__main__":
-    found, claimed = top1(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(f"top-1 with plain ONNX Runtime {found:.2f} %, report.json says {claimed:.2f} %")
-    sys.exit(abs(found - claimed) > TOLERANCE)
+    measured, claimed = top1(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(f"top-1 with plain ONNX Runtime {measured:.2f} %, report.json says {claimed:.2f} %")
+    sys.exit(abs(measured - claimed) > TOLERANCE)

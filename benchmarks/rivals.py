@@ -1,10 +1,10 @@
-"""What another tool makes of the dense model of an exported folder: an ONNX file with int8 in it.
+"""Quantize the dense model of an exported folder to int8 ONNX with another tool.
 
     python benchmarks/rivals.py TOOL FOLDER IMAGES OUTPUT
 
-FOLDER is an export with `--factorial`. Each tool is used as its documentation says, with its own defaults. An
-environment for all of them: `pip install onnxruntime "optimum-onnx[onnxruntime]" nncf pillow` (optimum-onnx needs an
-older transformers than Compressor does).
+FOLDER is an export with `--factorial`. Each tool is used as in its documentation, with its own defaults. An environment
+for all of them: `pip install onnxruntime "optimum-onnx[onnxruntime]" nncf pillow` (optimum-onnx needs an
+older transformers than Compressor).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ DENSE = Path("factorial") / "dense.float.onnx"
 
 
 def onnxruntime_dynamic(folder: Path, images: Path, output: Path) -> None:
-    """Dynamic int8 as ONNX Runtime gives it: weights of all products, activations measured at run time."""
+    """Quantize dynamically with ONNX Runtime: int8 weights of all matrix products, activation ranges at run time."""
     from onnxruntime.quantization import quantize_dynamic
 
     quantize_dynamic(folder / DENSE, output)
 
 
 def optimum_dynamic(folder: Path, images: Path, output: Path) -> None:
-    """The dynamic quantization of optimum-onnx for processors with AVX512-VNNI."""
+    """Quantize dynamically with optimum-onnx, for processors with AVX512-VNNI."""
     from optimum.onnxruntime import ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
@@ -40,19 +40,19 @@ def optimum_dynamic(folder: Path, images: Path, output: Path) -> None:
 
 
 def nncf_static(folder: Path, images: Path, output: Path) -> None:
-    """Post-training quantization of NNCF for transformers, calibrated on images that are not for the test."""
+    """Quantize with NNCF's post-training quantization for transformers, calibrated on images outside the test split."""
     import nncf
     import onnx
 
     model = onnx.load(folder / DENSE)
     name = model.graph.input[0].name
-    pictures = list(calibration(folder, images))
-    data = nncf.Dataset(pictures, lambda picture: {name: picture})
-    onnx.save(nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pictures)), output)
+    batches = list(calibration(folder, images))
+    data = nncf.Dataset(batches, lambda batch: {name: batch})
+    onnx.save(nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)), output)
 
 
 def calibration(folder: Path, images: Path) -> Iterator[Any]:
-    """Preprocessed images ``[1, 3, H, W]``: as many as the export was calibrated on, none that it was judged on."""
+    """Yield preprocessed images [1, 3, H, W]: as many as in the export's calibration split, none of its test split."""
     from plain_onnxruntime import pixels
 
     config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]

@@ -1,9 +1,9 @@
-"""Write the tables of benchmarks/README.md and the project's README from the committed results.
+"""Write the tables of benchmarks/README.md and of the project's README from the committed results.
 
     python benchmarks/tables.py
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that the text agrees with the results. What
-was not measured yet is left as it is. The picture of the criteria is drawn anew too.
+A table is the text between `<!-- NAME -->` and `<!-- /NAME -->`; a test checks that it agrees with the results. Tables
+without results are not changed. The script also draws the figure of the criteria.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Row = dict[str, Any]
 
 
 def rows() -> list[Row]:
-    """The committed results of benchmarks/main_job.py."""
-    found: list[Row] = json.loads((HERE / "results" / "main_job.json").read_text())
-    return found
+    """Read the committed results of benchmarks/main_job.py."""
+    results: list[Row] = json.loads((HERE / "results" / "main_job.json").read_text())
+    return results
 
 
 def main_job() -> str:
-    """Quality, speed and size of every case."""
+    """Return the table of quality, speed and size of every case."""
     lines = [
         "| model, flags | changed | metric | baseline | result | lost | speed-up | parameters | multiply-adds | file |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -70,7 +70,7 @@ def _speed(row: Row) -> str:
 
 
 def cost() -> str:
-    """What compiling costs, in forward sweeps over the calibration data."""
+    """Return the table of export durations, relative to a forward pass over the calibration data."""
     lines = [
         "| case | total s | sweep s | total / sweep | most memory | the four longest steps |",
         "|---|---|---|---|---|---|",
@@ -88,7 +88,7 @@ def cost() -> str:
 
 
 def headline() -> str:
-    """The measured numbers that open the project's README."""
+    """Return the measured results at the top of the project's README."""
     by_name = {row["name"]: row for row in rows()}
     vision = by_name["DeiT-Tiny, auto, int8"]
     ratio = vision["wall_seconds"] / vision["sweep_seconds"]
@@ -139,17 +139,17 @@ TABLES = {
 
 
 def filled(text: str) -> str:
-    """A page with each of its tables made anew."""
+    """Return the text of a page with its tables replaced."""
     for name, make in TABLES.items():
         table = make()
         if table is not None:
             pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-            text = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+            text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
     return text
 
 
 def main() -> None:
-    """Fill the pages and draw the picture."""
+    """Write the pages and draw the figure."""
     for page in PAGES:
         page.write_text(filled(page.read_text()))
     if tables_criteria.RESULTS.exists():

@@ -1,4 +1,4 @@
-"""The tables and the picture of benchmarks/criteria.py: every criterion at four budgets, model by model."""
+"""The tables and the figure of benchmarks/criteria.py: every criterion at four budgets, model by model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "criteria.json"
 PICTURE = RESULTS.with_suffix(".png")
 OURS = ("ours", "ours, without tokens", "ours, by time")
-BY_TIME = OURS[-1]  # its budgets are shares of time: only equal time compares
+BY_TIME = OURS[-1]  # its budgets are shares of latency: comparable at equal latency only
 UNITS = {
     "accuracy": "points of top-1",
     "agreement": "points of agreement",
@@ -25,12 +25,12 @@ UNITS = {
 
 
 def criteria() -> str | None:
-    """A table for each model, and in words where ours is ahead; None where nothing was measured yet."""
+    """Return the tables of all models, or None without results."""
     return criteria_tables(json.loads(RESULTS.read_text())["models"]) if RESULTS.exists() else None
 
 
 def criteria_tables(models: Mapping[str, Row]) -> str:
-    """A table for each model: losses with intervals, and measured speed-ups.
+    """Return a table for each model (losses with intervals, measured speed-ups) and a summary in words.
 
     Args:
         models: results by model.
@@ -51,21 +51,21 @@ def _of_model(name: str, found: Row) -> str:
         cells = [_cell(by_budget.get(budget), -math.inf if method == BY_TIME else best[budget]) for budget in budgets]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     verdicts = [_verdict(ours, rows, budgets) for ours in OURS if any(row["method"] == ours for row in rows)]
-    return "\n".join([*lines, "", " ".join([*verdicts, _exact(found), _foretold(rows)])])
+    return "\n".join([*lines, "", " ".join([*verdicts, _exact(found), _prediction_error(rows)])])
 
 
 def _exact(found: Row) -> str:
     speedup = found["exact"]["speedup"]
     interval = f"{speedup['low']:.2f}–{speedup['high']:.2f}"
     return (
-        f"The model as it is takes {found['latency_ms']:.2f} ms; the exact rewrites alone are {speedup['ratio']:.2f}x "
+        f"The original model takes {found['latency_ms']:.2f} ms; the exact rewrites alone are {speedup['ratio']:.2f}x "
         f"({interval}) faster."
     )
 
 
-def _foretold(rows: Sequence[Row]) -> str:
+def _prediction_error(rows: Sequence[Row]) -> str:
     errors = [abs(row["predicted_speedup"] / row["speedup"]["ratio"] - 1.0) for row in rows]
-    return f"The prices of the search foretold these speed-ups to {median(errors):.0%} in the median."
+    return f"The speed-ups predicted by the cost model have a median error of {median(errors):.0%}."
 
 
 def _loss(row: Row) -> float:
@@ -81,7 +81,7 @@ def _cell(row: Row | None, best: float) -> str:
 
 
 def _verdict(ours: str, rows: Sequence[Row], budgets: Sequence[float]) -> str:
-    """Where a method of ours is ahead of the best other one, beyond that one's interval, and where it is not."""
+    """Compare a search of Compressor with the best published method at each budget and at equal latency, in words."""
     published = [row for row in rows if row["method"] not in OURS]
     mine = {row["budget"]: row for row in rows if row["method"] == ours}
     equal_work = {budget: [row for row in published if row["budget"] == budget] for budget in budgets}
@@ -91,28 +91,28 @@ def _verdict(ours: str, rows: Sequence[Row], budgets: Sequence[float]) -> str:
     }
     name, timed = f"“{ours[0].upper()}{ours[1:]}”", _standings(mine, equal_time)
     if ours == BY_TIME:
-        return f"{name} against the best published that is measured at least as fast: {timed}."
+        return f"{name} against the best published method that is measured at least as fast: {timed}."
     return (
-        f"{name} against the best published at each budget (in brackets): {_standings(mine, equal_work)}. "
-        f"Against the best published that is measured at least as fast: {timed}."
+        f"{name} against the best published method at each budget (in brackets): {_standings(mine, equal_work)}. "
+        f"Against the best published method that is measured at least as fast: {timed}."
     )
 
 
 def _standings(mine: Mapping[float, Row], others: Mapping[float, Sequence[Row]]) -> str:
-    said: dict[str, list[str]] = {}
+    by_verdict: dict[str, list[str]] = {}
     for budget, rivals in others.items():
         best = min(rivals, key=_loss, default=None)
         name = "" if best is None else f" ({best['method']})"
-        said.setdefault(standing(mine.get(budget), best), []).append(f"{budget:.0%}{name}")
-    return "; ".join(f"{verdict} at {', '.join(places)}" for verdict, places in said.items())
+        by_verdict.setdefault(standing(mine.get(budget), best), []).append(f"{budget:.0%}{name}")
+    return "; ".join(f"{verdict} at {', '.join(budgets)}" for verdict, budgets in by_verdict.items())
 
 
 def standing(mine: Row | None, best: Row | None) -> str:
-    """Where our loss lies against the interval of the best published method's loss."""
+    """Return the rank of a loss relative to the best published one, inside or outside of the latter's interval."""
     if mine is None:
-        return "did not get there"
+        return "budget not reached"
     if best is None:
-        return "the only one that gets there"
+        return "the only method to reach the budget"
     if _loss(mine) < best["loss"]["low"]:
         return "ahead, outside the interval"
     if _loss(mine) > best["loss"]["high"]:
@@ -121,7 +121,7 @@ def standing(mine: Row | None, best: Row | None) -> str:
     return f"{side}, inside the interval"
 
 
-# --------------------------------------------------------------------------------------------------------- picture
+# ---------------------------------------------------------------------------------------------------------- figure
 
 
 AXES = {
@@ -131,16 +131,16 @@ AXES = {
 
 
 def draw(models: Mapping[str, Row], path: Path) -> None:
-    """Loss against multiply-adds saved and against measured speed-up as a picture, a row for each model."""
+    """Draw loss against multiply-adds saved and against measured speed-up, one row of panels for each model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 3.3 * len(models) + 1.6), layout="constrained")
     panels = figure.subplots(len(models), len(AXES), squeeze=False, sharey="row")
     for line, (name, found) in zip(panels, models.items(), strict=True):
-        for axes, (along, place) in zip(line, AXES.items(), strict=True):
-            _panel(axes, found, place)
+        for axes, (label, value) in zip(line, AXES.items(), strict=True):
+            _panel(axes, found, value)
             axes.set_title(name, fontsize=10)
-            axes.set_xlabel(along, fontsize=9)
+            axes.set_xlabel(label, fontsize=9)
         line[0].set_ylabel(f"lost, {UNITS[found['metric']]}", fontsize=9)
     labelled: dict[str, Any] = {}
     for axes in panels.ravel():
@@ -150,20 +150,20 @@ def draw(models: Mapping[str, Row], path: Path) -> None:
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
 
 
-def _panel(axes: Any, found: Row, place: Callable[[Row], float]) -> None:
-    """One model: every method a line, ours thick and with intervals."""
+def _panel(axes: Any, found: Row, value: Callable[[Row], float]) -> None:
+    """Draw one model: a line for each method, thick and with intervals for those of Compressor."""
     rows = found["rows"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for number, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
-        along, lost = [place(row) for row in mine], [_loss(row) for row in mine]
+        x, lost = [value(row) for row in mine], [_loss(row) for row in mine]
         if method not in OURS:
-            axes.plot(along, lost, label=_label(method), **_style(method, number))
+            axes.plot(x, lost, label=_label(method), **_style(method, number))
             continue
         below = [max(_loss(row) - row["loss"]["low"], 0.0) for row in mine]
         above = [max(row["loss"]["high"] - _loss(row), 0.0) for row in mine]
         colour, marker = dict(zip(OURS, (("black", "o"), ("tab:red", "s"), ("tab:blue", "D")), strict=True))[method]
-        axes.errorbar(along, lost, yerr=[below, above], fmt=f"{marker}-", color=colour, linewidth=2.2, markersize=5,
+        axes.errorbar(x, lost, yerr=[below, above], fmt=f"{marker}-", color=colour, linewidth=2.2, markersize=5,
                       elinewidth=1.0, capsize=3, zorder=5, label=method)  # fmt: skip
     losses = [abs(_loss(row)) for row in rows]
     if losses and max(losses) > 20.0:
@@ -174,15 +174,15 @@ def _panel(axes: Any, found: Row, place: Callable[[Row], float]) -> None:
 
 
 def _label(method: str) -> str:
-    """One entry of the legend for the draws of one method."""
+    """Return the legend label, the same for all seeds of a method."""
     return method.split(", seed", maxsplit=1)[0]
 
 
 def _style(method: str, number: int) -> dict[str, Any]:
-    """Thin lines that can be told apart without colour; random ones in grey."""
+    """Return the style of a thin line, distinct without colour too; random methods are grey."""
     if method.startswith("random"):
         return {"color": "0.75", "linewidth": 1.0, "marker": ".", "markersize": 4}
     markers = "v^<>DPX*hdp"
     line = {"linewidth": 1.0, "marker": markers[number % len(markers)], "markersize": 4}
-    colours = [f"C{each}" for each in range(10) if each != 3]  # red is ours
+    colours = [f"C{each}" for each in range(10) if each != 3]  # red marks a method of Compressor
     return line | {"color": colours[number % len(colours)], "linestyle": ("-", "--", ":")[number % 3]}

@@ -1,4 +1,4 @@
-"""The table of benchmarks/decode.py: how fast a language model of a real size generates, and do the gains multiply."""
+"""The table of benchmarks/decode.py: generation latency of a model of real size, and the factorial of its gains."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tables_matrix import shown
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
-WHOLE = "compression"  # of the interactions, the one of everything that was done to the model
+WHOLE = "compression"  # the interaction of all changes of the model with the precision
 FOLDERS = {"export": "", "fused": "fused, "}  # of benchmarks/decode.py
 CALLS = {"first": "first token", "token": "each further token"}
 
 
 def decode() -> str | None:
-    """Generation of every engine; None where nothing was measured yet."""
+    """Return the table of generation, or None without results."""
     return decode_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
 
 
 def headline() -> str:
-    """Generation behind the longest context, the best engine against the dense float one of the portable file."""
+    """Return a sentence on the fastest engine at the longest context, compared with the dense float engine."""
     (precision, run), *_ = json.loads(RESULTS.read_text()).items()
     rows = run["generation"]["measurements"]
     longest = [row for row in rows if row["context"] == max(row["context"] for row in rows)]
-    start = next(row for row in longest if row["engine"].endswith("dense float"))
+    dense = next(row for row in longest if row["engine"].endswith("dense float"))
     eager = next(row for row in longest if "eager" in row["engine"])
     best = max(longest, key=_ratio)
     speed = best["token"]["speedup"]
@@ -35,7 +35,7 @@ def headline() -> str:
     return (
         f"**{speed['ratio']:.2f}x faster generation ({speed['low']:.2f}–{speed['high']:.2f})**: Qwen3-0.6B's shapes "
         f"(random weights, speed alone), half of the attention layers dropped, {precision}, the cache written in "
-        f"place; behind {start['context']:,} tokens {start['tokens_per_second']:.1f} → {best['tokens_per_second']:.1f} "
+        f"place; behind {dense['context']:,} tokens {dense['tokens_per_second']:.1f} → {best['tokens_per_second']:.1f} "
         f"tokens a second (torch eager {eager['tokens_per_second']:.1f}), with {after / before:.0%} of the cache."
     )
 
@@ -45,7 +45,7 @@ def _ratio(row: Row) -> float:
 
 
 def decode_table(found: Mapping[str, Row]) -> str:
-    """Every engine behind every context, then the interactions.
+    """Return the table of every engine at every context length, then the interactions.
 
     Args:
         found: the results by precision.
@@ -64,7 +64,7 @@ def decode_table(found: Mapping[str, Row]) -> str:
 
 
 def _engine(name: str) -> str:
-    """An engine's name for a reader.
+    """Return the display name of an engine.
 
     >>> _engine("fused/dense float"), _engine("export/dense float")
     ('fused, dense float', 'Compressor, dense float')
@@ -96,6 +96,6 @@ def _facts(found: Mapping[str, Row]) -> Iterator[str]:
         worst = max(each["difference_from_whole_text"] for each in run["generation"]["measurements"])
         yield (
             f"- {kind}: {len(run['plan'])} of {run['layers']} attention layers dropped, {before:,} → {after:,} "
-            f"bytes of cache a token; behind a cache logits differ from those of the whole text by at most {worst:.1e} "
-            f"of their spread; {run['environment']['cores']} cores."
+            "bytes of KV cache per token; logits with a cache differ from those of the whole text by at most "
+            f"{worst:.1e} of their spread; {run['environment']['cores']} cores."
         )

@@ -1,4 +1,4 @@
-"""The table of benchmarks/fusion.py: what fusing operators gains on ONNX Runtime, and where the time goes."""
+"""The table of benchmarks/fusion.py: the gain of operator fusion on ONNX Runtime, and the time by operator type."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Row = Mapping[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "fusion.json"
 PORTABLE = "portable file"
-LONGEST = 6  # operators that are named
+LONGEST = 6  # operator types listed for each profile
 
 
 def fusion() -> str | None:
-    """The table; None where nothing was measured yet."""
+    """Return the table, or None without results."""
     return fusion_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
 
 
 def fusion_table(found: Row) -> str:
-    """Every form of every file, then the profiles of the portable files and of our copies."""
+    """Return the table of every form of every file, then the profiles of the portable files and the fused target."""
     lines = [
-        "| model | form | processor time | speed-up | answers differ by |",
+        "| model | form | processor time | speed-up | relative output difference |",
         "|---|---|---|---|---|",
     ]
     for case, forms in found["cases"].items():

@@ -1,4 +1,4 @@
-"""The table of benchmarks/large.py: what a model larger than its memory takes."""
+"""The table of benchmarks/large.py: peak memory and time for a model larger than the memory limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ RESULTS = Path(__file__).parent / "results" / "large.json"
 
 
 def large() -> str | None:
-    """Every command under the limit; None where nothing was measured yet."""
+    """Return the table of every command, or None without results."""
     return large_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
 
 
 def large_table(found: Mapping[str, Any]) -> str:
-    """Limit, peak and time of every command, then the sizes.
+    """Return the table of limit, peak and time of every command, then the sizes.
 
     Args:
         found: the results.

@@ -1,4 +1,4 @@
-"""The table of benchmarks/llm.py: perplexity and generation of published plans, and of ours at equal time a token."""
+"""The tables of benchmarks/llm.py: published plans against the search, by perplexity and time per token."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from tables_tokens import interval
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "llm.json"
-NEAR = 0.05  # most that two times a token may differ to be called equal
+NEAR = 0.05  # largest relative difference of two times per token that count as equal
 
 
 def llm() -> str | None:
-    """Every plan and how ours compare; None where nothing was measured yet."""
+    """Return the tables, or None without results."""
     return llm_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
 
 
 def llm_table(found: Row) -> str:
-    """Every plan, then ours against each published one at the nearest time a token.
+    """Return the table of every plan, then that of published plans against the nearest search step.
 
     Args:
         found: the results.
     """
     lines = [
-        "| plan | changes | perplexity | lost, % | divergence | each further token | prompt | cache a token |",
+        "| plan | changes | perplexity | lost, % | divergence | each further token | prompt | cache per token |",
         "|---|---|---|---|---|---|---|---|",
         *map(_row, found["rows"]),
         "",
-        "| published plan | ours, nearest in time a token | ours faster by | perplexity of ours, % | |",
+        "| published plan | ours, nearest in time per token | speed-up of ours | perplexity of ours, % | |",
         "|---|---|---|---|---|",
         *(f"| {name} | {each['point']} | {_times(each['speedup'])} | {interval(each['loss'])} | {standing(each)} |"
           for name, each in found["nearest"].items()),
@@ -60,7 +60,7 @@ def _times(speedup: Mapping[str, float]) -> str:
 
 
 def standing(each: Row) -> str:
-    """How ours compares with a published plan: only at equal time a token can one be ahead by perplexity alone.
+    """Compare a plan of ours with a published one: perplexity alone decides only at equal time per token.
 
     >>> standing({"speedup": {"ratio": 1.02}, "loss": {"value": -3.0, "low": -4.0, "high": -2.0}})
     'ahead at equal time'
@@ -82,9 +82,9 @@ def standing(each: Row) -> str:
 
 
 def _facts(found: Row) -> Iterator[str]:
-    told = [standing(each) for each in found["nearest"].values()]
-    counts = ", ".join(f"{told.count(kind)} {kind}" for kind in dict.fromkeys(told))
-    yield f"Ours against {len(told)} published plans: {counts}. Times within {NEAR:.0%} are called equal."
+    verdicts = [standing(each) for each in found["nearest"].values()]
+    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in dict.fromkeys(verdicts))
+    yield f"Ours against {len(verdicts)} published plans: {counts}. Times within {NEAR:.0%} count as equal."
     yield ""
     yield from (
         f"- {row['name']}: {', '.join(f'{site} {action}' for site, action in row['changes'].items())}"
@@ -94,5 +94,5 @@ def _facts(found: Row) -> Iterator[str]:
 
 
 def _last_of_each(rows: list[Row]) -> set[str]:
-    """The longest plan of every family: the others are its beginnings."""
+    """Return the name of the longest plan of each family, of which the shorter plans are prefixes."""
     return set({row["family"]: row["name"] for row in rows if row["family"]}.values())

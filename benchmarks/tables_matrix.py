@@ -1,4 +1,4 @@
-"""The tables of benchmarks/matrix.py: do the gains multiply, and how do other tools fare in the same run."""
+"""The tables of benchmarks/matrix.py: the factorials of compression and int8, and the comparison with other tools."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "matrix.json"
 AGAIN = " (again)"
 AIMS = (("DeiT-Tiny", 2.5, 1.5), ("ViT-B/16, random weights", 4.0, None))  # at batch 1 in int8 on ONNX Runtime
-WHOLE = "compression"  # of the interactions, the one of everything that was done to the model
+WHOLE = "compression"  # the interaction of all changes of the model with int8
 
 
 def results() -> dict[str, Row]:
-    """What was measured so far, by model."""
+    """Read the results by model; empty without results."""
     return dict(json.loads(RESULTS.read_text())) if RESULTS.exists() else {}
 
 
 def matrix() -> str | None:
-    """Do speed-ups multiply and losses add up; None where nothing was measured yet."""
+    """Return the table of the factorials, or None without results."""
     found = results()
     return matrix_table(found) if found else None
 
 
 def rivals() -> str | None:
-    """Every engine of the same run; None where nothing was measured yet."""
+    """Return the table of every engine, or None without results."""
     found = results()
     return rivals_table(found) if found else None
 
 
 def headline() -> str:
-    """The factorial of the largest model in one sentence."""
+    """Return a sentence on the factorial of the largest model."""
     name, target, batch = "ViT-B/16, random weights", "onnxruntime", 1
-    whole = next(each for *place, each in _factorials(results()) if place == [name, target, batch])
+    whole = next(each for *key, each in _factorials(results()) if key == [name, target, batch])
     alone, int8, both = (whole["speedup"][part] for part in ("change", "int8", "both"))
     return (
         f"**{both['ratio']:.2f}x faster ({both['low']:.2f}–{both['high']:.2f})**: ViT-B/16 (random weights), "
@@ -47,7 +47,7 @@ def headline() -> str:
 
 
 def matrix_table(found: Mapping[str, Row]) -> str:
-    """Each factorial as one line, the aims, the sentences, and the second measurement.
+    """Return a table with a row for each factorial, then the aims, the repeated measurement and the plans.
 
     Args:
         found: the results by model.
@@ -66,7 +66,7 @@ def matrix_table(found: Mapping[str, Row]) -> str:
 
 
 def _factorials(found: Mapping[str, Row]) -> Iterator[tuple[str, str, int, Row]]:
-    """Model, target, batch and the interaction of the whole compression with int8."""
+    """Yield model, target, batch size and the interaction of the whole compression with int8."""
     for name, model in found.items():
         for target, run in model["targets"].items():
             if not target.endswith(AGAIN):
@@ -100,18 +100,18 @@ def _aims(found: Mapping[str, Row]) -> Iterator[str]:
 
 
 def _again(found: Mapping[str, Row]) -> Iterator[str]:
-    """Do two runs of one command agree: is each speed-up within the other's interval?"""
+    """Compare two runs of the same command: is each speed-up within the interval of the other?"""
     for name, model in found.items():
         for target in [target for target in model["targets"] if target.endswith(AGAIN)]:
             first, second = (_speeds(model["targets"][each]) for each in (target.removesuffix(AGAIN), target))
             outside = [
                 key for key, one in first.items() if not (_inside(one, second[key]) and _inside(second[key], one))
             ]
-            told = "all of them" if not outside else f"all but {len(outside)}"
+            count = "all" if not outside else f"all but {len(outside)}"
             names = "" if not outside else ": " + "; ".join(f"{engine} at batch {batch}" for engine, batch in outside)
             yield (
-                f"- The same `compressor bench` of {name} again, after everything else: of {len(first)} speed-ups "
-                f"{told} lie within each other's intervals{names}."
+                f"- Repetition of `compressor bench` for {name}, after all other runs: of {len(first)} speed-ups, "
+                f"{count} lie within each other's intervals{names}."
             )
 
 
@@ -136,7 +136,7 @@ def _plans(found: Mapping[str, Row]) -> Iterator[str]:
 
 
 def shown(engine: str) -> str:
-    """An engine's name for a reader.
+    """Return the display name of an engine.
 
     >>> shown("export/compressed int8"), shown("NNCF int8.onnx"), shown("deit_tiny (eager)")
     ('Compressor, compressed int8', 'NNCF int8', 'torch (eager)')
@@ -147,7 +147,7 @@ def shown(engine: str) -> str:
 
 
 def rivals_table(found: Mapping[str, Row]) -> str:
-    """Every engine of every model on each target: time, quality, file.
+    """Return the table of every engine of every model on each target: latency, quality, file size.
 
     Args:
         found: the results by model.
@@ -167,7 +167,7 @@ def _speed(measured: Row | None) -> str:
     return "–" if measured is None else f"{measured['latency']['median']:.1f} ms, {_times(measured['speedup'])}"
 
 
-def _engines(where: str, run: Row) -> Iterator[str]:
+def _engines(label: str, run: Row) -> Iterator[str]:
     timed: dict[str, dict[int, Row]] = {}
     for each in run["measurements"]:
         timed.setdefault(each["engine"], {})[each["batch"]] = each
@@ -177,4 +177,4 @@ def _engines(where: str, run: Row) -> Iterator[str]:
         figure, lost = facts["figure"], facts["loss"]
         quality = "– | –" if figure is None else f"{figure['value']:.2f} | {interval(lost)}"
         size = "–" if facts["bytes"] is None else f"{facts['bytes'] / 1e6:.1f} MB"
-        yield f"| {where} | {shown(engine)} | {speeds} | {quality} | {size} |"
+        yield f"| {label} | {shown(engine)} | {speeds} | {quality} | {size} |"

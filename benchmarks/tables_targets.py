@@ -1,4 +1,4 @@
-"""The table of benchmarks/targets.py: every target in every precision, and whether the aims were reached."""
+"""The table of benchmarks/targets.py: every target in every precision, and the aims."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MOST = 0.5  # points that int8 may lose on DeiT-Tiny
 
 
 def targets() -> str | None:
-    """Latency, quality and size of every engine; None where nothing was measured yet."""
+    """Return the table of latency, quality and size of every engine, or None without results."""
     return targets_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
 
 
 def targets_table(found: Mapping[str, Row]) -> str:
-    """The engines model by model, what could not be built, and the aims.
+    """Return the table of the engines, the aims, and the engines that are not available.
 
     Args:
         found: the results by model.
@@ -35,7 +35,7 @@ def targets_table(found: Mapping[str, Row]) -> str:
     for name, model in found.items():
         lines += [_row(name, engine, each) for engine, each in model["engines"].items()]
     lines += ["", *_aims(found)]
-    lines += [f"- Not there: {who}: {why}" for who, why in _refused(found)]
+    lines += [f"- Not available: {name}: {reason}" for name, reason in _refused(found)]
     return "\n".join(lines)
 
 
@@ -57,21 +57,21 @@ def _aims(found: Mapping[str, Row]) -> Iterator[str]:
             engines = found[model]["engines"]
             reached = {name: engines[name]["speedup_same"] for name in engines if name.startswith(f"{target} int8")}
             best = max(reached, key=lambda name: float(reached[name]["ratio"]))
-            told = "reached" if reached[best]["ratio"] >= aim else "missed"
-            yield f"- {model}, {best}: {_times(reached[best])} over fp32 of the same target; aim {aim}x {told}."
+            verdict = "reached" if reached[best]["ratio"] >= aim else "missed"
+            yield f"- {model}, {best}: {_times(reached[best])} over fp32 of the same target; aim {aim}x {verdict}."
     if "DeiT-Tiny" in found:
         for name, each in found["DeiT-Tiny"]["engines"].items():
             if "int8" in name:
-                told = "within" if each["loss"]["value"] <= MOST else "beyond"
-                yield f"- DeiT-Tiny, {name}: {interval(each['loss'])} points lost, {told} the {MOST} that are aimed at."
+                verdict = "within" if each["loss"]["value"] <= MOST else "beyond"
+                yield f"- DeiT-Tiny, {name}: {interval(each['loss'])} points lost, {verdict} the aim of {MOST}."
 
 
 def _refused(found: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
-    """What could not be built and why; a target that is missing altogether once, not for every model."""
-    told = set()
+    """Yield engines that could not be built, with reasons; a missing target appears once, not for every model."""
+    seen = set()
     for model, row in found.items():
-        for who, why in row["refused"].items():
-            name = f"{model}, {who}" if " " in who else who
-            if name not in told:
-                told.add(name)
-                yield name, why
+        for engine, reason in row["refused"].items():
+            name = f"{model}, {engine}" if " " in engine else engine
+            if name not in seen:
+                seen.add(name)
+                yield name, reason

@@ -1,10 +1,10 @@
-"""Every target in every precision that this machine has for it: one model, one interleaved run, quality and latency.
+"""Measure quality and latency of a model on every available target in every precision, in one interleaved run.
 
     python benchmarks/targets.py --data-root ../shared/data [--model NAME ...]
 
-The model as it is, nothing dropped: what a target and a precision are worth by themselves. Each engine is built as
-`compressor export --drop none --precision P --target T` builds it; torch eager and torch.compile run beside them.
-`python benchmarks/tables.py` makes the table.
+The model is not compressed, so the results show the effect of target and precision alone. Each engine is built as by
+`compressor export --drop none --precision P --target T`; torch eager and torch.compile are measured in the same run.
+`python benchmarks/tables.py` writes the table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REFERENCE = "onnxruntime fp32"
 
 @dataclass(frozen=True)
 class Case:
-    """A model of the table; `rounds` of timing at batch 1, `samples` of images (random weights: for calibration)."""
+    """A model of the table, with the number of images (calibration only, for random weights) and timed bursts."""
 
     name: str
     model: str
@@ -60,7 +60,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Built:
-    """An engine that was built: what opens it, the bytes of its file, who made its precision, seconds it took."""
+    """A built engine: its opener, file size in bytes, quantization tool (`by`), and build time in seconds."""
 
     opener: Callable[[], Engine]
     bytes: int | None
@@ -68,28 +68,28 @@ class Built:
     seconds: float
 
 
-def built(case: Case, asked: Settings, scratch: Path) -> tuple[Any, dict[str, Built], dict[str, str], Any]:
-    """Every target and precision of one model.
+def built(case: Case, settings: Settings, scratch: Path) -> tuple[Any, dict[str, Built], dict[str, str], Any]:
+    """Build the engines of every target and precision for one model.
 
     Returns:
-        The subject, the engines by name, why others are not there, and the inputs to time.
+        The traced model, the engines by name, the reasons for missing ones by name, and the inputs of the timed calls.
     """
     subject, engines, refused, feeds = None, dict[str, Built](), dict[str, str](), None
     for target in targets():
         if (reason := runtime(target).missing()) is not None:
             refused[target] = reason
             continue
-        found, options = usable(replace(asked, target=target))
+        available, options = usable(replace(settings, target=target))
         if subject is None:
-            subject = load(asked, Steps(None))
+            subject = load(settings, Steps(None))
         folder = scratch / target
         folder.mkdir()
-        evaluator = graph_evaluator(subject, found, options, asked, folder)
+        evaluator = graph_evaluator(subject, available, options, settings, folder)
         builder = evaluator.builder
         feeds = evaluator.timer.inputs
         with accepting_data(subject):
             path = builder.lower(subject.graph, "model")
-            for precision in found.precisions[options.device]:
+            for precision in available.precisions[options.device]:
                 name = f"{target} {precision}"
                 click.echo(f"  {name}", err=True)
                 steps = Steps(None)
@@ -103,14 +103,14 @@ def built(case: Case, asked: Settings, scratch: Path) -> tuple[Any, dict[str, Bu
                 except (CompressorError, RuntimesError) as error:
                     refused[name] = str(error)
                     continue
-                opener = partial(found.load, engine, builder.options)
+                opener = partial(available.load, engine, builder.options)
                 engines[name] = Built(opener, engine_bytes(engine), by, steps.done[-1].seconds)
     return subject, engines, refused, feeds
 
 
 def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
-    """One model on every target: quality where there are weights, latency at batch 1 in one interleaved run."""
-    asked = Settings(
+    """Measure one model on every target: quality if it has trained weights, and latency at batch 1."""
+    settings = Settings(
         model=where.get(case.model, case.model),
         data=where["images"],
         drop="none",
@@ -118,9 +118,9 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
         random_weights=case.random_weights,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        subject, engines, refused, feeds = built(case, asked, Path(scratch))
+        subject, engines, refused, feeds = built(case, settings, Path(scratch))
         for name, compiles in (("torch eager", False), ("torch.compile", True)):
-            module, options = Module(subject.model, compiles=compiles), usable(asked)[1]
+            module, options = Module(subject.model, compiles=compiles), usable(settings)[1]
             engines[name] = Built(partial(module.open, options), None, None, 0.0)
         openers = {name: each.opener for name, each in engines.items()}
         evaluation = None
@@ -146,17 +146,23 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
 
 @click.command()
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@click.option("--model", "chosen", multiple=True, type=click.Choice([case.name for case in CASES]), help="Only these.")
+@click.option(
+    "--model",
+    "chosen",
+    multiple=True,
+    type=click.Choice([case.name for case in CASES]),
+    help="Model to measure; repeatable.  [default: all]",
+)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, show_default=True)
 def main(data_root: Path, chosen: tuple[str, ...], output: Path) -> None:
-    """Measure the models and keep the results; the others keep theirs."""
+    """Measure the models and write results/targets.json; results of other models are kept."""
     where = sources(data_root)
     results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     for case in CASES:
         if not chosen or case.name in chosen:
             click.echo(case.name, err=True)
             results[case.name] = measure(case, where)
-            ordered = {known.name: results[known.name] for known in CASES if known.name in results}
+            ordered = {each.name: results[each.name] for each in CASES if each.name in results}
             output.write_text(json.dumps(ordered, indent=1) + "\n")
 
 

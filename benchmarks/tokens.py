@@ -1,11 +1,11 @@
-"""What merging tokens gains where it counts, in the time of an engine, and what it costs.
+"""Measure the latency gain and the quality loss of token merging.
 
     python benchmarks/tokens.py --data-root ../shared/data [--part deit] [--part large] [--rounds 10]
 
-Part `deit`: DeiT-Tiny on real images, by hand-made schedules and by the plans that a search finds together with
-everything else, in float and int8, at batch 1 and 8. Part `large`: ViT-B/16 and ViT-L/16 at 384 pixels with random
-weights, speed only, with the time of each type of operator. All designs of one precision and batch are timed in turns
-in one run. Writes benchmarks/results/tokens.json; `python benchmarks/tables.py` makes the tables.
+Part `deit`: DeiT-Tiny on real images, with fixed schedules and with plans of the search (all actions), in float and
+int8, at batch sizes 1 and 8. Part `large`: ViT-B/16 and ViT-L/16 at 384 pixels with random weights, speed only, with
+the time of each operator type. All designs of one precision and batch size are timed in one interleaved run. The script
+writes benchmarks/results/tokens.json; `python benchmarks/tables.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from runtimes.base.timing import Latency, interleave
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 BATCHES = (1, 8)
 PRECISIONS = (None, "static")
-PROFILED = 5  # runs with ONNX Runtime's own clock on, after one to warm up
+PROFILED = 5  # runs with ONNX Runtime's profiler, after one warm-up run
 AS_IS = "as it is"
 
 
 @dataclass(frozen=True)
 class Design:
-    """Tokens merged as ``--tokens`` says, or, with a `limit`, all that a search changes within that loss in percent."""
+    """A schedule in the form of ``--tokens``, or, with a `limit`, the plan of a search within that loss in %."""
 
     name: str
     tokens: str = "none"
@@ -85,7 +85,7 @@ LARGE_DESIGNS = (Design(AS_IS), Design("8 behind each attention", "8"), Design("
 
 @dataclass(frozen=True)
 class Large:
-    """A model that is only timed: its timm name, at most how many rounds, and the fewest runs in each."""
+    """A model for timing only: its timm name, the largest number of rounds, and the fewest runs in each."""
 
     model: str
     rounds: int
@@ -99,7 +99,7 @@ LARGE = (Large("vit_base_patch16_224", 10, 5), Large("vit_large_patch16_384", 3,
 
 
 def measure(settings: Settings, designs: Sequence[Design], rounds: int, steps: Steps) -> dict[str, Any]:
-    """Quality and latency of designs, the first being the model as it is, in every precision and batch size."""
+    """Measure designs in every precision and batch size; the first design is the original model."""
     target, options = usable(settings)
     subject = load(settings, steps)
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,8 +110,8 @@ def measure(settings: Settings, designs: Sequence[Design], rounds: int, steps: S
         variants = lowered(graphs, evaluator.builder, steps)
         rows: list[dict[str, Any]] = []
         for precision in PRECISIONS:
-            asked = replace(settings, int8=precision, rounds=rounds)
-            rows += _rows(variants, changes, work(graphs, subject), evaluator, asked, steps)
+            row_settings = replace(settings, int8=precision, rounds=rounds)
+            rows += _rows(variants, changes, work(graphs, subject), evaluator, row_settings, steps)
     return {
         "model": subject.model.name,
         "metric": subject.metric,
@@ -130,17 +130,17 @@ def decided(
     rewriter: Rewriter,
     steps: Steps,
 ) -> tuple[dict[str, Mapping[str, str]], dict[str, Any]]:
-    """The changes of every design, and what the searches took."""
+    """Return the changes of every design, and facts about the searches."""
     changes: dict[str, Mapping[str, str]] = {}
     facts: dict[str, Any] = {}
     journal = Journal()
-    # The widest limit first: a loss that was measured in full or cut short above it tells the same below it.
+    # Largest limit first: losses measured for it, in full or cut short above it, are valid for smaller limits.
     for design in sorted(designs, key=lambda design: -1.0 if design.limit is None else -design.limit):
         if design.limit is None:
             changes[design.name] = schedule(design.tokens, subject.sites)
             continue
-        asked = replace(settings, max_loss=design.limit)
-        search = begin(subject, asked, rewriter, evaluator, steps, journal)
+        limited = replace(settings, max_loss=design.limit)
+        search = begin(subject, limited, rewriter, evaluator, steps, journal)
         go_on(search, steps)
         changes[design.name], facts[design.name] = search.changes, facts_of(search)
     return {design.name: changes[design.name] for design in designs}, facts
@@ -158,7 +158,7 @@ def lowered(graphs: Mapping[str, Graph], builder: EngineBuilder, steps: Steps) -
 
 
 def work(graphs: Mapping[str, Graph], subject: Subject) -> dict[str, int]:
-    """Multiply-adds of one sample."""
+    """Return the multiply-adds of each graph for one sample."""
     feeds = next(iter(subject.data.test.batches(1))).feeds
     counter = Counter(subject.graph, {name: tuple(value.shape) for name, value in feeds.items()})
     return {name: counter.count(graph).multiply_adds for name, graph in graphs.items()}
@@ -197,26 +197,26 @@ def _rows(
 
 def _quality(quality: Evaluation, engine: str, reference: str) -> dict[str, Any]:
     lost = {"float": quality.loss(reference, engine), "same": quality.loss("baseline", engine)}
-    found = {"figure": asdict(quality.figure(engine)), "loss": {name: asdict(value) for name, value in lost.items()}}
-    return found | {name: asdict(value) for name, value in quality.label_free(engine).items()}
+    row = {"figure": asdict(quality.figure(engine)), "loss": {name: asdict(value) for name, value in lost.items()}}
+    return row | {name: asdict(value) for name, value in quality.label_free(engine).items()}
 
 
 def _speed(latency: Mapping[int, Mapping[str, Latency]], engine: str, reference: str) -> dict[str, Any]:
-    """Latencies by batch, and how much faster that is than the float original and than the same precision as it is."""
-    found: dict[str, Any] = {"latency": {}, "speedup": {}}
+    """Return latencies by batch size, and speed-ups over the float original and over the original in this precision."""
+    row: dict[str, Any] = {"latency": {}, "speedup": {}}
     for batch, by_engine in latency.items():
         mine = by_engine[engine]
         bases = {"float": by_engine[reference], "same": by_engine["baseline"]}
-        found["latency"][str(batch)] = brief(report.brief(mine))
-        found["speedup"][str(batch)] = {name: mine.speedup_over(base)._asdict() for name, base in bases.items()}
-    return found
+        row["latency"][str(batch)] = brief(report.brief(mine))
+        row["speedup"][str(batch)] = {name: mine.speedup_over(base)._asdict() for name, base in bases.items()}
+    return row
 
 
 # ------------------------------------------------------------------------------------------------------ speed only
 
 
 def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
-    """Multiply-adds, latency and the time of each type of operator of a model with random weights."""
+    """Measure multiply-adds, latency and operator times of a model with random weights."""
     settings = Settings(model=large.model, data="random", drop="none", random_weights=True)
     target, options = usable(settings)
     subject = load(settings, steps)
@@ -254,16 +254,16 @@ def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
     return {"model": large.model, "rows": rows, "environment": environment()}
 
 
-def difference(graph: Graph, found: Mapping[str, Any], feeds: Feeds) -> float:
-    """Largest difference from torch on one random sample, relative; above the product's tolerance it is an error."""
+def difference(graph: Graph, outputs: Mapping[str, Any], feeds: Feeds) -> float:
+    """Return the largest relative difference from torch on one sample; raise if it exceeds an export's tolerance."""
     with torch.inference_mode():
-        outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
-    expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
-    return check_parity(expected, lambda: found, name="design").difference
+        reference = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
+    expected = dict(zip(graph.outputs, (value.numpy() for value in reference), strict=True))
+    return check_parity(expected, lambda: outputs, name="design").difference
 
 
 def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED, threads: int | None = None) -> dict[str, float]:
-    """Milliseconds of each type of operator in one run by ONNX Runtime's profiling: medians, the longest first."""
+    """Profile with ONNX Runtime; return the median milliseconds per run of each operator type, longest first."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -290,10 +290,16 @@ def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED, threads: int | Non
 
 @click.command()
 @click.option("--data-root", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@click.option("--part", "chosen", multiple=True, type=click.Choice(("deit", "large")), help="Only these parts.")
-@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed bursts of each engine.")
+@click.option(
+    "--part",
+    "chosen",
+    multiple=True,
+    type=click.Choice(("deit", "large")),
+    help="Part to measure; repeatable.  [default: both]",
+)
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed bursts per engine.")
 def main(data_root: Path, chosen: tuple[str, ...], rounds: int) -> None:
-    """Measure token reduction and keep the results; a part that is not chosen keeps its earlier ones."""
+    """Measure token merging and write results/tokens.json; results of other parts are kept."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     steps = Steps(Console(stderr=True))
     where = sources(data_root)

@@ -61,7 +61,7 @@ Repository, 1998, doi:10.24432/C50P49, licence CC BY 4.0, as distributed by scik
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is trained; lengths in pixels, angles in degrees."""
+    """Hyperparameters of the training; shifts in pixels, angles in degrees."""
 
     epochs: int
     seed: int
@@ -98,7 +98,7 @@ def split(seed: int) -> tuple[Digits, Digits]:
 
 
 def model_args() -> dict[str, Any]:
-    """Return what turns timm's ViT-Tiny into the sample: a token per 2x2 pixels, width 64, 4 heads."""
+    """Return the arguments of timm's ViT-Tiny for the sample: one token per 2x2 pixels, width 64, 4 heads."""
     return {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 12, "num_heads": 4}
 
 
@@ -132,10 +132,10 @@ def config(train: Digits) -> dict[str, Any]:
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Rotate, scale and shift images float [N, 1, 8, 8] in 0..1; a fixed share of them stays as it is."""
+    """Rotate, scale and shift images float [N, 1, 8, 8] in 0..1; leave the share `recipe.plain` unchanged."""
     count, side = len(images), images.shape[-1]
     noise = torch.rand(4, count, generator=generator) * 2 - 1
-    # Interpolation softens an image, so some must keep the sharpness that the model meets after training.
+    # Interpolation blurs an image; the unchanged ones are as sharp as the images at inference.
     noise[:, torch.rand(count, generator=generator) < recipe.plain] = 0
     angle, scale = noise[0] * math.radians(recipe.rotation), 1 + noise[1] * recipe.scale
     shift = noise[2:] * recipe.shift * 2 / side
@@ -146,11 +146,11 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
 
 
 def optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only: biases, norms, class token and positions keep their size."""
+    """Return AdamW with weight decay on matrices only, not on biases, norms, class token and position embeddings."""
     named = list(model.named_parameters())
     matrices = [p for n, p in named if p.ndim > 1 and "token" not in n and "pos_embed" not in n]
-    kept = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in kept]
+    decayed = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in decayed]
     groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
 
@@ -211,7 +211,7 @@ def write_model(folder: Path, model: nn.Module, cfg: dict[str, Any], held_out: D
     (folder / "config.json").write_text(json.dumps(cfg, indent=2) + "\n")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
+    (folder / "model.safetensors").chmod(0o644)  # safetensors creates the file with mode 0o600
     np.savez_compressed(folder / "digits.npz", images=held_out.images, labels=held_out.labels)
 
 
@@ -249,10 +249,14 @@ def write_facts(folder: Path, recipe: Recipe, train: Digits, held_out: Digits, p
     default=Path(__file__).resolve().parent.parent / "compressor" / "sample",
     help="Folder to write, by default the embedded sample.",
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=120, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=120, show_default=True, help="Training epochs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of split, initialization and augmentation.")
 @click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="More gain little and change rounding."
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Threads; more gain little and change the rounding.",
 )
 def main(output: Path, epochs: int, seed: int, threads: int) -> None:
     """Train the digits sample and write its folder."""

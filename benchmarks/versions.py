@@ -1,6 +1,6 @@
-"""Print and keep the versions of an environment: ``python benchmarks/versions.py locked|newest|oldest``.
+"""Print and record the package versions of an environment: ``python benchmarks/versions.py locked|newest|oldest``.
 
-`make newest` and `make oldest` call it once the suite has passed there; results/versions.json holds one entry for each.
+`make newest` and `make oldest` run it after the test suite passed; results/versions.json holds one entry for each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES = ("locked", "newest", "oldest")
 
 
 def direct() -> list[str]:
-    """The packages that pyproject.toml names itself, with the extras cpu and dev."""
+    """Return the direct dependencies in pyproject.toml, including the extras cpu and dev."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     named = [*project["dependencies"], *extras["cpu"], *extras["dev"]]
@@ -27,19 +27,19 @@ def direct() -> list[str]:
 
 
 def versions() -> dict[str, object]:
-    """The date, Python's version, and those of the packages that are named directly."""
+    """Return the date, the Python version and the versions of the direct dependencies."""
     packages = {name: metadata.version(name) for name in direct()}
     return {"date": date.today().isoformat(), "python": platform.python_version(), "packages": packages}
 
 
 def main(name: str) -> None:
-    """Print the versions and put them into the results under a name."""
+    """Print the versions and write them to results/versions.json under `name`."""
     if name not in NAMES:
         raise SystemExit(f"unknown environment {name!r}; expected one of {', '.join(NAMES)}.")
-    found = versions()
-    print(json.dumps({name: found}, indent=2))
-    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    RESULTS.write_text(json.dumps(kept | {name: found}, indent=2, sort_keys=True) + "\n")
+    entry = versions()
+    print(json.dumps({name: entry}, indent=2))
+    entries = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    RESULTS.write_text(json.dumps(entries | {name: entry}, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A deployment compiler for pretrained transformers: drop redundant branches, export, and measure what it cost.
+"""A deployment compiler for pretrained transformers: remove redundant branches, export, measure speed and quality.
 
 >>> import compressor
 >>> report = compressor.export("my_folder", data="images", drop="auto")  # doctest: +SKIP
@@ -31,7 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used (PEP 562): importing the package imports no torch."""
+    """Import a public name on first use (PEP 562), so that importing the package does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'compressor' has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""The Python API: the commands as functions, with a model name, a folder, or the module itself."""
+"""The Python API: one function per command, for a model name, a folder or a module."""
 
 from __future__ import annotations
 
@@ -67,12 +67,13 @@ def export(
     seed: int = 0,
     example_inputs: Any = None,
 ) -> Report:
-    """Compress a model and write the output folder; the same as ``compressor export``.
+    """Compress a model and write the output folder, like ``compressor export``.
 
-    Args are those of `compressor.Settings`; a module also needs `example_inputs` (a tensor, a tuple or a dict).
+    The arguments are the fields of `compressor.Settings`. A module also needs `example_inputs` (a tensor, a tuple or a
+    dict of tensors).
 
     Raises:
-        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
+        CompressorError, PassError, RuntimesError: the message says what was found and what to do.
     """
     return run_export(Settings(**locals()))
 
@@ -107,13 +108,15 @@ def sweep(
     seed: int = 0,
     example_inputs: Any = None,
 ) -> Front:
-    """Find the best plans at every budget and write the folder; the same as ``compressor sweep``.
+    """Search the Pareto front of speed and quality and write its folder, like ``compressor sweep``.
+
+    The arguments are fields of `compressor.Settings`, and `points`: the number of plans to build, time and test.
 
     Raises:
-        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
+        CompressorError, PassError, RuntimesError: the message says what was found and what to do.
     """
-    asked = {name: value for name, value in locals().items() if name != "points"}
-    return run_sweep(Settings(**asked), points=points)
+    options = {name: value for name, value in locals().items() if name != "points"}
+    return run_sweep(Settings(**options), points=points)
 
 
 def bench(
@@ -143,14 +146,14 @@ def bench(
     seed: int = 0,
     output: str | Path = "bench.json",
 ) -> Comparison:
-    """Measure folders, ONNX files and models side by side and write a JSON file; the same as ``compressor bench``.
+    """Measure folders, ONNX files and models side by side and write a JSON file, like ``compressor bench``.
 
-    Args are those of `compressor.benching.BenchSettings`.
+    The arguments are the fields of `compressor.benchmark.bench.BenchSettings`.
 
     Raises:
-        CompressorError, RuntimesError: one sentence that says what was found and what to do.
+        CompressorError, RuntimesError: the message says what was found and what to do.
     """
-    asked = dict(locals()) | {
+    options = dict(locals()) | {
         "what": tuple(map(str, what)),
         "data": None if data is None else str(data),
         "batch": tuple(batch),
@@ -159,11 +162,11 @@ def bench(
         "include_path": None if include_path is None else str(include_path),
         "context": None if context is None else tuple(context),
     }
-    return measure(BenchSettings(**asked))
+    return measure(BenchSettings(**options))
 
 
 def targets() -> dict[str, str | None]:
-    """Every runtime by name: None where it can be used here, else why not and how to get it."""
+    """Return, for every target, None if it can be used here, or the missing requirement and how to install it."""
     return {name: target_named(name).missing() for name in names()}
 
 
@@ -187,13 +190,16 @@ def inspect(
     seed: int = 0,
     example_inputs: Any = None,
 ) -> Inspection:
-    """Score every site of a model; the same as ``compressor inspect``, without writing files.
+    """Score every site of a model, like ``compressor inspect``, without writing files.
+
+    The arguments are fields of `compressor.Settings`, and `study` and `against_data` of
+    `compressor.pipeline.inspect.inspect`.
 
     Raises:
-        CompressorError, PassError: one sentence that says what was found and what to do.
+        CompressorError, PassError: the message says what was found and what to do.
     """
-    asked = dict(locals())
-    asked.pop("study")
-    asked.pop("against_data")
+    options = dict(locals())
+    options.pop("study")
+    options.pop("against_data")
     others = tuple(map(str, against_data))
-    return run_inspect(Settings(**asked, drop="none"), study=study, against_data=others)
+    return run_inspect(Settings(**options, drop="none"), study=study, against_data=others)

@@ -1,4 +1,4 @@
-"""The values that options take, and their defaults. Imports nothing heavy: `--help` reads them."""
+"""The values that options accept. The module imports only the standard library, so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TASKS = (
     "sentence-similarity",
     "text-generation",
 )
-# The target that writes a checkpoint. Its name is needed before the packages that know checkpoints are imported.
+# The target that writes a checkpoint. Named here because the settings must not import the code that writes it.
 TRANSFORMERS = "transformers"
 
 COSTS = ("latency", "macs")
-# What `--drop auto` chooses among where --actions does not say.
+# The actions that `--drop auto` chooses among by default.
 AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")
 HEAL_METHODS = ("none", "closed-form", "distill")
 

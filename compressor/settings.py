@@ -1,4 +1,4 @@
-"""The options of one export, checked once, written into report.json as they were."""
+"""Options of an export: defaults, checks, and the JSON form that report.json records."""
 
 from __future__ import annotations
 
@@ -29,61 +29,63 @@ from runtimes.base.protocols import DEVICES, PRECISIONS, RuntimesError
 from runtimes.base.registry import runtime
 
 DEFAULT_LOSS = 1.0
-ONLY_BLOCKS = f"--target {TRANSFORMERS} leaves whole blocks out and does nothing else"
-INSTEAD = "give --drop block:N, names of whole blocks or a plan of such, or choose another --target"
-# No module path holds these: a leading minus, a colon, a percent sign, a space.
+ONLY_BLOCKS = f"--target {TRANSFORMERS} can only remove whole blocks"
+INSTEAD = "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target"
+# Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `compressor export` was asked for; each field is a flag of the same name.
+    """Options of an export; each field corresponds to the command-line option of the same name.
 
     Attributes:
         model: MODEL argument, a module, or None for the embedded sample.
-        data: where samples come from; None takes the sample's own data.
-        drop: ``none``, ``auto``, a number, a percentage, ``kind:number``, names, or a plan file.
-        metric: how the ranked forms of `drop` rank.
-        actions: what may be done to a site; ``auto`` chooses among several (None: `AUTO_ACTIONS`), the ranked forms
-            and names take one (None: drop).
-        tokens: ``auto`` (the search merges tokens too), ``none``, a number for every attention, one for each with
-            commas, or the percentage that is gone half-way.
-        max_loss: most quality that may be lost on validation data, in percent: points of accuracy, agreement,
-            feature similarity or Spearman correlation; relative increase of perplexity. None: 1 for ``auto`` without a
-            wish for speed, unlimited with one.
-        speedup: how many times faster ``auto`` shall make the model.
-        latency: the milliseconds ``auto`` shall reach.
-        generate: what the latency of a language model with a cache is the time of, as ``PROMPT:NEW``: a prompt of so
-            many tokens and so many new ones; ``PROMPT:0`` is the prompt alone. None: 128:128, as far as its positions
-            hold them.
-        cost: what ``auto`` saves: ``latency`` as timed on the target, or ``macs`` (multiply-adds).
-        heal: ``none``, ``closed-form`` or ``distill``: how what is left is adapted after the changes.
-        heal_budget: most seconds that healing takes.
+        data: source of the samples; None takes the data of the embedded sample.
+        drop: ``none``, ``auto``, a number, a percentage, ``kind:number``, site names, or a plan file.
+        metric: ranking of the sites if `drop` is a number or a percentage.
+        actions: actions allowed on a site. ``auto`` chooses among several (None: `AUTO_ACTIONS`); the other forms of
+            `drop` take one (None: drop).
+        tokens: ``auto`` (the search merges tokens too), ``none``, a number for every attention, one number for each
+            attention, separated by commas, or the percentage merged by half of the depth.
+        max_loss: largest loss of quality on validation data, in percent: points of accuracy, agreement, feature
+            similarity or Spearman correlation; relative increase of perplexity. None: 1 for ``auto``, unlimited with
+            `speedup` or `latency`.
+        speedup: speed-up that ``auto`` must reach, as a factor.
+        latency: latency that ``auto`` must reach, in milliseconds.
+        generate: workload whose time is the latency of a language model with a KV cache, as ``PROMPT:NEW``: tokens of
+            the prompt and generated tokens; ``PROMPT:0`` is the prompt alone. None: 128:128, or less if the model has
+            fewer positions.
+        cost: cost that ``auto`` reduces: ``latency`` as timed on the target, or ``macs`` (multiply-adds).
+        heal: ``none``, ``closed-form`` or ``distill``: method that adapts the remaining weights after the changes.
+        heal_budget: time limit of healing, in seconds.
         target: name of the runtime, or ``transformers`` for a checkpoint without whole blocks.
-        precision: one of `runtimes.base.PRECISIONS`, or ``auto``: the fastest of the target's whose loss stays within
-            `max_precision_loss`, found by measuring each.
-        int8: short form of `precision`: ``static`` for int8, ``dynamic`` for int8-dynamic. Afterwards None.
-        calibration: how ranges of activations are found for int8, a method of `compressor.calibration`; ``auto`` tries
-            them on validation data, and SmoothQuant, until one loses little.
-        factorial: also measure the compressed model in float, and before its tokens are merged, and say whether the
-            speed-ups of compression and the precision multiply; that is int8 where none was asked for.
-        max_precision_loss: most quality that a precision may lose against fp32, in percent: int8 returns layers to
-            float until it holds, ``auto`` takes no precision that loses more.
-        portable_engine: build a TensorRT engine for other GPUs (Ampere and newer) and later minor versions too.
-        defer_build: leave the engine to `compressor build` on the device; ONNX Runtime on the CPU stands in here.
-        device: ``cpu`` or ``cuda``, where the engine runs; None takes the one that the target prefers.
+        precision: one of `runtimes.base.protocols.PRECISIONS`, or ``auto``: the fastest precision of the target whose
+            measured loss is at most `max_precision_loss`.
+        int8: short form of `precision`: ``static`` for int8, ``dynamic`` for int8-dynamic. It is None after
+            initialisation.
+        calibration: method of `compressor.quantize.calibration` that sets the int8 activation ranges; ``auto`` tries
+            the methods, and SmoothQuant, on validation data until the loss is small.
+        factorial: also measure the compressed model in float, and before its tokens are merged, to test whether the
+            speed-ups of compression and of the precision multiply; int8 if no precision is set.
+        max_precision_loss: largest loss of quality of a precision against fp32, in percent. int8 returns layers to
+            float until the loss is that small; ``auto`` rejects a precision that loses more.
+        portable_engine: build a TensorRT engine for all GPUs from Ampere on and for later minor versions.
+        defer_build: do not build the engine; `compressor build` builds it on the device. Measurements on this machine
+            use ONNX Runtime on the CPU.
+        device: device of the engine, ``cpu`` or ``cuda``; None takes the target's first choice.
         threads: threads of the engine; None leaves it to the runtime.
         batch: batch size of the latency measurement.
-        samples: most samples used in total; None takes all.
-        cache: trace a causal language model with its KV cache; where it is not found, the export stops. False
-            (``--no-cache``) goes on without.
-        max_memory: bytes that the process may hold: the weights stay on disk, and the model is run block by block. None
-            loads it whole.
-        max_length: tokens of a window of a language model's texts; None: what the model takes, at most 2,048.
-        stride: tokens from the start of a window to that of the next; None: half of a window.
-        search_samples: calibration samples on which `auto` measures effects.
+        samples: largest number of samples in total; None takes all.
+        cache: trace a causal language model with its KV cache, or stop if the model has none. False (``--no-cache``)
+            traces the model without a cache.
+        max_memory: memory limit of the process, in bytes: the weights stay on disk and the model runs block by block.
+            None loads the whole model.
+        max_length: tokens in a window of a language model's texts; None: the model's limit, at most 2,048.
+        stride: tokens between the starts of two windows; None: half a window.
+        search_samples: calibration samples on which `auto` measures effects on the output.
         rounds: timed bursts per engine.
-        example_inputs: for a module: a tensor, a tuple or a dict of tensors.
+        example_inputs: inputs of a module: a tensor, a tuple or a dict of tensors.
     """
 
     model: str | Path | torch.nn.Module | None = None
@@ -145,14 +147,14 @@ class Settings:
 
     @property
     def loss_limit(self) -> float:
-        """The most that ``auto`` may lose, in percent."""
+        """Return the largest loss that ``auto`` accepts on validation data, in percent."""
         if self.max_loss is not None:
             return self.max_loss
         return DEFAULT_LOSS if self.speedup is None and self.latency is None else math.inf
 
     @property
     def generated(self) -> tuple[int, int] | None:
-        """Tokens of the prompt and further tokens, where `generate` names them."""
+        """Return the number of prompt tokens and of generated tokens, or None if `generate` is None."""
         if self.generate is None:
             return None
         prompt, _, new = self.generate.partition(":")
@@ -160,14 +162,14 @@ class Settings:
 
     @property
     def chosen_actions(self) -> tuple[str, ...]:
-        """The actions to choose among."""
+        """Return the actions allowed on a site, with the default of `actions` filled in."""
         if self.actions is not None:
             return tuple(action.strip() for action in self.actions.split(","))
         chosen = AUTO_ACTIONS if self.drop == "auto" and self.target != TRANSFORMERS else ("drop",)
         return chosen if self.tokens == "auto" else tuple(action for action in chosen if action != "merge")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
+        """Return the settings as plain JSON values, without `example_inputs`."""
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "example_inputs"}
         plain["model"] = type(self.model).__name__ if isinstance(self.model, torch.nn.Module) else _text(self.model)
         return plain | {"data": _text(self.data), "output": str(self.output)}
@@ -196,7 +198,7 @@ def _check_choices(settings: Settings) -> None:
 
 
 def _check_precision(settings: Settings) -> None:
-    """Look at the precision as it was asked for, before its short form is put into it."""
+    """Check `precision` and `int8` before the short form replaces the precision."""
     for name, choices in (("int8", tuple(SHORT_FORMS)), ("precision", (*PRECISIONS, AUTO))):
         value = getattr(settings, name)
         if value is not None and value not in choices:
@@ -204,15 +206,17 @@ def _check_precision(settings: Settings) -> None:
     if settings.int8 is not None and settings.precision not in ("fp32", SHORT_FORMS[settings.int8]):
         raise SettingsError(f"found --int8 and --precision {settings.precision}; give one of them.")
     if settings.factorial and settings.precision == AUTO:
-        raise SettingsError("--factorial sets compression against one precision; found --precision auto, name it.")
+        raise SettingsError(
+            "--factorial compares compression with one precision; found --precision auto, give one such as int8."
+        )
 
 
 def _check_numbers(settings: Settings) -> None:
     if settings.max_loss is not None and not 0.0 <= settings.max_loss < math.inf:  # perplexity can more than double
-        raise SettingsError(f"max-loss is {settings.max_loss:g}, which is no budget in %; expected 0 or more.")
+        raise SettingsError(f"max-loss is {settings.max_loss:g}; expected a finite percentage of at least 0.")
     if not 0.0 <= settings.max_precision_loss <= 100.0:
-        found = settings.max_precision_loss
-        raise SettingsError(f"max-precision-loss is {found:g}, which is no budget in %; expected 0 to 100.")
+        percent = settings.max_precision_loss
+        raise SettingsError(f"max-precision-loss is {percent:g}; expected 0 to 100 percent.")
     counts = (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1))
     for name, least in (*counts, ("max_length", 2), ("stride", 1)):
         value = getattr(settings, name)
@@ -221,14 +225,14 @@ def _check_numbers(settings: Settings) -> None:
     for name, floor in (("speedup", 1.0), ("latency", 0.0), ("heal_budget", 0.0)):
         value = getattr(settings, name)
         if value is not None and not (floor < value < math.inf):
-            raise SettingsError(f"{name.replace('_', '-')} is {value:g}; expected more than {floor:g}.")
+            raise SettingsError(f"{name.replace('_', '-')} is {value:g}; expected a finite number above {floor:g}.")
 
 
 def _check_actions(settings: Settings) -> None:
-    """Budgets and actions only make sense together with the right kind of ``drop``."""
+    """Check `actions`, `tokens`, `generate` and the goals of the search, which depend on `drop` and on each other."""
     for action in settings.chosen_actions:
         if action == "merge" and settings.drop == "auto":
-            continue  # the search chooses how many
+            continue  # the search chooses the number of tokens
         try:
             form_and_rank(action)
         except PassError as error:
@@ -237,43 +241,52 @@ def _check_actions(settings: Settings) -> None:
         _check_tokens(settings.tokens)
     if settings.drop != "auto":
         if len(settings.chosen_actions) > 1:
-            raise SettingsError(f"--actions {settings.actions}: only --drop auto chooses among several; give one.")
+            raise SettingsError(
+                f"found --actions {settings.actions} with --drop {settings.drop}; several actions need --drop auto, so "
+                "give one action."
+            )
         for name in ("speedup", "latency"):
             if getattr(settings, name) is not None:
                 raise SettingsError(
-                    f"--{name} is a wish that --drop auto fulfils; --drop {settings.drop} names the plan."
+                    f"--{name} is a goal of the search; found --drop {settings.drop}. Give --drop auto, or leave out "
+                    f"--{name}."
                 )
     if settings.speedup is not None and settings.latency is not None:
-        raise SettingsError("found --speedup and --latency, which are one wish in two forms; give one of them.")
+        raise SettingsError("found --speedup and --latency, which both set the goal for speed; give one of them.")
     if settings.latency is not None and settings.cost != "latency":
-        raise SettingsError("--latency needs the target to be timed; leave out --cost macs.")
+        raise SettingsError("found --latency with --cost macs, which does not time the target; leave out --cost macs.")
     if settings.generate is not None:
         if not settings.cache:
-            raise SettingsError("found --generate and --no-cache, but generation is timed behind a cache; give one.")
+            raise SettingsError(
+                "found --generate and --no-cache, but generation is timed with a KV cache; give one of them."
+            )
         _check_generate(settings)
     if settings.latency is not None and settings.defer_build:
-        raise SettingsError("--latency needs the target to be timed, which --defer-build leaves out; give --speedup.")
+        raise SettingsError(
+            "found --latency with --defer-build, which does not time the target; give --speedup instead."
+        )
 
 
 def _check_generate(settings: Settings) -> None:
-    found = re.fullmatch(r"(\d+):(\d+)", settings.generate or "")
-    if found is None or int(found[1]) < 1:
+    counts = re.fullmatch(r"(\d+):(\d+)", settings.generate or "")
+    if counts is None or int(counts[1]) < 1:
         raise SettingsError(
-            f"--generate {settings.generate}: expected PROMPT:NEW, a prompt's tokens and further ones, such as 128:128."
+            f"--generate {settings.generate}: expected PROMPT:NEW, at least one prompt token and the number of "
+            "generated tokens, such as 128:128."
         )
-    if settings.defer_build and int(found[2]):
+    if settings.defer_build and int(counts[2]):
         raise SettingsError(
-            "--defer-build leaves timing to the device, where a prompt alone is timed; give --generate "
-            f"{found[1]}:0, or leave it out."
+            f"found --generate {settings.generate} with --defer-build, but the device times the prompt only; give "
+            f"--generate {counts[1]}:0, or leave out --generate."
         )
 
 
 def _check_tokens(text: str) -> None:
-    """The forms of ``tokens`` that need no model; the number of attentions is known later."""
+    """Check the form of ``tokens``; `schedule` compares its length with the number of attentions of the model."""
     if not re.fullmatch(r"\d+(,\d+)*|\d+%", text) or (text.endswith("%") and not 0 < int(text[:-1]) < 75):
         raise SettingsError(
-            f"--tokens {text}: expected auto, none, a number such as 8, one for each attention such as 8,8,0,8, or a "
-            "percentage below 75% such as 50%."
+            f"--tokens {text}: expected auto, none, a number such as 8, one number for each attention such as 8,8,0,8, "
+            "or a percentage below 75% such as 50%."
         )
 
 
@@ -284,18 +297,18 @@ def _check_target(settings: Settings) -> None:
     try:
         runtime(settings.target)
     except RuntimesError as error:
-        raise SettingsError(f"{error} A checkpoint is written by {TRANSFORMERS}.") from error
+        raise SettingsError(f"{error} For a checkpoint, give --target {TRANSFORMERS}.") from error
 
 
 def _check_checkpoint(settings: Settings) -> None:
-    """Refuse what a checkpoint cannot express, as far as that is known without the model."""
+    """Refuse changes that a checkpoint cannot express, as far as the settings tell without the model."""
     if set(settings.chosen_actions) != {"drop"}:
         raise SettingsError(
-            f"{ONLY_BLOCKS}, no --actions {settings.actions}; leave --actions out, or choose another --target."
+            f"{ONLY_BLOCKS}; found --actions {settings.actions}: leave out --actions, or choose another --target."
         )
     if settings.tokens not in ("auto", "none"):
         raise SettingsError(
-            f"{ONLY_BLOCKS}, no --tokens {settings.tokens}; leave --tokens out, or choose another --target."
+            f"{ONLY_BLOCKS}; found --tokens {settings.tokens}: leave out --tokens, or choose another --target."
         )
     counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", settings.drop.strip())
     if counted is not None and counted[1] != "block":
@@ -303,7 +316,7 @@ def _check_checkpoint(settings: Settings) -> None:
 
 
 def _check_drop(settings: Settings) -> None:
-    """What can be known without the model; names are held against its sites later."""
+    """Check the form of `drop`; names are compared with the sites once the model is loaded."""
     drop = settings.drop
     if drop in ("none", "auto") or drop.endswith(".json"):
         return
@@ -311,37 +324,39 @@ def _check_drop(settings: Settings) -> None:
         selection = parse(drop)
     except PassError as error:
         raise SettingsError(str(error)) from error
-    strange = [name for name in selection.names if _NO_SITE.search(name)]
-    if strange:
+    invalid = [name for name in selection.names if _NO_SITE.search(name)]
+    if invalid:
         raise SettingsError(
-            f"--drop {drop}: {strange[0]!r} is no count and no site name; expected none, auto, a number such as 4, "
-            "a percentage such as 25%, kind:number such as attention:4, site names with commas, or a plan.json."
+            f"--drop {drop}: {invalid[0]!r} is neither a number nor a site name; expected none, auto, a number such as "
+            "4, a percentage such as 25%, kind:number such as attention:4, site names separated by commas, or a "
+            "plan.json."
         )
 
 
 def _check_data(settings: Settings) -> None:
     if settings.data is None and settings.model is not None:
         raise SettingsError(
-            "no data given; pass --data with a folder or file of samples, or --data random for speed only."
+            "no data given; pass --data with a folder or file of samples, or --data random to measure speed only."
         )
     if settings.drop != "auto":
         return
     if str(settings.data) == "random":
         raise SettingsError(
-            "a search (--drop auto, or sweep) needs real data; with --data random export a number, names or a file."
+            "a search (--drop auto, or sweep) needs real data; found --data random. Give real data, or --drop with a "
+            "number, site names or a plan file."
         )
     if settings.random_weights:
         raise SettingsError(
-            "a search (--drop auto, or sweep) needs trained weights; with --random-weights export a number, names or a "
-            "file."
+            "a search (--drop auto, or sweep) needs trained weights; found --random-weights. Leave it out, or give "
+            "--drop with a number, site names or a plan file."
         )
 
 
 def _check_memory(settings: Settings) -> None:
-    """Under a limit the model runs block by block, from its files: what needs all of it at once is refused."""
+    """Refuse options that need the whole model in memory; with `max_memory` it runs block by block from its files."""
     if settings.max_memory is None:
         return
-    asked = {
+    unsupported = {
         "--drop auto": settings.drop == "auto",
         "--metric output": settings.metric == "output",
         f"--actions {settings.actions}": settings.chosen_actions != ("drop",),
@@ -352,11 +367,11 @@ def _check_memory(settings: Settings) -> None:
         f"--generate {settings.generate}": settings.generate is not None,
         "--random-weights": settings.random_weights,
     }
-    found = next((name for name, needed in asked.items() if needed), None)
-    if found is not None:
+    option = next((name for name, used in unsupported.items() if used), None)
+    if option is not None:
         raise SettingsError(
-            f"found {found} with --max-memory, under which a model is read block by block and only ranked; give a "
-            "number, names or a plan for --drop, and the rest as it is by default."
+            f"found {option} with --max-memory, which runs the model block by block and only ranks and drops; give "
+            "--drop with a number, site names or a plan file, and leave the other options at their defaults."
         )
 
 

@@ -1,4 +1,4 @@
-"""A page opened in a headless Chromium that may load nothing else, and what became of it."""
+"""Open a page in a headless Chromium and record its requests, messages and charts."""
 
 import contextlib
 import shutil
@@ -12,21 +12,21 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run")  # fmt: skip
-PATIENCE = 120_000  # ms; a busy machine is no fault of the page
-# What a chart's marks are in the SVG that Vega draws; axes and legends are marks too, but with other roles.
+TIMEOUT = 120_000  # ms; high, as the machine can be busy
+# The marks of a chart in Vega's SVG; the marks of axes and legends have other roles.
 MARKS = "g.role-mark path, g.role-mark rect, g.role-mark line, g.role-mark text"
 
 
 @dataclass
 class Opened:
-    """A page with the requests it made, and what it complained of."""
+    """An open page with its requests and its error and console messages."""
 
     page: Any
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
     def marks(self) -> list[int]:
-        """How many marks each chart of the page has drawn."""
+        """Return the number of marks in each chart of the page."""
         return self.page.eval_on_selector_all(
             "[data-chart]", f"all => all.map(one => one.querySelectorAll('{MARKS}').length)"
         )
@@ -34,7 +34,7 @@ class Opened:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """A Chromium; skips the test where there is none."""
+    """Start Chromium; skip the test if it or playwright is not installed."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
     with sync_api.sync_playwright() as driver:
         installed = next(filter(None, map(shutil.which, NAMES)), driver.chromium.executable_path)
@@ -46,12 +46,12 @@ def browser() -> Iterator[Any]:
 
 
 def opened(chromium: Any, file: Path, *, scheme: str = "light") -> Opened:
-    """Open a file and wait until its charts are drawn."""
-    found = Opened(chromium.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 900}))
-    found.page.set_default_timeout(PATIENCE)
-    found.page.on("request", lambda request: found.requests.append(request.url))
-    found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
-    found.page.on("console", lambda message: found.complaints.append(f"{message.type}: {message.text}"))
-    found.page.goto(file.as_uri())
-    found.page.wait_for_selector("html[data-drawn]", state="attached")
-    return found
+    """Open an HTML file and wait until its charts are drawn."""
+    result = Opened(chromium.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 900}))
+    result.page.set_default_timeout(TIMEOUT)
+    result.page.on("request", lambda request: result.requests.append(request.url))
+    result.page.on("pageerror", lambda error: result.complaints.append(str(error)))
+    result.page.on("console", lambda message: result.complaints.append(f"{message.type}: {message.text}"))
+    result.page.goto(file.as_uri())
+    result.page.wait_for_selector("html[data-drawn]", state="attached")
+    return result

@@ -1,4 +1,4 @@
-"""GGUF files written for tests: small Llamas as llama.cpp's converter stores them."""
+"""Small GGUF files of Llamas, in the format of llama.cpp's converter."""
 
 import gguf
 import numpy as np
@@ -19,7 +19,7 @@ NAMES = {
 
 
 def small(**changed):
-    """A Llama whose every weight is random, norms too."""
+    """Return a Llama with random weights, including the norms."""
     config = transformers.LlamaConfig(**{
         "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "max_position_embeddings": 64,
@@ -35,7 +35,7 @@ def small(**changed):
 
 
 def stored_name(name):
-    """The name that llama.cpp has for a tensor."""
+    """Return llama.cpp's name of a tensor."""
     path, _, leaf = name.rpartition(".")
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     if path in outer:
@@ -45,16 +45,16 @@ def stored_name(name):
 
 
 def interleaved(weight, heads):
-    """Rows as llama.cpp's converter orders those of queries and keys: the halves that are rotated, in turn."""
+    """Interleave the two rotated halves of the query or key rows, as llama.cpp's converter does."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 
 def written(
-    path, module, kind="F32", *, architecture="llama", tokenizer=True, splitting="gpt-2", metadata=None, more=None
+    path, module, kind="F32", *, architecture="llama", tokenizer=True, pre_tokenizer="gpt-2", metadata=None, more=None
 ):
-    """The GGUF file of a Llama, matrices of a type; `module` gets the values that the file can hold."""
+    """Write the GGUF file of a Llama with matrices of a type; round the weights of `module` to the stored values."""
     config, quantization = module.config, gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small")
@@ -70,7 +70,7 @@ def written(
     writer.add_vocab_size(config.vocab_size)
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(splitting)
+        writer.add_tokenizer_pre(pre_tokenizer)
         writer.add_token_list(TOKENS)
         writer.add_token_types([1] * (VOCABULARY - 2) + [3, 3])
         writer.add_token_merges(MERGES)
@@ -85,7 +85,7 @@ def written(
         if value.ndim > 1 and kind != "F32":
             packed = gguf.quants.quantize(value, quantization)
             parameter.data = torch.from_numpy(gguf.quants.dequantize(packed, quantization).astype(np.float32))
-            # The blocks of a type lie along a row, so that rows may change places before as after.
+            # The blocks of a type lie along a row, so rows can be reordered after quantization.
             packed = packed if heads is None else interleaved(packed, heads)
             writer.add_tensor(stored_name(name), packed, raw_dtype=quantization)
         else:

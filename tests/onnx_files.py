@@ -1,4 +1,4 @@
-"""Small ONNX files, and what the tests of everything that rewrites such files ask of them."""
+"""Small ONNX files and helpers for the tests of rewrites of ONNX files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def save(path: Path, nodes: list[onnx.NodeProto], weights: Mapping[str, npt.NDArray[Any]], outputs: list[str]) -> Path:
-    """A model with input x [batch, rows, K] and the given outputs of unknown shape."""
+    """Write a model with input x [batch, rows, K] and outputs of unknown shape to `path`."""
     graph = helper.make_graph(
         nodes,
         "test",
@@ -76,7 +76,7 @@ def count(path: Path, op: str) -> int:
 
 
 def round_weight(w: Array) -> Array:
-    """Symmetric int8 per column, written independently of the module."""
+    """Round to symmetric int8 per column; a reference independent of the tested module."""
     scale = np.abs(w).max(axis=0, keepdims=True) / 127
     return np.asarray(np.round(w / scale) * scale, np.float32)
 
@@ -92,7 +92,7 @@ def round_activation(x: Array, low: float, high: float, *, symmetric: bool) -> A
 
 
 def outlier(path: Path) -> Path:
-    """Four Linears, of which `bad` reads an activation with one channel a thousand times larger than the others."""
+    """Write four linear maps; the input of `bad` has one channel a thousand times larger than the others."""
     spread = np.ones(K, np.float32)
     spread[0] = 1000
     weights = {f"w{i}": normal(K, K, seed=i) / np.float32(np.sqrt(K)) for i in range(4)}
@@ -113,7 +113,7 @@ def relative_loss(path: Path, x: Array) -> Callable[[Path], float]:
 
 
 def normed_parts() -> tuple[list[onnx.NodeProto], dict[str, npt.NDArray[Any]]]:
-    """A LayerNorm with a few large channels, read by two Linears, whose sum goes through another Linear."""
+    """Return nodes and weights of a LayerNorm with large channels, two linear maps of it, and one of their sum."""
     scale = np.random.default_rng(7).uniform(0.5, 1.5, K).astype(np.float32)
     scale[[3, 11]] *= 40
     nodes = [

@@ -1,4 +1,4 @@
-"""What tests need of the processor they run on."""
+"""Skip conditions that depend on the processor."""
 
 import pytest
 
@@ -7,10 +7,10 @@ from compressor.quantize.saturation import int8_saturates
 EXACT = "ONNX Runtime's int8 products saturate at 16 bits on this processor, which has no VNNI"
 
 exact_int8 = pytest.mark.skipif(int8_saturates(), reason=EXACT)
-"""For tests that hold int8 answers to exact integer arithmetic."""
+"""Mark of tests that compare int8 outputs with exact integer arithmetic."""
 
 
 def need_exact_int8(precision):
-    """Skip a case in int8 where its products saturate."""
+    """Skip the test if `precision` is int8 and int8 products saturate."""
     if precision.startswith("int8") and int8_saturates():
         pytest.skip(EXACT)

@@ -1,4 +1,4 @@
-"""Small traced models and splits that the tests of the search share; each is traced once."""
+"""Small traced models, splits and checkpoint folders that several tests share; each model is traced once."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORME
 
 @functools.cache
 def digits():
-    """The embedded model, trained, with 160 of its samples: 40 to calibrate, 40 to validate."""
+    """Return the trained embedded model with 160 of its samples: 40 for calibration and 40 for validation."""
     model = models.load(None)
     data = load(str(models.SAMPLE / "digits.npz"), model.preprocess, task=model.task, shares=Shares(total=160))
     graph = trace(model)
@@ -32,14 +32,14 @@ def digits():
 
 @functools.cache
 def traced(name):
-    """A model of `tests.architectures` with random weights: model, graph and sites."""
+    """Return a model of `tests.architectures` with random weights, its graph and its sites."""
     model = BY_NAME[name].load()
     graph = trace(model)
     return model, graph, find_sites(graph)
 
 
 def small(change=lambda module: None, rows=24, depth=2):
-    """A ViT of so many blocks with random weights, read at its class token, changed, and some random images."""
+    """Return a ViT of `depth` blocks with random weights, changed by `change`; its graph, sites and random images."""
     model = Architecture("small", timm_model("vit_tiny_patch16_224", **{**VIT, "depth": depth}), {}).load()
     with torch.no_grad():
         change(model.module)
@@ -49,7 +49,7 @@ def small(change=lambda module: None, rows=24, depth=2):
 
 
 def spread(scale=0.2, seed=0):
-    """A change that makes the branches of a model matter: weights straight from initialisation do next to nothing."""
+    """Return a change that adds noise to the weights, because freshly initialized branches have almost no effect."""
 
     def change(module):
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def spread(scale=0.2, seed=0):
 
 @dataclasses.dataclass
 class Tensors:
-    """A split of ready arrays by input name; batches are of `most` samples where more are asked for."""
+    """A split of arrays by input name, in batches of at most `most` samples."""
 
     feeds: dict[str, np.ndarray]
     labels: np.ndarray | None = None
@@ -85,7 +85,7 @@ class Tensors:
 
 
 def states(graph, feeds, *names):
-    """Values of named nodes of one batch, copied."""
+    """Return copies of the values of named nodes for one batch."""
     by_name = {node.name: node for node in graph.nodes()}
     program = Program(graph, keep=names)
     values = program.start(feeds)
@@ -96,20 +96,23 @@ def states(graph, feeds, *names):
 
 
 def check_listing(name, sites):
-    """Hold names, kinds, blocks and widths to a committed listing; how to write it anew: tests/test_passes_graph.py."""
+    """Compare names, kinds, blocks and widths of sites with a committed listing.
+
+    With COMPRESSOR_UPDATE_GOLDEN=1 in the environment, a changed listing is rewritten.
+    """
     path = GOLDEN / f"{name}.json"
     lines = [json.dumps([site.name, site.kind, site.block, site.width]) for site in sites]
-    found = "[\n  " + ",\n  ".join(lines) + "\n]\n"
-    known = path.read_text() if path.is_file() else None
-    if os.environ.get("COMPRESSOR_UPDATE_GOLDEN") == "1" and found != known:
-        path.write_text(found)
+    listing = "[\n  " + ",\n  ".join(lines) + "\n]\n"
+    golden = path.read_text() if path.is_file() else None
+    if os.environ.get("COMPRESSOR_UPDATE_GOLDEN") == "1" and listing != golden:
+        path.write_text(listing)
         pytest.fail(f"{path.name} was rewritten; look at the diff and run again without COMPRESSOR_UPDATE_GOLDEN.")
-    assert known is not None, f"{path.name} is missing"
-    assert json.loads(found) == json.loads(known)
+    assert golden is not None, f"{path.name} is missing"
+    assert json.loads(listing) == json.loads(golden)
 
 
 def worded(folder, *, vocabulary, weights=None):
-    """A folder of a Llama whose tokens are the words w3, w4, ...: random, or the one in the folder `weights`."""
+    """Save a Llama whose tokens are the words w3, w4, ...; random weights, or those in the folder `weights`."""
     import tokenizers
     import transformers
 
@@ -124,10 +127,10 @@ def worded(folder, *, vocabulary, weights=None):
         module = transformers.LlamaForCausalLM.from_pretrained(weights)
     module.save_pretrained(folder)
     words = dict.fromkeys(("<unk>", "<s>", "</s>")) | {f"w{token}": token for token in range(3, vocabulary)}
-    numbered = {word: token for token, word in enumerate(words)}
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbered, unk_token="<unk>"))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    token_ids = {word: token for token, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(token_ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=10**30
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=10**30
     ).save_pretrained(folder)
     return folder

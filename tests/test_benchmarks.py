@@ -1,4 +1,4 @@
-"""The tables of the READMEs are those of the committed results, and the scripts still do what they did."""
+"""Tests of the benchmarks: README tables agree with the committed results, and the scripts run on small models."""
 
 import functools
 import importlib
@@ -18,12 +18,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def script(name):
-    """A file of benchmarks/, which run as scripts: they import each other by their plain names."""
+    """Import a script of benchmarks/; scripts import each other without a package name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        found = importlib.import_module(name)
-    assert Path(found.__file__).parent == BENCHMARKS
-    return found
+        module = importlib.import_module(name)
+    assert Path(module.__file__).parent == BENCHMARKS
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def of_criteria():
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """No engine is built or timed for prices: they are made up."""
+    """Replace the latencies of the cost model by constants, so that no engine is built for them."""
 
     def time(self, graphs, steps):
         return {name: dict.fromkeys(self.timer.calls, 10.0 - 0.5 * number) for number, name in enumerate(graphs)}
@@ -64,23 +64,23 @@ def test_pages_agree_with_the_results(tables):
         assert page.read_text() == tables.filled(page.read_text()), "run python benchmarks/tables.py"
 
 
-def test_every_table_is_shown_and_states_figures(tables):
+def test_every_table_is_on_a_page(tables):
     pages = "".join(page.read_text() for page in tables.PAGES)
     for name, make in tables.TABLES.items():
         table = make()
         shown = pages.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
         assert shown, f"no page shows {name}"
-        assert shown == table or table is None  # what was not measured yet stays as it is
+        assert shown == table or table is None  # tables without results are not checked
 
 
-def test_the_plain_check_agrees_with_the_report(tables):
+def test_plain_onnxruntime_agrees_with_the_report(tables):
     checked = [row for row in tables.rows() if row["top1_plain_onnxruntime"] is not None]
     assert checked
-    for row in checked:  # points of top-1; what the issue allows
+    for row in checked:  # tolerance in points of top-1
         assert row["top1_plain_onnxruntime"] == pytest.approx(row["quality"]["figures"]["result"]["value"], abs=0.2)
 
 
-def test_a_table_without_results_is_left_as_it_is(tables, of_criteria, of_tokens, tmp_path, monkeypatch):
+def test_table_without_results_is_not_changed(tables, of_criteria, of_tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(of_criteria, "RESULTS", tmp_path / "criteria.json")
     monkeypatch.setattr(of_tokens, "RESULTS", tmp_path / "tokens.json")
     page = "".join(f"<!-- {name} -->\nas before\n<!-- /{name} -->\n" for name in ("criteria", "tokens"))
@@ -139,13 +139,13 @@ def test_the_table_of_operators_explains_the_difference(of_tokens):
     text = of_tokens.operators_table({"vit": {"rows": [row("as it is", 200, before), row("8", 100, after)]}})
     assert "| vit | as it is | 8 |" in text
     assert "| multiply-adds saved | 0.0% | 50.0% |" in text
-    assert "| speed-up if time went with them | 1.00x | 2.00x |" in text
+    assert "| speed-up if proportional to them | 1.00x | 2.00x |" in text
     assert "| TopK, ms | 0.00 | 30.00 |" in text
     assert "| all other operators, ms | 0.50 | 0.25 |" in text
     # 90 ms instead of 50: TopK is new, Softmax did not shrink by half, MatMul did
-    assert "100.0 → 90.0 ms; 50.0 if" in text
+    assert "100.0 → 90.0 ms; 50.0 ms if" in text
     assert "+40.0 ms: TopK +30.0, Softmax +10.0, Cast +0.0, MatMul +0.0;" in text
-    assert "before take 30.0 ms" in text
+    assert "lacks take 30.0 ms" in text
 
 
 # ------------------------------------------------------------------------------------------- made-up results: criteria
@@ -182,17 +182,20 @@ def test_the_tables_of_criteria(of_criteria, made_up):
     assert any(line.startswith("| ours | **+1.00** (+0.00 to +2.00), 1.08x | **+5.50**") for line in lines)
     assert sum(line.count("**") for line in lines) == 2 * 3  # one best of each budget
     assert (
-        "“Ours” against the best published at each budget (in brackets): ahead, outside the interval at 8% (cosine); "
-        "ahead, inside the interval at 16% (cosine); the only one that gets there at 25%." in lines[-1]
+        "“Ours” against the best published method at each budget (in brackets): ahead, outside the interval at 8% "
+        "(cosine); ahead, inside the interval at 16% (cosine); the only method to reach the budget at 25%." in lines[-1]
     )
-    assert "ahead, inside the interval at 8% (cosine); did not get there at 16% (cosine), 25%." in lines[-1]
+    assert "ahead, inside the interval at 8% (cosine); budget not reached at 16% (cosine), 25%." in lines[-1]
     assert (
         "measured at least as fast: ahead, outside the interval at 8% (cosine); ahead, inside the interval at 16% ("
         in lines[-1]
     )
-    assert "“Ours, by time” against the best published that is measured at least as fast: ahead, inside" in lines[-1]
+    assert (
+        "“Ours, by time” against the best published method that is measured at least as fast: ahead, inside"
+        in lines[-1]
+    )
     assert "takes 20.00 ms; the exact rewrites alone are 1.02x (1.01–1.03) faster." in lines[-1]
-    assert "to 10% in the median" in lines[-1]
+    assert "median error of 10%" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -205,19 +208,19 @@ def test_the_tables_of_criteria(of_criteria, made_up):
         (5.1, "behind, outside the interval"),
     ],
 )
-def test_standing_is_told_by_the_interval_of_the_best_published(of_criteria, loss, expected):
+def test_standing_depends_on_the_interval_of_the_best_published(of_criteria, loss, expected):
     assert of_criteria.standing(criteria_row("ours", 0.08, loss), criteria_row("cosine", 0.08, 4.0)) == expected
 
 
-def test_the_picture_of_criteria(of_criteria, made_up, tmp_path):
+def test_the_figure_of_criteria(of_criteria, made_up, tmp_path):
     from matplotlib.image import imread
 
     for count in (1, 3):
         models = {f"model {number}": made_up["vit"] for number in range(count)}
         of_criteria.draw(models, tmp_path / "criteria.png")
-        picture = imread(tmp_path / "criteria.png")
-        assert picture.shape[0] > 500
-        assert picture.std() > 0.05  # something is drawn
+        image = imread(tmp_path / "criteria.png")
+        assert image.shape[0] > 500
+        assert image.std() > 0.05  # the image is not blank
 
 
 # -------------------------------------------------------------------------------------------- made-up results: matrix
@@ -243,8 +246,8 @@ def matrix_run(both=2.4):
             "factorials": [{"interactions": [{"change": "merging tokens"}, whole]}]}  # fmt: skip
 
 
-@pytest.mark.parametrize(("second", "told"), [(2.45, "all of them lie"), (3.0, "all but 1 lie")])
-def test_the_tables_of_the_matrix(of_matrix, second, told):
+@pytest.mark.parametrize(("second", "words"), [(2.45, "all lie"), (3.0, "all but 1 lie")])
+def test_the_tables_of_the_matrix(of_matrix, second, words):
     sizes = {"result": {"multiply_adds": 70}, "original": {"multiply_adds": 100}}
     targets = {"onnxruntime": matrix_run(), "onnxruntime (again)": matrix_run(second)}
     found = {"DeiT-Tiny": {"plan": {"blocks.1.attn": "drop"}, "sizes": sizes, "targets": targets}}
@@ -256,7 +259,7 @@ def test_the_tables_of_the_matrix(of_matrix, second, told):
     assert (
         "Aim 2.5x at a loss of at most 1.5 points on DeiT-Tiny, ONNX Runtime, batch 1: missed (2.40x, +1.30)." in text
     )
-    assert f"of 1 speed-ups {told} within each other's intervals" in text
+    assert f"of 1 speed-ups, {words} within each other's intervals" in text
     assert "- DeiT-Tiny: blocks.1.attn drop; 30.0% fewer multiply-adds." in text
     lines = of_matrix.rivals_table(found).splitlines()
     assert lines[3] == (
@@ -268,7 +271,7 @@ def test_the_tables_of_the_matrix(of_matrix, second, told):
 # ------------------------------------------------------------------------------------------- made-up results: targets
 
 
-def test_the_table_of_targets_says_which_aims_were_reached_and_what_is_not_there():
+def test_the_table_of_targets_states_aims_and_missing_engines():
     def engine(ms, speed, same, loss=None):
         judged = {} if loss is None else {"figure": figure(78.0), "loss": figure(loss)}
         return {"latency": {"median": ms}, "speedup": over(speed), "speedup_same": over(same), "bytes": 7e6, "by": None,
@@ -284,10 +287,10 @@ def test_the_table_of_targets_says_which_aims_were_reached_and_what_is_not_there
     assert len([line for line in lines if line.startswith("| DeiT-Tiny |")]) == 2
     assert "onnxruntime int8: 3.00x (2.90–3.10) over fp32 of the same target; aim 2.6x reached." in "".join(lines)
     assert "openvino int8: 1.60x (1.50–1.70) over fp32 of the same target; aim 2.2x missed." in "".join(lines)
-    assert any("onnxruntime int8: +0.70" in line and "beyond the 0.5" in line for line in lines)
+    assert any("onnxruntime int8: +0.70" in line and "beyond the aim of 0.5" in line for line in lines)
     assert lines[-2:] == [
-        "- Not there: tensorrt: no GPU",
-        "- Not there: ViT-B/16, random weights, executorch int8: no kernel",
+        "- Not available: tensorrt: no GPU",
+        "- Not available: ViT-B/16, random weights, executorch int8: no kernel",
     ]
 
 
@@ -327,7 +330,7 @@ def test_the_table_of_generation():
         "- dynamic, 128 tokens, first token: 1.50 x 2.00 alone, 3.30 together; both / product 1.100 (1.050–1.150) more."
     )
     assert lines[8].startswith("- dynamic, fused, 128 tokens, each further token: 1.50 x 2.00 alone")
-    assert "2 of 4 attention layers dropped, 32,768 → 16,384 bytes of cache a token" in lines[-1]
+    assert "2 of 4 attention layers dropped, 32,768 → 16,384 bytes of KV cache per token" in lines[-1]
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
 
 
@@ -338,8 +341,8 @@ def test_the_table_of_a_model_larger_than_memory():
     size = {"baseline": {"parameters": 2_000_000_000}, "result": {"parameters": 1_000_000_000}}
     rows = {"inspect": {"peak": 2 * 2**30, "seconds": 61.4, "written": 5e6},
             "export": {"peak": 2.5 * 2**30, "seconds": 99.9, "written": 2e9, "sizes": size}}  # fmt: skip
-    told = {"layers": 20, "limit": "3GiB", "texts": 24, "tokens": 256, "stored": 4_000_000_000}
-    lines = script("tables_large").large_table(told | {"commands": rows, "environment": {"cores": 2}}).splitlines()
+    facts = {"layers": 20, "limit": "3GiB", "texts": 24, "tokens": 256, "stored": 4_000_000_000}
+    lines = script("tables_large").large_table(facts | {"commands": rows, "environment": {"cores": 2}}).splitlines()
     assert lines[2:4] == [
         "| inspect | 3GiB | 2.00 GiB | 61 s | 0.01 GB |",
         "| export | 3GiB | 2.50 GiB | 100 s | 2.00 GB |",
@@ -381,7 +384,7 @@ def test_the_table_of_the_small_language_model():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "loss", "told"),
+    ("ratio", "loss", "verdict"),
     [
         (0.97, 3.0, "behind at equal time"),
         (1.03, 0.5, "level at equal time"),
@@ -392,8 +395,8 @@ def test_the_table_of_the_small_language_model():
         (0.8, -0.5, "level, but slower"),
     ],
 )
-def test_only_at_equal_time_is_one_ahead_by_perplexity(ratio, loss, told):
-    assert script("tables_llm").standing({"speedup": over(ratio), "loss": figure(loss)}) == told
+def test_perplexity_decides_only_at_equal_time(ratio, loss, verdict):
+    assert script("tables_llm").standing({"speedup": over(ratio), "loss": figure(loss)}) == verdict
 
 
 # -------------------------------------------------------------------------------------------- made-up results: fusion
@@ -448,7 +451,7 @@ def test_decode_runs_on_a_small_model(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_larger_than_its_memory_stays_under_it(tmp_path):
-    """What the process held at most, seen from outside; its weights alone, in float32, are more than it may hold."""
+    """The peak is measured from outside the process; the weights in float32 are larger than the limit."""
     large = script("large")
     limit, layers = 2, 24
     large.checkpoint(tmp_path / "model", layers, 1280)
@@ -483,7 +486,7 @@ def test_llm_runs_on_a_small_model(monkeypatch, tmp_path):
     assert "| attention 1 | 1 |" in script("tables_llm").llm_table(found)
 
 
-def test_the_tables_know_the_methods_by_their_names(of_criteria):
+def test_tables_and_scripts_use_the_same_method_names(of_criteria):
     assert set(of_criteria.OURS) < set(script("criteria").SEARCHES)
 
 
@@ -491,7 +494,7 @@ def test_the_tables_know_the_methods_by_their_names(of_criteria):
 def test_every_criterion_runs_on_the_sample(of_criteria, untimed, monkeypatch):
     criteria = script("criteria")
     monkeypatch.setattr(criteria, "BUDGETS", (0.16,))
-    # Keywords given later win, so that the copies which the script makes of its settings stay as small.
+    # Keywords of the call override these, so that copies of the settings keep the small sizes.
     monkeypatch.setattr(criteria, "Settings", functools.partial(Settings, samples=60, search_samples=8))
     fewer = {name: ",".join({"drop", *actions.split(",")} & {"drop", "linear", "merge"}) for name, actions in
              criteria.SEARCHES.items()}  # fmt: skip
@@ -505,7 +508,7 @@ def test_every_criterion_runs_on_the_sample(of_criteria, untimed, monkeypatch):
     assert "| ours |" in of_criteria.criteria_tables({"digits": found})
 
 
-def test_the_designs_of_tokens_are_what_tokens_takes():
+def test_the_designs_of_tokens_are_valid_schedules():
     tokens = script("tokens")
     _, _, _, sites = digits()  # twelve blocks, as DeiT-Tiny has
     merged = {}
@@ -517,14 +520,14 @@ def test_the_designs_of_tokens_are_what_tokens_takes():
     assert merged["as it is"] == []
     assert merged["13 behind each attention"] == [13] * 12
     assert merged["64 at block 3 and 50 at block 7"] == [64, 50]
-    assert merged["50% half-way"] == [0.29, 0.29]  # 0.71 of the tokens stay twice: half of them
+    assert merged["50% half-way"] == [0.29, 0.29]  # 0.71 of the tokens remain, twice: half of them
 
 
 @pytest.mark.slow
 def test_tokens_measures_designs_on_the_sample(of_tokens, untimed):
     tokens = script("tokens")
     designs = (tokens.Design("as it is"), tokens.Design("2", "2"), tokens.Design("auto", limit=5.0))
-    # Search and int8 have tests of their own: few actions, and no layer returns to float for one of few samples.
+    # Search and int8 have their own tests: use few actions, and no return of layers to float for small losses.
     settings = Settings(samples=60, search_samples=8, actions="drop", max_precision_loss=100.0)
     found = tokens.measure(settings, designs, 1, Steps())
     assert [(row["design"], row["precision"]) for row in found["rows"]] == [
@@ -538,7 +541,7 @@ def test_tokens_measures_designs_on_the_sample(of_tokens, untimed):
     assert "Aims" in of_tokens.tokens_table(found)
 
 
-def test_operators_are_told_by_their_time(tmp_path):
+def test_operators_are_sorted_by_time(tmp_path):
     import numpy as np
 
     from compressor.lower.write_onnx import lower

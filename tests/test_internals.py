@@ -1,4 +1,4 @@
-"""The private and unstable parts of libraries that are read: they are there, do what is expected, and lie apart."""
+"""Tests of the private APIs of libraries: they exist, behave as expected, and are used in internals modules only."""
 
 import ast
 import importlib
@@ -35,27 +35,27 @@ def is_foreign(module):
 
 
 def imported():
-    """What the internals import of libraries, as (module, name)."""
+    """Return the imports of the internals modules from libraries, as (module, name)."""
     trees = (ast.parse(path.read_text()) for path in INTERNALS)
     froms = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return sorted({(node.module, alias.name) for node in froms if is_foreign(node.module) for alias in node.names})
 
 
 @pytest.mark.parametrize(("module", "name"), imported())
-def test_what_is_imported_is_there(module, name):
+def test_imported_names_exist(module, name):
     pytest.importorskip(module.partition(".")[0])
     try:
-        found = importlib.import_module(module)
+        library = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        pytest.fail(f"{module} is gone: {error}")
-    assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}") is not None
+        pytest.fail(f"{module} does not exist: {error}")
+    assert hasattr(library, name) or importlib.util.find_spec(f"{module}.{name}") is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- passes
 
 
 class Halves(torch.nn.Module):
-    """Takes [n, 4], gives [2n, 2]."""
+    """A module that reshapes [n, 4] to [2n, 2]."""
 
     def forward(self, x):
         return x.reshape(-1, 2)
@@ -69,13 +69,13 @@ def program():
 
 @pytest.fixture(scope="module")
 def values(program):
-    """The traced input and output."""
+    """Return the traced input and output."""
     nodes = [node for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     return nodes[0].meta["val"], nodes[-1].meta["val"]
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"),
+    ("name", "expected"),
     [
         ("SOFTMAX", ["aten::_softmax"]),
         ("SAFE_SOFTMAX", ["aten::_safe_softmax"]),
@@ -84,20 +84,20 @@ def values(program):
         ("RUN_TIME_ASSERTIONS", ["aten::_assert_async", "aten::_assert_scalar", "aten::_assert_tensor_metadata"]),
     ],
 )
-def test_this_release_of_torch_has_the_private_operators(name, kept):
+def test_torch_has_the_private_operators(name, expected):
     from passes import torch_internals
 
-    assert sorted(each.name().partition(".")[0] for each in getattr(torch_internals, name)) == kept
+    assert sorted(each.name().partition(".")[0] for each in getattr(torch_internals, name)) == expected
 
 
-def test_operators_that_a_release_lacks_are_left_out():
+def test_missing_operators_are_skipped():
     from passes.torch_internals import operators
 
     relu = torch.ops.aten.relu.default
     assert operators("relu.default", "relu.no_such_overload", "_no_such_operator.default") == {relu}
 
 
-def test_operators_say_whether_they_write():
+def test_is_mutable():
     from passes.torch_internals import is_mutable
 
     assert is_mutable(torch.ops.aten.add_.Tensor)
@@ -105,33 +105,33 @@ def test_operators_say_whether_they_write():
     assert not any(map(is_mutable, (operator.add, "placeholder", torch.ops.higher_order.cond)))
 
 
-def test_operators_say_what_they_take():
+def test_arguments_of_operators():
     from passes.torch_internals import arguments
 
-    found = [(each.name, each.default_value) for each in arguments(torch.ops.aten.softmax.int)]
-    assert found == [("self", None), ("dim", None), ("dtype", None)]
+    names_and_defaults = [(each.name, each.default_value) for each in arguments(torch.ops.aten.softmax.int)]
+    assert names_and_defaults == [("self", None), ("dim", None), ("dtype", None)]
     assert [each.default_value for each in arguments(torch.ops.aten.transpose.int)] == [None] * 3
     assert arguments(torch.ops.aten.flatten.using_ints)[2].default_value == -1
 
 
 @pytest.mark.parametrize("module", ["passes.torch_internals", "runtimes.torch.internals"])
-def test_sizes_say_how_they_are_computed_and_what_they_were(module, values):
-    found = importlib.import_module(module)
+def test_expression_and_hint_of_symbolic_sizes(module, values):
+    internals = importlib.import_module(module)
     before, after = (value.shape[0] for value in values)
-    assert found.expression(before).is_Symbol
-    assert found.expression(after) == 2 * found.expression(before)
-    assert (found.hint(before), found.hint(after)) == (6, 12)
-    assert int(found.expression(after).subs({found.expression(before): 5})) == 10
-    assert dict(found.expression(after).as_coefficients_dict()) == {found.expression(before): 2}
+    assert internals.expression(before).is_Symbol
+    assert internals.expression(after) == 2 * internals.expression(before)
+    assert (internals.hint(before), internals.hint(after)) == (6, 12)
+    assert int(internals.expression(after).subs({internals.expression(before): 5})) == 10
+    assert dict(internals.expression(after).as_coefficients_dict()) == {internals.expression(before): 2}
 
 
-def test_numbers_are_sizes_too():
+def test_expression_and_hint_of_integers():
     from passes.torch_internals import expression, hint
 
     assert (expression(3), hint(3)) == (3, 3)
 
 
-def test_a_free_size_is_a_symbol_of_its_own(values):
+def test_free_size_is_a_new_symbol(values):
     from passes.torch_internals import expression, fake_mode, free_size, hint
 
     size = free_size(fake_mode(values[0]), 12, "somewhere")
@@ -140,7 +140,7 @@ def test_a_free_size_is_a_symbol_of_its_own(values):
     assert hint(size) == 12
 
 
-def test_traced_values_say_which_mode_they_live_in(values):
+def test_fake_mode_of_traced_values(values):
     from passes.torch_internals import FakeTensorMode, fake_mode
 
     assert isinstance(fake_mode(values[0]), FakeTensorMode)
@@ -149,24 +149,24 @@ def test_traced_values_say_which_mode_they_live_in(values):
     assert fake_mode(None) is None
 
 
-def test_traced_values_broadcast(values):
+def test_python_dispatcher_broadcasts_traced_values(values):
     from passes.torch_internals import enable_python_dispatcher, fake_mode
 
     with enable_python_dispatcher(), fake_mode(values[0]):
-        found = torch.ops.aten.addcmul.default(values[0], values[0], torch.empty(4))
-    assert found.shape == values[0].shape
+        result = torch.ops.aten.addcmul.default(values[0], values[0], torch.empty(4))
+    assert result.shape == values[0].shape
 
 
-def test_shapes_are_computed_without_elements():
+def test_fake_mode_computes_shapes_with_real_inputs():
     from passes.torch_internals import FakeTensorMode
 
     weight = torch.full((), torch.nan).expand(3, 5)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        found = mode.from_tensor(torch.ones(2, 3)) @ weight
-    assert found.shape == (2, 5)
+        result = mode.from_tensor(torch.ones(2, 3)) @ weight
+    assert result.shape == (2, 5)
 
 
-def test_nested_values_are_gone_through():
+def test_tree_leaves_of_nested_values():
     from passes.torch_internals import tree_leaves
 
     largest = torch.tensor([[1, 3], [2, 0]]).max(dim=1)
@@ -174,7 +174,7 @@ def test_nested_values_are_gone_through():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_views_share_their_storage(device):
+def test_views_share_their_storage_key(device):
     from passes.torch_internals import storage_key
 
     tensor = torch.empty(4, 4, device=device)
@@ -183,7 +183,7 @@ def test_views_share_their_storage(device):
     assert storage_key(tensor) != storage_key(other)
 
 
-def test_what_a_module_holds_can_be_taken_out():
+def test_registries_of_a_module_are_mutable():
     from passes.torch_internals import registries
 
     module = torch.nn.BatchNorm1d(2)
@@ -198,33 +198,33 @@ def test_what_a_module_holds_can_be_taken_out():
 # ----------------------------------------------------------------------------------------------------------- runtimes
 
 
-def test_a_function_reaches_every_leaf():
+def test_tree_map_reaches_every_leaf():
     from runtimes.torch.internals import tree_map
 
     assert tree_map(lambda leaf: -leaf, ([1, (2,)], {"a": 3})) == ([-1, (-2,)], {"a": -3})
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles with g++, which is not here")
-def test_a_package_keeps_its_metadata_and_runs(program, tmp_path):
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++, which is not installed")
+def test_package_keeps_its_metadata_and_runs(program, tmp_path):
     from runtimes.base.protocols import quiet
     from runtimes.torch.internals import METADATA_FILE, compile_package, open_package, run_package
 
     path = tmp_path / "halves.pt2"
     with quiet(), torch.no_grad():
-        compile_package(program, path, {"compressor": "told"}, threads=1)
+        compile_package(program, path, {"compressor": "metadata"}, threads=1)
     with zipfile.ZipFile(path) as archive:
         (entry,) = (each for each in archive.namelist() if each.endswith(METADATA_FILE))
-        assert json.loads(archive.read(entry))["compressor"] == "told"
+        assert json.loads(archive.read(entry))["compressor"] == "metadata"
     x = torch.arange(12.0).reshape(3, 4)
     with quiet():
-        (found,) = run_package(open_package(path), [x])
-    assert torch.equal(found, x.reshape(-1, 2))
+        (output,) = run_package(open_package(path), [x])
+    assert torch.equal(output, x.reshape(-1, 2))
 
 
-def test_the_pool_of_executorch_takes_another_size():
+def test_executorch_thread_pool_can_be_resized():
     pytest.importorskip("executorch")
     code = "from runtimes.executorch.internals import *; reset_threads(3); print(thread_count())"
-    # In a process of its own: an engine that is open in this one holds the address of the pool.
+    # In a separate process, since open engines of this one hold the address of the pool.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split()[-1] == "3"
 
@@ -232,7 +232,7 @@ def test_the_pool_of_executorch_takes_another_size():
 # --------------------------------------------------------------------------------------------------------- compressor
 
 
-def test_timm_writes_a_config_alone(tmp_path):
+def test_timm_writes_a_config_without_weights(tmp_path):
     timm = pytest.importorskip("timm")
     from compressor.internals.timm import save_config_for_hf
 
@@ -243,7 +243,7 @@ def test_timm_writes_a_config_alone(tmp_path):
     assert config["pretrained_cfg"]["input_size"]
 
 
-def test_a_file_of_a_folder_or_none(tmp_path):
+def test_cached_file_of_a_folder_or_none(tmp_path):
     from compressor.internals.transformers import cached
 
     (tmp_path / "there.json").write_text("{}")
@@ -251,7 +251,7 @@ def test_a_file_of_a_folder_or_none(tmp_path):
     assert cached(str(tmp_path), "absent.json", None) is None
 
 
-def test_a_file_of_the_hub_is_none_while_offline(tmp_path, monkeypatch):
+def test_cached_file_of_the_hub_is_none_while_offline(tmp_path, monkeypatch):
     from compressor.internals.transformers import cached
 
     constants = pytest.importorskip("huggingface_hub").constants
@@ -260,7 +260,7 @@ def test_a_file_of_the_hub_is_none_while_offline(tmp_path, monkeypatch):
     assert cached("nobody/no-such-model", "absent.json", "main") is None
 
 
-def test_an_index_names_its_shards(tmp_path):
+def test_shards_of_an_index(tmp_path):
     from compressor.internals.transformers import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, shards
 
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -273,19 +273,19 @@ def test_an_index_names_its_shards(tmp_path):
 
 
 @pytest.mark.parametrize("bars", [True, False])
-def test_transformers_is_quiet_for_a_while(bars):
-    from transformers.utils import logging as theirs
+def test_quiet_silences_transformers_temporarily(bars):
+    from transformers.utils import logging as transformers_logging
 
     from compressor.internals.transformers import quiet
 
-    before, level = theirs.is_progress_bar_enabled(), logging.getLogger("transformers").level
-    switch = {True: theirs.enable_progress_bar, False: theirs.disable_progress_bar}
+    before, level = transformers_logging.is_progress_bar_enabled(), logging.getLogger("transformers").level
+    switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
     switch[bars]()
     try:
         with quiet():
-            assert not theirs.get_logger("transformers.modeling_utils").isEnabledFor(logging.WARNING)
-            assert not theirs.is_progress_bar_enabled()
-        assert theirs.is_progress_bar_enabled() == bars
+            assert not transformers_logging.get_logger("transformers.modeling_utils").isEnabledFor(logging.WARNING)
+            assert not transformers_logging.is_progress_bar_enabled()
+        assert transformers_logging.is_progress_bar_enabled() == bars
         assert logging.getLogger("transformers").level == level
     finally:
         switch[before]()
@@ -301,7 +301,7 @@ SMALL = {
 }
 
 
-def test_older_names_of_weights_are_found():
+def test_older_weight_names_are_renamed():
     import transformers
 
     from compressor.internals.transformers import as_modules_name_them
@@ -311,7 +311,7 @@ def test_older_names_of_weights_are_found():
     assert as_modules_name_them(older, bert) == {"embeddings.LayerNorm.weight": 1, "pooler.dense.weight": 2}
 
 
-def test_weights_that_are_converted_are_left_out_and_named_as_checkpoints_have_them():
+def test_converted_weights_are_skipped_and_renamed_as_in_checkpoints():
     import transformers
 
     from compressor.internals.transformers import as_checkpoints_name_them, as_modules_name_them
@@ -321,12 +321,12 @@ def test_weights_that_are_converted_are_left_out_and_named_as_checkpoints_have_t
     written = as_checkpoints_name_them(mixtral.state_dict(), mixtral)
     experts = [name for name in written if ".experts." in name]
     assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in experts
-    assert "model.layers.0.block_sparse_moe.gate.weight" in written  # renamed and no more
+    assert "model.layers.0.block_sparse_moe.gate.weight" in written  # renamed, not converted
     read = as_modules_name_them(written, mixtral)
     assert set(read) == {name for name in mixtral.state_dict() if ".experts." not in name}
 
 
-def test_weights_that_are_renamed_are_handed_on_as_they_are():
+def test_renamed_weights_are_the_same_objects():
     import transformers
 
     from compressor.internals.transformers import as_checkpoints_name_them
@@ -337,7 +337,7 @@ def test_weights_that_are_renamed_are_handed_on_as_they_are():
 
 
 @pytest.mark.parametrize("name", ["AutoModel", "BertModel"])
-def test_a_model_with_random_weights(name):
+def test_with_random_weights(name):
     import transformers
 
     from compressor.internals.transformers import with_random_weights
@@ -346,13 +346,13 @@ def test_a_model_with_random_weights(name):
     assert type(module) is transformers.BertModel
 
 
-def test_the_config_of_a_backbone_names_fewer_stages():
+def test_keep_stages_of_a_backbone_config():
     import transformers
 
     from compressor.internals.transformers import keep_stages
 
     config = transformers.Dinov2Config(**(SMALL | {"num_hidden_layers": 4}))
-    keep_stages(config, 3, 2)  # it has another number of blocks
+    keep_stages(config, 3, 2)  # no effect: the config has another number of blocks
     assert config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
     keep_stages(config, 4, 2)
     assert config.stage_names == ["stem", "stage1", "stage2"]
@@ -361,16 +361,16 @@ def test_the_config_of_a_backbone_names_fewer_stages():
     assert not hasattr(plain, "stage_names")
 
 
-# --------------------------------------------------------------------------------------------------- they lie apart
+# ----------------------------------------------------------------------------------------------------- separation
 
-# Modules whose names do not start with an underscore, but that their libraries do not promise to keep.
+# Modules without a leading underscore that their libraries do not declare stable.
 UNSTABLE = (
     "torch.fx.experimental",
     "transformers.conversion_mapping",
     "transformers.core_model_loading",
     "executorch.extension.pybindings",
 )
-# Public, whatever they look like: torch documents the first, named tuples have the others.
+# Public despite the underscore: torch documents the first, named tuples have the others.
 PUBLIC = {"_check", "_asdict", "_replace"}
 
 
@@ -379,22 +379,22 @@ def is_private(name):
 
 
 def own_names():
-    """What the packages define themselves: their functions, methods, attributes and parameters."""
-    found = set()
+    """Return the names that the packages define: functions, classes, attributes, variables and parameters."""
+    names = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.FunctionDef() | ast.ClassDef():
-                    found.add(node.name)
+                    names.add(node.name)
                 case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
-                    found.add(name)
+                    names.add(name)
                 case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
-                    found.add(name)
-    return found
+                    names.add(name)
+    return names
 
 
 def private_parts(tree, own):
-    """Names in a file that are private to others, each with its line."""
+    """Yield the private names of libraries in a file, each with its line."""
     for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module)) if is_foreign(module):
@@ -418,17 +418,17 @@ def _is_private_path(path):
     return any(map(is_private, path.split("."))) or any(f"{path}.".startswith(f"{each}.") for each in UNSTABLE)
 
 
-def test_private_parts_are_read_by_internals_alone():
-    own, found = own_names(), []
+def test_private_names_are_used_in_internals_only():
+    own, violations = own_names(), []
     for path in (path for path in FILES if not is_internal(path)):
-        place = path.relative_to(ROOT).as_posix()
+        relative = path.relative_to(ROOT).as_posix()
         parts = private_parts(ast.parse(path.read_text()), own)
-        found += [f"{place}:{line} {name}" for name, line in parts]
-    assert not found, "move these to the internals of their package"
+        violations += [f"{relative}:{line} {name}" for name, line in parts]
+    assert not violations, "move these to the internals module of their package"
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "expected"),
     [
         ("import torch._dynamo", "torch._dynamo"),
         ("from torch._dynamo.source import ConstantSource", "torch._dynamo.source.ConstantSource"),
@@ -441,12 +441,12 @@ def test_private_parts_are_read_by_internals_alone():
         ("cached_file(where, _raise_exceptions_for_gated_repo=False)", "_raise_exceptions_for_gated_repo"),
     ],
 )
-def test_private_parts_are_noticed(line, found):
-    assert [name for name, _ in private_parts(ast.parse(line), {"_own"})] == [found]
+def test_private_names_are_detected(line, expected):
+    assert [name for name, _ in private_parts(ast.parse(line), {"_own"})] == [expected]
 
 
 @pytest.mark.parametrize(
     "line", ["import torch", "self._own", "row._asdict()", "from passes.execute.interpreter import _walk", "a.__b__"]
 )
-def test_public_parts_are_let_through(line):
+def test_public_names_are_accepted(line):
     assert not list(private_parts(ast.parse(line), {"_own"}))

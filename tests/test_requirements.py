@@ -1,4 +1,4 @@
-"""The lock, the lower bounds and the committed versions agree; nothing here asks an index."""
+"""Tests that lock files, lower bounds and committed versions agree; they need no package index."""
 
 import json
 import re
@@ -17,13 +17,13 @@ VERSIONS = json.loads((ROOT / "benchmarks" / "results" / "versions.json").read_t
 
 
 def locked(name):
-    """The lines of a lock by their package: one for each range of Python and platform."""
+    """Return the lines of a lock file by package: one line for each range of Python and platform."""
     text = re.sub(r"\\\n\s*", "", (ROOT / "requirements" / f"{name}.txt").read_text())
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    found = {}
+    by_package = {}
     for line in lines:
-        found.setdefault(Requirement(line.split("--hash")[0]).name, []).append(line)
-    return found
+        by_package.setdefault(Requirement(line.split("--hash")[0]).name, []).append(line)
+    return by_package
 
 
 def pinned(lines):
@@ -31,7 +31,7 @@ def pinned(lines):
 
 
 def bounds(requirement):
-    """The lower bound of a requirement, and whether that is all it says."""
+    """Return operator and version of a requirement with a single specifier."""
     (only,) = requirement.specifier
     return only.operator, Version(only.version)
 
@@ -45,27 +45,27 @@ def test_every_locked_package_has_hashes_and_names_no_index(name):
 
 
 @pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
-def test_the_lock_holds_what_the_project_asks_for(requirement):
+def test_locked_versions_satisfy_the_requirements(requirement):
     versions = pinned(locked("dev")[requirement.name.replace("_", "-").lower()])
     assert all(version in requirement.specifier for version in versions)
 
 
-def test_both_environments_are_locked_alike():
+def test_both_environments_have_the_same_versions():
     development, demo = locked("dev"), locked("run")
     assert demo.keys() < development.keys()
     assert {name: pinned(lines) for name, lines in demo.items()} == {name: pinned(development[name]) for name in demo}
 
 
 @pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
-def test_lower_bounds_are_what_the_suite_passed_with(requirement):
-    """A bound below that was never tried; one above it is not the lowest that works."""
-    operator, least = bounds(requirement)
-    tried = Version(VERSIONS["oldest"]["packages"][requirement.name])
+def test_lower_bounds_are_tested_versions(requirement):
+    """A lower bound must equal the oldest version with which the test suite passed."""
+    operator, lowest = bounds(requirement)
+    tested = Version(VERSIONS["oldest"]["packages"][requirement.name])
     assert operator == ">="
-    assert tried.release[: len(least.release)] == least.release, f"{requirement} was tried with {tried}"
+    assert tested.release[: len(lowest.release)] == lowest.release, f"{requirement} was tested with {tested}"
 
 
-def test_the_committed_versions_are_of_the_lock():
+def test_committed_versions_are_locked():
     development = locked("dev")
     for name, version in VERSIONS["locked"]["packages"].items():
         assert Version(version) in pinned(development[name.replace("_", "-").lower()])

@@ -15,7 +15,7 @@ from compressor.benchmark.contenders import BenchError, Entry, Exported, Given, 
 from compressor.benchmark.decode_results import Generated
 from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import Asked, check_model
-from compressor.benchmark.lm_eval_tasks import judge as asked_tasks
+from compressor.benchmark.lm_eval_tasks import judge as evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import Condition, Stand
 from compressor.errors import SettingsError
@@ -132,7 +132,7 @@ def bench(
         engines = stand.built(Path(scratch), steps)
         parity = stand.parity(engines)
         evaluation = stand.quality(engines, steps)
-        harness = asked_tasks(
+        harness = evaluate_tasks(
             stand.quiet_openers(engines),
             stand.loaded.model,
             settings.asked,

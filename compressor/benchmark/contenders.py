@@ -62,12 +62,12 @@ class Exported:
 
     @property
     def cache(self) -> bool:
-        """Whether the model was exported with its KV cache (False after --no-cache)."""
+        """Return whether the model was exported with its KV cache (False after --no-cache)."""
         return bool(self.report["settings"].get("cache", True))
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether the folder holds a transformers checkpoint instead of an engine."""
+        """Return whether the folder holds a transformers checkpoint instead of an engine."""
         return self.target == TRANSFORMERS
 
     @property
@@ -132,7 +132,7 @@ class Entry:
 
     @property
     def compiled(self) -> bool:
-        """Whether the engine is a torch model under torch.compile."""
+        """Return whether the engine is a torch model under torch.compile."""
         return self.module is not None and self.module.compiles
 
     @property
@@ -156,7 +156,7 @@ class Given:
 
     @property
     def is_model(self) -> bool:
-        """Whether the argument is a model or an exported checkpoint."""
+        """Return whether the argument is a model or an exported checkpoint."""
         return self.file is None and (self.folder is None or self.folder.is_checkpoint)
 
     def entries(self, model: Model | None, target: str | None, *, compiled: bool) -> Iterator[Entry]:

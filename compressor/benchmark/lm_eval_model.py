@@ -50,7 +50,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.engine, self.model, self.tokenizer, self.max_length = engine, model, model.tokenizer, length
-        self._told = told
+        self._progress = told
         self._cache_names = {after: before for after, before in model.state.items() if before in engine.inputs}
 
     # ----------------------------------------------------------------------------------------------------- texts
@@ -232,8 +232,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         return self.engine.run({name: feeds[name] for name in feeds if name in self.engine.inputs} | dict(cache))
 
     def _report(self, done: int, total: int) -> None:
-        if self._told is not None:
-            self._told(done, total)
+        if self._progress is not None:
+            self._progress(done, total)
 
 
 def _score(log_probs: torch.Tensor, tokens: Sequence[int]) -> tuple[float, bool]:

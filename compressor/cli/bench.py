@@ -67,7 +67,7 @@ WHAT_HELP = (
 @click.option("--output", "-o", default="bench.json", show_default=True, help="Output file.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 def bench(quiet: bool, what: tuple[str, ...], threads: tuple[int, ...] | None, **options: Any) -> None:
-    """Measure exported folders, ONNX files and torch models side by side, in one interleaved run."""
+    """Compare exported folders, ONNX files and torch models. One interleaved run measures all of them."""
     from rich.console import Console
 
     from compressor.benchmark.bench import BenchSettings

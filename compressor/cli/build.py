@@ -22,7 +22,7 @@ import click
 def build(
     folder: Path, threads: int | None, rounds: int | None, portable_engine: bool, force: bool, quiet: bool
 ) -> None:
-    """Build the engine of FOLDER, exported with --defer-build, on this device, and complete its report."""
+    """Build the engine of a --defer-build export on this device. FOLDER is the export; its report is completed."""
     from rich.console import Console
 
     from compressor.deferred import build

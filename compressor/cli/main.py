@@ -169,7 +169,7 @@ main.add_command(build)
 @click.option("--output", "-o", default="compressed", show_default=True, help="Output folder.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def export(quiet: bool, **options: Any) -> None:
-    """Compress MODEL and write the engine, the plan and a report of speed-up and quality loss."""
+    """Compress MODEL and export an engine. The output folder also holds the plan and a report of speed and quality."""
     from rich.console import Console
 
     from compressor.pipeline import export as pipeline
@@ -204,7 +204,7 @@ def export(quiet: bool, **options: Any) -> None:
 @click.option("--output", "-o", default="front", show_default=True, help="Output folder.")
 @click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
 def sweep(quiet: bool, points: int, **options: Any) -> None:
-    """Compute the Pareto front of MODEL in one run: the best plans, from small to large speed-ups."""
+    """Compute the Pareto front of speed and quality for MODEL. One run finds the best plan for every speed-up."""
     from rich.console import Console
 
     from compressor.pipeline import sweep as pipeline
@@ -241,7 +241,7 @@ def sweep(quiet: bool, points: int, **options: Any) -> None:
     help="With --study: other data, or random (tokens or noise), to compare the ranking of branches on; repeatable.",
 )
 def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...], **options: Any) -> None:
-    """Report the redundancy and the cost of every site (residual branch) of MODEL."""
+    """Report redundancy and cost of every branch of MODEL."""
     from rich.console import Console
 
     from compressor.limitations import listed
@@ -264,7 +264,7 @@ def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...]
 
 @main.command()
 def targets() -> None:
-    """List the target runtimes, their precisions, and how to install missing ones."""
+    """List the target runtimes and their precisions."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

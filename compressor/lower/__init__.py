@@ -1,1 +1,1 @@
-"""From a loaded model to a traced graph, and from a graph to an ONNX file or a checkpoint."""
+"""Tracing of loaded models into graphs, and writing of graphs as ONNX files, exported programs or checkpoints."""

@@ -1,8 +1,8 @@
-"""Target `transformers`: no engine, but a plain checkpoint that lacks whole blocks, for `from_pretrained`.
+"""Checkpoints with whole blocks removed, for `from_pretrained` (target `transformers`).
 
-A config of transformers says how many layers there are, so whole blocks can go and nothing else. The weights are those
-of the rewritten graph, under the names that they have in the shorter model. That this model computes the same is held
-against the graph afterwards: layers whose arithmetic depends on their number show there.
+A config of transformers states the number of layers, so a checkpoint can leave out whole blocks and nothing else. Its
+weights are those of the rewritten graph, under their names in the shorter model. A parity check compares the checkpoint
+with the graph afterwards. It detects layers whose arithmetic depends on their number.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ if TYPE_CHECKING:
     from passes.plan.plan import Plan
 
 CONFIG: Literal["/config.json"] = "/config.json"
-COUNT = "num_hidden_layers"  # every config of transformers answers to it, whatever its own field is called
+COUNT = "num_hidden_layers"  # every config of transformers has this attribute; some map it to a field of another name
 ADVICE = (
-    "a config of its architecture cannot say which blocks are gone; drop others (--drop block:N), or choose another "
-    "--target"
+    "a config of its architecture cannot describe the model without the removed blocks; drop others (--drop block:N), "
+    "or choose another --target"
 )
 
 
 class CheckpointError(CompressorError):
-    """What is to be changed cannot be said by a checkpoint of transformers."""
+    """A change of the model that a checkpoint of transformers cannot express."""
 
 
-# ----------------------------------------------------------------------------------------------------- what it can say
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def check_model(model: Model) -> None:
-    """Refuse a model that `from_pretrained` opens with code of its own, or not at all.
+    """Refuse a model that `from_pretrained` cannot open with the classes of transformers.
 
     Raises:
-        CheckpointError: it is such a model.
+        CheckpointError: the model is not of transformers, or its code is from its own repository.
     """
     origin = type(model.module).__module__.split(".")[0]
     if model.source != "transformers" or origin != "transformers":
-        found = f"a model of {model.source}" if model.source != "transformers" else "code from its own repository"
+        kind = f"is a model of {model.source}" if model.source != "transformers" else "has code from its own repository"
         raise CheckpointError(
-            f"--target {TRANSFORMERS} writes checkpoints for from_pretrained of transformers; {model.name} is {found}: "
+            f"--target {TRANSFORMERS} writes checkpoints for from_pretrained of transformers; {model.name} {kind}: "
             "choose another --target."
         )
 
 
 def check_blocks(sites: Sequence[Site], model: Model) -> None:
-    """Refuse a model that is not one list of blocks, before a search tries which of them it can do without.
+    """Refuse a model whose blocks are not entries of one list, before a search tries to drop them.
 
     Raises:
-        CheckpointError: it is not, with the reason.
+        CheckpointError: the blocks are in several lists or in none, or the config does not count them.
     """
     blocks = tuple(dict.fromkeys(site.block for site in sites))
     _check_one_list(blocks, model)
@@ -81,92 +81,102 @@ def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
     """Refuse a plan that does anything but drop whole blocks of one stack.
 
     Raises:
-        CheckpointError: names the branch or block at which it does.
+        CheckpointError: the message names the first branch or block that the plan changes otherwise.
     """
     for name, action in plan.changes.items():
         if action != "drop":
             raise CheckpointError(f"{ONLY_BLOCKS}; the plan has {action} at {name}: {INSTEAD}.")
     blocks = {block: [site.name for site in members] for block, members in groupby(sites, key=lambda site: site.block)}
-    gone = [block for block, names in blocks.items() if set(names) & set(plan.dropped)]
-    if gone:
+    removed = [block for block, names in blocks.items() if set(names) & set(plan.dropped)]
+    if removed:
         _check_one_list(tuple(blocks), model)
-    for block in gone:
+    for block in removed:
         kept = [name for name in blocks[block] if name not in plan.dropped]
         if kept:
             dropped = next(name for name in blocks[block] if name in plan.dropped)
             raise CheckpointError(f"{ONLY_BLOCKS}; the plan drops {dropped} but keeps {kept[0]}: {INSTEAD}.")
-    if gone:
-        stack_of(model.module, gone)
+    if removed:
+        stack_of(model.module, removed)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The list of blocks that a config counts: where it is in the model, how long it was, and what is gone from it."""
+    """The list of blocks that a config counts.
+
+    Attributes:
+        path: module path of the list.
+        length: number of blocks in the original model.
+        removed: numbers of the removed blocks.
+        config: the config that counts them.
+    """
 
     path: str
     length: int
-    gone: frozenset[int]
+    removed: frozenset[int]
     config: Any
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Numbers of the blocks that stay."""
-        return tuple(number for number in range(self.length) if number not in self.gone)
+        """Numbers of the remaining blocks."""
+        return tuple(number for number in range(self.length) if number not in self.removed)
 
 
-def stack_of(module: torch.nn.Module, gone: Sequence[str]) -> Stack:
-    """The one stack that these blocks are entries of.
+def stack_of(module: torch.nn.Module, removed: Sequence[str]) -> Stack:
+    """Return the stack that contains the removed blocks.
 
     Args:
         module: a model of transformers.
-        gone: module paths of the blocks.
+        removed: module paths of the blocks.
 
     Raises:
-        CheckpointError: there is none, they are of several, or its config does not count its blocks.
+        CheckpointError: a block is no entry of a list, the blocks are in several lists, the config does not count the
+            blocks of the list, or no block would be left.
     """
-    places = [path.rpartition(".") for path in gone]
-    loose = [path for path, (_, _, last) in zip(gone, places, strict=True) if not last.isdigit()]
+    split_paths = [path.rpartition(".") for path in removed]
+    loose = [path for path, (_, _, last) in zip(removed, split_paths, strict=True) if not last.isdigit()]
     if loose:
         raise CheckpointError(
             f"{ONLY_BLOCKS}; {loose[0]} is no entry of a list of blocks (or shares its weights with another): "
             "choose another --target."
         )
-    path, length = places[0][0], len(list(module.get_submodule(places[0][0]).children()))
+    path = split_paths[0][0]
+    length = len(list(module.get_submodule(path).children()))
     config = _owner(module, path).config
     count = getattr(config, COUNT, None)
-    if {parent for parent, _, _ in places} != {path} or count != length:
+    if {parent for parent, _, _ in split_paths} != {path} or count != length:
         raise CheckpointError(
             f"{ONLY_BLOCKS}; the config of {type(module).__name__} counts {count} layers, which are not the {length} "
-            f"blocks in {path}: it has several stages, or a pattern; choose another --target."
+            f"blocks in {path}: the model has several stages or repeats a pattern of blocks; choose another --target."
         )
-    if len(gone) == length:
+    if len(removed) == length:
         raise CheckpointError(f"--target {TRANSFORMERS}: no block of {path} would be left; drop fewer.")
-    return Stack(path, length, frozenset(int(last) for _, _, last in places), config)
+    return Stack(path, length, frozenset(int(last) for _, _, last in split_paths), config)
 
 
 def _owner(module: torch.nn.Module, path: str) -> Any:
-    """The innermost module around a list of blocks that has a config of its own."""
+    """Return the innermost module that has a config and contains the list of blocks at `path`."""
     parts = path.split(".")
-    around = [module, *(module.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))]
-    return next(inner for inner in reversed(around) if hasattr(inner, "config"))
+    ancestors = [module, *(module.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))]
+    return next(inner for inner in reversed(ancestors) if hasattr(inner, "config"))
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
 def write(graph: Graph, model: Model, path: Path) -> Path:
-    """Write a graph that lacks some blocks of a model, or none, as a checkpoint.
+    """Write a graph as a checkpoint, without the blocks whose weights the graph does not read.
 
     Args:
-        graph: the traced model, rewritten.
-        model: what it was traced from.
-        path: of the config in a folder to be made, which gets the tokenizer, or whatever goes with the model, too.
+        graph: the traced model after all rewrites.
+        model: the model that the graph was traced from.
+        path: ``config.json`` in a folder, which is created. The files that belong to the model, such as those of the
+            tokenizer, are written there too.
 
     Returns:
-        The path.
+        `path`.
 
     Raises:
-        CheckpointError: the blocks that are gone are of no stack that the config counts.
+        CheckpointError: the config cannot describe the model without the removed blocks.
     """
     from compressor.internals.transformers import quiet
     from compressor.models.lazy_weights import write_from_disk
@@ -175,38 +185,38 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     with quiet():
         model.save(path.parent)
-        shorter = _shorter(graph, model.module)
+        shorter = _shorter_model(graph, model.module)
         if any(map(is_offloaded, shorter.parameters())):
             write_from_disk(shorter, path.parent)
         else:
             shorter.save_pretrained(path.parent)
     for weights in path.parent.glob("*.safetensors"):
-        shutil.copymode(path, weights)  # safetensors makes them readable by their owner alone
+        shutil.copymode(path, weights)  # safetensors lets only the owner read its files
     return path
 
 
-def _shorter(graph: Graph, module: Any) -> Any:
-    """A model of the same class without the blocks of which the graph reads nothing, with the graph's weights.
+def _shorter_model(graph: Graph, module: Any) -> Any:
+    """Build a model of the same class without the blocks whose weights the graph does not read.
 
     The weights are shared with the graph, not copied.
     """
     import torch
 
-    gone = list(_unread_blocks(graph, module))
+    removed = list(_unread_blocks(graph, module))
     caches = {name.split(".")[1] for name in graph.state}
-    if not caches <= {str(number) for number in range(len(caches))}:  # of different sizes: each keeps its number
+    if not caches <= {str(number) for number in range(len(caches))}:  # caches of different sizes keep their numbers
         raise CheckpointError(f"--target {TRANSFORMERS}: its layers keep caches of different sizes, so that {ADVICE}.")
     weights = module.state_dict(keep_vars=True) | _weights(graph, module)
     config = copy.deepcopy(module.config)
-    if gone:
-        stack = stack_of(module, gone)
+    if removed:
+        stack = stack_of(module, removed)
         weights = dict(_renumbered(weights, stack))
-        shorten(config if stack.config is module.config else _same(config, module.config, stack.config), stack)
+        shorten(config if stack.config is module.config else _sub_config(config, module.config, stack.config), stack)
     with torch.device("meta"):
         shorter = type(module)(config)
     try:
         shorter.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # weights that the config does not foresee, or the other way round
+    except RuntimeError as error:  # the module that the config describes has other weights
         raise CheckpointError(f"--target {TRANSFORMERS}: {ADVICE}.") from error
     shorter.tie_weights()
     if getattr(module, "generation_config", None) is not None:
@@ -215,7 +225,7 @@ def _shorter(graph: Graph, module: Any) -> Any:
 
 
 def _unread_blocks(graph: Graph, module: torch.nn.Module) -> Iterator[str]:
-    """Paths of entries of lists that have weights, none of which the graph reads."""
+    """Yield the paths of the blocks, entries of a ModuleList with weights, of which the graph reads no weight."""
     import torch
 
     from passes.rewrite.remove_blocks import weights_read
@@ -229,29 +239,29 @@ def _unread_blocks(graph: Graph, module: torch.nn.Module) -> Iterator[str]:
 
 
 def _weights(graph: Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the graph by their names in the module: healing may have changed them."""
-    known = {f"{graph.prefix}{name}": name for name, _ in module.named_parameters(remove_duplicate=False)}
-    found = graph.module.named_parameters(remove_duplicate=False)
-    return {known[name]: weight for name, weight in found if name in known}
+    """Return the weights of the graph, which healing may have changed, by their names in the module."""
+    names = {f"{graph.prefix}{name}": name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = graph.module.named_parameters(remove_duplicate=False)
+    return {names[name]: weight for name, weight in parameters if name in names}
 
 
 def _renumbered(weights: Mapping[str, torch.Tensor], stack: Stack) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that stay, the blocks numbered without a gap."""
-    places = {f"{stack.path}.{old}": f"{stack.path}.{new}" for new, old in enumerate(stack.kept)}
-    within = re.compile(rf"({re.escape(stack.path)}\.\d+)\.(.+)")
+    """Yield the remaining weights by name, with the remaining blocks numbered from 0 without gaps."""
+    new_paths = {f"{stack.path}.{old}": f"{stack.path}.{new}" for new, old in enumerate(stack.kept)}
+    block_weight = re.compile(rf"({re.escape(stack.path)}\.\d+)\.(.+)")
     for name, weight in weights.items():
-        matched = within.fullmatch(name)
+        matched = block_weight.fullmatch(name)
         if matched is None:
             yield name, weight
-        elif matched[1] in places:
-            yield f"{places[matched[1]]}.{matched[2]}", weight
+        elif matched[1] in new_paths:
+            yield f"{new_paths[matched[1]]}.{matched[2]}", weight
 
 
-def _same(copied: Any, original: Any, part: Any) -> Any:
-    """The part of a copied config that is in the place of a part of the original, such as a vision_config.
+def _sub_config(copied: Any, original: Any, part: Any) -> Any:
+    """Return the sub-config of `copied`, such as its vision_config, that corresponds to `part` of `original`.
 
     Raises:
-        CheckpointError: it is none of its parts, so that the checkpoint would not hold it.
+        CheckpointError: `part` is no sub-config of `original`, so the checkpoint would not contain it.
     """
     names = [name for name, value in vars(original).items() if value is part]
     if not names:
@@ -260,7 +270,7 @@ def _same(copied: Any, original: Any, part: Any) -> Any:
 
 
 def shorten(config: Any, stack: Stack) -> None:
-    """Let a config count the blocks that stay, and keep their entries of what it lists layer by layer."""
+    """Set the number of layers in a config, and reduce its lists of one entry per layer to the remaining blocks."""
     from compressor.internals.transformers import keep_stages
 
     for name, value in vars(config).items():

@@ -1,4 +1,4 @@
-"""ONNX files of models whose weights stay on disk: each weight is read when the file is written, one at a time."""
+"""ONNX initializers for weights that stay on disk: each is read when the file is written, one at a time."""
 
 from __future__ import annotations
 
@@ -11,43 +11,47 @@ from passes.execute.offloaded_weights import in_memory, is_offloaded
 
 
 def leave_on_disk(model: ir.Model) -> bool:
-    """Let an exported model read its weights from disk as they are written, those in front of a transpose transposed.
+    """Replace the placeholders of offloaded weights by tensors that are read from disk when the model is written.
+
+    A weight whose only consumer is a Transpose node is stored transposed, and the node is removed.
 
     Args:
-        model: as torch.onnx exports it, not optimised yet: that would compute with the stand-ins.
+        model: as torch.onnx exports it, before optimisation, which would compute with the placeholders.
 
     Returns:
-        Whether there were any such weights.
+        Whether the model has offloaded weights.
     """
-    found = False
+    any_offloaded = False
     for value in list(model.graph.initializers.values()):
-        stand_in = getattr(value.const_value, "raw", None)
-        if not isinstance(stand_in, torch.Tensor) or not is_offloaded(stand_in):
+        placeholder = getattr(value.const_value, "raw", None)
+        if not isinstance(placeholder, torch.Tensor) or not is_offloaded(placeholder):
             continue
-        found = True
-        value.const_value = _read_later(stand_in, range(stand_in.ndim), value)
-        readers = value.consumers()
-        if len(readers) == 1 and readers[0].op_type == "Transpose":  # a tied weight is left to its readers
-            _transpose(model.graph, value, readers[0], stand_in)
-    return found
+        any_offloaded = True
+        value.const_value = _read_later(placeholder, range(placeholder.ndim), value)
+        consumers = value.consumers()
+        if (
+            len(consumers) == 1 and consumers[0].op_type == "Transpose"
+        ):  # other consumers of a tied weight need it as is
+            _store_transposed(model.graph, value, consumers[0], placeholder)
+    return any_offloaded
 
 
-def _transpose(graph: ir.Graph, value: ir.Value, node: ir.Node, stand_in: torch.Tensor) -> None:
-    """Put the transposed weight in the place of a weight and the node that transposes it."""
-    turned = node.outputs[0]
-    weight = ir.Value(name=f"{value.name}_transposed", shape=turned.shape, type=turned.type)
-    weight.const_value = _read_later(stand_in, node.attributes["perm"].as_ints(), weight)
+def _store_transposed(graph: ir.Graph, value: ir.Value, node: ir.Node, placeholder: torch.Tensor) -> None:
+    """Replace a weight and its Transpose node by the transposed weight."""
+    transposed = node.outputs[0]
+    weight = ir.Value(name=f"{value.name}_transposed", shape=transposed.shape, type=transposed.type)
+    weight.const_value = _read_later(placeholder, node.attributes["perm"].as_ints(), weight)
     graph.register_initializer(weight)
-    turned.replace_all_uses_with(weight)
+    transposed.replace_all_uses_with(weight)
     graph.remove(node, safe=True)
     del graph.initializers[value.name or ""]
 
 
-def _read_later(stand_in: torch.Tensor, order: Sequence[int], value: ir.Value) -> ir.LazyTensor:
-    """The weight behind a stand-in with its axes in an order, read anew whenever it is asked for."""
+def _read_later(placeholder: torch.Tensor, order: Sequence[int], value: ir.Value) -> ir.LazyTensor:
+    """Return a lazy tensor that reads an offloaded weight from disk at each access and permutes its axes to `order`."""
 
     def read() -> ir.TensorProtocol:
-        return ir.tensor(in_memory(stand_in).permute(*order).contiguous().numpy(), name=value.name)
+        return ir.tensor(in_memory(placeholder).permute(*order).contiguous().numpy(), name=value.name)
 
-    shape = ir.Shape([stand_in.shape[axis] for axis in order])
+    shape = ir.Shape([placeholder.shape[axis] for axis in order])
     return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=shape, name=value.name)

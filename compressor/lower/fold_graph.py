@@ -1,4 +1,4 @@
-"""The last exact rewrites of a graph before it is lowered."""
+"""Exact rewrites of a graph before it is lowered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from passes.rewrite.narrow_tokens import Unread
 
 
 def finished(graph: Graph) -> Graph:
-    """A fork ready to be lowered: what is linear folded, what nobody reads left out. It computes the same."""
+    """Return a fork of the graph with adjacent linear maps folded and unused tokens skipped; both compute the same."""
     fork = graph.fork()
     apply(Fuse(), fork)
     apply(Unread(), fork)

@@ -1,4 +1,4 @@
-"""From a loaded model to a `Graph`: the only caller of torch.export."""
+"""Tracing of a loaded model into a `Graph` with torch.export."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PREFIX = "model."
 
 
 class TraceError(CompressorError):
-    """torch.export could not turn the model into a graph."""
+    """A model that torch.export cannot turn into a graph."""
 
 
 class Traced(torch.nn.Module):
-    """The model behind positional tensors in and a flat tuple of tensors out."""
+    """The model with positional tensors as inputs and a flat tuple of tensors as output."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Traced(torch.nn.Module):
         self._call = model.call
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Call the model with its inputs in order."""
+        """Call the model with its inputs in the order of `model.inputs`."""
         return self._call(self.model, *tensors)
 
 
@@ -42,7 +42,8 @@ def trace(model: Model) -> Graph:
     """Trace a model with a dynamic batch (and sequence) axis into a clean fx graph of ATen operators.
 
     Raises:
-        TraceError: the model cannot be traced, or only with a fixed batch size; says where and what to try.
+        TraceError: the model cannot be traced, or only with a fixed batch size. The message names the line of code, if
+            torch.export states it, and a remedy.
     """
     wrapped = Traced(model).eval()
     feeds = tuple(model.example[name] for name in model.inputs)
@@ -64,7 +65,7 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 
 
 def _explain(model: Model, error: Exception) -> str:
-    """One sentence: what torch.export met, where in the user's code, and what to try."""
+    """Return one sentence with the reason of torch.export, the line of the user's code and a remedy."""
     return (
         f"{model.name} could not be traced by torch.export ({_reason(model, str(error)) or type(error).__name__}); "
         "Compressor needs a forward pass without branches on tensor values that works at any batch size, "
@@ -79,8 +80,8 @@ def _reason(model: Model, text: str) -> str:
         return f"the code fixes axis {axis} of input {model.inputs[position]} to {size}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = re.split(r"(?<=[.!;])\s", lines[0])[0].rstrip(".!:;")[:300] if lines else ""
-    places = re.findall(r'File "([^"]+)", line (\d+), in .+\n\s+(.+)', text)
-    if not places:
+    frames = re.findall(r'File "([^"]+)", line (\d+), in .+\n\s+(.+)', text)
+    if not frames:
         return first
-    path, line, code = places[-1]
+    path, line, code = frames[-1]
     return f"{first}, at {Path(path).name}:{line}, `{code.strip()[:100]}`"

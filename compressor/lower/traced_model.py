@@ -1,4 +1,4 @@
-"""The model under work: loaded, traced, its sites found, with its data."""
+"""The loaded and traced model with its data, its sites and their costs."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from passes.analysis.counted_cost import Costs
 from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
 
-COST_SAMPLES = 8  # over which multiply-adds are averaged
+COST_SAMPLES = 8  # samples over which multiply-adds are averaged
 
 
 class SubjectError(CompressorError):
-    """Model, data and options do not go together."""
+    """A combination of model, data and options that does not fit together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model with its data: what engines are fed and judged with."""
+    """A model and the data on which its engines are run and evaluated."""
 
     model: Model
     data: Data
 
     @property
     def metric(self) -> str:
-        """The metric that quality is stated in."""
+        """Name of the quality metric."""
         return metric_for(self.model.task, self.data.label_kind)
 
     @property
     def no_quality_because(self) -> str | None:
-        """Why no quality may be stated; None where it may."""
+        """Reason why no quality is stated: random data or random weights. None if quality is stated."""
         if self.data.random:
             return "the data is random"
         if self.model.random_weights:
@@ -54,7 +54,7 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Subject(Loaded):
-    """A model with its data, its graph, the sites in it and what they cost."""
+    """A model and its data, with the traced graph, its sites and their costs."""
 
     graph: Graph
     sites: tuple[Site, ...]
@@ -62,7 +62,7 @@ class Subject(Loaded):
 
 
 def described(subject: Subject) -> dict[str, Any]:
-    """The model and its sites as plain JSON values, for a report."""
+    """Return the model and its sites as JSON values for a report."""
     model = subject.model
     return {
         "name": model.name,
@@ -78,10 +78,11 @@ def described(subject: Subject) -> dict[str, Any]:
 
 
 def load(settings: Settings, steps: Steps) -> Subject:
-    """Load model and data, trace the model, find its sites.
+    """Load model and data, trace the model and find its sites.
 
     Raises:
-        CompressorError: either cannot be loaded, the two do not fit, or there is nothing to drop.
+        CompressorError: the model or the data cannot be loaded, they do not fit together, the model cannot be traced,
+            or it has no sites.
     """
     with steps.step("load the model"):
         model = models.load(
@@ -108,7 +109,7 @@ def load(settings: Settings, steps: Steps) -> Subject:
 
 
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
-    """Costs at the sizes of real samples: a text's multiply-adds depend on its length."""
+    """Return the costs at the sizes of real samples, because the multiply-adds of a text depend on its length."""
     feeds = next(tensor_batches(data.calibration, COST_SAMPLES))
     try:
         return Costs(graph, feeds)
@@ -117,10 +118,10 @@ def _costs(graph: Graph, model: Model, data: Data) -> Costs:
 
 
 def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
-    """The data, read as the model needs it.
+    """Load the data with the preprocessing of the model.
 
     Raises:
-        CompressorError: it cannot be read, or does not fit the model.
+        CompressorError: the data cannot be read, or does not fit the model.
     """
     source = settings.data
     if model.task != "text-generation" and (settings.max_length, settings.stride) != (None, None):
@@ -133,7 +134,7 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
         task=model.task,
         seed=settings.seed,
         shares=Shares(total=settings.samples),
-        revision=None,  # --revision is the model's; a data set takes its own as owner/name@revision
+        revision=None,  # --revision applies to the model; that of a data set is part of its name, owner/name@revision
         progress=tick,
         max_length=settings.max_length,
         stride=settings.stride,
@@ -145,22 +146,22 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
 
 
 def _check_classes(data: Data, model: Model) -> None:
-    """Refuse what accuracy and agreement would be silently wrong on: one output, labels of other classes."""
+    """Refuse a single output and labels of other classes, for which accuracy and agreement would be silently wrong."""
     classes = model.classes()
     if classes is None or data.random:
         return
     if classes == 1:
         feature = "image-feature-extraction" if model.task.startswith("image") else "feature-extraction"
         raise SubjectError(
-            f"{model.name} answers with a single number, of which no class can be told, and regression is not "
-            f"supported yet; pass --task {feature} to hold its features instead, or --data random for speed only."
+            f"{model.name} has a single output, so it predicts no class, and regression is not supported yet; pass "
+            f"--task {feature} to compare its features instead, or --data random to measure speed only."
         )
     if data.label_kind == "class":
         parts = (data.calibration, data.validation, data.test)
         largest = max(int(part.labels.max()) for part in parts if part.labels is not None)
         if largest >= classes:
             raise SubjectError(
-                f"{data.source} has labels up to {largest}, but {model.name} knows only {classes} classes (0 to "
+                f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes (0 to "
                 f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
             )
     folders = data.calibration.samples.class_folders
@@ -168,12 +169,12 @@ def _check_classes(data: Data, model: Model) -> None:
         raise SubjectError(
             f"{data.source} has {folders} class folders, but {model.name} has {classes} classes, so the folders' "
             "numbers are not its classes; give a folder for each class, in the model's order, or one flat folder of "
-            "images, which is judged by agreement with the original."
+            "images, on which the result is compared with the original."
         )
 
 
 def _check_trained(graph: Graph, model: Model) -> None:
-    """Refuse a checkpoint that lacks weights the outputs depend on: they would be random."""
+    """Refuse a checkpoint that lacks weights on which the outputs depend, because they would be random."""
     used = {str(node.target).removeprefix(graph.prefix) for node in graph.nodes() if node.op == "get_attr"}
     absent = [name for name in model.untrained if name in used]
     if absent:
@@ -185,7 +186,13 @@ def _check_trained(graph: Graph, model: Model) -> None:
 
 @contextlib.contextmanager
 def accepting_data(subject: Loaded) -> Iterator[None]:
-    """An index out of range (a token id beyond the vocabulary, too long a row) is the data's fault; say so."""
+    """Replace an IndexError of the model by an error that names the data.
+
+    The model raises it for token ids beyond the vocabulary and for rows that are too long.
+
+    Raises:
+        SubjectError: the samples do not fit the model.
+    """
     try:
         yield
     except IndexError as error:

@@ -1,4 +1,4 @@
-"""From a graph to the file that a target builds from: the only caller of torch.onnx.export and of torch.export.save."""
+"""Writing of graphs as the files that targets build from, with torch.onnx.export and torch.export.save."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ if TYPE_CHECKING:
     from passes.graph.graph import Graph
 
 OPSET = 20
-NAMES = "compressor.json"  # the file in an archive that holds the names of a program's inputs and outputs
+NAMES = "compressor.json"  # file in the .pt2 archive with the names of the inputs and outputs
 
 
 class LowerError(CompressorError):
-    """A graph could not be written as ONNX, or exported by torch."""
+    """A graph that could not be written as ONNX, or exported by torch."""
 
 
 def lower(graph: Graph, model: Model, path: Path) -> Path:
-    """Write a graph in the form that the path names: ``.onnx``, ``.pt2`` as torch.export saves it, ``config.json``.
+    """Write a graph in the format that the name of the file selects.
 
-    The last is that of a checkpoint, which is the folder around it.
+    ``.onnx`` selects ONNX, ``.pt2`` an exported program, and ``config.json`` a checkpoint in the folder of that file.
+
+    Returns:
+        `path`.
 
     Raises:
-        CompressorError: the graph has no such form.
+        CompressorError: the graph cannot be written in this format.
         OSError: the file cannot be written.
     """
     if path.name == CONFIG[1:]:
@@ -64,8 +67,8 @@ def _to_program(graph: Graph, model: Model, path: Path) -> Path:
 def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     """Write a graph as ONNX, opset 20, with named inputs and outputs and a dynamic batch (and sequence) axis.
 
-    Weights beyond 2 GB, and those that were read from disk one by one, go into a file beside it, named as the ONNX file
-    plus ``.data``.
+    Weights go into a second file, named as the ONNX file plus ``.data``, if they exceed 2 GB or were read from disk one
+    by one.
     """
     example = tuple(model.example[name] for name in graph.inputs)
     shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
@@ -80,7 +83,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
                 verbose=False,
-                optimize=False,  # weights that stay on disk come first
+                optimize=False,  # weights that stay on disk are replaced first
             )
             assert program is not None
             streamed = leave_on_disk(program.model)
@@ -90,19 +93,19 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     except Exception as error:  # the exporter's errors have no common base
         raise LowerError(f"{model.name} cannot be written as ONNX: {first_line(_cause(error))}.") from error
     _tidy(program.model, {*graph.inputs, *graph.outputs})
-    with _quiet():  # in one piece with its weights, the file would be in memory before it is written
+    with _quiet():  # a single file with its weights would be assembled in memory
         program.save(str(path), external_data=streamed)
     return path
 
 
 def _tidy(model: ir.Model, interface: set[str]) -> None:
-    """Drop what does not belong into a file for others, and keep inner values off the names of the interface.
+    """Remove redundant metadata, and rename inner values that have the name of a graph input or output.
 
-    Stack traces hold paths of this machine. What is noted of a weight beside the weight contradicts it as soon as a
-    tool transposes it: ONNX Runtime's own dynamic quantization stopped there.
+    Stack traces contain paths of this machine. The shape and type noted beside a weight contradict its tensor once a
+    tool transposes it; the dynamic quantization of ONNX Runtime failed on that.
     """
     for weight in model.graph.initializers.values():
-        weight.shape = weight.type = None  # the tensor itself says
+        weight.shape = weight.type = None  # the tensor has both
         weight.metadata_props.clear()
     outer = {*model.graph.inputs, *model.graph.outputs}
     for node in model.graph.all_nodes():
@@ -114,7 +117,7 @@ def _tidy(model: ir.Model, interface: set[str]) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first error of a chain: the exporter's own only say that there was one."""
+    """Return the first error of a chain; the exporter's own errors do not state the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -122,7 +125,7 @@ def _cause(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints steps and warns about its own internals; its errors still come through."""
+    """Silence the progress and the warnings of the exporter, but not its errors."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -34,6 +34,8 @@ CAUSAL = "text-generation"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 GPT2 = ("gpt-2", "gpt2")  # names of GPT-2's pre-tokenizer in GGUF files
 FLOATS = ("F64", "F32", "F16", "BF16")
+# transformers refers to a table in its log instead.
+OTHER_SHAPES = "the shapes of its tensors do not match its metadata"
 FREQUENCIES = "rope_freqs.weight"
 _INSTALL = "install them with `pip install 'compressor-ai[gguf]'` (or `pip install gguf accelerate`)"
 _OWN_FILES = "pass the model in the format of transformers, as a hub id or a save_pretrained folder"
@@ -116,12 +118,12 @@ def load(
             raise
         except Exception as error:  # transformers does not wrap file and shape errors
             raise ModelError(
-                f"transformers could not read {location}, a GGUF file of the architecture {content.architecture} "
-                f"({_reason(error)}); {_OWN_FILES}."
+                _unreadable(location, content, OTHER_SHAPES if "mismatched_sizes" in str(error) else why(error))
             ) from error
         if not random_weights:
             _check_all_loaded(path, content, module, resolved_task)
         _clear_quantization(module, path)
+        _check_shapes(location, content, module)
         own = {"revision": None, "trust_remote_code": False, **options}
         model = _wrap(module.eval().float(), empty, resolved_task, own, {}, random_weights, untrained, cache)
     if model.tokenizer is not None:
@@ -129,9 +131,11 @@ def load(
     return replace(model, limitations=(*_limitations(content, model), *model.limitations))
 
 
-def _reason(error: Exception) -> str:
-    # The original message refers to a table in the log of transformers.
-    return "the shapes of its tensors do not match its metadata" if "mismatched_sizes" in str(error) else why(error)
+def _unreadable(location: str, content: _Content, reason: str) -> str:
+    return (
+        f"transformers could not read {location}, a GGUF file of the architecture {content.architecture} ({reason}); "
+        f"{_OWN_FILES}."
+    )
 
 
 @contextlib.contextmanager
@@ -369,6 +373,17 @@ def _check_all_loaded(path: Path, content: _Content, module: Any, task: str) -> 
         raise _unsupported(
             path, f"it stores {held:,} weights, but {type(module).__name__} takes only {sum(state.values()):,}"
         )
+
+
+def _check_shapes(location: str, content: _Content, module: Any) -> None:
+    """Check that every weight has the shape that its layer computes with.
+
+    transformers 5.24 refuses tensors of other shapes, and 5.20 assigns them.
+    """
+    with torch.device("meta"):
+        expected = type(module)(module.config).state_dict()
+    if any(value.shape != expected[name].shape for name, value in module.state_dict().items() if name in expected):
+        raise ModelError(_unreadable(location, content, OTHER_SHAPES))
 
 
 def _layers(module: Any) -> int:

@@ -217,14 +217,14 @@ def _write_shard(path: Path, tensors: Mapping[str, Stored | torch.Tensor]) -> No
 def _without_memory() -> Iterator[None]:
     """Create parameters of new modules on the meta device; buffers are computed as usual."""
 
+    # The return value of the hook replaces the parameter.
     def move(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
         if parameter.is_meta:
             return None
-        return torch.nn.Parameter(
-            parameter.to("meta"), requires_grad=False
-        )  # memory is not committed before it is written
+        # Memory that the parameter has allocated but not written to has not been committed yet.
+        return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]  # the return value replaces the parameter
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
     try:
         yield
     finally:

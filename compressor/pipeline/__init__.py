@@ -1,1 +1,1 @@
-"""The three jobs: export, sweep and inspect, each as one straight line."""
+"""The commands export, sweep and inspect: the order of their steps."""

@@ -1,4 +1,4 @@
-"""Export: from settings to an engine, a report and a model card, as one straight line."""
+"""The export: from settings to an engine, a report and a model card."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class _Rewritten:
-    """The choice and its graphs.
+    """The plan and the graphs that result from it.
 
     Attributes:
-        choice: the plan and how it was found.
-        adapted: the changed graph after healing, before tokens are merged.
-        graph: the same with tokens merged.
-        folded: the same, ready to be lowered.
-        healed: what healing did; None without it.
+        choice: the plan, with the facts about its choice.
+        adapted: the rewritten graph after healing, before tokens are merged.
+        graph: `adapted` with tokens merged.
+        folded: `graph` folded, ready to be lowered.
+        healed: the report of healing; None without healing.
     """
 
     choice: Choice
@@ -74,12 +74,12 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
 
     Args:
         settings: the options of the export.
-        console: where progress is shown; None shows nothing.
+        console: console that shows progress; None shows nothing.
         command: the command line, for the report.
 
     Raises:
-        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do. Nothing is
-            left behind then.
+        CompressorError, PassError, RuntimesError: the message says what was found and what to do. The output folder is
+            not written then.
     """
     target, options = usable(settings)
     steps, output = Steps(console), Path(settings.output)
@@ -169,7 +169,7 @@ def _rewritten(subject: Subject, settings: Settings, evaluator: GraphEvaluator, 
 def _lowered(subject: Subject, rewritten: _Rewritten, builder: EngineBuilder, steps: Steps) -> list[Variant]:
     """Lower baseline and result and compare each with torch.
 
-    The result shares the baseline's file where nothing was changed, folded or left out.
+    The result shares the file of the baseline if no change, folding or removal of nodes made it different.
     """
     with steps.step("lower, check against torch"):
         path = builder.lower(subject.graph, "baseline")
@@ -177,7 +177,7 @@ def _lowered(subject: Subject, rewritten: _Rewritten, builder: EngineBuilder, st
         if not rewritten.choice.plan.changes and rewritten.folded.signature() == subject.graph.signature():
             return [baseline, dataclasses.replace(baseline, name="result")]
         path = builder.lower(rewritten.folded, "result")
-        # Compared with the graph as it was before it was folded.
+        # The engine is compared with the graph before folding, so that an error of the folding shows.
         return [baseline, float_variant("result", rewritten.graph, path, engine_parity(builder, path, rewritten.graph))]
 
 
@@ -199,39 +199,40 @@ def _engine(
     settings: Settings,
     steps: Steps,
 ) -> dict[str, Any]:
-    """Return the ``engine`` part of the report."""
+    """Return the ``engine`` part of the report; with ``--defer-build``, write the files for the device."""
     builder = evaluator.builder
     if settings.defer_build:
         return package.write(folder, variants, builder, evaluator.timer.inputs, settings, steps)
     shipped = engines_of(variants)["result"]
     folded, target = rewritten.folded, builder.target
-    named = {"state": "built", "target": target.name, "file": shipped.name}
+    built = {"state": "built", "target": target.name, "file": shipped.name}
     ends = {"inputs": list(folded.inputs), "outputs": list(folded.outputs)}
-    return named | ends | {"layers": engine_layers.described(target, shipped, builder.options)}
+    return built | ends | {"layers": engine_layers.described(target, shipped, builder.options)}
 
 
 def _write(report: Report, folder: Path, subject: Subject) -> None:
-    """Write report.json, and report.html with previews of the samples that it names."""
+    """Write report.json, and report.html with previews of the samples whose prediction changed."""
     content = report.to_dict()
-    places = [] if report.quality is None else [each.place for each in report.quality.changed]
+    indices = [] if report.quality is None else [each.place for each in report.quality.changed]
     (folder / REPORT).write_text(report.to_json())
-    (folder / PAGE).write_text(html(content, shown(subject.data.test, places)), encoding="utf-8")
+    (folder / PAGE).write_text(html(content, shown(subject.data.test, indices)), encoding="utf-8")
 
 
 def _lost(rewritten: _Rewritten, subject: Subject) -> Iterator[Limitation]:
-    """Yield what was requested and is not in the plan, and what the plan took from the model."""
+    """Yield the limitations of the plan: tokens that cannot be merged, and a KV cache that it removes."""
     search = rewritten.choice.search
     merging = None if search is None else search.no_merging()
     if merging is not None:
-        yield Limitation("token merging", f"behind no attention ({merging.rstrip('.')})")
+        yield Limitation("token merging", f"not possible after any attention ({merging.rstrip('.')})")
     if subject.model.state and not rewritten.folded.state:
         yield Limitation(
-            "KV cache", "none is left, as every attention is gone; Optimum's classes open it with use_cache=False"
+            "KV cache",
+            "the result has none, because the plan removes every attention; pass use_cache=False to Optimum's classes",
         )
 
 
 def _evidence(rewritten: _Rewritten, subject: Subject) -> dict[str, Any]:
-    """Return the measurements that the choice is based on, with the tokens that its plan leaves where it merges."""
+    """Return the measurements that the choice is based on; for a plan that merges, also the tokens at each site."""
     choice = rewritten.choice
     if not choice.plan.merges:
         return choice.evidence
@@ -241,19 +242,19 @@ def _evidence(rewritten: _Rewritten, subject: Subject) -> dict[str, Any]:
 def _generation(
     parts: Mapping[str, Mapping[str, Latency]], calls: Mapping[str, Call], settings: Settings, subject: Subject
 ) -> dict[str, Any] | None:
-    """What generation was timed at, and the latency of its calls by variant; None for models without a cache."""
-    asked = generate_of(settings, subject.model)
-    if asked is None:
+    """Return the timed generation and the latency of its calls by variant; None for models without a KV cache."""
+    generate = generate_of(settings, subject.model)
+    if generate is None:
         return None
-    latencies = {name: {call: brief(each) for call, each in found.items()} for name, found in parts.items()}
-    return {**dataclasses.asdict(asked), "behind": asked.behind, "calls": latencies}
+    latencies = {name: {call: brief(each) for call, each in timed.items()} for name, timed in parts.items()}
+    return {**dataclasses.asdict(generate), "behind": generate.behind, "calls": latencies}
 
 
 def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) -> tuple[Choice, Graph, Healed | None]:
-    """The choice, its graph adapted to its changes if that was asked for and helps, and what healing did.
+    """Heal the graph of a choice if ``--heal`` is set; return the choice, the graph and the report of healing.
 
-    A search that healing follows may lose more than is allowed. Where healing does not win it back, the search's last
-    changes are taken back until the rest keeps the limit by itself, and that is healed.
+    A search that healing follows may exceed the limit on the loss. If healing does not recover the excess, the last
+    changes of the search are undone until the loss is within the limit, and that graph is healed.
     """
     if settings.heal == "none" or not choice.plan.changes:
         return choice, choice.graph, None
@@ -309,26 +310,28 @@ def _notes(
         lost = report.quality.loss["baseline"].value
         if lost > settings.loss_limit:
             notes.append(
-                f"The loss on test data, {lost:.2f} %, exceeds the {settings.loss_limit:g} % that held on "
-                f"{len(subject.data.validation)} validation samples; more samples make the choice more reliable."
+                f"The loss on test data is {lost:.2f} %, above the limit of {settings.loss_limit:g} %, which was met "
+                f"on {len(subject.data.validation)} validation samples; use more samples for a more reliable choice."
             )
     if healed is not None:
         notes.append(f"Healing ({healed.method}): {healed.note}.")
     elif settings.heal != "none":
-        notes.append(f"Healing ({settings.heal}): not done, as the plan changes nothing.")
+        notes.append(f"Healing ({settings.heal}): skipped, because the plan changes nothing.")
     if settings.factorial and report.factorial is None:
-        notes.append("No factorial: the plan changes nothing.")
+        notes.append("Factorial: skipped, because the plan changes nothing.")
     for name, facts in converted.items():
         if facts.loss is not None and facts.loss > settings.max_precision_loss:
             kept = ", even with layers kept in float" if facts.quantized is not None else ""
             notes.append(
-                f"{facts.precision} of the {name} is expected to lose {facts.loss:.2f} %, by validation data{kept}."
+                f"The expected loss of the {name} in {facts.precision} is {facts.loss:.2f} % by validation data, above "
+                f"the limit of {settings.max_precision_loss:g} %{kept}."
             )
     if subject.data.skipped:
-        notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_named(subject.data)}.")
+        notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed())
 
 
-def _named(data: Data) -> str:
+def _skipped_ids(data: Data) -> str:
+    """Return the ids of the first five skipped samples."""
     names = [skipped.id for skipped in data.skipped[:5]]
     return ", ".join(names) + (", ..." if len(data.skipped) > len(names) else "")

@@ -1,7 +1,7 @@
-"""Export under ``--max-memory``: a language model ranked, rewritten, judged and written without being in memory whole.
+"""The export with ``--max-memory``: rank, rewrite, evaluate and write a language model block by block.
 
-What differs from `compressor.pipeline`: nothing is timed, as no engine holds less than the model, and quality is
-measured in torch, which runs original and result block by block.
+Unlike `compressor.pipeline.export`, it measures no latency, because an engine needs the whole model in memory. Quality
+is measured in torch, which runs the original and the result block by block.
 """
 
 from __future__ import annotations
@@ -48,38 +48,38 @@ from passes.graph.graph import Graph
 from runtimes.base.protocols import BuildOptions
 from runtimes.base.registry import runtime
 
-SIDE_BY_SIDE = 2  # graphs, each with its own section in memory
-CHECKED = 4  # texts on which the written checkpoint is held against the graph
+SIDE_BY_SIDE = 2  # graphs evaluated together, each with its own section in memory
+CHECKED = 4  # texts on which the written checkpoint is compared with the graph
 
 
 class LargeError(CompressorError):
-    """The target holds the whole model in memory."""
+    """The target needs the whole model in memory."""
 
 
 def check_target(settings: Settings) -> None:
-    """Refuse to build an engine here.
+    """Check that the settings do not build an engine on this machine.
 
     Raises:
-        LargeError: the target is one that builds an engine, and that is not left to another machine.
+        LargeError: the target builds an engine, and ``--defer-build`` is not set.
     """
     if settings.target != TRANSFORMERS and not settings.defer_build:
         raise LargeError(
-            f"target {settings.target} needs the whole model in memory, which --max-memory rules out; add "
-            f"--defer-build, to build it elsewhere, or give --target {TRANSFORMERS}."
+            f"found --target {settings.target} with --max-memory, but building its engine needs the whole model in "
+            f"memory; add --defer-build to build it on another machine, or give --target {TRANSFORMERS}."
         )
 
 
 def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> tuple[Report, Subject]:
-    """Compress a model within the memory that the settings allow, and write all but the report.
+    """Compress a model within the memory limit of the settings, and write all files except the report.
 
     Args:
         settings: with ``max_memory``.
-        folder: where the result is written.
-        steps: told of the progress.
-        command: for the report.
+        folder: folder to write the result to.
+        steps: records and shows the steps.
+        command: the command line, for the report.
 
     Raises:
-        CompressorError, PassError: one sentence that says what was found and what to do.
+        CompressorError, PassError: the message says what was found and what to do.
     """
     subject = load(settings, steps)
     answer, parts = subject.model.answer, [subject.data.calibration, subject.data.test]
@@ -89,7 +89,7 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
         choice = spelled_out(subject, settings, steps, bounds)
         graphs = {"baseline": subject.graph, "result": choice.graph}
         with steps.step("measure the quality") as tick:
-            quality = _judged(subject, graphs, bounds, tick)
+            quality = _evaluated(subject, graphs, bounds, tick)
         (folder / "plan.json").write_text(choice.plan.to_json())
         if settings.target == TRANSFORMERS:
             engine, parity = _checkpoint(graphs, subject, folder, bounds, steps)
@@ -98,12 +98,15 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
     return _report(settings, subject, choice, quality, engine, parity, steps, command), subject
 
 
-def _judged(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick: Tick) -> Evaluation | None:
-    """Quality of the graphs on test data, all their texts going through one section before the next."""
+def _evaluated(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick: Tick) -> Evaluation | None:
+    """Evaluate the graphs on test data, or return None for random data or weights.
+
+    Each graph runs all texts through one section before it loads the next.
+    """
     if subject.no_quality_because is not None:
         return None
     split = subject.data.test
-    # The windows that perplexity is taken over, in the order in which `evaluate` asks for their answers.
+    # The runners return precomputed outputs, so their batches must have the order in which `evaluate` requests them.
     runners = {
         name: _runner(graph, subject.model.answer, split.whole(bounds.rows), bounds) for name, graph in graphs.items()
     }
@@ -111,41 +114,41 @@ def _judged(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick
 
 
 def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: Bounded) -> Runner:
-    """Hands out the answers to these batches, in their order, whatever it is fed."""
+    """Return a runner that yields the outputs of these batches in their order; it ignores the feeds that it gets."""
     tensors = ({name: torch.from_numpy(value) for name, value in batch.feeds.items()} for batch in batches)
     answers = _answers(graph, answer, tensors, bounds)
 
-    def following(_: Mapping[str, Array]) -> Array:
-        found: Array = next(answers).numpy()
-        return found
+    def next_answer(_: Mapping[str, Array]) -> Array:
+        answer: Array = next(answers).numpy()
+        return answer
 
-    return following
+    return next_answer
 
 
 def _answers(
     graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded
 ) -> Iterator[torch.Tensor]:
-    """One output of a graph for each batch, computed block by block."""
-    return (found for (found,) in _outputs(graph, batches, bounds, [answer]))
+    """Yield the output `answer` of a graph for each batch, computed block by block."""
+    return (output for (output,) in _outputs(graph, batches, bounds, [answer]))
 
 
 def _checkpoint(
     graphs: Mapping[str, Graph], subject: Subject, folder: Path, bounds: Bounded, steps: Steps
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Write the result as a checkpoint, and open it again; the ``engine`` part of the report, and how far it is off."""
+    """Write the result as a checkpoint and compare it with the graph; return the ``engine`` part and the parity."""
     graph = graphs["result"]
     with steps.step("write the checkpoint"):
         path = lower(graph, subject.model, folder / checkpoint.CONFIG[1:])
     with steps.step("check it against torch"):
         parity = _parity(path, graph, subject, bounds)
-    told = {"state": "built", "streamed": True, "target": TRANSFORMERS, "file": path.name}
-    return told | {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}, {"result": parity.difference}
+    engine = {"state": "built", "streamed": True, "target": TRANSFORMERS, "file": path.name}
+    return engine | {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}, {"result": parity.difference}
 
 
 def _deferred(
     graphs: Mapping[str, Graph], subject: Subject, folder: Path, settings: Settings, bounds: Bounded, steps: Steps
 ) -> dict[str, Any]:
-    """Write the ONNX files and what the device needs to build, check and time them; the report's ``engine`` part."""
+    """Write the ONNX files and the inputs and outputs for the device; return the ``engine`` part of the report."""
     final = {"baseline": subject.graph, "result": finished(graphs["result"])}
     paths = {"baseline": folder / package.FOLDER / "baseline.onnx", "result": folder / "model.onnx"}
     subject.model.save(folder)
@@ -164,34 +167,37 @@ def _deferred(
         run_all = partial(_outputs, bounds=bounds)
         at_once = min(AT_ONCE, bounds.rows)
         answers = package.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
-    found = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
+    stand_in = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
     files = {name: Source(path) for name, path in paths.items()}
     options = sized(options, subject, settings)
-    told = package.left_to_device(folder, target, options, files, subject, found)
-    return told | {"streamed": True, "timed_inputs": {name: list(value.shape) for name, value in timed.items()}}
+    engine = package.left_to_device(folder, target, options, files, subject, stand_in)
+    return engine | {"streamed": True, "timed_inputs": {name: list(value.shape) for name, value in timed.items()}}
 
 
 def _outputs(
     graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded, names: Collection[str] | None = None
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The named outputs of a graph, or all, for each batch, computed block by block."""
+    """Yield the named outputs of a graph (None: all) for each batch, computed block by block."""
     program = Program(graph, outputs=names)
     folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
     return run_in_sections(program, cut(program, section_ends(graph), bounds.room.weights), batches, folder)
 
 
 def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Parity:
-    """Open the checkpoint that was written, from its files too, and hold it to the rewritten graph on a few texts."""
+    """Load the written checkpoint with its weights on disk and compare it with the rewritten graph on a few texts."""
     model = models.load(path.parent, task=subject.model.task, on_disk=True, cache=bool(subject.model.state))
     batch = next(subject.data.calibration.batches(min(CHECKED, bounds.rows))).feeds
     sides = {"graph": (graph, subject.model), "checkpoint": (trace(model), model)}
-    found = {}
-    for name, (side, of) in sides.items():
+    outputs = {}
+    for name, (side, source) in sides.items():
         feeds = {key: torch.from_numpy(value) for key, value in batch.items() if key in side.inputs}
-        (found[name],) = _answers(side, of.answer, [feeds], bounds)
-    expected = {subject.model.answer: found["graph"].numpy()}
+        (outputs[name],) = _answers(side, source.answer, [feeds], bounds)
+    expected = {subject.model.answer: outputs["graph"].numpy()}
     return check_parity(
-        expected, lambda: {subject.model.answer: found["checkpoint"].numpy()}, name=path.name, advice=checkpoint.ADVICE
+        expected,
+        lambda: {subject.model.answer: outputs["checkpoint"].numpy()},
+        name=path.name,
+        advice=checkpoint.ADVICE,
     )
 
 
@@ -199,7 +205,7 @@ def _report(
     settings: Settings,
     subject: Subject,
     choice: Choice,
-    judged: Evaluation | None,
+    evaluation: Evaluation | None,
     engine: dict[str, Any],
     parity: dict[str, float],
     steps: Steps,
@@ -213,7 +219,7 @@ def _report(
         data=subject.data.describe(),
         plan=choice.plan,
         sizes={name: _size(graph, subject) for name, graph in graphs.items()},
-        quality=None if judged is None else Quality.of(judged, list(graphs)),
+        quality=None if evaluation is None else Quality.of(evaluation, list(graphs)),
         no_quality_because=subject.no_quality_because,
         latency={},
         timed_inputs=engine.pop("timed_inputs", {}),
@@ -232,15 +238,16 @@ def _report(
 
 
 def _size(graph: Graph, subject: Subject) -> Size:
-    """Parameters and work of a graph, and the bytes that its weights have on disk."""
+    """Return parameters, multiply-adds and KV cache of a graph, and the size of its weights on disk in bytes."""
     cost = Costs(graph, subject.costs.example).total
     return Size(cost.parameters, cost.multiply_adds, stored_bytes(graph), bytes_per_token(graph))
 
 
 def _notes(settings: Settings, steps: Steps) -> Iterator[str]:
-    """How the limit was kept."""
+    """Yield a note on the peak memory of the process."""
     peaks = [step.peak_memory for step in steps.done if step.peak_memory is not None]
     assert settings.max_memory is not None
     if peaks:
-        kept = "under" if max(peaks) <= settings.max_memory else "above"
-        yield f"At most {max(peaks) / GIB:.2f} GiB were held, {kept} the {settings.max_memory / GIB:.2f} GiB allowed."
+        relation = "under" if max(peaks) <= settings.max_memory else "above"
+        limit = f"the limit of {settings.max_memory / GIB:.2f} GiB"
+        yield f"Peak memory was {max(peaks) / GIB:.2f} GiB, {relation} {limit}."

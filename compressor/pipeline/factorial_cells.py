@@ -1,4 +1,4 @@
-"""The cells of a factorial in an export: the variants that it needs beside those of the report, and their files."""
+"""The cells of a factorial in an export: the variants that the report does not need anyway, and their files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CHANGES = "changes"
 
 
 def unmerged(plan: Plan, graph: Graph, builder: EngineBuilder) -> list[Variant]:
-    """Lower the model with the plan's changes but without merged tokens, where the plan has both.
+    """Lower the model with the plan's changes but without merged tokens, if the plan has both.
 
     Args:
         plan: the changes of the export.
         graph: the changed model before tokens are merged.
-        builder: lowers it.
+        builder: folds and lowers the graph.
 
     Returns:
         One variant, or none.
@@ -40,11 +40,11 @@ def unmerged(plan: Plan, graph: Graph, builder: EngineBuilder) -> list[Variant]:
 
 
 def with_cells(variants: Sequence[Variant], precision: str) -> list[Variant]:
-    """Add the float variants that the factorial compares with, and name all of its own by their cells.
+    """Add the float variants of the factorial, and rename its own variants to their cells.
 
     Args:
-        variants: in the precision: ``original``, ``baseline``, ``result`` and, where tokens are merged, ``changes``.
-        precision: below fp32.
+        variants: converted to `precision`: ``original``, ``baseline``, ``result`` and, with merged tokens, ``changes``.
+        precision: a precision below fp32.
     """
     by_name = {variant.name: variant for variant in variants}
     cells = [by_name["result"].as_float().renamed("compressed float")]
@@ -64,7 +64,7 @@ def measured(
     """Return the factorial of an export; write every cell's ONNX file so that it can be measured again."""
     reduced = word(settings.precision)
     sources = {variant.name: variant.source for variant in variants}
-    # The cells that the report measures anyway, by the name they have there.
+    # Cells that the report measures anyway, with the name of their variant in the report.
     reported = {"dense float": "original", f"dense {reduced}": "baseline", f"compressed {reduced}": "result"}
     named = {cell: reported.get(cell, cell) for cell in cells_of(reduced) if reported.get(cell, cell) in latency}
     (folder / FOLDER).mkdir()
@@ -79,7 +79,7 @@ def measured(
 
 
 def _file(cell: str, path: Path, folder: Path) -> str:
-    """Return the name of a cell's file in the folder, where it is copied unless it is the result itself."""
+    """Return the name of a cell's file in the folder; copy the file unless it is the result itself."""
     if path.parent == folder:
         return path.name
     name = f"{FOLDER}/{cell.replace(' ', '.')}.onnx"

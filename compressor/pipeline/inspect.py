@@ -1,4 +1,4 @@
-"""Scores of every site, without changing or exporting anything."""
+"""The command inspect: scores of every site, without an export."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ if TYPE_CHECKING:
 def inspect(
     settings: Settings, *, study: bool = False, against_data: Sequence[str] = (), console: Console | None = None
 ) -> Inspection:
-    """Score every site of a model on its calibration data; changes and exports nothing.
+    """Score every site of a model on its calibration data, without changing or exporting the model.
 
     Args:
-        settings: model, data and metric; with the metric ``output`` each site's effect on the output is measured too.
-        study: also measure how redundancy runs over depth, positions and kinds of tokens, and how stable it is.
-        against_data: further data, or ``random``, whose rankings a study holds against those of the settings' data.
-        console: where progress is shown; None shows nothing.
+        settings: model, data and metric; the metric ``output`` also measures the effect of each site on the output.
+        study: also measure redundancy by depth, by position and by kind of token, and its stability.
+        against_data: further data, or ``random``; a study compares their rankings with that of the settings' data.
+        console: console that shows progress; None shows nothing.
 
     Raises:
-        CompressorError, PassError: one sentence that says what was found and what to do.
+        CompressorError, PassError: the message says what was found and what to do.
     """
     if against_data and not study:
-        raise SettingsError("--against-data compares the rankings of a study; add --study.")
+        raise SettingsError("found --against-data without --study, whose rankings it compares; add --study.")
     steps = Steps(console)
     if study and settings.max_memory is not None:
-        raise SettingsError("--study compares all layers at once, which --max-memory cannot hold; leave one out.")
+        raise SettingsError(
+            "found --study with --max-memory, but a study keeps the states of all layers in memory; leave one out."
+        )
     subject = load(settings, steps)
     others = []
-    for each in against_data:
-        with steps.step(f"load {each}") as tick:
-            others.append(load_data(dataclasses.replace(settings, data=each), subject.model, tick))
+    for source in against_data:
+        with steps.step(f"load {source}") as tick:
+            others.append(load_data(dataclasses.replace(settings, data=source), subject.model, tick))
     splits, output = [subject.data.calibration], Path(settings.output)
     with accepting_data(subject), limited(subject.graph, splits, settings.max_memory, output, ()) as bounds:
         scores = score(subject, steps, bounds)
         samples = subject.data.calibration.head(settings.search_samples)
         effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
-        found = studied(subject, steps, seed=settings.seed, against=others) if study else None
+        result = studied(subject, steps, seed=settings.seed, against=others) if study else None
     return Inspection(
         subject.model.name,
         subject.sites,
@@ -58,7 +60,7 @@ def inspect(
         subject.costs,
         subject.data.describe(),
         effects=measured,
-        study=found,
+        study=result,
         at_ends=bounds is not None,
         limitations=(*subject.model.limitations, *subject.data.limitations),
     )

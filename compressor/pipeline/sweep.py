@@ -1,4 +1,4 @@
-"""The front of speed and quality: every plan of one search, some of them built and measured."""
+"""The command sweep: the Pareto front of speed and quality along one search, with some plans built and measured."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ if TYPE_CHECKING:
 def sweep(
     settings: Settings, *, points: int = 8, console: Console | None = None, command: str = "compressor.sweep(...)"
 ) -> Front:
-    """Find the plans at every budget in one search, measure some of them, write the folder.
+    """Search the plans for all budgets at once, build and measure some of them, and write the folder.
 
     Args:
-        settings: as for `export`; the search goes on until `max_loss` is lost.
-        points: plans that are built, timed side by side and judged on test data.
-        console: where progress is shown; None shows nothing.
+        settings: as for `export`; the search ends at `max_loss`.
+        points: number of plans to build, time side by side and evaluate on test data.
+        console: console that shows progress; None shows nothing.
         command: the command line, for the report.
 
     Raises:
-        CompressorError, PassError, RuntimesError: one sentence that says what was found and what to do.
+        CompressorError, PassError, RuntimesError: the message says what was found and what to do.
     """
     if settings.tokens not in ("auto", "none"):
-        raise SettingsError(f"a sweep starts from the model as it is; leave out --tokens {settings.tokens}.")
+        raise SettingsError(
+            f"a sweep starts from the original model; found --tokens {settings.tokens}, leave out --tokens."
+        )
     if settings.precision == AUTO:
-        raise SettingsError("a sweep compares plans in one precision; found --precision auto, name one such as int8.")
+        raise SettingsError("a sweep compares plans in one precision; found --precision auto, give one such as int8.")
     target, options = usable(settings)
     steps = Steps(console)
     output = Path(settings.output)
@@ -49,17 +51,17 @@ def sweep(
             rewriter = rewriter_of(subject, settings)
             search = begin(subject, settings, rewriter, evaluator, steps)
             go_on(search, steps)
-            found = points_of(search, subject.model.name)
-            chosen = spread(len(found), points, [point.efficient for point in found])
-            built = {str(place): rewriter.rewritten(found[place].plan.changes) for place in chosen}
-        quality, latency = evaluator.measure(built, steps)
+            plans = points_of(search, subject.model.name)
+            chosen = spread(len(plans), points, [point.efficient for point in plans])
+            graphs = {str(number): rewriter.rewritten(plans[number].plan.changes) for number in chosen}
+        quality, latency = evaluator.measure(graphs, steps)
         front = Front(
             command=command,
             settings=settings.to_dict() | {"points": points},
             model=subject.model.name,
             metric=None if quality is None else quality.metric,
             data=subject.data.describe(),
-            points=tuple(with_measurements(point, latency.get(str(point.number)), quality) for point in found),
+            points=tuple(with_measurements(point, latency.get(str(point.number)), quality) for point in plans),
             search=facts_of(search),
             environment=environment(),
             seconds=sum(step.seconds for step in steps.done),

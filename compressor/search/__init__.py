@@ -1,1 +1,1 @@
-"""From settings to a plan: by names, by a ranking, or by a search under budgets."""
+"""Choose a plan from the settings: by site names, by a ranking, or by a search within budgets."""

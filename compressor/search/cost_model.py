@@ -1,4 +1,4 @@
-"""What a rewritten graph costs: multiply-adds, or milliseconds predicted from a handful of timed engines."""
+"""Cost models of rewritten graphs: multiply-adds, or latency predicted from a few timed engines."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ from passes.rewrite.replace import Replace
 Clock = Callable[[Mapping[str, Graph]], Mapping[str, Mapping[str, float]]]
 Works = tuple[Work, ...]
 
-TINY = 1e-9  # nothing is free: where noise leaves a graph without any priced work
-COUNTED = np.array([0.0, 1.0, 1.0, 0.0, 0.0])  # multiply-adds alone
+TINY = 1e-9  # least cost of a graph; noisy timings can leave all of its work without a price
+COUNTED = np.array([0.0, 1.0, 1.0, 0.0, 0.0])  # the weights of `_features` that sum the multiply-adds
 
 
 @dataclass(frozen=True)
 class Price:
-    """A linear model of what one kind of call costs: a constant, multiply-adds, attention, elements and operators.
+    """Linear cost model of one kind of call.
 
-    `weights` are the cost of each, all `times` that the call is made; `timings` the milliseconds of all of them that
-    they were fitted to, and `fitted` what the model says for the same engines.
+    Attributes:
+        counter: counts the work of a graph on the inputs of the call.
+        times: number of calls.
+        weights: cost of the constant, multiply-adds, attention, elements and operators [5], for all `times` calls.
+        timings: milliseconds of all calls by engine, to which the weights were fitted; empty for multiply-adds.
+        fitted: prediction of the model for the same engines.
     """
 
     counter: Counter = field(repr=False)
@@ -44,46 +48,46 @@ class Price:
 
 @dataclass(frozen=True)
 class Prices:
-    """What graphs cost in `unit`: the sum over the calls that are made, each with a price of its own."""
+    """Cost model of graphs in `unit`: the sum over several kinds of call, each with its own linear model."""
 
     unit: str
     calls: Mapping[str, Price]
 
     def count(self, graph: Graph) -> Works:
-        """The work of each call."""
+        """Return the work of each call on a graph."""
         return tuple(price.counter.count(graph) for price in self.calls.values())
 
     def of(self, works: Works) -> float:
-        """The cost of all calls in `unit`."""
-        each = (_features(work) @ price.weights for work, price in zip(works, self.calls.values(), strict=True))
-        return max(float(sum(each)), TINY)
+        """Return the cost of all calls in `unit`."""
+        costs = (_features(work) @ price.weights for work, price in zip(works, self.calls.values(), strict=True))
+        return max(float(sum(costs)), TINY)
 
     def cost(self, graph: Graph) -> float:
-        """The cost of a graph in `unit`."""
+        """Return the cost of a graph in `unit`."""
         return self.of(self.count(graph))
 
     def multiply_adds(self, works: Works) -> int:
-        """The multiply-adds of all calls, as often as each is made."""
+        """Return the multiply-adds of all calls, each counted `times` times."""
         return sum(price.times * work.multiply_adds for work, price in zip(works, self.calls.values(), strict=True))
 
     @property
     def timings(self) -> dict[str, float]:
-        """Milliseconds of all calls by engine."""
+        """Return the milliseconds of all calls by engine."""
         return _summed([price.timings for price in self.calls.values()])
 
     @property
     def error(self) -> float:
-        """Largest relative error of the model on the engines it was fitted to; 0 for multiply-adds."""
+        """Return the largest relative error of the model on the engines it was fitted to; 0 for multiply-adds."""
         fitted = _summed([price.fitted for price in self.calls.values()])
         return max((abs(fitted[name] / value - 1.0) for name, value in self.timings.items()), default=0.0)
 
 
 def counted(graph: Graph, calls: Mapping[str, Call]) -> Prices:
-    """Prices in multiply-adds, where nothing can be timed.
+    """Return a cost model in multiply-adds, which needs no timing.
 
     Args:
         graph: the traced model.
-        calls: what is done with it; the batch counts too.
+        calls: the calls to count, with the shapes of their inputs; the batch size counts too.
     """
     return Prices(
         "multiply-adds",
@@ -92,17 +96,17 @@ def counted(graph: Graph, calls: Mapping[str, Call]) -> Prices:
 
 
 def timed(graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph], clock: Clock) -> Prices:
-    """Prices in milliseconds on the target.
+    """Fit a cost model in milliseconds to timings on the target.
 
-    One engine is timed of each design. Each kind of call has its own weights: of a prompt the arithmetic takes the
-    time, of one token behind a cache the reading of the weights. They are the non-negative least-squares solution,
-    relative to each engine's time, so that noise cannot give work a negative price.
+    One engine of each design is timed. Each kind of call has its own weights, because arithmetic bounds prefill and the
+    reading of the weights bounds decode. The weights are the non-negative least-squares solution of the relative error,
+    so that noise cannot give work a negative cost.
 
     Args:
         graph: the traced model.
-        calls: what is timed.
-        designs: graphs to time, as they are lowered; see `designs_by_kind`.
-        clock: builds engines from graphs and gives the milliseconds of each call of each.
+        calls: the calls to time.
+        designs: graphs to time, ready to be lowered; see `designs_by_kind`.
+        clock: builds one engine per graph and returns the milliseconds of each call by engine.
     """
     timings = clock(designs)
     return Prices(
@@ -117,14 +121,14 @@ def timed(graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph],
 
 
 def _price(counter: Counter, times: int, designs: Mapping[str, Graph], timings: Mapping[str, float]) -> Price:
-    """The price of one call, from the milliseconds that it takes on some engines."""
+    """Fit the linear model of one call to its milliseconds on the engines of the designs."""
     rows = np.array([_features(counter.count(design)) for design in designs.values()])
-    took = np.array([times * timings[name] for name in designs])
+    measured = np.array([times * timings[name] for name in designs])
     scale = rows.max(0)
     scale[scale == 0.0] = 1.0
-    solution, _ = nnls(rows / scale / took[:, None], np.ones(len(took)))
+    solution, _ = nnls(rows / scale / measured[:, None], np.ones(len(measured)))
     fitted = dict(zip(designs, (rows / scale @ solution).tolist(), strict=True))
-    return Price(counter, times, solution / scale, dict(zip(designs, took.tolist(), strict=True)), fitted)
+    return Price(counter, times, solution / scale, dict(zip(designs, measured.tolist(), strict=True)), fitted)
 
 
 def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -132,10 +136,10 @@ def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def designs_by_kind(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
-    """The model as it is, without the branches of each kind, and with linear maps in the place of one kind.
+    """Return graphs to time: the original, one without each kind of site, one with linear maps for the last kind.
 
-    That is mostly the MLPs. The last attention stays: without it, a model that is read at its class token has nothing
-    left to do.
+    The last kind is mostly the MLPs. The last attention stays: without it, most work of a model that is read at its
+    class token only is dead.
     """
     last = [site for site in sites if site.kind == "attention"][-1:]
     others = [site for site in sites if site not in last] or list(sites)
@@ -143,29 +147,29 @@ def designs_by_kind(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
         kind: [site for site in others if site.kind == kind] for kind in dict.fromkeys(site.kind for site in others)
     }
     designs = {"as it is": graph.fork(), "linear": _linear(graph, list(kinds.values())[-1])}
-    for kind, gone in kinds.items():
+    for kind, members in kinds.items():
         designs[f"without {kind}"] = graph.fork()
-        apply(Drop(tuple(gone)), designs[f"without {kind}"])
+        apply(Drop(tuple(members)), designs[f"without {kind}"])
     return designs
 
 
 def designs_by_block(rewriter: Rewriter) -> dict[str, Graph]:
-    """The model as it is, without every other block, and with its first block alone."""
+    """Return graphs to time: the original, one without every other block, one with the first block alone."""
     others = list(rewriter.units)[1:]
-    gone = {"as it is": [], "without every other block": others[::2], "first block alone": others}
+    dropped = {"as it is": [], "without every other block": others[::2], "first block alone": others}
     designs = {}
-    for name, blocks in gone.items():
-        with contextlib.suppress(PassError):  # some of them cannot be taken out
+    for name, blocks in dropped.items():
+        with contextlib.suppress(PassError):  # not every model allows each of these sets of blocks to be removed
             designs[name] = rewriter.carried_out(rewriter.of_sites(dict.fromkeys(blocks, "drop")))
     return designs
 
 
 def _linear(graph: Graph, sites: Sequence[Site]) -> Graph:
-    """Branches replaced by a linear map each, where their trunk takes one; its values do not matter."""
+    """Return a fork with a linear map in place of each branch that allows one; its values do not matter for timing."""
     fork = graph.fork()
     for site in sites:
         matrix = 0.01 * torch.eye(site.width, dtype=torch.float64)
-        with contextlib.suppress(PassError):  # its features lie on an axis that no linear map can be put on
+        with contextlib.suppress(PassError):  # a linear map cannot be applied on the channel axis of this site
             apply(Replace(site, StandIn("state", Map((matrix,), matrix[0]), 1.0)), fork)
     return fork
 

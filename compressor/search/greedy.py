@@ -1,11 +1,11 @@
-"""The search for a plan: which action at which site, one change after the other, until a budget is used up.
+"""Greedy search for a plan: one change after the other, until a budget is used up.
 
-Effects of changes do not add up, so each step measures candidates on the graph as it is by then: rewritten forks that
-share the weights and all the work before the change. A candidate is a unit (a site, or a whole block where the target
-can lose nothing less) and an action; its price is the increase in
-output divergence for each unit of cost that it saves. As effects mostly grow with every change, an earlier measurement
-is a lower bound in practice, so that only the front runners are measured again (lazy greedy; Minoux 1978). A stand-in
-that was never measured starts from the effect of the drop it would soften.
+A candidate is a unit (a site, or a whole block if the target can only remove blocks) and an action. Its price is the
+increase in output divergence per unit of cost that it saves. Effects of changes do not add up, so each step measures
+candidates on the current graph: rewritten forks that share the weights and all computation before the change. As
+effects mostly grow with every change, an earlier measurement is a lower bound in practice, so only the best candidates
+are measured again (lazy greedy; Minoux 1978). The first estimate of a fitted map is derived from the measured drop of
+its unit.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
 FRONT = 6  # candidates measured at a time
-PATIENCE = 4  # candidates in a row that may break the budget before the search ends
-NOISE = 1e-7  # of divergence in nats: what float32 logits are off by; smaller differences rank nothing
-MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of the tokens that are tried where merging is allowed
-MERGE = "merge:25%"  # measured everywhere at first, as a drop tells nothing about merging the tokens behind it
-# What part of a drop's effect a stand-in that was not measured yet is expected to leave; sorts the front, no more.
+PATIENCE = 4  # consecutive candidates that may exceed the limit before the search ends
+NOISE = 1e-7  # divergence in nats caused by rounding of float32 logits; smaller differences do not rank candidates
+MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of tokens to try if merging is allowed
+MERGE = "merge:25%"  # measured at every attention first, as the effect of a drop does not predict that of merging
+# Expected effect of a fitted map before it is measured, relative to that of the drop. Only the order of measurements
+# depends on it.
 SOFTENED = {
     "constant": 0.9,
     "scale": 0.8,
@@ -49,11 +50,16 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Step:
-    """One change that was made: its unit and action, what it added, and where that led.
+    """One accepted change and the state of the graph after it.
 
-    `divergence` is the output's distance from the original after it, `loss` what is lost on validation data in percent,
-    `cost` the predicted cost of the whole in the prices' unit and `multiply_adds` its multiply-adds, for what
-    is timed.
+    Attributes:
+        unit: site or block that was changed.
+        action: the action.
+        added: increase in output divergence, in nats.
+        divergence: output divergence from the original after the change, in nats.
+        loss: loss on validation data after the change, in percent.
+        cost: predicted cost of the graph, in the unit of the cost model.
+        multiply_adds: multiply-adds of the timed calls.
     """
 
     unit: str
@@ -67,19 +73,20 @@ class Step:
 
 @dataclass
 class Search:
-    """A search under way: the changes made so far, and what was learnt about the others.
+    """State of a greedy search: the accepted changes, and the measurements of all other candidates.
 
     Args:
-        rewriter: carries changes out, on forks of the original.
+        rewriter: applies changes to forks of the original.
         effects: measures output divergence on calibration samples.
         validation: measures the loss that `limit` bounds.
-        prices: what each action saves.
-        actions: what may be done to a unit.
-        limit: most loss on validation data, in percent.
-        fitting: calibration samples that the maps of candidates are fitted on, where they are only tried.
-        given: changes made before the search begins, which it keeps.
+        prices: cost model of rewritten graphs.
+        actions: actions allowed on a unit.
+        limit: largest loss on validation data, in percent.
+        fitting: calibration samples on which the maps of candidates are fitted; the map of an accepted candidate is
+            fitted on all of them.
+        given: fixed changes, applied before the search begins.
         journal: values measured by an earlier run of the same search.
-        progress: called with a line of text at every step.
+        progress: called with a line of text after every candidate that was validated.
     """
 
     rewriter: Rewriter
@@ -102,31 +109,31 @@ class Search:
         self.graph = self.rewriter.carried_out(self.given)
         self.reduced = self.rewriter.reduced(self.graph, self.given)
         self.cost = self.prices.cost(self.reduced)
-        self.front = _Front(self)
+        self.front = _Candidates(self)
 
     @property
     def changes(self) -> dict[str, str]:
-        """The action of each changed site, in order; tokens may have been merged in several steps, the last counts."""
+        """Return the action of each changed site, in order; of several merges after one site, the last."""
         return {**self.given, **self.rewriter.of_sites({step.unit: step.action for step in self.steps})}
 
     def with_change(self, unit: str, action: str, fits: Fits | None = None) -> tuple[Graph, Graph]:
-        """The graph with one more change, as it is before tokens are merged and after.
+        """Return the graph with one more change, before and after tokens are merged.
 
         Raises:
-            PassError: the action cannot be carried out there.
+            PassError: the action cannot be applied to this unit.
         """
         merges = merged_tokens(action) is not None
-        fits = None if action in PUBLISHED else fits  # those count all tokens, and are fitted for themselves
+        fits = None if action in PUBLISHED else fits  # published methods need a fit of their own, on all tokens
         graph = self.graph if merges else self.rewriter.changed(self.graph, unit, action, fits)
         return graph, self.rewriter.reduced(graph, self.changes | self.rewriter.of_sites({unit: action}))
 
     @property
     def speedup(self) -> float:
-        """Predicted cost of the original over that of the graph as it is now."""
+        """Return the predicted cost of the original divided by that of the current graph."""
         return self.whole / self.cost
 
     def run(self, enough: float = math.inf) -> None:
-        """Go on until no candidate is left, `PATIENCE` in a row break the limit, or the speed-up is `enough`."""
+        """Search until no candidate is left, `PATIENCE` in a row exceed the limit, or the speed-up reaches `enough`."""
         while self.broken_in_a_row < PATIENCE and self.speedup < enough:
             best = self.front.best()
             if best is None:
@@ -137,9 +144,9 @@ class Search:
         added = self.front.added[unit, action]
         self.front.remove((unit, action))
         try:
-            # Carried out with a fit on all calibration samples.
-            everything = len(self.fitting) == len(self.rewriter.split)
-            graph, reduced = self.with_change(unit, action, self.front.fits.get(unit) if everything else None)
+            # An accepted map is fitted on all calibration samples; the fit of the measurement may have used fewer.
+            complete = len(self.fitting) == len(self.rewriter.split)
+            graph, reduced = self.with_change(unit, action, self.front.fits.get(unit) if complete else None)
         except PassError as error:
             self.refused[unit, action] = f"{action} refused: {error}"
             return
@@ -162,7 +169,7 @@ class Search:
             self.progress(f"{len(self.steps)} changed, {unit} {action}: {note}")
 
     def no_merging(self) -> str | None:
-        """Why tokens can be merged behind no attention of the model; None where they can, or were not to be."""
+        """Return why no attention of the model allows token merging; None if one does, or if merging is not allowed."""
         attentions = {site.name for site in self.rewriter.sites if site.kind == "attention"}
         refusals = {
             unit: reason
@@ -171,7 +178,7 @@ class Search:
         }
         if "merge" not in self.actions or attentions - refusals.keys():
             return None
-        return next(iter(refusals.values()), "no attention was found")
+        return next(iter(refusals.values()), "the model has no attention")
 
     def _loss(self, graph: Graph, unit: str, action: str) -> Loss:
         def measure() -> list[float]:
@@ -182,20 +189,20 @@ class Search:
         return Loss(percent, int(samples))
 
     def _key(self, unit: str, action: str) -> str:
-        made = ", ".join(f"{name}={done}" for name, done in self.changes.items())
-        return f"{unit}={action} after {made}"
+        changes = ", ".join(f"{name}={applied}" for name, applied in self.changes.items())
+        return f"{unit}={action} after {changes}"
 
     def plan(self, model: str, rule: str, count: int | None = None) -> Plan:
-        """The plan of the first `count` changes (all, where not given), with a reason for every site."""
+        """Return the plan of the first `count` changes (None: all), with a reason for every site."""
         steps = self.steps if count is None else self.steps[:count]
-        taken = {site.name: step for step in steps for site in self.rewriter.units[step.unit]}
+        changed = {site.name: step for step in steps for site in self.rewriter.units[step.unit]}
         units = {site.name: unit for unit, members in self.rewriter.units.items() for site in members}
 
         def decide(site: Site) -> Decision:
             if site.name in self.given:
-                return Decision(site.name, self.given[site.name], "asked for")
-            if site.name in taken:
-                step = taken[site.name]
+                return Decision(site.name, self.given[site.name], "set by --tokens")
+            if site.name in changed:
+                step = changed[site.name]
                 number = len({other.unit for other in steps[: steps.index(step) + 1]})
                 reason = f"adds {step.added:.4f} divergence; validation loss {step.loss:.2f} % with {number} changed"
                 return Decision(site.name, step.action, reason)
@@ -203,16 +210,25 @@ class Search:
             return Decision(site.name, "keep", "; ".join(refusals) or self.front.untried(units[site.name]))
 
         sites = self.rewriter.sites
-        return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), (*self.given, *taken))
+        return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), (*self.given, *changed))
 
 
 @dataclass
-class _Front:
-    """Candidates with their last known increase in divergence, measured again only where it can matter.
+class _Candidates:
+    """The remaining candidates with their last measurement, which is repeated only where it can change the choice.
 
-    `alone` is what dropping each unit alone adds to the model as the search begins. `saved` is what each candidate
-    takes off the cost. It changes too: with the last attention gone, a model that is read at its
-    class token needs the block before for one token only, so that dropping that one's attention saves far more.
+    Attributes:
+        search: the search.
+        base: output divergence of the current graph.
+        added: increase in divergence by candidate: measured, or estimated before the first measurement.
+        alone: divergence by unit of dropping it alone, from the graph on which the search begins.
+        saved: reduction of the cost by candidate. It changes with the graph: without the last attention, a model that
+            is read at its class token needs only one token of the block before, so dropping that block's attention
+            saves far more.
+        fresh: candidates measured on the current graph.
+        fits: regressions by unit on the current graph.
+        candidates: units and actions that can still be chosen.
+        read: nodes of the current graph of which only some tokens are read.
     """
 
     search: Search
@@ -226,7 +242,7 @@ class _Front:
     read: set[str] = field(default_factory=set)
 
     def best(self) -> Candidate | None:
-        """The candidate with the least added divergence for what it saves; None where none is left."""
+        """Return the candidate with the least price, measured on the current graph; None if none is left."""
         if not self.added:
             self._begin()
         while self.candidates:
@@ -239,30 +255,30 @@ class _Front:
         return None
 
     def remove(self, candidate: Candidate) -> None:
-        """Take a candidate out for good."""
+        """Remove a candidate for the rest of the search."""
         self.candidates.remove(candidate)
 
     def changed(self, unit: str, action: str) -> None:
-        """After a change: the unit is done, unless still more tokens can be merged; every measurement is stale."""
-        done = merged_tokens(action)
+        """Update the candidates after a change: its unit keeps only larger merges, and all measurements are stale."""
+        merged = merged_tokens(action)
         further = [
             candidate
             for candidate in self.candidates
-            if candidate[0] == unit and done is not None and (merged_tokens(candidate[1]) or 0.0) > done
+            if candidate[0] == unit and merged is not None and (merged_tokens(candidate[1]) or 0.0) > merged
         ]
         self.candidates = [candidate for candidate in self.candidates if candidate[0] != unit or candidate in further]
-        for candidate in further:  # what this change has added and saved already is no longer theirs to add and save
+        for candidate in further:  # a larger merge adds and saves only its difference to this one
             self.added[candidate] -= self.added[unit, action]
             self.saved[candidate] -= self.saved[unit, action]
         self.fresh.clear()
         self.fits.clear()
         read = set(read_parts(self.search.reduced))
         if not read <= self.read:
-            self._price_again()
+            self._update_savings()
         self.read = read
 
-    def _price_again(self) -> None:
-        """Fewer tokens are read than before: what the drops before them save has changed, and so have stand-ins."""
+    def _update_savings(self) -> None:
+        """Compute the savings of all drops again, and shift those of the fitted maps, as fewer tokens are read."""
         for name in dict.fromkeys(name for name, _ in self.candidates):
             if any(step.unit == name for step in self.search.steps):
                 continue
@@ -273,7 +289,7 @@ class _Front:
                     self.saved[candidate] += more
 
     def untried(self, unit: str) -> str:
-        """Why a unit that was never tried is kept."""
+        """Return why a unit is kept whose candidates were never validated."""
         measured = [(value, action) for (name, action), value in self.added.items() if name == unit]
         if not measured:
             return "not tried: the budget was met before"
@@ -281,40 +297,42 @@ class _Front:
         return f"not tried: {action} added {value:.4f} divergence when last measured"
 
     def _begin(self) -> None:
-        """Measure every drop, and one merge behind every attention; the guesses for all others start from there."""
+        """Measure every drop, and one merge at every attention; estimate all other candidates from these."""
         units = {
             name: members
             for name, members in self.search.rewriter.units.items()
             if not any(site.name in self.search.given for site in members)
         }
         self.read = set(read_parts(self.search.reduced))
-        self.candidates = [(name, action) for name, its in units.items() for action in self._actions(its)]
+        self.candidates = [(name, action) for name, members in units.items() for action in self._actions(members)]
         merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
         self._measure([*((name, "drop") for name in units), *merges])
         self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:
-                self.added[candidate], self.saved[candidate] = self._guess(*candidate)
+                self.added[candidate], self.saved[candidate] = self._estimate(*candidate)
 
     def _actions(self, unit: Sequence[Site]) -> list[str]:
-        offered = [each for action in self.search.actions for each in (MERGES if action == "merge" else (action,))]
-        merging = any(site.kind == "attention" for site in unit)
-        return [action for action in offered if merging or merged_tokens(action) is None]
+        actions = [
+            variant for action in self.search.actions for variant in (MERGES if action == "merge" else (action,))
+        ]
+        has_attention = any(site.kind == "attention" for site in unit)
+        return [action for action in actions if has_attention or merged_tokens(action) is None]
 
-    def _guess(self, name: str, action: str) -> tuple[float, float]:
-        """What a candidate may add and save, by what was measured at its unit."""
+    def _estimate(self, name: str, action: str) -> tuple[float, float]:
+        """Estimate the added divergence and the saving of a candidate from the measurements of its unit."""
         share, measured = merged_tokens(action), self.added.get((name, MERGE))
         if share is None or measured is None:
-            known = (name, "drop")
-            return self.added[known] * SOFTENED.get(form_and_rank(action)[0], 1.0), self.saved[known]
+            drop = (name, "drop")
+            return self.added[drop] * SOFTENED.get(form_and_rank(action)[0], 1.0), self.saved[drop]
         part = share / (merged_tokens(MERGE) or share)
-        return measured * min(part, part**2), self.saved[name, MERGE] * part  # the first tokens cost the least
+        return measured * min(part, part**2), self.saved[name, MERGE] * part  # the first merged tokens matter least
 
     def _price(self, candidate: Candidate) -> float:
-        """Divergence for each unit of cost saved; infinite where nothing is saved.
+        """Return the added divergence per unit of cost saved; infinity for a candidate that saves nothing.
 
-        A change that brings the output closer comes before all others, the more it saves the sooner; next come those
-        whose divergence is rounding, which differs between processors.
+        Candidates that reduce the divergence come first, ordered by reduction times saving. Next come those whose
+        divergence is within `NOISE`, which differs between processors, ordered by their saving.
         """
         added, saved = self.added[candidate], self.saved[candidate]
         if saved <= 0.0:
@@ -342,7 +360,7 @@ class _Front:
             self.fresh.add(candidate)
 
     def _run(self, keys: Mapping[Candidate, str], base: str) -> None:
-        """Measure candidates side by side and note divergence and cost; what cannot be done is noted as refused."""
+        """Measure candidates in one sweep; record divergence and cost, or the reason of a refusal, in the journal."""
         search = self.search
         unfitted = ("drop", "merge", *PUBLISHED)
         fitted = sorted({name for name, action in keys if form_and_rank(action)[0] not in unfitted} - set(self.fits))
@@ -354,7 +372,7 @@ class _Front:
                 _, variants[name, action] = search.with_change(name, action, self.fits.get(name))
             except PassError as error:
                 search.journal.note(keys[name, action], [math.inf, math.inf, f"{action} refused: {error}"])
-        unchanged, found = search.effects.measure(search.reduced, variants)
+        unchanged, divergences = search.effects.measure(search.reduced, variants)
         search.journal.note(base, unchanged)
-        for candidate, divergence in found.items():
+        for candidate, divergence in divergences.items():
             search.journal.note(keys[candidate], [divergence, search.prices.cost(variants[candidate]), ""])

@@ -1,4 +1,4 @@
-"""Points of a search between quality and speed, and which of them are Pareto-efficient."""
+"""Points of quality and speed along a search, and the test for Pareto efficiency."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """One plan of the front, that of the point before with one more `change`: a site and what happens to it.
+    """One plan along a search: the plan of the previous point and one more change.
 
-    `loss` is what is lost on validation data in percent, `predicted` the speed-up by the prices of the search,
-    `multiply_adds` those of the timed inputs. `efficient` says that no other point is both cheaper and better.
-    Points that were built also have their measured `latency`, quality on test data (`figure`) and loss (`test_loss`).
+    Attributes:
+        number: number of changes; 0 is the original.
+        plan: the plan.
+        loss: loss on validation data, in percent.
+        divergence: output divergence from the original on calibration data, in nats.
+        predicted: speed-up predicted by the cost model.
+        multiply_adds: multiply-adds of the timed inputs.
+        efficient: True if no other point has at most this cost and at most this loss, and less of one of them.
+        change: unit and action of the last change; None for the original.
+        latency: measured latency, if the point was built.
+        figure: quality on test data, if the point was built.
+        test_loss: loss on test data in percent, if the point was built.
+        label_free: metrics on test data that need no labels, if the point was built.
     """
 
     number: int
@@ -37,7 +47,9 @@ class Point:
 
 
 def efficient(costs: Sequence[float], losses: Sequence[float]) -> list[bool]:
-    """Which points no other one beats: none is at most as dear and as bad, and better in one of the two.
+    """Return, for every point, whether it is Pareto-efficient.
+
+    A point is efficient if no other point has at most its cost and at most its loss, and less of one of them.
 
     >>> efficient([3.0, 2.0, 2.5, 1.0], [0.0, 1.0, 2.0, 4.0])
     [True, True, False, True]

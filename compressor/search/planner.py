@@ -1,4 +1,4 @@
-"""What happens to which site: from the settings to a plan, by names, ranks, search or an earlier plan."""
+"""Choose the plan of an export by the settings: from site names, a ranking, a search or a plan file."""
 
 from __future__ import annotations
 
@@ -35,19 +35,25 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import Plan, acting, merging
 from passes.plan.selection import choose, parse
 
-HEADROOM = 1.5  # times the allowed loss that a search may lose where healing follows, which must win it back
-CORRECTIONS = 3  # times that a search goes on because the engine was slower than predicted
+HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
+CORRECTIONS = 3  # largest number of searches continued because the engine was slower than predicted
 
 
 class ChoiceError(CompressorError):
-    """A plan file cannot be read, or not be carried out under a memory limit."""
+    """A plan file cannot be read, ``--tokens`` does not fit the model, or a plan needs more than the memory limit."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan, the graph it leads to before tokens are merged, and what it took to find it (for the report).
+    """A plan with its graph, and the facts about the choice that the report shows.
 
-    `search` is what found it; None where there was no search. `evidence` is what it was based on, see evidence.py.
+    Attributes:
+        plan: the plan.
+        graph: the rewritten graph before tokens are merged.
+        rewriter: applied the plan.
+        facts: the ``search`` part of the report.
+        search: the search that made the plan; None for a plan made without a search.
+        evidence: scores and effects of the sites; see `compressor.search.site_evidence.evidence`.
     """
 
     plan: Plan
@@ -58,7 +64,7 @@ class Choice:
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def within(self, limit: float) -> Choice:
-        """The longest beginning of a search's changes that loses no more than `limit` on validation data."""
+        """Return the choice with the most changes, in their order, whose loss on validation data is at most `limit`."""
         assert self.search is not None
         losses = [0.0, *(step.loss for step in self.search.steps)]
         count = max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING)
@@ -68,16 +74,16 @@ class Choice:
 
 
 def decide(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> Choice:
-    """Make the plan and carry it out on a fork of the subject's graph."""
+    """Make the plan and apply it to a fork of the traced graph."""
     if settings.drop == "auto":
         return _searched(subject, settings, rewriter_of(subject, settings), evaluator, steps)
     return spelled_out(subject, settings, steps)
 
 
 def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None = None) -> Choice:
-    """Carry out the plan that the settings spell out, without a search; ranked under a memory limit with `bounds`."""
+    """Make and apply a plan without a search; with `bounds`, rank the sites within a memory limit."""
     rewriter = rewriter_of(subject, settings)
-    plan, facts, known = _named(subject, settings, steps, bounds)
+    plan, facts, measurements = _fixed_plan(subject, settings, steps, bounds)
     plan = merging(plan, schedule(settings.tokens, subject.sites))
     if bounds is not None:
         _check_dropping(plan)
@@ -85,14 +91,14 @@ def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Boun
         checkpoint.check_plan(plan, subject.sites, subject.model)
     with steps.step("rewrite") as tick:
         graph = rewriter.carried_out(plan.changes, tick)
-    return Choice(plan, graph, rewriter, facts, evidence=known)
+    return Choice(plan, graph, rewriter, facts, evidence=measurements)
 
 
 def rewriter_of(subject: Subject, settings: Settings) -> Rewriter:
-    """What carries changes out; where the target can only lack whole blocks, those are its units.
+    """Return the rewriter of a model; its units are whole blocks if the target can only remove those.
 
     Raises:
-        CheckpointError: the target can lack none of this model's blocks.
+        CheckpointError: the target cannot remove a block of this model.
     """
     whole = settings.target == TRANSFORMERS
     if whole and settings.drop == "auto":
@@ -100,10 +106,10 @@ def rewriter_of(subject: Subject, settings: Settings) -> Rewriter:
     return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
 
 
-def _named(
+def _fixed_plan(
     subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None
 ) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
-    """The plan that the settings spell out (nothing, a file, names, or the best of a ranking), facts and evidence."""
+    """Return the plan of ``--drop none``, a file, names or a ranking, with its facts and evidence."""
     if settings.drop == "none":
         return choose(parse("0"), subject.sites, "reverse", model=subject.model.name), {}, {}
     if settings.drop.endswith(".json"):
@@ -117,9 +123,9 @@ def _named(
 
     def effect(units: Sequence[Sequence[Site]]) -> Sequence[float]:
         assert effects is not None
-        found = effects.of_units(units)
-        alone.update({unit[0].name: value for unit, value in zip(units, found, strict=True) if len(unit) == 1})
-        return found
+        values = effects.of_units(units)
+        alone.update({unit[0].name: value for unit, value in zip(units, values, strict=True) if len(unit) == 1})
+        return values
 
     with steps.step("choose"):
         plan = choose(
@@ -139,29 +145,29 @@ def _searched(
     subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, steps: Steps
 ) -> Choice:
     search = begin(subject, settings, rewriter, evaluator, steps)
-    wished = _wish(settings, search.prices)
-    enough = wished
+    goal = _goal(settings, search.prices)
+    enough = goal
     for _ in range(CORRECTIONS):
         go_on(search, steps, enough)
-        if wished == math.inf or search.speedup < enough:
+        if goal == math.inf or search.speedup < enough:
             break
         fold = evaluator.builder.fold
         designs = {"as it is": fold(subject.graph), "result": fold(search.reduced)}
         before, after = map(evaluator.timer.total, evaluator.time(designs, steps).values())
         reached = before / after
-        if reached >= wished:
+        if reached >= goal:
             break
-        enough = search.speedup * wished / reached * 1.01
+        enough = search.speedup * goal / reached * 1.01
     search.journal.forget()
     with steps.step("score the sites"):
         scores = few_scores(subject.graph, search.effects.split)
-    known = evidence(subject.sites, scores, search.front.alone)
+    measurements = evidence(subject.sites, scores, search.front.alone)
     facts = facts_of(search) | {"front": front_of(search), "chosen": len(search.steps)}
-    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts, search, known)
+    return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts, search, measurements)
 
 
 def go_on(search: Search, steps: Steps, enough: float = math.inf) -> None:
-    """Run a search until it ends, or the speed-up is `enough`, and show how it goes."""
+    """Run a search until it ends or the predicted speed-up reaches `enough`, and show its progress."""
     with steps.step("search") as tick:
         search.progress = lambda text: tick(text=text)
         search.run(enough)
@@ -175,12 +181,12 @@ def begin(
     steps: Steps,
     journal: Journal | None = None,
 ) -> Search:
-    """A search that is ready to run; without a journal of its own it keeps one beside the output folder."""
-    measured, fitted = _shared_out(subject.data.calibration, settings)
+    """Prepare a search; `journal` is the file next to the output folder by default."""
+    measured, fitted = _split_calibration(subject.data.calibration, settings)
     effects = effects_on_output(subject, measured, steps)
     with steps.step("validate the original"):
         validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
-    if journal is None:  # only now: a model that fails on its data leaves nothing behind
+    if journal is None:  # created after the first runs, so that a model that fails on its data leaves no file
         journal = journal_of(subject, settings)
     return Search(
         rewriter,
@@ -195,8 +201,11 @@ def begin(
     )
 
 
-def _shared_out(calibration: Split, settings: Settings) -> tuple[Split, Split]:
-    """The samples that candidates are measured on, and those their maps are fitted on: a map looks best on its own."""
+def _split_calibration(calibration: Split, settings: Settings) -> tuple[Split, Split]:
+    """Return the samples on which candidates are measured, and those on which their maps are fitted.
+
+    The two sets are disjoint if maps are fitted, as the effect of a map on its own samples is too small.
+    """
     count = settings.search_samples
     if set(settings.chosen_actions) <= {"drop", "merge"} or len(calibration) < 2:
         return calibration.head(count), calibration.head(count)
@@ -205,19 +214,21 @@ def _shared_out(calibration: Split, settings: Settings) -> tuple[Split, Split]:
 
 
 def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
-    """The merges that ``--tokens`` spells out, by attention site; none for ``auto`` and ``none``.
+    """Return the merge action of each attention site for ``--tokens``; empty for ``auto`` and ``none``.
 
-    A number is merged behind every attention, several behind one each. A percentage of the tokens is gone half-way: in
-    two equal steps, after a quarter and a half of the attentions.
+    A single number is merged after every attention; several numbers are merged after one attention each. A percentage
+    of the tokens is merged in two steps of equal share, after a quarter and a half of the attentions.
 
     Raises:
-        ChoiceError: another count of numbers than of attentions, or there is no attention.
+        ChoiceError: the number of values differs from the number of attentions, or the model has no attention.
     """
     names = [site.name for site in sites if site.kind == "attention"]
     if tokens in ("auto", "none"):
         return {}
     if not names:
-        raise ChoiceError(f"--tokens {tokens}: no attention was found to merge tokens behind; leave --tokens out.")
+        raise ChoiceError(
+            f"--tokens {tokens} merges tokens after attentions, but the model has none; leave out --tokens."
+        )
     if tokens.endswith("%"):
         share = round(100.0 * (1.0 - math.sqrt(1.0 - int(tokens[:-1]) / 100.0)))
         return dict.fromkeys((names[len(names) // 4], names[len(names) // 2]), f"merge:{share}%")
@@ -225,7 +236,7 @@ def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
     numbers = numbers * len(names) if len(numbers) == 1 else numbers
     if len(numbers) != len(names):
         raise ChoiceError(
-            f"--tokens has {len(numbers)} numbers, but the model has {len(names)} attentions; give as many."
+            f"--tokens has {len(numbers)} numbers, but the model has {len(names)} attentions; give one number for each."
         )
     return {name: f"merge:{number}" for name, number in zip(names, numbers, strict=True) if number}
 
@@ -233,7 +244,7 @@ def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
 def _prices(
     subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, journal: Journal, steps: Steps
 ) -> Prices:
-    """What rewritten graphs cost: timed on the target once, unless the user wants multiply-adds."""
+    """Return the cost model: multiply-adds with ``--cost macs``, else fitted to timings on the target."""
     calls = evaluator.timer.calls
     if settings.cost == "macs":
         return cost_model.counted(subject.graph, calls)
@@ -247,7 +258,7 @@ def _prices(
 
 
 def _designs(subject: Subject, settings: Settings, rewriter: Rewriter) -> dict[str, Graph]:
-    """The graphs that are timed for prices."""
+    """Return the graphs to time for the cost model."""
     if rewriter.whole:
         return cost_model.designs_by_block(rewriter)
     merged = _merged(rewriter) if "merge" in settings.chosen_actions else {}
@@ -255,22 +266,22 @@ def _designs(subject: Subject, settings: Settings, rewriter: Rewriter) -> dict[s
 
 
 def _merged(rewriter: Rewriter) -> dict[str, Graph]:
-    """A design with fewer tokens, where they can be merged: two steps, after a quarter and a half of the attentions."""
+    """Return a design with half of the tokens merged, or none if the model does not allow it."""
     try:
         return {"merged": rewriter.rewritten(schedule("50%", rewriter.sites))}
-    except (PassError, ChoiceError):  # why is said at each site that the search was refused
+    except (PassError, ChoiceError):  # the search records the reason at each site
         return {}
 
 
-def _wish(settings: Settings, found: Prices) -> float:
-    """The speed-up that was asked for; infinite where the loss alone ends the search."""
+def _goal(settings: Settings, prices: Prices) -> float:
+    """Return the speed-up that ``--speedup`` or ``--latency`` requires; infinity without either."""
     if settings.latency is not None:
-        return found.timings["as it is"] / settings.latency
+        return prices.timings["as it is"] / settings.latency
     return math.inf if settings.speedup is None else settings.speedup
 
 
 def rule(settings: Settings) -> str:
-    """The rule of a search, in words."""
+    """Return the rule of a search for the plan, such as ``auto, at most 1 % loss``."""
     parts = [f"at most {settings.loss_limit:g} % loss"] if math.isfinite(settings.loss_limit) else []
     parts += [f"{settings.speedup:g}x faster"] if settings.speedup is not None else []
     parts += [f"{settings.latency:g} ms"] if settings.latency is not None else []
@@ -278,8 +289,8 @@ def rule(settings: Settings) -> str:
 
 
 def facts_of(search: Search) -> dict[str, Any]:
-    """What a search took and found, as plain JSON values."""
-    found = search.prices
+    """Return effort, cost model and steps of a search as plain JSON values."""
+    prices = search.prices
     return {
         "actions": list(search.actions),
         "samples": len(search.effects.split),
@@ -290,11 +301,11 @@ def facts_of(search: Search) -> dict[str, Any]:
         "recalled": search.journal.found,
         "predicted_speedup": search.speedup,
         "prices": {
-            "unit": found.unit,
-            "timings": found.timings,
-            "largest_error": found.error,
+            "unit": prices.unit,
+            "timings": prices.timings,
+            "largest_error": prices.error,
             "calls": {
-                name: {"times": price.times, "timings": dict(price.timings)} for name, price in found.calls.items()
+                name: {"times": price.times, "timings": dict(price.timings)} for name, price in prices.calls.items()
             },
         },
         "steps": [asdict(step) for step in search.steps],
@@ -302,7 +313,7 @@ def facts_of(search: Search) -> dict[str, Any]:
 
 
 def front_of(search: Search) -> list[dict[str, Any]]:
-    """Every plan on the way of a search, as plain JSON values: predicted speed-up, loss on validation data in %."""
+    """Return every point of a search as plain JSON values: predicted speed-up, loss on validation data in %."""
     return [
         {
             "number": point.number,
@@ -317,7 +328,7 @@ def front_of(search: Search) -> list[dict[str, Any]]:
 
 
 def points_of(search: Search, model: str) -> list[Point]:
-    """One point for each change that the search made, after the model as it is."""
+    """Return the points of a search: the original, and one point per accepted change."""
     costs = [search.whole, *(step.cost for step in search.steps)]
     losses = [0.0, *(step.loss for step in search.steps)]
     divergences = [0.0, *(step.divergence for step in search.steps)]
@@ -339,27 +350,34 @@ def points_of(search: Search, model: str) -> list[Point]:
 
 
 def journal_of(subject: Subject, settings: Settings) -> Journal:
-    """The journal beside the output folder; another search's values are not taken over."""
-    # What only says how the result is built, measured or adapted later changes nothing that a search measures.
+    """Open the journal next to the output folder; values of a search with other settings are discarded."""
+    # These settings only affect steps after the search, so a journal stays valid if they change.
     later = {"output", "force", "rounds", "heal_budget", "speedup", "latency"}
     later |= {"max_precision_loss", "calibration", "factorial"}
-    asked = {key: value for key, value in settings.to_dict().items() if key not in later}
+    options = {key: value for key, value in settings.to_dict().items() if key not in later}
     data = subject.data.describe()
-    told = [__version__, asked, settings.loss_limit, subject.model.source, subject.model.revision, data["test_ids"]]
-    told.append([(site.name, site.kind, site.width) for site in subject.sites])
+    identity = [
+        __version__,
+        options,
+        settings.loss_limit,
+        subject.model.source,
+        subject.model.revision,
+        data["test_ids"],
+    ]
+    identity.append([(site.name, site.kind, site.width) for site in subject.sites])
     output = Path(settings.output).resolve()
-    digest = hashlib.sha256(repr(told).encode()).hexdigest()
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()
     return Journal(digest, output.with_name(f".{output.name}.journal"))
 
 
 def effects_on_output(subject: Subject, samples: Split, steps: Steps) -> Effects:
-    """Effects on the output, measured on these samples."""
+    """Run the original on the samples, for measurements of the output divergence of rewritten graphs."""
     with steps.step("run the original"):
         return Effects(subject.graph, subject.model, samples)
 
 
 def score(subject: Subject, steps: Steps, bounds: Bounded | None = None) -> Scores:
-    """Scores of all sites on the calibration data; under a memory limit (`bounds`) block by block."""
+    """Score all sites on the calibration data; with `bounds`, block by block within a memory limit."""
     with steps.step("score the sites") as tick:
         rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)
         batches = ticking(tensor_batches(subject.data.calibration, rows), len(subject.data.calibration), tick)
@@ -367,12 +385,12 @@ def score(subject: Subject, steps: Steps, bounds: Bounded | None = None) -> Scor
 
 
 def ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:
-    """The batches, with progress told after each.
+    """Yield the batches and report progress after each.
 
     Args:
         batches: feeds by input name.
-        total: rows of all of them.
-        tick: takes rows done and all rows.
+        total: number of rows in all batches.
+        tick: called with the number of finished rows and `total`.
     """
     done = 0
     for feeds in batches:
@@ -382,12 +400,12 @@ def ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterat
 
 
 def _check_dropping(plan: Plan) -> None:
-    """Refuse a plan that does more than drop, which is all that a model read block by block can have done to it."""
+    """Refuse a plan with actions other than drop, which ``--max-memory`` does not support."""
     for name, action in plan.changes.items():
         if action != "drop":
             raise ChoiceError(
-                f"the plan has {action} at {name}, which is fitted or measured on the whole model; --max-memory is for "
-                "plans that only drop: give such a plan, or leave --max-memory out."
+                f"the plan has {action} at {name}, which is fitted or measured on the whole model; give a plan that "
+                "only drops, or leave out --max-memory."
             )
 
 
@@ -397,7 +415,7 @@ def _replay(path: Path, sites: Sequence[Site]) -> Plan:
     except OSError as error:
         raise ChoiceError(f"the plan file {path} cannot be read ({error.strerror}); check the path.") from error
     except UnicodeDecodeError as error:
-        raise ChoiceError(f"{path} is not a plan.json that Compressor wrote: it is not text.") from error
+        raise ChoiceError(f"{path} is not text; expected a plan.json that Compressor wrote.") from error
     plan = Plan.from_json(text)
     plan.check(sites)
     return plan

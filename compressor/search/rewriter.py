@@ -1,4 +1,4 @@
-"""Carry out decisions on a graph: drop branches, fit stand-ins on what is left, fold what folds."""
+"""Apply the changes of a plan to a graph: drop branches or blocks, replace branches by fitted maps, merge tokens."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ from passes.rewrite.replace import Replace
 
 @dataclass
 class Rewriter:
-    """Rewrites forks of one traced model; the model itself stays as it is.
+    """Rewriter of forks of one traced model; the original is not changed.
 
-    Stand-ins are fitted on `split`, given the original's states and those of the graph as it is at that moment, so a
-    plan carried out in its order gives the same weights each time. `units` are what is changed at a time, by name:
-    single sites, or with `whole` blocks, of which nothing stays behind, no norm either. `sweeps` counts forward passes
-    over `split` (two for each fit: of the original and of the current graph; two an epoch for ``replaceme-cosine``,
-    which is learned).
+    Maps are fitted on `split` to the states of the original and of the current graph, so a plan applied in its order
+    gives the same weights each time.
+
+    Attributes:
+        original: graph of the traced model.
+        sites: all sites, in order.
+        split: calibration samples for the fits.
+        sweeps: forward passes over `split`: two for each fit (of the original and of the current graph), and two per
+            epoch for ``replaceme-cosine``, which is trained.
+        whole: change whole blocks, which are removed including their norms, in place of single sites.
+        units: sites by name of the unit that is changed together: a site or, with `whole`, a block.
     """
 
     original: Graph
@@ -51,22 +57,22 @@ class Rewriter:
     def fits(
         self, current: Graph, names: Iterable[str], split: Split | None = None, *, all_tokens: bool = False
     ) -> dict[str, Fits]:
-        """The regressions of some sites, all in one sweep over `split` (the calibration samples, where not given).
+        """Fit the regressions of some sites in one sweep over `split` (None: all calibration samples).
 
-        Sites whose branch is gone, or has a map behind it by now, are left out.
+        The result lacks sites whose branch was removed or is followed by a fitted map.
         """
         samples = self.split if split is None else split
-        sites = tuple(self._by_name[name] for name in names if _has_place(current, self._by_name[name]))
+        sites = tuple(self._by_name[name] for name in names if _replaceable(current, self._by_name[name]))
         if not sites:
             return {}
         self.sweeps += 2 * len(samples) / len(self.split)
         return apply(Fit(self.original, sites, all_tokens=all_tokens), current.fork(), tensor_batches(samples))
 
     def changed(self, current: Graph, name: str, action: str, fits: Fits | None = None) -> Graph:
-        """A fork of `current` with one more unit changed; a stand-in is fitted first where `fits` are not given.
+        """Return a fork of `current` with one more unit changed; without `fits`, fit the map of the action first.
 
         Raises:
-            PassError: the action cannot be carried out there, with the reason.
+            PassError: the action cannot be applied to this unit; the message gives the reason.
         """
         fork, unit = current.fork(), self.units[name]
         form, rank = form_and_rank(action)
@@ -76,14 +82,15 @@ class Rewriter:
                 self._remove_block(fork, name)
             return fork
         if self.whole:
-            raise PassError(f"a block can only be dropped, found {action} at {name}.")
+            raise PassError(f"a block can only be dropped; found {action} at {name}.")
         (site,) = unit
-        place_of(current, site)  # says why, where nothing can be fitted there any more
+        place_of(current, site)  # raises with the reason if no map can be fitted here any more
         if form == "replaceme-cosine":
             stand_in = self._learned(current, name)
         else:
-            found = self.fits(current, [name], all_tokens=form in PUBLISHED)[name] if fits is None else fits
-            stand_in = found.stand_in(form, rank=rank)
+            if fits is None:
+                fits = self.fits(current, [name], all_tokens=form in PUBLISHED)[name]
+            stand_in = fits.stand_in(form, rank=rank)
         apply(Replace(site, stand_in), fork)
         return fork
 
@@ -100,29 +107,29 @@ class Rewriter:
         return stand_in
 
     def reduced(self, graph: Graph, changes: Mapping[str, str]) -> Graph:
-        """The graph with the tokens merged that `changes` merge; the graph itself where they merge none.
+        """Return a fork with tokens merged as in `changes`, or the graph itself if they merge none.
 
-        Tokens are merged last: until then every state has the tokens of the original's, which stand-ins are fitted to.
+        Tokens are merged last: maps are fitted to the states of the original, which have all tokens.
 
         Raises:
-            PassError: the tokens of this model cannot be merged there, with the reason.
+            PassError: tokens cannot be merged at one of these sites; the message gives the reason.
         """
         amounts = {name: merged_tokens(action) for name, action in changes.items()}
         schedule = tuple((name, amount) for name, amount in amounts.items() if amount)
         if not schedule:
             return graph
-        places = tuple(sorted(name for name, _ in schedule))
-        if places not in self._protected:
-            self._protected[places] = ReduceTokens(schedule).protects(self.original)
+        merging = tuple(sorted(name for name, _ in schedule))
+        if merging not in self._protected:
+            self._protected[merging] = ReduceTokens(schedule).protects(self.original)
         fork = graph.fork()
-        apply(ReduceTokens(schedule, protected=self._protected[places], trusted=True), fork)
+        apply(ReduceTokens(schedule, protected=self._protected[merging], trusted=True), fork)
         return fork
 
     def carried_out(self, changes: Mapping[str, str], progress: Callable[[int, int], None] | None = None) -> Graph:
-        """The original with all changes made, in their order, but the merging of tokens (see `reduced`).
+        """Return the original with all changes applied in their order, except merging of tokens (see `reduced`).
 
         Raises:
-            PassError: an action cannot be carried out at its site, with the reason.
+            PassError: an action cannot be applied to its site; the message gives the reason.
         """
         graph = self.original.fork()
         for done, (name, action) in enumerate(self._by_unit(changes).items()):
@@ -133,29 +140,33 @@ class Rewriter:
         return graph
 
     def of_sites(self, changes: Mapping[str, str]) -> dict[str, str]:
-        """What changes of units do to each site."""
+        """Return the action of each site for the changes of units."""
         return {site.name: action for name, action in changes.items() for site in self.units[name]}
 
     def _by_unit(self, changes: Mapping[str, str]) -> dict[str, str]:
-        """Changes of sites, unit by unit: all sites of a unit change together."""
-        units = {site.name: unit for unit, members in self.units.items() for site in members}
-        found = {units[name]: action for name, action in changes.items()}
-        if self.of_sites(found).keys() != changes.keys():
-            raise PassError(f"only whole units can be changed: {', '.join(found)}; name all sites of each.")
-        return found
-
-    def rewritten(self, changes: Mapping[str, str]) -> Graph:
-        """The original with all changes made and tokens merged.
+        """Return the changes by unit.
 
         Raises:
-            PassError: an action cannot be carried out at its site, with the reason.
+            PassError: the changes name only some sites of a unit.
+        """
+        units = {site.name: unit for unit, members in self.units.items() for site in members}
+        by_unit = {units[name]: action for name, action in changes.items()}
+        if self.of_sites(by_unit).keys() != changes.keys():
+            raise PassError(f"only whole units can be changed: {', '.join(by_unit)}; name all sites of each.")
+        return by_unit
+
+    def rewritten(self, changes: Mapping[str, str]) -> Graph:
+        """Return the original with all changes applied and tokens merged.
+
+        Raises:
+            PassError: an action cannot be applied to its site; the message gives the reason.
         """
         return self.reduced(self.carried_out(changes), changes)
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """The feeds of a split as tensors, as often as they are asked for."""
+    """The feeds of a split as tensors; can be iterated several times."""
 
     split: Split
 
@@ -163,7 +174,8 @@ class _Batches:
         return tensor_batches(self.split)
 
 
-def _has_place(graph: Graph, site: Site) -> bool:
+def _replaceable(graph: Graph, site: Site) -> bool:
+    """Return whether a map can be fitted in place of the branch of a site."""
     try:
         place_of(graph, site)
     except PassError:

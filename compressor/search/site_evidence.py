@@ -1,4 +1,4 @@
-"""What a choice was based on, for the report: scores and effects of every site, similar states, tokens left."""
+"""Evidence for the choice of a plan, for the report: scores and effects of sites, similarity of states, tokens."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from passes.execute.interpreter import Program
 from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
 
-SAMPLES = 32  # scored where nothing else asked for scores
-AT_ONCE = 4  # of them: the trunk's states of all depths are held side by side
+SAMPLES = 32  # samples scored for the report alone
+AT_ONCE = 4  # batch size of the scoring, which keeps the trunk's states of all depths in memory
 
 
 def evidence(sites: Sequence[Site], scores: Scores | None, effects: Mapping[str, float]) -> dict[str, Any]:
-    """What is known of the sites, as plain JSON values; empty where nothing was measured.
+    """Return the measurements of the sites as plain JSON values; empty if nothing was measured.
 
     Args:
         sites: all sites, in order.
-        scores: similarities, where they were measured.
-        effects: output divergence when a site alone is dropped, by its name.
+        scores: similarities; None if they were not measured.
+        effects: output divergence of dropping one site alone, by its name.
     """
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     if scores is not None:
-        found["samples"] = scores.samples
-        found["states"] = list(state_names(sites, scores))
-        found["similarity"] = nested(scores.similarity_matrix().tolist())
+        content["samples"] = scores.samples
+        content["states"] = list(state_names(sites, scores))
+        content["similarity"] = nested(scores.similarity_matrix().tolist())
     if scores is not None or effects:
-        found["sites"] = {site.name: _row(site, scores, effects.get(site.name)) for site in sites}
-    return found
+        content["sites"] = {site.name: _row(site, scores, effects.get(site.name)) for site in sites}
+    return content
 
 
 def few_scores(graph: Graph, split: Split) -> Scores | None:
-    """Scores on a few samples, for the report only: None where a state is not finite, which stops no export."""
+    """Return scores on `SAMPLES` samples, or None if a state is not finite; only the report uses them."""
     try:
         return apply(Score(), graph, tensor_batches(split.head(SAMPLES), AT_ONCE))
     except PassError:
@@ -47,20 +47,20 @@ def few_scores(graph: Graph, split: Split) -> Scores | None:
 
 
 def tokens_left(graph: Graph, sites: Sequence[Site], split: Split) -> dict[str, int]:
-    """Tokens that enter each site of a rewritten graph, for one sample of `split`.
+    """Return the number of tokens that enter each site of a rewritten graph, for one sample of `split`.
 
     Args:
-        graph: the original's with branches dropped and tokens merged.
-        sites: those of the original, in order. One that is gone passes on what the next one gets.
+        graph: the graph with branches dropped and tokens merged.
+        sites: sites of the original, in order. A dropped site has the tokens of the next remaining one.
         split: samples.
     """
-    left = {site.add: site for site in find_sites(graph)}
-    if not left:
+    remaining = {site.add: site for site in find_sites(graph)}
+    if not remaining:
         return {}
-    last = list(left.values())[-1]
+    last = list(remaining.values())[-1]
     (root,) = [node for node in graph.nodes() if node.name == last.root]
-    readers = {node.name for node in root.users}  # among them the merging behind it, if there is any
-    program = Program(graph, keep={site.trunk for site in left.values()} | readers | {last.root})
+    readers = {node.name for node in root.users}  # with tokens merged after the last site, these include the merging
+    program = Program(graph, keep={site.trunk for site in remaining.values()} | readers | {last.root})
     values = program.start(next(tensor_batches(split, split.samples.rows_per_sample)))
     with torch.inference_mode():
         for _ in program.walk(values):
@@ -68,22 +68,22 @@ def tokens_left(graph: Graph, sites: Sequence[Site], split: Split) -> dict[str, 
     states = {node.name: value for node, value in values.items() if isinstance(value, torch.Tensor)}
     shape = states[last.root].shape
     after = [_tokens(states[name], last) for name in readers & set(states) if _alike(states[name].shape, shape, last)]
-    behind = min([_tokens(states[last.root], last), *after])
-    found: dict[str, int] = {}
+    tokens = min([_tokens(states[last.root], last), *after])
+    entering: dict[str, int] = {}
     for site in reversed(sites):
-        here = left.get(site.add)
-        behind = behind if here is None else _tokens(states[here.trunk], here)
-        found[site.name] = behind
-    return {site.name: found[site.name] for site in sites}
+        kept = remaining.get(site.add)
+        tokens = tokens if kept is None else _tokens(states[kept.trunk], kept)
+        entering[site.name] = tokens
+    return {site.name: entering[site.name] for site in sites}
 
 
-def _alike(found: torch.Size, state: torch.Size, site: Site) -> bool:
-    """Whether a value has the shape of a state but for the number of its tokens."""
-    return len(found) == len(state) and found[0] == state[0] and found[site.channel_dim] == state[site.channel_dim]
+def _alike(shape: torch.Size, state: torch.Size, site: Site) -> bool:
+    """Return whether two shapes differ in the number of tokens at most."""
+    return len(shape) == len(state) and shape[0] == state[0] and shape[site.channel_dim] == state[site.channel_dim]
 
 
 def state_names(sites: Sequence[Site], scores: Scores) -> tuple[str, ...]:
-    """A readable name per trunk state: the site it enters, then the output of the last."""
+    """Return a name for each trunk state: the site it enters, and ``output`` for the output of the last site."""
     entered: dict[str, str] = {}
     for site in sites:
         entered.setdefault(site.trunk, site.name)
@@ -91,7 +91,7 @@ def state_names(sites: Sequence[Site], scores: Scores) -> tuple[str, ...]:
 
 
 def nested(rows: list[list[float]]) -> list[list[float | None]]:
-    """A matrix as JSON takes it: NaN (states of different shape) as None."""
+    """Return a matrix as JSON values; NaN, the similarity of states of different shapes, becomes None."""
     return [[_number(value) for value in row] for row in rows]
 
 
@@ -107,5 +107,5 @@ def _number(value: float) -> float | None:
 
 
 def _tokens(value: torch.Tensor, site: Site) -> int:
-    """Positions of one sample's state."""
+    """Return the number of tokens in the state of one sample."""
     return value[0].numel() // value.shape[site.channel_dim]

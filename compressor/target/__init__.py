@@ -1,1 +1,1 @@
-"""The targets by name, what they can do here, and engines that run in torch."""
+"""Targets by name, checks of their availability, and engines that run in torch."""

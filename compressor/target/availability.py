@@ -1,4 +1,4 @@
-"""Whether a target can do here what was asked for: found out before any work."""
+"""Checks that this machine can run an export on its target, made before any work."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ from runtimes.base.registry import check_device, need
 
 
 class UsableError(CompressorError):
-    """The target cannot do what was asked for."""
+    """A combination of options that the target does not support."""
 
 
 def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
-    """The target, if it can be used here: asked first, so that nobody waits for a search to learn that it cannot."""
+    """Check the target before the search, which is expensive.
+
+    Returns:
+        The target and the options of its engines. With ``--defer-build`` these are ONNX Runtime in place of the target,
+        and the CPU.
+
+    Raises:
+        CompressorError: the target has no such precision, or the engine cannot be built later.
+        RuntimesError: the target or the device cannot be used here.
+    """
     target = target_named(settings.target, task=settings.task, cache=settings.cache)
     device = target.devices[0] if settings.device is None else settings.device
     options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
@@ -38,18 +47,21 @@ def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
 
 
 def _check_deferrable(target: Runtime, precision: str) -> None:
-    """Refuse to leave to the device what is made by torch, which it need not have, or cannot be measured here."""
+    """Refuse to defer a precision that only the target can make or choose, and targets that build with torch.
+
+    The device need not have torch, and a precision of the target's own cannot be measured here.
+    """
     if precision in (*target.own, AUTO):
         raise UsableError(
-            f"--precision {precision} can only be proven where {target.name} runs; leave out --defer-build, or give "
+            f"--precision {precision} can only be measured where {target.name} runs; leave out --defer-build, or give "
             f"one of: {', '.join(name for name in target.precisions[target.devices[0]] if name not in target.own)}."
         )
     if target.source != ".onnx":
-        raise UsableError(f"target {target.name} builds with torch, on this machine; leave out --defer-build.")
+        raise UsableError(f"target {target.name} builds engines with torch on this machine; leave out --defer-build.")
 
 
 def _or_defer(target: Runtime) -> str | None:
-    """The reason why a target cannot be used, with the way round it where there is one."""
+    """Return the reason why a target cannot be used here, with the advice to defer the build where that is possible."""
     reason = target.missing()
     if reason is None or target.name == STAND_IN or target.source != ".onnx":
         return reason
@@ -57,7 +69,7 @@ def _or_defer(target: Runtime) -> str | None:
 
 
 def _probe(target: Runtime, options: BuildOptions) -> None:
-    """Build the smallest model there is: whether the device is there should not be learnt after a search."""
+    """Build a model of one Identity node, so that a missing device is reported before the search."""
     from onnx import TensorProto, helper, save
 
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]

@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Transformers:
-    """Opens checkpoints in torch eager, as whoever calls `from_pretrained` has them; see runtimes.base.Runtime.
+    """A target that opens checkpoints in torch eager, as `from_pretrained` does; see `runtimes.base.protocols.Runtime`.
 
-    `task` is what the model was loaded for, if not its own, `cache` whether a language model is called with its KV
-    cache. `opened` keeps the models that were loaded: an engine is opened anew for each burst of a timing.
+    Attributes:
+        task: the task that the model was loaded for; None for the task of the checkpoint.
+        cache: whether a language model is called with its KV cache.
+        opened: the loaded models by path. They are kept because a timing opens an engine for each burst.
     """
 
     task: str | None = None
     cache: bool = True
     name: str = TRANSFORMERS
-    description: str = "a checkpoint without whole blocks, for from_pretrained; timed in torch eager"
+    description: str = "a checkpoint with whole blocks removed, for from_pretrained; timed in torch eager"
     devices: tuple[str, ...] = ("cpu",)
     source: Literal["/config.json"] = CONFIG
     precisions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"cpu": ("fp32",)})
@@ -37,18 +39,18 @@ class Transformers:
     opened: dict[Path, Module] = field(default_factory=dict, repr=False)
 
     def missing(self) -> str | None:
-        """None where transformers is installed."""
+        """Return None if transformers is installed, else what to install."""
         return None if installed("transformers") else "transformers is not installed: pip install transformers"
 
     def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
-        """Nothing is built: the checkpoint is what is shipped."""
+        """Return `source`: the checkpoint is the engine."""
         return source
 
     def load(self, path: Path, options: BuildOptions) -> Engine:
-        """Open the checkpoint that a config belongs to, as any model of transformers is opened.
+        """Open the checkpoint in the folder of a ``config.json``.
 
         Raises:
-            BuildError: it cannot be opened.
+            BuildError: the checkpoint cannot be loaded.
         """
         from compressor import models
         from compressor.target.torch_eager import Module
@@ -57,9 +59,9 @@ class Transformers:
             try:
                 model = models.load(path.parent, task=self.task, cache=self.cache)
             except CompressorError as error:
-                raise BuildError(f"The checkpoint cannot be opened again ({error}): {ADVICE}.") from error
+                raise BuildError(f"The written checkpoint cannot be loaded ({error}): {ADVICE}.") from error
             self.opened[path] = Module(model)
         return self.opened[path].open(options)
 
     def layers(self, path: Path, options: BuildOptions) -> Layers | None:
-        """Nothing: torch eager runs the layers as the model has them."""
+        """Return None: torch eager runs the layers of the model unchanged."""

@@ -1,4 +1,4 @@
-"""Everything that `--target` takes: the runtimes, and the checkpoint of transformers, which only this package knows."""
+"""The targets that `--target` accepts: the runtimes and the checkpoint of transformers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from runtimes.base.protocols import Runtime
 
 
 def targets() -> tuple[str, ...]:
-    """The names of all targets, whether or not they can run here, in alphabetical order."""
+    """Return the names of all targets in alphabetical order, including those that cannot run here."""
     return tuple(sorted((*registry.targets(), TRANSFORMERS)))
 
 
 def target_named(name: str, *, task: str | None = None, cache: bool = True) -> Runtime:
-    """The target of that name.
+    """Return the target of this name.
 
     Args:
-        name: what `--target` takes.
-        task: by which the model was loaded, if not by its own; a checkpoint is loaded by it again.
-        cache: whether a language model is called with its KV cache; a checkpoint is called likewise.
+        name: a value of `--target`.
+        task: the task that a checkpoint is loaded for; None for its own task.
+        cache: whether a language model in a checkpoint is called with its KV cache.
 
     Raises:
-        RuntimesError: there is no such target; the message lists those there are.
+        RuntimesError: there is no such target; the message lists all targets.
     """
     if name == TRANSFORMERS:
         return Transformers(task, cache)

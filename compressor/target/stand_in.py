@@ -1,4 +1,4 @@
-"""ONNX Runtime on this CPU in place of a target that is on another machine."""
+"""ONNX Runtime on this CPU as a substitute for a target on another machine."""
 
 from __future__ import annotations
 
@@ -15,32 +15,37 @@ STAND_IN = "onnxruntime"
 
 @dataclass(frozen=True)
 class StandIn:
-    """ONNX Runtime on this CPU in the place of a target that is elsewhere; its int8 files are written as that wants."""
+    """ONNX Runtime on this CPU as a substitute for a target on another machine.
+
+    Attributes:
+        int8: the style of int8 files that the target wants.
+        precisions: the precisions of the target on its first device.
+    """
 
     int8: Int8Style
     precisions: Mapping[str, tuple[str, ...]]
     name: str = STAND_IN
-    description: str = "ONNX Runtime on the CPU, in the place of the target"
+    description: str = "ONNX Runtime on the CPU, as a substitute for the target"
     devices: tuple[str, ...] = ("cpu",)
     source: Literal[".onnx"] = ".onnx"
     own: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
-        """As ONNX Runtime says."""
+        """Return why ONNX Runtime cannot be used; None if it can."""
         return runtime(self.name).missing()
 
     def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
-        """As ONNX Runtime does: the file itself is the engine."""
+        """Return the engine of ONNX Runtime, which is the ONNX file itself."""
         return runtime(self.name).build(source, out, options)
 
     def load(self, path: Path, options: BuildOptions) -> Engine:
-        """As ONNX Runtime does."""
+        """Open the file in ONNX Runtime."""
         return runtime(self.name).load(path, options)
 
     def layers(self, path: Path, options: BuildOptions) -> Layers | None:
-        """Nothing: those of the stand-in would pass for the target's."""
+        """Return None: the layers of ONNX Runtime could be mistaken for those of the target."""
 
 
 def stand_in(target: Runtime) -> Runtime:
-    """What runs here in the place of a target."""
+    """Return the substitute that runs here for a target."""
     return StandIn(target.int8, {"cpu": target.precisions[target.devices[0]]})

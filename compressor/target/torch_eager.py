@@ -1,4 +1,4 @@
-"""A torch module as an engine: the baseline of those who deploy what they trained, eager or through torch.compile."""
+"""Torch modules as engines, eager or through torch.compile: the baseline of a deployment without export."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from compressor.models import Model
 from compressor.models.base import first_line
 from runtimes.base.protocols import BuildError, BuildOptions, Closing, DTypes, Feeds, Shapes, taken
 
-SHAPES = 64  # for which one process compiles
+SHAPES = 64  # largest number of input shapes that one process compiles
 Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Module:
-    """A loaded model that can be opened like an engine.
+    """A loaded model that can be opened as an engine.
 
-    `backend` is what compiles for torch.compile. `compiled` keeps what it made, by the shapes of the inputs: an engine
-    is opened anew for each burst of a timing, and compiling takes a minute.
+    Attributes:
+        model: the loaded model.
+        compiles: whether the module runs through torch.compile.
+        backend: the backend of torch.compile.
+        compiled: the compiled functions by the shapes of the inputs. They are kept because a timing opens an engine for
+            each burst, and compiling takes a minute.
     """
 
     model: Model
@@ -32,17 +36,19 @@ class Module:
     compiled: dict[tuple[tuple[int, ...], ...], Call] = field(default_factory=dict)
 
     def open(self, options: BuildOptions) -> TorchEngine:
-        """Open it on the CPU, with so many threads.
+        """Open the model on the CPU with the threads of the options.
 
         Raises:
-            BuildError: another device was asked for.
+            BuildError: the options name another device.
         """
         if options.device != "cpu":
-            raise BuildError(f"torch models are timed on the CPU only, found {options.device!r}; leave them out.")
+            raise BuildError(
+                f"torch models are timed on the CPU only, found device {options.device!r}; leave them out."
+            )
         return TorchEngine(self, options.threads)
 
     def call(self, tensors: tuple[torch.Tensor, ...]) -> Call:
-        """What computes the outputs of inputs of these shapes."""
+        """Return the function that computes the outputs for inputs of these shapes."""
         if not self.compiles:
             return self._eager
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
@@ -54,26 +60,29 @@ class Module:
         return self.model.call(self.model.module, *tensors)
 
     def _compiled(self, tensors: tuple[torch.Tensor, ...]) -> Call:
-        """Compiled for these very shapes, and run once, so that no timing holds the compiling.
+        """Compile for exactly these shapes and run once, so that no timing includes the compilation.
 
         Raises:
             BuildError: torch.compile failed, as it does without a C++ compiler.
         """
         try:
-            made: Call = torch.compile(self._eager, dynamic=False, backend=self.backend)
-            # Beyond eight shapes or models dynamo would go back to eager, silently, and that would be what is timed.
-            settings: Any = torch.compiler.config  # its patch() is put there at run time
+            compiled: Call = torch.compile(self._eager, dynamic=False, backend=self.backend)
+            # Beyond eight shapes or models dynamo would silently fall back to eager, which would then be timed.
+            settings: Any = torch.compiler.config  # Any, because patch() is added at run time
             with settings.patch(recompile_limit=SHAPES, fail_on_recompile_limit_hit=True):
-                made(*tensors)
-        except Exception as error:  # whatever the compiler behind it raises
+                compiled(*tensors)
+        except Exception as error:  # the errors of the backends have no common base
             raise BuildError(
                 f"torch.compile cannot compile {self.model.name} ({first_line(error)}); leave out --compile."
             ) from error
-        return made
+        return compiled
 
 
 class TorchEngine(Closing[Module]):
-    """An open torch module; see runtimes.base.Engine. Threads are those of the process, and put back by close()."""
+    """An open torch module; see `runtimes.base.protocols.Engine`.
+
+    The number of threads holds for the whole process; close() restores it.
+    """
 
     def __init__(self, module: Module, threads: int | None) -> None:
         super().__init__(module)
@@ -90,11 +99,11 @@ class TorchEngine(Closing[Module]):
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""
-        found = self._step(feeds)()
-        return {name: value.numpy() for name, value in zip(self.outputs, found, strict=True)}
+        outputs = self._step(feeds)()
+        return {name: value.numpy() for name, value in zip(self.outputs, outputs, strict=True)}
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Copy the feeds to tensors; each call of the result is one inference on them."""
+        """Copy the feeds to tensors and return a function that runs one inference on them."""
         step = self._step(feeds)
 
         def run() -> None:
@@ -104,7 +113,7 @@ class TorchEngine(Closing[Module]):
         return run
 
     def close(self) -> None:
-        """Put the threads of the process back. Closing twice is allowed."""
+        """Restore the number of threads of the process. Closing twice is allowed."""
         if self._opened is not None:
             torch.set_num_threads(self._threads_before)
         super().close()

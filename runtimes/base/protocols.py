@@ -227,7 +227,7 @@ class Runtime(Protocol):
         """Return None if the target can be used, else the reason and what to install; imports no engine library."""
 
     def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
-        """Build an engine from a file of the kind `source` states and return its path.
+        """Build an engine from a file of the kind that the property `source` states and return its path.
 
         Args:
             source: The model; external data lies in the same folder.

@@ -89,12 +89,9 @@ class _Graph:
 
     def value(self, name: str) -> npt.NDArray[Any]:
         """Return the array of a constant, loading its external data if necessary."""
-        from onnx import external_data_helper, numpy_helper
+        from onnx import numpy_helper
 
-        tensor = self.constants[name]
-        if external_data_helper.uses_external_data(tensor):
-            external_data_helper.load_external_data_for_tensor(tensor, str(self.folder))
-        return numpy_helper.to_array(tensor)
+        return numpy_helper.to_array(self.constants[name], base_dir=str(self.folder))
 
     def behind(self, name: str, op: str) -> onnx.NodeProto | None:
         """Return the producer of tensor `name` if its operator is `op`, else None."""

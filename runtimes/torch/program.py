@@ -174,7 +174,7 @@ def in_int8(
         BuildError: torchao or samples are missing, or the model has no Linear layer.
     """
     if util.find_spec("torchao") is None:
-        raise BuildError("Target torch needs torchao for int8, which is not installed; pip install torchao.")
+        raise BuildError("Target torch with int8 needs torchao, which is not installed; pip install torchao.")
     if not dynamic and samples is None:
         raise BuildError("Target torch needs calibration samples for int8; found none: use --data, or int8-dynamic.")
     import torch

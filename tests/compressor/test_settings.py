@@ -1,4 +1,4 @@
-"""Settings: what can be refused before anything is loaded, and their JSON form."""
+"""Settings: options refused before a model is loaded, defaults, and the JSON form."""
 
 import inspect
 import json
@@ -26,17 +26,17 @@ from runtimes.base.protocols import PRECISIONS
         ({"drop": ""}, "drop is empty"),
         ({"drop": "150%"}, "at most 100%"),
         ({"drop": "foo:2"}, "unknown kind 'foo'"),
-        ({"drop": "attention:"}, "no count and no site name"),
-        ({"drop": "-3"}, "no count and no site name"),
-        ({"drop": "attention:4,mlp:2"}, "no count and no site name"),
-        ({"drop": "25 %"}, "no count and no site name"),
+        ({"drop": "attention:"}, "neither a number nor a site name"),
+        ({"drop": "-3"}, "neither a number nor a site name"),
+        ({"drop": "attention:4,mlp:2"}, "neither a number nor a site name"),
+        ({"drop": "25 %"}, "neither a number nor a site name"),
         ({"metric": "size"}, "cosine or influence"),
         ({"int8": "static8"}, "static or dynamic"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; expected fp32 or fp16 or bf16 or int8 or"),
         ({"precision": "fp16", "int8": "static"}, "found --int8 and --precision fp16; give one"),
         ({"precision": "int8", "int8": "dynamic"}, "found --int8 and --precision int8; give one"),
         ({"precision": "auto", "int8": "static"}, "found --int8 and --precision auto; give one"),
-        ({"precision": "auto", "factorial": True}, "compression against one precision; found --precision auto"),
+        ({"precision": "auto", "factorial": True}, "compares compression with one precision; found --precision auto"),
         ({"calibration": "median"}, "unknown calibration 'median'; expected auto or typical or minmax"),
         ({"device": "tpu"}, "cpu or cuda"),
         ({"task": "flying"}, "image-classification"),
@@ -55,11 +55,11 @@ from runtimes.base.protocols import PRECISIONS
         ({"max_loss": math.inf}, "max-loss is inf"),
         ({"generate": "128"}, "--generate 128: expected PROMPT:NEW"),
         ({"generate": "0:5"}, "--generate 0:5: expected PROMPT:NEW"),
-        ({"generate": "8:5", "defer_build": True}, "give --generate 8:0, or leave it out"),
-        ({"speedup": 1.0}, "speedup is 1; expected more than 1"),
+        ({"generate": "8:5", "defer_build": True}, "give --generate 8:0, or leave out --generate"),
+        ({"speedup": 1.0}, "speedup is 1; expected a finite number above 1"),
         ({"speedup": math.inf}, "speedup is inf"),
         ({"speedup": math.nan}, "speedup is nan"),
-        ({"latency": 0.0}, "latency is 0; expected more than 0"),
+        ({"latency": 0.0}, "latency is 0; expected a finite number above 0"),
         ({"latency": math.nan}, "latency is nan"),
         ({"heal_budget": 0.0}, "heal-budget is 0"),
         ({"heal_budget": math.inf}, "heal-budget is inf"),
@@ -71,17 +71,20 @@ from runtimes.base.protocols import PRECISIONS
         ({"actions": "keep"}, "unknown action 'keep'"),
         ({"actions": "drop:3"}, "unknown action 'drop:3'"),
         ({"actions": "low-rank:0"}, "unknown action 'low-rank:0'"),
-        ({"drop": "2", "actions": "drop,linear"}, "only --drop auto chooses among several"),
-        ({"drop": "2", "speedup": 1.5}, "--speedup is a wish that --drop auto fulfils; --drop 2 names the plan"),
-        ({"drop": "plan.json", "latency": 5.0}, "--latency is a wish"),
-        ({"drop": "none", "latency": 5.0}, "--latency is a wish"),
-        ({"speedup": 1.5, "latency": 5.0}, "one wish in two forms"),
+        (
+            {"drop": "2", "actions": "drop,linear"},
+            "found --actions drop,linear with --drop 2; several actions need --drop auto",
+        ),
+        ({"drop": "2", "speedup": 1.5}, "--speedup is a goal of the search; found --drop 2. Give --drop auto"),
+        ({"drop": "plan.json", "latency": 5.0}, "--latency is a goal"),
+        ({"drop": "none", "latency": 5.0}, "--latency is a goal"),
+        ({"speedup": 1.5, "latency": 5.0}, "which both set the goal for speed"),
         ({"latency": 5.0, "cost": "macs"}, "leave out --cost macs"),
         ({"tokens": "8,"}, "--tokens 8,: expected auto, none, a number"),
         ({"tokens": "75%"}, "a percentage below 75%"),
     ],
 )
-def test_an_option_that_cannot_work_is_refused_in_a_sentence(options: dict[str, object], words: str) -> None:
+def test_an_invalid_option_is_refused_with_one_message(options: dict[str, object], words: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings(**options)  # type: ignore[arg-type]
     assert words in str(caught.value)
@@ -91,11 +94,11 @@ def test_an_option_that_cannot_work_is_refused_in_a_sentence(options: dict[str, 
 
 
 @pytest.mark.parametrize("drop", ["none", "auto", "4", "25%", "attention:4", "block:3", "a.0.attn,b.mlp", "p.json"])
-def test_every_documented_form_of_drop_is_taken(drop: str) -> None:
+def test_every_documented_form_of_drop_is_accepted(drop: str) -> None:
     assert Settings(drop=drop).drop == drop
 
 
-def test_the_settings_survive_json(tmp_path: object) -> None:
+def test_settings_serialise_to_json(tmp_path: object) -> None:
     module = torch.nn.Linear(2, 2)
     settings = Settings(model=module, data="random", drop="1", example_inputs=torch.zeros(2, 2), output=str(tmp_path))
     plain = json.loads(json.dumps(settings.to_dict()))
@@ -104,11 +107,11 @@ def test_the_settings_survive_json(tmp_path: object) -> None:
     assert set(plain) == set(Settings.__dataclass_fields__) - {"example_inputs"}
 
 
-def test_settings_without_a_module_are_made_again_from_their_json() -> None:
+def test_settings_without_a_module_round_trip_through_json() -> None:
     settings = Settings(drop="attention:2", int8="static", samples=60, seed=3)
     assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
-    wishing = Settings(actions="drop, low-rank:8", speedup=1.5, max_loss=3.0, heal="distill", heal_budget=90.0)
-    assert Settings(**json.loads(json.dumps(wishing.to_dict()))) == wishing
+    settings = Settings(actions="drop, low-rank:8", speedup=1.5, max_loss=3.0, heal="distill", heal_budget=90.0)
+    assert Settings(**json.loads(json.dumps(settings.to_dict()))) == settings
 
 
 @pytest.mark.parametrize(
@@ -121,11 +124,11 @@ def test_settings_without_a_module_are_made_again_from_their_json() -> None:
         ({"speedup": 1.5, "max_loss": 2.0}, 2.0),
     ],
 )
-def test_a_wish_for_speed_alone_lifts_the_limit_on_loss(options: dict[str, float], limit: float) -> None:
+def test_a_goal_for_speed_without_max_loss_removes_the_limit_on_loss(options: dict[str, float], limit: float) -> None:
     assert Settings(**options).loss_limit == limit  # type: ignore[arg-type]
 
 
-def test_actions_are_those_named_or_the_usual_ones() -> None:
+def test_actions_have_a_default() -> None:
     assert Settings().chosen_actions == AUTO_ACTIONS
     assert Settings(tokens="none").chosen_actions == tuple(action for action in AUTO_ACTIONS if action != "merge")
     assert Settings(drop="2").chosen_actions == ("drop",)
@@ -135,12 +138,12 @@ def test_actions_are_those_named_or_the_usual_ones() -> None:
     assert len(set(forms)) == len(AUTO_ACTIONS) - 1
 
 
-def test_healing_knows_the_methods_that_may_be_asked_for() -> None:
+def test_heal_implements_every_method_of_the_settings() -> None:
     assert pytest.importorskip("compressor.heal.heal").HEAL_METHODS == HEAL_METHODS
 
 
 def test_the_api_takes_every_setting_with_the_same_default() -> None:
-    """What `export` hands on are its own arguments, so that a forgotten one would silently keep its default."""
+    """`export` passes its arguments to Settings; an argument that it lacks would keep its default without notice."""
     fields = inspect.signature(Settings).parameters
     export = inspect.signature(compressor.export).parameters
     assert {name: each.default for name, each in export.items()} == {
@@ -153,8 +156,8 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
     assert {name: each.default for name, each in sweep.items()} == {
         name: other.get(name, fields[name].default) for name in sweep
     }
-    # One search for all budgets: nothing of what says how far to go, what to heal, or which plan to take.
-    needless = {
+    # A sweep runs one search for all budgets, without a goal, healing or a fixed plan.
+    not_in_sweep = {
         "drop",
         "metric",
         "speedup",
@@ -169,7 +172,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "portable_engine",
         "factorial",
     }
-    assert set(fields) - set(sweep) == needless
+    assert set(fields) - set(sweep) == not_in_sweep
 
 
 @pytest.mark.parametrize(
@@ -184,12 +187,12 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         *(({"precision": each}, each) for each in PRECISIONS),
     ],
 )
-def test_a_short_form_becomes_the_precision_that_it_stands_for(options: dict[str, Any], precision: str) -> None:
+def test_int8_is_a_short_form_of_precision(options: dict[str, Any], precision: str) -> None:
     settings = Settings(**options)
     assert (settings.precision, settings.int8) == (precision, None)
     assert Settings(**settings.to_dict()) == settings
 
 
 @pytest.mark.parametrize("calibration", ["auto", *CALIBRATIONS])
-def test_every_way_to_find_ranges_may_be_asked_for(calibration: Any) -> None:
+def test_every_calibration_method_is_accepted(calibration: Any) -> None:
     assert Settings(calibration=calibration).calibration == calibration

@@ -1,4 +1,4 @@
-"""What every target promises, run on every file that discovery finds: a new target is tested the day it appears."""
+"""Contract tests, run on every discovered target, including new ones."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import runtimes
 from runtimes.base.protocols import DEVICES, PRECISIONS, BuildError, BuildOptions, Int8Style, Layers, RuntimesError
 
-# float32 sums of at most 16 terms of size about 1, in any order, TF32 not allowed: 1e-5 leaves a factor of ten.
+# For float32 sums of at most 16 terms around 1, in any order and without TF32, 1e-5 leaves a factor of ten.
 TOLERANCE = 1e-5
 
 
@@ -99,14 +99,14 @@ def save_program(path, module, examples, outputs):
 
 
 def write_source(folder, name, suffix):
-    """The tiny vision or text model as a target of that kind of source wants it."""
+    """Write the tiny vision or text model in the source format `suffix`."""
     path = folder / f"{name}{suffix}"
     if suffix == ".onnx":
         return {"vision": save_vision, "text": save_text}[name](path)
     if name == "vision":
         return save_program(path, Vision(), {"pixel_values": torch.zeros(2, 8)}, ["logits", "hidden"])
     ids = torch.ones(2, 3, dtype=torch.int64)
-    # A tensor each: torch.export takes one that is given twice for one input.
+    # Separate tensors, because torch.export merges inputs that are the same object.
     return save_program(path, Text(), {"input_ids": ids, "attention_mask": ids.clone()}, ["states"])
 
 
@@ -121,7 +121,7 @@ def target(request):
 
 @pytest.fixture(scope="module")
 def options(target):
-    """The device on which this target can be tried here; skips where there is none."""
+    """Options for the target's first device; skips the test if the target cannot run here."""
     if (reason := target.missing()) is not None:
         pytest.skip(reason)
     return BuildOptions(device=target.devices[0], threads=1)
@@ -151,27 +151,27 @@ def test_facts(target):
     assert set(target.devices) <= set(DEVICES)
     assert isinstance(target.int8, Int8Style)
     assert set(target.precisions) == set(target.devices)
-    for had in target.precisions.values():
-        assert had[0] == "fp32"
-        assert list(had) == sorted(set(had), key=PRECISIONS.index)
-        assert set(had) <= set(PRECISIONS)
-    assert set(target.own) <= {name for had in target.precisions.values() for name in had} - {"fp32"}
+    for supported in target.precisions.values():
+        assert supported[0] == "fp32"
+        assert list(supported) == sorted(set(supported), key=PRECISIONS.index)
+        assert set(supported) <= set(PRECISIONS)
+    assert set(target.own) <= {name for supported in target.precisions.values() for name in supported} - {"fp32"}
     assert target.source in (".onnx", ".pt2")
 
 
-def test_layers_are_counted_where_the_runtime_tells(target, options, built):
+def test_layers_are_counted_if_the_runtime_reports_them(target, options, built):
     found = target.layers(built["vision"], options)
     assert found is None or isinstance(found, Layers)
     if found is not None:
         assert sum(found.precisions.values()) == sum(found.kinds.values()) == found.count > 0
         assert set(found.precisions) <= {"fp32", "other"}
-        assert found.fused_attention is None  # there is none
+        assert found.fused_attention is None  # the model has no attention
 
 
-def test_missing_says_how_to_get_it(target):
+def test_missing_contains_the_install_command(target):
     reason = target.missing()
     assert reason is None or "pip install" in reason
-    assert "compressor" not in (reason or "")  # an extra of ours is no package that pip finds
+    assert "compressor" not in (reason or "")  # pip cannot install an extra of this project, which is not on PyPI
 
 
 def test_engine_describes_its_inputs_and_outputs(target, options, built, engine):
@@ -199,7 +199,7 @@ def test_integers_agree_with_numpy(target, options, built, batch, length):
     ids, mask = rng.integers(0, 11, (batch, length)), rng.integers(0, 2, (batch, length))
     with target.load(built["text"], options) as opened:
         found = opened.run({"input_ids": ids, "attention_mask": mask})["states"]
-    # A selection times zero or one: exact.
+    # Exact, because it is a selection times zero or one.
     np.testing.assert_array_equal(found, weights()["table"][ids] * mask[..., None])
 
 
@@ -269,7 +269,7 @@ def test_a_moved_engine_still_opens(target, options, built, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"this is not an ONNX file"])
-def test_what_is_no_model_is_a_build_error(target, options, tmp_path, content):
+def test_invalid_model_file_is_a_build_error(target, options, tmp_path, content):
     path = tmp_path / f"broken{target.source}"
     if content is not None:
         path.write_bytes(content)
@@ -277,7 +277,7 @@ def test_what_is_no_model_is_a_build_error(target, options, tmp_path, content):
         target.build(path, tmp_path, options)
 
 
-def test_a_device_it_does_not_run_on_is_refused(target, built, options):
+def test_unsupported_device_is_refused(target, built, options):
     for device in set(DEVICES) - set(target.devices):
         with pytest.raises(runtimes.RuntimeUnavailable, match=f"found device '{device}'"):
             target.load(built["vision"], BuildOptions(device=device))

@@ -1,4 +1,4 @@
-"""What is particular to the mobile format: its files, the list of operators, one file for every CPU."""
+"""Tests of target onnxruntime_mobile: its files, the operator list and independence of the processor."""
 
 import logging
 
@@ -14,7 +14,7 @@ from runtimes.onnxruntime import target as onnxruntime
 ort = pytest.importorskip("onnxruntime", reason="the extra `cpu` or `gpu` is not installed")
 
 ONE = BuildOptions(threads=1)
-# Both sessions run the same kernels on the same fused graph; 1e-6 is a few roundings of values around one.
+# Both sessions run the same kernels on the same fused graph; 1e-6 allows a few roundings of values around one.
 SAME = 1e-6
 
 
@@ -59,7 +59,7 @@ def quantized(rng):
 
 
 def dynamic(rng):
-    """A MatMul of int8 weights whose activations get their range at run time."""
+    """A MatMul of int8 weights with dynamically quantized activations."""
     weights = {"w": rng.integers(-127, 128, (8, 16), dtype=np.int8), "scale": np.float32(0.01), "zero": np.int8(0)}
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["x"], ["x_int8", "x_scale", "x_zero"]),
@@ -72,54 +72,54 @@ def dynamic(rng):
 
 
 def convolution(rng):
-    """What ONNX Runtime would lay out in blocks of this processor's register width."""
+    """A convolution, which the NCHWc optimiser would convert to a layout for this processor's registers."""
     weights = {"w": rng.normal(size=(16, 3, 4, 4)).astype(np.float32)}
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], strides=[4, 4])]
     return nodes, [("x", ["batch", 3, 8, 8])], [("y", ["batch", 16, 2, 2])], weights
 
 
-@pytest.fixture(params=[dense, quantized, dynamic, convolution], ids=lambda made: made.__name__)
+@pytest.fixture(params=[dense, quantized, dynamic, convolution], ids=lambda build: build.__name__)
 def model(request, tmp_path):
     return save(tmp_path / "model.onnx", *request.param(np.random.default_rng(0)))
 
 
 def listed(folder):
-    """Domain, version and name of each operator in the list."""
+    """Return domain, version and name of each operator in the list."""
     lines = (folder / target.OPERATORS).read_text().splitlines()
     rows = [line.split(";") for line in lines if not line.startswith("#")]
     return {(domain, int(version), kind) for domain, version, kinds in rows for kind in kinds.split(",")}
 
 
 def needed(model, tmp_path):
-    """The same of the graph as ONNX Runtime optimises it in memory, written as ONNX; the oracle."""
+    """Return the same for the graph that ONNX Runtime optimises in memory; the reference."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"])
     optimised = onnx.load(tmp_path / "optimised.onnx")
     opsets = {each.domain: each.version for each in optimised.opset_import}
-    found = set()
+    operators = set()
     for node in optimised.graph.node:
-        known = onnx.defs.has(node.op_type, node.domain)
-        since = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain).since_version if known else 1
-        found.add((node.domain or "ai.onnx", since, node.op_type))
-    return found
+        standard = onnx.defs.has(node.op_type, node.domain)
+        since = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain).since_version if standard else 1
+        operators.add((node.domain or "ai.onnx", since, node.op_type))
+    return operators
 
 
-def test_the_list_names_exactly_the_operators_of_the_optimised_graph(model, tmp_path):
+def test_operator_list_equals_the_operators_of_the_optimised_graph(model, tmp_path):
     target.build(model, tmp_path, ONE)
     assert listed(tmp_path) == needed(model, tmp_path)
     assert "com.microsoft.nchwc" not in {domain for domain, _, _ in listed(tmp_path)}
 
 
-def test_it_computes_what_the_portable_file_computes(model, tmp_path):
+def test_outputs_agree_with_the_portable_file(model, tmp_path):
     size = [each or 2 for each in onnxruntime.load(model, ONE).input_shapes["x"]]
     feeds = {"x": np.random.default_rng(1).normal(size=size).astype(np.float32)}
     with target.load(target.build(model, tmp_path, ONE), ONE) as engine, onnxruntime.load(model, ONE) as portable:
         np.testing.assert_allclose(engine.run(feeds)["y"], portable.run(feeds)["y"], rtol=SAME, atol=SAME)
 
 
-def test_it_writes_two_files_and_leaves_nothing_else(model, tmp_path, capfd):
+def test_build_writes_exactly_two_files(model, tmp_path, capfd):
     out = tmp_path / "out"
     out.mkdir()
     handlers = list(logging.getLogger().handlers)
@@ -130,7 +130,7 @@ def test_it_writes_two_files_and_leaves_nothing_else(model, tmp_path, capfd):
     assert logging.getLogger().handlers == handlers
 
 
-def test_the_list_names_no_folder_of_this_machine(model, tmp_path):
+def test_operator_list_contains_no_path(model, tmp_path):
     target.build(model, tmp_path, ONE)
     assert str(tmp_path) not in (tmp_path / target.OPERATORS).read_text()
 
@@ -151,7 +151,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [broken]
 
 
-def test_it_is_for_the_cpu(model, tmp_path):
+def test_cuda_is_refused(model, tmp_path):
     for use in (lambda at: target.build(model, tmp_path, at), lambda at: target.load(tmp_path / target.FILE, at)):
         with pytest.raises(RuntimeUnavailable, match="onnxruntime_mobile runs on cpu; found device 'cuda'"):
             use(BuildOptions(device="cuda"))

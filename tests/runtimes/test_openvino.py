@@ -1,4 +1,4 @@
-"""What the target openvino promises beyond the contract: it computes in the precision that was asked for."""
+"""Tests of target openvino beyond the contract: it computes in the requested precision."""
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """y = x w, with a weight whose values float16 cannot hold."""
+    """The IR of y = x w, with weights that float16 cannot represent."""
     folder = tmp_path_factory.mktemp("openvino")
     weight = np.full((64, 64), 1 + 2**-20, np.float32)
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 64]) for name in "xy"]
@@ -41,7 +41,7 @@ def test_products_are_computed_in_float32(built):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """y = x w with random weights: the file, its inputs, and the exact products."""
+    """y = x w with random weights: the ONNX file, x, w and |x| |w|."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("wide") / "m.onnx"
     weight, x = rng.standard_normal((64, 64)).astype(np.float32), rng.standard_normal((8, 64)).astype(np.float32)
@@ -49,7 +49,7 @@ def wide(tmp_path_factory):
     tensors = [numpy_helper.from_array(weight, "w")]
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "wide", ends[:1], ends[1:], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    # What one rounding of both factors may do, relative to the size of the products and not of their sum.
+    # Rounding errors of the factors are relative to the sum of the absolute products, |x| |w|.
     return path, x, weight, np.abs(x) @ np.abs(weight)
 
 
@@ -61,7 +61,7 @@ def difference(path, wide, threads=1):
     return (np.abs(y - x.astype(np.float64) @ weight) / size).max()
 
 
-def test_fp16_stores_16_bits_and_moves(wide, tmp_path):
+def test_fp16_stores_16_bits_and_can_be_moved(wide, tmp_path):
     full = target.build(wide[0], tmp_path, BuildOptions()).with_suffix(".bin").stat().st_size
     built = target.build(wide[0], tmp_path, BuildOptions(precision="fp16"))
     assert built.with_suffix(".bin").stat().st_size <= full / 2 + 64
@@ -71,7 +71,7 @@ def test_fp16_stores_16_bits_and_moves(wide, tmp_path):
 
 
 @pytest.mark.skipif(not BF16, reason="this processor has no bfloat16 arithmetic")
-def test_bf16_is_computed_in_bf16_also_after_a_move(wide, tmp_path):
+def test_bf16_computes_in_bf16_also_after_a_move(wide, tmp_path):
     (tmp_path / "fp32").mkdir()
     full = target.build(wide[0], tmp_path / "fp32", BuildOptions())
     assert difference(full, wide) < 2**-20  # sums of 64 float32 products
@@ -82,7 +82,7 @@ def test_bf16_is_computed_in_bf16_also_after_a_move(wide, tmp_path):
     assert 2**-14 < difference(moved, wide) < 2**-7
 
 
-def test_bf16_is_refused_where_it_would_be_another_precision(wide, tmp_path, monkeypatch):
+def test_bf16_is_refused_without_bfloat16_arithmetic(wide, tmp_path, monkeypatch):
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     with pytest.raises(RuntimeUnavailable, match=r"^This processor has no bfloat16 arithmetic; use fp32 or int8\.$"):
         target.build(wide[0], tmp_path, BuildOptions(precision="bf16"))
@@ -90,12 +90,12 @@ def test_bf16_is_refused_where_it_would_be_another_precision(wide, tmp_path, mon
     target.build(wide[0], tmp_path, BuildOptions(precision="fp16"))
 
 
-def test_an_ir_from_elsewhere_counts_as_float32(wide, tmp_path):
+def test_ir_without_recorded_precision_runs_in_float32(wide, tmp_path):
     openvino.save_model(openvino.Core().read_model(str(wide[0])), str(tmp_path / "other.xml"), compress_to_fp16=False)
     assert difference(tmp_path / "other.xml", wide) < 2**-20
 
 
-def test_what_openvino_cannot_read_is_one_sentence(tmp_path):
+def test_unreadable_file_is_one_sentence(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(BuildError, match=r"^OpenVINO cannot read broken\.onnx: .*\.$") as caught:
         target.build(tmp_path / "broken.onnx", tmp_path, BuildOptions())
@@ -105,8 +105,8 @@ def test_what_openvino_cannot_read_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 @needs_llama
-def test_a_language_model_generates_what_transformers_does(tmp_path):
-    """Ten prompts, 128 tokens each, greedily, each call handed the cache that the one before gave."""
+def test_language_model_generates_the_same_tokens_as_transformers(tmp_path):
+    """Generate 128 tokens for ten prompts greedily, passing the KV cache from call to call."""
     model, graph, _ = llama()
     path = target.build(lower(graph, model, tmp_path / "model.onnx"), tmp_path, BuildOptions())
     step = every = prompts()

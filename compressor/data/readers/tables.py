@@ -213,7 +213,8 @@ def _label_by_content(table: Table, rest: Sequence[int], *, named: bool, name: s
     if len(numeric) > 1 and not named:
         titles = " and ".join(table.title(index) for index in numeric)
         raise DataError(
-            f"{name} has the numeric columns {titles}; expected one; name the label column 'label' or 'score' in a header"
+            f"{name} has the numeric columns {titles}; expected one; name the label column 'label' or 'score' in a "
+            "header"
         )
     if len(numeric) == 1:
         return numeric[0]

@@ -125,7 +125,7 @@ def test_plan_without_changes_has_no_factorial(tmp_path: Path) -> None:
         output=tmp_path / "out",
     )
     assert report.factorial is None
-    assert "No factorial: the plan changes nothing." in report.notes
+    assert "Factorial: skipped, because the plan changes nothing." in report.notes
     assert not (tmp_path / "out" / "factorial").exists()
     with pytest.raises(CompressorError, match="builds it with --model"):  # no factory to build the module again
         bench(BenchSettings((str(tmp_path / "out"),), output=tmp_path / "bench.json"))

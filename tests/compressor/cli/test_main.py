@@ -90,17 +90,17 @@ def test_int8_parses_with_and_without_a_value(arguments: list[str], int8: str | 
         (["export", "--data", "random"], 2, "needs real data"),
         (["export", "vit_tiny_patch16_224"], 2, "no data given"),
         (["export", "vit_basse_patch16_224", "--data", "random", "--drop", "1"], 1, "did you mean vit_base"),
-        (["export", "--drop", "2", "--speedup", "1.5"], 2, "--speedup is a wish that --drop auto fulfils"),
-        (["export", "--drop", "2", "--latency", "5ms"], 2, "--latency is a wish that --drop auto fulfils"),
-        (["export", "--speedup", "1.5", "--latency", "5ms"], 2, "one wish in two forms"),
+        (["export", "--drop", "2", "--speedup", "1.5"], 2, "--speedup is a goal of the search; found --drop 2"),
+        (["export", "--drop", "2", "--latency", "5ms"], 2, "--latency is a goal of the search; found --drop 2"),
+        (["export", "--speedup", "1.5", "--latency", "5ms"], 2, "which both set the goal for speed"),
         (["export", "--latency", "5ms", "--cost", "macs"], 2, "leave out --cost macs"),
         (["export", "--latency", "5ms", "--defer-build"], 2, "give --speedup"),
         (["export", "--actions", "teleport"], 2, "unknown action 'teleport'"),
-        (["export", "--drop", "2", "--actions", "drop,linear"], 2, "only --drop auto chooses among several"),
-        (["export", "--speedup", "0.5"], 2, "speedup is 0.5; expected more than 1"),
+        (["export", "--drop", "2", "--actions", "drop,linear"], 2, "several actions need --drop auto"),
+        (["export", "--speedup", "0.5"], 2, "speedup is 0.5; expected a finite number above 1"),
         (["export", "--latency", "soon"], 2, "'soon' is not a latency; expected milliseconds such as 5ms"),
         (["export", "--heal-budget", "5d"], 2, "'5d' is not a duration"),
-        (["export", "--heal-budget", "0"], 2, "heal-budget is 0; expected more than 0"),
+        (["export", "--heal-budget", "0"], 2, "heal-budget is 0; expected a finite number above 0"),
         (["export", "--heal", "prayer"], 2, "'--heal'"),
         (["export", "--cost", "time"], 2, "'--cost'"),
         (["export", "--precision", "fp8"], 2, "'--precision'"),
@@ -111,7 +111,7 @@ def test_int8_parses_with_and_without_a_value(arguments: list[str], int8: str | 
         (["sweep", "--drop", "2"], 2, "No such option"),
         (["sweep", "--heal", "distill"], 2, "No such option"),
         (["sweep", "--points", "1"], 2, "'--points'"),
-        (["sweep", "--max-loss", "-1"], 2, "expected 0 or more"),
+        (["sweep", "--max-loss", "-1"], 2, "expected a finite percentage"),
         (["sweep", "--actions", "drop,teleport"], 2, "unknown action 'teleport'"),
         (["sweep", "--data", "random"], 2, "needs real data"),
         (["sweep", "--data", "EMPTY"], 1, "holds no images"),
@@ -306,7 +306,7 @@ def test_sweep_replaces_only_what_it_wrote(swept: tuple[Path, str], tmp_path: Pa
 def test_sweep_refuses_precision_auto(tmp_path: Path) -> None:
     code, out, err = invoke("sweep", "--precision", "auto", "--output", str(tmp_path / "front"))
     assert (code, out) == (2, "")
-    assert err == "Error: a sweep compares plans in one precision; found --precision auto, name one such as int8.\n"
+    assert err == "Error: a sweep compares plans in one precision; found --precision auto, give one such as int8.\n"
     assert list(tmp_path.iterdir()) == []
 
 

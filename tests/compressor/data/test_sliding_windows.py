@@ -1,4 +1,4 @@
-"""Long texts in windows: each token scored once; perplexity and divergence against transformers in a plain loop."""
+"""Sliding windows: every token is scored once, and perplexity equals that of a plain loop in transformers."""
 
 import math
 
@@ -21,7 +21,7 @@ from tests.samples import worded
 LLAMA = SHARED_DATA / "stories260k"
 needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
 
-EQUAL = 1e-4  # relative, as promised: float32 logits of rows padded otherwise, summed in another order; 1e-7 found
+EQUAL = 1e-4  # relative; rows are padded differently and float32 logits summed in another order; 1e-7 was measured
 
 
 def windows_of(length):
@@ -29,7 +29,7 @@ def windows_of(length):
 
 
 @given(st.integers(1, 90), st.integers(2, 20).flatmap(windows_of))
-def test_every_token_but_the_first_is_scored_once_behind_enough_context(tokens, window):
+def test_every_token_but_the_first_is_scored_once_with_enough_context(tokens, window):
     cuts = window.cut(tokens)
     scored = [token for cut in cuts for token in range(cut.scored, cut.end)]
     assert scored == list(range(1, tokens))
@@ -39,28 +39,28 @@ def test_every_token_but_the_first_is_scored_once_behind_enough_context(tokens, 
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 5))
-def test_pieces_hold_the_texts_and_nothing_else(sizes, rows):
+def test_pieces_cover_the_texts(sizes, rows):
     texts = [np.arange(size) + 100 * owner for owner, size in enumerate(sizes)]
     feeds = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in texts]
-    found = list(pieces(enumerate(feeds), Window(8, 3), dict, rows))
-    for piece in found:
+    batches = list(pieces(enumerate(feeds), Window(8, 3), dict, rows))
+    for piece in batches:
         ids, mask = piece.feeds["input_ids"], piece.feeds["attention_mask"].astype(bool)
         assert len(ids) == len(piece.owners) <= rows
         assert ids.shape == mask.shape == piece.scored.shape
         assert not (piece.scored & ~mask).any()
         assert all((ids[row] // 100 == owner).all() for row, owner in enumerate(piece.owners))  # padding too
-    scored = np.concatenate([piece.feeds["input_ids"][piece.scored] for piece in found])
+    scored = np.concatenate([piece.feeds["input_ids"][piece.scored] for piece in batches])
     assert scored.tolist() == [token for ids in texts for token in ids[1:]]
 
 
-def test_a_batch_holds_few_tokens_where_windows_are_long():
+def test_batches_of_long_windows_have_a_limited_number_of_tokens():
     feeds = {"input_ids": np.arange(3 * TOKENS), "attention_mask": np.ones(3 * TOKENS, np.int64)}
-    found = list(pieces([(0, feeds)], Window(TOKENS // 2, TOKENS // 4), dict, 32))
-    assert max(piece.scored.size for piece in found) == TOKENS
-    assert [len(piece.owners) for piece in found][:2] == [2, 2]
+    batches = list(pieces([(0, feeds)], Window(TOKENS // 2, TOKENS // 4), dict, 32))
+    assert max(piece.scored.size for piece in batches) == TOKENS
+    assert [len(piece.owners) for piece in batches][:2] == [2, 2]
 
 
-def test_the_window_is_what_was_asked_for_or_what_the_model_takes():
+def test_the_window_is_that_of_the_options_or_of_the_model():
     assert chosen(None, None, 512) == Window(512, 256)
     assert chosen(None, None, 131_072) == Window(USUAL, USUAL // 2)
     assert chosen(100, None, None) == Window(100, 50)
@@ -72,8 +72,8 @@ def test_the_window_is_what_was_asked_for_or_what_the_model_takes():
 
 
 def by_hand(module, texts, length, stride):
-    """Negative log-likelihoods and numbers of tokens of each text, as Hugging Face's guide loops over windows."""
-    found = []
+    """Return negative log-likelihood and token count of each text, with the window loop of Hugging Face's guide."""
+    results = []
     for ids in texts:
         total, count, before = 0.0, 0, 0
         for begin in range(0, len(ids), stride):
@@ -88,16 +88,16 @@ def by_hand(module, texts, length, stride):
             total, count, before = total + float(entropy), count + int(kept.sum()), end
             if end == len(ids):
                 break
-        found.append((total, count))
-    return found
+        results.append((total, count))
+    return results
 
 
-def judged(model, source, **asked):
-    """Quality on the test part of the model itself, and of one that is a little off."""
-    found = splits.load(str(source), model.preprocess, task=model.task, **asked)
+def evaluate_model(model, source, **options):
+    """Return the data, and the quality of the model and of a perturbed one on its test split."""
+    data = splits.load(str(source), model.preprocess, task=model.task, **options)
     run = graph_runner(model, lambda tensors: _called(model, tensors))
     runners = {"float": run, "off": lambda feeds: run(feeds) * np.float32(0.9)}
-    return found, evaluate(found.test, runners, metric="perplexity", reference="float")
+    return data, evaluate(data.test, runners, metric="perplexity", reference="float")
 
 
 def _called(model, tensors):
@@ -107,7 +107,7 @@ def _called(model, tensors):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A random Llama with words for tokens, and texts of 2 to 150 of them, one a line."""
+    """Return a random Llama whose tokens are words, and texts of 2 to 150 words, one per line."""
     folder = tmp_path_factory.mktemp("windows")
     ids = np.random.default_rng(0).integers(3, 50, (14, 150))
     texts = [row[: 2 + 11 * number].tolist() for number, row in enumerate(ids)]
@@ -118,25 +118,25 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["texts.txt", "texts.csv"])
 @pytest.mark.parametrize(("length", "stride"), [(16, 5), (40, None), (None, None)])
-def test_perplexity_and_divergence_are_those_of_a_plain_loop(small, name, length, stride):
+def test_perplexity_equals_that_of_a_plain_loop(small, name, length, stride):
     model, folder, texts = small
-    found, quality = judged(model, folder / name, max_length=length, stride=stride)
-    length = 64 if length is None else length  # the positions it has
-    assert found.describe()["window"] == {"length": length, "stride": length // 2 if stride is None else stride}
-    chosen_texts = [texts[int(id)] for id in found.test.ids]
+    data, quality = evaluate_model(model, folder / name, max_length=length, stride=stride)
+    length = 64 if length is None else length  # number of positions of the model
+    assert data.describe()["window"] == {"length": length, "stride": length // 2 if stride is None else stride}
+    chosen_texts = [texts[int(id)] for id in data.test.ids]
     expected = by_hand(model.module, chosen_texts, length, length // 2 if stride is None else stride)
     nll, tokens = np.array(expected).T
     assert tokens.tolist() == [len(text) - 1 for text in chosen_texts]
     np.testing.assert_array_equal(quality.columns["float"]["tokens"], tokens)
     np.testing.assert_allclose(quality.columns["float"]["nll"], nll, rtol=EQUAL)
     assert quality.value("float") == pytest.approx(math.exp(nll.sum() / tokens.sum()), rel=EQUAL)
-    assert quality.figure("float").n == len(chosen_texts)  # texts are drawn, not windows
+    assert quality.figure("float").n == len(chosen_texts)  # the bootstrap resamples texts, not windows
 
 
-def test_what_needs_no_labels_is_over_all_scored_tokens(small):
-    """Agreement and divergence weigh every scored token alike, of whatever text and window it is."""
+def test_label_free_metrics_average_over_all_scored_tokens(small):
+    """Agreement and divergence weight all scored tokens equally, in all texts and windows."""
     model, folder, _ = small
-    _, quality = judged(model, folder / "texts.txt", max_length=16, stride=5)
+    _, quality = evaluate_model(model, folder / "texts.txt", max_length=16, stride=5)
     free = quality.label_free("off")
     columns = quality.columns["off"]
     assert free["agreement"].value == 100.0  # smaller logits in the same order
@@ -146,33 +146,33 @@ def test_what_needs_no_labels_is_over_all_scored_tokens(small):
     assert abs(free["divergence"].value / columns["divergence"].mean() - 1) > 1e-3  # texts differ in length
 
 
-def test_token_ids_are_cut_and_calibration_reads_the_first_window(small, tmp_path):
+def test_token_ids_are_split_and_calibration_uses_the_first_window(small, tmp_path):
     model, _, _ = small
     ids = np.random.default_rng(1).integers(3, 50, (9, 30))
     np.save(tmp_path / "ids.npy", ids)
-    found, quality = judged(model, tmp_path / "ids.npy", max_length=12, stride=4)
-    nll, tokens = np.array(by_hand(model.module, ids[[int(id) for id in found.test.ids]].tolist(), 12, 4)).T
+    data, quality = evaluate_model(model, tmp_path / "ids.npy", max_length=12, stride=4)
+    nll, tokens = np.array(by_hand(model.module, ids[[int(id) for id in data.test.ids]].tolist(), 12, 4)).T
     np.testing.assert_allclose(quality.columns["float"]["nll"], nll, rtol=EQUAL)
     assert tokens.tolist() == [29] * len(tokens)
-    (batch,) = found.calibration.batches(9)
-    assert batch.feeds["input_ids"].tolist() == ids[[int(id) for id in found.calibration.ids], :12].tolist()
-    assert found.test.head(2).windows == found.test.windows
+    (batch,) = data.calibration.batches(9)
+    assert batch.feeds["input_ids"].tolist() == ids[[int(id) for id in data.calibration.ids], :12].tolist()
+    assert data.test.head(2).windows == data.test.windows
 
 
-def test_texts_of_other_models_are_not_cut(small):
+def test_other_tasks_have_no_window(small):
     model, folder, _ = small
-    found = splits.load(str(folder / "texts.txt"), model.preprocess, task="feature-extraction")
-    assert found.window is None
-    assert found.describe()["window"] is None
+    data = splits.load(str(folder / "texts.txt"), model.preprocess, task="feature-extraction")
+    assert data.window is None
+    assert data.describe()["window"] is None
     with pytest.raises(SubjectError, match="--max-length"):
         load_data(Settings(max_length=8), models.load(), lambda *_: None)
 
 
 @needs_llama
-def test_of_the_trained_llama_too(tmp_path):
+def test_perplexity_of_the_trained_llama_equals_that_of_a_plain_loop(tmp_path):
     model = models.load(str(LLAMA))
     ids = np.load(LLAMA / "sampled_tokens.npy")[:48].reshape(12, -1).astype(np.int64)  # four samples a text
     np.save(tmp_path / "ids.npy", ids)
-    found, quality = judged(model, tmp_path / "ids.npy", max_length=256, stride=100)
-    nll, tokens = np.array(by_hand(model.module, ids[[int(id) for id in found.test.ids]].tolist(), 256, 100)).T
+    data, quality = evaluate_model(model, tmp_path / "ids.npy", max_length=256, stride=100)
+    nll, tokens = np.array(by_hand(model.module, ids[[int(id) for id in data.test.ids]].tolist(), 256, 100)).T
     assert quality.value("float") == pytest.approx(math.exp(nll.sum() / tokens.sum()), rel=EQUAL)

@@ -1,4 +1,4 @@
-"""The --data string: splits, formats, caching and refusals."""
+"""The --data argument: splits, formats, caching and rejected data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIDE = 4
 
 @dataclass
 class Calls:
-    """A stand-in preprocessing that counts what it was asked to prepare."""
+    """A fake preprocessing that counts its calls."""
 
     images: int = 0
     texts: list[int] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Calls:
         return np.atleast_3d(pixels).transpose(2, 0, 1).astype(np.float32)
 
     def text(self, first: list[str], second: list[str] | None) -> dict[str, npt.NDArray[Any]]:
-        """One token a character, a separator 1 before a second text, padded with 0."""
+        """Return one token per character, with a separator 1 before a second text and padding of 0."""
         self.texts.append(len(first))
         rows = first if second is None else [f"{a}\x01{b}" for a, b in zip(first, second, strict=True)]
         width = max(len(row) for row in rows)
@@ -73,7 +73,7 @@ def paint(path: Path, level: int, *, mode: str = "RGB") -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of six pictures; the grey level is ten times the number of the picture."""
+    """Write two classes of six images; the grey level is ten times the number of the image."""
     for number in range(12):
         paint(tmp_path / "images" / ("b" if number % 2 else "a") / f"{number:02}.png", 10 * number)
     return tmp_path / "images"
@@ -84,15 +84,15 @@ def parts(data: Data) -> tuple[Split, Split, Split]:
 
 
 def everything(data: Data, size: int = 5) -> dict[str, Any]:
-    """All rows of all parts by id: (first input's row or rows, label)."""
-    found: dict[str, Any] = {}
+    """Return all samples of all splits by id: (row or rows of the first input, label)."""
+    samples: dict[str, Any] = {}
     for part in parts(data):
         for batch in part.batches(size):
             rows = next(iter(batch.feeds.values()))
             rows = rows.reshape(len(batch.ids), batch.rows_per_sample, *rows.shape[1:])
             labels = [None] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
-            found.update((id, (row, label)) for id, row, label in zip(batch.ids, rows, labels, strict=True))
-    return found
+            samples.update((id, (row, label)) for id, row, label in zip(batch.ids, rows, labels, strict=True))
+    return samples
 
 
 def spell(row: npt.NDArray[Any]) -> str:
@@ -131,13 +131,13 @@ def test_the_parts_are_disjoint_complete_and_deterministic(
 
 
 @given(ids=st.lists(st.text(max_size=5), unique=True, max_size=30), seed=st.integers(0, 9), data=st.data())
-def test_the_order_is_one_of_names_not_of_places(ids: list[str], seed: int, data: st.DataObject) -> None:
+def test_the_order_depends_on_names_not_on_positions(ids: list[str], seed: int, data: st.DataObject) -> None:
     permuted = data.draw(st.permutations(ids))
-    ordered = [ids[place] for place in shuffled(ids, seed)]
-    assert [permuted[place] for place in shuffled(permuted, seed)] == ordered
+    ordered = [ids[index] for index in shuffled(ids, seed)]
+    assert [permuted[index] for index in shuffled(permuted, seed)] == ordered
     kept = set(data.draw(st.lists(st.sampled_from(ids)))) if ids else set()
     fewer = [id for id in ids if id in kept]
-    assert [fewer[place] for place in shuffled(fewer, seed)] == [id for id in ordered if id in kept]
+    assert [fewer[index] for index in shuffled(fewer, seed)] == [id for id in ordered if id in kept]
 
 
 def test_another_seed_gives_another_split() -> None:
@@ -151,14 +151,14 @@ def test_caps_send_the_rest_to_test(folder: Path) -> None:
     assert [len(part) for part in parts(data)] == [1, 2, 9]
 
 
-def test_a_total_limits_what_is_looked_at(folder: Path) -> None:
+def test_a_total_limits_the_samples_that_are_read(folder: Path) -> None:
     calls = Calls()
     data = load(str(folder), vision(calls), task="image-classification", shares=Shares(total=5))
     assert [len(part) for part in parts(data)] == [1, 1, 3]
     assert calls.images == 5
 
 
-def test_head_is_evenly_spaced_and_shares_what_is_prepared(folder: Path) -> None:
+def test_head_is_evenly_spaced_and_shares_prepared_samples(folder: Path) -> None:
     calls = Calls()
     test = load(str(folder), vision(calls), task="image-classification").test
     decoded = calls.images
@@ -171,7 +171,7 @@ def test_head_is_evenly_spaced_and_shares_what_is_prepared(folder: Path) -> None
     assert calls.images == decoded
 
 
-def test_what_lies_beside_a_subset_shares_no_sample_with_it(folder: Path) -> None:
+def test_beside_is_disjoint_from_the_other_subset(folder: Path) -> None:
     test = load(str(folder), vision(), task="image-classification").test
     head = test.head(3)
     rest = test.beside(head, 10)
@@ -219,11 +219,11 @@ def test_a_changed_batch_does_not_change_the_next_pass(tmp_path: Path) -> None:
 def test_describe_is_json_and_names_the_test_samples(folder: Path) -> None:
     (folder / "a" / "broken.png").write_bytes(b"no image")
     data = load(str(folder), vision(), task="image-classification", seed=3)
-    said = json.loads(json.dumps(data.describe()))
-    assert said["sizes"] == {"calibration": 3, "validation": 3, "test": 6}
-    assert said["seed"] == 3
-    assert said["skipped"] == [{"id": "a/broken.png", "reason": "not an image that can be identified"}]
-    assert tuple(said["test_ids"]) == data.test.ids
+    content = json.loads(json.dumps(data.describe()))
+    assert content["sizes"] == {"calibration": 3, "validation": 3, "test": 6}
+    assert content["seed"] == 3
+    assert content["skipped"] == [{"id": "a/broken.png", "reason": "not an image that can be identified"}]
+    assert tuple(content["test_ids"]) == data.test.ids
 
 
 # ------------------------------------------------------------------------------------------------ image folders
@@ -232,9 +232,9 @@ def test_describe_is_json_and_names_the_test_samples(folder: Path) -> None:
 def test_sorted_class_folders_are_the_labels(folder: Path) -> None:
     data = load(str(folder), vision(), task="image-classification")
     assert data.label_kind == "class"
-    found = everything(data)
-    assert len(found) == 12
-    for id, (row, label) in found.items():
+    samples = everything(data)
+    assert len(samples) == 12
+    for id, (row, label) in samples.items():
         assert label == "ab".index(id[0])
         # A grey picture stays grey under any resampling; 1e-6 is float32 rounding of level / 255
         np.testing.assert_allclose(row, 10 * int(id[2:4]) / 255, atol=1e-6)
@@ -254,7 +254,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     for number, ending in enumerate(("png", "JPG", "jpeg", "bmp", "webp", "gif")):
         paint(tmp_path / f"{number}.{ending}", 40)
     (tmp_path / "notes.md").write_text("not a picture")
-    (tmp_path / "._1.jpg").write_bytes(b"what a Mac leaves behind")
+    (tmp_path / "._1.jpg").write_bytes(b"resource fork of macOS")
     data = load(str(tmp_path), vision(), task="image-classification")
     assert data.label_kind is None
     assert data.skipped == ()
@@ -263,7 +263,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_pictures_come_in_the_mode_of_the_model(tmp_path: Path, mode: str) -> None:
+def test_images_have_the_mode_of_the_model(tmp_path: Path, mode: str) -> None:
     for number, own in enumerate(("L", "RGB", "RGBA", "P", "1", "CMYK")):
         Image.new("RGB", (6, 5), (90, 90, 90)).convert(own).save(
             tmp_path / f"{number}.{'tif' if own == 'CMYK' else 'png'}"
@@ -297,7 +297,7 @@ def test_corrupt_and_truncated_images_are_skipped_named_and_counted(folder: Path
     assert steps[-1] == (15, 15)
 
 
-def test_every_picture_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     real = Image.open
 
@@ -330,7 +330,7 @@ def test_a_full_store_prepares_again_with_the_same_result(folder: Path, monkeypa
 
 
 @given(order=st.permutations(range(8)))
-def test_the_store_gives_back_what_was_put(order: list[int]) -> None:
+def test_the_store_returns_the_stored_arrays(order: list[int]) -> None:
     store = Store((2, 3), np.float32)
     for number in order:
         store.put(number, np.full((2, 3), number, np.float32))
@@ -338,7 +338,7 @@ def test_the_store_gives_back_what_was_put(order: list[int]) -> None:
         np.testing.assert_array_equal(store.get(number), np.full((2, 3), number, np.float32))
 
 
-def test_the_store_keeps_to_its_limit() -> None:
+def test_the_store_respects_its_limit() -> None:
     store = Store((4,), np.float32, limit=40)
     for number in range(5):
         store.put(number, np.zeros(4, np.float32))
@@ -393,8 +393,8 @@ def test_uint8_arrays_are_raw_images(tmp_path: Path, shape: tuple[int, ...], mod
 def test_float_arrays_are_ready_inputs_in_the_dtype_of_the_model(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(7, 3, SIDE, SIDE))
     np.save(tmp_path / "x.npy", values)
-    found = everything(load(str(tmp_path / "x.npy"), vision(), task="image-classification"))
-    for id, (row, _) in found.items():
+    samples = everything(load(str(tmp_path / "x.npy"), vision(), task="image-classification"))
+    for id, (row, _) in samples.items():
         assert row.dtype == np.float32
         np.testing.assert_array_equal(row[0], values[int(id)].astype(np.float32))
 
@@ -411,8 +411,8 @@ def test_npz_labels_of_other_types(tmp_path: Path) -> None:
     def labels(values: npt.NDArray[Any]) -> tuple[str | None, list[Any]]:
         spec = saved(tmp_path / "x.npz", x=np.zeros((3, 2), np.float32), y=values)
         data = load(spec, tensors({"x": (2,)}), task="feature-extraction")
-        found = everything(data)
-        return data.label_kind, [found[str(row)][1] for row in range(3)]
+        samples = everything(data)
+        return data.label_kind, [samples[str(row)][1] for row in range(3)]
 
     assert labels(np.array([0.5, 1.0, 2.0])) == ("score", [0.5, 1.0, 2.0])
     assert labels(np.array([0.0, 1.0, 2.0])) == ("class", [0, 1, 2])
@@ -514,17 +514,17 @@ def test_one_text_and_a_label(tmp_path: Path, content: str, labels: tuple[int, .
     assert texts_of(data) == {str(row): ((("good", "bad", "fine")[row],), labels[row]) for row in range(3)}
 
 
-def test_row_numbers_are_no_labels(tmp_path: Path) -> None:
+def test_row_numbers_are_not_labels(tmp_path: Path) -> None:
     content = "".join(f"{row},text {row},{('pos', 'neg')[row % 2]}\n" for row in range(12))
-    found = texts_of(table(tmp_path, content, "text-classification"))
-    assert found == {str(row): ((f"text {row}",), 1 - row % 2) for row in range(12)}
+    samples = texts_of(table(tmp_path, content, "text-classification"))
+    assert samples == {str(row): ((f"text {row}",), 1 - row % 2) for row in range(12)}
 
 
 def test_two_texts_for_a_classifier_are_one_row(tmp_path: Path) -> None:
     content = "premise,hypothesis,label\na1,b1,entailment\na2,b2,neutral\na3,b3,contradiction\n"
-    found = texts_of(table(tmp_path, content, "text-classification"))
-    assert found["0"] == (("a1\x01b1",), 1)
-    assert found["1"] == (("a2\x01b2",), 2)
+    samples = texts_of(table(tmp_path, content, "text-classification"))
+    assert samples["0"] == (("a1\x01b1",), 1)
+    assert samples["1"] == (("a2\x01b2",), 2)
 
 
 def test_a_regression_score_of_single_texts(tmp_path: Path) -> None:
@@ -533,10 +533,10 @@ def test_a_regression_score_of_single_texts(tmp_path: Path) -> None:
     assert texts_of(data)["1"] == (("bad",), 0.1)
 
 
-def test_a_class_called_like_a_title_is_no_header(tmp_path: Path) -> None:
-    found = texts_of(table(tmp_path, "who,question\nrun,command\nwhy,question\ngo,command\n", "text-classification"))
-    assert found["0"] == (("who",), 1)
-    assert len(found) == 4
+def test_a_class_named_like_a_title_is_not_a_header(tmp_path: Path) -> None:
+    samples = texts_of(table(tmp_path, "who,question\nrun,command\nwhy,question\ngo,command\n", "text-classification"))
+    assert samples["0"] == (("who",), 1)
+    assert len(samples) == 4
 
 
 def test_csv_for_a_language_model_uses_the_text_and_no_label(tmp_path: Path) -> None:
@@ -546,8 +546,8 @@ def test_csv_for_a_language_model_uses_the_text_and_no_label(tmp_path: Path) -> 
 
 
 def test_quoted_cells_hold_commas_quotes_and_line_ends(tmp_path: Path) -> None:
-    found = texts_of(table(tmp_path, 'text\n"a, ""b""\nc"\nd\ne\n', "feature-extraction"))
-    assert found["0"] == (('a, "b"\nc',), None)
+    samples = texts_of(table(tmp_path, 'text\n"a, ""b""\nc"\nd\ne\n', "feature-extraction"))
+    assert samples["0"] == (('a, "b"\nc',), None)
 
 
 def test_unusable_rows_are_skipped_with_a_reason(tmp_path: Path) -> None:
@@ -592,7 +592,7 @@ def test_random_inputs_are_shaped_typed_and_seeded_like_the_example() -> None:
 
 
 class FakeDataset:
-    """As much of `datasets.Dataset` as the reader uses."""
+    """The part of `datasets.Dataset` that the reader uses."""
 
     def __init__(self, columns: dict[str, list[Any]], features: dict[str, Any]) -> None:
         self.columns, self.features = columns, features
@@ -618,13 +618,13 @@ def feature(kind: str, dtype: str = "") -> Any:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeDataset], list[Any]]:
-    """Puts a library called datasets in place that serves one dataset; returns the list of what was asked."""
+    """Return a function that installs a fake `datasets` library with one dataset and returns its list of requests."""
 
     def serve(dataset: FakeDataset) -> list[Any]:
-        asked: list[Any] = []
+        requests: list[Any] = []
 
         def load_dataset(name: str, config: str | None, *, split: str, revision: str | None) -> FakeDataset:
-            asked.append((name, config, split, revision))
+            requests.append((name, config, split, revision))
             return dataset
 
         library = types.ModuleType("datasets")
@@ -632,7 +632,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeDataset], list[Any]]:
         library.get_dataset_config_names = lambda name, revision: ["small", "large"]  # type: ignore[attr-defined]
         library.get_dataset_split_names = lambda *_, revision: ["train", "validation"]  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "datasets", library)
-        return asked
+        return requests
 
     return serve
 
@@ -644,20 +644,20 @@ def test_a_hub_dataset_of_texts(hub: Callable[[FakeDataset], list[Any]]) -> None
         "Sentence": feature("Value", "string"),
         "label": feature("ClassLabel"),
     }
-    asked = hub(FakeDataset(columns, features))
+    requests = hub(FakeDataset(columns, features))
     for spec in ("nobody/texts", "nobody/texts:large", "nobody/texts:train", "nobody/texts:large:test"):
         data = load(spec, language(), task="text-classification", revision="v1")
         assert texts_of(data) == {"0": (("good",), 1), "1": (("bad",), 0), "2": (("fine",), 1)}
-    parts_asked = [(None, "validation"), ("large", "validation"), (None, "train"), ("large", "test")]
-    assert asked == [("nobody/texts", config, split, "v1") for config, split in parts_asked]
+    parts_requested = [(None, "validation"), ("large", "validation"), (None, "train"), ("large", "test")]
+    assert requests == [("nobody/texts", config, split, "v1") for config, split in parts_requested]
 
 
-def test_a_hub_dataset_at_a_revision_of_its_own(hub: Callable[[FakeDataset], list[Any]]) -> None:
-    asked = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
+def test_a_hub_dataset_with_a_revision_in_its_name(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    requests = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
     specs = ("nobody/texts", "nobody/texts@v2", "nobody/texts@refs/convert/parquet:train", "nobody/texts@v2:large:test")
     for spec in specs:
         assert len(texts_of(load(spec, language(), task="feature-extraction"))) == 3
-    assert [(name, *rest) for name, _, *rest in asked] == [
+    assert [(name, *rest) for name, _, *rest in requests] == [
         ("nobody/texts", "validation", None),
         ("nobody/texts", "validation", "v2"),
         ("nobody/texts", "train", "refs/convert/parquet"),
@@ -665,15 +665,15 @@ def test_a_hub_dataset_at_a_revision_of_its_own(hub: Callable[[FakeDataset], lis
     ]
 
 
-def test_a_datasets_library_that_may_run_code_is_refused(hub: Callable[[FakeDataset], list[Any]]) -> None:
-    asked = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
+def test_a_datasets_library_that_may_run_code_is_rejected(hub: Callable[[FakeDataset], list[Any]]) -> None:
+    requests = hub(FakeDataset({"text": ["a", "b", "c"]}, {"text": feature("Value", "string")}))
     for version in ("3.6.0", "2.14.dev0"):
         sys.modules["datasets"].__version__ = version  # type: ignore[attr-defined]
         assert refused("nobody/texts", language()) == (
             f"found datasets {version}, which may run code of a dataset repository; expected 4 or later: "
             'pip install "datasets>=4"'
         )
-    assert asked == []
+    assert requests == []
     sys.modules["datasets"].__version__ = "4.0.0"  # type: ignore[attr-defined]
     assert len(texts_of(load("nobody/texts", language(), task="feature-extraction"))) == 3
 
@@ -687,7 +687,7 @@ def test_a_hub_dataset_of_images(hub: Callable[[FakeDataset], list[Any]]) -> Non
     assert [(sample.id, sample.reason) for sample in data.skipped] == [("5", "no image in this row")]
 
 
-def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_that_cannot_be_loaded_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     library = types.ModuleType("datasets")
 
     def refuse(name: str, revision: str | None) -> list[str]:
@@ -696,36 +696,36 @@ def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) ->
     library.get_dataset_config_names = refuse  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert refused("nobody/nothing", vision()) == (
-        "nobody/nothing is not a local file or folder and cannot be loaded as a hub dataset (no route); check the path, "
-        "or the name and the network"
+        "nobody/nothing is not a local file or folder and cannot be loaded as a hub dataset (no route); check the "
+        "path, or the name and the network"
     )
     assert refused("folder/typo.csv", vision()) == f"there is no file or folder 'folder/typo.csv'; expected {FORMS}"
 
 
-def test_a_missing_datasets_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_datasets_library_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as caught:
         load("nobody/nothing", vision(), task="image-classification")
-    assert str(refusal.value) == (
+    assert str(caught.value) == (
         "nobody/nothing is not a local file or folder; to read it as a hub dataset, install the datasets library: "
         "pip install datasets"
     )
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ rejected data
 
 
 def refused(spec: str, prepare: Preprocess, task: str = "feature-extraction") -> str:
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as caught:
         load(spec, prepare, task=task)
-    assert isinstance(refusal.value, CompressorError)
-    return str(refusal.value)
+    assert isinstance(caught.value, CompressorError)
+    return str(caught.value)
 
 
 FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"
 
 
-def test_refused_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("x.json").write_text("{}")
@@ -759,7 +759,7 @@ def test_refused_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_a_model_without_its_preprocessing_is_told_from_one_of_another_kind(
+def test_a_model_without_preprocessing_is_distinguished_from_one_of_another_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -783,7 +783,7 @@ def test_class_folders_are_counted_with_the_empty_ones(folder: Path) -> None:
     assert load(str(folder / "a"), vision(), task="image-classification").calibration.samples.class_folders is None
 
 
-def test_refused_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def of(array: Any, prepare: Preprocess) -> str:
@@ -824,7 +824,7 @@ def test_refused_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-def test_refused_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     x, one = np.zeros((3, 2), np.float32), tensors({"x": (2,)})
 
@@ -844,7 +844,7 @@ def test_refused_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_refused_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def of(content: str | bytes, prepare: Preprocess | None = None, task: str = "text-classification") -> str:
@@ -877,22 +877,22 @@ def test_refused_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tokenizer_without_an_input_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a\nb\nc\n")
     data = load(str(tmp_path / "t.txt"), language(inputs=("input_ids", "bbox")), task="feature-extraction")
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as caught:
         next(data.test.batches(1))
-    assert str(refusal.value) == (
+    assert str(caught.value) == (
         "the tokenizer returns input_ids, attention_mask, unused, but the model also takes bbox; pass token arrays as "
         ".npz with all inputs"
     )
 
 
 @pytest.mark.parametrize("call", [lambda part: part.batches(0), lambda part: part.head(0)])
-def test_sizes_below_one_are_refused_at_once(call: Callable[[Split], Any]) -> None:
+def test_sizes_below_one_are_rejected_immediately(call: Callable[[Split], Any]) -> None:
     part = load("random", vision(), task="image-classification").test
     with pytest.raises(DataError, match="expected at least 1"):
         call(part)
 
 
-def test_refused_shares() -> None:
+def test_rejected_shares() -> None:
     with pytest.raises(DataError, match="expected positive numbers with a sum below 1"):
         Shares(0.5, 0.5)
     with pytest.raises(DataError, match="leaves a split empty"):
@@ -907,17 +907,17 @@ def test_the_real_sts_benchmark() -> None:
     data = load(str(SHARED / "stsb" / "stsb-en-test.csv"), language(), task="sentence-similarity")
     assert [len(part) for part in parts(data)] == [344, 344, 691]
     assert (data.label_kind, data.skipped) == ("score", ())
-    found = texts_of(data)
-    assert found["0"] == (("A girl is styling her hair.", "A girl is brushing her hair."), 2.5)
-    assert all(0 <= score <= 5 for _, score in found.values())
-    assert len(found) == 1379
+    samples = texts_of(data)
+    assert samples["0"] == (("A girl is styling her hair.", "A girl is brushing her hair."), 2.5)
+    assert all(0 <= score <= 5 for _, score in samples.values())
+    assert len(samples) == 1379
 
 
 @pytest.mark.skipif(not (SHARED / "imagenet_sample").is_dir(), reason="the real data in ../shared/data is not here")
 def test_the_real_image_folder() -> None:
     folder, calls = SHARED / "imagenet_sample", Calls()
     data = load(str(folder), vision(calls), task="image-classification", shares=Shares(total=40))
-    found = everything(data, size=7)
+    samples = everything(data, size=7)
     classes = sorted(entry.name for entry in folder.iterdir())
-    assert (len(classes), len(found), calls.images, data.skipped) == (1000, 40, 40, ())
-    assert all(classes[label] == id.split("/")[0] for id, (_, label) in found.items())
+    assert (len(classes), len(samples), calls.images, data.skipped) == (1000, 40, 40, ())
+    assert all(classes[label] == id.split("/")[0] for id, (_, label) in samples.items())

@@ -316,7 +316,7 @@ def test_what_stands_in_must_be_here(tmp_path, monkeypatch):
 
 
 def test_wishes_and_devices_that_cannot_be_kept_are_refused(tmp_path):
-    with pytest.raises(SettingsError, match="--defer-build leaves out; give --speedup"):
+    with pytest.raises(SettingsError, match="with --defer-build, which does not time the target; give --speedup"):
         Settings(latency=5.0, defer_build=True)
     with pytest.raises(RuntimeUnavailable, match="tensorrt runs on cuda; found device 'cpu'"):
         compressor.export(target="tensorrt", device="cpu", defer_build=True, output=tmp_path / "out")
@@ -384,7 +384,7 @@ def test_the_card_is_made_anew_unless_someone_has_edited_it(folder, brief):
     compressor.build(folder, rounds=1)
     anew = (folder / "README.md").read_text()
     assert "Latency was measured with onnxruntime on this device" in anew
-    assert "instead of" not in anew
+    assert "ONNX Runtime instead of" not in anew
     (folder / "README.md").write_text("Mine.")
     for _ in range(2):  # nor does the first of them make it look like ours
         compressor.build(folder, rounds=1, force=True)

@@ -1,4 +1,4 @@
-"""Checkpoints without whole blocks: what `from_pretrained` of plain transformers opens is the rewritten graph."""
+"""Checkpoints without whole blocks: `from_pretrained` of plain transformers opens the rewritten graph."""
 
 import functools
 import json
@@ -36,8 +36,8 @@ from tests.paths import SHARED_DATA
 LLAMA = SHARED_DATA / "stories260k"
 needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
 
-SAME = 1e-6  # of the largest value: the same operators in the same order, a sum may be split otherwise
-LAYERS, GONE = 3, (0,)
+SAME = 1e-6  # of the largest value: the same operators in the same order, but a sum may be split differently
+LAYERS, REMOVED = 3, (0,)
 
 TEXT = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 DECODER = TEXT | {"intermediate_size": 24, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -49,7 +49,7 @@ ARCHITECTURES = {
     "BertForSequenceClassification": ("BertConfig", TEXT | {"intermediate_size": 24, "max_position_embeddings": 32}),
     "ViTForImageClassification": ("ViTConfig", PICTURE | {"intermediate_size": 24}),
 }
-PLAIN = {"LlamaForCausalLM": ("LlamaConfig", DECODER)}  # without a tokenizer, transformers makes none up
+PLAIN = {"LlamaForCausalLM": ("LlamaConfig", DECODER)}  # without a tokenizer, transformers creates none for Llama
 GENERATING = [name for name in ARCHITECTURES if name.endswith(("CausalLM", "LMHeadModel"))]
 
 
@@ -65,10 +65,10 @@ def saved(folder, name, **options):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    """A loaded and traced model of the architecture, with its sites and blocks."""
+    """Return a function that loads and traces a model of an architecture, once, with its sites and blocks."""
 
     @functools.cache
-    def of(name):
+    def load_and_trace(name):
         folder = saved(tmp_path_factory.mktemp(name), name)
         model = models.load(folder)
         graph = trace(model)
@@ -81,11 +81,11 @@ def subject(tmp_path_factory):
             blocks=tuple(dict.fromkeys(site.block for site in sites)),
         )
 
-    return of
+    return load_and_trace
 
 
-def without(subject, gone=GONE):
-    names = [site.name for site in subject.sites if site.block in [subject.blocks[number] for number in gone]]
+def without(subject, removed=REMOVED):
+    names = [site.name for site in subject.sites if site.block in [subject.blocks[number] for number in removed]]
     return Rewriter(subject.graph, subject.sites, None, whole=True).carried_out(dict.fromkeys(names, "drop"))
 
 
@@ -96,53 +96,53 @@ def plan_of(subject, changes):
 
 def reopened(graph, subject, folder):
     path = checkpoint.write(graph, subject.model, folder / "written" / "config.json")
-    module, found = type(subject.model.module).from_pretrained(path.parent, output_loading_info=True)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    module, info = type(subject.model.module).from_pretrained(path.parent, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return path, module.eval()
 
 
 def inputs(model):
-    """The example without a cache."""
+    """Return the example inputs without the KV cache."""
     return {name: model.example[name] for name in ("pixel_values", "input_ids") if name in model.example}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_from_pretrained_opens_the_model_without_those_layers(name, subject, tmp_path):
-    """The oracle is the original module with the entries taken out of its list, called by hand."""
+    """The oracle is the original module with the blocks deleted from its list."""
     mine = subject(name)
     path, module = reopened(without(mine), mine, tmp_path)
-    assert module.config.num_hidden_layers == LAYERS - len(GONE)
+    assert module.config.num_hidden_layers == LAYERS - len(REMOVED)
     original = getattr(transformers, name).from_pretrained(mine.folder).eval()
     stack = original.get_submodule(mine.blocks[0].rpartition(".")[0])
-    for number in reversed(GONE):
+    for number in reversed(REMOVED):
         del stack[number]
-        del getattr(original.config, "layer_types", list(range(LAYERS)))[number]  # read by number when called
+        del getattr(original.config, "layer_types", list(range(LAYERS)))[number]  # indexed by layer in forward
     extra = {"use_cache": False} if name in GENERATING else {}
     with torch.no_grad():
-        expected, found = (each(**inputs(mine.model), **extra).logits for each in (original, module))
-    assert (found - expected).abs().max() <= SAME * expected.abs().max()
+        expected, actual = (model(**inputs(mine.model), **extra).logits for model in (original, module))
+    assert (actual - expected).abs().max() <= SAME * expected.abs().max()
     assert type(transformers.AutoConfig.from_pretrained(path.parent)) is type(mine.model.module.config)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("gone", [(1, 2), ()])
-def test_the_checkpoint_computes_the_rewritten_graph(name, gone, subject, tmp_path):
-    """With a cache too, whose layers are numbered as the graph's."""
+@pytest.mark.parametrize("removed", [(1, 2), ()])
+def test_the_checkpoint_computes_the_rewritten_graph(name, removed, subject, tmp_path):
+    """Also with a KV cache, whose layers have the same numbers as in the graph."""
     mine = subject(name)
-    graph = without(mine, gone)
+    graph = without(mine, removed)
     path = checkpoint.write(graph, mine.model, tmp_path / "written" / "config.json")
     with Transformers().load(path, BuildOptions()) as engine:
-        found = engine.run({name: value.numpy() for name, value in mine.model.example.items()})
+        actual = engine.run({name: value.numpy() for name, value in mine.model.example.items()})
     expected = dict(
         zip(graph.outputs, run(graph, {name: mine.model.example[name] for name in graph.inputs}), strict=True)
     )
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     for output, value in expected.items():
-        assert np.abs(found[output] - value.numpy()).max() <= SAME * value.abs().max()
+        assert np.abs(actual[output] - value.numpy()).max() <= SAME * value.abs().max()
 
 
 @pytest.mark.parametrize("name", GENERATING)
-def test_it_generates_what_the_graph_generates(name, subject, tmp_path):
+def test_the_checkpoint_generates_the_tokens_of_the_graph(name, subject, tmp_path):
     mine = subject(name)
     graph = without(mine)
     _, module = reopened(graph, mine, tmp_path)
@@ -160,14 +160,14 @@ def test_it_generates_what_the_graph_generates(name, subject, tmp_path):
     assert torch.equal(ids, generated)
 
 
-def test_what_a_config_lists_layer_by_layer_goes_with_the_layers(subject, tmp_path):
+def test_per_layer_lists_of_the_config_lose_the_removed_layers(subject, tmp_path):
     mine = subject("Gemma2ForCausalLM")
     kinds = mine.model.module.config.layer_types
     assert len(set(kinds)) == 2
     path = checkpoint.write(without(mine, (0,)), mine.model, tmp_path / "written" / "config.json")
     content = json.loads(path.read_text())
     assert content["layer_types"] == kinds[1:]
-    assert mine.model.module.config.num_hidden_layers == LAYERS  # that of the original stays as it was
+    assert mine.model.module.config.num_hidden_layers == LAYERS  # the original config is unchanged
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "Gemma2ForCausalLM"])
@@ -197,8 +197,8 @@ def test_the_weights_are_those_of_the_graph(subject, tmp_path):
 
 def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
     mine = subject("BertForSequenceClassification")
-    gone = {site.name: "drop" for site in mine.sites if site.block == mine.blocks[1]}
-    kept = Rewriter(mine.graph, mine.sites, None).carried_out(gone)
+    drops = {site.name: "drop" for site in mine.sites if site.block == mine.blocks[1]}
+    kept = Rewriter(mine.graph, mine.sites, None).carried_out(drops)
     norms = [node for node in kept.nodes() if node.target is torch.ops.aten.layer_norm.default]
     assert apply(RemoveBlocks((mine.blocks[1], mine.blocks[2])[:1]), kept).changed == (mine.blocks[1],)
     left = [node for node in kept.nodes() if node.target is torch.ops.aten.layer_norm.default]
@@ -213,18 +213,18 @@ def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
         ({"drop": "attention:2"}, "--drop attention:2: give --drop block:N"),
         ({"drop": "3"}, "whole blocks"),
         ({"drop": "25%"}, "whole blocks"),
-        ({"drop": "auto", "actions": "drop,linear"}, "no --actions drop,linear"),
+        ({"drop": "auto", "actions": "drop,linear"}, "found --actions drop,linear"),
         ({"drop": "auto", "tokens": "8"}, "--tokens 8"),
         ({"drop": "block:1", "actions": "linear"}, "--actions linear"),
         ({"drop": "block:1", "tokens": "8"}, "--tokens 8"),
     ],
 )
-def test_what_no_checkpoint_says_is_refused_at_once(options, words):
+def test_changes_that_a_checkpoint_cannot_express_are_refused_by_the_settings(options, words):
     with pytest.raises(SettingsError, match=words):
         Settings(model="anything", data="nowhere", target="transformers", **options)
 
 
-def test_plans_of_anything_but_whole_blocks_are_refused_by_name(subject):
+def test_the_error_names_the_site_of_a_plan_that_changes_more_than_whole_blocks(subject):
     mine = subject("Gemma2ForCausalLM")
     attention, mlp = (site.name for site in mine.sites if site.block == mine.blocks[1])
     for changes, words in (
@@ -238,7 +238,7 @@ def test_plans_of_anything_but_whole_blocks_are_refused_by_name(subject):
 
 
 def test_stages_and_shared_blocks_are_refused():
-    """By their modules alone; nothing is traced."""
+    """The checks read only the modules; nothing is traced."""
     sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]}
     stages = transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, window_size=4))
     pattern = "swin.encoder.layers.{}.blocks.{}"
@@ -261,7 +261,7 @@ def site(block):
     return Site(f"{block}.attn", "attention", block, 0, 8, 2, "add", "branch", "trunk", "add")
 
 
-def test_a_backbone_answers_with_its_last_block():
+def test_a_backbone_returns_the_features_of_its_last_block():
     config = transformers.Dinov2Config(**PICTURE)
     module = transformers.Dinov2ForImageClassification(config)
     checkpoint.shorten(config, checkpoint.stack_of(module, ["dinov2.encoder.layer.1"]))
@@ -269,7 +269,7 @@ def test_a_backbone_answers_with_its_last_block():
     assert (config.num_hidden_layers, config.out_features, config.out_indices) == (2, ["stage2"], [2])
 
 
-def test_models_of_others_are_refused_before_the_data_is_read(tmp_path):
+def test_models_of_other_libraries_are_refused_before_the_data_is_read(tmp_path):
     with pytest.raises(CheckpointError, match="is a model of timm"):
         export.export(
             Settings(models.SAMPLE, "nowhere", drop="block:1", target="transformers", output=tmp_path / "out")
@@ -284,10 +284,10 @@ def tokens(tmp_path):
     return path
 
 
-def test_an_export_is_a_folder_to_open_and_to_bench(tmp_path, tokens, monkeypatch):
+def test_an_exported_folder_can_be_opened_and_benchmarked(tmp_path, tokens, monkeypatch):
     dense = saved(tmp_path / "dense", "LlamaForCausalLM")
-    asked = {"data": tokens, "drop": "block:2", "target": "transformers", "rounds": 1}
-    report = compressor.export(dense, **asked, output=tmp_path / "out")
+    options = {"data": tokens, "drop": "block:2", "target": "transformers", "rounds": 1}
+    report = compressor.export(dense, **options, output=tmp_path / "out")
     assert report.parity["result"] <= SAME
     assert report.sizes["result"].parameters < report.sizes["baseline"].parameters
     assert report.sizes["result"].bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -302,9 +302,9 @@ def test_an_export_is_a_folder_to_open_and_to_bench(tmp_path, tokens, monkeypatc
     text = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: transformers" in text
     monkeypatch.chdir(tmp_path / "out")
-    exec(compile(text.split("```python\n")[1].split("```")[0], "card", "exec"), found := {})
-    assert found["model"].config.num_hidden_layers == 1
-    assert len(found["answer"]) > 1
+    exec(compile(text.split("```python\n")[1].split("```")[0], "card", "exec"), namespace := {})
+    assert namespace["model"].config.num_hidden_layers == 1
+    assert len(namespace["answer"]) > 1
 
     (each,) = given([str(tmp_path / "out")])
     assert each.is_model
@@ -315,7 +315,7 @@ def test_an_export_is_a_folder_to_open_and_to_bench(tmp_path, tokens, monkeypatc
 
 
 def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
-    """That the checkpoint computes the rewritten graph is held by the export itself."""
+    """The export itself checks that the checkpoint computes the rewritten graph."""
     monkeypatch.setattr(engine_timing, "QUICK_ROUNDS", 1)
     dense = saved(tmp_path / "dense", "LlamaForCausalLM")
     out = tmp_path / "out"
@@ -323,14 +323,14 @@ def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
         dense, data=tokens, drop="auto", target="transformers", rounds=1, speedup=1.01, generate="4:4", output=out
     )
     blocks = {decision.site.rpartition(".")[0] for decision in report.plan.decisions}
-    gone = {name.rpartition(".")[0] for name in report.plan.changes}
-    assert len(report.plan.changes) == 2 * len(gone) > 0
+    removed = {name.rpartition(".")[0] for name in report.plan.changes}
+    assert len(report.plan.changes) == 2 * len(removed) > 0
     assert set(report.plan.changes.values()) == {"drop"}
     assert all(decision.reason for decision in report.plan.decisions)
     assert {"as it is", "without every other block", "first block alone"} == set(report.search["prices"]["timings"])
     module = transformers.AutoModelForCausalLM.from_pretrained(out)
-    assert module.config.num_hidden_layers == len(blocks - gone) >= 1
-    assert {step["unit"] for step in report.search["steps"]} == gone
+    assert module.config.num_hidden_layers == len(blocks - removed) >= 1
+    assert {step["unit"] for step in report.search["steps"]} == removed
     assert report.parity["result"] <= SAME
     again = compressor.export(
         dense, data=tokens, drop=str(out / "plan.json"), target="transformers", rounds=1, output=tmp_path / "again"
@@ -344,13 +344,13 @@ def test_a_sweep_of_whole_blocks(tmp_path, tokens):
     front = compressor.sweep(
         dense, data=tokens, target="transformers", cost="macs", max_loss=1e6, rounds=1, output=tmp_path / "out"
     )
-    assert len(front.points) == LAYERS  # as it is, and without one and two of three blocks
+    assert len(front.points) == LAYERS  # all three blocks, two and one
     assert [len(point.plan.changes) for point in front.points] == [0, 2, 4]
     assert [point.latency is not None for point in front.points] == [True] * LAYERS
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])
-def test_blocks_one_after_the_other_are_the_graph_without_all_of_them(name, subject):
+def test_removing_blocks_one_by_one_equals_removing_them_together(name, subject):
     mine = subject(name)
     rewriter = Rewriter(mine.graph, mine.sites, None, whole=True)
     assert tuple(rewriter.units) == mine.blocks
@@ -362,20 +362,20 @@ def test_blocks_one_after_the_other_are_the_graph_without_all_of_them(name, subj
         assert torch.equal(left, right)
     with pytest.raises(PassError, match="no block would be left"):
         rewriter.changed(graph, mine.blocks[2], "drop")
-    with pytest.raises(PassError, match="only be dropped, found linear"):
+    with pytest.raises(PassError, match="only be dropped; found linear"):
         rewriter.changed(mine.graph, mine.blocks[2], "linear")
     with pytest.raises(PassError, match="only whole units"):
         rewriter.carried_out({mine.sites[0].name: "drop"})
 
 
-def test_layers_that_depend_on_their_number_are_found_out(tmp_path, tokens):
+def test_layers_that_depend_on_their_number_fail_the_parity_check(tmp_path, tokens):
     dense = saved(tmp_path / "dense", "GPT2LMHeadModel", scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(ParityError, match="cannot say which blocks are gone"):
+    with pytest.raises(ParityError, match="cannot describe the model without the removed blocks"):
         export.export(Settings(dense, tokens, drop="transformer.h.0", target="transformers", output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_targets_lists_it_and_unknown_names_say_so():
+def test_targets_lists_transformers_and_an_unknown_target_is_refused_with_it():
     assert compressor.targets()["transformers"] is None
     with pytest.raises(SettingsError, match="transformers"):
         Settings(target="transformer")

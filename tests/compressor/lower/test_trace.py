@@ -1,4 +1,4 @@
-"""Tracing: the batch is dynamic, in-place operators become plain ones, and what cannot be traced says so."""
+"""Tracing: the batch is dynamic, in-place operators become functional ones, and errors name the cause."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ class FixedBatch(nn.Module):
 
 
 class InPlace(nn.Module):
-    """relu_ on a value that is used again, and add_ on a view, which changes the value viewed."""
+    """relu_ on a value that is used again, and add_ on a view, which changes the base tensor."""
 
     def __init__(self):
         super().__init__()
@@ -59,12 +59,12 @@ def test_the_batch_is_dynamic(name):
         feeds = {key: value.repeat(3, *[1] * (value.ndim - 1))[:size] for key, value in model.example.items()}
         with torch.inference_mode():
             expected = model.call(model.module, *feeds.values())
-        for got, wanted in zip(run(graph, feeds), expected, strict=True):
-            # A mask that is true everywhere may or may not be given to the kernel: float32 sums in another order.
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        for actual, value in zip(run(graph, feeds), expected, strict=True):
+            # The kernel may run with or without a mask that is true everywhere: float32 sums in another order.
+            torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)
 
 
-def test_in_place_operators_become_plain_ones():
+def test_in_place_operators_become_functional_ones():
     model = load(InPlace(), 2, 4)
     graph = trace(model)
     schemas = [node.target._schema for node in graph.nodes() if hasattr(node.target, "_schema")]
@@ -89,7 +89,7 @@ def test_a_branch_on_values_is_an_error_in_one_sentence(capfd):
     assert "branches on tensor values" in str(caught.value)
     assert "`return x + 1 if x.sum() > 0 else x - 1`" in str(caught.value)
     assert caught.value.__cause__ is not None
-    assert capfd.readouterr().err == ""  # torch prints the graph so far, which helps nobody here
+    assert capfd.readouterr().err == ""  # the partial graph that torch prints is suppressed
 
 
 def test_a_fixed_batch_is_an_error_in_one_sentence():
@@ -98,7 +98,7 @@ def test_a_fixed_batch_is_an_error_in_one_sentence():
     assert one_sentence(str(caught.value)), str(caught.value)
 
 
-def test_the_module_itself_is_left_as_it_was():
+def test_tracing_does_not_change_the_module():
     model = BY_NAME["vit"].load()
     state = {name: value.clone() for name, value in model.module.state_dict().items()}
     trace(model)

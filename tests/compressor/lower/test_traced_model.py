@@ -1,4 +1,4 @@
-"""Model and data that do not go together: what is refused before anything is measured."""
+"""Models and data that do not fit together are refused before anything is measured."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from compressor.settings import Settings
 
 
 class Answering(torch.nn.Module):
-    """A residual branch and a head of so many outputs, on vectors of 4."""
+    """A residual branch and a head with `outputs` outputs, on vectors of 4."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ def test_a_single_output_is_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(SubjectError) as refusal:
         checked(model, vectors(tmp_path))
     assert str(refusal.value) == (
-        "Answering answers with a single number, of which no class can be told, and regression is not supported yet; "
-        "pass --task feature-extraction to hold its features instead, or --data random for speed only."
+        "Answering has a single output, so it predicts no class, and regression is not supported yet; pass --task "
+        "feature-extraction to compare its features instead, or --data random to measure speed only."
     )
     assert checked(model, "random", drop="1").random
     features = models.load(Answering(1), example_inputs=torch.zeros(2, 4), task="feature-extraction")
@@ -66,21 +66,21 @@ def test_a_regression_head_of_the_hub_is_refused(tmp_path: Path) -> None:
     config = transformers.BertConfig(**sizes, vocab_size=40, num_labels=1)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
     np.save(tmp_path / "ids.npy", np.arange(48, dtype=np.int64).reshape(6, 8) % 40)
-    with pytest.raises(SubjectError, match=r"m answers with a single number.*--task feature-extraction"):
+    with pytest.raises(SubjectError, match=r"m has a single output.*--task feature-extraction"):
         checked(models.load(tmp_path / "m"), tmp_path / "ids.npy")
     features = models.load(tmp_path / "m", task="feature-extraction")
     assert len(checked(features, tmp_path / "ids.npy").test) > 0
 
 
 @pytest.mark.parametrize("classes", [2, 9])
-def test_a_part_of_the_class_folders_is_refused(tmp_path: Path, classes: int) -> None:
+def test_a_subset_of_the_class_folders_is_refused(tmp_path: Path, classes: int) -> None:
     folder = pictures(tmp_path / "part", classes)
     with pytest.raises(SubjectError) as refusal:
         checked(models.load(None), folder)
     assert str(refusal.value) == (
         f"{folder} has {classes} class folders, but sample has 10 classes, so the folders' numbers are not its "
-        "classes; give a folder for each class, in the model's order, or one flat folder of images, which is judged by "
-        "agreement with the original."
+        "classes; give a folder for each class, in the model's order, or one flat folder of images, on which the "
+        "result is compared with the original."
     )
 
 
@@ -102,18 +102,18 @@ def test_all_class_folders_and_other_forms_of_labels_are_accepted(tmp_path: Path
 
 def test_too_high_labels_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.full(6, 10))
-    with pytest.raises(SubjectError, match="labels up to 10, but sample knows only 10 classes"):
+    with pytest.raises(SubjectError, match="labels up to 10, but sample has only 10 classes"):
         checked(models.load(None), tmp_path / "x.npz")
 
 
-def test_the_models_revision_is_not_asked_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    whole = traced_model.data_module.load
+def test_the_revision_of_the_model_is_not_passed_to_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    revisions: list[object] = []
+    original = traced_model.data_module.load
 
     def load(spec: str, preprocess: Any, *, revision: str | None, **options: Any) -> Data:
-        asked.append(revision)
-        return whole(spec, preprocess, revision=revision, **options)
+        revisions.append(revision)
+        return original(spec, preprocess, revision=revision, **options)
 
     monkeypatch.setattr(traced_model.data_module, "load", load)
     checked(models.load(None), SAMPLE / "digits.npz", revision="v1")
-    assert asked == [None]
+    assert revisions == [None]

@@ -1,4 +1,4 @@
-"""Lowering: the ONNX file against torch."""
+"""Lowering: the ONNX file compared with torch."""
 
 import numpy as np
 import onnx
@@ -30,11 +30,13 @@ def test_the_file_has_the_stated_opset_names_and_free_batch_and_computes_what_to
     assert [entry.version for entry in written.opset_import if entry.domain in ("", "ai.onnx")] == [OPSET]
     assert [value.name for value in (*written.graph.input, *written.graph.output)] == ["x", "output"]
     assert not any("stack_trace" in prop.key for node in written.graph.node for prop in node.metadata_props)
-    onnx.shape_inference.infer_shapes(written, strict_mode=True)  # raises where noted shapes contradict each other
+    onnx.shape_inference.infer_shapes(written, strict_mode=True)  # raises if shapes in the file contradict each other
     noted = {value.name for value in written.graph.value_info}
     assert noted
-    assert not noted & {tensor.name for tensor in written.graph.initializer}  # tools that transpose them would stop
+    assert not noted & {
+        tensor.name for tensor in written.graph.initializer
+    }  # tools that transpose a weight fail on its old shape
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-    found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    actual = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
     # Two float32 products of width 8, summed in another order.
-    np.testing.assert_allclose(found, run(graph, {"x": x})[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(actual, run(graph, {"x": x})[0].numpy(), atol=1e-5)

@@ -1,4 +1,4 @@
-"""From a MODEL argument to a model: what loads, what is refused, and that nothing a checkpoint brings is executed."""
+"""Loading of MODEL arguments: supported and rejected arguments; code in a checkpoint never runs."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def sample(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         ("vit_basse_patch16_224", "did you mean vit_base_patch16_224"),
         ("deit-tiny", "did you mean deit_tiny"),
@@ -72,25 +72,30 @@ def sample(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
         ("vit_tiny_patch16_224.nonsense", "expected one of vit_tiny_patch16_224."),
     ],
 )
-def test_an_unknown_name_gets_a_suggestion(spec: str, words: str) -> None:
+def test_an_unknown_name_gets_a_suggestion(spec: str, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         load(spec)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("m.onnx", "Compressor writes ONNX files"), ("m.pt", "may run code"), ("m.safetensors", "the folder"), ("m", "hub id")],
+    ("name", "message"),
+    [
+        ("m.onnx", "Compressor writes ONNX files"),
+        ("m.pt", "may run code"),
+        ("m.safetensors", "the folder"),
+        ("m", "hub id"),
+    ],
 )
-def test_a_file_is_no_model_and_the_sentence_says_what_to_pass(tmp_path: Path, name: str, words: str) -> None:
+def test_a_file_is_rejected_with_the_argument_to_pass(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ModelError, match="is a file") as caught:
         load(tmp_path / name)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         (None, "contains no config.json"),
         ("{nope", "cannot be read as JSON"),
@@ -100,12 +105,12 @@ def test_a_file_is_no_model_and_the_sentence_says_what_to_pass(tmp_path: Path, n
         ('{"model_type": "strange"}', "strange"),
     ],
 )
-def test_a_folder_without_a_usable_config_is_refused(tmp_path: Path, config: str | None, words: str) -> None:
+def test_a_folder_without_a_usable_config_is_rejected(tmp_path: Path, config: str | None, message: str) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(ModelError) as caught:
         load(tmp_path)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -127,7 +132,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Creates a file when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -172,7 +177,7 @@ def test_a_repositorys_own_code_is_not_run(tmp_path: Path, model_type: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("attribute", "words"),
+    ("attribute", "message"),
     [
         ("nope", "has no attribute 'nope'"),
         ("number", "not callable"),
@@ -187,10 +192,10 @@ def test_a_repositorys_own_code_is_not_run(tmp_path: Path, model_type: str) -> N
         ("uneven", "different batch sizes"),
     ],
 )
-def test_a_factory_that_gives_something_else_is_refused(factories: Path, attribute: str, words: str) -> None:
+def test_a_factory_with_an_invalid_result_is_rejected(factories: Path, attribute: str, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         load(f"own_factories:{attribute}")
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_factory_in_a_missing_module_is_refused() -> None:
@@ -199,7 +204,7 @@ def test_a_factory_in_a_missing_module_is_refused() -> None:
 
 
 @pytest.mark.parametrize("attribute", ["good", "half"])
-def test_a_factory_gives_a_float32_model(factories: Path, attribute: str) -> None:
+def test_a_factory_model_is_float32(factories: Path, attribute: str) -> None:
     model = load(f"own_factories:{attribute}")
     assert model.inputs == ("x",)
     assert model.example["x"].dtype == torch.float32
@@ -220,8 +225,10 @@ def test_a_module_takes_its_example_inputs_in_any_form(form: str) -> None:
     assert model.example["a"].shape == (2, 3)
 
 
-def test_a_task_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ModelError, match="does not support the task text-generation; expected image-classification or image-"):
+def test_an_unsupported_task_is_rejected() -> None:
+    with pytest.raises(
+        ModelError, match="does not support the task text-generation; expected image-classification or image-"
+    ):
         load(None, task="text-generation")
     with pytest.raises(ModelError, match="text-generation needs input_ids"):
         load(Sum(), example_inputs=(torch.ones(1, 3), torch.ones(1, 3)), task="text-generation")
@@ -238,7 +245,7 @@ def test_the_reason_of_an_error_is_one_readable_line() -> None:
     assert why(ValueError("plain")) == "plain"
 
 
-def test_the_hubs_errors_are_told_apart() -> None:
+def test_hub_errors_are_distinguished() -> None:
     errors = pytest.importorskip("huggingface_hub").errors
     offline = of_hub(errors.LocalEntryNotFoundError("..."))
     assert offline is not None
@@ -250,7 +257,7 @@ def test_the_hubs_errors_are_told_apart() -> None:
     assert of_hub(outer) == offline
 
 
-def test_a_hub_id_while_offline_says_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_while_offline_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"'nobody/no-such-model' is not a local folder .* the hub cannot be reached"):
@@ -311,12 +318,18 @@ def saved(folder: Path, kind: str, config: str, sizes: dict[str, int]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "config", "sizes", "task", "loaded", "found"), ROUND_TRIPS)
+@pytest.mark.parametrize(("kind", "config", "sizes", "task", "loaded", "expected_task"), ROUND_TRIPS)
 def test_a_saved_model_loads_with_the_head_of_its_task(
-    tmp_path: Path, kind: str, config: str, sizes: dict[str, int], task: str | None, loaded: str, found: str | None
+    tmp_path: Path,
+    kind: str,
+    config: str,
+    sizes: dict[str, int],
+    task: str | None,
+    loaded: str,
+    expected_task: str | None,
 ) -> None:
     model = load(saved(tmp_path / "m", kind, config, sizes), task=task)
-    assert model.task == (found or task)
+    assert model.task == (expected_task or task)
     assert type(model.module).__name__ == loaded
     with torch.inference_mode():
         answers = model.call(model.module, *model.example.values())
@@ -336,7 +349,7 @@ def test_the_body_of_a_model_with_a_head_keeps_its_weights(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["AutoModel", "pipeline", "PretrainedConfig", "BertTokenizer", "no_such", "os"])
-def test_a_name_in_the_config_reaches_models_only(tmp_path: Path, name: str) -> None:
+def test_a_name_in_the_config_selects_only_models(tmp_path: Path, name: str) -> None:
     folder = saved(tmp_path / "m", "BertModel", "BertConfig", SMALL)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"architectures": [name]}))
@@ -354,7 +367,7 @@ def test_a_head_that_is_not_supported_is_refused_and_not_cut_off(tmp_path: Path,
 
 
 def sentence(folder: Path, pooling: str) -> Path:
-    """What sentence-transformers writes beside a model."""
+    """Save a model with the files of sentence-transformers."""
     saved(folder, "BertModel", "BertConfig", SMALL)
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
@@ -364,7 +377,7 @@ def sentence(folder: Path, pooling: str) -> Path:
 
 
 def as_hub(cache: Path, folder: Path, revision: str) -> None:
-    """Lay a folder into a hub cache as the hub client does, as nobody/sentences at one revision."""
+    """Copy a folder into a hub cache, in the layout of the hub client, as nobody/sentences at one revision."""
     repository = cache / "models--nobody--sentences"
     commit = revision.encode().hex().ljust(40, "0")[:40]
     shutil.copytree(folder, repository / "snapshots" / commit)
@@ -394,28 +407,28 @@ def test_a_sentence_model_on_the_hub_is_read_like_a_folder(tmp_path: Path, monke
     assert load("nobody/sentences", revision="plain").task == "feature-extraction"
 
 
-def test_the_longest_row_of_a_sentence_model_is_respected_on_the_hub(
+def test_the_maximum_length_of_a_sentence_model_is_read_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = pytest.importorskip("compressor.models.transformers")
     folder = sentence(tmp_path / "m", "mean_tokens")
-    asked = []
+    requests = []
 
-    def cached_file(where: str, name: str, *, revision: str | None, **flags: bool) -> str | None:
-        asked.append((where, name, revision))
+    def cached_file(location: str, name: str, *, revision: str | None, **flags: bool) -> str | None:
+        requests.append((location, name, revision))
         assert flags["_raise_exceptions_for_missing_entries"] is False
         return str(folder / name) if (folder / name).is_file() else None
 
     monkeypatch.setattr(source.transformers.utils, "cached_file", cached_file)
-    beside = source._beside("nobody/sentences", "v1")
-    assert asked == [("nobody/sentences", name, "v1") for name in source.SENTENCE]
-    assert set(beside) == {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    sentence_files = source._sentence_files("nobody/sentences", "v1")
+    assert requests == [("nobody/sentences", name, "v1") for name in source.SENTENCE]
+    assert set(sentence_files) == {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
     module, tokenizer = load(folder).module, type("Tokenizer", (), {"model_max_length": 512})
-    assert source._longest(module, tokenizer, beside) == 7
-    assert source._longest(module, tokenizer, {}) == SMALL["max_position_embeddings"]
+    assert source._max_length(module, tokenizer, sentence_files) == 7
+    assert source._max_length(module, tokenizer, {}) == SMALL["max_position_embeddings"]
 
 
-def test_a_pooling_that_is_not_known_is_refused(tmp_path: Path) -> None:
+def test_an_unsupported_pooling_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="sets the pooling lasttoken; expected mean_tokens or cls_token"):
         load(sentence(tmp_path / "m", "lasttoken"))
 
@@ -429,7 +442,7 @@ def test_a_cross_encoder_is_a_classifier(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ options
 
 
-def test_options_that_a_model_has_no_use_for_are_refused(factories: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_apply_to_a_model_are_rejected(factories: Path, tmp_path: Path) -> None:
     x = torch.ones(1, 3)
     with pytest.raises(ModelError, match=r"own_factories:good is code, not a hub repository.* leave --revision out"):
         load("own_factories:good", revision="v1")
@@ -445,17 +458,17 @@ def test_options_that_a_model_has_no_use_for_are_refused(factories: Path, tmp_pa
         load(saved(tmp_path / "m", "BertModel", "BertConfig", SMALL), revision="v1")
 
 
-def test_a_timm_model_of_the_hub_remembers_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timm_model_of_the_hub_keeps_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     source = pytest.importorskip("compressor.models.timm")
-    asked, made = [], source.timm.create_model("test_vit", pretrained=False)
+    requests, module = [], source.timm.create_model("test_vit", pretrained=False)
 
     def create_model(name: str, *, pretrained: bool) -> torch.nn.Module:
-        asked.append((name, pretrained))
-        return made
+        requests.append((name, pretrained))
+        return module
 
     monkeypatch.setattr(source.timm, "create_model", create_model)
     model = source.load("hf-hub:nobody/vit", task=None, revision="v1", random_weights=False, trust_remote_code=False)
-    assert asked == [("hf-hub:nobody/vit@v1", True)]
+    assert requests == [("hf-hub:nobody/vit@v1", True)]
     assert model.revision == "v1"
 
 

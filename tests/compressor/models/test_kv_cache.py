@@ -1,4 +1,4 @@
-"""Causal language models with their cache: against transformers' own generation, token for token."""
+"""Causal language models with their KV cache, compared with generation in transformers token by token."""
 
 import contextlib
 import functools
@@ -29,9 +29,9 @@ from tests.samples import check_listing
 LLAMA = SHARED_DATA / "stories260k"
 needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
 
-CLOSE = 2e-5  # of float32 sums in another order, on logits of size 1
+CLOSE = 2e-5  # absolute, for logits of size 1; float32 sums in another order
 
-CLOSE_FILE = 1e-4  # of the largest logit, ONNX Runtime against torch: other kernels; 1e-6 found
+CLOSE_FILE = 1e-4  # relative to the largest logit; ONNX Runtime has other kernels than torch; 1e-6 was measured
 VOCABULARY, WINDOW = 64, 6
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 SMALL = COMMON | {
@@ -42,7 +42,7 @@ GATED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
 NARROW = GATED | {"head_dim": 8}
 OLD = COMMON | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MIXED = ["sliding_attention", "full_attention"]
-# By what they have that others have not; those of SLOW run with `make slow`.
+# The comments name the distinctive features. The decoders in SLOW run with `make slow`.
 DECODERS = {
     "LlamaConfig": GATED,
     "Qwen3Config": NARROW,  # queries and keys are normalised
@@ -78,19 +78,20 @@ each_decoder = pytest.mark.parametrize(
 
 @functools.cache
 def small(name):
-    """The module, how it is called with its cache, the model around it, its graph and its sites."""
+    """Return the module, its call with a cache, the model description, its graph and its sites."""
     torch.manual_seed(0)
     config = getattr(transformers, name)(**DECODERS[name])
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
-    found = causal(module, ("input_ids", "attention_mask"))
+    causal_lm = causal(module, ("input_ids", "attention_mask"))
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     model = types.SimpleNamespace(
-        name=name, module=module, call=found.call, inputs=found.inputs, outputs=found.outputs, state=found.state,
-        example=found.example({"input_ids": torch.arange(14).reshape(2, 7), "attention_mask": mask}),
-        dynamic_axes=found.dynamic_axes,
+        name=name, module=module, call=causal_lm.call, inputs=causal_lm.inputs, outputs=causal_lm.outputs,
+        state=causal_lm.state,
+        example=causal_lm.example({"input_ids": torch.arange(14).reshape(2, 7), "attention_mask": mask}),
+        dynamic_axes=causal_lm.dynamic_axes,
     )  # fmt: skip
     graph = trace(model)
-    return module, found, model, graph, find_sites(graph)
+    return module, causal_lm, model, graph, find_sites(graph)
 
 
 def random_ids(rows, tokens, seed):
@@ -102,7 +103,7 @@ def outputs(graph, feeds):
 
 
 def two_calls(graph, ids, first):
-    """Logits of a text given in two parts, the second behind the cache of the first."""
+    """Return the logits of a text in two calls, the second with the cache of the first, and the final cache."""
     mask = np.ones(ids.shape, dtype=np.int64)
     empty = {name: value[: len(ids), :, :0] for name, value in small_past(graph).items()}
     logits = []
@@ -113,9 +114,9 @@ def two_calls(graph, ids, first):
             "attention_mask": torch.from_numpy(mask[:, :end]),
             "position_ids": torch.from_numpy(positions(mask[:, :end], end - start)),
         }
-        found = outputs(graph, feeds | state)
-        logits.append(found["logits"])
-        state = {before: found[after] for after, before in graph.state.items()}
+        results = outputs(graph, feeds | state)
+        logits.append(results["logits"])
+        state = {before: results[after] for after, before in graph.state.items()}
     return torch.cat(logits, 1), state
 
 
@@ -127,15 +128,15 @@ def small_past(graph):
 
 @each_decoder
 def test_sites_of_a_decoder(name):
-    module, found, _, _, sites = small(name)
+    module, causal_lm, _, _, sites = small(name)
     kinds = [site.kind for site in sites]
-    assert kinds.count("attention") == kinds.count("mlp") == module.config.num_hidden_layers == len(found.heads)
+    assert kinds.count("attention") == kinds.count("mlp") == module.config.num_hidden_layers == len(causal_lm.heads)
     assert len(sites) == 2 * module.config.num_hidden_layers
     check_listing(f"causal_{name.removesuffix('Config').lower()}", sites)
 
 
 @each_decoder
-def test_a_text_in_two_parts_gives_what_transformers_gives_at_once(name):
+def test_a_text_in_two_calls_has_the_logits_of_one_call(name):
     module, _, _, graph, _ = small(name)
     ids = random_ids(3, 11, seed=1)
     with torch.inference_mode():
@@ -147,7 +148,7 @@ def test_a_text_in_two_parts_gives_what_transformers_gives_at_once(name):
 
 
 def generation(call, state, ids, mask, ends):
-    """Logits of a text in several calls, each behind the cache of those before; `call` gives logits and that cache."""
+    """Return the logits of a text in several calls that share a cache; `call` returns logits and the new cache."""
     logits = []
     for start, end in itertools.pairwise((0, *ends)):
         feeds = {
@@ -155,32 +156,32 @@ def generation(call, state, ids, mask, ends):
             "attention_mask": mask[:, :end],
             "position_ids": positions(mask[:, :end], end - start),
         }
-        found, state = call(feeds, state)
-        logits.append(np.asarray(found))
+        step, state = call(feeds, state)
+        logits.append(np.asarray(step))
     return np.concatenate(logits, 1)
 
 
-def of_transformers(module, found):
-    """A model that generates by transformers' own rules, with the kind of cache that it makes for itself."""
+def of_transformers(module, causal_lm):
+    """Return a `call` of `generation` for a module of transformers with its default cache class."""
 
     def call(feeds, cache):
-        taken = (*found.told, *found.followed)
+        taken = (*causal_lm.told, *causal_lm.followed)
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items() if name in taken}
         with torch.inference_mode():
-            answer = module(**tensors, **{found.argument: cache}, use_cache=True)
-        return answer.logits, answer[found.entry]
+            answer = module(**tensors, **{causal_lm.argument: cache}, use_cache=True)
+        return answer.logits, answer[causal_lm.entry]
 
     return call
 
 
 def of_file(session):
-    """A file that generates by nothing but its names."""
+    """Return a `call` of `generation` for an ONNX file that uses only the names of inputs and outputs."""
     inputs, outputs = ([end.name for end in ends] for ends in (session.get_inputs(), session.get_outputs()))
 
     def call(feeds, state):
-        told = {name: value for name, value in feeds.items() if name in inputs}
-        found = dict(zip(outputs, session.run(outputs, told | state), strict=True))
-        return found.pop("logits"), {name.replace("present", "past_key_values"): found[name] for name in found}
+        tokens = {name: value for name, value in feeds.items() if name in inputs}
+        results = dict(zip(outputs, session.run(outputs, tokens | state), strict=True))
+        return results.pop("logits"), {name.replace("present", "past_key_values"): results[name] for name in results}
 
     return call
 
@@ -195,25 +196,25 @@ def opened(graph, model, path):
     return ort.InferenceSession(str(lower(graph, model, path)), providers=["CPUExecutionProvider"])
 
 
-def assert_generates_alike(session, module, found):
-    """A prompt longer than any window, padded in one row as generation pads, then further tokens, one or several."""
+def assert_same_generation(session, module, causal_lm):
+    """Compare a left-padded prompt longer than the sliding window, then decode steps of one and of several tokens."""
     ids, mask = random_ids(2, 14, seed=3).numpy(), np.ones((2, 14), np.int64)
     mask[1, :3] = 0
     ends = (9, 10, 11, 14)
-    expected = generation(of_transformers(module, found), None, ids, mask, ends)[mask.astype(bool)]
+    expected = generation(of_transformers(module, causal_lm), None, ids, mask, ends)[mask.astype(bool)]
     got = generation(of_file(session), empty_cache(session, 2), ids, mask, ends)[mask.astype(bool)]
     np.testing.assert_allclose(got, expected, atol=CLOSE_FILE * np.abs(expected).max(), rtol=0)
 
 
 @each_decoder
-def test_the_file_of_a_decoder_generates_as_transformers_with_its_own_cache(name, tmp_path):
-    module, found, model, graph, _ = small(name)
-    assert_generates_alike(opened(graph, model, tmp_path / "model.onnx"), module, found)
+def test_the_file_of_a_decoder_generates_the_same_as_transformers(name, tmp_path):
+    module, causal_lm, model, graph, _ = small(name)
+    assert_same_generation(opened(graph, model, tmp_path / "model.onnx"), module, causal_lm)
 
 
 @contextlib.contextmanager
 def silent(module, site):
-    """The model with one attention that adds nothing, though it still keeps its cache."""
+    """Make one attention of the module add zero while it still updates its cache."""
 
     def nothing(_, __, answer):
         return (torch.zeros_like(answer[0]), *answer[1:])
@@ -226,48 +227,48 @@ def silent(module, site):
 
 
 @each_decoder
-def test_without_one_attention_a_decoder_is_the_silenced_model(name):
-    module, found, _, graph, sites = small(name)
+def test_dropping_an_attention_equals_zeroing_its_output(name):
+    module, causal_lm, _, graph, sites = small(name)
     site = [site for site in sites if site.kind == "attention"][-1]
     fork = graph.fork()
     apply(Drop((site.name,)), fork)
-    last = len(found.heads) - 1
+    last = len(causal_lm.heads) - 1
     assert set(graph.inputs) - set(fork.inputs) == {f"past_key_values.{last}.{part}" for part in ("key", "value")}
     ids = random_ids(2, 11, seed=4)
     with torch.inference_mode(), silent(module, site):
         expected = module(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(two_calls(fork, ids, 8)[0], expected, atol=CLOSE, rtol=0)
-    with pytest.raises(AssertionError):  # it did add something
+    with pytest.raises(AssertionError):  # the attention does contribute
         torch.testing.assert_close(two_calls(graph, ids, 8)[0], expected, atol=CLOSE, rtol=0)
 
 
 def test_layers_of_different_widths_keep_their_names(tmp_path):
-    """By a name that moved up the example, and the data's empty cache, would have another layer's shape."""
-    module, found, model, graph, sites = small("Gemma4TextConfig")
-    assert found.heads == ((2, 8), (2, 16))
+    """With renumbered names, the example and the empty cache of the data would have the shape of another layer."""
+    module, causal_lm, model, graph, sites = small("Gemma4TextConfig")
+    assert causal_lm.heads == ((2, 8), (2, 16))
     site = next(site for site in sites if site.kind == "attention")
     fork = graph.fork()
     apply(Drop((site.name,)), fork)
     assert fork.outputs == ("logits", "present.1.key", "present.1.value")
     assert fork.state == {f"present.1.{part}": f"past_key_values.1.{part}" for part in ("key", "value")}
     with silent(module, site):
-        assert_generates_alike(opened(fork, model, tmp_path / "pruned.onnx"), module, found)
+        assert_same_generation(opened(fork, model, tmp_path / "pruned.onnx"), module, causal_lm)
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "Gemma2Config", "GPT2Config", "OPTConfig", "FalconConfig"])
-def test_a_cache_goes_with_its_attention(name):
-    """Names stay without a gap, and the rest of the model computes as if the branch added nothing."""
-    _, found, _, graph, sites = small(name)
+def test_a_cache_is_dropped_with_its_attention(name):
+    """Cache names have no gap, and the rest of the model computes as if the branch added zero."""
+    _, causal_lm, _, graph, sites = small(name)
     ids = random_ids(2, 9, seed=2)
     reading = [site for site in sites if site.kind == "attention"]
     for gone in (reading[:1], reading[-1:], reading[:-1]):
         fork = graph.fork()
         apply(Drop(tuple(site.name for site in gone)), fork)
-        left = len(found.heads) - len(gone)
+        left = len(causal_lm.heads) - len(gone)
         assert fork.outputs[1:] == graph.outputs[1 : 1 + 2 * left]
         assert tuple(fork.state.values()) == tuple(graph.state.values())[: 2 * left]
-        assert bytes_per_token(fork) * len(found.heads) == bytes_per_token(graph) * left
-        feeds = found.complete({"input_ids": ids.numpy(), "attention_mask": np.ones((2, 9), np.int64)})
+        assert bytes_per_token(fork) * len(causal_lm.heads) == bytes_per_token(graph) * left
+        feeds = causal_lm.complete({"input_ids": ids.numpy(), "attention_mask": np.ones((2, 9), np.int64)})
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
         at_once = run(graph, tensors, skip=gone)[0]
         torch.testing.assert_close(outputs(fork, tensors)["logits"], at_once, atol=CLOSE, rtol=0)
@@ -284,20 +285,20 @@ def test_without_any_attention_there_is_no_cache():
     assert bytes_per_token(fork) == 0
 
 
-def test_padding_is_no_position():
+def test_padding_does_not_advance_positions():
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert positions(mask, 5).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     assert positions(mask, 1).tolist() == [[2], [4]]
 
 
-def test_bytes_of_a_token():
-    """Keys and values in float32: two layers of two heads, of one width or of two."""
+def test_bytes_per_token():
+    """Keys and values are float32; two layers of two heads, with equal or different head dimensions."""
     assert bytes_per_token(small("LlamaConfig")[3]) == 2 * 2 * 2 * 8 * 4
     assert bytes_per_token(small("Gemma4TextConfig")[3]) == 2 * 2 * (8 + 16) * 4
 
 
 class Decoder(torch.nn.Module):
-    """One attention with a cache of its own making; what carries the cache in and out is what the tests are about."""
+    """A decoder with one attention; its subclasses differ in the arguments and outputs that carry the cache."""
 
     def __init__(self):
         super().__init__()
@@ -307,7 +308,7 @@ class Decoder(torch.nn.Module):
         self.head = torch.nn.Linear(16, VOCABULARY)
 
     def attended(self, input_ids, attention_mask, cache):
-        """Logits, and the cache with the new keys and values."""
+        """Return the logits, and the cache with the new keys and values."""
         cache = transformers.DynamicCache() if cache is None else cache
         x = self.embed(input_ids)
         query, key, value = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
@@ -320,16 +321,16 @@ class Decoder(torch.nn.Module):
         return self.head(x), cache
 
 
-class NewSpelling(Decoder):
-    """As transformers 5.24 has it."""
+class CacheArgument(Decoder):
+    """The argument name of transformers 5.24."""
 
     def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False):
         logits, cache = self.attended(input_ids, attention_mask, cache)
         return {"logits": logits, "cache": cache} if use_cache else {"logits": logits}
 
 
-class OldSpelling(Decoder):
-    """As transformers 5.0 to 5.23 have it."""
+class PastKeyValuesArgument(Decoder):
+    """The argument name of transformers 5.0 to 5.23."""
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
         logits, cache = self.attended(input_ids, attention_mask, past_key_values)
@@ -337,7 +338,7 @@ class OldSpelling(Decoder):
 
 
 class Hidden(Decoder):
-    """A wrapper whose signature names nothing, as decorators leave it."""
+    """A wrapper whose signature does not name the cache, as decorators leave it."""
 
     def forward(self, *, input_ids, **further):
         logits, cache = self.attended(input_ids, further["attention_mask"], further.get("past_key_values"))
@@ -345,7 +346,7 @@ class Hidden(Decoder):
 
 
 class Renamed(Decoder):
-    """A spelling of next year: the argument has the name that the answer has."""
+    """An unknown name, which is the same in the arguments and in the output."""
 
     def forward(self, input_ids, attention_mask=None, memory=None, use_cache=False):
         logits, cache = self.attended(input_ids, attention_mask, memory)
@@ -358,7 +359,7 @@ class Neither(Decoder):
 
 
 class Unused(Decoder):
-    """It takes any further argument and uses none of them."""
+    """A decoder that accepts and ignores any keyword argument."""
 
     def forward(self, input_ids, attention_mask=None, **further):
         logits, cache = self.attended(input_ids, attention_mask, None)
@@ -377,7 +378,7 @@ class WithoutOption(Decoder):
 
 
 class Recurrent(Decoder):
-    """What it keeps of a text is a state of one size, as in state-space models."""
+    """A decoder with a state of fixed size, as in state-space models."""
 
     def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False):
         logits, cache = self.attended(input_ids, attention_mask, None)
@@ -393,26 +394,36 @@ class Broken(Decoder):
         return {"logits": logits, "cache": cache}
 
 
-TOLD = {"input_ids": random_ids(2, 7, seed=1), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+EXAMPLE = {"input_ids": random_ids(2, 7, seed=1), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
 
 
-def own(kind, **options):
-    return models.load(kind().eval(), example_inputs=TOLD, task="text-generation", **options)
+def load_decoder(kind, **options):
+    return models.load(kind().eval(), example_inputs=EXAMPLE, task="text-generation", **options)
 
 
 @pytest.mark.parametrize(
     ("kind", "argument"),
-    [(NewSpelling, "cache"), (OldSpelling, "past_key_values"), (Hidden, "past_key_values"), (Renamed, "memory")],
+    [
+        (CacheArgument, "cache"),
+        (PastKeyValuesArgument, "past_key_values"),
+        (Hidden, "past_key_values"),
+        (Renamed, "memory"),
+    ],
 )
-def test_the_cache_is_found_by_calling(kind, argument):
-    found = causal(kind().eval(), tuple(TOLD))
-    assert (found.argument, found.entry, found.followed, found.heads) == (argument, argument, (), ((2, 8),))
+def test_the_cache_is_detected_by_calling(kind, argument):
+    causal_lm = causal(kind().eval(), tuple(EXAMPLE))
+    assert (causal_lm.argument, causal_lm.entry, causal_lm.followed, causal_lm.heads) == (
+        argument,
+        argument,
+        (),
+        ((2, 8),),
+    )
 
 
-@pytest.mark.parametrize("kind", [NewSpelling, OldSpelling, Hidden, Renamed])
-def test_ones_own_decoder_is_traced_with_its_cache(kind):
-    """Behind a cache it continues the text as it reads it whole, in both spellings and with none."""
-    model = own(kind)
+@pytest.mark.parametrize("kind", [CacheArgument, PastKeyValuesArgument, Hidden, Renamed])
+def test_a_user_defined_decoder_is_traced_with_its_cache(kind):
+    """A text in two calls with a cache gives the logits of one call, for every name of the cache."""
+    model = load_decoder(kind)
     assert model.state == {f"present.0.{part}": f"past_key_values.0.{part}" for part in ("key", "value")}
     graph, ids = trace(model), random_ids(2, 11, seed=5)
     with torch.inference_mode():
@@ -420,9 +431,9 @@ def test_ones_own_decoder_is_traced_with_its_cache(kind):
     state, logits = {name: torch.zeros(2, 2, 0, 8) for name in model.state.values()}, []
     for start, end in ((0, 6), (6, 11)):
         feeds = {"input_ids": ids[:, start:end], "attention_mask": torch.ones(2, end, dtype=torch.int64)}
-        found = outputs(graph, feeds | state)
-        logits.append(found["logits"])
-        state = {before: found[after] for after, before in graph.state.items()}
+        results = outputs(graph, feeds | state)
+        logits.append(results["logits"])
+        state = {before: results[after] for after, before in graph.state.items()}
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=CLOSE, rtol=0)
 
 
@@ -437,16 +448,18 @@ def test_ones_own_decoder_is_traced_with_its_cache(kind):
         (Broken, "does not accept one as cache or past_key_values (no second call)"),
     ],
 )
-def test_a_decoder_whose_cache_is_not_found_is_refused_in_a_sentence(kind, reason):
-    with pytest.raises(models.ModelError) as told:
-        own(kind)
-    assert re.fullmatch(f"the KV cache of {kind.__name__} could not be detected: .*; pass --no-cache .*\\.", str(told.value))
-    assert reason in str(told.value)
+def test_a_decoder_without_a_detectable_cache_is_rejected(kind, reason):
+    with pytest.raises(models.ModelError) as caught:
+        load_decoder(kind)
+    assert re.fullmatch(
+        f"the KV cache of {kind.__name__} could not be detected: .*; pass --no-cache .*\\.", str(caught.value)
+    )
+    assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [Neither, NewSpelling, Broken])
-def test_without_a_cache_an_export_goes_on_and_says_so(kind):
-    model = own(kind, cache=False)
+@pytest.mark.parametrize("kind", [Neither, CacheArgument, Broken])
+def test_a_model_without_a_cache_has_a_limitation(kind):
+    model = load_decoder(kind, cache=False)
     assert (model.inputs, dict(model.state)) == (("input_ids", "attention_mask"), {})
     assert [limitation.feature for limitation in model.limitations if limitation.feature == "KV cache"] == ["KV cache"]
     assert "logits" in trace(model).outputs
@@ -457,8 +470,8 @@ def test_no_cache_is_for_language_models():
         models.load(torch.nn.Linear(4, 3), example_inputs=torch.rand(2, 4), cache=False)
 
 
-def test_a_folder_without_a_cache_says_so_in_every_config(tmp_path):
-    """Whoever opens it goes by this field; nothing else of the configs changes, and none is made up."""
+def test_use_cache_is_false_in_every_config_of_a_model_without_cache(tmp_path):
+    """Only the field `use_cache` of existing configs changes."""
     (tmp_path / "config.json").write_text('{"use_cache": true, "vocab_size": 48}')
     without_cache(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {"use_cache": False, "vocab_size": 48}
@@ -468,8 +481,8 @@ def test_a_folder_without_a_cache_says_so_in_every_config(tmp_path):
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2, "use_cache": False}
 
 
-def test_a_plain_tokenizer_is_named_by_a_class_that_older_transformers_has_too(tmp_path):
-    """Version 5 writes a name of its own, at which version 4, which Optimum needs, stops; both know the older one."""
+def test_the_tokenizer_class_of_a_saved_folder_exists_in_transformers_4(tmp_path):
+    """transformers 5 writes a class name that transformers 4, which Optimum needs, does not have."""
     words = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "story": 4}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -482,7 +495,7 @@ def test_a_plain_tokenizer_is_named_by_a_class_that_older_transformers_has_too(t
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "to")("a story")["input_ids"] == [3, 4]
 
 
-# ---------------------------------------------------------------------------------------------------- a trained one
+# -------------------------------------------------------------------------------------------------- trained model
 
 
 PROMPTS, NEW = 10, 128
@@ -500,7 +513,7 @@ def prompts():
 
 
 def generated(session, ids):
-    """Greedy, one token a call, by nothing but the names of inputs and outputs."""
+    """Generate greedily, one token per call, using only the names of inputs and outputs."""
     ends = {value.name: value for value in session.get_inputs()}
     heads = {name: value.shape for name, value in ends.items() if name.startswith("past_key_values")}
     state = {name: np.zeros((len(ids), shape[1], 0, shape[3]), np.float32) for name, shape in heads.items()}
@@ -509,50 +522,50 @@ def generated(session, ids):
     for _ in range(NEW):
         mask = np.ones(every.shape, np.int64)
         feeds = {"input_ids": step, "attention_mask": mask, "position_ids": positions(mask, step.shape[1])}
-        found = dict(zip(names, session.run(names, feeds | state), strict=True))
-        state = {name: found[name.replace("past_key_values", "present")] for name in heads}
-        step = found["logits"][:, -1].argmax(-1)[:, None]
+        results = dict(zip(names, session.run(names, feeds | state), strict=True))
+        state = {name: results[name.replace("past_key_values", "present")] for name in heads}
+        step = results["logits"][:, -1].argmax(-1)[:, None]
         every = np.concatenate([every, step], 1)
     return every
 
 
 def greedy(module, ids):
     with torch.inference_mode():
-        found = module.generate(
+        tokens = module.generate(
             torch.from_numpy(ids), attention_mask=torch.ones(ids.shape, dtype=torch.int64), do_sample=False,
             min_new_tokens=NEW, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-    return found.numpy()
+    return tokens.numpy()
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """What the file of the model as it is generates."""
+    """Return the tokens that the file of the unmodified model generates."""
     return generated(opened(llama()[1], llama()[0], tmp_path_factory.mktemp("dense") / "dense.onnx"), prompts())
 
 
 @needs_llama
-def test_the_file_generates_what_transformers_generates(dense):
+def test_the_file_generates_the_same_as_transformers(dense):
     assert dense.shape == (PROMPTS, 12 + NEW)
     np.testing.assert_array_equal(dense, greedy(llama()[0].module, prompts()))
 
 
 @needs_llama
-def test_the_pruned_file_generates_what_the_pruned_model_generates(dense, tmp_path):
-    """The reference has the attention of one layer made silent by hand, and keeps no cache."""
+def test_the_pruned_file_generates_the_same_as_the_pruned_model(dense, tmp_path):
+    """In the reference, the output projection of one attention is zero."""
     _, graph, sites = llama()
     site = [site for site in sites if site.kind == "attention"][2]
     fork = graph.fork()
     apply(Drop((site.name,)), fork)
-    found = generated(opened(fork, llama()[0], tmp_path / "pruned.onnx"), prompts())
+    tokens = generated(opened(fork, llama()[0], tmp_path / "pruned.onnx"), prompts())
     silent = transformers.AutoModelForCausalLM.from_pretrained(LLAMA).eval()
     silent.model.layers[2].self_attn.o_proj.weight.data.zero_()
-    np.testing.assert_array_equal(found, greedy(silent, prompts()))
-    assert (found != dense).any()
+    np.testing.assert_array_equal(tokens, greedy(silent, prompts()))
+    assert (tokens != dense).any()
 
 
 @needs_llama
-def test_the_folder_of_a_language_model_has_what_generation_needs(tmp_path):
+def test_the_folder_of_a_language_model_has_the_files_for_generation(tmp_path):
     model, graph, _ = llama()
     model.save(tmp_path)
     assert (tmp_path / "generation_config.json").is_file()

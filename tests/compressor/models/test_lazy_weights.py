@@ -1,4 +1,4 @@
-"""Weights that stay on disk: whatever is read from there is what from_pretrained loads."""
+"""Weights on disk: their values are those that from_pretrained loads."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ def on_disk(folder, **options):
 
 
 def assert_reads(module, expected):
-    """Every parameter and kept buffer, by name, is the other module's to the bit; tied where that is tied."""
+    """Check that parameters and buffers equal those of the other module bit for bit, with the same weights tied."""
     left, right = (dict(each.named_parameters(remove_duplicate=False)) for each in (module, expected))
     assert set(left) == set(right)
     for name, weight in left.items():
@@ -45,9 +45,9 @@ def assert_reads(module, expected):
 
 @functools.cache
 def both(name, folder):
-    """An architecture from disk and in memory: models and graphs."""
-    found = [load(saved(folder / name, name)) for load in (on_disk, models.load)]
-    return [(model, trace(model)) for model in found]
+    """Return model and graph of an architecture with weights on disk, and with weights in memory."""
+    loaded = [load(saved(folder / name, name)) for load in (on_disk, models.load)]
+    return [(model, trace(model)) for model in loaded]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_every_weight_is_the_one_that_from_pretrained_loads(name, folder):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_graph_has_the_same_sites_and_gives_the_same_answers(name, folder):
+def test_the_graph_has_the_same_sites_and_outputs(name, folder):
     (_, streamed), (right, graph) = both(name, folder)
     assert find_sites(streamed) == find_sites(graph)
     assert len(find_sites(graph)) == 2 * LAYERS
@@ -75,12 +75,12 @@ def test_the_graph_has_the_same_sites_and_gives_the_same_answers(name, folder):
     mask[1, 6:] = 0
     feeds = right.preprocess.complete({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
     feeds = {key: torch.from_numpy(value) for key, value in feeds.items()}
-    for found, expected in zip(run(streamed, feeds), run(graph, feeds), strict=True):
-        assert torch.equal(found, expected)
+    for output, expected in zip(run(streamed, feeds), run(graph, feeds), strict=True):
+        assert torch.equal(output, expected)
 
 
 def test_some_architectures_are_tied_and_some_are_not(folder):
-    """What the tests above go over is what they say."""
+    """Check the properties that QUICK is chosen for."""
     tied = {name: both(name, folder)[1][0].module.config.tie_word_embeddings for name in ("Llama", "Qwen3", "GPT2")}
     assert tied == {"Llama": False, "Qwen3": True, "GPT2": True}
     assert dict(both("Gemma4Text", folder)[1][0].module.named_buffers())["model.layers.0.layer_scalar"] != 1
@@ -94,7 +94,7 @@ def test_several_shards_in_16_bits(tmp_path):
 
 @pytest.mark.parametrize("name", ["GPT2", "Llama"])
 def test_names_without_the_prefix_of_the_bare_model(name, tmp_path):
-    """As the hub's GPT-2 has them; what is tied has no tensor of its own."""
+    """GPT-2 on the hub has such names; a tied weight has no tensor of its own."""
     saved(tmp_path, name, tie_word_embeddings=True)
     prefix = {"GPT2": "transformer.", "Llama": "model."}[name]
     stored = load_file(tmp_path / SINGLE)
@@ -102,7 +102,7 @@ def test_names_without_the_prefix_of_the_bare_model(name, tmp_path):
     assert_reads(on_disk(tmp_path).module, decoder(name, tie_word_embeddings=True))
 
 
-def test_a_tied_weight_is_found_by_either_name(tmp_path):
+def test_a_tied_weight_is_read_by_either_name(tmp_path):
     saved(tmp_path, "Qwen3")
     names = {"model.embed_tokens.weight": "lm_head.weight"}
     stored = {names.get(key, key): value for key, value in load_file(tmp_path / SINGLE).items()}
@@ -110,22 +110,22 @@ def test_a_tied_weight_is_found_by_either_name(tmp_path):
     assert_reads(on_disk(tmp_path).module, decoder("Qwen3"))
 
 
-def test_how_it_generates_is_what_its_folder_says(tmp_path):
-    """Not what its config would make of it: several tokens that end a text, how it samples."""
-    told = transformers.GenerationConfig(eos_token_id=[2, 5], do_sample=True, top_k=7, max_new_tokens=9)
-    told.save_pretrained(saved(tmp_path / "from", "Llama"))
+def test_the_generation_config_is_that_of_the_folder(tmp_path):
+    """The folder may set several end tokens and sampling options that are not in the config."""
+    generation = transformers.GenerationConfig(eos_token_id=[2, 5], do_sample=True, top_k=7, max_new_tokens=9)
+    generation.save_pretrained(saved(tmp_path / "from", "Llama"))
     for load in (on_disk, models.load):
         model = load(tmp_path / "from")
         (tmp_path / load.__name__).mkdir()
         model.save(tmp_path / load.__name__)
-    found, expected = (
+    actual, expected = (
         json.loads((tmp_path / load.__name__ / "generation_config.json").read_text()) for load in (on_disk, models.load)
     )
-    assert found == expected
-    assert (found["eos_token_id"], found["top_k"]) == ([2, 5], 7)
+    assert actual == expected
+    assert (actual["eos_token_id"], actual["top_k"]) == ([2, 5], 7)
 
 
-def test_nothing_of_the_weights_is_in_memory_until_it_is_read(tmp_path):
+def test_weights_are_not_in_memory_until_they_are_read(tmp_path):
     module = on_disk(saved(tmp_path, "Llama")).module
     for weight in module.parameters():
         assert weight.untyped_storage().nbytes() == weight.itemsize
@@ -145,20 +145,20 @@ def test_bytes_on_disk_are_those_of_the_files(tmp_path):
 
 
 def broken(folder, change):
-    """A saved Llama whose tensors were changed."""
+    """Save a Llama with modified tensors."""
     stored = load_file(saved(folder, "Llama") / SINGLE)
     save_file(change(stored), folder / SINGLE, {"format": "pt"})
     return folder
 
 
-def test_weights_in_no_safetensors_file_are_refused(tmp_path):
+def test_weights_without_a_safetensors_file_are_rejected(tmp_path):
     (saved(tmp_path, "Llama") / SINGLE).unlink()
     with pytest.raises(ModelError, match=rf"has no {SINGLE} and no {INDEX}.*save_pretrained once"):
         on_disk(tmp_path)
 
 
-def test_what_transformers_converts_when_it_loads_is_refused(tmp_path):
-    """A mixture of experts: one file has each expert's matrices, the module has all of them in one."""
+def test_tensors_that_transformers_converts_on_loading_are_rejected(tmp_path):
+    """In a mixture of experts, the file has one matrix per expert, and the module has one for all."""
     config = transformers.MixtralConfig(
         vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2,
@@ -168,28 +168,30 @@ def test_what_transformers_converts_when_it_loads_is_refused(tmp_path):
         on_disk(tmp_path)
 
 
-def test_other_names_are_refused(tmp_path):
+def test_unknown_tensor_names_are_rejected(tmp_path):
     renamed = {"model.norm.weight": "model.final_norm.weight"}
     broken(tmp_path, lambda stored: {renamed.get(key, key): value for key, value in stored.items()})
     with pytest.raises(ModelError, match=r"no tensor model.norm.weight, .* leave --max-memory out"):
         on_disk(tmp_path)
 
 
-def test_quantized_weights_are_refused(tmp_path):
+def test_quantized_weights_are_rejected(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     broken(tmp_path, lambda stored: stored | {name: stored[name].to(torch.int8)})
-    with pytest.raises(ModelError, match=rf"{name} .* type I8, but --max-memory reads F32, F16, BF16; .* not quantized"):
+    with pytest.raises(
+        ModelError, match=rf"{name} .* type I8, but --max-memory reads F32, F16, BF16; .* not quantized"
+    ):
         on_disk(tmp_path)
 
 
-def test_shapes_that_the_config_does_not_give_are_refused(tmp_path):
+def test_shapes_that_contradict_the_config_are_rejected(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     broken(tmp_path, lambda stored: stored | {name: stored[name][:, 1:].contiguous()})
     with pytest.raises(ModelError, match=rf"{name} .* shape \[32, 47\], but the config implies \[32, 48\]"):
         on_disk(tmp_path)
 
 
-def test_models_that_are_no_language_models_of_transformers_are_refused(tmp_path):
+def test_other_models_than_language_models_of_transformers_are_rejected(tmp_path):
     with pytest.raises(ModelError, match=r"--max-memory is for language models of transformers.* is a model of timm"):
         on_disk(models.SAMPLE)
     config = transformers.BertConfig(
@@ -205,7 +207,7 @@ def test_models_that_are_no_language_models_of_transformers_are_refused(tmp_path
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPT2", "GPTNeoX", "Gemma4Text"])
-def test_what_is_written_is_what_was_read_in_the_type_that_it_had(name, shard, tmp_path, monkeypatch):
+def test_written_weights_equal_the_original_in_values_and_dtype(name, shard, tmp_path, monkeypatch):
     monkeypatch.setattr(lazy_weights, "SHARD", shard)
     saved(tmp_path / "from", name, dtype=torch.bfloat16)
     (tmp_path / "to").mkdir()
@@ -215,24 +217,24 @@ def test_what_is_written_is_what_was_read_in_the_type_that_it_had(name, shard, t
     written = {key: value for path in files for key, value in load_file(path).items()}
     stored = load_file(tmp_path / "from" / SINGLE)
     assert set(written) == set(stored)
-    for key, value in stored.items():  # buffers are in float32, as the module has them
+    for key, value in stored.items():  # buffers are float32, as in the module
         assert written[key].dtype == (torch.float32 if key.endswith("layer_scalar") else torch.bfloat16)
         assert torch.equal(written[key], value.to(written[key].dtype))
     if len(files) > 1:
         index = json.loads((tmp_path / "to" / INDEX).read_text())
         assert set(index["weight_map"]) == set(stored)
         assert index["metadata"]["total_size"] == sum(value.nbytes for value in written.values())
-    opened, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to", output_loading_info=True)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    opened, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert opened.dtype == torch.bfloat16
     assert opened.config.vocab_size == VOCABULARY
 
 
-def test_a_written_file_is_laid_out_as_safetensors_lays_it_out(tmp_path):
-    """To the byte, with types of different widths, whose tensors must lie at multiples of their elements."""
+def test_a_written_file_has_the_layout_of_safetensors(tmp_path):
+    """The bytes are equal, also for dtypes of different widths, which must be aligned to their element size."""
     stored = load_file(saved(tmp_path / "from", "Llama") / SINGLE)
     odd = {"a": torch.arange(3, dtype=torch.float16), "b": stored["lm_head.weight"], "n": torch.tensor(True)}
     save_file(odd, tmp_path / "expected", {"format": "pt"})
-    lazy_weights._write_shard(tmp_path / "found", odd)
-    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
-    assert np.array_equal(load_file(tmp_path / "found")["b"].numpy(), odd["b"].numpy())
+    lazy_weights._write_shard(tmp_path / "written", odd)
+    assert (tmp_path / "written").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert np.array_equal(load_file(tmp_path / "written")["b"].numpy(), odd["b"].numpy())

@@ -1,4 +1,4 @@
-"""The whole chain on small models: what the folder and the report hold, and that bad input leaves nothing behind."""
+"""Exports and sweeps of small models: folder, report, and errors, after which no files remain."""
 
 import hashlib
 import itertools
@@ -37,7 +37,7 @@ from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from runtimes.base.timing import Latency, interleave
 
-pytest.importorskip("onnxruntime", reason="the target of these exports")
+pytest.importorskip("onnxruntime", reason="these exports use the target onnxruntime")
 
 
 class Residual(torch.nn.Module):
@@ -74,25 +74,27 @@ def pictures(folder: Path, *, classes: int, each: int, corrupt: int = 0) -> Path
 
 
 def refused(output: Path, words: str, **options: Any) -> None:
-    """The export fails with a sentence that holds `words`, and leaves nothing."""
+    """Check that the export fails with a message that contains `words`, and that no files remain."""
     output.parent.mkdir(exist_ok=True)
     with pytest.raises((CompressorError, PassError)) as caught:
         export.export(Settings(output=output, **({"rounds": 1, "drop": "1"} | options)))
     assert words in str(caught.value)
-    journal = {f".{output.name}.journal"} if options.get("drop") == "auto" else set()  # what a search goes on from
+    journal = (
+        {f".{output.name}.journal"} if options.get("drop") == "auto" else set()
+    )  # a search resumes from its journal
     assert {path.name for path in output.parent.iterdir()} <= journal
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    """One export through the Python API: two corrupt images among good ones, int8, a name to drop."""
+    """One export through the Python API: int8, one attention dropped, two corrupt images in the data."""
     folder = tmp_path_factory.mktemp("exported")
     data = pictures(folder / "images", classes=10, each=3, corrupt=2)
     report = compressor.export(data=data, drop="attention:1", int8="dynamic", rounds=1, batch=64, output=folder / "out")
     return folder / "out", report
 
 
-def test_the_manifest_lists_every_file_with_its_true_hash(exported: tuple[Path, Report]) -> None:
+def test_the_manifest_lists_every_file_with_its_hash(exported: tuple[Path, Report]) -> None:
     folder, _ = exported
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert {"model.onnx", "plan.json", "report.json", "report.html", "config.json", "README.md"} <= set(files)
@@ -109,7 +111,7 @@ def test_corrupt_images_are_counted_and_named_in_the_report(exported: tuple[Path
     assert len(report.data["skipped"]) == 2
 
 
-def test_the_report_holds_what_is_needed_to_repeat_the_export(exported: tuple[Path, Report]) -> None:
+def test_the_report_contains_everything_needed_to_repeat_the_export(exported: tuple[Path, Report]) -> None:
     folder, report = exported
     content = json.loads((folder / "report.json").read_text())
     assert content == json.loads(report.to_json())
@@ -122,7 +124,7 @@ def test_the_report_holds_what_is_needed_to_repeat_the_export(exported: tuple[Pa
     assert {"load the model", "build for onnxruntime"} <= {step["name"] for step in content["steps"]}
 
 
-def test_random_data_states_no_quality(tmp_path: Path) -> None:
+def test_random_data_has_no_quality(tmp_path: Path) -> None:
     # A large batch, because a burst of a model this small would otherwise hold a hundred thousand samples.
     report = compressor.export(
         Residual(),
@@ -142,7 +144,7 @@ def test_random_data_states_no_quality(tmp_path: Path) -> None:
 
 def test_labels_beyond_the_models_classes_are_refused(tmp_path: Path) -> None:
     data = pictures(tmp_path / "images", classes=12, each=2)
-    refused(tmp_path / "room" / "out", "labels up to 11, but sample knows only 10 classes", data=data)
+    refused(tmp_path / "room" / "out", "labels up to 11, but sample has only 10 classes", data=data)
 
 
 def test_a_model_without_any_site_is_refused(tmp_path: Path, vectors: str) -> None:
@@ -183,7 +185,7 @@ def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
         (None, "cannot be read"),
     ],
 )
-def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_an_invalid_plan_file_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content is not None:
         (tmp_path / "plan.json").write_bytes(content)
     refused(tmp_path / "room" / "out", words, drop=str(tmp_path / "plan.json"), samples=12)
@@ -201,8 +203,8 @@ def test_a_plan_for_another_model_or_with_unknown_sites_is_refused(
     refused(tmp_path / "room" / "out", "blocks.77.attn", drop=str(tmp_path / "unknown.json"), samples=12)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on file size fails the real ONNX writer in the middle of a file, as a full disk does."""
+def test_a_full_disk_is_reported_and_no_files_remain(tmp_path: Path) -> None:
+    """A limit on the file size makes the ONNX writer fail in the middle of a file, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -211,13 +213,13 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_inspect_takes_a_module() -> None:
+def test_inspect_accepts_a_module() -> None:
     inspection = compressor.inspect(Residual(), example_inputs=torch.zeros(2, 8), data="random")
     assert len(inspection.rows()) == 3
     assert (SAMPLE / "digits.npz").is_file()
 
 
-def test_external_weights_are_shipped_under_their_new_name_and_as_readable_as_the_model(tmp_path: Path) -> None:
+def test_external_weights_are_copied_with_the_name_and_mode_of_the_model(tmp_path: Path) -> None:
     weight = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 64]) for name in "xy"]
     graph = onnx.helper.make_graph(
@@ -238,13 +240,13 @@ def test_external_weights_are_shipped_under_their_new_name_and_as_readable_as_th
 
 
 class Uneven(Residual):
-    """Branches of very different weight, the lightest last: what is dropped first is known."""
+    """Branches of decreasing weight, so that the last one is dropped first."""
 
     def __init__(self) -> None:
         super().__init__(4)
         with torch.no_grad():
-            for place, inner in enumerate(self.inner):
-                inner.weight.mul_(2.0 * 0.4**place)  # type: ignore[operator, union-attr]
+            for number, inner in enumerate(self.inner):
+                inner.weight.mul_(2.0 * 0.4**number)  # type: ignore[operator, union-attr]
 
 
 def uneven() -> tuple[torch.nn.Module, torch.Tensor]:
@@ -254,7 +256,7 @@ def uneven() -> tuple[torch.nn.Module, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings of a module with data whose labels are its own answers, so that it is right everywhere."""
+    """Options of a module with data whose labels are its own predictions, so that its accuracy is 100 %."""
     rows = np.random.default_rng(0).standard_normal((240, 8)).astype(np.float32)
     with torch.no_grad():
         labels = Uneven()(torch.from_numpy(rows)).argmax(-1).numpy()
@@ -271,12 +273,12 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real timing, but for a moment only: these tests are about what is written, not about figures."""
+    """Shorten the timing; these tests check the files, not the latencies."""
     monkeypatch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
 
 
 def by_operators(openers: Mapping[str, Any], feeds: Any, **_: Any) -> dict[str, Latency]:
-    """A clock that counts: 1 ms for each matrix multiplication of the engine's ONNX file."""
+    """Return latencies of 1 ms per matrix multiplication in the ONNX file of each engine."""
 
     def milliseconds(path: Path) -> float:
         nodes = onnx.load(str(path)).graph.node
@@ -286,13 +288,13 @@ def by_operators(openers: Mapping[str, Any], feeds: Any, **_: Any) -> dict[str, 
 
 
 def never_faster(openers: Mapping[str, Any], feeds: Any, **_: Any) -> dict[str, Latency]:
-    """A clock for which every engine takes 2 ms."""
+    """Return a latency of 2 ms for every engine."""
     return {name: Latency(((2.0,) * 4,)) for name in openers}
 
 
 @pytest.fixture(scope="module")
 def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Front]:
-    """A front all of whose efficient points are built."""
+    """A front with enough points to build every efficient one."""
     output = tmp_path_factory.mktemp("swept") / "front"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
@@ -300,7 +302,7 @@ def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return output, front
 
 
-def test_every_plan_of_a_front_is_exported_as_it_was_measured(
+def test_the_export_of_every_plan_of_a_front_has_the_measured_quality(
     swept: tuple[Path, Front], labelled: dict[str, Any], brief: None, tmp_path: Path
 ) -> None:
     folder, front = swept
@@ -314,12 +316,12 @@ def test_every_plan_of_a_front_is_exported_as_it_was_measured(
             assert report.quality is not None
             assert report.quality.figures["result"].value == row["figure"]["value"]
             assert report.quality.loss["baseline"].value == row["test_loss"]["value"]
-            # The same weights, fitted on the same samples: rounding of another engine's float32.
+            # The fitted weights are the same; the engines differ in float32 rounding.
             free = report.quality.label_free["divergence"].value
             assert free == pytest.approx(row["label_free"]["divergence"]["value"], rel=1e-3, abs=1e-6)
 
 
-def test_a_front_goes_from_the_model_as_it_is_to_ever_cheaper_ones(swept: tuple[Path, Front]) -> None:
+def test_a_front_starts_at_the_original_and_decreases_in_cost(swept: tuple[Path, Front]) -> None:
     points = swept[1].points
     assert points[0].plan.changes == {}
     assert (points[0].loss, points[0].predicted) == (0.0, 1.0)
@@ -328,7 +330,7 @@ def test_a_front_goes_from_the_model_as_it_is_to_ever_cheaper_ones(swept: tuple[
         assert list(before.plan.changes.items()) == list(after.plan.changes.items())[: len(before.plan.changes)]
 
 
-def test_an_interrupted_sweep_goes_on_and_an_old_folder_stays_until_then(
+def test_an_interrupted_sweep_resumes_and_keeps_the_old_folder_until_it_ends(
     swept: tuple[Path, Front], labelled: dict[str, Any], brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "front"
@@ -357,10 +359,10 @@ def test_an_interrupted_sweep_goes_on_and_an_old_folder_stays_until_then(
     assert again.search["sweeps"] < swept[1].search["sweeps"]
 
 
-def test_a_sweep_that_fails_leaves_only_what_it_would_go_on_from(
+def test_a_failed_sweep_leaves_only_its_journal(
     labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The search is done by then: what it measured is not lost with the engines."""
+    """The measurements of the search are kept if a later step fails."""
 
     def failing(*_: Any) -> None:
         raise CompressorError("the engine fell asleep")
@@ -371,7 +373,7 @@ def test_a_sweep_that_fails_leaves_only_what_it_would_go_on_from(
     assert [path.name for path in tmp_path.iterdir()] == [".front.journal"]
 
 
-def test_the_report_of_a_search_says_what_it_did(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
+def test_the_report_describes_the_search(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
     report = compressor.export(**labelled, cost="macs", max_loss=30.0, output=tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     search = content["search"]
@@ -388,7 +390,7 @@ def test_the_report_of_a_search_says_what_it_did(labelled: dict[str, Any], brief
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the journal is gone
 
 
-def test_a_wish_for_speed_is_fulfilled_on_the_clock(
+def test_the_goal_for_speed_is_reached_in_measured_latency(
     labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_timing, "interleave", by_operators)
@@ -399,14 +401,14 @@ def test_a_wish_for_speed_is_fulfilled_on_the_clock(
     assert report.missed() == ()
 
 
-def test_a_wish_that_no_plan_fulfils_ends_with_status_1_and_a_whole_folder(
+def test_a_goal_that_no_plan_reaches_ends_with_status_1_and_a_complete_folder(
     labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_timing, "interleave", never_faster)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     arguments = ["export", f"{Path(__file__).stem}:uneven", "--data", labelled["data"], "--task", labelled["task"]]
-    wish = ["--speedup", "1.5", "--actions", "drop"]
-    done = CliRunner().invoke(main, [*arguments, *wish, "--quiet", "--output", str(tmp_path / "out")])
+    goal = ["--speedup", "1.5", "--actions", "drop"]
+    done = CliRunner().invoke(main, [*arguments, *goal, "--quiet", "--output", str(tmp_path / "out")])
     assert done.exit_code == 1, done.output
     sentence = "The result is 1x faster, not 1.5x as asked for."
     assert sentence in " ".join(done.stdout.split())
@@ -421,21 +423,23 @@ def test_a_wish_that_no_plan_fulfils_ends_with_status_1_and_a_whole_folder(
 @pytest.mark.parametrize(
     ("drop", "action"), [("attention:1", "linear"), pytest.param("attention:1", "fuse", marks=pytest.mark.slow)]
 )
-def test_the_embedded_sample_is_exported_with_stand_ins(brief: None, tmp_path: Path, drop: str, action: str) -> None:
+def test_the_embedded_sample_is_exported_with_fitted_maps(brief: None, tmp_path: Path, drop: str, action: str) -> None:
     report = compressor.export(drop=drop, actions=action, samples=60, rounds=1, output=tmp_path / "out")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(content["plan"]["changes"].values()) == {action}
     assert content["plan"]["dropped"] == []
     assert report.summary().startswith("Changed ")
     assert report.sizes["result"].multiply_adds < report.sizes["baseline"].multiply_adds
-    assert report.parity["result"] < 1e-2  # what the parity check of `compressor.lower` allows at most
+    assert report.parity["result"] < 1e-2  # the largest difference that the parity check allows
 
 
 @pytest.mark.parametrize("action", ["low-rank:2", "tba"])
-def test_a_plan_with_stand_ins_is_replayed(action: str, labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
+def test_a_plan_with_fitted_maps_is_replayed(
+    action: str, labelled: dict[str, Any], brief: None, tmp_path: Path
+) -> None:
     first = compressor.export(**labelled, drop="2", metric="reverse", actions=action, output=tmp_path / "first")
     again = compressor.export(**labelled, drop=str(tmp_path / "first" / "plan.json"), output=tmp_path / "again")
-    # One stand-in takes the place of both, which follow each other: the other one only goes.
+    # One map replaces both consecutive branches, so the other branch is dropped.
     assert sorted(first.plan.changes.values()) == sorted(["drop", action])
     assert (tmp_path / "again" / "plan.json").read_text() == (tmp_path / "first" / "plan.json").read_text()
     assert first.quality is not None
@@ -443,10 +447,10 @@ def test_a_plan_with_stand_ins_is_replayed(action: str, labelled: dict[str, Any]
     assert first.quality.label_free["divergence"].value > 0.0
 
 
-def test_the_result_is_held_against_the_graph_before_it_was_folded(
+def test_the_result_is_compared_with_the_graph_before_folding(
     labelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folding that breaks the model would pass a comparison with the folded graph."""
+    """A comparison with the folded graph would not detect an error of the folding."""
 
     def breaking(graph: Graph) -> Graph:
         fork = graph.fork()
@@ -460,10 +464,10 @@ def test_the_result_is_held_against_the_graph_before_it_was_folded(
 
 
 @pytest.mark.parametrize("method", ["closed-form", "distill"])
-def test_healing_is_reported_and_never_makes_it_worse(
+def test_healing_is_reported_and_does_not_increase_the_loss(
     method: str, labelled: dict[str, Any], brief: None, tmp_path: Path
 ) -> None:
-    pytest.importorskip("compressor.heal.heal", reason="healing is not there yet")
+    pytest.importorskip("compressor.heal.heal", reason="compressor.heal cannot be imported")
     report = compressor.export(
         **labelled, drop="2", metric="reverse", heal=method, heal_budget=10.0, output=tmp_path / "out"
     )
@@ -478,6 +482,6 @@ def test_healing_is_reported_and_never_makes_it_worse(
     assert list(report.plan.changes.values()) == ["drop", "drop"]
 
 
-def test_nothing_is_healed_where_nothing_was_changed(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
+def test_healing_is_skipped_without_changes(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
     report = compressor.export(**labelled, drop="none", heal="closed-form", output=tmp_path / "out")
     assert report.healed is None

@@ -1,4 +1,4 @@
-"""Export and inspect under --max-memory: what they give is what the same command without it gives."""
+"""Export and inspect with --max-memory, compared with the same command without it."""
 
 import dataclasses
 import json
@@ -26,22 +26,22 @@ from passes.base import PassError
 from runtimes.base.timing import interleave
 from tests.decoders import random_tokens, saved
 
-ENOUGH = 512 * GIB  # the tests' process may hold anything: limits that bind are held to in processes of their own
-SAME = 1e-6  # relative: the same operators on batches that are cut elsewhere
-FILE = 1e-5  # of logits of size 1, from ONNX files whose transposes were folded by one way or the other
+ENOUGH = 512 * GIB  # never reached; tests of a limit that is reached run in processes of their own
+SAME = 1e-6  # relative tolerance of the same operators on other batches
+FILE = 1e-5  # tolerance of logits of size 1 from ONNX files that were folded in another way
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small Llama in float32, and texts of which some are longer than a window."""
-    place = tmp_path_factory.mktemp("large")
-    saved(place / "llama", "Llama", shard="20KB")
-    np.save(place / "tokens.npy", random_tokens(24, 17).numpy())
-    return place
+    """A folder with a small Llama in float32 and texts, some longer than a window."""
+    folder = tmp_path_factory.mktemp("large")
+    saved(folder / "llama", "Llama", shard="20KB")
+    np.save(folder / "tokens.npy", random_tokens(24, 17).numpy())
+    return folder
 
 
-def asked(folder, output, **options):
-    told = {
+def settings_for(folder, output, **options):
+    defaults = {
         "drop": "block:1",
         "target": "transformers",
         "rounds": 1,
@@ -49,42 +49,42 @@ def asked(folder, output, **options):
         "stride": 5,
         "max_memory": ENOUGH,
     }
-    return Settings(folder / "llama", folder / "tokens.npy", output=output, **told | options)
+    return Settings(folder / "llama", folder / "tokens.npy", output=output, **defaults | options)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(folder, tmp_path_factory):
-    """Folders and reports of a checkpoint without a block, under a limit and without one."""
-    place = tmp_path_factory.mktemp("checkpoints")
-    found = {}
+    """Folders and reports of a checkpoint without one block, exported with and without a limit."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    exports = {}
     for name, limit in (("streamed", ENOUGH), ("whole", None)):
-        settings = asked(folder, place / name, max_memory=limit)
-        found[name] = (place / name, export.export(settings))
-    assert sorted(path.name for path in place.iterdir()) == ["streamed", "whole"]
-    return found
+        settings = settings_for(folder, root / name, max_memory=limit)
+        exports[name] = (root / name, export.export(settings))
+    assert sorted(path.name for path in root.iterdir()) == ["streamed", "whole"]
+    return exports
 
 
 @pytest.fixture(scope="module")
 def onnx_folders(folder, tmp_path_factory):
-    """Folders and reports of ONNX files without two attentions, under a limit and without one."""
-    place = tmp_path_factory.mktemp("onnx")
-    found = {}
+    """Folders and reports of ONNX files without two attentions, exported with and without a limit."""
+    root = tmp_path_factory.mktemp("onnx")
+    exports = {}
     for name, limit in (("streamed", ENOUGH), ("whole", None)):
         options = {"drop": "attention:2", "target": "onnxruntime", "defer_build": True, "max_memory": limit}
-        found[name] = (place / name, export.export(asked(folder, place / name, **options)))
-    assert sorted(path.name for path in place.iterdir()) == ["streamed", "whole"]
-    return found
+        exports[name] = (root / name, export.export(settings_for(folder, root / name, **options)))
+    assert sorted(path.name for path in root.iterdir()) == ["streamed", "whole"]
+    return exports
 
 
 def weights(folder):
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-def test_the_checkpoint_is_that_of_an_export_in_memory(checkpoints):
+def test_the_checkpoint_equals_that_of_an_export_in_memory(checkpoints):
     (streamed, report), (whole, expected) = checkpoints["streamed"], checkpoints["whole"]
-    found, right = weights(streamed), weights(whole)
-    assert set(found) == set(right)
-    assert all(torch.equal(found[name], right[name]) for name in right)
+    ours, right = weights(streamed), weights(whole)
+    assert set(ours) == set(right)
+    assert all(torch.equal(ours[name], right[name]) for name in right)
     left, other = (json.loads((each / "config.json").read_text()) for each in (streamed, whole))
     assert left == other
     assert left["num_hidden_layers"] == 2
@@ -95,24 +95,24 @@ def test_the_checkpoint_is_that_of_an_export_in_memory(checkpoints):
 
 
 @pytest.mark.parametrize("kind", ["checkpoints", "onnx_folders"])
-def test_quality_is_that_of_an_export_in_memory(kind, request):
-    """Over the same windows of the same texts: each token once, though texts are longer than a window."""
+def test_quality_equals_that_of_an_export_in_memory(kind, request):
+    """Both evaluate the same windows, which contain each token once although texts are longer than a window."""
     (_, report), (_, expected) = request.getfixturevalue(kind).values()
     assert report.quality.metric == expected.quality.metric == "perplexity"
     for name in ("baseline", "result"):
-        found, right = (each.quality.figures[name] for each in (report, expected))
-        assert found.value == pytest.approx(right.value, rel=FILE)
-        assert (found.low, found.high) == pytest.approx((right.low, right.high), rel=FILE)
+        figure, right = (each.quality.figures[name] for each in (report, expected))
+        assert figure.value == pytest.approx(right.value, rel=FILE)
+        assert (figure.low, figure.high) == pytest.approx((right.low, right.high), rel=FILE)
     for name, right in expected.quality.label_free.items():
         assert report.quality.label_free[name].value == pytest.approx(right.value, rel=1e-3)
     assert report.quality.figures["result"].n == expected.quality.figures["result"].n
 
 
-def test_sizes_are_those_of_an_export_in_memory(checkpoints):
+def test_sizes_equal_those_of_an_export_in_memory(checkpoints):
     (streamed, report), (_, expected) = checkpoints.values()
     for name in ("baseline", "result"):
-        found, right = report.sizes[name], expected.sizes[name]
-        assert (found.parameters, found.multiply_adds, found.cache) == (
+        size, right = report.sizes[name], expected.sizes[name]
+        assert (size.parameters, size.multiply_adds, size.cache) == (
             right.parameters,
             right.multiply_adds,
             right.cache,
@@ -120,11 +120,11 @@ def test_sizes_are_those_of_an_export_in_memory(checkpoints):
     assert report.sizes["result"].bytes == sum(value.nbytes for value in weights(streamed).values())
 
 
-def test_the_report_says_how_it_came_about_and_has_a_page_and_a_card(checkpoints):
+def test_the_folder_has_a_report_a_page_and_a_model_card(checkpoints):
     streamed, report = checkpoints["streamed"]
     assert report.latency == {}
     assert report.parity["result"] <= SAME
-    assert any(f"under the {ENOUGH / GIB:.2f} GiB allowed" in note for note in report.notes)
+    assert any(f"under the limit of {ENOUGH / GIB:.2f} GiB" in note for note in report.notes)
     page, card = ((streamed / name).read_text() for name in ("report.html", "README.md"))
     assert "block by block" in page
     assert "library_name: transformers" in card
@@ -140,7 +140,7 @@ def session(path):
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "deferred/baseline.onnx"])
-def test_the_onnx_files_answer_as_those_of_an_export_in_memory(file, folder, onnx_folders):
+def test_the_onnx_files_compute_the_outputs_of_an_export_in_memory(file, folder, onnx_folders):
     (streamed, _), (whole, _) = onnx_folders.values()
     left, right = session(streamed / file), session(whole / file)
     names = [each.name for each in right.get_inputs()]
@@ -150,12 +150,12 @@ def test_the_onnx_files_answer_as_those_of_an_export_in_memory(file, folder, onn
     ids = random_tokens(3, 11, seed=5).numpy()
     feeds = complete_feeds({"input_ids": ids, "attention_mask": np.ones_like(ids)})
     feeds = {name: feeds[name] for name in names}
-    for found, expected in zip(left.run(None, feeds), right.run(None, feeds), strict=True):
-        np.testing.assert_allclose(found, expected, atol=FILE * np.abs(expected).max(), rtol=0)
+    for output, expected in zip(left.run(None, feeds), right.run(None, feeds), strict=True):
+        np.testing.assert_allclose(output, expected, atol=FILE * np.abs(expected).max(), rtol=0)
 
 
-def test_weights_are_stored_once_and_beside_the_onnx_file(onnx_folders):
-    """In one piece with its weights the file would be in memory as a whole; none is transposed when it is opened."""
+def test_weights_are_stored_once_in_a_file_next_to_the_onnx_file(onnx_folders):
+    """An ONNX file that contains its weights would be loaded as a whole; no weight is transposed on loading."""
     import onnx
 
     (streamed, report), (whole, _) = onnx_folders.values()
@@ -169,14 +169,14 @@ def test_weights_are_stored_once_and_beside_the_onnx_file(onnx_folders):
     assert nodes.count("MatMul") == expected.count("MatMul")
 
 
-def test_a_folder_without_any_attention_says_that_it_keeps_no_cache(folder, tmp_path):
+def test_the_config_of_a_result_without_attention_disables_the_cache(folder, tmp_path):
     options = {"drop": "attention:3", "target": "onnxruntime", "defer_build": True, "samples": 6}
-    report = export.export(asked(folder, tmp_path / "out", **options))
+    report = export.export(settings_for(folder, tmp_path / "out", **options))
     assert report.sizes["result"].cache == 0 < report.sizes["baseline"].cache
     assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is False
 
 
-def test_a_device_completes_the_folder(onnx_folders, tmp_path, monkeypatch):
+def test_build_completes_the_folder(onnx_folders, tmp_path, monkeypatch):
     def brief(openers, feeds, **options):
         return interleave(openers, feeds, **(options | {"rounds": 1, "burst_seconds": 0.01, "warmup_seconds": 0.01}))
 
@@ -184,46 +184,46 @@ def test_a_device_completes_the_folder(onnx_folders, tmp_path, monkeypatch):
     streamed, before = onnx_folders["streamed"]
     assert before.engine["state"] == "deferred"
     assert before.latency == {}
-    place = shutil.copytree(streamed, tmp_path / "device")
-    report = build.build(place, rounds=1)
+    device = shutil.copytree(streamed, tmp_path / "device")
+    report = build.build(device, rounds=1)
     assert set(report.latency) == {"baseline", "result"}
     assert all(each["parity"] <= FILE for each in report.engine["measured"].values())
-    assert json.loads((place / "report.json").read_text())["engine"]["state"] == "built"
-    assert "quality with torch" in (place / "report.html").read_text()
+    assert json.loads((device / "report.json").read_text())["engine"]["state"] == "built"
+    assert "quality with torch" in (device / "report.html").read_text()
 
 
-def test_inspect_finds_what_it_finds_in_memory(folder, tmp_path):
-    settings = asked(folder, tmp_path / "out", drop="none")
-    found, expected = (inspect.inspect(dataclasses.replace(settings, max_memory=limit)) for limit in (ENOUGH, None))
+def test_inspect_gives_the_scores_of_a_run_in_memory(folder, tmp_path):
+    settings = settings_for(folder, tmp_path / "out", drop="none")
+    streamed, expected = (inspect.inspect(dataclasses.replace(settings, max_memory=limit)) for limit in (ENOUGH, None))
     assert not any(tmp_path.iterdir())
-    for left, right in zip(found.rows(), expected.rows(), strict=True):
+    for left, right in zip(streamed.rows(), expected.rows(), strict=True):
         numbers = ("cosine", "angular", "update")
         assert {key: left[key] for key in left if key not in numbers} == {
             key: right[key] for key in right if key not in numbers
         }
         assert [left[key] for key in numbers] == pytest.approx([right[key] for key in numbers], rel=SAME)
-    assert (found.at_ends, expected.at_ends) == (True, False)
-    told = [json.loads(each.to_json())["similarity_over"] for each in (found, expected)]
-    assert told == ["last tokens of texts", "all tokens"]
+    assert (streamed.at_ends, expected.at_ends) == (True, False)
+    tokens = [json.loads(each.to_json())["similarity_over"] for each in (streamed, expected)]
+    assert tokens == ["last tokens of texts", "all tokens"]
 
 
 def test_a_plan_of_an_export_is_replayed(checkpoints, folder, tmp_path):
     streamed, report = checkpoints["streamed"]
-    again = export.export(asked(folder, tmp_path / "again", drop=str(streamed / "plan.json"), samples=6))
+    again = export.export(settings_for(folder, tmp_path / "again", drop=str(streamed / "plan.json"), samples=6))
     assert again.plan.changes == report.plan.changes
-    found, right = weights(tmp_path / "again"), weights(streamed)
-    assert all(torch.equal(found[name], right[name]) for name in right)
+    replayed, right = weights(tmp_path / "again"), weights(streamed)
+    assert all(torch.equal(replayed[name], right[name]) for name in right)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command_line_tells_what_was_done(folder, tmp_path, monkeypatch):
+def test_the_command_line_shows_the_peak_memory_and_the_quality(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = f"--drop block:1 --target transformers --max-memory 512GiB --samples 6 --data {folder / 'tokens.npy'} -q"
     done = CliRunner().invoke(main, ["export", str(folder / "llama"), *options.split()], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "GiB allowed" in " ".join(done.output.split())
+    assert "under the limit of 512.00 GiB" in " ".join(done.output.split())
     assert "perplexity" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["compressed"]
 
@@ -235,7 +235,7 @@ def test_the_command_line_tells_what_was_done(folder, tmp_path, monkeypatch):
         *((text, None) for text in ("64k", "0", "-1GiB", "inf", "nan", "GiB", "")),
     ],
 )
-def test_sizes_are_read_with_their_units(text, expected):
+def test_sizes_are_parsed_with_their_units(text, expected):
     import click
 
     if expected is not None:
@@ -259,19 +259,19 @@ def test_sizes_are_read_with_their_units(text, expected):
         ({"random_weights": True}, "--random-weights"),
     ],
 )
-def test_what_needs_the_whole_model_is_refused_at_once(options, words, folder, tmp_path):
+def test_options_that_need_the_whole_model_are_refused(options, words, folder, tmp_path):
     with pytest.raises(SettingsError, match=f"found {words} with --max-memory"):
-        asked(folder, tmp_path / "out", **options)
+        settings_for(folder, tmp_path / "out", **options)
 
 
-def test_an_engine_is_left_to_another_machine(folder, tmp_path):
+def test_building_an_engine_is_refused(folder, tmp_path):
     with pytest.raises(LargeError, match=r"add --defer-build.* or give --target transformers"):
-        export.export(asked(folder, tmp_path / "out", target="onnxruntime"))
+        export.export(settings_for(folder, tmp_path / "out", target="onnxruntime"))
     assert not any(tmp_path.iterdir())
 
 
 def test_a_study_is_refused(folder, tmp_path):
-    with pytest.raises(SettingsError, match="--study compares all layers at once"):
+    with pytest.raises(SettingsError, match="found --study with --max-memory"):
         compressor.inspect(folder / "llama", data=folder / "tokens.npy", study=True, max_memory=ENOUGH)
 
 
@@ -282,34 +282,36 @@ def test_a_plan_that_does_more_than_drop_is_refused(checkpoints, folder, tmp_pat
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     options = {"drop": str(tmp_path / "plan.json"), "target": "onnxruntime", "defer_build": True}
     with pytest.raises(ChoiceError, match=f"linear at {site['site']}, which is fitted or measured on the whole model"):
-        export.export(asked(folder, tmp_path / "out", **options))
+        export.export(settings_for(folder, tmp_path / "out", **options))
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])
-def test_too_little_memory_is_told_and_leaves_nothing(command, folder, tmp_path):
-    settings = asked(folder, tmp_path / "out", max_memory=2**20, drop="none" if command == "inspect" else "block:1")
+def test_a_limit_that_is_too_small_is_refused_and_no_files_remain(command, folder, tmp_path):
+    settings = settings_for(
+        folder, tmp_path / "out", max_memory=2**20, drop="none" if command == "inspect" else "block:1"
+    )
     with pytest.raises(RoomError, match=r"is too little: .* give at least [\d.]+GiB"):
         getattr(export, command)(settings)
     assert not any(tmp_path.iterdir())
 
 
-def test_damaged_weights_show_and_leave_nothing(folder, tmp_path):
-    """They are not looked through before, as those of a model in memory are."""
-    place = shutil.copytree(folder / "llama", tmp_path / "llama")
+def test_damaged_weights_are_detected_and_no_files_remain(folder, tmp_path):
+    """Weights on disk are not checked on loading, unlike those of a model in memory."""
+    damaged = shutil.copytree(folder / "llama", tmp_path / "llama")
     broken = next(
-        path for path in place.glob("*.safetensors") if "model.layers.1.mlp.down_proj.weight" in load_file(path)
+        path for path in damaged.glob("*.safetensors") if "model.layers.1.mlp.down_proj.weight" in load_file(path)
     )
     stored = load_file(broken)
     stored["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
     save_file(stored, broken, {"format": "pt"})
     with pytest.raises(PassError, match=r"site model.layers.1.mlp computes values that are NaN"):
-        export.export(dataclasses.replace(asked(folder, tmp_path / "out"), model=place))
+        export.export(dataclasses.replace(settings_for(folder, tmp_path / "out"), model=damaged))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
-def test_nothing_is_computed_with_random_data_but_the_ranking(folder, tmp_path):
-    settings = dataclasses.replace(asked(folder, tmp_path / "out", max_length=None, stride=None), data="random")
+def test_random_data_gives_a_ranking_but_no_quality(folder, tmp_path):
+    settings = dataclasses.replace(settings_for(folder, tmp_path / "out", max_length=None, stride=None), data="random")
     report = export.export(dataclasses.replace(settings, samples=6))
     assert report.quality is None
     assert report.no_quality_because == "the data is random"

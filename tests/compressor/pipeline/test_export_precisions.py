@@ -1,4 +1,4 @@
-"""Real exports in each precision: what the folder holds and what the report says."""
+"""Exports in each precision: the files of the folder and the contents of the report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Residual(torch.nn.Module):
 
 @pytest.fixture
 def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A module and data; timed for a moment only."""
+    """Options of a short export of a module with data."""
     monkeypatch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
     rows = np.random.default_rng(0).standard_normal((160, 32)).astype(np.float32)
     np.savez(tmp_path / "rows.npz", x=rows, y=Residual()(torch.from_numpy(rows)).argmax(-1).numpy())
@@ -47,7 +47,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return common | {"drop": "none", "rounds": 1, "task": "image-classification", "output": tmp_path / "out"}
 
 
-def test_an_int4_export_ships_weights_of_4_bits(subject: dict[str, Any], tmp_path: Path) -> None:
+def test_an_int4_export_has_weights_of_4_bits(subject: dict[str, Any], tmp_path: Path) -> None:
     report = compressor.export(**subject, precision="int4", max_precision_loss=100.0)
     assert count(tmp_path / "out" / "model.onnx", "MatMulNBits") == 3
     assert (report.precision["result"]["precision"], report.precision["result"]["by"]) == ("int4", "onnxruntime")
@@ -55,7 +55,7 @@ def test_an_int4_export_ships_weights_of_4_bits(subject: dict[str, Any], tmp_pat
     assert list(report.latency) == ["original", "baseline", "result"]
 
 
-def test_an_auto_export_is_in_one_of_the_targets_precisions_and_says_what_was_tried(
+def test_an_auto_export_chooses_a_precision_of_the_target_and_reports_all_trials(
     subject: dict[str, Any], tmp_path: Path
 ) -> None:
     report = compressor.export(**subject, precision="auto", max_precision_loss=100.0)
@@ -71,7 +71,7 @@ def test_an_auto_export_is_in_one_of_the_targets_precisions_and_says_what_was_tr
     assert set(report.precision) == (set() if chosen["precision"] == "fp32" else {"baseline", "result"})
 
 
-def test_an_fp16_export_of_openvino_is_measured_in_fp16_again(subject: dict[str, Any], tmp_path: Path) -> None:
+def test_bench_measures_an_fp16_export_of_openvino_in_fp16(subject: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     out = tmp_path / "out"
     compressor.export(**subject, target="openvino", precision="fp16", max_precision_loss=100.0)
@@ -82,4 +82,4 @@ def test_an_fp16_export_of_openvino_is_measured_in_fp16_again(subject: dict[str,
     (entry,) = given([str(out)])[0].entries(None, None, compiled=False)
     assert (entry.target, entry.precision, entry.file) == ("openvino", "fp16", out / "model.onnx")
     (elsewhere,) = given([str(out)])[0].entries(None, "onnxruntime", compiled=False)
-    assert (elsewhere.target, elsewhere.precision) == ("onnxruntime", "fp32")  # what the file itself is in
+    assert (elsewhere.target, elsewhere.precision) == ("onnxruntime", "fp32")  # the precision of the ONNX file

@@ -1,4 +1,4 @@
-"""What `inspect` shows: rows that agree with scores and costs, JSON without NaN, a picture, a table of 80 columns."""
+"""Tests of an inspection: rows of scores and costs, JSON without NaN, heat map, and a table of 80 columns."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from compressor.report.inspection import Inspection
 
 
 class Changing(torch.nn.Module):
-    """Two sites of one width, and after a projection one of another: their states cannot be compared."""
+    """Two sites of one width and, after a projection, a third of another width, whose states cannot be compared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ def test_rows_hold_the_analytic_costs(inspected: Inspection) -> None:
     assert all(row["effect"] >= 0.0 for row in rows)
 
 
-def test_the_json_is_strict_and_states_of_other_shape_are_null(inspected: Inspection) -> None:
+def test_the_json_is_strict_and_pairs_of_different_shapes_are_null(inspected: Inspection) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     content = json.loads(inspected.to_json(), parse_constant=refuse)
     matrix = content["similarity"]
     assert len(matrix) == len(content["states"]) == len(matrix[0])
-    assert all(row[place] == pytest.approx(1.0, abs=1e-6) for place, row in enumerate(matrix))  # float32 states
+    assert all(row[index] == pytest.approx(1.0, abs=1e-6) for index, row in enumerate(matrix))  # float32 states
     assert matrix[0][-1] is None
 
 
@@ -71,7 +71,7 @@ def test_the_table_fits(inspected: Inspection, width: int) -> None:
     assert all(any(site.name in line for line in lines) for site in inspected.sites)
 
 
-def test_counts_are_short() -> None:
+def test_counts_are_abbreviated() -> None:
     assert [scaled(count) for count in (0, 999, 1_500, 86_000_000, 17_500_000_000)] == [
         "0",
         "999",

@@ -1,4 +1,4 @@
-"""The front: which points no other beats, which are built, and what JSON, table and picture say about them."""
+"""Tests of the Pareto front: efficient points, points to build, and JSON, table and chart."""
 
 import io
 import json
@@ -24,16 +24,16 @@ LOSSES, COSTS, DIVERGENCES = (0.0, 0.5, 0.4, 3.25, 3.25), (8.0, 6.4, 5.0, 4.0, 4
 
 
 def plan(count: int) -> Plan:
-    """The plan of the first `count` changes."""
+    """Return the plan of the first `count` changes."""
     decisions = tuple(
-        Decision(site, action if place < count else "keep", "r")
-        for place, (site, action) in enumerate(zip(SITES, ACTIONS, strict=True))
+        Decision(site, action if index < count else "keep", "r")
+        for index, (site, action) in enumerate(zip(SITES, ACTIONS, strict=True))
     )
     return Plan("sample", "0", f"sweep, point {count}", "output", decisions, SITES[:count])
 
 
 def quality() -> Evaluation:
-    """Ten samples: the original gets nine right, the plan of three changes seven of them."""
+    """Return an evaluation of ten samples: the original is right on nine, the plan of three changes on seven."""
     right = np.array([1.0] * 9 + [0.0])
     fewer = np.array([1.0] * 7 + [0.0] * 3)
     divergence = np.linspace(0.1, 1.0, 10)
@@ -42,7 +42,7 @@ def quality() -> Evaluation:
 
 
 def front(evaluation: Evaluation | None) -> Front:
-    kept = efficient(COSTS, LOSSES)
+    optimal = efficient(COSTS, LOSSES)
     points = [
         Point(
             number,
@@ -51,7 +51,7 @@ def front(evaluation: Evaluation | None) -> Front:
             DIVERGENCES[number],
             8.0 / cost,
             int(cost * 1000),
-            kept[number],
+            optimal[number],
             next(reversed(plan(number).changes.items()), None),
         )
         for number, cost in enumerate(COSTS)
@@ -70,54 +70,54 @@ def front(evaluation: Evaluation | None) -> Front:
     )
 
 
-def printed(of: Front, width: int) -> list[str]:
+def printed(pareto: Front, width: int) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=width).print(of.table())
+    Console(file=stream, width=width).print(pareto.table())
     return stream.getvalue().splitlines()
 
 
-# ------------------------------------------------------------------------------------------------------ which points
+# -------------------------------------------------------------------------------------------------------------- points
 
 few = st.integers(0, 4).map(float)  # few values, so that ties are common
 
 
 @given(st.lists(st.tuples(few, few), min_size=1, max_size=12))
 def test_a_point_is_efficient_unless_another_is_no_worse_in_both_and_better_in_one(pairs: list[Any]) -> None:
-    kept = efficient([cost for cost, _ in pairs], [loss for _, loss in pairs])
-    for mine, is_kept in zip(pairs, kept, strict=True):
-        beaten = False
+    optimal = efficient([cost for cost, _ in pairs], [loss for _, loss in pairs])
+    for mine, is_optimal in zip(pairs, optimal, strict=True):
+        dominated = False
         for other in pairs:
             no_worse = other[0] <= mine[0] and other[1] <= mine[1]
             better = other[0] < mine[0] or other[1] < mine[1]
-            beaten = beaten or (no_worse and better)
-        assert is_kept is not beaten
-    assert any(kept)
+            dominated = dominated or (no_worse and better)
+        assert is_optimal is not dominated
+    assert any(optimal)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(2, 12))
-def test_built_are_as_many_as_wanted_with_both_ends_and_none_that_is_beaten(worth: list[bool], wanted: int) -> None:
-    worthy = [place for place, good in enumerate(worth) if good or place == 0]
+def test_points_to_build_are_evenly_spaced_efficient_points_with_both_ends(worth: list[bool], wanted: int) -> None:
+    candidates = [index for index, good in enumerate(worth) if good or index == 0]
     chosen = spread(len(worth), wanted, worth)
-    assert len(chosen) == min(wanted, len(worthy))
+    assert len(chosen) == min(wanted, len(candidates))
     assert chosen == sorted(set(chosen))
-    assert set(chosen) <= set(worthy)
-    assert {chosen[0], chosen[-1]} == {0, worthy[-1]}
-    gaps = np.diff([worthy.index(place) for place in chosen])
-    assert gaps.size == 0 or gaps.max() - gaps.min() <= 1  # as even as whole numbers allow
+    assert set(chosen) <= set(candidates)
+    assert {chosen[0], chosen[-1]} == {0, candidates[-1]}
+    gaps = np.diff([candidates.index(index) for index in chosen])
+    assert gaps.size == 0 or gaps.max() - gaps.min() <= 1  # as even as integers allow
 
 
-# -------------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------------------ measurements
 
 
-def test_a_point_that_was_not_built_stays_as_it_is() -> None:
+def test_a_point_that_was_not_built_is_unchanged() -> None:
     point = Point(1, plan(1), 0.5, 0.01, 1.25, 6400, True)
     assert with_measurements(point, None, quality()) is point
 
 
-def test_a_built_point_is_judged_against_the_model_as_it_is() -> None:
-    found = front(quality())
-    assert [point.number for point in found.built()] == [0, 3]
-    start, built = found.built()
+def test_a_built_point_is_compared_with_the_unchanged_model() -> None:
+    pareto = front(quality())
+    assert [point.number for point in pareto.built()] == [0, 3]
+    start, built = pareto.built()
     assert start.figure is not None
     assert start.test_loss is not None
     assert (start.figure.value, start.test_loss.value) == pytest.approx((90.0, 0.0), abs=1e-9)
@@ -128,16 +128,16 @@ def test_a_built_point_is_judged_against_the_model_as_it_is() -> None:
     assert (built.figure.value, built.test_loss.value) == pytest.approx((70.0, 20.0), abs=1e-9)
     assert built.label_free["agreement"].value == pytest.approx(70.0, abs=1e-9)
     assert built.label_free["divergence"].value == pytest.approx(0.55, abs=1e-9)
-    assert found.speedup(built).ratio == 1.5
+    assert pareto.speedup(built).ratio == 1.5
 
 
-def test_without_quality_only_the_latency_is_known() -> None:
+def test_without_quality_a_point_has_only_a_latency() -> None:
     built = front(None).built()[1]
     assert (built.figure, built.test_loss, built.label_free) == (None, None, None)
     assert built.latency is not None
 
 
-# --------------------------------------------------------------------------------------------- JSON, table, picture
+# ----------------------------------------------------------------------------------------------- JSON, table, chart
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -162,11 +162,11 @@ def test_the_json_holds_every_point(judged: bool) -> None:
     assert rows[1]["figure"] is None
 
 
-def test_the_table_says_what_was_predicted_and_what_was_measured() -> None:
+def test_the_table_shows_predictions_and_measurements() -> None:
     lines = [" ".join(line.split()) for line in printed(front(quality()), 100)]
     assert lines[0] == "sample on onnxruntime, batch 1"
     rows = [
-        "0* as it is +0.00 1.00x 1.00x 90.00 +0.00",
+        "0* unchanged +0.00 1.00x 1.00x 90.00 +0.00",
         "+0.00 to +0.00",
         "1 blocks.0.attn +0.50 1.25x",
         "2* blocks.0.mlp (linear) +0.40 1.60x",
@@ -200,8 +200,8 @@ def test_the_summary_names_the_metric_and_how_to_export_a_point() -> None:
 
 
 @pytest.mark.parametrize("judged", [True, False])
-def test_the_picture_is_a_png(judged: bool) -> None:
+def test_the_chart_is_a_png(judged: bool) -> None:
     with Image.open(io.BytesIO(front(quality() if judged else None).picture())) as image:
         assert image.format == "PNG"
         assert min(image.size) > 300
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 10  # axes, lines and words, not an empty page
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 10  # axes, lines and text, not an empty image

@@ -1,7 +1,9 @@
-"""The terminal table of a report: readable at 80 columns, units stated, nothing said about quality that is unknown."""
+"""Tests of a report's terminal table and summary: columns, width, units, and reports without quality."""
 
 import io
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -14,11 +16,11 @@ from runtimes.base.timing import Latency
 WORST = Figure(100.0, 100.0, 100.0, 30)
 SLOW = Latency(((181.25, 181.5), (181.75, 182.0)))  # median 181.625 ms
 QUICK = Latency(((145.25, 145.25), (145.35, 145.35)))  # median 145.3 ms, 1.25 times faster
-WISHES = ("speedup", "latency", "max_loss")
+LIMITS = ("speedup", "latency", "max_loss")
 
 
 def plan_of(*actions: str) -> Plan:
-    """A plan of the sites a, b, ... with these actions, carried out in this order."""
+    """Return a plan of the sites a, b, ... with these actions, in this order."""
     decisions = tuple(Decision(name, action, "r") for name, action in zip("abcdef", actions, strict=False))
     changed = tuple(decision.site for decision in decisions if decision.action != "keep")
     return Plan("sample", "0", "1", "names", decisions, changed)
@@ -31,7 +33,7 @@ def report(
     metric: str | None,
     *,
     plan: Plan = PLAN,
-    wishes: dict[str, float] | None = None,
+    limits: dict[str, float] | None = None,
     label_free: dict[str, Figure] | None = None,
 ) -> Report:
     names = ("original", "baseline", "result")
@@ -41,7 +43,7 @@ def report(
         quality = Quality(metric, dict.fromkeys(names, WORST), {"original": loss, "baseline": loss}, label_free or {})
     return Report(
         command="compressor export",
-        settings={"target": "onnxruntime", "batch": 1} | dict.fromkeys(WISHES) | (wishes or {}),
+        settings={"target": "onnxruntime", "batch": 1} | dict.fromkeys(LIMITS) | (limits or {}),
         model={"name": "sample"},
         data={},
         plan=plan,
@@ -74,23 +76,61 @@ def test_no_cell_is_cut_or_wrapped(metric: str, width: int) -> None:
     assert not any("…" in line for line in lines)
     assert max(map(len, lines)) <= width
     assert any(line.strip().startswith(LABELS[metric][0]) for line in lines)
-    assert sum("-10.00 to +36.67" in line or "-10.00–" in line for line in lines) == 1
+    assert sum("-10.00 to +36.67" in line for line in lines) == 2
+
+
+def test_each_number_stands_under_the_column_of_its_variant() -> None:
+    """A loss, speed-up or agreement of the result stands in its column, and the reference is marked as such."""
+    made = report("accuracy", label_free={"agreement": Figure(96.5, 95.0, 98.0, 30)})
+    assert [column.header for column in made.table().columns] == ["", "original", "baseline", "result"]
+    rows = list(made._rows())
+    cells = {row[0].strip(): row[1:] for row in rows}
+    assert cells["top-1 accuracy, %"] == ("100.00", "100.00", "100.00")
+    assert cells["loss vs original, %"] == ("reference", "", "+23.33")
+    assert cells["loss vs baseline, %"] == ("", "reference", "+23.33")
+    assert cells["same answers, %"] == ("", "", "96.5")
+    assert cells["speed-up vs original"] == ("reference", "", "1.25x")
+    assert cells["speed-up vs baseline"] == ("", "reference", "1.25x")
+    intervals = [below[1:] for row, below in itertools.pairwise(rows) if " vs " in row[0]]
+    assert len(intervals) == 4
+    assert all(interval[:2] == ("", "") and interval[2] for interval in intervals)
+
+
+def test_a_report_of_two_variants_compares_them_once() -> None:
+    made = report("accuracy")
+    two = replace(
+        made,
+        sizes={name: made.sizes[name] for name in ("baseline", "result")},
+        latency={name: made.latency[name] for name in ("baseline", "result")},
+        quality=Quality("accuracy", made.quality.figures, {"baseline": made.quality.loss["baseline"]}, {}),
+    )
+    assert [row for row in two._rows() if " vs " in row[0]] == [
+        ("  loss vs baseline, %", "reference", "+23.33"),
+        ("  speed-up vs baseline", "reference", "1.25x"),
+    ]
 
 
 def test_units_are_stated() -> None:
     text = "\n".join(printed(report("accuracy"), 80))
-    for label in ("top-1 accuracy, %", "loss, %", "latency, ms", "parameters, M", "multiply-adds, G", "engine, MB"):
+    for label in (
+        "top-1 accuracy, %",
+        "loss vs baseline, %",
+        "latency, ms",
+        "parameters, M",
+        "multiply-adds, G",
+        "engine, MB",
+    ):
         assert label in text
 
 
-def test_without_quality_no_row_speaks_of_it() -> None:
+def test_a_report_without_quality_has_no_row_of_quality() -> None:
     text = "\n".join(printed(report(None), 80))
     assert "accuracy" not in text
     assert "loss" not in text
     assert "No quality stated: the data is random." in report(None).summary()
 
 
-def test_the_summary_says_what_was_dropped_and_how_it_was_judged() -> None:
+def test_the_summary_states_the_changes_and_the_metric() -> None:
     lines = report("accuracy").summary().splitlines()
     assert lines[0] == "Dropped 1 of 2 sites: a."
     assert lines[1].startswith("Quality: top-1 accuracy in %, on 30 test samples")
@@ -112,7 +152,7 @@ def test_changes_other_than_drops_are_named() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_what_needs_no_labels_stands_below_the_metric_once(width: int) -> None:
+def test_figures_without_labels_stand_below_the_metric_once(width: int) -> None:
     free = {"agreement": Figure(96.5, 95.0, 98.0, 30), "divergence": Figure(0.012345, 0.01, 0.02, 30)}
     lines = [" ".join(line.split()) for line in printed(report("accuracy", label_free=free), width)]
     assert "same answers, % 96.5" in lines
@@ -126,7 +166,7 @@ def test_what_needs_no_labels_stands_below_the_metric_once(width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "sentences"),
+    ("limits", "sentences"),
     [
         ({}, ()),
         ({"speedup": 1.25}, ()),
@@ -144,5 +184,5 @@ def test_what_needs_no_labels_stands_below_the_metric_once(width: int) -> None:
         ),
     ],
 )
-def test_wishes_that_are_missed_are_said(wishes: dict[str, float], sentences: tuple[str, ...]) -> None:
-    assert report("accuracy", wishes=wishes).missed() == sentences
+def test_a_missed_speedup_or_latency_is_reported(limits: dict[str, float], sentences: tuple[str, ...]) -> None:
+    assert report("accuracy", limits=limits).missed() == sentences

@@ -1,4 +1,4 @@
-"""Prices: multiply-adds as counted, and times of planted engines recovered."""
+"""Cost models: counted multiply-adds, and planted costs recovered from timings."""
 
 import dataclasses
 
@@ -17,9 +17,9 @@ from passes.rewrite.drop import Drop
 from passes.rewrite.narrow_tokens import Unread
 from tests.samples import small, spread, traced
 
-# Recovered from equations whose columns are scaled to 1 but nearly collinear: float64's 2e-16 with much room.
+# Relative tolerance of a float64 solution with columns scaled to 1 but nearly collinear.
 SOLVED = 1e-6
-PLANTED = np.array([0.5, 2e-6, 5e-6, 3e-7, 4e-3])  # ms at the start, per multiply-add, attention, element, operator
+PLANTED = np.array([0.5, 2e-6, 5e-6, 3e-7, 4e-3])  # ms: constant, per multiply-add, attention, element and operator
 
 
 def features(work):
@@ -31,22 +31,22 @@ def calls_of(model, batch=1):
 
 
 def clock_of(graph, calls, weights=PLANTED, noise=0.0, seed=0):
-    """Milliseconds that are a linear function of the work, up to noise; notes what was timed.
+    """Return a clock whose milliseconds are linear in the work, up to noise, and the graphs that it timed.
 
-    Of several calls each has `weights` of its own: those of the second are twice those of the first, and so on.
+    The weights of the n-th call are n times `weights`.
     """
     rng, seen = np.random.default_rng(seed), {}
     counters = {name: Counter(graph, call.shapes) for name, call in calls.items()}
 
-    def milliseconds(place, name, each):
-        exact = float(features(counters[name].count(each)) @ weights) * (place + 1)
+    def milliseconds(number, name, design):
+        exact = float(features(counters[name].count(design)) @ weights) * (number + 1)
         return exact * float(1.0 + noise * rng.standard_normal())
 
     def clock(graphs):
         seen.update(graphs)
         return {
-            design: {name: milliseconds(place, name, each) for place, name in enumerate(calls)}
-            for design, each in graphs.items()
+            name: {call: milliseconds(number, call, design) for number, call in enumerate(calls)}
+            for name, design in graphs.items()
         }
 
     return clock, seen
@@ -67,7 +67,7 @@ def without(graph, sites):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["vit", "hf_bert", "hf_llama"])
-def test_counted_prices_are_the_multiply_adds_that_are_run(name, batch):
+def test_counted_costs_are_the_multiply_adds_that_run(name, batch):
     model, graph, sites = traced(name)
     feeds = {key: value[:1].repeat(batch, *[1] * (value.ndim - 1)) for key, value in model.example.items()}
     prices = counted(graph, calls_of(model, batch))
@@ -90,7 +90,7 @@ def test_elements_and_operators_are_free_in_multiply_adds():
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_bert", "hf_llama", "convnext"])
-def test_times_that_are_linear_in_the_work_are_predicted_exactly(name):
+def test_timings_linear_in_the_work_are_predicted_exactly(name):
     model, graph, sites = traced(name)
     calls = calls_of(model)
     clock, seen = clock_of(graph, calls)
@@ -104,7 +104,7 @@ def test_times_that_are_linear_in_the_work_are_predicted_exactly(name):
 
 
 def test_planted_weights_are_recovered():
-    """Where the engines tell all five prices apart; then any other graph is predicted too."""
+    """The engines determine all five weights, so the cost of any other graph is predicted too."""
     model, graph, sites = small(spread(), depth=3)[:3]
     calls = calls_of(model)
     others = {f"without {site.name}": without(graph, [site]) for site in sites}
@@ -122,7 +122,7 @@ def test_planted_weights_are_recovered():
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.0, 0.3), st.sets(st.integers(0, 4), max_size=3))
-def test_noise_gives_no_work_a_negative_price(seed, noise, free):
+def test_weights_are_not_negative_with_noise(seed, noise, free):
     model, graph, sites = traced("vit")
     calls, weights = calls_of(model), PLANTED.copy()
     weights[list(free - {0})] = 0.0
@@ -132,16 +132,16 @@ def test_noise_gives_no_work_a_negative_price(seed, noise, free):
     assert prices.cost(without(graph, sites[:1])) <= prices.cost(graph) + 1e-12
 
 
-def test_each_kind_of_call_has_its_own_price_and_they_add_up():
-    """A step's price by work is another than a prompt's: of one weight for both, one of them would be wrong."""
+def test_each_kind_of_call_has_its_own_weights_and_the_costs_add_up():
+    """The cost of a decode step per unit of work differs from that of prefill."""
     model, graph, sites = small(spread(), depth=3)[:3]
     calls = {"prompt": calls_of(model, 4)["run"], "token": dataclasses.replace(calls_of(model)["run"], times=7)}
     clock, seen = clock_of(graph, calls)
     prices = timed(graph, calls, designs(graph, sites), clock)
-    took = clock(seen)
-    for design, each in seen.items():
-        expected = took[design]["prompt"] + 7 * took[design]["token"]
-        assert prices.cost(each) == pytest.approx(expected, rel=SOLVED)
+    timings = clock(seen)
+    for design, timed_graph in seen.items():
+        expected = timings[design]["prompt"] + 7 * timings[design]["token"]
+        assert prices.cost(timed_graph) == pytest.approx(expected, rel=SOLVED)
         assert prices.timings[design] == pytest.approx(expected, rel=SOLVED)
     first, second = prices.count(graph)
     assert prices.multiply_adds((first, second)) == first.multiply_adds + 7 * second.multiply_adds
@@ -156,8 +156,8 @@ def test_the_error_is_the_largest_relative_one():
     assert prices.error > 0.0
 
 
-def test_what_is_timed_is_what_is_lowered():
-    """Finished graphs of the model: as it is, and with branches gone or replaced by linear maps."""
+def test_the_timed_graphs_are_ready_to_be_lowered():
+    """They are the original, and graphs with branches dropped or replaced by linear maps."""
     model, graph, sites = traced("vit")
     calls = calls_of(model)
     before = graph.signature()
@@ -176,8 +176,8 @@ def test_what_is_timed_is_what_is_lowered():
     assert graph.signature() == before
 
 
-def test_a_model_of_one_kind_is_priced():
-    """Without attention, and with a single kind of branch."""
+def test_a_model_with_one_kind_of_site_has_a_cost_model():
+    """The model has no attention and a single kind of branch."""
     model, graph, sites = traced("convnext")
     assert len({site.kind for site in sites}) == 1
     calls = calls_of(model)

@@ -1,4 +1,4 @@
-"""The search: against a greedy one that measures everything, with planted effects, and on real models."""
+"""Greedy search: compared with an exhaustive greedy search, on planted effects and on real models."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from compressor.quality.validation_loss import Loss, Validation
 from compressor.search import greedy
 from compressor.search.cost_model import counted
 from compressor.search.greedy import FRONT, PATIENCE, SOFTENED, Search
-from compressor.search.planner import _shared_out
+from compressor.search.planner import _split_calibration
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.workspace.journal import Journal
@@ -33,10 +33,10 @@ from tests.samples import digits, small, spread
 
 
 class World:
-    """Sites with planted effects, costs and losses; a graph is the set of changes made to it.
+    """Sites with planted effects, costs and losses; a graph is the set of its changes.
 
-    Effects only ever grow with what else was changed, no stand-in is better than the search expects and none saves
-    more than the drop: the case for which lazy greedy is exact (Minoux 1978). It plays all parts that a search needs.
+    Effects only grow with further changes, and no action is better than the estimate of the search or saves more than
+    the drop. Lazy greedy search is exact in this case (Minoux 1978). The class replaces all collaborators of a search.
     """
 
     def __init__(self, seed=0, count=8, actions=("drop", "linear", "scale"), refused=(), slope=0.0):
@@ -68,11 +68,11 @@ class World:
         return Search(self, effects, self, self, self.actions, limit, self.split[16:32], **options)
 
     def changed(self, graph, name, action, fits=None):
-        assert fits is None or fits.graph == graph  # fitted on another graph they would repair what is not there
+        assert fits is None or fits.graph == graph  # fits must come from the same graph
         self.tried.append((name, action))
-        where = "measured" if fits is not None or action == "drop" else "carried out"
-        if self.refused.get((name, action)) in (where, "always"):
-            raise PassError(f"{name} cannot be {where}.")
+        stage = "measured" if fits is not None or action == "drop" else "carried out"
+        if self.refused.get((name, action)) in (stage, "always"):
+            raise PassError(f"{name} cannot be {stage}.")
         return graph | {(name, action)}
 
     @property
@@ -83,7 +83,7 @@ class World:
         return changes
 
     def carried_out(self, changes):
-        """Tokens are merged last, see `Rewriter.reduced`."""
+        """Return the graph without merges, which are applied last (see `Rewriter.reduced`)."""
         return frozenset(change for change in changes.items() if merged_tokens(change[1]) is None)
 
     def reduced(self, graph, changes):
@@ -93,9 +93,9 @@ class World:
         return {name: SimpleNamespace(graph=graph) for name in names}
 
     def divergence(self, graph):
-        places = sorted(int(name[1:]) for name, _ in graph)
-        together = sum(self.pairs[pair] for pair in itertools.combinations(places, 2))
-        return sum(self.own[change] for change in graph) + float(together)
+        orders = sorted(int(name[1:]) for name, _ in graph)
+        interactions = sum(self.pairs[pair] for pair in itertools.combinations(orders, 2))
+        return sum(self.own[change] for change in graph) + float(interactions)
 
     def measure(self, graph, variants):
         self.measured.extend(variants)
@@ -118,7 +118,7 @@ class World:
         return self.of(self.count(graph))
 
     def greedy(self, count):
-        """Measures everything again at each step."""
+        """Return the first `count` changes of a greedy search that measures every candidate at each step."""
         graph, order = frozenset(), []
         rest = {(site.name, action) for site in self.sites for action in self.actions}
         while len(order) < count:
@@ -130,16 +130,16 @@ class World:
 
 
 @pytest.fixture
-def nothing_unread(monkeypatch):
-    """Planted graphs have no nodes."""
+def without_liveness(monkeypatch):
+    """Replace the liveness analysis, as planted graphs have no nodes."""
     monkeypatch.setattr(greedy, "read_parts", lambda graph: {})
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 @pytest.mark.parametrize("actions", [("drop",), ("drop", "linear", "scale"), ("low-rank:4", "linear")])
 @pytest.mark.parametrize("front", [1, 2, FRONT])
 @pytest.mark.parametrize("seed", range(3))
-def test_laziness_is_exact_where_effects_only_grow(front, seed, actions, monkeypatch):
+def test_lazy_search_is_exact_if_effects_only_grow(front, seed, actions, monkeypatch):
     monkeypatch.setattr(greedy, "FRONT", front)
     world = World(seed, count=12, actions=actions)
     search = world.begin()
@@ -149,8 +149,8 @@ def test_laziness_is_exact_where_effects_only_grow(front, seed, actions, monkeyp
     assert len(world.measured) < every
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_steps_state_what_they_led_to():
+@pytest.mark.usefixtures("without_liveness")
+def test_steps_record_the_state_after_the_change():
     world = World(slope=3.0)
     search = world.begin()
     search.run()
@@ -168,8 +168,8 @@ def test_steps_state_what_they_led_to():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 5), st.floats(1.0, 3.0), st.floats(1.0, 3.0))
-def test_a_run_ends_as_soon_as_it_is_fast_enough(seed, first, second):
-    """And a later run for more goes on where it ended, as if it had been asked for more at once."""
+def test_a_run_ends_at_the_required_speedup(seed, first, second):
+    """A second run with a higher goal continues, and gives the result of one run with that goal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(greedy, "read_parts", lambda graph: {})
         search, whole = World(seed).begin(), World(seed).begin()
@@ -177,11 +177,11 @@ def test_a_run_ends_as_soon_as_it_is_fast_enough(seed, first, second):
         costs = [whole.whole, *(step.cost for step in whole.steps)]
         for enough in (first, max(first, second)):
             search.run(enough)
-            needed = next((made for made, cost in enumerate(costs) if whole.whole / cost >= enough), len(whole.steps))
+            needed = next((count for count, cost in enumerate(costs) if whole.whole / cost >= enough), len(whole.steps))
             assert search.steps == whole.steps[:needed]
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 @pytest.mark.parametrize("enough", [0.5, 1.0, 1.2, math.inf])
 def test_every_site_has_a_reason(enough):
     world = World(slope=30.0, refused={("s3", action): "always" for action in ("linear", "scale")})
@@ -202,7 +202,7 @@ def test_every_site_has_a_reason(enough):
     plan.check(world.sites)
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 def test_shorter_plans_are_the_first_steps():
     world = World()
     search = world.begin()
@@ -214,25 +214,25 @@ def test_shorter_plans_are_the_first_steps():
     assert search.plan("m", "sweep", len(search.steps)) == search.plan("m", "sweep")
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 @pytest.mark.parametrize("limit", [0.0, 10.0, 40.0])
-def test_so_many_in_a_row_break_the_limit_and_it_ends(limit):
+def test_the_search_ends_after_consecutive_candidates_above_the_limit(limit):
     world, lines = World(slope=30.0, count=12), []
     search = world.begin(limit=limit, progress=lines.append)
     search.run()
     counts = [int(line.split()[0]) for line in lines]
-    broke = [later == earlier for earlier, later in zip([0, *counts], counts, strict=False)]
-    assert broke[-PATIENCE:] == [True] * PATIENCE
-    assert all(not all(broke[place : place + PATIENCE]) for place in range(len(broke) - PATIENCE))
+    rejected = [later == earlier for earlier, later in zip([0, *counts], counts, strict=False)]
+    assert rejected[-PATIENCE:] == [True] * PATIENCE
+    assert all(not all(rejected[start : start + PATIENCE]) for start in range(len(rejected) - PATIENCE))
     assert world.losses == len(lines)
     assert all(step.loss <= limit for step in search.steps)
-    refused = [reason for reason in search.refused.values() if f"would exceed {limit:g} %" in reason]
-    assert len(refused) == sum(broke)
+    reasons = [reason for reason in search.refused.values() if f"would exceed {limit:g} %" in reason]
+    assert len(reasons) == sum(rejected)
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_only_breaks_in_a_row_end_it():
-    """Between two changes that hold, fewer than `PATIENCE` do not."""
+@pytest.mark.usefixtures("without_liveness")
+def test_fewer_consecutive_candidates_above_the_limit_do_not_end_the_search():
+    """Fewer than `PATIENCE` candidates exceed the limit between two accepted changes."""
     world = World(count=3 * PATIENCE, actions=("drop",))
     world.own = {(site.name, "drop"): 1.0 + site.order for site in world.sites}
     world.saves, world.pairs[:] = dict.fromkeys(world.saves, 1), 0.0
@@ -243,24 +243,24 @@ def test_only_breaks_in_a_row_end_it():
     assert set(search.changes) == good
 
 
-@pytest.mark.usefixtures("nothing_unread")
-@pytest.mark.parametrize("where", ["measured", "carried out", "always"])
-def test_what_cannot_be_done_is_told_and_never_tried_again(where):
-    refused = {(f"s{number}", "linear"): where for number in range(0, 8, 2)}
+@pytest.mark.usefixtures("without_liveness")
+@pytest.mark.parametrize("stage", ["measured", "carried out", "always"])
+def test_a_refused_candidate_has_a_reason_and_is_not_tried_again(stage):
+    refused = {(f"s{number}", "linear"): stage for number in range(0, 8, 2)}
     world = World(actions=("drop", "linear"), refused=refused)
-    world.own |= dict.fromkeys(refused, 0.0)  # the search would like each of them best
+    world.own |= dict.fromkeys(refused, 0.0)  # the candidates with the least effect
     world.pairs[:] = 0.0
     search = world.begin()
     search.run()
-    place = "carried out" if where == "carried out" else "measured"
+    failed = "carried out" if stage == "carried out" else "measured"
     for change in refused:
-        assert search.refused[change] == f"linear refused: {change[0]} cannot be {place}."
-        assert world.tried.count(change) <= 1 + (where == "carried out" and world.measured.count(change))
+        assert search.refused[change] == f"linear refused: {change[0]} cannot be {failed}."
+        assert world.tried.count(change) <= 1 + (stage == "carried out" and world.measured.count(change))
         assert search.changes[change[0]] == "drop"
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_where_nothing_can_be_done_the_reasons_say_so():
+@pytest.mark.usefixtures("without_liveness")
+def test_the_plan_has_the_reasons_if_every_candidate_is_refused():
     world = World(count=3, actions=("linear",), refused={(f"s{number}", "linear"): "always" for number in range(3)})
     search = world.begin()
     search.run()
@@ -269,11 +269,11 @@ def test_where_nothing_can_be_done_the_reasons_say_so():
     assert reasons == [f"linear refused: s{number} cannot be measured." for number in range(3)]
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_what_saves_nothing_is_not_tried():
+@pytest.mark.usefixtures("without_liveness")
+def test_a_candidate_that_saves_nothing_is_not_tried():
     world = World(count=4, actions=("drop", "linear"))
     world.saves |= {("s1", "linear"): 0, ("s2", "linear"): -50}
-    world.own |= {(f"s{number}", "linear"): 0.0 for number in range(4)}  # all for nothing
+    world.own |= {(f"s{number}", "linear"): 0.0 for number in range(4)}  # without any effect on the output
     world.pairs[:] = 0.0
     search = world.begin()
     search.run()
@@ -281,8 +281,8 @@ def test_what_saves_nothing_is_not_tried():
     assert search.changes["s0"] == search.changes["s3"] == "linear"
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_what_is_no_longer_finite_is_left_alone():
+@pytest.mark.usefixtures("without_liveness")
+def test_a_change_with_infinite_divergence_is_not_made():
     world = World(count=4, actions=("drop",))
     world.own["s2", "drop"] = math.inf
     search = world.begin()
@@ -291,8 +291,8 @@ def test_what_is_no_longer_finite_is_left_alone():
     assert "not tried: drop added inf divergence" in reason(search.plan("m", "auto"), "s2")
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_what_was_asked_for_stays_and_comes_first():
+@pytest.mark.usefixtures("without_liveness")
+def test_fixed_changes_are_kept_and_come_first():
     world = World()
     search = world.begin(given={"s5": "drop", "s2": "merge:25%"})
     assert search.speedup == world.whole / world.cost({("s5", "drop"), ("s2", "merge:25%")})
@@ -301,13 +301,13 @@ def test_what_was_asked_for_stays_and_comes_first():
     assert set(search.changes) == {site.name for site in world.sites}
     plan = search.plan("m", "auto")
     assert plan.changes == search.changes
-    assert reason(plan, "s5") == reason(plan, "s2") == "asked for"
+    assert reason(plan, "s5") == reason(plan, "s2") == "set by --tokens"
     assert not {"s5", "s2"} & {name for name, _ in world.measured}
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 def test_more_tokens_are_merged_step_by_step():
-    """Only behind attentions; where tokens were merged the branch stays, and the plan holds the last share."""
+    """Tokens are merged after attentions only; a site with merges keeps its branch, and the plan has the last share."""
     world = World(actions=("drop", "merge"))
     world.sites = tuple(
         dataclasses.replace(site, kind="attention" if site.order < 2 else "mlp") for site in world.sites
@@ -318,20 +318,20 @@ def test_more_tokens_are_merged_step_by_step():
     for name in ("s0", "s1"):
         shares = [merged_tokens(step.action) for step in search.steps if step.unit == name]
         assert shares == sorted(shares)
-        last = max(place for place, step in enumerate(search.steps) if step.unit == name)
+        last = max(index for index, step in enumerate(search.steps) if step.unit == name)
         number = len({step.unit for step in search.steps[: last + 1]})
         assert reason(search.plan("m", "auto"), name).endswith(f"% with {number} changed")
         assert search.changes[name] == search.plan("m", "auto").changes[name] == "merge:37%"
     assert {search.changes[site.name] for site in world.sites[2:]} == {"drop"}
     for count in range(len(search.steps) + 1):
-        made = search.plan("m", "sweep", count).changes
-        cost = world.cost(world.reduced(world.carried_out(made), made))
+        changes = search.plan("m", "sweep", count).changes
+        cost = world.cost(world.reduced(world.carried_out(changes), changes))
         assert cost == ([world.whole] + [step.cost for step in search.steps])[count]
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_tokens_are_merged_early_behind_an_attention_that_must_stay():
-    """That dropping it would be fatal says nothing about the tokens behind it."""
+@pytest.mark.usefixtures("without_liveness")
+def test_tokens_are_merged_early_after_an_attention_that_must_stay():
+    """The large effect of dropping the attention does not predict the effect of merging the tokens after it."""
     world = World(actions=("drop", "merge"))
     world.sites = tuple(
         dataclasses.replace(site, kind="attention" if site.order == 3 else "mlp") for site in world.sites
@@ -343,34 +343,34 @@ def test_tokens_are_merged_early_behind_an_attention_that_must_stay():
     assert {step.unit for step in search.steps[:3]} == {"s3"}
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 def test_maps_are_measured_on_other_samples_than_they_are_fitted_on():
     world = World(actions=("linear",))
-    asked = []
+    splits = []
     fits = world.fits
-    world.fits = lambda graph, names, split: asked.append(split) or fits(graph, names, split)
+    world.fits = lambda graph, names, split: splits.append(split) or fits(graph, names, split)
     search = world.begin()
     search.run()
-    assert asked
-    assert all(set(split) == set(search.fitting) for split in asked)
+    assert splits
+    assert all(set(split) == set(search.fitting) for split in splits)
     assert not set(search.fitting) & set(search.effects.split)
 
 
 @pytest.mark.parametrize(
-    ("asked", "apart"), [("linear", True), ("drop,scale", True), ("drop", False), ("drop,merge", False)]
+    ("actions", "disjoint"), [("linear", True), ("drop,scale", True), ("drop", False), ("drop,merge", False)]
 )
-def test_samples_are_shared_out_where_maps_are_fitted(asked, apart):
+def test_samples_are_split_if_maps_are_fitted(actions, disjoint):
     calibration = digits()[1].calibration
     for count in (8, 10_000):
-        measured, fitted = _shared_out(calibration, Settings(actions=asked, search_samples=count))
+        measured, fitted = _split_calibration(calibration, Settings(actions=actions, search_samples=count))
         assert len(fitted) <= count
-        assert set(measured.indices).isdisjoint(fitted.indices) == apart
+        assert set(measured.indices).isdisjoint(fitted.indices) == disjoint
         assert abs(len(measured) - len(fitted)) <= 1
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_what_a_merge_has_done_is_not_asked_of_the_next_larger_one_again():
-    """Its last measurement was of both together; left as it was, it would hide what little is still to be done."""
+@pytest.mark.usefixtures("without_liveness")
+def test_a_larger_merge_adds_and_saves_the_difference_to_an_accepted_one():
+    """The last measurement of the larger merge includes the accepted one, so it would overstate the further effect."""
     world = World(count=3, actions=("merge",))
     world.sites = tuple(dataclasses.replace(site, kind="attention") for site in world.sites)
     world.pairs[:] = 0.0
@@ -386,8 +386,8 @@ def test_what_a_merge_has_done_is_not_asked_of_the_next_larger_one_again():
     assert ("s0", "merge:25%") not in front.fresh
 
 
-@pytest.mark.usefixtures("nothing_unread")
-def test_of_changes_that_bring_the_output_closer_the_one_that_saves_more_comes_first():
+@pytest.mark.usefixtures("without_liveness")
+def test_among_changes_that_reduce_the_divergence_the_largest_saving_comes_first():
     world = World(count=3, actions=("drop",))
     world.pairs[:] = 0.0
     for site, added, saved in zip(world.sites, (-0.1, -0.1, 0.001), (100, 900, 100_000), strict=True):
@@ -405,7 +405,7 @@ def journaled(path, **options):
     return world, world.begin(limit=70.0, journal=Journal("s", path), **options)
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 def test_with_the_same_journal_nothing_is_measured_again(tmp_path):
     first, search = journaled(tmp_path / "j")
     search.run()
@@ -419,10 +419,10 @@ def test_with_the_same_journal_nothing_is_measured_again(tmp_path):
     assert (search.journal.found, again.journal.found) == (0, len(again.journal))
 
 
-@pytest.mark.usefixtures("nothing_unread")
+@pytest.mark.usefixtures("without_liveness")
 @pytest.mark.parametrize("after", range(1, 10))
 @pytest.mark.parametrize("part", ["progress", "measure", "loss"])
-def test_an_interrupted_search_goes_on_as_if_nothing_had_been(tmp_path, part, after):
+def test_an_interrupted_search_resumes_without_a_difference(tmp_path, part, after):
     whole, uninterrupted = journaled(tmp_path / "whole")
     uninterrupted.run()
     count = itertools.count(1)
@@ -465,7 +465,7 @@ def begun(model, graph, sites, split, actions, limit=100.0, *, metric="agreement
 
 
 def on_digits(limit=1.0):
-    """A third of its sites; 40 samples to validate, so that one wrong answer is 2.5 points."""
+    """Search on a third of the sites of the sample, with 40 validation samples: one wrong answer is 2.5 points."""
     model, data, graph, every = digits()
     sites = every[::3]
     metric, split = metric_for(model.task, data.label_kind), data.calibration.head(16)
@@ -476,7 +476,7 @@ def on_digits(limit=1.0):
 
 def on_a_small_model(limit=40.0):
     model, graph, sites, split = small(spread(0.1))
-    parts = dataclasses.replace(split, most=8)  # several batches, so that stand-ins are judged on held-out ones
+    parts = dataclasses.replace(split, most=8)  # several batches, so that maps are evaluated on held-out ones
     search = begun(model, graph, sites, parts, ALL, limit, held_out=split)
     search.run()
     return search, split, search.validation.sweeps
@@ -487,12 +487,12 @@ DROPS, ALL = ("drop",), ("drop", "constant", "scale", "low-rank:4", "linear", "f
 
 
 @pytest.mark.parametrize("begin", [on_digits, on_a_small_model])
-def test_a_plan_carried_out_anew_gives_the_graph_of_the_search(begin):
-    """Bit for bit: the same sums over the same batches."""
+def test_a_replayed_plan_gives_the_graph_of_the_search(begin):
+    """The outputs are bit-identical, as the fits sum over the same batches."""
     search, rows, _ = once(begin)
-    made = search.rewriter
+    first = search.rewriter
     plan = Plan.from_json(search.plan("m", "auto").to_json())
-    again = Rewriter(made.original, made.sites, made.split).rewritten(plan.changes)
+    again = Rewriter(first.original, first.sites, first.split).rewritten(plan.changes)
     for feeds in tensor_batches(rows):
         for left, right in zip(run(search.reduced, feeds), run(again, feeds), strict=True):
             assert torch.equal(left, right)
@@ -503,16 +503,16 @@ def test_a_plan_carried_out_anew_gives_the_graph_of_the_search(begin):
         assert len(set(plan.changes.values())) > 1
 
 
-def test_the_budget_is_kept_as_the_user_will_measure_it():
+def test_the_limit_holds_for_the_evaluation_of_the_report():
     search = once(on_digits)[0]
     model, data, graph, _ = digits()
     runners = {
         "before": graph_runner(model, functools.partial(run, graph)),
         "after": graph_runner(model, functools.partial(run, search.reduced)),
     }
-    found = evaluate(data.validation, runners, metric="accuracy", reference="before")
-    regret = float(found.columns["after"]["regret"].mean()) * 100
-    lost = max(found.loss_value("before", "after"), regret)
+    evaluation = evaluate(data.validation, runners, metric="accuracy", reference="before")
+    regret = float(evaluation.columns["after"]["regret"].mean()) * 100
+    lost = max(evaluation.loss_value("before", "after"), regret)
     assert lost <= 1.0
     assert search.steps[-1].loss == pytest.approx(lost, abs=1e-6)  # rounding in other batches
 
@@ -524,7 +524,7 @@ def test_the_search_is_deterministic():
 
 
 def test_stopping_early_changes_no_decision(monkeypatch):
-    """A candidate that is certain to break the budget need not be run to the end; with the end the plan is the same."""
+    """A check stops once the loss is certain to exceed the limit; complete checks give the same plan."""
     search, _, sweeps = once(on_digits)
     bounded, tried = Validation.loss, []
 
@@ -541,22 +541,22 @@ def test_stopping_early_changes_no_decision(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_drops_alone_equal_a_greedy_that_measures_everything_again(seed):
+def test_drops_alone_equal_an_exhaustive_greedy_search(seed):
     model, graph, sites, split = small(spread(seed=seed))
     search = begun(model, graph, sites, split, DROPS)
     search.run()
     rewriter, effects, prices, order, now = search.rewriter, search.effects, search.prices, [], graph
     while len(order) < len(sites):
         forks = {site.name: rewriter.changed(now, site.name, "drop") for site in sites if site.name not in order}
-        base, found = effects.measure(now, forks)
+        base, divergences = effects.measure(now, forks)
         saved = {name: prices.cost(now) - prices.cost(fork) for name, fork in forks.items()}
-        order.append(min(found, key=lambda name: (found[name] - base) / saved[name]))
+        order.append(min(divergences, key=lambda name: (divergences[name] - base) / saved[name]))
         now = forks[order[-1]]
     assert list(search.changes) == order
 
 
 @pytest.mark.parametrize("empty", [("blocks.0.mlp",), ("blocks.1.attn", "blocks.0.mlp")])
-def test_branches_that_do_next_to_nothing_go_first(empty):
+def test_branches_with_little_effect_are_dropped_first(empty):
     def plant(module):
         spread()(module)
         for name in empty:
@@ -575,7 +575,7 @@ def test_branches_that_do_next_to_nothing_go_first(empty):
 
 
 class Straight(torch.nn.Module):
-    """A linear map hidden in three layers, as costly as an MLP."""
+    """Two linear layers without an activation: one linear map at the cost of an MLP."""
 
     def __init__(self):
         super().__init__()
@@ -586,8 +586,8 @@ class Straight(torch.nn.Module):
 
 
 @pytest.mark.parametrize("action", ["linear", "low-rank:8"])
-def test_a_branch_that_is_linear_is_replaced_and_not_kept(action):
-    """Dropping it loses what the limit forbids; its map does not, and saves most of its multiply-adds."""
+def test_a_linear_branch_is_replaced_by_its_map(action):
+    """Dropping the branch exceeds the limit; the map loses nothing and saves most of the multiply-adds."""
 
     def plant(module):
         spread(0.3)(module)
@@ -605,8 +605,8 @@ def test_a_branch_that_is_linear_is_replaced_and_not_kept(action):
     assert next(step for step in search.steps if step.unit == linear).added == pytest.approx(0.0, abs=1e-4)
 
 
-def test_savings_are_priced_again_when_fewer_tokens_are_read(monkeypatch):
-    """Without the last attention, the block before is needed for the class token alone: its attention saves more."""
+def test_savings_are_updated_when_fewer_tokens_are_read(monkeypatch):
+    """Without the last attention, only the class token of the block before is needed, so its attention saves more."""
     model, graph, sites, split = small(spread(), depth=3)
     search = begun(model, graph, sites, split, DROPS)
     search.front.best()

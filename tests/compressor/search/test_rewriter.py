@@ -1,4 +1,4 @@
-"""Rewriting: what is carried out, fitted and folded, and that the original stays as it was."""
+"""The rewriter: changes are applied, maps are fitted and folded, and the original is not changed."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from passes.plan.plan import PUBLISHED
 from passes.rewrite.drop import Drop
 from tests.samples import small, spread
 
-# Products of one row are summed in other blocks than products of many: float32 rounding of values of about 1.
+# float32 rounding of values of about 1, as products of one row are summed in another order than those of many.
 SAME = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -38,7 +38,7 @@ def calls(graph):
     return sum(node.op == "call_function" for node in graph.nodes())
 
 
-def test_changes_are_carried_out_in_order(rewriter):
+def test_changes_are_applied_in_order(rewriter):
     sites, seen = [site.name for site in rewriter.sites], []
     changes = {sites[2]: "linear", sites[0]: "drop", sites[3]: "low-rank:2"}
     whole = rewriter.carried_out(changes, lambda done, total: seen.append((done, total)))
@@ -48,11 +48,11 @@ def test_changes_are_carried_out_in_order(rewriter):
         graph = rewriter.changed(graph, name, action)
     assert torch.equal(outputs(whole, rewriter.split), outputs(graph, rewriter.split))
     assert torch.equal(outputs(rewriter.rewritten(changes), rewriter.split), outputs(graph, rewriter.split))
-    other = rewriter.carried_out(dict(reversed(changes.items())))  # what is fitted on what makes a difference
+    other = rewriter.carried_out(dict(reversed(changes.items())))  # the order changes the fits
     assert not torch.equal(outputs(whole, rewriter.split), outputs(other, rewriter.split))
 
 
-def test_the_original_is_not_touched(rewriter):
+def test_the_original_is_not_changed(rewriter):
     before, signature = outputs(rewriter.original, rewriter.split), rewriter.original.signature()
     graph = rewriter.rewritten(dict.fromkeys([site.name for site in rewriter.sites][1:3], "linear"))
     finished(graph)
@@ -61,7 +61,7 @@ def test_the_original_is_not_touched(rewriter):
     assert not torch.equal(outputs(graph, rewriter.split), before)
 
 
-def test_changing_a_fork_leaves_it_as_it_was(rewriter):
+def test_changing_a_fork_does_not_change_it(rewriter):
     first = rewriter.changed(rewriter.original, rewriter.sites[0].name, "scale")
     before, signature = outputs(first, rewriter.split), first.signature()
     rewriter.changed(first, rewriter.sites[1].name, "linear")
@@ -71,45 +71,45 @@ def test_changing_a_fork_leaves_it_as_it_was(rewriter):
 
 
 def test_sweeps_count_passes_over_the_samples(rewriter, subject):
-    """Two for each fit, of the original and of the graph as it is; by its share where it is on fewer samples."""
+    """Each fit is two passes, of the original and of the current graph; on fewer samples it counts by their share."""
     names = [site.name for site in rewriter.sites]
     rewriter.changed(rewriter.original, names[0], "drop")
     assert rewriter.sweeps == 0.0
     rewriter.changed(rewriter.original, names[0], "linear")
     assert rewriter.sweeps == 2.0
-    found = rewriter.fits(rewriter.original, names)
-    assert rewriter.sweeps == 4.0  # all sites in one
-    rewriter.changed(rewriter.original, names[0], "linear", found[names[0]])
+    fits = rewriter.fits(rewriter.original, names)
+    assert rewriter.sweeps == 4.0  # one sweep for all sites
+    rewriter.changed(rewriter.original, names[0], "linear", fits[names[0]])
     assert rewriter.sweeps == 4.0
     half = type(rewriter.split)(rewriter.split.feeds, indices=tuple(range(12)))
     rewriter.fits(rewriter.original, names, half)
     assert rewriter.sweeps == 5.0
 
 
-def test_fits_given_are_the_fits_used(rewriter):
+def test_the_argument_fits_is_used(rewriter):
     name = rewriter.sites[1].name
-    found = rewriter.fits(rewriter.original, [name, rewriter.sites[2].name])[name]
-    given = rewriter.changed(rewriter.original, name, "low-rank:3", found)
+    fits = rewriter.fits(rewriter.original, [name, rewriter.sites[2].name])[name]
+    from_fits = rewriter.changed(rewriter.original, name, "low-rank:3", fits)
     fitted = rewriter.changed(rewriter.original, name, "low-rank:3")
-    assert torch.equal(outputs(given, rewriter.split), outputs(fitted, rewriter.split))
+    assert torch.equal(outputs(from_fits, rewriter.split), outputs(fitted, rewriter.split))
 
 
 @pytest.mark.parametrize("action", ["tba", "replaceme", "linear", "fuse", "low-rank:2", "constant"])
 def test_published_forms_are_fitted_on_all_tokens(rewriter, action, monkeypatch):
-    """As their authors did; ours only on those that are read."""
-    asked = []
+    """The other forms are fitted on the tokens that are read."""
+    arguments = []
 
-    class Noted(Fit):
+    class RecordingFit(Fit):
         def run(self, graph, data):
-            asked.append(self.all_tokens)
+            arguments.append(self.all_tokens)
             return super().run(graph, data)
 
-    monkeypatch.setattr(rewriter_module, "Fit", Noted)
+    monkeypatch.setattr(rewriter_module, "Fit", RecordingFit)
     rewriter.changed(rewriter.original, rewriter.sites[3].name, action)
-    assert asked == [action in PUBLISHED]
+    assert arguments == [action in PUBLISHED]
 
 
-def test_dropping_what_is_gone_is_harmless(rewriter):
+def test_dropping_a_site_twice_changes_nothing(rewriter):
     name = rewriter.sites[1].name
     once = rewriter.changed(rewriter.original, name, "drop")
     twice = rewriter.changed(once, name, "drop")
@@ -123,13 +123,13 @@ def test_drops_are_those_of_the_pass(rewriter):
     names = tuple(site.name for site in rewriter.sites[1:3])
     expected = rewriter.original.fork()
     apply(Drop(names), expected)
-    found = rewriter.carried_out(dict.fromkeys(names, "drop"))
-    assert torch.equal(outputs(found, rewriter.split), outputs(expected, rewriter.split))
-    assert len(find_sites(found)) == len(rewriter.sites) - 2
+    graph = rewriter.carried_out(dict.fromkeys(names, "drop"))
+    assert torch.equal(outputs(graph, rewriter.split), outputs(expected, rewriter.split))
+    assert len(find_sites(graph)) == len(rewriter.sites) - 2
 
 
 def test_tokens_are_merged_last(rewriter):
-    """Stand-ins are fitted to states with all tokens, wherever merging stands in the plan."""
+    """Maps are fitted to states with all tokens, at any position of the merge in the plan."""
     sites = [site.name for site in rewriter.sites]
     changes = {sites[0]: "merge:1", sites[3]: "linear", sites[1]: "drop"}
     kept = rewriter.carried_out(changes)
@@ -143,7 +143,7 @@ def test_tokens_are_merged_last(rewriter):
 
 
 @pytest.mark.parametrize("action", ["drop", "scale", "linear", "fuse"])
-def test_finished_computes_the_same_with_no_node_more_than_deletion(rewriter, action):
+def test_finished_computes_the_same_with_no_more_nodes_than_a_drop(rewriter, action):
     name = rewriter.sites[2].name
     graph = rewriter.changed(rewriter.original, name, action)
     before = outputs(graph, rewriter.split)
@@ -160,14 +160,14 @@ def test_a_fit_without_a_source_is_refused(rewriter):
         rewriter.changed(rewriter.original, rewriter.sites[0].name, "fuse")
 
 
-def test_a_branch_with_a_map_behind_it_can_neither_be_fitted_nor_dropped(rewriter):
-    """Folding a site into the branch before it makes that branch part of the map: it is left out of further fits."""
+def test_a_branch_followed_by_a_map_can_neither_be_fitted_nor_dropped(rewriter):
+    """A site folded into the previous branch makes that branch part of the map, so further fits exclude it."""
     sites = [site.name for site in rewriter.sites]
     folded = rewriter.changed(rewriter.original, sites[2], "fuse")
-    found = rewriter.fits(folded, sites)
-    assert sites[1] not in found
-    assert sites[2] not in found
-    assert {sites[0], sites[3]} == set(found)
+    fits = rewriter.fits(folded, sites)
+    assert sites[1] not in fits
+    assert sites[2] not in fits
+    assert {sites[0], sites[3]} == set(fits)
     assert rewriter.fits(folded, [sites[1]]) == {}
     with pytest.raises(PassError, match="blocks"):
         rewriter.changed(folded, sites[1], "linear")

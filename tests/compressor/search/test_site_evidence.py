@@ -1,4 +1,4 @@
-"""What the report shows of a choice: the scores of the score sweep, and tokens as they really flow."""
+"""Evidence in the report: scores of the sites, and the number of tokens that enter each site."""
 
 import json
 import math
@@ -33,32 +33,32 @@ def test_scores_are_those_of_one_sweep_over_a_few_samples(subject):
     few = [torch.from_numpy(split.head(SAMPLES).samples.feeds(split.head(SAMPLES).indices)["x"])]
     expected = apply(Score(), graph, [{"x": few[0]}])
     assert scores.samples == expected.samples == SAMPLES
-    found = evidence(sites, scores, {sites[1].name: 0.25, sites[2].name: math.inf})
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    content = evidence(sites, scores, {sites[1].name: 0.25, sites[2].name: math.inf})
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
     for site in sites:
         # The same float32 states, summed in float64 in batches of another size.
-        assert found["sites"][site.name]["cosine"] == pytest.approx(expected.cosine(site.name), rel=1e-5)
-    effects = [found["sites"][site.name]["effect"] for site in sites[:3]]
+        assert content["sites"][site.name]["cosine"] == pytest.approx(expected.cosine(site.name), rel=1e-5)
+    effects = [content["sites"][site.name]["effect"] for site in sites[:3]]
     assert effects == [None, 0.25, None]
-    assert found["states"] == [*(site.name for site in sites), "output"]
-    assert np.shape(found["similarity"]) == (len(sites) + 1, len(sites) + 1)
+    assert content["states"] == [*(site.name for site in sites), "output"]
+    assert np.shape(content["similarity"]) == (len(sites) + 1, len(sites) + 1)
 
 
-def test_nothing_measured_is_nothing_told(subject):
+def test_evidence_is_empty_without_measurements(subject):
     assert evidence(subject[1], None, {}) == {}
     assert "similarity" not in evidence(subject[1], None, {"a": 1.0})
     assert nested([[math.nan, 1.0]]) == [[None, 1.0]]
 
 
-def test_states_that_are_not_finite_leave_the_scores_out(subject):
+def test_there_are_no_scores_if_a_state_is_not_finite(subject):
     graph, _, split = subject
     rows = Samples(split.ids, lambda part: {"x": np.full((len(part), 3, 32, 32), np.nan, np.float32)}, "")
     broken = Split("test", rows, split.indices)
     assert few_scores(graph, broken) is None
 
 
-def test_tokens_are_counted_where_they_flow(subject):
-    """Against the values of a run: each branch that is left reads what the reduced graph feeds it."""
+def test_tokens_are_counted_at_every_site(subject):
+    """The counts are compared with the shapes of a run of the reduced graph."""
     graph, sites, split = subject
     whole = tokens_left(graph, sites, split)
     count = next(iter(whole.values()))
@@ -77,5 +77,5 @@ def test_tokens_are_counted_where_they_flow(subject):
         for _ in program.walk(values):
             pass
     assert values[nodes[sites[3].add]].shape[1] == left[sites[3].name]
-    apply(Drop((sites[3], sites[4])), reduced)  # nothing is left behind the second merge
+    apply(Drop((sites[3], sites[4])), reduced)  # no site remains after the second merge
     assert tokens_left(reduced, sites, split) == left

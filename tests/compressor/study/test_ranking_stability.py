@@ -1,4 +1,4 @@
-"""Rankings of a made-up stable and a made-up arbitrary model, and rank correlations against SciPy's."""
+"""Tests of the stability of a stable and of an arbitrary synthetic ranking, and of rank correlations against SciPy."""
 
 import numpy as np
 import pytest
@@ -10,49 +10,49 @@ SITES, SAMPLES = 12, 60
 
 
 def sums(spread, noise, seed=0):
-    """Cosine sums of 10 tokens a sample: site means `spread` apart, samples `noise` around them."""
+    """Return cosine sums of 10 tokens per sample: site means `spread` apart, with `noise` over samples."""
     rng = np.random.default_rng(seed)
     means = 0.5 + spread * np.arange(SITES)[:, None]
     return np.full((SITES, SAMPLES), 10.0), 10.0 * (means + noise * rng.standard_normal((SITES, SAMPLES)))
 
 
-def test_a_stable_ranking_is_found_stable():
-    found = stability(*sums(spread=0.01, noise=1e-6))
-    assert found.halves.spearman == pytest.approx(1.0)
-    assert found.halves.kendall == pytest.approx(1.0)
-    assert found.halves.samples == SAMPLES // 2
-    assert [each.samples for each in found.sizes] == [8, 16, 32]
-    assert all(each.low == pytest.approx(1.0) for each in found.sizes)
-    assert found.ranks == tuple((SITES - place, SITES - place, SITES - place) for place in range(SITES))
-    assert (found.top, found.kept) == (SITES // 4, 1.0)
+def test_a_stable_ranking_has_correlations_of_one():
+    result = stability(*sums(spread=0.01, noise=1e-6))
+    assert result.halves.spearman == pytest.approx(1.0)
+    assert result.halves.kendall == pytest.approx(1.0)
+    assert result.halves.samples == SAMPLES // 2
+    assert [part.samples for part in result.sizes] == [8, 16, 32]
+    assert all(part.low == pytest.approx(1.0) for part in result.sizes)
+    assert result.ranks == tuple((SITES - index, SITES - index, SITES - index) for index in range(SITES))
+    assert (result.top, result.kept) == (SITES // 4, 1.0)
 
 
-def test_an_arbitrary_ranking_is_found_arbitrary():
-    found = stability(*sums(spread=0.0, noise=0.1))
-    # Two halves of one pool of noise are anticorrelated, never correlated.
-    assert found.halves.spearman < 0.1
-    assert found.halves.kendall < 0.1
-    grows = [each.spearman for each in found.sizes]
-    assert grows == sorted(grows)  # the larger a part, the more it is the whole
-    assert found.kept < 0.5
-    assert all(low <= rank <= high for rank, low, high in found.ranks)
-    assert np.mean([high - low for _, low, high in found.ranks]) > 3
+def test_an_arbitrary_ranking_has_low_correlations():
+    result = stability(*sums(spread=0.0, noise=0.1))
+    # Disjoint halves of one sample of noise are anticorrelated.
+    assert result.halves.spearman < 0.1
+    assert result.halves.kendall < 0.1
+    correlations = [part.spearman for part in result.sizes]
+    assert correlations == sorted(correlations)  # larger subsets share more samples with the whole
+    assert result.kept < 0.5
+    assert all(low <= rank <= high for rank, low, high in result.ranks)
+    assert np.mean([high - low for _, low, high in result.ranks]) > 3
 
 
-def test_more_samples_rank_better_in_between():
-    found = stability(*sums(spread=0.01, noise=0.05))
-    assert found.sizes[0].spearman < found.sizes[-1].spearman < 1.0
-    assert 0.5 < found.halves.spearman < 1.0
-    assert found == stability(*sums(spread=0.01, noise=0.05))
+def test_more_samples_rank_more_reliably():
+    result = stability(*sums(spread=0.01, noise=0.05))
+    assert result.sizes[0].spearman < result.sizes[-1].spearman < 1.0
+    assert 0.5 < result.halves.spearman < 1.0
+    assert result == stability(*sums(spread=0.01, noise=0.05))
 
 
-def test_long_samples_count_as_many_tokens_as_they_have():
+def test_samples_are_weighted_by_their_tokens():
     tokens, cosines = sums(spread=0.01, noise=0.0)
-    tokens[:, 0], cosines[:, 0] = 1e6, 1e6 * np.linspace(0.9, 0.1, SITES)  # one sample that says the opposite
+    tokens[:, 0], cosines[:, 0] = 1e6, 1e6 * np.linspace(0.9, 0.1, SITES)  # one long sample with the opposite order
     assert [rank for rank, _, _ in stability(tokens, cosines).ranks] == list(range(1, SITES + 1))
 
 
-def test_the_correlation_is_scipys():
+def test_the_correlation_equals_scipys():
     rng = np.random.default_rng(0)
     left, right = rng.integers(0, 5, (2, 6, 9)).astype(float)
     wanted = [stats.spearmanr(*pair).statistic for pair in zip(left, right, strict=True)]
@@ -60,10 +60,10 @@ def test_the_correlation_is_scipys():
     assert rank_correlation(np.ones((1, 4)), np.arange(4.0)[None]).tolist() == [0.0]
 
 
-def test_too_little_is_not_judged_and_progress_is_told():
+def test_too_few_samples_give_none_and_progress_is_reported():
     assert stability(np.ones((2, 50)), np.ones((2, 50))) is None
     assert stability(np.ones((5, 3)), np.ones((5, 3))) is None
-    told = []
-    stability(*sums(0.01, 0.1), progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (len(sizes_below(SAMPLES)),) * 2
+    calls = []
+    stability(*sums(0.01, 0.1), progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (len(sizes_below(SAMPLES)),) * 2
     assert DRAWS >= 100

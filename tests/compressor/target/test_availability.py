@@ -1,4 +1,4 @@
-"""Targets are checked before the search: what cannot be done here is refused with the way round it."""
+"""Targets are checked before the search; the errors state an alternative."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ pytest.importorskip("onnxruntime")
 @pytest.mark.parametrize(
     ("target", "precision", "words"),
     [
-        ("openvino", "bf16", "--precision bf16 can only be proven where openvino runs; .* one of: fp32, int8"),
-        ("openvino", "auto", "--precision auto can only be proven where openvino runs"),
-        ("tensorrt", "auto", "--precision auto can only be proven where tensorrt runs; .* one of: fp32, fp16, int8"),
+        ("openvino", "bf16", "--precision bf16 can only be measured where openvino runs; .* one of: fp32, int8"),
+        ("openvino", "auto", "--precision auto can only be measured where openvino runs"),
+        ("tensorrt", "auto", "--precision auto can only be measured where tensorrt runs; .* one of: fp32, fp16, int8"),
     ],
 )
-def test_what_only_the_device_can_prove_is_not_deferred(target: str, precision: str, words: str) -> None:
+def test_precisions_that_only_the_device_can_measure_are_not_deferred(target: str, precision: str, words: str) -> None:
     with pytest.raises(UsableError, match=words):
         usable(Settings(target=target, precision=precision, defer_build=True))
 
 
 def test_engines_from_exported_programs_are_not_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime("openvino"), "source", ".pt2")
-    with pytest.raises(UsableError, match="target openvino builds with torch, on this machine; leave out --defer"):
+    with pytest.raises(
+        UsableError, match="target openvino builds engines with torch on this machine; leave out --defer"
+    ):
         usable(Settings(target="openvino", defer_build=True))
 
 
-def test_what_can_be_written_here_is_deferred() -> None:
+def test_a_precision_that_is_written_here_is_deferred() -> None:
     target, options = usable(Settings(target="tensorrt", precision="fp16", defer_build=True))
     assert (target.name, options.device) == ("onnxruntime", "cpu")
     assert "fp16" in target.precisions["cpu"]

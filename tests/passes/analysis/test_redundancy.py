@@ -1,4 +1,4 @@
-"""Scores against formulas written out again on eager modules with hooks, and against double loops in float64."""
+"""Scores against the formulas on eager modules with hooks, and against double loops in float64."""
 
 import dataclasses
 import functools
@@ -46,37 +46,37 @@ def angles(x, y):
     return torch.arccos(cosines(x, y).clamp(-1, 1)) / math.pi
 
 
-def seen(module, feeds, parts):
-    """Input and output of each named part during one eager run."""
-    caught = {}
+def inputs_and_outputs(module, feeds, parts):
+    """Return input and output of each named submodule during one eager run."""
+    captured = {}
 
     def hook(name):
-        return lambda _, inputs, output: caught.update({name: (inputs[0] if inputs else None, output)})
+        return lambda _, inputs, output: captured.update({name: (inputs[0] if inputs else None, output)})
 
     handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in parts]
     with torch.no_grad():
         module(**feeds)
     for handle in handles:
         handle.remove()
-    return caught
+    return captured
 
 
 # ------------------------------------------------------------------------------------------------- eager timm models
 
 
 @pytest.mark.parametrize("name", ["vit", "deit3", "vit_registers", "beit"])
-def test_sites_and_blocks_of_eager_models_with_hooks(name):
-    """LLM-Drop: what enters the norm against the same plus the branch, LayerScale included; blocks: in against out."""
+def test_scores_equal_eager_models_with_hooks(name):
+    """LLM-Drop compares the norm input with itself plus the branch and LayerScale; blocks compare input and output."""
     model, graph, sites = traced(name)
     scores = scored(graph, model.example)
     blocks = [f"blocks.{position}" for position in range(2)]
-    caught = seen(
+    captured = inputs_and_outputs(
         model.module, model.example, [*blocks, *[f"{b}.norm1" for b in blocks], *[f"{b}.norm2" for b in blocks]]
     )
     for block in blocks:
-        enters, leaves = caught[block]
-        middle = caught[f"{block}.norm2"][0]
-        assert torch.equal(caught[f"{block}.norm1"][0], enters)
+        enters, leaves = captured[block]
+        middle = captured[f"{block}.norm2"][0]
+        assert torch.equal(captured[f"{block}.norm1"][0], enters)
         for site, x, y in [(f"{block}.attn", enters, middle), (f"{block}.mlp", middle, leaves)]:
             assert scores.cosine(site) == pytest.approx(float(cosines(x, y).mean()), abs=FLOAT32)
             update = float(((y - x).double().norm(dim=-1) / x.double().norm(dim=-1)).mean())
@@ -87,16 +87,16 @@ def test_sites_and_blocks_of_eager_models_with_hooks(name):
     assert set(scores.blocks) == set(blocks)
 
 
-def test_post_norm_takes_the_sum_before_the_norm():
-    """BERT: x + f(x) enters the LayerNorm of each sublayer; x left the one before."""
+def test_post_norm_site_ends_before_the_norm():
+    """BERT: x + f(x) is the input of the LayerNorm of a sublayer, x the output of the previous one."""
     model, graph, sites = traced("hf_bert")
     scores = scored(graph, model.example)
     names = [f"encoder.layer.{i}.{part}.LayerNorm" for i in range(2) for part in ("attention.output", "output")]
-    caught = seen(model.module, model.example, ["embeddings", *names])
-    before = [caught["embeddings"][1], *[caught[name][1] for name in names[:-1]]]
+    captured = inputs_and_outputs(model.module, model.example, ["embeddings", *names])
+    before = [captured["embeddings"][1], *[captured[name][1] for name in names[:-1]]]
     keep = model.example["attention_mask"].bool()
     for site, x, name in zip(sites, before, names, strict=True):
-        y = caught[name][0]
+        y = captured[name][0]
         assert scores.cosine(site.name) == pytest.approx(float(cosines(x[keep], y[keep]).mean()), abs=FLOAT32)
 
 
@@ -111,7 +111,7 @@ class Parallel(nn.Module):
         return x + self.last(x)
 
 
-def test_parallel_branches_are_each_held_against_the_trunk_alone():
+def test_each_parallel_branch_is_compared_with_the_trunk():
     torch.manual_seed(0)
     model = models.load(Parallel(), example_inputs=torch.rand(5, 8))
     rows = torch.rand(5, 8)
@@ -131,16 +131,16 @@ def test_parallel_branches_are_each_held_against_the_trunk_alone():
 
 
 def naive_matrices(graph, sites, feeds, ends):
-    """Double loop over states, samples and tokens, in float64; `ends` says which token ends each row, None for all."""
+    """Loop over pairs of states in float64; `ends` is the index of the last token of each row, None for all tokens."""
     names = list(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
     dims = {site.trunk: site.channel_dim for site in sites} | {sites[-1].root: sites[-1].channel_dim}
-    found = samples.states(graph, feeds, *names)
-    states = [value.movedim(dims[name], -1).double() for name, value in zip(names, found, strict=True)]
+    values = samples.states(graph, feeds, *names)
+    states = [value.movedim(dims[name], -1).double() for name, value in zip(names, values, strict=True)]
     count = len(states)
     similarity, angular = torch.full((2, count, count), math.nan, dtype=torch.float64)
     for i, left in enumerate(states):
         for j, right in enumerate(states):
-            if found[i].shape != found[j].shape:
+            if values[i].shape != values[j].shape:
                 continue
             x, y = left.flatten(1, -2), right.flatten(1, -2)
             kept = feeds["attention_mask"].bool() if ends is not None else torch.ones(x.shape[:2], dtype=torch.bool)
@@ -151,8 +151,8 @@ def naive_matrices(graph, sites, feeds, ends):
 
 
 @pytest.mark.parametrize("name", ["vit", "hf_dinov2", "convnext"])
-def test_matrices_equal_the_double_loop(name):
-    """With stages of different shapes: NaN exactly where shapes differ."""
+def test_matrices_equal_a_double_loop(name):
+    """Entries are NaN exactly where the shapes of two stages differ."""
     model, graph, sites = traced(name)
     scores = scored(graph, model.example)
     similarity, angular = naive_matrices(graph, sites, model.example, None)
@@ -164,7 +164,7 @@ def test_matrices_equal_the_double_loop(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_matrices_of_texts_end_at_the_last_token_that_is_no_padding(side):
+def test_angular_distance_uses_the_last_unpadded_token(side):
     model, graph, sites = traced("hf_bert")
     feeds = dict(model.example)
     mask = torch.ones_like(feeds["attention_mask"])
@@ -179,15 +179,15 @@ def test_matrices_of_texts_end_at_the_last_token_that_is_no_padding(side):
     torch.testing.assert_close(scores.similarity_matrix(), similarity, rtol=0, atol=FLOAT32)
     torch.testing.assert_close(scores.angular_matrix(), angular, rtol=0, atol=ANGLE)
     assert (scores.sites[sites[0].name].tokens, scores.sites[sites[0].name].ends) == (int(mask.sum()), 2)
-    # Angular distance over one site is the same whether it comes from the site or from the matrix (last: before norm).
+    # The angular distance of the last site equals the matrix entry; its output is taken before the norm.
     last = sites[-1]
     corner = float(scores.angular_matrix()[-2, -1])
     assert scores.sites[last.name].mean("angular") == pytest.approx(corner, abs=ANGLE)
 
 
 @pytest.mark.parametrize("name", ["hf_bert", "hf_llama"])
-def test_padding_changes_nothing(name):
-    """Attention over a longer masked row adds terms of exactly zero, but in another order: float32 rounding."""
+def test_scores_do_not_depend_on_padding(name):
+    """Masked positions add exact zeros in another order, so scores differ by float32 rounding."""
     model, graph, _ = traced(name)
     short = {key: value[:, :5] for key, value in model.example.items()}
     short["attention_mask"] = torch.ones_like(short["attention_mask"])
@@ -195,25 +195,27 @@ def test_padding_changes_nothing(name):
     padded["attention_mask"] = torch.nn.functional.pad(short["attention_mask"], (0, 6))
     if "token_type_ids" in padded:
         padded["token_type_ids"] = torch.nn.functional.pad(short["token_type_ids"], (0, 6))
-    alone, beside = scored(graph, short), scored(graph, padded)
-    for site in alone.sites:
-        assert alone.sites[site].tokens == beside.sites[site].tokens == 10
-        assert alone.cosine(site) == pytest.approx(beside.cosine(site), abs=FLOAT32)
-        assert alone.update(site) == pytest.approx(beside.update(site), rel=1e-5)
-    torch.testing.assert_close(alone.similarity_matrix(), beside.similarity_matrix(), rtol=0, atol=FLOAT32)
-    torch.testing.assert_close(alone.angular_matrix(), beside.angular_matrix(), rtol=0, atol=ANGLE)
+    unpadded_scores, padded_scores = scored(graph, short), scored(graph, padded)
+    for site in unpadded_scores.sites:
+        assert unpadded_scores.sites[site].tokens == padded_scores.sites[site].tokens == 10
+        assert unpadded_scores.cosine(site) == pytest.approx(padded_scores.cosine(site), abs=FLOAT32)
+        assert unpadded_scores.update(site) == pytest.approx(padded_scores.update(site), rel=1e-5)
+    torch.testing.assert_close(
+        unpadded_scores.similarity_matrix(), padded_scores.similarity_matrix(), rtol=0, atol=FLOAT32
+    )
+    torch.testing.assert_close(unpadded_scores.angular_matrix(), padded_scores.angular_matrix(), rtol=0, atol=ANGLE)
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
 
 
-def test_sums_are_kept_in_float64():
+def test_sums_are_float64():
     model, graph, _ = traced("vit")
     scores = scored(graph, model.example)
     for tensor in (scores.similarity, scores.tokens, scores.angular, scores.ends):
         assert tensor.dtype == torch.float64
     many = functools.reduce(lambda total, _: total + scores, range(999), scores)
-    # A float32 sum of 10,000 terms near 1 would be off in the seventh digit; float64 is in the fifteenth.
+    # A float32 sum of 10,000 terms near 1 is exact to seven digits only, a float64 sum to fifteen.
     assert many.cosine("blocks.0.attn") == pytest.approx(scores.cosine("blocks.0.attn"), rel=1e-13)
 
 
@@ -222,8 +224,8 @@ POOL = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 11))
-def test_halves_add_up_to_the_whole(cut):
-    """Counts exactly. Sums to 1e-6: kernels round a row differently in batches of different size, addition does not."""
+def test_scores_of_two_halves_add_up(cut):
+    """Counts are equal. Sums agree to 1e-6, because kernels round a row differently in batches of different size."""
     _, graph, _ = traced("vit")
     whole, first, second = (
         scored(graph, {"x": POOL}),
@@ -243,8 +245,8 @@ def test_halves_add_up_to_the_whole(cut):
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 5))
-def test_batches_add_up_wherever_the_data_is_cut(cut):
-    """The same batches in both, so that only the order of float64 additions differs: 1e-12, and counts exactly."""
+def test_scores_of_batches_add_up_for_any_split(cut):
+    """Both use the same batches, so only the order of float64 additions differs: 1e-12. Counts are equal."""
     _, graph, _ = traced("vit")
     batches = [{"x": POOL[start : start + 2]} for start in range(0, 12, 2)]
     whole, merged = scored(graph, *batches), scored(graph, *batches[:cut]) + scored(graph, *batches[cut:])
@@ -255,13 +257,13 @@ def test_batches_add_up_wherever_the_data_is_cut(cut):
         torch.testing.assert_close(getattr(merged, field), getattr(whole, field), rtol=1e-12, atol=1e-12)
 
 
-def test_scores_of_other_graphs_do_not_add():
+def test_scores_of_different_graphs_cannot_be_added():
     with pytest.raises(PassError, match="two different graphs"):
         scored(traced("vit")[1], {"x": POOL}) + scored(traced("hf_vit")[1], traced("hf_vit")[0].example)
 
 
-def test_data_is_read_lazily_and_let_go():
-    """Only the batch last handed out is still alive when the next one is made."""
+def test_data_is_read_lazily_and_freed():
+    """At most one batch is alive when the next one is created."""
     _, graph, _ = traced("vit")
     handed, alive = [], []
 
@@ -283,7 +285,7 @@ def test_data_is_read_lazily_and_let_go():
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_a_site_that_turns_to_nan_is_named():
+def test_error_names_the_site_with_non_finite_values():
     model = BY_NAME["vit"].load()
     with torch.no_grad():
         model.module.blocks[1].mlp.fc2.weight.fill_(math.nan)
@@ -291,7 +293,7 @@ def test_a_site_that_turns_to_nan_is_named():
         scored(trace(model), model.example)
 
 
-def test_no_data_no_batches_no_sites():
+def test_no_data_no_batches_or_no_sites_raises():
     _, graph, _ = traced("vit")
     with pytest.raises(PassError, match="needs calibration data"):
         apply(Score(), graph)

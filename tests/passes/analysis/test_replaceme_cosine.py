@@ -53,7 +53,7 @@ def objective(transform, pairs):
 
 
 def reference_loop(pairs, *, epochs, rate, rows):
-    """Run the loop of the paper with an explicit gradient, and Adam as in algorithm 1 of Kingma and Ba, arXiv 1412.6980."""
+    """Run the loop of the paper with an explicit gradient and Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1)."""
     transform = torch.eye(WIDTH, dtype=torch.float64)
     first, second, count = torch.zeros_like(transform), torch.zeros_like(transform), 0
     for m, goal in [pair for _ in range(epochs) for pair in pairs]:

@@ -1,4 +1,4 @@
-"""Reducing tokens: nothing where nothing is taken, exact where tokens are the same, the paper's formulas elsewhere."""
+"""Token reduction: no change for zero tokens, exact for equal tokens, and the formulas of the paper otherwise."""
 
 import numpy as np
 import onnxruntime
@@ -22,11 +22,11 @@ aten = torch.ops.aten
 WIDTH, HEADS = 16, 2
 SHARED = SHARED_DATA
 DEIT, IMAGES = SHARED / "deit_tiny_patch16_224", SHARED / "imagenet_sample"
-KNOWN = {known.name: known for known in (*TIMM, *TRANSFORMERS)}
+ARCHITECTURES = {architecture.name: architecture for architecture in (*TIMM, *TRANSFORMERS)}
 
 
 class Block(nn.Module):
-    """A pre-norm block; `explicit` writes the attention out as products and a softmax."""
+    """A pre-norm block; `explicit` computes the attention by products and a softmax."""
 
     def __init__(self, *, explicit):
         super().__init__()
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A class token before the given ones, some blocks; returns the class token, or (`dense`) every value."""
+    """A class token and blocks; returns the class token, all tokens (`dense`) or the mean of the others (`pool`)."""
 
     def __init__(self, depth=3, *, explicit=False, dense=False, pool=False):
         super().__init__()
@@ -86,7 +86,7 @@ def reduced(graph, *schedule, **options):
     return edited
 
 
-def answers(graph, x):
+def outputs(graph, x):
     return run(graph, {graph.inputs[0]: x})
 
 
@@ -95,12 +95,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-# ------------------------------------------------------------------------------------------------------------ oracles
+# --------------------------------------------------------------------------------------------- reference and options
 
 
 @torch.no_grad()
-def merged_as_in_the_paper(x, k, sizes, amount):
-    """Bolya et al., section 3, token by token in Python; in the order (left open there) first token, A by rank, B."""
+def reference_merge(x, k, sizes, amount):
+    """Merge as in Bolya et al., section 3, token by token, in the order first token, A by rank, B."""
     tokens, keys = list(x), k.mean(0)
     free = list(range(1, len(tokens)))
     a, b = free[::2], free[1::2]
@@ -118,14 +118,14 @@ def merged_as_in_the_paper(x, k, sizes, amount):
 
 
 @torch.no_grad()
-def run_as_in_the_paper(trunk, x, amounts):
-    """The class token's answer for one sample, every block with its own number of merged tokens."""
+def reference_run(trunk, x, amounts):
+    """Return the class token of one sample, with one number of merged tokens per block."""
     x = torch.cat([trunk.cls[0], x])
     sizes = torch.ones(len(x))
     for block, amount in zip(trunk.blocks, amounts, strict=True):
         y = x[None] + block.attention(x[None], sizes[None])
         keys = block.heads(x[None])[1][0]
-        x, sizes = merged_as_in_the_paper(y[0], keys, sizes, amount)
+        x, sizes = reference_merge(y[0], keys, sizes, amount)
         x = x + block.mlp(x[None])[0]
     return trunk.norm(x)[0]
 
@@ -135,12 +135,12 @@ def test_merging_follows_the_paper(explicit):
     trunk = Trunk(explicit=explicit).eval()
     graph = reduced(traced(trunk, 13), ("blocks.0", 4), ("blocks.1", 3), ("blocks.2", 2))
     x = torch.randn(3, 13, WIDTH)
-    expected = torch.stack([run_as_in_the_paper(trunk, sample, (4, 3, 2)) for sample in x])
-    torch.testing.assert_close(answers(graph, x)[0], expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
-    assert (answers(traced(trunk, 13), x)[0] - expected).abs().max() > 1e-3  # merging these does change the answer
+    expected = torch.stack([reference_run(trunk, sample, (4, 3, 2)) for sample in x])
+    torch.testing.assert_close(outputs(graph, x)[0], expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    assert (outputs(traced(trunk, 13), x)[0] - expected).abs().max() > 1e-3  # merging changes the output
 
 
-def test_nothing_taken_is_nothing_changed():
+def test_zero_tokens_do_not_change_the_graph():
     graph = traced(Trunk(), 13)
     before = graph.signature()
     result = ReduceTokens((("blocks.0", 0), ("blocks.1", 0.0))).run(graph)
@@ -148,13 +148,13 @@ def test_nothing_taken_is_nothing_changed():
 
 
 @pytest.mark.parametrize("options", [{}, {"dense": True}, {"pool": True}, {"explicit": True}])
-def test_merging_the_same_twice_over_changes_nothing(options):
-    """Neighbours are copies: set A and set B hold the same tokens, and a size of two weighs as much as two tokens."""
+def test_merging_equal_tokens_is_exact(options):
+    """Adjacent tokens are copies, so sets A and B are equal, and a token of size 2 weighs as much as two tokens."""
     graph = traced(Trunk(**options), 16)
     edited = reduced(graph, ("blocks.0", 5))
     x = torch.randn(3, 8, WIDTH).repeat_interleave(2, dim=1)
-    found, expected = answers(edited, x)[0], answers(graph, x)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the issue's tolerance
+    merged, expected = outputs(edited, x)[0], outputs(graph, x)[0]
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
     assert any(
         str(value_of(node).shape[1]) == "12" for node in edited.nodes() if node.target == aten.layer_norm.default
     )
@@ -162,32 +162,32 @@ def test_merging_the_same_twice_over_changes_nothing(options):
 
 @pytest.mark.parametrize("method", ["merge", "attention", "norm"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_any_batch_and_each_sample_alone(method, batch):
+def test_batch_equals_single_samples(method, batch):
     edited = reduced(traced(Trunk(), 13), ("blocks.0", 4), ("blocks.1", 0.25), method=method)
     x = torch.randn(batch, 13, WIDTH)
-    alone = torch.cat([answers(edited, sample[None])[0] for sample in x])
-    torch.testing.assert_close(answers(edited, x)[0], alone, rtol=1e-4, atol=1e-5)  # products of another batch size
+    alone = torch.cat([outputs(edited, sample[None])[0] for sample in x])
+    torch.testing.assert_close(outputs(edited, x)[0], alone, rtol=1e-4, atol=1e-5)  # products of another batch size
 
 
-def test_dropping_by_attention_keeps_what_the_class_token_looks_at():
+def test_attention_method_keeps_tokens_attended_by_the_class_token():
     trunk = Trunk(depth=2).eval()
     x = torch.randn(2, 11, WIDTH)
-    found = answers(reduced(traced(trunk, 11), ("blocks.0", 5), method="attention"), x)[0]
+    actual = outputs(reduced(traced(trunk, 11), ("blocks.0", 5), method="attention"), x)[0]
     expected = []
     with torch.no_grad():
         for sample in x:
             y = torch.cat([trunk.cls[0], sample])[None]
             q, k, _ = trunk.blocks[0].heads(y)
-            looked = (q[:, :, :1] @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5).softmax(-1).mean(1)[0, 0, 1:]
-            kept = sorted(looked.argsort(descending=True)[:6].tolist())
+            weights = (q[:, :, :1] @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5).softmax(-1).mean(1)[0, 0, 1:]
+            kept = sorted(weights.argsort(descending=True)[:6].tolist())
             y = (y + trunk.blocks[0].attention(y))[:, [0, *[1 + token for token in kept]]]
             y = trunk.blocks[1](y + trunk.blocks[0].mlp(y))
             expected.append(trunk.norm(y)[0, 0])
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)  # float32 in another order
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-5)  # float32 in another order
 
 
 def test_protected_tokens_are_never_merged():
-    """Every token is the same, so anything would merge: the protected ones must still be alone in their row."""
+    """All tokens are equal, so any pair could merge; protected tokens must still have rows of their own."""
     graph = traced(Trunk(), 12)
     edited = reduced(graph, ("blocks.0", 3), protected=5)
     products = [node.all_input_nodes[0] for node in edited.nodes() if node.target == aten.matmul.default]
@@ -195,7 +195,7 @@ def test_protected_tokens_are_never_merged():
     edited.outputs = (*edited.outputs, "mean")
     output = edited.nodes()[-1]
     output.args = ((*output.args[0], mean),)
-    matrix = answers(edited, torch.ones(2, 12, WIDTH))[1]
+    matrix = outputs(edited, torch.ones(2, 12, WIDTH))[1]
     assert torch.equal(matrix[:, :5, :5], torch.eye(5).expand(2, 5, 5))
     assert not matrix[:, :5, 5:].any()
     assert not matrix[:, 5:, :5].any()
@@ -203,25 +203,25 @@ def test_protected_tokens_are_never_merged():
     torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 10))
 
 
-def test_class_and_registers_are_found_by_structure():
+def test_class_and_register_tokens_are_detected():
     for name, count in (("vit", 1), ("deit_distilled", 2), ("vit_registers", 5), ("hf_dinov2_registers", 5)):
-        graph = trace(KNOWN[name].load())
+        graph = trace(ARCHITECTURES[name].load())
         (first, *_) = [site for site in find_sites(graph) if site.kind == "attention"]
         step = ReduceTokens(((first.name, 1),))
         assert step.protects(graph) == count, name
 
 
-def test_outputs_may_stay_short():
+def test_unmerge_option_sets_the_output_length():
     graph = traced(Trunk(dense=True), 13)
     x = torch.randn(2, 13, WIDTH)
-    assert answers(reduced(graph, ("blocks.0", 4)), x)[0].shape == (2, 14, WIDTH)
-    assert answers(reduced(graph, ("blocks.0", 4), unmerge=False), x)[0].shape == (2, 10, WIDTH)
-    assert answers(reduced(graph, ("blocks.0", 4), method="norm", unmerge=False), x)[0].shape == (2, 10, WIDTH)
+    assert outputs(reduced(graph, ("blocks.0", 4)), x)[0].shape == (2, 14, WIDTH)
+    assert outputs(reduced(graph, ("blocks.0", 4), unmerge=False), x)[0].shape == (2, 10, WIDTH)
+    assert outputs(reduced(graph, ("blocks.0", 4), method="norm", unmerge=False), x)[0].shape == (2, 10, WIDTH)
 
 
 # ------------------------------------------------------------------------------------------------------ architectures
 
-FOLLOWED = {
+AMOUNTS = {
     "vit": 1,
     "deit3": 1,
     "vit_registers": 1,
@@ -236,13 +236,13 @@ FOLLOWED = {
 }
 
 
-@pytest.mark.parametrize("name", FOLLOWED)
-def test_architectures_are_followed(name):
-    model = KNOWN[name].load()
+@pytest.mark.parametrize("name", AMOUNTS)
+def test_supported_architectures(name):
+    model = ARCHITECTURES[name].load()
     graph = trace(model)
     sites = find_sites(graph)
     first = next(site for site in sites if site.kind == "attention")
-    edited = reduced(graph, (first.name, FOLLOWED[name]))
+    edited = reduced(graph, (first.name, AMOUNTS[name]))
     assert [site.name for site in find_sites(edited)] == [site.name for site in sites]
     for batch in (1, 3):
         feeds = {key: torch.cat([value, value])[:batch] for key, value in model.example.items()}
@@ -262,8 +262,8 @@ def test_architectures_are_followed(name):
         ("hf_gpt2", 0.3, "merges or splits the batch axis"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_with_the_reason(name, amount, reason):
-    graph = trace(KNOWN[name].load())
+def test_unsupported_architectures_raise_with_the_reason(name, amount, reason):
+    graph = trace(ARCHITECTURES[name].load())
     before = graph.signature()
     first = next(site for site in find_sites(graph) if site.kind == "attention")
     with pytest.raises(PassError, match=reason):
@@ -271,7 +271,7 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(name, amount, reason
     assert graph.signature() == before
 
 
-def test_what_is_no_attention_or_too_much_is_refused():
+def test_invalid_options_raise():
     graph = traced(Trunk(), 13)
     with pytest.raises(PassError, match=r"blocks\.9.*the graph has blocks\.0"):
         ReduceTokens((("blocks.9", 1),)).run(graph)
@@ -285,26 +285,28 @@ def test_what_is_no_attention_or_too_much_is_refused():
         ReduceTokens((("blocks.0", 1),), method="norm").run(traced(Trunk(dense=True), 13))
 
 
-def test_padding_of_texts_never_reaches_real_tokens():
-    """The answer for a text is the same whatever stands in its padding."""
-    model = KNOWN["hf_bert"].load()
+def test_outputs_do_not_depend_on_padding():
+    """The outputs of a text do not depend on the token ids in its padding."""
+    model = ARCHITECTURES["hf_bert"].load()
     edited = reduced(trace(model), ("encoder.layer.0", 0.3), ("encoder.layer.1", 0.2))
     ids = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[:, 8:] = 0
     other = torch.where(mask.bool(), ids, (ids + 7) % 47 + 3)
     kinds = torch.zeros_like(ids)
-    found = [run(edited, {"input_ids": text, "attention_mask": mask, "token_type_ids": kinds}) for text in (ids, other)]
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)  # float32 sums over other columns
-    torch.testing.assert_close(found[0][0][:, :8], found[1][0][:, :8], rtol=1e-4, atol=1e-5)
+    results = [
+        run(edited, {"input_ids": text, "attention_mask": mask, "token_type_ids": kinds}) for text in (ids, other)
+    ]
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)  # float32 sums over other columns
+    torch.testing.assert_close(results[0][0][:, :8], results[1][0][:, :8], rtol=1e-4, atol=1e-5)
 
 
-def test_lengths_of_merged_texts_do_not_nest():
-    """A length stands for itself: formulas within formulas made each further reduction several times slower."""
-    edited = reduced(trace(KNOWN["hf_bert"].load()), ("encoder.layer.0", 0.3), ("encoder.layer.1", 0.2))
+def test_symbolic_lengths_do_not_nest():
+    """Each length has its own symbol, because nested expressions made every further reduction several times slower."""
+    edited = reduced(trace(ARCHITECTURES["hf_bert"].load()), ("encoder.layer.0", 0.3), ("encoder.layer.1", 0.2))
     values = {node.name: value_of(node) for node in edited.nodes()}
     lengths = {str(values[site.trunk].shape[1]) for site in find_sites(edited)}
-    assert len(lengths) == 3  # before, between, behind
+    assert len(lengths) == 3  # before, between and after the reductions
     assert all(length.isidentifier() for length in lengths)
 
 
@@ -317,8 +319,8 @@ def onnx_outputs(graph, model, path, feeds):
 
 
 @pytest.mark.parametrize(("name", "amount"), [("vit_registers", 1), ("hf_bert", 0.3)])
-def test_the_onnx_file_computes_the_same(tmp_path, name, amount):
-    model = KNOWN[name].load()
+def test_onnx_file_computes_the_same_outputs(tmp_path, name, amount):
+    model = ARCHITECTURES[name].load()
     graph = trace(model)
     first = next(site for site in find_sites(graph) if site.kind == "attention")
     edited = reduced(graph, (first.name, amount))
@@ -327,13 +329,13 @@ def test_the_onnx_file_computes_the_same(tmp_path, name, amount):
         np.testing.assert_allclose(theirs, mine.numpy(), rtol=1e-4, atol=1e-5)  # float32 in another order
 
 
-@pytest.mark.skipif(not DEIT.is_dir(), reason="the trained DeiT-Tiny in ../shared/data is not here")
-def test_the_onnx_file_equals_torch_on_real_images(tmp_path):
+@pytest.mark.skipif(not DEIT.is_dir(), reason="the trained DeiT-Tiny in ../shared/data is missing")
+def test_onnx_file_equals_torch_on_real_images(tmp_path):
     model = models.load(str(DEIT))
     images = splits.load(str(IMAGES), model.preprocess, task=model.task)
     edited = reduced(trace(model), ("blocks.3", 64), ("blocks.7", 40))
     batch = next(iter(images.validation.batches(4)))
     feeds = {name: torch.as_tensor(batch.feeds[name]) for name in edited.inputs}
     (mine,), (theirs,) = run(edited, feeds), onnx_outputs(edited, model, tmp_path / "m.onnx", feeds)
-    # Two engines may break a tie of two links differently; these images hold none, so only rounding is left.
+    # Two engines may break a tie of two links differently. These images have none, so only rounding remains.
     np.testing.assert_allclose(theirs, mine.numpy(), rtol=1e-3, atol=1e-3 * float(mine.abs().max()))

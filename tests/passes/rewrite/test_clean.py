@@ -1,4 +1,4 @@
-"""What cleaning takes out, and what it must leave."""
+"""Nodes that Clean removes, and nodes that it must keep."""
 
 import torch
 from torch import nn
@@ -13,13 +13,13 @@ from passes.rewrite.clean import Clean
 
 
 def exported(module, *inputs):
-    """A graph as torch.export leaves it, not yet cleaned."""
+    """Return the graph of torch.export, before cleaning."""
     program = torch.export.export(module.eval(), inputs)
     names = tuple(f"x{position}" for position in range(len(inputs)))
     return Graph(program.module(check_guards=False), names, ("y",))
 
 
-class Idle(nn.Module):
+class NoOps(nn.Module):
     def __init__(self):
         super().__init__()
         self.used, self.unused, self.dead = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
@@ -34,19 +34,19 @@ def targets(graph):
     return [str(node.target).rpartition("::")[2] for node in graph.nodes() if node.op == "call_function"]
 
 
-def test_only_what_computes_is_left():
-    module = Idle()
+def test_no_ops_and_dead_code_are_removed():
+    module = NoOps()
     graph = exported(module, torch.rand(2, 4))
-    done = apply(Clean(), graph)
+    result = apply(Clean(), graph)
     assert targets(graph) == ["aten.linear.default", "aten.add.Tensor"]
-    assert done.changed
+    assert result.changed
     assert graph.parameter_count() == 4 * 4 + 4
     x = torch.rand(2, 4)
     with torch.inference_mode():
         assert torch.equal(graph.module(x)[0] if isinstance(graph.module(x), tuple) else graph.module(x), module(x))
 
 
-def test_casts_that_change_the_type_stay():
+def test_casts_to_another_dtype_stay():
     class Cast(nn.Module):
         def forward(self, x):
             return x.to(torch.float64).to(torch.float32).to(torch.float32)
@@ -66,8 +66,8 @@ def test_dropout_in_training_mode_stays():
     assert targets(graph) == ["aten.dropout.default"]
 
 
-def test_a_view_outlives_the_copy_before_it():
-    """Windowed attention permutes, copies and views: without the copy the view would refuse the strides."""
+def test_view_works_without_the_copy_before_it():
+    """Windowed attention permutes, copies and views; without the copy, a view does not accept the strides."""
 
     class Windows(nn.Module):
         def forward(self, x):
@@ -81,8 +81,8 @@ def test_a_view_outlives_the_copy_before_it():
     assert torch.equal(run(graph, {"x": x})[0], module(x))
 
 
-def test_cleaning_twice_changes_nothing():
-    graph = exported(Idle(), torch.rand(2, 4))
+def test_cleaning_is_idempotent():
+    graph = exported(NoOps(), torch.rand(2, 4))
     apply(Clean(), graph)
     before = graph.signature()
     assert apply(Clean(), graph).changed == ()

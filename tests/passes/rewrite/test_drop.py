@@ -1,4 +1,4 @@
-"""Dropping: against surgery on the eager module, parameter counts from the module tree, and hand-written modules."""
+"""Dropped branches against edited eager modules, parameter counts of the module tree, and small modules."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ class Zero(nn.Module):
 
 
 class ZeroAttention(nn.Module):
-    """What transformers' attention modules return, with nothing in it."""
+    """Attention module of transformers that returns zeros."""
 
     def forward(self, hidden_states, *_, **__):
         return torch.zeros_like(hidden_states), None
 
 
 class Parallel(nn.Module):
-    """Two branches added to one trunk at once: y = x + (a(x) + m(x)), then a third on its own."""
+    """Two parallel branches, y = x + (a(x) + m(x)), followed by a single one."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def size(module):
 
 @pytest.mark.parametrize("parts", [["attn"], ["mlp"], ["attn", "mlp"]])
 @pytest.mark.parametrize("name", ["vit", "deit3", "beit", "vit_post_norm"])
-def test_the_eager_timm_model_with_that_part_zero_is_the_same(name, parts):
+def test_drop_equals_an_eager_timm_model_with_a_zero_part(name, parts):
     model = BY_NAME[name].load()
     graph = dropped(trace(model), *[f"blocks.1.{part}" for part in parts])
     for part in parts:
@@ -73,7 +73,7 @@ def test_the_eager_timm_model_with_that_part_zero_is_the_same(name, parts):
     assert torch.equal(eager, rewritten)  # x + 0 is x
 
 
-def test_the_eager_llama_without_attention_is_the_same():
+def test_drop_equals_an_eager_llama_with_zero_attention():
     model = BY_NAME["hf_llama"].load()
     graph = dropped(trace(model), "layers.0.self_attn")
     model.module.layers[0].self_attn = ZeroAttention()
@@ -81,20 +81,20 @@ def test_the_eager_llama_without_attention_is_the_same():
     assert torch.equal(eager, rewritten)
 
 
-def test_parameters_left_are_those_of_the_module_tree():
-    """Dropout and fused attention count as impure for fx, which would keep the whole branch alive."""
+def test_parameter_count_equals_the_module_tree():
+    """fx treats dropout and fused attention as impure, which must not keep the branch alive."""
     model = BY_NAME["vit"].load()
     graph = trace(model)
     assert graph.parameter_count() == size(model.module)
     block = model.module.blocks[1]
-    left = dropped(graph, "blocks.1.attn")
-    assert left.parameter_count() == size(model.module) - size(block.attn) - size(block.norm1)
-    left = dropped(graph, "blocks.1.attn", "blocks.1.mlp")
-    assert left.parameter_count() == size(model.module) - size(block)
-    assert not [node for node in left.nodes() if "blocks.1." in str(node.target)]
+    rewritten = dropped(graph, "blocks.1.attn")
+    assert rewritten.parameter_count() == size(model.module) - size(block.attn) - size(block.norm1)
+    rewritten = dropped(graph, "blocks.1.attn", "blocks.1.mlp")
+    assert rewritten.parameter_count() == size(model.module) - size(block)
+    assert not [node for node in rewritten.nodes() if "blocks.1." in str(node.target)]
 
 
-def test_one_of_two_users_of_shared_weights_keeps_them():
+def test_shared_weights_stay_until_the_last_user_is_dropped():
     graph = trace(BY_NAME["hf_albert"].load())
     sites = find_sites(graph)
     first = [site.name for site in sites if site.name.endswith("#1")]
@@ -104,8 +104,8 @@ def test_one_of_two_users_of_shared_weights_keeps_them():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_adjacent_sites_in_either_order(order):
-    """With node references taken before the first edit, the second would attach the first again."""
+def test_adjacent_sites_can_be_dropped_in_either_order(order):
+    """Node references from before the first edit would reconnect the first branch in the second edit."""
     graph = trace(BY_NAME["vit"].load())
     sites = find_sites(graph)
     at_once = dropped(graph, *[sites[position].name for position in order])
@@ -114,23 +114,23 @@ def test_two_adjacent_sites_in_either_order(order):
     assert [site.name for site in find_sites(at_once)] == [site.name for site in sites[2:]]
 
 
-@pytest.mark.parametrize("gone", [("a",), ("m",), ("a", "m"), ("last",), ("a", "last"), ("a", "m", "last")])
-def test_parallel_sums_lose_one_or_both_branches(gone):
+@pytest.mark.parametrize("names", [("a",), ("m",), ("a", "m"), ("last",), ("a", "last"), ("a", "m", "last")])
+def test_one_or_both_parallel_branches_can_be_dropped(names):
     torch.manual_seed(0)
     model = models.load(Parallel(), example_inputs=torch.rand(2, 8))
     graph = trace(model)
     assert [site.name for site in find_sites(graph)] == ["a", "m", "last"]
-    rewritten = dropped(graph, *gone)
-    for part in gone:
+    rewritten = dropped(graph, *names)
+    for part in names:
         setattr(model.module, part, Zero())
-    eager, left = both(model, rewritten)
-    assert torch.equal(eager, left)
-    assert [site.name for site in find_sites(rewritten)] == [name for name in ("a", "m", "last") if name not in gone]
+    eager, result = both(model, rewritten)
+    assert torch.equal(eager, result)
+    assert [site.name for site in find_sites(rewritten)] == [name for name in ("a", "m", "last") if name not in names]
 
 
 @pytest.mark.parametrize("order", [("a", "m"), ("m", "a"), ("last", "m", "a")])
-def test_parallel_branches_one_after_another_are_those_at_once(order):
-    """Sites as they were found at first: with one of two gone, the sum that the other was a term of is gone too."""
+def test_sequential_drops_of_parallel_branches_equal_one_drop(order):
+    """Sites of the original graph stay valid although dropping one removes the sum of the other."""
     graph = trace(models.load(Parallel(), example_inputs=torch.rand(2, 8)))
     sites = {site.name: site for site in find_sites(graph)}
     one_by_one = graph.fork()
@@ -140,7 +140,7 @@ def test_parallel_branches_one_after_another_are_those_at_once(order):
     assert [node.format_node() for node in one_by_one.nodes()] == [node.format_node() for node in at_once.nodes()]
 
 
-def test_a_name_that_is_no_site_changes_nothing():
+def test_unknown_site_name_does_not_change_the_graph():
     graph = trace(BY_NAME["vit"].load())
     before = graph.signature()
     with pytest.raises(GraphError, match=r"no site named 'blocks.7.attn'; it has 4"):
@@ -148,7 +148,7 @@ def test_a_name_that_is_no_site_changes_nothing():
     assert graph.signature() == before
 
 
-def test_a_fork_shares_weights_and_leaves_the_original_alone():
+def test_fork_shares_weights_and_keeps_the_original():
     model = BY_NAME["vit"].load()
     graph = trace(model)
     before, count, expected = graph.signature(), graph.parameter_count(), run(graph, model.example)
@@ -163,8 +163,8 @@ def test_a_fork_shares_weights_and_leaves_the_original_alone():
 
 
 @pytest.mark.parametrize("name", ["hf_bert", "hf_llama"])
-def test_texts_of_any_number_and_length_after_a_drop(name):
-    """Masks and rotary tables are made once and read by every block: those left must still get theirs."""
+def test_batch_and_length_stay_symbolic_after_a_drop(name):
+    """All blocks read the same masks and rotary tables, which the remaining blocks must keep."""
     model = BY_NAME[name].load()
     graph = trace(model)
     sites = find_sites(graph)
@@ -177,7 +177,7 @@ def test_texts_of_any_number_and_length_after_a_drop(name):
         assert torch.equal(outputs[0], expected[0])
 
 
-def test_cleaning_again_finds_nothing():
+def test_cleaning_after_a_drop_removes_nothing():
     graph = dropped(trace(BY_NAME["vit"].load()), "blocks.0.mlp")
     nodes = len(graph.nodes())
     assert apply(Clean(), graph).changed == ()

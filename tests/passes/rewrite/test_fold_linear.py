@@ -1,4 +1,4 @@
-"""Folding against the unfolded graph: the same outputs from fewer nodes, and nothing where it would not be exact."""
+"""Folded graphs against unfolded ones: equal outputs with fewer nodes, and no fold that is not exact."""
 
 import functools
 
@@ -24,13 +24,13 @@ from tests.architectures import TIMM, TRANSFORMERS
 
 aten = torch.ops.aten
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
-# Products of weights are rounded once instead of twice: a float32 rounding (1.2e-7) for each of some twenty terms.
+# A folded product rounds once instead of twice: one float32 rounding (1.2e-7) for each of some twenty terms.
 FLOAT32 = 3e-6
 
 
 @functools.cache
 def traced(name):
-    """With vectors drawn at random: a LayerScale of 1e-5 and biases of zero would hide what a fold does to them."""
+    """Trace a model with random vectors, because a LayerScale of 1e-5 and zero biases would hide errors of a fold."""
     model = BY_NAME[name].load()
     with torch.no_grad():
         for parameter in model.module.parameters():
@@ -63,7 +63,7 @@ def calls(graph):
 
 
 def fused(graph):
-    """A copy after Fuse and the nodes folded away; the original is held to what it was."""
+    """Return a fused copy and the names of the removed nodes; check that the original does not change."""
     before, edited = [node.name for node in graph.nodes()], graph.fork()
     folded = apply(Fuse(), edited).changed
     assert [node.name for node in graph.nodes()] == before
@@ -74,7 +74,7 @@ def fused(graph):
 
 
 class Net(nn.Module):
-    """A forward written as a function of some weights: enough for each rule to fire, or not."""
+    """Module with the weights of all rules; `forward` is a function of the module and its input."""
 
     def __init__(self, forward):
         super().__init__()
@@ -136,10 +136,10 @@ def test_rules_fire(case):
     for rows in (1, 3):
         feeds = {"x": torch.randn(rows, 5, 6, generator=torch.Generator().manual_seed(1))}
         close(run(edited, feeds), run(graph, feeds))
-    assert fused(edited)[1] == ()  # nothing is left to do
+    assert fused(edited)[1] == ()  # the pass is idempotent
 
 
-def test_two_maps_of_residuals_without_bias_get_none():
+def test_residual_maps_without_bias_get_no_bias():
     graph = graph_of(lambda n, x: then(then(x.sin(), lambda z: z + n.plain(z)), lambda y: y + n.plain(y)))
     edited, folded = fused(graph)
     assert len(folded) == 1
@@ -177,7 +177,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("case", STAYS)
-def test_rules_stay_away(case):
+def test_rules_do_not_fire(case):
     graph = graph_of(STAYS[case])
     edited, folded = fused(graph)
     assert folded == ()
@@ -186,8 +186,8 @@ def test_rules_stay_away(case):
     assert all(torch.equal(a, b) for a, b in zip(run(edited, feeds), run(graph, feeds), strict=True))
 
 
-def test_a_scale_of_a_larger_type_stays():
-    """The product of a float32 projection and a float64 scale is float64: folded, it would be float32."""
+def test_scale_of_a_wider_dtype_stays():
+    """A float32 projection times a float64 scale is float64; the folded projection would be float32."""
     graph = graph_of(lambda n, x: n.a(x) * n.s)
     (product,) = (node for node in graph.nodes() if node.target is aten.mul.Tensor)
     constant = insert_constant(graph, "s", torch.rand(6, dtype=torch.float64), before=product)
@@ -197,7 +197,7 @@ def test_a_scale_of_a_larger_type_stays():
 
 
 def test_products_are_computed_in_float64():
-    """W2 (W1 x) where W2 W1 cancels: float32 products would leave 1e-3 of what is right, 1e4 times more than this."""
+    """W2 W1 cancels, so float32 products would have a relative error of 1e-3, 1e4 times the tolerance."""
     graph = graph_of(lambda n, x: n.b(n.a(x)))
     weights = [attribute(graph, node) for node in graph.nodes() if node.op == "get_attr"]
     a, b = (weight for weight in weights if weight.ndim == 2)
@@ -216,8 +216,8 @@ LAYER_SCALED = ("hf_dinov2", "beit", "deit3", "cait", "vit_registers")
 
 
 @pytest.mark.parametrize("name", LAYER_SCALED)
-def test_layer_scale_goes(name):
-    """Every branch that ends in a projection loses its product; the outputs stay."""
+def test_layer_scale_is_folded(name):
+    """Every branch that ends in a projection loses its product, and the outputs do not change."""
     model, graph, sites = traced(name)
     edited, folded = fused(graph)
     scaled = {site.branch for site in sites}
@@ -227,7 +227,7 @@ def test_layer_scale_goes(name):
     close(run(edited, model.example), run(graph, model.example))
 
 
-# Tracing all of tests/architectures.py takes minutes: here are those that hold something to fold, and one of each kind.
+# Tracing all of tests/architectures.py takes minutes. These are the ones with a fold, and one of each other kind.
 FAMILIES = (
     *LAYER_SCALED, "resmlp", "efficientformer", "vit_parallel_layerscale", "vit", "mixer", "poolformer", "hf_bert",
     "hf_albert", "hf_llama",
@@ -235,16 +235,16 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_outputs_of_many_families_stay(name):
-    """A deep model amplifies float32 roundings by its norms: 1e-4 of the largest output; a wrong fold is off more."""
+def test_outputs_of_many_families_do_not_change(name):
+    """Norms of a deep model amplify float32 roundings to 1e-4 of the largest output; a wrong fold exceeds this."""
     model, graph, _ = traced(name)
     edited, folded = fused(graph)
     assert len(edited.nodes()) <= len(graph.nodes()) - len(folded)
     close(run(edited, model.example), run(graph, model.example), 1e-4)
 
 
-def test_weights_with_another_reader_keep_their_value():
-    """ALBERT runs one layer twice: what is folded into the first run must not be seen by the second."""
+def test_shared_weights_keep_their_value():
+    """ALBERT runs one layer twice; a fold into the first run must not change the second."""
     model, graph, sites = traced("hf_albert")
     edited = graph.fork()
     apply(Replace(sites[1], StandIn("state", some_map("scale", 16), 0.5)), edited)
@@ -258,7 +258,7 @@ def test_weights_with_another_reader_keep_their_value():
 
 
 class Tied(nn.Module):
-    """One projection, used twice, once with a scale behind it."""
+    """A projection that is used twice, once followed by a scale."""
 
     def __init__(self):
         super().__init__()
@@ -268,7 +268,7 @@ class Tied(nn.Module):
         return self.shared(x.sin()) * self.scale + self.shared(x.cos()).relu()
 
 
-def test_a_tied_projection_is_folded_for_one_reader_only():
+def test_tied_projection_is_folded_for_one_consumer_only():
     torch.manual_seed(0)
     graph = trace(models.load(Tied().eval(), example_inputs=torch.randn(2, 6)))
     edited, folded = fused(graph)
@@ -278,7 +278,7 @@ def test_a_tied_projection_is_folded_for_one_reader_only():
     assert edited.parameter_count() == 2 * 42
 
 
-# ------------------------------------------------------------------------------------------------------- no node more
+# ------------------------------------------------------------------------------------------------- number of nodes
 
 
 def onnx_nodes(graph, model, path):
@@ -286,26 +286,26 @@ def onnx_nodes(graph, model, path):
 
 
 @pytest.mark.parametrize(("name", "form"), [("vit", "previous"), ("vit", "constant"), ("hf_dinov2", "previous")])
-def test_what_is_folded_costs_no_node(name, form, tmp_path):
-    """As many nodes as deletion alone, in the graph and in the ONNX file."""
+def test_folded_map_adds_no_node(name, form, tmp_path):
+    """Graph and ONNX file have as many nodes as after a drop."""
     model, graph, sites = traced(name)
     site, deleted, replaced = sites[2], graph.fork(), graph.fork()
     apply(Drop((site.name,)), deleted)
     source = "previous" if form == "previous" else "state"
     apply(Replace(site, StandIn(source, some_map(form, site.width), 0.5)), replaced)
     expected = run(replaced, model.example)
-    for each in (deleted, replaced):
-        apply(Clean(), each)
-        apply(Fuse(), each)
+    for edited in (deleted, replaced):
+        apply(Clean(), edited)
+        apply(Fuse(), edited)
     close(run(replaced, model.example), expected)
     assert len(replaced.nodes()) == len(deleted.nodes())
     assert replaced.parameter_count() == deleted.parameter_count()
-    sizes = [onnx_nodes(each, model, tmp_path / f"{n}.onnx") for n, each in enumerate((deleted, replaced))]
+    sizes = [onnx_nodes(edited, model, tmp_path / f"{n}.onnx") for n, edited in enumerate((deleted, replaced))]
     assert sizes[0] == sizes[1]
 
 
-def test_behind_a_norm_even_a_scale_costs_no_node():
-    """BERT's trunk is a norm's output: a scale and a shift go into its weights."""
+def test_scale_after_a_norm_adds_no_node():
+    """The trunk of BERT is the output of a norm, whose weights take a scale and a shift."""
     model, graph, sites = traced("hf_bert")
     deleted, replaced = graph.fork(), graph.fork()
     apply(Drop((sites[2].name,)), deleted)
@@ -315,7 +315,7 @@ def test_behind_a_norm_even_a_scale_costs_no_node():
     assert len(edited.nodes()) == len(fused(deleted)[0].nodes())
 
 
-def test_two_neighbours_become_one_matrix_product():
+def test_two_adjacent_maps_become_one_matrix_product():
     model, graph, sites = traced("vit")
     edited, one = graph.fork(), graph.fork()
     for number, site in enumerate(sites[1:3]):

@@ -1,4 +1,4 @@
-"""Computation that nobody reads is taken out, and the outputs stay: real architectures, traps, and random programs."""
+"""Dead token elimination keeps the outputs of real architectures, small modules and random programs."""
 
 import random
 
@@ -24,7 +24,7 @@ from tests.architectures import Architecture, pictures, segments, timm_model, to
 
 aten = torch.ops.aten
 
-# Products of one row are summed in other blocks than products of many: float32 rounding of values of about 1.
+# Matrix products sum one row in another order than many rows: float32 rounding of values of about 1.
 SAME = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -33,7 +33,7 @@ def one_token(name, build):
 
 
 class Reader(nn.Module):
-    """A model of transformers of which one value alone is read."""
+    """Model of transformers that returns a single value."""
 
     def __init__(self, model, read):
         super().__init__()
@@ -73,18 +73,18 @@ HEADS = (
     one_token("hf_roberta_head", transformers_model("RobertaForSequenceClassification", tokens, **architectures.TEXT)),
     one_token("hf_llama_last", llama(-1)),
 )
-# All listed architectures go through the pass in test_passes_graph.py, where they are traced already.
+# tests/passes/graph/test_graph.py applies the pass to all listed architectures, which it traces anyway.
 CASES = [pytest.param(case, id=case.name) for case in HEADS]
 
 
 def feeds(model, size):
-    """`size` rows drawn from the model's example, so that masks and ids stay valid."""
+    """Draw `size` rows from the example inputs of the model, so that masks and ids are valid."""
     rows = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size))
     return {name: value[rows] for name, value in model.example.items()}
 
 
 def narrowed(graph):
-    """The graph after the pass, and the names that it gave."""
+    """Return the narrowed graph and the names of the narrowed nodes."""
     twin = graph.fork()
     return twin, apply(Unread(), twin).changed
 
@@ -110,7 +110,7 @@ def calls(graph, target):
 
 
 @pytest.mark.parametrize("architecture", CASES)
-def test_models_read_at_one_token_compute_the_same(architecture):
+def test_models_read_at_one_token_keep_their_outputs(architecture):
     model = architecture.load()
     graph = trace(model)
     twin, changed = narrowed(graph)
@@ -118,10 +118,10 @@ def test_models_read_at_one_token_compute_the_same(architecture):
     assert multiply_adds(twin, model) < multiply_adds(graph, model)
     for size in (1, 3):
         assert_same(graph, twin, feeds(model, size))
-    known = shapes(twin)
+    recorded = shapes(twin)
     for node in [node for node in twin.nodes() if node.op == "call_function"]:
         derive(node)
-    assert shapes(twin) == known
+    assert shapes(twin) == recorded
     again, changed_again = narrowed(twin)
     assert changed_again == ()
     assert again.signature() == twin.signature()
@@ -136,7 +136,7 @@ def deit():
     return model, trace(model)
 
 
-def test_the_last_block_of_deit_keeps_keys_and_values_of_all_tokens_and_the_rest_of_one(deit):
+def test_last_block_of_deit_keeps_all_keys_and_values_only(deit):
     model, graph = deit
     twin, _ = narrowed(graph)
     many, width = 197, 192
@@ -146,7 +146,7 @@ def test_the_last_block_of_deit_keeps_keys_and_values_of_all_tokens_and_the_rest
 
 
 @pytest.mark.parametrize("kinds", [("attention",), ("mlp",), ("attention", "mlp")])
-def test_after_drops_in_the_last_block(deit, kinds):
+def test_narrowing_after_drops_in_the_last_block(deit, kinds):
     model, graph = deit
     pruned = graph.fork()
     last = find_sites(graph)[-2:]
@@ -158,8 +158,8 @@ def test_after_drops_in_the_last_block(deit, kinds):
 
 
 @pytest.mark.parametrize("name", ["deit_distilled", "hf_llama_last"])
-def test_the_onnx_file_computes_the_same(name, tmp_path):
-    ort = pytest.importorskip("onnxruntime", reason="the ONNX file is run by ONNX Runtime")
+def test_onnx_file_computes_the_same_outputs(name, tmp_path):
+    ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the ONNX file")
     (architecture,) = [architecture for architecture in HEADS + architectures.TIMM if architecture.name == name]
     model = architecture.load()
     graph = trace(model)
@@ -168,16 +168,16 @@ def test_the_onnx_file_computes_the_same(name, tmp_path):
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     for size in (1, 3):
         batch = feeds(model, size)
-        found = session.run(None, {name: value.numpy() for name, value in batch.items()})
-        for left, right in zip(run(graph, batch), found, strict=True):
+        outputs = session.run(None, {name: value.numpy() for name, value in batch.items()})
+        for left, right in zip(run(graph, batch), outputs, strict=True):
             np.testing.assert_allclose(right, left.numpy(), **SAME)
 
 
-# --------------------------------------------------------------------------------------------- traps, one module each
+# ---------------------------------------------------------------------------------------------------- small modules
 
 
 class Ops(nn.Module):
-    """Three square maps, a wide one and a norm of width 8; `forward` comes from the test."""
+    """Three square linear maps, a wide one and a norm of width 8; `rule` is the forward function."""
 
     def __init__(self, rule):
         super().__init__()
@@ -192,7 +192,7 @@ class Ops(nn.Module):
 
 
 def smaller(rule, shape=(2, 6, 8)):
-    """Operators (slices apart) that compute less than before; the outputs are held to those of the untouched graph."""
+    """Return the operators, without slices, that compute fewer tokens; check that the outputs do not change."""
     torch.manual_seed(0)
     model = models.load(Ops(rule).eval(), example_inputs=torch.rand(shape))
     graph = trace(model)
@@ -201,8 +201,8 @@ def smaller(rule, shape=(2, 6, 8)):
         assert_same(graph, twin, feeds(model, size))
     assert changed or twin.signature() == graph.signature()
     by_name = {node.name: node for node in twin.nodes()}
-    found = [by_name[name].target.__name__.split(".")[0] for name in changed]
-    return [name for name in found if name != "slice"]  # every x[:, i] slices the batch in full first
+    operators = [by_name[name].target.__name__.split(".")[0] for name in changed]
+    return [name for name in operators if name != "slice"]  # every x[:, i] first slices the whole batch
 
 
 def heads(x):
@@ -276,7 +276,7 @@ def slice_of_slice(m, x):
     return m.a(x)[:, 1:][:, :4][:, 2:3].squeeze(1)
 
 
-OUT = ["transpose", "flatten"]  # heads side by side again
+OUT = ["transpose", "flatten"]  # merging of the heads
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,8 @@ OUT = ["transpose", "flatten"]  # heads side by side again
         (slice_of_slice, ["linear"]),
     ],
 )
-def test_moves_up(rule, expected):
-    found = smaller(rule)
-    assert found == expected
+def test_operators_are_narrowed(rule, expected):
+    assert smaller(rule) == expected
 
 
 UNTOUCHED = {
@@ -320,12 +319,12 @@ UNTOUCHED = {
 
 
 @pytest.mark.parametrize("rule", UNTOUCHED.values(), ids=UNTOUCHED)
-def test_stays(rule):
+def test_graph_is_not_narrowed(rule):
     assert smaller(rule) == []
 
 
 @pytest.mark.parametrize("position", [0, -2])
-def test_a_sequence_of_free_length(position):
+def test_sequence_of_dynamic_length(position):
     graph = trace(one_token("llama", llama(position)).load())
     twin, changed = narrowed(graph)
     assert changed
@@ -373,7 +372,7 @@ READS = (
 
 
 def program(seed):
-    """A chain of eight random steps over all values so far, read in one to three places."""
+    """Return a chain of eight random steps over the last three values, read one to three times."""
     draw = random.Random(seed)
     plan = [(draw.choice(STEPS), draw.random(), draw.random()) for _ in range(8)]
     reads = [(draw.choice(READS), draw.choice((-1, -1, -2, -3))) for _ in range(draw.randint(1, 3))]
@@ -388,6 +387,6 @@ def program(seed):
     return rule
 
 
-def test_random_programs_compute_the_same():
-    found = [smaller(program(seed)) for seed in range(20)]
-    assert 5 <= sum(map(bool, found)) < len(found)  # neither all narrowed nor none
+def test_random_programs_keep_their_outputs():
+    narrowed_operators = [smaller(program(seed)) for seed in range(20)]
+    assert 5 <= sum(map(bool, narrowed_operators)) < len(narrowed_operators)  # some are narrowed and some are not

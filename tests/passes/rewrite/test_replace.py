@@ -1,4 +1,4 @@
-"""Replaced branches against the sums written out by hand from the states of the original graph."""
+"""Replaced branches against sums computed directly from the states of the original graph."""
 
 import functools
 
@@ -20,7 +20,7 @@ from tests.architectures import TIMM, TRANSFORMERS
 from tests.samples import states
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
-# The same float32 products, in another order where a matrix is multiplied: a few roundings of 1.2e-7.
+# Matrix products sum the same float32 terms in another order: a few roundings of 1.2e-7.
 FLOAT32 = 1e-5
 FORMS = ("constant", "scale", "linear", "linear-unbiased", "low-rank")
 
@@ -48,22 +48,22 @@ def some_map(form, width, seed=0):
     return Map(factors, None if form == "linear-unbiased" else draw(width))
 
 
-def mapped(value, found, dim):
-    """A r + b along one axis, in float64."""
+def mapped(value, fitted_map, dim):
+    """Compute A r + b along one axis, in float64."""
     rows = value.double().movedim(dim, -1)
-    result = rows @ found.matrix(rows.shape[-1]).T + (0.0 if found.bias is None else found.bias)
+    result = rows @ fitted_map.matrix(rows.shape[-1]).T + (0.0 if fitted_map.bias is None else fitted_map.bias)
     return result.movedim(-1, dim)
 
 
 def continued(graph, feeds, name, value):
-    """Outputs of the graph where one node has the given value instead of its own."""
+    """Return the outputs of the graph with the value of one node overridden."""
     by_name = {node.name: node for node in graph.nodes()}
     program = Program(graph)
     values = program.start(feeds)
     position = program.order.index(by_name[name])
     with torch.inference_mode():
-        for place, node in enumerate(program.order):
-            if place == position:
+        for index, node in enumerate(program.order):
+            if index == position:
                 values[node] = value
             elif node not in values:
                 values[node] = program.step(node, values)
@@ -76,9 +76,9 @@ def close(left, right):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=FLOAT32, atol=FLOAT32 * max(float(b.abs().max()), 1.0))
 
 
-def replaced(graph, site, source, found):
+def replaced(graph, site, source, fitted_map):
     edited = graph.fork()
-    changed = apply(Replace(site, StandIn(source, found, 0.5)), edited).changed
+    changed = apply(Replace(site, StandIn(source, fitted_map, 0.5)), edited).changed
     assert changed == (site.name,)
     edited.check()
     return edited
@@ -95,20 +95,20 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "source", "position", "form"), CASES)
-def test_outputs_are_those_of_the_sum_by_hand(name, source, position, form):
+def test_outputs_equal_the_direct_sum(name, source, position, form):
     model, graph, sites = traced(name)
     site = sites[position]
     before = [node.name for node in graph.nodes()]
     expected_before = run(graph, model.example)
-    found, place = some_map(form, site.width), place_of(graph, site)
-    edited = replaced(graph, site, source, found)
-    regressor, root, branch = states(graph, model.example, place.source(source), place.root, place.branch)
+    fitted_map, location = some_map(form, site.width), place_of(graph, site)
+    edited = replaced(graph, site, source, fitted_map)
+    regressor, root, branch = states(graph, model.example, location.source(source), location.root, location.branch)
     rest = root - branch
     if source == "previous":
         rest = rest - regressor
-    sum_by_hand = (rest.double() + mapped(regressor, found, site.channel_dim)).to(root.dtype)
-    close(run(edited, model.example), continued(graph, model.example, place.root, sum_by_hand))
-    # The original graph and its names are left alone, and what is left of the copy keeps them.
+    expected_sum = (rest.double() + mapped(regressor, fitted_map, site.channel_dim)).to(root.dtype)
+    close(run(edited, model.example), continued(graph, model.example, location.root, expected_sum))
+    # The original graph is unchanged, and the remaining nodes of the copy keep their names.
     assert [node.name for node in graph.nodes()] == before
     assert all(torch.equal(a, b) for a, b in zip(run(graph, model.example), expected_before, strict=True))
     assert set(before) - {node.name for node in edited.nodes()}
@@ -119,7 +119,7 @@ def test_outputs_are_those_of_the_sum_by_hand(name, source, position, form):
     ("name", "source", "position"), [("vit", "state", 1), ("vit", "previous", 2), ("poolformer", "normalised", 1)]
 )
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_batch_stays_free(name, source, position, rows):
+def test_batch_size_stays_symbolic(name, source, position, rows):
     model, graph, sites = traced(name)
     site = sites[position]
     edited = replaced(graph, site, source, some_map("low-rank", site.width))
@@ -129,14 +129,16 @@ def test_the_batch_stays_free(name, source, position, rows):
     close(run(edited, some), [run(edited, feeds)[0][:rows]])
     with torch.inference_mode():
         close(edited.module(some["x"]), run(edited, some))
-    known = {node.name for node in graph.nodes()}
-    shapes = [str(value_of(node).shape) for node in edited.nodes() if node.op != "get_attr" and node.name not in known]
+    original = {node.name for node in graph.nodes()}
+    shapes = [
+        str(value_of(node).shape) for node in edited.nodes() if node.op != "get_attr" and node.name not in original
+    ]
     assert shapes
-    assert not any(shape.startswith("torch.Size([2,") for shape in shapes)  # a symbol, not the batch it was traced with
+    assert not any(shape.startswith("torch.Size([2,") for shape in shapes)  # symbolic, not the traced batch size
 
 
 def parameters_of(graph, site):
-    """Elements of the weights that only a site's branch reads."""
+    """Return the number of weight elements that only the branch of a site reads."""
     dropped = graph.fork()
     apply(Drop((site.name,)), dropped)
     return graph.parameter_count() - dropped.parameter_count()
@@ -146,17 +148,17 @@ def parameters_of(graph, site):
     ("form", "added"), [("constant", 16), ("scale", 32), ("linear", 272), ("linear-unbiased", 256), ("low-rank", 80)]
 )
 @pytest.mark.parametrize("source", ["state", "previous"])
-def test_parameters_are_those_of_the_map(form, added, source):
-    """Width 16: b, a and b, A and b, A, and two factors of rank 2 and b; the branch's own and its norm's are gone."""
+def test_parameter_count_is_that_of_the_map(form, added, source):
+    """Width 16: b, a and b, A and b, A, and two factors of rank 2 and b. The weights of branch and norm are removed."""
     _, graph, sites = traced("vit")
     edited = replaced(graph, sites[1], source, some_map(form, 16))
     if (form, source) == ("constant", "previous"):
-        added -= parameters_of(graph, sites[0])  # a constant in the place of the branch before leaves nothing of that
+        added -= parameters_of(graph, sites[0])  # the constant replaces the previous branch
     assert edited.parameter_count() == graph.parameter_count() - parameters_of(graph, sites[1]) + added
 
 
-def test_a_scale_of_the_state_takes_the_place_of_the_sum():
-    """x + (a x + b) is (1 + a) x + b: one product and one sum are left of the branch."""
+def test_scale_of_the_state_replaces_the_sum():
+    """x + (a x + b) is (1 + a) x + b, so one product and one sum remain of the branch."""
     _, graph, sites = traced("vit")
     edited, dropped = replaced(graph, sites[1], "state", some_map("scale", 16)), graph.fork()
     apply(Drop((sites[1].name,)), dropped)
@@ -164,33 +166,33 @@ def test_a_scale_of_the_state_takes_the_place_of_the_sum():
     assert sites[1].add not in {node.name for node in edited.nodes()}
 
 
-def test_beside_another_branch_the_trunk_stays_a_term():
-    """So that the other branch can still be replaced, here one after the other, in both orders."""
+def test_trunk_stays_a_term_next_to_a_parallel_branch():
+    """The other branch can still be replaced. Both orders give the same outputs."""
     model, graph, sites = traced("vit_parallel_scaling")
     first, second = some_map("scale", 16), some_map("scale", 16, seed=1)
     edited = replaced(replaced(graph, sites[2], "state", first), sites[3], "state", second)
     swapped = replaced(replaced(graph, sites[3], "state", second), sites[2], "state", first)
     (x,) = states(graph, model.example, sites[2].trunk)
-    by_hand = (x.double() + mapped(x, first, 2) + mapped(x, second, 2)).float()
-    expected = continued(graph, model.example, sites[2].root, by_hand)
+    root = (x.double() + mapped(x, first, 2) + mapped(x, second, 2)).float()
+    expected = continued(graph, model.example, sites[2].root, root)
     close(run(edited, model.example), expected)
     close(run(swapped, model.example), expected)
 
 
-def test_neighbours_can_all_be_replaced():
-    """Names hold although each edit puts another node in the place of the next site's trunk."""
+def test_all_consecutive_sites_can_be_replaced():
+    """Site names stay valid although each edit replaces the trunk node of the next site."""
     model, graph, sites = traced("vit")
     edited = graph.fork()
     (x,) = states(graph, model.example, sites[0].trunk)
     for number, (site, form) in enumerate(zip(sites, ("scale", "linear", "constant", "scale"), strict=True)):
-        found = some_map(form, 16, seed=number)
-        apply(Replace(site, StandIn("state", found, 0.5)), edited)
-        x = x.double() + mapped(x, found, 2)
+        fitted_map = some_map(form, 16, seed=number)
+        apply(Replace(site, StandIn("state", fitted_map, 0.5)), edited)
+        x = x.double() + mapped(x, fitted_map, 2)
     close(run(edited, model.example), continued(graph, model.example, sites[-1].root, x.float()))
     edited.check()
 
 
-def test_weights_are_in_the_type_of_the_state():
+def test_weights_have_the_dtype_of_the_state():
     _, graph, sites = traced("vit")
     edited = replaced(graph, sites[1], "state", some_map("linear", 16))
     added = [parameter for name, parameter in edited.module.named_parameters() if "fitted" in name]
@@ -202,7 +204,7 @@ def test_weights_are_in_the_type_of_the_state():
 
 
 class Shared(nn.Module):
-    """The state before the last branch is read, through the branch's norm, beside it too."""
+    """Model in which the norm of the last branch has a consumer outside the branch."""
 
     def __init__(self):
         super().__init__()
@@ -243,7 +245,7 @@ def graph_of(module):
         (lambda: graph_of(Doubled()), 0, "does not end in a linear map"),
     ],
 )
-def test_what_cannot_be_folded_backwards_says_why(graph, position, reason):
+def test_error_states_why_a_map_cannot_be_folded(graph, position, reason):
     graph = graph().fork()
     site = find_sites(graph)[position]
     before = [node.name for node in graph.nodes()]
@@ -252,13 +254,13 @@ def test_what_cannot_be_folded_backwards_says_why(graph, position, reason):
     assert [node.name for node in graph.nodes()] == before
 
 
-def test_a_source_that_is_not_there_says_so():
+def test_missing_source_raises():
     _, graph, sites = traced("hf_bert")
     with pytest.raises(PassError, match="its first linear map reads the trunk itself"):
         apply(Replace(sites[0], StandIn("normalised", some_map("linear", 16), 0.5)), graph.fork())
 
 
-def test_a_branch_that_is_gone_or_changed_says_so():
+def test_dropped_or_changed_branch_raises():
     _, graph, sites = traced("vit")
     dropped = graph.fork()
     apply(Drop((sites[1].name,)), dropped)
@@ -270,7 +272,7 @@ def test_a_branch_that_is_gone_or_changed_says_so():
 
 
 class ChannelsOfThree(nn.Module):
-    """Features on axis 1 of three."""
+    """Model with features on axis 1 of 3."""
 
     def __init__(self):
         super().__init__()
@@ -281,13 +283,13 @@ class ChannelsOfThree(nn.Module):
         return x + self.inner(x)
 
 
-def test_axes_without_a_linear_map_are_refused_and_take_a_scale():
+def test_unsupported_feature_axis_takes_a_scale_only():
     torch.manual_seed(0)
     graph = trace(models.load(ChannelsOfThree().eval(), example_inputs=torch.rand(2, 4, 7)))
     (site,) = find_sites(graph)
     with pytest.raises(PassError, match="has its features on axis 1 of 3; a linear map needs"):
         apply(Replace(site, StandIn("state", some_map("linear", 4), 0.5)), graph.fork())
-    found, feeds = some_map("scale", 4), {"x": torch.rand(3, 4, 7)}
-    edited = replaced(graph, site, "state", found)
+    fitted_map, feeds = some_map("scale", 4), {"x": torch.rand(3, 4, 7)}
+    edited = replaced(graph, site, "state", fitted_map)
     (x,) = states(graph, feeds, site.trunk)
-    close(run(edited, feeds), [x.double() + mapped(x, found, 1)])
+    close(run(edited, feeds), [x.double() + mapped(x, fitted_map, 1)])

@@ -1,4 +1,4 @@
-"""What runtimes tell of their layers: TensorRT's JSON as documented, OpenVINO and ONNX Runtime for real."""
+"""Tests of layer counts: documented JSON of TensorRT, and real engines of OpenVINO and ONNX Runtime."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from runtimes.tensorrt import inspector as tensorrt_layers
 from tests.samples import digits
 
 OPTIONS = BuildOptions(threads=1)
-BLOCKS = 6  # of the embedded sample: each with an attention and four Linears
+BLOCKS = 6  # blocks of the embedded sample model, each with one attention and four Linear layers
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ BLOCKS = 6  # of the embedded sample: each with an attention and four Linears
         ("", "unknown"),
     ],
 )
-def test_names_of_types_in_each_runtimes_words(text, precision):
+def test_type_names_of_each_runtime(text, precision):
     assert precision_of([text]) == precision
     if precision not in ("unknown", "other"):
         assert precision_of(["Int64", text]) == precision
@@ -63,7 +63,7 @@ def test_layers_are_counted_most_frequent_first():
 
 
 def layer(name, kind, reads, *, tactic="", metadata="", split=False):
-    """A layer as TensorRT 10 writes it, or as 11 does, with format and type apart."""
+    """Return a layer in the JSON of TensorRT 10, or with `split`, of 11, which separates format and type."""
 
     def tensor(text):
         kept = {"Name": "t", "Dimensions": [1, 197, 192]}
@@ -79,14 +79,14 @@ def layer(name, kind, reads, *, tactic="", metadata="", split=False):
     }
 
 
-def told(*layers, eleven=False):
+def summarised(*layers, eleven=False):
     ends = {"I/O Tensors": [{"Name": "x", "DataType": "Float"}]} if eleven else {"Bindings": ["x", "y"]}
     return tensorrt_layers.summary(json.dumps({"Layers": list(layers)} | ends))
 
 
 @pytest.mark.parametrize("eleven", [False, True])
 def test_both_forms_of_the_inspectors_json_are_counted(eleven):
-    found = told(
+    found = summarised(
         layer("qkv_myl0_16", "gemm", ["Int8", "Int8"], tactic="sm80_xmma_gemm_i8f16_tn", split=eleven),
         layer("__myl_Add_myl0_1", "kgen", ["Half", "Int64"], split=eleven),
         layer("norm", "kgen", ["Float"], split=eleven),
@@ -109,11 +109,11 @@ SOFTMAX = "[ONNX Layer: node_Softmax_62]"
         ([layer("_gemm_mha_v2_myl0_17", "kgen", ["Half"], tactic="_gemm_mha_v2_0x957a", metadata=SOFTMAX)], True),
         ([layer("__mye8037_gemm_mha_v2", "kgen", ["Half"])], True),
         ([layer("block", "kgen", ["Half"], tactic="fmha_v2_flash_attention_fp16_64")], True),
-        # Named after ONNX nodes of a module called mha, whose attention is in pieces.
+        # Named after ONNX nodes of a module called mha, whose attention is not fused.
         ([layer("/enc/mha/attn/MatMul_myl0_3", "gemm", ["Half"]), layer("s", "SoftMax", ["Half"])], False),
         ([layer("_enc/mha/attn_myl0_3", "gemm", ["Half"])], None),
         ([layer("__myl_MaxSubExpSumDiv_myl0_4", "kgen", ["Half"], metadata=SOFTMAX)], False),
-        # A region as one layer: what is inside is not to be seen.
+        # A region as one layer, whose operators are not visible.
         ([layer("{ForeignNode[node_Softmax_62...node_add]}", "Myelin", ["Half"], metadata=SOFTMAX)], None),
         (["_gemm_mha_v2_myl0_17"], True),
         (["qkv_myl0_16", "__myl_Add_myl0_1"], None),
@@ -122,16 +122,16 @@ SOFTMAX = "[ONNX Layer: node_Softmax_62]"
         ([], None),
     ],
 )
-def test_a_fused_attention_is_told_by_kernels_not_by_the_names_of_modules(layers, fused):
-    assert told(*layers).fused_attention is fused
+def test_fused_attention_is_detected_by_kernel_names_not_module_names(layers, fused):
+    assert summarised(*layers).fused_attention is fused
 
 
 def test_names_alone_leave_the_precisions_unknown():
-    assert told("one", "two") == Layers(2, {"unknown": 2}, {"unknown": 2}, None)
+    assert summarised("one", "two") == Layers(2, {"unknown": 2}, {"unknown": 2}, None)
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "{}", "[]", '{"Layers": 3}', "null"])
-def test_what_no_inspector_says_is_one_sentence(text):
+def test_invalid_inspector_output_is_one_sentence(text):
     with pytest.raises(RuntimesError, match=r"^TensorRT's description of the engine cannot be read: .*\.$"):
         tensorrt_layers.summary(text)
 
@@ -141,7 +141,7 @@ def test_what_no_inspector_says_is_one_sentence(text):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The embedded sample in float32, int8 and fp16."""
+    """The embedded sample model in float32, int8 and fp16."""
     model, data, graph, _ = digits()
     folder = tmp_path_factory.mktemp("digits")
     float_file = lower(graph, model, folder / "float.onnx")
@@ -160,7 +160,7 @@ def check_sums(found):
     assert "unknown" not in found.precisions
 
 
-def test_onnxruntime_tells_what_it_optimised(files):
+def test_onnxruntime_counts_the_optimised_graph(files):
     found = onnxruntime.layers(files / "float.onnx", OPTIONS)
     check_sums(found)
     assert set(found.precisions) == {"fp32", "other"}
@@ -174,7 +174,7 @@ def test_onnxruntimes_int8_products_are_counted(files):
     found = onnxruntime.layers(files / "int8.onnx", OPTIONS)
     check_sums(found)
     assert found.precisions["int8"] >= found.kinds["MatMulIntegerToFloat"] > 0
-    # What adds to the float result of an int8 product computes in float.
+    # The Add after an int8 product, whose result is float, computes in float.
     assert found.precisions["fp32"] >= found.kinds["Add"] + found.kinds["LayerNormalization"]
 
 
@@ -196,7 +196,7 @@ def test_onnxruntimes_own_attention_counts_as_fused(tmp_path):
 
 @pytest.fixture
 def plain(tmp_path):
-    """A product, without attention."""
+    """A model of one MatMul, without attention."""
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 16]) for name in "xy"]
     weight = numpy_helper.from_array(np.eye(16, dtype=np.float32), "w")
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "one", ends[:1], ends[1:], [weight])
@@ -205,16 +205,16 @@ def plain(tmp_path):
     return tmp_path / "plain.onnx"
 
 
-def test_without_attention_nothing_is_said_of_it(plain):
+def test_onnxruntime_without_attention_leaves_fusion_unknown(plain):
     assert onnxruntime.layers(plain, OPTIONS) == Layers(1, {"fp32": 1}, {"MatMul": 1}, None)
 
 
-def test_without_the_package_onnx_nothing_is_told(plain, monkeypatch):
+def test_layers_are_none_without_the_package_onnx(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert onnxruntime.layers(plain, OPTIONS) is None
 
 
-def test_what_cannot_be_opened_is_one_sentence(tmp_path):
+def test_unreadable_file_is_one_sentence(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(BuildError, match=r"^ONNX Runtime cannot open broken\.onnx: .*\.$"):
         onnxruntime.layers(tmp_path / "broken.onnx", OPTIONS)
@@ -222,7 +222,7 @@ def test_what_cannot_be_opened_is_one_sentence(tmp_path):
 
 @pytest.mark.skipif(openvino.missing() is not None, reason="openvino is not installed")
 @pytest.mark.parametrize(("name", "precision", "narrow"), [("float", "fp32", "fp32"), ("int8", "int8", "int8")])
-def test_openvino_tells_what_it_compiled(files, tmp_path, name, precision, narrow):
+def test_openvino_counts_the_compiled_model(files, tmp_path, name, precision, narrow):
     options = BuildOptions(threads=1, precision=precision)
     found = openvino.layers(openvino.build(files / f"{name}.onnx", tmp_path, options), options)
     assert sum(found.precisions.values()) == sum(found.kinds.values()) == found.count > 0
@@ -232,7 +232,7 @@ def test_openvino_tells_what_it_compiled(files, tmp_path, name, precision, narro
 
 
 @pytest.mark.skipif(openvino.missing() is not None, reason="openvino is not installed")
-def test_openvino_without_attention_says_nothing_of_it(plain, tmp_path):
+def test_openvino_without_attention_leaves_fusion_unknown(plain, tmp_path):
     found = openvino.layers(openvino.build(plain, tmp_path, OPTIONS), OPTIONS)
     assert found.fused_attention is None
     assert found.kinds["FullyConnected"] == 1
@@ -242,7 +242,7 @@ def test_openvino_without_attention_says_nothing_of_it(plain, tmp_path):
 
 
 class Mute:
-    """A target that cannot describe its engine, or does not tell."""
+    """A target whose layers() raises an error or returns None."""
 
     def __init__(self, error=None):
         self.error = error
@@ -252,7 +252,7 @@ class Mute:
             raise self.error
 
 
-def test_an_engine_that_cannot_be_described_is_kept_with_the_reason(tmp_path):
+def test_undescribed_engine_is_reported_with_the_reason(tmp_path):
     assert report_layers.described(Mute(), tmp_path, OPTIONS) is None
     found = report_layers.described(Mute(RuntimesError("It makes no inspector.")), tmp_path, OPTIONS)
     assert found == {"unknown": "It makes no inspector."}
@@ -260,7 +260,7 @@ def test_an_engine_that_cannot_be_described_is_kept_with_the_reason(tmp_path):
     assert list(report_layers.told({"layers": None})) == list(report_layers.told({})) == []
 
 
-def test_layers_are_told_in_one_sentence_and_the_frequent_kinds_in_rows(plain):
+def test_layers_are_one_sentence_and_frequent_kinds_are_rows(plain):
     found = report_layers.described(onnxruntime, plain, OPTIONS)
     assert json.loads(json.dumps(found)) == found
     for fused, words in ((True, "attention is fused."), (False, "attention is not fused."), (None, "is unknown.")):

@@ -1,4 +1,4 @@
-"""Options, discovery and the check of feeds that all engines share."""
+"""Tests of build options, target discovery and the shared check of feeds."""
 
 import gc
 import subprocess
@@ -33,19 +33,19 @@ def test_targets_are_the_modules_and_packages_of_the_folder():
     assert list(runtimes.targets()) == sorted(runtimes.targets())
 
 
-def test_unknown_target_lists_the_known_and_suggests():
+def test_unknown_target_lists_all_targets_and_a_suggestion():
     with pytest.raises(RuntimesError, match=r"'onnxruntme'; did you mean onnxruntime\?.*targets are: .*onnxruntime"):
         runtimes.runtime("onnxruntme")
 
 
 @pytest.mark.parametrize("name", ["base", "qdq", "timing", "", "os", "../x"])
-def test_what_is_no_target_is_refused(name):
+def test_other_names_are_refused(name):
     with pytest.raises(RuntimesError, match="The targets are"):
         runtimes.runtime(name)
 
 
 def test_listing_targets_imports_no_engine_and_no_torch():
-    # All that a listing needs: whatever else appears makes `compressor targets` slow or breaks it without extras.
+    # Any other module would make `compressor targets` slow, or fail without the extras.
     allowed = {"numpy", "runtimes", "__mp_main__"}
     code = (
         "import sys; before = set(sys.modules)\n"
@@ -67,7 +67,7 @@ def test_listing_targets_imports_no_engine_and_no_torch():
         ({"lengths": (1, 9, 8)}, r"lengths=\(1, 9, 8\); expected three sizes"),
     ],
 )
-def test_build_options_refuse_what_no_runtime_takes(arguments, message):
+def test_build_options_refuse_invalid_values(arguments, message):
     with pytest.raises(RuntimesError, match=message):
         BuildOptions(**arguments)
 
@@ -88,41 +88,41 @@ def test_need_names_what_is_missing_before_the_device():
     assert need("x", None, ("cpu",), BuildOptions()) is None
 
 
-def test_installed_goes_by_the_name_of_the_distribution():
+def test_installed_uses_the_distribution_name():
     assert installed("numpy")
     assert not installed("no-such-distribution")
 
 
-def test_what_is_closed_holds_nothing_and_refuses_every_use():
-    held = np.zeros(1)
-    alive = weakref.ref(held)
-    closing = Closing(held)
+def test_closed_engine_frees_its_session_and_refuses_use():
+    session = np.zeros(1)
+    reference = weakref.ref(session)
+    closing = Closing(session)
     with closing as entered:
         assert entered is closing
-        assert closing._live() is held
+        assert closing._live() is session
     closing.close()
-    del held
+    del session
     gc.collect()
-    assert alive() is None
+    assert reference() is None
     for use in (closing._live, closing.__enter__):
         with pytest.raises(RuntimesError, match=r"^This engine is closed; load the model again to use it\.$"):
             use()
 
 
-def test_feeds_may_have_any_size_of_a_free_axis():
+def test_dynamic_axes_accept_any_size():
     for batch in (0, 1, 7):
-        given = feeds(a=np.zeros((batch, 4), np.float32))
-        found = taken(given, DTYPES, SHAPES)
-        assert set(found) == set(DTYPES)
-        assert all(found[name] is given[name] for name in DTYPES)
+        arrays = feeds(a=np.zeros((batch, 4), np.float32))
+        checked = taken(arrays, DTYPES, SHAPES)
+        assert set(checked) == set(DTYPES)
+        assert all(checked[name] is arrays[name] for name in DTYPES)
 
 
-def test_what_an_engine_does_not_take_stays_out():
+def test_additional_feeds_are_dropped():
     assert set(taken(feeds(c=np.zeros(1)), DTYPES, SHAPES)) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arrays", "message"),
     [
         ({"a": np.zeros((2, 4), np.float32)}, r"Found inputs a; the engine expects a, b\."),
         ({}, r"Found inputs \(none\); the engine expects a, b\."),
@@ -133,9 +133,9 @@ def test_what_an_engine_does_not_take_stays_out():
         (feeds(a=[[0.0] * 4]), r"'a': found list; expected a NumPy array\."),
     ],
 )
-def test_wrong_feeds_are_named_with_found_and_expected(given, message):
+def test_wrong_feeds_are_named_with_found_and_expected(arrays, message):
     with pytest.raises(RuntimesError, match=message):
-        taken(given, DTYPES, SHAPES)
+        taken(arrays, DTYPES, SHAPES)
 
 
 @pytest.mark.parametrize(

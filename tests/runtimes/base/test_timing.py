@@ -1,4 +1,4 @@
-"""Statistics of latencies against closed forms, and the order of events while timing. No time is asserted."""
+"""Latency statistics against closed forms, and the order of events while timing; no test asserts a duration."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ bursts = st.lists(st.lists(times, min_size=1, max_size=5).map(tuple), min_size=1
 
 
 class Recorder:
-    """An engine that writes down what happens to it."""
+    """An engine that logs its calls."""
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -41,12 +41,12 @@ def recorded(names, **options):
 def test_statistics_pool_the_bursts(samples):
     latency, pooled = Latency(samples), np.concatenate(samples)
     assert latency.n == pooled.size
-    # The same NumPy routine on the same numbers: equal to the last bit.
+    # Exactly equal: the same NumPy function on the same numbers.
     assert (latency.median, latency.p90, latency.p99) == tuple(np.percentile(pooled, [50, 90, 99]))
 
 
 @given(bursts)
-def test_an_engine_is_as_fast_as_itself(samples):
+def test_speedup_over_itself_is_one(samples):
     ratio, low, high = Latency(samples).speedup_over(Latency(samples), resamples=50)
     assert ratio == 1.0
     assert 0.0 < low <= high
@@ -66,7 +66,7 @@ def test_speedup_depends_on_the_seed_alone():
 
 
 def test_drift_between_bursts_widens_the_interval():
-    # The same 40 samples, shuffled over the bursts or sorted into them: only the hierarchy sees the difference.
+    # The same 40 samples, shuffled or sorted into bursts: only a hierarchical bootstrap differs.
     values = np.random.default_rng(0).lognormal(sigma=0.3, size=40)
     reference = Latency(((1.0,),))
     mixed = Latency(tuple(map(tuple, values.reshape(4, 10)))).speedup_over(reference)
@@ -75,8 +75,8 @@ def test_drift_between_bursts_widens_the_interval():
     assert drifted.high - drifted.low > 1.5 * (mixed.high - mixed.low)
 
 
-def test_what_slows_down_both_engines_of_a_round_is_no_difference():
-    # Rounds up to eight times slower than others, the engines always 2 : 1. Paired bursts keep the ratio exact.
+def test_slowdown_of_a_whole_round_does_not_count_as_a_difference():
+    # Some rounds are up to eight times slower, but the ratio is always 2. Paired bursts keep it exact.
     slowness = np.array([[1.0], [3.0], [8.0], [2.0]]) * np.ones((4, 5))
     fast, slow = Latency(tuple(map(tuple, slowness))), Latency(tuple(map(tuple, 2 * slowness)))
     assert fast.speedup_over(slow) == (2.0, 2.0, 2.0)
@@ -85,8 +85,9 @@ def test_what_slows_down_both_engines_of_a_round_is_no_difference():
 
 
 def test_interval_covers_the_true_ratio():
-    # 100 experiments with bursts that share an offset, true ratio 1.25. Nominal 95 %; six bursts make a percentile
-    # bootstrap somewhat too narrow, and 100 experiments have a standard error of 2 to 3 points: hence 0.85.
+    # 100 experiments with a random offset per burst; the true ratio is 1.25. The bound is 0.85 instead of 0.95, because
+    # a percentile bootstrap of six bursts is slightly too narrow, and 100 experiments have a standard error of 2 to 3
+    # percentage points.
     rng, covered = np.random.default_rng(0), 0
     for seed in range(100):
         fast, slow = (
@@ -100,7 +101,7 @@ def test_interval_covers_the_true_ratio():
 
 
 @pytest.mark.parametrize("samples", [(), ((),), ((1.0,), ()), ((0.0,),), ((float("nan"),),), ((float("inf"),),)])
-def test_latency_refuses_what_is_no_measurement(samples):
+def test_latency_refuses_invalid_samples(samples):
     with pytest.raises(RuntimesError, match="Found a latency"):
         Latency(samples)
 
@@ -122,7 +123,7 @@ def test_one_engine_is_open_at_a_time_and_warmed_up():
     assert log == [
         event
         for name in "AB"
-        # Three untimed runs come before the two timed ones.
+        # Three warm-up runs and two timed runs.
         for event in [("open", name), ("bind", name, feeds), *[("run", name)] * 5, ("close", name)]
     ]
 

@@ -1,4 +1,4 @@
-"""What the target executorch promises beyond the contract: bounded sizes, names in the file, int8 of its own."""
+"""Tests of target executorch beyond the contract: bounded sizes, names in the file and its own int8."""
 
 import json
 import re
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 class Vision(torch.nn.Module):
-    """hidden = x W^T + b, and below = -relu(hidden), given in this order."""
+    """Outputs hidden = x W^T + b and -relu(hidden), in this order."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Vision(torch.nn.Module):
 
 
 class Text(torch.nn.Module):
-    """states = table[ids] * mask, of integers."""
+    """Output states = table[ids] * mask, for integers."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vision(folder):
-    """The file to build from; the names are not those that torch gives."""
+    """The source file, with names other than torch's."""
     free = {0: torch.export.Dim.DYNAMIC}
     return saved(folder / "v.pt2", Vision(), (torch.ones(2, WIDE),), (free,), ["pixel_values"], ["logits", "below"])
 
@@ -109,7 +109,7 @@ def test_integers_agree_exactly(text, batch, length):
     np.testing.assert_array_equal(found, np.arange(88).reshape(11, 8)[ids] * mask[..., None])
 
 
-def test_names_and_sizes_travel_in_the_file(built, text, tmp_path):
+def test_file_contains_names_and_sizes(built, text, tmp_path):
     alone = shutil.copy(built, tmp_path / "elsewhere.pte")
     with target.load(alone, OPTIONS) as engine:
         assert (engine.inputs, engine.outputs) == (("pixel_values",), ("logits", "below"))
@@ -132,7 +132,7 @@ def test_sizes_beyond_the_largest_are_refused_with_found_and_expected(built, tex
         engine.run({"input_ids": long, "attention_mask": long})
 
 
-def test_a_largest_batch_of_one_is_a_fixed_axis(vision, tmp_path):
+def test_largest_batch_of_one_gives_a_static_axis(vision, tmp_path):
     path = target.build(vision, tmp_path, BuildOptions(threads=1, batches=(1, 1, 1)))
     with target.load(path, OPTIONS) as engine:
         assert dict(engine.input_shapes) == {"pixel_values": (1, WIDE)}
@@ -149,7 +149,7 @@ def test_outputs_of_one_run_survive_the_next(built):
 
 
 @pytest.mark.parametrize("precision", target.own)
-def test_int8_is_off_by_rounding_only(vision, tmp_path, precision):
+def test_int8_differs_by_rounding_only(vision, tmp_path, precision):
     x = pixels(4)
     options = BuildOptions(
         threads=1, batches=OPTIONS.batches, precision=precision, samples=lambda: iter([{"pixel_values": x}])
@@ -159,26 +159,26 @@ def test_int8_is_off_by_rounding_only(vision, tmp_path, precision):
         found = engine.run({"pixel_values": x})["logits"]
     weight, _ = weights()
     y = expected(x)
-    # A value is off by half a step: weights have 127 steps to each side, a range of activations 255 and a zero point
-    # that is rounded too, which costs another half. Both errors meet in each product. 1 % is for float32.
+    # Rounding errs by half a step. Weights have 127 steps on each side. Activations have 255 steps, and their rounded
+    # zero point costs another half step. Both errors multiply in each product. 1 % covers float32 rounding.
     of_x, of_w = np.ptp(x) / 255, np.abs(weight).max(1) / 127 / 2
     bound = np.abs(x).sum(1)[:, None] * of_w + of_x * (np.abs(weight).sum(1) + WIDE * of_w)
     if precision == "int8":
         bound = bound + np.ptp(y) / 255
     assert (np.abs(found - y) <= 1.01 * bound).all()
-    assert np.abs(found - y).max() > TOLERANCE  # float32 would be exact
+    assert np.abs(found - y).max() > TOLERANCE  # float32 would have no larger error
 
 
 class Attention(torch.nn.Module):
-    """Attention unmasked, masked by truth values, and as a product by hand."""
+    """Attention without a mask, attention with a boolean mask, and a matrix product."""
 
     def forward(self, x, seen):
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(x, 2 * x, x), attend(x, x, 3 * x, attn_mask=seen, scale=0.5), x @ x.transpose(-2, -1)
 
 
-class Rest(torch.nn.Module):
-    """Forms of attention and product that are left to ExecuTorch."""
+class Undecomposed(torch.nn.Module):
+    """Forms of attention and matrix product that ExecuTorch decomposes itself."""
 
     def forward(self, x, seen):
         attend = torch.nn.functional.scaled_dot_product_attention
@@ -186,24 +186,24 @@ class Rest(torch.nn.Module):
         return attend(x, x, x, attn_mask=added), attend(x, x, x, is_causal=True), x @ x[:, :1].transpose(-2, -1)
 
 
-@pytest.mark.parametrize("module", [Attention(), Rest()], ids=["ours", "rest"])
+@pytest.mark.parametrize("module", [Attention(), Undecomposed()], ids=["ours", "rest"])
 def test_attention_agrees_with_torch(folder, tmp_path, module):
     example = torch.ones(2, 2, 5, 8), torch.ones(2, 1, 5, 5, dtype=torch.bool)
     free = ({0: torch.export.Dim.DYNAMIC},) * 2
     names = ["a", "b", "c"]
     path = target.build(saved(tmp_path / "a.pt2", module, example, free, ["x", "seen"], names), tmp_path, OPTIONS)
     x, seen = np.random.default_rng(0).normal(size=(3, 2, 5, 8)).astype(np.float32), np.tri(5, dtype=bool)
-    seen = np.stack([seen, ~seen, ~seen.T])[:, None]  # the last rows or columns are masked throughout
+    seen = np.stack([seen, ~seen, ~seen.T])[:, None]  # the last masks hide whole rows or columns
     with target.load(path, OPTIONS) as engine:
         found = engine.run({"x": x, "seen": seen})
     for key, wanted in zip(names, module(torch.from_numpy(x), torch.from_numpy(seen)), strict=True):
         np.testing.assert_allclose(found[key], wanted.numpy(), rtol=TOLERANCE, atol=TOLERANCE)
-    # Kernels outside of XNNPACK that look for rows masked throughout, and copies to shapes that are there already.
+    # Kernels outside of XNNPACK: the detection of fully masked rows, and redundant expand copies.
     slow = [key for key in (b"aten::where", b"aten::any", b"aten::expand_copy") if key in path.read_bytes()]
-    assert bool(slow) == isinstance(module, Rest)
+    assert bool(slow) == isinstance(module, Undecomposed)
 
 
-def test_int8_weights_take_a_quarter(tmp_path, folder):
+def test_int8_weights_take_a_quarter_of_the_size(tmp_path, folder):
     size = 256
     free = ({0: torch.export.Dim.DYNAMIC},)
     path = saved(folder / "w.pt2", torch.nn.Linear(size, size), (torch.ones(2, size),), free, ["x"], ["y"])
@@ -216,17 +216,17 @@ def test_int8_without_samples_is_refused(vision, tmp_path):
         target.build(vision, tmp_path, BuildOptions(precision="int8"))
 
 
-def test_a_precision_it_does_not_have_is_refused(vision, tmp_path):
+def test_unsupported_precision_is_refused(vision, tmp_path):
     with pytest.raises(BuildError, match=r"no precision 'bf16'; expected one of: fp32, int8, int8-dynamic\.$"):
         target.build(vision, tmp_path, BuildOptions(precision="bf16"))
     assert not (tmp_path / target.FILE).exists()
 
 
-def test_a_pool_in_use_is_not_resized(built):
+def test_thread_pool_in_use_is_not_resized(built):
     with target.load(built, OPTIONS) as engine:
         with pytest.raises(RuntimesError, match=r"Found threads=2 while an open engine uses 1; .*\.$"):
             target.load(built, BuildOptions(threads=2))
-        target.load(built, BuildOptions()).close()  # leaves it to the runtime, which has one
+        target.load(built, BuildOptions()).close()  # None keeps the pool of one thread
         assert engine.run({"pixel_values": pixels(1)})["logits"].shape == (1, NARROW)
     with target.load(built, BuildOptions(threads=2)) as engine:
         assert engine.run({"pixel_values": pixels(2)})["logits"].shape == (2, NARROW)
@@ -241,7 +241,7 @@ def test_nothing_is_printed(vision, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"this is no program"])
-def test_what_is_no_program_is_one_sentence(folder, tmp_path, content):
+def test_other_files_are_refused_in_one_sentence(folder, tmp_path, content):
     paths = tmp_path / "broken.pt2", tmp_path / "broken.pte"
     for path in paths:
         if content is not None:

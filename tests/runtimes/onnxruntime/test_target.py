@@ -1,4 +1,4 @@
-"""What is particular to ONNX Runtime: no silent fallback, one package only, its options."""
+"""Tests of target onnxruntime: no silent fallback to the CPU, conflicting packages, session options."""
 
 import shutil
 from importlib import metadata
@@ -64,7 +64,7 @@ def test_either_package_alone_is_enough(monkeypatch, distribution):
     assert target.missing() is None
 
 
-def test_cuda_is_refused_where_it_was_not_built_in(monkeypatch, relu):
+def test_cuda_is_refused_by_a_build_without_cuda(monkeypatch, relu):
     monkeypatch.setattr(ort, "get_available_providers", lambda: [target.CPU])
     with pytest.raises(
         RuntimeUnavailable, match=r"built without CUDA; .*pip install onnxruntime-gpu, or use --device cpu"
@@ -73,7 +73,7 @@ def test_cuda_is_refused_where_it_was_not_built_in(monkeypatch, relu):
 
 
 def test_cuda_that_does_not_start_is_refused(monkeypatch, relu):
-    # What ONNX Runtime does without a driver: it lists the provider, logs an error, and opens the session on the CPU.
+    # Without a driver, ONNX Runtime lists the provider, logs an error and opens the session on the CPU.
     monkeypatch.setattr(ort, "get_available_providers", lambda: [target.CUDA, target.CPU])
     monkeypatch.setattr(ort, "preload_dlls", lambda: print("noise"), raising=False)
     fallen_back = SimpleNamespace(get_providers=lambda: [target.CPU])
@@ -118,7 +118,7 @@ def test_a_missing_file_is_named(tmp_path):
         target.load(tmp_path / "nowhere.onnx", BuildOptions())
 
 
-def test_an_unknown_operator_gives_one_line(tmp_path):
+def test_unknown_operator_is_one_line(tmp_path):
     path = save(tmp_path / "odd.onnx", helper.make_node("NoSuchOperator", ["x"], ["y"]), [("x", [1])], [("y", [1])])
     with pytest.raises(BuildError, match=r"cannot open odd\.onnx: .*NoSuchOperator") as caught:
         target.build(path, tmp_path, BuildOptions())
@@ -126,7 +126,7 @@ def test_an_unknown_operator_gives_one_line(tmp_path):
 
 
 def test_a_failing_run_is_one_sentence(tmp_path):
-    # The axes that must agree are symbolic: only the run finds out.
+    # The axes that must agree are symbolic, so only the run fails.
     node = helper.make_node("MatMul", ["a", "b"], ["c"])
     path = save(tmp_path / "mul.onnx", node, [("a", ["n", "k"]), ("b", ["l", "m"])], [("c", ["n", "m"])])
     feeds = {"a": np.zeros((2, 3), np.float32), "b": np.zeros((4, 5), np.float32)}

@@ -1,4 +1,4 @@
-"""Fused operators compute what the graph they replace computes, and replace nothing else."""
+"""Tests of operator fusions: equal outputs, and no fusion of other patterns."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from tests.processors import exact_int8
 pytest.importorskip("onnxruntime", reason="the extra `cpu` or `gpu` is not installed")
 
 ONE = BuildOptions(threads=1)
-# Float sums of at most 600 terms of size about one in another order, and an exponential of another implementation.
+# For float sums of at most 600 terms around one in another order, and another implementation of exp.
 ROUNDING = 2e-5
-# One product of quantized values is summed in integers: what is left is the rounding of scale and bias.
+# A quantized product is summed in integers; only scale and bias are rounded.
 EXACT = 1e-6
 HEADS, WIDTH = 2, 8
 SIZE = HEADS * WIDTH
@@ -27,7 +27,7 @@ SIZE = HEADS * WIDTH
 
 @dataclass
 class Small:
-    """A graph in the making, named as the torch exporter would."""
+    """A builder of graphs with names like those of the torch exporter."""
 
     nodes: list
     weights: dict
@@ -46,14 +46,14 @@ class Small:
             for part in (inputs, outputs)
         ]
         tensors = [numpy_helper.from_array(array, key) for key, array in self.weights.items()]
-        made = helper.make_graph(self.nodes, "small", *values, tensors)
-        found = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        onnx.checker.check_model(found, full_check=True)
-        return found
+        graph = helper.make_graph(self.nodes, "small", *values, tensors)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.checker.check_model(model, full_check=True)
+        return model
 
 
 def dense(small, value, name, rows, columns, *, int8):
-    """A linear map of a value, its operands quantized if asked."""
+    """Add a linear map of `value`, with quantized operands if `int8`."""
     rng = np.random.default_rng(len(small.weights))
     bias = small.constant(f"{name}.bias", rng.normal(size=columns).astype(np.float32))
     if int8:
@@ -74,16 +74,16 @@ def dense(small, value, name, rows, columns, *, int8):
 
 
 def attention(tokens, *, int8=False, swapped=False, masked=False, shared=False, scale=WIDTH**-0.25, long_way=True):
-    """Attention as exported from a packed linear map; the keywords take it away from what is known."""
+    """Return attention as exported from a packed linear map; keywords change it to patterns that are not fused."""
     small = Small([], {})
     packed = dense(small, "x", "linear", SIZE, 3 * SIZE, int8=int8)
     five = small.constant("five", np.array([-1, tokens, 3, HEADS, WIDTH]))
-    turned = small.add("Transpose", [small.add("Reshape", [packed, five], "view")], "permute", perm=[2, 0, 3, 1, 4])
+    permuted = small.add("Transpose", [small.add("Reshape", [packed, five], "view")], "permute", perm=[2, 0, 3, 1, 4])
     axis = small.constant("axis", np.array([0]))
     ends = [small.constant(f"number{i}", np.array([i])) for i in range(4)]
     parts = []
     for i, part in enumerate(("q", "k", "v")):
-        cut = small.add("Slice", [turned, ends[i], ends[i + 1], axis], f"{part}.cut")
+        cut = small.add("Slice", [permuted, ends[i], ends[i + 1], axis], f"{part}.cut")
         parts.append(small.add("Squeeze", [cut, axis], part))
     q, k, v = [parts[1], parts[0], parts[2]] if swapped else parts
     if long_way:
@@ -112,7 +112,7 @@ def kinds(model):
 
 
 def both(model, folder, tokens):
-    """What the portable file and its fused copy answer for a batch of three."""
+    """Return the outputs of the fused copy and of the portable file for a batch of three."""
     onnx.save(model, folder / "model.onnx")
     feeds = {"x": np.random.default_rng(1).normal(size=(3, tokens, SIZE)).astype(np.float32)}
     with onnxruntime.load(folder / "model.onnx", ONE) as plain:
@@ -140,7 +140,7 @@ def test_few_tokens_in_int8_become_quantized_attention(tmp_path):
     assert kinds(model) == {"QuantizeLinear": 1, "QAttention": 1}
 
 
-def test_many_tokens_in_int8_keep_their_product(tmp_path):
+def test_many_tokens_in_int8_fuse_product_and_attention_separately(tmp_path):
     model = attention(600, int8=True)
     found, expected = both(model, tmp_path, 600)
     np.testing.assert_allclose(found["y"], expected["y"], rtol=ROUNDING, atol=ROUNDING)
@@ -152,14 +152,14 @@ def test_many_tokens_in_int8_keep_their_product(tmp_path):
     [{"swapped": True}, {"masked": True}, {"shared": True}, {"tokens": 5}],
     ids=["queries and keys swapped", "a mask", "weights read elsewhere", "few tokens in float"],
 )
-def test_what_is_not_known_to_be_quicker_or_the_same_stays(changed):
+def test_other_or_slower_patterns_are_not_fused(changed):
     model = attention(**{"tokens": 600} | changed)
     before = model.SerializeToString()
     assert not graphs.fuse(model)
     assert kinds(model) == kinds(onnx.ModelProto.FromString(before))
 
 
-def test_what_a_branch_reads_is_not_looked_for():
+def test_graph_with_branches_is_not_fused():
     model = attention(600)
     body = helper.make_graph(
         [helper.make_node("Identity", ["linear"], ["inside"])],
@@ -172,19 +172,19 @@ def test_what_a_branch_reads_is_not_looked_for():
     assert not graphs.fuse(model)
 
 
-def test_another_scale_is_none_of_quantized_attention():
+def test_other_scales_are_not_fused_to_quantized_attention():
     model = attention(5, int8=True, scale=0.4)
     assert graphs.fuse(model) == {"MatMulIntegerToFloat": 1}
 
 
-def test_a_wide_model_keeps_its_products(monkeypatch):
+def test_wide_model_is_not_fused_to_quantized_attention(monkeypatch):
     monkeypatch.setattr(graphs, "NARROW", SIZE - 1)
     assert graphs.fuse(attention(5, int8=True)) == {"MatMulIntegerToFloat": 1}
 
 
 @exact_int8
 @pytest.mark.parametrize("rank", [2, 3], ids=["a head", "tokens"])
-def test_a_quantized_product_takes_its_bias(tmp_path, rank):
+def test_quantized_product_is_fused_with_its_bias(tmp_path, rank):
     small = Small([], {})
     value, shape = "x", ["batch", *[4] * (rank - 2), SIZE]
     y = dense(small, value, "linear", SIZE, 10, int8=True)
@@ -199,7 +199,7 @@ def test_a_quantized_product_takes_its_bias(tmp_path, rank):
     assert kinds(model) == {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1}
 
 
-def test_a_float_product_stays():
+def test_float_product_is_not_fused():
     small = Small([], {})
     y = dense(small, "x", "linear", SIZE, 10, int8=False)
     model = small.model([("x", ["batch", SIZE])], [(y, ["batch", 10])])
@@ -208,7 +208,7 @@ def test_a_float_product_stays():
 
 
 def norm(power=2.0, axis=-1, other=False, weights=(SIZE,)):
-    """A root mean square norm of a value; the keywords take it away from what is known."""
+    """Return a root mean square norm; keywords change it to patterns that are not fused."""
     small = Small([], {})
     two, last, epsilon = (small.constant(*each) for each in (("two", np.float32(power)), ("last", np.array([axis])),
                                                               ("epsilon", np.float32(1e-3))))  # fmt: skip
@@ -221,7 +221,7 @@ def norm(power=2.0, axis=-1, other=False, weights=(SIZE,)):
     return small.model([("x", ["batch", SIZE, SIZE])], [(y, ["batch", SIZE, SIZE])])
 
 
-def test_a_root_mean_square_norm_is_one_operator(tmp_path):
+def test_rms_norm_is_fused(tmp_path):
     model = norm()
     found, expected = both(model, tmp_path, SIZE)
     np.testing.assert_allclose(found["y"], expected["y"], rtol=ROUNDING, atol=ROUNDING)
@@ -234,12 +234,12 @@ def test_a_root_mean_square_norm_is_one_operator(tmp_path):
     [{"power": 4.0}, {"axis": 1}, {"other": True}, {"weights": (SIZE, 1)}],
     ids=["another power", "over tokens", "of another value", "a weight for each token"],
 )
-def test_what_is_no_such_norm_stays(tmp_path, changed):
+def test_other_norms_are_not_fused(tmp_path, changed):
     model = norm(**changed)
     assert not graphs.fuse(model)
 
 
-def test_the_portable_file_stays_as_it_is(tmp_path):
+def test_portable_file_stays_unchanged(tmp_path):
     model = attention(600)
     onnx.save(model, tmp_path / "model.onnx")
     before = (tmp_path / "model.onnx").read_bytes()
@@ -248,9 +248,9 @@ def test_the_portable_file_stays_as_it_is(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.fused.onnx", "model.onnx"]
 
 
-def test_weights_that_are_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
+def test_large_weights_go_to_a_separate_file(tmp_path, monkeypatch):
     monkeypatch.setattr(onnxruntime_fused, "EXTERNAL_ABOVE", 1)
-    for _ in range(2):  # the second time what was there is written over
+    for _ in range(2):  # the second build overwrites the files of the first
         found, expected = both(attention(600), tmp_path, 600)
         np.testing.assert_allclose(found["y"], expected["y"], rtol=ROUNDING, atol=ROUNDING)
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -1,6 +1,6 @@
-"""What goes to TensorRT of a real DeiT-Tiny: its rules of quantization, and parity of the files in fp16 and int8.
+"""Tests of the files of a real DeiT-Tiny for TensorRT: quantization rules, and parity in fp16 and int8.
 
-TensorRT itself is not here: numbers are those of ONNX Runtime's CPU on the very files that it would be given.
+TensorRT itself is not used: ONNX Runtime computes the outputs of the same files on the CPU.
 """
 
 import itertools
@@ -27,16 +27,16 @@ SHARED = SHARED_DATA
 DEIT, IMAGES = SHARED / "deit_tiny_patch16_224", SHARED / "imagenet_sample"
 pytestmark = pytest.mark.skipif(not DEIT.is_dir(), reason="the trained DeiT-Tiny in ../shared/data is not here")
 
-HALF_DIFFERENCE = 0.005  # fp16 has 11 bits, 5e-4 a rounding; they add up as noise over 12 blocks. Found: 0.0014
-INT8_DIFFERENCE = 0.15  # int8 rounds to 1/254 of a range that a few outliers set. Found: 0.08
-INT8_AGREEMENT = 0.92  # of 100 images, with ranges from 16; a standard error of 2 points below the 0.96 found
+HALF_DIFFERENCE = 0.005  # fp16 rounds by 5e-4 (11 bits), which adds up as noise over 12 blocks; measured 0.0014
+INT8_DIFFERENCE = 0.15  # int8 rounds to 1/254 of a range that outliers determine; measured 0.08
+INT8_AGREEMENT = 0.92  # of 100 images, with ranges from 16; measured 0.96 with a standard error of 0.02
 
 
 WORDS = ("a zero point other than 0", "and its bias", "leave biases in float", "type uint8")
 
 
 class Images(CalibrationDataReader):
-    """One batch to calibrate on, as ONNX Runtime's quantizer wants it."""
+    """One calibration batch in the interface of ONNX Runtime's quantizer."""
 
     def __init__(self, feeds):
         self.feeds = iter([feeds])
@@ -46,16 +46,16 @@ class Images(CalibrationDataReader):
 
 
 def quantized_by_default(path, destination, feeds, activations):
-    """ONNX Runtime's own static quantization, with only the type of activations said."""
+    """Quantize with ONNX Runtime's static defaults, except for the activation type."""
     bare = onnx.load(path)
-    del bare.graph.value_info[:]  # the exporter's contradicts itself, at which the quantizer stops
+    del bare.graph.value_info[:]  # the exporter's value_info contradicts itself, and the quantizer fails
     onnx.save(bare, path.with_name("bare.onnx"))
     quantize_static(path.with_name("bare.onnx"), destination, Images(feeds), activation_type=QuantType[activations])
 
 
 @pytest.fixture(scope="module")
 def deit(tmp_path_factory):
-    """The float file, batches of real images to calibrate on, and 100 others."""
+    """The float file, calibration batches of real images, and 100 other images."""
     model = models.load(DEIT)
     path = lower(trace(model), model, tmp_path_factory.mktemp("deit") / "float.onnx")
     data = data_module.load(str(IMAGES), model.preprocess, task=model.task, shares=data_module.Shares(total=300))
@@ -68,11 +68,11 @@ def deit(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def int8(deit):
-    """The file that TensorRT is given for --precision int8, with ranges from 16 images."""
+    """The int8 file for TensorRT, with activation ranges from 16 images."""
     path, batches, _ = deit
-    made = path.with_name("int8.onnx")
-    facts = convert(path, made, "int8", target.int8, lambda: iter(batches), calibration="typical")
-    return made, facts
+    quantized = path.with_name("int8.onnx")
+    facts = convert(path, quantized, "int8", target.int8, lambda: iter(batches), calibration="typical")
+    return quantized, facts
 
 
 def logits(path, images):
@@ -83,13 +83,13 @@ def logits(path, images):
 
 
 def compared(path, reference, images):
-    """Largest difference as a share of the largest logit, and how often the first answer is the same."""
+    """Return the largest difference as a share of the largest logit, and the share of equal top-1 predictions."""
     first, second = logits(reference, images), logits(path, images)
     same = float(np.mean(first.argmax(axis=1) == second.argmax(axis=1)))
     return float(np.abs(first - second).max() / np.abs(first).max()), same
 
 
-def test_the_fp16_file_gives_the_float_file_s_answers(deit):
+def test_fp16_file_agrees_with_the_float_file(deit):
     path, _, images = deit
     half = path.with_name("half.onnx")
     assert to_fp16(path, half) > 100
@@ -100,17 +100,17 @@ def test_the_fp16_file_gives_the_float_file_s_answers(deit):
     assert half.stat().st_size < 0.52 * path.stat().st_size
 
 
-def test_the_int8_file_with_its_rest_in_fp16_is_as_good_as_int8_is(deit, int8):
+def test_int8_file_with_fp16_rest_stays_close_to_the_float_file(deit, int8):
     path, _, images = deit
-    made, facts = int8
+    quantized, facts = int8
     assert (facts.quantized.nodes, facts.rest) == (50, "fp16")
-    difference, same = compared(made, path, images)
+    difference, same = compared(quantized, path, images)
     assert difference < INT8_DIFFERENCE
     assert same >= INT8_AGREEMENT
 
 
-def test_scales_below_the_normal_numbers_of_fp16_are_few_and_lose_nothing(int8):
-    # Below 6.1e-5 fp16 keeps fewer bits. The largest weight of such an output channel is under 127 * 6.1e-5 = 0.008.
+def test_subnormal_fp16_scales_are_rare_and_accurate(int8):
+    # Below 6.1e-5, fp16 has fewer bits. The largest weight of such an output channel is below 127 * 6.1e-5 = 0.008.
     stored = {each.name: each for each in onnx.load(int8[0]).graph.initializer}
     scales = np.concatenate(
         [
@@ -121,18 +121,18 @@ def test_scales_below_the_normal_numbers_of_fp16_are_few_and_lose_nothing(int8):
     )
     small = scales[scales < np.finfo(np.float16).tiny]
     assert 0 < len(small) < 0.005 * len(scales)
-    # Half a step of 2**-24 is the most that one is off: here as good as the 2**-11 of every normal number.
+    # The largest error is half a step of 2**-24; here it is close to the relative error 2**-11 of normal numbers.
     assert (2.0**-25 / small).max() < 1.5 * 2.0**-11
 
 
 @pytest.mark.parametrize(
     ("activations", "least", "zero_points"),
     [
-        ("QInt8", 800, 750),  # the default of ONNX Runtime 1.31: int8 with zero points. Found: 875
-        ("QUInt8", 1500, 750),  # that of earlier ones: each activation breaks two rules. Found: 1,678
+        ("QInt8", 800, 750),  # the default of ONNX Runtime 1.31, int8 with zero points; measured 875
+        ("QUInt8", 1500, 750),  # the default of earlier versions, two violations per activation; measured 1,678
     ],
 )
-def test_a_default_quantization_breaks_the_rules_many_hundred_times(deit, activations, least, zero_points):
+def test_default_quantization_violates_the_rules(deit, activations, least, zero_points):
     path, batches, _ = deit
     default = path.with_name(f"{activations}.onnx")
     quantized_by_default(path, default, {"pixel_values": batches[0]["pixel_values"][:2]}, activations)
@@ -140,11 +140,11 @@ def test_a_default_quantization_breaks_the_rules_many_hundred_times(deit, activa
     rules = Counter(words for each in found for words in WORDS if words in each.rule)
     assert len(found) > least
     assert rules["a zero point other than 0"] > zero_points
-    # DeiT-Tiny has 48 Linears of the form MatMul and Add; a bias each of patches, head and 25 norms.
+    # DeiT-Tiny has 48 Linear layers as MatMul and Add, and 27 other biases: patch embedding, head and 25 norms.
     assert (rules["and its bias"], rules["leave biases in float"]) == (48, 27)
     assert (rules["type uint8"] > 750) == (activations == "QUInt8")
 
 
-def test_our_files_break_none(deit, int8):
+def test_exported_files_violate_no_rule(deit, int8):
     assert qdq.violations(int8[0]) == []
     assert qdq.violations(deit[0]) == []

@@ -1,8 +1,8 @@
-"""The target tensorrt against a stand-in: the order of its calls, and one sentence and no leak for each failure.
+"""Tests of target tensorrt against a fake: call order, and a one-sentence error without a leak for each failure.
 
-The stand-in keeps "device" memory in host memory, does nothing before its stream is waited for, computes with ONNX
-Runtime and is about as strict as the documentation of the real thing. It comes with the enum values of 10.x and 11.x.
-It cannot show that the real parser, kernels or numbers are right.
+The fake keeps device memory in host memory, runs queued work only when its stream is synchronized, computes with ONNX
+Runtime and checks arguments as the documentation of TensorRT states. It has the enum values of 10.x and 11.x. It does
+not test the real parser, kernels or numerical results.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ class HostMemory(bytes):
 
 
 class Fake:
-    """Modules `tensorrt` and `cuda.bindings.runtime`; `fail` names steps and how often they still succeed."""
+    """Fake `tensorrt` and `cuda.bindings.runtime`; `fail` maps a step to the number of its calls that still succeed."""
 
     def __init__(self, version):
         self.version = version
@@ -134,7 +134,7 @@ class Fake:
         self.streams[stream].clear()
 
     def array(self, address, shape, dtype):
-        """An array that lies at an address."""
+        """Return the array at an address."""
         assert address in self.memory
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
@@ -155,7 +155,7 @@ class Fake:
         module.DataType = enum.Enum("DataType", ["FLOAT", "INT64", "BF16"])
         module.ILogger = FakeLogger
         for kind in (FakeBuilder, FakeParser, FakeRuntime):
-            setattr(module, kind.__name__.replace("Fake", ""), lambda *given, kind=kind: kind(fake, *given))
+            setattr(module, kind.__name__.replace("Fake", ""), lambda *arguments, kind=kind: kind(fake, *arguments))
         module.OnnxParser = module.Parser
         module.nptype = self.nptype
         return module
@@ -336,7 +336,7 @@ class FakeEngine:
 
 
 class FakeInspector:
-    """Describes each node as a layer; without a context whose shapes are set it names no types."""
+    """A fake inspector, which reports types only if all input shapes of its context are set."""
 
     def __init__(self, engine):
         self.engine, self.execution_context = engine, None
@@ -346,8 +346,8 @@ class FakeInspector:
         if not self.engine.fake.ok("get_engine_information"):
             return "{}"
         context = self.execution_context
-        known = context is not None and set(context.shapes) == set(self.engine.inputs)
-        text = "Row major linear FP32" if known else "N/A due to dynamic shapes"
+        shapes_set = context is not None and set(context.shapes) == set(self.engine.inputs)
+        text = "Row major linear FP32" if shapes_set else "N/A due to dynamic shapes"
         key = "Format/Datatype" if self.engine.fake.version.startswith("10") else "DataType"
         layer = {"Name": "h_myl0_0", "LayerType": "gemm", "Inputs": [{"Name": "x", key: text}], "Outputs": []}
         return json.dumps({"Layers": [layer]})
@@ -434,19 +434,19 @@ def pixels(batch, seed=0):
 
 
 def expected(feeds):
-    # Products of small integers: exact in float32 in any order.
+    # Products of small integers are exact in float32 in any order.
     hidden = feeds["x"] @ (np.arange(32, dtype=np.float32).reshape(8, 4) - 9)
     return {"y": np.maximum(hidden, 0), "h": hidden}
 
 
 @pytest.fixture(params=list(ENUMS))
 def fake(request, monkeypatch):
-    made = Fake(request.param)
+    fake = Fake(request.param)
     monkeypatch.setattr(target, "missing", lambda: None)
-    monkeypatch.setitem(sys.modules, "tensorrt", made.trt)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake.trt)
     monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(runtime=made.cuda))
-    return made
+    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(runtime=fake.cuda))
+    return fake
 
 
 @pytest.fixture
@@ -476,7 +476,7 @@ def check_sentence(error, *words):
         ("there", True, 2, None),
     ],
 )
-def test_missing_names_the_first_thing_that_lacks(monkeypatch, package, bindings, found, word):
+def test_missing_names_the_first_missing_requirement(monkeypatch, package, bindings, found, word):
     monkeypatch.setattr(target.util, "find_spec", lambda name: {"tensorrt": package}[name])
     monkeypatch.setattr(target, "installed", lambda name: {"cuda-bindings": bindings}[name])
     monkeypatch.setattr(target, "_cuda_devices", lambda: found)
@@ -503,7 +503,7 @@ def test_devices_are_counted_by_the_driver(monkeypatch):
         assert target._cuda_devices() == result
 
 
-def test_what_cannot_be_used_is_refused_before_any_work(fake, tmp_path, monkeypatch):
+def test_unavailable_target_is_refused_before_any_work(fake, tmp_path, monkeypatch):
     path = save_vision(tmp_path / "model.onnx")
     with pytest.raises(RuntimeUnavailable, match=r"Target tensorrt runs on cuda; found device 'cpu'\."):
         target.build(path, tmp_path, BuildOptions(device="cpu"))
@@ -545,7 +545,7 @@ def test_order_of_the_calls_of_a_build(fake, tmp_path):
     assert {item.name for item in tmp_path.iterdir()} == {"model.onnx", "model.engine", "tensorrt.timing"}
 
 
-def test_the_network_is_strongly_typed_whatever_the_number_of_the_flag(fake, built):
+def test_network_is_strongly_typed_in_every_version(fake, built):
     assert fake.flags == 1 << {"10": 1, "11": 0}[fake.version[:2]]
 
 
@@ -582,7 +582,7 @@ def test_each_failure_of_a_build_is_one_sentence_and_leaves_no_file(fake, tmp_pa
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_timings_of_earlier_builds_are_used_unless_they_do_not_fit(fake, tmp_path):
+def test_timing_cache_of_earlier_builds_is_used_if_it_matches(fake, tmp_path):
     path, timings = save_vision(tmp_path / "model.onnx"), tmp_path / "tensorrt.timing"
     for _ in range(2):
         target.build(path, tmp_path, OPTIONS)
@@ -591,7 +591,7 @@ def test_timings_of_earlier_builds_are_used_unless_they_do_not_fit(fake, tmp_pat
     timings.write_bytes(b"damaged")
     target.build(path, tmp_path, OPTIONS)
     assert (fake.timings[2:], timings.read_bytes()) == ([b""], b"+")
-    fake.fail = {"set_timing_cache": 0}  # of another GPU: refused, and so is the empty one here
+    fake.fail = {"set_timing_cache": 0}  # as for another GPU; here the empty cache is refused too
     with pytest.raises(BuildError, match="it rejected an empty timing cache"):
         target.build(path, tmp_path, OPTIONS)
     assert fake.timings[3:] == [b"+", b""]
@@ -630,7 +630,7 @@ def test_files_and_types_that_cannot_be_opened(fake, built, tmp_path):
     assert (fake.memory, fake.streams) == ({}, {})
 
 
-def test_it_describes_itself_and_computes(fake, built):
+def test_engine_states_its_signature_and_computes(fake, built):
     with target.load(built, OPTIONS) as engine:
         assert (engine.inputs, engine.outputs) == (("x",), ("y", "h"))
         assert dict(engine.input_dtypes) == {"x": np.dtype("float32")}
@@ -737,7 +737,7 @@ def test_each_failure_of_a_run_is_one_sentence_and_the_engine_goes_on(fake, buil
     assert (fake.memory, fake.streams) == ({}, {})
 
 
-def test_a_failed_bind_gives_its_memory_back(fake, built):
+def test_failed_bind_frees_its_memory(fake, built):
     with target.load(built, OPTIONS) as engine:
         engine.run(pixels(1))
         fake.fail = {"cudaMemcpyAsync": 0}
@@ -746,15 +746,15 @@ def test_a_failed_bind_gives_its_memory_back(fake, built):
         assert len(fake.memory) == 3
 
 
-def test_a_portable_engine_is_asked_for_and_may_bring_its_code(fake, tmp_path):
-    asked = replace(OPTIONS, portable=True)
-    path = target.build(save_vision(tmp_path / "model.onnx"), tmp_path, asked)
-    with target.load(path, asked) as engine:
+def test_portable_engine_contains_code_and_needs_the_option(fake, tmp_path):
+    portable = replace(OPTIONS, portable=True)
+    path = target.build(save_vision(tmp_path / "model.onnx"), tmp_path, portable)
+    with target.load(path, portable) as engine:
         np.testing.assert_array_equal(engine.run(pixels(2))["h"], expected(pixels(2))["h"])
-    with pytest.raises(BuildError, match=r"TensorRT cannot open model\.engine"):  # code that nobody allowed
+    with pytest.raises(BuildError, match=r"TensorRT cannot open model\.engine"):  # its code is not allowed
         target.load(path, OPTIONS)
     assert (fake.memory, fake.streams) == ({}, {})
-    for line in target.command_lines(tmp_path / "model.onnx", asked).values():
+    for line in target.command_lines(tmp_path / "model.onnx", portable).values():
         assert " --hardwareCompatibilityLevel=ampere+ --versionCompatible " in line
     assert not any("ompatib" in line for line in target.command_lines(tmp_path / "model.onnx", OPTIONS).values())
 
@@ -767,7 +767,7 @@ def test_other_targets_refuse_to_be_portable(tmp_path, defer):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_layers_are_asked_for_at_the_usual_sizes(fake, built):
+def test_layers_are_reported_at_the_usual_sizes(fake, built):
     assert target.layers(built, OPTIONS) == Layers(1, {"fp32": 1}, {"gemm": 1}, None)
     steps = ["set_input_shape", "create_engine_inspector", "get_engine_information"]
     assert [call for call in fake.calls if call in steps] == steps
@@ -783,7 +783,7 @@ def test_the_layers_are_asked_for_at_the_usual_sizes(fake, built):
         ("deserialize_cuda_engine", "TensorRT cannot open model.engine: it was built for another GPU"),
     ],
 )
-def test_an_engine_that_is_not_described_is_one_sentence_and_no_leak(fake, built, step, words):
+def test_each_failure_of_the_inspector_is_one_sentence_and_no_leak(fake, built, step, words):
     fake.fail = {step: 0}
     with pytest.raises(RuntimesError) as error:
         target.layers(built, OPTIONS)
@@ -801,7 +801,7 @@ def test_use_after_close_is_refused(fake, built):
     assert (fake.memory, fake.streams) == ({}, {})
 
 
-def test_it_is_timed_like_any_other(fake, built):
+def test_engine_can_be_timed(fake, built):
     openers = {name: (lambda: target.load(built, OPTIONS)) for name in ("baseline", "result")}
     found = runtimes.interleave(openers, pixels(2), rounds=2, burst_seconds=0.0, warmup_seconds=0.0, min_runs=3)
     assert [[len(burst) for burst in latency.samples_ms] for latency in found.values()] == [[3, 3], [3, 3]]
@@ -812,7 +812,7 @@ def test_it_is_timed_like_any_other(fake, built):
 
 
 def quantized_model(tmp_path, *, op="MatMul", change=None, dtype=np.int8, **attributes):
-    """One product with Q and DQ on both inputs, conforming unless `change` edits its nodes and constants."""
+    """Write one product with Q and DQ on both inputs; `change` edits its nodes and constants to violate a rule."""
     shape = {"MatMul": (8, 4), "Gemm": (4, 8) if attributes.get("transB") else (8, 4), "Conv": (4, 8, 1, 1)}[op]
     axis = {"MatMul": 1, "Gemm": 1 - attributes.get("transB", 0), "Conv": 0}[op]
     constants = {
@@ -851,10 +851,10 @@ def set_inputs(node, *inputs):
 def computed(name):
     def change(nodes, constants):
         constants["made_from"] = constants.pop(name)
-        made = helper.make_node("Identity", ["made_from"], [name], "make")
+        identity = helper.make_node("Identity", ["made_from"], [name], "make")
         rest = dict(nodes)
         nodes.clear()
-        nodes.update({"make": made} | rest)
+        nodes.update({"make": identity} | rest)
 
     return change
 
@@ -869,8 +869,8 @@ def between_product_and_bias(nodes, constants):
     nodes["add"] = helper.make_node("Add", ["pf", "bias"], ["y"], "add")
 
 
-def replaced(node, made):
-    return lambda nodes, constants: nodes.update({node: made})
+def replaced(node, new):
+    return lambda nodes, constants: nodes.update({node: new})
 
 
 def wrong_axis(nodes, constants):
@@ -926,7 +926,7 @@ VIOLATIONS = {
 
 
 @pytest.mark.parametrize("case", VIOLATIONS)
-def test_each_broken_rule_is_a_sentence_with_its_node_before_any_build(fake, tmp_path, case):
+def test_each_rule_violation_is_a_sentence_with_its_node_before_any_build(fake, tmp_path, case):
     change, words = VIOLATIONS[case]
     path = quantized_model(tmp_path, change=change)
     with pytest.raises(BuildError) as error:
@@ -967,7 +967,7 @@ def test_constants_in_external_data_and_in_constant_nodes_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"this is not an ONNX file"])
-def test_what_is_no_model_is_a_build_error(fake, tmp_path, content):
+def test_invalid_model_file_is_a_build_error(fake, tmp_path, content):
     path = tmp_path / "broken.onnx"
     if content is not None:
         path.write_bytes(content)
@@ -981,7 +981,7 @@ def answer(path, images):
 
 
 def save_network(path, change=lambda constants: None):
-    """Convolution, MatMul, Gemm of both layouts with biases, and a product of activations, which stays in float."""
+    """Write Conv, MatMul, Gemm of both layouts with biases, and a product of activations, which stays in float."""
     rng = np.random.default_rng(0)
     shapes = {"c": (16, 3, 2, 2), "w": (16, 32), "b": (32,), "g": (24, 32), "gb": (24,), "v": (24, 16), "vb": (16,)}
     constants = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
@@ -1007,7 +1007,7 @@ def images_for(count=3):
 
 
 def types_of(path, op, place=1):
-    """Types of an input of every node of a kind, by ONNX's inference."""
+    """Return the inferred types of one input of all nodes with operator `op`."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path))
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     kinds |= {info.name: info.type.tensor_type.elem_type for info in (*model.graph.value_info, *model.graph.input)}
@@ -1015,7 +1015,7 @@ def types_of(path, op, place=1):
 
 
 @exact_int8
-def test_int8_for_this_target_has_its_rest_and_its_scales_in_fp16(tmp_path):
+def test_int8_for_this_target_has_fp16_rest_and_scales(tmp_path):
     source, path = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
     done = convert(source, path, "int8", target.int8, images_for())
     assert done.to_dict()["rest"] == "fp16"
@@ -1033,12 +1033,12 @@ def test_int8_for_this_target_has_its_rest_and_its_scales_in_fp16(tmp_path):
     assert convert(source, plain, "int8", replace(target.int8, rest="fp32"), images_for()).rest == "fp32"
     assert types_of(plain, "DequantizeLinear") == {"FLOAT"}
     first, second = (answer(each, next(images_for()())["x"]) for each in (plain, path))
-    # The same integers; fp16 rounds to 5e-4 at each of four products, and a rounding step of int8 may fall differently.
+    # The integers are the same; fp16 rounds to 5e-4 at each of four products, which can move an int8 value by one step.
     np.testing.assert_allclose(second, first, rtol=0, atol=0.02 * np.abs(first).max())
     assert not np.array_equal(first, second)
 
 
-def test_the_layers_left_in_float_are_chosen_by_what_the_file_with_fp16_loses(tmp_path):
+def test_float_fallback_is_chosen_by_the_loss_of_the_fp16_file(tmp_path):
     source, path, seen = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx", []
 
     def loss(file):
@@ -1132,8 +1132,8 @@ def test_int8_is_refused_on_a_device_that_has_none(tmp_path, name, device, mode,
 
 
 @pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
-def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatch):
-    # Of the calls and files alone: what the stand-in computes is ONNX Runtime's result.
+def test_export_for_a_target_with_planned_sizes(fake, tmp_path, monkeypatch):
+    # Only calls and files are checked: the fake computes with ONNX Runtime.
     output = tmp_path / "out"
     timed = partial(runtimes.interleave, burst_seconds=0.0, warmup_seconds=0.0, min_runs=2)
     monkeypatch.setattr(engine_timing, "interleave", timed)
@@ -1169,7 +1169,7 @@ def test_the_whole_chain_on_a_target_that_plans_ahead(fake, tmp_path, monkeypatc
     assert (fake.memory, fake.streams) == ({}, {})
 
 
-def test_the_sizes_of_texts_reach_from_one_to_the_longest_at_hand():
+def test_lengths_range_from_one_to_the_longest_sample():
     def part(*lengths):
         def batches(size):
             chunks = (lengths[start : start + size] for start in range(0, len(lengths), size))

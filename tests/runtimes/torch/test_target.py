@@ -1,4 +1,4 @@
-"""What the target torch promises beyond the contract: precisions of its own, and packages that know what they are."""
+"""Tests of target torch beyond the contract: its own precisions and the metadata of its packages."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ ONE = {"inputs": ["x"], "outputs": ["y"]}
 
 
 class Block(torch.nn.Module):
-    """A norm, attention of two heads and two layers behind it, each with its residual; the scale is passed on."""
+    """A transformer block with two heads, multiplied by `scale`, which is also an output."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Block(torch.nn.Module):
         q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(self.norm(states)).chunk(3, dim=-1))
         states = states + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         states = states + self.down(torch.nn.functional.gelu(self.up(states)))
-        # What a model writes that wants float32 for a norm: a program in another precision has to stay right here.
+        # An explicit float32 cast, as models use for norms; it must stay correct in lower precisions.
         return states.to(torch.float32) * scale[:, None, None], scale.clone()
 
 
@@ -76,7 +76,7 @@ def program(block, tmp_path_factory):
     return saved(block, tmp_path_factory.mktemp("program") / "small.pt2")
 
 
-def made(program, folder, precision):
+def build_precision(program, folder, precision):
     if precision.startswith("int8"):
         pytest.importorskip("torchao", reason="torchao is not installed")
     options = BuildOptions(threads=1, precision=precision, samples=samples)
@@ -85,17 +85,17 @@ def made(program, folder, precision):
 
 @pytest.fixture(scope="module")
 def fp32(program, tmp_path_factory):
-    return made(program, tmp_path_factory, "fp32")
+    return build_precision(program, tmp_path_factory, "fp32")
 
 
 @pytest.fixture(scope="module", params=["bf16", "int8"])
 def lower(request, program, tmp_path_factory):
-    """A package in a precision below float32, and how far it may be from float32."""
-    # Share of the outputs' spread. bfloat16 rounds at 2^-9 = 0.002 of each value, in five products one behind the
-    # other; int8 at half a step of some 8 standard deviations / 255, which is 0.016 of one, in weights and inputs.
-    # Above is what would be wrong, below half of the least rounding what would be no such precision.
+    """A package in bf16 or int8, with lower and upper bounds of its difference from float32."""
+    # As a share of the outputs' standard deviation. bfloat16 rounds by up to 2^-9 = 0.002 of each value, in five
+    # consecutive products. int8 rounds weights and inputs by half a step of about 8 standard deviations / 255, which is
+    # 0.016. A difference above the upper bound is an error; one below the lower bound means a higher precision.
     bounds = {"bf16": (0.0003, 0.01), "int8": (0.002, 0.05)}[request.param]
-    return made(program, tmp_path_factory, request.param), bounds
+    return build_precision(program, tmp_path_factory, request.param), bounds
 
 
 def computed(module, values):
@@ -108,7 +108,7 @@ def away(found, expected):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_fp32_is_torch(fp32, block, batch):
+def test_fp32_agrees_with_torch(fp32, block, batch):
     values = feeds(batch, seed=5)
     with target.load(fp32, THREADS) as engine:
         found = engine.run(values)
@@ -139,10 +139,10 @@ def test_dynamic_int8_needs_no_samples_and_stays_close(block, program):
         exported = torch.export.load(program)
         quantized = torch_program.in_int8(exported, dynamic=True, names=NAMES["inputs"], samples=None)
         found = computed(quantized.module(check_guards=False), values)[0]
-    assert 0.002 < away(found, computed(block, values)[0]) < 0.05  # as for int8 in `lower`
+    assert 0.002 < away(found, computed(block, values)[0]) < 0.05  # the bounds of int8 in `lower`
 
 
-def test_the_package_holds_names_and_shapes_and_moves(fp32, tmp_path):
+def test_package_contains_names_and_shapes_and_can_be_moved(fp32, tmp_path):
     moved = shutil.copy(fp32, tmp_path / target.FILE)
     with target.load(moved, THREADS) as engine:
         assert (engine.inputs, engine.outputs) == (("states", "scale"), ("mixed", "passed"))
@@ -150,7 +150,7 @@ def test_the_package_holds_names_and_shapes_and_moves(fp32, tmp_path):
         assert engine.run(feeds(2))["mixed"].shape == (2, 5, WIDTH)
 
 
-def test_axes_that_belong_together_must_agree(fp32):
+def test_axes_with_the_same_symbol_must_agree(fp32):
     with target.load(fp32, THREADS) as engine:
         mixed = feeds(3) | {"scale": feeds(2)["scale"]}
         for use in (engine.run, engine.bind):
@@ -160,7 +160,7 @@ def test_axes_that_belong_together_must_agree(fp32):
                 use(mixed)
 
 
-def test_threads_are_those_asked_for_and_put_back(fp32, monkeypatch):
+def test_number_of_threads_is_set_and_restored(fp32, monkeypatch):
     before, seen = torch.get_num_threads(), []
     wanted = before + 1
     with target.load(fp32, BuildOptions(threads=wanted)) as engine:
@@ -175,7 +175,7 @@ def test_threads_are_those_asked_for_and_put_back(fp32, monkeypatch):
     assert (seen, torch.get_num_threads()) == ([wanted], before)
 
 
-def test_a_package_of_another_processor_is_refused_before_it_is_opened(fp32, tmp_path, monkeypatch):
+def test_package_for_another_processor_is_refused_before_opening(fp32, tmp_path, monkeypatch):
     monkeypatch.setattr(torch._inductor, "aoti_load_package", None)
     monkeypatch.setattr(target, "_machine", lambda: "linux riscv64 DEFAULT")
     with pytest.raises(
@@ -185,7 +185,7 @@ def test_a_package_of_another_processor_is_refused_before_it_is_opened(fp32, tmp
 
 
 @pytest.mark.parametrize("content", ["nothing", "text", "zip", "program"])
-def test_what_is_no_package_is_not_opened(program, tmp_path, content):
+def test_other_files_are_refused(program, tmp_path, content):
     path = tmp_path / "model.pt2"
     if content == "text":
         path.write_text("no package")
@@ -198,7 +198,7 @@ def test_what_is_no_package_is_not_opened(program, tmp_path, content):
         target.load(path, THREADS)
 
 
-def test_without_a_compiler_is_one_sentence(program, tmp_path, monkeypatch):
+def test_missing_compiler_is_one_sentence(program, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(BuildError, match=r"found no no-such-compiler; install it .* or name another one .* CXX\.$"):
         target.build(program, tmp_path, THREADS)
@@ -207,12 +207,12 @@ def test_without_a_compiler_is_one_sentence(program, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("precision", "without", "message"),
     [
-        ("int8", "torchao", r"needs torchao for int8, which is not installed; pip install torchao\.$"),
+        ("int8", "torchao", r"with int8 needs torchao, which is not installed; pip install torchao\.$"),
         ("int8", None, r"needs calibration samples for int8; found none"),
         ("int4", None, r"supports fp32, bf16, int8, int8-dynamic on cpu; found precision 'int4'\.$"),
     ],
 )
-def test_what_cannot_be_built_is_one_sentence(program, tmp_path, monkeypatch, precision, without, message):
+def test_unsupported_precision_is_one_sentence(program, tmp_path, monkeypatch, precision, without, message):
     if without is not None:
         monkeypatch.setattr(torch_program.util, "find_spec", lambda name: None if name == without else True)
     elif precision == "int8":
@@ -222,7 +222,7 @@ def test_what_cannot_be_built_is_one_sentence(program, tmp_path, monkeypatch, pr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_layers_for_int8_is_refused(tmp_path):
+def test_int8_without_linear_layers_is_refused(tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed")
     path = saved(torch.nn.Sequential(torch.nn.GELU()), tmp_path / "gelu.pt2", one(), ONE)
     with pytest.raises(BuildError, match=r"^The model has no Linear layer"):
@@ -230,12 +230,12 @@ def test_a_model_without_layers_for_int8_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_is_one_sentence(program, tmp_path):
+def test_missing_cuda_device_is_one_sentence(program, tmp_path):
     with pytest.raises(RuntimeUnavailable, match=r"^torch finds no CUDA device here .*--device cpu\.$"):
         target.build(program, tmp_path, BuildOptions(device="cuda"))
 
 
-def test_sizes_are_checked_by_their_sums_and_bounds():
+def test_symbolic_sizes_are_checked_against_sums_and_bounds():
     size = {"p": 1}, {"p": 1, "n": 1}, {"n": 1}
     inputs = [torch_program.Input(key, "int64", (each,)) for key, each in zip("abc", size, strict=True)]
     signature = torch_program.Signature(tuple(inputs), (), {"n": 4})
@@ -252,6 +252,6 @@ def test_sizes_are_checked_by_their_sums_and_bounds():
         check(2, 7, 5)
 
 
-def test_nothing_is_imported_before_it_is_needed():
-    code = "import sys, runtimes.torch as target; target.missing(); sys.exit('torch' in sys.modules)"
+def test_importing_the_target_does_not_import_torch():
+    code = "import sys, runtimes.torch.target as target; target.missing(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

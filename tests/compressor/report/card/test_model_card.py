@@ -1,4 +1,4 @@
-"""The model card: its header as the hub's client reads it, its figures, and its lines of code run for real."""
+"""Tests of the model card: its header as the hub's client reads it, its figures, and its snippet, which is run."""
 
 import json
 import re
@@ -32,12 +32,12 @@ from runtimes.onnxruntime import target as onnxruntime
 from runtimes.tensorrt import target as tensorrt
 from tests.runtimes.tensorrt.test_target import fake, save, value  # noqa: F401  (`fake` is a fixture)
 
-pytest.importorskip("onnxruntime", reason="it runs the cards' code")
+pytest.importorskip("onnxruntime", reason="the tests run the snippets")
 
 OPTIONS = BuildOptions(threads=1)
-SAME = 1e-5  # the same file in the same runtime, opened with other options: sums in another order
-PIXELS = 1e-5  # float32 that normalises in another order; a rounding of a whole step of 1/255 would be 1e-2
-# What whoever downloads a folder need not have.
+SAME = 1e-5  # the same file in the same runtime with other options: sums in another order
+PIXELS = 1e-5  # normalisation in another order in float32; a rounding to another step of 1/255 would be 1e-2
+# Packages that the snippets must not need.
 ABSENT = ["compressor", "passes", "runtimes", "torch", "torchvision", "timm", "transformers", "huggingface_hub", "onnx"]
 ALONE = f"""
 import re, runpy, sys
@@ -66,17 +66,18 @@ def timm_folder(folder):
     own = {"input_size": (3, 32, 32), "crop_pct": 0.9, "license": "apache-2.0", "mean": (0.4, 0.5, 0.6)}
     module.pretrained_cfg = {**module.pretrained_cfg, **own}
     args = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    save_config_for_hf(module, str(folder / "config.json"), {"model_args": args})
+    save_config_for_hf(module, folder / "config.json", {"model_args": args})
     save_file(module.state_dict(), folder / "model.safetensors")
     return load(folder)
 
 
 def tokens(folder, pad):
-    """A tokenizer of whole words, as transformers saves it; without `pad`, one that can only end texts."""
-    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    """Save a tokenizer of whole words; without `pad`, it has an end-of-text token but no padding token."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"unk_token": "[UNK]", "eos_token": "[END]", **({"pad_token": "[PAD]"} if pad else {})}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=12, **names).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=12, **names)
+    fast.save_pretrained(folder)
 
 
 def bert_folder(folder):
@@ -99,9 +100,9 @@ def llama_folder(folder):
 
 
 def report(model, target="onnxruntime", state="built"):
-    """report.json as far as a card reads it."""
+    """Return the parts of report.json that a card reads."""
     figure = {"value": 78.25, "low": 75.5, "high": 80.75, "n": 616}
-    lost = {"value": 0.5, "low": -0.25, "high": 1.25, "n": 616}
+    loss = {"value": 0.5, "low": -0.25, "high": 1.25, "n": 616}
     size = {"parameters": 5_000_000, "multiply_adds": 10**9, "bytes": 2 * 10**7, "cache": 0}
     machine = {"processor": "a processor", "cores": 2, "gpus": [], "platform": "Linux", "packages": {"torch": "2.15"}}
     deferred = {"state": state, "target": target}
@@ -125,7 +126,7 @@ def report(model, target="onnxruntime", state="built"):
         "quality": {
             "metric": "accuracy",
             "figures": {"baseline": figure, "result": figure},
-            "loss": {"baseline": lost},
+            "loss": {"baseline": loss},
             "label_free": {},
         },
         "no_quality_because": None,
@@ -141,7 +142,7 @@ def report(model, target="onnxruntime", state="built"):
 
 
 def by_pixels(model, path):
-    """Logits that depend on where each pixel is; written by hand, because an export takes seconds."""
+    """Write a model whose logits depend on the position of each pixel; an export would take seconds."""
     weights = np.random.default_rng(0).normal(size=(3 * 32 * 32, 5)).astype(np.float32)
     nodes = [
         helper.make_node("Flatten", ["pixel_values"], ["flat"]),
@@ -151,7 +152,7 @@ def by_pixels(model, path):
 
 
 def by_words(model, path):
-    """An embedding that depends on every word, its place and the mask."""
+    """Write a model whose embedding depends on every word, its position and the mask."""
     table, places = np.random.default_rng(0).normal(size=(2, len(WORDS), 16)).astype(np.float32)
     inputs = [value(name, ["batch", "sequence"], TensorProto.INT64) for name in model.inputs]
     nodes = [
@@ -175,8 +176,8 @@ def by_export(model, path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder of each kind, with the engine of both runtimes: model, folder."""
-    made = {}
+    """Return the model and the folder, with engines of both runtimes, of each kind of model."""
+    folders = {}
     for name, build in {"image": timm_folder, "text": bert_folder, "causal": llama_folder}.items():
         room = tmp_path_factory.mktemp(name)
         source, folder = room / "source", room / "out"
@@ -186,23 +187,23 @@ def folders(tmp_path_factory):
         {"image": by_pixels, "text": by_words}.get(name, by_export)(model, folder / "model.onnx")
         openvino.build(folder / "model.onnx", folder, OPTIONS)
         picture(folder / "photo.jpg")
-        made[name] = model, folder
-    return made
+        folders[name] = model, folder
+    return folders
 
 
 def lines(text):
-    (found,) = re.findall(r"## Use it without Compressor.*?```python\n(.*?)```", text, re.S)
-    return found
+    (snippet,) = re.findall(r"## Use it without Compressor.*?```python\n(.*?)```", text, re.S)
+    return snippet
 
 
 def expected(kind, model, folder, target):
-    """What the folder's engine answers, its inputs made by the original's own preprocessing."""
+    """Return the engine's output on inputs from the original's own preprocessing."""
     if kind == "causal":
         prompt = torch.tensor([[WORDS.index(word) for word in PROMPT]])
-        found = model.module.generate(
+        generated = model.module.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False
         )
-        return found[0].numpy()
+        return generated[0].numpy()
     if kind == "image":
         with Image.open(folder / "photo.jpg") as image:
             feeds = {"pixel_values": model.preprocess.image(image)[None]}
@@ -214,7 +215,7 @@ def expected(kind, model, folder, target):
 
 @pytest.mark.parametrize("target", [onnxruntime, openvino], ids=["onnxruntime", "openvino"])
 @pytest.mark.parametrize("kind", ["image", "text", "causal"])
-def test_the_cards_lines_run_without_compressor_and_answer_as_the_engine(folders, kind, target):
+def test_the_snippet_runs_without_compressor_and_answers_as_the_engine(folders, kind, target):
     model, folder = folders[kind]
     (folder / "report.json").write_text(json.dumps(report(model, target.name)))
     card.write(folder)
@@ -224,60 +225,60 @@ def test_the_cards_lines_run_without_compressor_and_answer_as_the_engine(folders
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    found = np.load(folder / "answer.npy")
+    answer = np.load(folder / "answer.npy")
     wanted = expected(kind, model, folder, target)
     if kind == "causal":
-        assert len(set(wanted.tolist())) > 5  # no single token over and over, which any loop would get right
-        np.testing.assert_array_equal(found, wanted)
+        assert len(set(wanted.tolist())) > 5  # a repeated token would hide an error of the loop
+        np.testing.assert_array_equal(answer, wanted)
     else:
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=SAME)
+        np.testing.assert_allclose(answer, wanted, rtol=0, atol=SAME)
 
 
-@pytest.mark.slow  # two compilers at work
+@pytest.mark.slow  # two compilers
 @pytest.mark.parametrize("target", ["torch", "executorch"])
-def test_the_lines_of_a_target_that_torch_makes_run_without_compressor(folders, tmp_path, target):
-    found = runtime(target)
-    if (reason := found.missing()) is not None:
+def test_the_snippet_of_a_target_built_by_torch_runs_without_compressor(folders, tmp_path, target):
+    builder = runtime(target)
+    if (reason := builder.missing()) is not None:
         pytest.skip(reason)
     model, source = folders["image"]
     folder = shutil.copytree(source, tmp_path / "out")
     (folder / "model.onnx").unlink()
     graph = trace(model)
-    engine = found.build(lower(graph, model, tmp_path / "model.pt2"), folder, OPTIONS)
+    engine = builder.build(lower(graph, model, tmp_path / "model.pt2"), folder, OPTIONS)
     content = report(model, target)
     content["engine"] |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
     text = loader.loader(content, folder).text
     assert engine.name in text
     (folder / "lines.py").write_text(text)
-    alone = ALONE.replace(repr(ABSENT), repr(ABSENT[:3]))  # torch itself looks for the others
+    alone = ALONE.replace(repr(ABSENT), repr(ABSENT[:3]))  # torch itself imports the others
     done = subprocess.run([sys.executable, "-c", alone], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with Image.open(folder / "photo.jpg") as image, found.load(engine, OPTIONS) as opened:
+    with Image.open(folder / "photo.jpg") as image, builder.load(engine, OPTIONS) as opened:
         wanted = opened.run({"pixel_values": model.preprocess.image(image)[None]})[model.answer]
     np.testing.assert_allclose(np.load(folder / "answer.npy"), wanted, rtol=0, atol=SAME)
 
 
-def test_tensorrts_lines_run_on_a_stand_in(folders, fake, monkeypatch, capsys):  # noqa: F811
-    """No GPU here: the calls are those of the API that the stand-in knows, in an order that it accepts."""
+def test_the_snippet_of_tensorrt_runs_on_a_fake(folders, fake, monkeypatch, capsys):  # noqa: F811
+    """Without a GPU, the fake checks the calls of the API and their order."""
     model, folder = folders["image"]
     built = tensorrt.build(folder / "model.onnx", folder, replace(OPTIONS, device="cuda"))
     content = report(model, "tensorrt")
     text = loader.loader(content, folder).text
     monkeypatch.chdir(folder)
     monkeypatch.setattr(fake.trt, "Logger", fake.trt.ILogger, raising=False)
-    found = {}
+    names = {}
     try:
-        exec(compile(text, "lines.py", "exec"), found)
+        exec(compile(text, "lines.py", "exec"), names)
     finally:
         built.unlink()
         fake.memory.clear()
         fake.streams.clear()
-    np.testing.assert_allclose(found["answer"], expected("image", model, folder, onnxruntime), rtol=0, atol=SAME)
+    np.testing.assert_allclose(names["answer"], expected("image", model, folder, onnxruntime), rtol=0, atol=SAME)
     assert capsys.readouterr().out.strip()
 
 
 class Echo:
-    """A session that answers with its inputs."""
+    """A session that returns its inputs."""
 
     def __init__(self, *_, **__):
         pass
@@ -287,20 +288,20 @@ class Echo:
 
 
 def pixels_of(folder, monkeypatch):
-    """What the card's lines make of photo.jpg."""
+    """Return the pixels that the snippet passes to the session for photo.jpg."""
     model = SimpleNamespace(
         name="m", source="", task="image-classification", inputs=("pixel_values",), outputs=("last_hidden_state",)
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Echo))
     monkeypatch.chdir(folder)
-    found = {}
-    exec(compile(loader.loader(report(model), folder).text, "lines.py", "exec"), found)
-    return found["answer"][0]
+    names = {}
+    exec(compile(loader.loader(report(model), folder).text, "lines.py", "exec"), names)
+    return names["answer"][0]
 
 
 @pytest.mark.parametrize("size", [(50, 37), (33, 64), (24, 24)])
 @pytest.mark.parametrize("own", [{}, {"crop_pct": 1.0}, {"crop_mode": "squash", "interpolation": "bilinear"}], ids=str)
-def test_pictures_of_timm_are_prepared_alike(own, size, tmp_path, monkeypatch):
+def test_images_are_preprocessed_as_by_timm(own, size, tmp_path, monkeypatch):
     config = {"input_size": (3, 28, 28), "crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3)}
     config |= {"std": (0.2, 0.3, 0.25), "crop_mode": "center", **own}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": config}))
@@ -323,17 +324,17 @@ def test_pictures_of_timm_are_prepared_alike(own, size, tmp_path, monkeypatch):
     ],
     ids=["vit", "deit", "bit", "clip"],
 )
-def test_pictures_of_transformers_are_prepared_alike(processor, tmp_path, monkeypatch):
-    made = processor()
-    made.save_pretrained(tmp_path)
+def test_images_are_preprocessed_as_by_transformers(processor, tmp_path, monkeypatch):
+    image_processor = processor()
+    image_processor.save_pretrained(tmp_path)
     picture(tmp_path / "photo.jpg")
     with Image.open(tmp_path / "photo.jpg") as image:
-        wanted = made(images=image, return_tensors="np")["pixel_values"][0]
-    found = pixels_of(tmp_path, monkeypatch)
-    assert found.shape == wanted.shape
-    # transformers resizes in torch, which rounds a few pixels to the step beside: 1/255 over a std of at least 0.2.
-    assert np.abs(found - wanted).max() < 2.5 / 255 / 0.2
-    assert np.abs(found - wanted).mean() < 0.2 / 255 / 0.2
+        wanted = image_processor(images=image, return_tensors="np")["pixel_values"][0]
+    pixels = pixels_of(tmp_path, monkeypatch)
+    assert pixels.shape == wanted.shape
+    # transformers resizes in torch, which rounds a few pixels to an adjacent step: 1/255 over a std of at least 0.2.
+    assert np.abs(pixels - wanted).max() < 2.5 / 255 / 0.2
+    assert np.abs(pixels - wanted).mean() < 0.2 / 255 / 0.2
 
 
 @pytest.mark.parametrize(
@@ -345,14 +346,14 @@ def test_pictures_of_transformers_are_prepared_alike(processor, tmp_path, monkey
         {},
     ],
 )
-def test_pictures_that_are_prepared_otherwise_get_no_recipe(config, tmp_path):
+def test_other_image_preprocessing_has_no_recipe(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert recipe.picture(tmp_path) is None
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "LevitImageProcessor"}))
     assert recipe.picture(tmp_path) is None
 
 
-def test_the_header_is_what_the_hub_reads(folders):
+def test_the_hub_reads_the_header(folders):
     model, folder = folders["image"]
     text = card.card(report(model), folder)
     header = ModelCard(text).data.to_dict()
@@ -371,7 +372,15 @@ def test_the_header_is_what_the_hub_reads(folders):
     assert text == card.card(report(model), folder)
 
 
-def test_nothing_is_claimed_that_was_not_measured(folders):
+def test_the_table_compares_the_result_in_its_own_column(folders):
+    model, folder = folders["image"]
+    rows = [line.split(" | ") for line in card.card(report(model), folder).splitlines() if line.startswith("| ")]
+    cells = {first.removeprefix("| "): [cell.removesuffix(" |") for cell in rest] for first, *rest in rows}
+    assert cells["loss vs baseline, %"] == ["reference", "+0.5 (-0.25 to 1.25)"]
+    assert cells["speed-up vs baseline"] == ["reference", "2.11x (1.90–2.22)"]
+
+
+def test_the_card_states_only_measured_figures(folders):
     model, folder = folders["image"]
     content = report(model, "tensorrt", "deferred")
     content |= {
@@ -384,13 +393,13 @@ def test_nothing_is_claimed_that_was_not_measured(folders):
     header = ModelCard(text).data.to_dict()
     assert {"base_model", "license", "metrics", "model-index"}.isdisjoint(header)
     assert "No quality is stated, because the weights are random" in text
-    assert "ONNX Runtime in the place of TensorRT" in text
-    assert "not with tensorrt there" in text
-    assert "engine is not built yet" in text
+    assert "ONNX Runtime instead of TensorRT" in text
+    assert "not with tensorrt on the device" in text
+    assert "The engine of TensorRT is not built yet." in text
     assert "import onnxruntime" in lines(text)
 
 
-def test_inputs_of_ones_own_module_are_shown_as_arrays(folders, tmp_path, monkeypatch, capsys):
+def test_inputs_of_a_users_module_are_arrays(folders, tmp_path, monkeypatch, capsys):
     module = torch.nn.Sequential(torch.nn.Linear(4, 3))
     model = load(module, example_inputs=torch.zeros(2, 4))
     model.save(tmp_path)
@@ -400,7 +409,7 @@ def test_inputs_of_ones_own_module_are_shown_as_arrays(folders, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     content = report(model)
     text = loader.loader(content, tmp_path).text
-    found = {}
-    exec(compile(text, "lines.py", "exec"), found)
-    np.testing.assert_allclose(found["answer"], module(torch.ones(1, 4)).detach().numpy(), rtol=0, atol=SAME)
+    names = {}
+    exec(compile(text, "lines.py", "exec"), names)
+    np.testing.assert_allclose(names["answer"], module(torch.ones(1, 4)).detach().numpy(), rtol=0, atol=SAME)
     assert capsys.readouterr().out

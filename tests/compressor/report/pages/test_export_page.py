@@ -1,11 +1,12 @@
-"""report.html of a real export: in a browser, against report.json, and without what a report lacks."""
+"""Tests of report.html of a real export: in a browser, against report.json, and with parts of the report missing."""
 
 import copy
 import itertools
 import json
 import re
+import subprocess
+import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,20 +24,20 @@ from tests.compressor.benchmark.test_bench import small
 pytest.importorskip("onnxruntime", reason="the target of this export")
 
 HEADINGS = {
-    "Gained and lost": 0,
-    "Compression and int8, alone and together": 2,
-    "What was done where": 1,
-    "What speed costs": 1,
+    "Results": 0,
+    "Compression and int8, separately and combined": 2,
+    "Changes by block": 1,
+    "Loss against speed-up": 1,
     "Score and measured effect": 1,
     "Similarity along the depth": 1,
     "Latency": 1,
-    "Where answers differ": 0,
+    "Changed predictions": 0,
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three small blocks with everything a report can hold: a search, merged tokens, the factorial, labels."""
+    """Export three small blocks with all parts of a report: search, merged tokens, factorial and labels."""
     room = tmp_path_factory.mktemp("page")
     module, example = small()
     pictures = np.random.default_rng(0).standard_normal((96, 3, 16, 16)).astype(np.float32)
@@ -81,9 +82,9 @@ def parts(content, heading, kind):
 
 
 def rows_of(spec):
-    """All rows of data of a chart, once for each mark that shows them: equal rows are stored once."""
-    shown = re.findall(r'"data": \{"name": "([^"]+)"\}', json.dumps(spec))
-    return [row for name in shown for row in spec["datasets"][name]]
+    """Return the rows of data of a chart, once for each mark that uses them; equal rows are stored once."""
+    names = re.findall(r'"data": \{"name": "([^"]+)"\}', json.dumps(spec))
+    return [row for name in names for row in spec["datasets"][name]]
 
 
 # --------------------------------------------------------------------------------------------------- in a browser
@@ -94,36 +95,36 @@ def test_a_browser_draws_every_figure_and_loads_nothing(folder, content, tmp_pat
     with browser() as chromium:
         light = opened(chromium, file)
         dark = opened(chromium, file, scheme="dark")
-        for found in (light, dark):
-            assert found.complaints == []
-            assert found.requests == [file.as_uri()]
-            assert found.page.evaluate("document.documentElement.dataset.drawn") == "yes"
-            marks = found.marks()
+        for page_in_browser in (light, dark):
+            assert page_in_browser.complaints == []
+            assert page_in_browser.requests == [file.as_uri()]
+            assert page_in_browser.page.evaluate("document.documentElement.dataset.drawn") == "yes"
+            marks = page_in_browser.marks()
             assert len(marks) == sum(HEADINGS.values())
             assert min(marks) > 0
-        assert light.page.locator("h2").all_inner_texts()[-2:] == ["Environment", "Made by"]
+        assert light.page.locator("h2").all_inner_texts()[-2:] == ["Environment", "Command"]
         assert set(HEADINGS) <= set(light.page.locator("h2").all_inner_texts())
         _check_colours(light.page, dark.page)
         _check_shape(light.page)
         _check_tiles(light.page, content)
-        light.page.emulate_media(media="print", color_scheme="dark")  # paper is white, whatever the screen prefers
+        light.page.emulate_media(media="print", color_scheme="dark")  # print ignores dark mode
         assert light.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert light.page.pdf(format="A4").startswith(b"%PDF")
 
 
 def _check_colours(light, dark):
-    """Page and charts follow the scheme: words and marks have other colours in the dark, and neither is invisible."""
+    """Check that page and charts follow the colour scheme: text and marks change colour and stay visible."""
     for place in ("body", "[data-chart] g.role-axis-label text", "[data-chart='2'] g.mark-rect path"):
         read = f"""getComputedStyle(document.querySelector("{place}"))"""
         kind = "color" if place == "body" else "fill"
-        colours = [each.evaluate(f"{read}.{kind}") for each in (light, dark)]
+        colours = [page.evaluate(f"{read}.{kind}") for page in (light, dark)]
         assert colours[0] != colours[1]
-        backgrounds = [each.evaluate("getComputedStyle(document.body).backgroundColor") for each in (light, dark)]
+        backgrounds = [page.evaluate("getComputedStyle(document.body).backgroundColor") for page in (light, dark)]
         assert all(colour != background for colour, background in zip(colours, backgrounds, strict=True))
 
 
 def _check_shape(page):
-    """Nothing sticks out to the side, and no picture is broken."""
+    """Check that nothing overflows horizontally and no image is broken."""
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert page.evaluate("document.images.length") > 0
@@ -141,16 +142,16 @@ def _check_tiles(page, content):
     assert tiles["ONNX file"] == f"{content['sizes']['result']['bytes'] / 1e3:.3g} kB"
 
 
-# ------------------------------------------------------------------------------------- the figures of report.json
+# ------------------------------------------------------------------------------------------- against report.json
 
 
-def test_the_page_of_the_folder_is_made_of_its_report_alone(content, document):
-    """So that it can be made anew; the samples' pictures come from the page before."""
+def test_the_page_of_the_folder_depends_on_its_report_alone(content, document):
+    """The device can generate it again, with the previews of the earlier page."""
     assert html(content, shown_in(document)) == document
 
 
 def test_the_site_map_shows_each_branch_once_with_its_action(content):
-    (chart,) = parts(content, "What was done where", Chart)
+    (chart,) = parts(content, "Changes by block", Chart)
     rows = rows_of(chart.spec)
     cells = {row["site"]: row["action"] for row in rows if "site" in row}
     assert list(cells) == [site["name"] for site in content["model"]["sites"]]
@@ -161,8 +162,8 @@ def test_the_site_map_shows_each_branch_once_with_its_action(content):
     assert tokens == sorted(tokens, reverse=True)
 
 
-def test_tokens_left_are_those_that_the_plan_leaves(content):
-    """Two tokens merged behind the second attention: the branches behind it get two less."""
+def test_the_numbers_of_tokens_follow_the_plan(content):
+    """The second attention merges two tokens, so the branches after it get two fewer."""
     left = content["evidence"]["tokens"]
     names = [site["name"] for site in content["model"]["sites"]]
     merging = content["plan"]["changes"]
@@ -172,13 +173,13 @@ def test_tokens_left_are_those_that_the_plan_leaves(content):
 
 
 def test_the_front_ends_with_the_chosen_plan(content):
-    found = content["search"]
-    assert [point["number"] for point in found["front"]] == list(range(len(found["steps"]) + 1))
-    assert [point["loss"] for point in found["front"][1:]] == [step["loss"] for step in found["steps"]]
-    assert found["front"][found["chosen"]]["predicted"] == pytest.approx(found["predicted_speedup"], rel=1e-12)
-    (chart,) = parts(content, "What speed costs", Chart)
-    chosen = {row["number"] for row in rows_of(chart.spec) if row.get("kind") == "the chosen plan"}
-    assert chosen == {found["chosen"]}
+    search = content["search"]
+    assert [point["number"] for point in search["front"]] == list(range(len(search["steps"]) + 1))
+    assert [point["loss"] for point in search["front"][1:]] == [step["loss"] for step in search["steps"]]
+    assert search["front"][search["chosen"]]["predicted"] == pytest.approx(search["predicted_speedup"], rel=1e-12)
+    (chart,) = parts(content, "Loss against speed-up", Chart)
+    chosen = {row["number"] for row in rows_of(chart.spec) if row.get("kind") == "chosen plan"}
+    assert chosen == {search["chosen"]}
 
 
 def test_scores_and_effects_are_of_the_same_branches(content):
@@ -186,7 +187,8 @@ def test_scores_and_effects_are_of_the_same_branches(content):
     assert list(rows) == [site["name"] for site in content["model"]["sites"]]
     assert all(-1.0 <= row["cosine"] <= 1.0 for row in rows.values())
     both = {name for name, row in rows.items() if row["effect"] is not None}
-    assert both == {name for name in rows if content["plan"]["changes"].get(name) != "merge:2"}  # asked for, not tried
+    # The search does not try a merge that --tokens sets.
+    assert both == {name for name in rows if content["plan"]["changes"].get(name) != "merge:2"}
     (chart,) = parts(content, "Score and measured effect", Chart)
     drawn = {row["site"]: row["effect"] for row in rows_of(chart.spec)}
     assert drawn == {name: rows[name]["effect"] for name in both}
@@ -203,7 +205,7 @@ def test_the_heat_map_is_the_matrix(content):
 
 
 def test_tables_and_bars_hold_the_factorials_figures(content):
-    speeds, losses = parts(content, "Compression and int8, alone and together", Chart)
+    speeds, losses = parts(content, "Compression and int8, separately and combined", Chart)
     cells = {name: cell for name, cell in content["factorial"]["cells"].items() if cell["speedup"]}
     for chart, key, value in ((speeds, "speedup", "ratio"), (losses, "loss", "value")):
         drawn = {row["name"]: (row["value"], row["low"], row["high"]) for row in rows_of(chart.spec)}
@@ -211,53 +213,68 @@ def test_tables_and_bars_hold_the_factorials_figures(content):
     whole = content["factorial"]["interactions"][0]
     product = whole["speedup"]["change"]["ratio"] * whole["speedup"]["int8"]["ratio"]
     assert [row["expected"] for row in rows_of(speeds.spec) if row["name"] == "compressed int8"] == [product]
-    (table,) = parts(content, "Compression and int8, alone and together", Table)
+    (table,) = parts(content, "Compression and int8, separately and combined", Table)
     assert [row[0] for row in table.rows] == list(content["factorial"]["cells"])
+
+
+def test_the_table_compares_the_result_in_its_own_column(content):
+    """Losses, speed-ups and agreement of the result stand below ``result``; the other variant is the reference."""
+    (table,) = parts(content, "Results", Table)
+    assert list(table.headings) == ["", "original", "baseline", "result"]
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    for place, name in enumerate(("original", "baseline")):
+        loss, speedup = content["quality"]["loss"][name], content["speedup"][name]
+        cells = rows[f"loss vs {name}, %"], rows[f"speed-up vs {name}"]
+        assert [row[2][0] for row in cells] == [f"{loss['value']:+.2f}", f"{speedup['ratio']:.2f}×"]
+        assert all(row[place] == "reference" and row[1 - place] == "" for row in cells)
+    assert rows["same answers, %"][:2] == ["", ""]
+    assert rows["same answers, %"][2][0] == f"{content['quality']['label_free']['agreement']['value']:.2f}"
 
 
 def test_every_run_is_drawn_or_counted(content):
     (chart,) = parts(content, "Latency", Chart)
-    found = re.search(r"not drawn: (\d+)", chart.caption)
-    beyond = int(found[1]) if found else 0  # a quiet machine has none
+    match = re.search(r"not drawn: (\d+)", chart.caption)
+    beyond = int(match[1]) if match else 0
     total = sum(cell["latency"]["n"] for cell in content["factorial"]["cells"].values())
     assert sum(row.get("n", 0) for row in rows_of(chart.spec)) + beyond == total
-    assert f"{total} runs" in chart.caption
+    assert f"{total} interleaved runs" in chart.caption
     medians = {row["name"]: row["median"] for row in rows_of(chart.spec) if "median" in row}
     for name, cell in content["factorial"]["cells"].items():
         assert medians[name] == pytest.approx(cell["latency"]["median"], rel=1e-12)
 
 
-def test_examples_are_samples_that_really_changed(content, document):
+def test_examples_are_samples_whose_prediction_changed(content, document):
     changed = content["quality"]["changed"]
     agreement = content["quality"]["label_free"]["agreement"]
     wrong = round((100.0 - agreement["value"]) / 100.0 * agreement["n"])
     assert len(changed) == min(8, wrong) > 0
-    assert [each["regret"] for each in changed] == sorted((each["regret"] for each in changed), reverse=True)
+    regrets = [sample["regret"] for sample in changed]
+    assert regrets == sorted(regrets, reverse=True)
     shown = shown_in(document)
-    assert list(shown) == [each["id"] for each in changed]
+    assert list(shown) == [sample["id"] for sample in changed]
     assert all(picture.startswith("data:image/png;base64,") for picture in shown.values())
-    assert all(content["data"]["test_ids"][each["place"]] == each["id"] for each in changed)
-    assert "data:image" not in json.dumps(content)  # pictures of the user's data are in the page alone
-    (gallery,) = parts(content, "Where answers differ", Gallery)
-    for example, each in zip(gallery.examples, changed, strict=True):
-        assert each["before"][0] != each["after"][0]
+    assert all(content["data"]["test_ids"][sample["place"]] == sample["id"] for sample in changed)
+    assert "data:image" not in json.dumps(content)  # only the page holds images of the user's data
+    (gallery,) = parts(content, "Changed predictions", Gallery)
+    for example, sample in zip(gallery.examples, changed, strict=True):
+        assert sample["before"][0] != sample["after"][0]
         facts = dict(example.facts)
-        assert facts["label"] == str(each["label"])
-        assert facts["original"].startswith(f"{each['before'][0]} ({each['before'][1]:.0%})")
+        assert facts["label"] == str(sample["label"])
+        assert facts["original"].startswith(f"{sample['before'][0]} ({sample['before'][1]:.0%})")
 
 
-# ------------------------------------------------------------------------------------------------- what is absent
+# -------------------------------------------------------------------------------------------------- missing parts
 
 
 @pytest.mark.parametrize(
     ("heading", "change"),
     [
-        ("Compression and int8, alone and together", {"factorial": None}),
-        ("What speed costs", {"search": {}}),
+        ("Compression and int8, separately and combined", {"factorial": None}),
+        ("Loss against speed-up", {"search": {}}),
         ("Precision", {"precision": {}, "engine": {}}),
         ("Score and measured effect", {"evidence": {}}),
         ("Similarity along the depth", {"evidence": {}}),
-        ("Where answers differ", {"quality": None, "no_quality_because": "the data is random"}),
+        ("Changed predictions", {"quality": None, "no_quality_because": "the data is random"}),
     ],
 )
 def test_sections_without_data_are_left_out(content, heading, change):
@@ -267,8 +284,8 @@ def test_sections_without_data_are_left_out(content, heading, change):
     assert all(after.values())
 
 
-def test_a_bare_report_has_no_empty_section_and_says_why(content):
-    """No quality, no int8, no search: what an export on random data by names leaves."""
+def test_a_minimal_report_has_no_empty_section_and_states_the_reason(content):
+    """No quality, no int8 and no search, as in an export on random data with named sites."""
     bare = copy.deepcopy(content)
     bare |= {
         "quality": None,
@@ -282,32 +299,27 @@ def test_a_bare_report_has_no_empty_section_and_says_why(content):
     bare["engine"].pop("layers")
     for part in ("latency", "sizes", "speedup"):
         bare[part].pop("original")
-    found = page(bare, {})
-    assert [section.heading for section in found.sections] == [
-        "To know first",
-        "Gained and lost",
-        "What was done where",
-        "Latency",
-    ]
-    assert "No quality stated: the data is random." in found.sections[0].parts[0].lines
-    assert not any("accuracy" in tile.label or tile.label == "Loss" for tile in found.tiles)
-    assert "accuracy" not in found.to_html().replace(content["command"], "").split("<script")[0]
+    bare_page = page(bare, {})
+    assert [section.heading for section in bare_page.sections] == ["Notes", "Results", "Changes by block", "Latency"]
+    assert "No quality stated: the data is random." in bare_page.sections[0].parts[0].lines
+    assert not any("accuracy" in tile.label or tile.label == "Loss" for tile in bare_page.tiles)
+    assert "accuracy" not in bare_page.to_html().replace(content["command"], "").split("<script")[0]
 
 
-def test_names_from_outside_are_escaped(content):
+def test_names_from_the_user_are_escaped(content):
     evil = copy.deepcopy(content)
     evil["model"]["name"] = evil["command"] = evil["quality"]["changed"][0]["id"] = "</title></script><script>bad()"
     assert "<script>bad()" not in html(evil, {"</title></script><script>bad()": "<script>bad()"})
 
 
-def test_texts_are_read_back_like_pictures(content):
+def test_texts_are_read_from_a_page_like_images(content):
     changed = copy.deepcopy(content)
     id = changed["quality"]["changed"][0]["id"]
     shown = {id: 'a <b> & "c"\nsecond line'}
     assert shown_in(html(changed, shown)) == shown
 
 
-def test_ranks_are_compared_not_values():
+def test_the_rank_correlation_compares_ranks_only():
     assert _rank_correlation([1.0, 2.0, 3.0, 4.0], [8.0, 4.0, 2.0, 1.0]) == pytest.approx(-1.0, abs=1e-12)
     assert _rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 10.0, 100.0, 1e6]) == pytest.approx(1.0, abs=1e-12)
 
@@ -317,32 +329,32 @@ def test_the_file_is_listed_and_small(folder):
     assert entry["bytes"] == (folder / "report.html").stat().st_size < 2_000_000  # the library is 0.9 MB of it
 
 
-def test_nothing_here_needs_torch():
-    """The page is made anew on the device."""
-    source = Path(compressor.__file__).parent / "report" / "pages"
-    for name in ("page.py", "report.py", "report_sections.py", "report_charts.py", "report_text.py"):
-        assert "torch" not in re.sub(r'"""[\s\S]*?"""|#.*', "", (source / name).read_text())
+def test_the_page_needs_no_torch():
+    """The device that generates the page again need not have torch."""
+    code = "import sys; sys.modules['torch'] = None; from compressor.report.pages import charts, export_page"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_precision_is_told_with_all_that_was_tried_for_it(content):
+def test_the_section_on_precision_lists_all_trials(content):
     trial = {"precision": "int8", "milliseconds": 2.0, "speedup": 1.5, "loss": 0.07, "verdict": "chosen"}
-    way = {"method": "mse", "smoothed": True, "loss": 0.07}
-    result = content["precision"]["result"] | {"calibrations": [way, way | {"method": "typical", "smoothed": False}]}
+    calibration = {"method": "mse", "smoothed": True, "loss": 0.07}
+    typical = calibration | {"method": "typical", "smoothed": False}
+    result = content["precision"]["result"] | {"calibrations": [calibration, typical]}
     result |= {"tried": [{"by": "nncf", "loss": 0.2, "milliseconds": 2.5}], "calibration": "mse", "smoothed": True}
     changed = content | {"trials": [trial], "precision": {"result": result}}
-    trials, told, quantizers, ways, *_ = sections(changed)["Precision"]
+    trials, description, quantizers, calibrations, *_ = sections(changed)["Precision"]
     assert trials.rows == [["int8", "2.00", "1.50", "0.07", "chosen"]]
-    assert f"{result['nodes']} products in int8. Ranges: mse, after SmoothQuant." in told.text
+    assert f"{result['nodes']} nodes in int8. Activation ranges: mse, after SmoothQuant." in description.text
     assert quantizers.rows == [["nncf", "2.50", "0.20"]]
-    assert ways.rows == [["mse, after SmoothQuant", "0.07"], ["typical", "0.07"]]
+    assert calibrations.rows == [["mse, after SmoothQuant", "0.07"], ["typical", "0.07"]]
 
 
-def test_the_layers_of_the_engine_are_told_with_its_precision(content):
-    found = content["engine"]["layers"]
-    told, kinds = sections(content | {"precision": {}})["Precision"]
-    assert told.text.startswith(f"The engine has {found['count']} layers: ")
-    assert kinds.rows[0] == [next(iter(found["kinds"])), str(max(found["kinds"].values()))]
-    assert sum(int(number) for _, number in kinds.rows) == found["count"]
+def test_the_section_on_precision_describes_the_layers_of_the_engine(content):
+    layers = content["engine"]["layers"]
+    description, kinds = sections(content | {"precision": {}})["Precision"]
+    assert description.text.startswith(f"The engine has {layers['count']} layers: ")
+    assert kinds.rows[0] == [next(iter(layers["kinds"])), str(max(layers["kinds"].values()))]
+    assert sum(int(number) for _, number in kinds.rows) == layers["count"]
     rest = content["precision"]["result"] | {"rest": "fp16"}
     first = sections(content | {"precision": {"result": rest}})["Precision"][0]
-    assert f"{rest['nodes']} products in int8, the rest in fp16." in first.text
+    assert f"{rest['nodes']} nodes in int8, the rest in fp16." in first.text

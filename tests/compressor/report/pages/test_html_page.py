@@ -1,4 +1,4 @@
-"""Pages: what is escaped, that nothing is loaded, and that every kind of part has its place."""
+"""Tests of HTML pages: escaping, no network access, and every kind of part."""
 
 import json
 import re
@@ -27,7 +27,7 @@ VOID = {"meta", "link", "img"}
 
 
 class Reader(HTMLParser):
-    """Tags with their attributes, the texts between them, and whether they are nested properly."""
+    """A parser that records tags with their attributes and the texts between them, and checks the nesting."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -67,10 +67,10 @@ def evil() -> str:
 
 
 def test_names_cannot_become_tags_or_end_a_script(evil: str) -> None:
-    """Of the text with tags in it not one is a tag, while every place that was given it shows it."""
+    """A text with tags in it creates no tag, and every part of the page shows it."""
     reader = Reader(evil)
     assert reader.open == []
-    assert [tag for tag, _ in reader.tags].count("script") == 3  # the charts' data, the library, what draws them
+    assert [tag for tag, _ in reader.tags].count("script") == 3  # the charts' data, the library and page.js
     assert [tag for tag, _ in reader.tags].count("img") == 1
     assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
     shown = [text for text in reader.texts if text.strip() == EVIL]
@@ -79,7 +79,7 @@ def test_names_cannot_become_tags_or_end_a_script(evil: str) -> None:
     assert len(shown) == 2 + 1 + 3 + 1 + 1 + 1 + 1 + 6 + 4 + 2 + 1
 
 
-def test_the_charts_data_is_what_was_given(evil: str) -> None:
+def test_the_data_of_a_chart_is_unchanged(evil: str) -> None:
     (data,) = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', evil, re.S)
     (rows,) = json.loads(data)[0]["datasets"].values()
     assert rows[0]["x"] == EVIL
@@ -89,21 +89,21 @@ def test_nothing_is_loaded(evil: str) -> None:
     for tag, attributes in Reader(evil).tags:
         for name in LOADING & attributes.keys():
             assert (attributes[name] or "").startswith("data:"), tag
-    policy = next(dict_["content"] for tag, dict_ in Reader(evil).tags if dict_.get("http-equiv"))
+    policy = next(attributes["content"] for _, attributes in Reader(evil).tags if attributes.get("http-equiv"))
     assert policy is not None
     assert "default-src 'none'" in policy
     assert "http" not in policy
-    outside = evil.replace(bundle(), "")  # the library names its home in comments and error messages
+    outside = evil.replace(bundle(), "")  # the library mentions its website in comments and error messages
     assert "http://" not in outside
     assert "https://" not in outside
 
 
-def test_every_chart_has_its_place_its_words_and_its_caption() -> None:
+def test_every_chart_has_an_index_an_alternative_text_and_a_caption() -> None:
     charts = [chart("one"), chart("two")]
     document = Page("t", [], [], [Section("a", charts[:1]), Section("b", charts[1:])]).to_html()
-    places = [attributes for tag, attributes in Reader(document).tags if "data-chart" in attributes]
-    assert [each["data-chart"] for each in places] == ["0", "1"]
-    assert [each["aria-label"] for each in places] == ["two bars, one", "two bars, two"]
+    elements = [attributes for tag, attributes in Reader(document).tags if "data-chart" in attributes]
+    assert [attributes["data-chart"] for attributes in elements] == ["0", "1"]
+    assert [attributes["aria-label"] for attributes in elements] == ["two bars, one", "two bars, two"]
     assert document.index("caption one") < document.index("caption two")
 
 
@@ -113,14 +113,14 @@ def test_a_page_without_charts_holds_no_script() -> None:
     assert len(document) < 20_000  # the library alone is 900 kB
 
 
-def test_what_is_not_given_is_left_out() -> None:
+def test_empty_parts_are_left_out() -> None:
     document = Page("t", [], [], []).to_html()
     assert "Environment" not in document
-    assert "Made by" not in document
+    assert "Command" not in document
     assert not {"section", "dl", "noscript"} & {tag for tag, _ in Reader(document).tags}
 
 
-def test_numbers_are_aligned_and_words_are_not() -> None:
+def test_only_columns_of_numbers_are_right_aligned() -> None:
     table = Table(["", "n", "w"], [["a", ("1", "0–2"), "x"]], words=["w"])
     document = Page("t", [], [], [Section("s", [table])]).to_html()
     reader = Reader(document)

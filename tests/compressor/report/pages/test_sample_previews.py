@@ -1,4 +1,4 @@
-"""What people see of a few samples: small pictures and short texts, read again for these samples only."""
+"""Tests of sample previews: small images and short texts, read for the requested samples only."""
 
 import base64
 import io
@@ -13,15 +13,13 @@ from compressor.data.splits import Split
 from compressor.report.pages.sample_previews import LONGEST, SIDE, shown
 
 
-def split(feed=None, seen=None) -> Split:
-    """Three samples in another order than they are stored in."""
-    read = []
+def split(feed=None, preview=None) -> Split:
+    """Return a split of three samples in another order than they are stored in."""
 
     def feeds(indices):
-        read.extend(indices)
         return {"x": np.stack([np.asarray(feed, dtype=np.float32)] * len(indices))}
 
-    return Split("test", Samples(("a", "b", "c"), feeds, "made up", shown=seen), (2, 0, 1))
+    return Split("test", Samples(("a", "b", "c"), feeds, "synthetic", shown=preview), (2, 0, 1))
 
 
 def picture_in(address: str, form: str) -> Image.Image:
@@ -30,43 +28,43 @@ def picture_in(address: str, form: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-def test_only_the_samples_asked_for_are_read_under_their_own_names() -> None:
+def test_only_the_requested_samples_are_read() -> None:
     read: list[int] = []
-    found = shown(split(seen=lambda index: read.append(index) or f"text {index}"), [0, 2])
-    assert found == {"c": "text 2", "b": "text 1"}
+    previews = shown(split(preview=lambda index: read.append(index) or f"text {index}"), [0, 2])
+    assert previews == {"c": "text 2", "b": "text 1"}
     assert read == [2, 1]
 
 
-def test_photos_become_small_and_keep_their_shape() -> None:
+def test_large_images_are_shrunk_and_keep_their_aspect_ratio() -> None:
     photo = Image.effect_noise((1200, 600), 80.0).convert("RGBA")
-    small = picture_in(shown(split(seen=lambda _: photo), [0])["c"], "jpeg")
+    small = picture_in(shown(split(preview=lambda _: photo), [0])["c"], "jpeg")
     assert small.size == (SIDE, SIDE // 2)
 
 
-def test_tiny_pictures_are_drawn_larger_without_a_blur() -> None:
+def test_tiny_images_are_enlarged_without_interpolation() -> None:
     tiny = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    large = picture_in(shown(split(seen=lambda _: tiny), [0])["c"], "png")
+    large = picture_in(shown(split(preview=lambda _: tiny), [0])["c"], "png")
     assert large.size == (SIDE, SIDE)
     assert np.array_equal(np.asarray(large)[:: SIDE // 8, :: SIDE // 8], np.asarray(tiny))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_ready_inputs_are_shown_from_dark_to_bright(channels: int, mode: str) -> None:
+def test_model_inputs_are_scaled_from_black_to_white(channels: int, mode: str) -> None:
     values = np.linspace(-2.0, 3.0, channels * 16).reshape(channels, 4, 4)
-    seen = picture_in(shown(split(values), [0])["c"], "png")
-    assert seen.mode == mode
-    assert (np.asarray(seen).min(), np.asarray(seen).max()) == (0, 255)
+    image = picture_in(shown(split(values), [0])["c"], "png")
+    assert image.mode == mode
+    assert (np.asarray(image).min(), np.asarray(image).max()) == (0, 255)
 
 
-def test_what_nobody_can_see_is_left_out() -> None:
+def test_samples_that_are_neither_image_nor_text_have_no_preview() -> None:
     def broken(_: int) -> str:
         raise BrokenImageError("cut off")
 
     assert shown(split(np.zeros(8)), [0]) == {}
-    assert shown(split(seen=broken), [0]) == {}
+    assert shown(split(preview=broken), [0]) == {}
     assert shown(split(np.zeros((5, 4, 4))), [0]) == {}
 
 
 def test_long_texts_are_cut() -> None:
-    found = shown(split(seen=lambda _: "x" * 1000), [0])["c"]
-    assert found == "x" * LONGEST + " ..."
+    preview = shown(split(preview=lambda _: "x" * 1000), [0])["c"]
+    assert preview == "x" * LONGEST + " ..."
