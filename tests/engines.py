@@ -1,4 +1,4 @@
-"""A target that copies files, and a builder that builds on it."""
+"""A fake target that copies files, and an engine builder for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.samples import Tensors
 
 
 class Target:
-    """A target that copies its source, and notes what it is asked for."""
+    """A target whose engine is a copy of the source, and which records the arguments of each build."""
 
     name = "fake"
     devices = ("cpu",)
@@ -23,19 +23,19 @@ class Target:
     def __init__(self, source: str = ".onnx", **facts: Any) -> None:
         self.source = source
         self.precisions = {"cpu": ("fp32", "fp16", "bf16", "int8")}
-        self.asked: list[tuple[Path, Path, BuildOptions]] = []
+        self.builds: list[tuple[Path, Path, BuildOptions]] = []
         for name, value in facts.items():
             setattr(self, name, value)
 
     def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
         assert out.is_dir()
-        self.asked.append((source, out, options))
+        self.builds.append((source, out, options))
         (out / "engine").write_bytes(source.read_bytes())
         return out / "engine"
 
 
 def builder(folder: Path, target: Any = None, no_quality: str | None = "the data are random") -> EngineBuilder:
-    """A builder of a model without a graph: 40 samples [5, K] named ``x``, for calibration, validation and test."""
+    """Return a builder for a model without a graph, with 40 samples ``x`` [5, K] as the data of every split."""
     split = Tensors({"x": normal(40, 5, K)})
     data = SimpleNamespace(calibration=split, validation=split, test=split)
     model = SimpleNamespace(name="fake", task="feature-extraction", state={}, answer="y")

@@ -1,1 +1,1 @@
-"""Exports whose engine is built on another machine."""
+"""Exports whose engine is built later, on another machine."""

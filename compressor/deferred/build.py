@@ -1,7 +1,7 @@
-"""`compressor build`: on the device, the engine of a folder that was exported with --defer-build, and its figures.
+"""`compressor build`: build and measure, on the device, the engine of a folder exported with --defer-build.
 
-Nothing here, nor what it imports, needs torch, transformers or timm: NumPy, click, rich and the target's own package
-are enough (and onnx for TensorRT, whose files are checked by its rules once more).
+This module and its imports do not need torch, transformers or timm. NumPy, click, rich and the package of the target
+are enough; TensorRT also needs onnx, because its files are checked again.
 """
 
 from __future__ import annotations
@@ -49,19 +49,16 @@ Json = dict[str, Any]
 PLAN = "plan.json"
 CARD = "README.md"
 FAULT = (
-    "the engine computes something else than the model, so nothing was written: check it with --target onnxruntime, "
-    "and report it with the versions of the driver and of the target"
+    "the engine does not compute what the model computes, so nothing was written: check the model with --target "
+    "onnxruntime, and report this with the versions of the driver and of the target"
 )
-
-
 NO_PAGE = (
-    "report.html is the export's, with the figures measured there: altair, jinja2 and vl-convert-python make it anew, "
-    "where they are installed."
+    "report.html still shows the figures of the export; install altair, jinja2 and vl-convert-python to write it anew."
 )
 
 
 class BuildingError(CompressorError):
-    """The folder holds nothing to be built, or was built already."""
+    """A folder without a deferred engine, or whose engine was built already."""
 
 
 def build(
@@ -73,58 +70,59 @@ def build(
     force: bool = False,
     console: Console | None = None,
 ) -> Report:
-    """Build the engine of a folder, hold it against torch's answers, time it, and complete report.json.
+    """Build the engine of a folder, compare it with the stored outputs of torch, time it, and complete report.json.
 
     Args:
-        folder: what an export with `defer_build` wrote.
-        threads: threads of the engine; None takes what the export was asked for.
-        rounds: timed bursts per engine; None takes what the export was asked for.
-        portable_engine: build for other GPUs and versions too; so it is done anyway where the export was asked for it.
-        force: build again what was built already.
-        console: where progress is shown; None shows nothing.
+        folder: the output folder of an export with `defer_build`.
+        threads: threads of the engine; None takes the option of the export.
+        rounds: timed bursts per engine; None takes the option of the export.
+        portable_engine: build for other GPUs and versions too. The option of the export also turns this on.
+        force: build again if the engine was built already.
+        console: console that shows progress; None shows nothing.
 
     Returns:
-        The report with the device's latencies; what the stand-in measured is kept in its ``engine`` part.
+        The report with the latencies of the device. Its ``engine`` part keeps the figures of the exporting machine.
 
     Raises:
-        CompressorError, RuntimesError: one sentence that says what was found and what to do. The folder is as it was.
+        CompressorError, RuntimesError: the engine cannot be built, or its outputs differ from those of torch. The
+            folder is unchanged.
     """
-    place = Path(folder)
-    content = _content(place)
+    folder = Path(folder)
+    content = _content(folder)
     part: Json = content["engine"]
     if part["state"] == "built" and not force:
-        where = part["environment"]["processor"]
-        raise BuildingError(f"{place} was built already (on {where}); build it again with --force.")
+        processor = part["environment"]["processor"]
+        raise BuildingError(f"{folder} was built already (on {processor}); build it again with --force.")
     options = _options(part["options"], threads, portable=portable_engine)
     part = part | {"options": part["options"] | {"portable": options.portable}}
     target = runtime(part["target"])
     need(target.name, target.missing(), target.devices, options)
-    check_writable(place)
-    check_files(place, (*part["files"].values(), ANSWERS, PLAN))
+    check_writable(folder)
+    check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
     steps = Steps(console)
-    with scratch_folder(place / FOLDER) as scratch:
-        device = Device(place, part, Answers.load(place / ANSWERS), target, options, scratch)
-        engines = device.built(steps)
-        measured = device.measured(engines, steps)
-        found = described(target, engines["result"], device.options)
-        latency = device.timed(engines, content["settings"], rounds, steps)
-        report = _completed(content, place, part | {"measured": measured, "layers": found}, latency, steps)
-        made = [path.replace(place / path.name) for path in (scratch / "result").iterdir()]
-    completed, ours = _json(content, report), _is_ours(place / CARD)
-    page = _page(place, completed)
+    with scratch_folder(folder / FOLDER) as scratch:
+        device = _DeviceBuild(folder, part, Answers.load(folder / ANSWERS), target, options, scratch)
+        engines = device.build_engines(steps)
+        measured = device.check_engines(engines, steps)
+        layers = described(target, engines["result"], device.options)
+        latency = device.time_engines(engines, content["settings"], rounds, steps)
+        report = _completed(content, folder, part | {"measured": measured, "layers": layers}, latency, steps)
+        engine_files = [path.replace(folder / path.name) for path in (scratch / "result").iterdir()]
+    completed, ours = _json(content, report), _is_ours(folder / CARD)
+    page = _page(folder, completed)
     if page is None:
         report = replace(report, notes=(*report.notes, NO_PAGE))
         completed["notes"] = list(report.notes)
     written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode()}
     written |= {} if page is None else {PAGE: page}
-    write_files(place, written | (_card(completed, place) if ours else {}))
-    kept = (name for name in listed(place) if ours or name != CARD)
-    write_manifest(place, (*kept, *(path.name for path in made)))
+    write_files(folder, written | (_card(completed, folder) if ours else {}))
+    kept = (name for name in listed(folder) if ours or name != CARD)
+    write_manifest(folder, (*kept, *(path.name for path in engine_files)))
     return report
 
 
 def _is_ours(card: Path) -> bool:
-    """Whether the model card is as Compressor wrote it; one that someone has edited is theirs."""
+    """Return whether the model card is as Compressor wrote it. An edited card is not overwritten."""
     try:
         check_files(card.parent, (card.name,))
     except FolderError:
@@ -132,59 +130,72 @@ def _is_ours(card: Path) -> bool:
     return True
 
 
-def _card(content: Json, place: Path) -> dict[str, bytes]:
-    """The model card with the device's figures, by its name; none where what makes it is not installed.
+def _card(content: Json, folder: Path) -> dict[str, bytes]:
+    """Return the model card with the figures of the device, by file name; empty if its packages are not installed.
 
-    The card that is there then says by itself that its figures are the stand-in's.
+    The present card then stays. It states that its figures are those of the exporting machine.
     """
     with contextlib.suppress(ImportError):
         from compressor.report.card import model_card as card
 
-        return {CARD: card.card(content, place).encode()}
+        return {CARD: card.card(content, folder).encode()}
     return {}
 
 
 @dataclass(frozen=True)
-class Device:
-    """One exported folder at work with its real target; engines are made in `scratch`, the result's in ``result``."""
+class _DeviceBuild:
+    """The engines of one exported folder on its target.
 
-    place: Path
+    Attributes:
+        folder: the exported folder.
+        part: the ``engine`` part of its report.json.
+        answers: the stored samples with the outputs of torch.
+        target: builds the engines.
+        options: device, threads and sizes of the engines.
+        scratch: a folder in which each variant gets a folder for its engine, such as ``result``.
+    """
+
+    folder: Path
     part: Json
     answers: Answers
     target: Runtime
     options: BuildOptions
     scratch: Path
 
-    def built(self, steps: Steps) -> dict[str, Path]:
-        """An engine of each variant."""
+    def build_engines(self, steps: Steps) -> dict[str, Path]:
+        """Build an engine of each variant."""
         engines = {}
         with steps.step(f"build for {self.target.name}") as tick:
             for done, (name, file) in enumerate(self.part["files"].items()):
                 tick(done, len(self.part["files"]), name)
                 (self.scratch / name).mkdir()
                 options = replace(self.options, precision=self.part["precisions"][name])
-                engines[name] = self.target.build(self.place / file, self.scratch / name, options)
+                engines[name] = self.target.build(self.folder / file, self.scratch / name, options)
         return engines
 
-    def measured(self, engines: Mapping[str, Path], steps: Steps) -> dict[str, Json]:
-        """Each engine's difference from torch on the stored rows, held to what is allowed, and its answers judged."""
-        found: dict[str, Json] = {}
+    def check_engines(self, engines: Mapping[str, Path], steps: Steps) -> dict[str, Json]:
+        """Compare each engine with torch on the stored rows; return its difference and its quality by variant.
+
+        Raises:
+            ParityError: an engine differs by more than the report allows.
+        """
+        measured: dict[str, Json] = {}
         with steps.step("check against torch's answers") as tick:
             for done, (name, path) in enumerate(engines.items()):
                 tick(done, len(engines), name)
                 with self.target.load(path, self.options) as engine:
                     allowed = self.part["allowed"][name]
                     parity = self.answers.hold(engine, name, allowed=allowed, advice=FAULT)
-                    found[name] = {"parity": parity.difference}
+                    measured[name] = {"parity": parity.difference}
                     if self.part["metric"] is not None:
                         answer, metric = self.part["answer"], self.part["metric"]
-                        found[name] |= self.answers.judged(engine, name, answer=answer, metric=metric)
-        return found
+                        measured[name] |= self.answers.judged(engine, name, answer=answer, metric=metric)
+        return measured
 
-    def timed(
+    def time_engines(
         self, engines: Mapping[str, Path], settings: Mapping[str, Any], rounds: int | None, steps: Steps
     ) -> dict[str, Latency]:
-        """The engines timed against each other at the batch that the export was asked for."""
+        """Time the engines against each other, with the batch size of the export."""
         with steps.step("measure the latency") as tick:
             return interleave(
                 {name: partial(self.target.load, path, self.options) for name, path in engines.items()},
@@ -195,8 +206,8 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Decided:
-    """What a report reads of a plan; the plan itself belongs to a package that imports torch."""
+class _PlanFields:
+    """The fields of a plan that a report reads. `Plan` itself is in a package that imports torch."""
 
     rule: str
     metric: str
@@ -206,19 +217,21 @@ class Decided:
 
 
 def _content(folder: Path) -> Json:
-    """report.json of a folder that was exported with --defer-build."""
+    """Read report.json of a folder that was exported with --defer-build."""
     try:
         content: Json = json.loads((folder / REPORT).read_bytes())
         part = content["engine"]
-        ours = {"state", "options", "files", "allowed"} <= set(part)
+        deferred = {"state", "options", "files", "allowed"} <= set(part)
     except FileNotFoundError as error:
         raise BuildingError(f"{folder} holds no {REPORT}; give a folder that `compressor export` wrote.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BuildingError(
             f"{folder / REPORT} is no report of this release ({type(error).__name__}); export the model again."
         ) from error
-    if not ours:
-        raise BuildingError(f"{folder} was exported with its engine; only one from --defer-build is built later.")
+    if not deferred:
+        raise BuildingError(
+            f"{folder} was exported with its engine; give a folder that was exported with --defer-build."
+        )
     return content
 
 
@@ -231,22 +244,22 @@ def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) 
     return BuildOptions(device=stored["device"], threads=threads, portable=portable, **cast(Any, sizes))
 
 
-def _completed(content: Json, place: Path, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:
-    """The report with the device's latencies and environment; wishes for speed are judged by these."""
-    before = _restored(content, place)
+def _completed(content: Json, folder: Path, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:
+    """Return the report with the latencies and the environment of the device, and notes on latency goals it misses."""
+    before = _restored(content, folder)
     stand_in = part["stand_in"]
     if part["state"] == "deferred":
         stand_in = stand_in | {"latency": content["latency"], "speedup": content["speedup"]}
     seconds = {step.name: step.seconds for step in steps.done}
     engine = part | {"state": "built", "stand_in": stand_in, "environment": environment(), "seconds": seconds}
-    limitations = (*before.limitations, *(each for each in of_engine(engine) if each not in before.limitations))
+    limitations = (*before.limitations, *(new for new in of_engine(engine) if new not in before.limitations))
     report = replace(before, latency=dict(latency), engine=engine, limitations=limitations)
     kept = tuple(note for note in before.notes if note not in (*before.missed(), NO_PAGE))
     return replace(report, notes=(*kept, *report.missed()))
 
 
 def _json(content: Json, report: Report) -> Json:
-    """report.json with what was measured on the device in the place of the stand-in's."""
+    """Return the content of report.json with the figures of the device."""
     speedups = {name: report.speedup(name)._asdict() for name in report.latency if name != "result"}
     return content | {
         "latency": {name: brief(latency) for name, latency in report.latency.items()},
@@ -257,30 +270,30 @@ def _json(content: Json, report: Report) -> Json:
     }
 
 
-def _page(place: Path, content: Json) -> bytes | None:
-    """report.html anew, with the samples that the export's shows; None where what draws it is not installed."""
-    earlier = place / PAGE
+def _page(folder: Path, content: Json) -> bytes | None:
+    """Return a new report.html with the samples of the present one; None if its packages are not installed."""
+    earlier = folder / PAGE
     try:
         return html(content, shown_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
     except ImportError:
         return None
 
 
-def _restored(content: Json, place: Path) -> Report:
-    """A report from its JSON, as far as its table and summary read it."""
-    decisions = json.loads((place / PLAN).read_bytes())["decisions"]
+def _restored(content: Json, folder: Path) -> Report:
+    """Restore the fields of a report that its table and summary read."""
+    decisions = json.loads((folder / PLAN).read_bytes())["decisions"]
     plan = content["plan"]
-    decided = Decided(plan["rule"], plan["metric"], tuple(plan["dropped"]), plan["changes"], tuple(decisions))
+    plan_fields = _PlanFields(plan["rule"], plan["metric"], tuple(plan["dropped"]), plan["changes"], tuple(decisions))
     latency = {
-        name: Latency(tuple(tuple(burst) for burst in each["samples_ms"])) for name, each in content["latency"].items()
+        name: Latency(tuple(tuple(burst) for burst in part["samples_ms"])) for name, part in content["latency"].items()
     }
     fields: Json = content | {
-        "plan": cast("Plan", decided),
+        "plan": cast("Plan", plan_fields),
         "sizes": {name: Size(**size) for name, size in content["sizes"].items()},
         "quality": _quality(content["quality"]),
         "latency": latency,
         "notes": tuple(content["notes"]),
-        "limitations": tuple(Limitation(**each) for each in content.get("limitations", ())),
+        "limitations": tuple(Limitation(**values) for values in content.get("limitations", ())),
         "steps": (),
         "passes": (),
     }
@@ -293,4 +306,6 @@ def _quality(stored: Json | None) -> Quality | None:
     figures, loss, label_free = (
         {name: Figure(**figure) for name, figure in stored[part].items()} for part in ("figures", "loss", "label_free")
     )
-    return Quality(stored["metric"], figures, loss, label_free, tuple(Changed(**each) for each in stored["changed"]))
+    return Quality(
+        stored["metric"], figures, loss, label_free, tuple(Changed(**sample) for sample in stored["changed"])
+    )

@@ -1,7 +1,8 @@
-"""Engines that are built on another machine: what stands in for the target here, and what is left for the device.
+"""Files of an export whose engine is built on another machine.
 
-The folder gets everything that `compressor build` needs there: the ONNX files of result and baseline, real inputs with
-torch's answers, and the ``engine`` part of report.json, which says what to build and how far it may be off.
+The output folder gets everything that `compressor build` needs on the device: the ONNX files of result and baseline,
+real inputs with the outputs of torch, and the ``engine`` part of report.json. That part states how to build the engines
+and how much they may differ from torch. ONNX Runtime replaces the target on this machine.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ RunAll: TypeAlias = "Callable[[Graph, Iterable[Mapping[str, torch.Tensor]]], Ite
 FOLDER = "deferred"
 ANSWERS = f"{FOLDER}/answers.npz"
 COMMANDS = "trtexec.txt"
-ROWS = 64  # most samples that are stored
-LIMIT = 32 * 1024**2  # bytes of ANSWERS; more only where a single sample with its answers is larger
-TIMED_LIMIT = LIMIT // 4  # of these, for the inputs to be timed
+ROWS = 64  # largest number of rows that are stored
+LIMIT = 32 * 1024**2  # bytes of ANSWERS, unless a single sample with its outputs is larger
+TIMED_LIMIT = LIMIT // 4  # bytes of these for the inputs to be timed
 
 
 def write(
@@ -49,12 +50,12 @@ def write(
     settings: Settings,
     steps: Steps,
 ) -> dict[str, Any]:
-    """Write what the device needs into an output folder.
+    """Write the files that the device needs into an output folder.
 
     Args:
-        folder: holds ``model.onnx`` already.
-        variants: those of the report, with their sources.
-        builder: with the stand-in for the target.
+        folder: output folder that already contains ``model.onnx``.
+        variants: the variants of the report, with their sources.
+        builder: builds engines with ONNX Runtime in place of the target.
         timed: the inputs to be timed.
         settings: the options of the export.
         steps: shows progress.
@@ -68,8 +69,8 @@ def write(
     target = runtime(settings.target)
     device = target.devices[0] if settings.device is None else settings.device
     options = replace(builder.options, device=device, portable=settings.portable_engine)
-    graphs = {each.name: each.graph for each in variants if each.name != "original"}
-    sources = {each.name: each.source for each in variants}
+    graphs = {variant.name: variant.graph for variant in variants if variant.name != "original"}
+    sources = {variant.name: variant.source for variant in variants}
     with steps.step("write what the device needs"):
         (folder / FOLDER).mkdir()
         for name, source in sources.items():
@@ -87,22 +88,22 @@ def left_to_device(
     options: BuildOptions,
     files: Mapping[str, Source],
     subject: Loaded,
-    found: Mapping[str, Any],
+    stand_in: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The ``engine`` part of a report whose engine is built elsewhere.
+    """Return the ``engine`` part of a report whose engine is built on another machine.
 
     Args:
-        folder: holds the ONNX files.
-        target: what builds it.
-        options: with the device it runs on.
-        files: the ONNX file of each variant, in its precision.
+        folder: output folder with the ONNX files.
+        target: builds the engine on the device.
+        options: options of the engine on the device.
+        files: the ONNX file and the precision of each variant.
         subject: model and data.
-        found: what stood in for the target here, and what it measured.
+        stand_in: the runtime that replaced the target here, and its measurements.
 
     Raises:
         BuildError: the target will refuse one of the files.
     """
-    measured = found["measured"]
+    measured = stand_in["measured"]
     reduced = [name for name, source in files.items() if source.precision != "fp32"]
     return {
         "state": "deferred",
@@ -113,7 +114,7 @@ def left_to_device(
         "answer": subject.model.answer,
         "metric": None if subject.no_quality_because is not None else subject.metric,
         "allowed": {name: allowed_for(measured[name]["parity"] if name in reduced else None) for name in files},
-        "stand_in": dict(found),
+        "stand_in": dict(stand_in),
         "commands": _commands(folder, files, options) if target.name == "tensorrt" else {},
     }
 
@@ -127,41 +128,43 @@ def stored_answers(
     run_all: RunAll,
     at_once: int = AT_ONCE,
 ) -> Answers:
-    """Write test samples with torch's answers to them, as many as fit, and the inputs to be timed, within their share.
+    """Write test samples with the outputs of torch, and the inputs to be timed, to ``deferred/answers.npz``.
+
+    At most `ROWS` rows are stored, and as many as `LIMIT` bytes hold, of which the timed inputs get `TIMED_LIMIT`.
 
     Args:
-        folder: where ``deferred/`` is.
+        folder: output folder that contains ``deferred/``.
         graphs: ``baseline`` and ``result``.
         subject: model and data.
         timed: the inputs to be timed.
-        settings: the batch that is timed.
-        run_all: gives the outputs of a graph for each of several batches.
-        at_once: most rows of these batches.
+        settings: its batch size is that of the timing.
+        run_all: returns the outputs of a graph for each batch.
+        at_once: largest number of rows in these batches.
     """
-    per = subject.data.test.samples.rows_per_sample
-    batch = next(subject.data.test.batches(ROWS // per))
-    fitting = max(1, TIMED_LIMIT * settings.batch // max(1, bytes_of(timed)))
-    first = {name: value[:per] for name, value in batch.feeds.items()}
-    sample = bytes_of(first) + sum(_bytes_of_answers(graph, first) for graph in graphs.values())
-    rows = per * max(1, min(len(batch.ids), (LIMIT - TIMED_LIMIT) // sample))
+    rows_per_sample = subject.data.test.samples.rows_per_sample
+    batch = next(subject.data.test.batches(ROWS // rows_per_sample))
+    timed_rows = max(1, TIMED_LIMIT * settings.batch // max(1, bytes_of(timed)))
+    first_sample = {name: value[:rows_per_sample] for name, value in batch.feeds.items()}
+    sample_bytes = bytes_of(first_sample) + sum(_bytes_of_answers(graph, first_sample) for graph in graphs.values())
+    rows = rows_per_sample * max(1, min(len(batch.ids), (LIMIT - TIMED_LIMIT) // sample_bytes))
     feeds = {name: value[:rows] for name, value in batch.feeds.items()}
-    parts = partial(_parts, feeds, at_once)
-    expected = {name: _torch(graph, parts(), subject, run_all) for name, graph in graphs.items()}
+    batches_of_feeds = partial(_parts, feeds, at_once)
+    expected = {name: _torch(graph, batches_of_feeds(), subject, run_all) for name, graph in graphs.items()}
     labels = batch.labels[:rows] if batch.labels is not None and subject.metric == "accuracy" else None
-    answers = Answers(feeds, expected, {name: value[:fitting] for name, value in timed.items()}, labels)
+    answers = Answers(feeds, expected, {name: value[:timed_rows] for name, value in timed.items()}, labels)
     answers.save(folder / ANSWERS)
     return answers
 
 
 def one_by_one(graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The outputs of a graph that is in memory for each of several batches."""
+    """Return the outputs of a graph in memory for each batch."""
     from passes.execute.interpreter import run
 
     return (run(graph, batch) for batch in batches)
 
 
 def _bytes_of_answers(graph: Graph, feeds: Mapping[str, Array]) -> int:
-    """Bytes of all outputs of a graph, which are not computed for it."""
+    """Return the bytes of all outputs of a graph, from their shapes and types alone."""
     import torch
 
     from passes.execute.interpreter import Program
@@ -175,7 +178,7 @@ def _bytes_of_answers(graph: Graph, feeds: Mapping[str, Array]) -> int:
 
 
 def _parts(feeds: Mapping[str, Array], rows: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The feeds a few rows at a time."""
+    """Yield the feeds in batches of at most `rows` rows."""
     import torch
 
     for start in range(0, len(next(iter(feeds.values()))), rows):
@@ -185,7 +188,7 @@ def _parts(feeds: Mapping[str, Array], rows: int) -> Iterator[dict[str, torch.Te
 def _torch(
     graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], subject: Loaded, run_all: RunAll
 ) -> dict[str, Array]:
-    """Torch's outputs by name, those of all batches one behind the other."""
+    """Return the outputs of torch by name, concatenated over all batches."""
     from compressor.lower.traced_model import accepting_data
 
     with accepting_data(subject):
@@ -197,7 +200,7 @@ def _torch(
 
 
 def _measured(answers: Answers, name: str, path: Path, builder: EngineBuilder) -> dict[str, Any]:
-    """Measure a file with the stand-in: its difference from torch, and how often it gives the same answer."""
+    """Run a file in ONNX Runtime, and return its difference from torch and its agreement with torch."""
     subject = builder.subject
     with builder.target.load(path, builder.options) as engine:
         parity = answers.hold(engine, name, allowed=float("inf"))
@@ -208,7 +211,11 @@ def _measured(answers: Answers, name: str, path: Path, builder: EngineBuilder) -
 
 
 def _commands(folder: Path, files: Mapping[str, Source], options: BuildOptions) -> dict[str, str]:
-    """Check the files by TensorRT's rules, and write the same build as a line of its own tool, for each version."""
+    """Check the files against the rules of TensorRT, and write the trtexec command of this build for each version.
+
+    Raises:
+        BuildError: TensorRT will refuse a file.
+    """
     from runtimes.tensorrt import qdq_rules as qdq
     from runtimes.tensorrt import target as tensorrt
 

@@ -1,6 +1,6 @@
-"""Real inputs with the answers that torch gives to them, as one small file: written here, held against elsewhere.
+"""Real inputs with the outputs of torch in one small file, with which engines on another machine are compared.
 
-Nothing here needs torch: the answers are stored, and engines answer in NumPy arrays.
+This module does not need torch: the outputs are stored, and engines return NumPy arrays.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from runtimes.base.protocols import Engine
 
 Arrays = Mapping[str, Array]
 
-TOP_CLASS = ("accuracy", "agreement", "perplexity")  # metrics of answers that are a class, by its largest value
-AT_ONCE = 8  # rows an engine answers at a time: a batch that every engine is built to take
-# Int8 may be as far from torch as the same file is on the machine that compressed, twice: another runtime rounds at
-# other places, so that values fall on the other side of a step, but a wrong operator is off by far more.
+TOP_CLASS = ("accuracy", "agreement", "perplexity")  # metrics of outputs whose largest value selects a class
+AT_ONCE = 8  # rows of a batch, a size that every engine is built for
+# An int8 engine may differ from torch by twice the difference of the same file on the exporting machine: another
+# runtime rounds elsewhere, so some values fall into the next int8 step. A wrong operator causes a far larger
+# difference.
 INT8_SLACK = 2.0
 
 
 class AnswersError(CompressorError):
-    """The stored samples are missing or damaged."""
+    """Stored samples that are missing or damaged."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Samples with torch's answers.
+    """Samples with the outputs of torch.
 
-    `feeds` are inputs by name, `expected` outputs by name for each graph (``baseline``, ``result``), `labels` classes
-    where there are any, and `timed` the inputs to time engines on, repeated where the batch asked for is larger.
+    Attributes:
+        feeds: inputs by name.
+        expected: outputs by name, for each graph (``baseline``, ``result``).
+        timed: inputs for the timing of engines; repeated if the batch is larger.
+        labels: classes of the samples; None without labels.
     """
 
     feeds: Arrays
@@ -48,7 +52,7 @@ class Answers:
         return _rows(self.feeds)
 
     def save(self, path: Path) -> None:
-        """Write everything as one uncompressed .npz."""
+        """Write all arrays to an uncompressed .npz file."""
         parts = {"feeds": self.feeds, "timed": self.timed}
         parts |= {f"expected/{graph}": outputs for graph, outputs in self.expected.items()}
         arrays: dict[str, Any] = {
@@ -58,10 +62,10 @@ class Answers:
 
     @staticmethod
     def load(path: Path) -> Answers:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            AnswersError: there is no such file, or it holds something else.
+            AnswersError: the file is missing or damaged.
         """
         try:
             with np.load(path) as file:
@@ -70,31 +74,34 @@ class Answers:
             for name in [name for name in arrays if name.startswith("expected/")]:
                 _, graph, output = name.split("/", 2)
                 expected.setdefault(graph, {})[output] = arrays[name]
-            found = Answers(_part(arrays, "feeds"), expected, _part(arrays, "timed"), arrays.get("labels"))
-            len(found)
+            answers = Answers(_part(arrays, "feeds"), expected, _part(arrays, "timed"), arrays.get("labels"))
+            len(answers)
         except (OSError, ValueError, EOFError, StopIteration) as error:
             raise AnswersError(f"{path.name} cannot be read ({error}); copy the whole folder again.") from error
-        return found
+        return answers
 
     def batch(self, size: int) -> dict[str, Array]:
-        """Exactly `size` rows of the inputs to be timed."""
+        """Return exactly `size` rows of the timed inputs."""
         times = -(-size // _rows(self.timed))
         return {name: np.concatenate([value] * times)[:size] for name, value in self.timed.items()}
 
     def hold(self, engine: Engine, variant: str, *, allowed: float, advice: str = REPORT_IT) -> Parity:
-        """Hold an engine against torch in batches and with a single row (a baked-in batch size shows).
+        """Compare an engine with torch in batches and on a single row, which reveals a fixed batch size.
 
         Args:
             engine: runs the variant.
-            variant: its name; ``original`` is the baseline's graph too.
-            allowed: the largest difference, relative to the largest value of the output.
-            advice: how the error message ends.
+            variant: its name; ``original`` is compared with the outputs of the baseline.
+            allowed: largest difference, relative to the largest value of the output.
+            advice: end of the error message.
+
+        Returns:
+            The parity with the largest difference.
 
         Raises:
-            ParityError: it computes something else.
+            ParityError: the outputs differ by more than `allowed`.
         """
         parts = [slice(0, 1), *self._chunks()]
-        found = [
+        parities = [
             check_parity(
                 _cut(self._expected(variant), part),
                 partial(engine.run, _cut(self.feeds, part)),
@@ -104,16 +111,20 @@ class Answers:
             )
             for part in parts
         ]
-        return max(found, key=magnitude)
+        return max(parities, key=magnitude)
 
     def judged(self, engine: Engine, variant: str, *, answer: str, metric: str) -> dict[str, Any]:
-        """How often an engine gives torch's answer, and the right one where there are labels, in % with intervals.
+        """Measure the agreement of an engine with torch, and its accuracy if there are labels.
 
         Args:
             engine: runs the variant.
             variant: its name.
-            answer: the output that quality is judged by.
-            metric: by which; where it is not about a top class, cosine similarity to torch's answer is told instead.
+            answer: name of the output that is evaluated.
+            metric: the quality metric. If it does not compare top classes, the cosine similarity to the output of torch
+                is measured instead.
+
+        Returns:
+            ``agreement`` (and ``accuracy``, ``torch_accuracy``) or ``similarity``, in percent with bootstrap intervals.
         """
         parts = [self._columns(engine, variant, answer, metric, part) for part in self._chunks()]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -121,12 +132,12 @@ class Answers:
 
     def _columns(self, engine: Engine, variant: str, answer: str, metric: str, part: slice) -> Columns:
         feeds, expected = _cut(self.feeds, part), self._expected(variant)[answer][part]
-        found = engine.run(feeds)[answer]
+        output = engine.run(feeds)[answer]
         if metric not in TOP_CLASS:
-            return {"similarity": _per_row(_cosine(found, expected), feeds)}
-        columns = {"agreement": _per_row(found.argmax(-1) == expected.argmax(-1), feeds)}
+            return {"similarity": _per_row(_cosine(output, expected), feeds)}
+        columns = {"agreement": _per_row(output.argmax(-1) == expected.argmax(-1), feeds)}
         if self.labels is not None:
-            columns["accuracy"] = (found.argmax(-1) == self.labels[part]).astype(np.float64)
+            columns["accuracy"] = (output.argmax(-1) == self.labels[part]).astype(np.float64)
             columns["torch_accuracy"] = (expected.argmax(-1) == self.labels[part]).astype(np.float64)
         return columns
 
@@ -138,12 +149,16 @@ class Answers:
 
 
 def allowed_for(measured: float | None) -> float:
-    """The tolerance of an engine: that of float32, or of int8 whose difference from torch here was `measured`."""
+    """Return the tolerance of an engine.
+
+    Args:
+        measured: difference of an int8 file from torch on the exporting machine; None for float32.
+    """
     return TOLERANCE if measured is None else INT8_SLACK * measured + TOLERANCE
 
 
 def bytes_of(*parts: Arrays) -> int:
-    """Bytes of some arrays together."""
+    """Return the total bytes of all arrays."""
     return sum(value.nbytes for part in parts for value in part.values())
 
 
@@ -172,7 +187,7 @@ def _cosine(left: Array, right: Array) -> Array:
 
 
 def _per_row(values: Array, feeds: Arrays) -> Array:
-    """The mean of each row; where there is a value for each token, padding does not count."""
+    """Return the mean of each row; the mean over tokens excludes padding."""
     mask = feeds.get("attention_mask")
     values = values.astype(np.float64)
     if mask is not None and values.shape == mask.shape:

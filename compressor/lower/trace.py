@@ -28,6 +28,9 @@ class TraceError(CompressorError):
 class Traced(torch.nn.Module):
     """The model with positional tensors as inputs and a flat tuple of tensors as output."""
 
+    # The exporter writes this name into every node of model.onnx; it does not change with the layout of the package.
+    __module__ = "compressor.trace"
+
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model.module

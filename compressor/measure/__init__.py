@@ -1,1 +1,1 @@
-"""Engines built, held to torch and timed."""
+"""Building of engines, and measurement of their parity with torch, quality, latency and memory."""

@@ -22,7 +22,7 @@ from compressor.workspace.output_folder import copy_onnx
 from passes.graph.graph import Graph
 from runtimes.base.protocols import BuildOptions, Engine, Feeds, Runtime
 
-PARITY_ROWS = 8  # of real samples, on which engines are compared with torch
+PARITY_ROWS = 8  # rows of real samples on which engines are compared with torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EngineBuilder:
     compiled: dict[Source, Path] = dataclasses.field(default_factory=dict, repr=False)
 
     def fold(self, graph: Graph) -> Graph:
-        """Return a fork that is ready to be lowered. A checkpoint keeps the layers of its architecture: no folding."""
+        """Return a folded fork that is ready to be lowered; a checkpoint keeps its layers, so nothing is folded."""
         return graph.fork() if self.target.source == CONFIG else finished(graph)
 
     def lower(self, graph: Graph, name: str) -> Path:
@@ -70,7 +70,7 @@ class EngineBuilder:
         return built
 
     def ship(self, source: Source, folder: Path) -> tuple[Source, Path]:
-        """Put an engine into the output folder, with the ONNX file that it is built from, where there is one.
+        """Build an engine in the output folder, and copy the ONNX file that it is built from, if any.
 
         Returns:
             The source that the engine was built from, and the path of the engine.
@@ -100,26 +100,30 @@ class EngineBuilder:
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[EngineBuilder]:
-        """Yield the same builder with a scratch folder that is removed afterwards, engines included."""
+        """Yield the same builder with a scratch folder that is removed afterwards, with its engines."""
         with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:
             yield dataclasses.replace(self, scratch=Path(scratch), compiled={})
 
 
 def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOptions:
-    """Return the options with the sizes that an engine will get: from one row to the batches of the evaluation."""
+    """Return the options with the batch sizes and sequence lengths that engines are run with.
+
+    Each is a tuple of the least, the timed and the largest size. The largest batch is that of the timing, the parity
+    check or the evaluation.
+    """
     parts = (subject.data.calibration, subject.data.validation, subject.data.test)
     rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
     options = dataclasses.replace(options, batches=(1, settings.batch, rows))
     axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis != 0]
     if not axes:
         return options
-    usual = next(iter(calls_of(subject, settings).values())).shapes
+    timed_shapes = next(iter(calls_of(subject, settings).values())).shapes
     feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
     longest = max(inputs[name].shape[axis] for inputs in feeds for name, axis in axes)
     least = 1
-    if subject.model.state:  # the data's cache is empty, that of the example is not
+    if subject.model.state:  # the KV cache is empty in the data, but not in the example inputs
         least, longest = 0, max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
     generation = generate_of(settings, subject.model)
     if generation is not None:
         longest = max(longest, generation.prompt + generation.new)
-    return dataclasses.replace(options, lengths=(least, max(usual[name][axis] for name, axis in axes), longest))
+    return dataclasses.replace(options, lengths=(least, max(timed_shapes[name][axis] for name, axis in axes), longest))

@@ -20,13 +20,13 @@ from passes.graph.graph import Graph
 def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     """Build the float engine of a file and compare its outputs with those of a graph.
 
-    The samples are run as one batch and one alone, which shows a batch size that is fixed in the file. A language model
-    is also run behind a cache of some tokens.
+    The engine runs a batch of samples and a single sample, which reveals a batch size that is fixed in the file. A
+    language model also runs its example inputs, which have a KV cache of some tokens.
 
     Args:
         builder: builds and opens the engine.
-        path: what `builder.lower` wrote.
-        graph: the graph as it was before folding.
+        path: the file that `builder.lower` wrote.
+        graph: the graph before folding.
 
     Returns:
         The parity with the largest difference.
@@ -37,7 +37,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     subject = builder.subject
     batch = next(subject.data.calibration.batches(PARITY_ROWS)).feeds
     batches = [batch, {name: value[:1] for name, value in batch.items()}]
-    if graph.state:  # the data's cache is empty
+    if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
     worst = Parity("", 0.0, 0)
     advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
@@ -47,5 +47,5 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
                 outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
             expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
             parity = check_parity(expected, partial(engine.run, feeds), name=path.name, advice=advice)
-            worst = max(worst, parity, key=lambda each: each.difference)
+            worst = max(worst, parity, key=lambda parity: parity.difference)
     return worst

@@ -26,7 +26,7 @@ def quality_on_test(
         steps: shows progress.
 
     Returns:
-        The evaluation; None where no quality may be stated, see `Loaded.no_quality_because`.
+        The evaluation; None if no quality is stated, see `Loaded.no_quality_because`.
     """
     if builder.subject.no_quality_because is not None:
         return None

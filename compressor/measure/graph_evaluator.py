@@ -1,4 +1,4 @@
-"""Measure graphs as engines: the one object that a search and a sweep ask for times and quality."""
+"""Measure the latency and quality of graphs as engines, for a search or a sweep."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ class GraphEvaluator:
         """Measure quality on test data and latency of graphs side by side.
 
         Returns:
-            The evaluation, in which the first graph is the reference (None where no quality may be stated), and the
-            latencies.
+            The evaluation, in which the first graph is the reference (None if no quality is stated), and the latencies.
         """
         with self.builder.temporary() as builder:
             converter = dataclasses.replace(self.converter, builder=builder, results={})
@@ -76,12 +75,12 @@ class GraphEvaluator:
 def graph_evaluator(
     subject: Loaded, target: Runtime, options: BuildOptions, settings: Settings, scratch: Path
 ) -> GraphEvaluator:
-    """Return the evaluator of a model on a target, as the settings want it.
+    """Return the evaluator of a model on a target.
 
     Args:
         subject: the model and its data.
         target: builds the engines.
-        options: where they run; the sizes are set here.
+        options: device and threads of the engines; the sizes are set here.
         settings: precision, calibration, batch, rounds and generation.
         scratch: a folder for engines.
     """

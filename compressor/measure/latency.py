@@ -14,8 +14,8 @@ from compressor.workspace.progress import Steps
 from runtimes.base.protocols import Feeds
 from runtimes.base.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
 
-QUICK_ROUNDS = 8  # of the quick timing that a search uses: short ones, some of which meet a quiet machine
-QUICK_SECONDS = 0.1
+QUICK_ROUNDS = 8  # rounds of the quick timing in a search; they are short, so that some run on a quiet machine
+QUICK_SECONDS = 0.1  # length of a burst
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class EngineTimer:
         Returns:
             Latencies by engine and call.
         """
-        few = partial(timed, min_runs=3, warmup_runs=1) if builder.subject.model.state else timed  # a prompt is long
-        return self._interleaved(builder, engines, partial(few, rounds=self.rounds, steps=steps))
+        timing = partial(timed, min_runs=3, warmup_runs=1) if builder.subject.model.state else timed  # prefill is long
+        return self._interleaved(builder, engines, partial(timing, rounds=self.rounds, steps=steps))
 
     def latency(self, builder: EngineBuilder, engines: Mapping[str, Path], steps: Steps) -> dict[str, Latency]:
         """Time engines; the calls of each are added up."""
@@ -67,11 +67,11 @@ class EngineTimer:
         """
         briefly = partial(interleave, rounds=QUICK_ROUNDS, burst_seconds=QUICK_SECONDS, progress=progress)
         latencies = self._interleaved(builder, engines, briefly)
-        return {name: {call: each.quietest for call, each in parts.items()} for name, parts in latencies.items()}
+        return {name: {call: part.quietest for call, part in parts.items()} for name, parts in latencies.items()}
 
     def total(self, milliseconds: Mapping[str, float]) -> float:
         """Add up the milliseconds of the calls, each as often as it is made."""
-        return sum(self.calls[call].times * each for call, each in milliseconds.items())
+        return sum(self.calls[call].times * time for call, time in milliseconds.items())
 
     def _interleaved(
         self, builder: EngineBuilder, engines: Mapping[str, Path], interleaved: Callable[..., dict[str, Latency]]
@@ -79,16 +79,16 @@ class EngineTimer:
         """Time all calls of all engines in one interleaved run."""
         openers = builder.openers(engines)
         if list(self.calls) == [RUN]:
-            return {name: {RUN: each} for name, each in interleaved(openers, self.calls[RUN].inputs).items()}
+            return {name: {RUN: latency} for name, latency in interleaved(openers, self.calls[RUN].inputs).items()}
         pairs = [(name, call) for call in self.calls for name in engines]
         with tempfile.TemporaryDirectory(dir=builder.scratch) as caches:
-            fed = {
+            engines_with_feeds = {
                 f"{name}, {call}": partial(
                     Fed, openers[name], self.calls[call].feeds(openers[name], Path(caches, f"{number}"))
                 )
                 for number, (name, call) in enumerate(pairs)
             }
-            latencies = interleaved(fed, {})
+            latencies = interleaved(engines_with_feeds, {})
         return {name: {call: latencies[f"{name}, {call}"] for call in self.calls} for name in engines}
 
 

@@ -1,4 +1,4 @@
-"""``--max-memory``: how much of a model is in memory at a time, and how many texts go through it together."""
+"""``--max-memory``: division of the memory between the weights of a model and the values of a batch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ from passes.graph.graph import Graph
 from passes.graph.sites import find_sites
 
 GIB = 1024**3
-WORKING = 0.25  # of what is free, for the values of a batch: the rest is the weights', so that sections are few
-SPARE = 0.15  # of the limit, for what allocators keep and operators take beside their results
-STORED = 0.5  # a weight is read in 16 bits and made one of 32: both are there for a moment
+WORKING = 0.25  # of the free memory, for the values of a batch; the weights get the rest, so that sections are few
+SPARE = 0.15  # of the limit, for memory that allocators keep and workspace of operators
+STORED = 0.5  # a weight is read in 16 bits and converted to 32 bits; both are in memory at the same time
 
 
 class RoomError(CompressorError):
-    """A model cannot be run under a memory limit."""
+    """A memory limit under which the model cannot run."""
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """How a model is run under a limit: the room for its weights, and the rows of a batch."""
+    """Budget of a run under a memory limit.
+
+    Attributes:
+        room: memory for the weights, and the folder for values between two sections.
+        rows: largest number of rows in a batch.
+    """
 
     room: Room
     rows: int
@@ -44,10 +49,12 @@ class Bounded:
 def limited(
     graph: Graph, splits: Sequence[Split], limit: int | None, beside: Path, outputs: Collection[str], at_once: int = 1
 ) -> Iterator[Bounded | None]:
-    """How a model is run under a limit, with a folder for it beside another; None where there is no limit.
+    """Yield the budget of a run under a memory limit, or None without a limit.
+
+    The values between two sections go to a temporary folder next to `beside`, which is removed at the end.
 
     Raises:
-        RoomError: as `bounded` does.
+        RoomError: see `bounded`.
     """
     if limit is None:
         yield None
@@ -59,22 +66,25 @@ def limited(
 def bounded(
     graph: Graph, splits: Sequence[Split], limit: int, folder: Path, outputs: Collection[str], at_once: int = 1
 ) -> Bounded:
-    """Share the memory that is left under a limit out between weights and the values of a batch.
+    """Divide the free memory under a limit between the weights and the values of a batch.
 
     Args:
-        graph: of a model whose weights stay on disk.
-        splits: the texts that will be run, of which the longest counts.
+        graph: graph of a model whose weights stay on disk.
+        splits: the texts that will be run; the longest one decides.
         limit: bytes that the process may hold.
-        folder: where what waits between two sections is written.
-        outputs: names of those that will be computed.
-        at_once: how many graphs of this size are run side by side; each gets its share.
+        folder: folder for the values between two sections.
+        outputs: names of the outputs that will be computed.
+        at_once: number of graphs of this size that run at the same time; each gets an equal share.
 
     Raises:
-        RoomError: it is not enough even for one text and one block at a time; says what is.
+        RoomError: the limit is too small for one text and one block at a time. The message states the least limit. Also
+            raised if the system does not report the memory of a process.
     """
     held = held_memory()
     if held is None:
-        raise RoomError("this system does not say how much memory a process holds; leave --max-memory out.")
+        raise RoomError(
+            "--max-memory needs the memory use of this process, which this system does not report; leave it out."
+        )
     program = Program(graph, keep={find_sites(graph)[-1].root}, outputs=outputs)
     longest = _longest(splits)
     free = (int(limit * (1.0 - SPARE)) - held) // at_once - _moving(program)
@@ -86,7 +96,7 @@ def bounded(
     if largest > free - working:
         least = (held + at_once * (_moving(program) + working + largest)) / (1.0 - SPARE)
         raise RoomError(
-            f"--max-memory {limit / GIB:.3g}GiB is too little: this program takes {held / GIB:.2g} GiB, the largest "
+            f"--max-memory {limit / GIB:.3g}GiB is too little: this process takes {held / GIB:.2g} GiB, the largest "
             f"block {largest / GIB:.2g} GiB and one text {working / GIB:.2g} GiB; give at least "
             f"{math.ceil(least / GIB * 10) / 10:g}GiB."
         )
@@ -94,15 +104,15 @@ def bounded(
 
 
 def _moving(program: Program) -> int:
-    """Bytes of the largest weight as its file has it: there beside the one in 32 bits while that is made of it."""
+    """Return the bytes of the largest weight as stored, which is in memory while it is converted to 32 bits."""
     sizes = (value.numel() * value.itemsize for value in program.constants.values() if is_offloaded(value))
     return int(max(sizes) * STORED)
 
 
 def _longest(splits: Sequence[Split]) -> dict[str, torch.Tensor]:
-    """The feeds of the longest text."""
-    feeds = (batch for split in splits for batch in tensor_batches(split, 1))
-    return max(feeds, key=lambda each: each[MASK].shape[1])
+    """Return the feeds of the longest text."""
+    texts = (batch for split in splits for batch in tensor_batches(split, 1))
+    return max(texts, key=lambda feeds: feeds[MASK].shape[1])
 
 
 def _repeated(feeds: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Peak memory of an engine: in a process of its own, which holds nothing else and has never loaded torch."""
+"""Peak memory of an engine, measured in a separate process that does not import torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ LIMIT_SECONDS = 600.0
 
 
 class PeakMemoryError(CompressorError):
-    """The process that should have measured an engine's memory ended without an answer."""
+    """The process that measures the memory of an engine failed or took too long."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Most memory a process held that opened one engine and ran it, and what it held before, in bytes.
+    """Peak memory of a process that opens one engine and runs it, in bytes.
 
-    `before` is Python with NumPy; the rest is the runtime's library, the engine and its work space.
+    Attributes:
+        peak: the peak, with the library of the runtime, the engine and its workspace.
+        before: the peak before the engine is opened: Python with NumPy.
     """
 
     peak: int
@@ -35,13 +37,13 @@ class Memory:
 
 
 def measure(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Memory | None:
-    """The memory of one engine; None where the system does not say.
+    """Measure the peak memory of one engine; return None if the system does not report it.
 
     Raises:
-        PeakMemoryError: the process failed.
+        PeakMemoryError: the process failed or took over `LIMIT_SECONDS`.
     """
-    # The child finds the packages where this process did, however they were put on its path.
-    places = os.pathsep.join(place for place in sys.path if place)
+    # The child process gets the import path of this process, which may differ from PYTHONPATH.
+    import_path = os.pathsep.join(folder for folder in sys.path if folder)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "compressor.measure.peak_memory"],
@@ -49,21 +51,22 @@ def measure(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Mem
             capture_output=True,
             check=False,
             timeout=LIMIT_SECONDS,
-            env={**os.environ, "PYTHONPATH": places},
+            env={**os.environ, "PYTHONPATH": import_path},
         )
     except subprocess.TimeoutExpired as error:
         raise PeakMemoryError(
-            f"the process that measures the memory of {path.name} took over {LIMIT_SECONDS:g} s; give smaller --batch."
+            f"the process that measures the memory of {path.name} took over {LIMIT_SECONDS:g} s; give a smaller "
+            "--batch."
         ) from error
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise PeakMemoryError(f"the process that measures the memory of {path.name} failed ({last}).")
-    found = json.loads(done.stdout)
-    return None if found is None else Memory(**found)
+    memory = json.loads(done.stdout)
+    return None if memory is None else Memory(**memory)
 
 
 def _measured(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Memory | None:
-    """What the child does."""
+    """Measure the peak memory of this process before and after it runs the engine."""
     forget_peak_memory()
     before = peak_memory()
     with runtime(target).load(path, options) as engine:
@@ -75,5 +78,5 @@ def _measured(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> M
 
 
 if __name__ == "__main__":
-    measured = _measured(*pickle.load(sys.stdin.buffer))  # from the parent process alone
+    measured = _measured(*pickle.load(sys.stdin.buffer))  # the input comes from the parent process only
     print(json.dumps(None if measured is None else asdict(measured)))

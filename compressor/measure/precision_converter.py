@@ -1,4 +1,4 @@
-"""Convert float files to a lower precision, and choose among precisions by measured loss and time."""
+"""Convert float files to a lower precision, and choose a precision by measured loss and latency."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class PrecisionConverter:
         builder: builds the engines whose loss and time are measured.
         timer: times them.
         calibration: how activation ranges are chosen for int8; ``auto`` tries several.
-        max_loss: largest quality loss against the float engine on validation data, in percent, that layers are kept in
-            float for and that ``auto`` accepts.
+        max_loss: largest quality loss against the float engine on validation data, in percent. Layers stay in float to
+            keep within it, and ``auto`` accepts no precision that exceeds it.
         results: conversions by source, each made once.
     """
 
@@ -76,9 +76,9 @@ class PrecisionConverter:
         return best_of(converted, self.quick({source: source for source in converted}), self.max_loss)
 
     def convert_for_timing(self, path: Path, precision: str) -> Source:
-        """Convert a file well enough to be timed: int8 ranges come from one batch, and nothing is evaluated.
+        """Convert a float file for timing alone: int8 ranges come from one batch, and the loss is not measured.
 
-        ``auto`` is timed in int8 where that is written into the file, else in fp32.
+        ``auto`` is timed in int8 if the target reads int8 from the file, else in fp32.
         """
         target = self.builder.target
         if precision == AUTO:
@@ -95,7 +95,7 @@ class PrecisionConverter:
         """Try every precision of the target on a float file.
 
         Returns:
-            The fastest precision whose loss stays within `max_loss`, and all trials.
+            The fastest precision with a loss of at most `max_loss`, and all trials.
         """
         sources, refused = {"fp32": Source(path)}, dict[str, str]()
         losses: dict[str, float | None] = {"fp32": 0.0}
@@ -122,7 +122,7 @@ class PrecisionConverter:
     def _expected_loss(self, path: Path) -> Callable[[Source], float] | None:
         """Return a function that measures the loss of an engine against the float engine of `path`.
 
-        The loss is on validation data, in percent; None where no quality may be stated.
+        The loss is on validation data, in percent. Return None if no quality is stated.
         """
         if self.builder.subject.no_quality_because is not None:
             return None
@@ -133,7 +133,7 @@ class PrecisionConverter:
             validation = self.builder.subject.data.validation
             try:
                 evaluation = evaluate_engines(self.builder, engines, validation, "float", lambda *_: None)
-            except EvaluationError:  # NaN or infinity: the worst loss, so that layers return to float
+            except EvaluationError:  # NaN or infinity counts as an infinite loss, so that layers return to float
                 return math.inf
             return evaluation.expected_loss("float", "converted")
 

@@ -1,4 +1,4 @@
-"""The variants of one export: the model as it was and as it became, each with its files and its engine."""
+"""Variants of one export: the original and the compressed model, each with its files and its engine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Variant:
         name: ``original`` (the float baseline beside a lower precision), ``baseline``, ``result``, or a cell of the
             factorial.
         graph: the graph as torch runs it, before folding.
-        float_file: what the builder lowered it to.
-        parity: how far its float engine is from torch.
+        float_file: the file that the graph was lowered to.
+        parity: difference of the float engine from torch.
         source: the file and precision that its engine is built from.
-        conversion: how it got its precision; None for fp32.
+        conversion: facts of the conversion to its precision; None for fp32.
         reported: False for a variant that only the factorial needs.
         engine: the built engine; None before it is built.
     """
@@ -40,7 +40,7 @@ class Variant:
     engine: Path | None = None
 
     def renamed(self, name: str) -> Variant:
-        """Return the variant as a cell of the factorial alone."""
+        """Return the variant under another name, as a cell of the factorial that the report does not list."""
         return dataclasses.replace(self, name=name, reported=False)
 
     def as_float(self) -> Variant:
@@ -49,7 +49,7 @@ class Variant:
 
 
 def float_variant(name: str, graph: Graph, path: Path, parity: Parity) -> Variant:
-    """Return a variant in fp32, as it is after lowering."""
+    """Return a lowered variant in fp32."""
     return Variant(name, graph, path, parity, Source(path))
 
 
@@ -63,7 +63,7 @@ def convert_variants(
     Args:
         variants: in fp32, the baseline first.
         precision: ``fp32`` leaves them as they are.
-        converter: makes the files.
+        converter: converts the files.
         steps: shows progress.
     """
     if precision == "fp32":
@@ -81,7 +81,7 @@ def convert_variants(
 
 
 def build_variants(variants: Sequence[Variant], builder: EngineBuilder, folder: Path, steps: Steps) -> list[Variant]:
-    """Build the engine of every variant; that of the result goes into the output folder, and its source with it."""
+    """Build the engine of every variant; write that of the result and its source into the output folder."""
     built = []
     with steps.step(f"build for {builder.target.name}"):
         for variant in variants:
@@ -94,7 +94,7 @@ def build_variants(variants: Sequence[Variant], builder: EngineBuilder, folder: 
 
 
 def engines_of(variants: Sequence[Variant]) -> dict[str, Path]:
-    """Return the paths of the engines by variant, all of which are built."""
+    """Return the paths of the engines by the names of the variants, all of which must be built."""
     engines = {variant.name: variant.engine for variant in variants}
     assert None not in engines.values()
     return {name: engine for name, engine in engines.items() if engine is not None}

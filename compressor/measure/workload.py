@@ -1,8 +1,9 @@
-"""What is timed: one call on real inputs, or the two kinds of calls that generation is made of, and feeds for them.
+"""Workloads: the calls that are timed, and their inputs.
 
-A language model with a cache is asked for a prompt once, and for each further token once. What a generation takes is
-the time of the prompt's call and, for each further token, that of a call with one token behind the keys and values of
-half of them and the prompt: the time of such a call grows about linearly with its cache.
+The workload of a model without a KV cache is one call on real inputs. A language model with a cache is timed on a
+generation: one prefill call with the prompt, and one decode step per new token. The latency of the generation is the
+sum of that of the prefill and, for each new token, that of a representative decode step. The cache of this step holds
+the prompt and half of the new tokens, because the latency of a decode step grows about linearly with its cache length.
 """
 
 from __future__ import annotations
@@ -28,31 +29,40 @@ if TYPE_CHECKING:
     from compressor.models import Model
     from compressor.settings import Settings
 
-USUAL = 128  # tokens of context, and as many new ones, where none are asked for
+USUAL = 128  # default number of prompt tokens, and of new tokens
 BATCH = 32  # texts read at a time
-TIMING_CANDIDATES = 32  # samples among which the one of median length is timed
+TIMING_CANDIDATES = 32  # samples from which the one of median length is timed
 RUN, PROMPT, TOKEN = "run", "prompt", "token"
 
 
 @dataclass(frozen=True)
 class Generate:
-    """What a language model is timed at: tokens of a prompt, and `new` further ones (0: the prompt alone)."""
+    """Lengths of the generation that a language model is timed on.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        new: tokens that are generated; 0 times the prefill alone.
+    """
 
     prompt: int
     new: int
 
     @property
     def behind(self) -> int:
-        """Tokens in the cache of the call that stands for each further token."""
+        """Length of the cache of the representative decode step, in tokens."""
         return self.prompt + self.new // 2
 
 
 @dataclass(frozen=True)
 class Call:
-    """One kind of call: how often it is made, on which inputs, and the shapes of all inputs.
+    """One kind of call of a workload.
 
-    `filled`, of a call behind a cache, takes what opens an engine and a folder that does not exist yet, and gives that
-    engine's own cache, kept there.
+    Attributes:
+        times: how often the workload makes the call.
+        inputs: feeds that are the same for all engines.
+        shapes: shapes of all inputs, including those of the KV cache.
+        filled: function that computes the KV cache of an engine, for a decode step; None for a call without a cache. It
+            takes a function that opens the engine, and the path of a new folder to store the cache in.
     """
 
     times: int
@@ -62,68 +72,69 @@ class Call:
 
     @staticmethod
     def alone(inputs: Feeds) -> Call:
-        """A call that is made once and keeps nothing of others."""
+        """Return a call that is made once, without a KV cache from another call."""
         return Call(1, inputs, {name: tuple(value.shape) for name, value in inputs.items()})
 
     def feeds(self, opener: Callable[[], Engine], folder: Path) -> Feeds:
-        """Everything that one engine is fed."""
+        """Return all feeds of an engine; its KV cache is computed and stored in `folder`."""
         return self.inputs if self.filled is None else {**self.inputs, **self.filled(opener, folder)}
 
 
 def generate_of(settings: Settings, model: Model) -> Generate | None:
-    """What generation is timed at: as asked for, else `USUAL` as far as it fits; None for models without a cache.
+    """Return the lengths of the generation to time; None for a model without a KV cache.
 
-    An engine that is built on another machine is timed there by a prompt alone.
+    The default is `USUAL` tokens each, or half of the model's positions if that is less. An engine that is built on
+    another machine is timed there on the prefill alone by default.
 
     Raises:
-        SettingsError: the model keeps no cache, or has fewer positions.
+        SettingsError: ``--generate`` is given and the model has no KV cache, or too few positions.
     """
-    asked = settings.generated
+    lengths = settings.generated
     if not model.state:
-        if asked is not None:
-            raise SettingsError(f"--generate needs a language model with a cache; {model.name} does {model.task}.")
+        if lengths is not None:
+            raise SettingsError(f"--generate needs a language model with a KV cache; {model.name} does {model.task}.")
         return None
     most = most_tokens(model)
-    if asked is not None:
-        if most is not None and sum(asked) > most:
+    if lengths is not None:
+        if most is not None and sum(lengths) > most:
             raise SettingsError(
-                f"--generate {asked[0]}:{asked[1]} does not fit {model.name}, which has {most} positions; give fewer "
-                "tokens."
+                f"--generate {lengths[0]}:{lengths[1]} does not fit {model.name}, which has {most} positions; give "
+                "fewer tokens."
             )
-        return Generate(*asked)
+        return Generate(*lengths)
     prompt = USUAL if most is None else max(1, min(USUAL, most // 2))
     return Generate(prompt, 0 if settings.defer_build else prompt)
 
 
 def most_tokens(model: Model) -> int | None:
-    """Most tokens that a model of transformers was made for; None where its config names no limit."""
+    """Return the number of positions of a model of transformers; None if its config states no limit."""
     most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     return most if isinstance(most, int) else None
 
 
 def calls_of(subject: Loaded, settings: Settings) -> dict[str, Call]:
-    """The calls whose time is the latency, by name: one alone, or those of a generation."""
+    """Return the calls of the workload by name: one call, or those of a generation."""
     model, split = subject.model, subject.data.test
-    asked = generate_of(settings, model)
-    if asked is None:
+    generate = generate_of(settings, model)
+    if generate is None:
         return {RUN: Call.alone(timing_feeds(split, settings.batch))}
-    ids = token_ids(split, settings.batch, asked.behind + 1)
-    prompt = ids[:, : asked.prompt]
-    told = {"input_ids": prompt, "attention_mask": np.ones_like(prompt)}
+    ids = token_ids(split, settings.batch, generate.behind + 1)
+    prompt = ids[:, : generate.prompt]
+    prompt_feeds = {"input_ids": prompt, "attention_mask": np.ones_like(prompt)}
     assert model.preprocess.complete is not None
-    calls = {PROMPT: Call.alone(model.preprocess.complete(told))}
-    if asked.new:
-        step = called(ids, asked.behind)
+    calls = {PROMPT: Call.alone(model.preprocess.complete(prompt_feeds))}
+    if generate.new:
+        step = called(ids, generate.behind)
         shapes = {name: tuple(value.shape) for name, value in step.items()}
         for name in model.state.values():
             _, heads, _, width = model.example[name].shape
-            shapes[name] = (settings.batch, heads, asked.behind, width)
-        calls[TOKEN] = Call(asked.new, step, shapes, partial(_filled, model, ids[:, :-1]))
+            shapes[name] = (settings.batch, heads, generate.behind, width)
+        calls[TOKEN] = Call(generate.new, step, shapes, partial(_filled_cache, model, ids[:, :-1]))
     return calls
 
 
 def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Exactly `batch` rows of real inputs, repeated where the split is smaller; of texts those of median length."""
+    """Return exactly `batch` rows of real inputs: those of median length, repeated if the split is smaller."""
     few = itertools.islice((part.feeds for part in split.batches(batch)), max(1, TIMING_CANDIDATES // batch))
     by_size = sorted(few, key=lambda feeds: sum(value[0].size for value in feeds.values()))
     feeds = by_size[len(by_size) // 2]
@@ -132,10 +143,10 @@ def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[np.generic]]
 
 
 def together(calls: Mapping[str, Call], latencies: Mapping[str, Latency]) -> Latency:
-    """The latency of all calls one after the other, as often as each is made.
+    """Return the latency of a whole workload.
 
-    Each sample is one of the call that is made once, and the median of the others' bursts of the same round, as often
-    as they are made: a sample of a generation as a whole would take too long.
+    Each sample of the first call, which is made once, is extended by the medians of the other calls in the same round,
+    multiplied by how often they are made. Timing whole generations would take too long.
     """
     first, *others = calls
     if not others:
@@ -152,11 +163,11 @@ def together(calls: Mapping[str, Call], latencies: Mapping[str, Latency]) -> Lat
     )
 
 
-def _filled(model: Model, ids: npt.NDArray[np.int64], opener: Callable[[], Engine], folder: Path) -> Feeds:
-    """An engine's own cache of some tokens, [rows, tokens], read from files when it is bound."""
+def _filled_cache(model: Model, ids: npt.NDArray[np.int64], opener: Callable[[], Engine], folder: Path) -> Feeds:
+    """Compute the KV cache of an engine for tokens [rows, tokens]; it is read from files when an engine binds it."""
     with opener() as engine:
-        answers = engine.run(called(ids, 0) | dict(empty(engine, model, len(ids))))
-        cache = {before: answers[after] for after, before in model.state.items() if before in engine.inputs}
+        outputs = engine.run(called(ids, 0) | dict(empty(engine, model, len(ids))))
+        cache = {before: outputs[after] for after, before in model.state.items() if before in engine.inputs}
     return dict(stored(cache, folder))
 
 
@@ -164,7 +175,7 @@ def _filled(model: Model, ids: npt.NDArray[np.int64], opener: Callable[[], Engin
 
 
 def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
-    """Real tokens, [rows, tokens]: the data's texts one after the other, no padding, from the start again at need."""
+    """Return real tokens [rows, tokens]: the concatenated texts without padding, repeated if they are too short."""
     texts: list[npt.NDArray[np.int64]] = []
     count = 0
     for batch in split.batches(BATCH):
@@ -177,7 +188,7 @@ def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
 
 
 def called(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Feeds of a call with the tokens from `start`, those before being in the cache."""
+    """Return the feeds of a call with the tokens from position `start`; the earlier tokens are in the KV cache."""
     from compressor.models.kv_cache import positions  # imports transformers
 
     mask = np.ones(ids.shape, dtype=np.int64)
@@ -186,7 +197,7 @@ def called(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.g
 
 
 def empty(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    """A cache of no tokens, of what layers the engine has left: [rows, heads, 0, width] each."""
+    """Yield an empty KV cache for the layers that the engine still has; each tensor is [rows, heads, 0, width]."""
     for name in model.state.values():
         if name in engine.inputs:
             shape = engine.input_shapes[name]
@@ -197,7 +208,7 @@ def empty(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.ND
 
 
 def stored(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    """The same arrays, read from files when an engine binds them."""
+    """Store arrays in a new folder and yield them as memory maps, which are read when an engine binds them."""
     folder.mkdir()
     for number, (name, value) in enumerate(cache.items()):
         np.save(folder / f"{number}.npy", value)
@@ -205,13 +216,16 @@ def stored(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.gen
 
 
 class Fed:
-    """An engine with feeds of its own, opened when it is entered, so that one run can hold several kinds of calls."""
+    """An engine with feeds of its own, so that one interleaved run can time several kinds of calls.
+
+    The engine is opened on entry and closed on exit.
+    """
 
     def __init__(self, opener: Callable[[], Engine], feeds: Feeds) -> None:
         self._opener, self._feeds = opener, feeds
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Bind its own feeds in place of those of the run."""
+        """Bind the own feeds; those of the run are ignored."""
         return self._engine.bind(self._feeds)
 
     def __enter__(self) -> Fed:

@@ -1,4 +1,4 @@
-"""Exports whose engine is built later, and `compressor build` where torch and its like cannot be imported."""
+"""Exports with a deferred build, and `compressor build` without torch and other packages that a device may lack."""
 
 import hashlib
 import json
@@ -38,10 +38,10 @@ from runtimes.tensorrt import target as tensorrt
 from tests.processors import need_exact_int8
 from tests.runtimes.tensorrt.test_target import fake  # noqa: F401  (a fixture)
 
-ort = pytest.importorskip("onnxruntime", reason="it stands in for every target")
+ort = pytest.importorskip("onnxruntime", reason="it replaces every target in a deferred export")
 
 FLOAT32 = 1e-5  # a few float32 products of width 32, in another order
-# What a device may lack: every dependency but NumPy, click, rich and the target's own package.
+# Packages that a device may lack: every dependency except NumPy, click, rich and the package of the target.
 ABSENT = [
     "torch",
     "torchvision",
@@ -92,7 +92,7 @@ class Residual(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def brief():
-    """Real timing, but for a moment only: these tests are about what is written."""
+    """Real timing in very short bursts; these tests check the written files."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (engine_timing, complete):
             patch.setattr(module, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
@@ -101,7 +101,7 @@ def brief():
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    """A module, and data whose labels are its own answers."""
+    """A module, and data labelled with its own predictions."""
     rows = np.random.default_rng(0).standard_normal((160, 32)).astype(np.float32)
     with torch.no_grad():
         labels = Residual()(torch.from_numpy(rows)).argmax(-1).numpy()
@@ -113,25 +113,25 @@ def subject(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def originals(subject, brief, tmp_path_factory):
-    """Deferred exports, made once each; OpenVINO's in int8, on a machine that has no OpenVINO."""
-    room = tmp_path_factory.mktemp("deferred")
+    """Deferred exports, one for each target; OpenVINO's is in int8, on a machine without OpenVINO."""
+    parent = tmp_path_factory.mktemp("deferred")
     options = {
         "onnxruntime": {},
         "openvino": {"int8": "static", "max_precision_loss": 100.0},
         "tensorrt": {"int8": "static", "max_precision_loss": 100.0, "actions": "linear"},
     }
-    made = {}
+    folders = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openvino, "missing", lambda: "openvino is not installed")
         for target, own in options.items():
-            made[target] = room / target
-            compressor.export(**subject, **own, target=target, output=made[target])
-    return made
+            folders[target] = parent / target
+            compressor.export(**subject, **own, target=target, output=folders[target])
+    return folders
 
 
 @pytest.fixture
 def folder(originals, tmp_path, request):
-    """A copy of one, ONNX Runtime's where a test asks for no other."""
+    """A copy of one export, by default the one for ONNX Runtime."""
     return Path(shutil.copytree(originals[getattr(request, "param", "onnxruntime")], tmp_path / "folder"))
 
 
@@ -150,11 +150,11 @@ def on_device(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-# ------------------------------------------------------------------------------------------------- what is exported
+# ---------------------------------------------------------------------------------------------- the exported folder
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
-def test_the_folder_is_whole_but_for_the_engine(originals, target):
+def test_the_folder_lacks_only_the_engine(originals, target):
     folder = originals[target]
     expected = {"model.onnx", "plan.json", "report.json", "config.json", "manifest.json", "README.md", "report.html"}
     expected |= {"deferred/answers.npz", "deferred/baseline.onnx"}
@@ -167,7 +167,7 @@ def test_the_folder_is_whole_but_for_the_engine(originals, target):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
-def test_the_report_says_that_onnxruntime_stood_in(originals, target):
+def test_the_report_states_that_onnxruntime_replaced_the_target(originals, target):
     content = report_of(originals[target])
     engine = content["engine"]
     assert (engine["state"], engine["target"]) == ("deferred", target)
@@ -185,14 +185,14 @@ def test_the_report_says_that_onnxruntime_stood_in(originals, target):
         assert (parity > 1e-3) is int8  # seven or eight bits against 24
 
 
-def test_the_report_of_a_deferred_export_tells_its_reader(originals):
+def test_the_summary_states_that_the_build_is_deferred(originals):
     report = complete._restored(report_of(originals["openvino"]), originals["openvino"])
     assert report.table().title == "Residual on ONNX Runtime (target: openvino), batch 5"
     assert "Run `compressor build` with this folder on the device" in report.summary()
     assert "with ONNX Runtime on the CPU of this machine, not with openvino on the device" in report.summary()
 
 
-def test_the_stored_answers_are_torchs(originals):
+def test_the_stored_outputs_are_those_of_torch(originals):
     answers = Answers.load(originals["onnxruntime"] / deferred.ANSWERS)
     assert len(answers) == 64  # of 80 test samples
     assert answers.labels is not None
@@ -206,15 +206,15 @@ def test_the_stored_answers_are_torchs(originals):
     assert np.abs(shipped - eager).max() > 0.01  # a branch was dropped
 
 
-def test_tensorrts_files_keep_its_rules_and_its_style(originals):
+def test_tensorrts_files_follow_its_rules_and_its_int8_style(originals):
     from runtimes.tensorrt import qdq_rules as qdq
 
     for name in ("model.onnx", "deferred/baseline.onnx"):
         assert qdq.violations(originals["tensorrt"] / name) == []
-    assert len(qdq.violations(originals["openvino"] / "model.onnx")) > 0  # uint8: the style is the target's own
+    assert len(qdq.violations(originals["openvino"] / "model.onnx")) > 0  # uint8, the style of openvino
 
 
-def test_a_file_that_tensorrt_would_refuse_is_found_before_the_device(tmp_path):
+def test_a_file_that_tensorrt_would_refuse_is_refused_by_the_export(tmp_path):
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
     inner = [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], name="ranges")]
     inner.append(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]))
@@ -223,7 +223,7 @@ def test_a_file_that_tensorrt_would_refuse_is_found_before_the_device(tmp_path):
         deferred._commands(tmp_path, {"result": Source(tmp_path / "model.onnx")}, BuildOptions())
 
 
-def test_the_lines_for_trtexec(originals):
+def test_the_trtexec_commands(originals):
     lines = (originals["tensorrt"] / "trtexec.txt").read_text().split("\n\n")
     build = (
         "trtexec --onnx=model.onnx --saveEngine=model.engine --timingCacheFile=tensorrt.timing --noTF32 "
@@ -239,7 +239,7 @@ def test_the_lines_for_trtexec(originals):
 @pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
 @pytest.mark.parametrize("folder", ["tensorrt"], indirect=True)
 @pytest.mark.usefixtures("brief")
-def test_the_device_may_ask_for_a_portable_engine(folder, fake):  # noqa: F811
+def test_a_portable_engine_can_be_built_on_the_device(folder, fake):  # noqa: F811
     assert report_of(folder)["engine"]["options"]["portable"] is False
     compressor.build(folder, portable_engine=True)
     assert report_of(folder)["engine"]["options"]["portable"] is True
@@ -247,7 +247,7 @@ def test_the_device_may_ask_for_a_portable_engine(folder, fake):  # noqa: F811
     assert "engine_host_code_allowed = True" in (folder / "README.md").read_text()
 
 
-def test_lengths_and_fixed_shapes_of_the_lines(tmp_path):
+def test_the_trtexec_commands_have_lengths_but_no_fixed_shapes(tmp_path):
     inputs = [
         helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"]),
         helper.make_tensor_value_info("fixed", TensorProto.INT64, [1, 3]),
@@ -262,41 +262,41 @@ def test_lengths_and_fixed_shapes_of_the_lines(tmp_path):
 
 
 @pytest.mark.parametrize(("limit", "rows", "timed"), [(10**9, 64, 40), (5760, 30, 11), (1, 1, 1)])
-def test_what_is_stored_is_bounded(monkeypatch, tmp_path, limit, rows, timed):
-    """A sample is 32 inputs and 4 answers of 4 bytes; a quarter of the limit is for the 40 rows to be timed."""
+def test_the_stored_samples_stay_within_the_limit(monkeypatch, tmp_path, limit, rows, timed):
+    """A sample has 32 inputs and 4 outputs of 4 bytes; a quarter of the limit is for the 40 timed rows."""
     monkeypatch.setattr(deferred, "LIMIT", limit)
     monkeypatch.setattr(deferred, "TIMED_LIMIT", limit // 4)
     linear = torch.nn.Linear(32, 4)
     shapes = ({0: torch.export.Dim.AUTO},)
     exported = torch.export.export(linear, (torch.zeros(2, 32),), dynamic_shapes=shapes, strict=False)
     graph = Graph(exported.module(check_guards=False), ("x",), ("y",), "")
-    asked = []
+    batch_sizes = []
 
     def run_all(graph, batches):
         for feeds in batches:
-            asked.append(len(feeds["x"]))
+            batch_sizes.append(len(feeds["x"]))
             yield run(graph, feeds)
 
     batch = SimpleNamespace(feeds={"x": np.zeros((64, 32), np.float32)}, labels=None, ids=tuple("s" * 64))
     test = SimpleNamespace(samples=SimpleNamespace(rows_per_sample=1), batches=lambda size: iter([batch]))
     subject = SimpleNamespace(data=SimpleNamespace(test=test), metric="fidelity")
-    given = {"x": np.zeros((40, 32), np.float32)}
+    timed_inputs = {"x": np.zeros((40, 32), np.float32)}
     (tmp_path / deferred.FOLDER).mkdir()
-    found = deferred.stored_answers(
-        tmp_path, {"result": graph}, subject, given, SimpleNamespace(batch=40), run_all, at_once=7
+    answers = deferred.stored_answers(
+        tmp_path, {"result": graph}, subject, timed_inputs, SimpleNamespace(batch=40), run_all, at_once=7
     )
-    assert (sum(asked), max(asked)) == (rows, min(7, rows))
-    assert found.expected["result"]["y"].shape == (rows, 4)
+    assert (sum(batch_sizes), max(batch_sizes)) == (rows, min(7, rows))
+    assert answers.expected["result"]["y"].shape == (rows, 4)
     assert len(Answers.load(tmp_path / deferred.ANSWERS)) == rows
-    assert (len(found), len(found.timed["x"])) == (rows, timed)
-    assert found.batch(40)["x"].shape == (40, 32)
+    assert (len(answers), len(answers.timed["x"])) == (rows, timed)
+    assert answers.batch(40)["x"].shape == (40, 32)
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------- refused options
 
 
 @pytest.mark.parametrize("command", [compressor.export, compressor.sweep])
-def test_without_the_target_one_sentence_offers_both_ways(command, tmp_path, monkeypatch):
+def test_the_error_for_an_absent_target_advises_to_install_it_or_to_defer_the_build(command, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "missing", lambda: "tensorrt is not installed; pip install tensorrt")
     with pytest.raises(RuntimeUnavailable) as caught:
         command(target="tensorrt", output=tmp_path / "out")
@@ -307,7 +307,7 @@ def test_without_the_target_one_sentence_offers_both_ways(command, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_stands_in_must_be_here(tmp_path, monkeypatch):
+def test_a_deferred_export_needs_onnxruntime(tmp_path, monkeypatch):
     monkeypatch.setattr(
         registry.runtime("onnxruntime"), "missing", lambda: "it is not installed; pip install onnxruntime"
     )
@@ -315,7 +315,7 @@ def test_what_stands_in_must_be_here(tmp_path, monkeypatch):
         compressor.export(target="tensorrt", defer_build=True, output=tmp_path / "out")
 
 
-def test_wishes_and_devices_that_cannot_be_kept_are_refused(tmp_path):
+def test_latency_goals_devices_and_precisions_that_cannot_be_met_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="with --defer-build, which does not time the target; give --speedup"):
         Settings(latency=5.0, defer_build=True)
     with pytest.raises(RuntimeUnavailable, match="tensorrt runs on cuda; found device 'cpu'"):
@@ -328,15 +328,15 @@ def test_wishes_and_devices_that_cannot_be_kept_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["onnxruntime", "openvino"], indirect=True)
-def test_the_device_needs_neither_torch_nor_its_like(folder):
+def test_the_build_runs_without_torch_and_the_other_absent_packages(folder):
     if (reason := registry.runtime(report_of(folder)["engine"]["target"]).missing()) is not None:
         pytest.skip(reason)
     before, target = report_of(folder), report_of(folder)["engine"]["target"]
-    if target == "openvino":  # it saturates at other places than the stand-in, further off than the device may be
+    if target == "openvino":  # saturates elsewhere than ONNX Runtime, by more than the tolerance
         need_exact_int8(before["settings"]["precision"])
     card = (folder / "README.md").read_bytes()
     page = (folder / "report.html").read_bytes()
-    (folder / "mine.txt").write_text("a file of the user's own")
+    (folder / "mine.txt").write_text("a file of the user")
     done = on_device("build", folder, "--rounds", "1", "--threads", "1", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"Residual on {target}, batch 5" in done.stdout
@@ -344,9 +344,9 @@ def test_the_device_needs_neither_torch_nor_its_like(folder):
     assert "Dropped 1 of 3 sites" in done.stdout
     assert "of 64 stored rows." in " ".join(done.stdout.split())
     _check_completed(before, folder)
-    assert (folder / "README.md").read_bytes() == card  # without jinja2 it stays, and says whose figures it holds
+    assert (folder / "README.md").read_bytes() == card  # unchanged without jinja2; states whose figures it has
     assert b"writes the device's figures to `report.json`" in card
-    assert (folder / "report.html").read_bytes() == page  # what draws it is not there, which is said
+    assert (folder / "report.html").read_bytes() == page  # unchanged without its packages, as a note states
     assert complete.NO_PAGE in report_of(folder)["notes"]
     built = {"openvino_model.xml", "openvino_model.bin"} if target == "openvino" else set()
     files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -356,7 +356,7 @@ def test_the_device_needs_neither_torch_nor_its_like(folder):
 
 
 def _check_completed(before, folder):
-    """report.json holds the device's figures and environment beside those of the machine that compressed."""
+    """Check that report.json has the figures and environment of the device and of the exporting machine."""
     after = report_of(folder)
     engine, measured = after["engine"], after["engine"]["measured"]
     assert engine["state"] == "built"
@@ -368,32 +368,32 @@ def _check_completed(before, folder):
     }
     assert set(after["latency"]) == set(before["latency"]) == set(measured) == set(engine["files"])
     assert after["latency"]["result"]["samples_ms"] != before["latency"]["result"]["samples_ms"]
-    assert all(len(each["samples_ms"]) == 1 for each in after["latency"].values())
-    for name, found in measured.items():
-        assert found["parity"] <= engine["allowed"][name]
-        assert found["agreement"]["n"] == found["accuracy"]["n"] == 64
-        # int8 may turn a close answer, more of them where sums of products saturate at 16 bits
-        assert found["agreement"]["value"] >= (75.0 if int8_saturates() else 90.0)
+    assert all(len(latency["samples_ms"]) == 1 for latency in after["latency"].values())
+    for name, figures in measured.items():
+        assert figures["parity"] <= engine["allowed"][name]
+        assert figures["agreement"]["n"] == figures["accuracy"]["n"] == 64
+        # int8 may change a close prediction, and changes more of them if sums of products saturate at 16 bits
+        assert figures["agreement"]["value"] >= (75.0 if int8_saturates() else 90.0)
     unchanged = set(before) - {"engine", "latency", "speedup", "notes", "limitations"}
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
 
 
-def test_the_card_is_made_anew_unless_someone_has_edited_it(folder, brief):
-    there = (folder / "README.md").read_text()
-    assert "ONNX Runtime instead of ONNX Runtime" in there
+def test_the_card_is_rewritten_unless_someone_has_edited_it(folder, brief):
+    before = (folder / "README.md").read_text()
+    assert "ONNX Runtime instead of ONNX Runtime" in before
     compressor.build(folder, rounds=1)
-    anew = (folder / "README.md").read_text()
-    assert "Latency was measured with onnxruntime on this device" in anew
-    assert "ONNX Runtime instead of" not in anew
+    after = (folder / "README.md").read_text()
+    assert "Latency was measured with onnxruntime on this device" in after
+    assert "ONNX Runtime instead of" not in after
     (folder / "README.md").write_text("Mine.")
-    for _ in range(2):  # nor does the first of them make it look like ours
+    for _ in range(2):  # the first build does not list the card in the manifest either
         compressor.build(folder, rounds=1, force=True)
         assert (folder / "README.md").read_text() == "Mine."
 
 
 @pytest.mark.usefixtures("brief")
-def test_the_page_is_made_anew_with_the_devices_figures(folder):
-    """Where its packages are installed; a note that they were not is gone with that."""
+def test_the_page_is_rewritten_with_the_figures_of_the_device(folder):
+    """The note that its packages were absent is removed."""
     content = report_of(folder)
     content["notes"] = ["A note.", complete.NO_PAGE]
     (folder / "report.json").write_text(json.dumps(content))
@@ -408,7 +408,7 @@ def test_the_page_is_made_anew_with_the_devices_figures(folder):
     assert "Latency was measured with onnxruntime on this device" in after
 
 
-def test_errors_on_the_device_are_one_sentence_too(tmp_path):
+def test_errors_on_the_device_are_one_sentence(tmp_path):
     done = on_device("build", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"Error: {tmp_path} holds no report.json")
@@ -432,7 +432,7 @@ def test_a_second_build_needs_force(folder, brief):
 
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("name", ["model.onnx", "deferred/baseline.onnx", "deferred/answers.npz"])
-def test_a_copy_that_is_not_whole_is_noticed(folder, name):
+def test_a_damaged_or_incomplete_copy_is_refused(folder, name):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(FolderError, match=rf"{name} in .* is not the file that was exported; copy the whole folder"):
@@ -444,8 +444,8 @@ def test_a_copy_that_is_not_whole_is_noticed(folder, name):
 
 
 @pytest.mark.usefixtures("brief")
-def test_an_engine_that_computes_something_else_is_not_kept(folder):
-    """Torch's answers are moved by 1 % of the largest here: for the engine that is the same as being off by that."""
+def test_an_engine_that_differs_from_torch_is_not_kept(folder):
+    """The stored outputs are shifted by 1 % of the largest, which is equivalent to an error of the engine."""
     path = folder / deferred.ANSWERS
     answers = Answers.load(path)
     moved = answers.expected["result"]["output"]
@@ -466,7 +466,7 @@ def test_an_engine_that_computes_something_else_is_not_kept(folder):
         ('{"engine": {"state": "built", "target": "openvino"}}', "was exported with its engine"),
     ],
 )
-def test_what_was_not_deferred_is_refused(tmp_path, content, words):
+def test_a_folder_without_a_deferred_engine_is_refused(tmp_path, content, words):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(CompressorError, match=words):
         compressor.build(tmp_path)
@@ -478,7 +478,7 @@ def test_threads_must_be_one_at_least(folder):
 
 
 @pytest.mark.usefixtures("brief")
-def test_a_wish_for_speed_is_judged_on_the_device(folder):
+def test_a_speedup_goal_is_checked_on_the_device(folder):
     content = report_of(folder)
     content["settings"]["speedup"] = 1000.0
     content["latency"] = {name: {"samples_ms": [[9.0 if name == "baseline" else 1.0]]} for name in content["latency"]}
@@ -493,13 +493,13 @@ def test_a_wish_for_speed_is_judged_on_the_device(folder):
 @pytest.mark.parametrize("fake", ["10.16.1.11", "11.4.0.106"], indirect=True)
 @pytest.mark.parametrize("folder", ["tensorrt"], indirect=True)
 @pytest.mark.usefixtures("brief")
-def test_tensorrts_engine_is_built_from_the_folder(folder, fake):  # noqa: F811
+def test_the_tensorrt_engine_is_built_from_the_folder(folder, fake):  # noqa: F811
     report = compressor.build(folder)
     assert set(report.latency) == {"original", "baseline", "result"}
     files = set(json.loads((folder / "manifest.json").read_text())["files"])
     assert {"model.engine", "tensorrt.timing"} <= files
     assert [path.name for path in folder.rglob("*.engine")] == ["model.engine"]
-    assert {tuple(sizes[place][0] for place in (0, 1, 2)) for p in fake.profiles for sizes in p.values()} == {
+    assert {tuple(sizes[index][0] for index in (0, 1, 2)) for p in fake.profiles for sizes in p.values()} == {
         (1, 5, 32)
     }
     engine = report_of(folder)["engine"]
@@ -507,11 +507,11 @@ def test_tensorrts_engine_is_built_from_the_folder(folder, fake):  # noqa: F811
     assert engine["layers"]["precisions"] == {"fp32": 1}
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------------------------------- reference outputs
 
 
-class Answering:
-    """An engine that answers with a function of its input `x`."""
+class FakeEngine:
+    """An engine that returns a function of its input `x`, and records the batch sizes."""
 
     def __init__(self, function):
         self.function, self.rows = function, []
@@ -522,21 +522,21 @@ class Answering:
 
 
 def identity(rows, labels=None, **feeds):
-    """Answers of a model that returns its input."""
+    """Return the reference outputs of a model that returns its input."""
     return Answers({"x": rows} | feeds, {"baseline": {"y": rows}, "result": {"y": rows}}, {"x": rows[:2]}, labels)
 
 
 def test_top_classes_are_counted_against_torch_and_labels():
     rows = np.eye(5, dtype=np.float32)[[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
     labels = np.array([0, 1, 2, 3, 4, 0, 1, 2, 3, 0])
-    engine = Answering(lambda x: np.where(x[:, :1] > 0, np.float32([0, 1, 0, 0, 0]), x))  # answers 1 for 0
-    found = identity(rows, labels).judged(engine, "original", answer="y", metric="accuracy")
-    assert {name: each["value"] for name, each in found.items()} == {
+    engine = FakeEngine(lambda x: np.where(x[:, :1] > 0, np.float32([0, 1, 0, 0, 0]), x))  # predicts 1 for 0
+    figures = identity(rows, labels).judged(engine, "original", answer="y", metric="accuracy")
+    assert {name: figure["value"] for name, figure in figures.items()} == {
         "agreement": 80.0,
         "accuracy": 70.0,
         "torch_accuracy": 90.0,
     }
-    assert found["agreement"]["low"] < 80.0 < found["agreement"]["high"]
+    assert figures["agreement"]["low"] < 80.0 < figures["agreement"]["high"]
     assert engine.rows == [8, 2]
 
 
@@ -545,41 +545,41 @@ def test_features_are_compared_by_cosine_without_padding():
     mask = np.array([[1, 1], [1, 0]])
 
     def turned(x):
-        answer = x.copy()
-        answer[:, 1] = [0.0, 1.0]  # the second token is orthogonal, in the second row padding
-        return answer
+        output = x.copy()
+        output[:, 1] = [0.0, 1.0]  # the second token is orthogonal; in the second row it is padding
+        return output
 
-    found = identity(rows, attention_mask=mask).judged(Answering(turned), "result", answer="y", metric="fidelity")
-    assert found["similarity"]["value"] == pytest.approx(75.0)
-    tokens = identity(rows, attention_mask=mask).judged(Answering(turned), "result", answer="y", metric="perplexity")
+    figures = identity(rows, attention_mask=mask).judged(FakeEngine(turned), "result", answer="y", metric="fidelity")
+    assert figures["similarity"]["value"] == pytest.approx(75.0)
+    tokens = identity(rows, attention_mask=mask).judged(FakeEngine(turned), "result", answer="y", metric="perplexity")
     assert tokens["agreement"]["value"] == pytest.approx(75.0)
 
 
-def test_an_engine_is_held_in_batches_and_with_a_single_row():
+def test_an_engine_is_compared_in_batches_and_on_a_single_row():
     rows = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
-    engine = Answering(lambda x: x + 0.001 * np.abs(rows).max())
-    found = identity(rows).hold(engine, "result", allowed=np.inf)
+    engine = FakeEngine(lambda x: x + 0.001 * np.abs(rows).max())
+    parity = identity(rows).hold(engine, "result", allowed=np.inf)
     assert engine.rows == [1, 8, 2]
-    assert found.difference >= 0.001
+    assert parity.difference >= 0.001
     with pytest.raises(ParityError, match="result: output y differs from torch"):
         identity(rows).hold(engine, "result", allowed=TOLERANCE)
-    alone = Answering(lambda x: x if len(x) > 1 else 2 * x)  # a baked-in batch size
+    alone = FakeEngine(lambda x: x if len(x) > 1 else 2 * x)  # as with a fixed batch size
     with pytest.raises(ParityError, match="differs from torch"):
         identity(rows).hold(alone, "result", allowed=TOLERANCE)
 
 
-def test_answers_survive_the_disk_and_damage_is_said(tmp_path):
+def test_saved_answers_can_be_loaded_and_damaged_files_are_refused(tmp_path):
     stored = identity(np.ones((3, 2), np.float32), np.arange(3), file=np.zeros(3))
     stored.save(tmp_path / "a.npz")
-    found = Answers.load(tmp_path / "a.npz")
-    np.testing.assert_equal(vars(found), vars(stored))
+    loaded = Answers.load(tmp_path / "a.npz")
+    np.testing.assert_equal(vars(loaded), vars(stored))
     (tmp_path / "a.npz").write_bytes(b"PK rubbish")
     for name in ("a.npz", "none.npz"):
         with pytest.raises(AnswersError, match=f"{name} cannot be read .* copy the whole folder again"):
             Answers.load(tmp_path / name)
 
 
-def test_int8_may_be_as_far_off_as_twice_what_was_measured():
+def test_int8_may_differ_by_twice_the_measured_difference():
     assert allowed_for(None) == TOLERANCE
     assert allowed_for(0.02) == pytest.approx(0.04 + TOLERANCE)
 
@@ -593,7 +593,7 @@ def test_the_environment_names_gpus(tmp_path):
     assert isinstance(environment.environment()["gpus"], list)
 
 
-def test_features_are_told_as_what_they_are():
+def test_the_quality_of_features_is_stated_as_cosine_similarity():
     similar = {"value": 99.5, "low": 99.0, "high": 99.9, "n": 12}
     part = {"state": "built", "target": "openvino", "environment": {}, "measured": {"result": {"similarity": similar}}}
     assert list(told(part))[1:] == ["The cosine similarity of the result to torch is 99.50 % on 12 stored rows."]

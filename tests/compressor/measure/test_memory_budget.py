@@ -1,4 +1,4 @@
-"""How memory under a limit is shared out: what is said to be enough is, and what is given is within the limit."""
+"""Division of the memory under a limit: the stated least limit suffices, and the budget stays within the limit."""
 
 import re
 from types import SimpleNamespace
@@ -18,13 +18,13 @@ from passes.execute.sections import pieces, section_ends, weight_bytes, working_
 from passes.graph.sites import find_sites
 from tests.decoders import random_tokens, saved
 
-TOKENS = 1500  # of the longest text: its values, of which nothing is computed here, are larger than the model
-NOISE = 2**22  # bytes by which what a process holds changes from one look to the next
+TOKENS = 1500  # length of the longest text; its values, which are not computed here, are larger than the model
+NOISE = 2**22  # bytes by which the memory of a process changes between two measurements
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A model on disk and two splits, the second with the longest text."""
+    """A model on disk and two splits, of which the second has the longest text."""
     folder = saved(tmp_path_factory.mktemp("room"), "Llama", max_position_embeddings=4096, vocab_size=100_000)
     model = models.load(folder, on_disk=True)
     splits = []
@@ -36,12 +36,12 @@ def large(tmp_path_factory):
 
 
 def limit_for(free, at_once=1):
-    """The limit that leaves so many bytes beside what this process holds."""
+    """Return the limit under which `free` bytes are left for each of `at_once` graphs."""
     return int((held_memory() + free * at_once) / (1.0 - SPARE)) + 1
 
 
 def moving(large):
-    """Bytes of the largest weight in 16 bits, which is there beside the one in 32 bits while that is made."""
+    """Return the bytes of the largest weight in 16 bits, which is in memory during its conversion to 32 bits."""
     return max(weight.numel() for weight in large.model.module.parameters()) * 2
 
 
@@ -53,36 +53,36 @@ def working(large, rows):
     return working_bytes(program, {name: value.expand(rows, *value.shape[1:]) for name, value in tensors.items()})
 
 
-def of(large, limit, tmp_path, at_once=1):
+def bounds_of(large, limit, tmp_path, at_once=1):
     return bounded(large.graph, large.splits, limit, tmp_path, ["logits"], at_once)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("rows", [1, 4, 32])
-def test_as_many_texts_go_together_as_fit(rows, at_once, large, tmp_path):
-    """Of the longest text in any split, whatever the order of splits."""
+def test_the_batch_has_as_many_rows_as_fit(rows, at_once, large, tmp_path):
+    """The longest text of all splits decides, in any order of the splits."""
     free = int(working(large, rows) / WORKING) + moving(large) + 2 * NOISE
-    found = of(large, limit_for(free, at_once), tmp_path, at_once)
-    assert found.rows == rows
-    assert found.room.folder == tmp_path
-    taken = found.room.weights + working(large, rows) + moving(large)
+    bounds = bounds_of(large, limit_for(free, at_once), tmp_path, at_once)
+    assert bounds.rows == rows
+    assert bounds.room.folder == tmp_path
+    taken = bounds.room.weights + working(large, rows) + moving(large)
     assert moving(large) > NOISE
     assert free - 2 * NOISE <= taken <= free + NOISE
 
 
-def test_too_little_is_refused_with_what_is_enough_and_that_is(large, tmp_path):
-    with pytest.raises(RoomError) as told:
-        of(large, held_memory(), tmp_path, at_once=2)
-    text = str(told.value)
-    assert re.match(r"--max-memory [\d.]+GiB is too little: this program takes [\d.]+ GiB, the largest block ", text)
+def test_a_limit_that_is_too_small_is_refused_and_the_stated_least_limit_suffices(large, tmp_path):
+    with pytest.raises(RoomError) as caught:
+        bounds_of(large, held_memory(), tmp_path, at_once=2)
+    text = str(caught.value)
+    assert re.match(r"--max-memory [\d.]+GiB is too little: this process takes [\d.]+ GiB, the largest block ", text)
     least = float(re.search(r"give at least ([\d.]+)GiB\.$", text)[1])
-    found = of(large, int(least * GIB), tmp_path, at_once=2)
+    bounds = bounds_of(large, int(least * GIB), tmp_path, at_once=2)
     program = Program(large.graph)
     ends = section_ends(large.graph)
-    assert found.room.weights >= max(weight_bytes(program, piece.weights) for piece in pieces(program, ends))
-    assert found.rows >= 1
+    assert bounds.room.weights >= max(weight_bytes(program, piece.weights) for piece in pieces(program, ends))
+    assert bounds.rows >= 1
     with pytest.raises(RoomError):
-        of(large, int((least - 0.2) * GIB), tmp_path, at_once=2)
+        bounds_of(large, int((least - 0.2) * GIB), tmp_path, at_once=2)
 
 
 def test_without_a_limit_there_is_no_folder(large, tmp_path):
@@ -91,7 +91,7 @@ def test_without_a_limit_there_is_no_folder(large, tmp_path):
         assert not any(tmp_path.iterdir())
 
 
-def test_the_folder_is_beside_the_output_and_goes_whatever_happens(large, tmp_path):
+def test_the_folder_is_next_to_the_output_and_is_removed_after_an_interrupt(large, tmp_path):
     def fail():
         with limited(large.graph, large.splits, limit_for(GIB), tmp_path / "out", ["logits"]) as bounds:
             assert bounds.room.folder.parent == tmp_path

@@ -1,4 +1,4 @@
-"""The precision converter: what is made from a float file, what is tried, and which precision is chosen."""
+"""Precision converter: the converted files, the trials, and the chosen precision."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def no_progress(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "precision", "suffix"),
+    ("requested", "precision", "suffix"),
     [
         ("fp32", "fp32", "f.onnx"),
         ("bf16", "bf16", "f.onnx"),
@@ -56,41 +56,41 @@ def no_progress(*_: Any, **__: Any) -> None:
         ("auto", "int8", "f.int8.onnx"),
     ],
 )
-def test_a_file_to_be_timed_is_in_the_precision_asked_for(
-    tmp_path: Path, asked: str, precision: str, suffix: str
+def test_a_file_for_timing_has_the_requested_precision(
+    tmp_path: Path, requested: str, precision: str, suffix: str
 ) -> None:
-    source = converter(tmp_path).convert_for_timing(mlp(tmp_path / "f.onnx"), asked)
+    source = converter(tmp_path).convert_for_timing(mlp(tmp_path / "f.onnx"), requested)
     assert source == Source(tmp_path / suffix, precision)
     assert source.path.is_file()
-    if precision == "int8":  # its ranges are those of one batch
+    if precision == "int8":  # the activation ranges are those of one batch
         scale = initializers(source.path)["int8/x/scale"]
-        few = normal(40, 5, K)[:PARITY_ROWS].reshape(PARITY_ROWS, -1)
-        low, high = few.min(axis=1), few.max(axis=1)
-        reach = min(few.max(), high.mean() + high.std()) - max(few.min(), low.mean() - low.std())
-        assert float(scale) == pytest.approx(reach / 255, rel=1e-5)
+        rows = normal(40, 5, K)[:PARITY_ROWS].reshape(PARITY_ROWS, -1)
+        low, high = rows.min(axis=1), rows.max(axis=1)
+        width = min(rows.max(), high.mean() + high.std()) - max(rows.min(), low.mean() - low.std())
+        assert float(scale) == pytest.approx(width / 255, rel=1e-5)
 
 
-@pytest.mark.parametrize(("had", "own"), [(("fp32", "bf16"), ()), (("fp32", "int8"), ("int8",))])
-def test_auto_is_timed_in_float_where_int8_cannot_be_written_here(
-    tmp_path: Path, had: tuple[str, ...], own: tuple[str, ...]
+@pytest.mark.parametrize(("precisions", "own"), [(("fp32", "bf16"), ()), (("fp32", "int8"), ("int8",))])
+def test_auto_is_timed_in_float_if_int8_cannot_be_written_here(
+    tmp_path: Path, precisions: tuple[str, ...], own: tuple[str, ...]
 ) -> None:
-    made = converter(tmp_path, Target(precisions={"cpu": had}, own=own))
-    assert made.convert_for_timing(mlp(tmp_path / "f.onnx"), "auto") == Source(tmp_path / "f.onnx")
+    precision_converter = converter(tmp_path, Target(precisions={"cpu": precisions}, own=own))
+    assert precision_converter.convert_for_timing(mlp(tmp_path / "f.onnx"), "auto") == Source(tmp_path / "f.onnx")
 
 
-def test_the_calibration_reaches_the_conversion_and_a_file_is_made_once(tmp_path: Path) -> None:
-    made, path = converter(tmp_path, calibration="minmax"), normed(tmp_path / "f.onnx")
-    source, facts = made.convert(path, "int8", no_progress)
+def test_the_conversion_uses_the_calibration_and_runs_once_for_a_file(tmp_path: Path) -> None:
+    precision_converter, path = converter(tmp_path, calibration="minmax"), normed(tmp_path / "f.onnx")
+    source, facts = precision_converter.convert(path, "int8", no_progress)
     assert source == Source(tmp_path / "f.int8.compressor.onnx", "int8")
     assert facts.quantized is not None
     assert (facts.quantized.calibration, facts.quantized.samples, facts.loss) == ("minmax", 40, None)
     source.path.unlink()
-    assert made.convert(path, "int8", no_progress) == (source, facts)
+    assert precision_converter.convert(path, "int8", no_progress) == (source, facts)
     assert not source.path.exists()
 
 
 def measuring(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float]) -> list[str]:
-    """Replace the evaluation of engines by losses, by a part of the engine's folder; return the engines evaluated."""
+    """Fake the evaluation with losses keyed by a part of the engine's folder name; return the evaluated engines."""
     evaluated: list[str] = []
 
     def evaluate(builder: Any, engines: dict[str, Path], split: Any, reference: str, tick: Any) -> Any:
@@ -107,7 +107,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float]) -> list
     return evaluated
 
 
-def test_what_the_target_makes_itself_is_built_from_the_float_file_and_judged(
+def test_the_targets_own_precision_is_built_from_the_float_file_and_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated = measuring(monkeypatch, {"bf16": 0.3})
@@ -117,7 +117,7 @@ def test_what_the_target_makes_itself_is_built_from_the_float_file_and_judged(
     assert evaluated == ["f.bf16.fake"]
 
 
-def test_of_several_quantizers_the_quickest_within_the_budget_is_taken(
+def test_the_fastest_quantizer_within_the_loss_budget_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     style = Int8Style("uint8", False, ("compressor", "nncf"))
@@ -128,9 +128,9 @@ def test_of_several_quantizers_the_quickest_within_the_budget_is_taken(
     monkeypatch.setattr(
         PrecisionConverter, "quick", lambda _, sources: {s: times[s.path.suffixes[-2][1:]] for s in sources.values()}
     )
-    for limit, by in ((0.5, "nncf"), (0.3, "compressor")):
-        made = converter(tmp_path, Target(int8=style), no_quality=None, max_loss=limit)
-        source, facts = made.convert(mlp(tmp_path / "f.onnx"), "int8", no_progress)
+    for max_loss, by in ((0.5, "nncf"), (0.3, "compressor")):
+        precision_converter = converter(tmp_path, Target(int8=style), no_quality=None, max_loss=max_loss)
+        source, facts = precision_converter.convert(mlp(tmp_path / "f.onnx"), "int8", no_progress)
         assert source == Source(tmp_path / f"f.int8.{by}.onnx", "int8")
         assert (facts.by, len(facts.tried)) == (by, 2)
 
@@ -146,12 +146,12 @@ def test_quick_times_every_source_under_its_own_key(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(engine_timing, "interleave", fake)
     for name in ("short", "longer"):
         (tmp_path / name).write_text(name)
-    made = converter(tmp_path, Target(load=print))
+    precision_converter = converter(tmp_path, Target(load=print))
     sources = {1: Source(tmp_path / "longer"), 2: Source(tmp_path / "short")}
-    assert made.quick(sources) == {1: 6, 2: 5}
+    assert precision_converter.quick(sources) == {1: 6, 2: 5}
 
 
-def test_every_precision_of_the_target_is_tried_and_the_fastest_within_the_budget_taken(
+def test_every_precision_of_the_target_is_tried_and_the_fastest_within_the_budget_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = mlp(tmp_path / "f.onnx")
@@ -181,7 +181,7 @@ def test_every_precision_of_the_target_is_tried_and_the_fastest_within_the_budge
     ]
 
 
-def test_a_precision_with_nothing_to_work_on_is_refused_and_the_others_go_on(
+def test_a_precision_that_cannot_be_converted_is_refused_and_the_others_are_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PrecisionConverter, "quick", lambda _, sources: dict.fromkeys(sources, 1.0))
@@ -195,7 +195,9 @@ def refuse(error: Exception, *_: Any, **__: Any) -> Any:
     raise error
 
 
-def test_an_answer_that_cannot_be_judged_is_the_worst_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_cannot_be_evaluated_is_an_infinite_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = mlp(tmp_path / "f.onnx")
     assert converter(tmp_path).convert(path, "bf16", no_progress)[1].loss is None
     measuring(monkeypatch, {"bf16": math.nan})

@@ -1,4 +1,4 @@
-"""Variants: which of them are converted and built, and what the output folder gets."""
+"""Variants: their conversion, their engines, and the files in the output folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.engines import Target, builder
 
 
 class Converter:
-    """Names a converted file after its source, and notes the sources."""
+    """A fake converter that names a converted file after its source and records the sources."""
 
     def __init__(self) -> None:
         self.sources: list[Path] = []
@@ -33,20 +33,20 @@ def variants(*files: str) -> list[Any]:
     ]
 
 
-def test_every_variant_is_converted_but_the_original() -> None:
+def test_every_variant_except_the_original_is_converted() -> None:
     converter: Any = Converter()
     converted = convert_variants(variants("a.onnx", "b.onnx"), "int8", converter, Steps())
-    assert {each.name: each.source for each in converted} == {
+    assert {variant.name: variant.source for variant in converted} == {
         "original": Source(Path("a.onnx")),
         "baseline": Source(Path("a.low"), "int8"),
         "result": Source(Path("b.low"), "int8"),
     }
-    losses = {each.name: each.conversion and each.conversion.loss for each in converted}
+    losses = {variant.name: variant.conversion and variant.conversion.loss for variant in converted}
     assert losses == {"original": None, "baseline": 1.0, "result": 2.0}
     assert converter.sources == [Path("a.onnx"), Path("b.onnx")]
 
 
-def test_a_result_that_is_the_baseline_is_converted_once() -> None:
+def test_a_float_file_of_two_variants_is_converted_once() -> None:
     converter: Any = Converter()
     _, baseline, result = convert_variants(variants("a.onnx", "a.onnx"), "int8", converter, Steps())
     assert (result.source, result.conversion) == (baseline.source, baseline.conversion)
@@ -60,13 +60,15 @@ def test_in_fp32_there_is_no_original_and_nothing_is_converted() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_the_engine_of_the_result_alone_goes_into_the_output_folder(tmp_path: Path, suffix: str) -> None:
+def test_only_the_engine_of_the_result_is_built_in_the_output_folder(tmp_path: Path, suffix: str) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}{suffix}").write_bytes(name.encode())
     out = tmp_path / "out"
     out.mkdir()
-    made = builder(tmp_path, Target(suffix))
-    built = build_variants(variants(str(tmp_path / f"a{suffix}"), str(tmp_path / f"b{suffix}")), made, out, Steps())
+    engine_builder = builder(tmp_path, Target(suffix))
+    built = build_variants(
+        variants(str(tmp_path / f"a{suffix}"), str(tmp_path / f"b{suffix}")), engine_builder, out, Steps()
+    )
     engines = engines_of(built)
     assert engines["result"].parent == out
     assert out not in engines["baseline"].parents

@@ -1,4 +1,4 @@
-"""What is timed: a generation's calls, their feeds and shapes, and the latency that they add up to."""
+"""Workloads: the calls of a generation, their feeds and shapes, and the total latency."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -31,14 +31,14 @@ from tests.samples import small, spread
 
 pytest.importorskip("onnxruntime", reason="the target of these engines")
 
-CLOSE = 2e-5  # of float32 sums in another order, on logits of size 1
+CLOSE = 2e-5  # float32 sums in another order, on logits of size 1
 POSITIONS = 32
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("model") / "tiny"
+    folder = tmp_path_factory.mktemp("model") / "tiny"
     config = transformers.LlamaConfig(
         vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
         num_key_value_heads=2, max_position_embeddings=POSITIONS,
@@ -46,9 +46,9 @@ def folder(tmp_path_factory):
     module = transformers.LlamaForCausalLM(config)
     for parameter in module.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    module.save_pretrained(made)
-    np.save(made.parent / "tokens.npy", np.random.default_rng(0).integers(3, 48, (24, 10)))
-    return made
+    module.save_pretrained(folder)
+    np.save(folder.parent / "tokens.npy", np.random.default_rng(0).integers(3, 48, (24, 10)))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -58,43 +58,43 @@ def subject(folder):
     return SimpleNamespace(model=model, data=data)
 
 
-def asked(**options):
+def settings(**options):
     return Settings(data="tokens.npy", **options)
 
 
-# ------------------------------------------------------------------------------------------------------ what is asked
+# --------------------------------------------------------------------------------------------- lengths of a generation
 
 
-def test_the_usual_generation_is_as_long_as_the_positions_allow(subject):
-    assert generate_of(asked(), subject.model) == Generate(POSITIONS // 2, POSITIONS // 2)
-    assert generate_of(asked(generate="9:3"), subject.model) == Generate(9, 3)
+def test_the_default_generation_is_as_long_as_the_positions_allow(subject):
+    assert generate_of(settings(), subject.model) == Generate(POSITIONS // 2, POSITIONS // 2)
+    assert generate_of(settings(generate="9:3"), subject.model) == Generate(9, 3)
     assert Generate(9, 3).behind == 10
-    assert generate_of(asked(generate="32:0"), subject.model) == Generate(32, 0)
+    assert generate_of(settings(generate="32:0"), subject.model) == Generate(32, 0)
     endless = SimpleNamespace(state=subject.model.state, module=None)
-    assert generate_of(asked(), endless) == Generate(128, 128)
-    assert generate_of(asked(defer_build=True), endless) == Generate(128, 0)
+    assert generate_of(settings(), endless) == Generate(128, 128)
+    assert generate_of(settings(defer_build=True), endless) == Generate(128, 0)
 
 
 def test_a_generation_that_does_not_fit_is_refused(subject):
     with pytest.raises(SettingsError, match=r"--generate 30:3 does not fit .* 32 positions"):
-        generate_of(asked(generate="30:3"), subject.model)
+        generate_of(settings(generate="30:3"), subject.model)
     picture = SimpleNamespace(state={}, name="vit", task="image-classification")
-    assert generate_of(asked(), picture) is None
+    assert generate_of(settings(), picture) is None
     with pytest.raises(SettingsError, match="vit does image-classification"):
-        generate_of(asked(generate="8:8"), picture)
+        generate_of(settings(generate="8:8"), picture)
 
 
 # ------------------------------------------------------------------------------------------------------------ the calls
 
 
-@pytest.mark.parametrize("gone", [0, 1, 2])
-def test_a_token_goes_on_behind_the_engine_s_own_cache(subject, tmp_path, gone):
-    """Also of an engine that lost an attention, or all of them; the oracle is the whole text given at once."""
+@pytest.mark.parametrize("dropped", [0, 1, 2])
+def test_a_decode_step_continues_from_the_engines_own_cache(subject, tmp_path, dropped):
+    """Also after one or all attention branches are dropped; the oracle is one call with the whole text."""
     graph = trace(subject.model)
     sites = [site.name for site in find_sites(graph) if site.kind == "attention"]
-    apply(Drop(tuple(sites[:gone])), graph)
+    apply(Drop(tuple(sites[:dropped])), graph)
     path = lower(graph, subject.model, tmp_path / "m.onnx")
-    calls = calls_of(subject, asked(generate="9:6", batch=2))
+    calls = calls_of(subject, settings(generate="9:6", batch=2))
     assert {name: call.times for name, call in calls.items()} == {PROMPT: 1, TOKEN: 6}
     opener = partial(target.load, path, BuildOptions(threads=1))
     prompt = calls[PROMPT].feeds(opener, tmp_path / "unused")
@@ -103,21 +103,23 @@ def test_a_token_goes_on_behind_the_engine_s_own_cache(subject, tmp_path, gone):
     assert prompt["input_ids"].shape == (2, 9)
     assert token["input_ids"].shape == (2, 1)
     assert token["attention_mask"].shape == (2, 9 + 3 + 1)
-    assert {value.shape[2] for name, value in token.items() if name.startswith("past")} == ({12} if gone < 2 else set())
+    assert {value.shape[2] for name, value in token.items() if name.startswith("past")} == (
+        {12} if dropped < 2 else set()
+    )
     for name, value in token.items():
         assert calls[TOKEN].shapes[name] == value.shape
     ids = token_ids(subject.data.test, 2, 13)
     whole = subject.model.preprocess.complete({"input_ids": ids, "attention_mask": np.ones_like(ids)})
     with opener() as engine:
-        found, expected = engine.run(token)["logits"][:, 0], engine.run(whole)["logits"]
+        actual, expected = engine.run(token)["logits"][:, 0], engine.run(whole)["logits"]
         np.testing.assert_array_equal(token["input_ids"][:, 0], ids[:, -1])
-        np.testing.assert_allclose(found, expected[:, -1], atol=CLOSE, rtol=0)
+        np.testing.assert_allclose(actual, expected[:, -1], atol=CLOSE, rtol=0)
 
 
 def test_multiply_adds_of_a_generation_are_those_of_its_calls(subject):
-    """Counted by running both calls once."""
+    """The oracle counts one run of each call."""
     graph = trace(subject.model)
-    calls = calls_of(subject, asked(generate="9:6", batch=2))
+    calls = calls_of(subject, settings(generate="9:6", batch=2))
     once = {}
     for name, call in calls.items():
         feeds = {key: torch.zeros(shape, dtype=value.dtype) for (key, shape), value in zip(
@@ -130,10 +132,10 @@ def test_multiply_adds_of_a_generation_are_those_of_its_calls(subject):
     assert prices.multiply_adds(prices.count(graph)) == prices.cost(graph)
 
 
-def test_other_models_are_timed_as_they_were():
+def test_a_model_without_a_cache_is_timed_on_one_call():
     model, _, _, split = small(spread())
     data = SimpleNamespace(test=split)
-    calls = calls_of(SimpleNamespace(model=model, data=data), asked(batch=3))
+    calls = calls_of(SimpleNamespace(model=model, data=data), settings(batch=3))
     assert list(calls) == [RUN]
     assert {len(value) for value in calls[RUN].inputs.values()} == {3}
 
@@ -157,7 +159,7 @@ def brief(monkeypatch):
 
 
 @pytest.mark.usefixtures("brief")
-def test_an_export_reports_generation_and_the_search_goes_by_it(folder, tmp_path):
+def test_an_export_reports_generation_and_the_search_uses_it(folder, tmp_path):
     report = compressor.export(
         folder, data=folder.parent / "tokens.npy", drop="auto", actions="drop", max_loss=1000.0, generate="6:4",
         rounds=2, output=tmp_path / "out",
@@ -180,6 +182,6 @@ def test_an_export_reports_generation_and_the_search_goes_by_it(folder, tmp_path
     assert "each new token, ms" in [row[0].strip() for row in report._rows()]
 
 
-def test_the_command_line_takes_it():
+def test_the_command_line_has_the_option_generate():
     for command in ("export", "sweep"):
         assert "--generate PROMPT:NEW" in CliRunner().invoke(main, [command, "--help"]).output
