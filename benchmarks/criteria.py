@@ -29,8 +29,8 @@ from compressor.lower.traced_model import Subject, load
 from compressor.lower.write_onnx import lower
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
-from compressor.search.cost_model import Prices, counted
-from compressor.search.planner import begin, effects_on_output, score
+from compressor.search.cost_model import CostModel, multiply_add_cost_model
+from compressor.search.planner import output_divergence, prepare_search, score
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.target.availability import usable
@@ -40,7 +40,7 @@ from compressor.workspace.progress import Steps
 from passes.base import PassError
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
-from passes.plan.plan import acting
+from passes.plan.plan import with_action
 from passes.plan.selection import choose, parse
 
 Grown = tuple[Mapping[str, str], float]  # changes, and an upper bound of the share that they save
@@ -103,13 +103,13 @@ class Bench:
     subject: Subject
     settings: Settings
     rewriter: Rewriter
-    counts: Prices
-    times: Prices
+    counts: CostModel
+    times: CostModel
     scratch: Path
     judged: dict[tuple[tuple[str, str], ...], dict[str, Any]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
 
-    def saved(self, graph: Graph, prices: Prices | None = None) -> float:
+    def saved(self, graph: Graph, prices: CostModel | None = None) -> float:
         """Return the share of the cost that a graph saves, by `prices` or else by multiply-adds."""
         prices = self.counts if prices is None else prices
         return 1.0 - prices.cost(graph) / prices.cost(self.subject.graph)
@@ -123,7 +123,7 @@ def plans(bench: Bench, method: Method) -> Iterator[Grown]:
     effect = None
     if method.metric == "output":
         samples = subject.data.calibration.head(bench.settings.search_samples)
-        measured = effects_on_output(subject, samples, steps).of_units([[site] for site in subject.sites])
+        measured = output_divergence(subject, samples, steps).of_units([[site] for site in subject.sites])
         effect = lambda _: measured  # noqa: E731
     for count in range(1, len(subject.sites) + 1):
         selection = parse(str(count) if method.unit == "site" else f"{method.unit}:{count}")
@@ -134,11 +134,11 @@ def plans(bench: Bench, method: Method) -> Iterator[Grown]:
             plan = ranking(model=subject.model.name)
         except PassError:
             return  # all units of this kind are used
-        yield acting(plan, method.action).changes, bench.saved(bench.rewriter.rewritten(plan.changes))
+        yield with_action(plan, method.action).changes, bench.saved(bench.rewriter.rewritten(plan.changes))
 
 
 def points(
-    bench: Bench, candidates: Iterator[Grown], prices: Prices
+    bench: Bench, candidates: Iterator[Grown], prices: CostModel
 ) -> Iterator[tuple[float, Mapping[str, str], Graph]]:
     """Yield for each budget the first plan that reaches it and its graph; stop at a plan that cannot be applied."""
     budgets = list(BUDGETS)
@@ -161,7 +161,7 @@ def searched(bench: Bench, name: str, evaluator: GraphEvaluator, timed: Journal)
     cost = "latency" if name == BY_TIME else "macs"
     settings = Settings(**{**bench.settings.to_dict(), "actions": SEARCHES[name], "cost": cost})
     journal = timed if name == BY_TIME else Journal()
-    search = begin(bench.subject, settings, bench.rewriter, evaluator, Steps(), journal)
+    search = prepare_search(bench.subject, settings, bench.rewriter, evaluator, Steps(), journal)
     search.limit = math.inf  # perplexity can more than double
     search.run(1.0 / (1.0 - BUDGETS[-1]) + 0.02)
     click.echo(f"    {len(search.steps)} steps, {search.effects.sweeps:.0f} sweeps")
@@ -199,8 +199,8 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
         evaluator = graph_evaluator(subject, target, options, replace(settings, rounds=ROUNDS), Path(scratch))
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
         timed = Journal()
-        times = begin(subject, settings, rewriter, evaluator, steps, timed).prices
-        counts = counted(subject.graph, evaluator.timer.calls)
+        times = prepare_search(subject, settings, rewriter, evaluator, steps, timed).prices
+        counts = multiply_add_cost_model(subject.graph, evaluator.timer.calls)
         bench = Bench(subject, settings, rewriter, counts, times, Path(scratch))
         original = judged(bench, {(): subject.graph}).figure(AS_IS)
         candidates = {method.name: partial(plans, bench, method) for method in METHODS}

@@ -22,9 +22,9 @@ from typing import Any
 import click
 from main_job import sources
 
-from compressor.benchmark.contenders import Entry
+from compressor.benchmark.contenders import EngineEntry
 from compressor.benchmark.decode_timing import Generation, measure
-from compressor.benchmark.runner import Condition, Stand
+from compressor.benchmark.runner import BenchRunner, Condition
 from compressor.lower.fold_graph import finished
 from compressor.lower.traced_model import Subject, load
 from compressor.measure.engine_builder import EngineBuilder, sized
@@ -32,8 +32,8 @@ from compressor.measure.engine_parity import engine_parity
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.measure.workload import calls_of
 from compressor.quality.evaluate import Evaluation
-from compressor.report.report import brief
-from compressor.search.planner import begin, score
+from compressor.report.report import latency_to_dict
+from compressor.search.planner import prepare_search, score
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.target.availability import usable
@@ -77,7 +77,7 @@ def published(subject: Subject) -> Iterator[Plan]:
 
 def searched(subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator) -> Iterator[Plan]:
     """Yield every step of one search, which runs until nothing more is saved; its cost is generation latency."""
-    search = begin(subject, settings, rewriter, evaluator, Steps(), Journal())
+    search = prepare_search(subject, settings, rewriter, evaluator, Steps(), Journal())
     search.limit = math.inf  # perplexity can more than double
     search.run()
     for count in range(1, len(search.steps) + 1):
@@ -94,9 +94,9 @@ def measured(
     for name, graph in graphs.items():
         path = builder.lower(graph, name.replace(" ", "-"))
         engine_parity(builder, path, graph)
-        entries.append(Entry(name, settings.target, path))
+        entries.append(EngineEntry(name, settings.target, path))
     feeds = {1: next(iter(calls_of(subject, settings).values())).inputs}
-    stand = Stand(subject, settings, tuple(entries), AS_IS, (Condition(1, None),), feeds, (context,))
+    stand = BenchRunner(subject, settings, tuple(entries), AS_IS, (Condition(1, None),), feeds, (context,))
     engines, steps = stand.built(scratch, Steps()), Steps()
     evaluation = stand.quality(engines, steps)
     return evaluation, {each.name: each for each in measure(stand, engines, rounds, scratch, steps)}
@@ -111,7 +111,7 @@ def rows_of(plans: Sequence[Plan], quality: Evaluation | None, timed: Mapping[st
         row["cache_bytes_per_token"] = mine.cache // mine.context
         for part in ("first", "token"):
             latency: Latency = getattr(mine, part)
-            row[part] = {key: value for key, value in brief(latency).items() if key != "samples_ms"}
+            row[part] = {key: value for key, value in latency_to_dict(latency).items() if key != "samples_ms"}
             row[f"{part}_speedup"] = latency.speedup_over(getattr(original, part))._asdict()
         if quality is not None:
             row |= {"figure": asdict(quality.figure(plan.name)), "loss": asdict(quality.loss(AS_IS, plan.name))}

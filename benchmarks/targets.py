@@ -25,7 +25,7 @@ from compressor.lower.traced_model import accepting_data, load
 from compressor.measure.engine_quality import judge
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.quantize.precision import Source
-from compressor.report.report import brief
+from compressor.report.report import latency_to_dict
 from compressor.settings import Settings
 from compressor.target.availability import usable
 from compressor.target.torch_eager import Module
@@ -131,7 +131,7 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
     rows = {}
     for name, each in engines.items():
         row: dict[str, Any] = {"bytes": each.bytes, "by": each.by, "seconds": each.seconds}
-        row["latency"] = {key: value for key, value in brief(latency[name]).items() if key != "samples_ms"}
+        row["latency"] = {key: value for key, value in latency_to_dict(latency[name]).items() if key != "samples_ms"}
         same = f"{name.split()[0]} fp32"
         for key, over in (("speedup", REFERENCE), ("speedup_same", same)):
             row[key] = latency[name].speedup_over(latency[over])._asdict() if over in latency else None

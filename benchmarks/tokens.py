@@ -40,7 +40,7 @@ from compressor.measure.workload import calls_of
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import check_parity
 from compressor.report import report
-from compressor.search.planner import begin, facts_of, go_on, schedule
+from compressor.search.planner import facts_of, merge_schedule, prepare_search, run_search
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.target.availability import usable
@@ -137,11 +137,11 @@ def decided(
     # Largest limit first: losses measured for it, in full or cut short above it, are valid for smaller limits.
     for design in sorted(designs, key=lambda design: -1.0 if design.limit is None else -design.limit):
         if design.limit is None:
-            changes[design.name] = schedule(design.tokens, subject.sites)
+            changes[design.name] = merge_schedule(design.tokens, subject.sites)
             continue
         limited = replace(settings, max_loss=design.limit)
-        search = begin(subject, limited, rewriter, evaluator, steps, journal)
-        go_on(search, steps)
+        search = prepare_search(subject, limited, rewriter, evaluator, steps, journal)
+        run_search(search, steps)
         changes[design.name], facts[design.name] = search.changes, facts_of(search)
     return {design.name: changes[design.name] for design in designs}, facts
 
@@ -207,7 +207,7 @@ def _speed(latency: Mapping[int, Mapping[str, Latency]], engine: str, reference:
     for batch, by_engine in latency.items():
         mine = by_engine[engine]
         bases = {"float": by_engine[reference], "same": by_engine["baseline"]}
-        row["latency"][str(batch)] = brief(report.brief(mine))
+        row["latency"][str(batch)] = brief(report.latency_to_dict(mine))
         row["speedup"][str(batch)] = {name: mine.speedup_over(base)._asdict() for name, base in bases.items()}
     return row
 
@@ -222,7 +222,7 @@ def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
     subject = load(settings, steps)
     feeds = next(iter(subject.data.test.batches(1))).feeds
     rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
-    graphs = {design.name: rewriter.rewritten(schedule(design.tokens, subject.sites)) for design in LARGE_DESIGNS}
+    graphs = {design.name: rewriter.rewritten(merge_schedule(design.tokens, subject.sites)) for design in LARGE_DESIGNS}
     multiply_adds = work(graphs, subject)
     with tempfile.TemporaryDirectory() as scratch:
         files, differences = {}, {}
@@ -245,7 +245,7 @@ def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
             "design": name,
             "multiply_adds": multiply_adds[name],
             "difference_from_torch": differences[name],
-            "latency": brief(report.brief(latency[name])),
+            "latency": brief(report.latency_to_dict(latency[name])),
             "speedup": latency[name].speedup_over(latency[AS_IS])._asdict(),
             "operators_ms": profiles[name],
         }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compressor.benchmark.results import Comparison
     from compressor.choices import Calibration
     from compressor.report.inspection import Inspection
-    from compressor.report.pareto_report import Front
+    from compressor.report.pareto_report import ParetoFront
     from compressor.report.report import Report
 
 
@@ -107,7 +107,7 @@ def sweep(
     rounds: int = 10,
     seed: int = 0,
     example_inputs: Any = None,
-) -> Front:
+) -> ParetoFront:
     """Search the Pareto front of speed and quality and write its folder, like ``compressor sweep``.
 
     The arguments are fields of `compressor.Settings`, and `points`: the number of plans to build, time and test.

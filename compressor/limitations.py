@@ -34,6 +34,6 @@ class Limitation:
         return f"{self.feature}: {self.reason}."
 
 
-def listed(limitations: Sequence[Limitation]) -> list[str]:
+def format_limitations(limitations: Sequence[Limitation]) -> list[str]:
     """Return a heading and one line per limitation for the terminal, or an empty list if there are no limitations."""
     return ["Limitations:", *(f"- {limitation}" for limitation in limitations)] if limitations else []

@@ -30,7 +30,9 @@ from runtimes.base.registry import runtime
 
 DEFAULT_LOSS = 1.0
 ONLY_BLOCKS = f"--target {TRANSFORMERS} can only remove whole blocks"
-INSTEAD = "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target"
+BLOCKS_ADVICE = (
+    "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target"
+)
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
@@ -312,7 +314,7 @@ def _check_checkpoint(settings: Settings) -> None:
         )
     counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", settings.drop.strip())
     if counted is not None and counted[1] != "block":
-        raise SettingsError(f"{ONLY_BLOCKS}; found --drop {settings.drop}: {INSTEAD}.")
+        raise SettingsError(f"{ONLY_BLOCKS}; found --drop {settings.drop}: {BLOCKS_ADVICE}.")
 
 
 def _check_drop(settings: Settings) -> None:

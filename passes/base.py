@@ -46,7 +46,7 @@ class Addable(Protocol):
 Sums = TypeVar("Sums", bound=Addable)
 
 
-def swept(
+def sum_over_batches(
     batch: Callable[[Mapping[str, torch.Tensor]], Sums], data: Iterable[Mapping[str, torch.Tensor]] | None, name: str
 ) -> Sums:
     """Sum the statistics of all batches, one batch at a time.

@@ -105,7 +105,7 @@ def hint(size: Any) -> Any:
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
-def free_size(mode: FakeTensorMode, example: Any, name: str) -> Any:
+def new_symbolic_size(mode: FakeTensorMode, example: Any, name: str) -> Any:
     """Create a symbolic size with a symbol of its own.
 
     Uses `StatelessSymbolicContext`, `DimDynamic` and `ConstantSource`: torch creates a symbol only for the dynamic axis

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from runtimes.base.protocols import BuildError, BuildOptions, Int8Style, first_line
-from runtimes.base.registry import need
+from runtimes.base.registry import check_available
 from runtimes.onnxruntime import target as onnxruntime
 
 name = "onnxruntime_mobile"
@@ -51,7 +51,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ONNX Runtime or the device is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     if not source.is_file():
         raise BuildError(f"There is no ONNX file {source}.")
     # Inside `out`, so that the files can be renamed into place.
@@ -71,7 +71,7 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
         RuntimeUnavailable: ONNX Runtime or the device is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     return onnxruntime.load(path, options)
 
 

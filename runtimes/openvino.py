@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base.layer_counts import counted
+from runtimes.base.layer_counts import count_layers
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -18,13 +18,13 @@ from runtimes.base.protocols import (
     DTypes,
     Feeds,
     Int8Style,
-    Layers,
+    LayerCounts,
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
-    taken,
+    check_feeds,
 )
-from runtimes.base.registry import need
+from runtimes.base.registry import check_available
 
 name = "openvino"
 description = "OpenVINO on the CPU; writes openvino_model.xml and .bin beside model.onnx"
@@ -57,7 +57,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: OpenVINO or the device is not available.
         BuildError: OpenVINO refused the model.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     import openvino
 
     try:
@@ -78,7 +78,7 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
         RuntimeUnavailable: OpenVINO or the device is not available.
         BuildError: OpenVINO refused the model.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     import openvino
 
     if not path.is_file():
@@ -96,7 +96,7 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
         raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
 
 
-def layers(path: Path, options: BuildOptions) -> Layers:
+def layers(path: Path, options: BuildOptions) -> LayerCounts:
     """Return the layers of the model after fusion, as OpenVINO compiled it for this CPU.
 
     Raises:
@@ -111,7 +111,7 @@ def layers(path: Path, options: BuildOptions) -> Layers:
         for kind, layer in zip(kinds, nodes, strict=True)
     )
     rows = [(layer["layerType"], (layer["runtimePrecision"],)) for layer in nodes]
-    return counted(rows, fused_attention=fused or (False if "Softmax" in kinds else None))
+    return count_layers(rows, fused_attention=fused or (False if "Softmax" in kinds else None))
 
 
 class OpenVinoEngine(Closing[Any]):
@@ -143,7 +143,7 @@ class OpenVinoEngine(Closing[Any]):
         import openvino
 
         request = self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         tensors = {key: openvino.Tensor(np.array(value, order="C")) for key, value in feeds.items()}
         for key, tensor in tensors.items():
             request.set_tensor(self._ports[key], tensor)

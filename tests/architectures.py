@@ -34,7 +34,7 @@ class Architecture:
         return models.load(module, example_inputs=inputs)
 
 
-def promised(module: torch.nn.Module, per_class: dict[str, int]) -> int:
+def expected_count(module: torch.nn.Module, per_class: dict[str, int]) -> int:
     """Return the sum of `per_class` over all modules of the tree, by class name."""
     return sum(per_class.get(type(part).__name__, 0) for part in module.modules())
 

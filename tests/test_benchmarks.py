@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compressor.measure.graph_evaluator import GraphEvaluator
-from compressor.search.planner import schedule
+from compressor.search.planner import merge_schedule
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.plan.plan import merged_tokens
@@ -515,7 +515,7 @@ def test_the_designs_of_tokens_are_valid_schedules():
     for design in (*tokens.DESIGNS, *tokens.LARGE_DESIGNS):
         Settings(data="images", drop="none", tokens=design.tokens)
         assert design.limit is None or design.tokens == "none"
-        merged[design.name] = [merged_tokens(action) for action in schedule(design.tokens, sites).values()]
+        merged[design.name] = [merged_tokens(action) for action in merge_schedule(design.tokens, sites).values()]
     assert tokens.DESIGNS[0].name == tokens.LARGE_DESIGNS[0].name == tokens.AS_IS
     assert merged["as it is"] == []
     assert merged["13 behind each attention"] == [13] * 12

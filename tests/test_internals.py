@@ -132,9 +132,9 @@ def test_expression_and_hint_of_integers():
 
 
 def test_free_size_is_a_new_symbol(values):
-    from passes.torch_internals import expression, fake_mode, free_size, hint
+    from passes.torch_internals import expression, fake_mode, hint, new_symbolic_size
 
-    size = free_size(fake_mode(values[0]), 12, "somewhere")
+    size = new_symbolic_size(fake_mode(values[0]), 12, "somewhere")
     assert expression(size).is_Symbol
     assert expression(size) not in {expression(value.shape[0]) for value in values}
     assert hint(size) == 12
@@ -206,17 +206,17 @@ def test_tree_map_reaches_every_leaf():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++, which is not installed")
 def test_package_keeps_its_metadata_and_runs(program, tmp_path):
-    from runtimes.base.protocols import quiet
+    from runtimes.base.protocols import suppress_output
     from runtimes.torch.internals import METADATA_FILE, compile_package, open_package, run_package
 
     path = tmp_path / "halves.pt2"
-    with quiet(), torch.no_grad():
+    with suppress_output(), torch.no_grad():
         compile_package(program, path, {"compressor": "metadata"}, threads=1)
     with zipfile.ZipFile(path) as archive:
         (entry,) = (each for each in archive.namelist() if each.endswith(METADATA_FILE))
         assert json.loads(archive.read(entry))["compressor"] == "metadata"
     x = torch.arange(12.0).reshape(3, 4)
-    with quiet():
+    with suppress_output():
         (output,) = run_package(open_package(path), [x])
     assert torch.equal(output, x.reshape(-1, 2))
 
@@ -276,13 +276,11 @@ def test_shards_of_an_index(tmp_path):
 def test_quiet_silences_transformers_temporarily(bars):
     from transformers.utils import logging as transformers_logging
 
-    from compressor.internals.transformers import quiet
-
     before, level = transformers_logging.is_progress_bar_enabled(), logging.getLogger("transformers").level
     switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
     switch[bars]()
     try:
-        with quiet():
+        with suppress_output():
             assert not transformers_logging.get_logger("transformers.modeling_utils").isEnabledFor(logging.WARNING)
             assert not transformers_logging.is_progress_bar_enabled()
         assert transformers_logging.is_progress_bar_enabled() == bars

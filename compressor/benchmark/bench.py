@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import models
-from compressor.benchmark.contenders import BenchError, Entry, Exported, Given, given
-from compressor.benchmark.decode_results import Generated
+from compressor.benchmark.contenders import BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
+from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.decode_timing import contexts, measure
-from compressor.benchmark.lm_eval_tasks import Asked, check_model
-from compressor.benchmark.lm_eval_tasks import judge as evaluate_tasks
+from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model
+from compressor.benchmark.lm_eval_tasks import evaluate_tasks as evaluate_tasks
 from compressor.benchmark.results import Comparison
-from compressor.benchmark.runner import Condition, Stand
+from compressor.benchmark.runner import BenchRunner, Condition
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import Loaded, load_data
 from compressor.measure.workload import timing_feeds
@@ -98,9 +98,9 @@ class BenchSettings:
         return tuple(itertools.starmap(Condition, itertools.product(self.batch, self.threads or (None,))))
 
     @property
-    def asked(self) -> Asked:
+    def asked(self) -> TaskOptions:
         """The options of the lm-evaluation-harness."""
-        return Asked(self.tasks, self.num_fewshot, self.limit, self.include_path)
+        return TaskOptions(self.tasks, self.num_fewshot, self.limit, self.include_path)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
@@ -125,7 +125,7 @@ def bench(
         raise SettingsError(f"--output {output} is a folder; expected a file such as bench.json.")
     check_writable(output.parent)
     steps = Steps(console)
-    contenders = given(settings.what)
+    contenders = parse_contenders(settings.what)
     folders = {each.name: each.folder for each in contenders if each.folder is not None}
     stand = _set_up(settings, contenders, folders, steps)
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,7 +153,7 @@ def bench(
         reference=stand.reference,
         no_quality_because=stand.loaded.no_quality_because,
         measurements=measurements,
-        generated=Generated(stand.loaded.model.name, stand.entries, stand.against, generation),
+        generated=GenerationResults(stand.loaded.model.name, stand.entries, stand.against, generation),
         parity=parity,
         harness=harness,
         environment=environment(),
@@ -164,8 +164,8 @@ def bench(
 
 
 def _set_up(
-    settings: BenchSettings, contenders: Sequence[Given], folders: Mapping[str, Exported], steps: Steps
-) -> Stand:
+    settings: BenchSettings, contenders: Sequence[Contender], folders: Mapping[str, ExportFolder], steps: Steps
+) -> BenchRunner:
     """Load the models and the data, and return the test bench."""
     _check_tasks(folders)
     with steps.step("load the models"):
@@ -183,10 +183,10 @@ def _set_up(
     with steps.step("load the data") as tick:
         data_and_model = Loaded(model, load_data(export_settings, model, tick))
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
-    return Stand(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
+    return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
 
 
-def _load_contender(contender: Given, settings: BenchSettings) -> Model:
+def _load_contender(contender: Contender, settings: BenchSettings) -> Model:
     """Load a model to measure; an exported checkpoint is loaded for the task of its export."""
     if contender.folder is None:
         return _load(contender.spec, settings)
@@ -206,7 +206,7 @@ def _load(spec: str, settings: BenchSettings) -> Model:
     )
 
 
-def _model(settings: BenchSettings, folders: Mapping[str, Exported], loaded: Mapping[str, Model]) -> Model:
+def _model(settings: BenchSettings, folders: Mapping[str, ExportFolder], loaded: Mapping[str, Model]) -> Model:
     """Return the model whose preprocessing, task and input names are used; it counts as random if any weights are."""
     if settings.model is not None:
         model = _load(settings.model, settings)
@@ -221,7 +221,7 @@ def _model(settings: BenchSettings, folders: Mapping[str, Exported], loaded: Map
     return dataclasses.replace(model, random_weights=any(random) or (model.random_weights and not random))
 
 
-def _check_tasks(folders: Mapping[str, Exported]) -> None:
+def _check_tasks(folders: Mapping[str, ExportFolder]) -> None:
     """Raise if the folders have different tasks: no data fits both."""
     tasks = {name: folder.report["model"]["task"] for name, folder in folders.items()}
     if len(set(tasks.values())) > 1:
@@ -229,7 +229,7 @@ def _check_tasks(folders: Mapping[str, Exported]) -> None:
         raise BenchError(f"the folders have different tasks: {listing}; measure folders of one task at a time.")
 
 
-def _against(baseline: str | None, entries: Sequence[Entry]) -> str:
+def _against(baseline: str | None, entries: Sequence[EngineEntry]) -> str:
     """Return the name of the baseline engine; the name of a folder selects its first engine."""
     names = [entry.name for entry in entries]
     if baseline is None:
@@ -240,7 +240,7 @@ def _against(baseline: str | None, entries: Sequence[Entry]) -> str:
     return matches[0]
 
 
-def _export_settings(settings: BenchSettings, folders: Mapping[str, Exported]) -> Settings:
+def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> Settings:
     """Return the settings of an export that reads the same data and sizes engines alike."""
     first = next(iter(folders.values()), None)
     exported = {} if first is None else first.report["settings"]
@@ -259,7 +259,7 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, Exported]) -
     )
 
 
-def _leakage_warnings(stand: Stand, folders: Mapping[str, Exported]) -> Iterator[str]:
+def _leakage_warnings(stand: BenchRunner, folders: Mapping[str, ExportFolder]) -> Iterator[str]:
     """Yield a warning for each folder that may have been calibrated or selected on samples of this test split."""
     data = stand.loaded.data
     for name, folder in folders.items():

@@ -27,14 +27,14 @@ class BenchError(CompressorError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ExportFolder:
     """A folder that `compressor export` wrote, with its report.json."""
 
     path: Path
     report: Mapping[str, Any]
 
     @staticmethod
-    def read(path: Path) -> Exported:
+    def read(path: Path) -> ExportFolder:
         """Read a folder's report.
 
         Raises:
@@ -42,7 +42,7 @@ class Exported:
         """
         try:
             report = json.loads((path / REPORT).read_text(encoding="utf-8"))
-            exported = Exported(path, report)
+            exported = ExportFolder(path, report)
             _ = exported.target, exported.precision, exported.cells, report["model"]["task"], report["data"]["test_ids"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BenchError(
@@ -104,7 +104,7 @@ class Exported:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class EngineEntry:
     """One engine to measure.
 
     Attributes:
@@ -146,12 +146,12 @@ def _load(target: Runtime, built: Path, options: BuildOptions) -> Engine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Contender:
     """One argument of `bench`: an exported folder, an ONNX file, or otherwise a model."""
 
     name: str
     spec: str
-    folder: Exported | None = None
+    folder: ExportFolder | None = None
     file: Path | None = None
 
     @property
@@ -159,7 +159,7 @@ class Given:
         """Return whether the argument is a model or an exported checkpoint."""
         return self.file is None and (self.folder is None or self.folder.is_checkpoint)
 
-    def entries(self, model: Model | None, target: str | None, *, compiled: bool) -> Iterator[Entry]:
+    def entries(self, model: Model | None, target: str | None, *, compiled: bool) -> Iterator[EngineEntry]:
         """Yield the engines of the argument; `model` is the loaded model if `is_model`.
 
         Raises:
@@ -168,14 +168,14 @@ class Given:
         if self.folder is not None and not self.folder.is_checkpoint:
             yield from _folder_entries(self.name, self.folder, target)
         elif self.file is not None:
-            yield Entry(self.name, target or "onnxruntime", self.file)
+            yield EngineEntry(self.name, target or "onnxruntime", self.file)
         elif model is not None:
-            yield Entry(f"{self.name} (eager)", EAGER, None, Module(model))
+            yield EngineEntry(f"{self.name} (eager)", EAGER, None, Module(model))
             if compiled:
-                yield Entry(f"{self.name} (compiled)", EAGER, None, Module(model, compiles=True))
+                yield EngineEntry(f"{self.name} (compiled)", EAGER, None, Module(model, compiles=True))
 
 
-def given(what: Sequence[str]) -> tuple[Given, ...]:
+def parse_contenders(what: Sequence[str]) -> tuple[Contender, ...]:
     """Classify the arguments. Names are the last parts of the paths, or the whole paths if these are not unique.
 
     Raises:
@@ -193,11 +193,11 @@ def given(what: Sequence[str]) -> tuple[Given, ...]:
     )
 
 
-def _classify(name: str, spec: str) -> Given:
+def _classify(name: str, spec: str) -> Contender:
     path = Path(spec)
     if path.suffix.lower() == ".onnx":
-        return Given(name, spec, file=_existing(path))
-    return Given(name, spec, folder=Exported.read(path) if (path / REPORT).is_file() else None)
+        return Contender(name, spec, file=_existing(path))
+    return Contender(name, spec, folder=ExportFolder.read(path) if (path / REPORT).is_file() else None)
 
 
 def _existing(path: Path) -> Path:
@@ -206,21 +206,21 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _folder_entries(name: str, folder: Exported, target: str | None) -> Iterator[Entry]:
+def _folder_entries(name: str, folder: ExportFolder, target: str | None) -> Iterator[EngineEntry]:
     """Yield the engine of a folder, or one engine for each cell of its factorial."""
     chosen = folder.target if target is None else target
     precision = folder.precision if chosen == folder.target and folder.precision in runtime(chosen).own else "fp32"
     if folder.engine.suffix != ".onnx" and chosen != folder.target:
         raise BenchError(f"{name} holds an engine of {folder.target}, which {chosen} cannot open; leave out --target.")
     if not folder.cells:
-        yield Entry(name, chosen, _existing(folder.engine), precision=precision)
+        yield EngineEntry(name, chosen, _existing(folder.engine), precision=precision)
     for cell, file in folder.cells.items():
-        yield Entry(f"{name}/{cell}", chosen, _existing(folder.path / file), cell=(name, cell))
+        yield EngineEntry(f"{name}/{cell}", chosen, _existing(folder.path / file), cell=(name, cell))
 
 
-def cells(entries: Sequence[Entry]) -> dict[str, dict[str, Entry]]:
+def cells_by_folder(entries: Sequence[EngineEntry]) -> dict[str, dict[str, EngineEntry]]:
     """Group the entries that are cells of a factorial, by folder name and cell."""
-    by_folder: dict[str, dict[str, Entry]] = {}
+    by_folder: dict[str, dict[str, EngineEntry]] = {}
     for entry in entries:
         if entry.cell is not None:
             by_folder.setdefault(entry.cell[0], {})[entry.cell[1]] = entry

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressor.benchmark.contenders import Entry, cells
+from compressor.benchmark.contenders import EngineEntry, cells_by_folder
 from compressor.benchmark.decode_timing import Generation
 from compressor.benchmark.runner import Condition
-from compressor.report.factorial import Factorial, factorial, place
-from compressor.report.report import brief, dim
+from compressor.report.factorial import Factorial, compute_factorial, conditions
+from compressor.report.report import dim, latency_to_dict
 from runtimes.base.timing import Latency, Speedup, speedups_over
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ PARTS: dict[Part, str] = {"first": "for the first token of {} tokens", "token": 
 
 
 @dataclass(frozen=True)
-class Generated:
+class GenerationResults:
     """All measurements of generation; speed-ups are over `against` under the same condition and context length."""
 
     model: str
-    entries: tuple[Entry, ...]
+    entries: tuple[EngineEntry, ...]
     against: str
     runs: tuple[Generation, ...]
 
@@ -57,17 +57,17 @@ class Generated:
         """Factorials of every folder with cells, for both calls, every context length and every condition."""
         return tuple(
             (folder, part, context, self._factorial(own, part, condition, context))
-            for folder, own in cells(self.entries).items()
+            for folder, own in cells_by_folder(self.entries).items()
             for condition, context in self.places
             for part in PARTS
         )
 
-    def _factorial(self, own: Mapping[str, Entry], part: Part, condition: Condition, context: int) -> Factorial:
+    def _factorial(self, own: Mapping[str, EngineEntry], part: Part, condition: Condition, context: int) -> Factorial:
         latency = self.latencies(part, condition, context)
         target = next(iter(own.values())).target
-        where = f"{PARTS[part].format(context)}, {place(target, condition.batch, condition.threads)}"
+        where = f"{PARTS[part].format(context)}, {conditions(target, condition.batch, condition.threads)}"
         files = {cell: str(entry.file) for cell, entry in own.items()}
-        return factorial({cell: latency[entry.name] for cell, entry in own.items()}, None, files, where)
+        return compute_factorial({cell: latency[entry.name] for cell, entry in own.items()}, None, files, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Return measurements and factorials as plain JSON values; latencies hold every sample, in milliseconds."""
@@ -85,8 +85,8 @@ class Generated:
             "engine": each.name,
             **each.condition._asdict(),
             "context": each.context,
-            "first": {"latency": brief(each.first), "speedup": speed["first"]._asdict()},
-            "token": {"latency": brief(each.token), "speedup": speed["token"]._asdict()},
+            "first": {"latency": latency_to_dict(each.first), "speedup": speed["first"]._asdict()},
+            "token": {"latency": latency_to_dict(each.token), "speedup": speed["token"]._asdict()},
             "tokens_per_second": each.tokens_per_second,
             "cache_bytes": each.cache,
             "difference_from_whole_text": each.difference,

@@ -17,8 +17,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from compressor.benchmark.contenders import BenchError, Entry
-from compressor.benchmark.runner import Condition, Engines, Stand
+from compressor.benchmark.contenders import BenchError, EngineEntry
+from compressor.benchmark.runner import BenchRunner, Condition, Engines
 from compressor.errors import SettingsError
 from compressor.measure.latency import timed
 from compressor.measure.workload import USUAL, Fed, called, empty, most_tokens, stored, token_ids
@@ -30,9 +30,9 @@ from runtimes.base.timing import Latency
 FIRST, NEXT = "first token", "next token"
 # Measured on a small trained Llama with a context of 16 tokens: a step that ignores its cache has a distance of 0.37, a
 # float engine 1e-6, and dynamic int8 0.03, since the activation range of one token differs from that of many.
-FURTHEST = 0.2
+MAX_DISTANCE = 0.2
 
-Run: TypeAlias = tuple[Entry, Condition, int]  # engine, condition, context length in tokens
+Run: TypeAlias = tuple[EngineEntry, Condition, int]  # engine, condition, context length in tokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def contexts(requested: tuple[int, ...] | None, model: Model) -> tuple[int, ...]
     return requested
 
 
-def measure(stand: Stand, engines: Engines, rounds: int, scratch: Path, steps: Steps) -> tuple[Generation, ...]:
+def measure(stand: BenchRunner, engines: Engines, rounds: int, scratch: Path, steps: Steps) -> tuple[Generation, ...]:
     """Time prefill and decode of every engine under every condition in one interleaved run.
 
     Args:
@@ -102,7 +102,7 @@ def measure(stand: Stand, engines: Engines, rounds: int, scratch: Path, steps: S
         steps: recorder of the progress.
 
     Raises:
-        BenchError: a decode step does not continue its prompt (see `FURTHEST`).
+        BenchError: a decode step does not continue its prompt (see `MAX_DISTANCE`).
     """
     if not stand.contexts:
         return ()
@@ -135,7 +135,7 @@ def measure(stand: Stand, engines: Engines, rounds: int, scratch: Path, steps: S
 
 
 def _prepared(
-    stand: Stand, engines: Engines, runs: Sequence[Run], scratch: Path, steps: Steps
+    stand: BenchRunner, engines: Engines, runs: Sequence[Run], scratch: Path, steps: Steps
 ) -> dict[tuple[str, int, int], Prepared]:
     """Return the checked inputs of every run, which do not depend on the thread count."""
     prepared: dict[tuple[str, int, int], Prepared] = {}
@@ -151,7 +151,7 @@ def _prepared(
     return prepared
 
 
-def _opener(stand: Stand, engines: Engines, entry: Entry, condition: Condition) -> Callable[[], Engine]:
+def _opener(stand: BenchRunner, engines: Engines, entry: EngineEntry, condition: Condition) -> Callable[[], Engine]:
     return partial(engines.openers[entry.name], stand.options(condition, entry))
 
 
@@ -159,11 +159,11 @@ def _calls(prepared: Prepared) -> dict[str, Feeds]:
     return {FIRST: prepared.prompt, NEXT: prepared.step}
 
 
-def _feeds_key(entry: Entry, condition: Condition, context: int) -> tuple[str, int, int]:
+def _feeds_key(entry: EngineEntry, condition: Condition, context: int) -> tuple[str, int, int]:
     return entry.name, condition.batch, context
 
 
-def _key(entry: Entry, condition: Condition, context: int, part: str) -> str:
+def _key(entry: EngineEntry, condition: Condition, context: int, part: str) -> str:
     return f"{entry.name}, {condition}, context {context}, {part}"
 
 
@@ -197,10 +197,10 @@ def distance(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) 
     return float((np.linalg.norm(found - expected, axis=-1) / np.maximum(spread, np.finfo(np.float32).tiny)).max())
 
 
-def _checked(entry: Entry, prepared: Prepared) -> Prepared:
-    if not prepared.difference <= FURTHEST:  # also refuses NaN
+def _checked(entry: EngineEntry, prepared: Prepared) -> Prepared:
+    if not prepared.difference <= MAX_DISTANCE:  # also refuses NaN
         raise BenchError(
             f"{entry.name} does not continue its prompt: logits with its KV cache differ from those of the whole text "
-            f"by {prepared.difference:.2g} of their spread; expected at most {FURTHEST:g}. Export it again."
+            f"by {prepared.difference:.2g} of their spread; expected at most {MAX_DISTANCE:g}. Export it again."
         )
     return prepared

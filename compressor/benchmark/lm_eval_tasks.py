@@ -25,7 +25,7 @@ LONGEST = 2048  # tokens of a call for models without a known limit, the default
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskOptions:
     """Tasks and options of the harness.
 
     Attributes:
@@ -92,10 +92,10 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Harness:
+class TaskResults:
     """All results of the harness, engine by engine, and the release of lm-eval."""
 
-    asked: Asked
+    asked: TaskOptions
     release: str
     against: str
     results: tuple[Result, ...]
@@ -145,7 +145,7 @@ class Harness:
         )
 
 
-def check_model(model: Model, asked: Asked) -> None:
+def check_model(model: Model, asked: TaskOptions) -> None:
     """Check, before engines are built, that the model can be evaluated and that the tasks can be loaded.
 
     Raises:
@@ -167,15 +167,15 @@ def check_model(model: Model, asked: Asked) -> None:
         manager.load(names)
 
 
-def judge(
+def evaluate_tasks(
     openers: Mapping[str, Callable[[], Engine]],
     model: Model,
-    asked: Asked,
+    asked: TaskOptions,
     *,
     against: str,
     length: int | None,
     steps: Steps,
-) -> Harness | None:
+) -> TaskResults | None:
     """Evaluate every engine on all tasks, one engine after the other; return None without tasks.
 
     Args:
@@ -202,7 +202,7 @@ def judge(
         with steps.step(f"evaluate {', '.join(asked.tasks)}: {name}") as tick, opener() as engine:
             lm = EngineLM(engine, model, limit if length is None else length, told=tick)
             all_results += results(name, _evaluate(lm, manager, names, asked))
-    return Harness(asked, importlib.metadata.version("lm_eval"), against, tuple(all_results))
+    return TaskResults(asked, importlib.metadata.version("lm_eval"), against, tuple(all_results))
 
 
 def results(engine: str, output: Mapping[str, Any]) -> Iterator[Result]:
@@ -229,7 +229,7 @@ def results(engine: str, output: Mapping[str, Any]) -> Iterator[Result]:
             )
 
 
-def _tasks(asked: Asked) -> tuple[Any, list[str]]:
+def _tasks(asked: TaskOptions) -> tuple[Any, list[str]]:
     """Return the harness's task manager, which reads thousands of files, and the task names that the patterns match."""
     from lm_eval.tasks import TaskManager
 
@@ -237,7 +237,7 @@ def _tasks(asked: Asked) -> tuple[Any, list[str]]:
     return manager, [name for task in asked.tasks for name in (manager.match_tasks([task]) or [task])]
 
 
-def _evaluate(lm: Any, manager: Any, names: list[str], asked: Asked) -> Mapping[str, Any]:
+def _evaluate(lm: Any, manager: Any, names: list[str], asked: TaskOptions) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
 
     limit = None if asked.limit is None else int(asked.limit) if asked.limit >= 1 else asked.limit
@@ -249,7 +249,7 @@ def _evaluate(lm: Any, manager: Any, names: list[str], asked: Asked) -> Mapping[
 
 
 @contextlib.contextmanager
-def _loading(asked: Asked) -> Iterator[None]:
+def _loading(asked: TaskOptions) -> Iterator[None]:
     """Turn exceptions of the harness and its datasets into a CompressorError; hide its log below errors."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressor.benchmark.contenders import Entry, cells
-from compressor.benchmark.decode_results import Generated
-from compressor.benchmark.lm_eval_tasks import Harness
+from compressor.benchmark.contenders import EngineEntry, cells_by_folder
+from compressor.benchmark.decode_results import GenerationResults
+from compressor.benchmark.lm_eval_tasks import TaskResults
 from compressor.benchmark.runner import Condition, Measurement
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import METRICS, Figure
-from compressor.report.factorial import Factorial, factorial, place
-from compressor.report.report import LABELS, brief, dim
+from compressor.report.factorial import Factorial, compute_factorial, conditions
+from compressor.report.report import LABELS, dim, latency_to_dict
 from runtimes.base.timing import Latency, Speedup, speedups_over
 
 if TYPE_CHECKING:
@@ -42,16 +42,16 @@ class Comparison:
     against: str
     model: str
     data: dict[str, Any]
-    entries: tuple[Entry, ...]
+    entries: tuple[EngineEntry, ...]
     evaluation: Evaluation | None
     reference: str
     no_quality_because: str | None
     measurements: tuple[Measurement, ...]
-    generated: Generated
+    generated: GenerationResults
     parity: dict[str, float]
     environment: dict[str, object]
     notes: tuple[str, ...]
-    harness: Harness | None = None
+    harness: TaskResults | None = None
 
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:
@@ -84,22 +84,22 @@ class Comparison:
         """Factorials of every folder with cells, under every condition."""
         return tuple(
             (folder, self._factorial(own, condition))
-            for folder, own in cells(self.entries).items()
+            for folder, own in cells_by_folder(self.entries).items()
             for condition in self.conditions
         )
 
-    def _factorial(self, own: Mapping[str, Entry], condition: Condition) -> Factorial:
+    def _factorial(self, own: Mapping[str, EngineEntry], condition: Condition) -> Factorial:
         latency = self.latencies(condition)
         evaluation = None
         if self.evaluation is not None:
             columns = {cell: self.evaluation.columns[entry.name] for cell, entry in own.items()}
             evaluation = Evaluation(self.evaluation.metric, columns)
         target = next(iter(own.values())).target
-        return factorial(
+        return compute_factorial(
             {cell: latency[entry.name] for cell, entry in own.items()},
             evaluation,
             {cell: str(entry.file) for cell, entry in own.items()},
-            place(target, condition.batch, condition.threads),
+            conditions(target, condition.batch, condition.threads),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Comparison:
         """Return the comparison as indented JSON."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
-    def _engine(self, entry: Entry) -> dict[str, Any]:
+    def _engine(self, entry: EngineEntry) -> dict[str, Any]:
         figure, loss = self.quality.get(entry.name, (None, None))
         free = {} if figure is None or self.evaluation is None else self.evaluation.label_free(entry.name)
         return {
@@ -140,7 +140,7 @@ class Comparison:
         return {
             "engine": each.name,
             **each.condition._asdict(),
-            "latency": brief(each.latency),
+            "latency": latency_to_dict(each.latency),
             "speedup": self.speedups[each.name, each.condition]._asdict(),
             "rows_per_second": each.throughput,
             "memory": None if each.memory is None else asdict(each.memory),

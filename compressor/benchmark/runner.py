@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compressor.benchmark.contenders import EAGER, BenchError, Entry
+from compressor.benchmark.contenders import EAGER, BenchError, EngineEntry
 from compressor.lower.traced_model import Loaded
 from compressor.measure import peak_memory
 from compressor.measure.engine_builder import sized
@@ -24,7 +24,7 @@ from compressor.quality.evaluate import Evaluation
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildOptions, Engine, Feeds
-from runtimes.base.registry import need, runtime
+from runtimes.base.registry import check_available, runtime
 from runtimes.base.timing import Latency
 
 
@@ -62,7 +62,7 @@ class Engines:
 
 
 @dataclass(frozen=True)
-class Stand:
+class BenchRunner:
     """The engines, conditions and data of one comparison.
 
     Attributes:
@@ -77,7 +77,7 @@ class Stand:
 
     loaded: Loaded
     settings: Settings
-    entries: tuple[Entry, ...]
+    entries: tuple[EngineEntry, ...]
     against: str
     conditions: tuple[Condition, ...]
     feeds: Mapping[int, Feeds]
@@ -91,11 +91,11 @@ class Stand:
         return self.entries[index - 1 if self.entries[index].compiled else index].name
 
     @property
-    def judged(self) -> tuple[Entry, ...]:
+    def judged(self) -> tuple[EngineEntry, ...]:
         """The engines whose quality is measured: all but compiled models, which are compared with the eager model."""
         return tuple(entry for entry in self.entries if not entry.compiled)
 
-    def options(self, condition: Condition, entry: Entry) -> BuildOptions:
+    def options(self, condition: Condition, entry: EngineEntry) -> BuildOptions:
         """Return the build options of an engine: device, threads, and the sizes of all inputs it will get."""
         device = self.settings.device
         if device is None:
@@ -185,16 +185,16 @@ class Stand:
                 measurements.append(Measurement(entry.name, condition, latency[key], peak))
         return tuple(measurements)
 
-    def _memory(self, entry: Entry, condition: Condition, built: Mapping[str, Path]) -> Memory | None:
+    def _memory(self, entry: EngineEntry, condition: Condition, built: Mapping[str, Path]) -> Memory | None:
         options = self.options(condition, entry)
         if entry.name not in built or options.device != "cpu":
             return None
         return peak_memory.measure(entry.target, built[entry.name], options, self.feeds[condition.batch])
 
 
-def _build(entry: Entry, file: Path, scratch: Path, options: BuildOptions) -> Path:
+def _build(entry: EngineEntry, file: Path, scratch: Path, options: BuildOptions) -> Path:
     target = runtime(entry.target)
-    need(target.name, target.missing(), target.devices, options)
+    check_available(target.name, target.missing(), target.devices, options)
     if file.suffix != ".onnx":
         return file  # already an engine
     scratch.mkdir()

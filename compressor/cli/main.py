@@ -20,7 +20,7 @@ from compressor.choices import AUTO, CALIBRATIONS, HEAL_METHODS, SHORT_FORMS
 from compressor.cli.bench import bench
 from compressor.cli.build import build
 from compressor.cli.options import engine_options, memory_option, search_options, subject_options
-from compressor.cli.param_types import Duration, Milliseconds, command_line, console, drop_messages_about_insides
+from compressor.cli.param_types import Duration, Milliseconds, command_line, console, filter_library_logs
 from compressor.errors import CompressorError, SettingsError
 
 MODEL_HELP = (
@@ -34,7 +34,7 @@ class Failing(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; exit with status 1 for a failure, 2 for wrong usage, 130 for an interrupt."""
-        drop_messages_about_insides()
+        filter_library_logs()
         try:
             with _exit_on_sigterm():
                 return super().invoke(ctx)
@@ -244,7 +244,7 @@ def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...]
     """Report redundancy and cost of every branch of MODEL."""
     from rich.console import Console
 
-    from compressor.limitations import listed
+    from compressor.limitations import format_limitations
     from compressor.pipeline import inspect as pipeline
     from compressor.settings import Settings
     from compressor.workspace.output_folder import check_writable
@@ -256,7 +256,7 @@ def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...]
     out.print(inspection.table())
     if inspection.study is not None:
         out.print("\n".join(inspection.study.summary()), highlight=False, markup=False)
-    for line in listed(inspection.limitations):
+    for line in format_limitations(inspection.limitations):
         out.print(line, highlight=False, markup=False)
     *files, last = map(str, inspection.save(Path(output), command=command_line()))
     out.print(f"Written to {', '.join(files)} and {last}.", highlight=False, markup=False)

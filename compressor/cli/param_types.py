@@ -97,7 +97,7 @@ INSIDES = (
 )
 
 
-def drop_messages_about_insides() -> None:
+def filter_library_logs() -> None:
     """Filter the messages of `INSIDES` out of the logs."""
     for logger, substring in INSIDES:
         filters = logging.getLogger(logger).filters

@@ -27,20 +27,20 @@ class Window:
     length: int
     stride: int
 
-    def cut(self, tokens: int) -> tuple[Cut, ...]:
+    def cut(self, tokens: int) -> tuple[WindowSpan, ...]:
         """Return the windows of a text with `tokens` tokens.
 
         >>> Window(4, 2).cut(7)
         (Cut(start=0, end=4, scored=1), Cut(start=2, end=6, scored=4), Cut(start=4, end=7, scored=6))
         """
-        cuts = [Cut(0, min(self.length, tokens), 1)]
+        cuts = [WindowSpan(0, min(self.length, tokens), 1)]
         while cuts[-1].end < tokens:
             start = cuts[-1].start + self.stride
-            cuts.append(Cut(start, min(start + self.length, tokens), cuts[-1].end))
+            cuts.append(WindowSpan(start, min(start + self.length, tokens), cuts[-1].end))
         return tuple(cuts)
 
 
-class Cut(NamedTuple):
+class WindowSpan(NamedTuple):
     """One window: the tokens from `start` to `end`, of which those from `scored` on are scored."""
 
     start: int
@@ -49,7 +49,7 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
+class WindowBatch:
     """A batch of windows: feeds, mask of the scored tokens (bool [rows, tokens]), and text number of each row."""
 
     feeds: Feeds
@@ -57,7 +57,7 @@ class Piece:
     owners: tuple[int, ...]
 
 
-def chosen(length: int | None, stride: int | None, max_tokens: int | None) -> Window:
+def resolve_window(length: int | None, stride: int | None, max_tokens: int | None) -> Window:
     """Return the sliding window for the options; the default length is that of the model, at most 2,048 tokens.
 
     Args:
@@ -82,9 +82,9 @@ def chosen(length: int | None, stride: int | None, max_tokens: int | None) -> Wi
     return Window(length, stride)
 
 
-def pieces(
+def window_batches(
     texts: Iterable[tuple[int, Feeds]], window: Window, complete: Callable[[Feeds], Feeds], rows: int
-) -> Iterator[Piece]:
+) -> Iterator[WindowBatch]:
     """Yield all windows of the texts in order, in batches of at most `rows` windows and `TOKENS` tokens.
 
     A batch of a single window may have more than `TOKENS` tokens.
@@ -95,7 +95,7 @@ def pieces(
         complete: adds the inputs that are derived from the tokens.
         rows: maximum number of windows in a batch.
     """
-    batch: list[tuple[int, Feeds, Cut]] = []
+    batch: list[tuple[int, Feeds, WindowSpan]] = []
     for owner, feeds in texts:
         for cut in window.cut(len(feeds["input_ids"])):
             longest = max([cut.end - cut.start, *(other.end - other.start for _, _, other in batch)])
@@ -107,7 +107,7 @@ def pieces(
         yield _piece(batch, complete)
 
 
-def _piece(batch: Sequence[tuple[int, Feeds, Cut]], complete: Callable[[Feeds], Feeds]) -> Piece:
+def _piece(batch: Sequence[tuple[int, Feeds, WindowSpan]], complete: Callable[[Feeds], Feeds]) -> WindowBatch:
     longest = max(cut.end - cut.start for _, _, cut in batch)
     feeds = {
         name: np.stack([_padded(inputs[name][cut.start : cut.end], longest, name) for _, inputs, cut in batch])
@@ -116,7 +116,7 @@ def _piece(batch: Sequence[tuple[int, Feeds, Cut]], complete: Callable[[Feeds], 
     scored = np.zeros((len(batch), longest), dtype=bool)
     for row, (_, _, cut) in enumerate(batch):
         scored[row, cut.scored - cut.start : cut.end - cut.start] = True
-    return Piece(complete(feeds), scored, tuple(owner for owner, _, _ in batch))
+    return WindowBatch(complete(feeds), scored, tuple(owner for owner, _, _ in batch))
 
 
 def _padded(values: Array, length: int, name: str) -> Array:

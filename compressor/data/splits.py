@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
-from compressor.data.sliding_windows import Window, chosen, pieces
+from compressor.data.sliding_windows import Window, resolve_window, window_batches
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -111,7 +111,7 @@ class Split:
         ids, samples = self.samples.ids, self.samples
         assert samples.whole is not None
         texts = ((index, samples.whole(index)) for index in self.indices)
-        for piece in pieces(texts, self.windows.window, self.windows.complete, batch_size):
+        for piece in window_batches(texts, self.windows.window, self.windows.complete, batch_size):
             yield Batch(piece.feeds, None, 1, tuple(ids[owner] for owner in piece.owners), piece.scored)
 
     def head(self, n: int) -> Split:
@@ -207,7 +207,7 @@ def load(
         DataError: the data cannot be read, does not fit the model, or has fewer than three usable samples.
     """
     shares = Shares() if shares is None else shares
-    window = chosen(max_length, stride, preprocess.longest) if task == "text-generation" else None
+    window = resolve_window(max_length, stride, preprocess.longest) if task == "text-generation" else None
     if window is not None:
         preprocess = preprocess.limited(window.length)
     samples = read(spec, preprocess, task=task, seed=seed, revision=revision)

@@ -18,25 +18,25 @@ from compressor.deferred.package import ANSWERS, FOLDER
 from compressor.deferred.reference_answers import Answers
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
-from compressor.quality.disagreements import Changed
+from compressor.quality.disagreements import Disagreement
 from compressor.quality.intervals import Figure
 from compressor.report.collect_limitations import of_engine
-from compressor.report.engine_layers import described
-from compressor.report.pages.export_page import PAGE, html, shown_in
-from compressor.report.report import REPORT, Quality, Report, Size, brief
+from compressor.report.engine_layers import layers_of
+from compressor.report.pages.export_page import PAGE, html, previews_in
+from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import (
     FolderError,
     check_files,
     check_writable,
-    listed,
+    read_manifest,
     scratch_folder,
     write_files,
     write_manifest,
 )
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildOptions, Runtime
-from runtimes.base.registry import need, runtime
+from runtimes.base.registry import check_available, runtime
 from runtimes.base.timing import Latency, interleave
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def build(
     options = _options(part["options"], threads, portable=portable_engine)
     part = part | {"options": part["options"] | {"portable": options.portable}}
     target = runtime(part["target"])
-    need(target.name, target.missing(), target.devices, options)
+    check_available(target.name, target.missing(), target.devices, options)
     check_writable(folder)
     check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
     steps = Steps(console)
@@ -104,7 +104,7 @@ def build(
         device = _DeviceBuild(folder, part, Answers.load(folder / ANSWERS), target, options, scratch)
         engines = device.build_engines(steps)
         measured = device.check_engines(engines, steps)
-        layers = described(target, engines["result"], device.options)
+        layers = layers_of(target, engines["result"], device.options)
         latency = device.time_engines(engines, content["settings"], rounds, steps)
         report = _completed(content, folder, part | {"measured": measured, "layers": layers}, latency, steps)
         engine_files = [path.replace(folder / path.name) for path in (scratch / "result").iterdir()]
@@ -116,7 +116,7 @@ def build(
     written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode()}
     written |= {} if page is None else {PAGE: page}
     write_files(folder, written | (_card(completed, folder) if ours else {}))
-    kept = (name for name in listed(folder) if ours or name != CARD)
+    kept = (name for name in read_manifest(folder) if ours or name != CARD)
     write_manifest(folder, (*kept, *(path.name for path in engine_files)))
     return report
 
@@ -262,7 +262,7 @@ def _json(content: Json, report: Report) -> Json:
     """Return the content of report.json with the figures of the device."""
     speedups = {name: report.speedup(name)._asdict() for name in report.latency if name != "result"}
     return content | {
-        "latency": {name: brief(latency) for name, latency in report.latency.items()},
+        "latency": {name: latency_to_dict(latency) for name, latency in report.latency.items()},
         "speedup": speedups,
         "notes": list(report.notes),
         "limitations": [asdict(limitation) for limitation in report.limitations],
@@ -274,7 +274,7 @@ def _page(folder: Path, content: Json) -> bytes | None:
     """Return a new report.html with the samples of the present one; None if its packages are not installed."""
     earlier = folder / PAGE
     try:
-        return html(content, shown_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
+        return html(content, previews_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
     except ImportError:
         return None
 
@@ -307,5 +307,5 @@ def _quality(stored: Json | None) -> Quality | None:
         {name: Figure(**figure) for name, figure in stored[part].items()} for part in ("figures", "loss", "label_free")
     )
     return Quality(
-        stored["metric"], figures, loss, label_free, tuple(Changed(**sample) for sample in stored["changed"])
+        stored["metric"], figures, loss, label_free, tuple(Disagreement(**sample) for sample in stored["changed"])
     )

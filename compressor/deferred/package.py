@@ -168,10 +168,10 @@ def _bytes_of_answers(graph: Graph, feeds: Mapping[str, Array]) -> int:
     import torch
 
     from passes.execute.interpreter import Program
-    from passes.execute.offloaded_weights import shapes_alone
+    from passes.execute.offloaded_weights import fake_values
 
     program = Program(graph)
-    with shapes_alone(program, {name: torch.from_numpy(value) for name, value in feeds.items()}) as values:
+    with fake_values(program, {name: torch.from_numpy(value) for name, value in feeds.items()}) as values:
         for _ in program.walk(values):
             pass
         return sum(value.nbytes for value in program.results(values))

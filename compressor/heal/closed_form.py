@@ -21,10 +21,10 @@ from compressor.data.splits import Split
 from compressor.heal.distill import Draft
 from compressor.models import Model
 from compressor.quality.evaluate import tensor_batches
-from compressor.quality.output_divergence import Effects
+from compressor.quality.output_divergence import OutputDivergence
 from passes.analysis.redundancy import MASK, rows_of
-from passes.execute.interpreter import Until
-from passes.graph.edit import own
+from passes.execute.interpreter import PartialRun
+from passes.graph.edit import replace_parameter
 from passes.graph.graph import Graph, Site, attribute, output_values
 from passes.graph.sites import aten
 
@@ -34,7 +34,7 @@ DRAFTS = 4  # number of drafts that are evaluated
 
 
 @dataclass(frozen=True)
-class Spot:
+class RefitTarget:
     """A linear map to refit: the names of its node and of the node whose value is compared with the original."""
 
     map: str
@@ -42,7 +42,7 @@ class Spot:
     channel_dim: int
 
 
-def refitted(
+def refit_closed_form(
     graph: Graph,
     original: Graph,
     model: Model,
@@ -68,7 +68,7 @@ def refitted(
     if not spots or len(calibration) < 2:
         return
     fitting, choosing = (dataclasses.replace(calibration, indices=calibration.indices[part::2]) for part in (0, 1))
-    effects = Effects(original, model, choosing)
+    effects = OutputDivergence(original, model, choosing)
     best, _ = effects.measure(graph, {})
     due = {len(spots) * number // DRAFTS for number in range(1, DRAFTS + 1)}
     for number, spot in enumerate(spots, start=1):
@@ -85,17 +85,17 @@ def refitted(
             return
 
 
-def find_spots(graph: Graph, original: Graph, model: Model, sites: Sequence[Site]) -> list[Spot]:
+def find_spots(graph: Graph, original: Graph, model: Model, sites: Sequence[Site]) -> list[RefitTarget]:
     """Return the linear maps to refit, in order: those that end a site's branch, and the one that ends the model."""
     nodes, original_names = {node.name: node for node in graph.nodes()}, {node.name for node in original.nodes()}
     spots = [
-        Spot(site.branch, site.root, site.channel_dim)
+        RefitTarget(site.branch, site.root, site.channel_dim)
         for site in sites
         if _is_map(graph, nodes.get(site.branch)) and site.root in nodes and site.root in original_names
     ]
     answer = output_values(graph)[model.outputs.index(model.answer)]
     if _is_map(graph, answer) and answer.name in original_names:
-        spots.append(Spot(answer.name, answer.name, answer.meta["val"].ndim - 1))
+        spots.append(RefitTarget(answer.name, answer.name, answer.meta["val"].ndim - 1))
     return spots
 
 
@@ -126,11 +126,11 @@ class Moments:
 
 
 @torch.inference_mode()
-def moments(graph: Graph, original: Graph, split: Split, spot: Spot) -> Moments:
+def moments(graph: Graph, original: Graph, split: Split, spot: RefitTarget) -> Moments:
     """Compute the moments in float64, in one pass over the split that runs both graphs only up to the nodes needed."""
     node = next(node for node in graph.nodes() if node.name == spot.map)
     source, biased = node.all_input_nodes[0].name, len(node.args) > 2
-    now, before = Until(graph, {source, spot.behind}), Until(original, {spot.behind})
+    now, before = PartialRun(graph, {source, spot.behind}), PartialRun(original, {spot.behind})
     xx: Any = 0
     ex: Any = 0
     for feeds in tensor_batches(split):
@@ -143,7 +143,7 @@ def moments(graph: Graph, original: Graph, split: Split, spot: Spot) -> Moments:
     return Moments(xx, ex)
 
 
-def _variants(graph: Graph, original: Graph, split: Split, spot: Spot) -> Iterator[Graph]:
+def _variants(graph: Graph, original: Graph, split: Split, spot: RefitTarget) -> Iterator[Graph]:
     """Yield a fork with the map refitted at each strength; none if the error is zero or not finite."""
     sums = moments(graph, original, split, spot)
     if not bool(torch.isfinite(sums.ex).all()) or not bool(sums.ex.any()):
@@ -160,4 +160,4 @@ def _variants(graph: Graph, original: Graph, split: Split, spot: Spot) -> Iterat
 
 def _add(fork: Graph, node: fx.Node, change: torch.Tensor) -> None:
     old = attribute(fork, node).detach()
-    own(fork, str(node.target), (old.double() + change).to(old.dtype))
+    replace_parameter(fork, str(node.target), (old.double() + change).to(old.dtype))

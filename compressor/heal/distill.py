@@ -16,10 +16,10 @@ from torch.nn import functional
 from compressor.data.splits import Split
 from compressor.models import Model
 from compressor.quality.evaluate import divergence, tensor_batches
-from compressor.quality.output_divergence import spaced
+from compressor.quality.output_divergence import subsample_tokens
 from passes.analysis.redundancy import MASK
 from passes.execute.interpreter import Program
-from passes.graph.edit import own
+from passes.graph.edit import replace_parameter
 from passes.graph.graph import Graph, attribute
 from passes.graph.sites import LINEAR_OPS
 
@@ -96,7 +96,7 @@ class Student:
         """Return a fork of the graph with the trained parameters; it shares the others."""
         fork = self.graph.fork()
         for name, value in self.merged().items():
-            own(fork, name, value.detach().clone())
+            replace_parameter(fork, name, value.detach().clone())
         return fork
 
 
@@ -159,7 +159,7 @@ def distil(
     student = Student(graph, blocks, recipe, generator)
     if not student.trained():
         return
-    lesson = Lesson(student, original, model, calibration, recipe, generator)
+    lesson = Distillation(student, original, model, calibration, recipe, generator)
     checks = max(1, min(recipe.checks, int(seconds * JUDGING / max(check, 1e-6))))
     steps = _affordable(lesson, seconds - (time.perf_counter() - start) - checks * check, recipe)
     if steps < recipe.fewest:
@@ -186,7 +186,7 @@ def _schedule(done: float, warmup: float, least: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _affordable(lesson: Lesson, seconds: float, recipe: Recipe) -> int:
+def _affordable(lesson: Distillation, seconds: float, recipe: Recipe) -> int:
     """Estimate the number of steps that fit in the time by timing two steps, whose gradients are discarded."""
     start = time.perf_counter()
     lesson.learn()
@@ -197,7 +197,7 @@ def _affordable(lesson: Lesson, seconds: float, recipe: Recipe) -> int:
     return max(0, min(recipe.steps, int(left / step_seconds)))
 
 
-class Lesson:
+class Distillation:
     """Training batches of calibration inputs, the teacher's outputs for them, and the backward pass."""
 
     def __init__(
@@ -256,7 +256,7 @@ class Lesson:
         return self._spaced(answer)
 
     def _spaced(self, values: torch.Tensor) -> torch.Tensor:
-        return spaced(values) if self.model.task == "text-generation" else values
+        return subsample_tokens(values) if self.model.task == "text-generation" else values
 
 
 def distance(task: str, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

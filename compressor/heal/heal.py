@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from compressor.choices import HEAL_METHODS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
-from compressor.heal.closed_form import refitted
+from compressor.heal.closed_form import refit_closed_form
 from compressor.heal.distill import Draft, distil
 from compressor.models import Model
-from compressor.quality.output_divergence import Effects
-from compressor.quality.validation_loss import ROUNDING, Validation
+from compressor.quality.output_divergence import OutputDivergence
+from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
 
@@ -55,17 +55,17 @@ class Healed:
 
 
 @dataclass
-class Judge:
+class DraftEvaluator:
     """Evaluator of graphs on validation data; it measures the loss only of graphs that improve the divergence."""
 
     original: Graph
     model: Model
-    validation: Validation
+    validation: ValidationLoss
     seconds: float = 0.0  # duration of the last measurement of both divergence and loss
-    _effects: Effects = field(init=False)
+    _effects: OutputDivergence = field(init=False)
 
     def __post_init__(self) -> None:
-        self._effects = Effects(self.original, self.model, self.validation.split)
+        self._effects = OutputDivergence(self.original, self.model, self.validation.split)
         self._effects.scales = (1.0,)  # the divergence in the report is unscaled
 
     def standing(self, graph: Graph, *, below: float | None = None) -> Standing | None:
@@ -85,7 +85,7 @@ def heal(
     original: Graph,
     model: Model,
     calibration: Split,
-    validation: Validation,
+    validation: ValidationLoss,
     *,
     changed: Sequence[Site],
     budget: float,
@@ -118,7 +118,7 @@ def heal(
     if method not in HEAL_METHODS:
         raise HealError(f"unknown healing method {method!r}; expected one of {', '.join(HEAL_METHODS)}.")
     start = time.perf_counter()
-    judge = Judge(original, model, validation)
+    judge = DraftEvaluator(original, model, validation)
     before = judge.standing(graph)
     assert before is not None
     left = budget - (time.perf_counter() - start)
@@ -155,7 +155,7 @@ def _drafts(
     if method == "closed-form":
         names = {site.name for site in changed}
         kept = [site for site in sites if site.name not in names and site.order > first]
-        return refitted(graph, original, model, calibration, sites=kept, seconds=seconds - check)
+        return refit_closed_form(graph, original, model, calibration, sites=kept, seconds=seconds - check)
     if method == "distill":
         blocks = sorted({site.block for site in sites if site.order >= first})
         return distil(graph, original, model, calibration, blocks=blocks, seconds=seconds, check=check, seed=seed)
@@ -163,7 +163,7 @@ def _drafts(
 
 
 def _judged(
-    drafts: Iterator[Draft], judge: Judge, before: Standing, progress: Callable[..., None]
+    drafts: Iterator[Draft], judge: DraftEvaluator, before: Standing, progress: Callable[..., None]
 ) -> Iterator[tuple[Draft, Standing | None]]:
     """Yield drafts with their standing, None if the divergence is no better; stop after `PATIENCE` of the latter."""
     least, fruitless = before.divergence, 0

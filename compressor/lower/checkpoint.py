@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.choices import TRANSFORMERS
 from compressor.errors import CompressorError
-from compressor.settings import INSTEAD, ONLY_BLOCKS
+from compressor.settings import BLOCKS_ADVICE, ONLY_BLOCKS
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
     """
     for name, action in plan.changes.items():
         if action != "drop":
-            raise CheckpointError(f"{ONLY_BLOCKS}; the plan has {action} at {name}: {INSTEAD}.")
+            raise CheckpointError(f"{ONLY_BLOCKS}; the plan has {action} at {name}: {BLOCKS_ADVICE}.")
     blocks = {block: [site.name for site in members] for block, members in groupby(sites, key=lambda site: site.block)}
     removed = [block for block, names in blocks.items() if set(names) & set(plan.dropped)]
     if removed:
@@ -94,7 +94,7 @@ def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
         kept = [name for name in blocks[block] if name not in plan.dropped]
         if kept:
             dropped = next(name for name in blocks[block] if name in plan.dropped)
-            raise CheckpointError(f"{ONLY_BLOCKS}; the plan drops {dropped} but keeps {kept[0]}: {INSTEAD}.")
+            raise CheckpointError(f"{ONLY_BLOCKS}; the plan drops {dropped} but keeps {kept[0]}: {BLOCKS_ADVICE}.")
     if removed:
         stack_of(model.module, removed)
 
@@ -265,7 +265,7 @@ def _sub_config(copied: Any, original: Any, part: Any) -> Any:
     """
     names = [name for name, value in vars(original).items() if value is part]
     if not names:
-        raise CheckpointError(f"{type(original).__name__} does not hold the config of the blocks; {INSTEAD}.")
+        raise CheckpointError(f"{type(original).__name__} does not hold the config of the blocks; {BLOCKS_ADVICE}.")
     return getattr(copied, names[0])
 
 

@@ -13,7 +13,7 @@ from passes.base import apply
 from passes.graph.graph import Graph
 from passes.rewrite.clean import Clean
 from passes.torch_internals import is_mutable
-from runtimes.base.protocols import quiet
+from runtimes.base.protocols import suppress_output
 
 if TYPE_CHECKING:
     from compressor.models import Model
@@ -52,7 +52,7 @@ def trace(model: Model) -> Graph:
     feeds = tuple(model.example[name] for name in model.inputs)
     shapes = {"tensors": tuple(_dynamic(model.dynamic_axes.get(name, {})) for name in model.inputs)}
     try:
-        with quiet(), torch.no_grad():
+        with suppress_output(), torch.no_grad():
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
             if any(is_mutable(node.target) for node in program.graph.nodes):
                 program = program.run_decompositions({})

@@ -1,4 +1,7 @@
-"""Writing of graphs as the files that targets build from, with torch.onnx.export and torch.export.save."""
+"""Writing of graphs as the files that targets build from.
+
+No other module calls torch.onnx.export and torch.export.save.
+"""
 
 from __future__ import annotations
 

@@ -47,11 +47,11 @@ class EngineTimer:
         return self._interleaved(builder, engines, partial(timing, rounds=self.rounds, steps=steps))
 
     def latency(self, builder: EngineBuilder, engines: Mapping[str, Path], steps: Steps) -> dict[str, Latency]:
-        """Time engines; the calls of each are added up."""
+        """Time engines on the whole workload; return the latency by engine."""
         return self.totals(self.latencies(builder, engines, steps))
 
     def totals(self, latencies: Mapping[str, Mapping[str, Latency]]) -> dict[str, Latency]:
-        """Add up the calls of each engine."""
+        """Add up the latencies of the calls of each engine, each as often as it is made."""
         return {name: together(self.calls, parts) for name, parts in latencies.items()}
 
     def quick(

@@ -18,7 +18,7 @@ from compressor.workspace.output_folder import scratch_folder
 from passes.analysis.redundancy import MASK
 from passes.execute.interpreter import Program
 from passes.execute.offloaded_weights import is_offloaded
-from passes.execute.sections import Room, pieces, section_ends, weight_bytes, working_bytes
+from passes.execute.sections import SectionBudget, peak_activation_bytes, section_ends, smallest_sections, weight_bytes
 from passes.graph.graph import Graph
 from passes.graph.sites import find_sites
 
@@ -41,7 +41,7 @@ class Bounded:
         rows: largest number of rows in a batch.
     """
 
-    room: Room
+    room: SectionBudget
     rows: int
 
 
@@ -89,10 +89,10 @@ def bounded(
     longest = _longest(splits)
     free = (int(limit * (1.0 - SPARE)) - held) // at_once - _moving(program)
     rows = BATCH
-    while rows > 1 and working_bytes(program, _repeated(longest, rows)) > free * WORKING:
+    while rows > 1 and peak_activation_bytes(program, _repeated(longest, rows)) > free * WORKING:
         rows //= 2
-    working = working_bytes(program, _repeated(longest, rows))
-    largest = max(weight_bytes(program, piece.weights) for piece in pieces(program, section_ends(graph)))
+    working = peak_activation_bytes(program, _repeated(longest, rows))
+    largest = max(weight_bytes(program, piece.weights) for piece in smallest_sections(program, section_ends(graph)))
     if largest > free - working:
         least = (held + at_once * (_moving(program) + working + largest)) / (1.0 - SPARE)
         raise RoomError(
@@ -100,7 +100,7 @@ def bounded(
             f"block {largest / GIB:.2g} GiB and one text {working / GIB:.2g} GiB; give at least "
             f"{math.ceil(least / GIB * 10) / 10:g}GiB."
         )
-    return Bounded(Room(free - working, folder), rows)
+    return Bounded(SectionBudget(free - working, folder), rows)
 
 
 def _moving(program: Program) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compressor.errors import CompressorError
-from compressor.workspace.environment import forget_peak_memory, peak_memory
+from compressor.workspace.environment import peak_memory, reset_peak_memory
 from runtimes.base.protocols import BuildOptions, Feeds
 from runtimes.base.registry import runtime
 
@@ -67,7 +67,7 @@ def measure(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Mem
 
 def _measured(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Memory | None:
     """Measure the peak memory of this process before and after it runs the engine."""
-    forget_peak_memory()
+    reset_peak_memory()
     before = peak_memory()
     with runtime(target).load(path, options) as engine:
         step = engine.bind(feeds)

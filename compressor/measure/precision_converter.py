@@ -15,8 +15,8 @@ from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines
 from compressor.measure.latency import EngineTimer
 from compressor.quality.evaluate import EvaluationError
-from compressor.quantize.convert import best_of, convert, usable_quantizers
-from compressor.quantize.precision import Converted, Source, Trial, judged
+from compressor.quantize.convert import choose_conversion, convert, usable_quantizers
+from compressor.quantize.precision import Converted, Source, Trial, choose_precision
 from compressor.workspace.progress import Steps, Tick
 from runtimes.base.protocols import RuntimesError
 
@@ -73,7 +73,7 @@ class PrecisionConverter:
         if len(converted) == 1:
             return next(iter(converted.items()))
         tick(text=f"{precision}: timing {len(converted)} quantizers")
-        return best_of(converted, self.quick({source: source for source in converted}), self.max_loss)
+        return choose_conversion(converted, self.quick({source: source for source in converted}), self.max_loss)
 
     def convert_for_timing(self, path: Path, precision: str) -> Source:
         """Convert a float file for timing alone: int8 ranges come from one batch, and the loss is not measured.
@@ -111,7 +111,7 @@ class PrecisionConverter:
                     continue
                 sources[precision], losses[precision] = source, facts.loss
             times = self.quick(sources)
-        return judged(times, losses, refused, self.max_loss)
+        return choose_precision(times, losses, refused, self.max_loss)
 
     def quick(self, sources: Mapping[Key, Source]) -> dict[Key, float]:
         """Build engines and time them in short bursts; return the milliseconds of all calls, by key."""

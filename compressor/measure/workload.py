@@ -134,7 +134,7 @@ def calls_of(subject: Loaded, settings: Settings) -> dict[str, Call]:
 
 
 def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Return exactly `batch` rows of real inputs: those of median length, repeated if the split is smaller."""
+    """Return exactly `batch` rows of real inputs of median length, repeated if the split is smaller."""
     few = itertools.islice((part.feeds for part in split.batches(batch)), max(1, TIMING_CANDIDATES // batch))
     by_size = sorted(few, key=lambda feeds: sum(value[0].size for value in feeds.values()))
     feeds = by_size[len(by_size) // 2]
@@ -225,7 +225,7 @@ class Fed:
         self._opener, self._feeds = opener, feeds
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """Bind the own feeds; those of the run are ignored."""
+        """Bind the feeds of this engine; the argument is ignored."""
         return self._engine.bind(self._feeds)
 
     def __enter__(self) -> Fed:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.choices import TASKS
-from compressor.models.base import Model, ModelError, no_language_model, why
+from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -172,7 +172,7 @@ def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
         path = hf_hub_download(spec, "config.json", revision=revision)
     except Exception as error:  # the hub client raises a dozen types: offline, gated, missing, wrong revision
         raise ModelError(
-            f"{spec!r} is not a local folder and could not be fetched from the hub: {why(error)}."
+            f"{spec!r} is not a local folder and could not be fetched from the hub: {load_error_reason(error)}."
         ) from error
     source = _config_source(json.loads(Path(path).read_text()), spec)
     return source, f"hf-hub:{spec}" if source == "timm" else spec

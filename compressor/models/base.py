@@ -90,7 +90,7 @@ def as_numpy(example: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {name: tensor.numpy() for name, tensor in example.items()}
 
 
-def without_cache(folder: Path) -> None:
+def disable_use_cache(folder: Path) -> None:
     """Set ``use_cache`` to false in the configs of a folder, for a model without attention layers.
 
     Generation then passes the whole text in every call. Optimum's classes ignore this field and need
@@ -122,17 +122,17 @@ def no_language_model(location: str, kind: str) -> ModelError:
     )
 
 
-def why(error: BaseException) -> str:
+def load_error_reason(error: BaseException) -> str:
     """Return the reason why a library could not load a model, with the remedy if the cause is recognized."""
     text = str(error).lower()
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text or "weights only" in text:
         return "its weights are a pickle that runs code when it is read, which is refused; convert it to safetensors"
     if "trust_remote_code" in text:
         return "its repository contains custom code, which is not run; pass --trust-remote-code if you trust its author"
-    return of_hub(error) or first_line(error)
+    return hub_error_reason(error) or first_line(error)
 
 
-def of_hub(error: BaseException) -> str | None:
+def hub_error_reason(error: BaseException) -> str | None:
     """Return the reason and the remedy of a failed download; None if the error does not come from the hub client."""
     from huggingface_hub import errors
 
@@ -148,4 +148,4 @@ def of_hub(error: BaseException) -> str | None:
     )
     meaning = next((text for kind, text in meanings if isinstance(error, kind)), None)
     cause = error.__cause__ or error.__context__
-    return meaning if meaning is not None or cause is None else of_hub(cause)
+    return meaning if meaning is not None or cause is None else hub_error_reason(cause)

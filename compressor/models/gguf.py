@@ -24,7 +24,7 @@ import transformers
 from compressor.internals.gguf import bounded_reader
 from compressor.internals.transformers import quiet, with_random_weights, without_bar
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, why
+from compressor.models.base import Model, ModelError, load_error_reason
 from compressor.models.transformers import _kind, _task, _wrap
 
 SUFFIX = ".gguf"
@@ -118,7 +118,9 @@ def load(
             raise
         except Exception as error:  # transformers does not wrap file and shape errors
             raise ModelError(
-                _unreadable(location, content, OTHER_SHAPES if "mismatched_sizes" in str(error) else why(error))
+                _unreadable(
+                    location, content, OTHER_SHAPES if "mismatched_sizes" in str(error) else load_error_reason(error)
+                )
             ) from error
         if not random_weights:
             _check_all_loaded(path, content, module, resolved_task)
@@ -225,7 +227,7 @@ def _read(path: Path) -> _Content:
         return _content(bounded_reader(path))
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ModelError(
-            f"{path} cannot be read as GGUF ({why(error)}): it is damaged, truncated, or newer than the installed "
+            f"{path} cannot be read as GGUF ({load_error_reason(error)}): it is damaged, truncated, or newer than the installed "
             "package gguf; download it again, or update the package."
         ) from error
 

@@ -172,7 +172,7 @@ def with_cache(model: Model, wanted: bool) -> Model:
     if not wanted:
         return replace(model, limitations=(*model.limitations, LEFT_OUT))
     try:
-        return causal(model.module, model.inputs).of(model)
+        return detect_cache(model.module, model.inputs).of(model)
     except NoCacheError as error:
         raise ModelError(
             f"the KV cache of {model.name} could not be detected: {error}; pass --no-cache to export without a cache, "
@@ -180,7 +180,7 @@ def with_cache(model: Model, wanted: bool) -> Model:
         ) from error
 
 
-def causal(module: Any, data_inputs: tuple[str, ...]) -> Causal:
+def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:
     """Detect how a module is called with its cache, by calling it.
 
     The module is called with a short text, then with one more token and the cache of the first call. The cache argument

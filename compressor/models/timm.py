@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy, fixed_size, why
+from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason
 from compressor.models.preprocess import Preprocess
 
 NO_CLASSIFIER = Limitation(
@@ -55,7 +55,9 @@ def load(
     try:
         module = timm.create_model(name, pretrained=not random_weights).eval().float()
     except Exception as error:  # timm does not wrap hub, file, pickle and shape errors
-        raise ModelError(f"timm could not load {location}: {why(error)}{_tags(location, error)}.") from error
+        raise ModelError(
+            f"timm could not load {location}: {load_error_reason(error)}{_tags(location, error)}."
+        ) from error
     if task == "image-classification" and getattr(module, "num_classes", 0) == 0:
         raise ModelError(f"{location} has no classifier (num_classes is 0); leave --task out, or choose another model.")
     label = folder.name if folder.is_dir() else location.removeprefix("hf-hub:")

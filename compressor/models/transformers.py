@@ -18,7 +18,7 @@ from PIL import Image
 from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
-from compressor.models.base import Model, ModelError, as_numpy, fixed_size, no_language_model, why
+from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason, no_language_model
 from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
 from compressor.models.preprocess import Preprocess, Tokenise
@@ -89,7 +89,7 @@ def load(
         except ModelError:
             raise
         except Exception as error:  # transformers does not wrap hub, file and shape errors
-            raise ModelError(f"transformers could not load {location}: {why(error)}.") from error
+            raise ModelError(f"transformers could not load {location}: {load_error_reason(error)}.") from error
         model = _wrap(
             module.eval().float(), location, resolved_task, options, sentence_files, random_weights, missing, cache
         )
@@ -371,7 +371,7 @@ def _check_absent(
     present = [name for name in names if _optional(location, name, options["revision"]) is not None]
     if present:
         raise ModelError(
-            f"the {kind} of {location} cannot be read ({present[0]}: {why(error)}); repair the file, or remove it and "
+            f"the {kind} of {location} cannot be read ({present[0]}: {load_error_reason(error)}); repair the file, or remove it and "
             "pass preprocessed model inputs as data."
         ) from error
 

@@ -21,19 +21,19 @@ from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.measure.precision_converter import PrecisionConverter
 from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of, float_variant
 from compressor.measure.workload import Call, generate_of
-from compressor.models.base import without_cache
+from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
-from compressor.quality.validation_loss import ROUNDING, Validation
+from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
 from compressor.report import engine_layers
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of
 from compressor.report.pages.export_page import PAGE, html
-from compressor.report.pages.sample_previews import shown
-from compressor.report.report import REPORT, Quality, Report, Size, brief
+from compressor.report.pages.sample_previews import previews
+from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
 from compressor.search.planner import (
     Choice,
-    decide,
+    choose_plan,
 )
 from compressor.search.site_evidence import tokens_left
 from compressor.settings import Settings
@@ -107,7 +107,7 @@ def _compressed(
     plan = rewritten.choice.plan
     (folder / "plan.json").write_text(plan.to_json())
     if subject.model.task == "text-generation" and not rewritten.folded.state:
-        without_cache(folder)
+        disable_use_cache(folder)
 
     variants = _lowered(subject, rewritten, builder, steps)
     factorial = settings.factorial and variants[0].float_file != variants[1].float_file
@@ -161,7 +161,7 @@ def _compressed(
 
 def _rewritten(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> _Rewritten:
     with accepting_data(subject):
-        choice, adapted, healed = _healed(decide(subject, settings, evaluator, steps), subject, settings, steps)
+        choice, adapted, healed = _healed(choose_plan(subject, settings, evaluator, steps), subject, settings, steps)
         graph = choice.rewriter.reduced(adapted, choice.plan.changes)
     return _Rewritten(choice, adapted, graph, evaluator.builder.fold(graph), healed)
 
@@ -207,7 +207,7 @@ def _engine(
     folded, target = rewritten.folded, builder.target
     built = {"state": "built", "target": target.name, "file": shipped.name}
     ends = {"inputs": list(folded.inputs), "outputs": list(folded.outputs)}
-    return built | ends | {"layers": engine_layers.described(target, shipped, builder.options)}
+    return built | ends | {"layers": engine_layers.layers_of(target, shipped, builder.options)}
 
 
 def _write(report: Report, folder: Path, subject: Subject) -> None:
@@ -215,13 +215,13 @@ def _write(report: Report, folder: Path, subject: Subject) -> None:
     content = report.to_dict()
     indices = [] if report.quality is None else [each.place for each in report.quality.changed]
     (folder / REPORT).write_text(report.to_json())
-    (folder / PAGE).write_text(html(content, shown(subject.data.test, indices)), encoding="utf-8")
+    (folder / PAGE).write_text(html(content, previews(subject.data.test, indices)), encoding="utf-8")
 
 
 def _lost(rewritten: _Rewritten, subject: Subject) -> Iterator[Limitation]:
     """Yield the limitations of the plan: tokens that cannot be merged, and a KV cache that it removes."""
     search = rewritten.choice.search
-    merging = None if search is None else search.no_merging()
+    merging = None if search is None else search.why_no_merging()
     if merging is not None:
         yield Limitation("token merging", f"not possible after any attention ({merging.rstrip('.')})")
     if subject.model.state and not rewritten.folded.state:
@@ -246,7 +246,7 @@ def _generation(
     generate = generate_of(settings, subject.model)
     if generate is None:
         return None
-    latencies = {name: {call: brief(each) for call, each in timed.items()} for name, timed in parts.items()}
+    latencies = {name: {call: latency_to_dict(each) for call, each in timed.items()} for name, timed in parts.items()}
     return {**dataclasses.asdict(generate), "behind": generate.behind, "calls": latencies}
 
 
@@ -272,7 +272,7 @@ def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, s
     with steps.step(f"heal ({settings.heal})") as tick:
         validation = None if choice.search is None else choice.search.validation
         if validation is None:
-            validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
+            validation = ValidationLoss(subject.graph, subject.model, subject.data.validation, subject.metric)
         return heal(
             settings.heal,
             choice.graph,

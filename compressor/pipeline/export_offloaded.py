@@ -28,7 +28,7 @@ from compressor.lower.write_onnx import lower
 from compressor.measure.engine_builder import sized
 from compressor.measure.memory_budget import GIB, Bounded, limited
 from compressor.measure.workload import timing_feeds
-from compressor.models.base import without_cache
+from compressor.models.base import disable_use_cache
 from compressor.models.lazy_weights import stored_bytes
 from compressor.quality.evaluate import Evaluation, Runner, evaluate
 from compressor.quality.intervals import Array
@@ -36,13 +36,13 @@ from compressor.quality.parity import Parity, check_parity
 from compressor.quantize.precision import Source
 from compressor.report.collect_limitations import limitations_of
 from compressor.report.report import Quality, Report, Size
-from compressor.search.planner import Choice, spelled_out
+from compressor.search.planner import Choice, apply_fixed_plan
 from compressor.settings import Settings
 from compressor.workspace.environment import environment
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
 from passes.execute.interpreter import Program
-from passes.execute.sections import cut, run_in_sections, section_ends
+from passes.execute.sections import partition, run_in_sections, section_ends
 from passes.graph.cache_state import bytes_per_token
 from passes.graph.graph import Graph
 from runtimes.base.protocols import BuildOptions
@@ -52,7 +52,7 @@ SIDE_BY_SIDE = 2  # graphs evaluated together, each with its own section in memo
 CHECKED = 4  # texts on which the written checkpoint is compared with the graph
 
 
-class LargeError(CompressorError):
+class OffloadedExportError(CompressorError):
     """The target needs the whole model in memory."""
 
 
@@ -63,7 +63,7 @@ def check_target(settings: Settings) -> None:
         LargeError: the target builds an engine, and ``--defer-build`` is not set.
     """
     if settings.target != TRANSFORMERS and not settings.defer_build:
-        raise LargeError(
+        raise OffloadedExportError(
             f"found --target {settings.target} with --max-memory, but building its engine needs the whole model in "
             f"memory; add --defer-build to build it on another machine, or give --target {TRANSFORMERS}."
         )
@@ -86,7 +86,7 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
     limit, beside = settings.max_memory, Path(settings.output)
     with accepting_data(subject), limited(subject.graph, parts, limit, beside, [answer], SIDE_BY_SIDE) as bounds:
         assert bounds is not None
-        choice = spelled_out(subject, settings, steps, bounds)
+        choice = apply_fixed_plan(subject, settings, steps, bounds)
         graphs = {"baseline": subject.graph, "result": choice.graph}
         with steps.step("measure the quality") as tick:
             quality = _evaluated(subject, graphs, bounds, tick)
@@ -153,7 +153,7 @@ def _deferred(
     paths = {"baseline": folder / package.FOLDER / "baseline.onnx", "result": folder / "model.onnx"}
     subject.model.save(folder)
     if not final["result"].state:
-        without_cache(folder)
+        disable_use_cache(folder)
     (folder / package.FOLDER).mkdir()
     with steps.step("write the ONNX files") as tick:
         for number, (name, path) in enumerate(paths.items()):
@@ -180,7 +180,7 @@ def _outputs(
     """Yield the named outputs of a graph (None: all) for each batch, computed block by block."""
     program = Program(graph, outputs=names)
     folder = Path(tempfile.mkdtemp(dir=bounds.room.folder))
-    return run_in_sections(program, cut(program, section_ends(graph), bounds.room.weights), batches, folder)
+    return run_in_sections(program, partition(program, section_ends(graph), bounds.room.weights), batches, folder)
 
 
 def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Parity:

@@ -10,7 +10,7 @@ from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_parity import engine_parity
 from compressor.measure.variant import Variant, float_variant
 from compressor.quality.evaluate import Evaluation
-from compressor.report.factorial import Factorial, cells_of, factorial, place, word
+from compressor.report.factorial import Factorial, cell_precision, cells_of, compute_factorial, conditions
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
 from passes.graph.graph import Graph
@@ -50,7 +50,10 @@ def with_cells(variants: Sequence[Variant], precision: str) -> list[Variant]:
     cells = [by_name["result"].as_float().renamed("compressed float")]
     if CHANGES in by_name:
         changes = by_name.pop(CHANGES)
-        cells += [changes.as_float().renamed(f"{CHANGES} float"), changes.renamed(f"{CHANGES} {word(precision)}")]
+        cells += [
+            changes.as_float().renamed(f"{CHANGES} float"),
+            changes.renamed(f"{CHANGES} {cell_precision(precision)}"),
+        ]
     return [*by_name.values(), *cells]
 
 
@@ -62,7 +65,7 @@ def measured(
     folder: Path,
 ) -> Factorial:
     """Return the factorial of an export; write every cell's ONNX file so that it can be measured again."""
-    reduced = word(settings.precision)
+    reduced = cell_precision(settings.precision)
     sources = {variant.name: variant.source for variant in variants}
     # Cells that the report measures anyway, with the name of their variant in the report.
     reported = {"dense float": "original", f"dense {reduced}": "baseline", f"compressed {reduced}": "result"}
@@ -70,11 +73,11 @@ def measured(
     (folder / FOLDER).mkdir()
     shipped = {cell: _file(cell, sources[name].path, folder) for cell, name in named.items()}
     columns = {} if evaluation is None else {cell: evaluation.columns[name] for cell, name in named.items()}
-    return factorial(
+    return compute_factorial(
         {cell: latency[name] for cell, name in named.items()},
         None if evaluation is None else replace(evaluation, columns=columns),
         shipped,
-        place(settings.target, settings.batch, settings.threads),
+        conditions(settings.target, settings.batch, settings.threads),
     )
 
 

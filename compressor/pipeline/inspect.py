@@ -11,7 +11,7 @@ from compressor.errors import SettingsError
 from compressor.lower.traced_model import accepting_data, load, load_data
 from compressor.measure.memory_budget import limited
 from compressor.report.inspection import Inspection
-from compressor.search.planner import effects_on_output, score
+from compressor.search.planner import output_divergence, score
 from compressor.settings import Settings
 from compressor.study.study import study as studied
 from compressor.workspace.progress import Steps
@@ -50,7 +50,7 @@ def inspect(
     with accepting_data(subject), limited(subject.graph, splits, settings.max_memory, output, ()) as bounds:
         scores = score(subject, steps, bounds)
         samples = subject.data.calibration.head(settings.search_samples)
-        effects = effects_on_output(subject, samples, steps) if settings.metric == "output" else None
+        effects = output_divergence(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
         result = studied(subject, steps, seed=settings.seed, against=others) if study else None
     return Inspection(

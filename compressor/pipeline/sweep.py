@@ -9,8 +9,8 @@ from compressor.choices import AUTO
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import accepting_data, load
 from compressor.measure.graph_evaluator import graph_evaluator
-from compressor.report.pareto_report import Front, plan_name, spread, with_measurements
-from compressor.search.planner import begin, facts_of, go_on, points_of, rewriter_of
+from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
+from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
 from compressor.settings import Settings
 from compressor.target.availability import usable
 from compressor.workspace.environment import environment
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def sweep(
     settings: Settings, *, points: int = 8, console: Console | None = None, command: str = "compressor.sweep(...)"
-) -> Front:
+) -> ParetoFront:
     """Search the plans for all budgets at once, build and measure some of them, and write the folder.
 
     Args:
@@ -48,14 +48,14 @@ def sweep(
         subject = load(settings, steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
         with accepting_data(subject):
-            rewriter = rewriter_of(subject, settings)
-            search = begin(subject, settings, rewriter, evaluator, steps)
-            go_on(search, steps)
+            rewriter = make_rewriter(subject, settings)
+            search = prepare_search(subject, settings, rewriter, evaluator, steps)
+            run_search(search, steps)
             plans = points_of(search, subject.model.name)
-            chosen = spread(len(plans), points, [point.efficient for point in plans])
+            chosen = points_to_build(len(plans), points, [point.efficient for point in plans])
             graphs = {str(number): rewriter.rewritten(plans[number].plan.changes) for number in chosen}
         quality, latency = evaluator.measure(graphs, steps)
-        front = Front(
+        front = ParetoFront(
             command=command,
             settings=settings.to_dict() | {"points": points},
             model=subject.model.name,

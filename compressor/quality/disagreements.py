@@ -16,7 +16,7 @@ KEPT = 8  # samples reported for each model
 
 
 @dataclass(frozen=True)
-class Changed:
+class Disagreement:
     """A sample for which a model and the reference predict different classes.
 
     `place` is the index of the sample in the split. `label` is its true class, None without labels. `before` and
@@ -32,7 +32,7 @@ class Changed:
     regret: float
 
 
-def changed_of(batch: Batch, answer: Array, original: Array, regret: Array, start: int) -> list[Changed]:
+def find_disagreements(batch: Batch, answer: Array, original: Array, regret: Array, start: int) -> list[Disagreement]:
     """Return the samples of a batch for which two classifiers predict different classes.
 
     Args:
@@ -44,7 +44,7 @@ def changed_of(batch: Batch, answer: Array, original: Array, regret: Array, star
     """
     rows = np.flatnonzero(answer.argmax(-1) != original.argmax(-1))
     return [
-        Changed(
+        Disagreement(
             place=start + int(row),
             id=batch.ids[row],
             label=None if batch.labels is None else int(batch.labels[row]),
@@ -56,7 +56,7 @@ def changed_of(batch: Batch, answer: Array, original: Array, regret: Array, star
     ]
 
 
-def worst(disagreements: Sequence[Changed]) -> list[Changed]:
+def largest_regret(disagreements: Sequence[Disagreement]) -> list[Disagreement]:
     """Return the `KEPT` disagreements with the largest regret, in descending order."""
     return sorted(disagreements, key=lambda sample: -sample.regret)[:KEPT]
 

@@ -16,7 +16,7 @@ from scipy import stats
 from compressor.data.splits import Batch, Split
 from compressor.errors import CompressorError
 from compressor.models import Model
-from compressor.quality.disagreements import Changed, changed_of, worst
+from compressor.quality.disagreements import Disagreement, find_disagreements, largest_regret
 from compressor.quality.intervals import Array, Columns, Figure, bootstrap, by_text
 
 Runner = Callable[[Mapping[str, Array]], Array]
@@ -45,7 +45,7 @@ def metric_for(task: str, label_kind: str | None) -> str:
     return "fidelity"
 
 
-def judge(metric: str, columns: Columns) -> float:
+def metric_value(metric: str, columns: Columns) -> float:
     """Compute the metric from the columns of all samples."""
     return float(_metric_value(metric, columns))
 
@@ -104,7 +104,7 @@ def loss_figure(metric: str, before: Columns, after: Columns, *, seed: int = 0) 
     return paired_figure(metric, (before, after), lambda *values: _loss(metric, *values), seed=seed)
 
 
-def excess_figure(metric: str, original: Columns, one: Columns, other: Columns, both: Columns) -> Figure:
+def interaction_figure(metric: str, original: Columns, one: Columns, other: Columns, both: Columns) -> Figure:
     """Compute the interaction of two changes: the loss of both minus the sum of their separate losses.
 
     loss(original, both) - (loss(original, one) + loss(original, other)), with a paired bootstrap interval. It is 0
@@ -140,11 +140,11 @@ class Evaluation:
 
     metric: str
     columns: Mapping[str, Columns]
-    changed: Mapping[str, Sequence[Changed]] = field(default_factory=dict)
+    changed: Mapping[str, Sequence[Disagreement]] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
         """Return the metric of one model."""
-        return judge(self.metric, self.columns[name])
+        return metric_value(self.metric, self.columns[name])
 
     def figure(self, name: str) -> Figure:
         """Return the metric of one model with its interval."""
@@ -179,8 +179,8 @@ class Evaluation:
         return loss_figure(self.metric, self.columns[before], self.columns[after])
 
     def excess(self, original: str, one: str, other: str, both: str) -> Figure:
-        """Return the interaction of two changes with its interval (see `excess_figure`)."""
-        return excess_figure(self.metric, *(self.columns[name] for name in (original, one, other, both)))
+        """Return the interaction of two changes with its interval (see `interaction_figure`)."""
+        return interaction_figure(self.metric, *(self.columns[name] for name in (original, one, other, both)))
 
 
 def evaluate(
@@ -206,17 +206,19 @@ def evaluate(
         EvaluationError: an output contains NaN or infinity.
     """
     parts: dict[str, list[Columns]] = {name: [] for name in runners}
-    changed: dict[str, list[Changed]] = {name: [] for name in runners}
+    changed: dict[str, list[Disagreement]] = {name: [] for name in runners}
     owners: list[str] = []
     done = 0
     for batch in split.whole(batch_size) if metric == "perplexity" else split.batches(batch_size):
         original = runners[reference](batch.feeds)
         for name, runner in runners.items():
             answer = original if name == reference else runner(batch.feeds)
-            columns = compare(metric, batch, answer, original, name)
+            columns = sample_columns(metric, batch, answer, original, name)
             parts[name].append(columns)
             if metric in ("accuracy", "agreement"):
-                changed[name] = worst([*changed[name], *changed_of(batch, answer, original, columns["regret"], done)])
+                changed[name] = largest_regret(
+                    [*changed[name], *find_disagreements(batch, answer, original, columns["regret"], done)]
+                )
         owners += batch.ids
         done = len(set(owners)) if metric == "perplexity" else done + len(batch.ids)
         if progress is not None:
@@ -232,7 +234,7 @@ def join(parts: list[Columns]) -> Columns:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def compare(
+def sample_columns(
     metric: str,
     batch: Batch,
     answer: Array,

@@ -73,7 +73,7 @@ def by_text(columns: Columns, owners: Sequence[str]) -> Columns:
     }
 
 
-def scaled(count: int, gap: str = "") -> str:
+def format_count(count: int, gap: str = "") -> str:
     """Format a count with about three digits and an SI prefix, with `gap` before the prefix.
 
     >>> scaled(950), scaled(49_792), scaled(5_717_416), scaled(1_258_000_000)

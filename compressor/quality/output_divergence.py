@@ -16,7 +16,7 @@ from compressor.models import Model
 from compressor.quality.evaluate import EvaluationError, divergence, tensor_batches
 from passes.analysis.redundancy import MASK
 from passes.base import apply
-from passes.execute.interpreter import Forks, Program
+from passes.execute.interpreter import Program, SharedPrefixRun
 from passes.graph.graph import Graph, Site
 from passes.rewrite.drop import Drop
 
@@ -29,7 +29,7 @@ SCALES = (1.0, 0.6, 0.75, 0.87, 1.15, 1.33, 1.6, 2.0)
 
 
 @dataclass
-class Effects:
+class OutputDivergence:
     """Output divergence of rewritten graphs from the original on a few calibration samples.
 
     The outputs of the original are kept in memory (for language models at `POSITIONS` tokens per text); activations are
@@ -60,7 +60,7 @@ class Effects:
 
         The divergence is the mean over rows at the best scale, and infinity where an output is not finite.
         """
-        forks = Forks(main, variants)
+        forks = SharedPrefixRun(main, variants)
         sums: dict[Key | None, npt.NDArray[np.float64]] = {key: np.zeros(len(self.scales)) for key in (None, *variants)}
         rows = 0
         for original, feeds in zip(self._originals, tensor_batches(self.split), strict=True):
@@ -98,16 +98,16 @@ class Effects:
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         answer = outputs[self.model.outputs.index(self.model.answer)]
-        return spaced(answer) if self.model.task == "text-generation" else answer
+        return subsample_tokens(answer) if self.model.task == "text-generation" else answer
 
     def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
         mask = feeds.get(MASK)
         if mask is None or original.ndim < 3:
             return None
-        return spaced(mask) if self.model.task == "text-generation" else mask
+        return subsample_tokens(mask) if self.model.task == "text-generation" else mask
 
 
-def spaced(values: torch.Tensor) -> torch.Tensor:
+def subsample_tokens(values: torch.Tensor) -> torch.Tensor:
     """Select `POSITIONS` evenly spaced tokens of [rows, tokens, ...]; the logits of all may not fit in memory."""
     if values.shape[1] <= POSITIONS:
         return values

@@ -12,7 +12,7 @@ import torch
 
 from compressor.data.splits import Split
 from compressor.models import Model
-from compressor.quality.evaluate import BATCH, EvaluationError, compare, graph_runner, join, judge, loss
+from compressor.quality.evaluate import BATCH, EvaluationError, graph_runner, join, loss, metric_value, sample_columns
 from compressor.quality.intervals import Array, Columns
 from passes.execute.interpreter import Program
 from passes.graph.graph import Graph
@@ -29,7 +29,7 @@ class Loss:
 
 
 @dataclass
-class Validation:
+class ValidationLoss:
     """Loss of rewritten graphs on the validation split, by the reported metric.
 
     A few hundred labels measure a loss of accuracy only to a point or two, and a search that takes the best of many
@@ -48,7 +48,7 @@ class Validation:
 
     def __post_init__(self) -> None:
         self._whole = join(list(self._columns(self.graph, first=True)))
-        self._before = judge(self.metric, self._whole)
+        self._before = metric_value(self.metric, self._whole)
         if self.metric in ("accuracy", "agreement"):
             self._hardest_first()
 
@@ -73,7 +73,7 @@ class Validation:
                     return Loss(bound, self._samples(columns))
         except EvaluationError:
             return Loss(math.inf, len(self.split))
-        measured = loss(self.metric, self._before, judge(self.metric, columns))
+        measured = loss(self.metric, self._before, metric_value(self.metric, columns))
         if self.metric == "accuracy":
             measured = max(measured, self._lower_bound(columns))
         return Loss(measured, self._samples(columns))
@@ -95,7 +95,7 @@ class Validation:
             return float((1.0 - columns[self.metric]).sum()) / count * 100.0
         if self.metric == "perplexity":  # at best, the remaining tokens have an NLL of 0
             padded = {"nll": columns["nll"].sum(keepdims=True), "tokens": self._whole["tokens"].sum(keepdims=True)}
-            return loss(self.metric, self._before, judge(self.metric, padded))
+            return loss(self.metric, self._before, metric_value(self.metric, padded))
         return -math.inf
 
     def _samples(self, columns: Columns) -> int:
@@ -110,4 +110,4 @@ class Validation:
             self.sweeps += len(batch.ids) / len(self.split)
             if first:
                 self._originals.append(answer if self.metric in ("accuracy", "agreement", "fidelity") else None)
-            yield compare(self.metric, batch, answer, self._originals[index], self.model.name, diverging=False)
+            yield sample_columns(self.metric, batch, answer, self._originals[index], self.model.name, diverging=False)

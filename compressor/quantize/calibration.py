@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import Calibration
-from compressor.quantize.intermediate_values import Batch, stream, write_measuring
+from compressor.quantize.intermediate_values import Batch, save_with_outputs, stream
 from compressor.quantize.qdq_rewrite import PREFIX, Activations, Edit, QuantizeError, Range, activation_grid, load
 
 BY_EXTREMES = ("typical", "minmax")
@@ -96,7 +96,7 @@ def extremes(
     model = load(source)
     edit = Edit(model.graph)
     outputs = [output for name in names for output in _reductions(edit, name)]
-    write_measuring(model, edit, outputs, work)
+    save_with_outputs(model, edit, outputs, work)
     moments, extreme = np.zeros((2, 2, len(names))), np.zeros((2, len(names)))
     samples = 0
     for batch, rows in stream(work, feeds(), outputs):
@@ -143,7 +143,7 @@ def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], It
         QuantizeError: a batch does not fit the model.
     """
     model = load(source)
-    write_measuring(model, Edit(model.graph), found.names, work)
+    save_with_outputs(model, Edit(model.graph), found.names, work)
     reach = found.ranges("minmax")
     counts = {name: np.zeros(BINS) for name in found.names}
     for _, values in stream(work, _few_rows(feeds(), HISTOGRAM_SAMPLES), found.names):

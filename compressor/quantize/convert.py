@@ -92,7 +92,7 @@ def _loss_in_fp16(loss: Callable[[Path], float], path: Path) -> float:
         return loss(halved)
 
 
-def best_of(
+def choose_conversion(
     made: Mapping[Source, Converted], milliseconds: Mapping[Source, float], max_loss: float
 ) -> tuple[Source, Converted]:
     """Return the fastest file whose loss is at most `max_loss`, or the file of least loss if there is none."""

@@ -18,7 +18,7 @@ import onnx
 
 from compressor.choices import Calibration
 from compressor.quantize.calibration import BY_EXTREMES, Extremes, Histograms, extremes, histograms
-from compressor.quantize.intermediate_values import Batch, stream, write_measuring
+from compressor.quantize.intermediate_values import Batch, save_with_outputs, stream
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
     PREFIX,
@@ -340,7 +340,7 @@ def _sensitivity(trial: _Trial, linears: Sequence[Linear]) -> dict[str, float]:
             outputs += _error_nodes(edit, linear, node, ranges, job.settings.activations)
     nodes, edit.nodes = edit.nodes, []
     replace_nodes(model.graph, nodes)
-    write_measuring(model, edit, outputs, job.work)
+    save_with_outputs(model, edit, outputs, job.work)
     sums = np.zeros(len(outputs))
     for _, values in stream(job.work, itertools.islice(job.feeds(), SENSITIVITY_BATCHES), outputs):
         sums += np.array([float(value) for value in values])

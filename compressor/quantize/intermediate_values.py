@@ -15,7 +15,7 @@ from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, Edit, QuantizeError,
 Batch = Mapping[str, npt.NDArray[Any]]
 
 
-def write_measuring(model: onnx.ModelProto, edit: Edit, outputs: Sequence[str], path: Path) -> None:
+def save_with_outputs(model: onnx.ModelProto, edit: Edit, outputs: Sequence[str], path: Path) -> None:
     """Save the model with `outputs` as its only outputs, so that the runtime skips all other nodes."""
     model.graph.node.extend(edit.nodes)
     del model.graph.output[:]

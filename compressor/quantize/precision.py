@@ -94,7 +94,7 @@ def table(trials: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def check(target: Runtime, precision: str, device: str) -> None:
+def check_precision(target: Runtime, precision: str, device: str) -> None:
     """Check that the target supports the precision on the device.
 
     Raises:
@@ -110,7 +110,7 @@ def check(target: Runtime, precision: str, device: str) -> None:
     raise PrecisionError(f"target {target.name} has no {precision} on {device}{there}{elsewhere}.")
 
 
-def judged(
+def choose_precision(
     milliseconds: dict[str, float], losses: dict[str, float | None], refused: dict[str, str], limit: float
 ) -> tuple[str, tuple[Trial, ...]]:
     """Return the fastest precision whose loss is within the limit, and a trial with a verdict for each precision.

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from compressor.quantize.intermediate_values import Batch, stream, write_measuring
+from compressor.quantize.intermediate_values import Batch, save_with_outputs, stream
 from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, PREFIX, Edit, Linear, candidates, load, save, used
 
 STRENGTH = 0.5
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Place:
+class SmoothableNorm:
     """A norm to smooth: its output, the initializers of its scale and shift, and the Linears that consume it."""
 
     activation: str
@@ -49,7 +49,7 @@ def smooth(source: Path, destination: Path, feeds: Callable[[], Iterator[Batch]]
     Returns:
         The number of norms smoothed. If it is 0 (no such norm, or no batch), no file is written.
     """
-    norms = places(load(source))
+    norms = find_norms(load(source))
     if not norms:
         return 0
     maxima = _channel_maxima(source, work, norms, feeds)
@@ -69,7 +69,7 @@ def smooth(source: Path, destination: Path, feeds: Callable[[], Iterator[Batch]]
     return len(norms)
 
 
-def places(model: onnx.ModelProto) -> list[Place]:
+def find_norms(model: onnx.ModelProto) -> list[SmoothableNorm]:
     """Return the norms to smooth: all consumers are Linears, and scale, shift and weights have no other consumer."""
     linears, _ = candidates(model, convolutions=False)
     consumers = Counter(used(model.graph))  # graph outputs count as consumers
@@ -85,7 +85,7 @@ def places(model: onnx.ModelProto) -> list[Place]:
         shared = [name for name in (*parameters, *(linear.weight for linear in fed)) if consumers[name] != 1]
         plain = all(linear.weight in stored for linear in fed)
         if parameters and only_linears and plain and not shared:
-            norms.append(Place(node.output[0], parameters, tuple(fed)))
+            norms.append(SmoothableNorm(node.output[0], parameters, tuple(fed)))
     return norms
 
 
@@ -100,7 +100,7 @@ def _parameters(node: onnx.NodeProto, stored: set[str]) -> tuple[str, ...]:
 
 
 def _channel_maxima(
-    source: Path, work: Path, norms: list[Place], feeds: Callable[[], Iterator[Batch]]
+    source: Path, work: Path, norms: list[SmoothableNorm], feeds: Callable[[], Iterator[Batch]]
 ) -> dict[str, Floats]:
     """Measure max|X_j| of the output of each norm per channel, over all samples."""
     model = load(source)
@@ -112,7 +112,7 @@ def _channel_maxima(
         rows = edit.node("Flatten", [size], [f"{base}/flat"], axis=-1)
         axes = edit.constant(f"{PREFIX}first", np.array([0]))
         outputs.append(edit.node("ReduceMax", [rows, axes], [f"{base}/channels"], keepdims=0))
-    write_measuring(model, edit, outputs, work)
+    save_with_outputs(model, edit, outputs, work)
     maxima: dict[str, Floats] = {}
     for _, values in stream(work, feeds(), outputs):
         for norm, value in zip(norms, values, strict=True):

@@ -12,7 +12,7 @@ from runtimes.base.protocols import BuildOptions, Runtime, RuntimesError
 KINDS = 8  # maximum number of kinds listed on a page
 
 
-def described(target: Runtime, path: Path, options: BuildOptions) -> dict[str, Any] | None:
+def layers_of(target: Runtime, path: Path, options: BuildOptions) -> dict[str, Any] | None:
     """Return the layers of an engine as plain JSON values; None if the runtime does not report them.
 
     An error of the runtime does not stop the export, as the engine works without the description: the result then
@@ -25,7 +25,7 @@ def described(target: Runtime, path: Path, options: BuildOptions) -> dict[str, A
     return None if layers is None else asdict(layers)
 
 
-def told(engine: Mapping[str, Any]) -> Iterator[str]:
+def describe_layers(engine: Mapping[str, Any]) -> Iterator[str]:
     """Describe the layers in a report's ``engine`` part in one sentence; yield nothing if they are not reported.
 
     >>> list(told({"layers": {"count": 3, "precisions": {"int8": 2, "other": 1}, "fused_attention": None}}))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def told(engine: Mapping[str, Any]) -> Iterator[str]:
+def describe_measurements(engine: Mapping[str, Any]) -> Iterator[str]:
     """Yield sentences on where the figures of a report were measured, from its ``engine`` part."""
     if engine.get("streamed") and "environment" not in engine:
         yield (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import Figure
-from compressor.report.report import brief, dim
+from compressor.report.report import dim, latency_to_dict
 from runtimes.base.timing import Latency, Speedup, resampled_medians
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def cells_of(reduced: str) -> tuple[str, ...]:
     return tuple(f"{form} {precision}" for form in FORMS for precision in (FLOAT, reduced))
 
 
-def word(precision: str) -> str:
+def cell_precision(precision: str) -> str:
     """Return the name of a precision in cells: static and dynamic int8 are both ``int8``.
 
     >>> word("int8-dynamic"), word("int4")
@@ -177,7 +177,7 @@ class Factorial:
             "speedup": self.speed[name]._asdict() if name in self.speed else None,
             "figure": asdict(self.figures[name]) if name in self.figures else None,
             "loss": asdict(self.losses[name]) if name in self.losses else None,
-            "latency": brief(self.latency[name]),
+            "latency": latency_to_dict(self.latency[name]),
         }
 
     def table(self) -> Table:
@@ -215,7 +215,7 @@ class Factorial:
             yield tuple(dim(text) for text in intervals)
 
 
-def factorial(
+def compute_factorial(
     latency: Mapping[str, Latency], evaluation: Evaluation | None, files: Mapping[str, str], where: str
 ) -> Factorial:
     """Compute speed-ups, losses and interactions from the measurements of the cells.
@@ -260,7 +260,7 @@ def factorial(
     )
 
 
-def place(target: str, batch: int, threads: int | None = None) -> str:
+def conditions(target: str, batch: int, threads: int | None = None) -> str:
     """Describe the batch, the target and the number of threads.
 
     >>> place("onnxruntime", 1), place("openvino", 8, 2)

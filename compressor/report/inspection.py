@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.limitations import Limitation
-from compressor.quality.intervals import scaled
+from compressor.quality.intervals import format_count
 from compressor.search.site_evidence import nested, state_names
 from compressor.workspace.output_folder import write_files
 
@@ -101,9 +101,9 @@ class Inspection:
         from rich.table import Table
 
         total = self.costs.total
-        title = f"{self.model}: {len(self.sites)} sites, {scaled(total.parameters)} parameters, "
+        title = f"{self.model}: {len(self.sites)} sites, {format_count(total.parameters)} parameters, "
         table = Table(
-            title=f"{title}{scaled(total.multiply_adds)} multiply-adds per sample",
+            title=f"{title}{format_count(total.multiply_adds)} multiply-adds per sample",
             title_justify="left",
             box=SIMPLE_HEAD,
             padding=0,
@@ -119,7 +119,12 @@ class Inspection:
             share = f"{row['multiply_adds'] / max(total.multiply_adds, 1):.1%}"
             numbers = (_number(row["cosine"], 4), _number(row["angular"], 4), _number(row["update"], 3), *effect)
             table.add_row(
-                row["name"], row["kind"], *numbers, scaled(row["parameters"]), scaled(row["multiply_adds"]), share
+                row["name"],
+                row["kind"],
+                *numbers,
+                format_count(row["parameters"]),
+                format_count(row["multiply_adds"]),
+                share,
             )
         return table
 

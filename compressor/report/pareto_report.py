@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from compressor.limitations import Limitation, listed
+from compressor.limitations import Limitation, format_limitations
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import METRICS
-from compressor.report.report import LABELS, brief
+from compressor.report.report import LABELS, latency_to_dict
 from compressor.search.pareto import Point
 from runtimes.base.timing import Latency
 
@@ -23,7 +23,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Front:
+class ParetoFront:
     """The points of one search. Point 0 is the unchanged model; each further point adds one change."""
 
     command: str
@@ -64,7 +64,7 @@ class Front:
         }
         row |= {"changes": point.plan.changes, "plan": plan_name(point)}
         if point.latency is not None:
-            row |= {"latency": brief(point.latency), "speedup": self.speedup(point)._asdict()}
+            row |= {"latency": latency_to_dict(point.latency), "speedup": self.speedup(point)._asdict()}
         for key in ("figure", "test_loss"):
             figure = getattr(point, key)
             row[key] = None if figure is None else asdict(figure)
@@ -114,7 +114,7 @@ class Front:
         )
         stars = "* marks the points that are Pareto-efficient in predicted speed-up and validation loss."
         export = "Export a point with --drop FOLDER/plans/NUMBER.json."
-        return "\n".join([*metric, stars, export, *listed(self.limitations)])
+        return "\n".join([*metric, stars, export, *format_limitations(self.limitations)])
 
     def picture(self) -> bytes:
         """Return a chart of loss against speed-up as PNG: validation loss of all points, test loss of those built."""
@@ -166,7 +166,7 @@ def plan_name(point: Point) -> str:
     return f"plans/{point.number}.json"
 
 
-def spread(total: int, wanted: int, worth: Sequence[bool]) -> list[int]:
+def points_to_build(total: int, wanted: int, worth: Sequence[bool]) -> list[int]:
     """Return the positions of the points to build: the first, the last, and others evenly spaced between them.
 
     Only efficient points and the first one are candidates.

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from compressor.limitations import Limitation, listed
-from compressor.quality.disagreements import Changed
+from compressor.limitations import Limitation, format_limitations
+from compressor.quality.disagreements import Disagreement
 from compressor.quality.intervals import METRICS, Figure
 from compressor.report import engine_layers
-from compressor.report.engine_text import told
+from compressor.report.engine_text import describe_measurements
 from compressor.workspace.progress import Step
 from runtimes.base.timing import Latency
 
@@ -64,7 +64,7 @@ class Quality:
     figures: dict[str, Figure]
     loss: dict[str, Figure]
     label_free: dict[str, Figure]
-    changed: tuple[Changed, ...] = ()
+    changed: tuple[Disagreement, ...] = ()
 
     @staticmethod
     def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
@@ -137,7 +137,7 @@ class Report:
             },
             "sizes": {name: asdict(size) for name, size in self.sizes.items()},
             "quality": None if self.quality is None else asdict(self.quality),
-            "latency": {name: brief(latency) for name, latency in self.latency.items()},
+            "latency": {name: latency_to_dict(latency) for name, latency in self.latency.items()},
             "speedup": {name: self.speedup(name)._asdict() for name in self.latency if name != "result"},
             "steps": [asdict(step) for step in self.steps],
             "passes": [asdict(applied) for applied in self.passes],
@@ -232,10 +232,10 @@ class Report:
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
         metric = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
         factorial = () if self.factorial is None else self.factorial.conclusion
-        timed = () if self.generation is None else (f"Latency: {what_is_timed(self.generation)}.",)
-        engine = (*told(self.engine), *engine_layers.told(self.engine))
+        timed = () if self.generation is None else (f"Latency: {describe_calls(self.generation)}.",)
+        engine = (*describe_measurements(self.engine), *engine_layers.describe_layers(self.engine))
         return "\n".join(
-            [sites, *metric, *quality, *timed, *factorial, *self.notes, *engine, *listed(self.limitations)]
+            [sites, *metric, *quality, *timed, *factorial, *self.notes, *engine, *format_limitations(self.limitations)]
         )
 
     def missed(self) -> tuple[str, ...]:
@@ -257,7 +257,7 @@ class Report:
         return f"on {count} test samples; ranges are 95 % intervals"
 
 
-def brief(latency: Latency) -> dict[str, Any]:
+def latency_to_dict(latency: Latency) -> dict[str, Any]:
     """Return a latency as plain JSON values: percentiles and every raw sample, in milliseconds."""
     return {
         "median": latency.median,
@@ -278,7 +278,7 @@ def against(variants: Sequence[str], reference: str, value: Any) -> list[Any]:
     return [cells.get(name, "") for name in variants]
 
 
-def what_is_timed(generation: Mapping[str, Any]) -> str:
+def describe_calls(generation: Mapping[str, Any]) -> str:
     """Describe the calls that the latency of a language model covers.
 
     >>> what_is_timed({"prompt": 512, "new": 0, "behind": 512})

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from compressor.measure.workload import Call
 from compressor.search.rewriter import Rewriter
-from passes.analysis.least_squares import Map, StandIn
+from passes.analysis.least_squares import Map, Replacement
 from passes.analysis.symbolic_cost import Counter, Work
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site
@@ -28,7 +28,7 @@ COUNTED = np.array([0.0, 1.0, 1.0, 0.0, 0.0])  # the weights of `_features` that
 
 
 @dataclass(frozen=True)
-class Price:
+class CallCostModel:
     """Linear cost model of one kind of call.
 
     Attributes:
@@ -47,11 +47,11 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Prices:
+class CostModel:
     """Cost model of graphs in `unit`: the sum over several kinds of call, each with its own linear model."""
 
     unit: str
-    calls: Mapping[str, Price]
+    calls: Mapping[str, CallCostModel]
 
     def count(self, graph: Graph) -> Works:
         """Return the work of each call on a graph."""
@@ -82,20 +82,25 @@ class Prices:
         return max((abs(fitted[name] / value - 1.0) for name, value in self.timings.items()), default=0.0)
 
 
-def counted(graph: Graph, calls: Mapping[str, Call]) -> Prices:
+def multiply_add_cost_model(graph: Graph, calls: Mapping[str, Call]) -> CostModel:
     """Return a cost model in multiply-adds, which needs no timing.
 
     Args:
         graph: the traced model.
         calls: the calls to count, with the shapes of their inputs; the batch size counts too.
     """
-    return Prices(
+    return CostModel(
         "multiply-adds",
-        {name: Price(Counter(graph, call.shapes), call.times, call.times * COUNTED) for name, call in calls.items()},
+        {
+            name: CallCostModel(Counter(graph, call.shapes), call.times, call.times * COUNTED)
+            for name, call in calls.items()
+        },
     )
 
 
-def timed(graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph], clock: Clock) -> Prices:
+def fit_latency_cost_model(
+    graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph], clock: Clock
+) -> CostModel:
     """Fit a cost model in milliseconds to timings on the target.
 
     One engine of each design is timed. Each kind of call has its own weights, because arithmetic bounds prefill and the
@@ -109,7 +114,7 @@ def timed(graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph],
         clock: builds one engine per graph and returns the milliseconds of each call by engine.
     """
     timings = clock(designs)
-    return Prices(
+    return CostModel(
         "ms",
         {
             name: _price(
@@ -120,7 +125,7 @@ def timed(graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph],
     )
 
 
-def _price(counter: Counter, times: int, designs: Mapping[str, Graph], timings: Mapping[str, float]) -> Price:
+def _price(counter: Counter, times: int, designs: Mapping[str, Graph], timings: Mapping[str, float]) -> CallCostModel:
     """Fit the linear model of one call to its milliseconds on the engines of the designs."""
     rows = np.array([_features(counter.count(design)) for design in designs.values()])
     measured = np.array([times * timings[name] for name in designs])
@@ -128,7 +133,7 @@ def _price(counter: Counter, times: int, designs: Mapping[str, Graph], timings: 
     scale[scale == 0.0] = 1.0
     solution, _ = nnls(rows / scale / measured[:, None], np.ones(len(measured)))
     fitted = dict(zip(designs, (rows / scale @ solution).tolist(), strict=True))
-    return Price(counter, times, solution / scale, dict(zip(designs, measured.tolist(), strict=True)), fitted)
+    return CallCostModel(counter, times, solution / scale, dict(zip(designs, measured.tolist(), strict=True)), fitted)
 
 
 def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -170,7 +175,7 @@ def _linear(graph: Graph, sites: Sequence[Site]) -> Graph:
     for site in sites:
         matrix = 0.01 * torch.eye(site.width, dtype=torch.float64)
         with contextlib.suppress(PassError):  # a linear map cannot be applied on the channel axis of this site
-            apply(Replace(site, StandIn("state", Map((matrix,), matrix[0]), 1.0)), fork)
+            apply(Replace(site, Replacement("state", Map((matrix,), matrix[0]), 1.0)), fork)
     return fork
 
 

@@ -15,18 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compressor.data.splits import Split
-from compressor.quality.output_divergence import Effects
-from compressor.quality.validation_loss import ROUNDING, Loss, Validation
-from compressor.search.cost_model import Prices
+from compressor.quality.output_divergence import OutputDivergence
+from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
+from compressor.search.cost_model import CostModel
 from compressor.search.rewriter import Rewriter
 from compressor.workspace.journal import Journal
 from passes.analysis.least_squares import Fits
-from passes.analysis.token_liveness import read_parts
+from passes.analysis.token_liveness import live_parts
 from passes.base import PassError
 from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
-FRONT = 6  # candidates measured at a time
+MEASURED_AT_ONCE = 6  # candidates measured at a time
 PATIENCE = 4  # consecutive candidates that may exceed the limit before the search ends
 NOISE = 1e-7  # divergence in nats caused by rounding of float32 logits; smaller differences do not rank candidates
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of tokens to try if merging is allowed
@@ -90,9 +90,9 @@ class Search:
     """
 
     rewriter: Rewriter
-    effects: Effects
-    validation: Validation
-    prices: Prices
+    effects: OutputDivergence
+    validation: ValidationLoss
+    prices: CostModel
     actions: Sequence[str]
     limit: float
     fitting: Split
@@ -168,7 +168,7 @@ class Search:
         if self.progress is not None:
             self.progress(f"{len(self.steps)} changed, {unit} {action}: {note}")
 
-    def no_merging(self) -> str | None:
+    def why_no_merging(self) -> str | None:
         """Return why no attention of the model allows token merging; None if one does, or if merging is not allowed."""
         attentions = {site.name for site in self.rewriter.sites if site.kind == "attention"}
         refusals = {
@@ -251,7 +251,7 @@ class _Candidates:
                 return None
             if ranked[0] in self.fresh:
                 return ranked[0]
-            self._measure([candidate for candidate in ranked if candidate not in self.fresh][:FRONT])
+            self._measure([candidate for candidate in ranked if candidate not in self.fresh][:MEASURED_AT_ONCE])
         return None
 
     def remove(self, candidate: Candidate) -> None:
@@ -272,7 +272,7 @@ class _Candidates:
             self.saved[candidate] -= self.saved[unit, action]
         self.fresh.clear()
         self.fits.clear()
-        read = set(read_parts(self.search.reduced))
+        read = set(live_parts(self.search.reduced))
         if not read <= self.read:
             self._update_savings()
         self.read = read
@@ -303,7 +303,7 @@ class _Candidates:
             for name, members in self.search.rewriter.units.items()
             if not any(site.name in self.search.given for site in members)
         }
-        self.read = set(read_parts(self.search.reduced))
+        self.read = set(live_parts(self.search.reduced))
         self.candidates = [(name, action) for name, members in units.items() for action in self._actions(members)]
         merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
         self._measure([*((name, "drop") for name in units), *merges])

@@ -18,21 +18,21 @@ from compressor.lower.traced_model import Subject
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.measure.memory_budget import Bounded
 from compressor.quality.evaluate import BATCH, tensor_batches
-from compressor.quality.output_divergence import Effects
-from compressor.quality.validation_loss import ROUNDING, Validation
+from compressor.quality.output_divergence import OutputDivergence
+from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.search import cost_model
-from compressor.search.cost_model import Prices
+from compressor.search.cost_model import CostModel
 from compressor.search.greedy import Search
 from compressor.search.pareto import Point, efficient
 from compressor.search.rewriter import Rewriter
-from compressor.search.site_evidence import evidence, few_scores
+from compressor.search.site_evidence import evidence, scores_for_report
 from compressor.settings import Settings
 from compressor.workspace.journal import Journal
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.redundancy import Score, Scores
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site
-from passes.plan.plan import Plan, acting, merging
+from passes.plan.plan import Plan, with_action, with_token_merging
 from passes.plan.selection import choose, parse
 
 HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
@@ -73,18 +73,18 @@ class Choice:
         return replace(self, plan=plan, graph=graph, facts=self.facts | {"chosen": count})
 
 
-def decide(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> Choice:
+def choose_plan(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> Choice:
     """Make the plan and apply it to a fork of the traced graph."""
     if settings.drop == "auto":
-        return _searched(subject, settings, rewriter_of(subject, settings), evaluator, steps)
-    return spelled_out(subject, settings, steps)
+        return _searched(subject, settings, make_rewriter(subject, settings), evaluator, steps)
+    return apply_fixed_plan(subject, settings, steps)
 
 
-def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None = None) -> Choice:
+def apply_fixed_plan(subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None = None) -> Choice:
     """Make and apply a plan without a search; with `bounds`, rank the sites within a memory limit."""
-    rewriter = rewriter_of(subject, settings)
+    rewriter = make_rewriter(subject, settings)
     plan, facts, measurements = _fixed_plan(subject, settings, steps, bounds)
-    plan = merging(plan, schedule(settings.tokens, subject.sites))
+    plan = with_token_merging(plan, merge_schedule(settings.tokens, subject.sites))
     if bounds is not None:
         _check_dropping(plan)
     if rewriter.whole:
@@ -94,7 +94,7 @@ def spelled_out(subject: Subject, settings: Settings, steps: Steps, bounds: Boun
     return Choice(plan, graph, rewriter, facts, evidence=measurements)
 
 
-def rewriter_of(subject: Subject, settings: Settings) -> Rewriter:
+def make_rewriter(subject: Subject, settings: Settings) -> Rewriter:
     """Return the rewriter of a model; its units are whole blocks if the target can only remove those.
 
     Raises:
@@ -118,7 +118,7 @@ def _fixed_plan(
     metric = None if selection.names else settings.metric
     scores = score(subject, steps, bounds) if metric in ("cosine", "influence", "angular") else None
     samples = subject.data.calibration.head(settings.search_samples)
-    effects = effects_on_output(subject, samples, steps) if metric == "output" else None
+    effects = output_divergence(subject, samples, steps) if metric == "output" else None
     alone: dict[str, float] = {}
 
     def effect(units: Sequence[Sequence[Site]]) -> Sequence[float]:
@@ -138,17 +138,17 @@ def _fixed_plan(
             seed=settings.seed,
         )
     facts = {} if effects is None else {"sweeps": effects.sweeps, "samples": len(effects.split)}
-    return acting(plan, settings.chosen_actions[0]), facts, evidence(subject.sites, scores, alone)
+    return with_action(plan, settings.chosen_actions[0]), facts, evidence(subject.sites, scores, alone)
 
 
 def _searched(
     subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, steps: Steps
 ) -> Choice:
-    search = begin(subject, settings, rewriter, evaluator, steps)
+    search = prepare_search(subject, settings, rewriter, evaluator, steps)
     goal = _goal(settings, search.prices)
     enough = goal
     for _ in range(CORRECTIONS):
-        go_on(search, steps, enough)
+        run_search(search, steps, enough)
         if goal == math.inf or search.speedup < enough:
             break
         fold = evaluator.builder.fold
@@ -160,20 +160,20 @@ def _searched(
         enough = search.speedup * goal / reached * 1.01
     search.journal.forget()
     with steps.step("score the sites"):
-        scores = few_scores(subject.graph, search.effects.split)
+        scores = scores_for_report(subject.graph, search.effects.split)
     measurements = evidence(subject.sites, scores, search.front.alone)
     facts = facts_of(search) | {"front": front_of(search), "chosen": len(search.steps)}
     return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts, search, measurements)
 
 
-def go_on(search: Search, steps: Steps, enough: float = math.inf) -> None:
+def run_search(search: Search, steps: Steps, enough: float = math.inf) -> None:
     """Run a search until it ends or the predicted speed-up reaches `enough`, and show its progress."""
     with steps.step("search") as tick:
         search.progress = lambda text: tick(text=text)
         search.run(enough)
 
 
-def begin(
+def prepare_search(
     subject: Subject,
     settings: Settings,
     rewriter: Rewriter,
@@ -183,9 +183,9 @@ def begin(
 ) -> Search:
     """Prepare a search; `journal` is the file next to the output folder by default."""
     measured, fitted = _split_calibration(subject.data.calibration, settings)
-    effects = effects_on_output(subject, measured, steps)
+    effects = output_divergence(subject, measured, steps)
     with steps.step("validate the original"):
-        validation = Validation(subject.graph, subject.model, subject.data.validation, subject.metric)
+        validation = ValidationLoss(subject.graph, subject.model, subject.data.validation, subject.metric)
     if journal is None:  # created after the first runs, so that a model that fails on its data leaves no file
         journal = journal_of(subject, settings)
     return Search(
@@ -196,7 +196,7 @@ def begin(
         settings.chosen_actions,
         settings.loss_limit * (1.0 if settings.heal == "none" else HEADROOM),
         fitting=fitted,
-        given=schedule(settings.tokens, subject.sites),
+        given=merge_schedule(settings.tokens, subject.sites),
         journal=journal,
     )
 
@@ -213,7 +213,7 @@ def _split_calibration(calibration: Split, settings: Settings) -> tuple[Split, S
     return measured, calibration.beside(measured, count)
 
 
-def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
+def merge_schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
     """Return the merge action of each attention site for ``--tokens``; empty for ``auto`` and ``none``.
 
     A single number is merged after every attention; several numbers are merged after one attention each. A percentage
@@ -243,13 +243,13 @@ def schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
 
 def _prices(
     subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, journal: Journal, steps: Steps
-) -> Prices:
+) -> CostModel:
     """Return the cost model: multiply-adds with ``--cost macs``, else fitted to timings on the target."""
     calls = evaluator.timer.calls
     if settings.cost == "macs":
-        return cost_model.counted(subject.graph, calls)
+        return cost_model.multiply_add_cost_model(subject.graph, calls)
     designs = _designs(subject, settings, rewriter)
-    return cost_model.timed(
+    return cost_model.fit_latency_cost_model(
         subject.graph,
         calls,
         {name: evaluator.builder.fold(design) for name, design in designs.items()},
@@ -268,12 +268,12 @@ def _designs(subject: Subject, settings: Settings, rewriter: Rewriter) -> dict[s
 def _merged(rewriter: Rewriter) -> dict[str, Graph]:
     """Return a design with half of the tokens merged, or none if the model does not allow it."""
     try:
-        return {"merged": rewriter.rewritten(schedule("50%", rewriter.sites))}
+        return {"merged": rewriter.rewritten(merge_schedule("50%", rewriter.sites))}
     except (PassError, ChoiceError):  # the search records the reason at each site
         return {}
 
 
-def _goal(settings: Settings, prices: Prices) -> float:
+def _goal(settings: Settings, prices: CostModel) -> float:
     """Return the speed-up that ``--speedup`` or ``--latency`` requires; infinity without either."""
     if settings.latency is not None:
         return prices.timings["as it is"] / settings.latency
@@ -370,21 +370,21 @@ def journal_of(subject: Subject, settings: Settings) -> Journal:
     return Journal(digest, output.with_name(f".{output.name}.journal"))
 
 
-def effects_on_output(subject: Subject, samples: Split, steps: Steps) -> Effects:
+def output_divergence(subject: Subject, samples: Split, steps: Steps) -> OutputDivergence:
     """Run the original on the samples, for measurements of the output divergence of rewritten graphs."""
     with steps.step("run the original"):
-        return Effects(subject.graph, subject.model, samples)
+        return OutputDivergence(subject.graph, subject.model, samples)
 
 
 def score(subject: Subject, steps: Steps, bounds: Bounded | None = None) -> Scores:
     """Score all sites on the calibration data; with `bounds`, block by block within a memory limit."""
     with steps.step("score the sites") as tick:
         rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)
-        batches = ticking(tensor_batches(subject.data.calibration, rows), len(subject.data.calibration), tick)
+        batches = with_progress(tensor_batches(subject.data.calibration, rows), len(subject.data.calibration), tick)
         return apply(Score(room), subject.graph, batches)
 
 
-def ticking(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:
+def with_progress(batches: Iterator[dict[str, Any]], total: int, tick: Tick) -> Iterator[dict[str, Any]]:
     """Yield the batches and report progress after each.
 
     Args:

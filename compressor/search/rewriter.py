@@ -9,9 +9,9 @@ import torch
 
 from compressor.data.splits import Split
 from compressor.quality.evaluate import tensor_batches
-from passes.analysis.least_squares import Fit, Fits, StandIn
+from passes.analysis.least_squares import Fit, Fits, Replacement
 from passes.analysis.replaceme_cosine import FitCosine
-from passes.analysis.site_location import place_of
+from passes.analysis.site_location import locate_site
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site
 from passes.merge_tokens.token_merging import ReduceTokens
@@ -84,7 +84,7 @@ class Rewriter:
         if self.whole:
             raise PassError(f"a block can only be dropped; found {action} at {name}.")
         (site,) = unit
-        place_of(current, site)  # raises with the reason if no map can be fitted here any more
+        locate_site(current, site)  # raises with the reason if no map can be fitted here any more
         if form == "replaceme-cosine":
             stand_in = self._learned(current, name)
         else:
@@ -100,7 +100,7 @@ class Rewriter:
         if not any(weight.startswith(f"{other}.") for weight in read for other in self.units):
             raise PassError("no block would be left.")
 
-    def _learned(self, current: Graph, name: str) -> StandIn:
+    def _learned(self, current: Graph, name: str) -> Replacement:
         step = FitCosine(self.original, self._by_name[name])
         stand_in = apply(step, current.fork(), _Batches(self.split))
         self.sweeps += 2 * step.epochs
@@ -177,7 +177,7 @@ class _Batches:
 def _replaceable(graph: Graph, site: Site) -> bool:
     """Return whether a map can be fitted in place of the branch of a site."""
     try:
-        place_of(graph, site)
+        locate_site(graph, site)
     except PassError:
         return False
     return True

@@ -38,7 +38,7 @@ def evidence(sites: Sequence[Site], scores: Scores | None, effects: Mapping[str,
     return content
 
 
-def few_scores(graph: Graph, split: Split) -> Scores | None:
+def scores_for_report(graph: Graph, split: Split) -> Scores | None:
     """Return scores on `SAMPLES` samples, or None if a state is not finite; only the report uses them."""
     try:
         return apply(Score(), graph, tensor_batches(split.head(SAMPLES), AT_ONCE))

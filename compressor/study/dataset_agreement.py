@@ -26,7 +26,7 @@ ENDS = (1, 2, 4, 8, 16, 32)  # numbers of most redundant sites that are compared
 
 
 @dataclass(frozen=True)
-class Sums:
+class CosineSums:
     """The numbers of tokens and the sums of cosines of one data set, by site and sample, float64 [sites, samples]."""
 
     name: str
@@ -49,7 +49,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Between:
+class DatasetAgreement:
     """The agreement of two data sets on the ranking of a model's sites.
 
     Attributes:
@@ -84,7 +84,7 @@ class Between:
         return self.spearman >= self.floor
 
 
-def between(first: Sums, second: Sums, kinds: Sequence[str], *, seed: int = 0) -> Between | None:
+def between(first: CosineSums, second: CosineSums, kinds: Sequence[str], *, seed: int = 0) -> DatasetAgreement | None:
     """Compare the rankings by two data sets; return None for fewer than three sites.
 
     Args:
@@ -100,7 +100,7 @@ def between(first: Sums, second: Sums, kinds: Sequence[str], *, seed: int = 0) -
     drawn = rank_correlation(first.redrawn(rng), second.redrawn(rng))
     mixed = _mixed(first, second, rng)
     low, high = np.percentile(drawn, [5, 95])
-    return Between(
+    return DatasetAgreement(
         first=first.name,
         second=second.name,
         samples=(first.sums.shape[1], second.sums.shape[1]),
@@ -115,9 +115,9 @@ def between(first: Sums, second: Sums, kinds: Sequence[str], *, seed: int = 0) -
     )
 
 
-def _mixed(first: Sums, second: Sums, rng: np.random.Generator) -> Array:
+def _mixed(first: CosineSums, second: CosineSums, rng: np.random.Generator) -> Array:
     """Return Spearman's correlation between random mixtures of the samples, of the sizes of the sets, [draws]."""
-    both = Sums("both", np.hstack([first.tokens, second.tokens]), np.hstack([first.sums, second.sums]))
+    both = CosineSums("both", np.hstack([first.tokens, second.tokens]), np.hstack([first.sums, second.sums]))
     size = first.sums.shape[1]
     permutations = np.stack([rng.permutation(both.sums.shape[1]) for _ in range(DRAWS)])
     return rank_correlation(both.means(permutations[:, :size]), both.means(permutations[:, size:]))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.study.dataset_agreement import Between, Sums, between, random_tokens, short
+from compressor.study.dataset_agreement import CosineSums, DatasetAgreement, between, random_tokens, short
 from compressor.study.ranking_stability import Stability, stability
-from passes.analysis.token_axis import from_data, leading_constants
+from passes.analysis.token_axis import data_dependent_nodes, leading_constants
 from passes.analysis.token_statistics import Changes, Kinds, Statistics
-from passes.analysis.token_statistics import Study as Measure
+from passes.analysis.token_statistics import MeasureTokenStatistics as Measure
 from passes.base import apply
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Study:
     sites: tuple[Site, ...]
     found: Statistics
     stability: Stability | None
-    agreements: tuple[Between, ...] = ()
+    agreements: tuple[DatasetAgreement, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the study as plain JSON values, with None for NaN."""
@@ -73,14 +73,16 @@ class Study:
         ranks = [None] * len(self.sites) if self.stability is None else list(self.stability.ranks)
         return [
             {"name": site.name, "kind": site.kind, "block": site.block}
-            | changed(self.found.sites[site.name], self.found.kinds)
+            | change_means(self.found.sites[site.name], self.found.kinds)
             | {"rank": None if rank is None else dict(zip(("value", "low", "high"), rank, strict=True))}
             for site, rank in zip(self.sites, ranks, strict=True)
         ]
 
     def block_rows(self) -> list[dict[str, Any]]:
         """Return one plain dict per block whose input and output have the same shape."""
-        return [{"name": name, **changed(changes, self.found.kinds)} for name, changes in self.found.blocks.items()]
+        return [
+            {"name": name, **change_means(changes, self.found.kinds)} for name, changes in self.found.blocks.items()
+        ]
 
     def state_rows(self) -> list[dict[str, Any]]:
         """Return one plain dict per trunk state, named by the site it enters; the last one is ``output``."""
@@ -104,11 +106,11 @@ def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Da
         against: other data sets. All pairs of rankings, those with the subject's data included, are compared. Each data
             set takes one pass through the model.
     """
-    from compressor.search.planner import ticking
+    from compressor.search.planner import with_progress
 
     own = subject.data
     with steps.step("study the sites") as tick:
-        batches = ticking(_batches(subject, own, seed), _rows(own), tick)
+        batches = with_progress(_batches(subject, own, seed), _rows(own), tick)
         statistics = apply(_measure(subject, own), subject.graph, batches)
     sums = _sums(own.source, statistics, subject.sites)
     with steps.step("compare rankings of samples") as tick:
@@ -116,7 +118,7 @@ def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Da
     sets = [sums]
     for data in against:
         with steps.step(f"rank by {short(data.source)}") as tick:
-            batches = ticking(_batches(subject, data, seed), _rows(data), tick)
+            batches = with_progress(_batches(subject, data, seed), _rows(data), tick)
             sets.append(_sums(data.source, apply(_measure(subject, data), subject.graph, batches), subject.sites))
     kinds = [site.kind for site in subject.sites]
     pairs = (between(*pair, kinds, seed=seed) for pair in itertools.combinations(sets, 2))
@@ -143,9 +145,9 @@ def _batches(subject: Subject, data: Data, seed: int) -> Iterator[dict[str, torc
     return tensor_batches(data.calibration)
 
 
-def _sums(name: str, statistics: Statistics, sites: Sequence[Site]) -> Sums:
+def _sums(name: str, statistics: Statistics, sites: Sequence[Site]) -> CosineSums:
     samples = [statistics.sites[site.name].samples.numpy() for site in sites]
-    return Sums(name, np.stack([tokens for tokens, _ in samples]), np.stack([sums for _, sums in samples]))
+    return CosineSums(name, np.stack([tokens for tokens, _ in samples]), np.stack([sums for _, sums in samples]))
 
 
 def kinds_of(model: Model, graph: Graph, sites: Sequence[Site]) -> Kinds:
@@ -154,7 +156,7 @@ def kinds_of(model: Model, graph: Graph, sites: Sequence[Site]) -> Kinds:
         return Kinds(first="class" if model.preprocess.class_first else "first", last="last", rest="other")
     (trunk,) = [node for node in graph.nodes() if node.name == sites[0].trunk]
     tokens = len(trunk.meta["val"].shape) == 3 and sites[0].channel_dim % 3 == 2
-    leading = leading_constants(trunk, 1, from_data(graph.nodes())) if tokens else 0
+    leading = leading_constants(trunk, 1, data_dependent_nodes(graph.nodes())) if tokens else 0
     registers = min(_registers(model.module), leading)
     classes = ("class", "distillation")[: leading - registers] if leading - registers <= 2 else ()
     others = leading - registers - len(classes)
@@ -170,7 +172,7 @@ def _registers(module: Any) -> int:
     return count if isinstance(count, int) else 0
 
 
-def changed(changes: Changes, kinds: Sequence[str]) -> dict[str, Any]:
+def change_means(changes: Changes, kinds: Sequence[str]) -> dict[str, Any]:
     """Return the mean cosine, update and norm of a site or block: over all tokens, by kind and by position."""
     by_kind, by_position = changes.kinds.numpy(), changes.positions.numpy()
     tokens = by_kind[0].sum()

@@ -9,12 +9,12 @@ from pathlib import Path
 from compressor.choices import AUTO
 from compressor.errors import CompressorError
 from compressor.lower.write_onnx import OPSET
-from compressor.quantize.precision import check
+from compressor.quantize.precision import check_precision
 from compressor.settings import Settings
 from compressor.target.registry import target_named
 from compressor.target.stand_in import STAND_IN, stand_in
 from runtimes.base.protocols import BuildOptions, Runtime
-from runtimes.base.registry import check_device, need
+from runtimes.base.registry import check_available, check_device
 
 
 class UsableError(CompressorError):
@@ -35,12 +35,12 @@ def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     target = target_named(settings.target, task=settings.task, cache=settings.cache)
     device = target.devices[0] if settings.device is None else settings.device
     options = BuildOptions(device=device, threads=settings.threads, portable=settings.portable_engine)
-    check(target, settings.precision, device)
+    check_precision(target, settings.precision, device)
     if settings.defer_build:
         check_device(target.name, target.devices, options)
         _check_deferrable(target, settings.precision)
         target, options = stand_in(target), replace(options, device="cpu", portable=False)
-    need(target.name, _or_defer(target), target.devices, options)
+    check_available(target.name, _or_defer(target), target.devices, options)
     if options.device != target.devices[0] and target.source == ".onnx":
         _probe(target, options)
     return target, options

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from compressor.choices import TRANSFORMERS
 from compressor.errors import CompressorError
 from compressor.lower.checkpoint import ADVICE, CONFIG
-from runtimes.base.protocols import BuildError, BuildOptions, Engine, Int8Style, Layers
-from runtimes.base.registry import installed
+from runtimes.base.protocols import BuildError, BuildOptions, Engine, Int8Style, LayerCounts
+from runtimes.base.registry import is_installed
 
 if TYPE_CHECKING:
     from compressor.target.torch_eager import Module
@@ -40,7 +40,7 @@ class Transformers:
 
     def missing(self) -> str | None:
         """Return None if transformers is installed, else what to install."""
-        return None if installed("transformers") else "transformers is not installed: pip install transformers"
+        return None if is_installed("transformers") else "transformers is not installed: pip install transformers"
 
     def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
         """Return `source`: the checkpoint is the engine."""
@@ -63,5 +63,5 @@ class Transformers:
             self.opened[path] = Module(model)
         return self.opened[path].open(options)
 
-    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+    def layers(self, path: Path, options: BuildOptions) -> LayerCounts | None:
         """Return None: torch eager runs the layers of the model unchanged."""

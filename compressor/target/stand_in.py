@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtimes.base.protocols import BuildOptions, Engine, Int8Style, Layers, Runtime
+from runtimes.base.protocols import BuildOptions, Engine, Int8Style, LayerCounts, Runtime
 from runtimes.base.registry import runtime
 
 STAND_IN = "onnxruntime"
@@ -42,7 +42,7 @@ class StandIn:
         """Open the file in ONNX Runtime."""
         return runtime(self.name).load(path, options)
 
-    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+    def layers(self, path: Path, options: BuildOptions) -> LayerCounts | None:
         """Return None: the layers of ONNX Runtime could be mistaken for those of the target."""
 
 

@@ -12,7 +12,7 @@ import torch
 
 from compressor.models import Model
 from compressor.models.base import first_line
-from runtimes.base.protocols import BuildError, BuildOptions, Closing, DTypes, Feeds, Shapes, taken
+from runtimes.base.protocols import BuildError, BuildOptions, Closing, DTypes, Feeds, Shapes, check_feeds
 
 SHAPES = 64  # largest number of input shapes that one process compiles
 Call = Callable[..., tuple[torch.Tensor, ...]]
@@ -120,7 +120,7 @@ class TorchEngine(Closing[Module]):
 
     def _step(self, feeds: Feeds) -> Callable[[], tuple[torch.Tensor, ...]]:
         module = self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         tensors = tuple(torch.from_numpy(np.array(feeds[name], order="C")) for name in self.inputs)
         with torch.inference_mode():
             call = module.call(tensors)

@@ -35,14 +35,14 @@ def environment() -> dict[str, object]:
     }
 
 
-def forget_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Reset the peak that `peak_memory` returns; does nothing on systems other than Linux."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int | None:
-    """Return the peak resident memory of this process since `forget_peak_memory`, in bytes.
+    """Return the peak resident memory of this process since `reset_peak_memory`, in bytes.
 
     On macOS, which cannot reset the peak, it is the peak since the process started; on Windows it is None.
     """

@@ -110,7 +110,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
 
 
-def listed(folder: Path) -> dict[str, str]:
+def read_manifest(folder: Path) -> dict[str, str]:
     """Read the manifest of a folder that Compressor wrote: SHA-256 by file name.
 
     Raises:
@@ -129,7 +129,7 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
     Raises:
         FolderError: there is no manifest, or a file is missing or has changed.
     """
-    digests = listed(folder)
+    digests = read_manifest(folder)
     required = list(names)
     for name in (*required, *digests.keys() & {f"{name}.data" for name in required}):
         if not (folder / name).is_file():
@@ -188,7 +188,7 @@ def _foreign_files(folder: Path) -> list[str]:
     """Return the files that the folder's manifest does not list; they are the user's and must not be deleted."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     try:
-        manifest = listed(folder)
+        manifest = read_manifest(folder)
     except FolderError:
         return files or [str(folder)]
     return [name for name in files if name not in manifest and name != MANIFEST]

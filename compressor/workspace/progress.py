@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from compressor.workspace.environment import forget_peak_memory, peak_memory
+from compressor.workspace.environment import peak_memory, reset_peak_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ class Steps:
     def step(self, name: str) -> Iterator[Tick]:
         """Time a step; yield ``tick(done, total, text)`` to update its progress bar. Every argument is optional."""
         start = time.perf_counter()
-        forget_peak_memory()
+        reset_peak_memory()
         with self._bar(name) as tick:
             yield tick
         self.done.append(Step(name, time.perf_counter() - start, peak_memory()))

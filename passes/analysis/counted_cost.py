@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.analysis.multiply_adds import multiply_adds
 from passes.execute.interpreter import Program
-from passes.execute.offloaded_weights import has_offloaded, shapes_alone
-from passes.graph.graph import attribute, live_nodes, resolution
+from passes.execute.offloaded_weights import fake_values, has_offloaded
+from passes.graph.graph import attribute, live_nodes, resolve_dropped_adds
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -52,7 +52,7 @@ class Costs:
 
     def under(self, skip: Collection[Site]) -> Cost:
         """Return the cost of the graph without the branches of `skip`."""
-        live = live_nodes(self.graph, resolution(self.graph, skip))
+        live = live_nodes(self.graph, resolve_dropped_adds(self.graph, skip))
         tensors = [attribute(self.graph, node) for node in live if node.op == "get_attr"]
         parameters = {id(tensor): tensor.numel() for tensor in tensors if isinstance(tensor, torch.nn.Parameter)}
         return Cost(sum(parameters.values()), sum(self.by_node.get(node.name, 0) for node in live))
@@ -66,7 +66,7 @@ class Costs:
 def _count(graph: Graph, example: Mapping[str, torch.Tensor]) -> dict[str, int]:
     program = Program(graph)
     if has_offloaded(graph):  # count by shapes without loading the weights
-        with shapes_alone(program, example) as values:
+        with fake_values(program, example) as values:
             return _counted(program, values)
     return _counted(program, program.start(example))
 

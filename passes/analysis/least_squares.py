@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from passes.analysis.redundancy import MASK, rows_of
-from passes.analysis.site_location import place_of
-from passes.analysis.token_liveness import read_parts
+from passes.analysis.site_location import locate_site
+from passes.analysis.token_liveness import live_parts
 from passes.base import PassError
-from passes.execute.interpreter import Until
+from passes.execute.interpreter import PartialRun
 from passes.graph.graph import Graph, Site
 
 if TYPE_CHECKING:
-    from passes.analysis.slicing_rules import Part
+    from passes.analysis.slicing_rules import AxisRange
 
 SOURCES = ("state", "normalised", "previous")
 FORMS = ("constant", "scale", "linear", "low-rank")
@@ -162,7 +162,7 @@ def _reduced(matrix: torch.Tensor, rr: torch.Tensor, rank: int | None) -> tuple[
 
 
 @dataclass(frozen=True)
-class StandIn:
+class Replacement:
     """Replacement of a branch: a map of a source, and the share of |t|^2 that the map leaves unexplained.
 
     `unexplained` is measured on held-out batches, or on the fitted batch if there is only one. Dropping the branch
@@ -182,7 +182,7 @@ class Fits:
     halves: Mapping[str, tuple[Regression, Regression]]
     refused: Mapping[str, str]
 
-    def stand_in(self, form: str, *, rank: int | None = None) -> StandIn:
+    def stand_in(self, form: str, *, rank: int | None = None) -> Replacement:
         """Return the replacement of a form with the least held-out error over its sources.
 
         Args:
@@ -201,7 +201,7 @@ class Fits:
         candidates = available if form != "constant" else available[:1]
         return min((self._fitted(source, form, rank) for source in candidates), key=lambda fit: fit.unexplained)
 
-    def _fitted(self, source: str, form: str, rank: int | None, *, published: bool = False) -> StandIn:
+    def _fitted(self, source: str, form: str, rank: int | None, *, published: bool = False) -> Replacement:
         if source not in self.halves:
             raise PassError(
                 f"{self.refused.get(source, f'the source {source!r} was not fitted; add it to `sources`')}."
@@ -223,7 +223,7 @@ class Fits:
             strength = min(STRENGTHS, key=lambda strength: held_out_error(validated_form, strength))
         fitted = solved(whole, form, strength)
         error = whole.error(fitted) if single_batch else held_out_error(form, strength)
-        return StandIn(source, _plus_identity(fitted) if source == "previous" else fitted, error / power, strength)
+        return Replacement(source, _plus_identity(fitted) if source == "previous" else fitted, error / power, strength)
 
 
 def _plus_identity(fitted: Map) -> Map:
@@ -268,12 +268,12 @@ class Sweep:
     """Joint execution of the original and the current graph of a fit, up to the last value that the fit needs."""
 
     def __init__(self, fit: Fit, graph: Graph) -> None:
-        self.places = {site.name: place_of(graph, site) for site in fit.sites}
+        self.places = {site.name: locate_site(graph, site) for site in fit.sites}
         self.sources = fit.sources
         roots = {site.root for site in fit.sites}
-        self.before = Until(fit.original, roots)
-        self.now = Until(graph, {name for place in self.places.values() for name in place.names()})
-        self.read = {} if fit.all_tokens else read_parts(graph)
+        self.before = PartialRun(fit.original, roots)
+        self.now = PartialRun(graph, {name for place in self.places.values() for name in place.names()})
+        self.read = {} if fit.all_tokens else live_parts(graph)
         self.dims = {site.name: site.channel_dim for site in fit.sites}
         self.roots = {site.name: site.root for site in fit.sites}
         self.sums: dict[tuple[str, str], list[Any]] = {}
@@ -322,7 +322,7 @@ class Sweep:
         return Fits(complete, dict(self.places[name].refused))
 
 
-def _read_part(value: torch.Tensor, part: Part | None) -> torch.Tensor:
+def _read_part(value: torch.Tensor, part: AxisRange | None) -> torch.Tensor:
     """Return the part of a value that later operators read."""
     if part is None:
         return value

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from passes.base import PassError, swept
+from passes.base import PassError, sum_over_batches
 from passes.execute.interpreter import Program
-from passes.execute.sections import Room, cut, run_in_sections, section_ends
+from passes.execute.sections import SectionBudget, partition, run_in_sections, section_ends
 from passes.graph.sites import find_sites
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Score:
     then compared only at the tokens of the angular distance, because all tokens of all states do not fit into memory.
     """
 
-    room: Room | None = None
+    room: SectionBudget | None = None
 
     rewrites: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
@@ -160,7 +160,7 @@ class Score:
             raise PassError("the graph has no residual site, so there is nothing to score.")
         sweep = _Sweep(graph, sites)
         if self.room is None:
-            return swept(sweep.batch, data, "Score")
+            return sum_over_batches(sweep.batch, data, "Score")
         parts = sweep.in_sections(data or (), self.room)
         if (first := next(parts, None)) is None:
             raise PassError("Score got no batches of data.")
@@ -194,7 +194,7 @@ class _Sweep:
         return self._scores(values, record)
 
     @torch.inference_mode()
-    def in_sections(self, data: Iterable[Mapping[str, torch.Tensor]], room: Room) -> Iterator[Scores]:
+    def in_sections(self, data: Iterable[Mapping[str, torch.Tensor]], room: SectionBudget) -> Iterator[Scores]:
         """Yield the scores of each batch; all batches pass through a section before the next section runs."""
         records: list[_BatchRecord] = []
 
@@ -210,7 +210,7 @@ class _Sweep:
             if node.name == self.sites[-1].root:
                 records[number].scores = self._scores(values, records[number])
 
-        sections = cut(self.program, section_ends(self.program.graph), room.weights)
+        sections = partition(self.program, section_ends(self.program.graph), room.weights)
         for number, _ in enumerate(run_in_sections(self.program, sections, recorded_feeds(), room.folder, observe)):
             scores = records[number].scores
             assert scores is not None

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import cosine_similarity
 
-from passes.analysis.least_squares import Fit, Map, Regression, StandIn, Sweep
+from passes.analysis.least_squares import Fit, Map, Regression, Replacement, Sweep
 from passes.base import PassError
 from passes.graph.graph import Graph, Site
 
@@ -39,7 +39,7 @@ class FitCosine:
     rewrites: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
-    def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> StandIn:
+    def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None) -> Replacement:
         """Return the map m -> T^T m of the source ``previous``, and the share of |t|^2 it leaves on the same rows.
 
         Args:
@@ -66,7 +66,7 @@ class FitCosine:
         assert sums is not None
         matrix = descent.transform.detach().T.contiguous()
         residual = Map((matrix - torch.eye(len(matrix), dtype=matrix.dtype),), None)
-        return StandIn("previous", Map((matrix,), None), sums.error(residual) / max(sums.power(), 1e-300))
+        return Replacement("previous", Map((matrix,), None), sums.error(residual) / max(sums.power(), 1e-300))
 
     def _checked(self, data: Iterable[Mapping[str, torch.Tensor]] | None) -> Iterable[Mapping[str, torch.Tensor]]:
         if self.epochs < 1 or self.rows < 1 or self.rate <= 0.0:

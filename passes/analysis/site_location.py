@@ -21,7 +21,7 @@ SCALINGS = frozenset({aten.mul.Tensor, aten.mul_.Tensor})
 
 
 @dataclass(frozen=True)
-class Place:
+class SiteNodes:
     """Names of the nodes of a site in the current graph.
 
     `root` is the complete sum after the site. `normalised` is the input of the branch's first linear map. `previous` is
@@ -47,7 +47,7 @@ class Place:
         return {self.branch, self.trunk, self.root, *filter(None, (self.normalised, self.previous))}
 
 
-def place_of(graph: Graph, site: Site) -> Place:
+def locate_site(graph: Graph, site: Site) -> SiteNodes:
     """Locate a site of the original graph in the current one.
 
     Raises:
@@ -71,7 +71,7 @@ def place_of(graph: Graph, site: Site) -> Place:
     previous = _previous(site, add, branch, trunk)
     if isinstance(previous, str):
         refused["previous"] = previous
-    return Place(
+    return SiteNodes(
         add=add.name,
         branch=branch.name,
         trunk=trunk.name,

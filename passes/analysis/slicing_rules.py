@@ -23,7 +23,7 @@ END = 2**63 - 1  # the `end` of an open-ended slice in a traced graph
 
 
 @dataclass(frozen=True)
-class Part:
+class AxisRange:
     """Range of one axis of a value.
 
     On an axis of symbolic size, a range at the end has negative indices, with ``stop`` 0 for the end.
@@ -38,33 +38,33 @@ class Part:
         """Number of entries."""
         return self.stop - self.start
 
-    def at(self, axis: int, *, shift: int = 0) -> Part:
+    def at(self, axis: int, *, shift: int = 0) -> AxisRange:
         """Return the range on another axis, shifted by `shift` entries."""
-        return Part(axis, self.start + shift, self.stop + shift)
+        return AxisRange(axis, self.start + shift, self.stop + shift)
 
 
-NOTHING = Part(0, 0, 0)
-Requests = list[tuple[fx.Node, "Part | None"]]
+NOTHING = AxisRange(0, 0, 0)
+Requests = list[tuple[fx.Node, "AxisRange | None"]]
 
 
 @dataclass(frozen=True)
-class Step:
+class Narrowing:
     """Narrowing of a node to `part` of its value.
 
     `asks` maps an input to the part that the node then needs; None, or no entry, is the whole input. `arguments`
     replaces the arguments of the node unless it is None. `hands_on` is set if the part equals a part of one input.
     """
 
-    part: Part
-    asks: dict[fx.Node, Part | None]
+    part: AxisRange
+    asks: dict[fx.Node, AxisRange | None]
     arguments: tuple[Any, ...] | None = None
-    hands_on: bool = False
+    is_identity: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------- selections
 
 
-def selection(node: fx.Node) -> dict[fx.Node, Part | None]:
+def selection(node: fx.Node) -> dict[fx.Node, AxisRange | None]:
     """Return the part of its input that a `select` or `slice` reads.
 
     The result is empty for other operators, for the batch axis and for a selection of the whole axis.
@@ -76,7 +76,7 @@ def selection(node: fx.Node) -> dict[fx.Node, Part | None]:
     return {source: part} if part and part.axis and part.width > 0 and part.width != size_of(source, part.axis) else {}
 
 
-def _range(node: fx.Node, source: fx.Node) -> Part | None:
+def _range(node: fx.Node, source: fx.Node) -> AxisRange | None:
     """Return the range of a selection; None if its bounds are dynamic, or if it may be empty on a symbolic axis."""
     axis = _axis(source, _argument(node, 1, 0))
     size = size_of(source, axis)
@@ -85,15 +85,15 @@ def _range(node: fx.Node, source: fx.Node) -> Part | None:
         if not isinstance(start, int):
             return None
         start = start % size if isinstance(size, int) else start
-        return Part(axis, start, start + 1)
+        return AxisRange(axis, start, start + 1)
     first, last, step = _argument(node, 2, None), _argument(node, 3, None), _argument(node, 4, 1)
     if step != 1 or not isinstance(first, int | None) or not isinstance(last, int | None):
         return None
     if isinstance(size, int):
-        return Part(axis, *slice(first, last).indices(size)[:2])
+        return AxisRange(axis, *slice(first, last).indices(size)[:2])
     start, to_end = (0 if first is None else first), last is None or last == END
     stop = 0 if to_end else last
-    return Part(axis, start, stop) if stop is not None and start < stop and (start >= 0) == (stop > 0) else None
+    return AxisRange(axis, start, stop) if stop is not None and start < stop and (start >= 0) == (stop > 0) else None
 
 
 def _is_all(node: fx.Node) -> bool:
@@ -108,13 +108,13 @@ def _is_all(node: fx.Node) -> bool:
 # -------------------------------------------------------------------------------------- rules, one per operator family
 
 
-def step_for(node: fx.Node, part: Part) -> Step | None:
+def narrowing_for(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Return the narrowing of a node to `part`; None if the operator mixes entries of that axis or has no rule."""
     rule = _rule(node)
     return rule(node, part) if rule else None
 
 
-def _rule(node: fx.Node) -> Callable[[fx.Node, Part], Step | None] | None:
+def _rule(node: fx.Node) -> Callable[[fx.Node, AxisRange], Narrowing | None] | None:
     for targets, rule in RULES:
         if node.target in targets:
             return rule
@@ -123,53 +123,53 @@ def _rule(node: fx.Node) -> Callable[[fx.Node, Part], Step | None] | None:
 
 
 def _step(
-    part: Part, requests: Requests, arguments: tuple[Any, ...] | None = None, *, hands_on: bool = False
-) -> Step | None:
+    part: AxisRange, requests: Requests, arguments: tuple[Any, ...] | None = None, *, hands_on: bool = False
+) -> Narrowing | None:
     """Return the step; None if it requests two different parts of one input."""
     asks = dict(requests)
     agree = all(asks[source] == request for source, request in requests)
-    return Step(part, asks, arguments, hands_on) if agree else None
+    return Narrowing(part, asks, arguments, hands_on) if agree else None
 
 
-def _elementwise(node: fx.Node, part: Part) -> Step | None:
+def _elementwise(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice each operand, aligned at the last axis; an operand that is broadcast along the axis is read in full."""
     return _step(part, [(source, _aligned(source, _rank(node), part)) for source in node.all_input_nodes])
 
 
-def _aligned(source: fx.Node, rank: int, part: Part) -> Part | None:
+def _aligned(source: fx.Node, rank: int, part: AxisRange) -> AxisRange | None:
     """Return the part of an operand that contributes to `part` of a result of `rank` axes under broadcasting."""
     axis = part.axis - rank + _rank(source)
     return None if axis < 0 or _is_one(size_of(source, axis)) else part.at(axis)
 
 
-def _first_input(node: fx.Node, part: Part) -> Step | None:
+def _first_input(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice the first input only; other inputs carry no data along the axis."""
     return _step(part, [(source, part if source is node.args[0] else None) for source in node.all_input_nodes])
 
 
-def _linear(node: fx.Node, part: Part) -> Step | None:
+def _linear(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice a linear map along any axis but the last."""
     if node.target == aten.addmm.default:
         return _step(part, [(_input(node, 1), part), (_input(node, 2), None)]) if _is_row(node, part) else None
     return _first_input(node, part) if part.axis < _rank(node) - 1 else None
 
 
-def _is_row(node: fx.Node, part: Part) -> bool:
+def _is_row(node: fx.Node, part: AxisRange) -> bool:
     return part.axis == 0 and _rank(_input(node)) == 1
 
 
-def _norm(node: fx.Node, part: Part) -> Step | None:
+def _norm(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice a norm along an axis that is not normalised; the normalised ones are the last `len(sizes)`."""
     sizes = node.args[1]
     assert isinstance(sizes, Sequence)
     return _first_input(node, part) if part.axis < _rank(node) - len(sizes) else None
 
 
-def _softmax(node: fx.Node, part: Part) -> Step | None:
+def _softmax(node: fx.Node, part: AxisRange) -> Narrowing | None:
     return _first_input(node, part) if part.axis != _axis(node, node.args[1]) else None
 
 
-def _product(node: fx.Node, part: Part) -> Step | None:
+def _product(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice rows of the left matrix, columns of the right one, or a broadcast batch axis of both."""
     left, right = _input(node), _input(node, 1)
     rank = _rank(node)
@@ -182,7 +182,7 @@ def _product(node: fx.Node, part: Part) -> Step | None:
     return _step(part, [(left, _aligned(left, rank, part)), (right, _aligned(right, rank, part))])
 
 
-def _attention(node: fx.Node, part: Part) -> Step | None:
+def _attention(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice the queries, which are independent of each other.
 
     ``is_causal`` is refused, because it numbers the queries from the first one.
@@ -195,7 +195,7 @@ def _attention(node: fx.Node, part: Part) -> Step | None:
     return _step(part, [(query, part.at(_rank(query) - 2)), (key, None), (value, None), *mask_request])
 
 
-def _permute(node: fx.Node, part: Part) -> Step | None:
+def _permute(node: fx.Node, part: AxisRange) -> Narrowing | None:
     order = list(range(_rank(node)))
     if node.target == aten.permute.default:
         order = [_axis(node, dim) for dim in node.args[1]]  # type: ignore[union-attr]
@@ -205,7 +205,7 @@ def _permute(node: fx.Node, part: Part) -> Step | None:
     return _step(part, [(_input(node), part.at(order[part.axis]))])
 
 
-def _reshape(node: fx.Node, part: Part) -> Step | None:
+def _reshape(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice along an axis that a reshape keeps; axes on either side may be split or merged."""
     source = _input(node)
     before, after = value_of(source).shape, value_of(node).shape
@@ -217,7 +217,7 @@ def _reshape(node: fx.Node, part: Part) -> Step | None:
     return _step(part, [(source, part.at(same[0]))], _resized(node, part)) if same else None
 
 
-def _resized(node: fx.Node, part: Part) -> tuple[Any, ...] | None:
+def _resized(node: fx.Node, part: AxisRange) -> tuple[Any, ...] | None:
     """Return the arguments of a reshape or expand with the size of the part; None for an operator without sizes."""
     if node.target not in RESHAPES | EXPANDS:
         return None
@@ -231,12 +231,12 @@ def _product_of(sizes: Sequence[Any]) -> str:
     return str(math.prod(sizes))
 
 
-def _expand(node: fx.Node, part: Part) -> Step | None:
+def _expand(node: fx.Node, part: AxisRange) -> Narrowing | None:
     source = _input(node)
     return _step(part, [(source, _aligned(source, _rank(node), part))], _resized(node, part))
 
 
-def _concatenation(node: fx.Node, part: Part) -> Step | None:
+def _concatenation(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice a concatenation along another axis, or replace it by the one input that contains the range."""
     sources = node.all_input_nodes
     if part.axis != _axis(node, _argument(node, 1, 0)):
@@ -257,13 +257,13 @@ def _concatenation(node: fx.Node, part: Part) -> Step | None:
     return None
 
 
-def _stack(node: fx.Node, part: Part) -> Step | None:
+def _stack(node: fx.Node, part: AxisRange) -> Narrowing | None:
     new_axis = _axis(node, _argument(node, 1, 0))
     inside = part.at(part.axis - (part.axis > new_axis))
     return _step(part, [(source, inside) for source in node.all_input_nodes]) if part.axis != new_axis else None
 
 
-def _split(node: fx.Node, part: Part) -> Step | None:
+def _split(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice an operator with a list of results; all results are narrowed alike."""
     source = _input(node)
     if node.target == aten.unbind.int:
@@ -271,7 +271,7 @@ def _split(node: fx.Node, part: Part) -> Step | None:
     return _step(part, [(source, part)]) if part.axis != _axis(source, _argument(node, 2, 0)) else None
 
 
-def _select(node: fx.Node, part: Part) -> Step | None:
+def _select(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Keep a selection on another axis; shift the range through a slice on the same axis."""
     source = _input(node)
     axis = _axis(source, _argument(node, 1, 0))
@@ -290,7 +290,7 @@ def _with_axis(axis: int, extra: int) -> int:
     return axis + (axis >= extra)
 
 
-def _reduction(node: fx.Node, part: Part) -> Step | None:
+def _reduction(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice a reduction over other axes."""
     source, dims = _input(node), _argument(node, 1, None)
     if not isinstance(dims, Sequence) or not dims:
@@ -301,7 +301,7 @@ def _reduction(node: fx.Node, part: Part) -> Step | None:
     return _step(part, [(source, part.at(axis))]) if axis not in reduced else None
 
 
-def _item(node: fx.Node, part: Part) -> Step | None:
+def _item(node: fx.Node, part: AxisRange) -> Narrowing | None:
     """Slice one item of a list of results."""
     return _step(part, [(_input(node), part)])
 
@@ -309,7 +309,7 @@ def _item(node: fx.Node, part: Part) -> Step | None:
 RESHAPES = VIEWS | {aten.reshape.default}
 EXPANDS = frozenset({aten.expand.default})
 SPLITS = frozenset({aten.unbind.int, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
-RULES: tuple[tuple[frozenset[Any], Callable[[fx.Node, Part], Step | None]], ...] = (
+RULES: tuple[tuple[frozenset[Any], Callable[[fx.Node, AxisRange], Narrowing | None]], ...] = (
     (LINEAR_OPS - {aten.mm.default}, _linear),
     (NORM_OPS, _norm),
     (SOFTMAX_OPS, _softmax),

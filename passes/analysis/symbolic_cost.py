@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from passes.analysis.multiply_adds import counted, multiply_adds
-from passes.analysis.token_liveness import read_parts
+from passes.analysis.token_liveness import live_parts
 from passes.graph.graph import value_of
 from passes.graph.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS, aten
 from passes.torch_internals import expression
 
 if TYPE_CHECKING:
-    from passes.analysis.slicing_rules import Part
+    from passes.analysis.slicing_rules import AxisRange
     from passes.graph.graph import Graph
 
 # A convolution with string padding ("valid", "same") is a separate overload.
@@ -105,7 +105,7 @@ class Counter:
 
     def count(self, graph: Graph) -> Work:
         """Return the work of one forward pass without dead tokens (`passes.rewrite.narrow_tokens`)."""
-        read = read_parts(graph)
+        read = live_parts(graph)
         products = attention = elements = operators = 0
         for node in graph.nodes():
             self.shapes.learn(node)
@@ -125,7 +125,7 @@ class Counter:
                 elements += round(share * self._elements(value_of(node)))
         return Work(products, attention, elements, operators)
 
-    def _share(self, node: fx.Node, part: Part | None) -> float:
+    def _share(self, node: fx.Node, part: AxisRange | None) -> float:
         """Return the fraction of a value that is read; the cost of an operator is proportional to its rows."""
         if part is None:
             return 1.0

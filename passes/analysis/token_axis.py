@@ -44,7 +44,7 @@ SAME_SHAPE = CASTS | COPIES | SOFTMAX | {aten.type_as.default, aten.softmax.int}
 SIZES = {aten.reshape.default: 1, aten.expand.default: 1, **dict.fromkeys(VIEWS, 1)}
 
 
-class Unfollowed(Exception):
+class UnsupportedOperator(Exception):
     """An operator through which the token axis cannot be tracked; the message states the reason."""
 
 
@@ -97,7 +97,7 @@ def move(node: fx.Node, flow: Flow, before: Sequence[Any], after: Sequence[Any])
     lost = [axis for axis in (flow.batch, *dict(flow.tokens)) if axis not in output_axis]
     if lost:
         name = "batch" if lost[0] == flow.batch else "token"
-        raise Unfollowed(f"it merges or splits the {name} axis ({as_text(before)} to {as_text(after)})")
+        raise UnsupportedOperator(f"it merges or splits the {name} axis ({as_text(before)} to {as_text(after)})")
     tokens = tuple(sorted((output_axis[axis], start) for axis, start in flow.tokens))
     return Flow(flow.stage, output_axis[flow.batch], tokens, flow.weighted)
 
@@ -149,7 +149,7 @@ def as_text(sizes: Sequence[Any]) -> str:
     return "[" + ", ".join(map(str, sizes)) + "]"
 
 
-def baked_sizes(node: fx.Node, flow: Flow, lengths: Mapping[int, Any]) -> tuple[Any, ...] | None:
+def resized_arguments(node: fx.Node, flow: Flow, lengths: Mapping[int, Any]) -> tuple[Any, ...] | None:
     """Return the arguments of a reshape or expand with new token axis lengths; None for any other operator."""
     if node.target not in SIZES:
         return None
@@ -160,7 +160,7 @@ def baked_sizes(node: fx.Node, flow: Flow, lengths: Mapping[int, Any]) -> tuple[
     return (node.args[0], sizes, *node.args[2:])
 
 
-def together(flows: Sequence[tuple[Flow, int]], rank: int) -> Flow:
+def broadcast_flows(flows: Sequence[tuple[Flow, int]], rank: int) -> Flow:
     """Return the flow of operands, each given with its rank, that are broadcast to `rank` axes.
 
     Raises:
@@ -172,9 +172,9 @@ def together(flows: Sequence[tuple[Flow, int]], rank: int) -> Flow:
         batches.add(flow.batch + rank - operand_rank)
         for axis, start in flow.tokens:
             if tokens.setdefault(axis + rank - operand_rank, start) != start:
-                raise Unfollowed("it combines values whose first tokens differ")
+                raise UnsupportedOperator("it combines values whose first tokens differ")
     if len(batches) > 1:
-        raise Unfollowed("it combines values whose batch axes differ")
+        raise UnsupportedOperator("it combines values whose batch axes differ")
     stage = max(flow.stage for flow, _ in flows)
     return Flow(stage, batches.pop(), tuple(sorted(tokens.items())), any(flow.weighted for flow, _ in flows))
 
@@ -217,7 +217,7 @@ def _leading_of_parts(parts: Sequence[fx.Node], axis: int, data: set[fx.Node]) -
     return total
 
 
-def from_data(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def data_dependent_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Return the nodes that depend on the values of an input; shape arithmetic does not count."""
     dependent: set[fx.Node] = set()
     for node in nodes:

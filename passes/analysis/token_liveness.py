@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from passes.analysis.slicing_rules import NOTHING, Part, Step, selection, size_of, step_for
+from passes.analysis.slicing_rules import NOTHING, AxisRange, Narrowing, narrowing_for, selection, size_of
 from passes.graph.sites import ATTENTION_OPS, LINEAR_OPS, PRODUCTS
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ aten = torch.ops.aten
 EXPENSIVE = LINEAR_OPS | PRODUCTS | ATTENTION_OPS
 
 
-def read_parts(graph: Graph) -> dict[str, Part]:
+def live_parts(graph: Graph) -> dict[str, AxisRange]:
     """Return the part of its value that is read, by name of each node that `Unread` would narrow.
 
     The graph is not changed.
     """
-    return {node.name: step.part for node, step in worthwhile_steps(graph).items()}
+    return {node.name: step.part for node, step in profitable_narrowings(graph).items()}
 
 
-def worthwhile_steps(graph: Graph) -> dict[fx.Node, Step]:
+def profitable_narrowings(graph: Graph) -> dict[fx.Node, Narrowing]:
     """Return the narrowing steps worth applying, in graph order.
 
     A connected group of steps is kept if it contains a linear map, a matrix product or an attention. The plan is
@@ -49,15 +49,15 @@ def worthwhile_steps(graph: Graph) -> dict[fx.Node, Step]:
         rejected |= newly_rejected
 
 
-def _plan(graph: Graph, rejected: Collection[fx.Node]) -> dict[fx.Node, Step]:
+def _plan(graph: Graph, rejected: Collection[fx.Node]) -> dict[fx.Node, Narrowing]:
     """Propagate the parts that consumers read from the outputs upwards, and narrow each node that has a rule."""
-    steps: dict[fx.Node, Step] = {}
-    read: dict[fx.Node, Part | None] = {}
+    steps: dict[fx.Node, Narrowing] = {}
+    read: dict[fx.Node, AxisRange | None] = {}
     for node in reversed(graph.nodes()):
         if node not in read and node.users:
             continue  # its consumers were narrowed to other inputs
         part = read.get(node)
-        step = step_for(node, part) if part and node not in rejected and _shrinks(node, part) else None
+        step = narrowing_for(node, part) if part and node not in rejected and _shrinks(node, part) else None
         if step:
             steps[node] = step
         asks = step.asks if step else selection(node)
@@ -68,16 +68,16 @@ def _plan(graph: Graph, rejected: Collection[fx.Node]) -> dict[fx.Node, Step]:
     return steps
 
 
-def _hull(node: fx.Node, left: Part | None, right: Part | None) -> Part | None:
+def _hull(node: fx.Node, left: AxisRange | None, right: AxisRange | None) -> AxisRange | None:
     """Return the smallest part that covers both; None is the whole value."""
     if left == right or left is None or right is None:
         return left if left == right else None
     if left.axis != right.axis or not isinstance(size_of(node, left.axis), int):
         return None
-    return Part(left.axis, min(left.start, right.start), max(left.stop, right.stop))
+    return AxisRange(left.axis, min(left.start, right.start), max(left.stop, right.stop))
 
 
-def _shrinks(node: fx.Node, part: Part) -> bool:
+def _shrinks(node: fx.Node, part: AxisRange) -> bool:
     """Return whether a part is at most half of its axis.
 
     A part of a symbolic axis must be one entry, because the axis may have fewer entries than a longer part.
@@ -86,7 +86,7 @@ def _shrinks(node: fx.Node, part: Part) -> bool:
     return 2 * part.width <= size if isinstance(size, int) else part.width == 1
 
 
-def _is_inconsistent_item(node: fx.Node, steps: Mapping[fx.Node, Step]) -> bool:
+def _is_inconsistent_item(node: fx.Node, steps: Mapping[fx.Node, Narrowing]) -> bool:
     """Return whether a node takes an item of a list of results that is not narrowed to the same part.
 
     A list of results cannot be sliced.
@@ -95,7 +95,7 @@ def _is_inconsistent_item(node: fx.Node, steps: Mapping[fx.Node, Step]) -> bool:
     return isinstance(source, fx.Node) and (source not in steps or steps[source].part != steps[node].part)
 
 
-def _groups(steps: Mapping[fx.Node, Step]) -> list[set[fx.Node]]:
+def _groups(steps: Mapping[fx.Node, Narrowing]) -> list[set[fx.Node]]:
     """Return the connected groups of narrowed nodes."""
     groups: list[set[fx.Node]] = []
     for node, step in steps.items():

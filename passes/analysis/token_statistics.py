@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from passes.analysis.redundancy import MASK
-from passes.analysis.token_axis import from_data, leading_constants
-from passes.base import PassError, swept
+from passes.analysis.token_axis import data_dependent_nodes, leading_constants
+from passes.base import PassError, sum_over_batches
 from passes.execute.interpreter import Program
 from passes.graph.sites import find_sites
 
@@ -128,7 +128,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Study:
+class MeasureTokenStatistics:
     """Analysis pass that measures the `Statistics` of all sites in one sweep. It does not change the graph.
 
     Args:
@@ -151,11 +151,11 @@ class Study:
         sites = find_sites(graph)
         if not sites:
             raise PassError("the graph has no residual site, so there is nothing to study.")
-        return swept(_Sweep(graph, sites, self).batch, data, "Study")
+        return sum_over_batches(_Sweep(graph, sites, self).batch, data, "MeasureTokenStatistics")
 
 
 class _Sweep:
-    def __init__(self, graph: Graph, sites: tuple[Site, ...], study: Study) -> None:
+    def __init__(self, graph: Graph, sites: tuple[Site, ...], study: MeasureTokenStatistics) -> None:
         self.study, self.names = study, study.kinds.names
         self.blocks = {name: list(members) for name, members in groupby(sites, key=lambda site: site.block)}
         self.dims = {site.trunk: site.channel_dim for site in sites} | {site.root: site.channel_dim for site in sites}
@@ -262,7 +262,7 @@ def _leading(
     Consecutive states of the same length share one count. A class token that is concatenated late (CaiT) changes the
     length, so the leading tokens are counted again there.
     """
-    data, counts = from_data(graph.nodes()), {}
+    data, counts = data_dependent_nodes(graph.nodes()), {}
     length: object = None
     count = 0
     for name in states:

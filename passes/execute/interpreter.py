@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from passes.execute.offloaded_weights import in_memory
-from passes.graph.graph import attribute, live_nodes, needed_by, output_values, resolution
+from passes.graph.graph import ancestors_of, attribute, live_nodes, output_values, resolve_dropped_adds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -43,12 +43,12 @@ class Program:
         outputs: Collection[str] | None = None,
     ) -> None:
         self.graph = graph
-        self.stand_in = resolution(graph, skip)
+        self.stand_in = resolve_dropped_adds(graph, skip)
         kept = {self._resolve(node) for node in graph.nodes() if node.name in keep}
         named_outputs = zip(graph.outputs, output_values(graph), strict=True)
         self.outputs = [self._resolve(node) for name, node in named_outputs if outputs is None or name in outputs]
-        live = live_nodes(graph, self.stand_in) if outputs is None else needed_by(self.outputs, self.stand_in)
-        live = live | needed_by(kept, self.stand_in)
+        live = live_nodes(graph, self.stand_in) if outputs is None else ancestors_of(self.outputs, self.stand_in)
+        live = live | ancestors_of(kept, self.stand_in)
         self.order = [node for node in graph.nodes() if node in live and node.op != "output"]
         self.constants = {node: attribute(graph, node) for node in self.order if node.op == "get_attr"}
         self.last_uses = self._last_uses(kept)
@@ -120,7 +120,7 @@ def run(graph: Graph, feeds: Mapping[str, torch.Tensor], *, skip: Collection[Sit
     return Program(graph, skip).run(feeds)
 
 
-class Forks(Generic[Key]):
+class SharedPrefixRun(Generic[Key]):
     """Joint run of a graph and several variants of it, which computes shared nodes once.
 
     The main graph runs once a batch. As soon as it has computed all values that a variant shares with it, the nodes of
@@ -175,7 +175,7 @@ class _Tail(Generic[Key]):
     shared: Mapping[fx.Node, str]
 
 
-class Until:
+class PartialRun:
     """Partial run of a graph up to the last of the named nodes.
 
     Args:

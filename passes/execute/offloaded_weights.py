@@ -54,7 +54,7 @@ def has_offloaded(graph: Graph) -> bool:
 
 
 @contextlib.contextmanager
-def shapes_alone(program: Program, feeds: Mapping[str, torch.Tensor]) -> Iterator[dict[fx.Node, Any]]:
+def fake_values(program: Program, feeds: Mapping[str, torch.Tensor]) -> Iterator[dict[fx.Node, Any]]:
     """Yield values for `Program.walk` that have shapes and types but no elements, so that nothing is read or computed.
 
     Args:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from passes.base import PassError
-from passes.execute.offloaded_weights import in_memory, is_offloaded, shapes_alone
+from passes.execute.offloaded_weights import fake_values, in_memory, is_offloaded
 from passes.graph.sites import find_sites
 from passes.torch_internals import storage_key, tree_leaves
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 Feeds: TypeAlias = Mapping[str, torch.Tensor]
 Values: TypeAlias = "dict[fx.Node, Any]"
-See: TypeAlias = "Callable[[int, fx.Node, Values], None]"
+NodeCallback: TypeAlias = "Callable[[int, fx.Node, Values], None]"
 
 
 @dataclass(frozen=True)
-class Room:
+class SectionBudget:
     """Resources of a run in sections: bytes of weights in memory at a time, and a folder for intermediate values."""
 
     weights: int
@@ -52,7 +52,7 @@ class Section:
         return Section(self.start, other.stop, self.weights | other.weights)
 
 
-def cut(program: Program, ends: Collection[str], most: int) -> tuple[Section, ...]:
+def partition(program: Program, ends: Collection[str], most: int) -> tuple[Section, ...]:
     """Divide a program into few sections with at most `most` bytes of weights each.
 
     Args:
@@ -64,7 +64,7 @@ def cut(program: Program, ends: Collection[str], most: int) -> tuple[Section, ..
         PassError: the weights between two consecutive nodes of `ends` exceed `most`.
     """
     sections: list[Section] = []
-    for piece in pieces(program, ends):
+    for piece in smallest_sections(program, ends):
         if (size := weight_bytes(program, piece.weights)) > most:
             end = program.order[piece.stop - 1].name
             raise PassError(f"the weights of the section up to {end} take {size} bytes; expected at most {most}.")
@@ -83,7 +83,7 @@ def section_ends(graph: Graph) -> frozenset[str]:
     return frozenset({sites[0].trunk, *(list(members)[-1].root for _, members in blocks)})
 
 
-def pieces(program: Program, ends: Collection[str]) -> Iterator[Section]:
+def smallest_sections(program: Program, ends: Collection[str]) -> Iterator[Section]:
     """Yield the smallest sections of a program, each of which ends after one of the nodes `ends`."""
     stops = [index + 1 for index, node in enumerate(program.order) if node.name in ends]
     for start, stop in pairwise(sorted({0, *stops, len(program.order)})):
@@ -97,7 +97,7 @@ def weight_bytes(program: Program, weights: Collection[fx.Node]) -> int:
     return sum(value.numel() * value.itemsize for value in values)
 
 
-def working_bytes(program: Program, feeds: Feeds) -> int:
+def peak_activation_bytes(program: Program, feeds: Feeds) -> int:
     """Return the peak bytes of the values of one batch, without weights, computed from shapes alone.
 
     Args:
@@ -105,7 +105,7 @@ def working_bytes(program: Program, feeds: Feeds) -> int:
         feeds: input name to tensor; only shapes and types are used.
     """
     most = 0
-    with shapes_alone(program, feeds) as values:
+    with fake_values(program, feeds) as values:
         for _ in program.walk(values):
             live = [tensor for node, value in values.items() if node.op != "get_attr" for tensor in _tensors(value)]
             storages = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in live}
@@ -119,7 +119,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @torch.inference_mode()
 def run_in_sections(
-    program: Program, sections: Iterable[Section], batches: Iterable[Feeds], folder: Path, see: See | None = None
+    program: Program,
+    sections: Iterable[Section],
+    batches: Iterable[Feeds],
+    folder: Path,
+    see: NodeCallback | None = None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the outputs of each batch, in order, as the last section computes them.
 

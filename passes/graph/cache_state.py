@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from passes.graph.edit import rewire, set_ends
-from passes.graph.graph import aten, needed_by, output_values, value_of
+from passes.graph.edit import replace_input, set_inputs_and_outputs
+from passes.graph.graph import ancestors_of, aten, output_values, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from passes.graph.graph import Graph
 
 
-def forget_unread(graph: Graph) -> tuple[str, ...]:
+def remove_dead_state(graph: Graph) -> tuple[str, ...]:
     """Remove the state that no other output depends on, after the branch that read it was dropped.
 
     The remaining state takes over the names that become free, so that the layers stay numbered without a gap. If the
@@ -33,7 +33,7 @@ def forget_unread(graph: Graph) -> tuple[str, ...]:
         return ()
     outputs = dict(zip(graph.outputs, output_values(graph), strict=True))
     inputs = dict(zip(graph.inputs, graph.placeholders(), strict=True))
-    needed = needed_by([node for name, node in outputs.items() if name not in graph.state])
+    needed = ancestors_of([node for name, node in outputs.items() if name not in graph.state])
     pairs = list(graph.state.items())
     kept = [(present, past) for present, past in pairs if outputs[present] in needed]
     removed = tuple(present for present, past in pairs if (present, past) not in kept)
@@ -45,7 +45,7 @@ def forget_unread(graph: Graph) -> tuple[str, ...]:
     same_heads = len({tuple(map(str, value_of(inputs[past]).shape[1::2])) for _, past in pairs}) == 1
     renamed = dict(zip(kept, pairs if same_heads else kept, strict=False))
     graph.state = dict(renamed.values())
-    set_ends(
+    set_inputs_and_outputs(
         graph,
         {node: name for name, node in inputs.items() if name not in dict(pairs).values()}
         | {inputs[past]: renamed[present, past][1] for present, past in kept},
@@ -69,5 +69,5 @@ def _read_size_from_another(graph: Graph, node: fx.Node, others: Collection[fx.N
             size = value_of(reader)
             for other in others:
                 if str(value_of(other).shape[reader.args[1]]) == str(size):
-                    rewire(graph, reader, node, other)
+                    replace_input(graph, reader, node, other)
                     break

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from passes.graph.graph import ASSERTIONS, VIEWS, Graph, GraphError, aten, live_nodes, resolution, value_of
-from passes.torch_internals import enable_python_dispatcher, fake_mode, free_size, hint, registries
+from passes.graph.graph import ASSERTIONS, VIEWS, Graph, GraphError, aten, live_nodes, resolve_dropped_adds, value_of
+from passes.torch_internals import enable_python_dispatcher, fake_mode, hint, new_symbolic_size, registries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 def drop_branches(graph: Graph, dropped: Collection[Site]) -> None:
     """Rewrite ``y = x + f(x)`` to ``y = x`` for each site; `remove_dead` removes the nodes that only ``f`` needed."""
-    for add, value in resolution(graph, dropped).items():
+    for add, value in resolve_dropped_adds(graph, dropped).items():
         add.replace_all_uses_with(value)
 
 
-def bypass(graph: Graph, node: fx.Node, value: fx.Node) -> None:
+def replace_all_uses(graph: Graph, node: fx.Node, value: fx.Node) -> None:
     """Replace `node` by `value` in all of its consumers."""
     node.replace_all_uses_with(value)
 
@@ -50,7 +50,7 @@ def insert_call(
         node = graph.module.graph.call_function(target, args, dict(options or {}))
     if "nn_module_stack" in before.meta:
         node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
-    derive(node)
+    propagate_fake_value(node)
     return node
 
 
@@ -75,7 +75,7 @@ def insert_constant(graph: Graph, name: str, tensor: torch.Tensor, *, before: fx
     return node
 
 
-def own(graph: Graph, name: str, tensor: torch.Tensor) -> None:
+def replace_parameter(graph: Graph, name: str, tensor: torch.Tensor) -> None:
     """Replace a parameter of one fork, under all of its names; other forks keep the shared one.
 
     Args:
@@ -98,7 +98,7 @@ def own(graph: Graph, name: str, tensor: torch.Tensor) -> None:
             graph.module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
-def set_ends(graph: Graph, inputs: Mapping[fx.Node, str], outputs: Mapping[str, fx.Node]) -> None:
+def set_inputs_and_outputs(graph: Graph, inputs: Mapping[fx.Node, str], outputs: Mapping[str, fx.Node]) -> None:
     """Remove or rename inputs and outputs of a graph.
 
     Args:
@@ -122,7 +122,7 @@ def set_ends(graph: Graph, inputs: Mapping[fx.Node, str], outputs: Mapping[str, 
     graph.inputs, graph.outputs = tuple(inputs[node] for node in graph.placeholders()), tuple(outputs)
 
 
-def rewire(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+def replace_input(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
     """Replace `old` by `new` in all arguments of one consumer."""
     reader.replace_input_with(old, new)
 
@@ -130,10 +130,10 @@ def rewire(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
 def set_arguments(graph: Graph, node: fx.Node, *args: Any) -> None:
     """Replace the positional arguments of a node and derive its traced value again."""
     node.args = args
-    derive(node)
+    propagate_fake_value(node)
 
 
-def derive(node: fx.Node) -> None:
+def propagate_fake_value(node: fx.Node) -> None:
     """Derive the traced value of a call from those of its inputs.
 
     Raises:
@@ -149,7 +149,7 @@ def derive(node: fx.Node) -> None:
         raise GraphError(f"{node.name} ({node.target}) rejects its new inputs: {error}") from error
 
 
-def name_size(node: fx.Node) -> None:
+def resymbolize_size(node: fx.Node) -> None:
     """Replace the expression of a symbolic size by a symbol of its own, as the size of an input has.
 
     Sizes computed from sizes nest, and torch compares shapes by simplifying the whole expression: five token
@@ -158,7 +158,7 @@ def name_size(node: fx.Node) -> None:
     size, mode = value_of(node), _mode(node.graph)
     if not isinstance(size, torch.SymInt) or mode is None:
         return
-    node.meta["val"] = free_size(mode, hint(size), node.name)
+    node.meta["val"] = new_symbolic_size(mode, hint(size), node.name)
 
 
 def _mode(graph: fx.Graph) -> FakeTensorMode | None:
@@ -198,7 +198,7 @@ def _remove_unread_attributes(module: fx.GraphModule) -> None:
     module.delete_all_unused_submodules()
 
 
-def loosen_views(graph: Graph) -> list[str]:
+def views_to_reshapes(graph: Graph) -> list[str]:
     """Replace views by reshapes, which return the same values for any strides; return the names of the nodes.
 
     Tracing records `reshape` as `view` if the strides of the example allow it. They may no longer allow it after a
@@ -210,7 +210,7 @@ def loosen_views(graph: Graph) -> list[str]:
     return [node.name for node in views]
 
 
-def remove_effects(graph: Graph) -> list[str]:
+def remove_assertions(graph: Graph) -> list[str]:
     """Remove nodes that only assert properties of traced values; return their names."""
     asserting = [node for node in graph.nodes() if node.target in ASSERTIONS]
     for node in reversed(asserting):

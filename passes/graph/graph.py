@@ -166,11 +166,11 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def live_nodes(graph: Graph, resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
-    """Return the nodes that the outputs need, with adds replaced as in `resolved` (see `resolution`)."""
-    return needed_by({node for node in graph.module.graph.nodes if not is_pure(node)}, resolved)
+    """Return the nodes that the outputs need, with adds replaced as in `resolved` (see `resolve_dropped_adds`)."""
+    return ancestors_of({node for node in graph.module.graph.nodes if not is_pure(node)}, resolved)
 
 
-def needed_by(nodes: Collection[fx.Node], resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
+def ancestors_of(nodes: Collection[fx.Node], resolved: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
     """Return nodes and all nodes that their values are computed from, with adds replaced as in `resolved`."""
     replaced_by = resolved or {}
     seen = set(nodes)
@@ -193,7 +193,7 @@ def is_sum(node: fx.Node) -> bool:
     )
 
 
-def resolution(graph: Graph, dropped: Collection[Site]) -> dict[fx.Node, fx.Node]:
+def resolve_dropped_adds(graph: Graph, dropped: Collection[Site]) -> dict[fx.Node, fx.Node]:
     """Map each add to the value that replaces it if the branches of `dropped` are zero.
 
     Adds that do not change are left out. Operands are read from the graph as it is now: if two adjacent branches are

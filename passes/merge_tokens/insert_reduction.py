@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from passes.base import PassError
-from passes.graph.edit import name_size
+from passes.graph.edit import resymbolize_size
 from passes.graph.graph import value_of
 from passes.merge_tokens import matching as arithmetic
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-class Attended(NamedTuple):
+class AttentionOperands(NamedTuple):
     """Operands of the preceding attention.
 
     ``keys`` is ``[B, (H,) N, d]``, or ``[B, (H,) d, N]`` if `turned`. Fused attention sets ``query``, ``mask`` and
@@ -36,7 +36,7 @@ class Attended(NamedTuple):
     real: fx.Node | None = None
 
 
-def next_stage(call: Any, root: fx.Node, amount: float, attended: Attended, past: Stages) -> Stage:
+def insert_reduction(call: Any, root: fx.Node, amount: float, attended: AttentionOperands, past: Stages) -> Stage:
     """Insert the nodes of a token reduction of `root`.
 
     Args:
@@ -57,7 +57,7 @@ def next_stage(call: Any, root: fx.Node, amount: float, attended: Attended, past
     removed = _removed(call, root, old, amount, past.reduction)
     count, dtype = arithmetic.minus(call, old, removed), value_of(root).dtype
     if not isinstance(count, int):
-        name_size(count)
+        resymbolize_size(count)
     if method == "attention":
         return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, dtype)
     keys = _mean_keys(call, attended)
@@ -85,7 +85,7 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
     return max(0, min(removed, (free - 1) // 2 if reduction.method == "merge" else free - 1))
 
 
-def _mean_keys(call: Any, attended: Attended) -> fx.Node:
+def _mean_keys(call: Any, attended: AttentionOperands) -> fx.Node:
     """Return the keys ``[B, N, d]`` in float32, averaged over heads."""
     keys = attended.keys
     if len(value_of(keys).shape) not in (3, 4):
@@ -97,7 +97,7 @@ def _mean_keys(call: Any, attended: Attended) -> fx.Node:
     return keys if value_of(keys).dtype == torch.float32 else call(aten.to.dtype, keys, torch.float32)
 
 
-def _received(call: Any, attended: Attended, protected: int) -> fx.Node:
+def _received(call: Any, attended: AttentionOperands, protected: int) -> fx.Node:
     weights = attended.weights
     if weights is None:
         assert attended.query is not None

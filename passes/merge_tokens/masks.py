@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from passes.analysis.token_axis import Unfollowed, from_data
+from passes.analysis.token_axis import UnsupportedOperator, data_dependent_nodes
 from passes.execute.interpreter import Program
 from passes.graph.graph import value_of
 from passes.merge_tokens import matching as arithmetic
@@ -65,7 +65,7 @@ class Masks:
 
     def __init__(self, graph: Graph, past: Stages) -> None:
         self.graph, self.past = graph, past
-        self.data = from_data(graph.nodes())
+        self.data = data_dependent_nodes(graph.nodes())
         self.known: dict[fx.Node, Mask] = {}
 
     def fit(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int) -> fx.Node:
@@ -74,7 +74,7 @@ class Masks:
             self.known[table] = read_mask(self.graph, table, self.data)
         mask = self.known[table]
         if mask.refused and len(flow.tokens) > 1:
-            raise Unfollowed(mask.refused)
+            raise UnsupportedOperator(mask.refused)
         if not flow.stage:
             return table
         if mask.by_key:

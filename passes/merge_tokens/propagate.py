@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from passes.analysis import token_axis as axes
-from passes.analysis.token_axis import Flow, Unfollowed, option, sizes_of
+from passes.analysis.token_axis import Flow, UnsupportedOperator, option, sizes_of
 from passes.base import PassError
-from passes.graph.edit import bypass, derive, rewire, set_arguments
+from passes.graph.edit import propagate_fake_value, replace_all_uses, replace_input, set_arguments
 from passes.graph.graph import value_of
 from passes.graph.sites import LINEAR_OPS, NORM_OPS, PRODUCTS, SOFTMAX_OPS
 from passes.merge_tokens import matching as arithmetic
-from passes.merge_tokens.insert_reduction import Attended, next_stage
+from passes.merge_tokens.insert_reduction import AttentionOperands, insert_reduction
 from passes.merge_tokens.masks import Masks
 from passes.merge_tokens.stages import Stages
 
@@ -32,7 +32,7 @@ ATTENTION = aten.scaled_dot_product_attention.default
 MOST_LEADING = 64  # class and register tokens have indices below this limit
 
 
-class Walk:
+class ReductionPropagator:
     """Traversal of a graph from the trunk of `first` to the outputs, with reductions inserted on the way.
 
     Args:
@@ -57,7 +57,7 @@ class Walk:
         self.trunk = _ancestors(named[last.root])
         self.flows: dict[fx.Node, Flow] = {}
         self.masks = Masks(graph, self.past)
-        self.attended: Attended | None = None
+        self.attended: AttentionOperands | None = None
         self.read_by_position = 0
         self._begin(first)
 
@@ -91,14 +91,14 @@ class Walk:
         sources = [source for source in node.all_input_nodes if source in self.flows]
         try:
             flow = self._follow(node)
-        except Unfollowed as reason:
+        except UnsupportedOperator as reason:
             if node in self.trunk:
                 raise PassError(f"cannot track tokens through {node.name} ({node.target}): {reason}.") from None
             for source in sources:
                 self.past.restore(node, source, self.flows[source], output=False)
             flow = None
         if self.past.done and node.op == "call_function" and node.users:
-            derive(node)
+            propagate_fake_value(node)
         if flow is not None and flow.tokens:
             self.flows[node] = flow
         if node.name in self.amounts:
@@ -112,7 +112,7 @@ class Walk:
             return self.flows[source]
         if target == aten.sym_size.int:
             if option(node, "dim") % self.rank[source] in dict(self.flows[source].tokens):
-                raise Unfollowed("it reads the number of tokens")
+                raise UnsupportedOperator("it reads the number of tokens")
             return None
         if target == ATTENTION:
             return self._attend(node)
@@ -143,18 +143,18 @@ class Walk:
             return axes.move(node, self._broadcast(node, self.rank[node] - 1), self.before[source], self.before[node])
         if axes.is_pointwise(node):
             return self._broadcast(node, self.rank[node])
-        raise Unfollowed("there is no rule for this operator")
+        raise UnsupportedOperator("there is no rule for this operator")
 
     # ------------------------------------------------------------------------------------------------ unary operators
 
     def _require_no_tokens(self, source: fx.Node, *dims: int) -> None:
         rank = self.rank[source]
         if {dim % rank for dim in dims} & set(dict(self.flows[source].tokens)):
-            raise Unfollowed("it operates along the token axis")
+            raise UnsupportedOperator("it operates along the token axis")
 
     def _features(self, node: fx.Node, source: fx.Node) -> Flow:
         if node.args[0] is not source:
-            raise Unfollowed("its weight depends on tokens")
+            raise UnsupportedOperator("its weight depends on tokens")
         span = len(option(node, "normalized_shape")) if node.target in NORM_OPS else 1
         self._require_no_tokens(source, *range(-span, 0))
         return self.flows[source]
@@ -163,7 +163,7 @@ class Walk:
         flow = axes.move(node, self.flows[source], self.before[source], self.before[node])
         if flow.stage and node.target in axes.SIZES:
             lengths = {axis: self.past.length(node, flow.stage, start) for axis, start in flow.tokens}
-            arguments = axes.baked_sizes(node, flow, lengths)
+            arguments = axes.resized_arguments(node, flow, lengths)
             assert arguments is not None
             set_arguments(self.graph, node, *arguments)
         return flow
@@ -185,7 +185,7 @@ class Walk:
         begin, end, size = option(node, "start") or 0, option(node, "end"), self.before[node.all_input_nodes[0]][dim]
         whole = end is None or end == size or (isinstance(end, int) and end >= arithmetic.LAST)
         if option(node, "step") != 1 or not isinstance(begin, int) or not (whole or isinstance(end, int)):
-            raise Unfollowed("it selects tokens by position")
+            raise UnsupportedOperator("it selects tokens by position")
         self._check_position((begin if whole else end) + offset - 1, begin if whole else end)
         if not whole:
             remaining = tuple(pair for pair in flow.tokens if pair[0] != dim)
@@ -197,10 +197,10 @@ class Walk:
     def _check_position(self, token: int, index: int) -> None:
         """Record the leading tokens that are read by position, and require them to be protected."""
         if index < 0 or token >= MOST_LEADING:
-            raise Unfollowed("it selects a token by position")
+            raise UnsupportedOperator("it selects a token by position")
         self.read_by_position = max(self.read_by_position, token + 1)
         if self.amounts and token >= self.past.reduction.protected:
-            raise Unfollowed(f"it reads token {token}, which is not protected")
+            raise UnsupportedOperator(f"it reads token {token}, which is not protected")
 
     def _concatenate(self, node: fx.Node) -> Flow:
         parts = list(node.args[0])  # type: ignore[arg-type]
@@ -210,10 +210,10 @@ class Walk:
         if not any(dim in dict(self.flows[part].tokens) for part in tracked):
             return self._broadcast(node, rank)
         if len(tracked) > 1 or parts[-1] is not tracked[0]:
-            raise Unfollowed("it concatenates values after the tokens")
+            raise UnsupportedOperator("it concatenates values after the tokens")
         lengths = [self.before[part][dim] for part in parts[:-1]]
         if not all(isinstance(length, int) for length in lengths):
-            raise Unfollowed("it concatenates a dynamic number of values before the tokens")
+            raise UnsupportedOperator("it concatenates a dynamic number of values before the tokens")
         flow, front = self.flows[tracked[0]], sum(map(int, lengths))
         return replace(flow, tokens=tuple((axis, start - front * (axis == dim)) for axis, start in flow.tokens))
 
@@ -235,7 +235,7 @@ class Walk:
             return
         sizes = self.past.done[flow.stage - 1].sizes
         if node.target != aten.mean.dim or len(dims) > 1:
-            raise Unfollowed("it sums over tokens")
+            raise UnsupportedOperator("it sums over tokens")
         if sizes is None:
             return
         call, ((axis, start),) = self.past.call(node), pooled
@@ -243,7 +243,9 @@ class Walk:
         counts = arithmetic.spread(call, counts, self.rank[source], flow.batch, axis)
         keep = bool(option(node, "keepdim"))
         total = call(aten.sum.dim_IntList, call(aten.mul.Tensor, source, counts), [axis], keep)
-        bypass(self.graph, node, call(aten.div.Tensor, total, call(aten.sum.dim_IntList, counts, [axis], keep)))
+        replace_all_uses(
+            self.graph, node, call(aten.div.Tensor, total, call(aten.sum.dim_IntList, counts, [axis], keep))
+        )
 
     # --------------------------------------------------------------------------------------------- broadcast operands
 
@@ -251,7 +253,7 @@ class Walk:
         """Reduce broadcast operands of an earlier stage, and tables of the original length, to the current tokens."""
         operands = [source for source in node.all_input_nodes if isinstance(value_of(source), torch.Tensor)]
         tracked = [(self.flows[source], self.rank[source]) for source in operands if source in self.flows]
-        flow = axes.together(tracked, rank)
+        flow = axes.broadcast_flows(tracked, rank)
         for source in operands:
             shift = rank - self.rank[source]
             wide = [pair for pair in flow.tokens if pair[0] >= shift and self.before[source][pair[0] - shift] != 1]
@@ -259,9 +261,9 @@ class Walk:
                 self._fit_table(node, source, replace(flow, tokens=tuple(wide)), rank, scores=len(flow.tokens) > 1)
                 continue
             if len(wide) != len(self.flows[source].tokens):
-                raise Unfollowed("it combines tokens with an untracked axis of the same length")
+                raise UnsupportedOperator("it combines tokens with an untracked axis of the same length")
             if self.flows[source].stage < flow.stage:
-                rewire(self.graph, node, source, self.past.advance(node, source, self.flows[source], flow.stage))
+                replace_input(self.graph, node, source, self.past.advance(node, source, self.flows[source], flow.stage))
         return flow
 
     def _fit_table(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int, *, scores: bool) -> None:
@@ -271,14 +273,16 @@ class Walk:
         if scores:
             self._fit_scores(node, table, flow, rank)
         elif flow.stage:
-            rewire(self.graph, node, table, self.past.advance(node, table, replace(flow, stage=0), flow.stage, rank))
+            replace_input(
+                self.graph, node, table, self.past.advance(node, table, replace(flow, stage=0), flow.stage, rank)
+            )
 
     def _fit_scores(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int) -> None:
         if node.target == aten.masked_fill.Scalar:
-            raise Unfollowed("masked_fill masks are not supported")
+            raise UnsupportedOperator("masked_fill masks are not supported")
         fitted = self.masks.fit(node, table, flow, rank)
         if fitted is not table:
-            rewire(self.graph, node, table, fitted)
+            replace_input(self.graph, node, table, fitted)
         if self.attended is not None:
             self.attended = self.attended._replace(real=self.masks.real(node, table, fitted))
 
@@ -288,17 +292,17 @@ class Walk:
         """Adapt a product of two values: attention scores (tokens by tokens), or an average with softmax weights."""
         left, right = (cast("fx.Node", side) for side in node.args[:2])
         if node.target not in (aten.matmul.default, aten.bmm.default):
-            raise Unfollowed("this matrix product operator is not supported")
+            raise UnsupportedOperator("this matrix product operator is not supported")
         rank = self.rank[node]
         rows, inner = self._tokens_of(left, (-2, -1))
         across, columns = self._tokens_of(right, (-2, -1))
         flows = [self.flows[side] for side in (left, right) if side in self.flows]
         if inner != across:
-            raise Unfollowed("it sums over tokens of one operand only")
+            raise UnsupportedOperator("it sums over tokens of one operand only")
         if inner is not None and not any(flow.weighted for flow in flows):
-            raise Unfollowed("it sums over tokens without softmax weights")
+            raise UnsupportedOperator("it sums over tokens without softmax weights")
         if len({flow.stage for flow in flows}) > 1 or len({flow.batch for flow in flows}) > 1:
-            raise Unfollowed("it multiplies values from before and after a reduction")
+            raise UnsupportedOperator("it multiplies values from before and after a reduction")
         tokens = tuple((rank + axis, start) for axis, start in ((-2, rows), (-1, columns)) if start is not None)
         if rows is not None and columns is not None:
             self._remember_product(node, left, right)
@@ -310,11 +314,11 @@ class Walk:
             return None, None
         starts = {axis - self.rank[operand]: start for axis, start in flow.tokens}
         if set(starts) - set(matrix_axes):
-            raise Unfollowed("it has tokens on a batch axis of a matrix product")
+            raise UnsupportedOperator("it has tokens on a batch axis of a matrix product")
         return starts.get(matrix_axes[0]), starts.get(matrix_axes[1])
 
     def _remember_product(self, node: fx.Node, left: Any, right: Any) -> None:
-        self.attended = None if self.flows[right].batch else Attended(right, turned=True)
+        self.attended = None if self.flows[right].batch else AttentionOperands(right, turned=True)
 
     def _softmax(self, node: fx.Node, source: fx.Node) -> Flow:
         """Add the logarithm of the token sizes to the scores: proportional attention (Bolya et al., eq. 1)."""
@@ -327,7 +331,7 @@ class Walk:
         if bias is not None:
             call = self.past.call(node)
             broadcast_bias = arithmetic.spread(call, bias, rank, flow.batch, dim)
-            rewire(self.graph, node, source, call(aten.add.Tensor, source, broadcast_bias))
+            replace_input(self.graph, node, source, call(aten.add.Tensor, source, broadcast_bias))
         if self.attended is not None and len(flow.tokens) > 1 and self.attended.weights is None:
             self.attended = self.attended._replace(weights=node)
         return replace(flow, weighted=True)
@@ -336,15 +340,15 @@ class Walk:
         query, keys, values = (cast("fx.Node", side) for side in node.args[:3])
         rank = self.rank[node]
         if option(node, "is_causal"):
-            raise Unfollowed("causal attention would let a merged token attend to later tokens")
+            raise UnsupportedOperator("causal attention would let a merged token attend to later tokens")
         query_start, key_start = (self._tokens_of(side, (-2, -1))[0] for side in (query, keys))
         if self.flows.get(keys) != self.flows.get(values):
-            raise Unfollowed("keys and values hold different tokens")
-        flow = axes.together([(self.flows[side], rank) for side in (query, keys) if side in self.flows], rank)
+            raise UnsupportedOperator("keys and values hold different tokens")
+        flow = axes.broadcast_flows([(self.flows[side], rank) for side in (query, keys) if side in self.flows], rank)
         if flow.batch != 0:
-            raise Unfollowed("its batch axis is not the first axis")
+            raise UnsupportedOperator("its batch axis is not the first axis")
         if self.flows.get(keys, flow).stage != flow.stage or self.flows.get(query, flow).stage != flow.stage:
-            raise Unfollowed("queries and keys hold different tokens")
+            raise UnsupportedOperator("queries and keys hold different tokens")
         pairs = ((rank - 2, query_start), (rank - 1, key_start))
         scores = Flow(flow.stage, 0, tuple((axis, start) for axis, start in pairs if start is not None))
         self._attend_to(node, scores, rank)
@@ -370,7 +374,7 @@ class Walk:
         scale = self.before[node.args[0]][-1] ** -0.5 if scale is None else scale  # type: ignore[index]
         if len(starts) > 1:
             query, keys = node.args[:2]
-            self.attended = Attended(keys, False, query, mask, float(scale), None, real)  # type: ignore[arg-type]
+            self.attended = AttentionOperands(keys, False, query, mask, float(scale), None, real)  # type: ignore[arg-type]
 
     # ----------------------------------------------------------------------------------------------------- reduction
 
@@ -384,11 +388,11 @@ class Walk:
                 f"found no attention scores between tokens before {root.name}, so tokens cannot be reduced after it."
             )
         users, call = list(root.users), self.past.call(root.next)
-        stage = next_stage(call, root, self.amounts[root.name], self.attended, self.past)
+        stage = insert_reduction(call, root, self.amounts[root.name], self.attended, self.past)
         self.past.done.append(stage)
         reduced = call(aten.matmul.default, stage.mean, root)
         for user in users:
-            rewire(self.graph, user, root, reduced)
+            replace_input(self.graph, user, root, reduced)
         self.flows[reduced] = replace(flow, stage=len(self.past.done))
         self.rank[reduced], self.before[reduced] = 3, self.before[root]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from passes.analysis.token_axis import Unfollowed
+from passes.analysis.token_axis import UnsupportedOperator
 from passes.base import PassError
-from passes.graph.edit import insert_call, rewire
+from passes.graph.edit import insert_call, replace_input
 from passes.graph.graph import value_of
 from passes.merge_tokens import matching as arithmetic
 
@@ -73,7 +73,7 @@ class Stages:
         """
         dtype = value_of(value).dtype
         if not (dtype.is_floating_point or dtype == torch.bool):
-            raise Unfollowed(f"{value.name} holds an integer for each token")
+            raise UnsupportedOperator(f"{value.name} holds an integer for each token")
         mean = self.done[flow.stage - 1].mean
         result: fx.Node = value
         if dtype != value_of(mean).dtype:
@@ -84,7 +84,7 @@ class Stages:
             result = call(aten.unsqueeze.default, result, 0)
         for axis, start in flow.tokens:
             if start < 0:
-                raise Unfollowed("it combines a table with tokens that follow other entries")
+                raise UnsupportedOperator("it combines a table with tokens that follow other entries")
             result = arithmetic.apply_matrix(call, mean, result, flow.batch, axis, start)
         if dtype == torch.bool:
             result = call(aten.gt.Scalar, result, 0.5)
@@ -129,4 +129,4 @@ class Stages:
                     value = arithmetic.apply_matrix(call, transposed, value, flow.batch, axis, max(start, 0))
                 self.cache[key] = value
             value = self.cache[key]
-        rewire(self.graph, reader, source, value)
+        replace_input(self.graph, reader, source, value)

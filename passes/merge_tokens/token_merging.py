@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from passes.analysis.token_axis import from_data, leading_constants
+from passes.analysis.token_axis import data_dependent_nodes, leading_constants
 from passes.base import PassError, Rewritten
 from passes.graph.edit import remove_dead
 from passes.graph.sites import find_sites
-from passes.merge_tokens.propagate import Walk
+from passes.merge_tokens.propagate import ReductionPropagator
 from passes.merge_tokens.stages import Reduction
 
 if TYPE_CHECKING:
@@ -94,17 +94,19 @@ class ReduceTokens:
             reduction = Reduction(self.method, self.protected, self.unmerge)
         else:
             reduction = Reduction(self.method, self._protected(graph, *ends), self.unmerge)
-            Walk(graph.fork(), *ends, amounts, reduction).run()  # trial run: an error leaves the graph unchanged
-        Walk(graph, *ends, amounts, reduction).run()
+            ReductionPropagator(
+                graph.fork(), *ends, amounts, reduction
+            ).run()  # trial run: an error leaves the graph unchanged
+        ReductionPropagator(graph, *ends, amounts, reduction).run()
         remove_dead(graph)
         return Rewritten(changed=tuple(site.name for site, _ in chosen))
 
     def _protected(self, graph: Graph, first: Site, last: Site) -> int:
-        trial = Walk(graph.fork(), first, last, {}, Reduction(self.method, 0, self.unmerge))
+        trial = ReductionPropagator(graph.fork(), first, last, {}, Reduction(self.method, 0, self.unmerge))
         trial.run()
         if self.protected is None:
             (trunk,) = [node for node in graph.nodes() if node.name == first.trunk]
-            return max(leading_constants(trunk, 1, from_data(graph.nodes())), trial.read_by_position)
+            return max(leading_constants(trunk, 1, data_dependent_nodes(graph.nodes())), trial.read_by_position)
         if self.protected < trial.read_by_position:
             raise PassError(
                 f"found protected={self.protected}, but the model reads the first {trial.read_by_position} tokens by "

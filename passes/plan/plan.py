@@ -168,7 +168,7 @@ def fingerprint(sites: Sequence[Site]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def acting(plan: Plan, action: str) -> Plan:
+def with_action(plan: Plan, action: str) -> Plan:
     """Return a plan with another action in place of drop, with one replacement for each run of consecutive sites.
 
     All sites of a run but the last are dropped first. The replacement is fitted at the last site and covers the run.
@@ -185,7 +185,7 @@ def acting(plan: Plan, action: str) -> Plan:
     return replace(plan, decisions=tuple(decisions), order=tuple(order))
 
 
-def merging(plan: Plan, merges: Mapping[str, str]) -> Plan:
+def with_token_merging(plan: Plan, merges: Mapping[str, str]) -> Plan:
     """Return a plan with tokens merged after attention sites that it keeps.
 
     Raises:

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from passes.base import PassError
-from passes.plan.plan import Decision, Plan, acting, fingerprint
+from passes.plan.plan import Decision, Plan, fingerprint, with_action
 
 if TYPE_CHECKING:
     from passes.analysis.redundancy import Scores
@@ -86,13 +86,13 @@ def choose(
         scores: redundancy scores; required by ``cosine``, ``influence`` and ``angular``.
         effect: function that measures the change of the model's output without each unit; required by ``output``.
         seed: seed of ``random``.
-        action: action for the chosen units, see `acting`.
+        action: action for the chosen units, see `with_action`.
 
     Raises:
         PassError: a name or the metric is unknown, the selection exceeds the number of units, no span of this length
             can be chosen (``angular``), or the metric lacks its scores or effects.
     """
-    return acting(_choose(selection, sites, metric, model, scores, effect, seed), action)
+    return with_action(_choose(selection, sites, metric, model, scores, effect, seed), action)
 
 
 def _choose(

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Rewritten
-from passes.graph.edit import bypass, loosen_views, remove_dead, remove_effects
+from passes.graph.edit import remove_assertions, remove_dead, replace_all_uses, views_to_reshapes
 from passes.graph.graph import CASTS, COPIES, DROPOUTS, Graph, value_of
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ class Clean:
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
         """Clean the graph. Return the names of the removed nodes."""
-        loosen_views(graph)  # first, because a view may depend on the strides of a copy that is removed next
-        removed = remove_effects(graph)
+        views_to_reshapes(graph)  # first, because a view may depend on the strides of a copy that is removed next
+        removed = remove_assertions(graph)
         for node in graph.nodes():
             if is_identity(node):
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
-                bypass(graph, node, source)
+                replace_all_uses(graph, node, source)
                 removed.append(node.name)
         remove_dead(graph)
         return Rewritten(changed=tuple(removed))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from passes.base import Rewritten
-from passes.graph.cache_state import forget_unread
+from passes.graph.cache_state import remove_dead_state
 from passes.graph.edit import drop_branches, remove_dead
 from passes.graph.sites import find_sites, site_named
 
@@ -48,6 +48,6 @@ class Drop:
         current = find_sites(graph) if any(isinstance(site, str) for site in self.sites) else ()
         dropped = [site_named(current, site) if isinstance(site, str) else site for site in self.sites]
         drop_branches(graph, dropped)
-        forget_unread(graph)
+        remove_dead_state(graph)
         remove_dead(graph)
         return Rewritten(changed=tuple(site.name for site in dropped))

@@ -11,7 +11,7 @@ import torch
 from passes.analysis.site_location import SCALINGS
 from passes.base import Rewritten
 from passes.execute.offloaded_weights import is_offloaded
-from passes.graph.edit import bypass, insert_call, insert_constant, remove_dead
+from passes.graph.edit import insert_call, insert_constant, remove_dead, replace_all_uses
 from passes.graph.graph import ADDS, attribute, is_sum, value_of
 from passes.graph.sites import aten
 
@@ -27,7 +27,7 @@ LAYER_NORM = aten.layer_norm.default
 
 
 @dataclass(frozen=True)
-class Fuse:
+class FoldLinear:
     """Rewrite pass that folds scales, shifts and linear maps into the preceding linear map or norm.
 
     Before::
@@ -125,7 +125,7 @@ def _replace_by_linear(
     parts = [insert_constant(graph, f"{name}.weight", weight.to(dtype), before=old)]
     if bias is not None:
         parts.append(insert_constant(graph, f"{name}.bias", bias.to(dtype), before=old))
-    bypass(graph, old, insert_call(graph, LINEAR, source, *parts, before=old))
+    replace_all_uses(graph, old, insert_call(graph, LINEAR, source, *parts, before=old))
     return old.name
 
 
@@ -166,7 +166,7 @@ def shift_after_sum(graph: Graph, node: fx.Node) -> str | None:
         if inner is not None and once and operands[1].numel() == len(inner.weight):
             bias = operands[1] if inner.bias is None else inner.bias + operands[1]
             _replace_by_linear(graph, term, inner.source, inner.weight, bias, inner.node)
-            bypass(graph, node, operands[0])
+            replace_all_uses(graph, node, operands[0])
             return node.name
     return None
 
@@ -203,7 +203,7 @@ def residual_after_residual(graph: Graph, node: fx.Node) -> str | None:
     if inner.bias is not None:
         bias = inner.bias + outer.weight @ inner.bias + (0.0 if bias is None else bias)
     _replace_by_linear(graph, inner.node, trunk, weight, bias, inner.node)
-    bypass(graph, node, first)
+    replace_all_uses(graph, node, first)
     return node.name
 
 
@@ -238,7 +238,7 @@ def affine_after_norm(graph: Graph, node: fx.Node) -> str | None:
     parts = [insert_constant(graph, f"{norm.name}.{name}", value.to(dtype), before=norm)
              for name, value in (("weight", weight), ("bias", bias))]  # fmt: skip
     new = insert_call(graph, LAYER_NORM, *norm.args[:2], *parts, *norm.args[4:], before=norm)
-    bypass(graph, node, new)
+    replace_all_uses(graph, node, new)
     return node.name
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import fx
 
-from passes.analysis.slicing_rules import END, NOTHING, Part, Step, selection
-from passes.analysis.token_liveness import aten, worthwhile_steps
+from passes.analysis.slicing_rules import END, NOTHING, AxisRange, Narrowing, selection
+from passes.analysis.token_liveness import aten, profitable_narrowings
 from passes.base import Rewritten
-from passes.graph.edit import bypass, insert_call, remove_dead, rewire, set_arguments
+from passes.graph.edit import insert_call, remove_dead, replace_all_uses, replace_input, set_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Unread:
+class NarrowTokens:
     """Rewrite pass that removes the computation of tokens that no later operator reads.
 
     A slice is moved upwards through operators that treat the tokens independently. It stops at an operator that mixes
@@ -46,7 +46,7 @@ class Unread:
 
     def run(self, graph: Graph, data: Iterable[Mapping[str, torch.Tensor]] | None = None) -> Rewritten:
         """Narrow the graph. Return the names of the remaining nodes that compute fewer tokens."""
-        steps = worthwhile_steps(graph)
+        steps = profitable_narrowings(graph)
         names = tuple(node.name for node in steps)
         _Narrowing(graph, steps).run()
         remaining = {node.name for node in graph.nodes()}
@@ -56,11 +56,11 @@ class Unread:
 class _Narrowing:
     """Editor that applies narrowing steps. Nodes keep their names; consumers of the same part share one slice."""
 
-    def __init__(self, graph: Graph, steps: Mapping[fx.Node, Step]) -> None:
+    def __init__(self, graph: Graph, steps: Mapping[fx.Node, Narrowing]) -> None:
         self.graph = graph
         self.steps = steps
         self.asks = {node: selection(node) for node in graph.nodes()}  # computed before the edits change shapes
-        self.slices: dict[tuple[fx.Node, Part], fx.Node] = {}
+        self.slices: dict[tuple[fx.Node, AxisRange], fx.Node] = {}
         self.identities: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
@@ -71,22 +71,22 @@ class _Narrowing:
             else:
                 self._select(node, self.asks[node])
         for node, value in reversed(self.identities.items()):  # `value` may itself be an earlier identity
-            bypass(self.graph, node, value)
+            replace_all_uses(self.graph, node, value)
         if self.steps:
             remove_dead(self.graph)
 
-    def _narrow(self, node: fx.Node, step: Step) -> None:
+    def _narrow(self, node: fx.Node, step: Narrowing) -> None:
         parts = {source: self._fetch(source, part, node) for source, part in step.asks.items() if part != NOTHING}
-        if step.hands_on:
+        if step.is_identity:
             (value,) = parts.values()
             self._make_identity(node, value)
             return
         for source, value in parts.items():
-            rewire(self.graph, node, source, value)
+            replace_input(self.graph, node, source, value)
         changed = node.args if step.arguments is None else step.arguments
         set_arguments(self.graph, node, *fx.node.map_arg(changed, lambda source: parts.get(source, source)))
 
-    def _select(self, node: fx.Node, asks: Mapping[fx.Node, Part | None]) -> None:
+    def _select(self, node: fx.Node, asks: Mapping[fx.Node, AxisRange | None]) -> None:
         """Shift the indices of a selection from a narrowed value to the start of the kept part."""
         for source, part in asks.items():
             if source not in self.steps or part is None or not _lies_in(part, self.steps[source].part):
@@ -104,7 +104,7 @@ class _Narrowing:
             set_arguments(self.graph, node, value, node.args[1], 0, END)
         self.identities[node] = value
 
-    def _fetch(self, source: fx.Node, part: Part | None, before: fx.Node) -> fx.Node:
+    def _fetch(self, source: fx.Node, part: AxisRange | None, before: fx.Node) -> fx.Node:
         """Return the node that holds `part` of the original value of `source`; None is the whole value."""
         kept = self.steps[source].part if source in self.steps else None
         if part is None or part == kept:
@@ -118,6 +118,6 @@ class _Narrowing:
         return self.slices[source, part]
 
 
-def _lies_in(part: Part, kept: Part) -> bool:
+def _lies_in(part: AxisRange, kept: AxisRange) -> bool:
     """Return whether a part lies within the kept part; a part outside it has no consumer left."""
     return part.axis == kept.axis and kept.start <= part.start and part.stop <= kept.stop

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from passes.base import PassError, Rewritten
-from passes.graph.edit import bypass, remove_dead
-from passes.graph.graph import needed_by, value_of
+from passes.graph.edit import remove_dead, replace_all_uses
+from passes.graph.graph import ancestors_of, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -67,10 +67,10 @@ def _remove(graph: Graph, path: str) -> None:
     chain = {user for weight in weights for user in weight.users}
     sources = [source for node in chain for source in node.all_input_nodes if source.op != "get_attr"]
     ends = [node for node in chain if not chain.issuperset(node.users)]
-    starts = [node for node in sources if node not in chain and not needed_by([node]) & chain]
+    starts = [node for node in sources if node not in chain and not ancestors_of([node]) & chain]
     if len(starts) != 1 or len(ends) != 1 or not _same_shape(starts[0], ends[0]):
         raise PassError(f"{path} cannot be removed as a whole: other blocks read values inside it; drop other sites.")
-    bypass(graph, ends[0], starts[0])
+    replace_all_uses(graph, ends[0], starts[0])
     remove_dead(graph)
     if _weights(graph, path):
         raise PassError(f"{path} cannot be removed as a whole: other blocks read its weights; drop other sites.")

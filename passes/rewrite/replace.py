@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from passes.analysis.site_location import Place, place_of
+from passes.analysis.site_location import SiteNodes, locate_site
 from passes.base import PassError, Rewritten
-from passes.graph.cache_state import forget_unread
-from passes.graph.edit import bypass, insert_call, insert_constant, remove_dead, rewire
+from passes.graph.cache_state import remove_dead_state
+from passes.graph.edit import insert_call, insert_constant, remove_dead, replace_all_uses, replace_input
 from passes.graph.graph import value_of
 from passes.graph.sites import aten
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from passes.analysis.least_squares import Map, StandIn
+    from passes.analysis.least_squares import Map, Replacement
     from passes.graph.graph import Graph, Site
 
 
@@ -45,7 +45,7 @@ class Replace:
     """
 
     site: Site
-    stand_in: StandIn
+    stand_in: Replacement
 
     rewrites: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class Replace:
             PassError: the branch is no longer in the graph, the site has no such source, or the feature axis takes no
                 linear map.
         """
-        location = place_of(graph, self.site)
+        location = locate_site(graph, self.site)
         if self.stand_in.source in location.refused:
             raise PassError(f"{location.refused[self.stand_in.source]}.")
         nodes = {node.name: node for node in graph.nodes()}
@@ -66,27 +66,27 @@ class Replace:
             _fold_into_previous(graph, writer, location, nodes)
         else:
             _replace_branch(graph, writer, location, nodes, nodes[location.source(self.stand_in.source)])
-        forget_unread(graph)
+        remove_dead_state(graph)
         remove_dead(graph)
         return Rewritten(changed=(self.site.name,))
 
 
 def _replace_branch(
-    graph: Graph, writer: _Writer, location: Place, nodes: Mapping[str, fx.Node], source: fx.Node
+    graph: Graph, writer: _Writer, location: SiteNodes, nodes: Mapping[str, fx.Node], source: fx.Node
 ) -> None:
     add, branch, trunk = nodes[location.add], nodes[location.branch], nodes[location.trunk]
     # A parallel branch identifies its site by the trunk node, which then has to stay a term of the sum.
     only_branch = source is trunk and set(add.all_input_nodes) == {trunk, branch} and location.root == location.add
     if only_branch and len(writer.map.factors) == 1 and writer.map.factors[0].ndim == 1:
-        bypass(graph, add, writer.scale(trunk, writer.map.factors[0] + 1.0, before=add))
+        replace_all_uses(graph, add, writer.scale(trunk, writer.map.factors[0] + 1.0, before=add))
         return
-    rewire(graph, add, branch, writer.mapped(source, before=add))
+    replace_input(graph, add, branch, writer.mapped(source, before=add))
 
 
-def _fold_into_previous(graph: Graph, writer: _Writer, location: Place, nodes: Mapping[str, fx.Node]) -> None:
+def _fold_into_previous(graph: Graph, writer: _Writer, location: SiteNodes, nodes: Mapping[str, fx.Node]) -> None:
     trunk, previous = nodes[location.trunk], nodes[location.source("previous")]
-    bypass(graph, nodes[location.add], trunk)
-    rewire(graph, trunk, previous, writer.mapped(previous, before=trunk))
+    replace_all_uses(graph, nodes[location.add], trunk)
+    replace_input(graph, trunk, previous, writer.mapped(previous, before=trunk))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from runtimes.base.protocols import Layers
+from runtimes.base.protocols import LayerCounts
 
 # Narrowest first. Each pattern covers the spellings of TensorRT, OpenVINO and ONNX, such as "Row major linear FP16".
 TYPES = (
@@ -34,11 +34,11 @@ def precision_of(texts: Iterable[str]) -> str:
     return next((name for name, _ in TYPES if name in matches), UNKNOWN)
 
 
-def counted(layers: Iterable[tuple[str, Iterable[str]]], *, fused_attention: bool | None) -> Layers:
+def count_layers(layers: Iterable[tuple[str, Iterable[str]]], *, fused_attention: bool | None) -> LayerCounts:
     """Count layers, given as (kind, input descriptions) pairs, by kind and precision; most frequent first."""
     rows = [(kind, precision_of(texts)) for kind, texts in layers]
     kinds, precisions = (Counter(row[column] for row in rows) for column in (0, 1))
-    return Layers(len(rows), dict(_sorted(precisions)), dict(_sorted(kinds)), fused_attention)
+    return LayerCounts(len(rows), dict(_sorted(precisions)), dict(_sorted(kinds)), fused_attention)
 
 
 def _sorted(counts: Counter[str]) -> Iterator[tuple[str, int]]:

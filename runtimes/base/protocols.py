@@ -106,7 +106,7 @@ class Int8Style:
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerCounts:
     """Counts of an engine's layers after fusion, as the runtime reports them.
 
     Attributes:
@@ -242,7 +242,7 @@ class Runtime(Protocol):
     def load(self, path: Path, options: BuildOptions) -> Engine:
         """Open the engine at the path that build() returned. Raises the errors of build()."""
 
-    def layers(self, path: Path, options: BuildOptions) -> Layers | None:
+    def layers(self, path: Path, options: BuildOptions) -> LayerCounts | None:
         """Return the layers of an engine at its usual sizes; None if the runtime does not report them.
 
         Raises:
@@ -250,7 +250,7 @@ class Runtime(Protocol):
         """
 
 
-def taken(feeds: Feeds, dtypes: DTypes, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
+def check_feeds(feeds: Feeds, dtypes: DTypes, shapes: Shapes) -> dict[str, npt.NDArray[Any]]:
     """Return the feeds named in `dtypes`, after checking their dtypes and shapes; drop all others.
 
     A pruned model can have fewer inputs than the data, such as no KV cache for a removed attention. Engines react
@@ -276,7 +276,7 @@ def _check_feed(name: str, value: object, dtype: npt.DTypeLike, shape: tuple[int
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Suppress the log messages, warnings and stderr output of a library; errors are raised as usual."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -40,7 +40,7 @@ def runtime(name: str) -> Runtime:
     return cast(Runtime, importlib.import_module(module))
 
 
-def need(name: str, missing: str | None, devices: tuple[str, ...], options: BuildOptions) -> None:
+def check_available(name: str, missing: str | None, devices: tuple[str, ...], options: BuildOptions) -> None:
     """Raise RuntimeUnavailable unless a target can run on this machine and on the device of `options`.
 
     Args:
@@ -54,7 +54,7 @@ def need(name: str, missing: str | None, devices: tuple[str, ...], options: Buil
     check_device(name, devices, options)
 
 
-def installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
     """Return whether a distribution is installed, by its name on PyPI, which can differ from the module name."""
     try:
         metadata.version(distribution)

@@ -30,7 +30,7 @@ def opened(path: Path) -> tuple[Any, dict[str, list[str]]]:
     return program, json.loads(extra[NAMES])
 
 
-def lowered(program: Any, names: dict[str, list[str]], options: BuildOptions) -> bytes:
+def lower_to_pte(program: Any, names: dict[str, list[str]], options: BuildOptions) -> bytes:
     """Lower a program to the bytes of a .pte file; its method `compressor` returns names, dtypes and sizes as JSON."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -39,12 +39,12 @@ from runtimes.base.protocols import (
     Int8Style,
     RuntimesError,
     Shapes,
+    check_feeds,
     first_line,
-    taken,
 )
-from runtimes.base.registry import need
+from runtimes.base.registry import check_available
 from runtimes.executorch.internals import reset_threads, thread_count
-from runtimes.executorch.program import FACTS, lowered, opened
+from runtimes.executorch.program import FACTS, lower_to_pte, opened
 
 name = "executorch"
 description = "ExecuTorch with XNNPACK on the CPU, for phones and boards; writes model.pte with a largest batch size"
@@ -78,7 +78,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ExecuTorch or the device is not available.
         BuildError: The file is not an exported program, ExecuTorch refused it, or int8 has no calibration samples.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     if options.precision not in precisions["cpu"]:
         supported = ", ".join(precisions["cpu"])
         raise BuildError(f"Target {name} has no precision {options.precision!r}; expected one of: {supported}.")
@@ -87,7 +87,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
     with _quiet():
         program, names = opened(source)
         try:
-            content = lowered(program, names, options)
+            content = lower_to_pte(program, names, options)
         except Exception as error:  # ExecuTorch's errors have no common base
             raise BuildError(f"ExecuTorch cannot build {source.name}: {first_line(error)}.") from error
     path = out / FILE
@@ -103,7 +103,7 @@ def load(path: Path, options: BuildOptions) -> ExecutorchEngine:
         RuntimesError: An open engine uses the thread pool with another number of threads.
         BuildError: The file was not written by build(), or ExecuTorch cannot open it.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     if not path.is_file():
         raise BuildError(f"There is no ExecuTorch program {path}.")
     with _quiet():
@@ -157,7 +157,7 @@ class ExecutorchEngine(Closing[Any]):
         import torch
 
         self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         for key, value in feeds.items():
             if any(size > most for size, most in zip(value.shape, self._largest[key], strict=True)):
                 raise RuntimesError(

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base.protocols import DTypes, Feeds, RuntimesError, Shapes, first_line, taken
-from runtimes.onnxruntime.kv_cache_io import LENGTH_AXIS, MASK, TOKENS
+from runtimes.base.protocols import DTypes, Feeds, RuntimesError, Shapes, check_feeds, first_line
+from runtimes.onnxruntime.kv_cache_io import MASK, TOKEN_AXIS, TOKENS
 
 
-class Bound:
+class BoundCall:
     """Device-resident inputs and outputs of a session; each call runs one inference on them.
 
     ONNX Runtime allocates the outputs in the first call, when their shapes become known; later calls reuse the
@@ -66,10 +66,10 @@ class Bound:
             self._binding.bind_ortvalue_output(key, value)
 
 
-class Several:
+class BoundRows:
     """One inference split by rows into several bound calls."""
 
-    def __init__(self, parts: Sequence[Bound]) -> None:
+    def __init__(self, parts: Sequence[BoundCall]) -> None:
         self._parts = parts
 
     def __call__(self) -> None:
@@ -83,7 +83,7 @@ class Several:
         return {key: np.concatenate([rows[key] for rows in outputs]) for key in outputs[0]}
 
 
-class Cache:
+class InPlaceKVCache:
     """A KV cache of fixed capacity that the model updates in place, without copying its content.
 
     The first call is the prefill of the prompt; later calls decode one or more tokens for every row. With several rows,
@@ -109,7 +109,7 @@ class Cache:
 
         self.tokens = 0  # tokens of each row in the cache, padding included
         self._live, self._signature = live, signature
-        self._capacity = min(size[LENGTH_AXIS] for size in sizes.values())
+        self._capacity = min(size[TOKEN_AXIS] for size in sizes.values())
         buffers = {name: np.zeros(size, dtype=np.float32) for name, size in sizes.items()}
         self._buffers = {name: ort.OrtValue.ortvalue_from_numpy(value, "cpu", 0) for name, value in buffers.items()}
         self._outputs = {present: self._buffers[past] for present, past in shared.items()}
@@ -123,7 +123,7 @@ class Cache:
         Raises:
             RuntimesError: The mask does not match the cached and new tokens, or the cache is full; or as Engine.run.
         """
-        feeds = taken(feeds, *self._signature)
+        feeds = check_feeds(feeds, *self._signature)
         new, total = feeds[TOKENS].shape[1], feeds[MASK].shape[1]
         if total != self.tokens + new or total > self._capacity:
             raise RuntimesError(
@@ -162,6 +162,6 @@ def run_errors() -> Iterator[None]:
 
 def _lengthened(past: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
     """Return a copy of `past`, zero-padded along the token axis to `length`."""
-    longer = np.zeros((*past.shape[:LENGTH_AXIS], length, *past.shape[LENGTH_AXIS + 1 :]), dtype=past.dtype)
-    longer[:, :, : past.shape[LENGTH_AXIS]] = past
+    longer = np.zeros((*past.shape[:TOKEN_AXIS], length, *past.shape[TOKEN_AXIS + 1 :]), dtype=past.dtype)
+    longer[:, :, : past.shape[TOKEN_AXIS]] = past
     return longer

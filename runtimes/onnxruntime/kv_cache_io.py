@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from runtimes.base.protocols import Feeds
 
-LENGTH_AXIS = 2  # the token axis of keys and values, [rows, heads, tokens, width]
+TOKEN_AXIS = 2  # the token axis of keys and values, [rows, heads, tokens, width]
 
-FACT = (
+SHARED_BUFFERS_KEY = (
     "compressor.cache"  # metadata key: a JSON map from present outputs to the past inputs whose buffers they may share
 )
 
@@ -17,7 +17,7 @@ FACT = (
 TOKENS, MASK = "input_ids", "attention_mask"  # [rows, new tokens] and [rows, all tokens]
 
 
-def calls(feeds: Feeds) -> list[Feeds]:
+def split_rows(feeds: Feeds) -> list[Feeds]:
     """Split a decode of several rows and several new tokens behind a cache into one call per row."""
     rows, new = feeds[TOKENS].shape
     if rows == 1 or new == 1 or new == feeds[MASK].shape[1]:
@@ -25,6 +25,6 @@ def calls(feeds: Feeds) -> list[Feeds]:
     return [{name: value[row : row + 1] for name, value in feeds.items()} for row in range(rows)]
 
 
-def shared(metadata: Mapping[str, str]) -> dict[str, str] | None:
+def shared_buffers(metadata: Mapping[str, str]) -> dict[str, str] | None:
     """Return the map from present outputs to the past inputs whose buffers they share; None if nothing was fused."""
-    return dict(json.loads(metadata[FACT])) if FACT in metadata else None
+    return dict(json.loads(metadata[SHARED_BUFFERS_KEY])) if SHARED_BUFFERS_KEY in metadata else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtimes.base.layer_counts import counted
-from runtimes.base.protocols import Layers
+from runtimes.base.layer_counts import count_layers
+from runtimes.base.protocols import LayerCounts
 
 if TYPE_CHECKING:
     import onnx
@@ -16,7 +16,7 @@ ATTENTIONS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"
 INDICES = frozenset({"Shape", "Size", "NonZero", "ArgMax", "ArgMin"})
 
 
-def summary(path: Path) -> Layers:
+def summary(path: Path) -> LayerCounts:
     """Return the layer counts of the optimised graph at `path`."""
     import onnx
 
@@ -29,7 +29,7 @@ def summary(path: Path) -> Layers:
     ]
     kinds = {kind for kind, _ in rows}
     fused = bool(kinds & ATTENTIONS)
-    return counted(rows, fused_attention=fused or (False if "Softmax" in kinds else None))
+    return count_layers(rows, fused_attention=fused or (False if "Softmax" in kinds else None))
 
 
 def _types(graph: onnx.GraphProto) -> dict[str, str]:

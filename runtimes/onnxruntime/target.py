@@ -19,16 +19,16 @@ from runtimes.base.protocols import (
     DTypes,
     Feeds,
     Int8Style,
-    Layers,
+    LayerCounts,
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
+    check_feeds,
     first_line,
-    taken,
 )
-from runtimes.base.registry import installed, need
-from runtimes.onnxruntime.io_binding import Bound, Cache, Several, run_errors
-from runtimes.onnxruntime.kv_cache_io import calls, shared
+from runtimes.base.registry import check_available, is_installed
+from runtimes.onnxruntime.io_binding import BoundCall, BoundRows, InPlaceKVCache, run_errors
+from runtimes.onnxruntime.kv_cache_io import shared_buffers, split_rows
 from runtimes.onnxruntime.optimized_graph import summary
 
 name = "onnxruntime"
@@ -55,7 +55,7 @@ def missing() -> str | None:
     """Return None if ONNX Runtime can be used, else the reason and the command that fixes it."""
     if util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; pip install onnxruntime (for CUDA: pip install onnxruntime-gpu)"
-    if installed("onnxruntime") and installed("onnxruntime-gpu"):
+    if is_installed("onnxruntime") and is_installed("onnxruntime-gpu"):
         return (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu (CPU alone: onnxruntime)"
@@ -88,13 +88,13 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")
     return OnnxRuntimeEngine(_open(path, options), device=options.device)
 
 
-def layers(path: Path, options: BuildOptions) -> Layers | None:
+def layers(path: Path, options: BuildOptions) -> LayerCounts | None:
     """Return the layers of ONNX Runtime's optimised graph of a model on this device.
 
     Return None if the package onnx is not installed; it reads this graph, but engines do not need it.
@@ -102,7 +102,7 @@ def layers(path: Path, options: BuildOptions) -> Layers | None:
     Raises:
         RuntimesError: As in load().
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     try:
         import onnx  # noqa: F401
     except ImportError:
@@ -123,28 +123,28 @@ class OnnxRuntimeEngine(Closing[Any]):
         self.outputs: tuple[str, ...] = tuple(value.name for value in session.get_outputs())
         self.input_dtypes: DTypes = {value.name: _dtype(value) for value in session.get_inputs()}
         self.input_shapes: Shapes = {value.name: _shape(value) for value in session.get_inputs()}
-        self._shared = shared(session.get_modelmeta().custom_metadata_map)
+        self._shared = shared_buffers(session.get_modelmeta().custom_metadata_map)
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""
         session = self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         with run_errors():
             results = [session.run(list(self.outputs), dict(part)) for part in self._parts(feeds)]
         values = results[0] if len(results) == 1 else map(np.concatenate, zip(*results, strict=True))
         return dict(zip(self.outputs, values, strict=True))
 
-    def bind(self, feeds: Feeds) -> Bound | Several:
+    def bind(self, feeds: Feeds) -> BoundCall | BoundRows:
         """Copy the feeds to the device and return a function that runs one inference; outputs stay on the device.
 
         If the file allows shared buffers, new keys and values are written in place behind the past ones.
         """
         self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
-        parts = [Bound(self._live, self.outputs, part, self._device, self._shared) for part in self._parts(feeds)]
-        return parts[0] if len(parts) == 1 else Several(parts)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
+        parts = [BoundCall(self._live, self.outputs, part, self._device, self._shared) for part in self._parts(feeds)]
+        return parts[0] if len(parts) == 1 else BoundRows(parts)
 
-    def cache(self, rows: int, most: int) -> Cache:
+    def cache(self, rows: int, most: int) -> InPlaceKVCache:
         """Return an empty in-place KV cache; each call of it appends tokens.
 
         Args:
@@ -164,11 +164,13 @@ class OnnxRuntimeEngine(Closing[Any]):
         sizes = {past: (rows, shape[1] or 0, most, shape[3] or 0) for past, shape in shapes.items() if shape}
         others = [name for name in self.inputs if name not in sizes]
         dtypes = {name: self.input_dtypes[name] for name in others}
-        return Cache(self._live, self._shared, sizes, (dtypes, {name: self.input_shapes[name] for name in others}))
+        return InPlaceKVCache(
+            self._live, self._shared, sizes, (dtypes, {name: self.input_shapes[name] for name in others})
+        )
 
     def _parts(self, feeds: Feeds) -> list[Feeds]:
         """Split the feeds into the session calls of one inference; see kv_cache_io.calls."""
-        return [feeds] if self._shared is None else calls(feeds)
+        return [feeds] if self._shared is None else split_rows(feeds)
 
 
 def _open(path: Path, options: BuildOptions, optimised: Path | None = None) -> Any:

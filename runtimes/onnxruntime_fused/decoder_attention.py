@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtimes.onnxruntime.kv_cache_io import LENGTH_AXIS
-from runtimes.onnxruntime_fused.graph_index import Index, attribute, number, scaled, transposed
+from runtimes.onnxruntime.kv_cache_io import TOKEN_AXIS
+from runtimes.onnxruntime_fused.graph_index import Index, attribute, scalar_constant, scaled, transposed
 
 if TYPE_CHECKING:
     import onnx
@@ -73,11 +73,7 @@ def _states(graph: onnx.GraphProto, index: Index) -> dict[str, State]:
     outputs, states = {value.name for value in graph.output}, {}
     for node in graph.node:
         past = node.input[0] if node.op_type == "Concat" and len(node.input) == 2 else ""
-        if (
-            len(shapes.get(past, ())) == 4
-            and node.output[0] in outputs
-            and attribute(node, "axis") in (-2, LENGTH_AXIS)
-        ):
+        if len(shapes.get(past, ())) == 4 and node.output[0] in outputs and attribute(node, "axis") in (-2, TOKEN_AXIS):
             _, heads, _, width = shapes[past]
             states[node.output[0]] = State(past, node.input[1], node.output[0], heads, width)
     return states
@@ -124,7 +120,7 @@ def _softmax(index: Index, weights: str) -> onnx.NodeProto | None:
         guard is not None
         and test is not None
         and test.input[0] == guard.input[2]
-        and number(index, guard.input[1]) == 0
+        and scalar_constant(index, guard.input[1]) == 0
     ):
         weights = guard.input[2]
     return index.maker(weights, "Softmax")
@@ -133,14 +129,14 @@ def _softmax(index: Index, weights: str) -> onnx.NodeProto | None:
 def _finite(index: Index, mask: str) -> bool:
     """Return whether a mask is a Where of two finite constants."""
     node = index.maker(mask, "Where")
-    numbers = [number(index, name) for name in node.input[1:]] if node is not None else [None]
+    numbers = [scalar_constant(index, name) for name in node.input[1:]] if node is not None else [None]
     return all(entry is not None and math.isfinite(entry) for entry in numbers)
 
 
 def _causal(index: Index, mask: str) -> bool:
     """Return whether one condition of the mask is column <= row, so that no token attends to later ones."""
     where, comparisons = index.maker(mask, "Where"), []
-    hidden = number(index, where.input[2]) if where is not None else None
+    hidden = scalar_constant(index, where.input[2]) if where is not None else None
     pending = [where.input[0]] if where is not None and hidden is not None and hidden <= HIDDEN else []
     while pending:
         node = index.makers.get(pending.pop())
@@ -171,7 +167,9 @@ def _rows(index: Index, value: str) -> bool:
 def _counts(index: Index, value: str) -> bool:
     """Return whether a tensor is 0, 1, 2 ..."""
     node = index.maker(value, "Range")
-    return node is not None and number(index, node.input[0]) == 0 and number(index, node.input[2]) == 1
+    return (
+        node is not None and scalar_constant(index, node.input[0]) == 0 and scalar_constant(index, node.input[2]) == 1
+    )
 
 
 def _unsqueezed(index: Index, value: str) -> tuple[str, list[int]]:
@@ -210,7 +208,7 @@ def _multiple(index: Index, value: str) -> tuple[str, float]:
     while True:
         inner, factor = scaled(index, value)
         divided = index.maker(value, "Div")
-        divisor = number(index, divided.input[1]) if divided is not None else None
+        divisor = scalar_constant(index, divided.input[1]) if divided is not None else None
         if divided is not None and divisor:
             inner, factor = divided.input[0], 1.0 / divisor
         if inner == value:
@@ -220,7 +218,7 @@ def _multiple(index: Index, value: str) -> tuple[str, float]:
 
 def reads_length(node: onnx.NodeProto) -> bool:
     """Return whether a Shape node returns the size of the token axis alone."""
-    return (attribute(node, "start", 0), attribute(node, "end")) == (LENGTH_AXIS, LENGTH_AXIS + 1)
+    return (attribute(node, "start", 0), attribute(node, "end")) == (TOKEN_AXIS, TOKEN_AXIS + 1)
 
 
 def _repeated(index: Index, states: Mapping[str, State], value: str) -> tuple[State | None, int]:
@@ -233,7 +231,7 @@ def _repeated(index: Index, states: Mapping[str, State], value: str) -> tuple[St
     state = states.get(unsqueeze.input[0]) if unsqueeze is not None else None
     if reshape is None or expand is None or unsqueeze is None or state is None:
         return None, 0
-    if number(index, unsqueeze.input[1]) != 2:
+    if scalar_constant(index, unsqueeze.input[1]) != 2:
         return None, 0
     five, four = _sizes(index, expand.input[1]), _sizes(index, reshape.input[1])
     if len(five) != 5 or len(four) != 4 or five[1] not in (1, state.heads) or not five[2]:

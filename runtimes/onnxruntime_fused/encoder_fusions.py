@@ -29,7 +29,15 @@ import numpy.typing as npt
 
 from runtimes.onnxruntime_fused import group_query_attention as onnxruntime_cache
 from runtimes.onnxruntime_fused import rms_norm as onnxruntime_norms
-from runtimes.onnxruntime_fused.graph_index import DOMAIN, Index, attribute, number, replace, scaled, transposed
+from runtimes.onnxruntime_fused.graph_index import (
+    DOMAIN,
+    Index,
+    attribute,
+    replace,
+    scalar_constant,
+    scaled,
+    transposed,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -167,7 +175,7 @@ def _part(index: Index, value: str) -> tuple[int, str, npt.NDArray[np.int64]] | 
     split = index.maker(transpose.input[0], "Reshape") if transpose is not None else None
     if cut is None or transpose is None or split is None or attribute(transpose, "perm") != [2, 0, 3, 1, 4]:
         return None
-    start, end, axis = (number(index, name) for name in cut.input[1:4])
+    start, end, axis = (scalar_constant(index, name) for name in cut.input[1:4])
     shape = index.constant(split.input[1])
     if shape is None or shape.size != 5 or shape[2] != 3 or start is None or axis != 0 or end != start + 1:
         return None

@@ -68,7 +68,7 @@ def replace(graph: onnx.GraphProto, replaced: Mapping[str, list[onnx.NodeProto]]
 def scaled(index: Index, value: str) -> tuple[str, float]:
     """Return (x, factor) for a tensor computed as Mul(x, constant factor), else (value, 1.0)."""
     node = index.maker(value, "Mul")
-    factor = number(index, node.input[1]) if node is not None else None
+    factor = scalar_constant(index, node.input[1]) if node is not None else None
     return (node.input[0], factor) if node is not None and factor is not None else (value, 1.0)
 
 
@@ -85,7 +85,7 @@ def transposed(index: Index, value: str) -> str:
     return str(node.input[0]) if node is not None and around is None and attribute(node, "perm") == [0, 1, 3, 2] else ""
 
 
-def number(index: Index, value: str) -> float | None:
+def scalar_constant(index: Index, value: str) -> float | None:
     """Return the value of a constant with one element, else None."""
     constant = index.constant(value)
     return float(constant.item()) if constant is not None and constant.size == 1 else None

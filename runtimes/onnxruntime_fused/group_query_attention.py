@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtimes.onnxruntime.kv_cache_io import FACT, LENGTH_AXIS, MASK, TOKENS
+from runtimes.onnxruntime.kv_cache_io import MASK, SHARED_BUFFERS_KEY, TOKEN_AXIS, TOKENS
 from runtimes.onnxruntime_fused.decoder_attention import Attention, attentions, reads_length
 from runtimes.onnxruntime_fused.graph_index import DOMAIN, Index, attribute, fixed, replace
 
@@ -60,7 +60,7 @@ def fuse(model: onnx.ModelProto) -> Counter[str]:
         pairs = {}
     _read_lengths_from_mask(graph, set(pairs.values()))
     fact = model.metadata_props.add()
-    fact.key, fact.value = FACT, json.dumps(pairs)
+    fact.key, fact.value = SHARED_BUFFERS_KEY, json.dumps(pairs)
     return Counter({FUSED: len(fusable)})
 
 
@@ -165,7 +165,7 @@ def _sharable(graph: onnx.GraphProto, pairs: Mapping[str, str]) -> bool:
 
 def _ends_before_length(node: onnx.NodeProto) -> bool:
     """Return whether a Shape node returns only sizes of axes before the token axis."""
-    return bool(attribute(node, "start", 0) >= 0 and 0 <= attribute(node, "end", -1) <= LENGTH_AXIS)
+    return bool(attribute(node, "start", 0) >= 0 and 0 <= attribute(node, "end", -1) <= TOKEN_AXIS)
 
 
 def _read_lengths_from_mask(graph: onnx.GraphProto, pasts: set[str]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from runtimes.onnxruntime_fused.graph_index import Index, attribute, number, replace
+from runtimes.onnxruntime_fused.graph_index import Index, attribute, replace, scalar_constant
 
 if TYPE_CHECKING:
     import onnx
@@ -45,9 +45,11 @@ def _norm(index: Index, last: onnx.NodeProto) -> onnx.NodeProto | None:
     if chain is None:
         return None
     _, _, add, mean, power = chain
-    epsilon = number(index, add.input[1])
-    over_last = len(mean.input) > 1 and number(index, mean.input[1]) == -1 and attribute(mean, "keepdims", 1) == 1
-    squared = power.input[0] == inner.input[0] and number(index, power.input[1]) == 2
+    epsilon = scalar_constant(index, add.input[1])
+    over_last = (
+        len(mean.input) > 1 and scalar_constant(index, mean.input[1]) == -1 and attribute(mean, "keepdims", 1) == 1
+    )
+    squared = power.input[0] == inner.input[0] and scalar_constant(index, power.input[1]) == 2
     if not (over_last and squared) or epsilon is None:
         return None
     return helper.make_node(FUSED, [power.input[0], weights[0]], [last.output[0]], axis=-1, epsilon=epsilon)

@@ -14,8 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from runtimes.base.protocols import BuildError, BuildOptions, Int8Style, Layers, first_line
-from runtimes.base.registry import need
+from runtimes.base.protocols import BuildError, BuildOptions, Int8Style, LayerCounts, first_line
+from runtimes.base.registry import check_available
 from runtimes.onnxruntime import target as onnxruntime
 from runtimes.onnxruntime_fused import encoder_fusions as onnxruntime_graph
 
@@ -50,7 +50,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ONNX Runtime or the device is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     if not source.is_file():
         raise BuildError(f"There is no ONNX file {source}.")
     import onnx
@@ -84,10 +84,10 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
         RuntimeUnavailable: ONNX Runtime or the device is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     return onnxruntime.load(path, options)
 
 
-def layers(path: Path, options: BuildOptions) -> Layers | None:
+def layers(path: Path, options: BuildOptions) -> LayerCounts | None:
     """Return the layers of the fused graph as ONNX Runtime runs it."""
     return onnxruntime.layers(path, options)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base.protocols import Closing, DTypes, Feeds, RuntimesError, Shapes, first_line, taken
+from runtimes.base.protocols import Closing, DTypes, Feeds, RuntimesError, Shapes, check_feeds, first_line
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -67,7 +67,7 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Run one inference from host memory to host memory."""
         self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         bound = self._last
         if bound is None or bound.shapes != _shapes(feeds):
             self._last = None
@@ -88,7 +88,7 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         close() frees the device memory.
         """
         self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         bound = self._reserve(feeds)
         try:
             self._upload(bound, feeds)

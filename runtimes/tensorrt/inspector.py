@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from runtimes.base.layer_counts import UNKNOWN, counted
-from runtimes.base.protocols import Layers, RuntimesError, first_line
+from runtimes.base.layer_counts import UNKNOWN, count_layers
+from runtimes.base.protocols import LayerCounts, RuntimesError, first_line
 
 ATTENTION = re.compile(r"(^|_)(fmha|mha|fused_mha|flash_attention|attention)(_|\d|$)", re.IGNORECASE)
 # Layers that represent a whole region without reporting its operators.
@@ -23,7 +23,7 @@ OPAQUE = ("Myelin", "ForeignNode")
 TYPE_KEYS = ("Format/Datatype", "DataType", "Datatype", "Format")
 
 
-def summary(text: str) -> Layers:
+def summary(text: str) -> LayerCounts:
     """Return the layer counts of the inspector's JSON for a whole engine.
 
     The precision of a layer is the narrowest type among its inputs; it is "unknown" if the engine was built without
@@ -39,7 +39,7 @@ def summary(text: str) -> Layers:
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimesError(f"TensorRT's description of the engine cannot be read: {first_line(error)}.") from error
     rows = [(str(entry.get("LayerType", UNKNOWN)), list(_input_types(entry))) for entry in entries]
-    return counted(rows, fused_attention=_fused(entries))
+    return count_layers(rows, fused_attention=_fused(entries))
 
 
 def _input_types(layer: dict[str, Any]) -> Iterator[str]:

@@ -26,12 +26,12 @@ from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
     Int8Style,
-    Layers,
+    LayerCounts,
     RuntimesError,
     RuntimeUnavailable,
     first_line,
 )
-from runtimes.base.registry import installed, need
+from runtimes.base.registry import check_available, is_installed
 from runtimes.tensorrt import qdq_rules
 from runtimes.tensorrt.engine import Device, Refused, Shape, TensorRTEngine, reason
 from runtimes.tensorrt.inspector import summary
@@ -60,7 +60,7 @@ def missing() -> str | None:
     """Return None if TensorRT and a CUDA device are available, else the reason and what to install."""
     if util.find_spec("tensorrt") is None:
         return f"tensorrt is not installed; on a machine with an NVIDIA GPU: {GET}"
-    if not installed("cuda-bindings"):
+    if not is_installed("cuda-bindings"):
         return f"cuda-bindings is not installed; it copies data to the GPU; {GET}"
     count = _cuda_devices()
     if count is None:
@@ -134,7 +134,7 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
     return opened
 
 
-def layers(path: Path, options: BuildOptions) -> Layers:
+def layers(path: Path, options: BuildOptions) -> LayerCounts:
     """Return the layers that TensorRT's engine inspector reports, at the usual input sizes.
 
     Raises:
@@ -185,7 +185,7 @@ def _cuda_devices() -> int | None:
 
 def _check_ready(options: BuildOptions) -> None:
     """Raise RuntimeUnavailable unless the device and TensorRT 10.12 or newer are available."""
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     try:
         import tensorrt as trt
     except (ImportError, OSError) as error:

@@ -127,7 +127,7 @@ def _bound(upper: Any) -> int | None:
     return int(upper) if getattr(upper, "is_Integer", False) and upper < 2**31 else None
 
 
-def in_products(program: ExportedProgram, precision: str) -> ExportedProgram:
+def cast_products(program: ExportedProgram, precision: str) -> ExportedProgram:
     """Return the program with matrix products, convolutions and attention in bfloat16 or float16 (`precision`).
 
     These operators take most of the time. Norms, softmax outside of attention, the residual stream, inputs and outputs
@@ -162,7 +162,7 @@ def in_products(program: ExportedProgram, precision: str) -> ExportedProgram:
     return _export_again(Module(_module(program)), program, packed=True)
 
 
-def in_int8(
+def quantize_int8(
     program: ExportedProgram, *, dynamic: bool, names: Sequence[str], samples: Samples | None
 ) -> ExportedProgram:
     """Return the program with its Linear layers in int8, quantized by torchao for Inductor's x86 kernels.

@@ -28,13 +28,13 @@ from runtimes.base.protocols import (
     RuntimesError,
     RuntimeUnavailable,
     Shapes,
+    check_feeds,
     first_line,
-    quiet,
-    taken,
+    suppress_output,
 )
-from runtimes.base.registry import need
+from runtimes.base.registry import check_available
 from runtimes.torch.internals import METADATA_FILE, compile_package, open_package, run_package
-from runtimes.torch.program import NAMES, Signature, in_int8, in_products, signature
+from runtimes.torch.program import NAMES, Signature, cast_products, quantize_int8, signature
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -76,14 +76,14 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: torch or the device is not available.
         BuildError: There is no C++ compiler or, for int8, no torchao; or torch refused the program.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     _need_device(options)
     _need_compiler()
     import torch
     from torch.export.passes import move_to_device_pass
 
     path = out / FILE
-    with quiet(), torch.no_grad():
+    with suppress_output(), torch.no_grad():
         exported, facts = _read(source)
         try:
             if options.device == "cuda":
@@ -108,7 +108,7 @@ def load(path: Path, options: BuildOptions) -> TorchEngine:
         RuntimeUnavailable: torch or the device is not available.
         BuildError: The file is no package of build(), or it was built for another device, system or processor.
     """
-    need(name, missing(), devices, options)
+    check_available(name, missing(), devices, options)
     facts = _facts(path)
     if facts["device"] != options.device:
         raise BuildError(
@@ -118,7 +118,7 @@ def load(path: Path, options: BuildOptions) -> TorchEngine:
     if facts["machine"] != (machine := _machine()):
         raise BuildError(f"{path.name} was compiled for {facts['machine']}; found {machine}: build it again here.")
     try:
-        with quiet():
+        with suppress_output():
             opened = open_package(path)
         return TorchEngine(opened, Signature.of_json(facts["signature"]), options)
     except RuntimeError as error:
@@ -163,7 +163,7 @@ class TorchEngine(Closing[Any]):
         import torch
 
         self._live()
-        feeds = taken(feeds, self.input_dtypes, self.input_shapes)
+        feeds = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         self._signature.check(feeds)
         tensors = [torch.from_numpy(np.array(feeds[key], order="C")).to(self._device) for key in self.inputs]
 
@@ -222,10 +222,10 @@ def _in_precision(program: ExportedProgram, facts: Signature, options: BuildOpti
             f"Target torch supports {supported} on {options.device}; found precision {options.precision!r}."
         )
     if options.precision in ("bf16", "fp16"):
-        return in_products(program, options.precision)
+        return cast_products(program, options.precision)
     if options.precision in ("int8", "int8-dynamic"):
         names = [entry.name for entry in facts.inputs]
-        return in_int8(program, dynamic=options.precision == "int8-dynamic", names=names, samples=options.samples)
+        return quantize_int8(program, dynamic=options.precision == "int8-dynamic", names=names, samples=options.samples)
     return program
 
 

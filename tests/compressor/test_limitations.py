@@ -14,10 +14,10 @@ import transformers
 from PIL import Image
 
 from compressor import models
-from compressor.cli.param_types import drop_messages_about_insides
+from compressor.cli.param_types import filter_library_logs
 from compressor.data.splits import load as load_data
 from compressor.errors import DataError, SettingsError
-from compressor.limitations import Limitation, listed
+from compressor.limitations import Limitation, format_limitations
 from compressor.pipeline import export
 from compressor.quantize.precision import Trial
 from compressor.report.collect_limitations import limitations_of, of_engine
@@ -78,8 +78,8 @@ def test_generate_with_no_cache_is_rejected(llama):
 
 
 def test_nothing_is_listed_without_limitations():
-    assert listed(()) == []
-    assert listed([Limitation("tokenizer", "none")]) == ["Limitations:", "- tokenizer: none."]
+    assert format_limitations(()) == []
+    assert format_limitations([Limitation("tokenizer", "none")]) == ["Limitations:", "- tokenizer: none."]
 
 
 # --------------------------------------------------------------------------------------------------------- of the model
@@ -304,7 +304,7 @@ def test_standard_error_has_no_messages_of_libraries(which, llama, tmp_path):
 
 
 def test_other_messages_of_the_same_logger_pass():
-    drop_messages_about_insides()
+    filter_library_logs()
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
-from runtimes.base.protocols import DEVICES, PRECISIONS, BuildError, BuildOptions, Int8Style, Layers, RuntimesError
+from runtimes.base.protocols import DEVICES, PRECISIONS, BuildError, BuildOptions, Int8Style, LayerCounts, RuntimesError
 
 # For float32 sums of at most 16 terms around 1, in any order and without TF32, 1e-5 leaves a factor of ten.
 TOLERANCE = 1e-5
@@ -161,7 +161,7 @@ def test_facts(target):
 
 def test_layers_are_counted_if_the_runtime_reports_them(target, options, built):
     found = target.layers(built["vision"], options)
-    assert found is None or isinstance(found, Layers)
+    assert found is None or isinstance(found, LayerCounts)
     if found is not None:
         assert sum(found.precisions.values()) == sum(found.kinds.values()) == found.count > 0
         assert set(found.precisions) <= {"fp32", "other"}

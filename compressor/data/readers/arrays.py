@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, dims, numbered
+from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, class_order_limitation, dims
 from compressor.data.readers.images import pictures
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -206,7 +206,7 @@ def _labelled(samples: Samples, labels: Array, name: str) -> Samples:
         )
     kind: LabelKind = "score" if values.dtype.kind == "f" and not _is_integral(values) else "class"
     parsed = _scores(values, name) if kind == "score" else _classes(values, name)
-    name_order = (numbered(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
+    name_order = (class_order_limitation(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
     return replace(
         samples,
         labels=parsed,

@@ -68,7 +68,7 @@ class Samples:
     limitations: tuple[Limitation, ...] = ()
 
 
-def numbered(names: Sequence[str]) -> Limitation:
+def class_order_limitation(names: Sequence[str]) -> Limitation:
     """Return the limitation that class names were numbered in sorted order, which may differ from the model's order.
 
     >>> print(numbered(["cat", "dog"]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, dims, numbered
+from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, class_order_limitation, dims
 from compressor.data.readers.sample_cache import Store
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -159,7 +159,7 @@ def _limitations(folder: Path, images: Sequence[tuple[str, int]], classes: Seque
             f"{len(files) - len(images)} of {len(files)} not read because of their extension ({', '.join(others[:3])})",
         )
     if classes:
-        yield numbered(classes)
+        yield class_order_limitation(classes)
 
 
 def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, numbered
+from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, class_order_limitation
 from compressor.data.readers.texts import text_of, tokens
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -107,7 +107,7 @@ def _limitations(table: Table, columns: Columns, kind: LabelKind | None, task: s
     if kind == "class" and columns.label is not None:
         cells = [cell.strip() for cell in table.column(columns.label) if cell.strip()]
         if not _are_numbers(cells):
-            yield numbered(sorted(set(cells)))
+            yield class_order_limitation(sorted(set(cells)))
 
 
 def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:

@@ -69,7 +69,7 @@ class Loader:
     remarks: tuple[str, ...]
 
 
-def loader(content: Json, folder: Path) -> Loader:
+def make_snippet(content: Json, folder: Path) -> Loader:
     """Return the snippet for an exported folder.
 
     Args:

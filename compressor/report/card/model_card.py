@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from compressor.limitations import Limitation
 from compressor.quality.intervals import METRICS
 from compressor.report.card import preprocessing_recipe
-from compressor.report.card.loader_snippet import TITLES, loader, templates
-from compressor.report.engine_text import told
-from compressor.report.report import LABELS, against, what_is_timed
+from compressor.report.card.loader_snippet import TITLES, make_snippet, templates
+from compressor.report.engine_text import describe_measurements
+from compressor.report.report import LABELS, against, describe_calls
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -82,7 +82,7 @@ def card(content: Json, folder: Path) -> str:
             conditions=list(_conditions(content)),
             changed=_changed(content),
             limits=list(_limits(content)),
-            loader=loader(content, folder),
+            loader=make_snippet(content, folder),
             command=content["command"],
             actions={name: "removed" if action == "drop" else f"`{action}`" for name, action in changes.items()},
             shell=content["command"].startswith("compressor "),
@@ -238,7 +238,7 @@ def _conditions(content: Json) -> Iterator[str]:
     target = TITLES.get(settings["target"], settings["target"])
     late = engine.get("state") == "deferred"
     shapes = ", ".join(f"`{name}` {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name)
-    inputs = what_is_timed(content["generation"]) if content.get("generation") else f"inputs {shapes}"
+    inputs = describe_calls(content["generation"]) if content.get("generation") else f"inputs {shapes}"
     threads = f", {settings['threads']} threads" if settings["threads"] else ""
     if content["latency"]:
         yield (
@@ -248,7 +248,7 @@ def _conditions(content: Json) -> Iterator[str]:
     if settings["device"] is not None:
         yield f"Device: {settings['device']}."
     yield _machine(engine.get("environment", content["environment"]))
-    yield from told(engine)
+    yield from describe_measurements(engine)
     if late:
         yield ANEW
 

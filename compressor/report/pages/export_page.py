@@ -10,17 +10,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from compressor.quality.intervals import METRICS, scaled
-from compressor.report.engine_text import told
+from compressor.quality.intervals import METRICS, format_count
+from compressor.report.engine_text import describe_measurements
 from compressor.report.pages import sections
 from compressor.report.pages.formatting import (
     INTERVALS,
+    action_done,
     capital,
     cell,
-    done,
     interval,
     loss_unit,
-    times,
+    speedup_cell,
     value_text,
     with_unit,
 )
@@ -75,7 +75,7 @@ def page(content: Json, shown: Mapping[str, str]) -> Page:
     )
 
 
-def shown_in(document: str) -> dict[str, str]:
+def previews_in(document: str) -> dict[str, str]:
     """Return the previews of samples on an earlier page of the same export, by id: data: URLs and texts."""
     reader = _PreviewReader()
     reader.feed(document)
@@ -113,7 +113,7 @@ class _PreviewReader(HTMLParser):
 
 def _lead(content: Json) -> Iterator[str]:
     settings, plan = content["settings"], content["plan"]
-    forms = [done(action) for action in plan["changes"].values()]
+    forms = [action_done(action) for action in plan["changes"].values()]
     kinds = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
     count = len(content["model"]["sites"])
     yield f"{len(forms)} of {count} branches changed{': ' if kinds else ''}{kinds}."
@@ -160,14 +160,14 @@ def _tiles(content: Json) -> Iterator[Tile]:
         ("Multiply-adds", "multiply_adds", ""),
     ):
         after, before = sizes["result"][key], sizes[start][key]
-        share = f"{after / before:.0%} of {scaled(before, ' ')}{unit}" if before else ""
-        yield Tile(label, f"{scaled(after, ' ')}{unit}", share)
+        share = f"{after / before:.0%} of {format_count(before, ' ')}{unit}" if before else ""
+        yield Tile(label, f"{format_count(after, ' ')}{unit}", share)
 
 
 def _notes(content: Json) -> Section | None:
     reason = content["no_quality_because"]
     lines = [] if reason is None else [f"No quality stated: {reason}."]
-    lines += [*content["notes"], *told(content["engine"])]
+    lines += [*content["notes"], *describe_measurements(content["engine"])]
     return Section("Notes", [Points(lines)]) if lines else None
 
 
@@ -202,7 +202,7 @@ def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
         ]
         yield ["latency, ms", *cells]
         for name in (name for name in names if name in content["speedup"]):
-            yield [f"speed-up vs {name}", *against(names, name, times(content["speedup"][name]))]
+            yield [f"speed-up vs {name}", *against(names, name, speedup_cell(content["speedup"][name]))]
     yield ["parameters, M", *(f"{sizes[name]['parameters'] / 1e6:.2f}" for name in names)]
     yield ["multiply-adds, G", *(f"{sizes[name]['multiply_adds'] / 1e9:.3f}" for name in names)]
     yield ["engine, MB", *(f"{sizes[name]['bytes'] / 1e6:.2f}" for name in names)]

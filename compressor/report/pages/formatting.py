@@ -13,7 +13,7 @@ INTERVALS = "Ranges are 95 % intervals."
 DONE = {"keep": "kept", "drop": "dropped", "merge": "tokens merged", "fuse": "fused"}
 
 
-def done(action: str) -> str:
+def action_done(action: str) -> str:
     """Return the past participle of an action on a branch, without its amount.
 
     >>> done("drop"), done("low-rank:8"), done("merge:25%")
@@ -46,7 +46,7 @@ def cell(figure: Json, *, signed: bool = False, places: int = 2) -> Cell:
     return f"{figure['value']:{sign}.{places}f}", interval(figure, signed=signed, places=places)
 
 
-def times(speedup: Json | None) -> Cell:
+def speedup_cell(speedup: Json | None) -> Cell:
     """Return a table cell with a speed-up and its interval below; an empty cell for None."""
     return "" if speedup is None else (f"{speedup['ratio']:.2f}×", f"{speedup['low']:.2f}–{speedup['high']:.2f}")
 

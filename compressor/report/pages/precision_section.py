@@ -47,7 +47,7 @@ def _parts(content: Json) -> Iterator[Part]:
 
 def _layers(engine: Json) -> Iterator[Part]:
     """Yield the layers of the engine, as the runtime reports them."""
-    yield from (Prose(line) for line in engine_layers.told(engine))
+    yield from (Prose(line) for line in engine_layers.describe_layers(engine))
     layers = engine.get("layers") or {}
     if "kinds" in layers:
         caption = "As the runtime reports them. The precision of a layer is the narrowest type that it reads."

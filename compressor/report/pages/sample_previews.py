@@ -22,7 +22,7 @@ TINY = 64  # px; images up to this size are enlarged without interpolation
 LONGEST = 400  # characters; longer texts are cut
 
 
-def shown(split: Split, places: Iterable[int]) -> dict[str, str]:
+def previews(split: Split, places: Iterable[int]) -> dict[str, str]:
     """Return previews of a few samples by their ids: data: URLs of images, and texts.
 
     Samples that are neither an image nor a text have no preview. The samples are read again from the data set, as an

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from compressor.report.pages.formatting import INTERVALS, cell, done, times
+from compressor.report.pages.formatting import INTERVALS, action_done, cell, speedup_cell
 from compressor.report.pages.html_page import Chart, Example, Gallery, Part, Points, Prose, Section, Table
-from compressor.report.report import LABELS, what_is_timed
+from compressor.report.report import LABELS, describe_calls
 
 Json = dict[str, Any]
 
@@ -27,7 +27,11 @@ def factorial(content: Json) -> Section | None:
     cells = measured["cells"]
     judged = content["quality"] is not None
     rows = [
-        [name, (f"{facts['latency']['median']:.2f}", f"p90 {facts['latency']['p90']:.2f}"), times(facts["speedup"])]
+        [
+            name,
+            (f"{facts['latency']['median']:.2f}", f"p90 {facts['latency']['p90']:.2f}"),
+            speedup_cell(facts["speedup"]),
+        ]
         + ([cell(facts["figure"]), cell(facts["loss"], signed=True) if facts["loss"] else ""] if judged else [])
         for name, facts in cells.items()
     ]
@@ -90,7 +94,7 @@ def sites(content: Json) -> Section | None:
         kinds: list[str] = []
         for site in members:
             action = changes.get(site["name"], "keep")
-            form, earlier = done(action), kinds.count(site["kind"])
+            form, earlier = action_done(action), kinds.count(site["kind"])
             kinds.append(site["kind"])
             rows.append(
                 {
@@ -223,7 +227,7 @@ def latencies(content: Json) -> Section | None:
     total = sum(map(len, samples.values()))
     inputs = ", ".join(f"{name} {shape}" for name, shape in content["timed_inputs"].items())
     if content.get("generation"):
-        inputs = what_is_timed(content["generation"])
+        inputs = describe_calls(content["generation"])
     caption = f"{total} interleaved runs on {inputs}. Lines: medians. Slower than {end:.3g} ms and not drawn: {beyond}."
     chart = Chart(distributions(samples, end), f"Distribution of the latency of {', '.join(samples)}.", caption)
     return Section("Latency", [chart])

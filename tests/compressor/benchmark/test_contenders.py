@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.benchmark.contenders import BenchError, Exported, given
+from compressor.benchmark.contenders import BenchError, ExportFolder, parse_contenders
 
 
 def folder(path: Path, file_name: str, target: str = "openvino", precision: str = "bf16", **engine: str) -> Path:
@@ -25,13 +25,13 @@ def folder(path: Path, file_name: str, target: str = "openvino", precision: str 
 
 
 def entries(path: Path, target: str | None = None) -> list[tuple[str, str, Path | None]]:
-    (one,) = given([str(path)])
+    (one,) = parse_contenders([str(path)])
     return [(each.target, each.precision, each.file) for each in one.entries(None, target, compiled=False)]
 
 
 def test_folder_is_built_from_model_onnx_in_its_precision(tmp_path: Path) -> None:
     path = folder(tmp_path / "out", "model.onnx", file="openvino_model.xml")
-    assert Exported.read(path).engine == path / "model.onnx"
+    assert ExportFolder.read(path).engine == path / "model.onnx"
     assert entries(path) == [("openvino", "bf16", path / "model.onnx")]
     assert entries(path, "onnxruntime") == [("onnxruntime", "fp32", path / "model.onnx")]
     written = folder(tmp_path / "int8", "model.onnx", precision="int8")  # model.onnx is int8 already
@@ -40,7 +40,7 @@ def test_folder_is_built_from_model_onnx_in_its_precision(tmp_path: Path) -> Non
 
 def test_folder_without_model_onnx_uses_the_engine_file(tmp_path: Path) -> None:
     path = folder(tmp_path / "out", "model.pt2", file="model.pt2")
-    assert Exported.read(path).engine == path / "model.pt2"
+    assert ExportFolder.read(path).engine == path / "model.pt2"
     assert entries(path)[0][2] == path / "model.pt2"
     with pytest.raises(BenchError, match=r"out holds an engine of openvino, which onnxruntime cannot open; leave out"):
         entries(path, "onnxruntime")
@@ -55,4 +55,4 @@ def test_report_without_precision_is_refused(tmp_path: Path) -> None:
     del report["settings"]["precision"]
     (path / "report.json").write_text(json.dumps(report))
     with pytest.raises(BenchError, match="not a report that `compressor export` wrote; export again"):
-        given([str(path)])
+        parse_contenders([str(path)])

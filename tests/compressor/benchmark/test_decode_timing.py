@@ -16,10 +16,10 @@ from rich.console import Console
 import compressor
 from compressor import models
 from compressor.benchmark.bench import BenchSettings
-from compressor.benchmark.contenders import BenchError, Entry
-from compressor.benchmark.decode_results import Generated
-from compressor.benchmark.decode_timing import FURTHEST, Generation, _checked, contexts, distance, prepare
-from compressor.benchmark.runner import Condition, Stand
+from compressor.benchmark.contenders import BenchError, EngineEntry
+from compressor.benchmark.decode_results import GenerationResults
+from compressor.benchmark.decode_timing import MAX_DISTANCE, Generation, _checked, contexts, distance, prepare
+from compressor.benchmark.runner import BenchRunner, Condition
 from compressor.cli.main import main
 from compressor.data.splits import load
 from compressor.errors import SettingsError
@@ -172,13 +172,13 @@ def test_step_that_ignores_its_cache_is_refused(engines, model, ids, tmp_path):
             past = {key: np.zeros_like(value) for key, value in feeds.items() if key.startswith("past")}
             return self.engine.run({**feeds, **past})
 
-    entry = Entry("forgetful", "onnxruntime", None)
+    entry = EngineEntry("forgetful", "onnxruntime", None)
     with engines["dense"][0]() as engine:
         good = prepare(engine, model, ids, tmp_path / "good")
         bad = prepare(Forgetful(engine), model, ids, tmp_path / "bad")
     assert _checked(entry, good) is good
     assert bad.difference > 100 * good.difference
-    for wrong in (2 * FURTHEST, float("nan")):
+    for wrong in (2 * MAX_DISTANCE, float("nan")):
         with pytest.raises(BenchError, match="forgetful does not continue its prompt"):
             _checked(entry, type(bad)(bad.prompt, bad.step, bad.cache, wrong))
 
@@ -217,8 +217,8 @@ def test_engines_are_built_for_the_longest_context(model):
     """Runtimes that plan their memory ahead need the largest length."""
     data = load("random", model.preprocess, task="text-generation")
     settings = Settings(data="random", drop="none")
-    stand = Stand(Loaded(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
-    least, _, longest = stand.options(Condition(1, 2), Entry("x", "onnxruntime", None)).lengths
+    stand = BenchRunner(Loaded(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
+    least, _, longest = stand.options(Condition(1, 2), EngineEntry("x", "onnxruntime", None)).lengths
     assert (least, longest) == (0, 901)
 
 
@@ -241,7 +241,7 @@ CELLS = {"dense float": 8.0, "dense int8": 4.0, "compressed float": 4.0, "compre
 def made_up():
     """Return cells whose decode speed-ups exceed their product, and whose prefill speed-ups multiply."""
     condition, context = Condition(2, 1), 10
-    entries = tuple(Entry(f"out/{cell}", "onnxruntime", Path("x.onnx"), cell=("out", cell)) for cell in CELLS)
+    entries = tuple(EngineEntry(f"out/{cell}", "onnxruntime", Path("x.onnx"), cell=("out", cell)) for cell in CELLS)
     first = {**CELLS, "compressed int8": 2.0}
 
     def constant(value):
@@ -252,7 +252,7 @@ def made_up():
                    1e-6)
         for cell, value in CELLS.items()
     )  # fmt: skip
-    return Generated("tiny", entries, "out/dense float", runs)
+    return GenerationResults("tiny", entries, "out/dense float", runs)
 
 
 def test_speedups_and_interactions_of_both_calls(made_up):

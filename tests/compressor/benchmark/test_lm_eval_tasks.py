@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from compressor import models
 from compressor.benchmark import lm_eval_tasks
-from compressor.benchmark.lm_eval_tasks import Asked, Harness, Result, check_model, judge, results
+from compressor.benchmark.lm_eval_tasks import Result, TaskOptions, TaskResults, check_model, evaluate_tasks, results
 from compressor.cli.main import main
 from compressor.errors import CompressorError, SettingsError
 from compressor.lower.trace import trace
@@ -50,7 +50,9 @@ def test_results_hold_errors_shots_and_versions():
 
 def test_differences_are_from_the_reference_on_the_same_metric():
     worse = {**SAID, "results": {"arc": {"acc,none": 0.25}, "new": {"f1,strict": 1.0}}}
-    harness = Harness(Asked(("arc",), limit=40), "9.9", "dense", (*results("dense", SAID), *results("less", worse)))
+    harness = TaskResults(
+        TaskOptions(("arc",), limit=40), "9.9", "dense", (*results("dense", SAID), *results("less", worse))
+    )
     content = json.loads(json.dumps(harness.to_dict(), allow_nan=False))
     assert content["lm_eval"] == "9.9"
     assert content["limit"] == 40
@@ -62,12 +64,12 @@ def test_differences_are_from_the_reference_on_the_same_metric():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (Asked((), shots=2), "--num-fewshot needs --tasks"),
-        (Asked((), include_path="x"), "--include-path needs --tasks"),
-        (Asked(("a", " ")), "an empty name"),
-        (Asked(("a",), limit=1.5), "--limit is 1.5"),
-        (Asked(("a",), limit=0), "--limit is 0"),
-        (Asked(("a",)), "pip install"),
+        (TaskOptions((), shots=2), "--num-fewshot needs --tasks"),
+        (TaskOptions((), include_path="x"), "--include-path needs --tasks"),
+        (TaskOptions(("a", " ")), "an empty name"),
+        (TaskOptions(("a",), limit=1.5), "--limit is 1.5"),
+        (TaskOptions(("a",), limit=0), "--limit is 0"),
+        (TaskOptions(("a",)), "pip install"),
     ],
 )
 def test_invalid_options_are_refused(asked, words, monkeypatch):
@@ -84,9 +86,9 @@ def test_model_without_tokenizer_or_weights_is_refused(tmp_path):
         ({"random_weights": True}, "random"),
     ):
         with pytest.raises(SettingsError, match=words):
-            check_model(dataclasses.replace(model, **change), Asked(("a",)))
-    check_model(dataclasses.replace(model, tokenizer=None), Asked(()))  # without tasks, no check
-    assert judge({}, model, Asked(()), against="", length=None, steps=Steps()) is None
+            check_model(dataclasses.replace(model, **change), TaskOptions(("a",)))
+    check_model(dataclasses.replace(model, tokenizer=None), TaskOptions(()))  # without tasks, no check
+    assert evaluate_tasks({}, model, TaskOptions(()), against="", length=None, steps=Steps()) is None
 
 
 # ----------------------------------------------------------------------------------------------- with the harness
@@ -155,7 +157,7 @@ class TestWithTheHarness:
         monkeypatch.setattr(evaluator, "add_env_info", lambda storage: None)
 
     def asked(self, own, **options):
-        return Asked(tuple(TASKS), include_path=str(own / "tasks"), **options)
+        return TaskOptions(tuple(TASKS), include_path=str(own / "tasks"), **options)
 
     def test_results_equal_those_of_the_class_for_transformers(self, own):
         """Choices, choices of one token, texts longer than the model's limit, and generated answers."""
@@ -169,7 +171,7 @@ class TestWithTheHarness:
             "ours": lambda: runtime("onnxruntime").load(file, BuildOptions(threads=1)),
             "eager": lambda: engine(model),
         }
-        harness = judge(openers, model, self.asked(own), against="ours", length=None, steps=Steps())
+        harness = evaluate_tasks(openers, model, self.asked(own), against="ours", length=None, steps=Steps())
         manager = TaskManager(include_path=str(own / "tasks"))
         theirs = HFLM(pretrained=str(own / "llama"), dtype="float32", device="cpu", batch_size=4)
         output = simple_evaluate(model=theirs, tasks=list(TASKS), task_manager=manager, log_samples=False)
@@ -249,7 +251,7 @@ class TestWithTheHarness:
             with pytest.raises(HarnessError, match=words):
                 lm.generate_until([SimpleNamespace(args=("w3", {"until": [], **options}))])
         with pytest.raises(CompressorError, match="no_such_task"):
-            check_model(model, Asked(("no_such_task",)))
+            check_model(model, TaskOptions(("no_such_task",)))
 
     @pytest.mark.slow  # half a minute for an export and a bench
     def test_command_evaluates_an_exported_folder_and_the_model(self, own, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compressor import models
 from compressor.data import splits
-from compressor.data.sliding_windows import TOKENS, USUAL, Window, chosen, pieces
+from compressor.data.sliding_windows import TOKENS, USUAL, Window, resolve_window, window_batches
 from compressor.errors import DataError
 from compressor.lower.traced_model import SubjectError, load_data
 from compressor.quality.evaluate import evaluate, graph_runner
@@ -42,7 +42,7 @@ def test_every_token_but_the_first_is_scored_once_with_enough_context(tokens, wi
 def test_pieces_cover_the_texts(sizes, rows):
     texts = [np.arange(size) + 100 * owner for owner, size in enumerate(sizes)]
     feeds = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in texts]
-    batches = list(pieces(enumerate(feeds), Window(8, 3), dict, rows))
+    batches = list(window_batches(enumerate(feeds), Window(8, 3), dict, rows))
     for piece in batches:
         ids, mask = piece.feeds["input_ids"], piece.feeds["attention_mask"].astype(bool)
         assert len(ids) == len(piece.owners) <= rows
@@ -55,20 +55,20 @@ def test_pieces_cover_the_texts(sizes, rows):
 
 def test_batches_of_long_windows_have_a_limited_number_of_tokens():
     feeds = {"input_ids": np.arange(3 * TOKENS), "attention_mask": np.ones(3 * TOKENS, np.int64)}
-    batches = list(pieces([(0, feeds)], Window(TOKENS // 2, TOKENS // 4), dict, 32))
+    batches = list(window_batches([(0, feeds)], Window(TOKENS // 2, TOKENS // 4), dict, 32))
     assert max(piece.scored.size for piece in batches) == TOKENS
     assert [len(piece.owners) for piece in batches][:2] == [2, 2]
 
 
 def test_the_window_is_that_of_the_options_or_of_the_model():
-    assert chosen(None, None, 512) == Window(512, 256)
-    assert chosen(None, None, 131_072) == Window(USUAL, USUAL // 2)
-    assert chosen(100, None, None) == Window(100, 50)
-    assert chosen(None, 7, None) == Window(USUAL, 7)
-    assert chosen(None, None, None) == Window(USUAL, USUAL // 2)
+    assert resolve_window(None, None, 512) == Window(512, 256)
+    assert resolve_window(None, None, 131_072) == Window(USUAL, USUAL // 2)
+    assert resolve_window(100, None, None) == Window(100, 50)
+    assert resolve_window(None, 7, None) == Window(USUAL, 7)
+    assert resolve_window(None, None, None) == Window(USUAL, USUAL // 2)
     for length, stride, most, words in ((600, None, 512, "--max-length 600"), (100, 100, 512, "--stride 100")):
         with pytest.raises(DataError, match=words):
-            chosen(length, stride, most)
+            resolve_window(length, stride, most)
 
 
 def by_hand(module, texts, length, stride):

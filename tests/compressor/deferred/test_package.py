@@ -23,8 +23,8 @@ from compressor.measure import latency as engine_timing
 from compressor.quality.parity import TOLERANCE, ParityError
 from compressor.quantize.precision import Source
 from compressor.quantize.saturation import int8_saturates
-from compressor.report.engine_text import told
-from compressor.report.pages.export_page import html, shown_in
+from compressor.report.engine_text import describe_measurements
+from compressor.report.pages.export_page import html, previews_in
 from compressor.settings import Settings
 from compressor.workspace import environment
 from compressor.workspace.output_folder import FolderError, write_manifest
@@ -401,7 +401,7 @@ def test_the_page_is_rewritten_with_the_figures_of_the_device(folder):
     report = compressor.build(folder, rounds=1)
     after, content = (folder / "report.html").read_text(encoding="utf-8"), report_of(folder)
     assert report.notes == ("A note.",)
-    assert after == html(content, shown_in(before))
+    assert after == html(content, previews_in(before))
     assert f'<td class="number">{content["latency"]["result"]["median"]:.2f}<span' in after
     assert "No engine was built" in before
     assert "No engine was built" not in after
@@ -596,5 +596,7 @@ def test_the_environment_names_gpus(tmp_path):
 def test_the_quality_of_features_is_stated_as_cosine_similarity():
     similar = {"value": 99.5, "low": 99.0, "high": 99.9, "n": 12}
     part = {"state": "built", "target": "openvino", "environment": {}, "measured": {"result": {"similarity": similar}}}
-    assert list(told(part))[1:] == ["The cosine similarity of the result to torch is 99.50 % on 12 stored rows."]
-    assert list(told({"state": "built", "target": "openvino"})) == []
+    assert list(describe_measurements(part))[1:] == [
+        "The cosine similarity of the result to torch is 99.50 % on 12 stored rows."
+    ]
+    assert list(describe_measurements({"state": "built", "target": "openvino"})) == []

@@ -13,16 +13,16 @@ from compressor.choices import HEAL_METHODS
 from compressor.data.splits import Batch, Shares, load
 from compressor.heal import distill
 from compressor.heal import heal as heal_module
-from compressor.heal.closed_form import find_spots, refitted
-from compressor.heal.distill import Lesson, Recipe, Student, cropped, distance
+from compressor.heal.closed_form import find_spots, refit_closed_form
+from compressor.heal.distill import Distillation, Recipe, Student, cropped, distance
 from compressor.heal.heal import HealError, heal
 from compressor.lower.trace import trace
 from compressor.quality.evaluate import metric_for
-from compressor.quality.output_divergence import Effects
-from compressor.quality.validation_loss import Loss, Validation
+from compressor.quality.output_divergence import OutputDivergence
+from compressor.quality.validation_loss import Loss, ValidationLoss
 from passes.base import apply
 from passes.execute.interpreter import run
-from passes.graph.edit import own
+from passes.graph.edit import replace_parameter
 from passes.graph.graph import GraphError
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
@@ -112,7 +112,7 @@ def digits():
     changed = tuple(site for site in find_sites(graph) if site.name in DROPPED)
     fork = graph.fork()
     apply(Drop(changed), fork)
-    validation = Validation(graph, model, data.validation, metric_for(model.task, data.label_kind))
+    validation = ValidationLoss(graph, model, data.validation, metric_for(model.task, data.label_kind))
     return model, data, graph, fork, changed, validation
 
 
@@ -157,7 +157,7 @@ def test_healing_decreases_divergence_without_more_loss(method):
     result, report = healed(method)
     assert report.kept
     assert result is not fork
-    effects = Effects(graph, model, validation.split)
+    effects = OutputDivergence(graph, model, validation.split)
     effects.scales = (1.0,)
     for stated, measured in ((report.before, fork), (report.after, result)):
         assert stated["divergence"] == effects.measure(measured, {})[0]
@@ -280,7 +280,7 @@ def test_later_branch_recovers_a_dropped_linear_branch(drop):
         graph,
         model,
         calibration,
-        Validation(graph, model, validation, "fidelity"),
+        ValidationLoss(graph, model, validation, "fidelity"),
         changed=changed,
         budget=LONG,
         seed=0,
@@ -297,8 +297,8 @@ def test_head_is_refitted():
     """Only the head follows the dropped last branch, and head' = head (I + A3) is the exact solution."""
     model, graph, fork, changed, calibration, validation = vectors(torch.nn.Linear(8, 5), "image-classification", 2)
     assert [spot.map for spot in find_spots(fork, graph, model, ())] == [graph.nodes()[-1].args[0][0].name]
-    effects = Effects(graph, model, validation)
-    (draft,) = refitted(fork, graph, model, calibration, sites=(), seconds=LONG)
+    effects = OutputDivergence(graph, model, validation)
+    (draft,) = refit_closed_form(fork, graph, model, calibration, sites=(), seconds=LONG)
     assert effects.measure(draft.graph, {})[0] < 1e-3 * effects.measure(fork, {})[0]
     assert changed
 
@@ -311,7 +311,7 @@ def test_graph_without_later_maps_is_unchanged():
         graph,
         model,
         calibration,
-        Validation(graph, model, validation, "fidelity"),
+        ValidationLoss(graph, model, validation, "fidelity"),
         changed=changed,
         budget=LONG,
         seed=0,
@@ -336,7 +336,7 @@ def test_distillation_decreases_divergence_for_every_output_kind(case):
     """The splits have no labels. Perplexity may rise with random weights, so its loss is not tested."""
     make, metric = CASES[case]
     model, graph, fork, changed, calibration, validation = make()
-    judge = Validation(graph, model, validation, metric)
+    judge = ValidationLoss(graph, model, validation, metric)
     if case == "words":
         judge = SimpleNamespace(split=validation, loss=lambda graph: Loss(0.0, len(validation)))
     _, report = heal(
@@ -375,7 +375,7 @@ def test_gradients_reach_only_the_chosen_blocks():
     model, graph, fork, _, calibration, _ = vectors()
     student = Student(fork, ("blocks.2",), QUICK, torch.Generator().manual_seed(0))
     assert {name.rsplit("blocks.", 1)[1] for name in student.merged()} == {"2.0.weight", "2.0.bias"}
-    lesson = Lesson(student, graph, model, calibration, QUICK, torch.Generator().manual_seed(0))
+    lesson = Distillation(student, graph, model, calibration, QUICK, torch.Generator().manual_seed(0))
     assert lesson.learn() > 0
     assert student.vectors[next(iter(student.vectors))].grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in graph.module.parameters())
@@ -407,10 +407,10 @@ def test_own_replaces_a_parameter_of_the_fork_only():
     names = [name for name, _ in fork.module.named_parameters()]
     untouched = parameters(graph)
     new = torch.zeros_like(dict(fork.module.named_parameters())[names[0]])
-    own(fork, names[0], new)
+    replace_parameter(fork, names[0], new)
     assert dict(fork.module.named_parameters())[names[0]].eq(0).all()
     assert same(parameters(graph), untouched)
     with pytest.raises(GraphError, match="no parameter"):
-        own(fork, "nowhere", new)
+        replace_parameter(fork, "nowhere", new)
     with pytest.raises(GraphError, match="expected"):
-        own(fork, names[0], torch.zeros(1))
+        replace_parameter(fork, names[0], torch.zeros(1))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import compressor
 from compressor import models
-from compressor.benchmark.contenders import given
+from compressor.benchmark.contenders import parse_contenders
 from compressor.errors import SettingsError
 from compressor.lower import checkpoint
 from compressor.lower.checkpoint import CheckpointError
@@ -25,7 +25,7 @@ from compressor.settings import Settings
 from compressor.target.checkpoint import Transformers
 from passes.base import PassError, apply
 from passes.execute.interpreter import run
-from passes.graph.edit import own
+from passes.graph.edit import replace_parameter
 from passes.graph.graph import Site
 from passes.graph.sites import find_sites
 from passes.plan.plan import Decision, Plan
@@ -188,7 +188,7 @@ def test_the_weights_are_those_of_the_graph(subject, tmp_path):
     graph = without(mine, (0,))
     name = "model.layers.1.mlp.down_proj.weight"
     changed = torch.full_like(mine.model.module.get_parameter(name), 0.25)
-    own(graph, f"{graph.prefix}{name}", changed)
+    replace_parameter(graph, f"{graph.prefix}{name}", changed)
     path = checkpoint.write(graph, mine.model, tmp_path / "written" / "config.json")
     stored = load_file(path.with_name("model.safetensors"))
     assert torch.equal(stored["model.layers.0.mlp.down_proj.weight"], changed)
@@ -306,7 +306,7 @@ def test_an_exported_folder_can_be_opened_and_benchmarked(tmp_path, tokens, monk
     assert namespace["model"].config.num_hidden_layers == 1
     assert len(namespace["answer"]) > 1
 
-    (each,) = given([str(tmp_path / "out")])
+    (each,) = parse_contenders([str(tmp_path / "out")])
     assert each.is_model
     compared = compressor.bench(tmp_path / "out", dense, rounds=1, context=(4,), output=tmp_path / "bench.json")
     assert [entry.name for entry in compared.entries] == ["out (eager)", "dense (eager)"]

@@ -14,7 +14,7 @@ from compressor.measure.memory_budget import GIB, SPARE, WORKING, RoomError, bou
 from compressor.workspace.environment import held_memory
 from passes.analysis.redundancy import MASK
 from passes.execute.interpreter import Program
-from passes.execute.sections import pieces, section_ends, weight_bytes, working_bytes
+from passes.execute.sections import peak_activation_bytes, section_ends, smallest_sections, weight_bytes
 from passes.graph.sites import find_sites
 from tests.decoders import random_tokens, saved
 
@@ -50,7 +50,9 @@ def working(large, rows):
     feeds = next(large.splits[1].batches(1)).feeds
     tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
     assert tensors[MASK].shape[1] == TOKENS
-    return working_bytes(program, {name: value.expand(rows, *value.shape[1:]) for name, value in tensors.items()})
+    return peak_activation_bytes(
+        program, {name: value.expand(rows, *value.shape[1:]) for name, value in tensors.items()}
+    )
 
 
 def bounds_of(large, limit, tmp_path, at_once=1):
@@ -79,7 +81,9 @@ def test_a_limit_that_is_too_small_is_refused_and_the_stated_least_limit_suffice
     bounds = bounds_of(large, int(least * GIB), tmp_path, at_once=2)
     program = Program(large.graph)
     ends = section_ends(large.graph)
-    assert bounds.room.weights >= max(weight_bytes(program, piece.weights) for piece in pieces(program, ends))
+    assert bounds.room.weights >= max(
+        weight_bytes(program, piece.weights) for piece in smallest_sections(program, ends)
+    )
     assert bounds.rows >= 1
     with pytest.raises(RoomError):
         bounds_of(large, int((least - 0.2) * GIB), tmp_path, at_once=2)

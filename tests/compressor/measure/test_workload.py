@@ -18,7 +18,7 @@ from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.measure import latency as engine_timing
 from compressor.measure.workload import PROMPT, RUN, TOKEN, Call, Generate, calls_of, generate_of, together, token_ids
-from compressor.search.cost_model import counted
+from compressor.search.cost_model import multiply_add_cost_model
 from compressor.settings import Settings
 from passes.analysis.counted_cost import Costs
 from passes.base import apply
@@ -127,7 +127,7 @@ def test_multiply_adds_of_a_generation_are_those_of_its_calls(subject):
             strict=True,
         )}  # fmt: skip
         once[name] = 2 * Costs(graph, feeds).total.multiply_adds
-    prices = counted(graph, calls)
+    prices = multiply_add_cost_model(graph, calls)
     assert prices.cost(graph) == once[PROMPT] + 6 * once[TOKEN]
     assert prices.multiply_adds(prices.count(graph)) == prices.cost(graph)
 

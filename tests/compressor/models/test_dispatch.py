@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.models import SAMPLE, ModelError, load
-from compressor.models.base import first_line, of_hub, why
+from compressor.models.base import first_line, hub_error_reason, load_error_reason
 
 FACTORIES = """
 import torch
@@ -242,19 +242,19 @@ def test_the_reason_of_an_error_is_one_readable_line() -> None:
     )
     assert first_line(ValueError("x" * 300)).endswith("x ...")
     assert first_line(ValueError("")) == "ValueError"
-    assert why(ValueError("plain")) == "plain"
+    assert load_error_reason(ValueError("plain")) == "plain"
 
 
 def test_hub_errors_are_distinguished() -> None:
     errors = pytest.importorskip("huggingface_hub").errors
-    offline = of_hub(errors.LocalEntryNotFoundError("..."))
+    offline = hub_error_reason(errors.LocalEntryNotFoundError("..."))
     assert offline is not None
     assert "cannot be reached" in offline
-    assert of_hub(errors.OfflineModeIsEnabled("...")) == offline
-    assert of_hub(ValueError("...")) is None
+    assert hub_error_reason(errors.OfflineModeIsEnabled("...")) == offline
+    assert hub_error_reason(ValueError("...")) is None
     outer = RuntimeError("outer")
     outer.__cause__ = ConnectionError("inner")
-    assert of_hub(outer) == offline
+    assert hub_error_reason(outer) == offline
 
 
 def test_a_hub_id_while_offline_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

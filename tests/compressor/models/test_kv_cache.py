@@ -16,8 +16,8 @@ import transformers
 from compressor import models
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
-from compressor.models.base import without_cache
-from compressor.models.kv_cache import PAST_TOKENS, causal, positions
+from compressor.models.base import disable_use_cache
+from compressor.models.kv_cache import PAST_TOKENS, detect_cache, positions
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.cache_state import bytes_per_token
@@ -82,7 +82,7 @@ def small(name):
     torch.manual_seed(0)
     config = getattr(transformers, name)(**DECODERS[name])
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
-    causal_lm = causal(module, ("input_ids", "attention_mask"))
+    causal_lm = detect_cache(module, ("input_ids", "attention_mask"))
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     model = types.SimpleNamespace(
         name=name, module=module, call=causal_lm.call, inputs=causal_lm.inputs, outputs=causal_lm.outputs,
@@ -411,7 +411,7 @@ def load_decoder(kind, **options):
     ],
 )
 def test_the_cache_is_detected_by_calling(kind, argument):
-    causal_lm = causal(kind().eval(), tuple(EXAMPLE))
+    causal_lm = detect_cache(kind().eval(), tuple(EXAMPLE))
     assert (causal_lm.argument, causal_lm.entry, causal_lm.followed, causal_lm.heads) == (
         argument,
         argument,
@@ -473,11 +473,11 @@ def test_no_cache_is_for_language_models():
 def test_use_cache_is_false_in_every_config_of_a_model_without_cache(tmp_path):
     """Only the field `use_cache` of existing configs changes."""
     (tmp_path / "config.json").write_text('{"use_cache": true, "vocab_size": 48}')
-    without_cache(tmp_path)
+    disable_use_cache(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {"use_cache": False, "vocab_size": 48}
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    without_cache(tmp_path)
+    disable_use_cache(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2, "use_cache": False}
 
 

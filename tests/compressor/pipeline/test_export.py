@@ -25,9 +25,9 @@ from compressor.measure import latency as engine_timing
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.models import SAMPLE
 from compressor.pipeline import export
-from compressor.quality.validation_loss import Loss, Validation
+from compressor.quality.validation_loss import Loss, ValidationLoss
 from compressor.report.card import model_card
-from compressor.report.pareto_report import Front
+from compressor.report.pareto_report import ParetoFront
 from compressor.report.report import Report
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
@@ -293,7 +293,7 @@ def never_faster(openers: Mapping[str, Any], feeds: Any, **_: Any) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Front]:
+def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ParetoFront]:
     """A front with enough points to build every efficient one."""
     output = tmp_path_factory.mktemp("swept") / "front"
     with pytest.MonkeyPatch.context() as patch:
@@ -303,7 +303,7 @@ def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_export_of_every_plan_of_a_front_has_the_measured_quality(
-    swept: tuple[Path, Front], labelled: dict[str, Any], brief: None, tmp_path: Path
+    swept: tuple[Path, ParetoFront], labelled: dict[str, Any], brief: None, tmp_path: Path
 ) -> None:
     folder, front = swept
     rows = json.loads((folder / "sweep.json").read_text())["points"]
@@ -321,7 +321,7 @@ def test_the_export_of_every_plan_of_a_front_has_the_measured_quality(
             assert free == pytest.approx(row["label_free"]["divergence"]["value"], rel=1e-3, abs=1e-6)
 
 
-def test_a_front_starts_at_the_original_and_decreases_in_cost(swept: tuple[Path, Front]) -> None:
+def test_a_front_starts_at_the_original_and_decreases_in_cost(swept: tuple[Path, ParetoFront]) -> None:
     points = swept[1].points
     assert points[0].plan.changes == {}
     assert (points[0].loss, points[0].predicted) == (0.0, 1.0)
@@ -331,22 +331,26 @@ def test_a_front_starts_at_the_original_and_decreases_in_cost(swept: tuple[Path,
 
 
 def test_an_interrupted_sweep_resumes_and_keeps_the_old_folder_until_it_ends(
-    swept: tuple[Path, Front], labelled: dict[str, Any], brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: tuple[Path, ParetoFront],
+    labelled: dict[str, Any],
+    brief: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "front"
     shutil.copytree(swept[0], output)
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     options = {**labelled, "cost": "macs", "max_loss": 60.0, "points": 2, "output": output, "force": True}
     checks: list[Graph] = []
-    check = Validation.loss
+    check = ValidationLoss.loss
 
-    def interrupting(self: Validation, graph: Graph, **limits: Any) -> Loss:
+    def interrupting(self: ValidationLoss, graph: Graph, **limits: Any) -> Loss:
         checks.append(graph)
         if len(checks) == 3:
             raise KeyboardInterrupt
         return check(self, graph, **limits)
 
-    monkeypatch.setattr(Validation, "loss", interrupting)
+    monkeypatch.setattr(ValidationLoss, "loss", interrupting)
     with pytest.raises(KeyboardInterrupt):
         compressor.sweep(**options)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".front.journal", "front"]

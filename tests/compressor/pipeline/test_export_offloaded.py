@@ -19,7 +19,7 @@ from compressor.deferred import build
 from compressor.errors import SettingsError
 from compressor.measure.memory_budget import GIB, RoomError
 from compressor.pipeline import export, inspect
-from compressor.pipeline.export_offloaded import LargeError
+from compressor.pipeline.export_offloaded import OffloadedExportError
 from compressor.search.planner import ChoiceError
 from compressor.settings import Settings
 from passes.base import PassError
@@ -265,7 +265,7 @@ def test_options_that_need_the_whole_model_are_refused(options, words, folder, t
 
 
 def test_building_an_engine_is_refused(folder, tmp_path):
-    with pytest.raises(LargeError, match=r"add --defer-build.* or give --target transformers"):
+    with pytest.raises(OffloadedExportError, match=r"add --defer-build.* or give --target transformers"):
         export.export(settings_for(folder, tmp_path / "out", target="onnxruntime"))
     assert not any(tmp_path.iterdir())
 

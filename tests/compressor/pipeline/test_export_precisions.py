@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compressor
-from compressor.benchmark.contenders import given
+from compressor.benchmark.contenders import parse_contenders
 from compressor.measure import latency as engine_timing
 from runtimes.base.registry import runtime
 from runtimes.base.timing import interleave
@@ -79,7 +79,7 @@ def test_bench_measures_an_fp16_export_of_openvino_in_fp16(subject: dict[str, An
     assert {value.dtype for value in initializers(out / "model.onnx").values()} <= {np.dtype("f4"), np.dtype("i8")}
     stored = sum(value.nbytes for value in initializers(out / "model.onnx").values())
     assert (out / "openvino_model.bin").stat().st_size < 0.75 * stored
-    (entry,) = given([str(out)])[0].entries(None, None, compiled=False)
+    (entry,) = parse_contenders([str(out)])[0].entries(None, None, compiled=False)
     assert (entry.target, entry.precision, entry.file) == ("openvino", "fp16", out / "model.onnx")
-    (elsewhere,) = given([str(out)])[0].entries(None, "onnxruntime", compiled=False)
+    (elsewhere,) = parse_contenders([str(out)])[0].entries(None, "onnxruntime", compiled=False)
     assert (elsewhere.target, elsewhere.precision) == ("onnxruntime", "fp32")  # the precision of the ONNX file

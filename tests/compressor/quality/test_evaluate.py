@@ -17,16 +17,16 @@ from compressor.quality.evaluate import (
     POSITIONS,
     Evaluation,
     EvaluationError,
-    compare,
     divergence,
     evaluate,
     figure,
     graph_runner,
     join,
-    judge,
     loss,
     loss_figure,
     metric_for,
+    metric_value,
+    sample_columns,
 )
 
 SUMMED = 1e-12  # relative tolerance of float64 sums in another order
@@ -64,14 +64,14 @@ def test_metric_of_each_task(task, labels, metric):
 def test_accuracy_agreement_and_regret_by_hand():
     original = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.6, 0.3, 0.1]], np.float32))
     answer = np.array([[2, 1, 0], [5, 1, 0], [0, 0, 1], [0, 1, 0]], np.float32)  # classes 0, 0, 2, 1
-    columns = compare("accuracy", batch(labels=np.array([0, 1, 2, 1])), answer, original)
+    columns = sample_columns("accuracy", batch(labels=np.array([0, 1, 2, 1])), answer, original)
     assert columns["accuracy"].tolist() == [1, 0, 1, 1]
     assert columns["agreement"].tolist() == [1, 0, 1, 0]
     # The probability falls from 0.8 to 0.1 and from 0.6 to 0.3; float32 logarithms have an error of 1e-7.
     np.testing.assert_allclose(columns["regret"], [0, 0.7, 0, 0.3], atol=1e-6)
-    assert judge("accuracy", columns) == 75.0
-    assert judge("agreement", columns) == 50.0
-    itself = compare("accuracy", batch(labels=np.array([0, 1, 2, 1])), original, original)
+    assert metric_value("accuracy", columns) == 75.0
+    assert metric_value("agreement", columns) == 50.0
+    itself = sample_columns("accuracy", batch(labels=np.array([0, 1, 2, 1])), original, original)
     assert not itself["regret"].any()
 
 
@@ -95,33 +95,33 @@ def test_perplexity_against_a_loop_and_against_torch(side):
         mask[1, :3] = mask[2, :6] = 0
         mask = mask[:, ::-1].copy() if side == "right" else mask
     feeds = {"input_ids": ids} if side == "none" else {"input_ids": ids, "attention_mask": mask}
-    columns = compare("perplexity", batch(feeds, count=3), logits, logits)
+    columns = sample_columns("perplexity", batch(feeds, count=3), logits, logits)
     value, count = naive_perplexity(ids, mask, logits)
-    assert judge("perplexity", columns) == pytest.approx(value, rel=1e-6)
+    assert metric_value("perplexity", columns) == pytest.approx(value, rel=1e-6)
     assert columns["tokens"].sum() == count
     assert columns["agreement"].tolist() == (
         [1, 1, 1] if side == "none" else [1, 1, 0]
     )  # a text of one token has no prediction
     targets = torch.from_numpy(np.where(mask[:, 1:] * mask[:, :-1], ids[:, 1:], -100))
     entropy = torch.nn.functional.cross_entropy(torch.from_numpy(logits[:, :-1]).reshape(-1, 11), targets.reshape(-1))
-    assert judge("perplexity", columns) == pytest.approx(math.exp(float(entropy)), rel=1e-6)
+    assert metric_value("perplexity", columns) == pytest.approx(math.exp(float(entropy)), rel=1e-6)
 
 
 def test_perplexity_of_uniform_logits_is_the_vocabulary_size():
     feeds = {"input_ids": np.array([[1, 2, 3]])}
-    columns = compare("perplexity", batch(feeds, count=1), np.zeros((1, 3, 50), np.float32), None)
-    assert judge("perplexity", columns) == pytest.approx(50, rel=1e-6)
+    columns = sample_columns("perplexity", batch(feeds, count=1), np.zeros((1, 3, 50), np.float32), None)
+    assert metric_value("perplexity", columns) == pytest.approx(50, rel=1e-6)
 
 
 def test_perplexity_of_a_destroyed_model_is_finite():
     columns = {"nll": np.array([5e4, 3e5]), "tokens": np.array([10.0, 10.0])}
-    assert judge("perplexity", columns) == math.exp(LARGEST_NLL)
-    assert math.isfinite(loss("perplexity", 3.0, judge("perplexity", columns)))
+    assert metric_value("perplexity", columns) == math.exp(LARGEST_NLL)
+    assert math.isfinite(loss("perplexity", 3.0, metric_value("perplexity", columns)))
 
 
 def test_spearman_of_pairs_against_scipy():
     answer, gold = normal(40, 8), np.random.default_rng(1).integers(0, 5, 20).astype(np.float64)  # with ties
-    columns = compare("spearman", batch(labels=gold, rows=2, count=20), answer, None)
+    columns = sample_columns("spearman", batch(labels=gold, rows=2, count=20), answer, None)
     cosine = [
         float(
             np.dot(a.astype(float), b.astype(float)) / np.linalg.norm(a.astype(float)) / np.linalg.norm(b.astype(float))
@@ -129,12 +129,12 @@ def test_spearman_of_pairs_against_scipy():
         for a, b in zip(answer[0::2], answer[1::2], strict=True)
     ]
     np.testing.assert_allclose(columns["cosine"], cosine, rtol=SUMMED)
-    assert judge("spearman", columns) == pytest.approx(100 * stats.spearmanr(cosine, gold).statistic, rel=1e-10)
+    assert metric_value("spearman", columns) == pytest.approx(100 * stats.spearmanr(cosine, gold).statistic, rel=1e-10)
 
 
 def test_spearman_of_constant_output_is_zero():
     columns = {"cosine": np.ones(6), "gold": np.arange(6.0)}
-    assert judge("spearman", columns) == 0.0
+    assert metric_value("spearman", columns) == 0.0
     interval = figure("spearman", columns)
     assert (interval.low, interval.high) == (0.0, 0.0)
 
@@ -142,26 +142,26 @@ def test_spearman_of_constant_output_is_zero():
 def test_fidelity_by_hand():
     original = np.array([[1, 0], [0, 2], [1, 1]], np.float32)
     answer = np.array([[3, 0], [1, 0], [1, 0]], np.float32)
-    columns = compare("fidelity", batch(count=3), answer, original)
+    columns = sample_columns("fidelity", batch(count=3), answer, original)
     np.testing.assert_allclose(columns["fidelity"], [1, 0, math.sqrt(0.5)], rtol=SUMMED)
 
 
 def test_fidelity_of_tokens_leaves_padding_out():
     original, answer = normal(2, 5, 8), normal(2, 5, 8, seed=1)
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    tokens = compare("fidelity", batch({"attention_mask": mask}, count=2), answer, original)["fidelity"]
+    tokens = sample_columns("fidelity", batch({"attention_mask": mask}, count=2), answer, original)["fidelity"]
     spoiled = answer.copy()
     spoiled[0, 3:] = 7.0
-    again = compare("fidelity", batch({"attention_mask": mask}, count=2), spoiled, original)["fidelity"]
+    again = sample_columns("fidelity", batch({"attention_mask": mask}, count=2), spoiled, original)["fidelity"]
     np.testing.assert_array_equal(tokens, again)
-    short = compare("fidelity", batch(count=1), answer[:1, :3], original[:1, :3])["fidelity"]
+    short = sample_columns("fidelity", batch(count=1), answer[:1, :3], original[:1, :3])["fidelity"]
     np.testing.assert_allclose(tokens[:1], short, rtol=SUMMED)
 
 
 def test_fidelity_is_per_sample_also_for_pairs_of_rows():
     original, answer = normal(6, 8), normal(6, 8, seed=1)
-    pairs = compare("fidelity", batch(rows=2, count=3), answer, original)["fidelity"]
-    rows = compare("fidelity", batch(count=6), answer, original)["fidelity"]
+    pairs = sample_columns("fidelity", batch(rows=2, count=3), answer, original)["fidelity"]
+    rows = sample_columns("fidelity", batch(count=6), answer, original)["fidelity"]
     np.testing.assert_allclose(pairs, rows.reshape(3, 2).mean(1), rtol=SUMMED)
 
 
@@ -170,9 +170,9 @@ def test_non_finite_output_raises_with_the_sample(bad):
     answer = normal(4, 3)
     answer[2, 1] = bad
     with pytest.raises(EvaluationError, match="result gave NaN or infinity for sample s2"):
-        compare("accuracy", batch(labels=np.zeros(4, int)), answer, answer, "result")
+        sample_columns("accuracy", batch(labels=np.zeros(4, int)), answer, answer, "result")
     with pytest.raises(EvaluationError, match="for sample s1;"):
-        compare("spearman", batch(labels=np.zeros(2), rows=2, count=2), answer, None)
+        sample_columns("spearman", batch(labels=np.zeros(2), rows=2, count=2), answer, None)
 
 
 # --------------------------------------------------------------------------------------------------- losses, intervals
@@ -315,7 +315,7 @@ def test_divergence_column_equals_the_divergence_of_the_batch(metric, task, shap
     labels = np.arange(samples)
     if metric == "spearman":  # outputs per token are no embeddings, so only the divergence is compared
         monkeypatch.setattr("compressor.quality.evaluate._pair_columns", lambda *_: {})
-    columns = compare(metric, batch(feeds, labels, rows, samples), answer, original)
+    columns = sample_columns(metric, batch(feeds, labels, rows, samples), answer, original)
     padding = torch.from_numpy(mask.copy()) if len(shape) > 2 else None
     if metric == "perplexity":  # only positions that predict a scored token
         padding[:, :-1] *= padding[:, 1:].clone()
@@ -325,9 +325,9 @@ def test_divergence_column_equals_the_divergence_of_the_batch(metric, task, shap
     spoiled = answer.copy()
     if padding is not None:
         spoiled[mask == 0] = 7.0
-        again = compare(metric, batch(feeds, labels, rows, samples), spoiled, original)
+        again = sample_columns(metric, batch(feeds, labels, rows, samples), spoiled, original)
         np.testing.assert_array_equal(again["divergence"], columns["divergence"])
-    assert "divergence" not in compare(metric, batch(feeds, labels, rows, samples), answer, None)
+    assert "divergence" not in sample_columns(metric, batch(feeds, labels, rows, samples), answer, None)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate
@@ -375,7 +375,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(size):
     assert evaluation.loss_value("baseline", "result") == accuracy[0] - accuracy[1]
     assert evaluation.loss("baseline", "result").value == evaluation.loss_value("baseline", "result")
     assert evaluation.figure("result").n == 10
-    assert judge("agreement", evaluation.columns["baseline"]) == 100.0
+    assert metric_value("agreement", evaluation.columns["baseline"]) == 100.0
 
 
 def test_expected_loss_is_the_mean_regret():
@@ -409,7 +409,7 @@ def test_label_free_figures_compare_with_the_reference(metric):
 def test_label_free_figures_of_spearman_and_fidelity():
     columns = {"cosine": np.ones(4), "gold": np.arange(4.0), "divergence": np.full(4, 0.25)}
     assert set(Evaluation("spearman", {"result": columns}).label_free("result")) == {"divergence"}
-    features = compare("fidelity", batch(), normal(4, 8), normal(4, 8, seed=1))
+    features = sample_columns("fidelity", batch(), normal(4, 8), normal(4, 8, seed=1))
     assert Evaluation("fidelity", {"result": features}).label_free("result") == {}
 
 
@@ -448,7 +448,7 @@ def test_long_text_is_evaluated_in_chunks():
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, tokens))
     text = Batch({"input_ids": ids, "attention_mask": np.ones_like(ids)}, None, 1, ("a",))
     with Largest() as largest:
-        columns = compare("perplexity", text, answer, original)
+        columns = sample_columns("perplexity", text, answer, original)
     assert 0 < largest.bytes <= answer.nbytes / 10
     logits = torch.from_numpy(answer[0, :-1]).double()
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[0, 1:]), reduction="sum")

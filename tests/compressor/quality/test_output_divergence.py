@@ -9,7 +9,7 @@ import torch
 
 from compressor.lower.trace import trace
 from compressor.quality.evaluate import EvaluationError, tensor_batches
-from compressor.quality.output_divergence import POSITIONS, SCALES, Effects, spaced
+from compressor.quality.output_divergence import POSITIONS, SCALES, OutputDivergence, subsample_tokens
 from passes.base import apply
 from passes.execute.interpreter import Program, run
 from passes.graph.sites import find_sites
@@ -41,7 +41,7 @@ def test_divergence_is_measured_at_the_best_scale_on_top_of_earlier_drops(most):
     """All samples share one scale: the result is the minimum of the means, not the mean of the minima."""
     model, graph, sites, split = small(spread())
     split.most = most
-    effects = Effects(graph, model, split)
+    effects = OutputDivergence(graph, model, split)
     best = set()
     for skip in ([], [sites[0]], [sites[1], sites[2]]):
         main = dropped(graph, skip)
@@ -60,16 +60,16 @@ def test_divergence_is_measured_at_the_best_scale_on_top_of_earlier_drops(most):
 def test_only_classifiers_are_scaled():
     """The output of a language model is its probabilities, and features are compared by direction."""
     model, graph, _, split = small()
-    assert Effects(graph, model, split).scales == SCALES
+    assert OutputDivergence(graph, model, split).scales == SCALES
     assert SCALES[0] == 1.0
     for task in ("text-generation", "image-feature-extraction"):
-        assert Effects(graph, dataclasses.replace(model, task=task), split).scales == (1.0,)
+        assert OutputDivergence(graph, dataclasses.replace(model, task=task), split).scales == (1.0,)
 
 
 def test_graph_that_only_scales_its_logits_has_no_divergence():
     """Its predictions are unchanged; a scale outside `SCALES` leaves a divergence."""
     model, graph, _, split = small(spread())
-    effects = Effects(graph, model, split)
+    effects = OutputDivergence(graph, model, split)
     shrunk, odd = ((small(shrinking(factor)))[1] for factor in (1 / 1.6, 1 / 1.4))
     _, measured = effects.measure(graph, {"shrunk": shrunk, "odd": odd})
     assert measured["shrunk"] == pytest.approx(0.0, abs=SUMS)
@@ -87,7 +87,7 @@ def shrinking(factor):
 
 def test_divergence_of_a_unit_drops_all_its_sites():
     model, graph, sites, split = small(spread())
-    effects = Effects(graph, model, split)
+    effects = OutputDivergence(graph, model, split)
     blocks = [sites[:2], sites[2:]]
     assert effects.of_units(blocks) == [effects.measure(dropped(graph, block), {})[0] for block in blocks]
     alone = effects.measure(graph, {site.name: dropped(graph, [site]) for site in sites})[1]
@@ -96,7 +96,7 @@ def test_divergence_of_a_unit_drops_all_its_sites():
 
 def test_sweeps_count_executed_nodes(monkeypatch):
     model, graph, sites, split = small()
-    effects = Effects(graph, model, split)
+    effects = OutputDivergence(graph, model, split)
     assert effects.sweeps == 1.0
     executed = []
     step = Program.step
@@ -127,7 +127,9 @@ def test_padding_is_excluded_from_the_divergence():
     feeds = {name: value.numpy() for name, value in model.example.items()}
     short = {name: value[1:, :5] for name, value in feeds.items()}  # the second row, whose last two tokens are padding
     padded = {name: value[1:] for name, value in feeds.items()}
-    measured = [Effects(graph, model, Tensors(rows)).of_units([[site] for site in sites]) for rows in (short, padded)]
+    measured = [
+        OutputDivergence(graph, model, Tensors(rows)).of_units([[site] for site in sites]) for rows in (short, padded)
+    ]
     assert measured[0] == pytest.approx(measured[1], abs=SUMS)  # 1 - cosine in float32
     assert min(measured[0]) > 1e-4
 
@@ -135,21 +137,21 @@ def test_padding_is_excluded_from_the_divergence():
 def test_long_texts_are_compared_at_evenly_spaced_positions():
     """The positions are evenly spaced from the first token to the last."""
     rows = torch.arange(200).repeat(2, 1)
-    taken = spaced(rows)
+    taken = subsample_tokens(rows)
     assert taken.shape == (2, POSITIONS)
     assert (taken[0, 0], taken[0, -1]) == (0, 199)
     assert set(taken[0].diff().tolist()) <= {3, 4}
-    assert torch.equal(spaced(rows[:, :POSITIONS]), rows[:, :POSITIONS])
+    assert torch.equal(subsample_tokens(rows[:, :POSITIONS]), rows[:, :POSITIONS])
 
 
 def test_non_finite_output_has_infinite_divergence():
     model, graph, _, split = small()
     broken = small(lambda module: module.blocks[1].mlp.fc2.weight.fill_(math.nan))[1]
-    base, measured = Effects(graph, model, split).measure(graph, {"broken": broken})
+    base, measured = OutputDivergence(graph, model, split).measure(graph, {"broken": broken})
     assert (base, measured) == (0.0, {"broken": math.inf})
 
 
 def test_original_with_nan_raises():
     model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
     with pytest.raises(EvaluationError, match="gave NaN or infinity on calibration data"):
-        Effects(graph, model, split)
+        OutputDivergence(graph, model, split)

@@ -10,7 +10,7 @@ import torch
 from compressor.lower.trace import trace
 from compressor.quality import validation_loss
 from compressor.quality.evaluate import EvaluationError, tensor_batches
-from compressor.quality.validation_loss import Loss, Validation
+from compressor.quality.validation_loss import Loss, ValidationLoss
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.sites import find_sites
@@ -29,7 +29,7 @@ def test_lower_bound_never_exceeds_the_loss(metric, monkeypatch):
     monkeypatch.setattr(validation_loss, "BATCH", 5)
     model, graph, sites, split = small(spread())
     split.labels = np.arange(24) % 5
-    validation = Validation(graph, model, split, metric)
+    validation = ValidationLoss(graph, model, split, metric)
     stopped = 0
     for skip in ([sites[0]], sites[:2], sites):
         whole = validation.loss(without(graph, skip))
@@ -48,7 +48,7 @@ def test_lower_bound_never_exceeds_the_loss(metric, monkeypatch):
 
 def test_loss_of_agreement_is_the_share_of_changed_predictions():
     model, graph, sites, split = small(spread())
-    validation = Validation(graph, model, split, "agreement")
+    validation = ValidationLoss(graph, model, split, "agreement")
     for site in sites:
         other = without(graph, [site])
         feeds = next(tensor_batches(split))
@@ -58,7 +58,7 @@ def test_loss_of_agreement_is_the_share_of_changed_predictions():
 
 def test_samples_with_the_smallest_margin_come_first():
     model, data, graph, _ = digits()
-    validation = Validation(graph, model, data.validation, "accuracy")
+    validation = ValidationLoss(graph, model, data.validation, "accuracy")
     assert sorted(validation.split.indices) == sorted(data.validation.indices)
     with torch.inference_mode():
         answers = torch.cat([run(graph, feeds)[0] for feeds in tensor_batches(validation.split)])
@@ -74,7 +74,7 @@ def test_perplexity_stops_early_only_above_the_limit(monkeypatch):
     feeds = {name: value.numpy() for name, value in model.example.items()}
     feeds["input_ids"] = feeds["input_ids"] % 8  # the hidden state serves as logits of 8 or more classes
     split = Tensors({name: np.concatenate([value] * 3) for name, value in feeds.items()})
-    validation = Validation(graph, model, split, "perplexity")
+    validation = ValidationLoss(graph, model, split, "perplexity")
     bare = without(graph, find_sites(graph))
     whole = validation.loss(bare)
     early = validation.loss(bare, limit=-99.0)
@@ -87,10 +87,10 @@ def test_perplexity_stops_early_only_above_the_limit(monkeypatch):
 def test_non_finite_output_has_infinite_loss():
     model, graph, _, split = small()
     broken = small(lambda module: module.blocks[1].mlp.fc2.weight.fill_(math.nan))[1]
-    assert Validation(graph, model, split, "agreement").loss(broken, limit=50.0) == Loss(math.inf, 24)
+    assert ValidationLoss(graph, model, split, "agreement").loss(broken, limit=50.0) == Loss(math.inf, 24)
 
 
 def test_original_with_nan_raises():
     model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
     with pytest.raises(EvaluationError, match="gave NaN or infinity for sample 0"):
-        Validation(graph, model, split, "agreement")
+        ValidationLoss(graph, model, split, "agreement")

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from compressor.errors import CompressorError
-from compressor.quantize.convert import OURS, best_of, convert, usable_quantizers
+from compressor.quantize.convert import OURS, choose_conversion, convert, usable_quantizers
 from compressor.quantize.precision import Converted, Source
 from compressor.quantize.saturation import int8_saturates
 from runtimes.base.protocols import Int8Style
@@ -149,7 +149,7 @@ def test_fastest_file_within_the_limit_is_kept(
 ) -> None:
     made = files(**losses)
     milliseconds = {source: times[source.path.name] for source in made}
-    source, facts = best_of(made, milliseconds, 0.5)
+    source, facts = choose_conversion(made, milliseconds, 0.5)
     assert (source.path.name, facts.by, facts.loss) == (best, best, losses[best])
     assert facts.tried == tuple(
         {"by": name, "loss": loss, "milliseconds": times[name]} for name, loss in losses.items()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compressor.choices import AUTO, SHORT_FORMS
 from compressor.quantize.int8_search import Attempt, Kept, Quantized
-from compressor.quantize.precision import Converted, PrecisionError, Trial, check, judged
+from compressor.quantize.precision import Converted, PrecisionError, Trial, check_precision, choose_precision
 from runtimes.base.protocols import PRECISIONS
 from runtimes.base.registry import runtime, targets
 
@@ -22,21 +22,21 @@ def test_check_accepts_only_the_precisions_of_the_target(name: str) -> None:
     for device in target.devices:
         for precision in PRECISIONS:
             if precision in target.precisions[device]:
-                check(target, precision, device)
+                check_precision(target, precision, device)
                 continue
             with pytest.raises(
                 PrecisionError, match=rf"^target {name} has no {precision} on {device}; .*\.$"
             ) as caught:
-                check(target, precision, device)
+                check_precision(target, precision, device)
             for supported in target.precisions[device]:
                 assert supported in str(caught.value)
-        check(target, AUTO, device)
-        check(target, "fp32", device)
+        check_precision(target, AUTO, device)
+        check_precision(target, "fp32", device)
 
 
 def test_error_names_the_targets_with_the_precision() -> None:
     with pytest.raises(PrecisionError) as caught:
-        check(runtime("onnxruntime"), "bf16", "cpu")
+        check_precision(runtime("onnxruntime"), "bf16", "cpu")
     others = [name for name in targets() if "bf16" in runtime(name).precisions.get("cpu", ())]
     assert "openvino" in others
     assert str(caught.value) == (
@@ -44,21 +44,21 @@ def test_error_names_the_targets_with_the_precision() -> None:
         f"bf16 on cpu needs --target {' or '.join(others)}."
     )
     with pytest.raises(PrecisionError, match=r"int4 on cpu needs --target (\w+ or )*onnxruntime"):
-        check(runtime("openvino"), "int4", "cpu")
+        check_precision(runtime("openvino"), "int4", "cpu")
 
 
 def test_error_without_a_target_with_the_precision() -> None:
     with pytest.raises(PrecisionError, match=r"^target onnxruntime has no int4 on cuda; it has fp32, fp16 there\.$"):
-        check(runtime("onnxruntime"), "int4", "cuda")
+        check_precision(runtime("onnxruntime"), "int4", "cuda")
     with pytest.raises(PrecisionError, match=r"int8 on cuda needs --target tensorrt( or \w+)*\.$"):
-        check(runtime("onnxruntime"), "int8", "cuda")
+        check_precision(runtime("onnxruntime"), "int8", "cuda")
 
 
 def test_unsupported_device_has_no_precision_except_fp32() -> None:
     tensorrt = runtime("tensorrt")
-    check(tensorrt, "fp32", "cpu")
+    check_precision(tensorrt, "fp32", "cpu")
     with pytest.raises(PrecisionError, match=r"^target tensorrt has no int8 on cpu; int8 on cpu needs --target "):
-        check(tensorrt, "int8", "cpu")
+        check_precision(tensorrt, "int8", "cpu")
 
 
 def test_short_forms_map_to_precisions() -> None:
@@ -72,7 +72,7 @@ def test_short_forms_map_to_precisions() -> None:
 def test_fastest_within_the_limit_is_chosen_with_verdicts_for_the_others() -> None:
     times = {"fp32": 4.0, "fp16": 3.0, "bf16": 5.0, "int8": 2.0, "int4": 1.0}
     losses = {"fp32": 0.0, "fp16": 0.1, "bf16": 0.2, "int8": 0.5, "int4": 3.0}
-    chosen, trials = judged(times, losses, {"int8-dynamic": "It has no kernel."}, 0.5)
+    chosen, trials = choose_precision(times, losses, {"int8-dynamic": "It has no kernel."}, 0.5)
     assert chosen == "int8"
     assert trials == (
         Trial("fp32", 4.0, 1.0, 0.0, "reference for the other precisions"),
@@ -85,12 +85,12 @@ def test_fastest_within_the_limit_is_chosen_with_verdicts_for_the_others() -> No
 
 
 def test_latency_alone_decides_without_losses() -> None:
-    assert judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": None}, {}, 0.0)[0] == "int8"
+    assert choose_precision({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": None}, {}, 0.0)[0] == "int8"
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
 def test_non_finite_loss_exceeds_every_limit(loss: float) -> None:
-    assert judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": loss}, {}, 100.0)[0] == "fp32"
+    assert choose_precision({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": loss}, {}, 100.0)[0] == "fp32"
 
 
 figures = st.floats(0.1, 10)
@@ -107,7 +107,7 @@ def test_chosen_precision_is_the_fastest_within_the_limit(
     times = {"fp32": whole} | {name: time for name, (time, _) in others.items()}
     losses: dict[str, float | None] = {"fp32": 0.0} | {name: loss for name, (_, loss) in others.items()}
     refused = {name: "no" for name in PRECISIONS if name not in times}
-    chosen, trials = judged(times, losses, refused, limit)
+    chosen, trials = choose_precision(times, losses, refused, limit)
     lost = losses[chosen]
     assert lost is None or lost <= limit
     fitting = [time for name, time in times.items() if (losses[name] or 0) <= limit]

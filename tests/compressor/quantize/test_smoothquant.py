@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from compressor.quantize.qdq_rewrite import QuantizeError
-from compressor.quantize.smoothquant import places, smooth
+from compressor.quantize.smoothquant import find_norms, smooth
 from tests.onnx_files import H, K, feeds_of, initializers, node, normal, normed, normed_parts, outlier, run, save
 
 pytest.importorskip("onnxruntime")
@@ -138,7 +138,7 @@ UNTOUCHED = {
 def test_norm_with_other_consumers_is_unchanged(tmp_path: Path, why: str) -> None:
     path = save(tmp_path / "f.onnx", *UNTOUCHED[why])
     run(path, normal(2, 5, K))  # the file is valid
-    assert places(onnx.load(str(path))) == []
+    assert find_norms(onnx.load(str(path))) == []
     assert smoothed(path, normal(2, 5, K)) == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["f.onnx"]
 
@@ -165,7 +165,7 @@ def test_two_norms_are_scaled_by_their_own_channels(tmp_path: Path) -> None:
     ]
     weights |= {"scale2": np.linspace(0.1, 30, H, dtype=np.float32), "w4": normal(H, H)}
     path, x = save(tmp_path / "f.onnx", nodes, weights, ["y", "z"]), normal(4, 5, K)
-    assert [norm.activation for norm in places(onnx.load(str(path)))] == ["n", "n2"]
+    assert [norm.activation for norm in find_norms(onnx.load(str(path)))] == ["n", "n2"]
     assert smoothed(path, x) == 2
     agree(path, x)
     spread = initializers(tmp_path / "s.onnx")["scale2"]

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from compressor.quality.evaluate import Evaluation
-from compressor.report.factorial import Factorial, cells_of, factorial, place
+from compressor.report.factorial import Factorial, cells_of, compute_factorial, conditions
 from runtimes.base.timing import Latency
 
 CELLS = cells_of("int8")
 TWO = tuple(cell for cell in CELLS if not cell.startswith("changes"))
-WHERE = place("onnxruntime", 1)
+WHERE = conditions("onnxruntime", 1)
 # Slowdown of each of four rounds, the same for all cells: drawing rounds together removes it from the ratios.
 SLOWNESS = np.array([[1.0], [3.0], [8.0], [2.0]]) * np.ones((4, 5))
 
@@ -28,7 +28,9 @@ def latencies(values: dict[str, float], *, noise: float = 0.0) -> dict[str, Late
 
 
 def factorial_of(values: dict[str, float], evaluation: Evaluation | None = None, *, noise: float = 0.0) -> Factorial:
-    return factorial(latencies(values, noise=noise), evaluation, {name: f"{name}.onnx" for name in values}, WHERE)
+    return compute_factorial(
+        latencies(values, noise=noise), evaluation, {name: f"{name}.onnx" for name in values}, WHERE
+    )
 
 
 def accuracies(wrong: dict[str, set[int]], count: int = 200) -> Evaluation:
@@ -72,7 +74,7 @@ def test_the_ratio_of_all_is_the_product_of_those_of_its_steps(seed: int) -> Non
     """Compression is the changes followed by token merging, so its speed-up and ratio are products of theirs."""
     values = np.random.default_rng(seed).uniform(0.1, 100.0, 6).tolist()
     cells = {name: Latency(((value,),)) for name, value in zip(CELLS, values, strict=True)}
-    whole, changes, merging = factorial(cells, None, dict.fromkeys(CELLS, ""), WHERE).interactions
+    whole, changes, merging = compute_factorial(cells, None, dict.fromkeys(CELLS, ""), WHERE).interactions
     assert [interaction.change for interaction in (whole, changes, merging)] == [
         "compression",
         "compression without merging",

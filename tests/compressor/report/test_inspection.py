@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 import compressor
-from compressor.quality.intervals import scaled
+from compressor.quality.intervals import format_count
 from compressor.report.inspection import Inspection
 
 
@@ -72,7 +72,7 @@ def test_the_table_fits(inspected: Inspection, width: int) -> None:
 
 
 def test_counts_are_abbreviated() -> None:
-    assert [scaled(count) for count in (0, 999, 1_500, 86_000_000, 17_500_000_000)] == [
+    assert [format_count(count) for count in (0, 999, 1_500, 86_000_000, 17_500_000_000)] == [
         "0",
         "999",
         "1.5k",

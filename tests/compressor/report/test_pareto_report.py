@@ -13,7 +13,7 @@ from rich.console import Console
 
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import METRICS
-from compressor.report.pareto_report import Front, plan_name, spread, with_measurements
+from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.search.pareto import Point, efficient
 from passes.plan.plan import Decision, Plan
 from runtimes.base.timing import Latency
@@ -41,7 +41,7 @@ def quality() -> Evaluation:
     return Evaluation("accuracy", {"0": whole, "3": {"accuracy": fewer, "agreement": fewer, "divergence": divergence}})
 
 
-def front(evaluation: Evaluation | None) -> Front:
+def front(evaluation: Evaluation | None) -> ParetoFront:
     optimal = efficient(COSTS, LOSSES)
     points = [
         Point(
@@ -57,7 +57,7 @@ def front(evaluation: Evaluation | None) -> Front:
         for number, cost in enumerate(COSTS)
     ]
     timed = {0: Latency(((9.0, 9.0), (9.0, 9.0))), 3: Latency(((6.0, 6.0), (6.0, 6.0)))}
-    return Front(
+    return ParetoFront(
         command="compressor sweep",
         settings={"target": "onnxruntime", "batch": 1},
         model="sample",
@@ -70,7 +70,7 @@ def front(evaluation: Evaluation | None) -> Front:
     )
 
 
-def printed(pareto: Front, width: int) -> list[str]:
+def printed(pareto: ParetoFront, width: int) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=width).print(pareto.table())
     return stream.getvalue().splitlines()
@@ -97,7 +97,7 @@ def test_a_point_is_efficient_unless_another_is_no_worse_in_both_and_better_in_o
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(2, 12))
 def test_points_to_build_are_evenly_spaced_efficient_points_with_both_ends(worth: list[bool], wanted: int) -> None:
     candidates = [index for index, good in enumerate(worth) if good or index == 0]
-    chosen = spread(len(worth), wanted, worth)
+    chosen = points_to_build(len(worth), wanted, worth)
     assert len(chosen) == min(wanted, len(candidates))
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(candidates)

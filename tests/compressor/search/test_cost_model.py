@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from compressor.lower.fold_graph import finished
 from compressor.measure.workload import Call
-from compressor.search.cost_model import counted, designs_by_kind, timed
+from compressor.search.cost_model import designs_by_kind, fit_latency_cost_model, multiply_add_cost_model
 from passes.analysis.counted_cost import Costs
 from passes.analysis.symbolic_cost import Counter, Work
 from passes.base import apply
 from passes.rewrite.drop import Drop
-from passes.rewrite.narrow_tokens import Unread
+from passes.rewrite.narrow_tokens import NarrowTokens
 from tests.samples import small, spread, traced
 
 # Relative tolerance of a float64 solution with columns scaled to 1 but nearly collinear.
@@ -70,20 +70,20 @@ def without(graph, sites):
 def test_counted_costs_are_the_multiply_adds_that_run(name, batch):
     model, graph, sites = traced(name)
     feeds = {key: value[:1].repeat(batch, *[1] * (value.ndim - 1)) for key, value in model.example.items()}
-    prices = counted(graph, calls_of(model, batch))
+    prices = multiply_add_cost_model(graph, calls_of(model, batch))
     assert prices.unit == "multiply-adds"
     assert prices.error == 0.0
     assert not prices.timings
     for skip in ((), sites[:1], sites[1:3]):
         left = without(graph, skip)
         narrowed = left.fork()
-        apply(Unread(), narrowed)
+        apply(NarrowTokens(), narrowed)
         assert prices.cost(left) == Costs(narrowed, feeds).total.multiply_adds * batch
 
 
 def test_elements_and_operators_are_free_in_multiply_adds():
     _, graph, _ = traced("vit")
-    assert counted(graph, calls_of(traced("vit")[0])).of((Work(7, 5, 1000, 1000),)) == 12.0
+    assert multiply_add_cost_model(graph, calls_of(traced("vit")[0])).of((Work(7, 5, 1000, 1000),)) == 12.0
 
 
 # ------------------------------------------------------------------------------------------------------ milliseconds
@@ -94,7 +94,7 @@ def test_timings_linear_in_the_work_are_predicted_exactly(name):
     model, graph, sites = traced(name)
     calls = calls_of(model)
     clock, seen = clock_of(graph, calls)
-    prices = timed(graph, calls, designs(graph, sites), clock)
+    prices = fit_latency_cost_model(graph, calls, designs(graph, sites), clock)
     assert prices.unit == "ms"
     assert list(prices.timings) == list(seen) == list(prices.calls["run"].fitted)
     assert prices.error < SOLVED
@@ -109,7 +109,7 @@ def test_planted_weights_are_recovered():
     calls = calls_of(model)
     others = {f"without {site.name}": without(graph, [site]) for site in sites}
     clock, seen = clock_of(graph, calls)
-    prices = timed(graph, calls, designs(graph, sites) | others, clock)
+    prices = fit_latency_cost_model(graph, calls, designs(graph, sites) | others, clock)
     assert set(others) < set(seen)
     rows = np.array([features(prices.calls["run"].counter.count(each)) for each in seen.values()])
     assert np.linalg.matrix_rank(rows / rows.max(0)) == 5
@@ -126,7 +126,9 @@ def test_weights_are_not_negative_with_noise(seed, noise, free):
     model, graph, sites = traced("vit")
     calls, weights = calls_of(model), PLANTED.copy()
     weights[list(free - {0})] = 0.0
-    prices = timed(graph, calls, designs(graph, sites), clock_of(graph, calls, weights, noise, seed)[0])
+    prices = fit_latency_cost_model(
+        graph, calls, designs(graph, sites), clock_of(graph, calls, weights, noise, seed)[0]
+    )
     assert (prices.calls["run"].weights >= 0.0).all()
     assert np.isfinite(prices.calls["run"].weights).all()
     assert prices.cost(without(graph, sites[:1])) <= prices.cost(graph) + 1e-12
@@ -137,7 +139,7 @@ def test_each_kind_of_call_has_its_own_weights_and_the_costs_add_up():
     model, graph, sites = small(spread(), depth=3)[:3]
     calls = {"prompt": calls_of(model, 4)["run"], "token": dataclasses.replace(calls_of(model)["run"], times=7)}
     clock, seen = clock_of(graph, calls)
-    prices = timed(graph, calls, designs(graph, sites), clock)
+    prices = fit_latency_cost_model(graph, calls, designs(graph, sites), clock)
     timings = clock(seen)
     for design, timed_graph in seen.items():
         expected = timings[design]["prompt"] + 7 * timings[design]["token"]
@@ -150,7 +152,7 @@ def test_each_kind_of_call_has_its_own_weights_and_the_costs_add_up():
 def test_the_error_is_the_largest_relative_one():
     model, graph, sites = traced("vit")
     calls = calls_of(model)
-    prices = timed(graph, calls, designs(graph, sites), clock_of(graph, calls, noise=0.1)[0])
+    prices = fit_latency_cost_model(graph, calls, designs(graph, sites), clock_of(graph, calls, noise=0.1)[0])
     errors = [abs(prices.calls["run"].fitted[name] - time) / time for name, time in prices.timings.items()]
     assert prices.error == pytest.approx(max(errors), rel=1e-9)
     assert prices.error > 0.0
@@ -162,7 +164,7 @@ def test_the_timed_graphs_are_ready_to_be_lowered():
     calls = calls_of(model)
     before = graph.signature()
     clock, seen = clock_of(graph, calls)
-    timed(graph, calls, designs(graph, sites), clock)
+    fit_latency_cost_model(graph, calls, designs(graph, sites), clock)
     assert next(iter(seen)) == "as it is"
     assert {"without attention", "without mlp"} <= set(seen)
     for design in seen.values():
@@ -182,6 +184,6 @@ def test_a_model_with_one_kind_of_site_has_a_cost_model():
     assert len({site.kind for site in sites}) == 1
     calls = calls_of(model)
     clock, seen = clock_of(graph, calls)
-    prices = timed(graph, calls, designs(graph, sites), clock)
+    prices = fit_latency_cost_model(graph, calls, designs(graph, sites), clock)
     assert not any("attention" in name for name in seen)
     assert prices.cost(without(graph, sites)) < prices.cost(graph)

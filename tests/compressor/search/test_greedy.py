@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from compressor.measure.workload import Call
 from compressor.quality.evaluate import evaluate, graph_runner, metric_for, tensor_batches
-from compressor.quality.output_divergence import Effects
-from compressor.quality.validation_loss import Loss, Validation
+from compressor.quality.output_divergence import OutputDivergence
+from compressor.quality.validation_loss import Loss, ValidationLoss
 from compressor.search import greedy
-from compressor.search.cost_model import counted
-from compressor.search.greedy import FRONT, PATIENCE, SOFTENED, Search
+from compressor.search.cost_model import multiply_add_cost_model
+from compressor.search.greedy import MEASURED_AT_ONCE, PATIENCE, SOFTENED, Search
 from compressor.search.planner import _split_calibration
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
@@ -137,10 +137,10 @@ def without_liveness(monkeypatch):
 
 @pytest.mark.usefixtures("without_liveness")
 @pytest.mark.parametrize("actions", [("drop",), ("drop", "linear", "scale"), ("low-rank:4", "linear")])
-@pytest.mark.parametrize("front", [1, 2, FRONT])
+@pytest.mark.parametrize("front", [1, 2, MEASURED_AT_ONCE])
 @pytest.mark.parametrize("seed", range(3))
 def test_lazy_search_is_exact_if_effects_only_grow(front, seed, actions, monkeypatch):
-    monkeypatch.setattr(greedy, "FRONT", front)
+    monkeypatch.setattr(greedy, "MEASURED_AT_ONCE", front)
     world = World(seed, count=12, actions=actions)
     search = world.begin()
     search.run()
@@ -454,9 +454,11 @@ def test_an_interrupted_search_resumes_without_a_difference(tmp_path, part, afte
 def begun(model, graph, sites, split, actions, limit=100.0, *, metric="agreement", held_out=None, **options):
     return Search(
         Rewriter(graph, sites, split),
-        Effects(graph, model, split),
-        Validation(graph, model, split if held_out is None else held_out, metric),
-        counted(graph, {"run": Call.alone({name: value[:1].numpy() for name, value in model.example.items()})}),
+        OutputDivergence(graph, model, split),
+        ValidationLoss(graph, model, split if held_out is None else held_out, metric),
+        multiply_add_cost_model(
+            graph, {"run": Call.alone({name: value[:1].numpy() for name, value in model.example.items()})}
+        ),
         actions,
         limit,
         split,
@@ -526,14 +528,14 @@ def test_the_search_is_deterministic():
 def test_stopping_early_changes_no_decision(monkeypatch):
     """A check stops once the loss is certain to exceed the limit; complete checks give the same plan."""
     search, _, sweeps = once(on_digits)
-    bounded, tried = Validation.loss, []
+    bounded, tried = ValidationLoss.loss, []
 
     def unbounded(validation, graph, *, limit):
         assert limit == 1.0
         tried.append(graph)
         return bounded(validation, graph)
 
-    monkeypatch.setattr(Validation, "loss", unbounded)
+    monkeypatch.setattr(ValidationLoss, "loss", unbounded)
     patient, _, full = on_digits()
     assert patient.changes == search.changes
     assert full == pytest.approx(1 + len(tried))

@@ -9,7 +9,7 @@ import torch
 
 from compressor.data.readers.base import Samples
 from compressor.data.splits import Split
-from compressor.search.site_evidence import SAMPLES, evidence, few_scores, nested, tokens_left
+from compressor.search.site_evidence import SAMPLES, evidence, nested, scores_for_report, tokens_left
 from passes.analysis.redundancy import Score
 from passes.base import apply
 from passes.execute.interpreter import Program
@@ -29,7 +29,7 @@ def subject():
 
 def test_scores_are_those_of_one_sweep_over_a_few_samples(subject):
     graph, sites, split = subject
-    scores = few_scores(graph, split)
+    scores = scores_for_report(graph, split)
     few = [torch.from_numpy(split.head(SAMPLES).samples.feeds(split.head(SAMPLES).indices)["x"])]
     expected = apply(Score(), graph, [{"x": few[0]}])
     assert scores.samples == expected.samples == SAMPLES
@@ -54,7 +54,7 @@ def test_there_are_no_scores_if_a_state_is_not_finite(subject):
     graph, _, split = subject
     rows = Samples(split.ids, lambda part: {"x": np.full((len(part), 3, 32, 32), np.nan, np.float32)}, "")
     broken = Split("test", rows, split.indices)
-    assert few_scores(graph, broken) is None
+    assert scores_for_report(graph, broken) is None
 
 
 def test_tokens_are_counted_at_every_site(subject):

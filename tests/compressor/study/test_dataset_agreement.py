@@ -14,7 +14,7 @@ from compressor.cli.main import main
 from compressor.data.splits import load
 from compressor.errors import SettingsError
 from compressor.report.pages.study_page import page
-from compressor.study.dataset_agreement import Sums, between, random_tokens, shared_ends
+from compressor.study.dataset_agreement import CosineSums, between, random_tokens, shared_ends
 from tests.paths import SHARED_DATA
 from tests.samples import worded
 
@@ -26,7 +26,7 @@ def drawn(means, noise, seed, samples=40, name="set"):
     """Return sums of samples of 30 tokens: the mean cosine of each site plus noise."""
     cosines = np.asarray(means)[:, None] + noise * np.random.default_rng(seed).standard_normal((len(means), samples))
     tokens = np.full_like(cosines, 30.0)
-    return Sums(name, tokens, cosines * tokens)
+    return CosineSums(name, tokens, cosines * tokens)
 
 
 def test_the_correlations_equal_scipys_and_shared_sites_are_counted():

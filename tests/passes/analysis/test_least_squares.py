@@ -13,7 +13,7 @@ from torch import nn
 from compressor import models
 from compressor.lower.trace import trace
 from passes.analysis.least_squares import STRENGTHS, Fit, Fits, Map, Regression
-from passes.analysis.site_location import place_of
+from passes.analysis.site_location import locate_site
 from passes.base import PassError, apply
 from passes.execute.interpreter import run
 from passes.graph.sites import find_sites
@@ -433,7 +433,7 @@ def test_parallel_branches_are_fitted_independently():
         (after,) = states(graph, model.example, sites[2].root)
         before, attention, mlp = states(now, model.example, trunk, sites[2].branch, sites[3].branch)
         for site, parallel in ((sites[2], mlp), (sites[3], attention)):
-            assert place_of(now, site).trunk == trunk
+            assert locate_site(now, site).trunk == trunk
             bias = fits[site.name].stand_in("constant").map.bias
             close(bias, (after - before - parallel).mean(0), 1e-6)  # float32 states
 
@@ -446,7 +446,7 @@ def test_the_remaining_parallel_branch_is_still_a_site(name, dropped):
     now = graph.fork()
     apply(Drop((sites[dropped].name,)), now)
     remaining = sites[1 - dropped]
-    location = place_of(now, remaining)
+    location = locate_site(now, remaining)
     assert (location.branch, location.trunk) == (remaining.branch, sites[0].trunk)
     stand_in = fitted(now, model.example, original=graph, sites=[remaining])[remaining.name].stand_in("linear")
     apply(Replace(remaining, stand_in), now)
@@ -469,7 +469,7 @@ def test_root_of_three_parallel_branches_without_the_last():
     a, b, c = find_sites(graph)
     now, feeds = graph.fork(), {"x": torch.randn(50, 6)}
     apply(Drop((c.name,)), now)
-    assert place_of(now, a).root == b.add
+    assert locate_site(now, a).root == b.add
     bias = fitted(now, feeds, original=graph, sites=[a])[a.name].stand_in("constant").map.bias
     one, three = states(graph, feeds, a.branch, c.branch)
     close(bias, (one + three).mean(0), 1e-6)  # float32 states

@@ -9,12 +9,12 @@ from torch import nn
 from compressor import models
 from compressor.lower.trace import trace
 from passes.analysis.counted_cost import Costs
-from passes.analysis.least_squares import Map, StandIn
+from passes.analysis.least_squares import Map, Replacement
 from passes.analysis.symbolic_cost import Counter, Shapes, Work
 from passes.base import apply
 from passes.merge_tokens.token_merging import ReduceTokens
 from passes.rewrite.drop import Drop
-from passes.rewrite.narrow_tokens import Unread
+from passes.rewrite.narrow_tokens import NarrowTokens
 from passes.rewrite.replace import Replace
 from tests.samples import traced
 
@@ -37,7 +37,7 @@ def counter_for(graph, feeds):
 def multiply_adds_run(graph, feeds):
     """Count the multiply-adds of the whole batch by running the narrowed graph."""
     narrowed = graph.fork()
-    apply(Unread(), narrowed)
+    apply(NarrowTokens(), narrowed)
     return Costs(narrowed, feeds).total.multiply_adds * len(next(iter(feeds.values())))
 
 
@@ -74,7 +74,7 @@ def test_text_models_with_merged_tokens_equal_the_executed_count(batch, length):
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["vit", "hf_bert", "hf_llama"]), st.sets(st.integers(0, 3)))
 def test_rewritten_graphs_equal_the_executed_count(name, positions):
-    """Keep one attention, because without any the class token reads no patch and `Unread` removes the stem."""
+    """Keep one attention, because without any the class token reads no patch and `NarrowTokens` removes the stem."""
     model, graph, sites = traced(name)
     assume(name != "vit" or any(site.kind == "attention" for site in sites if site.order not in positions))
     feeds, fork = sized(model, 2), graph.fork()
@@ -88,7 +88,7 @@ def test_fitted_maps_equal_the_executed_count(shapes):
     model, graph, sites = traced("vit")
     feeds, fork = sized(model, 3), graph.fork()
     factors = tuple(torch.ones(shape, dtype=torch.float64) for shape in shapes)
-    apply(Replace(sites[1], StandIn("state", Map(factors, torch.zeros(16, dtype=torch.float64)), 1.0)), fork)
+    apply(Replace(sites[1], Replacement("state", Map(factors, torch.zeros(16, dtype=torch.float64)), 1.0)), fork)
     counter = counter_for(graph, feeds)
     assert counter.count(fork).multiply_adds == multiply_adds_run(fork, feeds)
     without = graph.fork()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compressor import models
 from compressor.lower.trace import trace
-from passes.analysis.token_statistics import Kinds, Study
+from passes.analysis.token_statistics import Kinds, MeasureTokenStatistics
 from passes.base import PassError, apply
 from passes.graph.sites import find_sites
 from tests import samples
@@ -44,7 +44,7 @@ def rotating():
 
 
 def studied(graph, *batches, **options):
-    return apply(Study(**options), graph, batches)
+    return apply(MeasureTokenStatistics(**options), graph, batches)
 
 
 def test_cosines_updates_and_norms_by_position_and_kind(rotating):

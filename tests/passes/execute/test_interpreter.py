@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from compressor.lower.trace import trace
 from passes.base import apply
-from passes.execute.interpreter import Forks, Program, run
-from passes.graph.edit import insert_constant, remove_dead, rewire
+from passes.execute.interpreter import Program, SharedPrefixRun, run
+from passes.graph.edit import insert_constant, remove_dead, replace_input
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from tests.architectures import TIMM, TRANSFORMERS
@@ -61,7 +61,7 @@ def test_forks_equal_separate_runs(case):
     kept = [site.name for site in sites if site.name not in skipped]
     main = dropped(graph, *skipped)
     received = {}
-    forks = Forks(main, {name: dropped(graph, *skipped, name) for name in kept})
+    forks = SharedPrefixRun(main, {name: dropped(graph, *skipped, name) for name in kept})
     forks.run(model.example, received.__setitem__)
     assert set(received) == {None, *kept}
     for name, outputs in received.items():
@@ -71,8 +71,8 @@ def test_forks_equal_separate_runs(case):
 def test_forks_compute_only_changed_nodes(monkeypatch):
     """A variant equal to the main graph costs no nodes, one without its last site costs few."""
     model, graph, sites = traced("vit")
-    assert Forks(graph, {"same": graph.fork()}).share == 1.0
-    shares = [Forks(graph, {site.name: dropped(graph, site.name)}).share for site in sites]
+    assert SharedPrefixRun(graph, {"same": graph.fork()}).share == 1.0
+    shares = [SharedPrefixRun(graph, {site.name: dropped(graph, site.name)}).share for site in sites]
     assert shares == sorted(shares, reverse=True)
     assert 1.0 < shares[-1] < shares[0] < 2.0
     steps, step = [], Program.step
@@ -82,7 +82,7 @@ def test_forks_compute_only_changed_nodes(monkeypatch):
         return step(program, node, values)
 
     monkeypatch.setattr(Program, "step", counted)
-    Forks(graph, {"last": dropped(graph, sites[-1].name)}).run(model.example, lambda *_: None)
+    SharedPrefixRun(graph, {"last": dropped(graph, sites[-1].name)}).run(model.example, lambda *_: None)
     calls = sum(node.op.startswith("call") for node in steps)
     assert calls == pytest.approx(shares[-1] * sum(node.op.startswith("call") for node in Program(graph).order))
 
@@ -93,10 +93,10 @@ def test_a_variant_may_read_a_value_after_its_last_use_in_the_main_graph():
     variant = graph.fork()
     nodes = {node.name: node for node in variant.nodes()}
     last = nodes[sites[-1].add]
-    rewire(variant, last, nodes[sites[-1].branch], nodes[sites[0].trunk])
+    replace_input(variant, last, nodes[sites[-1].branch], nodes[sites[0].trunk])
     remove_dead(variant)
     received = {}
-    Forks(graph, {"early": variant}).run(model.example, received.__setitem__)
+    SharedPrefixRun(graph, {"early": variant}).run(model.example, received.__setitem__)
     assert equal(received["early"], run(variant, model.example))
     assert not equal(received["early"], received[None])
 
@@ -109,18 +109,18 @@ def test_a_constant_of_the_same_name_and_another_value_is_a_change():
         nodes = {node.name: node for node in variant.nodes()}
         add = nodes[sites[1].add]
         constant = insert_constant(variant, "c", torch.full((sites[1].width,), value), before=add)
-        rewire(variant, add, nodes[sites[1].branch], constant)
+        replace_input(variant, add, nodes[sites[1].branch], constant)
         remove_dead(variant)
         variants[value] = variant
     received = {}
-    Forks(variants[0.0], {1.0: variants[1.0]}).run(model.example, received.__setitem__)
+    SharedPrefixRun(variants[0.0], {1.0: variants[1.0]}).run(model.example, received.__setitem__)
     assert equal(received[1.0], run(variants[1.0], model.example))
     assert not equal(received[1.0], received[None])
 
 
 def test_forks_can_be_run_again_on_other_batches():
     model, graph, sites = traced("vit")
-    forks = Forks(graph, {site.name: dropped(graph, site.name) for site in sites})
+    forks = SharedPrefixRun(graph, {site.name: dropped(graph, site.name) for site in sites})
     flipped = {"x": model.example["x"].flip(0)}
     for feeds in (model.example, flipped, model.example):
         received = {}

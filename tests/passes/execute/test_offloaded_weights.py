@@ -6,9 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from passes.analysis.counted_cost import Costs
 from passes.base import apply
 from passes.execute.interpreter import Program, run
-from passes.execute.offloaded_weights import has_offloaded, in_memory, is_offloaded, offloaded, shapes_alone
+from passes.execute.offloaded_weights import fake_values, has_offloaded, in_memory, is_offloaded, offloaded
 from passes.graph.graph import Graph
-from passes.rewrite.fold_linear import Fuse
+from passes.rewrite.fold_linear import FoldLinear
 
 
 class Branches(torch.nn.Module):
@@ -103,7 +103,7 @@ def test_shapes_alone_equal_those_of_the_values_and_read_no_weight():
     program = Program(graph)
     feeds = {"x": torch.ones(3, 8)}
     shapes = {}
-    with shapes_alone(program, feeds) as values:
+    with fake_values(program, feeds) as values:
         for node in program.walk(values):
             shapes[node.name] = tuple(values[node].shape)
             assert isinstance(values[node], FakeTensor)
@@ -127,9 +127,9 @@ class Scaled(torch.nn.Module):
 
 def test_an_offloaded_weight_is_not_folded():
     """A fold would compute with the NaN of the placeholder."""
-    assert apply(Fuse(), traced(Scaled())).changed
+    assert apply(FoldLinear(), traced(Scaled())).changed
     graph, readers = on_disk(traced(Scaled()))
-    assert not apply(Fuse(), graph).changed
+    assert not apply(FoldLinear(), graph).changed
     feeds = {"x": torch.ones(2, 8)}
     assert torch.equal(run(graph, feeds)[0], run(traced(Scaled()), feeds)[0])
     assert {reader.reads for reader in readers.values()} == {1}

@@ -14,7 +14,15 @@ from passes.analysis.redundancy import Score
 from passes.base import PassError, apply
 from passes.execute.interpreter import Program, run
 from passes.execute.offloaded_weights import READ, in_memory
-from passes.execute.sections import Room, cut, pieces, run_in_sections, section_ends, weight_bytes, working_bytes
+from passes.execute.sections import (
+    SectionBudget,
+    partition,
+    peak_activation_bytes,
+    run_in_sections,
+    section_ends,
+    smallest_sections,
+    weight_bytes,
+)
 from passes.graph.graph import Graph
 from tests.decoders import LAYERS, random_tokens, saved
 
@@ -46,11 +54,11 @@ def batches(model, count=3):
 
 
 def largest(program, ends):
-    return max(weight_bytes(program, piece.weights) for piece in pieces(program, ends))
+    return max(weight_bytes(program, piece.weights) for piece in smallest_sections(program, ends))
 
 
 def total(program):
-    return sum(weight_bytes(program, piece.weights) for piece in pieces(program, frozenset()))
+    return sum(weight_bytes(program, piece.weights) for piece in smallest_sections(program, frozenset()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +68,7 @@ def test_a_run_in_sections_equals_one_run_bit_for_bit(name, graphs, tmp_path):
     expected = [run(graph, feeds) for feeds in batches(model)]
     counts = set()
     for most in (largest(program, ends), largest(program, ends) * 2, total(program) * 2):
-        sections = cut(program, ends, most)
+        sections = partition(program, ends, most)
         counts.add(len(sections))
         outputs = list(run_in_sections(program, sections, batches(model), tmp_path))
         assert len(outputs) == len(expected)
@@ -74,7 +82,7 @@ def test_a_run_in_sections_equals_one_run_bit_for_bit(name, graphs, tmp_path):
 def test_only_the_requested_outputs_are_computed(graphs, tmp_path):
     model, graph = graphs("Llama")
     program = Program(graph, outputs=["logits"])
-    sections = cut(program, section_ends(graph), total(program))
+    sections = partition(program, section_ends(graph), total(program))
     outputs = list(run_in_sections(program, sections, batches(model), tmp_path))
     for (logits,), feeds in zip(outputs, batches(model), strict=True):
         assert torch.equal(logits, run(graph, feeds)[0])
@@ -88,7 +96,7 @@ def test_sections_keep_their_budget_and_cover_the_program_once(share, graphs):
     program, ends = Program(graph), section_ends(graph)
     least, whole = largest(program, ends), total(program)
     most = int(least + share * (whole - least))
-    sections = cut(program, ends, most)
+    sections = partition(program, ends, most)
     assert [section.start for section in sections[1:]] == [section.stop for section in sections[:-1]]
     assert (sections[0].start, sections[-1].stop) == (0, len(program.order))
     assert all(weight_bytes(program, section.weights) <= most for section in sections)
@@ -103,10 +111,10 @@ def test_sections_keep_their_budget_and_cover_the_program_once(share, graphs):
 def test_an_error_names_the_size_of_a_section_above_the_budget(graphs):
     _, graph = graphs("Llama")
     program, ends = Program(graph), section_ends(graph)
-    sizes = [weight_bytes(program, piece.weights) for piece in pieces(program, ends)]
+    sizes = [weight_bytes(program, piece.weights) for piece in smallest_sections(program, ends)]
     assert len(sizes) == LAYERS + 2
     with pytest.raises(PassError, match=rf"take {sizes[0]} bytes; expected at most {sizes[0] - 1}"):
-        cut(program, ends, sizes[0] - 1)
+        partition(program, ends, sizes[0] - 1)
 
 
 def test_a_section_reads_a_weight_once_for_all_batches(graphs, tmp_path, monkeypatch):
@@ -120,7 +128,7 @@ def test_a_section_reads_a_weight_once_for_all_batches(graphs, tmp_path, monkeyp
     tied = getattr(model.module.get_input_embeddings().weight, READ).name
     for most, times in ((total(program), 1), (largest(program, ends), 2)):
         read.clear()
-        assert len(list(run_in_sections(program, cut(program, ends, most), batches(model), tmp_path))) == 3
+        assert len(list(run_in_sections(program, partition(program, ends, most), batches(model), tmp_path))) == 3
         assert read.count(tied) == times
         assert len(read) == len(set(read)) + times - 1
 
@@ -139,7 +147,7 @@ def test_working_bytes_match_the_peak_of_a_run(rows, graphs):
             live = [value for value in live if isinstance(value, torch.Tensor)]
             storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in live}
             most = max(most, sum(storages.values()))
-    predicted = working_bytes(program, feeds)
+    predicted = peak_activation_bytes(program, feeds)
     assert most <= predicted <= most * 1.1  # empty storages share the address 0, and expanded inputs a storage
 
 
@@ -151,7 +159,7 @@ def test_scores_in_sections_equal_those_of_one_run(name, graphs, tmp_path):
     model, graph = graphs(name)
     at_once = apply(Score(), graph, batches(model))
     program = Program(graph)
-    room = Room(largest(program, section_ends(graph)), tmp_path)
+    room = SectionBudget(largest(program, section_ends(graph)), tmp_path)
     scores = apply(Score(room), graph, batches(model))
     assert not any(tmp_path.iterdir())
     assert scores.samples == at_once.samples == 6
@@ -168,7 +176,7 @@ def test_scores_in_sections_equal_those_of_one_run(name, graphs, tmp_path):
 def test_similarity_in_sections_uses_the_last_tokens(graphs, tmp_path):
     """With texts of a single token, the similarity at the last token equals that at all tokens."""
     model, graph = graphs("Llama")
-    room = Room(total(Program(graph)), tmp_path)
+    room = SectionBudget(total(Program(graph)), tmp_path)
     feeds = model.preprocess.complete(
         {"input_ids": random_tokens(3, 1).numpy(), "attention_mask": torch.ones(3, 1, dtype=torch.int64).numpy()}
     )
@@ -181,14 +189,14 @@ def test_similarity_in_sections_uses_the_last_tokens(graphs, tmp_path):
 def test_scores_without_data_are_an_error(graphs, tmp_path):
     _, graph = graphs("Llama")
     with pytest.raises(PassError, match="no batches"):
-        apply(Score(Room(10**9, tmp_path)), graph, [])
+        apply(Score(SectionBudget(10**9, tmp_path)), graph, [])
 
 
 def test_only_live_values_are_stored_between_sections(graphs, tmp_path):
     """The file of a batch holds every value that a later node reads, no weights and no unused part of a storage."""
     model, graph = graphs("Llama")
     program, ends = Program(graph, outputs=["logits"]), section_ends(graph)
-    sections = cut(program, ends, largest(program, ends))
+    sections = partition(program, ends, largest(program, ends))
     position = {node: number for number, node in enumerate(program.order)}
     seen = []
 
@@ -218,7 +226,7 @@ def test_a_stored_view_does_not_take_its_whole_storage(tmp_path):
     graph = Graph(exported.module(check_guards=False), ("x",), ("y",), "")
     program = Program(graph)
     part = next(node.name for node in program.order if "slice" in node.name and node.meta["val"].shape == (2, 4))
-    sections = tuple(pieces(program, {part}))
+    sections = tuple(smallest_sections(program, {part}))
     assert len(sections) == 2
     sizes = []
 

@@ -7,7 +7,7 @@ from torch import nn
 from compressor import models
 from compressor.lower.trace import trace
 from passes.execute.interpreter import run
-from passes.graph.edit import derive, insert_call, insert_constant, remove_dead, rewire
+from passes.graph.edit import insert_call, insert_constant, propagate_fake_value, remove_dead, replace_input
 from passes.graph.graph import GraphError, value_of
 from passes.graph.sites import find_sites
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def derive_again(graph):
     for node in graph.nodes():
         if node.op == "call_function":
-            derive(node)
+            propagate_fake_value(node)
 
 
 class Residual(nn.Module):
@@ -46,7 +46,7 @@ def test_an_inserted_linear_map_replaces_a_branch(graph):
     add, trunk = nodes[site.add], nodes[site.trunk]
     constant = insert_constant(edited, "a.b", weight, before=add)
     call = insert_call(edited, aten.linear.default, trunk, constant, before=add)
-    rewire(edited, add, nodes[site.branch], call)
+    replace_input(edited, add, nodes[site.branch], call)
     remove_dead(edited)
     edited.check()
     x = torch.randn(3, 5, 6)
@@ -84,6 +84,6 @@ def test_a_new_shape_reaches_the_consumers(graph):
     x = nodes[find_sites(graph)[0].trunk]
     shorter = insert_call(graph, aten.slice.Tensor, x, 1, 0, 2, before=first)
     for reader in [node for node in x.users if node is not shorter]:
-        rewire(graph, reader, x, shorter)
+        replace_input(graph, reader, x, shorter)
     derive_again(graph)
     assert value_of(graph.nodes()[-1].all_input_nodes[0]).shape[1] == 2

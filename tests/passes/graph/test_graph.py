@@ -19,8 +19,8 @@ from passes.graph.edit import drop_branches, remove_dead
 from passes.graph.graph import GraphError, live_nodes
 from passes.graph.sites import find_sites, site_named
 from passes.rewrite.drop import Drop
-from passes.rewrite.narrow_tokens import Unread
-from tests.architectures import TIMM, TRANSFORMERS, promised
+from passes.rewrite.narrow_tokens import NarrowTokens
+from tests.architectures import TIMM, TRANSFORMERS, expected_count
 from tests.samples import check_listing
 
 ALL = TIMM + TRANSFORMERS
@@ -49,9 +49,11 @@ def feeds(model, size, seed=0):
 
 def test_number_of_sites_matches_the_module_tree(case):
     architecture, model, _, sites = case
-    assert len(sites) == promised(model.module, architecture.branches) * architecture.repeats - architecture.fewer
+    assert len(sites) == expected_count(model.module, architecture.branches) * architecture.repeats - architecture.fewer
     attention = sum(site.kind == "attention" for site in sites)
-    expected = promised(model.module, architecture.attention) * architecture.repeats - architecture.fewer_attention
+    expected = (
+        expected_count(model.module, architecture.attention) * architecture.repeats - architecture.fewer_attention
+    )
     assert attention == expected
     assert architecture.why or not (architecture.fewer or architecture.fewer_attention)
 
@@ -101,7 +103,7 @@ UNUSED_TOKENS = {
 def test_unused_tokens_are_removed_and_outputs_do_not_change(case):
     architecture, model, graph, _ = case
     lean = graph.fork()
-    changed = apply(Unread(), lean).changed
+    changed = apply(NarrowTokens(), lean).changed
     assert bool(changed) == (architecture.name in UNUSED_TOKENS)
     assert bool(changed) or lean.signature() == graph.signature()
     for size in (1, 3) if changed else ():

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.base import PassError
-from passes.plan.plan import ACTIONS, Decision, Plan, acting, fingerprint, form_and_rank, merged_tokens, merging
+from passes.plan.plan import (
+    ACTIONS,
+    Decision,
+    Plan,
+    fingerprint,
+    form_and_rank,
+    merged_tokens,
+    with_action,
+    with_token_merging,
+)
 from passes.plan.selection import METRICS
 from tests.plans import BLOCKS, SITES, chain, plan_for
 
@@ -149,21 +158,21 @@ def test_merge_takes_a_number_or_a_share_below_half(action):
 
 
 def test_merges_are_added_to_a_plan():
-    plan = merging(plan_for("b.5"), {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"})
+    plan = with_token_merging(plan_for("b.5"), {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"})
     assert plan.order == ("b.5.attention", "b.5.mlp", "b.1.attention", "b.3.attention")
     assert plan.merges == {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"}
     assert [merged_tokens(action) for action in plan.merges.values()] == [0.25, 4]
     assert merged_tokens("drop") is None
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(PassError, match=r"cannot be merged after b\.5\.attention, which the plan changes"):
-        merging(plan, {"b.5.attention": "merge:2"})
+        with_token_merging(plan, {"b.5.attention": "merge:2"})
 
 
 def test_one_replacement_for_a_run_of_sites():
     """Blocks 1 and 2 are a run of four sites, b.4.mlp is a run of one; all but the last of a run are dropped first."""
     plan = plan_for("b.4.mlp,b.2,b.1")
     assert plan.order == ("b.4.mlp", "b.2.attention", "b.2.mlp", "b.1.attention", "b.1.mlp")
-    changed = acting(plan, "low-rank:3")
+    changed = with_action(plan, "low-rank:3")
     assert list(changed.changes.items()) == [
         ("b.1.attention", "drop"),
         ("b.1.mlp", "drop"),
@@ -180,7 +189,7 @@ def test_one_replacement_for_a_run_of_sites():
 @given(st.sets(st.integers(0, len(SITES) - 1), min_size=1), st.sampled_from(COMPLETE_ACTIONS))
 def test_acting_changes_the_same_sites(positions, action):
     plan = plan_for(",".join(SITES[position].name for position in sorted(positions)))
-    changed = acting(plan, action)
+    changed = with_action(plan, action)
     assert set(changed.changes) == set(plan.changes)
     ends = {SITES[position].name for position in positions if position + 1 not in positions}
     assert {name for name, change in changed.changes.items() if change == action} == (

@@ -10,7 +10,7 @@ from torch import nn
 from compressor import models
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
-from passes.analysis.least_squares import Map, StandIn
+from passes.analysis.least_squares import Map, Replacement
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.edit import insert_constant, remove_dead, set_arguments
@@ -18,7 +18,7 @@ from passes.graph.graph import attribute
 from passes.graph.sites import find_sites
 from passes.rewrite.clean import Clean
 from passes.rewrite.drop import Drop
-from passes.rewrite.fold_linear import Fuse
+from passes.rewrite.fold_linear import FoldLinear
 from passes.rewrite.replace import Replace
 from tests.architectures import TIMM, TRANSFORMERS
 
@@ -65,7 +65,7 @@ def calls(graph):
 def fused(graph):
     """Return a fused copy and the names of the removed nodes; check that the original does not change."""
     before, edited = [node.name for node in graph.nodes()], graph.fork()
-    folded = apply(Fuse(), edited).changed
+    folded = apply(FoldLinear(), edited).changed
     assert [node.name for node in graph.nodes()] == before
     return edited, folded
 
@@ -247,7 +247,7 @@ def test_shared_weights_keep_their_value():
     """ALBERT runs one layer twice; a fold into the first run must not change the second."""
     model, graph, sites = traced("hf_albert")
     edited = graph.fork()
-    apply(Replace(sites[1], StandIn("state", some_map("scale", 16), 0.5)), edited)
+    apply(Replace(sites[1], Replacement("state", some_map("scale", 16), 0.5)), edited)
     expected = run(edited, model.example)
     before = {name: value.clone() for name, value in graph.module.named_parameters()}
     folded, names = fused(edited)
@@ -292,11 +292,11 @@ def test_folded_map_adds_no_node(name, form, tmp_path):
     site, deleted, replaced = sites[2], graph.fork(), graph.fork()
     apply(Drop((site.name,)), deleted)
     source = "previous" if form == "previous" else "state"
-    apply(Replace(site, StandIn(source, some_map(form, site.width), 0.5)), replaced)
+    apply(Replace(site, Replacement(source, some_map(form, site.width), 0.5)), replaced)
     expected = run(replaced, model.example)
     for edited in (deleted, replaced):
         apply(Clean(), edited)
-        apply(Fuse(), edited)
+        apply(FoldLinear(), edited)
     close(run(replaced, model.example), expected)
     assert len(replaced.nodes()) == len(deleted.nodes())
     assert replaced.parameter_count() == deleted.parameter_count()
@@ -309,7 +309,7 @@ def test_scale_after_a_norm_adds_no_node():
     model, graph, sites = traced("hf_bert")
     deleted, replaced = graph.fork(), graph.fork()
     apply(Drop((sites[2].name,)), deleted)
-    apply(Replace(sites[2], StandIn("state", some_map("scale", 16), 0.5)), replaced)
+    apply(Replace(sites[2], Replacement("state", some_map("scale", 16), 0.5)), replaced)
     edited, _ = fused(replaced)
     close(run(edited, model.example), run(replaced, model.example))
     assert len(edited.nodes()) == len(fused(deleted)[0].nodes())
@@ -319,9 +319,9 @@ def test_two_adjacent_maps_become_one_matrix_product():
     model, graph, sites = traced("vit")
     edited, one = graph.fork(), graph.fork()
     for number, site in enumerate(sites[1:3]):
-        apply(Replace(site, StandIn("state", some_map("linear", 16, seed=number), 0.5)), edited)
+        apply(Replace(site, Replacement("state", some_map("linear", 16, seed=number), 0.5)), edited)
     apply(Drop((sites[1].name,)), one)
-    apply(Replace(sites[2], StandIn("state", some_map("linear", 16), 0.5)), one)
+    apply(Replace(sites[2], Replacement("state", some_map("linear", 16), 0.5)), one)
     both, folded = fused(edited)
     assert len(folded) == 1
     assert count(both, aten.linear.default) == count(edited, aten.linear.default) - 1

@@ -14,11 +14,11 @@ from compressor.lower.write_onnx import lower
 from passes.analysis.counted_cost import Costs
 from passes.base import apply
 from passes.execute.interpreter import run
-from passes.graph.edit import derive
+from passes.graph.edit import propagate_fake_value
 from passes.graph.graph import value_of
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
-from passes.rewrite.narrow_tokens import Unread
+from passes.rewrite.narrow_tokens import NarrowTokens
 from tests import architectures
 from tests.architectures import Architecture, pictures, segments, timm_model, tokens, transformers_model
 
@@ -86,7 +86,7 @@ def feeds(model, size):
 def narrowed(graph):
     """Return the narrowed graph and the names of the narrowed nodes."""
     twin = graph.fork()
-    return twin, apply(Unread(), twin).changed
+    return twin, apply(NarrowTokens(), twin).changed
 
 
 def shapes(graph):
@@ -120,7 +120,7 @@ def test_models_read_at_one_token_keep_their_outputs(architecture):
         assert_same(graph, twin, feeds(model, size))
     recorded = shapes(twin)
     for node in [node for node in twin.nodes() if node.op == "call_function"]:
-        derive(node)
+        propagate_fake_value(node)
     assert shapes(twin) == recorded
     again, changed_again = narrowed(twin)
     assert changed_again == ()

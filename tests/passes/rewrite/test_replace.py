@@ -8,8 +8,8 @@ from torch import nn
 
 from compressor import models
 from compressor.lower.trace import trace
-from passes.analysis.least_squares import Map, StandIn
-from passes.analysis.site_location import place_of
+from passes.analysis.least_squares import Map, Replacement
+from passes.analysis.site_location import locate_site
 from passes.base import PassError, apply
 from passes.execute.interpreter import Program, run
 from passes.graph.graph import value_of
@@ -78,7 +78,7 @@ def close(left, right):
 
 def replaced(graph, site, source, fitted_map):
     edited = graph.fork()
-    changed = apply(Replace(site, StandIn(source, fitted_map, 0.5)), edited).changed
+    changed = apply(Replace(site, Replacement(source, fitted_map, 0.5)), edited).changed
     assert changed == (site.name,)
     edited.check()
     return edited
@@ -100,7 +100,7 @@ def test_outputs_equal_the_direct_sum(name, source, position, form):
     site = sites[position]
     before = [node.name for node in graph.nodes()]
     expected_before = run(graph, model.example)
-    fitted_map, location = some_map(form, site.width), place_of(graph, site)
+    fitted_map, location = some_map(form, site.width), locate_site(graph, site)
     edited = replaced(graph, site, source, fitted_map)
     regressor, root, branch = states(graph, model.example, location.source(source), location.root, location.branch)
     rest = root - branch
@@ -186,7 +186,7 @@ def test_all_consecutive_sites_can_be_replaced():
     (x,) = states(graph, model.example, sites[0].trunk)
     for number, (site, form) in enumerate(zip(sites, ("scale", "linear", "constant", "scale"), strict=True)):
         fitted_map = some_map(form, 16, seed=number)
-        apply(Replace(site, StandIn("state", fitted_map, 0.5)), edited)
+        apply(Replace(site, Replacement("state", fitted_map, 0.5)), edited)
         x = x.double() + mapped(x, fitted_map, 2)
     close(run(edited, model.example), continued(graph, model.example, sites[-1].root, x.float()))
     edited.check()
@@ -250,14 +250,14 @@ def test_error_states_why_a_map_cannot_be_folded(graph, position, reason):
     site = find_sites(graph)[position]
     before = [node.name for node in graph.nodes()]
     with pytest.raises(PassError, match=f"cannot be folded into the previous branch: .*{reason}"):
-        apply(Replace(site, StandIn("previous", some_map("linear", site.width), 0.5)), graph)
+        apply(Replace(site, Replacement("previous", some_map("linear", site.width), 0.5)), graph)
     assert [node.name for node in graph.nodes()] == before
 
 
 def test_missing_source_raises():
     _, graph, sites = traced("hf_bert")
     with pytest.raises(PassError, match="its first linear map reads the trunk itself"):
-        apply(Replace(sites[0], StandIn("normalised", some_map("linear", 16), 0.5)), graph.fork())
+        apply(Replace(sites[0], Replacement("normalised", some_map("linear", 16), 0.5)), graph.fork())
 
 
 def test_dropped_or_changed_branch_raises():
@@ -265,10 +265,10 @@ def test_dropped_or_changed_branch_raises():
     dropped = graph.fork()
     apply(Drop((sites[1].name,)), dropped)
     with pytest.raises(PassError, match=r"the branch of blocks\.0\.mlp is no longer in the graph"):
-        apply(Replace(sites[1], StandIn("state", some_map("scale", 16), 0.5)), dropped)
+        apply(Replace(sites[1], Replacement("state", some_map("scale", 16), 0.5)), dropped)
     folded = replaced(graph, sites[1], "previous", some_map("linear", 16))
     with pytest.raises(PassError, match=r"the branch of blocks\.0\.attn is no longer a term of a sum"):
-        apply(Replace(sites[0], StandIn("state", some_map("scale", 16), 0.5)), folded)
+        apply(Replace(sites[0], Replacement("state", some_map("scale", 16), 0.5)), folded)
 
 
 class ChannelsOfThree(nn.Module):
@@ -288,7 +288,7 @@ def test_unsupported_feature_axis_takes_a_scale_only():
     graph = trace(models.load(ChannelsOfThree().eval(), example_inputs=torch.rand(2, 4, 7)))
     (site,) = find_sites(graph)
     with pytest.raises(PassError, match="has its features on axis 1 of 3; a linear map needs"):
-        apply(Replace(site, StandIn("state", some_map("linear", 4), 0.5)), graph.fork())
+        apply(Replace(site, Replacement("state", some_map("linear", 4), 0.5)), graph.fork())
     fitted_map, feeds = some_map("scale", 4), {"x": torch.rand(3, 4, 7)}
     edited = replaced(graph, site, "state", fitted_map)
     (x,) = states(graph, feeds, site.trunk)

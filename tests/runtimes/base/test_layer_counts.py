@@ -13,8 +13,8 @@ from compressor.quantize.convert import convert
 from compressor.quantize.fp16 import to_fp16
 from compressor.report import engine_layers as report_layers
 from runtimes import openvino
-from runtimes.base.layer_counts import counted, precision_of
-from runtimes.base.protocols import BuildError, BuildOptions, Layers, RuntimesError
+from runtimes.base.layer_counts import count_layers, precision_of
+from runtimes.base.protocols import BuildError, BuildOptions, LayerCounts, RuntimesError
 from runtimes.onnxruntime import target as onnxruntime
 from runtimes.tensorrt import inspector as tensorrt_layers
 from tests.samples import digits
@@ -54,8 +54,8 @@ def test_type_names_of_each_runtime(text, precision):
 
 
 def test_layers_are_counted_most_frequent_first():
-    found = counted([("a", ["f32"]), ("b", ["f32", "i8"]), ("b", []), ("b", ["i8"])], fused_attention=None)
-    assert found == Layers(4, {"int8": 2, "fp32": 1, "unknown": 1}, {"b": 3, "a": 1}, None)
+    found = count_layers([("a", ["f32"]), ("b", ["f32", "i8"]), ("b", []), ("b", ["i8"])], fused_attention=None)
+    assert found == LayerCounts(4, {"int8": 2, "fp32": 1, "unknown": 1}, {"b": 3, "a": 1}, None)
     assert list(found.precisions) == ["int8", "fp32", "unknown"]
 
 
@@ -127,7 +127,7 @@ def test_fused_attention_is_detected_by_kernel_names_not_module_names(layers, fu
 
 
 def test_names_alone_leave_the_precisions_unknown():
-    assert summarised("one", "two") == Layers(2, {"unknown": 2}, {"unknown": 2}, None)
+    assert summarised("one", "two") == LayerCounts(2, {"unknown": 2}, {"unknown": 2}, None)
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "{}", "[]", '{"Layers": 3}', "null"])
@@ -191,7 +191,7 @@ def test_onnxruntimes_own_attention_counts_as_fused(tmp_path):
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "mha.onnx")
     found = onnxruntime.layers(tmp_path / "mha.onnx", OPTIONS)
-    assert found == Layers(1, {"fp32": 1}, {"MultiHeadAttention": 1}, True)
+    assert found == LayerCounts(1, {"fp32": 1}, {"MultiHeadAttention": 1}, True)
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def plain(tmp_path):
 
 
 def test_onnxruntime_without_attention_leaves_fusion_unknown(plain):
-    assert onnxruntime.layers(plain, OPTIONS) == Layers(1, {"fp32": 1}, {"MatMul": 1}, None)
+    assert onnxruntime.layers(plain, OPTIONS) == LayerCounts(1, {"fp32": 1}, {"MatMul": 1}, None)
 
 
 def test_layers_are_none_without_the_package_onnx(plain, monkeypatch):
@@ -253,18 +253,20 @@ class Mute:
 
 
 def test_undescribed_engine_is_reported_with_the_reason(tmp_path):
-    assert report_layers.described(Mute(), tmp_path, OPTIONS) is None
-    found = report_layers.described(Mute(RuntimesError("It makes no inspector.")), tmp_path, OPTIONS)
+    assert report_layers.layers_of(Mute(), tmp_path, OPTIONS) is None
+    found = report_layers.layers_of(Mute(RuntimesError("It makes no inspector.")), tmp_path, OPTIONS)
     assert found == {"unknown": "It makes no inspector."}
-    assert list(report_layers.told({"layers": found})) == ["The engine's layers are unknown: It makes no inspector."]
-    assert list(report_layers.told({"layers": None})) == list(report_layers.told({})) == []
+    assert list(report_layers.describe_layers({"layers": found})) == [
+        "The engine's layers are unknown: It makes no inspector."
+    ]
+    assert list(report_layers.describe_layers({"layers": None})) == list(report_layers.describe_layers({})) == []
 
 
 def test_layers_are_one_sentence_and_frequent_kinds_are_rows(plain):
-    found = report_layers.described(onnxruntime, plain, OPTIONS)
+    found = report_layers.layers_of(onnxruntime, plain, OPTIONS)
     assert json.loads(json.dumps(found)) == found
     for fused, words in ((True, "attention is fused."), (False, "attention is not fused."), (None, "is unknown.")):
-        (line,) = report_layers.told({"layers": found | {"fused_attention": fused}})
+        (line,) = report_layers.describe_layers({"layers": found | {"fused_attention": fused}})
         assert line.startswith("The engine has 1 layers: 1 fp32; ")
         assert line.endswith(words)
     many = {"kinds": {f"kind {number}": 20 - number for number in range(10)}}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import runtimes
-from runtimes.base.protocols import BuildOptions, Closing, RuntimesError, RuntimeUnavailable, first_line, taken
-from runtimes.base.registry import check_device, installed, need
+from runtimes.base.protocols import BuildOptions, Closing, RuntimesError, RuntimeUnavailable, check_feeds, first_line
+from runtimes.base.registry import check_available, check_device, is_installed
 
 DTYPES = {"a": np.dtype("float32"), "b": np.dtype("int64")}
 SHAPES = {"a": (None, 4), "b": None}
@@ -82,15 +82,15 @@ def test_need_names_what_is_missing_before_the_device():
     with pytest.raises(
         RuntimeUnavailable, match=r"^Target x cannot be used here: y is not installed; pip install y\.$"
     ):
-        need("x", "y is not installed; pip install y", ("cuda",), BuildOptions())
+        check_available("x", "y is not installed; pip install y", ("cuda",), BuildOptions())
     with pytest.raises(RuntimeUnavailable, match=r"^Target x runs on cuda; found device 'cpu'\.$"):
-        need("x", None, ("cuda",), BuildOptions())
-    assert need("x", None, ("cpu",), BuildOptions()) is None
+        check_available("x", None, ("cuda",), BuildOptions())
+    assert check_available("x", None, ("cpu",), BuildOptions()) is None
 
 
 def test_installed_uses_the_distribution_name():
-    assert installed("numpy")
-    assert not installed("no-such-distribution")
+    assert is_installed("numpy")
+    assert not is_installed("no-such-distribution")
 
 
 def test_closed_engine_frees_its_session_and_refuses_use():
@@ -112,13 +112,13 @@ def test_closed_engine_frees_its_session_and_refuses_use():
 def test_dynamic_axes_accept_any_size():
     for batch in (0, 1, 7):
         arrays = feeds(a=np.zeros((batch, 4), np.float32))
-        checked = taken(arrays, DTYPES, SHAPES)
+        checked = check_feeds(arrays, DTYPES, SHAPES)
         assert set(checked) == set(DTYPES)
         assert all(checked[name] is arrays[name] for name in DTYPES)
 
 
 def test_additional_feeds_are_dropped():
-    assert set(taken(feeds(c=np.zeros(1)), DTYPES, SHAPES)) == {"a", "b"}
+    assert set(check_feeds(feeds(c=np.zeros(1)), DTYPES, SHAPES)) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_additional_feeds_are_dropped():
 )
 def test_wrong_feeds_are_named_with_found_and_expected(arrays, message):
     with pytest.raises(RuntimesError, match=message):
-        taken(arrays, DTYPES, SHAPES)
+        check_feeds(arrays, DTYPES, SHAPES)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from passes.base import apply
 from passes.rewrite.drop import Drop
 from runtimes.base.protocols import BuildOptions, RuntimesError
 from runtimes.onnxruntime import target as onnxruntime
-from runtimes.onnxruntime.kv_cache_io import FACT
+from runtimes.onnxruntime.kv_cache_io import SHARED_BUFFERS_KEY
 from runtimes.onnxruntime_fused import target as onnxruntime_fused
 from runtimes.onnxruntime_fused.encoder_fusions import fuse
 from tests.compressor.models.test_kv_cache import (
@@ -356,8 +356,8 @@ def test_other_patterns_stay_correct(folder, edit, fused_count, may_share):
     not_causal = [any(attribute.name == "causal" for attribute in node.attribute) for node in attentions]
     assert not_causal == [edit is not identity_before_softmax] * fused_count
     facts = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert (FACT in facts) == bool(fused_count)
-    assert bool(facts.get(FACT)) == may_share
+    assert (SHARED_BUFFERS_KEY in facts) == bool(fused_count)
+    assert bool(facts.get(SHARED_BUFFERS_KEY)) == may_share
 
 
 def test_unsupported_head_widths_are_not_fused(folder):

@@ -31,7 +31,7 @@ from compressor.quantize.convert import convert
 from compressor.quantize.fp16 import HalfError, to_fp16
 from compressor.quantize.int8_search import quantize
 from compressor.settings import Settings
-from runtimes.base.protocols import BuildError, BuildOptions, Layers, RuntimesError, RuntimeUnavailable
+from runtimes.base.protocols import BuildError, BuildOptions, LayerCounts, RuntimesError, RuntimeUnavailable
 from runtimes.tensorrt import qdq_rules as qdq
 from runtimes.tensorrt import target
 from tests.processors import exact_int8
@@ -768,7 +768,7 @@ def test_other_targets_refuse_to_be_portable(tmp_path, defer):
 
 
 def test_layers_are_reported_at_the_usual_sizes(fake, built):
-    assert target.layers(built, OPTIONS) == Layers(1, {"fp32": 1}, {"gemm": 1}, None)
+    assert target.layers(built, OPTIONS) == LayerCounts(1, {"fp32": 1}, {"gemm": 1}, None)
     steps = ["set_input_shape", "create_engine_inspector", "get_engine_information"]
     assert [call for call in fake.calls if call in steps] == steps
     assert (fake.memory, fake.streams) == ({}, {})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from runtimes.base.protocols import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable, quiet
+from runtimes.base.protocols import BuildError, BuildOptions, RuntimesError, RuntimeUnavailable, suppress_output
 from runtimes.torch import program as torch_program
 from runtimes.torch import target
 from tests.processors import need_exact_int8
@@ -135,9 +135,9 @@ def test_lower_precisions_stay_close_and_take_float32(request, lower, block, bat
 def test_dynamic_int8_needs_no_samples_and_stays_close(block, program):
     pytest.importorskip("torchao", reason="torchao is not installed")
     values = feeds(3, seed=5)
-    with quiet():
+    with suppress_output():
         exported = torch.export.load(program)
-        quantized = torch_program.in_int8(exported, dynamic=True, names=NAMES["inputs"], samples=None)
+        quantized = torch_program.quantize_int8(exported, dynamic=True, names=NAMES["inputs"], samples=None)
         found = computed(quantized.module(check_guards=False), values)[0]
     assert 0.002 < away(found, computed(block, values)[0]) < 0.05  # the bounds of int8 in `lower`
 

@@ -247,7 +247,7 @@ def test_the_snippet_of_a_target_built_by_torch_runs_without_compressor(folders,
     engine = builder.build(lower(graph, model, tmp_path / "model.pt2"), folder, OPTIONS)
     content = report(model, target)
     content["engine"] |= {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
-    text = loader.loader(content, folder).text
+    text = loader.make_snippet(content, folder).text
     assert engine.name in text
     (folder / "lines.py").write_text(text)
     alone = ALONE.replace(repr(ABSENT), repr(ABSENT[:3]))  # torch itself imports the others
@@ -263,7 +263,7 @@ def test_the_snippet_of_tensorrt_runs_on_a_fake(folders, fake, monkeypatch, caps
     model, folder = folders["image"]
     built = tensorrt.build(folder / "model.onnx", folder, replace(OPTIONS, device="cuda"))
     content = report(model, "tensorrt")
-    text = loader.loader(content, folder).text
+    text = loader.make_snippet(content, folder).text
     monkeypatch.chdir(folder)
     monkeypatch.setattr(fake.trt, "Logger", fake.trt.ILogger, raising=False)
     names = {}
@@ -295,7 +295,7 @@ def pixels_of(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=Echo))
     monkeypatch.chdir(folder)
     names = {}
-    exec(compile(loader.loader(report(model), folder).text, "lines.py", "exec"), names)
+    exec(compile(loader.make_snippet(report(model), folder).text, "lines.py", "exec"), names)
     return names["answer"][0]
 
 
@@ -408,7 +408,7 @@ def test_inputs_of_a_users_module_are_arrays(folders, tmp_path, monkeypatch, cap
     save(tmp_path / "model.onnx", nodes, [value("input", ["batch", 4])], [value("output", ["batch", 3])], weights)
     monkeypatch.chdir(tmp_path)
     content = report(model)
-    text = loader.loader(content, tmp_path).text
+    text = loader.make_snippet(content, tmp_path).text
     names = {}
     exec(compile(text, "lines.py", "exec"), names)
     np.testing.assert_allclose(names["answer"], module(torch.ones(1, 4)).detach().numpy(), rtol=0, atol=SAME)

@@ -14,7 +14,7 @@ import torch
 
 import compressor
 from compressor.measure import latency as engine_timing
-from compressor.report.pages.export_page import html, page, shown_in
+from compressor.report.pages.export_page import html, page, previews_in
 from compressor.report.pages.html_page import Chart, Gallery, Table
 from compressor.report.pages.sections import _rank_correlation
 from runtimes.base.timing import interleave
@@ -147,7 +147,7 @@ def _check_tiles(page, content):
 
 def test_the_page_of_the_folder_depends_on_its_report_alone(content, document):
     """The device can generate it again, with the previews of the earlier page."""
-    assert html(content, shown_in(document)) == document
+    assert html(content, previews_in(document)) == document
 
 
 def test_the_site_map_shows_each_branch_once_with_its_action(content):
@@ -250,7 +250,7 @@ def test_examples_are_samples_whose_prediction_changed(content, document):
     assert len(changed) == min(8, wrong) > 0
     regrets = [sample["regret"] for sample in changed]
     assert regrets == sorted(regrets, reverse=True)
-    shown = shown_in(document)
+    shown = previews_in(document)
     assert list(shown) == [sample["id"] for sample in changed]
     assert all(picture.startswith("data:image/png;base64,") for picture in shown.values())
     assert all(content["data"]["test_ids"][sample["place"]] == sample["id"] for sample in changed)
@@ -316,7 +316,7 @@ def test_texts_are_read_from_a_page_like_images(content):
     changed = copy.deepcopy(content)
     id = changed["quality"]["changed"][0]["id"]
     shown = {id: 'a <b> & "c"\nsecond line'}
-    assert shown_in(html(changed, shown)) == shown
+    assert previews_in(html(changed, shown)) == shown
 
 
 def test_the_rank_correlation_compares_ranks_only():
