@@ -24,8 +24,8 @@ from typing import Any
 import click
 from main_job import sources
 
-from compressor.lower.fold_graph import finished
-from compressor.lower.traced_model import Subject, load
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.traced_model import TracedModel, load
 from compressor.lower.write_onnx import lower
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
@@ -33,7 +33,7 @@ from compressor.search.cost_model import CostModel, multiply_add_cost_model
 from compressor.search.planner import output_divergence, prepare_search, score
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
-from compressor.target.availability import usable
+from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import Journal
 from compressor.workspace.progress import Steps
@@ -100,7 +100,7 @@ MODELS = {
 class Bench:
     """One model: the traced model, the cost models, and the plans evaluated so far."""
 
-    subject: Subject
+    subject: TracedModel
     settings: Settings
     rewriter: Rewriter
     counts: CostModel
@@ -173,7 +173,7 @@ def searched(bench: Bench, name: str, evaluator: GraphEvaluator, timed: Journal)
 def judged(bench: Bench, graphs: Mapping[tuple[tuple[str, str], ...], Graph]) -> Evaluation:
     """Evaluate graphs, by their changes, and the original on test data; write their ONNX files."""
     subject = bench.subject
-    folded = {f"plan {len(bench.files) + number}": finished(graph) for number, graph in enumerate(graphs.values())}
+    folded = {f"plan {len(bench.files) + number}": fold_graph(graph) for number, graph in enumerate(graphs.values())}
     runners = {name: graph_runner(subject.model, partial(run, graph)) for name, graph in folded.items()}
     runners[AS_IS] = graph_runner(subject.model, partial(run, subject.graph))
     evaluation = evaluate(subject.data.test, runners, metric=subject.metric, reference=AS_IS)
@@ -193,7 +193,7 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
     spec, data = (None if name is None else where.get(name, name) for name in MODELS[model])
     settings = Settings(model=spec, data=data, drop="auto", samples=SAMPLES.get(model))
     steps = Steps()
-    target, options = usable(settings)
+    target, options = check_target(settings)
     with tempfile.TemporaryDirectory() as scratch:
         subject = load(settings, steps)
         evaluator = graph_evaluator(subject, target, options, replace(settings, rounds=ROUNDS), Path(scratch))
@@ -217,7 +217,7 @@ def measure(model: str, where: Mapping[str, str], only: Collection[str] = ()) ->
         "original": asdict(original),
         "latency_ms": latency[AS_IS].median,
         "exact": {
-            "saved": bench.saved(finished(subject.graph)),
+            "saved": bench.saved(fold_graph(subject.graph)),
             "speedup": latency[exact["plan"]].speedup_over(latency[AS_IS])._asdict(),
         },
         "prices": {"timings": dict(times.timings), "largest_error": times.error},

@@ -25,18 +25,18 @@ from main_job import sources
 from compressor.benchmark.contenders import EngineEntry
 from compressor.benchmark.decode_timing import Generation, measure
 from compressor.benchmark.runner import BenchRunner, Condition
-from compressor.lower.fold_graph import finished
-from compressor.lower.traced_model import Subject, load
-from compressor.measure.engine_builder import EngineBuilder, sized
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.traced_model import TracedModel, load
+from compressor.measure.engine_builder import EngineBuilder, with_input_sizes
 from compressor.measure.engine_parity import engine_parity
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
-from compressor.measure.workload import calls_of
+from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
 from compressor.report.report import latency_to_dict
 from compressor.search.planner import prepare_search, score
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
-from compressor.target.availability import usable
+from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import Journal
 from compressor.workspace.progress import Steps
@@ -65,7 +65,7 @@ class Plan:
         return f"{self.family} {self.count}" if self.count else AS_IS
 
 
-def published(subject: Subject) -> Iterator[Plan]:
+def published(subject: TracedModel) -> Iterator[Plan]:
     """Yield the published plans, ranked by cosine on the calibration data; "joint" ranks all branches together."""
     scores = score(subject, Steps())
     for family, counts in PUBLISHED.items():
@@ -75,7 +75,7 @@ def published(subject: Subject) -> Iterator[Plan]:
             yield Plan(family, count, plan.changes)
 
 
-def searched(subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator) -> Iterator[Plan]:
+def searched(subject: TracedModel, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator) -> Iterator[Plan]:
     """Yield every step of one search, which runs until nothing more is saved; its cost is generation latency."""
     search = prepare_search(subject, settings, rewriter, evaluator, Steps(), Journal())
     search.limit = math.inf  # perplexity can more than double
@@ -85,17 +85,17 @@ def searched(subject: Subject, settings: Settings, rewriter: Rewriter, evaluator
 
 
 def measured(
-    subject: Subject, settings: Settings, graphs: Mapping[str, Graph], scratch: Path, rounds: int, context: int
+    subject: TracedModel, settings: Settings, graphs: Mapping[str, Graph], scratch: Path, rounds: int, context: int
 ) -> tuple[Evaluation | None, dict[str, Generation]]:
     """Measure quality on test data, and generation in one interleaved run, of all graphs by name."""
-    target, options = usable(settings)
-    builder = EngineBuilder(subject, target, sized(options, subject, settings), scratch)
+    target, options = check_target(settings)
+    builder = EngineBuilder(subject, target, with_input_sizes(options, subject, settings), scratch)
     entries = []
     for name, graph in graphs.items():
         path = builder.lower(graph, name.replace(" ", "-"))
         engine_parity(builder, path, graph)
         entries.append(EngineEntry(name, settings.target, path))
-    feeds = {1: next(iter(calls_of(subject, settings).values())).inputs}
+    feeds = {1: next(iter(workload_calls(subject, settings).values())).inputs}
     stand = BenchRunner(subject, settings, tuple(entries), AS_IS, (Condition(1, None),), feeds, (context,))
     engines, steps = stand.built(scratch, Steps()), Steps()
     evaluation = stand.quality(engines, steps)
@@ -147,12 +147,12 @@ def compare(settings: Settings, rounds: int, context: int) -> dict[str, Any]:
     """Measure all plans of one model."""
     with tempfile.TemporaryDirectory() as scratch:
         subject = load(settings, Steps())
-        target, options = usable(settings)
+        target, options = check_target(settings)
         evaluator = graph_evaluator(subject, target, options, settings, Path(scratch))
         rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
         plans = [Plan("", 0, {}), *published(subject), *searched(subject, settings, rewriter, evaluator)]
         click.echo(f"{len(plans)} plans", err=True)
-        graphs = {plan.name: finished(rewriter.rewritten(plan.changes)) for plan in plans}
+        graphs = {plan.name: fold_graph(rewriter.rewritten(plan.changes)) for plan in plans}
         folder = Path(scratch) / "engines"
         folder.mkdir()
         quality, timed = measured(subject, settings, graphs, folder, rounds, context)

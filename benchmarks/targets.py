@@ -21,13 +21,13 @@ import click
 from main_job import sources
 
 from compressor.errors import CompressorError
-from compressor.lower.traced_model import accepting_data, load
-from compressor.measure.engine_quality import judge
+from compressor.lower.traced_model import index_errors_as_data_errors, load
+from compressor.measure.engine_quality import evaluate_openers
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.quantize.precision import Source
 from compressor.report.report import latency_to_dict
 from compressor.settings import Settings
-from compressor.target.availability import usable
+from compressor.target.availability import check_target
 from compressor.target.torch_eager import Module
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import engine_bytes
@@ -79,7 +79,7 @@ def built(case: Case, settings: Settings, scratch: Path) -> tuple[Any, dict[str,
         if (reason := runtime(target).missing()) is not None:
             refused[target] = reason
             continue
-        available, options = usable(replace(settings, target=target))
+        available, options = check_target(replace(settings, target=target))
         if subject is None:
             subject = load(settings, Steps(None))
         folder = scratch / target
@@ -87,7 +87,7 @@ def built(case: Case, settings: Settings, scratch: Path) -> tuple[Any, dict[str,
         evaluator = graph_evaluator(subject, available, options, settings, folder)
         builder = evaluator.builder
         feeds = evaluator.timer.inputs
-        with accepting_data(subject):
+        with index_errors_as_data_errors(subject):
             path = builder.lower(subject.graph, "model")
             for precision in available.precisions[options.device]:
                 name = f"{target} {precision}"
@@ -120,13 +120,13 @@ def measure(case: Case, where: dict[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         subject, engines, refused, feeds = built(case, settings, Path(scratch))
         for name, compiles in (("torch eager", False), ("torch.compile", True)):
-            module, options = Module(subject.model, compiles=compiles), usable(settings)[1]
+            module, options = Module(subject.model, compiles=compiles), check_target(settings)[1]
             engines[name] = Built(partial(module.open, options), None, None, 0.0)
         openers = {name: each.opener for name, each in engines.items()}
         evaluation = None
         if subject.no_quality_because is None:
             judged = {name: opener for name, opener in openers.items() if name != "torch.compile"}
-            evaluation = judge(judged, subject, subject.data.test, REFERENCE, lambda *_: None)
+            evaluation = evaluate_openers(judged, subject, subject.data.test, REFERENCE, lambda *_: None)
         latency = interleave(openers, feeds, rounds=case.rounds)
     rows = {}
     for name, each in engines.items():

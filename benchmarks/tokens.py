@@ -27,8 +27,8 @@ import torch
 from main_job import brief, sources
 from rich.console import Console
 
-from compressor.lower.fold_graph import finished
-from compressor.lower.traced_model import Subject, load
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.traced_model import TracedModel, load
 from compressor.lower.write_onnx import lower
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_parity import engine_parity
@@ -36,14 +36,14 @@ from compressor.measure.engine_quality import evaluate_engines
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.measure.latency import EngineTimer
 from compressor.measure.variant import Variant, convert_variants, float_variant
-from compressor.measure.workload import calls_of
+from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import check_parity
 from compressor.report import report
 from compressor.search.planner import facts_of, merge_schedule, prepare_search, run_search
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
-from compressor.target.availability import usable
+from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import Journal
 from compressor.workspace.progress import Steps
@@ -100,7 +100,7 @@ LARGE = (Large("vit_base_patch16_224", 10, 5), Large("vit_large_patch16_384", 3,
 
 def measure(settings: Settings, designs: Sequence[Design], rounds: int, steps: Steps) -> dict[str, Any]:
     """Measure designs in every precision and batch size; the first design is the original model."""
-    target, options = usable(settings)
+    target, options = check_target(settings)
     subject = load(settings, steps)
     with tempfile.TemporaryDirectory() as scratch:
         evaluator = graph_evaluator(subject, target, options, settings, Path(scratch))
@@ -124,7 +124,7 @@ def measure(settings: Settings, designs: Sequence[Design], rounds: int, steps: S
 
 def decided(
     designs: Sequence[Design],
-    subject: Subject,
+    subject: TracedModel,
     settings: Settings,
     evaluator: GraphEvaluator,
     rewriter: Rewriter,
@@ -151,13 +151,13 @@ def lowered(graphs: Mapping[str, Graph], builder: EngineBuilder, steps: Steps) -
     variants = []
     for number, (name, graph) in enumerate(graphs.items()):
         with steps.step(f"build {name}"):
-            path = builder.lower(finished(graph), f"design{number}")
+            path = builder.lower(fold_graph(graph), f"design{number}")
             parity = engine_parity(builder, path, graph)
             variants.append(float_variant(name if variants else "baseline", graph, path, parity))
     return variants
 
 
-def work(graphs: Mapping[str, Graph], subject: Subject) -> dict[str, int]:
+def work(graphs: Mapping[str, Graph], subject: TracedModel) -> dict[str, int]:
     """Return the multiply-adds of each graph for one sample."""
     feeds = next(iter(subject.data.test.batches(1))).feeds
     counter = Counter(subject.graph, {name: tuple(value.shape) for name, value in feeds.items()})
@@ -183,7 +183,7 @@ def _rows(
         quality = evaluate_engines(builder, engines, test, reference, lambda *_: None)
     latency = {}
     for batch in BATCHES:
-        timer = EngineTimer(calls_of(builder.subject, replace(settings, batch=batch)), settings.rounds)
+        timer = EngineTimer(workload_calls(builder.subject, replace(settings, batch=batch)), settings.rounds)
         latency[batch] = timer.latency(builder, engines, steps)
     rows = []
     for name in (first, *others):
@@ -218,7 +218,7 @@ def _speed(latency: Mapping[int, Mapping[str, Latency]], engine: str, reference:
 def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
     """Measure multiply-adds, latency and operator times of a model with random weights."""
     settings = Settings(model=large.model, data="random", drop="none", random_weights=True)
-    target, options = usable(settings)
+    target, options = check_target(settings)
     subject = load(settings, steps)
     feeds = next(iter(subject.data.test.batches(1))).feeds
     rewriter = Rewriter(subject.graph, subject.sites, subject.data.calibration)
@@ -228,7 +228,7 @@ def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
         files, differences = {}, {}
         for number, (name, graph) in enumerate(graphs.items()):
             with steps.step(f"build {name}"):
-                files[name] = lower(finished(graph), subject.model, Path(scratch) / f"design{number}.onnx")
+                files[name] = lower(fold_graph(graph), subject.model, Path(scratch) / f"design{number}.onnx")
                 with target.load(files[name], options) as engine:
                     differences[name] = difference(graph, engine.run(feeds), feeds)
         with steps.step("measure the latency"):

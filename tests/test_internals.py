@@ -276,11 +276,13 @@ def test_shards_of_an_index(tmp_path):
 def test_quiet_silences_transformers_temporarily(bars):
     from transformers.utils import logging as transformers_logging
 
+    from compressor.internals.transformers import quiet
+
     before, level = transformers_logging.is_progress_bar_enabled(), logging.getLogger("transformers").level
     switch = {True: transformers_logging.enable_progress_bar, False: transformers_logging.disable_progress_bar}
     switch[bars]()
     try:
-        with suppress_output():
+        with quiet():
             assert not transformers_logging.get_logger("transformers.modeling_utils").isEnabledFor(logging.WARNING)
             assert not transformers_logging.is_progress_bar_enabled()
         assert transformers_logging.is_progress_bar_enabled() == bars

@@ -14,12 +14,11 @@ from compressor import models
 from compressor.benchmark.contenders import BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
 from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.decode_timing import contexts, measure
-from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model
-from compressor.benchmark.lm_eval_tasks import evaluate_tasks as evaluate_tasks
+from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner, Condition
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import Loaded, load_data
+from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
 from compressor.settings import Settings
@@ -181,7 +180,7 @@ def _set_up(
     context_lengths = contexts(settings.context, model)
     export_settings = _export_settings(settings, folders)
     with steps.step("load the data") as tick:
-        data_and_model = Loaded(model, load_data(export_settings, model, tick))
+        data_and_model = ModelAndData(model, load_data(export_settings, model, tick))
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
 

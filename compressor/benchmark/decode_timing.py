@@ -20,8 +20,16 @@ import numpy.typing as npt
 from compressor.benchmark.contenders import BenchError, EngineEntry
 from compressor.benchmark.runner import BenchRunner, Condition, Engines
 from compressor.errors import SettingsError
-from compressor.measure.latency import timed
-from compressor.measure.workload import USUAL, Fed, called, empty, most_tokens, stored, token_ids
+from compressor.measure.latency import time_engines
+from compressor.measure.workload import (
+    USUAL,
+    EngineWithFeeds,
+    empty_cache,
+    feeds_with_cache,
+    memory_mapped,
+    most_tokens,
+    token_ids,
+)
 from compressor.models import Model
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import Engine, Feeds
@@ -114,12 +122,12 @@ def measure(stand: BenchRunner, engines: Engines, rounds: int, scratch: Path, st
     ]
     prepared = _prepared(stand, engines, runs, scratch, steps)
     openers = {
-        _key(*run, part): partial(Fed, _opener(stand, engines, *run[:2]), feeds)
+        _key(*run, part): partial(EngineWithFeeds, _opener(stand, engines, *run[:2]), feeds)
         for run in runs
         for part, feeds in _calls(prepared[_feeds_key(*run)]).items()
     }
     # A prefill can take many seconds, so one call suffices for warm-up and for a burst; decode steps fill a burst.
-    latency = timed(openers, {}, rounds, steps, name="time generation", min_runs=1, warmup_runs=1)
+    latency = time_engines(openers, {}, rounds, steps, name="time generation", min_runs=1, warmup_runs=1)
     return tuple(
         Generation(
             entry.name,
@@ -176,13 +184,13 @@ def prepare(engine: Engine, model: Model, ids: npt.NDArray[np.int64], folder: Pa
         ids: token ids [rows, tokens].
         folder: folder to create for the cache.
     """
-    empty_cache = dict(empty(engine, model, len(ids)))
-    expected = engine.run(called(ids, 0) | empty_cache)[model.answer][:, -1].copy()
-    prompt = called(ids[:, :-1], 0) | empty_cache
+    no_tokens = dict(empty_cache(engine, model, len(ids)))
+    expected = engine.run(feeds_with_cache(ids, 0) | no_tokens)[model.answer][:, -1].copy()
+    prompt = feeds_with_cache(ids[:, :-1], 0) | no_tokens
     outputs = engine.run(prompt)
     cache = {before: outputs[after] for after, before in model.state.items() if before in empty_cache}
-    cache_on_disk = dict(stored(cache, folder))
-    step = called(ids, ids.shape[1] - 1) | cache_on_disk
+    cache_on_disk = dict(memory_mapped(cache, folder))
+    step = feeds_with_cache(ids, ids.shape[1] - 1) | cache_on_disk
     size = sum(value.nbytes for value in cache.values())
     return Prepared(prompt, step, size, distance(engine.run(step)[model.answer][:, -1], expected))
 

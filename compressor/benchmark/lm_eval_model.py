@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from compressor.data.sliding_windows import TOKENS
 from compressor.errors import CompressorError
-from compressor.measure.workload import empty
+from compressor.measure.workload import empty_cache
 from compressor.models import Model
 from compressor.models.kv_cache import positions
 from runtimes.base.protocols import Engine, Feeds
@@ -219,7 +219,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     # ----------------------------------------------------------------------------------------------------- engine
 
     def _empty_cache(self, rows: int) -> Feeds:
-        return dict(empty(self.engine, self.model, rows))
+        return dict(empty_cache(self.engine, self.model, rows))
 
     def _run(self, ids: Ids, mask: Ids, cache: Feeds) -> Mapping[str, npt.NDArray[Any]]:
         """Run the engine; `mask` covers all tokens so far, `ids` only those that are not in the cache."""

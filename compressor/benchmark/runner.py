@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from compressor.benchmark.contenders import EAGER, BenchError, EngineEntry
-from compressor.lower.traced_model import Loaded
+from compressor.lower.traced_model import ModelAndData
 from compressor.measure import peak_memory
-from compressor.measure.engine_builder import sized
-from compressor.measure.engine_quality import judge
-from compressor.measure.latency import timed
+from compressor.measure.engine_builder import with_input_sizes
+from compressor.measure.engine_quality import evaluate_openers
+from compressor.measure.latency import time_engines
 from compressor.measure.peak_memory import Memory
-from compressor.measure.workload import Fed
+from compressor.measure.workload import EngineWithFeeds
 from compressor.quality.evaluate import Evaluation
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
@@ -75,7 +75,7 @@ class BenchRunner:
         contexts: context lengths, in tokens, at which generation is timed.
     """
 
-    loaded: Loaded
+    loaded: ModelAndData
     settings: Settings
     entries: tuple[EngineEntry, ...]
     against: str
@@ -105,7 +105,7 @@ class BenchRunner:
     @cached_property
     def _sized(self) -> BuildOptions:
         """Options with the range of batch sizes and text lengths; cached, since lengths take a pass over the data."""
-        options = sized(BuildOptions(), self.loaded, self.settings)
+        options = with_input_sizes(BuildOptions(), self.loaded, self.settings)
         smallest, typical, largest = options.batches
         batches = [condition.batch for condition in self.conditions]
         shortest, middle, longest = options.lengths
@@ -163,7 +163,9 @@ class BenchRunner:
         if self.loaded.no_quality_because is not None:
             return None
         with steps.step("measure the quality") as tick:
-            return judge(self.quiet_openers(engines), self.loaded, self.loaded.data.test, self.reference, tick)
+            return evaluate_openers(
+                self.quiet_openers(engines), self.loaded, self.loaded.data.test, self.reference, tick
+            )
 
     def measurements(self, engines: Engines, rounds: int, steps: Steps) -> tuple[Measurement, ...]:
         """Time every engine under every condition in one interleaved run, then measure peak memory."""
@@ -172,11 +174,13 @@ class BenchRunner:
         }
         fed = {
             key: partial(
-                Fed, partial(engines.openers[entry.name], self.options(condition, entry)), self.feeds[condition.batch]
+                EngineWithFeeds,
+                partial(engines.openers[entry.name], self.options(condition, entry)),
+                self.feeds[condition.batch],
             )
             for key, (entry, condition) in runs.items()
         }
-        latency = timed(fed, {}, rounds, steps)
+        latency = time_engines(fed, {}, rounds, steps)
         with steps.step("measure the memory") as tick:
             measurements = []
             for number, (key, (entry, condition)) in enumerate(runs.items()):
@@ -201,7 +205,7 @@ def _build(entry: EngineEntry, file: Path, scratch: Path, options: BuildOptions)
     return target.build(file, scratch, dataclasses.replace(options, precision=entry.precision))
 
 
-def _check_inputs_and_outputs(name: str, engine: Engine, loaded: Loaded) -> None:
+def _check_inputs_and_outputs(name: str, engine: Engine, loaded: ModelAndData) -> None:
     """Raise if an engine's inputs or outputs differ from the model's; it may lack cache inputs of dropped layers."""
     model = loaded.model
     required = set(model.inputs) - set(model.state.values())

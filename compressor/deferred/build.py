@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from compressor.deferred.package import ANSWERS, FOLDER
-from compressor.deferred.reference_answers import Answers
+from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
 from compressor.quality.disagreements import Disagreement
@@ -101,7 +101,7 @@ def build(
     check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
     steps = Steps(console)
     with scratch_folder(folder / FOLDER) as scratch:
-        device = _DeviceBuild(folder, part, Answers.load(folder / ANSWERS), target, options, scratch)
+        device = _DeviceBuild(folder, part, ReferenceOutputs.load(folder / ANSWERS), target, options, scratch)
         engines = device.build_engines(steps)
         measured = device.check_engines(engines, steps)
         layers = layers_of(target, engines["result"], device.options)
@@ -157,7 +157,7 @@ class _DeviceBuild:
 
     folder: Path
     part: Json
-    answers: Answers
+    answers: ReferenceOutputs
     target: Runtime
     options: BuildOptions
     scratch: Path

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from compressor.deferred.reference_answers import AT_ONCE, Answers, allowed_for, bytes_of
+from compressor.deferred.reference_answers import AT_ONCE, ReferenceOutputs, allowed_for, bytes_of
 from compressor.workspace.output_folder import copy_onnx
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import runtime
@@ -23,7 +23,7 @@ from runtimes.base.registry import runtime
 if TYPE_CHECKING:
     import torch
 
-    from compressor.lower.traced_model import Loaded
+    from compressor.lower.traced_model import ModelAndData
     from compressor.measure.engine_builder import EngineBuilder
     from compressor.measure.variant import Variant
     from compressor.quality.intervals import Array
@@ -79,15 +79,15 @@ def write(
         answers = stored_answers(folder, graphs, builder.subject, timed, settings, one_by_one)
         measured = {name: _measured(answers, name, source.path, builder) for name, source in sources.items()}
     stand_in = {"target": builder.target.name, "device": "cpu", "rows": len(answers), "measured": measured}
-    return left_to_device(folder, target, options, sources, builder.subject, stand_in)
+    return deferred_engine_part(folder, target, options, sources, builder.subject, stand_in)
 
 
-def left_to_device(
+def deferred_engine_part(
     folder: Path,
     target: Runtime,
     options: BuildOptions,
     files: Mapping[str, Source],
-    subject: Loaded,
+    subject: ModelAndData,
     stand_in: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the ``engine`` part of a report whose engine is built on another machine.
@@ -122,12 +122,12 @@ def left_to_device(
 def stored_answers(
     folder: Path,
     graphs: Mapping[str, Graph],
-    subject: Loaded,
+    subject: ModelAndData,
     timed: Mapping[str, Array],
     settings: Settings,
     run_all: RunAll,
     at_once: int = AT_ONCE,
-) -> Answers:
+) -> ReferenceOutputs:
     """Write test samples with the outputs of torch, and the inputs to be timed, to ``deferred/answers.npz``.
 
     At most `ROWS` rows are stored, and as many as `LIMIT` bytes hold, of which the timed inputs get `TIMED_LIMIT`.
@@ -151,7 +151,7 @@ def stored_answers(
     batches_of_feeds = partial(_parts, feeds, at_once)
     expected = {name: _torch(graph, batches_of_feeds(), subject, run_all) for name, graph in graphs.items()}
     labels = batch.labels[:rows] if batch.labels is not None and subject.metric == "accuracy" else None
-    answers = Answers(feeds, expected, {name: value[:timed_rows] for name, value in timed.items()}, labels)
+    answers = ReferenceOutputs(feeds, expected, {name: value[:timed_rows] for name, value in timed.items()}, labels)
     answers.save(folder / ANSWERS)
     return answers
 
@@ -186,12 +186,12 @@ def _parts(feeds: Mapping[str, Array], rows: int) -> Iterator[dict[str, torch.Te
 
 
 def _torch(
-    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], subject: Loaded, run_all: RunAll
+    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], subject: ModelAndData, run_all: RunAll
 ) -> dict[str, Array]:
     """Return the outputs of torch by name, concatenated over all batches."""
-    from compressor.lower.traced_model import accepting_data
+    from compressor.lower.traced_model import index_errors_as_data_errors
 
-    with accepting_data(subject):
+    with index_errors_as_data_errors(subject):
         columns = zip(*run_all(graph, batches), strict=True)
         return {
             name: np.concatenate([value.numpy() for value in values])
@@ -199,7 +199,7 @@ def _torch(
         }
 
 
-def _measured(answers: Answers, name: str, path: Path, builder: EngineBuilder) -> dict[str, Any]:
+def _measured(answers: ReferenceOutputs, name: str, path: Path, builder: EngineBuilder) -> dict[str, Any]:
     """Run a file in ONNX Runtime, and return its difference from torch and its agreement with torch."""
     subject = builder.subject
     with builder.target.load(path, builder.options) as engine:

@@ -33,7 +33,7 @@ class AnswersError(CompressorError):
 
 
 @dataclass(frozen=True)
-class Answers:
+class ReferenceOutputs:
     """Samples with the outputs of torch.
 
     Attributes:
@@ -61,7 +61,7 @@ class Answers:
         np.savez(path, **arrays if self.labels is None else arrays | {"labels": self.labels})
 
     @staticmethod
-    def load(path: Path) -> Answers:
+    def load(path: Path) -> ReferenceOutputs:
         """Read a file that `save` wrote.
 
         Raises:
@@ -74,7 +74,7 @@ class Answers:
             for name in [name for name in arrays if name.startswith("expected/")]:
                 _, graph, output = name.split("/", 2)
                 expected.setdefault(graph, {})[output] = arrays[name]
-            answers = Answers(_part(arrays, "feeds"), expected, _part(arrays, "timed"), arrays.get("labels"))
+            answers = ReferenceOutputs(_part(arrays, "feeds"), expected, _part(arrays, "timed"), arrays.get("labels"))
             len(answers)
         except (OSError, ValueError, EOFError, StopIteration) as error:
             raise AnswersError(f"{path.name} cannot be read ({error}); copy the whole folder again.") from error

@@ -211,7 +211,9 @@ def _shorter_model(graph: Graph, module: Any) -> Any:
     if removed:
         stack = stack_of(module, removed)
         weights = dict(_renumbered(weights, stack))
-        shorten(config if stack.config is module.config else _sub_config(config, module.config, stack.config), stack)
+        set_layer_count(
+            config if stack.config is module.config else _sub_config(config, module.config, stack.config), stack
+        )
     with torch.device("meta"):
         shorter = type(module)(config)
     try:
@@ -269,7 +271,7 @@ def _sub_config(copied: Any, original: Any, part: Any) -> Any:
     return getattr(copied, names[0])
 
 
-def shorten(config: Any, stack: Stack) -> None:
+def set_layer_count(config: Any, stack: Stack) -> None:
     """Set the number of layers in a config, and reduce its lists of one entry per layer to the remaining blocks."""
     from compressor.internals.transformers import keep_stages
 

@@ -10,7 +10,7 @@ import torch
 from passes.execute.offloaded_weights import in_memory, is_offloaded
 
 
-def leave_on_disk(model: ir.Model) -> bool:
+def stream_offloaded_initializers(model: ir.Model) -> bool:
     """Replace the placeholders of offloaded weights by tensors that are read from disk when the model is written.
 
     A weight whose only consumer is a Transpose node is stored transposed, and the node is removed.

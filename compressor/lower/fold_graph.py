@@ -8,7 +8,7 @@ from passes.rewrite.fold_linear import FoldLinear
 from passes.rewrite.narrow_tokens import NarrowTokens
 
 
-def finished(graph: Graph) -> Graph:
+def fold_graph(graph: Graph) -> Graph:
     """Return a fork of the graph with adjacent linear maps folded and unused tokens skipped; both compute the same."""
     fork = graph.fork()
     apply(FoldLinear(), fork)

@@ -31,7 +31,7 @@ class SubjectError(CompressorError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class ModelAndData:
     """A model and the data on which its engines are run and evaluated."""
 
     model: Model
@@ -53,7 +53,7 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject(Loaded):
+class TracedModel(ModelAndData):
     """A model and its data, with the traced graph, its sites and their costs."""
 
     graph: Graph
@@ -61,7 +61,7 @@ class Subject(Loaded):
     costs: Costs
 
 
-def described(subject: Subject) -> dict[str, Any]:
+def model_facts(subject: TracedModel) -> dict[str, Any]:
     """Return the model and its sites as JSON values for a report."""
     model = subject.model
     return {
@@ -77,7 +77,7 @@ def described(subject: Subject) -> dict[str, Any]:
     }
 
 
-def load(settings: Settings, steps: Steps) -> Subject:
+def load(settings: Settings, steps: Steps) -> TracedModel:
     """Load model and data, trace the model and find its sites.
 
     Raises:
@@ -105,7 +105,7 @@ def load(settings: Settings, steps: Steps) -> Subject:
         sites = find_sites(graph)
         if not sites:
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
-        return Subject(model, data, graph, sites, _costs(graph, model, data))
+        return TracedModel(model, data, graph, sites, _costs(graph, model, data))
 
 
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
@@ -185,7 +185,7 @@ def _check_trained(graph: Graph, model: Model) -> None:
 
 
 @contextlib.contextmanager
-def accepting_data(subject: Loaded) -> Iterator[None]:
+def index_errors_as_data_errors(subject: ModelAndData) -> Iterator[None]:
     """Replace an IndexError of the model by an error that names the data.
 
     The model raises it for token ids beyond the vocabulary and for rows that are too long.

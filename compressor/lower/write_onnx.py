@@ -19,7 +19,7 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.lower.checkpoint import CONFIG, write
-from compressor.lower.disk_initializers import leave_on_disk
+from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.models.base import first_line
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
                 optimize=False,  # weights that stay on disk are replaced first
             )
             assert program is not None
-            streamed = leave_on_disk(program.model)
+            streamed = stream_offloaded_initializers(program.model)
             program.optimize()
     except OSError:
         raise

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from compressor.lower.checkpoint import CONFIG
-from compressor.lower.fold_graph import finished
-from compressor.lower.traced_model import Loaded
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.traced_model import ModelAndData
 from compressor.lower.write_onnx import lower
-from compressor.measure.workload import calls_of, generate_of
+from compressor.measure.workload import generation_lengths, workload_calls
 from compressor.quality.evaluate import BATCH
 from compressor.quantize.precision import Source
 from compressor.settings import Settings
@@ -37,7 +37,7 @@ class EngineBuilder:
         compiled: engines from exported programs, which take a compiler minutes and are built once.
     """
 
-    subject: Loaded
+    subject: ModelAndData
     target: Runtime
     options: BuildOptions
     scratch: Path
@@ -45,7 +45,7 @@ class EngineBuilder:
 
     def fold(self, graph: Graph) -> Graph:
         """Return a folded fork that is ready to be lowered; a checkpoint keeps its layers, so nothing is folded."""
-        return graph.fork() if self.target.source == CONFIG else finished(graph)
+        return graph.fork() if self.target.source == CONFIG else fold_graph(graph)
 
     def lower(self, graph: Graph, name: str) -> Path:
         """Write a folded graph in the form that the target builds from; return its path, under `scratch`."""
@@ -105,7 +105,7 @@ class EngineBuilder:
             yield dataclasses.replace(self, scratch=Path(scratch), compiled={})
 
 
-def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOptions:
+def with_input_sizes(options: BuildOptions, subject: ModelAndData, settings: Settings) -> BuildOptions:
     """Return the options with the batch sizes and sequence lengths that engines are run with.
 
     Each is a tuple of the least, the timed and the largest size. The largest batch is that of the timing, the parity
@@ -117,13 +117,13 @@ def sized(options: BuildOptions, subject: Loaded, settings: Settings) -> BuildOp
     axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis != 0]
     if not axes:
         return options
-    timed_shapes = next(iter(calls_of(subject, settings).values())).shapes
+    timed_shapes = next(iter(workload_calls(subject, settings).values())).shapes
     feeds = (batch.feeds for part in parts for batch in part.batches(BATCH))
     longest = max(inputs[name].shape[axis] for inputs in feeds for name, axis in axes)
     least = 1
     if subject.model.state:  # the KV cache is empty in the data, but not in the example inputs
         least, longest = 0, max(longest, *(subject.model.example[name].shape[axis] for name, axis in axes))
-    generation = generate_of(settings, subject.model)
+    generation = generation_lengths(settings, subject.model)
     if generation is not None:
         longest = max(longest, generation.prompt + generation.new)
     return dataclasses.replace(options, lengths=(least, max(timed_shapes[name][axis] for name, axis in axes), longest))

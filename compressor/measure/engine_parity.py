@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from compressor.lower.checkpoint import ADVICE, CONFIG
-from compressor.lower.traced_model import accepting_data
+from compressor.lower.traced_model import index_errors_as_data_errors
 from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.models.base import as_numpy
 from compressor.quality.parity import REPORT_IT, Parity, check_parity
@@ -43,7 +43,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
     with builder.target.load(builder.build(Source(path)), builder.options) as engine:
         for feeds in batches:
-            with accepting_data(subject):
+            with index_errors_as_data_errors(subject):
                 outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
             expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
             parity = check_parity(expected, partial(engine.run, feeds), name=path.name, advice=advice)

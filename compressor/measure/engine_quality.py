@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from compressor.data.splits import Split
-from compressor.lower.traced_model import Loaded
+from compressor.lower.traced_model import ModelAndData
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.quality.evaluate import Evaluation, Runner, evaluate
 from compressor.workspace.progress import Steps, Tick
@@ -26,7 +26,7 @@ def quality_on_test(
         steps: shows progress.
 
     Returns:
-        The evaluation; None if no quality is stated, see `Loaded.no_quality_because`.
+        The evaluation; None if no quality is stated, see `ModelAndData.no_quality_because`.
     """
     if builder.subject.no_quality_because is not None:
         return None
@@ -38,11 +38,11 @@ def evaluate_engines(
     builder: EngineBuilder, engines: Mapping[str, Path], split: Split, reference: str, tick: Tick
 ) -> Evaluation:
     """Open all engines at the same time and evaluate them on a split."""
-    return judge(builder.openers(engines, spinning=False), builder.subject, split, reference, tick)
+    return evaluate_openers(builder.openers(engines, spinning=False), builder.subject, split, reference, tick)
 
 
-def judge(
-    openers: Mapping[str, Callable[[], Engine]], subject: Loaded, split: Split, reference: str, tick: Tick
+def evaluate_openers(
+    openers: Mapping[str, Callable[[], Engine]], subject: ModelAndData, split: Split, reference: str, tick: Tick
 ) -> Evaluation:
     """Open engines and evaluate them side by side on a split; the others are compared with `reference`."""
     with contextlib.ExitStack() as opened:

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from compressor.lower.traced_model import Loaded
-from compressor.measure.engine_builder import EngineBuilder, sized
+from compressor.lower.traced_model import ModelAndData
+from compressor.measure.engine_builder import EngineBuilder, with_input_sizes
 from compressor.measure.engine_parity import engine_parity
 from compressor.measure.engine_quality import quality_on_test
 from compressor.measure.latency import EngineTimer
 from compressor.measure.precision_converter import PrecisionConverter
-from compressor.measure.workload import calls_of
+from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
 from compressor.quantize.precision import Source
 from compressor.settings import Settings
@@ -73,7 +73,7 @@ class GraphEvaluator:
 
 
 def graph_evaluator(
-    subject: Loaded, target: Runtime, options: BuildOptions, settings: Settings, scratch: Path
+    subject: ModelAndData, target: Runtime, options: BuildOptions, settings: Settings, scratch: Path
 ) -> GraphEvaluator:
     """Return the evaluator of a model on a target.
 
@@ -84,7 +84,7 @@ def graph_evaluator(
         settings: precision, calibration, batch, rounds and generation.
         scratch: a folder for engines.
     """
-    builder = EngineBuilder(subject, target, sized(options, subject, settings), scratch)
-    timer = EngineTimer(calls_of(subject, settings), settings.rounds)
+    builder = EngineBuilder(subject, target, with_input_sizes(options, subject, settings), scratch)
+    timer = EngineTimer(workload_calls(subject, settings), settings.rounds)
     converter = PrecisionConverter(builder, timer, settings.calibration, settings.max_precision_loss)
     return GraphEvaluator(builder, timer, converter, settings.precision)

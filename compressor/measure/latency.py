@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.measure.workload import RUN, Call, Fed, together
+from compressor.measure.workload import RUN, Call, EngineWithFeeds, total_latency
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import Feeds
 from runtimes.base.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
@@ -43,7 +43,9 @@ class EngineTimer:
         Returns:
             Latencies by engine and call.
         """
-        timing = partial(timed, min_runs=3, warmup_runs=1) if builder.subject.model.state else timed  # prefill is long
+        timing = (
+            partial(time_engines, min_runs=3, warmup_runs=1) if builder.subject.model.state else time_engines
+        )  # prefill is long
         return self._interleaved(builder, engines, partial(timing, rounds=self.rounds, steps=steps))
 
     def latency(self, builder: EngineBuilder, engines: Mapping[str, Path], steps: Steps) -> dict[str, Latency]:
@@ -52,7 +54,7 @@ class EngineTimer:
 
     def totals(self, latencies: Mapping[str, Mapping[str, Latency]]) -> dict[str, Latency]:
         """Add up the latencies of the calls of each engine, each as often as it is made."""
-        return {name: together(self.calls, parts) for name, parts in latencies.items()}
+        return {name: total_latency(self.calls, parts) for name, parts in latencies.items()}
 
     def quick(
         self,
@@ -84,7 +86,7 @@ class EngineTimer:
         with tempfile.TemporaryDirectory(dir=builder.scratch) as caches:
             engines_with_feeds = {
                 f"{name}, {call}": partial(
-                    Fed, openers[name], self.calls[call].feeds(openers[name], Path(caches, f"{number}"))
+                    EngineWithFeeds, openers[name], self.calls[call].feeds(openers[name], Path(caches, f"{number}"))
                 )
                 for number, (name, call) in enumerate(pairs)
             }
@@ -92,7 +94,7 @@ class EngineTimer:
         return {name: {call: latencies[f"{name}, {call}"] for call in self.calls} for name in engines}
 
 
-def timed(
+def time_engines(
     openers: Mapping[str, Callable[[], Timeable]],
     feeds: Feeds,
     rounds: int,

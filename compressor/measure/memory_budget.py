@@ -28,12 +28,12 @@ SPARE = 0.15  # of the limit, for memory that allocators keep and workspace of o
 STORED = 0.5  # a weight is read in 16 bits and converted to 32 bits; both are in memory at the same time
 
 
-class RoomError(CompressorError):
+class MemoryBudgetError(CompressorError):
     """A memory limit under which the model cannot run."""
 
 
 @dataclass(frozen=True)
-class Bounded:
+class MemoryBudget:
     """Budget of a run under a memory limit.
 
     Attributes:
@@ -46,26 +46,26 @@ class Bounded:
 
 
 @contextlib.contextmanager
-def limited(
+def memory_budget(
     graph: Graph, splits: Sequence[Split], limit: int | None, beside: Path, outputs: Collection[str], at_once: int = 1
-) -> Iterator[Bounded | None]:
+) -> Iterator[MemoryBudget | None]:
     """Yield the budget of a run under a memory limit, or None without a limit.
 
     The values between two sections go to a temporary folder next to `beside`, which is removed at the end.
 
     Raises:
-        RoomError: see `bounded`.
+        RoomError: see `divide_memory`.
     """
     if limit is None:
         yield None
         return
     with scratch_folder(beside) as folder:
-        yield bounded(graph, splits, limit, folder, outputs, at_once)
+        yield divide_memory(graph, splits, limit, folder, outputs, at_once)
 
 
-def bounded(
+def divide_memory(
     graph: Graph, splits: Sequence[Split], limit: int, folder: Path, outputs: Collection[str], at_once: int = 1
-) -> Bounded:
+) -> MemoryBudget:
     """Divide the free memory under a limit between the weights and the values of a batch.
 
     Args:
@@ -82,7 +82,7 @@ def bounded(
     """
     held = held_memory()
     if held is None:
-        raise RoomError(
+        raise MemoryBudgetError(
             "--max-memory needs the memory use of this process, which this system does not report; leave it out."
         )
     program = Program(graph, keep={find_sites(graph)[-1].root}, outputs=outputs)
@@ -95,12 +95,12 @@ def bounded(
     largest = max(weight_bytes(program, piece.weights) for piece in smallest_sections(program, section_ends(graph)))
     if largest > free - working:
         least = (held + at_once * (_moving(program) + working + largest)) / (1.0 - SPARE)
-        raise RoomError(
+        raise MemoryBudgetError(
             f"--max-memory {limit / GIB:.3g}GiB is too little: this process takes {held / GIB:.2g} GiB, the largest "
             f"block {largest / GIB:.2g} GiB and one text {working / GIB:.2g} GiB; give at least "
             f"{math.ceil(least / GIB * 10) / 10:g}GiB."
         )
-    return Bounded(SectionBudget(free - working, folder), rows)
+    return MemoryBudget(SectionBudget(free - working, folder), rows)
 
 
 def _moving(program: Program) -> int:

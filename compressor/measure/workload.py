@@ -25,7 +25,7 @@ from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
     from compressor.data.splits import Split
-    from compressor.lower.traced_model import Loaded
+    from compressor.lower.traced_model import ModelAndData
     from compressor.models import Model
     from compressor.settings import Settings
 
@@ -36,7 +36,7 @@ RUN, PROMPT, TOKEN = "run", "prompt", "token"
 
 
 @dataclass(frozen=True)
-class Generate:
+class GenerationLengths:
     """Lengths of the generation that a language model is timed on.
 
     Attributes:
@@ -80,7 +80,7 @@ class Call:
         return self.inputs if self.filled is None else {**self.inputs, **self.filled(opener, folder)}
 
 
-def generate_of(settings: Settings, model: Model) -> Generate | None:
+def generation_lengths(settings: Settings, model: Model) -> GenerationLengths | None:
     """Return the lengths of the generation to time; None for a model without a KV cache.
 
     The default is `USUAL` tokens each, or half of the model's positions if that is less. An engine that is built on
@@ -101,9 +101,9 @@ def generate_of(settings: Settings, model: Model) -> Generate | None:
                 f"--generate {lengths[0]}:{lengths[1]} does not fit {model.name}, which has {most} positions; give "
                 "fewer tokens."
             )
-        return Generate(*lengths)
+        return GenerationLengths(*lengths)
     prompt = USUAL if most is None else max(1, min(USUAL, most // 2))
-    return Generate(prompt, 0 if settings.defer_build else prompt)
+    return GenerationLengths(prompt, 0 if settings.defer_build else prompt)
 
 
 def most_tokens(model: Model) -> int | None:
@@ -112,10 +112,10 @@ def most_tokens(model: Model) -> int | None:
     return most if isinstance(most, int) else None
 
 
-def calls_of(subject: Loaded, settings: Settings) -> dict[str, Call]:
+def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]:
     """Return the calls of the workload by name: one call, or those of a generation."""
     model, split = subject.model, subject.data.test
-    generate = generate_of(settings, model)
+    generate = generation_lengths(settings, model)
     if generate is None:
         return {RUN: Call.alone(timing_feeds(split, settings.batch))}
     ids = token_ids(split, settings.batch, generate.behind + 1)
@@ -124,7 +124,7 @@ def calls_of(subject: Loaded, settings: Settings) -> dict[str, Call]:
     assert model.preprocess.complete is not None
     calls = {PROMPT: Call.alone(model.preprocess.complete(prompt_feeds))}
     if generate.new:
-        step = called(ids, generate.behind)
+        step = feeds_with_cache(ids, generate.behind)
         shapes = {name: tuple(value.shape) for name, value in step.items()}
         for name in model.state.values():
             _, heads, _, width = model.example[name].shape
@@ -142,7 +142,7 @@ def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[np.generic]]
     return {name: np.concatenate([value] * (-(-batch // rows)))[:batch] for name, value in feeds.items()}
 
 
-def together(calls: Mapping[str, Call], latencies: Mapping[str, Latency]) -> Latency:
+def total_latency(calls: Mapping[str, Call], latencies: Mapping[str, Latency]) -> Latency:
     """Return the latency of a whole workload.
 
     Each sample of the first call, which is made once, is extended by the medians of the other calls in the same round,
@@ -166,9 +166,9 @@ def together(calls: Mapping[str, Call], latencies: Mapping[str, Latency]) -> Lat
 def _filled_cache(model: Model, ids: npt.NDArray[np.int64], opener: Callable[[], Engine], folder: Path) -> Feeds:
     """Compute the KV cache of an engine for tokens [rows, tokens]; it is read from files when an engine binds it."""
     with opener() as engine:
-        outputs = engine.run(called(ids, 0) | dict(empty(engine, model, len(ids))))
+        outputs = engine.run(feeds_with_cache(ids, 0) | dict(empty_cache(engine, model, len(ids))))
         cache = {before: outputs[after] for after, before in model.state.items() if before in engine.inputs}
-    return dict(stored(cache, folder))
+    return dict(memory_mapped(cache, folder))
 
 
 # ------------------------------------------------------------------------------------------------- feeds of generation
@@ -187,7 +187,7 @@ def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
     return np.resize(np.concatenate(texts), (rows, tokens)).astype(np.int64)
 
 
-def called(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.generic]]:
+def feeds_with_cache(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.generic]]:
     """Return the feeds of a call with the tokens from position `start`; the earlier tokens are in the KV cache."""
     from compressor.models.kv_cache import positions  # imports transformers
 
@@ -196,7 +196,7 @@ def called(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.g
     return {"input_ids": new, "attention_mask": mask, "position_ids": positions(mask, new.shape[1])}
 
 
-def empty(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
     """Yield an empty KV cache for the layers that the engine still has; each tensor is [rows, heads, 0, width]."""
     for name in model.state.values():
         if name in engine.inputs:
@@ -207,7 +207,7 @@ def empty(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.ND
             yield name, np.zeros((rows, heads, 0, width), dtype=engine.input_dtypes[name])
 
 
-def stored(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+def memory_mapped(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
     """Store arrays in a new folder and yield them as memory maps, which are read when an engine binds them."""
     folder.mkdir()
     for number, (name, value) in enumerate(cache.items()):
@@ -215,7 +215,7 @@ def stored(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.gen
         yield name, np.load(folder / f"{number}.npy", mmap_mode="r")
 
 
-class Fed:
+class EngineWithFeeds:
     """An engine with feeds of its own, so that one interleaved run can time several kinds of calls.
 
     The engine is opened on entry and closed on exit.
@@ -228,7 +228,7 @@ class Fed:
         """Bind the feeds of this engine; the argument is ignored."""
         return self._engine.bind(self._feeds)
 
-    def __enter__(self) -> Fed:
+    def __enter__(self) -> EngineWithFeeds:
         """Open the engine."""
         self._engine = self._opener()
         return self

@@ -227,8 +227,8 @@ def _read(path: Path) -> _Content:
         return _content(bounded_reader(path))
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ModelError(
-            f"{path} cannot be read as GGUF ({load_error_reason(error)}): it is damaged, truncated, or newer than the installed "
-            "package gguf; download it again, or update the package."
+            f"{path} cannot be read as GGUF ({load_error_reason(error)}): it is damaged, truncated, or newer than the "
+            "installed package gguf; download it again, or update the package."
         ) from error
 
 

@@ -371,8 +371,8 @@ def _check_absent(
     present = [name for name in names if _optional(location, name, options["revision"]) is not None]
     if present:
         raise ModelError(
-            f"the {kind} of {location} cannot be read ({present[0]}: {load_error_reason(error)}); repair the file, or remove it and "
-            "pass preprocessed model inputs as data."
+            f"the {kind} of {location} cannot be read ({present[0]}: {load_error_reason(error)}); repair the file, or "
+            "remove it and pass preprocessed model inputs as data."
         ) from error
 
 

@@ -13,14 +13,14 @@ from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
-from compressor.lower.traced_model import Subject, accepting_data, described, load
+from compressor.lower.traced_model import TracedModel, index_errors_as_data_errors, load, model_facts
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_parity import engine_parity
 from compressor.measure.engine_quality import quality_on_test
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.measure.precision_converter import PrecisionConverter
 from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of, float_variant
-from compressor.measure.workload import Call, generate_of
+from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
@@ -37,7 +37,7 @@ from compressor.search.planner import (
 )
 from compressor.search.site_evidence import tokens_left
 from compressor.settings import Settings
-from compressor.target.availability import usable
+from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import engine_bytes, output_folder, scratch_folder
 from compressor.workspace.progress import Steps
@@ -81,7 +81,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         CompressorError, PassError, RuntimesError: the message says what was found and what to do. The output folder is
             not written then.
     """
-    target, options = usable(settings)
+    target, options = check_target(settings)
     steps, output = Steps(console), Path(settings.output)
     if settings.max_memory is not None:
         export_offloaded.check_target(settings)
@@ -99,7 +99,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
 
 
 def _compressed(
-    subject: Subject, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps, command: str
+    subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps, command: str
 ) -> Report:
     """Choose, rewrite, lower, build and measure; write the result into the folder and return the report."""
     builder, timer, converter = evaluator.builder, evaluator.timer, evaluator.converter
@@ -131,7 +131,7 @@ def _compressed(
     report = Report(
         command=command,
         settings=settings.to_dict(),
-        model=described(subject),
+        model=model_facts(subject),
         data=subject.data.describe(),
         plan=plan,
         sizes=_sizes({name: engines[name] for name in names}, subject, rewritten.folded),
@@ -159,14 +159,14 @@ def _compressed(
     return dataclasses.replace(report, notes=_notes(report, settings, subject, conversions, rewritten.healed))
 
 
-def _rewritten(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> _Rewritten:
-    with accepting_data(subject):
+def _rewritten(subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> _Rewritten:
+    with index_errors_as_data_errors(subject):
         choice, adapted, healed = _healed(choose_plan(subject, settings, evaluator, steps), subject, settings, steps)
         graph = choice.rewriter.reduced(adapted, choice.plan.changes)
     return _Rewritten(choice, adapted, graph, evaluator.builder.fold(graph), healed)
 
 
-def _lowered(subject: Subject, rewritten: _Rewritten, builder: EngineBuilder, steps: Steps) -> list[Variant]:
+def _lowered(subject: TracedModel, rewritten: _Rewritten, builder: EngineBuilder, steps: Steps) -> list[Variant]:
     """Lower baseline and result and compare each with torch.
 
     The result shares the file of the baseline if no change, folding or removal of nodes made it different.
@@ -210,7 +210,7 @@ def _engine(
     return built | ends | {"layers": engine_layers.layers_of(target, shipped, builder.options)}
 
 
-def _write(report: Report, folder: Path, subject: Subject) -> None:
+def _write(report: Report, folder: Path, subject: TracedModel) -> None:
     """Write report.json, and report.html with previews of the samples whose prediction changed."""
     content = report.to_dict()
     indices = [] if report.quality is None else [each.place for each in report.quality.changed]
@@ -218,7 +218,7 @@ def _write(report: Report, folder: Path, subject: Subject) -> None:
     (folder / PAGE).write_text(html(content, previews(subject.data.test, indices)), encoding="utf-8")
 
 
-def _lost(rewritten: _Rewritten, subject: Subject) -> Iterator[Limitation]:
+def _lost(rewritten: _Rewritten, subject: TracedModel) -> Iterator[Limitation]:
     """Yield the limitations of the plan: tokens that cannot be merged, and a KV cache that it removes."""
     search = rewritten.choice.search
     merging = None if search is None else search.why_no_merging()
@@ -231,7 +231,7 @@ def _lost(rewritten: _Rewritten, subject: Subject) -> Iterator[Limitation]:
         )
 
 
-def _evidence(rewritten: _Rewritten, subject: Subject) -> dict[str, Any]:
+def _evidence(rewritten: _Rewritten, subject: TracedModel) -> dict[str, Any]:
     """Return the measurements that the choice is based on; for a plan that merges, also the tokens at each site."""
     choice = rewritten.choice
     if not choice.plan.merges:
@@ -240,17 +240,19 @@ def _evidence(rewritten: _Rewritten, subject: Subject) -> dict[str, Any]:
 
 
 def _generation(
-    parts: Mapping[str, Mapping[str, Latency]], calls: Mapping[str, Call], settings: Settings, subject: Subject
+    parts: Mapping[str, Mapping[str, Latency]], calls: Mapping[str, Call], settings: Settings, subject: TracedModel
 ) -> dict[str, Any] | None:
     """Return the timed generation and the latency of its calls by variant; None for models without a KV cache."""
-    generate = generate_of(settings, subject.model)
+    generate = generation_lengths(settings, subject.model)
     if generate is None:
         return None
     latencies = {name: {call: latency_to_dict(each) for call, each in timed.items()} for name, timed in parts.items()}
     return {**dataclasses.asdict(generate), "behind": generate.behind, "calls": latencies}
 
 
-def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) -> tuple[Choice, Graph, Healed | None]:
+def _healed(
+    choice: Choice, subject: TracedModel, settings: Settings, steps: Steps
+) -> tuple[Choice, Graph, Healed | None]:
     """Heal the graph of a choice if ``--heal`` is set; return the choice, the graph and the report of healing.
 
     A search that healing follows may exceed the limit on the loss. If healing does not recover the excess, the last
@@ -268,7 +270,9 @@ def _healed(choice: Choice, subject: Subject, settings: Settings, steps: Steps) 
     return choice, graph, healed
 
 
-def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, steps: Steps) -> tuple[Graph, Healed]:
+def _heal(
+    choice: Choice, subject: TracedModel, settings: Settings, budget: float, steps: Steps
+) -> tuple[Graph, Healed]:
     with steps.step(f"heal ({settings.heal})") as tick:
         validation = None if choice.search is None else choice.search.validation
         if validation is None:
@@ -287,7 +291,7 @@ def _heal(choice: Choice, subject: Subject, settings: Settings, budget: float, s
         )
 
 
-def _sizes(engines: Mapping[str, Path], subject: Subject, final: Graph) -> dict[str, Size]:
+def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> dict[str, Size]:
     result = (final, Costs(final, subject.costs.example))
 
     def of(path: Path, graph: Graph, costs: Costs) -> Size:
@@ -300,7 +304,7 @@ def _sizes(engines: Mapping[str, Path], subject: Subject, final: Graph) -> dict[
 
 
 def _notes(
-    report: Report, settings: Settings, subject: Subject, converted: Mapping[str, Converted], healed: Healed | None
+    report: Report, settings: Settings, subject: TracedModel, converted: Mapping[str, Converted], healed: Healed | None
 ) -> tuple[str, ...]:
     notes = []
     if settings.drop == "auto" and not report.plan.changes:

@@ -21,12 +21,12 @@ from compressor.deferred import package
 from compressor.deferred.reference_answers import AT_ONCE
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
-from compressor.lower.fold_graph import finished
+from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
-from compressor.lower.traced_model import Subject, accepting_data, described, load
+from compressor.lower.traced_model import TracedModel, index_errors_as_data_errors, load, model_facts
 from compressor.lower.write_onnx import lower
-from compressor.measure.engine_builder import sized
-from compressor.measure.memory_budget import GIB, Bounded, limited
+from compressor.measure.engine_builder import with_input_sizes
+from compressor.measure.memory_budget import GIB, MemoryBudget, memory_budget
 from compressor.measure.workload import timing_feeds
 from compressor.models.base import disable_use_cache
 from compressor.models.lazy_weights import stored_bytes
@@ -69,7 +69,7 @@ def check_target(settings: Settings) -> None:
         )
 
 
-def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> tuple[Report, Subject]:
+def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> tuple[Report, TracedModel]:
     """Compress a model within the memory limit of the settings, and write all files except the report.
 
     Args:
@@ -84,7 +84,10 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
     subject = load(settings, steps)
     answer, parts = subject.model.answer, [subject.data.calibration, subject.data.test]
     limit, beside = settings.max_memory, Path(settings.output)
-    with accepting_data(subject), limited(subject.graph, parts, limit, beside, [answer], SIDE_BY_SIDE) as bounds:
+    with (
+        index_errors_as_data_errors(subject),
+        memory_budget(subject.graph, parts, limit, beside, [answer], SIDE_BY_SIDE) as bounds,
+    ):
         assert bounds is not None
         choice = apply_fixed_plan(subject, settings, steps, bounds)
         graphs = {"baseline": subject.graph, "result": choice.graph}
@@ -98,7 +101,9 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
     return _report(settings, subject, choice, quality, engine, parity, steps, command), subject
 
 
-def _evaluated(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, tick: Tick) -> Evaluation | None:
+def _evaluated(
+    subject: TracedModel, graphs: Mapping[str, Graph], bounds: MemoryBudget, tick: Tick
+) -> Evaluation | None:
     """Evaluate the graphs on test data, or return None for random data or weights.
 
     Each graph runs all texts through one section before it loads the next.
@@ -113,7 +118,7 @@ def _evaluated(subject: Subject, graphs: Mapping[str, Graph], bounds: Bounded, t
     return evaluate(split, runners, metric=subject.metric, reference="baseline", batch_size=bounds.rows, progress=tick)
 
 
-def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: Bounded) -> Runner:
+def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: MemoryBudget) -> Runner:
     """Return a runner that yields the outputs of these batches in their order; it ignores the feeds that it gets."""
     tensors = ({name: torch.from_numpy(value) for name, value in batch.feeds.items()} for batch in batches)
     answers = _answers(graph, answer, tensors, bounds)
@@ -126,14 +131,14 @@ def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: Bounded
 
 
 def _answers(
-    graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded
+    graph: Graph, answer: str, batches: Iterable[Mapping[str, torch.Tensor]], bounds: MemoryBudget
 ) -> Iterator[torch.Tensor]:
     """Yield the output `answer` of a graph for each batch, computed block by block."""
     return (output for (output,) in _outputs(graph, batches, bounds, [answer]))
 
 
 def _checkpoint(
-    graphs: Mapping[str, Graph], subject: Subject, folder: Path, bounds: Bounded, steps: Steps
+    graphs: Mapping[str, Graph], subject: TracedModel, folder: Path, bounds: MemoryBudget, steps: Steps
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Write the result as a checkpoint and compare it with the graph; return the ``engine`` part and the parity."""
     graph = graphs["result"]
@@ -146,10 +151,15 @@ def _checkpoint(
 
 
 def _deferred(
-    graphs: Mapping[str, Graph], subject: Subject, folder: Path, settings: Settings, bounds: Bounded, steps: Steps
+    graphs: Mapping[str, Graph],
+    subject: TracedModel,
+    folder: Path,
+    settings: Settings,
+    bounds: MemoryBudget,
+    steps: Steps,
 ) -> dict[str, Any]:
     """Write the ONNX files and the inputs and outputs for the device; return the ``engine`` part of the report."""
-    final = {"baseline": subject.graph, "result": finished(graphs["result"])}
+    final = {"baseline": subject.graph, "result": fold_graph(graphs["result"])}
     paths = {"baseline": folder / package.FOLDER / "baseline.onnx", "result": folder / "model.onnx"}
     subject.model.save(folder)
     if not final["result"].state:
@@ -169,13 +179,16 @@ def _deferred(
         answers = package.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
     stand_in = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
     files = {name: Source(path) for name, path in paths.items()}
-    options = sized(options, subject, settings)
-    engine = package.left_to_device(folder, target, options, files, subject, stand_in)
+    options = with_input_sizes(options, subject, settings)
+    engine = package.deferred_engine_part(folder, target, options, files, subject, stand_in)
     return engine | {"streamed": True, "timed_inputs": {name: list(value.shape) for name, value in timed.items()}}
 
 
 def _outputs(
-    graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]], bounds: Bounded, names: Collection[str] | None = None
+    graph: Graph,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    bounds: MemoryBudget,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield the named outputs of a graph (None: all) for each batch, computed block by block."""
     program = Program(graph, outputs=names)
@@ -183,7 +196,7 @@ def _outputs(
     return run_in_sections(program, partition(program, section_ends(graph), bounds.room.weights), batches, folder)
 
 
-def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Parity:
+def _parity(path: Path, graph: Graph, subject: TracedModel, bounds: MemoryBudget) -> Parity:
     """Load the written checkpoint with its weights on disk and compare it with the rewritten graph on a few texts."""
     model = models.load(path.parent, task=subject.model.task, on_disk=True, cache=bool(subject.model.state))
     batch = next(subject.data.calibration.batches(min(CHECKED, bounds.rows))).feeds
@@ -203,7 +216,7 @@ def _parity(path: Path, graph: Graph, subject: Subject, bounds: Bounded) -> Pari
 
 def _report(
     settings: Settings,
-    subject: Subject,
+    subject: TracedModel,
     choice: Choice,
     evaluation: Evaluation | None,
     engine: dict[str, Any],
@@ -215,7 +228,7 @@ def _report(
     return Report(
         command=command,
         settings=settings.to_dict(),
-        model=described(subject),
+        model=model_facts(subject),
         data=subject.data.describe(),
         plan=choice.plan,
         sizes={name: _size(graph, subject) for name, graph in graphs.items()},
@@ -237,7 +250,7 @@ def _report(
     )
 
 
-def _size(graph: Graph, subject: Subject) -> Size:
+def _size(graph: Graph, subject: TracedModel) -> Size:
     """Return parameters, multiply-adds and KV cache of a graph, and the size of its weights on disk in bytes."""
     cost = Costs(graph, subject.costs.example).total
     return Size(cost.parameters, cost.multiply_adds, stored_bytes(graph), bytes_per_token(graph))

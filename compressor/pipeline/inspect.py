@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import accepting_data, load, load_data
-from compressor.measure.memory_budget import limited
+from compressor.lower.traced_model import index_errors_as_data_errors, load, load_data
+from compressor.measure.memory_budget import memory_budget
 from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
 from compressor.settings import Settings
@@ -47,7 +47,10 @@ def inspect(
         with steps.step(f"load {source}") as tick:
             others.append(load_data(dataclasses.replace(settings, data=source), subject.model, tick))
     splits, output = [subject.data.calibration], Path(settings.output)
-    with accepting_data(subject), limited(subject.graph, splits, settings.max_memory, output, ()) as bounds:
+    with (
+        index_errors_as_data_errors(subject),
+        memory_budget(subject.graph, splits, settings.max_memory, output, ()) as bounds,
+    ):
         scores = score(subject, steps, bounds)
         samples = subject.data.calibration.head(settings.search_samples)
         effects = output_divergence(subject, samples, steps) if settings.metric == "output" else None

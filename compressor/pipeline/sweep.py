@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from compressor.choices import AUTO
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import accepting_data, load
+from compressor.lower.traced_model import index_errors_as_data_errors, load
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
 from compressor.settings import Settings
-from compressor.target.availability import usable
+from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import output_folder, scratch_folder
 from compressor.workspace.progress import Steps
@@ -41,13 +41,13 @@ def sweep(
         )
     if settings.precision == AUTO:
         raise SettingsError("a sweep compares plans in one precision; found --precision auto, give one such as int8.")
-    target, options = usable(settings)
+    target, options = check_target(settings)
     steps = Steps(console)
     output = Path(settings.output)
     with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
         subject = load(settings, steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
-        with accepting_data(subject):
+        with index_errors_as_data_errors(subject):
             rewriter = make_rewriter(subject, settings)
             search = prepare_search(subject, settings, rewriter, evaluator, steps)
             run_search(search, steps)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
-    from compressor.lower.traced_model import Loaded
+    from compressor.lower.traced_model import ModelAndData
     from compressor.quantize.precision import Converted, Trial
 
 
 def limitations_of(
-    subject: Loaded,
+    subject: ModelAndData,
     precision: str,
     converted: Mapping[str, Converted],
     trials: Sequence[Trial],
@@ -55,7 +55,7 @@ def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
 NAMED = 5  # maximum number of names in a sentence
 
 
-def _of_labels(subject: Loaded) -> Iterator[Limitation]:
+def _of_labels(subject: ModelAndData) -> Iterator[Limitation]:
     """Yield a limitation if the data has labels that the metric does not use."""
     kind, metric = subject.data.label_kind, subject.metric
     used = {"class": ("accuracy",), "score": ("spearman",)}

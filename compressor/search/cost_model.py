@@ -165,7 +165,7 @@ def designs_by_block(rewriter: Rewriter) -> dict[str, Graph]:
     designs = {}
     for name, blocks in dropped.items():
         with contextlib.suppress(PassError):  # not every model allows each of these sets of blocks to be removed
-            designs[name] = rewriter.carried_out(rewriter.of_sites(dict.fromkeys(blocks, "drop")))
+            designs[name] = rewriter.apply_changes(rewriter.of_sites(dict.fromkeys(blocks, "drop")))
     return designs
 
 

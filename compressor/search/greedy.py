@@ -106,7 +106,7 @@ class Search:
     def __post_init__(self) -> None:
         self.work = self.prices.count(self.rewriter.original)
         self.whole = self.prices.of(self.work)
-        self.graph = self.rewriter.carried_out(self.given)
+        self.graph = self.rewriter.apply_changes(self.given)
         self.reduced = self.rewriter.reduced(self.graph, self.given)
         self.cost = self.prices.cost(self.reduced)
         self.front = _Candidates(self)

@@ -14,9 +14,9 @@ from compressor.choices import TRANSFORMERS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
-from compressor.lower.traced_model import Subject
+from compressor.lower.traced_model import TracedModel
 from compressor.measure.graph_evaluator import GraphEvaluator
-from compressor.measure.memory_budget import Bounded
+from compressor.measure.memory_budget import MemoryBudget
 from compressor.quality.evaluate import BATCH, tensor_batches
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
@@ -69,18 +69,20 @@ class Choice:
         losses = [0.0, *(step.loss for step in self.search.steps)]
         count = max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING)
         plan = self.search.plan(self.plan.model, self.plan.rule, count)
-        graph = self.rewriter.carried_out(plan.changes)
+        graph = self.rewriter.apply_changes(plan.changes)
         return replace(self, plan=plan, graph=graph, facts=self.facts | {"chosen": count})
 
 
-def choose_plan(subject: Subject, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> Choice:
+def choose_plan(subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> Choice:
     """Make the plan and apply it to a fork of the traced graph."""
     if settings.drop == "auto":
         return _searched(subject, settings, make_rewriter(subject, settings), evaluator, steps)
     return apply_fixed_plan(subject, settings, steps)
 
 
-def apply_fixed_plan(subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None = None) -> Choice:
+def apply_fixed_plan(
+    subject: TracedModel, settings: Settings, steps: Steps, bounds: MemoryBudget | None = None
+) -> Choice:
     """Make and apply a plan without a search; with `bounds`, rank the sites within a memory limit."""
     rewriter = make_rewriter(subject, settings)
     plan, facts, measurements = _fixed_plan(subject, settings, steps, bounds)
@@ -90,11 +92,11 @@ def apply_fixed_plan(subject: Subject, settings: Settings, steps: Steps, bounds:
     if rewriter.whole:
         checkpoint.check_plan(plan, subject.sites, subject.model)
     with steps.step("rewrite") as tick:
-        graph = rewriter.carried_out(plan.changes, tick)
+        graph = rewriter.apply_changes(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=measurements)
 
 
-def make_rewriter(subject: Subject, settings: Settings) -> Rewriter:
+def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
     """Return the rewriter of a model; its units are whole blocks if the target can only remove those.
 
     Raises:
@@ -107,7 +109,7 @@ def make_rewriter(subject: Subject, settings: Settings) -> Rewriter:
 
 
 def _fixed_plan(
-    subject: Subject, settings: Settings, steps: Steps, bounds: Bounded | None
+    subject: TracedModel, settings: Settings, steps: Steps, bounds: MemoryBudget | None
 ) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
     """Return the plan of ``--drop none``, a file, names or a ranking, with its facts and evidence."""
     if settings.drop == "none":
@@ -142,7 +144,7 @@ def _fixed_plan(
 
 
 def _searched(
-    subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, steps: Steps
+    subject: TracedModel, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, steps: Steps
 ) -> Choice:
     search = prepare_search(subject, settings, rewriter, evaluator, steps)
     goal = _goal(settings, search.prices)
@@ -174,7 +176,7 @@ def run_search(search: Search, steps: Steps, enough: float = math.inf) -> None:
 
 
 def prepare_search(
-    subject: Subject,
+    subject: TracedModel,
     settings: Settings,
     rewriter: Rewriter,
     evaluator: GraphEvaluator,
@@ -242,7 +244,12 @@ def merge_schedule(tokens: str, sites: Sequence[Site]) -> dict[str, str]:
 
 
 def _prices(
-    subject: Subject, settings: Settings, rewriter: Rewriter, evaluator: GraphEvaluator, journal: Journal, steps: Steps
+    subject: TracedModel,
+    settings: Settings,
+    rewriter: Rewriter,
+    evaluator: GraphEvaluator,
+    journal: Journal,
+    steps: Steps,
 ) -> CostModel:
     """Return the cost model: multiply-adds with ``--cost macs``, else fitted to timings on the target."""
     calls = evaluator.timer.calls
@@ -257,7 +264,7 @@ def _prices(
     )
 
 
-def _designs(subject: Subject, settings: Settings, rewriter: Rewriter) -> dict[str, Graph]:
+def _designs(subject: TracedModel, settings: Settings, rewriter: Rewriter) -> dict[str, Graph]:
     """Return the graphs to time for the cost model."""
     if rewriter.whole:
         return cost_model.designs_by_block(rewriter)
@@ -349,7 +356,7 @@ def points_of(search: Search, model: str) -> list[Point]:
     ]
 
 
-def journal_of(subject: Subject, settings: Settings) -> Journal:
+def journal_of(subject: TracedModel, settings: Settings) -> Journal:
     """Open the journal next to the output folder; values of a search with other settings are discarded."""
     # These settings only affect steps after the search, so a journal stays valid if they change.
     later = {"output", "force", "rounds", "heal_budget", "speedup", "latency"}
@@ -370,13 +377,13 @@ def journal_of(subject: Subject, settings: Settings) -> Journal:
     return Journal(digest, output.with_name(f".{output.name}.journal"))
 
 
-def output_divergence(subject: Subject, samples: Split, steps: Steps) -> OutputDivergence:
+def output_divergence(subject: TracedModel, samples: Split, steps: Steps) -> OutputDivergence:
     """Run the original on the samples, for measurements of the output divergence of rewritten graphs."""
     with steps.step("run the original"):
         return OutputDivergence(subject.graph, subject.model, samples)
 
 
-def score(subject: Subject, steps: Steps, bounds: Bounded | None = None) -> Scores:
+def score(subject: TracedModel, steps: Steps, bounds: MemoryBudget | None = None) -> Scores:
     """Score all sites on the calibration data; with `bounds`, block by block within a memory limit."""
     with steps.step("score the sites") as tick:
         rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)

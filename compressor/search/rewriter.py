@@ -125,7 +125,7 @@ class Rewriter:
         apply(ReduceTokens(schedule, protected=self._protected[merging], trusted=True), fork)
         return fork
 
-    def carried_out(self, changes: Mapping[str, str], progress: Callable[[int, int], None] | None = None) -> Graph:
+    def apply_changes(self, changes: Mapping[str, str], progress: Callable[[int, int], None] | None = None) -> Graph:
         """Return the original with all changes applied in their order, except merging of tokens (see `reduced`).
 
         Raises:
@@ -161,7 +161,7 @@ class Rewriter:
         Raises:
             PassError: an action cannot be applied to its site; the message gives the reason.
         """
-        return self.reduced(self.carried_out(changes), changes)
+        return self.reduced(self.apply_changes(changes), changes)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.data.splits import Data
-    from compressor.lower.traced_model import Subject
+    from compressor.lower.traced_model import TracedModel
     from compressor.models import Model
     from compressor.workspace.progress import Steps
     from passes.graph.graph import Graph, Site
@@ -96,7 +96,7 @@ class Study:
         ]
 
 
-def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Data] = ()) -> Study:
+def study(subject: TracedModel, steps: Steps, *, seed: int = 0, against: Sequence[Data] = ()) -> Study:
     """Measure the statistics of a model's sites on its calibration data, and compare rankings of samples and data sets.
 
     Args:
@@ -127,7 +127,7 @@ def study(subject: Subject, steps: Steps, *, seed: int = 0, against: Sequence[Da
     return Study(model.name, model.task, own.describe(), count, subject.sites, statistics, stable, agreements)
 
 
-def _measure(subject: Subject, data: Data) -> Measure:
+def _measure(subject: TracedModel, data: Data) -> Measure:
     kinds = kinds_of(subject.model, subject.graph, subject.sites)
     return Measure(kinds, data.calibration.samples.rows_per_sample)
 
@@ -136,7 +136,7 @@ def _rows(data: Data) -> int:
     return len(data.calibration) * data.calibration.samples.rows_per_sample
 
 
-def _batches(subject: Subject, data: Data, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(subject: TracedModel, data: Data, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """Return the calibration batches; random tokens have the lengths of the subject's texts, to be comparable."""
     from compressor.quality.evaluate import tensor_batches
 

@@ -12,16 +12,16 @@ from compressor.lower.write_onnx import OPSET
 from compressor.quantize.precision import check_precision
 from compressor.settings import Settings
 from compressor.target.registry import target_named
-from compressor.target.stand_in import STAND_IN, stand_in
+from compressor.target.stand_in import STAND_IN, substitute_for
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import check_available, check_device
 
 
-class UsableError(CompressorError):
+class AvailabilityError(CompressorError):
     """A combination of options that the target does not support."""
 
 
-def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
+def check_target(settings: Settings) -> tuple[Runtime, BuildOptions]:
     """Check the target before the search, which is expensive.
 
     Returns:
@@ -39,7 +39,7 @@ def usable(settings: Settings) -> tuple[Runtime, BuildOptions]:
     if settings.defer_build:
         check_device(target.name, target.devices, options)
         _check_deferrable(target, settings.precision)
-        target, options = stand_in(target), replace(options, device="cpu", portable=False)
+        target, options = substitute_for(target), replace(options, device="cpu", portable=False)
     check_available(target.name, _or_defer(target), target.devices, options)
     if options.device != target.devices[0] and target.source == ".onnx":
         _probe(target, options)
@@ -52,12 +52,14 @@ def _check_deferrable(target: Runtime, precision: str) -> None:
     The device need not have torch, and a precision of the target's own cannot be measured here.
     """
     if precision in (*target.own, AUTO):
-        raise UsableError(
+        raise AvailabilityError(
             f"--precision {precision} can only be measured where {target.name} runs; leave out --defer-build, or give "
             f"one of: {', '.join(name for name in target.precisions[target.devices[0]] if name not in target.own)}."
         )
     if target.source != ".onnx":
-        raise UsableError(f"target {target.name} builds engines with torch on this machine; leave out --defer-build.")
+        raise AvailabilityError(
+            f"target {target.name} builds engines with torch on this machine; leave out --defer-build."
+        )
 
 
 def _or_defer(target: Runtime) -> str | None:

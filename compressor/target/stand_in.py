@@ -46,6 +46,6 @@ class StandIn:
         """Return None: the layers of ONNX Runtime could be mistaken for those of the target."""
 
 
-def stand_in(target: Runtime) -> Runtime:
+def substitute_for(target: Runtime) -> Runtime:
     """Return the substitute that runs here for a target."""
     return StandIn(target.int8, {"cpu": target.precisions[target.devices[0]]})

@@ -24,7 +24,7 @@ EXPENSIVE = LINEAR_OPS | PRODUCTS | ATTENTION_OPS
 
 
 def live_parts(graph: Graph) -> dict[str, AxisRange]:
-    """Return the part of its value that is read, by name of each node that `Unread` would narrow.
+    """Return the part of its value that is read, by name of each node that `NarrowTokens` would narrow.
 
     The graph is not changed.
     """

@@ -32,8 +32,8 @@ def previews(split: Split, places: Iterable[int]) -> dict[str, str]:
         split: the split with the samples.
         places: indices of the samples in the split.
     """
-    previews = {split.ids[place]: _preview(split, split.indices[place]) for place in places}
-    return {id: preview for id, preview in previews.items() if preview is not None}
+    found = {split.ids[place]: _preview(split, split.indices[place]) for place in places}
+    return {id: preview for id, preview in found.items() if preview is not None}
 
 
 def _preview(split: Split, index: int) -> str | None:

@@ -24,7 +24,7 @@ from compressor.cli.main import main
 from compressor.data.splits import load
 from compressor.errors import SettingsError
 from compressor.lower.trace import trace
-from compressor.lower.traced_model import Loaded
+from compressor.lower.traced_model import ModelAndData
 from compressor.lower.write_onnx import lower
 from compressor.measure import latency as engine_timing
 from compressor.measure.workload import token_ids
@@ -217,7 +217,7 @@ def test_engines_are_built_for_the_longest_context(model):
     """Runtimes that plan their memory ahead need the largest length."""
     data = load("random", model.preprocess, task="text-generation")
     settings = Settings(data="random", drop="none")
-    stand = BenchRunner(Loaded(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
+    stand = BenchRunner(ModelAndData(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
     least, _, longest = stand.options(Condition(1, 2), EngineEntry("x", "onnxruntime", None)).lengths
     assert (least, longest) == (0, 901)
 

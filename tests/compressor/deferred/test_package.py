@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, save
 import compressor
 from compressor.deferred import build as complete
 from compressor.deferred import package as deferred
-from compressor.deferred.reference_answers import INT8_SLACK, Answers, AnswersError, allowed_for
+from compressor.deferred.reference_answers import INT8_SLACK, AnswersError, ReferenceOutputs, allowed_for
 from compressor.errors import CompressorError, SettingsError
 from compressor.measure import latency as engine_timing
 from compressor.quality.parity import TOLERANCE, ParityError
@@ -193,7 +193,7 @@ def test_the_summary_states_that_the_build_is_deferred(originals):
 
 
 def test_the_stored_outputs_are_those_of_torch(originals):
-    answers = Answers.load(originals["onnxruntime"] / deferred.ANSWERS)
+    answers = ReferenceOutputs.load(originals["onnxruntime"] / deferred.ANSWERS)
     assert len(answers) == 64  # of 80 test samples
     assert answers.labels is not None
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_the_stored_samples_stay_within_the_limit(monkeypatch, tmp_path, limit, 
     )
     assert (sum(batch_sizes), max(batch_sizes)) == (rows, min(7, rows))
     assert answers.expected["result"]["y"].shape == (rows, 4)
-    assert len(Answers.load(tmp_path / deferred.ANSWERS)) == rows
+    assert len(ReferenceOutputs.load(tmp_path / deferred.ANSWERS)) == rows
     assert (len(answers), len(answers.timed["x"])) == (rows, timed)
     assert answers.batch(40)["x"].shape == (40, 32)
 
@@ -447,7 +447,7 @@ def test_a_damaged_or_incomplete_copy_is_refused(folder, name):
 def test_an_engine_that_differs_from_torch_is_not_kept(folder):
     """The stored outputs are shifted by 1 % of the largest, which is equivalent to an error of the engine."""
     path = folder / deferred.ANSWERS
-    answers = Answers.load(path)
+    answers = ReferenceOutputs.load(path)
     moved = answers.expected["result"]["output"]
     moved += 0.01 * np.abs(moved).max()
     answers.save(path)
@@ -523,7 +523,9 @@ class FakeEngine:
 
 def identity(rows, labels=None, **feeds):
     """Return the reference outputs of a model that returns its input."""
-    return Answers({"x": rows} | feeds, {"baseline": {"y": rows}, "result": {"y": rows}}, {"x": rows[:2]}, labels)
+    return ReferenceOutputs(
+        {"x": rows} | feeds, {"baseline": {"y": rows}, "result": {"y": rows}}, {"x": rows[:2]}, labels
+    )
 
 
 def test_top_classes_are_counted_against_torch_and_labels():
@@ -571,12 +573,12 @@ def test_an_engine_is_compared_in_batches_and_on_a_single_row():
 def test_saved_answers_can_be_loaded_and_damaged_files_are_refused(tmp_path):
     stored = identity(np.ones((3, 2), np.float32), np.arange(3), file=np.zeros(3))
     stored.save(tmp_path / "a.npz")
-    loaded = Answers.load(tmp_path / "a.npz")
+    loaded = ReferenceOutputs.load(tmp_path / "a.npz")
     np.testing.assert_equal(vars(loaded), vars(stored))
     (tmp_path / "a.npz").write_bytes(b"PK rubbish")
     for name in ("a.npz", "none.npz"):
         with pytest.raises(AnswersError, match=f"{name} cannot be read .* copy the whole folder again"):
-            Answers.load(tmp_path / name)
+            ReferenceOutputs.load(tmp_path / name)
 
 
 def test_int8_may_differ_by_twice_the_measured_difference():

@@ -86,7 +86,7 @@ def subject(tmp_path_factory):
 
 def without(subject, removed=REMOVED):
     names = [site.name for site in subject.sites if site.block in [subject.blocks[number] for number in removed]]
-    return Rewriter(subject.graph, subject.sites, None, whole=True).carried_out(dict.fromkeys(names, "drop"))
+    return Rewriter(subject.graph, subject.sites, None, whole=True).apply_changes(dict.fromkeys(names, "drop"))
 
 
 def plan_of(subject, changes):
@@ -198,7 +198,7 @@ def test_the_weights_are_those_of_the_graph(subject, tmp_path):
 def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
     mine = subject("BertForSequenceClassification")
     drops = {site.name: "drop" for site in mine.sites if site.block == mine.blocks[1]}
-    kept = Rewriter(mine.graph, mine.sites, None).carried_out(drops)
+    kept = Rewriter(mine.graph, mine.sites, None).apply_changes(drops)
     norms = [node for node in kept.nodes() if node.target is torch.ops.aten.layer_norm.default]
     assert apply(RemoveBlocks((mine.blocks[1], mine.blocks[2])[:1]), kept).changed == (mine.blocks[1],)
     left = [node for node in kept.nodes() if node.target is torch.ops.aten.layer_norm.default]
@@ -264,7 +264,7 @@ def site(block):
 def test_a_backbone_returns_the_features_of_its_last_block():
     config = transformers.Dinov2Config(**PICTURE)
     module = transformers.Dinov2ForImageClassification(config)
-    checkpoint.shorten(config, checkpoint.stack_of(module, ["dinov2.encoder.layer.1"]))
+    checkpoint.set_layer_count(config, checkpoint.stack_of(module, ["dinov2.encoder.layer.1"]))
     assert config.stage_names == ["stem", "stage1", "stage2"]
     assert (config.num_hidden_layers, config.out_features, config.out_indices) == (2, ["stage2"], [2])
 
@@ -365,7 +365,7 @@ def test_removing_blocks_one_by_one_equals_removing_them_together(name, subject)
     with pytest.raises(PassError, match="only be dropped; found linear"):
         rewriter.changed(mine.graph, mine.blocks[2], "linear")
     with pytest.raises(PassError, match="only whole units"):
-        rewriter.carried_out({mine.sites[0].name: "drop"})
+        rewriter.apply_changes({mine.sites[0].name: "drop"})
 
 
 def test_layers_that_depend_on_their_number_fail_the_parity_check(tmp_path, tokens):

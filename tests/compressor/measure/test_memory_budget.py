@@ -10,7 +10,7 @@ import torch
 from compressor import models
 from compressor.data.splits import load
 from compressor.lower.trace import trace
-from compressor.measure.memory_budget import GIB, SPARE, WORKING, RoomError, bounded, limited
+from compressor.measure.memory_budget import GIB, SPARE, WORKING, MemoryBudgetError, divide_memory, memory_budget
 from compressor.workspace.environment import held_memory
 from passes.analysis.redundancy import MASK
 from passes.execute.interpreter import Program
@@ -56,7 +56,7 @@ def working(large, rows):
 
 
 def bounds_of(large, limit, tmp_path, at_once=1):
-    return bounded(large.graph, large.splits, limit, tmp_path, ["logits"], at_once)
+    return divide_memory(large.graph, large.splits, limit, tmp_path, ["logits"], at_once)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -73,7 +73,7 @@ def test_the_batch_has_as_many_rows_as_fit(rows, at_once, large, tmp_path):
 
 
 def test_a_limit_that_is_too_small_is_refused_and_the_stated_least_limit_suffices(large, tmp_path):
-    with pytest.raises(RoomError) as caught:
+    with pytest.raises(MemoryBudgetError) as caught:
         bounds_of(large, held_memory(), tmp_path, at_once=2)
     text = str(caught.value)
     assert re.match(r"--max-memory [\d.]+GiB is too little: this process takes [\d.]+ GiB, the largest block ", text)
@@ -85,19 +85,19 @@ def test_a_limit_that_is_too_small_is_refused_and_the_stated_least_limit_suffice
         weight_bytes(program, piece.weights) for piece in smallest_sections(program, ends)
     )
     assert bounds.rows >= 1
-    with pytest.raises(RoomError):
+    with pytest.raises(MemoryBudgetError):
         bounds_of(large, int((least - 0.2) * GIB), tmp_path, at_once=2)
 
 
 def test_without_a_limit_there_is_no_folder(large, tmp_path):
-    with limited(large.graph, large.splits, None, tmp_path / "out", ["logits"]) as bounds:
+    with memory_budget(large.graph, large.splits, None, tmp_path / "out", ["logits"]) as bounds:
         assert bounds is None
         assert not any(tmp_path.iterdir())
 
 
 def test_the_folder_is_next_to_the_output_and_is_removed_after_an_interrupt(large, tmp_path):
     def fail():
-        with limited(large.graph, large.splits, limit_for(GIB), tmp_path / "out", ["logits"]) as bounds:
+        with memory_budget(large.graph, large.splits, limit_for(GIB), tmp_path / "out", ["logits"]) as bounds:
             assert bounds.room.folder.parent == tmp_path
             (bounds.room.folder / "batch0.pt").write_bytes(b"waits")
             raise KeyboardInterrupt

@@ -17,7 +17,17 @@ from compressor.errors import SettingsError
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.measure import latency as engine_timing
-from compressor.measure.workload import PROMPT, RUN, TOKEN, Call, Generate, calls_of, generate_of, together, token_ids
+from compressor.measure.workload import (
+    PROMPT,
+    RUN,
+    TOKEN,
+    Call,
+    GenerationLengths,
+    generation_lengths,
+    token_ids,
+    total_latency,
+    workload_calls,
+)
 from compressor.search.cost_model import multiply_add_cost_model
 from compressor.settings import Settings
 from passes.analysis.counted_cost import Costs
@@ -66,22 +76,22 @@ def settings(**options):
 
 
 def test_the_default_generation_is_as_long_as_the_positions_allow(subject):
-    assert generate_of(settings(), subject.model) == Generate(POSITIONS // 2, POSITIONS // 2)
-    assert generate_of(settings(generate="9:3"), subject.model) == Generate(9, 3)
-    assert Generate(9, 3).behind == 10
-    assert generate_of(settings(generate="32:0"), subject.model) == Generate(32, 0)
+    assert generation_lengths(settings(), subject.model) == GenerationLengths(POSITIONS // 2, POSITIONS // 2)
+    assert generation_lengths(settings(generate="9:3"), subject.model) == GenerationLengths(9, 3)
+    assert GenerationLengths(9, 3).behind == 10
+    assert generation_lengths(settings(generate="32:0"), subject.model) == GenerationLengths(32, 0)
     endless = SimpleNamespace(state=subject.model.state, module=None)
-    assert generate_of(settings(), endless) == Generate(128, 128)
-    assert generate_of(settings(defer_build=True), endless) == Generate(128, 0)
+    assert generation_lengths(settings(), endless) == GenerationLengths(128, 128)
+    assert generation_lengths(settings(defer_build=True), endless) == GenerationLengths(128, 0)
 
 
 def test_a_generation_that_does_not_fit_is_refused(subject):
     with pytest.raises(SettingsError, match=r"--generate 30:3 does not fit .* 32 positions"):
-        generate_of(settings(generate="30:3"), subject.model)
+        generation_lengths(settings(generate="30:3"), subject.model)
     picture = SimpleNamespace(state={}, name="vit", task="image-classification")
-    assert generate_of(settings(), picture) is None
+    assert generation_lengths(settings(), picture) is None
     with pytest.raises(SettingsError, match="vit does image-classification"):
-        generate_of(settings(generate="8:8"), picture)
+        generation_lengths(settings(generate="8:8"), picture)
 
 
 # ------------------------------------------------------------------------------------------------------------ the calls
@@ -94,7 +104,7 @@ def test_a_decode_step_continues_from_the_engines_own_cache(subject, tmp_path, d
     sites = [site.name for site in find_sites(graph) if site.kind == "attention"]
     apply(Drop(tuple(sites[:dropped])), graph)
     path = lower(graph, subject.model, tmp_path / "m.onnx")
-    calls = calls_of(subject, settings(generate="9:6", batch=2))
+    calls = workload_calls(subject, settings(generate="9:6", batch=2))
     assert {name: call.times for name, call in calls.items()} == {PROMPT: 1, TOKEN: 6}
     opener = partial(target.load, path, BuildOptions(threads=1))
     prompt = calls[PROMPT].feeds(opener, tmp_path / "unused")
@@ -119,7 +129,7 @@ def test_a_decode_step_continues_from_the_engines_own_cache(subject, tmp_path, d
 def test_multiply_adds_of_a_generation_are_those_of_its_calls(subject):
     """The oracle counts one run of each call."""
     graph = trace(subject.model)
-    calls = calls_of(subject, settings(generate="9:6", batch=2))
+    calls = workload_calls(subject, settings(generate="9:6", batch=2))
     once = {}
     for name, call in calls.items():
         feeds = {key: torch.zeros(shape, dtype=value.dtype) for (key, shape), value in zip(
@@ -135,7 +145,7 @@ def test_multiply_adds_of_a_generation_are_those_of_its_calls(subject):
 def test_a_model_without_a_cache_is_timed_on_one_call():
     model, _, _, split = small(spread())
     data = SimpleNamespace(test=split)
-    calls = calls_of(SimpleNamespace(model=model, data=data), settings(batch=3))
+    calls = workload_calls(SimpleNamespace(model=model, data=data), settings(batch=3))
     assert list(calls) == [RUN]
     assert {len(value) for value in calls[RUN].inputs.values()} == {3}
 
@@ -146,9 +156,9 @@ def test_a_model_without_a_cache_is_timed_on_one_call():
 def test_latencies_add_up_round_by_round():
     calls = {PROMPT: Call(1, {}, {}), TOKEN: Call(10, {}, {})}
     parts = {PROMPT: Latency(((5.0, 7.0), (6.0,))), TOKEN: Latency(((1.0, 2.0, 9.0), (3.0, 3.0)))}
-    assert together(calls, parts).samples_ms == ((25.0, 27.0), (36.0,))
+    assert total_latency(calls, parts).samples_ms == ((25.0, 27.0), (36.0,))
     alone = {RUN: Latency(((1.0, 2.0),))}
-    assert together({RUN: Call(1, {}, {})}, alone) is alone[RUN]
+    assert total_latency({RUN: Call(1, {}, {})}, alone) is alone[RUN]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from compressor.cli.main import main
 from compressor.cli.param_types import Bytes
 from compressor.deferred import build
 from compressor.errors import SettingsError
-from compressor.measure.memory_budget import GIB, RoomError
+from compressor.measure.memory_budget import GIB, MemoryBudgetError
 from compressor.pipeline import export, inspect
 from compressor.pipeline.export_offloaded import OffloadedExportError
 from compressor.search.planner import ChoiceError
@@ -291,7 +291,7 @@ def test_a_limit_that_is_too_small_is_refused_and_no_files_remain(command, folde
     settings = settings_for(
         folder, tmp_path / "out", max_memory=2**20, drop="none" if command == "inspect" else "block:1"
     )
-    with pytest.raises(RoomError, match=r"is too little: .* give at least [\d.]+GiB"):
+    with pytest.raises(MemoryBudgetError, match=r"is too little: .* give at least [\d.]+GiB"):
         getattr(export, command)(settings)
     assert not any(tmp_path.iterdir())
 

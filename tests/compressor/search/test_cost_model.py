@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.lower.fold_graph import finished
+from compressor.lower.fold_graph import fold_graph
 from compressor.measure.workload import Call
 from compressor.search.cost_model import designs_by_kind, fit_latency_cost_model, multiply_add_cost_model
 from passes.analysis.counted_cost import Costs
@@ -53,7 +53,7 @@ def clock_of(graph, calls, weights=PLANTED, noise=0.0, seed=0):
 
 
 def designs(graph, sites):
-    return {name: finished(design) for name, design in designs_by_kind(graph, sites).items()}
+    return {name: fold_graph(design) for name, design in designs_by_kind(graph, sites).items()}
 
 
 def without(graph, sites):
@@ -168,7 +168,7 @@ def test_the_timed_graphs_are_ready_to_be_lowered():
     assert next(iter(seen)) == "as it is"
     assert {"without attention", "without mlp"} <= set(seen)
     for design in seen.values():
-        assert finished(design).signature() == design.signature()
+        assert fold_graph(design).signature() == design.signature()
     counter = Counter(graph, calls["run"].shapes)
     assert counter.count(seen["without attention"]).attention < counter.count(seen["as it is"]).attention
     linear = [design for name, design in seen.items() if "linear" in name]

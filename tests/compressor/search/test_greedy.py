@@ -82,7 +82,7 @@ class World:
     def of_sites(self, changes):
         return changes
 
-    def carried_out(self, changes):
+    def apply_changes(self, changes):
         """Return the graph without merges, which are applied last (see `Rewriter.reduced`)."""
         return frozenset(change for change in changes.items() if merged_tokens(change[1]) is None)
 
@@ -325,7 +325,7 @@ def test_more_tokens_are_merged_step_by_step():
     assert {search.changes[site.name] for site in world.sites[2:]} == {"drop"}
     for count in range(len(search.steps) + 1):
         changes = search.plan("m", "sweep", count).changes
-        cost = world.cost(world.reduced(world.carried_out(changes), changes))
+        cost = world.cost(world.reduced(world.apply_changes(changes), changes))
         assert cost == ([world.whole] + [step.cost for step in search.steps])[count]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compressor.lower.fold_graph import finished
+from compressor.lower.fold_graph import fold_graph
 from compressor.search import rewriter as rewriter_module
 from compressor.search.rewriter import Rewriter
 from passes.analysis.least_squares import Fit
@@ -41,21 +41,21 @@ def calls(graph):
 def test_changes_are_applied_in_order(rewriter):
     sites, seen = [site.name for site in rewriter.sites], []
     changes = {sites[2]: "linear", sites[0]: "drop", sites[3]: "low-rank:2"}
-    whole = rewriter.carried_out(changes, lambda done, total: seen.append((done, total)))
+    whole = rewriter.apply_changes(changes, lambda done, total: seen.append((done, total)))
     assert seen == [(0, 3), (1, 3), (2, 3)]
     graph = rewriter.original
     for name, action in changes.items():
         graph = rewriter.changed(graph, name, action)
     assert torch.equal(outputs(whole, rewriter.split), outputs(graph, rewriter.split))
     assert torch.equal(outputs(rewriter.rewritten(changes), rewriter.split), outputs(graph, rewriter.split))
-    other = rewriter.carried_out(dict(reversed(changes.items())))  # the order changes the fits
+    other = rewriter.apply_changes(dict(reversed(changes.items())))  # the order changes the fits
     assert not torch.equal(outputs(whole, rewriter.split), outputs(other, rewriter.split))
 
 
 def test_the_original_is_not_changed(rewriter):
     before, signature = outputs(rewriter.original, rewriter.split), rewriter.original.signature()
     graph = rewriter.rewritten(dict.fromkeys([site.name for site in rewriter.sites][1:3], "linear"))
-    finished(graph)
+    fold_graph(graph)
     assert rewriter.original.signature() == signature
     assert torch.equal(outputs(rewriter.original, rewriter.split), before)
     assert not torch.equal(outputs(graph, rewriter.split), before)
@@ -123,7 +123,7 @@ def test_drops_are_those_of_the_pass(rewriter):
     names = tuple(site.name for site in rewriter.sites[1:3])
     expected = rewriter.original.fork()
     apply(Drop(names), expected)
-    graph = rewriter.carried_out(dict.fromkeys(names, "drop"))
+    graph = rewriter.apply_changes(dict.fromkeys(names, "drop"))
     assert torch.equal(outputs(graph, rewriter.split), outputs(expected, rewriter.split))
     assert len(find_sites(graph)) == len(rewriter.sites) - 2
 
@@ -132,8 +132,8 @@ def test_tokens_are_merged_last(rewriter):
     """Maps are fitted to states with all tokens, at any position of the merge in the plan."""
     sites = [site.name for site in rewriter.sites]
     changes = {sites[0]: "merge:1", sites[3]: "linear", sites[1]: "drop"}
-    kept = rewriter.carried_out(changes)
-    plain = rewriter.carried_out({name: action for name, action in changes.items() if name != sites[0]})
+    kept = rewriter.apply_changes(changes)
+    plain = rewriter.apply_changes({name: action for name, action in changes.items() if name != sites[0]})
     assert torch.equal(outputs(kept, rewriter.split), outputs(plain, rewriter.split))
     assert rewriter.reduced(kept, {sites[3]: "linear"}) is kept
     merged = rewriter.rewritten(changes)
@@ -147,12 +147,12 @@ def test_finished_computes_the_same_with_no_more_nodes_than_a_drop(rewriter, act
     name = rewriter.sites[2].name
     graph = rewriter.changed(rewriter.original, name, action)
     before = outputs(graph, rewriter.split)
-    done = finished(graph)
+    done = fold_graph(graph)
     torch.testing.assert_close(outputs(done, rewriter.split), before, **SAME)
     torch.testing.assert_close(outputs(graph, rewriter.split), before, rtol=0, atol=0)  # a fork was edited
     if action == "fuse":
-        assert calls(done) <= calls(finished(rewriter.changed(rewriter.original, name, "drop")))
-    assert calls(finished(done)) == calls(done)
+        assert calls(done) <= calls(fold_graph(rewriter.changed(rewriter.original, name, "drop")))
+    assert calls(fold_graph(done)) == calls(done)
 
 
 def test_a_fit_without_a_source_is_refused(rewriter):

@@ -6,7 +6,7 @@ import pytest
 
 from compressor.quantize.precision import PrecisionError
 from compressor.settings import Settings
-from compressor.target.availability import UsableError, usable
+from compressor.target.availability import AvailabilityError, check_target
 from runtimes.base.registry import runtime
 
 pytest.importorskip("onnxruntime")
@@ -21,24 +21,24 @@ pytest.importorskip("onnxruntime")
     ],
 )
 def test_precisions_that_only_the_device_can_measure_are_not_deferred(target: str, precision: str, words: str) -> None:
-    with pytest.raises(UsableError, match=words):
-        usable(Settings(target=target, precision=precision, defer_build=True))
+    with pytest.raises(AvailabilityError, match=words):
+        check_target(Settings(target=target, precision=precision, defer_build=True))
 
 
 def test_engines_from_exported_programs_are_not_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime("openvino"), "source", ".pt2")
     with pytest.raises(
-        UsableError, match="target openvino builds engines with torch on this machine; leave out --defer"
+        AvailabilityError, match="target openvino builds engines with torch on this machine; leave out --defer"
     ):
-        usable(Settings(target="openvino", defer_build=True))
+        check_target(Settings(target="openvino", defer_build=True))
 
 
 def test_a_precision_that_is_written_here_is_deferred() -> None:
-    target, options = usable(Settings(target="tensorrt", precision="fp16", defer_build=True))
+    target, options = check_target(Settings(target="tensorrt", precision="fp16", defer_build=True))
     assert (target.name, options.device) == ("onnxruntime", "cpu")
     assert "fp16" in target.precisions["cpu"]
 
 
 def test_a_precision_that_the_target_lacks_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(PrecisionError, match="target onnxruntime has no fp16 on cpu"):
-        usable(Settings(precision="fp16"))
+        check_target(Settings(precision="fp16"))

@@ -1180,7 +1180,7 @@ def test_lengths_range_from_one_to_the_longest_sample():
     data = types.SimpleNamespace(calibration=part(3, 4), validation=part(*[5] * 40, 19), test=part(6, 11, 7))
     model = types.SimpleNamespace(state={}, dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
     subject = types.SimpleNamespace(data=data, model=model)
-    found = engine_builder.sized(OPTIONS, subject, Settings(batch=2))
+    found = engine_builder.with_input_sizes(OPTIONS, subject, Settings(batch=2))
     assert (found.batches, found.lengths) == ((1, 2, 64), (1, 11, 19))
     model.dynamic_axes = {"ids": {0: "batch"}}
-    assert engine_builder.sized(OPTIONS, subject, Settings(batch=100)).batches == (1, 100, 100)
+    assert engine_builder.with_input_sizes(OPTIONS, subject, Settings(batch=100)).batches == (1, 100, 100)

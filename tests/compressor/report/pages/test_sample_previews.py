@@ -30,8 +30,8 @@ def picture_in(address: str, form: str) -> Image.Image:
 
 def test_only_the_requested_samples_are_read() -> None:
     read: list[int] = []
-    previews = previews(split(preview=lambda index: read.append(index) or f"text {index}"), [0, 2])
-    assert previews == {"c": "text 2", "b": "text 1"}
+    texts = previews(split(preview=lambda index: read.append(index) or f"text {index}"), [0, 2])
+    assert texts == {"c": "text 2", "b": "text 1"}
     assert read == [2, 1]
 
 
