@@ -16,7 +16,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 OPTIMUM_STAMP := $(OPTIMUM_VENV)/.installed
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade
-SUITE := -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+SUITE := -m pytest --durations 40 --durations-min 5 -n $(WORKERS) --dist worksteal -m "not slow"
 
 ifeq ($(TORCH),cpu)
 INSTALL_RUN = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-verify-hashes --torch-backend cpu \

@@ -87,6 +87,20 @@ def cost() -> str:
     return "\n".join(lines)
 
 
+def _changes(plan: dict[str, Any]) -> str:
+    """Describe the changes of a plan in a few words."""
+    actions = list(plan["changes"].values())
+    merged, dropped = sum(action.startswith("merge:") for action in actions), actions.count("drop")
+    counts = {
+        "tokens merged at {}": merged,
+        "{} dropped": dropped,
+        "{} replaced": len(actions) - merged - dropped,
+    }
+    return ", ".join(
+        words.format("1 branch" if count == 1 else f"{count} branches") for words, count in counts.items() if count
+    )
+
+
 def headline() -> str:
     """Return the measured results at the top of the project's README."""
     by_name = {row["name"]: row for row in rows()}
@@ -94,8 +108,8 @@ def headline() -> str:
     ratio = vision["wall_seconds"] / vision["sweep_seconds"]
     return "\n".join(
         [
-            f"- **{_times(vision, 'original')}**: a vision transformer (DeiT-Tiny), tokens merged and "
-            f"a branch replaced, int8; top-1 accuracy {_change(vision, 'original')}. Search, export, int8 and proof "
+            f"- **{_times(vision, 'original')}**: a vision transformer (DeiT-Tiny), {_changes(vision['plan'])}, "
+            f"int8; top-1 accuracy {_change(vision, 'original')}. Search, export, int8 and proof "
             f"took {vision['wall_seconds'] / 60:.0f} minutes, {ratio:.0f} forward passes over the calibration data.",
             f"- {tables_matrix.headline()}",
             f"- {tables_decode.headline()}",

@@ -284,7 +284,7 @@ def _check_generate(settings: Settings) -> None:
 
 
 def _check_tokens(text: str) -> None:
-    """Check the form of ``tokens``; `schedule` compares its length with the number of attentions of the model."""
+    """Check the form of ``tokens``; `merge_schedule` compares its length with the number of attentions of the model."""
     if not re.fullmatch(r"\d+(,\d+)*|\d+%", text) or (text.endswith("%") and not 0 < int(text[:-1]) < 75):
         raise SettingsError(
             f"--tokens {text}: expected auto, none, a number such as 8, one number for each attention such as 8,8,0,8, "

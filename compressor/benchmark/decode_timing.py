@@ -188,7 +188,7 @@ def prepare(engine: Engine, model: Model, ids: npt.NDArray[np.int64], folder: Pa
     expected = engine.run(feeds_with_cache(ids, 0) | no_tokens)[model.answer][:, -1].copy()
     prompt = feeds_with_cache(ids[:, :-1], 0) | no_tokens
     outputs = engine.run(prompt)
-    cache = {before: outputs[after] for after, before in model.state.items() if before in empty_cache}
+    cache = {before: outputs[after] for after, before in model.state.items() if before in no_tokens}
     cache_on_disk = dict(memory_mapped(cache, folder))
     step = feeds_with_cache(ids, ids.shape[1] - 1) | cache_on_disk
     size = sum(value.nbytes for value in cache.values())

@@ -52,7 +52,7 @@ class Narrowing:
     """Narrowing of a node to `part` of its value.
 
     `asks` maps an input to the part that the node then needs; None, or no entry, is the whole input. `arguments`
-    replaces the arguments of the node unless it is None. `hands_on` is set if the part equals a part of one input.
+    replaces the arguments of the node unless it is None. `is_identity` is set if the part equals a part of one input.
     """
 
     part: AxisRange

@@ -84,7 +84,7 @@ class Shapes:
         return self.evaluated[text]
 
     def learn(self, node: fx.Node) -> None:
-        """Evaluate the new symbol of a size (`passes.graph.edit.name_size`) from the arguments of its node."""
+        """Evaluate the new symbol of a size (`passes.graph.edit.resymbolize_size`) from the arguments of its node."""
         size = value_of(node)
         symbol = expression(size) if isinstance(size, torch.SymInt) else None
         if symbol is not None and symbol.is_Symbol and symbol not in self.symbols:
