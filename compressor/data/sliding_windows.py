@@ -30,8 +30,8 @@ class Window:
     def cut(self, tokens: int) -> tuple[WindowSpan, ...]:
         """Return the windows of a text with `tokens` tokens.
 
-        >>> Window(4, 2).cut(7)
-        (Cut(start=0, end=4, scored=1), Cut(start=2, end=6, scored=4), Cut(start=4, end=7, scored=6))
+        >>> Window(4, 2).cut(6)
+        (WindowSpan(start=0, end=4, scored=1), WindowSpan(start=2, end=6, scored=4))
         """
         cuts = [WindowSpan(0, min(self.length, tokens), 1)]
         while cuts[-1].end < tokens:

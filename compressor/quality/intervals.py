@@ -76,10 +76,10 @@ def by_text(columns: Columns, owners: Sequence[str]) -> Columns:
 def format_count(count: int, gap: str = "") -> str:
     """Format a count with about three digits and an SI prefix, with `gap` before the prefix.
 
-    >>> scaled(950), scaled(49_792), scaled(5_717_416), scaled(1_258_000_000)
+    >>> format_count(950), format_count(49_792), format_count(5_717_416), format_count(1_258_000_000)
     ('950', '49.8k', '5.72M', '1.26G')
-    >>> scaled(950, " "), scaled(49_792, " "), scaled(5_717_416, " "), scaled(1_258_000_000, " ")
-    ('950 ', '49.8 k', '5.72 M', '1.26 G')
+    >>> format_count(950, " "), format_count(49_792, " "), format_count(1_258_000_000, " ")
+    ('950 ', '49.8 k', '1.26 G')
     """
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:

@@ -121,7 +121,7 @@ def choose_precision(
         refused: precisions that could not be built, with the reason.
         limit: largest allowed loss in percent.
 
-    >>> judged({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": 3.0}, {}, 0.5)[0]
+    >>> choose_precision({"fp32": 4.0, "int8": 2.0}, {"fp32": 0.0, "int8": 3.0}, {}, 0.5)[0]
     'fp32'
     """
     whole = milliseconds["fp32"]

@@ -28,7 +28,7 @@ def layers_of(target: Runtime, path: Path, options: BuildOptions) -> dict[str, A
 def describe_layers(engine: Mapping[str, Any]) -> Iterator[str]:
     """Describe the layers in a report's ``engine`` part in one sentence; yield nothing if they are not reported.
 
-    >>> list(told({"layers": {"count": 3, "precisions": {"int8": 2, "other": 1}, "fused_attention": None}}))
+    >>> list(describe_layers({"layers": {"count": 3, "precisions": {"int8": 2, "other": 1}, "fused_attention": None}}))
     ['The engine has 3 layers: 2 int8, 1 other; fusion of attention is unknown.']
     """
     layers = engine.get("layers")

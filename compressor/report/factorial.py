@@ -42,7 +42,7 @@ def cells_of(reduced: str) -> tuple[str, ...]:
 def cell_precision(precision: str) -> str:
     """Return the name of a precision in cells: static and dynamic int8 are both ``int8``.
 
-    >>> word("int8-dynamic"), word("int4")
+    >>> cell_precision("int8-dynamic"), cell_precision("int4")
     ('int8', 'int4')
     """
     return precision.partition("-")[0]
@@ -263,7 +263,7 @@ def compute_factorial(
 def conditions(target: str, batch: int, threads: int | None = None) -> str:
     """Describe the batch, the target and the number of threads.
 
-    >>> place("onnxruntime", 1), place("openvino", 8, 2)
+    >>> conditions("onnxruntime", 1), conditions("openvino", 8, 2)
     ('at batch 1 on onnxruntime', 'at batch 8 on openvino, threads 2')
     """
     return f"at batch {batch} on {target}" + ("" if threads is None else f", threads {threads}")

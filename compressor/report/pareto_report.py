@@ -176,7 +176,7 @@ def points_to_build(total: int, wanted: int, worth: Sequence[bool]) -> list[int]
         wanted: number of points to build; fewer are returned if there are fewer candidates.
         worth: whether each point is efficient.
 
-    >>> spread(7, 3, [True] * 7)
+    >>> points_to_build(7, 3, [True] * 7)
     [0, 3, 6]
     """
     candidates = [index for index in range(total) if worth[index] or index == 0]

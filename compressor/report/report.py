@@ -281,7 +281,7 @@ def against(variants: Sequence[str], reference: str, value: Any) -> list[Any]:
 def describe_calls(generation: Mapping[str, Any]) -> str:
     """Describe the calls that the latency of a language model covers.
 
-    >>> what_is_timed({"prompt": 512, "new": 0, "behind": 512})
+    >>> describe_calls({"prompt": 512, "new": 0, "behind": 512})
     'a prompt of 512 tokens'
     """
     prompt, new, behind = (generation[name] for name in ("prompt", "new", "behind"))

@@ -71,7 +71,7 @@ class Samples:
 def class_order_limitation(names: Sequence[str]) -> Limitation:
     """Return the limitation that class names were numbered in sorted order, which may differ from the model's order.
 
-    >>> print(numbered(["cat", "dog"]))
+    >>> print(class_order_limitation(["cat", "dog"]))
     class order: the names in the data are numbered in sorted order (cat = 0, dog = 1); the model must use this order.
     """
     shown = ", ".join(f"{name} = {number}" for number, name in enumerate(names[:SHOWN]))

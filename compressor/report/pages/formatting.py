@@ -16,7 +16,7 @@ DONE = {"keep": "kept", "drop": "dropped", "merge": "tokens merged", "fuse": "fu
 def action_done(action: str) -> str:
     """Return the past participle of an action on a branch, without its amount.
 
-    >>> done("drop"), done("low-rank:8"), done("merge:25%")
+    >>> action_done("drop"), action_done("low-rank:8"), action_done("merge:25%")
     ('dropped', 'low-rank', 'tokens merged')
     """
     form = action.partition(":")[0]
