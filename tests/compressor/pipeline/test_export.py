@@ -461,7 +461,7 @@ def test_the_result_is_compared_with_the_graph_before_folding(
         apply(Drop(tuple(find_sites(fork)[:1])), fork)
         return fork
 
-    monkeypatch.setattr(engine_builder, "finished", breaking)
+    monkeypatch.setattr(engine_builder, "fold_graph", breaking)
     with pytest.raises(CompressorError, match=r"result\.onnx"):
         compressor.export(**labelled, drop="1", output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

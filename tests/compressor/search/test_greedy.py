@@ -132,7 +132,7 @@ class World:
 @pytest.fixture
 def without_liveness(monkeypatch):
     """Replace the liveness analysis, as planted graphs have no nodes."""
-    monkeypatch.setattr(greedy, "read_parts", lambda graph: {})
+    monkeypatch.setattr(greedy, "live_parts", lambda graph: {})
 
 
 @pytest.mark.usefixtures("without_liveness")
@@ -171,7 +171,7 @@ def test_steps_record_the_state_after_the_change():
 def test_a_run_ends_at_the_required_speedup(seed, first, second):
     """A second run with a higher goal continues, and gives the result of one run with that goal."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy, "read_parts", lambda graph: {})
+        patch.setattr(greedy, "live_parts", lambda graph: {})
         search, whole = World(seed).begin(), World(seed).begin()
         whole.run()
         costs = [whole.whole, *(step.cost for step in whole.steps)]

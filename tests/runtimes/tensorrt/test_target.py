@@ -478,7 +478,7 @@ def check_sentence(error, *words):
 )
 def test_missing_names_the_first_missing_requirement(monkeypatch, package, bindings, found, word):
     monkeypatch.setattr(target.util, "find_spec", lambda name: {"tensorrt": package}[name])
-    monkeypatch.setattr(target, "installed", lambda name: {"cuda-bindings": bindings}[name])
+    monkeypatch.setattr(target, "is_installed", lambda name: {"cuda-bindings": bindings}[name])
     monkeypatch.setattr(target, "_cuda_devices", lambda: found)
     reason = target.missing()
     assert (reason is None) == (word is None)
