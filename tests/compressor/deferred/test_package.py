@@ -70,7 +70,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from compressor.cli import main
+from compressor.cli.main import main
 main(sys.argv[1:])
 """
 

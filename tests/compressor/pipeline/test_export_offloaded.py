@@ -1,6 +1,7 @@
 """Export and inspect with --max-memory, compared with the same command without it."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -189,7 +190,7 @@ def test_build_completes_the_folder(onnx_folders, tmp_path, monkeypatch):
     assert set(report.latency) == {"baseline", "result"}
     assert all(each["parity"] <= FILE for each in report.engine["measured"].values())
     assert json.loads((device / "report.json").read_text())["engine"]["state"] == "built"
-    assert "quality with torch" in (device / "report.html").read_text()
+    assert "Quality was measured with torch" in (device / "report.html").read_text()
 
 
 def test_inspect_gives_the_scores_of_a_run_in_memory(folder, tmp_path):
@@ -292,7 +293,7 @@ def test_a_limit_that_is_too_small_is_refused_and_no_files_remain(command, folde
         folder, tmp_path / "out", max_memory=2**20, drop="none" if command == "inspect" else "block:1"
     )
     with pytest.raises(MemoryBudgetError, match=r"is too little: .* give at least [\d.]+GiB"):
-        getattr(export, command)(settings)
+        getattr(importlib.import_module(f"compressor.pipeline.{command}"), command)(settings)
     assert not any(tmp_path.iterdir())
 
 
