@@ -54,7 +54,7 @@ def memory_budget(
     The values between two sections go to a temporary folder next to `beside`, which is removed at the end.
 
     Raises:
-        RoomError: see `divide_memory`.
+        MemoryBudgetError: see `divide_memory`.
     """
     if limit is None:
         yield None
@@ -77,8 +77,8 @@ def divide_memory(
         at_once: number of graphs of this size that run at the same time; each gets an equal share.
 
     Raises:
-        RoomError: the limit is too small for one text and one block at a time. The message states the least limit. Also
-            raised if the system does not report the memory of a process.
+        MemoryBudgetError: the limit is too small for one text and one block at a time (the message states the least
+            limit), or the system does not report the memory of a process.
     """
     held = held_memory()
     if held is None:

@@ -60,7 +60,7 @@ def check_target(settings: Settings) -> None:
     """Check that the settings do not build an engine on this machine.
 
     Raises:
-        LargeError: the target builds an engine, and ``--defer-build`` is not set.
+        OffloadedExportError: the target builds an engine, and ``--defer-build`` is not set.
     """
     if settings.target != TRANSFORMERS and not settings.defer_build:
         raise OffloadedExportError(

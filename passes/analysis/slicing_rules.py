@@ -123,12 +123,12 @@ def _rule(node: fx.Node) -> Callable[[fx.Node, AxisRange], Narrowing | None] | N
 
 
 def _step(
-    part: AxisRange, requests: Requests, arguments: tuple[Any, ...] | None = None, *, hands_on: bool = False
+    part: AxisRange, requests: Requests, arguments: tuple[Any, ...] | None = None, *, is_identity: bool = False
 ) -> Narrowing | None:
     """Return the step; None if it requests two different parts of one input."""
     asks = dict(requests)
     agree = all(asks[source] == request for source, request in requests)
-    return Narrowing(part, asks, arguments, hands_on) if agree else None
+    return Narrowing(part, asks, arguments, is_identity) if agree else None
 
 
 def _elementwise(node: fx.Node, part: AxisRange) -> Narrowing | None:
@@ -252,7 +252,7 @@ def _concatenation(node: fx.Node, part: AxisRange) -> Narrowing | None:
         if begin <= part.start and part.stop <= begin + size:
             inside = part.at(part.axis, shift=-begin) if part.width < size else None
             others: Requests = [(other, NOTHING) for other in sources if other is not source]
-            return _step(part, [(source, inside), *others], hands_on=True)
+            return _step(part, [(source, inside), *others], is_identity=True)
         begin += size
     return None
 
@@ -282,7 +282,7 @@ def _select(node: fx.Node, part: AxisRange) -> Narrowing | None:
     selected = _range(node, source)
     if selected is None or selected.start < 0 or part.start < 0:
         return None
-    return _step(part, [(source, part.at(axis, shift=selected.start))], hands_on=True)
+    return _step(part, [(source, part.at(axis, shift=selected.start))], is_identity=True)
 
 
 def _with_axis(axis: int, extra: int) -> int:

@@ -91,7 +91,7 @@ def move(node: fx.Node, flow: Flow, before: Sequence[Any], after: Sequence[Any])
     """Return the flow after an operator that moves, merges or splits axes.
 
     Raises:
-        Unfollowed: the operator merges or splits the batch axis or a token axis.
+        UnsupportedOperator: the operator merges or splits the batch axis or a token axis.
     """
     output_axis = axes_behind(node, before, after)
     lost = [axis for axis in (flow.batch, *dict(flow.tokens)) if axis not in output_axis]
@@ -164,7 +164,7 @@ def broadcast_flows(flows: Sequence[tuple[Flow, int]], rank: int) -> Flow:
     """Return the flow of operands, each given with its rank, that are broadcast to `rank` axes.
 
     Raises:
-        Unfollowed: the operands disagree on the batch axis or on the first token of a token axis.
+        UnsupportedOperator: the operands disagree on the batch axis or on the first token of a token axis.
     """
     tokens: dict[int, int] = {}
     batches = set()

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from passes.graph.graph import Graph
 
-
 aten = torch.ops.aten
-
 
 EXPENSIVE = LINEAR_OPS | PRODUCTS | ATTENTION_OPS
 

@@ -69,7 +69,7 @@ class Masks:
         self.known: dict[fx.Node, Mask] = {}
 
     def fit(self, node: fx.Node, table: fx.Node, flow: Flow, rank: int) -> fx.Node:
-        """Reduce a mask or bias to the remaining tokens. Raises Unfollowed if that is not possible."""
+        """Reduce a mask or bias to the remaining tokens. Raises UnsupportedOperator if that is not possible."""
         if table not in self.known:
             self.known[table] = read_mask(self.graph, table, self.data)
         mask = self.known[table]

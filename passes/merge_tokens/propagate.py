@@ -105,7 +105,7 @@ class ReductionPropagator:
             self._reduce(node)
 
     def _follow(self, node: fx.Node) -> Flow | None:
-        """Adapt a node to the reduced tokens and return the flow of its value. Raises Unfollowed."""
+        """Adapt a node to the reduced tokens and return the flow of its value. Raises UnsupportedOperator."""
         target = node.target
         source = next(source for source in node.all_input_nodes if source in self.flows)
         if target is operator.getitem:

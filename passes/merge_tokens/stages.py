@@ -69,7 +69,7 @@ class Stages:
         """Average a value or table of the stage before ``flow.stage`` over the tokens that were merged.
 
         Raises:
-            Unfollowed: the value is an integer, or a table axis holds entries in front of the tokens.
+            UnsupportedOperator: the value is an integer, or a table axis holds entries in front of the tokens.
         """
         dtype = value_of(value).dtype
         if not (dtype.is_floating_point or dtype == torch.bool):

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.analysis.slicing_rules import END, NOTHING, AxisRange, Narrowing, selection
-from passes.analysis.token_liveness import aten, profitable_narrowings
+from passes.analysis.token_liveness import profitable_narrowings
 from passes.base import Rewritten
 from passes.graph.edit import insert_call, remove_dead, replace_all_uses, replace_input, set_arguments
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from passes.graph.graph import Graph
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,8 @@ from collections.abc import Mapping
 from runtimes.base.protocols import Feeds
 
 TOKEN_AXIS = 2  # the token axis of keys and values, [rows, heads, tokens, width]
-
-SHARED_BUFFERS_KEY = (
-    "compressor.cache"  # metadata key: a JSON map from present outputs to the past inputs whose buffers they may share
-)
-
-
+# Key of the metadata: a JSON map from present outputs to the past inputs whose buffers they may share.
+SHARED_BUFFERS_KEY = "compressor.cache"
 TOKENS, MASK = "input_ids", "attention_mask"  # [rows, new tokens] and [rows, all tokens]
 
 
