@@ -291,6 +291,21 @@ def test_a_tensor_whose_shape_contradicts_the_config_is_rejected(tmp_path):
         load(written(tmp_path / "n.gguf", module))
 
 
+def test_a_tensor_of_another_shape_is_rejected_even_if_transformers_assigns_it(tmp_path, monkeypatch):
+    """transformers 5.20 does, where 5.24 raises."""
+
+    def assigning(*args, _module=source._module):
+        module, missing_weights = _module(*args)
+        keys = module.model.layers[0].self_attn.k_proj
+        keys.weight = torch.nn.Parameter(torch.cat([keys.weight, keys.weight]))
+        return module, missing_weights
+
+    monkeypatch.setattr(source, "_module", assigning)
+    monkeypatch.setattr(source, "_check_all_loaded", lambda *_: None)
+    with pytest.raises(ModelError, match=r"architecture llama \(the shapes of its tensors do not match its metadata\)"):
+        load(written(tmp_path / "m.gguf", small()))
+
+
 def test_options_that_do_not_apply_to_a_file_are_rejected(tiny):
     with pytest.raises(ModelError, match="is a local file, so it has no revision 'main'; leave --revision out"):
         load(tiny[0], revision="main")
