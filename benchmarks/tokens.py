@@ -31,11 +31,10 @@ from compressor.lower.fold_graph import fold_graph
 from compressor.lower.traced_model import TracedModel, load
 from compressor.lower.write_onnx import lower
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.measure.engine_parity import engine_parity
 from compressor.measure.engine_quality import evaluate_engines
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.measure.latency import EngineTimer
-from compressor.measure.variant import Variant, convert_variants, float_variant
+from compressor.measure.variant import Variant, convert_variants, lower_variant
 from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import check_parity
@@ -148,12 +147,11 @@ def decided(
 
 def lowered(graphs: Mapping[str, Graph], builder: EngineBuilder, steps: Steps) -> list[Variant]:
     """Lower every design and compare it with torch on real samples; the first one is named ``baseline``."""
-    variants = []
+    variants: list[Variant] = []
     for number, (name, graph) in enumerate(graphs.items()):
         with steps.step(f"build {name}"):
-            path = builder.lower(fold_graph(graph), f"design{number}")
-            parity = engine_parity(builder, path, graph)
-            variants.append(float_variant(name if variants else "baseline", graph, path, parity))
+            variant = lower_variant(f"design{number}", graph, builder.fold(graph), builder)
+        variants.append(replace(variant, name=name if variants else "baseline"))
     return variants
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from compressor.lower.traced_model import ModelAndData
 from compressor.measure.engine_builder import EngineBuilder, with_input_sizes
-from compressor.measure.engine_parity import engine_parity
 from compressor.measure.engine_quality import quality_on_test
 from compressor.measure.latency import EngineTimer
 from compressor.measure.precision_converter import PrecisionConverter
+from compressor.measure.variant import lower_variant
 from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
-from compressor.quantize.precision import Source
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.graph.graph import Graph
@@ -65,11 +64,10 @@ class GraphEvaluator:
         self, name: str, graph: Graph, builder: EngineBuilder, converter: PrecisionConverter, steps: Steps
     ) -> Path:
         with steps.step(f"build {name}") as tick:
-            path = builder.lower(builder.fold(graph), name)
-            engine_parity(builder, path, graph)
+            variant = lower_variant(name, graph, builder.fold(graph), builder)
             if self.precision == "fp32":
-                return builder.build(Source(path))
-            return builder.build(converter.convert(path, self.precision, tick)[0])
+                return builder.build(variant.source)
+            return builder.build(converter.convert(variant.float_file, self.precision, tick)[0])
 
 
 def graph_evaluator(

@@ -43,10 +43,10 @@ class EngineTimer:
         Returns:
             Latencies by engine and call.
         """
-        timing = (
-            partial(time_engines, min_runs=3, warmup_runs=1) if builder.subject.model.state else time_engines
-        )  # prefill is long
-        return self._interleaved(builder, engines, partial(timing, rounds=self.rounds, steps=steps))
+        # A prefill can take seconds.
+        min_runs, warmup_runs = (3, 1) if builder.subject.model.state else (MIN_RUNS, WARMUP_RUNS)
+        timing = partial(time_engines, rounds=self.rounds, steps=steps, min_runs=min_runs, warmup_runs=warmup_runs)
+        return self._interleaved(builder, engines, timing)
 
     def latency(self, builder: EngineBuilder, engines: Mapping[str, Path], steps: Steps) -> dict[str, Latency]:
         """Time engines on the whole workload; return the latency by engine."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compressor.measure.engine_builder import EngineBuilder
+from compressor.measure.engine_parity import engine_parity
 from compressor.measure.precision_converter import PrecisionConverter
 from compressor.quality.parity import Parity
 from compressor.quantize.precision import Converted, Source
@@ -48,9 +49,23 @@ class Variant:
         return dataclasses.replace(self, source=Source(self.float_file), conversion=None)
 
 
-def float_variant(name: str, graph: Graph, path: Path, parity: Parity) -> Variant:
-    """Return a lowered variant in fp32."""
-    return Variant(name, graph, path, parity, Source(path))
+def lower_variant(name: str, graph: Graph, folded: Graph, builder: EngineBuilder) -> Variant:
+    """Lower a graph and compare its float engine with torch.
+
+    Args:
+        name: name of the variant and of its file.
+        graph: the graph before folding, so that an error of the folding shows.
+        folded: the graph that is lowered.
+        builder: lowers it and builds the engine.
+
+    Returns:
+        The variant in fp32.
+
+    Raises:
+        ParityError: the outputs differ by more than the tolerance.
+    """
+    path = builder.lower(folded, name)
+    return Variant(name, graph, path, engine_parity(builder, path, graph), Source(path))
 
 
 def convert_variants(
@@ -69,14 +84,13 @@ def convert_variants(
     if precision == "fp32":
         return list(variants)
     converted = [dataclasses.replace(variants[0], name="original")]
-    done: dict[Path, Variant] = {}
+    done: dict[Path, tuple[Source, Converted]] = {}
     for variant in variants:
         if variant.float_file not in done:
             with steps.step(f"{precision} of the {variant.name}") as tick:
-                source, facts = converter.convert(variant.float_file, precision, tick)
-            done[variant.float_file] = dataclasses.replace(variant, source=source, conversion=facts)
-        same = done[variant.float_file]
-        converted.append(dataclasses.replace(variant, source=same.source, conversion=same.conversion))
+                done[variant.float_file] = converter.convert(variant.float_file, precision, tick)
+        source, facts = done[variant.float_file]
+        converted.append(dataclasses.replace(variant, source=source, conversion=facts))
     return converted
 
 

@@ -15,11 +15,10 @@ from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.traced_model import TracedModel, index_errors_as_data_errors, load, model_facts
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.measure.engine_parity import engine_parity
 from compressor.measure.engine_quality import quality_on_test
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.measure.precision_converter import PrecisionConverter
-from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of, float_variant
+from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of, lower_variant
 from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
@@ -172,13 +171,10 @@ def _lowered(subject: TracedModel, rewritten: _Rewritten, builder: EngineBuilder
     The result shares the file of the baseline if no change, folding or removal of nodes made it different.
     """
     with steps.step("lower, check against torch"):
-        path = builder.lower(subject.graph, "baseline")
-        baseline = float_variant("baseline", subject.graph, path, engine_parity(builder, path, subject.graph))
+        baseline = lower_variant("baseline", subject.graph, subject.graph, builder)
         if not rewritten.choice.plan.changes and rewritten.folded.signature() == subject.graph.signature():
             return [baseline, dataclasses.replace(baseline, name="result")]
-        path = builder.lower(rewritten.folded, "result")
-        # The engine is compared with the graph before folding, so that an error of the folding shows.
-        return [baseline, float_variant("result", rewritten.graph, path, engine_parity(builder, path, rewritten.graph))]
+        return [baseline, lower_variant("result", rewritten.graph, rewritten.folded, builder)]
 
 
 def _with_precision(

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.measure.engine_parity import engine_parity
-from compressor.measure.variant import Variant, float_variant
+from compressor.measure.variant import Variant, lower_variant
 from compressor.quality.evaluate import Evaluation
 from compressor.report.factorial import Factorial, cell_precision, cells_of, compute_factorial, conditions
 from compressor.settings import Settings
@@ -35,8 +34,7 @@ def unmerged(plan: Plan, graph: Graph, builder: EngineBuilder) -> list[Variant]:
     merging = [merged_tokens(action) is not None for action in plan.changes.values()]
     if not any(merging) or all(merging):
         return []
-    path = builder.lower(builder.fold(graph), CHANGES)
-    return [float_variant(CHANGES, graph, path, engine_parity(builder, path, graph))]
+    return [lower_variant(CHANGES, graph, builder.fold(graph), builder)]
 
 
 def with_cells(variants: Sequence[Variant], precision: str) -> list[Variant]:

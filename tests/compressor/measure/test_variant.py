@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compressor.measure.variant import build_variants, convert_variants, engines_of, float_variant
+from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of
 from compressor.quality.parity import Parity
 from compressor.quantize.precision import Converted, Source
 from compressor.workspace.progress import Steps
@@ -28,9 +28,9 @@ class Converter:
 def variants(*files: str) -> list[Any]:
     graph: Any = None
     names = ("baseline", "result", "changes")
-    return [
-        float_variant(name, graph, Path(file), Parity("", 0.0, 0)) for name, file in zip(names, files, strict=False)
-    ]
+    parity = Parity("", 0.0, 0)
+    paths = map(Path, files)
+    return [Variant(name, graph, path, parity, Source(path)) for name, path in zip(names, paths, strict=False)]
 
 
 def test_every_variant_except_the_original_is_converted() -> None:
