@@ -176,7 +176,7 @@ def judged(bench: Bench, graphs: Mapping[tuple[tuple[str, str], ...], Graph]) ->
     folded = {f"plan {len(bench.files) + number}": fold_graph(graph) for number, graph in enumerate(graphs.values())}
     runners = {name: graph_runner(subject.model, partial(run, graph)) for name, graph in folded.items()}
     runners[AS_IS] = graph_runner(subject.model, partial(run, subject.graph))
-    evaluation = evaluate(subject.data.test, runners, metric=subject.metric, reference=AS_IS)
+    evaluation = evaluate(subject.data.test, runners, head=subject.head, metric=subject.metric, reference=AS_IS)
     for (name, graph), changes in zip(folded.items(), graphs, strict=True):
         bench.files[name] = lower(graph, subject.model, bench.scratch / f"{name}.onnx")
         bench.judged[changes] = {

@@ -13,9 +13,10 @@ from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.lm_eval_tasks import TaskResults
 from compressor.benchmark.runner import Condition, Measurement
 from compressor.quality.evaluate import Evaluation
-from compressor.quality.intervals import METRICS, Figure
+from compressor.quality.intervals import Figure
+from compressor.quality.metrics import METRICS
 from compressor.report.factorial import Factorial, compute_factorial, conditions
-from compressor.report.report import LABELS, dim, latency_to_dict
+from compressor.report.report import dim, latency_to_dict
 from runtimes.base.timing import Latency, Speedup, speedups_over
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Comparison:
         return table
 
     def _quality(self, evaluation: Evaluation) -> Table:
-        label = LABELS[evaluation.metric][0]
+        label = METRICS[evaluation.metric].label
         table = _table(f"Quality, loss against {self.reference}", (label, "", "loss, %", ""))
         for name, (figure, loss) in self.quality.items():
             ranges = (f"{figure.low:.2f}–{figure.high:.2f}", f"{loss.low:+.2f} to {loss.high:+.2f}")
@@ -194,7 +195,7 @@ class Comparison:
         if self.evaluation is not None:
             count = self.data["sizes"]["test"]
             lines.append(
-                f"Quality: {METRICS[self.evaluation.metric]}, on {count} test samples, the same for all engines."
+                f"Quality: {METRICS[self.evaluation.metric].title}, on {count} test samples, the same for all engines."
             )
         if self.harness is not None:
             lines.append(self.harness.summary())

@@ -155,6 +155,7 @@ class Data:
     shares: Shares
     window: Window | None = None
     limitations: tuple[Limitation, ...] = ()
+    pairs: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of report.json about the data, as JSON values."""
@@ -237,6 +238,7 @@ def load(
         shares=shares,
         window=window,
         limitations=samples.limitations,
+        pairs=samples.pairs,
     )
 
 

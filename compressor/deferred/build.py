@@ -19,6 +19,7 @@ from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
 from compressor.quality.disagreements import Disagreement
+from compressor.quality.heads import Head, head_for
 from compressor.quality.intervals import Figure
 from compressor.report.collect_limitations import of_engine
 from compressor.report.engine_layers import layers_of
@@ -101,7 +102,9 @@ def build(
     check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
     steps = Steps(console)
     with scratch_folder(folder / FOLDER) as scratch:
-        device = _DeviceBuild(folder, part, ReferenceOutputs.load(folder / ANSWERS), target, options, scratch)
+        head = head_for(content["model"]["task"], content["model"].get("problem_type"))
+        answers = ReferenceOutputs.load(folder / ANSWERS)
+        device = _DeviceBuild(folder, part, answers, target, options, scratch, head)
         engines = device.build_engines(steps)
         measured = device.check_engines(engines, steps)
         layers = layers_of(target, engines["result"], device.options)
@@ -153,6 +156,7 @@ class _DeviceBuild:
         target: builds the engines.
         options: device, threads and sizes of the engines.
         scratch: a folder in which each variant gets a folder for its engine, such as ``result``.
+        head: how the output of the model is evaluated.
     """
 
     folder: Path
@@ -161,6 +165,7 @@ class _DeviceBuild:
     target: Runtime
     options: BuildOptions
     scratch: Path
+    head: Head
 
     def build_engines(self, steps: Steps) -> dict[str, Path]:
         """Build an engine of each variant."""
@@ -188,8 +193,8 @@ class _DeviceBuild:
                     parity = self.answers.hold(engine, name, allowed=allowed, advice=FAULT)
                     measured[name] = {"parity": parity.difference}
                     if self.part["metric"] is not None:
-                        answer, metric = self.part["answer"], self.part["metric"]
-                        measured[name] |= self.answers.judged(engine, name, answer=answer, metric=metric)
+                        answer = self.part["answer"]
+                        measured[name] |= self.answers.judged(engine, name, answer=answer, head=self.head)
         return measured
 
     def time_engines(
@@ -306,6 +311,9 @@ def _quality(stored: Json | None) -> Quality | None:
     figures, loss, label_free = (
         {name: Figure(**figure) for name, figure in stored[part].items()} for part in ("figures", "loss", "label_free")
     )
-    return Quality(
-        stored["metric"], figures, loss, label_free, tuple(Disagreement(**sample) for sample in stored["changed"])
-    )
+    changed = tuple(Disagreement(**sample) for sample in stored["changed"])
+    further = {
+        metric: {name: Figure(**figure) for name, figure in by_variant.items()}
+        for metric, by_variant in stored.get("further", {}).items()
+    }
+    return Quality(stored["metric"], figures, loss, label_free, changed, further)

@@ -206,7 +206,7 @@ def _measured(answers: ReferenceOutputs, name: str, path: Path, builder: EngineB
         parity = answers.hold(engine, name, allowed=float("inf"))
         measured: dict[str, Any] = {"parity": parity.difference}
         if subject.no_quality_because is None:
-            measured |= answers.judged(engine, name, answer=subject.model.answer, metric=subject.metric)
+            measured |= answers.judged(engine, name, answer=subject.model.answer, head=subject.head)
     return measured
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from compressor.errors import CompressorError
+from compressor.quality.heads import Head
+from compressor.quality.heads.features import cosine
 from compressor.quality.intervals import Array, Columns, bootstrap
 from compressor.quality.parity import REPORT_IT, TOLERANCE, Parity, check_parity, magnitude
 from runtimes.base.protocols import Engine
 
 Arrays = Mapping[str, Array]
 
-TOP_CLASS = ("accuracy", "agreement", "perplexity")  # metrics of outputs whose largest value selects a class
 AT_ONCE = 8  # rows of a batch, a size that every engine is built for
 # An int8 engine may differ from torch by twice the difference of the same file on the exporting machine: another
 # runtime rounds elsewhere, so some values fall into the next int8 step. A wrong operator causes a far larger
@@ -113,32 +114,33 @@ class ReferenceOutputs:
         ]
         return max(parities, key=magnitude)
 
-    def judged(self, engine: Engine, variant: str, *, answer: str, metric: str) -> dict[str, Any]:
+    def judged(self, engine: Engine, variant: str, *, answer: str, head: Head) -> dict[str, Any]:
         """Measure the agreement of an engine with torch, and its accuracy if there are labels.
 
         Args:
             engine: runs the variant.
             variant: its name.
             answer: name of the output that is evaluated.
-            metric: the quality metric. If it does not compare top classes, the cosine similarity to the output of torch
-                is measured instead.
+            head: how it is evaluated. If its output is no decision, the cosine similarity to the output of torch is
+                measured instead.
 
         Returns:
             ``agreement`` (and ``accuracy``, ``torch_accuracy``) or ``similarity``, in percent with bootstrap intervals.
         """
-        parts = [self._columns(engine, variant, answer, metric, part) for part in self._chunks()]
+        parts = [self._columns(engine, variant, answer, head, part) for part in self._chunks()]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {name: asdict(bootstrap(_percent, {"": column})) for name, column in columns.items()}
 
-    def _columns(self, engine: Engine, variant: str, answer: str, metric: str, part: slice) -> Columns:
+    def _columns(self, engine: Engine, variant: str, answer: str, head: Head, part: slice) -> Columns:
         feeds, expected = _cut(self.feeds, part), self._expected(variant)[answer][part]
         output = engine.run(feeds)[answer]
-        if metric not in TOP_CLASS:
-            return {"similarity": _per_row(_cosine(output, expected), feeds)}
-        columns = {"agreement": _per_row(output.argmax(-1) == expected.argmax(-1), feeds)}
+        decided, wanted = head.decisions(output), head.decisions(expected)
+        if decided is None or wanted is None:
+            return {"similarity": _per_row(cosine(output.astype(np.float64), expected.astype(np.float64)), feeds)}
+        columns = {"agreement": _per_row(decided == wanted, feeds)}
         if self.labels is not None:
-            columns["accuracy"] = (output.argmax(-1) == self.labels[part]).astype(np.float64)
-            columns["torch_accuracy"] = (expected.argmax(-1) == self.labels[part]).astype(np.float64)
+            columns["accuracy"] = (decided == self.labels[part]).astype(np.float64)
+            columns["torch_accuracy"] = (wanted == self.labels[part]).astype(np.float64)
         return columns
 
     def _expected(self, variant: str) -> Arrays:
@@ -177,13 +179,6 @@ def _part(arrays: Arrays, part: str) -> dict[str, Array]:
 def _percent(columns: Columns) -> Array:
     percent: Array = columns[""].mean(-1) * 100.0
     return percent
-
-
-def _cosine(left: Array, right: Array) -> Array:
-    left, right = left.astype(np.float64), right.astype(np.float64)
-    norms = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
-    cosine: Array = (left * right).sum(-1) / np.maximum(norms, 1e-12)
-    return cosine
 
 
 def _per_row(values: Array, feeds: Arrays) -> Array:

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from compressor.data.splits import Split
 from compressor.models import Model
-from compressor.quality.evaluate import divergence, tensor_batches
+from compressor.quality.evaluate import tensor_batches
+from compressor.quality.heads import head_for
 from compressor.quality.output_divergence import subsample_tokens
 from passes.analysis.redundancy import MASK
 from passes.execute.interpreter import Program
@@ -210,10 +211,11 @@ class Distillation:
         generator: torch.Generator,
     ) -> None:
         self.student, self.teacher, self.model = student, Program(original), model
+        self.head = head_for(model.task, model.problem_type)
         self.generator = generator
         self.pictures = model.preprocess.kind == "image"
         order = torch.randperm(len(calibration), generator=generator).tolist()
-        size = max(1, recipe.batch // 4) if model.task == "text-generation" else recipe.batch
+        size = max(1, recipe.batch // 4) if self.head.by_token else recipe.batch
         self.parts = [
             dataclasses.replace(calibration, indices=tuple(calibration.indices[row] for row in order[at : at + size]))
             for at in range(0, len(order), size)
@@ -235,7 +237,7 @@ class Distillation:
         with cheaper():
             answer = self._read(self.student.run(feeds))
         mask = feeds.get(MASK)
-        loss = distance(self.model.task, answer, target, None if mask is None else self._spaced(mask))
+        loss = self.head.training_loss(answer, target, None if mask is None else self._spaced(mask))
         for tensor in self.student.trained():
             tensor.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
@@ -252,25 +254,10 @@ class Distillation:
         return target
 
     def _read(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        answer = outputs[self.model.outputs.index(self.model.answer)]
-        return self._spaced(answer)
+        return self._spaced(self.model.evaluated(dict(zip(self.model.outputs, outputs, strict=True))))
 
     def _spaced(self, values: torch.Tensor) -> torch.Tensor:
-        return subsample_tokens(values) if self.model.task == "text-generation" else values
-
-
-def distance(task: str, answer: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Compute the training loss: KL(original || student) of logits, or half the relative squared error of features.
-
-    At equal vector lengths the latter equals 1 - cosine, the reported divergence; it also preserves the length.
-    """
-    if task.endswith("classification") or task == "text-generation":
-        return divergence(task, answer, target, mask).mean()
-    target = target.float()
-    errors = (answer.float() - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12) / 2
-    if mask is not None and errors.shape == mask.shape:
-        return (errors * mask).sum() / mask.sum().clamp(min=1)
-    return errors.mean()
+        return subsample_tokens(values) if self.head.by_token else values
 
 
 def cheaper() -> contextlib.AbstractContextManager[object]:

@@ -16,7 +16,8 @@ from compressor.lower import checkpoint
 from compressor.lower.trace import trace
 from compressor.models import Model
 from compressor.models.base import first_line
-from compressor.quality.evaluate import metric_for, tensor_batches
+from compressor.quality.evaluate import tensor_batches
+from compressor.quality.heads import Head, head_for
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
@@ -40,7 +41,12 @@ class ModelAndData:
     @property
     def metric(self) -> str:
         """Name of the quality metric."""
-        return metric_for(self.model.task, self.data.label_kind)
+        return self.head.metric(self.data.label_kind, pairs=self.data.pairs)
+
+    @property
+    def head(self) -> Head:
+        """How the output of the model is evaluated."""
+        return head_for(self.model.task, self.model.problem_type)
 
     @property
     def no_quality_because(self) -> str | None:
@@ -68,6 +74,7 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "name": model.name,
         "source": model.source,
         "task": model.task,
+        "problem_type": model.problem_type,
         "revision": model.revision,
         "hub_id": model.hub_id,
         "random_weights": model.random_weights,

@@ -9,6 +9,7 @@ from pathlib import Path
 from compressor.data.splits import Split
 from compressor.lower.traced_model import ModelAndData
 from compressor.measure.engine_builder import EngineBuilder
+from compressor.models import Model
 from compressor.quality.evaluate import Evaluation, Runner, evaluate
 from compressor.workspace.progress import Steps, Tick
 from runtimes.base.protocols import Engine
@@ -47,9 +48,9 @@ def evaluate_openers(
     """Open engines and evaluate them side by side on a split; the others are compared with `reference`."""
     with contextlib.ExitStack() as opened:
         engines = {name: opened.enter_context(opener()) for name, opener in openers.items()}
-        runners = {name: _runner(engine, subject.model.answer) for name, engine in engines.items()}
-        return evaluate(split, runners, metric=subject.metric, reference=reference, progress=tick)
+        runners = {name: _runner(engine, subject.model) for name, engine in engines.items()}
+        return evaluate(split, runners, head=subject.head, metric=subject.metric, reference=reference, progress=tick)
 
 
-def _runner(engine: Engine, answer: str) -> Runner:
-    return lambda feeds: engine.run(feeds)[answer]
+def _runner(engine: Engine, model: Model) -> Runner:
+    return lambda feeds: model.evaluated(engine.run(feeds))

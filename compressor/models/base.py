@@ -7,8 +7,10 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from compressor.errors import CompressorError
@@ -34,6 +36,7 @@ class Model:
         module: the torch module, in evaluation mode.
         call: calls the module with its inputs in order and returns its outputs in order.
         answer: name of the output that quality is measured on.
+        stacked: names of further outputs that are evaluated with it, such as the logits of the end of a span.
         example: input name to tensor, with a batch size of two.
         dynamic_axes: input name to {axis: name}, e.g. ``{0: "batch", 1: "sequence"}``.
         untrained: names of the parameters that the checkpoint lacks; a traced graph must not read them.
@@ -41,6 +44,7 @@ class Model:
         hub_id: hub repository of the weights; None for other sources.
         random_weights: no checkpoint was read, so quality must not be reported.
         tokenizer: transformers tokenizer of a text model; None if the model has none.
+        problem_type: problem type of a classifier, as in configs of transformers; None for other tasks.
         state: output name to the input name that it feeds in the next call, such as the KV cache.
         limitations: features that the model lacks here, and properties that were assumed.
     """
@@ -62,8 +66,23 @@ class Model:
     hub_id: str | None = None
     random_weights: bool = False
     tokenizer: Any = None
+    stacked: tuple[str, ...] = ()
+    problem_type: str | None = None
     state: Mapping[str, str] = field(default_factory=dict)
     limitations: tuple[Limitation, ...] = ()
+
+    @overload
+    def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+
+    @overload
+    def evaluated(self, outputs: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]: ...
+
+    def evaluated(self, outputs: Mapping[str, Any]) -> Any:
+        """Return the output that quality is measured on; several outputs [rows, ...] become [rows, outputs, ...]."""
+        if not self.stacked:
+            return outputs[self.answer]
+        values = [outputs[name] for name in (self.answer, *self.stacked)]
+        return torch.stack(values, 1) if isinstance(values[0], torch.Tensor) else np.stack(values, 1)
 
     def classes(self) -> int | None:
         """Return the number of classes of a classifier, the last axis of its output; None for other tasks."""

@@ -115,7 +115,15 @@ def _evaluated(
     runners = {
         name: _runner(graph, subject.model.answer, split.whole(bounds.rows), bounds) for name, graph in graphs.items()
     }
-    return evaluate(split, runners, metric=subject.metric, reference="baseline", batch_size=bounds.rows, progress=tick)
+    return evaluate(
+        split,
+        runners,
+        head=subject.head,
+        metric=subject.metric,
+        reference="baseline",
+        batch_size=bounds.rows,
+        progress=tick,
+    )
 
 
 def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: MemoryBudget) -> Runner:

@@ -1,4 +1,4 @@
-"""Bootstrap intervals and the descriptions of the metrics; this module does not import torch."""
+"""Bootstrap intervals; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ Columns = dict[str, Array]
 
 RESAMPLES = 999
 DRAWS = 2_000_000  # samples drawn at a time in a bootstrap, 16 MB per column
-METRICS = {
-    "accuracy": "top-1 accuracy in %",
-    "agreement": "top-1 agreement with the original in %",
-    "perplexity": "perplexity",
-    "spearman": "Spearman correlation with the gold scores, x 100",
-    "fidelity": "cosine similarity to the original's features in %",
-}
 
 
 @dataclass(frozen=True)

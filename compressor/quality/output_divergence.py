@@ -13,7 +13,8 @@ import torch
 
 from compressor.data.splits import Split
 from compressor.models import Model
-from compressor.quality.evaluate import EvaluationError, divergence, tensor_batches
+from compressor.quality.evaluate import EvaluationError, tensor_batches
+from compressor.quality.heads import head_for
 from passes.analysis.redundancy import MASK
 from passes.base import apply
 from passes.execute.interpreter import Program, SharedPrefixRun
@@ -23,9 +24,6 @@ from passes.rewrite.drop import Drop
 Key = TypeVar("Key", bound=Hashable)
 
 POSITIONS = 64  # tokens per text at which the divergence of a language model is measured
-# Dropping branches changes the confidence of a classifier without changing its predictions, so its logits are compared
-# at the best of these scales. The output of a language model is its probabilities, which are compared unscaled.
-SCALES = (1.0, 0.6, 0.75, 0.87, 1.15, 1.33, 1.6, 2.0)
 
 
 @dataclass
@@ -46,7 +44,8 @@ class OutputDivergence:
     _originals: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.scales = SCALES if self.model.task.endswith("classification") else SCALES[:1]
+        self.head = head_for(self.model.task, self.model.problem_type)
+        self.scales = self.head.scales
         program = Program(self.graph)
         with torch.inference_mode():
             for feeds in tensor_batches(self.split):
@@ -93,18 +92,17 @@ class OutputDivergence:
         self, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None
     ) -> npt.NDArray[np.float64]:
         """Return the divergence summed over rows, for each scale."""
-        task = self.model.task
-        return np.array([float(divergence(task, answer * scale, original, mask).sum()) for scale in self.scales])
+        return np.array([float(self.head.divergence(answer * scale, original, mask).sum()) for scale in self.scales])
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        answer = outputs[self.model.outputs.index(self.model.answer)]
-        return subsample_tokens(answer) if self.model.task == "text-generation" else answer
+        answer = self.model.evaluated(dict(zip(self.model.outputs, outputs, strict=True)))
+        return subsample_tokens(answer) if self.head.by_token else answer
 
     def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
         mask = feeds.get(MASK)
         if mask is None or original.ndim < 3:
             return None
-        return subsample_tokens(mask) if self.model.task == "text-generation" else mask
+        return subsample_tokens(mask) if self.head.by_token else mask
 
 
 def subsample_tokens(values: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from compressor.data.splits import Split
+from compressor.data.splits import Batch, Split
 from compressor.models import Model
 from compressor.quality.evaluate import BATCH, EvaluationError, graph_runner, join, loss, metric_value, sample_columns
+from compressor.quality.heads import head_for
 from compressor.quality.intervals import Array, Columns
+from compressor.quality.metrics import METRICS
 from passes.execute.interpreter import Program
 from passes.graph.graph import Graph
 
+KEPT = 2**30  # bytes of outputs of the original, such as the logits of all pixels; beyond them it runs again
 ROUNDING = 1e-9  # percent by which rounding alone may raise a sum of losses above the limit
 
 
@@ -33,9 +36,9 @@ class ValidationLoss:
     """Loss of rewritten graphs on the validation split, by the reported metric.
 
     A few hundred labels measure a loss of accuracy only to a point or two, and a search that takes the best of many
-    candidates takes the luckiest. The loss of accuracy is therefore the larger of the measured and the expected loss
-    (`regret` in `compressor.quality.evaluate`). The outputs of the original are kept for metrics that compare with
-    them. `sweeps` counts passes over the split; a pass that stops early counts by its share of the samples.
+    candidates takes the luckiest. With labels, the loss is therefore the larger of the measured loss and the loss that
+    the head expects (`Head.expected_loss`). The outputs of the original are kept for metrics that compare with them, up
+    to `KEPT` bytes. `sweeps` counts passes over the split; a pass that stops early counts by its share of the samples.
     """
 
     graph: Graph
@@ -47,10 +50,10 @@ class ValidationLoss:
     _whole: Columns = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.head = head_for(self.model.task, self.model.problem_type)
         self._whole = join(list(self._columns(self.graph, first=True)))
         self._before = metric_value(self.metric, self._whole)
-        if self.metric in ("accuracy", "agreement"):
-            self._hardest_first()
+        self._hardest_first()
 
     @property
     def evaluations(self) -> float:
@@ -74,29 +77,25 @@ class ValidationLoss:
         except EvaluationError:
             return Loss(math.inf, len(self.split))
         measured = loss(self.metric, self._before, metric_value(self.metric, columns))
-        if self.metric == "accuracy":
-            measured = max(measured, self._lower_bound(columns))
+        expected = None if METRICS[self.metric].compares else self.head.expected_loss(self.metric, columns)
+        if expected is not None:
+            measured = max(measured, expected)
         return Loss(measured, self._samples(columns))
 
     def _hardest_first(self) -> None:
         """Sort the samples by the margin of the original, smallest first, so that failing checks stop early."""
-        answers = np.concatenate([answer for answer in self._originals if answer is not None])
-        best = np.sort(answers, axis=-1)[:, -2:]
-        order = np.argsort(best[:, -1] - best[:, 0], kind="stable")
+        kept = [answer for answer in self._originals if answer is not None]
+        margins = [self.head.margin(answer) for answer in kept]
+        found = [margin for margin in margins if margin is not None]
+        if len(found) < len(self._originals):
+            return
+        order, answers = np.argsort(np.concatenate(found), kind="stable"), np.concatenate(kept)
         self.split = dataclasses.replace(self.split, indices=tuple(self.split.indices[row] for row in order))
         self._originals = [answers[order[start : start + BATCH]] for start in range(0, len(order), BATCH)]
 
     def _lower_bound(self, columns: Columns) -> float:
         """Return a lower bound of the loss from the first samples; the others can at best lose nothing."""
-        count = len(next(iter(self._whole.values())))
-        if self.metric == "accuracy":
-            return float(columns["regret"].sum()) / count * 100.0
-        if self.metric in ("agreement", "fidelity"):
-            return float((1.0 - columns[self.metric]).sum()) / count * 100.0
-        if self.metric == "perplexity":  # at best, the remaining tokens have an NLL of 0
-            padded = {"nll": columns["nll"].sum(keepdims=True), "tokens": self._whole["tokens"].sum(keepdims=True)}
-            return loss(self.metric, self._before, metric_value(self.metric, padded))
-        return -math.inf
+        return self.head.lower_bound(self.metric, columns, self._whole, self._before)
 
     def _samples(self, columns: Columns) -> int:
         done = len(next(iter(columns.values())))
@@ -109,5 +108,19 @@ class ValidationLoss:
             answer = answer_of(batch.feeds)
             self.sweeps += len(batch.ids) / len(self.split)
             if first:
-                self._originals.append(answer if self.metric in ("accuracy", "agreement", "fidelity") else None)
-            yield sample_columns(self.metric, batch, answer, self._originals[index], self.model.name, diverging=False)
+                self._keep(answer)
+            original = answer if first else self._original(index, batch)
+            yield sample_columns(self.head, self.metric, batch, answer, original, self.model.name, diverging=False)
+
+    def _keep(self, answer: Array) -> None:
+        """Keep an output of the original if the metric compares with it and the outputs so far fit in `KEPT` bytes."""
+        kept = sum(original.nbytes for original in self._originals if original is not None)
+        fits = self.head.compares(self.metric) and kept + answer.nbytes <= KEPT
+        self._originals.append(answer if fits else None)
+
+    def _original(self, index: int, batch: Batch) -> Array | None:
+        """Return the output of the original for a batch, computed again if it was not kept."""
+        if self._originals[index] is not None or not self.head.compares(self.metric):
+            return self._originals[index]
+        self.sweeps += len(batch.ids) / len(self.split)
+        return graph_runner(self.model, Program(self.graph).run)(batch.feeds)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compressor.limitations import Limitation
+from compressor.quality.metrics import METRICS
 
 if TYPE_CHECKING:
     from compressor.lower.traced_model import ModelAndData
@@ -58,8 +59,7 @@ NAMED = 5  # maximum number of names in a sentence
 def _of_labels(subject: ModelAndData) -> Iterator[Limitation]:
     """Yield a limitation if the data has labels that the metric does not use."""
     kind, metric = subject.data.label_kind, subject.metric
-    used = {"class": ("accuracy",), "score": ("spearman",)}
-    if kind in used and metric not in used[kind]:
+    if kind not in (None, "tokens") and METRICS[metric].compares:
         yield Limitation(
             "labels",
             f"the data has {kind} labels, but {subject.model.task} is evaluated by {metric}, which does not use them",

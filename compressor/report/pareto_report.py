@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.limitations import Limitation, format_limitations
 from compressor.quality.evaluate import Evaluation
-from compressor.quality.intervals import METRICS
-from compressor.report.report import LABELS, latency_to_dict
+from compressor.quality.metrics import METRICS
+from compressor.report.report import latency_to_dict
 from compressor.search.pareto import Point
 from runtimes.base.timing import Latency
 
@@ -79,7 +79,7 @@ class ParetoFront:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        label = "" if self.metric is None else LABELS[self.metric][0]
+        label = "" if self.metric is None else METRICS[self.metric].label
         title = f"{self.model} on {self.settings['target']}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         for heading in ("", "last change", "val. loss", "predicted", "measured", label, "test loss"):
@@ -110,7 +110,9 @@ class ParetoFront:
     def summary(self) -> str:
         """Return the meaning of the figures, how to export a point, and the limitations, one per line."""
         metric = (
-            [] if self.metric is None else [f"Quality: {METRICS[self.metric]}; losses in %, ranges are 95 % intervals."]
+            []
+            if self.metric is None
+            else [f"Quality: {METRICS[self.metric].title}; losses in %, ranges are 95 % intervals."]
         )
         stars = "* marks the points that are Pareto-efficient in predicted speed-up and validation loss."
         export = "Export a point with --drop FOLDER/plans/NUMBER.json."
@@ -135,7 +137,7 @@ class ParetoFront:
                 fmt="o", capsize=2, label="measured speed-up, test data (95 % intervals)",
             )  # fmt: skip
         axes.set_xlabel(f"speed-up on {self.settings['target']}")
-        axes.set_ylabel("loss, %" if self.metric is None else f"loss of {LABELS[self.metric][0]}, %")
+        axes.set_ylabel("loss, %" if self.metric is None else f"loss of {METRICS[self.metric].label}, %")
         axes.set_title(self.model, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.limitations import Limitation, format_limitations
 from compressor.quality.disagreements import Disagreement
-from compressor.quality.intervals import METRICS, Figure
+from compressor.quality.intervals import Figure
+from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report import engine_layers
 from compressor.report.engine_text import describe_measurements
 from compressor.workspace.progress import Step
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 REPORT = "report.json"
-# Short names of the metrics with their units: a table of three variants fits 80 columns.
-LABELS = {
-    "accuracy": ("top-1 accuracy", "%"),
-    "agreement": ("top-1 agreement", "%"),
-    "perplexity": ("perplexity", ""),
-    "spearman": ("Spearman x 100", ""),
-    "fidelity": ("feature cosine", "%"),
-}
-LABEL_FREE = {"agreement": "same answers, %", "divergence": "divergence"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +47,10 @@ class Quality:
         metric: the name of the metric.
         figures: the metric, by variant.
         loss: the loss of the result, by the variant it is compared with.
-        label_free: ``agreement`` (%) and ``divergence`` (nats; of features: 1 - cosine) of the result with the float
-            model before any change, where they apply.
+        label_free: ``agreement`` and ``decisions`` (%) and ``divergence`` (nats; of features: 1 - cosine) of the result
+            with the float model before any change, where they apply.
+        further: metrics beside `metric`, each by variant, such as the Spearman correlation beside the mean absolute
+            error.
         changed: samples for which the classifier predicts another class than before, largest regret first.
     """
 
@@ -65,6 +59,7 @@ class Quality:
     loss: dict[str, Figure]
     label_free: dict[str, Figure]
     changed: tuple[Disagreement, ...] = ()
+    further: dict[str, dict[str, Figure]] = field(default_factory=dict)
 
     @staticmethod
     def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
@@ -72,7 +67,11 @@ class Quality:
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
         figures = {name: evaluation.figure(name) for name in names}
         changed = tuple(evaluation.changed.get("result", ()))
-        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"), changed)
+        further: dict[str, dict[str, Figure]] = {}
+        for name in names:
+            for metric, figure in evaluation.further(name).items():
+                further.setdefault(metric, {})[name] = figure
+        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"), changed, further)
 
 
 @dataclass(frozen=True)
@@ -195,18 +194,21 @@ class Report:
             yield "cache, bytes per token", *(f"{self.sizes[name].cache}" for name in variants)
 
     def _quality_rows(self, quality: Quality, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        label, unit = LABELS[quality.metric]
+        metric = METRICS[quality.metric]
+        label, unit = metric.label, metric.unit
         figures = [quality.figures[name] for name in variants]
         yield f"{label}{_unit(unit)}", *(f"{figure.value:.2f}" for figure in figures)
         yield "", *(dim(f"{figure.low:.2f}–{figure.high:.2f}") for figure in figures)
         for name in variants:
             if name in quality.loss:
-                loss, percent = quality.loss[name], "%" if quality.metric == "perplexity" else unit
+                loss, percent = quality.loss[name], metric.loss_unit
                 yield f"  loss vs {name}{_unit(percent)}", *against(variants, name, f"{loss.value:+.2f}")
                 yield "", *_of_result(variants, dim(f"{loss.low:+.2f} to {loss.high:+.2f}"))
+        for other, by_variant in quality.further.items():
+            yield METRICS[other].label, *(f"{by_variant[name].value:.2f}" for name in variants)
         for name, figure in quality.label_free.items():
-            if name != quality.metric:
-                yield LABEL_FREE[name], *_of_result(variants, f"{figure.value:.4g}")
+            if not (name == "agreement" and metric.compares):
+                yield LABEL_FREE[name][0], *_of_result(variants, f"{figure.value:.4g}")
 
     def _latency_rows(self, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
         yield "latency, ms", *(f"{self.latency[name].median:.2f}" for name in variants)
@@ -230,7 +232,7 @@ class Report:
         done = "Dropped" if len(self.plan.dropped) == len(changes) else "Changed"
         sites = f"{done} {len(changes)} of {len(self.plan.decisions)} sites: {', '.join(changes) or 'none'}."
         quality = [] if self.no_quality_because is None else [f"No quality stated: {self.no_quality_because}."]
-        metric = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric]}, {self._judged()}."]
+        metric = [] if self.quality is None else [f"Quality: {METRICS[self.quality.metric].title}, {self._judged()}."]
         factorial = () if self.factorial is None else self.factorial.conclusion
         timed = () if self.generation is None else (f"Latency: {describe_calls(self.generation)}.",)
         engine = (*describe_measurements(self.engine), *engine_layers.describe_layers(self.engine))

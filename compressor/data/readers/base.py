@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
-LabelKind = Literal["class", "score", "tokens"]
+# A class number; a number; the tokens of the text itself; a set of labels [labels] of 0 and 1; a class for each word;
+# spans of answers in a text; a class for each pixel.
+LabelKind = Literal["class", "score", "tokens", "labels", "token classes", "spans", "pixels"]
 Progress = Callable[[int, int], None]
 SHOWN = 3  # class names in a limitation
 
@@ -31,6 +33,19 @@ class Skipped:
 def no_faults(indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
     """Return no faults, for readers whose samples are all valid after reading."""
     return {}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of a batch that are aligned with its tokens.
+
+    Attributes:
+        labels: token labels [rows, tokens], -100 where there is none, or spans [rows, answers, 2]; None without labels.
+        scored: positions at which the model is evaluated, bool [rows, tokens].
+    """
+
+    labels: Array | None
+    scored: Array
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,9 @@ class Samples:
             position.
         shown: returns the image or text of a sample for display; None for numeric data.
         whole: returns the tokens of a text without padding or truncation, [tokens] by input name; None for other data.
+        pairs: each sample has two texts.
+        targets: returns the labels and the scored positions of the samples at the given positions, for labels that
+            depend on the tokenization, see `Targets`.
         limitations: expected properties that the source lacks, and assumptions about it.
     """
 
@@ -65,6 +83,8 @@ class Samples:
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
     shown: Callable[[int], Image.Image | str] | None = None
     whole: Callable[[int], Feeds] | None = None
+    pairs: bool = False
+    targets: Callable[[Sequence[int]], Targets] | None = None
     limitations: tuple[Limitation, ...] = ()
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.limitations import Limitation
-from compressor.quality.intervals import METRICS
+from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report.card import preprocessing_recipe
 from compressor.report.card.loader_snippet import TITLES, make_snippet, templates
 from compressor.report.engine_text import describe_measurements
-from compressor.report.report import LABELS, against, describe_calls
+from compressor.report.report import against, describe_calls
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 NAME = "README.md"
-# Names of the metrics on the hub.
-HUB_METRICS = {
-    "accuracy": "accuracy",
-    "agreement": "agreement",
-    "perplexity": "perplexity",
-    "spearman": "spearmanr",
-    "fidelity": "cosine_similarity",
-}
 USES = {
     "image-classification": "classifies images",
     "image-feature-extraction": "extracts features from images",
@@ -39,6 +31,11 @@ USES = {
     "feature-extraction": "extracts features from its inputs",
     "sentence-similarity": "embeds sentences for comparison",
     "text-generation": "generates text",
+    "token-classification": "classifies the tokens of texts",
+    "question-answering": "finds the answer to a question in a text",
+    "fill-mask": "fills in masked words",
+    "image-segmentation": "classifies the pixels of images",
+    "depth-estimation": "estimates the depth of images",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "
@@ -132,9 +129,9 @@ def _results(content: Json) -> list[EvalResult] | None:
             dataset_type=dataset or "custom",
             dataset_name=_data(content),
             dataset_split="held-out part",
-            metric_type=HUB_METRICS[quality["metric"]],
+            metric_type=METRICS[quality["metric"]].hub,
             metric_value=round(figure["value"], 4),
-            metric_name=f"{LABELS[quality['metric']][0]} (95 % interval {_span(figure)}, n = {figure['n']})",
+            metric_name=f"{METRICS[quality['metric']].label} (95 % interval {_span(figure)}, n = {figure['n']})",
         )
     ]
 
@@ -188,16 +185,19 @@ def _rows(content: Json) -> Iterator[str]:
     yield f"| | {' | '.join(variants)} |"
     yield f"|---|{'---:|' * len(variants)}"
     if quality is not None:
-        label, unit = LABELS[quality["metric"]]
+        metric = METRICS[quality["metric"]]
+        label, unit, percent = metric.label, metric.unit, metric.loss_unit
         yield _row(f"{label}{f', {unit}' if unit else ''}", [_figure(quality["figures"][name]) for name in variants])
-        percent = "%" if quality["metric"] == "perplexity" else unit
         for name in (name for name in variants if name in quality["loss"]):
             title = f"loss vs {name}{f', {percent}' if percent else ''}"
             yield _row(title, against(variants, name, _figure(quality["loss"][name], "+")))
+        for other, by_variant in quality.get("further", {}).items():
+            yield _row(METRICS[other].label, [_figure(by_variant[name]) for name in variants])
         for name, figure in quality["label_free"].items():
-            if name != quality["metric"]:
-                title = "same answers, %" if name == "agreement" else "divergence"
-                yield _row(title, [_figure(figure) if variant == "result" else "" for variant in variants])
+            if not (name == "agreement" and metric.compares):
+                yield _row(
+                    LABEL_FREE[name][0], [_figure(figure) if variant == "result" else "" for variant in variants]
+                )
     if content["latency"]:
         yield _row("latency, ms (median)", [f"{content['latency'][name]['median']:.3g}" for name in variants])
         for name in (name for name in variants if name in content["speedup"]):
@@ -234,7 +234,8 @@ def _conditions(content: Json) -> Iterator[str]:
     )
     if quality is not None:
         count = quality["figures"]["result"]["n"]
-        yield f"Quality: {METRICS[quality['metric']]}, on {count} test samples; brackets are 95 % bootstrap intervals."
+        title = METRICS[quality["metric"]].title
+        yield f"Quality: {title}, on {count} test samples; brackets are 95 % bootstrap intervals."
     target = TITLES.get(settings["target"], settings["target"])
     late = engine.get("state") == "deferred"
     shapes = ", ".join(f"`{name}` {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name)
@@ -285,7 +286,7 @@ def _limits(content: Json) -> Iterator[str]:
             f"({data['sizes']['validation']} samples) used other samples. The loss on other data can be larger, so "
             "measure it on yours."
         )
-        if quality["metric"] in ("agreement", "fidelity"):
+        if METRICS[quality["metric"]].compares:
             yield "No labels were used: the figure is the closeness to the original model, not the accuracy."
     if settings["precision"].startswith("int8"):
         yield INT8

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from compressor.quality.intervals import METRICS, format_count
+from compressor.quality.intervals import format_count
+from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report.engine_text import describe_measurements
 from compressor.report.pages import sections
 from compressor.report.pages.formatting import (
@@ -26,7 +27,7 @@ from compressor.report.pages.formatting import (
 )
 from compressor.report.pages.html_page import Cell, Page, Points, Prose, Section, Table, Tile
 from compressor.report.pages.precision_section import precision
-from compressor.report.report import LABELS, against
+from compressor.report.report import against
 
 Json = dict[str, Any]
 
@@ -121,7 +122,7 @@ def _lead(content: Json) -> Iterator[str]:
     quality = content["quality"]
     if quality is not None:
         samples = quality["figures"]["result"]["n"]
-        metric, source = capital(METRICS[quality["metric"]]), Path(content["data"]["source"]).name
+        metric, source = capital(METRICS[quality["metric"]].title), Path(content["data"]["source"]).name
         yield f"{metric}, on {samples} test samples of {source}."
 
 
@@ -142,7 +143,7 @@ def _tiles(content: Json) -> Iterator[Tile]:
             "Latency", f"{latency['result']['median']:.3g} ms", f"{latency[start]['median']:.3g} ms {start}, medians"
         )
     if quality is not None:
-        label, unit = LABELS[quality["metric"]]
+        label, unit = METRICS[quality["metric"]].label, METRICS[quality["metric"]].unit
         figure, loss = quality["figures"]["result"], quality["loss"][start]
         yield Tile(
             capital(label),
@@ -186,15 +187,18 @@ def _variants(content: Json) -> Section:
 def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
     latency, sizes, quality = content["latency"], content["sizes"], content["quality"]
     if quality is not None:
-        label, unit = LABELS[quality["metric"]]
+        metric = METRICS[quality["metric"]]
+        label, unit = metric.label, metric.unit
         yield [with_unit(label, unit), *(cell(quality["figures"][name]) for name in names)]
         for name in (name for name in names if name in quality["loss"]):
             loss = cell(quality["loss"][name], signed=True)
             yield [with_unit(f"loss vs {name}", loss_unit(content)), *against(names, name, loss)]
-        for key, label in (("agreement", "same answers, %"), ("divergence", "divergence")):
-            if key in quality["label_free"] and key != quality["metric"]:
-                figure = cell(quality["label_free"][key], places=2 if key == "agreement" else 4)
-                yield [label, *(figure if name == "result" else "" for name in names)]
+        for other, by_variant in quality.get("further", {}).items():
+            yield [METRICS[other].label, *(cell(by_variant[name]) for name in names)]
+        for key, (title, scale) in LABEL_FREE.items():
+            if key in quality["label_free"] and not (key == "agreement" and metric.compares):
+                figure = cell(quality["label_free"][key], places=2 if scale > 1 else 4)
+                yield [title, *(figure if name == "result" else "" for name in names)]
     if latency:
         cells = [
             (f"{timing['median']:.2f}", f"p90 {timing['p90']:.2f}, p99 {timing['p99']:.2f}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from compressor.quality.metrics import METRICS
 from compressor.report.pages.html_page import Cell
-from compressor.report.report import LABELS
 
 Json = dict[str, Any]
 
@@ -25,8 +25,7 @@ def action_done(action: str) -> str:
 
 def loss_unit(content: Json) -> str:
     """Return the unit of a loss."""
-    metric = content["quality"]["metric"]
-    return "%" if metric == "perplexity" else LABELS[metric][1]
+    return METRICS[content["quality"]["metric"]].loss_unit
 
 
 def value_text(figure: Json, unit: str) -> str:

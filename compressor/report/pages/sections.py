@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from compressor.quality.metrics import METRICS
 from compressor.report.pages.formatting import INTERVALS, action_done, cell, speedup_cell
 from compressor.report.pages.html_page import Chart, Example, Gallery, Part, Points, Prose, Section, Table
-from compressor.report.report import LABELS, describe_calls
+from compressor.report.report import describe_calls
 
 Json = dict[str, Any]
 
@@ -153,7 +154,7 @@ def search(content: Json) -> Section | None:
         speed, loss = content["speedup"]["baseline"], quality["loss"]["baseline"]
         measured = {"predicted": speed["ratio"], "low": speed["low"], "high": speed["high"]}
         measured |= {"loss": loss["value"], "loss_low": loss["low"], "loss_high": loss["high"]}
-    metric = "quality" if quality is None else LABELS[quality["metric"]][0]
+    metric = "quality" if quality is None else METRICS[quality["metric"]].label
     unit = content["search"]["prices"]["unit"]
     best = sum(point["efficient"] for point in points)
     end = "" if measured is None else " The result is shown with its measured speed-up and its loss on test data."

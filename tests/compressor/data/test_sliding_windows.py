@@ -14,6 +14,7 @@ from compressor.data.sliding_windows import TOKENS, USUAL, Window, resolve_windo
 from compressor.errors import DataError
 from compressor.lower.traced_model import SubjectError, load_data
 from compressor.quality.evaluate import evaluate, graph_runner
+from compressor.quality.heads import head_for
 from compressor.settings import Settings
 from tests.paths import SHARED_DATA
 from tests.samples import worded
@@ -97,7 +98,7 @@ def evaluate_model(model, source, **options):
     data = splits.load(str(source), model.preprocess, task=model.task, **options)
     run = graph_runner(model, lambda tensors: _called(model, tensors))
     runners = {"float": run, "off": lambda feeds: run(feeds) * np.float32(0.9)}
-    return data, evaluate(data.test, runners, metric="perplexity", reference="float")
+    return data, evaluate(data.test, runners, head=head_for("text-generation"), metric="perplexity", reference="float")
 
 
 def _called(model, tensors):

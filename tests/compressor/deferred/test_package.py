@@ -20,6 +20,7 @@ from compressor.deferred import package as deferred
 from compressor.deferred.reference_answers import INT8_SLACK, AnswersError, ReferenceOutputs, allowed_for
 from compressor.errors import CompressorError, SettingsError
 from compressor.measure import latency as engine_timing
+from compressor.quality.heads import head_for
 from compressor.quality.parity import TOLERANCE, ParityError
 from compressor.quantize.precision import Source
 from compressor.quantize.saturation import int8_saturates
@@ -532,7 +533,7 @@ def test_top_classes_are_counted_against_torch_and_labels():
     rows = np.eye(5, dtype=np.float32)[[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
     labels = np.array([0, 1, 2, 3, 4, 0, 1, 2, 3, 0])
     engine = FakeEngine(lambda x: np.where(x[:, :1] > 0, np.float32([0, 1, 0, 0, 0]), x))  # predicts 1 for 0
-    figures = identity(rows, labels).judged(engine, "original", answer="y", metric="accuracy")
+    figures = identity(rows, labels).judged(engine, "original", answer="y", head=head_for("image-classification"))
     assert {name: figure["value"] for name, figure in figures.items()} == {
         "agreement": 80.0,
         "accuracy": 70.0,
@@ -551,9 +552,13 @@ def test_features_are_compared_by_cosine_without_padding():
         output[:, 1] = [0.0, 1.0]  # the second token is orthogonal; in the second row it is padding
         return output
 
-    figures = identity(rows, attention_mask=mask).judged(FakeEngine(turned), "result", answer="y", metric="fidelity")
+    figures = identity(rows, attention_mask=mask).judged(
+        FakeEngine(turned), "result", answer="y", head=head_for("feature-extraction")
+    )
     assert figures["similarity"]["value"] == pytest.approx(75.0)
-    tokens = identity(rows, attention_mask=mask).judged(FakeEngine(turned), "result", answer="y", metric="perplexity")
+    tokens = identity(rows, attention_mask=mask).judged(
+        FakeEngine(turned), "result", answer="y", head=head_for("text-generation")
+    )
     assert tokens["agreement"]["value"] == pytest.approx(75.0)
 
 

@@ -14,10 +14,10 @@ from compressor.data.splits import Batch, Shares, load
 from compressor.heal import distill
 from compressor.heal import heal as heal_module
 from compressor.heal.closed_form import find_spots, refit_closed_form
-from compressor.heal.distill import Distillation, Recipe, Student, cropped, distance
+from compressor.heal.distill import Distillation, Recipe, Student, cropped
 from compressor.heal.heal import HealError, heal
 from compressor.lower.trace import trace
-from compressor.quality.evaluate import metric_for
+from compressor.quality.heads import head_for
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import Loss, ValidationLoss
 from passes.base import apply
@@ -112,7 +112,7 @@ def digits():
     changed = tuple(site for site in find_sites(graph) if site.name in DROPPED)
     fork = graph.fork()
     apply(Drop(changed), fork)
-    validation = ValidationLoss(graph, model, data.validation, metric_for(model.task, data.label_kind))
+    validation = ValidationLoss(graph, model, data.validation, head_for(model.task).metric(data.label_kind))
     return model, data, graph, fork, changed, validation
 
 
@@ -384,9 +384,9 @@ def test_gradients_reach_only_the_chosen_blocks():
 def test_feature_loss_is_the_divergence_at_equal_length():
     left, right = torch.nn.functional.normalize(torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)), dim=2)
     cosine = torch.nn.functional.cosine_similarity(left, right)
-    value = distance("feature-extraction", left, right, None)
+    value = head_for("feature-extraction").training_loss(left, right)
     torch.testing.assert_close(value, (1 - cosine).mean(), rtol=1e-5, atol=1e-6)  # float32
-    assert distance("feature-extraction", 2 * right, right, None) == pytest.approx(0.5, rel=1e-5)
+    assert head_for("feature-extraction").training_loss(2 * right, right) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_crops_keep_size_and_range():

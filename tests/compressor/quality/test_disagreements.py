@@ -7,6 +7,7 @@ import pytest
 
 from compressor.quality.disagreements import KEPT
 from compressor.quality.evaluate import evaluate
+from compressor.quality.heads import head_for
 
 
 class Rows:
@@ -35,7 +36,14 @@ def test_worst_disagreements_are_sorted_by_regret(count, labelled):
     labels = rng.integers(0, 3, count) if labelled else None
     metric = "accuracy" if labelled else "agreement"
     runners = {"old": lambda feeds: before[feeds["x"]], "new": lambda feeds: after[feeds["x"]]}
-    evaluation = evaluate(Rows(count, labels), runners, metric=metric, reference="old", batch_size=7)
+    evaluation = evaluate(
+        Rows(count, labels),
+        runners,
+        head=head_for("image-classification"),
+        metric=metric,
+        reference="old",
+        batch_size=7,
+    )
     assert evaluation.changed["old"] == []
     changed = evaluation.changed["new"]
     differing = np.flatnonzero(before.argmax(-1) != after.argmax(-1))
@@ -53,4 +61,6 @@ def test_worst_disagreements_are_sorted_by_regret(count, labelled):
 def test_other_metrics_have_no_disagreements():
     answers = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     runners = {"old": lambda feeds: answers[feeds["x"]], "new": lambda feeds: -answers[feeds["x"]]}
-    assert evaluate(Rows(6), runners, metric="fidelity", reference="old").changed == {"old": [], "new": []}
+    assert evaluate(
+        Rows(6), runners, head=head_for("feature-extraction"), metric="fidelity", reference="old"
+    ).changed == {"old": [], "new": []}

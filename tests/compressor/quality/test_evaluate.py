@@ -12,24 +12,45 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.data.splits import Batch
+from compressor.quality import evaluate as evaluation_module
 from compressor.quality.evaluate import (
-    LARGEST_NLL,
-    POSITIONS,
     Evaluation,
     EvaluationError,
-    divergence,
     evaluate,
     figure,
     graph_runner,
     join,
     loss,
     loss_figure,
-    metric_for,
     metric_value,
-    sample_columns,
 )
+from compressor.quality.heads import head_for
+from compressor.quality.heads.base import CHUNK as POSITIONS
+from compressor.quality.heads.features import SentenceEmbedding
+from compressor.quality.metrics import LARGEST_NLL
 
 SUMMED = 1e-12  # relative tolerance of float64 sums in another order
+
+
+TASK_OF = {
+    "accuracy": "image-classification",
+    "agreement": "image-classification",
+    "perplexity": "text-generation",
+    "spearman": "sentence-similarity",
+    "fidelity": "sentence-similarity",
+}
+
+
+def sample_columns(metric, *args, **options):
+    return evaluation_module.sample_columns(head_for(TASK_OF[metric]), metric, *args, **options)
+
+
+def divergence(task, *tensors):
+    return head_for(task).divergence(*tensors)
+
+
+def metric_for(task, labels):
+    return head_for(task).metric(labels)
 
 
 def batch(feeds=None, labels=None, rows=1, count=4):
@@ -314,7 +335,7 @@ def test_divergence_column_equals_the_divergence_of_the_batch(metric, task, shap
     feeds = {"input_ids": np.random.default_rng(2).integers(0, 6, (4, 5)), "attention_mask": mask}
     labels = np.arange(samples)
     if metric == "spearman":  # outputs per token are no embeddings, so only the divergence is compared
-        monkeypatch.setattr("compressor.quality.evaluate._pair_columns", lambda *_: {})
+        monkeypatch.setattr(SentenceEmbedding, "columns", lambda *_: {})
     columns = sample_columns(metric, batch(feeds, labels, rows, samples), answer, original)
     padding = torch.from_numpy(mask.copy()) if len(shape) > 2 else None
     if metric == "perplexity":  # only positions that predict a scored token
@@ -363,6 +384,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(size):
     evaluation = evaluate(
         Fixed(values, labels),
         runners,
+        head=head_for("image-classification"),
         metric="accuracy",
         reference="baseline",
         batch_size=size,
@@ -386,7 +408,14 @@ def test_expected_loss_is_the_mean_regret():
     labels = np.zeros(10, np.int64)
     labels[3] = 1
     runners = {"float": lambda feeds: values[: len(feeds["x"])], "int8": lambda feeds: changed[: len(feeds["x"])]}
-    evaluation = evaluate(Fixed(values, labels), runners, metric="accuracy", reference="float", batch_size=10)
+    evaluation = evaluate(
+        Fixed(values, labels),
+        runners,
+        head=head_for(TASK_OF["accuracy"]),
+        metric="accuracy",
+        reference="float",
+        batch_size=10,
+    )
     assert evaluation.loss_value("float", "int8") == pytest.approx(-10.0)  # by chance
     assert evaluation.expected_loss("float", "int8") == pytest.approx(100 * 0.2 / 10)
 
@@ -395,7 +424,14 @@ def test_expected_loss_is_the_mean_regret():
 def test_label_free_figures_compare_with_the_reference(metric):
     values, labels = normal(10, 4), np.arange(10) % 4
     runners = {"baseline": lambda feeds: feeds["x"], "result": lambda feeds: feeds["x"] + feeds["x"][:, ::-1] * 0.5}
-    evaluation = evaluate(Fixed(values, labels), runners, metric=metric, reference="baseline", batch_size=3)
+    evaluation = evaluate(
+        Fixed(values, labels),
+        runners,
+        head=head_for(TASK_OF[metric]),
+        metric=metric,
+        reference="baseline",
+        batch_size=3,
+    )
     itself, free = evaluation.label_free("baseline"), evaluation.label_free("result")
     assert (itself["agreement"].value, itself["divergence"].value) == (100.0, 0.0)
     answer = values + values[:, ::-1] * 0.5
@@ -416,12 +452,18 @@ def test_label_free_figures_of_spearman_and_fidelity():
 def test_evaluation_error_names_the_model_with_nan():
     runners = {"baseline": lambda feeds: feeds["x"], "result": lambda feeds: feeds["x"] * np.nan}
     with pytest.raises(EvaluationError, match="result gave NaN or infinity for sample 0"):
-        evaluate(Fixed(normal(10, 4), np.zeros(10, int)), runners, metric="accuracy", reference="baseline")
+        evaluate(
+            Fixed(normal(10, 4), np.zeros(10, int)),
+            runners,
+            head=head_for(TASK_OF["accuracy"]),
+            metric="accuracy",
+            reference="baseline",
+        )
 
 
 def test_join_and_runner():
     assert join([{"a": np.array([1, 2])}, {"a": np.array([3])}])["a"].tolist() == [1, 2, 3]
-    model = SimpleNamespace(outputs=("first", "second"), answer="second")
+    model = SimpleNamespace(outputs=("first", "second"), evaluated=lambda outputs: outputs["second"])
     runner = graph_runner(model, lambda feeds: (feeds["x"], feeds["x"] * 2))
     assert runner({"x": np.array([1.0, 2.0])}).tolist() == [2.0, 4.0]
 

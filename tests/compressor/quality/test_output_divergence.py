@@ -9,7 +9,8 @@ import torch
 
 from compressor.lower.trace import trace
 from compressor.quality.evaluate import EvaluationError, tensor_batches
-from compressor.quality.output_divergence import POSITIONS, SCALES, OutputDivergence, subsample_tokens
+from compressor.quality.heads.base import SCALES
+from compressor.quality.output_divergence import POSITIONS, OutputDivergence, subsample_tokens
 from passes.base import apply
 from passes.execute.interpreter import Program, run
 from passes.graph.sites import find_sites

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from compressor.quality.evaluate import Evaluation
-from compressor.quality.intervals import METRICS
+from compressor.quality.metrics import METRICS
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.search.pareto import Point, efficient
 from passes.plan.plan import Decision, Plan
@@ -194,7 +194,7 @@ def test_the_table_without_quality_states_none() -> None:
 
 def test_the_summary_names_the_metric_and_how_to_export_a_point() -> None:
     lines = front(quality()).summary().splitlines()
-    assert lines[0] == f"Quality: {METRICS['accuracy']}; losses in %, ranges are 95 % intervals."
+    assert lines[0] == f"Quality: {METRICS['accuracy'].title}; losses in %, ranges are 95 % intervals."
     assert lines[-1] == "Export a point with --drop FOLDER/plans/NUMBER.json."
     assert plan_name(front(None).points[2]) == "plans/2.json"
 

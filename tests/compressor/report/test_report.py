@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from compressor.quality.intervals import METRICS, Figure
-from compressor.report.report import LABELS, Quality, Report, Size
+from compressor.quality.intervals import Figure
+from compressor.quality.metrics import METRICS
+from compressor.report.report import Quality, Report, Size
 from passes.plan.plan import Decision, Plan
 from runtimes.base.timing import Latency
 
@@ -75,7 +76,7 @@ def test_no_cell_is_cut_or_wrapped(metric: str, width: int) -> None:
     lines = printed(report(metric), width)
     assert not any("…" in line for line in lines)
     assert max(map(len, lines)) <= width
-    assert any(line.strip().startswith(LABELS[metric][0]) for line in lines)
+    assert any(line.strip().startswith(METRICS[metric].label) for line in lines)
     assert sum("-10.00 to +36.67" in line for line in lines) == 2
 
 
@@ -135,10 +136,6 @@ def test_the_summary_states_the_changes_and_the_metric() -> None:
     assert lines[0] == "Dropped 1 of 2 sites: a."
     assert lines[1].startswith("Quality: top-1 accuracy in %, on 30 test samples")
     assert lines[-1] == "A note."
-
-
-def test_every_metric_has_a_label() -> None:
-    assert set(LABELS) == set(METRICS)
 
 
 def test_changes_other_than_drops_are_named() -> None:

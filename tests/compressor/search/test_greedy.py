@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.measure.workload import Call
-from compressor.quality.evaluate import evaluate, graph_runner, metric_for, tensor_batches
+from compressor.quality.evaluate import evaluate, graph_runner, tensor_batches
+from compressor.quality.heads import head_for
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import Loss, ValidationLoss
 from compressor.search import greedy
@@ -470,7 +471,7 @@ def on_digits(limit=1.0):
     """Search on a third of the sites of the sample, with 40 validation samples: one wrong answer is 2.5 points."""
     model, data, graph, every = digits()
     sites = every[::3]
-    metric, split = metric_for(model.task, data.label_kind), data.calibration.head(16)
+    metric, split = head_for(model.task).metric(data.label_kind), data.calibration.head(16)
     search = begun(model, graph, sites, split, DROPS, limit, metric=metric, held_out=data.validation)
     search.run()
     return search, data.test, search.validation.sweeps
@@ -512,7 +513,9 @@ def test_the_limit_holds_for_the_evaluation_of_the_report():
         "before": graph_runner(model, functools.partial(run, graph)),
         "after": graph_runner(model, functools.partial(run, search.reduced)),
     }
-    evaluation = evaluate(data.validation, runners, metric="accuracy", reference="before")
+    evaluation = evaluate(
+        data.validation, runners, head=head_for("image-classification"), metric="accuracy", reference="before"
+    )
     regret = float(evaluation.columns["after"]["regret"].mean()) * 100
     lost = max(evaluation.loss_value("before", "after"), regret)
     assert lost <= 1.0
