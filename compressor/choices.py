@@ -11,7 +11,14 @@ TASKS = (
     "feature-extraction",
     "sentence-similarity",
     "text-generation",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+    "image-segmentation",
+    "depth-estimation",
 )
+# What a classifier predicts, in the words of transformers' configs.
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.
 TRANSFORMERS = "transformers"
 

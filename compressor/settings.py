@@ -16,6 +16,7 @@ from compressor.choices import (
     CALIBRATIONS,
     COSTS,
     HEAL_METHODS,
+    PROBLEM_TYPES,
     SHORT_FORMS,
     TASKS,
     TRANSFORMERS,
@@ -61,6 +62,7 @@ class Settings:
         cost: cost that ``auto`` reduces: ``latency`` as timed on the target, or ``macs`` (multiply-adds).
         heal: ``none``, ``closed-form`` or ``distill``: method that adapts the remaining weights after the changes.
         heal_budget: time limit of healing, in seconds.
+        problem_type: one of `compressor.choices.PROBLEM_TYPES` for a classifier; None for that of its config.
         target: name of the runtime, or ``transformers`` for a checkpoint without whole blocks.
         precision: one of `runtimes.base.protocols.PRECISIONS`, or ``auto``: the fastest precision of the target whose
             measured loss is at most `max_precision_loss`.
@@ -114,6 +116,7 @@ class Settings:
     output: str | Path = "compressed"
     force: bool = False
     task: str | None = None
+    problem_type: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     random_weights: bool = False
@@ -189,13 +192,14 @@ def _check_choices(settings: Settings) -> None:
         ("metric", METRICS),
         ("device", DEVICES),
         ("task", TASKS),
+        ("problem_type", PROBLEM_TYPES),
         ("cost", COSTS),
         ("heal", HEAL_METHODS),
         ("calibration", ("auto", *CALIBRATIONS)),
     )
     for name, choices in named:
         value = getattr(settings, name)
-        if value not in choices and not (value is None and name in ("device", "task")):
+        if value not in choices and not (value is None and name in ("device", "task", "problem_type")):
             raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
 
 

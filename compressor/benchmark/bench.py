@@ -68,6 +68,7 @@ class BenchSettings:
     target: str | None = None
     device: str | None = None
     task: str | None = None
+    problem_type: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     random_weights: bool = False
@@ -190,7 +191,9 @@ def _load_contender(contender: Contender, settings: BenchSettings) -> Model:
     if contender.folder is None:
         return _load(contender.spec, settings)
     facts = contender.folder.report["model"]
-    model = models.load(contender.spec, task=facts["task"], cache=contender.folder.cache)
+    model = models.load(
+        contender.spec, task=facts["task"], problem_type=facts.get("problem_type"), cache=contender.folder.cache
+    )
     return dataclasses.replace(model, random_weights=facts["random_weights"])
 
 
@@ -198,6 +201,7 @@ def _load(spec: str, settings: BenchSettings) -> Model:
     return models.load(
         spec,
         task=settings.task,
+        problem_type=settings.problem_type,
         revision=settings.revision,
         random_weights=settings.random_weights,
         trust_remote_code=settings.trust_remote_code,

@@ -91,15 +91,16 @@ class ExportFolder:
             CompressorError: the model cannot be loaded.
         """
         facts, spec = self.report["model"], self.report["settings"]["model"]
+        options = {"task": facts["task"], "problem_type": facts.get("problem_type"), "cache": self.cache}
         if facts["source"] == "module":
             if ":" not in str(spec):
                 raise BenchError(
                     f"{self.path} was exported from a module object in Python; name a package.module:factory that "
                     "builds it with --model."
                 )
-            model = models.load(spec, task=facts["task"], cache=self.cache)
+            model = models.load(spec, **options)
         else:
-            model = models.load(self.path, task=facts["task"], random_weights=True, cache=self.cache)
+            model = models.load(self.path, random_weights=True, **options)
         return dataclasses.replace(model, name=facts["name"], random_weights=bool(facts["random_weights"]))
 
 

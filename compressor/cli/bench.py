@@ -36,6 +36,7 @@ WHAT_HELP = (
     "--device", type=click.Choice(["cpu", "cuda"]), help="Device of the engines.  [default: the target's first choice]"
 )
 @click.option("--task", help="Override the task of the models, as for export.")
+@click.option("--problem-type", help="What a classifier predicts, as for export.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own.")
 @click.option("--random-weights", is_flag=True, help="Build models with random weights (speed only).")

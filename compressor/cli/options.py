@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from compressor.choices import COSTS, SHORT_FORMS
+from compressor.choices import COSTS, SHORT_FORMS, TASKS
 from compressor.cli.param_types import Bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -47,8 +47,12 @@ def subject_options(command: Command) -> Command:
             ),
             click.option(
                 "--task",
-                help="Override the config's task: image-classification, image-feature-extraction, text-classification, "
-                "feature-extraction, sentence-similarity or text-generation.",
+                help=f"Override the config's task: {', '.join(TASKS[:-1])} or {TASKS[-1]}.",
+            ),
+            click.option(
+                "--problem-type",
+                help="What a classifier predicts, if its config does not say: single_label_classification, "
+                "multi_label_classification or regression.",
             ),
             click.option("--revision", help="Branch, tag or commit on the hub."),
             click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own."),

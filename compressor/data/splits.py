@@ -133,10 +133,12 @@ class Split:
     def _batch(self, start: int, size: int) -> Batch:
         indices = self.indices[start : start + size]
         samples = self.samples
+        ids = tuple(samples.ids[index] for index in indices)
+        if samples.targets is not None:
+            targets = samples.targets(indices)
+            return Batch(samples.feeds(indices), targets.labels, samples.rows_per_sample, ids, targets.scored)
         labels = None if samples.labels is None else samples.labels[list(indices)]
-        return Batch(
-            samples.feeds(indices), labels, samples.rows_per_sample, tuple(samples.ids[index] for index in indices)
-        )
+        return Batch(samples.feeds(indices), labels, samples.rows_per_sample, ids)
 
 
 @dataclass(frozen=True, eq=False)

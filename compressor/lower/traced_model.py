@@ -95,6 +95,7 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
         model = models.load(
             settings.model,
             task=settings.task,
+            problem_type=settings.problem_type,
             revision=settings.revision,
             random_weights=settings.random_weights,
             trust_remote_code=settings.trust_remote_code,
@@ -146,37 +147,57 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
         max_length=settings.max_length,
         stride=settings.stride,
     )
-    _check_classes(data, model)
+    _check_labels(data, model)
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
         raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
     return data
 
 
-def _check_classes(data: Data, model: Model) -> None:
-    """Refuse a single output and labels of other classes, for which accuracy and agreement would be silently wrong."""
+def _check_labels(data: Data, model: Model) -> None:
+    """Refuse labels that do not fit the outputs of the model, for which the metric would be silently wrong.
+
+    Raises:
+        SubjectError: a classifier has a single output, or the labels have other classes or another shape.
+    """
     classes = model.classes()
     if classes is None or data.random:
         return
-    if classes == 1:
-        feature = "image-feature-extraction" if model.task.startswith("image") else "feature-extraction"
+    single = head_for(model.task, model.problem_type).metrics.get("class") is not None
+    if classes == 1 and single:
         raise SubjectError(
-            f"{model.name} has a single output, so it predicts no class, and regression is not supported yet; pass "
-            f"--task {feature} to compare its features instead, or --data random to measure speed only."
+            f"{model.name} has a single output, so it predicts no class; pass --problem-type regression if the output "
+            "is a number, or multi_label_classification if it is the logit of a yes or no."
         )
-    if data.label_kind == "class":
-        parts = (data.calibration, data.validation, data.test)
-        largest = max(int(part.labels.max()) for part in parts if part.labels is not None)
-        if largest >= classes:
-            raise SubjectError(
-                f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes (0 to "
-                f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
-            )
+    _check_class_numbers(data, model, classes)
     folders = data.calibration.samples.class_folders
-    if folders not in (None, classes):
+    if single and folders not in (None, classes):
         raise SubjectError(
             f"{data.source} has {folders} class folders, but {model.name} has {classes} classes, so the folders' "
             "numbers are not its classes; give a folder for each class, in the model's order, or one flat folder of "
             "images, on which the result is compared with the original."
+        )
+
+
+def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
+    """Refuse class numbers that the model does not have, and label sets of another width."""
+    labels = [part.labels for part in (data.calibration, data.validation, data.test) if part.labels is not None]
+    if data.label_kind == "labels" and any(part.shape[1] != classes for part in labels):
+        raise SubjectError(
+            f"{data.source} has sets of {labels[0].shape[1]} labels, but {model.name} has {classes}; give a column for "
+            "each label of the model, in its order."
+        )
+    if data.label_kind == "labels" and model.problem_type != "multi_label_classification":
+        raise SubjectError(
+            f"{data.source} has label sets, but {model.name} predicts one class; pass --problem-type "
+            "multi_label_classification."
+        )
+    largest = data.calibration.samples.largest_class
+    if data.label_kind == "class":
+        largest = max(int(part.max()) for part in labels)
+    if largest is not None and largest >= classes and model.problem_type != "regression":
+        raise SubjectError(
+            f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes (0 to "
+            f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
         )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from compressor.choices import TASKS
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
+from compressor.models.problem_type import with_problem_type
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,6 +46,7 @@ def load(
     example_inputs: object = None,
     on_disk: bool = False,
     cache: bool = True,
+    problem_type: str | None = None,
 ) -> Model:
     """Load a model in evaluation mode, float32.
 
@@ -59,9 +61,11 @@ def load(
         example_inputs: for a module: a tensor, a tuple of tensors or a dict of tensors; the first axis is the batch.
         on_disk: leave the weights on disk and read them when needed; transformers language models only.
         cache: trace a causal language model with its KV cache; it is an error if none is detected.
+        problem_type: one of `PROBLEM_TYPES` for image and text classifiers; by default that of the config.
 
     Raises:
-        ModelError: the model or task is unknown, a file cannot be read, or weights are missing or not finite.
+        ModelError: the model, task or problem type is unknown, a file cannot be read, or weights are missing or not
+            finite.
     """
     if task is not None and task not in TASKS:
         raise ModelError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}.")
@@ -88,7 +92,7 @@ def load(
         raise ModelError(
             f"--no-cache is for language models, but the task of {model.name} is {model.task}; leave --no-cache out."
         )
-    return model
+    return with_problem_type(model, problem_type)
 
 
 def _on_disk(

@@ -85,11 +85,12 @@ class Model:
         return torch.stack(values, 1) if isinstance(values[0], torch.Tensor) else np.stack(values, 1)
 
     def classes(self) -> int | None:
-        """Return the number of classes of a classifier, the last axis of its output; None for other tasks."""
-        if not self.task.endswith("classification"):
+        """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks."""
+        axis = 1 if self.task == "image-segmentation" else -1
+        if not (self.task.endswith("classification") or axis == 1):
             return None
         with torch.inference_mode():
-            return int(self.call(self.module, *self.example.values())[self.outputs.index(self.answer)].shape[-1])
+            return int(self.call(self.module, *self.example.values())[self.outputs.index(self.answer)].shape[axis])
 
 
 def fixed_size(images: torch.Tensor) -> Limitation:

@@ -17,6 +17,23 @@ Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
+class Aligned:
+    """Tokens of a batch, with their places in the texts.
+
+    Attributes:
+        feeds: token arrays by input name, [rows, tokens].
+        words: index of the word of each token within its text, -1 for special tokens and padding.
+        offsets: first and last character (exclusive) of each token in its text, [rows, tokens, 2].
+        texts: the text that a token comes from: 0 for the first, 1 for the second, -1 for special tokens and padding.
+    """
+
+    feeds: dict[str, npt.NDArray[Any]]
+    words: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    texts: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Preprocess:
     """The preprocessing that belongs to a model.
 
@@ -33,6 +50,11 @@ class Preprocess:
         whole: tokenizes one text without padding or truncation, [tokens] by input name.
         cut: returns a `text` function that truncates texts to a number of tokens.
         longest: maximum number of tokens that the model takes; None if it is unknown.
+        align: tokenizes texts with the places of the tokens in them; None without a fast tokenizer.
+        special: token ids that are not text, such as those of padding and of the start.
+        mask_token: the token id that hides a token of a masked language model.
+        problem_type: the problem type of a classifier.
+        class_names: the names of the classes by index; empty if the model does not name them.
     """
 
     inputs: tuple[str, ...]
@@ -46,6 +68,11 @@ class Preprocess:
     whole: Callable[[str], dict[str, npt.NDArray[Any]]] | None = None
     cut: Callable[[int], Tokenise] | None = None
     longest: int | None = None
+    align: Callable[[list[Any], list[str] | None], Aligned] | None = None
+    special: frozenset[int] = frozenset()
+    mask_token: int | None = None
+    problem_type: str | None = None
+    class_names: tuple[str, ...] = ()
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

@@ -18,6 +18,7 @@ from PIL import Image
 from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
+from compressor.models.aligned_tokens import tokenize_aligned
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason, no_language_model
 from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
@@ -30,11 +31,33 @@ HEADS = {
     "ForSequenceClassification": "text-classification",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForQuestionAnsweringSimple": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForDepthEstimation": "depth-estimation",
 }
 AUTO = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-segmentation": "AutoModelForSemanticSegmentation",
+    "depth-estimation": "AutoModelForDepthEstimation",
+}
+# The outputs of heads that are evaluated, by their names in transformers; those of all other heads are hidden states.
+OUTPUTS = {
+    "image-classification": ("logits",),
+    "text-classification": ("logits",),
+    "text-generation": ("logits",),
+    "token-classification": ("logits",),
+    "fill-mask": ("logits",),
+    "image-segmentation": ("logits",),
+    "question-answering": ("start_logits", "end_logits"),
+    "depth-estimation": ("predicted_depth",),
 }
 # Files in which sentence-transformers stores how an embedding is computed from the model's output.
 SENTENCE = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
@@ -202,6 +225,7 @@ def _wrap(
         inputs=inputs,
         outputs=signature.outputs,
         answer=signature.answer,
+        stacked=signature.outputs[1:] if task == "question-answering" else (),
         example=example,
         dynamic_axes=axes,
         preprocess=_preprocess(module, sentence_files, inputs, example, processors, image),
@@ -264,19 +288,21 @@ def _text_limitations(
 def _signature(
     module: Any, task: str, inputs: tuple[str, ...], location: str, sentence_files: dict[str, Path]
 ) -> _Signature:
-    if task.endswith("classification") or task == "text-generation":
+    names = OUTPUTS.get(task)
+    if names is not None:
         extra = {"use_cache": False} if task == "text-generation" else {}
-        return _Signature(("logits",), "logits", partial(_logits, inputs=inputs, extra=extra))
+        return _Signature(names, names[0], partial(_head_outputs, inputs=inputs, names=names, extra=extra))
     if task == "sentence-similarity":
         embed = partial(_sentence, inputs=inputs, pooling=_pooling(location, sentence_files))
         return _Signature(("last_hidden_state", "sentence_embedding"), "sentence_embedding", embed)
     return _Signature(("last_hidden_state",), "last_hidden_state", partial(_hidden, inputs=inputs))
 
 
-def _logits(
-    module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], extra: dict[str, Any]
+def _head_outputs(
+    module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], names: tuple[str, ...], extra: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    return (module(**dict(zip(inputs, tensors, strict=True)), **extra).logits,)
+    returned = module(**dict(zip(inputs, tensors, strict=True)), **extra)
+    return tuple(returned[name] for name in names)
 
 
 def _hidden(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
@@ -404,11 +430,15 @@ def _preprocess(
     longest = _max_length(module, processor, sentence_files)
     if processor is None:
         return Preprocess(inputs, "text", arrays, longest=longest)
+    limit = USUAL if longest is None else longest
     return Preprocess(
         inputs,
         "text",
         arrays,
-        text=_truncating(processor, inputs, USUAL if longest is None else longest),
+        text=_truncating(processor, inputs, limit),
+        align=partial(tokenize_aligned, processor, inputs, limit) if processor.is_fast else None,
+        special=frozenset(processor.all_special_ids),
+        mask_token=processor.mask_token_id,
         class_first=getattr(processor, "cls_token_id", None) is not None,
         whole=partial(_untruncated, processor, inputs),
         cut=partial(_truncating, processor, inputs),

@@ -8,14 +8,16 @@ from compressor.data.readers.arrays import read_arrays
 from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
 from compressor.data.readers.images import read_folder
+from compressor.data.readers.masks import mask_folders, read_masks
 from compressor.data.readers.random_inputs import random_samples
+from compressor.data.readers.records import read_conll, read_jsonl
 from compressor.data.readers.tables import read_table
 from compressor.data.readers.texts import read_lines
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 
-FILES = (".npy", ".npz", ".txt", ".csv", ".tsv")
-FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"
+FILES = (".npy", ".npz", ".txt", ".csv", ".tsv", ".jsonl", ".conll", ".iob", ".bio")
+FORMS = "an image folder, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as owner/name, or random"
 
 
 def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: str | None) -> Samples:
@@ -29,24 +31,33 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
     path = Path(spec).expanduser()
     try:
         if path.is_dir():
-            return read_folder(path, spec, preprocess)
+            return _read_folder(path, spec, preprocess, task)
         if path.is_file():
-            return _read_file(path, spec, preprocess, task)
+            return _read_file(path, spec, preprocess, task, seed)
     except OSError as error:
         raise DataError(
             f"{spec} cannot be read ({error.strerror or error}); check the path and its permissions"
         ) from error
     if looks_like(spec) and path.suffix.lower() not in FILES:
-        return read_hub(spec, preprocess, task, revision)
+        return read_hub(spec, preprocess, task, revision, seed)
     raise DataError(f"there is no file or folder {spec!r}; expected {FORMS}")
 
 
-def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+    folders = mask_folders(path) if task == "image-segmentation" else None
+    return read_folder(path, spec, preprocess) if folders is None else read_masks(*folders, spec, preprocess)
+
+
+def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: int) -> Samples:
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz"):
         return read_arrays(path, spec, preprocess, task)
     if suffix == ".txt":
-        return read_lines(path, spec, preprocess, task)
+        return read_lines(path, spec, preprocess, task, seed)
     if suffix in (".csv", ".tsv"):
-        return read_table(path, spec, preprocess, task)
+        return read_table(path, spec, preprocess, task, seed)
+    if suffix == ".jsonl":
+        return read_jsonl(path, spec, preprocess, task, seed)
+    if suffix in (".conll", ".iob", ".bio"):
+        return read_conll(path, spec, preprocess, task)
     raise DataError(f"the file {spec} has the extension {suffix or 'none'}; expected {FORMS}")

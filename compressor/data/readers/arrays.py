@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, class_order_limitation, dims
+from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, Targets, class_order_limitation, dims
 from compressor.data.readers.images import pictures
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -18,6 +18,13 @@ from compressor.models.preprocess import Preprocess
 
 FIRST = ("images", "x")
 LABELS = ("labels", "y")
+# The kind of labels with several numbers per sample, by task or problem type.
+LABELS_OF_ROWS: dict[str, LabelKind] = {
+    "multi_label_classification": "labels",
+    "token-classification": "token classes",
+    "image-segmentation": "pixels",
+}
+IGNORED_PIXEL = 255  # label of pixels that are not scored
 CHUNK = 2**22  # values that are checked at a time; 16 MB of float32
 FILLED = {"attention_mask": 1, "token_type_ids": 0}  # values that a tokenizer returns for rows without padding
 
@@ -37,7 +44,7 @@ def read_arrays(path: Path, name: str, preprocess: Preprocess, task: str) -> Sam
     samples = _samples(arrays, name, preprocess, task)
     if labels is None or samples.label_kind == "tokens":
         return samples
-    return _labelled(samples, labels, name)
+    return _labelled(samples, labels, name, preprocess, task)
 
 
 def _load_arrays(path: Path, name: str) -> dict[str, Array]:
@@ -197,14 +204,19 @@ def _check_finite(array: Array, name: str) -> None:
             raise DataError(f"{name} holds NaN or infinite values (first in row {row}); expected finite model inputs")
 
 
-def _labelled(samples: Samples, labels: Array, name: str) -> Samples:
+def _labelled(samples: Samples, labels: Array, name: str, preprocess: Preprocess, task: str) -> Samples:
     count = len(samples.ids)
+    kind_of_rows = LABELS_OF_ROWS.get(task) or LABELS_OF_ROWS.get(preprocess.problem_type or "")
+    if kind_of_rows is not None and labels.ndim > 1:
+        return _with_rows(samples, labels, kind_of_rows, name)
     values = labels.reshape(-1) if labels.size == len(labels) else labels
     if values.shape != (count,):
         raise DataError(
             f"{name} holds labels of shape {dims(labels.shape)}; expected {dims((count,))}, one for each sample"
         )
-    kind: LabelKind = "score" if values.dtype.kind == "f" and not _is_integral(values) else "class"
+    number = preprocess.problem_type == "regression" and values.dtype.kind in "iufb"
+    fraction = values.dtype.kind == "f" and not _is_integral(values)
+    kind: LabelKind = "score" if number or fraction else "class"
     parsed = _scores(values, name) if kind == "score" else _classes(values, name)
     name_order = (class_order_limitation(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
     return replace(
@@ -214,6 +226,26 @@ def _labelled(samples: Samples, labels: Array, name: str) -> Samples:
         reading=f"{samples.reading} with {kind} labels",
         limitations=(*samples.limitations, *name_order),
     )
+
+
+def _with_rows(samples: Samples, labels: Array, kind: LabelKind, name: str) -> Samples:
+    """Return samples whose labels have several numbers each: label sets, and classes of tokens or pixels."""
+    if len(labels) != len(samples.ids) or labels.dtype.kind not in "iub":
+        raise DataError(
+            f"{name} holds labels {labels.dtype} {dims(labels.shape)}; expected whole numbers, "
+            f"{dims((len(samples.ids), *labels.shape[1:]))}"
+        )
+    reading = f"{samples.reading} with {kind} as labels"
+    if kind == "labels":
+        return replace(samples, labels=np.asarray(labels, dtype=np.int64), label_kind=kind, reading=reading)
+
+    def targets(indices: Sequence[int]) -> Targets:
+        rows = np.asarray(labels[np.asarray(indices)], dtype=np.int64)
+        return Targets(rows, rows >= 0)
+
+    scored = labels[labels < IGNORED_PIXEL] if kind == "pixels" else labels
+    largest = int(scored.max()) if scored.size else None
+    return replace(samples, targets=targets, label_kind=kind, reading=reading, largest_class=largest)
 
 
 def _is_integral(values: Array) -> bool:

@@ -60,6 +60,7 @@ class Samples:
         labels: one label per sample.
         label_kind: kind of the labels.
         rows_per_sample: rows of the model inputs per sample.
+        largest_class: largest class number of labels that `targets` returns.
         class_folders: number of class folders, including empty ones.
         skipped: samples that were skipped while reading.
         faults: decodes the samples at the given positions and returns the reasons of those that cannot be used, by
@@ -78,6 +79,7 @@ class Samples:
     labels: Array | None = None
     label_kind: LabelKind | None = None
     rows_per_sample: int = 1
+    largest_class: int | None = None
     class_folders: int | None = None
     skipped: tuple[Skipped, ...] = ()
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults

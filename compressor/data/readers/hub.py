@@ -12,6 +12,7 @@ from PIL import Image
 
 from compressor.data.readers.base import LabelKind, Samples
 from compressor.data.readers.images import pictures
+from compressor.data.readers.records import record_samples
 from compressor.data.readers.tables import Table, table_samples
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
@@ -31,7 +32,7 @@ def looks_like(spec: str) -> bool:
     return NAME.fullmatch(spec) is not None
 
 
-def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None) -> Samples:
+def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None, seed: int = 0) -> Samples:
     """Read a hub dataset at the revision after the @ in `spec`, or else at `revision`.
 
     Code in a dataset repository is never run, because datasets 4 and later do not support it.
@@ -56,7 +57,7 @@ def read_hub(spec: str, preprocess: Preprocess, task: str, revision: str | None)
             f"{spec} is not a local file or folder and cannot be loaded as a hub dataset "
             f"({_first_line(error)}); check the path, or the name and the network"
         ) from error
-    return dataset_samples(dataset, spec, preprocess, task)
+    return dataset_samples(dataset, spec, preprocess, task, seed)
 
 
 def _check_version(library: Any) -> None:
@@ -68,13 +69,37 @@ def _check_version(library: Any) -> None:
         )
 
 
-def dataset_samples(dataset: Any, name: str, preprocess: Preprocess, task: str) -> Samples:
+def dataset_samples(dataset: Any, name: str, preprocess: Preprocess, task: str, seed: int = 0) -> Samples:
     """Read the samples of a `datasets.Dataset`, according to the types of its columns."""
     if len(dataset) == 0:
         raise DataError(f"{name} contains no rows; pass another split as owner/name:split")
     if preprocess.kind == "image":
         return _image_samples(dataset, name, preprocess)
-    return table_samples(_table(dataset, name), name, preprocess, task)
+    if task in ("token-classification", "question-answering") or (
+        preprocess.problem_type == "multi_label_classification"
+    ):
+        return record_samples(
+            _records(dataset), [str(row) for row in range(len(dataset))], name, preprocess, task, seed
+        )
+    return table_samples(_table(dataset, name), name, preprocess, task, seed)
+
+
+def _records(dataset: Any) -> list[dict[str, Any]]:
+    """Return the rows, with the dataset's own names in place of the numbers of classes."""
+    names = {column: _class_names(dataset.features[column]) for column in dataset.column_names}
+    return [
+        {
+            column: [names[column][number] for number in value] if names[column] and isinstance(value, list) else value
+            for column, value in row.items()
+        }
+        for row in dataset.with_format(None)
+    ]
+
+
+def _class_names(feature: Any) -> list[str]:
+    """Return the names of a list of classes; empty for all other columns."""
+    inner = getattr(feature, "feature", None) if not isinstance(feature, list) else feature[0]
+    return list(getattr(inner, "names", None) or ())
 
 
 def _part(library: Any, name: str, parts: Sequence[str], revision: str | None) -> tuple[str | None, str]:

@@ -7,13 +7,14 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from compressor.data.label_sets import label_columns, listed, sets_of_columns, sets_of_lists
 from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, class_order_limitation
-from compressor.data.readers.texts import text_of, tokens
+from compressor.data.readers.texts import text_of, text_samples, tokens
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -35,6 +36,7 @@ PAIRS = (
 )
 CLASSES = ("label", "labels", "class", "target", "category", "sentiment", "intent")
 SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "rating")
+LABEL_SETS = ("labels", "label", "classes", "categories", "tags")
 FEW = 10  # rows; in a shorter table, labels may be 0, 1, 2 by chance
 NUMBERINGS = ("", "id", "idx", "index", "row", "guid")
 NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *CLASSES, *SCORES])
@@ -65,31 +67,46 @@ class Columns:
     label: int | None
 
 
-def read_table(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
+def read_table(path: Path, name: str, preprocess: Preprocess, task: str, seed: int = 0) -> Samples:
     """Read a .csv or .tsv file of texts with optional labels or scores."""
     table, ragged = parse(text_of(path, name), name)
-    return table_samples(table, name, preprocess, task, skipped=ragged)
+    if task == "question-answering":
+        from compressor.data.readers.records import record_samples
+
+        records = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+        return record_samples(records, table.ids, name, preprocess, task, seed)
+    return table_samples(table, name, preprocess, task, seed, skipped=ragged)
 
 
 def table_samples(
-    table: Table, name: str, preprocess: Preprocess, task: str, *, skipped: Sequence[Skipped] = ()
+    table: Table, name: str, preprocess: Preprocess, task: str, seed: int = 0, *, skipped: Sequence[Skipped] = ()
 ) -> Samples:
     """Read the samples of a table; rows without a text or a usable label are skipped with a reason."""
+    if preprocess.problem_type == "multi_label_classification":
+        found = _with_label_sets(table, name, preprocess, skipped)
+        if found is not None:
+            return found
     columns = choose(table, name, task)
     paired = len(columns.texts) == 2 and task != "text-classification"
-    kind = _label_kind(table, columns, task, paired)
+    kind = _label_kind(table, columns, task, paired, preprocess.problem_type)
     reasons = [_fault(row, columns, kind) for row in table.rows]
     usable = [row for row, reason in zip(table.rows, reasons, strict=True) if reason is None]
     unusable = [Skipped(id, reason) for id, reason in zip(table.ids, reasons, strict=True) if reason is not None]
     texts = [[row[index] for row in usable] for index in columns.texts]
     source = tokens(name, texts[0], texts[1] if len(texts) == 2 else None, paired, preprocess)
+    ids = tuple(id for id, reason in zip(table.ids, reasons, strict=True) if reason is None)
+    if task in ("fill-mask", "token-classification"):
+        found = text_samples(source, ids, _reading(table, columns, None), task, seed)
+        limitations = tuple(_limitations(table, columns, None, task))
+        return replace(found, skipped=(*skipped, *unusable), limitations=limitations)
     return Samples(
-        ids=tuple(id for id, reason in zip(table.ids, reasons, strict=True) if reason is None),
+        ids=ids,
         feeds=source.feeds,
         reading=_reading(table, columns, kind),
         labels=_labels([row[columns.label] for row in usable], kind, name) if columns.label is not None else None,
         label_kind="tokens" if task == "text-generation" else kind,
         rows_per_sample=2 if paired else 1,
+        pairs=len(texts) == 2,
         skipped=(*skipped, *unusable),
         shown=source.shown,
         whole=source.whole if task == "text-generation" and preprocess.whole is not None else None,
@@ -244,9 +261,44 @@ def _are_numbers(cells: Sequence[str]) -> bool:
     return all(_number(cell) is not None for cell in cells)
 
 
-def _label_kind(table: Table, columns: Columns, task: str, paired: bool) -> LabelKind | None:
+def _with_label_sets(table: Table, name: str, preprocess: Preprocess, skipped: Sequence[Skipped]) -> Samples | None:
+    """Return the texts and label sets of a table, or None if it has none.
+
+    The labels are columns of 0 and 1, named as the model's labels, or one column with lists.
+    """
+    columns = label_columns(table.header, preprocess.class_names)
+    text = next((table.header.index(title) for title in TEXTS if title in table.header), None)
+    lists = next((table.header.index(title) for title in LABEL_SETS if title in table.header), None)
+    if text is None or not (columns or lists is not None):
+        return None
+    empty = [not row[text].strip() for row in table.rows]
+    rows = [row for row, missing in zip(table.rows, empty, strict=True) if not missing]
+    source = tokens(name, [row[text] for row in rows], None, False, preprocess)
+    if columns:
+        labels, shape = sets_of_columns(rows, columns, name), f"{len(columns)} label columns"
+    else:
+        assert lists is not None
+        labels = sets_of_lists([listed(row[lists]) for row in rows], preprocess.class_names, name)
+        shape = f"label sets {table.title(lists)}"
+    unusable = [Skipped(id, "the text is empty") for id, missing in zip(table.ids, empty, strict=True) if missing]
+    return Samples(
+        tuple(id for id, missing in zip(table.ids, empty, strict=True) if not missing),
+        source.feeds,
+        f"table with header: text {table.title(text)}, {shape}",
+        labels=labels,
+        label_kind="labels",
+        skipped=(*skipped, *unusable),
+        shown=source.shown,
+    )
+
+
+def _label_kind(
+    table: Table, columns: Columns, task: str, paired: bool, problem_type: str | None = None
+) -> LabelKind | None:
     if columns.label is None:
         return None
+    if problem_type == "regression":
+        return "score"
     title = table.header[columns.label] if table.header else ""
     cells = [cell for cell in table.column(columns.label) if cell.strip()]
     if title in SCORES or (paired and task == "sentence-similarity" and _are_numbers(cells)):

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from compressor.data.readers.base import Feeds, LabelKind, Samples
+from compressor.data.readers.token_targets import MEMORY, masked_tokens, plain_tokens
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
-
-MEMORY = 64 * 1024**2  # bytes of cached token ids; 512 rows of 128 tokens take 1.5 MB with three inputs
 
 
 @dataclass
@@ -93,13 +92,30 @@ def text_of(path: Path, name: str) -> str:
         raise DataError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def read_lines(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
+def read_lines(path: Path, name: str, preprocess: Preprocess, task: str, seed: int = 0) -> Samples:
     """Read a .txt file with one text per line; ids are line numbers from 0, and empty lines are ignored."""
     lines = [(row, line) for row, line in enumerate(text_of(path, name).split("\n")) if line.strip()]
     if not lines:
         raise DataError(f"{name} holds no text; expected one text per line")
     source = tokens(name, [line for _, line in lines], None, False, preprocess)
-    kind: LabelKind | None = "tokens" if task == "text-generation" else None
-    ids = tuple(str(row) for row, _ in lines)
+    return text_samples(source, tuple(str(row) for row, _ in lines), "one text per line", task, seed)
+
+
+def text_samples(source: Tokens, ids: tuple[str, ...], reading: str, task: str, seed: int) -> Samples:
+    """Return texts without labels: for heads with a decision per token, with the positions that are scored."""
+    preprocess = source.preprocess
+    if task == "question-answering":
+        raise DataError(
+            f"{source.name} holds single texts; question answering needs a question and a context for each sample, in "
+            "a .csv or .jsonl file"
+        )
+    if task in ("fill-mask", "token-classification"):
+        masks = task == "fill-mask"
+        aligned = (
+            masked_tokens(ids, preprocess, seed, source.feeds) if masks else plain_tokens(preprocess, source.feeds)
+        )
+        kind: LabelKind | None = "tokens" if masks else None
+        return Samples(ids, aligned.feeds, reading, label_kind=kind, shown=source.shown, targets=aligned.targets)
+    kind = "tokens" if task == "text-generation" else None
     whole = source.whole if kind == "tokens" and preprocess.whole is not None else None
-    return Samples(ids, source.feeds, "one text per line", label_kind=kind, shown=source.shown, whole=whole)
+    return Samples(ids, source.feeds, reading, label_kind=kind, shown=source.shown, whole=whole)
