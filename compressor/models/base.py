@@ -15,6 +15,7 @@ from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
+    from compressor.models.class_names import ClassNames
     from compressor.models.preprocess import Preprocess
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -43,6 +44,7 @@ class Model:
         tokenizer: transformers tokenizer of a text model; None if the model has none.
         state: output name to the input name that it feeds in the next call, such as the KV cache.
         limitations: features that the model lacks here, and properties that were assumed.
+        class_names: names of the classes of a classifier; None if the model does not name them.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Model:
     tokenizer: Any = None
     state: Mapping[str, str] = field(default_factory=dict)
     limitations: tuple[Limitation, ...] = ()
+    class_names: ClassNames | None = None
 
     def classes(self) -> int | None:
         """Return the number of classes of a classifier, the last axis of its output; None for other tasks."""
