@@ -10,6 +10,8 @@ from typing import Any
 from compressor import models
 from compressor.choices import TRANSFORMERS
 from compressor.data import splits as data_module
+from compressor.data.class_labels import listed
+from compressor.data.readers.base import Samples
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
@@ -138,6 +140,7 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
         progress=tick,
         max_length=settings.max_length,
         stride=settings.stride,
+        class_names=model.class_names,
     )
     _check_classes(data, model)
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
@@ -161,16 +164,27 @@ def _check_classes(data: Data, model: Model) -> None:
         largest = max(int(part.labels.max()) for part in parts if part.labels is not None)
         if largest >= classes:
             raise SubjectError(
-                f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes (0 to "
-                f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
+                f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes, 0 to "
+                f"{classes - 1}; give its class numbers or names, or no labels to compare the result with the original."
             )
-    folders = data.calibration.samples.class_folders
-    if folders not in (None, classes):
-        raise SubjectError(
-            f"{data.source} has {folders} class folders, but {model.name} has {classes} classes, so the folders' "
-            "numbers are not its classes; give a folder for each class, in the model's order, or one flat folder of "
-            "images, on which the result is compared with the original."
-        )
+    _check_numbering(data.calibration.samples, data, model, classes)
+
+
+def _check_numbering(samples: Samples, data: Data, model: Model, classes: int) -> None:
+    """Refuse class names that are not the model's and of another number, because no order makes them its classes."""
+    if samples.numbering is None or samples.numbering.by != "order" or len(samples.numbering.numbers) == classes:
+        return
+    names = model.class_names
+    own = (
+        "does not name its classes"
+        if names is None
+        else f"other names for them ({listed(list(names.id2label().values()))})"
+    )
+    raise SubjectError(
+        f"{data.source} has {len(samples.numbering.numbers)} class names ({listed(list(samples.numbering.numbers))}), but "
+        f"{model.name} has {classes} classes and {own}; rename them to the model's names or numbers, or give no labels to compare the "
+        "result with the original."
+    )
 
 
 def _check_trained(graph: Graph, model: Model) -> None:
