@@ -60,8 +60,8 @@ class Samples:
         labels: one label per sample.
         label_kind: kind of the labels.
         rows_per_sample: rows of the model inputs per sample.
-        class_names: class names in the data, including those of empty folders, indexed by the labels of the reader; None
-            if the labels are numbers.
+        class_names: class names in the data, including those of empty folders, indexed by the labels of the reader;
+            None if the labels are numbers.
         own_numbers: the data itself numbers its class names; otherwise the reader numbers them in sorted order.
         numbering: the class numbers of the names, after `compressor.data.class_labels.with_class_numbers`.
         skipped: samples that were skipped while reading.

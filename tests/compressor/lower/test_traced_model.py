@@ -117,3 +117,14 @@ def test_the_revision_of_the_model_is_not_passed_to_the_data(monkeypatch: pytest
     monkeypatch.setattr(traced_model.data_module, "load", load)
     checked(models.load(None), SAMPLE / "digits.npz", revision="v1")
     assert revisions == [None]
+
+
+def test_class_names_of_a_table_or_array_that_are_not_as_many_are_refused(tmp_path: Path) -> None:
+    """Before, only folders were counted, and two names of three classes were numbered 0 and 1."""
+    model = models.load(Answering(3), example_inputs=torch.zeros(2, 4))
+    x = np.zeros((6, 4), np.float32)
+    np.savez(tmp_path / "x.npz", x=x, labels=np.array(["yes", "no"] * 3))
+    with pytest.raises(SubjectError, match=r"2 class names \(no, yes\), but Answering has 3 classes and does not name"):
+        checked(model, tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", x=x, labels=np.array(["yes", "no", "maybe"] * 2))
+    assert checked(model, tmp_path / "x.npz").limitations[0].feature == "class order"
