@@ -1,4 +1,4 @@
-"""Class names in the data get the model's class numbers; the oracles are transformers' pipeline, timm and torchvision."""
+"""Class names in the data get the model's numbers; oracles are transformers' pipeline, timm and torchvision."""
 
 from __future__ import annotations
 
@@ -345,7 +345,7 @@ def test_a_part_of_imagenet_in_any_form_of_its_names_has_the_accuracy_of_the_who
     model, info = models.load(DEIT), ImageNetInfo("imagenet-1k")
     synsets = info.label_names()
     assert isinstance(synsets, list)
-    for name in (lambda number: synsets[number], lambda number: info.index_to_description(number)):
+    for name in (info.index_to_label_name, info.index_to_description):
         root = tmp_path / name(0)
         for number in range(0, 1000, 50):
             (root / name(number)).mkdir(parents=True)

@@ -73,14 +73,14 @@ def test_a_regression_head_of_the_hub_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 9])
-def test_a_subset_of_the_class_folders_is_refused(tmp_path: Path, classes: int) -> None:
+def test_class_names_that_are_neither_the_models_nor_as_many_are_refused(tmp_path: Path, classes: int) -> None:
     folder = pictures(tmp_path / "part", classes)
     with pytest.raises(SubjectError) as refusal:
         checked(models.load(None), folder)
     assert str(refusal.value) == (
-        f"{folder} has {classes} class folders, but sample has 10 classes, so the folders' numbers are not its "
-        "classes; give a folder for each class, in the model's order, or one flat folder of images, on which the "
-        "result is compared with the original."
+        f"{folder} has {classes} class names ({', '.join(f'c{label:02}' for label in range(min(classes, 5)))}"
+        f"{', ...' if classes > 5 else ''}), but sample has 10 classes and has other names for them (0, 1, 2, 3, 4, "
+        "...); give its names or numbers as labels, or no labels to compare the result with the original."
     )
 
 
