@@ -113,7 +113,6 @@ def check_listing(name, sites):
 
 def worded(folder, *, vocabulary, weights=None):
     """Save a Llama whose tokens are the words w3, w4, ...; random weights, or those in the folder `weights`."""
-    import tokenizers
     import transformers
 
     torch.manual_seed(0)
@@ -126,6 +125,15 @@ def worded(folder, *, vocabulary, weights=None):
     else:
         module = transformers.LlamaForCausalLM.from_pretrained(weights)
     module.save_pretrained(folder)
+    tokenizer_of_words(folder, vocabulary)
+    return folder
+
+
+def tokenizer_of_words(folder, vocabulary):
+    """Save a tokenizer whose tokens are the words w3, w4, ..."""
+    import tokenizers
+    import transformers
+
     words = dict.fromkeys(("<unk>", "<s>", "</s>")) | {f"w{token}": token for token in range(3, vocabulary)}
     token_ids = {word: token for token, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(token_ids, unk_token="<unk>"))
@@ -133,4 +141,3 @@ def worded(folder, *, vocabulary, weights=None):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=10**30
     ).save_pretrained(folder)
-    return folder

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from compressor.data.class_labels import with_class_numbers
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sliding_windows import Window, resolve_window, window_batches
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from compressor.models.class_names import ClassNames
 
 __all__ = ["Batch", "Data", "DataError", "Shares", "Skipped", "Split", "load"]
 
@@ -189,6 +193,7 @@ def load(
     progress: Progress | None = None,
     max_length: int | None = None,
     stride: int | None = None,
+    class_names: ClassNames | None = None,
 ) -> Data:
     """Read, check and split the data.
 
@@ -205,6 +210,7 @@ def load(
         max_length: window length in tokens for a language model; by default the maximum length of the model, at most
             2,048 tokens.
         stride: stride of the windows in tokens; by default half of the length.
+        class_names: names of the model's classes, by which class names in the data are numbered.
 
     Raises:
         DataError: the data cannot be read, does not fit the model, or has fewer than three usable samples.
@@ -213,7 +219,11 @@ def load(
     window = resolve_window(max_length, stride, preprocess.longest) if task == "text-generation" else None
     if window is not None:
         preprocess = preprocess.limited(window.length)
+    if class_names is not None:
+        preprocess = replace(preprocess, class_names=class_names.all_first())
     samples = read(spec, preprocess, task=task, seed=seed, revision=revision)
+    if task.endswith("classification"):
+        samples = with_class_numbers(samples, class_names, spec)
     window = window if samples.whole is not None else None
     if window is not None:
         samples = replace(samples, feeds=_first_windows(samples.feeds, window))

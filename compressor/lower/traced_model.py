@@ -10,12 +10,15 @@ from typing import Any
 from compressor import models
 from compressor.choices import TRANSFORMERS
 from compressor.data import splits as data_module
+from compressor.data.class_labels import CLASS_ORDER, listed
+from compressor.data.readers.base import Samples
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
 from compressor.lower.trace import trace
 from compressor.models import Model
 from compressor.models.base import first_line
+from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.heads import Head, head_for
 from compressor.settings import Settings
@@ -80,6 +83,7 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "random_weights": model.random_weights,
         "inputs": list(model.inputs),
         "outputs": list(model.outputs),
+        "id2label": None if model.class_names is None else model.class_names.id2label(),
         "sites": [dataclasses.asdict(site) for site in subject.sites],
     }
 
@@ -107,6 +111,9 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
         checkpoint.check_model(model)
     with steps.step("load the data") as tick:
         data = load_data(settings, model, tick)
+    for limitation in data.limitations:
+        if limitation.feature == CLASS_ORDER:  # it decides on all figures, so it is shown before the search
+            steps.warn(str(limitation))
     with steps.step("trace, find the sites"):
         graph = trace(model)
         _check_trained(graph, model)
@@ -114,6 +121,22 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
         if not sites:
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
         return TracedModel(model, data, graph, sites, _costs(graph, model, data))
+
+
+def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
+    """Return the model and data with a limitation if the original is not certain to be better than chance on it.
+
+    Nothing is checked for random data or weights, and for metrics that compare with the original.
+
+    Raises:
+        CompressorError: the original is no better than chance on validation data, or fails on it.
+    """
+    if subject.no_quality_because is not None:
+        return subject
+    data = subject.data
+    with steps.step("check the original"), index_errors_as_data_errors(subject):
+        found = chance.check_original(subject.graph, subject.model, data.validation, subject.metric, data.source)
+    return dataclasses.replace(subject, data=dataclasses.replace(data, limitations=(*data.limitations, *found)))
 
 
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
@@ -146,6 +169,7 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
         progress=tick,
         max_length=settings.max_length,
         stride=settings.stride,
+        class_names=model.class_names,
     )
     _check_labels(data, model)
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
@@ -169,13 +193,20 @@ def _check_labels(data: Data, model: Model) -> None:
             "is a number, or multi_label_classification if it is the logit of a yes or no."
         )
     _check_class_numbers(data, model, classes)
-    folders = data.calibration.samples.class_folders
-    if single and folders not in (None, classes):
-        raise SubjectError(
-            f"{data.source} has {folders} class folders, but {model.name} has {classes} classes, so the folders' "
-            "numbers are not its classes; give a folder for each class, in the model's order, or one flat folder of "
-            "images, on which the result is compared with the original."
-        )
+    _check_numbering(data.calibration.samples, data, model, classes)
+
+
+def _check_numbering(samples: Samples, data: Data, model: Model, classes: int) -> None:
+    """Refuse class names that are not the model's and of another number, because no order makes them its classes."""
+    if samples.numbering is None or samples.numbering.by != "order" or len(samples.numbering.numbers) == classes:
+        return
+    found, names = list(samples.numbering.numbers), model.class_names
+    known = [] if names is None else list(names.id2label().values())
+    own = f"has other names for them ({listed(known)})" if known else "does not name them"
+    raise SubjectError(
+        f"{data.source} has {len(found)} class names ({listed(found)}), but {model.name} has {classes} classes and "
+        f"{own}; give its names or numbers as labels, or no labels to compare the result with the original."
+    )
 
 
 def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
@@ -196,8 +227,8 @@ def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
         largest = max(int(part.max()) for part in labels)
     if largest is not None and largest >= classes and model.problem_type != "regression":
         raise SubjectError(
-            f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes (0 to "
-            f"{classes - 1}); for an image folder the sorted subfolders must be the model's classes, in order."
+            f"{data.source} has labels up to {largest}, but {model.name} has only {classes} classes, 0 to "
+            f"{classes - 1}; give its class numbers or names, or no labels to compare the result with the original."
         )
 
 

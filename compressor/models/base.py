@@ -17,6 +17,7 @@ from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
+    from compressor.models.class_names import ClassNames
     from compressor.models.preprocess import Preprocess
 
 CONFIGS = ("config.json", "generation_config.json")
@@ -47,6 +48,7 @@ class Model:
         problem_type: problem type of a classifier, as in configs of transformers; None for other tasks.
         state: output name to the input name that it feeds in the next call, such as the KV cache.
         limitations: features that the model lacks here, and properties that were assumed.
+        class_names: names of the classes of a classifier; None if the model does not name them.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Model:
     problem_type: str | None = None
     state: Mapping[str, str] = field(default_factory=dict)
     limitations: tuple[Limitation, ...] = ()
+    class_names: ClassNames | None = None
 
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...

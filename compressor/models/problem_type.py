@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +29,6 @@ def with_problem_type(model: Model, requested: str | None) -> Model:
     if requested is not None and requested not in PROBLEM_TYPES:
         raise ModelError(f"unknown problem type {requested!r}; expected one of {', '.join(PROBLEM_TYPES)}.")
     config = getattr(model.module, "config", None)
-    named = dataclasses.replace(model.preprocess, class_names=_class_names(config))
-    model = dataclasses.replace(model, preprocess=named)
     if model.task not in CLASSIFIERS:
         if requested is None:
             return model
@@ -64,14 +61,6 @@ def _of_config(config: Any, name: str) -> str | None:
             "--problem-type."
         )
     return str(found)
-
-
-def _class_names(config: Any) -> tuple[str, ...]:
-    """Return the names in ``id2label`` by index; empty without them, or if they are the default LABEL_0, LABEL_1, ..."""
-    names = getattr(config, "id2label", None) or {}
-    if any(re.fullmatch(r"LABEL_\d+", str(name)) for name in names.values()):
-        return ()
-    return tuple(str(names[index]) for index in sorted(names))
 
 
 def _assumed(config: Any, found: str | None) -> Iterator[Limitation]:

@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
+from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason
 from compressor.models.preprocess import Preprocess
 
@@ -86,6 +87,7 @@ def _wrap(
     classifies = task == "image-classification" and getattr(module, "num_classes", 0) > 0
     if not classifies:
         task = "image-feature-extraction"
+    names, inferred = class_names.of_timm(module) if classifies else (None, ())
     return Model(
         name=name,
         source="timm",
@@ -105,7 +107,9 @@ def _wrap(
         limitations=(
             fixed_size(example["pixel_values"]),
             *(() if classifies or requested_task is not None else (NO_CLASSIFIER,)),
+            *inferred,
         ),
+        class_names=names,
     )
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
+from compressor.models import class_names
 from compressor.models.aligned_tokens import tokenize_aligned
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason, no_language_model
 from compressor.models.kv_cache import with_cache
@@ -240,8 +241,13 @@ def _wrap(
             if image
             else _text_limitations(module, processors, inputs, sentence_files)
         ),
+        class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
     return model if task != "text-generation" else with_cache(model, cache)
+
+
+def _class_names(config: Any) -> class_names.ClassNames | None:
+    return class_names.with_synsets(class_names.from_config(config, config.num_labels))
 
 
 def _left_out(names: tuple[str, ...]) -> Iterator[Limitation]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from compressor.limitations import Limitation
+from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess
 
@@ -115,6 +116,7 @@ def wrap(
     answer = "logits" if "logits" in outputs else outputs[0]
     resolved_task = _task(task, _flatten(returned)[outputs.index(answer)], example, label)
     axes = {key: _axes(key, value) for key, value in example.items()}
+    names = _class_names(module, resolved_task, _flatten(returned)[outputs.index(answer)])
     model = Model(
         name=label,
         source="module",
@@ -127,17 +129,22 @@ def wrap(
         example=example,
         dynamic_axes=axes,
         preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
-        save=partial(_save, label, resolved_task, example),
+        save=partial(_save, label, resolved_task, example, names),
         limitations=(
             *_fixed_shapes(example, axes),
             *_assumptions(returned, outputs, answer, resolved_task if task is None else None),
         ),
+        class_names=names,
     )
     if resolved_task != "text-generation":
         return model
     from compressor.models.kv_cache import with_cache
 
     return with_cache(model, cache)
+
+
+def _class_names(module: torch.nn.Module, task: str, answer: torch.Tensor) -> class_names.ClassNames | None:
+    return class_names.of_module(module, answer.shape[-1]) if task.endswith("classification") else None
 
 
 def _fixed_shapes(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Iterator[Limitation]:
@@ -265,6 +272,11 @@ def _axes(name: str, value: torch.Tensor) -> dict[int, str]:
     return {0: "batch", 1: "sequence"} if tokens else {0: "batch"}
 
 
-def _save(label: str, task: str, example: dict[str, torch.Tensor], folder: Path) -> None:
+def _save(
+    label: str, task: str, example: dict[str, torch.Tensor], names: class_names.ClassNames | None, folder: Path
+) -> None:
     inputs = {name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype)} for name, value in example.items()}
-    (folder / "config.json").write_text(json.dumps({"model": label, "task": task, "inputs": inputs}, indent=2) + "\n")
+    content: dict[str, Any] = {"model": label, "task": task, "inputs": inputs}
+    if names is not None:
+        content["id2label"] = names.id2label()
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -13,7 +13,7 @@ from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
-from compressor.lower.traced_model import TracedModel, index_errors_as_data_errors, load, model_facts
+from compressor.lower.traced_model import TracedModel, check_original, index_errors_as_data_errors, load, model_facts
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_quality import quality_on_test
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
@@ -88,7 +88,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         if settings.max_memory is not None:
             report, subject = export_offloaded.compressed(settings, folder, steps, command)
         else:
-            subject = load(settings, steps)
+            subject = check_original(load(settings, steps), steps)
             subject.model.save(folder)
             evaluator = graph_evaluator(subject, target, options, settings, scratch)
             report = _compressed(subject, settings, evaluator, folder, steps, command)

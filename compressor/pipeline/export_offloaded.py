@@ -6,6 +6,7 @@ is measured in torch, which runs the original and the result block by block.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -30,6 +31,7 @@ from compressor.measure.memory_budget import GIB, MemoryBudget, memory_budget
 from compressor.measure.workload import timing_feeds
 from compressor.models.base import disable_use_cache
 from compressor.models.lazy_weights import stored_bytes
+from compressor.quality import chance
 from compressor.quality.evaluate import Evaluation, Runner, evaluate
 from compressor.quality.intervals import Array
 from compressor.quality.parity import Parity, check_parity
@@ -93,6 +95,7 @@ def compressed(settings: Settings, folder: Path, steps: Steps, command: str) -> 
         graphs = {"baseline": subject.graph, "result": choice.graph}
         with steps.step("measure the quality") as tick:
             quality = _evaluated(subject, graphs, bounds, tick)
+        subject = _checked(subject, quality)
         (folder / "plan.json").write_text(choice.plan.to_json())
         if settings.target == TRANSFORMERS:
             engine, parity = _checkpoint(graphs, subject, folder, bounds, steps)
@@ -124,6 +127,24 @@ def _evaluated(
         batch_size=bounds.rows,
         progress=tick,
     )
+
+
+def _checked(subject: TracedModel, quality: Evaluation | None) -> TracedModel:
+    """Return the model and data with a limitation if the original is not certain to be better than chance.
+
+    Its perplexity was measured already, so it need not run through the whole model once more.
+
+    Raises:
+        CompressorError: the original is no better than chance.
+    """
+    if quality is None:
+        return subject
+    model, data = subject.model, subject.data
+    config: Any = model.module.config
+    vocabulary = config.get_text_config().vocab_size
+    columns = quality.columns["baseline"]
+    found = chance.check_measured(quality.metric, columns, vocabulary, model.name, data.source)
+    return dataclasses.replace(subject, data=dataclasses.replace(data, limitations=(*data.limitations, *found)))
 
 
 def _runner(graph: Graph, answer: str, batches: Iterator[Batch], bounds: MemoryBudget) -> Runner:

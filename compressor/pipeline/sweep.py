@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compressor.choices import AUTO
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import index_errors_as_data_errors, load
+from compressor.lower.traced_model import check_original, index_errors_as_data_errors, load
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
@@ -45,7 +45,7 @@ def sweep(
     steps = Steps(console)
     output = Path(settings.output)
     with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
-        subject = load(settings, steps)
+        subject = check_original(load(settings, steps), steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
         with index_errors_as_data_errors(subject):
             rewriter = make_rewriter(subject, settings)

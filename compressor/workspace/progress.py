@@ -43,6 +43,13 @@ class Steps:
         if self.console is not None:
             self.console.print(f"[green]✓[/green] {name} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False)
 
+    def warn(self, text: str) -> None:
+        """Print a sentence that matters before the run ends."""
+        if self.console is not None:
+            from rich.markup import escape
+
+            self.console.print(f"[yellow]![/yellow] {escape(text)}", highlight=False)
+
     @contextlib.contextmanager
     def _bar(self, name: str) -> Iterator[Tick]:
         if self.console is None or not self.console.is_terminal:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, Targets, class_order_limitation, dims
+from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, Targets, dims, wrong_class
 from compressor.data.readers.images import pictures
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -218,13 +218,13 @@ def _labelled(samples: Samples, labels: Array, name: str, preprocess: Preprocess
     fraction = values.dtype.kind == "f" and not _is_integral(values)
     kind: LabelKind = "score" if number or fraction else "class"
     parsed = _scores(values, name) if kind == "score" else _classes(values, name)
-    name_order = (class_order_limitation(np.unique(values).tolist()),) if values.dtype.kind in "US" else ()
+    named = values.dtype.kind in "US"
     return replace(
         samples,
         labels=parsed,
         label_kind=kind,
         reading=f"{samples.reading} with {kind} labels",
-        limitations=(*samples.limitations, *name_order),
+        class_names=tuple(map(str, np.unique(_text(values, name)))) if named else None,
     )
 
 
@@ -263,12 +263,22 @@ def _scores(values: Array, name: str) -> Array:
 
 def _classes(values: Array, name: str) -> Array:
     if values.dtype.kind in "US":
-        return np.unique(values, return_inverse=True)[1].astype(np.int64).reshape(-1)
+        return np.unique(_text(values, name), return_inverse=True)[1].astype(np.int64).reshape(-1)
     if values.dtype.kind not in "iufb":
         raise DataError(f"{name} holds labels of type {values.dtype}; expected whole numbers, scores or strings")
     if values.min() < 0:
-        raise DataError(f"{name} holds the class label {int(values.min())}; expected whole numbers from 0")
+        raise wrong_class(name, str(int(values.min())))
     return values.astype(np.int64)
+
+
+def _text(values: Array, name: str) -> Array:
+    """Return strings without surrounding spaces; NumPy stores bytes as text of unknown encoding."""
+    try:
+        decoded = np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} holds labels as bytes that are not UTF-8; save them as strings") from error
+    stripped: Array = np.char.strip(decoded)
+    return stripped
 
 
 def _numbers(array: Array) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
+from compressor.errors import DataError
 from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ Feeds = dict[str, Array]
 # A class number; a number; the tokens of the text itself; a set of labels [labels] of 0 and 1; a class for each word;
 # spans of answers in a text; a class for each pixel.
 LabelKind = Literal["class", "score", "tokens", "labels", "token classes", "spans", "pixels"]
+By = Literal["name", "number", "order"]
 Progress = Callable[[int, int], None]
-SHOWN = 3  # class names in a limitation
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,20 @@ class Skipped:
 
     id: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The class numbers of the class names in the data.
+
+    Attributes:
+        numbers: name in the data to class number.
+        by: ``name`` if the model's classes have these names, ``number`` if the names are class numbers, ``order`` if
+            neither is so and the data, or the order of its names, gives the numbers.
+    """
+
+    numbers: Mapping[str, int]
+    by: By
 
 
 def no_faults(indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
@@ -61,7 +76,10 @@ class Samples:
         label_kind: kind of the labels.
         rows_per_sample: rows of the model inputs per sample.
         largest_class: largest class number of labels that `targets` returns.
-        class_folders: number of class folders, including empty ones.
+        class_names: class names in the data, including those of empty folders, indexed by the labels of the reader;
+            None if the labels are numbers.
+        own_numbers: the data itself numbers its class names; otherwise the reader numbers them in sorted order.
+        numbering: the class numbers of the names, after `compressor.data.class_labels.with_class_numbers`.
         skipped: samples that were skipped while reading.
         faults: decodes the samples at the given positions and returns the reasons of those that cannot be used, by
             position.
@@ -80,7 +98,9 @@ class Samples:
     label_kind: LabelKind | None = None
     rows_per_sample: int = 1
     largest_class: int | None = None
-    class_folders: int | None = None
+    class_names: tuple[str, ...] | None = None
+    own_numbers: bool = False
+    numbering: Numbering | None = None
     skipped: tuple[Skipped, ...] = ()
     faults: Callable[[Sequence[int], Progress | None], Mapping[int, str]] = no_faults
     shown: Callable[[int], Image.Image | str] | None = None
@@ -90,18 +110,17 @@ class Samples:
     limitations: tuple[Limitation, ...] = ()
 
 
-def class_order_limitation(names: Sequence[str]) -> Limitation:
-    """Return the limitation that class names were numbered in sorted order, which may differ from the model's order.
+def wrong_class(name: str, label: str) -> DataError:
+    """Return the error for a class label that is not a whole number from 0.
 
-    >>> print(class_order_limitation(["cat", "dog"]))
-    class order: the names in the data are numbered in sorted order (cat = 0, dog = 1); the model must use this order.
+    >>> print(wrong_class("x.npz", "-1"))
+    x.npz holds the class label -1, which marks samples without a label; remove them, or remove all labels
     """
-    shown = ", ".join(f"{name} = {number}" for number, name in enumerate(names[:SHOWN]))
-    more = ", ..." if len(names) > SHOWN else ""
-    return Limitation(
-        "class order",
-        f"the names in the data are numbered in sorted order ({shown}{more}); the model must use this order",
-    )
+    if label == "-1":
+        return DataError(
+            f"{name} holds the class label -1, which marks samples without a label; remove them, or remove all labels"
+        )
+    return DataError(f"{name} holds the class label {label}; expected whole numbers from 0")
 
 
 def dims(shape: Sequence[int | str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from PIL import Image
 from compressor.data.readers.base import LabelKind, Samples
 from compressor.data.readers.images import pictures
 from compressor.data.readers.records import record_samples
-from compressor.data.readers.tables import Table, table_samples
+from compressor.data.readers.tables import CLASSES, Table, table_samples
 from compressor.errors import DataError
+from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?(:[\w.+-]+){0,2}")
@@ -128,20 +129,60 @@ def _image_samples(dataset: Any, name: str, preprocess: Preprocess) -> Samples:
 
     ids = tuple(str(row) for row in range(len(dataset)))
     source = pictures(name, ids, load, preprocess)
-    label = _of_type(dataset, "ClassLabel")
-    labels = None if label is None else _class_numbers(dataset, label, name)
+    label = _label_column(dataset)
+    labels, names = (None, None) if label is None else _class_numbers(dataset, label, name)
     kind: LabelKind | None = None if label is None else "class"
-    reading = f"hub dataset: images {column!r}" + ("" if label is None else f", class {label!r}")
-    return Samples(ids, source.feeds, reading, labels=labels, label_kind=kind, faults=source.faults, shown=source.shown)
+    return Samples(
+        ids,
+        source.feeds,
+        f"hub dataset: images {column!r}" + ("" if label is None else f", class {label!r}"),
+        labels=labels,
+        label_kind=kind,
+        faults=source.faults,
+        shown=source.shown,
+        class_names=names,
+        own_numbers=label is not None and _names_of(dataset, label) is not None,
+        limitations=tuple(_unread(dataset, [column, *([] if label is None else [label])], label)),
+    )
 
 
-def _class_numbers(dataset: Any, label: str, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _unread(dataset: Any, read: Sequence[str], label: str | None) -> Iterator[Limitation]:
+    """Yield a limitation for columns that are not read, with the label column if there is one."""
+    others = [column for column in dataset.column_names if column not in read]
+    if others:
+        used = "no column is used as label" if label is None else f"{label!r} is used as label"
+        yield Limitation("columns of the data", f"{', '.join(map(repr, others))} not read; {used}")
+
+
+def _label_column(dataset: Any) -> str | None:
+    """Return the first column of type ClassLabel, or else the first with numbers or texts and the name of a label."""
+    named = [column for title in CLASSES for column in dataset.column_names if _title(column) == title]
+    return _of_type(dataset, "ClassLabel") or next((column for column in named if _is_label(dataset, column)), None)
+
+
+def _is_label(dataset: Any, column: str) -> bool:
+    return _is_cell(dataset.features[column]) and not dataset.features[column].dtype.startswith("float")
+
+
+def _names_of(dataset: Any, column: str) -> tuple[str, ...] | None:
+    """Return the names that a data set gives to its class numbers; None for a column of another type."""
+    names = getattr(dataset.features[column], "names", None)
+    return None if names is None else tuple(names)
+
+
+def _class_numbers(
+    dataset: Any, label: str, name: str
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], tuple[str, ...] | None]:
+    """Return the labels of all rows, and the class names that they index; None for numbers without names."""
     values = dataset.select_columns([label]).with_format(None)[:][label]
-    if any(value is None or value < 0 for value in values):
+    if any(value is None or value == "" or (not isinstance(value, str) and value < 0) for value in values):
         raise DataError(
             f"{name} has rows without a label in the column {label!r}; pass another split as owner/name:split"
         )
-    return np.array(values, dtype=np.int64)
+    if isinstance(values[0], str | bool):
+        names, labels = np.unique([str(value).strip() for value in values], return_inverse=True)
+        return labels.astype(np.int64).reshape(-1), tuple(map(str, names))
+    return np.array(values, dtype=np.int64), _names_of(dataset, label)
 
 
 def _table(dataset: Any, name: str) -> Table:
@@ -153,14 +194,23 @@ def _table(dataset: Any, name: str) -> Table:
     content = dataset.select_columns(columns).with_format(None)[:]
     cells = [["" if value is None else str(value) for value in content[column]] for column in columns]
     ids = tuple(str(row) for row in range(len(dataset)))
-    titles = tuple(column.strip().lower().replace(" ", "_").replace("-", "_") for column in columns)
-    return Table(titles, tuple(zip(*cells, strict=True)), ids)
+    names = {index: _names_of(dataset, column) for index, column in enumerate(columns)}
+    return Table(
+        tuple(map(_title, columns)),
+        tuple(zip(*cells, strict=True)),
+        ids,
+        {index: own for index, own in names.items() if own is not None},
+    )
+
+
+def _title(column: str) -> str:
+    return column.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _is_cell(feature: Any) -> bool:
     kind = type(feature).__name__
     return kind == "ClassLabel" or (
-        kind == "Value" and bool(re.match("string|large_string|u?int|float", feature.dtype))
+        kind == "Value" and bool(re.match("string|large_string|bool|u?int|float", feature.dtype))
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, class_order_limitation, dims
+from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, dims
 from compressor.data.readers.sample_cache import Store
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -119,7 +119,7 @@ def decoded(load: Callable[[], Image.Image], mode: str) -> Image.Image:
 
 
 def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
-    """Read an image folder: class folders in sorted order are the labels 0..C-1; a flat folder has no labels."""
+    """Read an image folder: the sorted class folders are the class names; a flat folder has no labels."""
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     flat = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and _is_image(entry.name))
     _check_layout(name, classes, flat)
@@ -135,22 +135,21 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
     labels = None if flat else np.array([label for _, label in files], dtype=np.int64)
     reading = "flat image folder" if flat else f"image folder, {len(classes)} class folders"
     kind: LabelKind | None = None if flat else "class"
-    folders = None if flat else len(classes)
     return Samples(
         ids,
         source.feeds,
         reading,
         labels=labels,
         label_kind=kind,
-        class_folders=folders,
+        class_names=None if flat else tuple(classes),
         faults=source.faults,
         shown=source.shown,
-        limitations=tuple(_limitations(folder, files, classes if not flat else [])),
+        limitations=tuple(_limitations(folder, files)),
     )
 
 
-def _limitations(folder: Path, images: Sequence[tuple[str, int]], classes: Sequence[str]) -> Iterator[Limitation]:
-    """Yield limitations for files that are not read and for the numbering of class folders."""
+def _limitations(folder: Path, images: Sequence[tuple[str, int]]) -> Iterator[Limitation]:
+    """Yield a limitation for files that are not read."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     others = sorted({path.suffix.lower() or path.name for path in files if not _is_image(path.name)})
     if len(files) > len(images):
@@ -158,8 +157,6 @@ def _limitations(folder: Path, images: Sequence[tuple[str, int]], classes: Seque
             "files of the data",
             f"{len(files) - len(images)} of {len(files)} not read because of their extension ({', '.join(others[:3])})",
         )
-    if classes:
-        yield class_order_limitation(classes)
 
 
 def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str]) -> None:

@@ -61,7 +61,7 @@ def read_masks(images: Path, masks: Path, name: str, preprocess: Preprocess) -> 
         targets=targets,
         label_kind="pixels",
         labels=None,
-        class_folders=None,
+        class_names=None,
         reading=f"images with masks in {masks.name}",
     )
 

@@ -6,14 +6,14 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from compressor.data.label_sets import label_columns, listed, sets_of_columns, sets_of_lists
-from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, class_order_limitation
+from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, wrong_class
 from compressor.data.readers.texts import text_of, text_samples, tokens
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -37,18 +37,23 @@ PAIRS = (
 CLASSES = ("label", "labels", "class", "target", "category", "sentiment", "intent")
 SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "rating")
 LABEL_SETS = ("labels", "label", "classes", "categories", "tags")
+LABELS = (*CLASSES, *SCORES)
 FEW = 10  # rows; in a shorter table, labels may be 0, 1, 2 by chance
 NUMBERINGS = ("", "id", "idx", "index", "row", "guid")
-NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *CLASSES, *SCORES])
+NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *LABELS])
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with equal numbers of cells; `header` is empty if the file has none. Ids are row numbers from 0."""
+    """Rows with equal numbers of cells; `header` is empty if the file has none. Ids are row numbers from 0.
+
+    `class_names` maps a column of class numbers to the names that the data set gives them.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
+    class_names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def column(self, column: int) -> list[str]:
         """Return all cells of a column."""
@@ -97,34 +102,36 @@ def table_samples(
     ids = tuple(id for id, reason in zip(table.ids, reasons, strict=True) if reason is None)
     if task in ("fill-mask", "token-classification"):
         found = text_samples(source, ids, _reading(table, columns, None), task, seed)
-        limitations = tuple(_limitations(table, columns, None, task))
+        limitations = tuple(_limitations(table, columns, task))
         return replace(found, skipped=(*skipped, *unusable), limitations=limitations)
+    cells = None if columns.label is None else [row[columns.label].strip() for row in usable]
+    names = table.class_names.get(columns.label) if columns.label is not None else None
     return Samples(
         ids=ids,
         feeds=source.feeds,
         reading=_reading(table, columns, kind),
-        labels=_labels([row[columns.label] for row in usable], kind, name) if columns.label is not None else None,
+        labels=None if cells is None else _labels(cells, kind, name),
         label_kind="tokens" if task == "text-generation" else kind,
         rows_per_sample=2 if paired else 1,
         pairs=len(texts) == 2,
         skipped=(*skipped, *unusable),
         shown=source.shown,
         whole=source.whole if task == "text-generation" and preprocess.whole is not None else None,
-        limitations=tuple(_limitations(table, columns, kind, task)),
+        class_names=names if cells is None or names is not None else _class_names(cells, kind),
+        own_numbers=names is not None,
+        limitations=tuple(_limitations(table, columns, task)),
     )
 
 
-def _limitations(table: Table, columns: Columns, kind: LabelKind | None, task: str) -> Iterator[Limitation]:
-    """Yield limitations for columns that are not read and for the numbering of class names."""
+def _limitations(table: Table, columns: Columns, task: str) -> Iterator[Limitation]:
+    """Yield a limitation for columns that are not read, with the label column if another could be meant."""
     unread = [index for index in _column_indices(table) if index not in (*columns.texts, columns.label)]
     if unread:
         titles = ", ".join(table.title(index) for index in unread)
         also = "" if columns.label is not None or task == "text-generation" else "; no column is used as label"
+        if columns.label is not None and any(table.header[index] in LABELS for index in unread if table.header):
+            also = f"; {table.title(columns.label)} is used as label"
         yield Limitation("columns of the data", f"{titles} not read{also}")
-    if kind == "class" and columns.label is not None:
-        cells = [cell.strip() for cell in table.column(columns.label) if cell.strip()]
-        if not _are_numbers(cells):
-            yield class_order_limitation(sorted(set(cells)))
 
 
 def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
@@ -155,7 +162,8 @@ def choose(table: Table, name: str, task: str) -> Columns:
         DataError: the columns are ambiguous.
     """
     texts = _named_texts(table, task)
-    label = next((table.header.index(title) for title in (*CLASSES, *SCORES) if title in table.header), None)
+    titles = (*SCORES, *CLASSES) if task == "sentence-similarity" else LABELS
+    label = next((table.header.index(title) for title in titles if title in table.header), None)
     rest = [index for index in _column_indices(table) if index not in texts and index != label]
     if label is None and task != "text-generation":
         label = _label_by_content(table, rest, named=bool(texts), name=name, task=task)
@@ -319,6 +327,8 @@ def _fault(row: Sequence[str], columns: Columns, kind: LabelKind | None) -> str 
     number = _number(cell)
     if kind == "score" and (number is None or not math.isfinite(number)):
         return f"the score {cell!r} is not a finite number"
+    if kind == "class" and number == -1:
+        return "its class is -1, which marks a sample without a label"
     return None
 
 
@@ -326,14 +336,17 @@ def _labels(cells: Sequence[str], kind: LabelKind | None, name: str) -> Array:
     if kind == "score":
         return np.array([float(cell) for cell in cells], dtype=np.float64)
     if not _are_numbers(cells):
-        return np.unique([cell.strip() for cell in cells], return_inverse=True)[1].astype(np.int64).reshape(-1)
+        return np.unique(cells, return_inverse=True)[1].astype(np.int64).reshape(-1)
     values = np.array([float(cell) for cell in cells])
     wrong = ~np.isfinite(values) | (values < 0)
     if wrong.any():
-        raise DataError(
-            f"{name} holds the class label {cells[int(np.argmax(wrong))].strip()}; expected whole numbers from 0"
-        )
+        raise wrong_class(name, cells[int(np.argmax(wrong))])
     return values.astype(np.int64)
+
+
+def _class_names(cells: Sequence[str], kind: LabelKind | None) -> tuple[str, ...] | None:
+    """Return the sorted class names of a column, the names of the numbers in `_labels`; None for numbers."""
+    return None if kind != "class" or _are_numbers(cells) else tuple(sorted(set(cells)))
 
 
 def _reading(table: Table, columns: Columns, kind: LabelKind | None) -> str:

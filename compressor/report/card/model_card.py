@@ -48,6 +48,7 @@ MEANINGS = {
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
 }
+CLASSES = 10  # classes that the card names
 INT8 = (
     "int8 is faster on hardware with 8-bit dot products (AVX-512 VNNI, AMX, Arm's dot product, tensor cores). On other "
     "hardware it can be slower than float, so measure it there."
@@ -156,8 +157,19 @@ def _about(content: Json) -> str:
     return (
         f"This folder holds {origin} as {_form(content)} for {TITLES.get(settings['target'], settings['target'])} in "
         f"{settings['precision']}. The model {use}. Inputs: "
-        f"{_listed(model['inputs'])}. Outputs: {_listed(model['outputs'])}.{weights}"
+        f"{_listed(model['inputs'])}. Outputs: {_listed(model['outputs'])}.{_classes(model)}{weights}"
     )
+
+
+def _classes(model: Json) -> str:
+    """Return a sentence with the names of the first classes and their numbers; empty for a model without names."""
+    names = model.get("id2label") or {}
+    if not names:
+        return ""
+    plain = [(number, name.replace("`", "'")) for number, name in list(names.items())[:CLASSES]]
+    first = ", ".join(f"`{name}` ({number})" for number, name in plain)
+    more = f" and {len(names) - CLASSES:,} more, see `id2label` in `report.json`" if len(names) > CLASSES else ""
+    return f" Classes: {first}{more}."
 
 
 def _library(content: Json) -> str:

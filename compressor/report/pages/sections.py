@@ -240,7 +240,8 @@ def examples(content: Json, shown: Mapping[str, str]) -> Section | None:
     if quality is None or not quality["changed"]:
         return None
     start = "original" if "original" in quality["figures"] else "baseline"
-    gallery = Gallery([_example(changed, start, shown.get(changed["id"])) for changed in quality["changed"]])
+    names = content["model"].get("id2label") or {}
+    gallery = Gallery([_example(changed, start, shown.get(changed["id"]), names) for changed in quality["changed"]])
     agreement = quality["label_free"].get("agreement")
     share = "" if agreement is None else f" These are {100.0 - agreement['value']:.2f} % of the test samples."
     text = (
@@ -250,10 +251,11 @@ def examples(content: Json, shown: Mapping[str, str]) -> Section | None:
     return Section("Changed predictions", [Prose(text), gallery])
 
 
-def _example(changed: Json, start: str, preview: str | None) -> Example:
+def _example(changed: Json, start: str, preview: str | None, names: Mapping[str, str]) -> Example:
+    """Return a sample with its label and both predictions, by the names of the classes where the model has them."""
     label, picture = changed["label"], preview is not None and preview.startswith("data:image/")
-    facts = [] if label is None else [("label", str(label))]
+    facts = [] if label is None else [("label", names.get(str(label), str(label)))]
     for name, (answer, probability) in ((start, changed["before"]), ("result", changed["after"])):
         right = " ✓" if answer == label else ""
-        facts.append((name, f"{answer} ({probability:.0%}){right}"))
+        facts.append((name, f"{names.get(str(answer), answer)} ({probability:.0%}){right}"))
     return Example(changed["id"], facts, picture=preview if picture else None, text=None if picture else preview)

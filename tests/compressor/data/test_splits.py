@@ -779,8 +779,9 @@ def test_a_model_without_preprocessing_is_distinguished_from_one_of_another_kind
 
 def test_class_folders_are_counted_with_the_empty_ones(folder: Path) -> None:
     (folder / "c").mkdir()
-    assert load(str(folder), vision(), task="image-classification").calibration.samples.class_folders == 3
-    assert load(str(folder / "a"), vision(), task="image-classification").calibration.samples.class_folders is None
+    samples = load(str(folder), vision(), task="image-classification").calibration.samples
+    assert samples.class_names == ("a", "b", "c")
+    assert load(str(folder / "a"), vision(), task="image-classification").calibration.samples.class_names is None
 
 
 def test_rejected_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -831,7 +832,10 @@ def test_rejected_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def of(**arrays: Any) -> str:
         return refused(saved(Path("x.npz"), **arrays), one)
 
-    assert of(x=x, y=np.array([0, -1, 1])) == "x.npz holds the class label -1; expected whole numbers from 0"
+    assert of(x=x, y=np.array([0, -2, 1])) == "x.npz holds the class label -2; expected whole numbers from 0"
+    assert of(x=x, y=np.array([0, -1, 1])) == (
+        "x.npz holds the class label -1, which marks samples without a label; remove them, or remove all labels"
+    )
     assert of(x=x, y=np.zeros(4)) == "x.npz holds labels of shape [4]; expected [3], one for each sample"
     assert of(x=x, y=np.array([0, np.nan, 1])) == (
         "x.npz holds the label nan in row 1; expected finite scores or whole class numbers"
@@ -856,7 +860,7 @@ def test_rejected_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert of("") == "t.csv holds no rows; expected texts with optional labels"
     assert of("text,label\n") == "t.csv holds a header but no rows; expected texts with optional labels"
     assert of(b"caf\xe9,1\n") == "t.csv is not UTF-8 text (byte 3); save it as UTF-8"
-    assert of("a,0\nb,-1\nc,1\n") == "t.csv holds the class label -1; expected whole numbers from 0"
+    assert of("a,0\nb,-2\nc,1\n") == "t.csv holds the class label -2; expected whole numbers from 0"
     assert of("a,5,7\nb,6,9\nc,7,1\n") == (
         "t.csv has the numeric columns 1 and 2; expected one; name the label column 'label' or 'score' in a header"
     )

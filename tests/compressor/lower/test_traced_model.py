@@ -73,14 +73,14 @@ def test_a_regression_head_of_the_hub_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 9])
-def test_a_subset_of_the_class_folders_is_refused(tmp_path: Path, classes: int) -> None:
+def test_class_names_that_are_neither_the_models_nor_as_many_are_refused(tmp_path: Path, classes: int) -> None:
     folder = pictures(tmp_path / "part", classes)
     with pytest.raises(SubjectError) as refusal:
         checked(models.load(None), folder)
     assert str(refusal.value) == (
-        f"{folder} has {classes} class folders, but sample has 10 classes, so the folders' numbers are not its "
-        "classes; give a folder for each class, in the model's order, or one flat folder of images, on which the "
-        "result is compared with the original."
+        f"{folder} has {classes} class names ({', '.join(f'c{label:02}' for label in range(min(classes, 5)))}"
+        f"{', ...' if classes > 5 else ''}), but sample has 10 classes and has other names for them (0, 1, 2, 3, 4, "
+        "...); give its names or numbers as labels, or no labels to compare the result with the original."
     )
 
 
@@ -117,3 +117,14 @@ def test_the_revision_of_the_model_is_not_passed_to_the_data(monkeypatch: pytest
     monkeypatch.setattr(traced_model.data_module, "load", load)
     checked(models.load(None), SAMPLE / "digits.npz", revision="v1")
     assert revisions == [None]
+
+
+def test_class_names_of_a_table_or_array_that_are_not_as_many_are_refused(tmp_path: Path) -> None:
+    """Before, only folders were counted, and two names of three classes were numbered 0 and 1."""
+    model = models.load(Answering(3), example_inputs=torch.zeros(2, 4))
+    x = np.zeros((6, 4), np.float32)
+    np.savez(tmp_path / "x.npz", x=x, labels=np.array(["yes", "no"] * 3))
+    with pytest.raises(SubjectError, match=r"2 class names \(no, yes\), but Answering has 3 classes and does not name"):
+        checked(model, tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", x=x, labels=np.array(["yes", "no", "maybe"] * 2))
+    assert checked(model, tmp_path / "x.npz").limitations[0].feature == "class order"

@@ -1,0 +1,293 @@
+"""Check that the original model is better than chance on its data, before time is spent on losses that mean nothing.
+
+The usual cause is labels that are not the model's classes: another order, another column, reversed scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import stats
+from scipy.optimize import linear_sum_assignment
+
+from compressor.data.class_labels import CLASS_ORDER, format_pairs
+from compressor.data.splits import Split
+from compressor.errors import CompressorError
+from compressor.limitations import Limitation
+from compressor.models import Model
+from compressor.quality import evaluate
+from compressor.quality.evaluate import BATCH, graph_runner, join, metric_value, sample_columns
+from compressor.quality.heads import head_for
+from compressor.quality.intervals import Array, Columns, Figure, by_text
+from compressor.quality.metrics import METRICS as ALL
+from passes.execute.interpreter import Program
+from passes.graph.graph import Graph
+
+RANKED = ("spearman", "rank_correlation")
+SHARES = ("f1", "exact_match", "mean_iou", "token_accuracy")  # scores of 0 for a model that is always wrong
+METRICS = ("accuracy", "perplexity", "masked_perplexity", "mae", *RANKED, *SHARES)
+MARGIN = 0.1  # share of the way from chance to a perfect model that counts as no better than chance
+FEWEST = 8  # texts, or sentence pairs; fewer give no interval
+GAIN = 0.2  # accuracy that another numbering must add to be reported
+SAMPLES_PER_CLASS = 10  # fewest samples by which another numbering is reported
+
+
+class ChanceError(CompressorError):
+    """The original model is no better than chance on the data."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The metric of the original model and where it stands between chance and a perfect model.
+
+    Attributes:
+        metric: the metric.
+        figure: its value with a 95 % interval.
+        chance: its value for a model that guesses.
+        skill: 0 at chance and 1 for a perfect model, with the interval of `figure`.
+    """
+
+    metric: str
+    figure: Figure
+    chance: float
+    skill: Figure
+
+    @property
+    def better(self) -> bool:
+        """Whether the model is better than chance: beyond the interval, or for perplexity beyond the margin."""
+        return self.skill.low > 0 or (self.metric.endswith("perplexity") and self.skill.value > MARGIN)
+
+    @property
+    def no_better(self) -> bool:
+        """Whether the model is at or below chance, and its interval excludes a model that is clearly better.
+
+        The interval need not end below chance: with 1,000 classes, no correct answer among 3,000 leaves accuracies
+        above 0.1 % possible, but 36 samples exclude 10 %.
+        """
+        return self.skill.value <= 0 and self.skill.high <= MARGIN
+
+    def __str__(self) -> str:
+        """Return the metric with its interval, and chance."""
+        figure = self.figure
+        if self.metric == "accuracy":
+            text = f"an accuracy of {figure.value:.1f} % ({figure.low:.1f} to {figure.high:.1f} %)"
+            return f"{text} on {figure.n} samples, where chance is {self.chance:.1f} %"
+        if self.metric == "mae":
+            text = f"a mean absolute error of {figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"
+            return f"{text} on {figure.n} samples, where the best constant has {self.chance:.4g}"
+        if self.metric in SHARES:
+            text = f"a {ALL[self.metric].label} of {figure.value:.1f} % ({figure.low:.1f} to {figure.high:.1f} %)"
+            return f"{text} on {figure.n} samples, where chance is {self.chance:.1f} %"
+        if self.metric in RANKED:
+            text = f"a Spearman correlation x 100 of {figure.value:.1f} ({figure.low:.1f} to {figure.high:.1f})"
+            return f"{text} with the scores of {figure.n} pairs"
+        text = f"a perplexity of {figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"
+        return f"{text} on {figure.n} texts, where a guess among its {self.chance:,.0f} tokens has {self.chance:,.0f}"
+
+
+def standing(metric: str, columns: Columns, outputs: int) -> Standing:
+    """Compare a metric with chance.
+
+    The interval is that of Clopper and Pearson (1934) for accuracy, which also holds at 0 % where a bootstrap has no
+    width, that of Fieller, Hartley and Pearson (1957) for Spearman correlation, and a bootstrap over texts for
+    perplexity.
+
+    Args:
+        metric: one of `METRICS`.
+        columns: the columns of `sample_columns`, one row per sample or text.
+        outputs: number of classes, or of tokens in the vocabulary; not used for Spearman correlation.
+    """
+    count = len(next(iter(columns.values())))
+    if metric in SHARES or metric == "mae":
+        return _bootstrapped(metric, columns, outputs)
+    if metric == "accuracy":
+        correct = int(columns["accuracy"].sum())
+        low, high = stats.binomtest(correct, count).proportion_ci(0.95, "exact")
+        figure, chance = Figure(100.0 * correct / count, 100.0 * low, 100.0 * high, count), 100.0 / outputs
+        value, low, high = ((value - chance) / (100.0 - chance) for value in (figure.value, figure.low, figure.high))
+    elif metric in RANKED:
+        figure, chance = _spearman(metric_value(metric, columns), count), 0.0
+        value, low, high = figure.value / 100.0, figure.low / 100.0, figure.high / 100.0
+    else:
+        figure, chance = evaluate.figure(metric, columns), float(outputs)
+        logs = [math.log(value) / math.log(outputs) for value in (figure.value, figure.high, figure.low)]
+        value, low, high = (1.0 - log for log in logs)
+        high = high if count >= FEWEST else 1.0
+    return Standing(metric, figure, chance, Figure(value, low, high, count))
+
+
+def _bootstrapped(metric: str, columns: Columns, outputs: int) -> Standing:
+    """Compare a score with 0 (of tokens: with one class of all), or an error with that of the best constant."""
+    count = len(next(iter(columns.values())))
+    figure = evaluate.figure(metric, columns)
+    if metric == "mae":
+        chance = float(np.abs(columns["gold"] - np.median(columns["gold"])).mean())
+        value, high, low = (1.0 - each / max(chance, 1e-12) for each in (figure.value, figure.low, figure.high))
+    else:
+        chance = 100.0 / outputs if metric == "token_accuracy" else 0.0
+        value, low, high = ((each - chance) / (100.0 - chance) for each in (figure.value, figure.low, figure.high))
+    return Standing(metric, figure, chance, Figure(value, low, high if count >= FEWEST else 1.0, count))
+
+
+def _spearman(value: float, count: int) -> Figure:
+    """Return a Spearman correlation x 100 with the interval of its Fisher transform, of variance 1.06 / (n - 3)."""
+    if count < FEWEST:
+        return Figure(value, -100.0, 100.0, count)
+    center = math.atanh(max(-0.999999, min(0.999999, value / 100.0)))
+    half = 1.96 * math.sqrt(1.06 / (count - 3))
+    return Figure(value, 100.0 * math.tanh(center - half), 100.0 * math.tanh(center + half), count)
+
+
+@dataclass
+class _Run:
+    """The columns of the batches so far, and of a classifier also its predictions and labels."""
+
+    metric: str
+    parts: list[Columns] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
+    predicted: list[Array] = field(default_factory=list)
+    labels: list[Array] = field(default_factory=list)
+    outputs: int = 0
+
+    def standing(self) -> Standing:
+        columns = join(self.parts)
+        columns = by_text(columns, self.owners) if self.metric == "perplexity" else columns
+        return standing(self.metric, columns, self.outputs)
+
+    def numbering(self) -> tuple[dict[int, int], float]:
+        """Return the class numbers of the labels that agree best with the predictions, and their accuracy.
+
+        It is the assignment of the largest sum over the confusion matrix (Kuhn 1955).
+        """
+        labels, predicted = np.concatenate(self.labels), np.concatenate(self.predicted)
+        used = np.unique(np.concatenate([labels, predicted]))
+        confusion = np.zeros((len(used), len(used)), dtype=np.int64)
+        np.add.at(confusion, (np.searchsorted(used, labels), np.searchsorted(used, predicted)), 1)
+        rows, columns = linear_sum_assignment(confusion, maximize=True)
+        best = {int(used[row]): int(used[column]) for row, column in zip(rows, columns, strict=True)}
+        return best, float(confusion[rows, columns].sum() / len(labels))
+
+
+@torch.inference_mode()
+def check_original(graph: Graph, model: Model, split: Split, metric: str, source: str) -> tuple[Limitation, ...]:
+    """Run the original on a split until it is better than chance, and return the limitations if it is not clearly so.
+
+    A model that is clearly better needs one batch. All samples are used if class names were numbered without the
+    model's names, to find out whether another numbering fits better.
+
+    Args:
+        graph: graph of the original.
+        model: its description.
+        split: samples with labels, or texts of a language model.
+        metric: a metric; only those in `METRICS` are checked.
+        source: name of the data in messages.
+
+    Raises:
+        ChanceError: the model is no better than chance.
+    """
+    if metric not in METRICS:
+        return ()
+    head = head_for(model.task, model.problem_type)
+    run, answer_of = _Run(metric), graph_runner(model, Program(graph).run)
+    numbering = split.samples.numbering
+    doubtful = metric == "accuracy" and numbering is not None and numbering.by == "order"
+    for batch in split.whole(BATCH) if metric == "perplexity" else split.batches(BATCH):
+        answer = answer_of(batch.feeds)
+        run.outputs = answer.shape[-1]
+        run.parts.append(sample_columns(head, metric, batch, answer, None, model.name, diverging=False))
+        run.owners += batch.ids
+        if metric == "accuracy":
+            assert batch.labels is not None
+            run.predicted.append(answer.argmax(-1))
+            run.labels.append(batch.labels)
+        if not doubtful and run.standing().better:
+            return ()
+    found = run.standing()
+    if found.no_better:
+        raise ChanceError(_stop(found, run, model, split, source))
+    return tuple(_limitations(found, run, split, model))
+
+
+def check_measured(metric: str, columns: Columns, outputs: int, name: str, source: str) -> tuple[Limitation, ...]:
+    """Check columns of the original that were already measured, as `check_original` does.
+
+    Raises:
+        ChanceError: the model is no better than chance.
+    """
+    if metric not in METRICS:
+        return ()
+    found = standing(metric, columns, outputs)
+    if found.no_better:
+        raise ChanceError(f"{name} has {found}, so {_cause(found, source)}.")
+    return () if found.better else (_not_better(found),)
+
+
+def _stop(found: Standing, run: _Run, model: Model, split: Split, source: str) -> str:
+    if found.metric != "accuracy":
+        return f"{model.name} has {found}, so {_cause(found, source)}."
+    hint = _other_numbering(found, run, split, model)
+    return f"{model.name} has {found}, so {_cause(found, source)} ({_pairs(split, model)}){hint and f'; {hint}'}."
+
+
+def _cause(found: Standing, source: str) -> str:
+    """Return the likely cause of a metric at chance, and the way round it."""
+    if found.metric == "accuracy":
+        return (
+            f"the labels of {source} are probably not its classes; correct them, or give the data without labels to "
+            "compare the result with the original"
+        )
+    if found.metric == "mae":
+        return (
+            f"the scores of {source} are probably on another scale than its output; rescale them, or give the data "
+            "without scores to compare the result with the original"
+        )
+    if found.metric in SHARES:
+        return (
+            f"the labels of {source} are probably not those of the model; correct them, or give the data without "
+            "labels to compare the result with the original"
+        )
+    if found.metric in RANKED:
+        return (
+            f"the scores of {source} probably do not rise with similarity; reverse them if a high score means "
+            "different, or give the data without scores to compare the result with the original"
+        )
+    return f"{source} is probably not text that the model can predict; check the data, the tokenizer and the checkpoint"
+
+
+def _not_better(found: Standing) -> Limitation:
+    return Limitation(
+        "quality of the original", f"it has {found}, so it is not certain to be better than chance; use more samples"
+    )
+
+
+def _limitations(found: Standing, run: _Run, split: Split, model: Model) -> Iterator[Limitation]:
+    """Yield limitations if the model may be no better than chance, or if another numbering fits its answers better."""
+    if not found.better:
+        yield _not_better(found)
+    if found.metric == "accuracy" and (other := _other_numbering(found, run, split, model)):
+        yield Limitation(CLASS_ORDER, f"with these numbers the original has {found}; {other}")
+
+
+def _pairs(split: Split, model: Model) -> str:
+    """Return the first labels of the data with the model's classes that they stand for."""
+    numbering = split.samples.numbering
+    if numbering is not None:
+        return f"found {format_pairs(numbering.numbers, model.class_names)}"
+    labels = [] if split.labels is None else np.unique(split.labels).tolist()
+    return f"found {format_pairs({str(label): label for label in labels}, model.class_names)}"
+
+
+def _other_numbering(found: Standing, run: _Run, split: Split, model: Model) -> str:
+    """Return a clause on the numbering that fits the predictions best; empty if it is not clearly better."""
+    best, accuracy = run.numbering()
+    enough = found.figure.n >= SAMPLES_PER_CLASS * len(best)
+    if not enough or accuracy * 100.0 < found.figure.value + GAIN * 100.0:
+        return ""
+    numbering = split.samples.numbering
+    names = {} if numbering is None else {number: name for name, number in numbering.numbers.items()}
+    changed = {names.get(label, str(label)): number for label, number in best.items() if label != number}
+    return f"with {format_pairs(changed, model.class_names)} the accuracy would be {accuracy:.1%}"

@@ -1,0 +1,152 @@
+"""The original is compared with chance: closed formulas, and a model with right, permuted and random labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from compressor.data.readers.base import Numbering
+from compressor.data.splits import Split
+from compressor.lower.traced_model import TracedModel, check_original
+from compressor.quality import chance
+from compressor.quality.chance import ChanceError, standing
+from compressor.workspace.progress import Steps
+from passes.analysis.counted_cost import Costs
+from tests.samples import digits
+
+
+def share(correct: int, count: int, classes: int) -> chance.Standing:
+    hits = np.zeros(count)
+    hits[:correct] = 1.0
+    return standing("accuracy", {"accuracy": hits}, classes)
+
+
+@pytest.mark.parametrize("count", [3, 36, 500])
+def test_no_correct_answer_has_the_interval_of_the_closed_formula(count: int) -> None:
+    """Without a correct answer, the upper bound of Clopper and Pearson is 1 - 0.025 ^ (1 / n); a bootstrap gives 0."""
+    found = share(0, count, 3)
+    assert found.figure.high == pytest.approx(100 * (1 - 0.025 ** (1 / count)), rel=1e-9)
+    assert found.figure.low == 0.0
+
+
+def test_few_samples_do_not_stop_and_clear_cases_do() -> None:
+    assert not share(0, 4, 3).no_better  # a model of 60 % gives this in 3 % of all cases
+    assert share(0, 12, 3).no_better
+    assert not share(0, 20, 1000).no_better
+    assert share(0, 36, 1000).no_better
+    assert share(150, 512, 3).no_better
+    assert not share(180, 512, 3).no_better  # 35 %, above chance
+    assert share(30, 36, 3).better
+    assert share(2, 32, 1000).better
+    assert not share(13, 36, 3).better
+
+
+@pytest.mark.parametrize("accuracy", [0.45, 0.6, 0.9])
+def test_a_useful_model_is_almost_never_stopped(accuracy: float) -> None:
+    """Sum the probability of a stop over the binomial distribution of the number of correct answers."""
+    for count in (4, 8, 16, 64, 256):
+        stops = sum(
+            stats.binom.pmf(correct, count, accuracy)
+            for correct in range(count + 1)
+            if share(correct, count, 3).no_better
+        )
+        assert stops < 0.02
+
+
+def test_reversed_scores_are_at_chance_and_few_pairs_are_not() -> None:
+    rng = np.random.default_rng(0)
+    gold = rng.random(100)
+    cosine = gold + rng.normal(0, 0.3, 100)
+    right = standing("spearman", {"cosine": cosine, "gold": gold}, 1)
+    assert right.better
+    assert right.figure.value == pytest.approx(100 * stats.spearmanr(cosine, gold).statistic, rel=1e-9)
+    turned = standing("spearman", {"cosine": cosine, "gold": 5.0 - gold}, 1)
+    assert turned.no_better
+    assert turned.figure.value == pytest.approx(-right.figure.value, rel=1e-9)
+    few = standing("spearman", {"cosine": cosine[:5], "gold": -gold[:5]}, 1)
+    assert not few.no_better
+
+
+def test_a_guess_among_all_tokens_is_chance() -> None:
+    tokens = np.full(10, 20.0)
+    uniform = standing("perplexity", {"nll": tokens * math.log(50), "tokens": tokens}, 50)
+    assert uniform.skill.value == pytest.approx(0.0, abs=1e-12)
+    assert standing("perplexity", {"nll": tokens * math.log(60), "tokens": tokens}, 50).no_better
+    assert not standing("perplexity", {"nll": tokens[:2] * math.log(60), "tokens": tokens[:2]}, 50).no_better
+    assert standing("perplexity", {"nll": tokens * math.log(30), "tokens": tokens}, 50).better
+    with pytest.raises(
+        ChanceError, match=r"^m has a perplexity of 60 .* a guess among its 50 tokens has 50, so t.txt is "
+    ):
+        chance.check_measured("perplexity", {"nll": tokens * math.log(60), "tokens": tokens}, 50, "m", "t.txt")
+
+
+# ------------------------------------------------------------------------------------------------------ a trained model
+
+
+def relabelled(order: list[int], **changes: object) -> TracedModel:
+    """Return the trained sample with the classes of its data renumbered."""
+    model, data, graph, sites = digits()
+    samples = data.validation.samples
+    changed = dataclasses.replace(samples, labels=np.array(order)[samples.labels])
+    split = Split("validation", changed, tuple(range(200)))
+    example = {name: torch.from_numpy(value) for name, value in next(split.batches(2)).feeds.items()}
+    return TracedModel(
+        model, dataclasses.replace(data, validation=split, **changes), graph, sites, Costs(graph, example)
+    )
+
+
+def test_the_original_with_its_labels_takes_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    original = chance.sample_columns
+
+    def counted(metric: str, batch: object, *rest: object, **options: object) -> object:
+        batches.append(1)
+        return original(metric, batch, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chance, "sample_columns", counted)
+    subject = check_original(relabelled(list(range(10))), Steps())
+    assert batches == [1]
+    assert subject.data.limitations == digits()[1].limitations
+
+
+def test_labels_in_another_order_stop_with_the_order_that_fits() -> None:
+    shifted = [(number + 1) % 10 for number in range(10)]
+    with pytest.raises(ChanceError) as stop:
+        check_original(relabelled(shifted), Steps())
+    message = str(stop.value)
+    assert message.startswith("sample has an accuracy of ")
+    assert "on 200 samples, where chance is 10.0 %, so the labels of " in message
+    assert '(found 0 = 0, the model\'s "0"; 1 = 1, the model\'s "1"; 2 = 2, the model\'s "2"; ...)' in message
+    assert (
+        '; with 0 = 9, the model\'s "9"; 1 = 0, the model\'s "0"; 2 = 1, the model\'s "1"; ... the accuracy would be 9'
+        in message
+    )
+    assert message.count(".\n") == 0
+
+
+def test_two_exchanged_classes_are_reported_where_the_data_numbered_them() -> None:
+    """The accuracy is about 80 %, far above chance; class names that the data numbers itself may still be wrong."""
+    order = [1, 0, *range(2, 10)]
+    subject = relabelled(order)
+    assert check_original(subject, Steps()).data.limitations == subject.data.limitations
+    names = {f"digit {order[number]}": number for number in range(10)}
+    samples = dataclasses.replace(subject.data.validation.samples, numbering=Numbering(names, "order"))
+    split = dataclasses.replace(subject.data.validation, samples=samples)
+    doubtful = dataclasses.replace(subject, data=dataclasses.replace(subject.data, validation=split))
+    (limitation,) = check_original(doubtful, Steps()).data.limitations[len(subject.data.limitations) :]
+    assert limitation.feature == "class order"
+    assert 'with digit 1 = 1, the model\'s "1"; digit 0 = 0, the model\'s "0" the accuracy would' in limitation.reason
+
+
+def test_nothing_is_checked_without_quality() -> None:
+    shifted = [(number + 1) % 10 for number in range(10)]
+    subject = relabelled(shifted, random=True)
+    assert check_original(subject, Steps()) is subject
+    random = dataclasses.replace(relabelled(shifted), model=dataclasses.replace(digits()[0], random_weights=True))
+    assert check_original(random, Steps()) is random
+    assert chance.check_original(subject.graph, subject.model, subject.data.validation, "agreement", "x") == ()
