@@ -14,6 +14,7 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.models import Model
+from compressor.models.base import first_line
 from compressor.quality.parity import Array, NotFiniteError, ParityError, Reference, check_parity
 from compressor.quality.torch_reference import channel_axes, torch_outputs, with_rounding
 from passes.execute.offloaded_weights import has_offloaded
@@ -55,29 +56,34 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             raise RandomModelError(f"{model.name} draws random numbers ({_named(operators)}): {REMEDY}.")
         return
     first, second = (_module_outputs(model, feeds) for _ in range(2))
-    reference = Reference.of(first, channel_axes(graph))
-    if operators and any(not np.array_equal(first[name], second[name], equal_nan=True) for name in first):
+    same = all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
+    if operators and not same:
         raise RandomModelError(
             f"{model.name} returns other outputs when it runs again on the same rows, because it draws random numbers "
             f"({_named(operators)}){_training(model)}: {REMEDY}."
         )
-    check = partial(check_parity, reference, refine=lambda: with_rounding(reference, graph, [feeds]), advice="")
+    reference = Reference.of(first, channel_axes(graph))
+    check = partial(
+        check_parity, reference, refine=lambda: with_rounding(reference, graph, [feeds]), advice="see above"
+    )
     try:
         check(lambda: second, name=model.name)
     except NotFiniteError:
         raise
     except ParityError as error:
         raise RandomModelError(
-            f"{model.name} returns other outputs when it runs again on the same rows{_training(model)} ({error}) "
-            f"Its graph has no random operator, so it changes its own state or draws numbers outside torch: {REMEDY}."
+            f"{model.name} returns other outputs when it runs again on the same rows ({error.place}"
+            f"{_training(model)}); its graph has no random operator, so it changes its own state or draws numbers "
+            f"outside torch: {REMEDY}."
         ) from error
     try:
         check(lambda: torch_outputs(graph, feeds), name="the traced graph")
     except ParityError as error:
         raise TracedGraphError(
-            f"{model.name} was traced into a graph that computes other outputs than the module ({error}) "
-            "Expected the same for every batch; a value that depends on the inputs, such as a size, a mask or a "
-            "branch in Python, was fixed by the example inputs: compute it with tensor operators in forward."
+            f"{model.name} was traced into a graph that computes other outputs than the module "
+            f"({error.place or first_line(error)}), expected the same for every batch; a value that depends on the "
+            "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
+            "tensor operators in forward."
         ) from error
 
 

@@ -41,7 +41,13 @@ REPORT_IT = "this is a bug in the export, not in your model: please report it"
 
 
 class ParityError(CompressorError):
-    """The outputs of a file or an engine differ from those of torch."""
+    """The outputs of a file or an engine differ from those of torch.
+
+    Attributes:
+        place: output, row, channel and the two values, as a phrase; empty if the shapes differ.
+    """
+
+    place = ""
 
 
 class NotFiniteError(ParityError):
@@ -116,22 +122,26 @@ class Reference:
         chosen = {name: np.atleast_1d(value) for name, value in chosen.items()}
         return dataclasses.replace(self, expected=chosen, ties=None if self.ties is None else self.ties[rows])
 
-    def with_rounding(self, exact: Arrays, ties: Array, floor: Mapping[str, float], notes: tuple[str, ...]) -> Reference:
-        """Return the reference with scales that the rounding of torch cannot exceed the tolerance on.
+    def with_rounding(
+        self, single: Arrays, double: Arrays, ties: Array, floor: Mapping[str, float], notes: tuple[str, ...]
+    ) -> Reference:
+        """Return the reference with scales on which `ROUNDING` times the rounding of torch is within the tolerance.
 
         Args:
-            exact: torch's outputs in float64, for the first rows or all.
+            single: torch's outputs for the first rows or all.
+            double: the same in float64.
             ties: largest difference of each row that a tie causes, 0 for rows without a tie.
             floor: output name to the least rounding error of an engine, for outputs of a bounded function.
             notes: see `Parity`.
         """
         scale = dict(self.scale)
-        for name, value in exact.items():
-            expected = self.expected[name][: len(value)]
-            if is_exact(expected):
+        for name, value in single.items():
+            if is_exact(value):
                 continue
-            counts = np.isfinite(expected) & (expected > masked_below(expected))
-            error = np.where(counts, _deviation(expected, value), 0.0)[ties[: len(value)] == 0]
+            counts = np.isfinite(value) & (value > masked_below(value))
+            error = np.where(counts, _deviation(value, double[name]), 0.0)
+            if len(value) <= len(ties):
+                error = error[ties[: len(value)] == 0]
             axes = tuple(axis for axis, size in enumerate(scale[name].shape) if size != 1)
             rounding = np.maximum(_largest(error, axes, -np.inf), floor.get(name, 0.0) / ROUNDING)
             scale[name] = np.maximum(scale[name], rounding * ROUNDING / TOLERANCE)
@@ -172,7 +182,9 @@ def check_parity(
     if faults:
         worst = max(faults, key=_excess)
         notes = f" ({'; '.join(reference.notes)})" if reference.notes else ""
-        raise ParityError(f"{name}: output {worst.parity.output} {worst.fault}{notes}; {advice}.")
+        error = ParityError(f"{name}: output {worst.parity.output} {worst.fault}{notes}; {advice}.")
+        error.place = worst.place
+        raise error
     return dataclasses.replace(max((each.parity for each in found), key=magnitude), notes=reference.notes)
 
 
@@ -239,6 +251,7 @@ class _Compared:
     parity: Parity
     excess: float
     fault: str | None
+    place: str
 
 
 def _excess(compared: _Compared) -> float:
@@ -255,7 +268,8 @@ def _compare(output: str, reference: Reference, value: Array, name: str) -> _Com
     if expected.shape != value.shape:
         raise ParityError(f"{name}: output {output} has shape {value.shape}, expected {expected.shape} as in torch.")
     _check_finite(expected, output, name)
-    largest, excess, place, faulty = 0.0, 0.0, (0,), 0
+    largest, excess, faulty = 0.0, 0.0, 0
+    place: tuple[int, ...] = ()
     for row in range(len(expected) if expected.size else 0):
         relative = _relative(expected[row : row + 1], value[row : row + 1], scale)
         tie = 0.0 if reference.ties is None else float(reference.ties[row])
@@ -263,35 +277,39 @@ def _compare(output: str, reference: Reference, value: Array, name: str) -> _Com
         largest = largest if tie else max(largest, float(relative.max()))
         faulty += bool((over > 1.0).any())
         if over.max() > excess:
-            excess, place = float(over.max()), (row, *np.unravel_index(int(over.argmax()), over.shape)[1:])
-    fault = None
+            excess = float(over.max())
+            place = (row, *(int(index) for index in np.unravel_index(int(over.argmax()), over.shape)[1:]))
+    fault, where = None, ""
     if excess > 1.0:
-        place = tuple(int(index) for index in place)
-        fault = f"{_fault(place, reference, output, value)} ({faulty} of {len(expected)} rows differ)"
-    return _Compared(Parity(output, largest, len(expected)), excess, fault)
+        where = _described(place, expected, value, scale)
+        extent = f"in {faulty} of {len(expected)} rows, {_fault(place, reference, output, value)}"
+        fault = f"differs from torch {extent}: {where}"
+    return _Compared(Parity(output, largest, len(expected)), excess, fault, f"output {output}, {where}")
+
+
+def _described(place: tuple[int, ...], expected: Array, value: Array, scale: Array) -> str:
+    """Name the row, the position, the channel and both values at one place of an output."""
+    sizes = list(zip(place[1:], scale.shape[1:], strict=True))
+    parts = {
+        "position": [str(index) for index, size in sizes if size == 1],
+        "channel": [str(index) for index, size in sizes if size != 1],
+    }
+    where = [f"row {place[0]}", *(f"{part} {' '.join(indices)}" for part, indices in parts.items() if indices)]
+    return f"{', '.join(where)}: found {value[place]:.7g}, expected {expected[place]:.7g}"
 
 
 def _fault(place: tuple[int, ...], reference: Reference, output: str, value: Array) -> str:
-    """Describe the difference at one place: its row and channel, both values, the scale and the tolerance."""
+    """State the difference at one place in units of the scale, the scale and the tolerance."""
     expected, scale = reference.expected[output], reference.scale[output]
-    channel = (0, *(index if size != 1 else 0 for index, size in zip(place[1:], scale.shape[1:], strict=True)))
-    names = ", ".join(str(index) for index, size in zip(place, scale.shape, strict=True) if size != 1)
-    others = [str(index) for index, size in zip(place[1:], scale.shape[1:], strict=True) if size == 1]
-    at = "".join(
-        (f"row {place[0]}", f", position {', '.join(others)}" if others else "", f", channel {names}" if names else "")
-    )
-    found = f"found {value[place]:.7g}, expected {expected[place]:.7g}"
     if is_exact(expected):
-        return f"differs from torch at {at}: found {value[place]}, expected {expected[place]} exactly"
-    window = tuple(slice(index, index + 1) for index in place)
-    reach = _scales(expected[window], scale[tuple(slice(index, index + 1) for index in channel)])
-    relative = float(_relative(expected[window], value[window], reach).max())
+        return "which must be equal"
+    channel = (0, *(index if size != 1 else 0 for index, size in zip(place[1:], scale.shape[1:], strict=True)))
+    value_here, channel_here = (tuple(slice(index, index + 1) for index in each) for each in (place, channel))
+    reach = _scales(expected[value_here], scale[channel_here])
+    relative = float(_relative(expected[value_here], value[value_here], reach).max())
     allowed = float(np.broadcast_to(reference.allowed[output], scale.shape)[channel])
     allowed = allowed if reference.ties is None else max(allowed, float(reference.ties[place[0]]))
-    return (
-        f"differs from torch by {relative:.2e} of the scale of its channel, expected at most {allowed:g}: at {at}, "
-        f"{found}, scale {float(reach.max()):.3g}"
-    )
+    return f"by {relative:.2e} of its channel's scale ({float(reach.max()):.3g}), expected at most {allowed:g}"
 
 
 def _check_finite(expected: Array, output: str, name: str) -> None:

@@ -19,6 +19,7 @@ from passes.execute.float64 import run_beside
 from passes.execute.interpreter import run
 from passes.execute.offloaded_weights import has_offloaded
 from passes.graph.graph import CASTS, COPIES, VIEWS, Graph, aten, output_values, value_of
+from passes.graph.random_operators import described
 from passes.torch_internals import operators
 
 Tensors = Mapping[str, torch.Tensor]
@@ -77,18 +78,25 @@ def with_rounding(reference: Reference, graph: Graph, batches: Sequence[Tensors]
                 break
     except (RuntimeError, TypeError, NotImplementedError, IndexError) as error:
         return _unknown(reference, first_line(error))
-    exact = {name: np.concatenate([each.outputs[name] for each in found]) for name in graph.outputs}
+    single, double = (
+        {name: np.concatenate([outputs[name] for outputs in side]) for name in graph.outputs}
+        for side in ([each.single for each in found], [each.double for each in found])
+    )
     ties = np.concatenate([each.ties for each in found])
     ties = np.concatenate([ties, np.zeros(rows - len(ties))]) if len(ties) < rows else ties[:rows]
     notes = _notes(ties, list(dict.fromkeys(place for each in found for place in each.places)))
-    return reference.with_rounding(exact, ties, _floor(graph), notes)
+    return reference.with_rounding(single, double, ties, _floor(graph), notes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Exact:
-    """Float64 outputs of one batch, the difference that ties cause in each row, and the decisions that cause it."""
+    """Outputs of one batch in both types, the difference that ties cause in each row, and the decisions that cause it.
 
-    outputs: dict[str, Array]
+    `decides` states whether rounding can change a decision at all.
+    """
+
+    single: dict[str, Array]
+    double: dict[str, Array]
     ties: Array
     places: list[str]
     decides: bool
@@ -104,12 +112,12 @@ def _exact(reference: Reference, graph: Graph, feeds: Tensors) -> _Exact:
             tied = np.where(flipped.numpy() & (difference > TOLERANCE), difference, 0.0)
             np.maximum(ties, tied, out=ties)
             if tied.any():
-                places.append(_place(node, graph))
+                places.append(described(node, graph))
 
     record(row_differences(reference, single, double), beside.flips)
     for disturbed, flips in beside.disturbed(graph, feeds):
         record(row_differences(reference, double, _by_name(graph, disturbed)), flips)
-    return _Exact(double, ties, places, bool(beside.disturbance))
+    return _Exact(single, double, ties, places, bool(beside.disturbance))
 
 
 def _notes(ties: Array, places: Sequence[str]) -> tuple[str, ...]:
@@ -117,9 +125,10 @@ def _notes(ties: Array, places: Sequence[str]) -> tuple[str, ...]:
     if not tied:
         return ()
     named = ", ".join(places[:NAMED]) + (f" and {len(places) - NAMED} more" if len(places) > NAMED else "")
+    rest = "the others are compared strictly" if tied < len(ties) else "no row is compared strictly"
     return (
-        f"{tied} of {len(ties)} rows are ties: {named} decides otherwise in torch itself within the rounding of "
-        f"float32, so these rows may differ by twice what the tie changes in torch, and the others are compared strictly",
+        f"{tied} of {len(ties)} rows are ties, in which torch itself decides otherwise within the rounding of float32 "
+        f"({named}); they may differ by twice what the tie changes in torch, and {rest}",
     )
 
 
@@ -143,13 +152,6 @@ def _producer(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and node.target in UNCHANGED and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
-
-
-def _place(node: fx.Node, graph: Graph) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]).removeprefix(graph.prefix) if stack else ""
-    name = f"aten.{str(node.target).split('.')[1]}" if "." in str(node.target) else str(node.target)
-    return f"{name} in {path}" if path else name
 
 
 def _by_name(graph: Graph, outputs: Sequence[torch.Tensor]) -> dict[str, Array]:

@@ -37,7 +37,9 @@ ROUNDING = operators(
 # Two implementations of float32 differ by a few times the difference of either from float64: sums in another order,
 # approximations of exp and erf. Measured with ONNX Runtime on three trained models: at most 2.3 times.
 SPREAD = 16.0
-DRAWS = 4  # runs with disturbed decisions; a candidate within SPREAD / 2 of another is missed by all in few of 100 cases
+DRAWS = (
+    4  # runs with disturbed decisions; a candidate within SPREAD / 2 of another is missed by all in few of 100 cases
+)
 
 
 class Float64Program(Program):
@@ -98,8 +100,10 @@ class BesideFloat64:
     disturbance: Mapping[fx.Node, Mapping[fx.Node, Rows]]
 
     @torch.inference_mode()
-    def disturbed(self, graph: Graph, feeds: Mapping[str, torch.Tensor]) -> Iterator[tuple[Outputs, dict[fx.Node, Rows]]]:
-        """Yield the float64 outputs and the flips of `DRAWS` runs whose decisions read operands with rounding errors."""
+    def disturbed(
+        self, graph: Graph, feeds: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[Outputs, dict[fx.Node, Rows]]]:
+        """Yield the float64 outputs and flips of `DRAWS` runs whose decisions read operands with rounding errors."""
         rows = _rows(feeds)
         for seed in range(DRAWS if self.disturbance else 0):
             program = Float64Program(graph, self.disturbance, seed=seed)

@@ -19,7 +19,7 @@ SWITCHES = ("train", "training", "dropout_p", "p")
 
 def random_operators(graph: Graph) -> list[str]:
     """Return the operators that draw random numbers, each with its module, such as ``aten.dropout in head.drop``."""
-    return list(dict.fromkeys(_described(node, graph) for node in graph.nodes() if is_random(node)))
+    return list(dict.fromkeys(described(node, graph) for node in graph.nodes() if is_random(node)))
 
 
 def is_random(node: fx.Node) -> bool:
@@ -33,8 +33,10 @@ def is_random(node: fx.Node) -> bool:
     return all(values[name] for name in SWITCHES if name in values)
 
 
-def _described(node: fx.Node, graph: Graph) -> str:
-    name = f"aten.{str(node.target).split('.')[1]}"
+def described(node: fx.Node, graph: Graph) -> str:
+    """Return the operator of a node with the module that calls it, such as ``aten.dropout in head.drop``."""
+    operator, *overload = str(node.target).removeprefix("aten.").split(".")
+    name = f"aten.{operator}" if overload else operator
     stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]).removeprefix(graph.prefix) if stack else ""
+    path = f"{list(stack.values())[-1][0]}.".removeprefix(graph.prefix).rstrip(".") if stack else ""
     return f"{name} in {path}" if path else name
