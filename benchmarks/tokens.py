@@ -38,6 +38,7 @@ from compressor.measure.variant import Variant, convert_variants, lower_variant
 from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import check_parity
+from compressor.quality.torch_reference import reference_of, with_rounding
 from compressor.report import report
 from compressor.search.planner import facts_of, merge_schedule, prepare_search, run_search
 from compressor.search.rewriter import Rewriter
@@ -47,7 +48,6 @@ from compressor.workspace.environment import environment
 from compressor.workspace.journal import Journal
 from compressor.workspace.progress import Steps
 from passes.analysis.symbolic_cost import Counter
-from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from runtimes.base.protocols import Feeds
 from runtimes.base.timing import Latency, interleave
@@ -254,10 +254,10 @@ def timed(large: Large, rounds: int, steps: Steps) -> dict[str, Any]:
 
 def difference(graph: Graph, outputs: Mapping[str, Any], feeds: Feeds) -> float:
     """Return the largest relative difference from torch on one sample; raise if it exceeds an export's tolerance."""
-    with torch.inference_mode():
-        reference = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
-    expected = dict(zip(graph.outputs, (value.numpy() for value in reference), strict=True))
-    return check_parity(expected, lambda: outputs, name="design").difference
+    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    reference = reference_of(graph, tensors)
+    refine = partial(with_rounding, reference, graph, [tensors])
+    return check_parity(reference, lambda: outputs, name="design", refine=refine).difference
 
 
 def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED, threads: int | None = None) -> dict[str, float]:

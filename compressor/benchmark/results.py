@@ -33,9 +33,9 @@ NO_MEMORY = {
 class Comparison:
     """All measurements of one `bench`, and the options needed to repeat it.
 
-    Speed-ups are over `against` under the same condition, losses against `reference`. `parity` is the largest absolute
-    difference of each compiled torch model from its eager model, whose quality counts for both. `generated` is empty
-    for models without a KV cache, `harness` is None without --tasks.
+    Speed-ups are over `against` under the same condition, losses against `reference`. `parity` is the largest
+    difference of each compiled torch model from its eager model, whose quality counts for both, relative to the scale
+    of the channel. `generated` is empty for models without a KV cache, `harness` is None without --tasks.
     """
 
     command: str
@@ -202,7 +202,8 @@ class Comparison:
         if self.no_quality_because is not None:
             lines.append(f"No quality stated: {self.no_quality_because}.")
         lines += [
-            f"{name} differs from the eager model by at most {difference:.1e}; its quality was not measured separately."
+            f"{name} differs from the eager model by at most {difference:.1e} of the scale of a channel; its "
+            "quality was not measured separately."
             for name, difference in self.parity.items()
         ]
         return "\n".join([*lines, *self.notes])

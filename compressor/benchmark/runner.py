@@ -21,6 +21,7 @@ from compressor.measure.latency import time_engines
 from compressor.measure.peak_memory import Memory
 from compressor.measure.workload import EngineWithFeeds
 from compressor.quality.evaluate import Evaluation
+from compressor.quality.parity import Reference, check_parity
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildOptions, Engine, Feeds
@@ -136,16 +137,21 @@ class BenchRunner:
         return Engines(openers, paths)
 
     def parity(self, engines: Engines) -> dict[str, float]:
-        """Return the largest absolute difference of each compiled model's output from the eager model's."""
+        """Return the largest difference of each compiled model from the eager model, of all outputs.
+
+        Differences are relative to the scale of the channel (see `compressor.quality.parity`).
+        """
         differences = {}
         for eager, compiled in itertools.pairwise(self.entries):
             if compiled.compiled:  # directly follows its eager model
-                feeds, answer = self.feeds[self.conditions[0].batch], self.loaded.model.answer
+                feeds = self.feeds[self.conditions[0].batch]
                 outputs = []
                 for each in (eager, compiled):
                     with engines.openers[each.name](self.options(self.conditions[0], each)) as engine:
-                        outputs.append(engine.run(feeds)[answer])
-                differences[compiled.name] = float(np.abs(outputs[0] - outputs[1]).max())
+                        outputs.append(engine.run(feeds))
+                reference = Reference.of(outputs[0], allowed=np.inf)
+                parity = check_parity(reference, outputs[1].copy, name=compiled.name)
+                differences[compiled.name] = parity.difference
         return differences
 
     def quiet_openers(self, engines: Engines) -> dict[str, Callable[[], Engine]]:

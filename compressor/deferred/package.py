@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from compressor.deferred.reference_answers import AT_ONCE, ReferenceOutputs, allowed_for, bytes_of
+from compressor.deferred.reference_answers import AT_ONCE, ReferenceOutputs, bytes_of
+from compressor.quality.parity import Reference
 from compressor.workspace.output_folder import copy_onnx
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import runtime
@@ -76,10 +77,13 @@ def write(
         for name, source in sources.items():
             if name != "result":
                 copy_onnx(source.path, folder / FOLDER / f"{name}.onnx")
-        answers = stored_answers(folder, graphs, builder.subject, timed, settings, one_by_one)
+        answers, notes = stored_answers(folder, graphs, builder.subject, timed, settings, one_by_one)
         measured = {name: _measured(answers, name, source.path, builder) for name, source in sources.items()}
+        answers = answers.with_allowed(_limits(answers, sources, builder))
+        answers.save(folder / ANSWERS)
     stand_in = {"target": builder.target.name, "device": "cpu", "rows": len(answers), "measured": measured}
-    return deferred_engine_part(folder, target, options, sources, builder.subject, stand_in)
+    stand_in["notes"] = list(notes)
+    return deferred_engine_part(folder, target, options, sources, builder.subject, stand_in, answers)
 
 
 def deferred_engine_part(
@@ -89,6 +93,7 @@ def deferred_engine_part(
     files: Mapping[str, Source],
     subject: ModelAndData,
     stand_in: Mapping[str, Any],
+    answers: ReferenceOutputs,
 ) -> dict[str, Any]:
     """Return the ``engine`` part of a report whose engine is built on another machine.
 
@@ -99,12 +104,11 @@ def deferred_engine_part(
         files: the ONNX file and the precision of each variant.
         subject: model and data.
         stand_in: the runtime that replaced the target here, and its measurements.
+        answers: the stored samples with the limits of the channels.
 
     Raises:
         BuildError: the target will refuse one of the files.
     """
-    measured = stand_in["measured"]
-    reduced = [name for name, source in files.items() if source.precision != "fp32"]
     return {
         "state": "deferred",
         "target": target.name,
@@ -113,7 +117,7 @@ def deferred_engine_part(
         "files": {name: "model.onnx" if name == "result" else f"{FOLDER}/{name}.onnx" for name in files},
         "answer": subject.model.answer,
         "metric": None if subject.no_quality_because is not None else subject.metric,
-        "allowed": {name: allowed_for(measured[name]["parity"] if name in reduced else None) for name in files},
+        "allowed": {name: answers.largest_limit(name) for name in files},
         "stand_in": dict(stand_in),
         "commands": _commands(folder, files, options) if target.name == "tensorrt" else {},
     }
@@ -127,7 +131,7 @@ def stored_answers(
     settings: Settings,
     run_all: RunAll,
     at_once: int = AT_ONCE,
-) -> ReferenceOutputs:
+) -> tuple[ReferenceOutputs, tuple[str, ...]]:
     """Write test samples with the outputs of torch, and the inputs to be timed, to ``deferred/answers.npz``.
 
     At most `ROWS` rows are stored, and as many as `LIMIT` bytes hold, of which the timed inputs get `TIMED_LIMIT`.
@@ -140,7 +144,12 @@ def stored_answers(
         settings: its batch size is that of the timing.
         run_all: returns the outputs of a graph for each batch.
         at_once: largest number of rows in these batches.
+
+    Returns:
+        What was written, and notes about the rounding and the ties of torch (see `compressor.quality.parity.Parity`).
     """
+    from compressor.quality.torch_reference import channel_axes, with_rounding
+
     rows_per_sample = subject.data.test.samples.rows_per_sample
     batch = next(subject.data.test.batches(ROWS // rows_per_sample))
     timed_rows = max(1, TIMED_LIMIT * settings.batch // max(1, bytes_of(timed)))
@@ -150,10 +159,21 @@ def stored_answers(
     feeds = {name: value[:rows] for name, value in batch.feeds.items()}
     batches_of_feeds = partial(_parts, feeds, at_once)
     expected = {name: _torch(graph, batches_of_feeds(), subject, run_all) for name, graph in graphs.items()}
+    references = {
+        name: with_rounding(Reference.of(expected[name], channel_axes(graph)), graph, list(batches_of_feeds()))
+        for name, graph in graphs.items()
+    }
     labels = batch.labels[:rows] if batch.labels is not None and subject.metric == "accuracy" else None
-    answers = ReferenceOutputs(feeds, expected, {name: value[:timed_rows] for name, value in timed.items()}, labels)
+    answers = ReferenceOutputs(
+        feeds,
+        expected,
+        {name: value[:timed_rows] for name, value in timed.items()},
+        labels,
+        {name: reference.scale for name, reference in references.items()},
+        {name: reference.ties for name, reference in references.items() if reference.ties is not None},
+    )
     answers.save(folder / ANSWERS)
-    return answers
+    return answers, tuple(dict.fromkeys(note for each in references.values() for note in each.notes))
 
 
 def one_by_one(graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -208,6 +228,18 @@ def _measured(answers: ReferenceOutputs, name: str, path: Path, builder: EngineB
         if subject.no_quality_because is None:
             measured |= answers.judged(engine, name, answer=subject.model.answer, head=subject.head)
     return measured
+
+
+def _limits(
+    answers: ReferenceOutputs, sources: Mapping[str, Source], builder: EngineBuilder
+) -> dict[str, dict[str, Array]]:
+    """Return how much each channel may differ on the device, for the variants in a lower precision."""
+    limits = {}
+    for name, source in sources.items():
+        if source.precision != "fp32":
+            with builder.target.load(source.path, builder.options) as engine:
+                limits[name] = answers.limits(engine, name)
+    return limits
 
 
 def _commands(folder: Path, files: Mapping[str, Source], options: BuildOptions) -> dict[str, str]:

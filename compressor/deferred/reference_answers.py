@@ -6,7 +6,7 @@ This module does not need torch: the outputs are stored, and engines return NumP
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from compressor.errors import CompressorError
 from compressor.quality.heads import Head
 from compressor.quality.heads.features import cosine
 from compressor.quality.intervals import Array, Columns, bootstrap
-from compressor.quality.parity import REPORT_IT, TOLERANCE, Parity, check_parity, magnitude
+from compressor.quality.parity import (
+    REPORT_IT,
+    TOLERANCE,
+    Parity,
+    Reference,
+    check_parity,
+    differences,
+    is_exact,
+    largest_parity,
+)
 from runtimes.base.protocols import Engine
 
 Arrays = Mapping[str, Array]
@@ -25,8 +34,10 @@ Arrays = Mapping[str, Array]
 AT_ONCE = 8  # rows of a batch, a size that every engine is built for
 # An int8 engine may differ from torch by twice the difference of the same file on the exporting machine: another
 # runtime rounds elsewhere, so some values fall into the next int8 step. A wrong operator causes a far larger
-# difference.
+# difference. Each channel has its own limit, so that one channel that int8 spoils does not excuse the others; but the
+# largest difference in a few rows varies from channel to channel, so no limit is below that of COMMON of the channels.
 INT8_SLACK = 2.0
+COMMON = 0.9
 
 
 class AnswersError(CompressorError):
@@ -42,20 +53,27 @@ class ReferenceOutputs:
         expected: outputs by name, for each graph (``baseline``, ``result``).
         timed: inputs for the timing of engines; repeated if the batch is larger.
         labels: classes of the samples; None without labels.
+        scale: the scale of each channel, by graph and output (see `compressor.quality.parity.Reference`).
+        ties: the allowed difference of rows with ties, by graph; graphs without ties are left out.
+        allowed: the largest difference of each channel, by variant and output, for variants in a lower precision.
     """
 
     feeds: Arrays
     expected: Mapping[str, Arrays]
     timed: Arrays
     labels: Array | None = None
+    scale: Mapping[str, Arrays] = field(default_factory=dict)
+    ties: Arrays = field(default_factory=dict)
+    allowed: Mapping[str, Arrays] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return _rows(self.feeds)
 
     def save(self, path: Path) -> None:
         """Write all arrays to an uncompressed .npz file."""
-        parts = {"feeds": self.feeds, "timed": self.timed}
-        parts |= {f"expected/{graph}": outputs for graph, outputs in self.expected.items()}
+        parts = {"feeds": self.feeds, "timed": self.timed, "ties": self.ties}
+        for part, nested in (("expected", self.expected), ("scale", self.scale), ("allowed", self.allowed)):
+            parts |= {f"{part}/{key}": outputs for key, outputs in nested.items()}
         arrays: dict[str, Any] = {
             f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()
         }
@@ -71,14 +89,21 @@ class ReferenceOutputs:
         try:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
-            expected: dict[str, dict[str, Array]] = {}
-            for name in [name for name in arrays if name.startswith("expected/")]:
-                _, graph, output = name.split("/", 2)
-                expected.setdefault(graph, {})[output] = arrays[name]
-            answers = ReferenceOutputs(_part(arrays, "feeds"), expected, _part(arrays, "timed"), arrays.get("labels"))
+            expected, scale, allowed = (_nested(arrays, part) for part in ("expected", "scale", "allowed"))
+            answers = ReferenceOutputs(
+                _part(arrays, "feeds"),
+                expected,
+                _part(arrays, "timed"),
+                arrays.get("labels"),
+                scale,
+                _part(arrays, "ties"),
+                allowed,
+            )
             len(answers)
         except (OSError, ValueError, EOFError, StopIteration) as error:
             raise AnswersError(f"{path.name} cannot be read ({error}); copy the whole folder again.") from error
+        if expected.keys() != scale.keys():
+            raise AnswersError(f"{path.name} has no scales of the channels; export the model again with this release.")
         return answers
 
     def batch(self, size: int) -> dict[str, Array]:
@@ -86,33 +111,67 @@ class ReferenceOutputs:
         times = -(-size // _rows(self.timed))
         return {name: np.concatenate([value] * times)[:size] for name, value in self.timed.items()}
 
-    def hold(self, engine: Engine, variant: str, *, allowed: float, advice: str = REPORT_IT) -> Parity:
+    def hold(self, engine: Engine, variant: str, *, allowed: float | None = None, advice: str = REPORT_IT) -> Parity:
         """Compare an engine with torch in batches and on a single row, which reveals a fixed batch size.
 
         Args:
             engine: runs the variant.
             variant: its name; ``original`` is compared with the outputs of the baseline.
-            allowed: largest difference, relative to the largest value of the output.
+            allowed: largest difference, relative to the scale of the channel; None takes the limits of the channels
+                in `allowed`, or the tolerance of float32 for variants without.
             advice: end of the error message.
 
         Returns:
             The parity with the largest difference.
 
         Raises:
-            ParityError: the outputs differ by more than `allowed`.
+            ParityError: the outputs differ by more than is allowed.
         """
-        parts = [slice(0, 1), *self._chunks()]
-        parities = [
-            check_parity(
-                _cut(self._expected(variant), part),
-                partial(engine.run, _cut(self.feeds, part)),
-                name=variant,
-                tolerance=allowed,
-                advice=advice,
-            )
-            for part in parts
-        ]
-        return max(parities, key=magnitude)
+        reference = self._reference(variant, allowed)
+        return largest_parity(
+            [
+                check_parity(
+                    reference.part(part), partial(engine.run, _cut(self.feeds, part)), name=variant, advice=advice
+                )
+                for part in (slice(0, 1), *self._chunks())
+            ]
+        )
+
+    def limits(self, engine: Engine, variant: str) -> dict[str, Array]:
+        """Return the largest allowed difference of each channel for an engine in a lower precision elsewhere.
+
+        Args:
+            engine: runs the same file on the exporting machine.
+            variant: its name.
+
+        Returns:
+            Output to limits, of which those of integer and boolean outputs are infinite.
+        """
+        reference = self._reference(variant, None)
+        parts = [differences(reference.part(part), engine.run(_cut(self.feeds, part))) for part in self._chunks()]
+        limits = {name: np.array(np.inf) for name, value in reference.expected.items() if is_exact(value)}
+        return limits | {name: limit_of(np.maximum.reduce([part[name] for part in parts])) for name in parts[0]}
+
+    def with_allowed(self, allowed: Mapping[str, Arrays]) -> ReferenceOutputs:
+        """Return the same samples with limits for variants in a lower precision."""
+        return replace(self, allowed=allowed)
+
+    def largest_limit(self, variant: str) -> float:
+        """Return the largest allowed difference among all channels of the floating outputs of a variant."""
+        limits = [float(value.max(initial=0.0)) for value in self.allowed.get(variant, {}).values()]
+        return max((limit for limit in limits if np.isfinite(limit)), default=TOLERANCE)
+
+    def _reference(self, variant: str, allowed: float | None) -> Reference:
+        graph = "baseline" if variant == "original" else variant
+        expected = self.expected[graph]
+        limits: Arrays = self.allowed.get(variant, {}) if allowed is None else {}
+        everywhere = np.array(TOLERANCE if allowed is None else allowed)
+        return Reference(
+            expected,
+            self.scale[graph],
+            {name: limits.get(name, everywhere) for name in expected},
+            self.ties.get(graph),
+        )
 
     def judged(self, engine: Engine, variant: str, *, answer: str, head: Head) -> dict[str, Any]:
         """Measure the agreement of an engine with torch, and its accuracy if there are labels.
@@ -150,13 +209,15 @@ class ReferenceOutputs:
         return (slice(start, start + AT_ONCE) for start in range(0, len(self), AT_ONCE))
 
 
-def allowed_for(measured: float | None) -> float:
-    """Return the tolerance of an engine.
+def limit_of(differences: Array) -> Array:
+    """Return the largest allowed difference of each channel of an engine in a lower precision.
 
     Args:
-        measured: difference of an int8 file from torch on the exporting machine; None for float32.
+        differences: largest difference of each channel on the exporting machine, relative to its scale.
     """
-    return TOLERANCE if measured is None else INT8_SLACK * measured + TOLERANCE
+    common = np.quantile(differences, COMMON, method="lower") if differences.size else 0.0
+    limits: Array = INT8_SLACK * np.maximum(differences, common) + TOLERANCE
+    return limits
 
 
 def bytes_of(*parts: Arrays) -> int:
@@ -174,6 +235,15 @@ def _cut(arrays: Arrays, part: slice) -> dict[str, Array]:
 
 def _part(arrays: Arrays, part: str) -> dict[str, Array]:
     return {name.removeprefix(f"{part}/"): value for name, value in arrays.items() if name.startswith(f"{part}/")}
+
+
+def _nested(arrays: Arrays, part: str) -> dict[str, dict[str, Array]]:
+    """Return arrays named ``part/key/output`` by key and output."""
+    nested: dict[str, dict[str, Array]] = {}
+    for name, value in _part(arrays, part).items():
+        key, output = name.split("/", 1)
+        nested.setdefault(key, {})[output] = value
+    return nested
 
 
 def _percent(columns: Columns) -> Array:

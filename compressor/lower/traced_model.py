@@ -15,6 +15,7 @@ from compressor.data.readers.base import Samples
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
+from compressor.lower.self_parity import check_self_parity
 from compressor.lower.trace import trace
 from compressor.models import Model
 from compressor.models.base import first_line
@@ -28,6 +29,7 @@ from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
 
 COST_SAMPLES = 8  # samples over which multiply-adds are averaged
+SELF_SAMPLES = 3  # samples on which torch is compared with itself, unlike the two of the traced example
 
 
 class SubjectError(CompressorError):
@@ -93,7 +95,7 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
 
     Raises:
         CompressorError: the model or the data cannot be loaded, they do not fit together, the model cannot be traced,
-            or it has no sites.
+            it has no sites, its outputs are random, or its traced graph computes something else.
     """
     with steps.step("load the model"):
         model = models.load(
@@ -120,7 +122,10 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
         sites = find_sites(graph)
         if not sites:
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
-        return TracedModel(model, data, graph, sites, _costs(graph, model, data))
+        costs = _costs(graph, model, data)
+    with steps.step("compare torch with itself"):
+        check_self_parity(model, graph, next(tensor_batches(data.calibration, SELF_SAMPLES)))
+    return TracedModel(model, data, graph, sites, costs)
 
 
 def check_original(subject: TracedModel, steps: Steps) -> TracedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from compressor.lower.checkpoint import ADVICE, CONFIG
 from compressor.lower.traced_model import index_errors_as_data_errors
 from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.models.base import as_numpy
-from compressor.quality.parity import REPORT_IT, Parity, check_parity
+from compressor.quality.parity import REPORT_IT, Parity, Reference, check_parity, largest_parity
+from compressor.quality.torch_reference import reference_of, torch_outputs, with_rounding
 from compressor.quantize.precision import Source
-from passes.execute.interpreter import run
 from passes.graph.graph import Graph
+from runtimes.base.protocols import Engine, Feeds
 
 
 def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
@@ -35,17 +37,47 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         ParityError: the outputs differ by more than the tolerance.
     """
     subject = builder.subject
-    batch = next(subject.data.calibration.batches(PARITY_ROWS)).feeds
-    batches = [batch, {name: value[:1] for name, value in batch.items()}]
+    batches = [next(subject.data.calibration.batches(PARITY_ROWS)).feeds]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
-    worst = Parity("", 0.0, 0)
-    advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
-    with builder.target.load(builder.build(Source(path)), builder.options) as engine:
-        for feeds in batches:
-            with index_errors_as_data_errors(subject):
-                outputs = run(graph, {name: torch.from_numpy(value) for name, value in feeds.items()})
-            expected = dict(zip(graph.outputs, (value.numpy() for value in outputs), strict=True))
-            parity = check_parity(expected, partial(engine.run, feeds), name=path.name, advice=advice)
-            worst = max(worst, parity, key=lambda parity: parity.difference)
-    return worst
+    with (
+        builder.target.load(builder.build(Source(path)), builder.options) as engine,
+        index_errors_as_data_errors(subject),
+    ):
+        advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
+        check = partial(graph_parity, graph, engine, name=path.name, advice=advice)
+        return largest_parity([check(feeds, alone=number == 0) for number, feeds in enumerate(batches)])
+
+
+def graph_parity(
+    graph: Graph, engine: Engine, feeds: Feeds, *, name: str, advice: str = REPORT_IT, alone: bool = False
+) -> Parity:
+    """Compare an engine with a graph on one batch.
+
+    Torch runs in float64 only if the engine differs by more than the tolerance without regard to rounding and ties.
+
+    Args:
+        graph: computes the expected outputs.
+        engine: runs the batch.
+        feeds: the batch.
+        name: name of the engine in the error message.
+        advice: end of the error message.
+        alone: whether to compare the first row alone too, on the scales of the batch.
+
+    Raises:
+        ParityError: the outputs differ by more than the tolerance.
+    """
+    tensors = {key: torch.from_numpy(value) for key, value in feeds.items()}
+    reference = reference_of(graph, tensors)
+    refine = functools.cache(lambda: with_rounding(reference, graph, [tensors]))
+    check = partial(check_parity, name=name, advice=advice)
+    parities = [check(reference, partial(engine.run, feeds), refine=refine)]
+    if alone:
+        first = {key: value[:1] for key, value in feeds.items()}
+        expected = torch_outputs(graph, {key: value[:1] for key, value in tensors.items()})
+
+        def part(of: Reference) -> Reference:
+            return of.part(slice(0, 1), expected)
+
+        parities.append(check(part(reference), partial(engine.run, first), refine=lambda: part(refine())))
+    return largest_parity(parities)

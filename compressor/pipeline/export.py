@@ -151,7 +151,9 @@ def _compressed(
         factorial=factorial_cells.measured(latency, quality, variants, settings, folder) if factorial else None,
         evidence=_evidence(rewritten, subject),
         limitations=(
-            *limitations_of(subject, settings.precision, conversions, trials, engine),
+            *limitations_of(
+                subject, settings.precision, conversions, trials, engine, [each.parity for each in reported]
+            ),
             *_lost(rewritten, subject),
         ),
     )

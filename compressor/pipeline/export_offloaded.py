@@ -34,7 +34,8 @@ from compressor.models.lazy_weights import stored_bytes
 from compressor.quality import chance
 from compressor.quality.evaluate import Evaluation, Runner, evaluate
 from compressor.quality.intervals import Array
-from compressor.quality.parity import Parity, check_parity
+from compressor.quality.parity import Parity, Reference, check_parity
+from compressor.quality.torch_reference import channel_axes
 from compressor.quantize.precision import Source
 from compressor.report.collect_limitations import limitations_of
 from compressor.report.report import Quality, Report, Size
@@ -205,11 +206,11 @@ def _deferred(
         timed = timing_feeds(subject.data.test, settings.batch)
         run_all = partial(_outputs, bounds=bounds)
         at_once = min(AT_ONCE, bounds.rows)
-        answers = package.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
-    stand_in = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
+        answers, rounding = package.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
+    stand_in = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}, "notes": list(rounding)}
     files = {name: Source(path) for name, path in paths.items()}
     options = with_input_sizes(options, subject, settings)
-    engine = package.deferred_engine_part(folder, target, options, files, subject, stand_in)
+    engine = package.deferred_engine_part(folder, target, options, files, subject, stand_in, answers)
     return engine | {"streamed": True, "timed_inputs": {name: list(value.shape) for name, value in timed.items()}}
 
 
@@ -226,21 +227,26 @@ def _outputs(
 
 
 def _parity(path: Path, graph: Graph, subject: TracedModel, bounds: MemoryBudget) -> Parity:
-    """Load the written checkpoint with its weights on disk and compare it with the rewritten graph on a few texts."""
+    """Load the written checkpoint with its weights on disk and compare it with the rewritten graph on a few texts.
+
+    All outputs are compared, such as the KV cache. The checkpoint numbers its layers anew, so the outputs of both have
+    the same order, but not always the same names.
+    """
     model = models.load(path.parent, task=subject.model.task, on_disk=True, cache=bool(subject.model.state))
     batch = next(subject.data.calibration.batches(min(CHECKED, bounds.rows))).feeds
-    sides = {"graph": (graph, subject.model), "checkpoint": (trace(model), model)}
-    outputs = {}
-    for name, (side, source) in sides.items():
-        feeds = {key: torch.from_numpy(value) for key, value in batch.items() if key in side.inputs}
-        (outputs[name],) = _answers(side, source.answer, [feeds], bounds)
-    expected = {subject.model.answer: outputs["graph"].numpy()}
-    return check_parity(
-        expected,
-        lambda: {subject.model.answer: outputs["checkpoint"].numpy()},
-        name=path.name,
-        advice=checkpoint.ADVICE,
+    written = trace(model)
+    expected, outputs = (
+        dict(zip(graph.outputs, (value.numpy() for value in values), strict=True))
+        for values in (_outputs_of_texts(side, batch, bounds) for side in (graph, written))
     )
+    reference = Reference.of(expected, channel_axes(graph))
+    return check_parity(reference, lambda: outputs, name=path.name, advice=checkpoint.ADVICE)
+
+
+def _outputs_of_texts(graph: Graph, batch: Mapping[str, Array], bounds: MemoryBudget) -> tuple[torch.Tensor, ...]:
+    feeds = {key: torch.from_numpy(value) for key, value in batch.items() if key in graph.inputs}
+    (outputs,) = _outputs(graph, [feeds], bounds)
+    return outputs
 
 
 def _report(

@@ -10,6 +10,7 @@ from compressor.quality.metrics import METRICS
 
 if TYPE_CHECKING:
     from compressor.lower.traced_model import ModelAndData
+    from compressor.quality.parity import Parity
     from compressor.quantize.precision import Converted, Trial
 
 
@@ -19,6 +20,7 @@ def limitations_of(
     converted: Mapping[str, Converted],
     trials: Sequence[Trial],
     engine: Mapping[str, Any],
+    parities: Sequence[Parity] = (),
 ) -> Iterator[Limitation]:
     """List the limitations of one export: of its model, its data, its precision and its engine.
 
@@ -28,6 +30,7 @@ def limitations_of(
         converted: the conversion of each variant to that precision.
         trials: the precisions that ``--precision auto`` tried.
         engine: the ``engine`` part of the report.
+        parities: comparisons of the variants with torch.
     """
     yield from subject.model.limitations
     yield from subject.data.limitations
@@ -36,6 +39,8 @@ def limitations_of(
     yield from _unused(precision, engine)
     yield from _saturating(precision, engine)
     yield from of_engine(engine)
+    notes = [*(note for each in parities for note in each.notes), *engine.get("stand_in", {}).get("notes", ())]
+    yield from (Limitation("comparison with torch", note) for note in dict.fromkeys(notes))
 
 
 def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:

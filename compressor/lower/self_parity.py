@@ -1,0 +1,104 @@
+"""Compare a model with itself in torch: one call with the next, and the traced graph with the module.
+
+Engines are compared with the traced graph. That comparison is only fair if the model computes the same for the same
+rows, and only complete if the graph computes what the module does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import torch
+
+from compressor.errors import CompressorError
+from compressor.models import Model
+from compressor.models.base import first_line
+from compressor.quality.parity import Array, NotFiniteError, ParityError, Reference, check_parity
+from compressor.quality.torch_reference import channel_axes, torch_outputs, with_rounding
+from passes.execute.offloaded_weights import has_offloaded
+from passes.graph.graph import Graph
+from passes.graph.random_operators import random_operators
+
+NAMED = 3  # largest number of operators or modules in a sentence
+REMEDY = (
+    "expected the same outputs; switch dropout and noise off in evaluation, such as "
+    "F.dropout(x, p, training=self.training) and no torch.rand in forward, or pass the noise as an input"
+)
+
+
+class RandomModelError(CompressorError):
+    """A model whose outputs for the same inputs differ from call to call."""
+
+
+class TracedGraphError(CompressorError):
+    """A traced graph that does not compute what its module computes."""
+
+
+def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tensor]) -> None:
+    """Run the module twice and its traced graph once on the same rows, and compare their outputs.
+
+    A model whose weights stay on disk does not run as a module; only its graph is searched for random operators.
+
+    Args:
+        model: the loaded model.
+        graph: its traced graph.
+        feeds: rows of the data. Their number should differ from the two of the example that was traced.
+
+    Raises:
+        RandomModelError: the outputs are random, or the model changes with each call.
+        TracedGraphError: tracing turned a value that depends on the inputs into a constant.
+    """
+    operators = random_operators(graph)
+    if has_offloaded(graph):
+        if operators:
+            raise RandomModelError(f"{model.name} draws random numbers ({_named(operators)}): {REMEDY}.")
+        return
+    first, second = (_module_outputs(model, feeds) for _ in range(2))
+    same = all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
+    if operators and not same:
+        raise RandomModelError(
+            f"{model.name} returns other outputs when it runs again on the same rows, because it draws random numbers "
+            f"({_named(operators)}){_training(model)}: {REMEDY}."
+        )
+    reference = Reference.of(first, channel_axes(graph))
+    check = partial(
+        check_parity, reference, refine=lambda: with_rounding(reference, graph, [feeds]), advice="see above"
+    )
+    try:
+        check(lambda: second, name=model.name)
+    except NotFiniteError:
+        raise
+    except ParityError as error:
+        raise RandomModelError(
+            f"{model.name} returns other outputs when it runs again on the same rows ({error.place}"
+            f"{_training(model)}); its graph has no random operator, so it changes its own state or draws numbers "
+            f"outside torch: {REMEDY}."
+        ) from error
+    try:
+        check(lambda: torch_outputs(graph, feeds), name="the traced graph")
+    except ParityError as error:
+        raise TracedGraphError(
+            f"{model.name} was traced into a graph that computes other outputs than the module "
+            f"({error.place or first_line(error)}), expected the same for every batch; a value that depends on the "
+            "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
+            "tensor operators in forward."
+        ) from error
+
+
+def _module_outputs(model: Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    with torch.inference_mode():
+        outputs = model.call(model.module, *(feeds[name] for name in model.inputs))
+        return {name: np.atleast_1d(value.numpy()) for name, value in zip(model.outputs, outputs, strict=True)}
+
+
+def _training(model: Model) -> str:
+    """Name the modules that are in training mode although the model was set to evaluation, with dropout in them."""
+    modules = model.module.named_modules()
+    names = [name for name, module in modules if module.training and getattr(module, "p", 0)]
+    return f", as {_named(names)} stays in training mode" if names else ""
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
