@@ -203,13 +203,17 @@ def _positional(graph: ir.Graph) -> set[ir.Node]:
     found: set[ir.Node] = set()
     for node in graph:
         computed = [value for value in node.inputs if value is not None and not value.is_initializer()]
-        floats = [value for value in computed if value.dtype == FLOAT]
-        table = node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer()
-        table = table or node.op_type == "DequantizeLinear"
-        from_integers = all(value.producer() in found for value in floats)
-        if computed and from_integers and not table and any(value.dtype == FLOAT for value in node.outputs):
+        from_integers = all(value.producer() in found for value in computed if value.dtype == FLOAT)
+        makes_floats = any(value.dtype == FLOAT for value in node.outputs)
+        if computed and from_integers and makes_floats and not _reads_table(node):
             found.add(node)
     return found
+
+
+def _reads_table(node: ir.Node) -> bool:
+    """Return whether a node is an embedding, or dequantizes an activation."""
+    data = node.inputs[0] if node.op_type == "Gather" else None
+    return node.op_type == "DequantizeLinear" or (data is not None and data.is_initializer())
 
 
 def _is_enclosed(node: ir.Node, kept: Mapping[ir.Node, Excess]) -> bool:

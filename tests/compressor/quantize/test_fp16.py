@@ -267,7 +267,9 @@ def test_written_file_has_unique_sorted_nodes_and_its_outputs(tmp_path: Path) ->
     graph = onnx.load(str(tmp_path / "h.onnx")).graph
     assert max(Counter(each.name for each in graph.node).values()) == 1
     assert [value.name for value in graph.output] == ["t", "y"]
-    for exact, half in zip(run(path, normal(2, 5, K)), run(tmp_path / "h.onnx", normal(2, 5, K)), strict=True):
+    feeds = {"x": normal(2, 5, K)}  # ONNX Runtime refuses the float file, for its names
+    exacts, halves = (ReferenceEvaluator(str(each)).run(None, feeds) for each in (path, tmp_path / "h.onnx"))
+    for exact, half in zip(exacts, halves, strict=True):
         assert half.dtype == np.float32
         assert np.abs(half - exact).max() < 9 * ROUNDING * np.abs(exact).max()
 
