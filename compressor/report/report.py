@@ -13,6 +13,7 @@ from compressor.quality.disagreements import Disagreement
 from compressor.quality.intervals import METRICS, Figure
 from compressor.report import engine_layers
 from compressor.report.engine_text import describe_measurements
+from compressor.report.precision_notes import exceeds_limit
 from compressor.workspace.progress import Step
 from runtimes.base.timing import Latency
 
@@ -58,6 +59,7 @@ class Quality:
         label_free: ``agreement`` (%) and ``divergence`` (nats; of features: 1 - cosine) of the result with the float
             model before any change, where they apply.
         changed: samples for which the classifier predicts another class than before, largest regret first.
+        precision_loss: the loss of the precision alone, of the baseline against the original; None without an original.
     """
 
     metric: str
@@ -65,6 +67,7 @@ class Quality:
     loss: dict[str, Figure]
     label_free: dict[str, Figure]
     changed: tuple[Disagreement, ...] = ()
+    precision_loss: Figure | None = None
 
     @staticmethod
     def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
@@ -72,7 +75,8 @@ class Quality:
         losses = {name: evaluation.loss(name, "result") for name in names if name != "result"}
         figures = {name: evaluation.figure(name) for name in names}
         changed = tuple(evaluation.changed.get("result", ()))
-        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"), changed)
+        of_precision = evaluation.loss("original", "baseline") if "original" in names else None
+        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"), changed, of_precision)
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,9 @@ class Report:
                 loss, percent = quality.loss[name], "%" if quality.metric == "perplexity" else unit
                 yield f"  loss vs {name}{_unit(percent)}", *against(variants, name, f"{loss.value:+.2f}")
                 yield "", *_of_result(variants, dim(f"{loss.low:+.2f} to {loss.high:+.2f}"))
+        if exceeds_limit(self):
+            limit = f"{self.settings['max_precision_loss']:g}, exceeded"
+            yield f"  limit of {self.settings['precision']}, %", *_of_result(variants, limit)
         for name, figure in quality.label_free.items():
             if name != quality.metric:
                 yield LABEL_FREE[name], *_of_result(variants, f"{figure.value:.4g}")
