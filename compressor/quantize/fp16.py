@@ -7,7 +7,7 @@ and back (microsoft/onnxruntime issue 21345), clip weights, and append casts out
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ HEADROOM = 2.0
 """Values must stay below `LARGEST` by this factor, because samples after calibration may have larger values."""
 
 SMALLEST = 2.0**-14
-"""The smallest normal fp16 number. Smaller numbers have fewer than 11 significant bits, and below 3e-8 they become 0."""
+"""The smallest normal fp16 number. Smaller numbers have fewer than 11 significant bits; below 3e-8 they become 0."""
 
 ROUNDING = 2.0**-11
 """Largest relative rounding error of a normal fp16 number."""
@@ -40,14 +40,22 @@ SCALE_ROUNDING = 2.0**-8
 """Largest relative rounding error of an int8 scale: half an int8 step at the largest value."""
 
 KEPT = frozenset(
-    "LayerNormalization RMSNormalization GroupNormalization InstanceNormalization LpNormalization "
-    "MeanVarianceNormalization Softmax LogSoftmax ReduceMean ReduceSum ReduceL1 ReduceL2 ReduceSumSquare "
-    "ReduceLogSum ReduceLogSumExp ReduceProd CumSum Pow Sqrt Exp Log Reciprocal Sin Cos".split()
+    {
+        *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
+        *("LpNormalization", "MeanVarianceNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum"),
+        *("ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "CumSum"),
+        *("Pow", "Sqrt", "Exp", "Log", "Reciprocal", "Sin", "Cos"),
+    }
 )
 """Operators that stay in float32: norms, softmax and reductions, whose sums and squares exceed the range of fp16, and
 functions that amplify the rounding of their input."""
 
-MOVING = frozenset("Cast Concat Expand Gather Identity Reshape Slice Squeeze Transpose Unsqueeze Where Mul".split())
+MOVING = frozenset(
+    {
+        *("Cast", "Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
+        *("Where", "Mul"),
+    }
+)
 """Operators whose output is as large as their largest input, or that scale a mask."""
 
 SCALES_SINCE = 19
@@ -134,7 +142,7 @@ def check_file(path: Path) -> None:
 
 def _check_scales(model: ir.Model, source: Path) -> None:
     """Raise HalfError for int8 products in an opset whose QuantizeLinear does not support fp16 scales."""
-    version = model.graph.opset_imports[""]
+    version = _opset(model.graph)
     if version < SCALES_SINCE and any(node.op_type == "QuantizeLinear" for node in model.graph):
         raise HalfError(
             f"{source.name} has int8 products and opset {version}, but fp16 scales need opset {SCALES_SINCE} or newer; "
@@ -170,13 +178,15 @@ def _by_rule(node: ir.Node) -> bool:
     """Return whether a node stays in float32 whatever its values are: it is in `KEPT` or has no fp16 form."""
     if node.op_type in KEPT or node.domain not in ("", "ai.onnx") or "dtype" in node.attributes:
         return True
-    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+    bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    if any(attribute.type in bodies for attribute in node.attributes.values()):
         return True
     if node.op_type == "Div" and not node.inputs[1].is_initializer():  # a divisor near 0 would become 0
         return True
     outputs = [i for i, value in enumerate(node.outputs) if value.dtype == FLOAT]
     schema = _schema(node)
-    return not outputs and not half_inputs(node) or not all(_allows_half(schema.outputs, i) for i in outputs)
+    has_floats = bool(outputs or half_inputs(node))
+    return not has_floats or not all(_allows_half(schema.outputs, i) for i in outputs)
 
 
 def half_inputs(node: ir.Node) -> list[int]:
@@ -186,8 +196,12 @@ def half_inputs(node: ir.Node) -> list[int]:
 
 
 def _schema(node: ir.Node) -> onnx.defs.OpSchema:
-    version = node.graph.opset_imports[""] if node.graph is not None else SCALES_SINCE
-    return onnx.defs.get_schema(node.op_type, version, "")
+    assert isinstance(node.graph, ir.Graph)
+    return onnx.defs.get_schema(node.op_type, _opset(node.graph), "")
+
+
+def _opset(graph: ir.Graph) -> int:
+    return next(version for domain, version in graph.opset_imports.items() if domain in ("", "ai.onnx"))
 
 
 def _allows_half(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> bool:

@@ -66,7 +66,9 @@ def load_typed(path: Path) -> ir.Model:
             weight.dtype = weight.const_value.dtype
     unknown = [value.name for node in model.graph for value in node.outputs if value.name and value.type is None]
     if unknown:
-        raise QuantizeError(f"The type of value {unknown[0]} in {path.name} cannot be inferred; export the model again.")
+        raise QuantizeError(
+            f"The type of value {unknown[0]} in {path.name} cannot be inferred; export the model again."
+        )
     return model
 
 
@@ -107,7 +109,9 @@ def absolute_maxima(
         samples += batch
         progress(f"fp16: ranges on {samples} calibration samples")
     if samples == 0:
-        raise QuantizeError("There is no calibration data; fp16 needs at least one batch to check the ranges of values.")
+        raise QuantizeError(
+            "There is no calibration data; fp16 needs at least one batch to check the ranges of values."
+        )
     return dict(zip(names, maxima.tolist(), strict=True))
 
 

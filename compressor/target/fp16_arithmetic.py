@@ -20,8 +20,10 @@ from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, save
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 EXACT = frozenset(
-    "Concat Expand Flatten Gather Identity Pad Relu Reshape Slice Split Squeeze Transpose Unsqueeze Where "
-    "DequantizeLinear".split()
+    {
+        *("Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Relu", "Reshape", "Slice", "Split", "Squeeze"),
+        *("Transpose", "Unsqueeze", "Where", "DequantizeLinear"),
+    }
 )
 """Operators whose output needs no rounding: they select values, or are part of an int8 product, which sums integers."""
 

@@ -183,7 +183,8 @@ def test_weights_beyond_the_range_are_neither_clipped_nor_flushed(tmp_path: Path
 def test_model_that_exceeds_the_range_everywhere_raises(tmp_path: Path) -> None:
     w = np.full((K, K), 1e6, np.float32)
     path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": w}, ["y"])
-    with pytest.raises(HalfError, match=r"^Every layer of f\.onnx with weights exceeds .*node_y: largest weight 1e\+06"):
+    message = r"^Every layer of f\.onnx with weights exceeds .*node_y: largest weight 1e\+06"
+    with pytest.raises(HalfError, match=message):
         to_fp16(path, tmp_path / "h.onnx", {})
     assert not (tmp_path / "h.onnx").exists()
 

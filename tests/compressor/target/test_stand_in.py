@@ -1,4 +1,4 @@
-"""The substitute of a target: fp16 files are judged in fp16 arithmetic, which ONNX Runtime's CPU kernels do not have."""
+"""Tests of the substitute of a target: fp16 files are judged in fp16 arithmetic, unlike ONNX Runtime's CPU kernels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_fp16_files_compute_as_onnx_defines_them(tmp_path: Path, write: Any) -> 
     expected = ReferenceEvaluator(str(tmp_path / "h.onnx")).run(None, {"x": x})[0]
     found = answer(substitute(), tmp_path / "h.onnx", x)
     size = np.abs(expected).max()
-    # NumPy's sums of products differ from ours in the last float32 bits, which moves few values to the next fp16 number.
+    # NumPy's sums of products differ from ours in the last float32 bits: few values move to the next fp16 number.
     assert np.abs(found - expected).max() <= 2 * ULP * size
     assert np.mean(found != expected) < 0.1
     # ONNX Runtime's own arithmetic is not that of fp16: most values differ.
@@ -92,4 +92,6 @@ def test_rounded_file_is_valid_and_float32(tmp_path: Path) -> None:
 def test_other_targets_load_fp16_files_as_they_are(tmp_path: Path) -> None:
     path, x = normed(tmp_path / "f.onnx"), normal(2, 5, K)
     to_fp16(path, tmp_path / "h.onnx", {})
-    np.testing.assert_array_equal(answer(runtime("onnxruntime"), tmp_path / "h.onnx", x), run(tmp_path / "h.onnx", x)[0])
+    np.testing.assert_array_equal(
+        answer(runtime("onnxruntime"), tmp_path / "h.onnx", x), run(tmp_path / "h.onnx", x)[0]
+    )
