@@ -181,7 +181,8 @@ def _by_rule(node: ir.Node) -> bool:
     bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     if any(attribute.type in bodies for attribute in node.attributes.values()):
         return True
-    if node.op_type == "Div" and not node.inputs[1].is_initializer():  # a divisor near 0 would become 0
+    divisor = node.inputs[1] if node.op_type == "Div" else None
+    if divisor is not None and not divisor.is_initializer():  # near 0 it would become 0
         return True
     outputs = [i for i, value in enumerate(node.outputs) if value.dtype == FLOAT]
     schema = _schema(node)
