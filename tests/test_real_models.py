@@ -4,8 +4,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from compressor import models
@@ -15,6 +17,8 @@ from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.quality.evaluate import evaluate, graph_runner
 from compressor.quality.heads import head_for
+from compressor.quantize.convert import convert
+from compressor.target.stand_in import load_for_quality, substitute_for
 from passes.analysis.redundancy import Score
 from passes.base import apply
 from passes.execute.interpreter import run
@@ -22,6 +26,7 @@ from passes.graph.sites import find_sites
 from passes.plan.selection import choose, parse
 from passes.rewrite.drop import Drop
 from runtimes.base.protocols import BuildOptions
+from runtimes.base.registry import runtime
 from runtimes.onnxruntime import target
 from tests.paths import SHARED_DATA
 
@@ -80,6 +85,26 @@ def test_rewritten_graph_surgery_by_hand_and_onnx_file_agree(deit, drop, tmp_pat
     # Logits reach 20; another library's kernels sum in another order, about 1e-6 relative through 12 blocks.
     np.testing.assert_allclose(by_onnx, by_hand.numpy(), rtol=0, atol=2e-4)
     assert len(plan.dropped) == {"block:2": 4, "attention:4": 4, "mlp:2": 2, "25%": 6}[drop]
+
+
+@pytest.mark.slow
+@needs_images
+def test_the_fp16_file_for_tensorrt_is_valid_and_computes_in_fp16(deit, tmp_path):
+    model, graph, _, feeds = deit
+    images = feeds["pixel_values"].numpy()
+    path, half = lower(graph, model, tmp_path / "model.onnx"), tmp_path / "half.onnx"
+    convert(path, half, "fp16", runtime("tensorrt").int8, lambda: iter([{"pixel_values": images}]))
+    onnx.checker.check_model(str(half), full_check=True)
+    expected = run(graph, feeds)[0].numpy()
+    (by_definition,) = ReferenceEvaluator(str(half)).run(None, {"pixel_values": images[:1]})  # NumPy's float16
+    with load_for_quality(substitute_for(runtime("tensorrt")), half, BuildOptions(threads=1)) as engine:
+        found = engine.run({"pixel_values": images})["logits"]
+    size = np.abs(expected).max()
+    # Twelve blocks of rounding with 2**-11; the two differ in the order of float32 sums.
+    assert np.abs(by_definition - expected[:1]).max() < 0.005 * size
+    assert np.abs(found[:1] - by_definition).max() < 0.005 * size
+    assert 0.0005 * size < np.abs(found - expected).max() < 0.005 * size
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
 @pytest.mark.slow

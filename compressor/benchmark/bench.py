@@ -22,6 +22,7 @@ from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
 from compressor.settings import Settings
+from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import check_writable, write_files
 from compressor.workspace.progress import Steps
@@ -157,10 +158,21 @@ def bench(
         parity=parity,
         harness=harness,
         environment=environment(),
-        notes=tuple(_leakage_warnings(stand, folders)),
+        notes=(*_leakage_warnings(stand, folders), *_hidden_overflow(stand)),
     )
     write_files(output.parent, {output.name: comparison.to_json().encode()})
     return comparison
+
+
+def _hidden_overflow(stand: BenchRunner) -> Iterator[str]:
+    """Yield a sentence for each fp16 file that ONNX Runtime runs on the CPU, where it computes in float32."""
+    for entry in stand.entries:
+        on_cpu = stand.options(stand.conditions[0], entry).device == "cpu"
+        if on_cpu and entry.target.startswith("onnxruntime") and entry.file is not None and has_fp16(entry.file):
+            yield (
+                f"{entry.name}: ONNX Runtime computes fp16 in float32 on the CPU, so these figures hide overflow and "
+                "are not those of a device with fp16 arithmetic."
+            )
 
 
 def _set_up(

@@ -24,6 +24,7 @@ from compressor.quality.intervals import Figure
 from compressor.report.collect_limitations import of_engine
 from compressor.report.engine_layers import layers_of
 from compressor.report.pages.export_page import PAGE, html, previews_in
+from compressor.report.precision_notes import precision_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import (
@@ -249,7 +250,7 @@ def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) 
 
 
 def _completed(content: Json, folder: Path, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:
-    """Return the report with the latencies and the environment of the device, and notes on latency goals it misses."""
+    """Return the report with the latencies and the environment of the device, and notes on goals that they miss."""
     before = _restored(content, folder)
     stand_in = part["stand_in"]
     if part["state"] == "deferred":
@@ -258,8 +259,9 @@ def _completed(content: Json, folder: Path, part: Json, latency: Mapping[str, La
     engine = part | {"state": "built", "stand_in": stand_in, "environment": environment(), "seconds": seconds}
     limitations = (*before.limitations, *(new for new in of_engine(engine) if new not in before.limitations))
     report = replace(before, latency=dict(latency), engine=engine, limitations=limitations)
-    kept = tuple(note for note in before.notes if note not in (*before.missed(), NO_PAGE))
-    return replace(report, notes=(*kept, *report.missed()))
+    of_latency = (*before.missed(), *precision_notes(before), NO_PAGE)
+    kept = tuple(note for note in before.notes if note not in of_latency)
+    return replace(report, notes=(*kept, *precision_notes(report), *report.missed()))
 
 
 def _json(content: Json, report: Report) -> Json:
@@ -315,4 +317,5 @@ def _quality(stored: Json | None) -> Quality | None:
         metric: {name: Figure(**figure) for name, figure in by_variant.items()}
         for metric, by_variant in stored.get("further", {}).items()
     }
-    return Quality(stored["metric"], figures, loss, label_free, changed, further)
+    of_precision = None if stored.get("precision_loss") is None else Figure(**stored["precision_loss"])
+    return Quality(stored["metric"], figures, loss, label_free, changed, further, of_precision)

@@ -17,6 +17,7 @@ import numpy as np
 
 from compressor.deferred.reference_answers import AT_ONCE, ReferenceOutputs, bytes_of
 from compressor.quality.parity import Reference
+from compressor.target.stand_in import load_for_quality
 from compressor.workspace.output_folder import copy_onnx
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import runtime
@@ -220,9 +221,9 @@ def _torch(
 
 
 def _measured(answers: ReferenceOutputs, name: str, path: Path, builder: EngineBuilder) -> dict[str, Any]:
-    """Run a file in ONNX Runtime, and return its difference from torch and its agreement with torch."""
+    """Run a file in the arithmetic of the target; return its difference from torch and its agreement with torch."""
     subject = builder.subject
-    with builder.target.load(path, builder.options) as engine:
+    with load_for_quality(builder.target, path, builder.options) as engine:
         parity = answers.hold(engine, name, allowed=float("inf"))
         measured: dict[str, Any] = {"parity": parity.difference}
         if subject.no_quality_because is None:

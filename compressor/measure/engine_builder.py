@@ -18,6 +18,7 @@ from compressor.measure.workload import generation_lengths, workload_calls
 from compressor.quality.evaluate import BATCH
 from compressor.quantize.precision import Source
 from compressor.settings import Settings
+from compressor.target.stand_in import load_for_quality
 from compressor.workspace.output_folder import copy_onnx
 from passes.graph.graph import Graph
 from runtimes.base.protocols import BuildOptions, Engine, Feeds, Runtime
@@ -83,16 +84,18 @@ class EngineBuilder:
         built = self.build(source)
         return source, Path(shutil.copy(built, folder / built.name))
 
-    def openers(self, engines: Mapping[str, Path], *, spinning: bool = True) -> dict[str, Callable[[], Engine]]:
-        """Return a function for each engine that opens it.
+    def openers(self, engines: Mapping[str, Path]) -> dict[str, Callable[[], Engine]]:
+        """Return a function for each engine that opens it for timing; `engines` are paths that `build` returned."""
+        return {name: partial(self.target.load, path, self.options) for name, path in engines.items()}
 
-        Args:
-            engines: paths that `build` returned.
-            spinning: False for engines that are open at the same time: waiting threads that spin would take the cores
-                from the others.
+    def quality_openers(self, engines: Mapping[str, Path]) -> dict[str, Callable[[], Engine]]:
+        """Return a function for each engine that opens it to measure its outputs, in the arithmetic of the target.
+
+        These engines are open at the same time, so their waiting threads do not spin, which would take the cores from
+        the others.
         """
-        options = self.options if spinning else dataclasses.replace(self.options, spinning=False)
-        return {name: partial(self.target.load, path, options) for name, path in engines.items()}
+        options = dataclasses.replace(self.options, spinning=False)
+        return {name: partial(load_for_quality, self.target, path, options) for name, path in engines.items()}
 
     def calibration_batches(self) -> Iterator[Feeds]:
         """Return a fresh stream of calibration batches."""

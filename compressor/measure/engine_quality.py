@@ -39,7 +39,7 @@ def evaluate_engines(
     builder: EngineBuilder, engines: Mapping[str, Path], split: Split, reference: str, tick: Tick
 ) -> Evaluation:
     """Open all engines at the same time and evaluate them on a split."""
-    return evaluate_openers(builder.openers(engines, spinning=False), builder.subject, split, reference, tick)
+    return evaluate_openers(builder.quality_openers(engines), builder.subject, split, reference, tick)
 
 
 def evaluate_openers(

@@ -14,6 +14,7 @@ from compressor.measure.precision_converter import PrecisionConverter
 from compressor.measure.variant import lower_variant
 from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import Evaluation
+from compressor.quantize.precision import Converted
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.graph.graph import Graph
@@ -48,26 +49,27 @@ class GraphEvaluator:
                 builder, engines, lambda name, done, total: tick(total + done, 2 * total, f"time {name}")
             )
 
-    def measure(self, graphs: Mapping[str, Graph], steps: Steps) -> tuple[Evaluation | None, dict[str, Latency]]:
+    def measure(
+        self, graphs: Mapping[str, Graph], steps: Steps
+    ) -> tuple[Evaluation | None, dict[str, Latency], dict[str, Converted]]:
         """Measure quality on test data and latency of graphs side by side.
 
         Returns:
-            The evaluation, in which the first graph is the reference (None if no quality is stated), and the latencies.
+            The evaluation, in which the first graph is the reference (None if no quality is stated), the latencies, and
+            the conversions to a precision below fp32.
         """
         with self.builder.temporary() as builder:
             converter = dataclasses.replace(self.converter, builder=builder, results={})
-            engines = {name: self._engine(name, graph, builder, converter, steps) for name, graph in graphs.items()}
+            engines, conversions = dict[str, Path](), dict[str, Converted]()
+            for name, graph in graphs.items():
+                with steps.step(f"build {name}") as tick:
+                    variant = lower_variant(name, graph, builder.fold(graph), builder)
+                    source = variant.source
+                    if self.precision != "fp32":
+                        source, conversions[name] = converter.convert(variant.float_file, self.precision, tick)
+                    engines[name] = builder.build(source)
             quality = quality_on_test(builder, engines, next(iter(graphs)), steps)
-            return quality, self.timer.latency(builder, engines, steps)
-
-    def _engine(
-        self, name: str, graph: Graph, builder: EngineBuilder, converter: PrecisionConverter, steps: Steps
-    ) -> Path:
-        with steps.step(f"build {name}") as tick:
-            variant = lower_variant(name, graph, builder.fold(graph), builder)
-            if self.precision == "fp32":
-                return builder.build(variant.source)
-            return builder.build(converter.convert(variant.float_file, self.precision, tick)[0])
+            return quality, self.timer.latency(builder, engines, steps), conversions
 
 
 def graph_evaluator(

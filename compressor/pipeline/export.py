@@ -23,12 +23,13 @@ from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
-from compressor.quantize.precision import Converted, Trial
+from compressor.quantize.precision import Trial
 from compressor.report import engine_layers
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of
 from compressor.report.pages.export_page import PAGE, html
 from compressor.report.pages.sample_previews import previews
+from compressor.report.precision_notes import precision_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
 from compressor.search.planner import (
     Choice,
@@ -157,7 +158,7 @@ def _compressed(
             *_lost(rewritten, subject),
         ),
     )
-    return dataclasses.replace(report, notes=_notes(report, settings, subject, conversions, rewritten.healed))
+    return dataclasses.replace(report, notes=_notes(report, settings, subject, rewritten.healed))
 
 
 def _rewritten(subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> _Rewritten:
@@ -301,9 +302,7 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> d
     }
 
 
-def _notes(
-    report: Report, settings: Settings, subject: TracedModel, converted: Mapping[str, Converted], healed: Healed | None
-) -> tuple[str, ...]:
+def _notes(report: Report, settings: Settings, subject: TracedModel, healed: Healed | None) -> tuple[str, ...]:
     notes = []
     if settings.drop == "auto" and not report.plan.changes:
         limit = f" within {settings.loss_limit:g} % loss on validation data"
@@ -321,13 +320,7 @@ def _notes(
         notes.append(f"Healing ({settings.heal}): skipped, because the plan changes nothing.")
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
-    for name, facts in converted.items():
-        if facts.loss is not None and facts.loss > settings.max_precision_loss:
-            kept = ", even with layers kept in float" if facts.quantized is not None else ""
-            notes.append(
-                f"The expected loss of the {name} in {facts.precision} is {facts.loss:.2f} % by validation data, above "
-                f"the limit of {settings.max_precision_loss:g} %{kept}."
-            )
+    notes += precision_notes(report)
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed())

@@ -10,6 +10,7 @@ from compressor.errors import SettingsError
 from compressor.lower.traced_model import check_original, index_errors_as_data_errors, load
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
+from compressor.report.precision_notes import expected_excess
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
 from compressor.settings import Settings
 from compressor.target.availability import check_target
@@ -54,7 +55,11 @@ def sweep(
             plans = points_of(search, subject.model.name)
             chosen = points_to_build(len(plans), points, [point.efficient for point in plans])
             graphs = {str(number): rewriter.rewritten(plans[number].plan.changes) for number in chosen}
-        quality, latency = evaluator.measure(graphs, steps)
+        quality, latency, conversions = evaluator.measure(graphs, steps)
+        excesses = (
+            expected_excess(f"point {number}", facts.to_dict(), settings.max_precision_loss)
+            for number, facts in conversions.items()
+        )
         front = ParetoFront(
             command=command,
             settings=settings.to_dict() | {"points": points},
@@ -66,6 +71,7 @@ def sweep(
             environment=environment(),
             seconds=sum(step.seconds for step in steps.done),
             limitations=(*subject.model.limitations, *subject.data.limitations),
+            notes=tuple(sentence for sentence in excesses if sentence is not None),
         )
         (folder / "plans").mkdir()
         for point in front.points:

@@ -14,8 +14,10 @@ from compressor.choices import Calibration
 from compressor.quantize.fp16 import to_fp16
 from compressor.quantize.int4 import to_int4
 from compressor.quantize.int8_search import quantize
+from compressor.quantize.intermediate_values import absolute_maxima
 from compressor.quantize.nncf import to_int8 as nncf_to_int8
 from compressor.quantize.precision import Converted, Source
+from compressor.quantize.qdq_rewrite import Kept
 from runtimes.base.protocols import Feeds, Int8Style
 
 OURS = "compressor"
@@ -61,6 +63,7 @@ def convert(
     if precision in ("int8", "int8-dynamic") and quantizer == OURS:
         dynamic = precision == "int8-dynamic"
         halved = style.rest == "fp16" and not dynamic
+        maxima = _maxima(source, destination, feeds, progress) if halved else {}
         quantized = quantize(
             source,
             destination,
@@ -69,26 +72,41 @@ def convert(
             activations="uint8" if dynamic else style.activations,
             calibration=calibration,
             convolutions=style.convolutions and not dynamic,
-            loss=partial(_loss_in_fp16, loss) if halved and loss is not None else loss,
+            loss=partial(_loss_in_fp16, loss, maxima) if halved and loss is not None else loss,
             max_loss=max_loss,
             progress=progress,
         )
-        if halved:
-            to_fp16(destination, destination)
-        return Converted(precision, OURS, quantized.loss, quantized, rest="fp16" if halved else "fp32")
-    if precision == "int8":
-        nncf_to_int8(source, destination, feeds)
+        float32 = to_fp16(destination, destination, maxima).kept if halved else ()
+        rest = "fp16" if halved else "fp32"
+        return Converted(precision, OURS, quantized.loss, quantized, rest=rest, float32=float32)
+    kept: tuple[Kept, ...] = ()
+    if precision == "fp16":
+        kept = to_fp16(source, destination, _maxima(source, destination, feeds, progress)).kept
+    elif precision == "int4":
+        to_int4(source, destination)
     else:
-        {"fp16": to_fp16, "int4": to_int4}[precision](source, destination)
-    by = quantizer if quantizer != OURS else "onnxruntime"  # its tools write fp16 and int4
-    return Converted(precision, by, None if loss is None else float(loss(destination)))
+        nncf_to_int8(source, destination, feeds)
+    by = "onnxruntime" if precision == "int4" else quantizer  # its tools write int4
+    return Converted(precision, by, None if loss is None else float(loss(destination)), float32=kept)
 
 
-def _loss_in_fp16(loss: Callable[[Path], float], path: Path) -> float:
+def _maxima(
+    source: Path,
+    destination: Path,
+    feeds: Callable[[], Iterator[Feeds]],
+    progress: Callable[[str], None] | None,
+) -> dict[str, float]:
+    """Measure the largest magnitude of each value of a float file, with a temporary model next to the result."""
+    with tempfile.TemporaryDirectory(prefix=".fp16-", dir=destination.parent) as folder:
+        work = Path(folder, "measure.onnx")
+        return absolute_maxima(source, work, feeds, progress if progress is not None else lambda _: None)
+
+
+def _loss_in_fp16(loss: Callable[[Path], float], maxima: Mapping[str, float], path: Path) -> float:
     """Return the loss of an int8 file after conversion of its other nodes to fp16, the form that is deployed."""
     with tempfile.TemporaryDirectory(prefix=".fp16-", dir=path.parent) as folder:
         halved = Path(folder, path.name)
-        to_fp16(path, halved)
+        to_fp16(path, halved, maxima)
         return loss(halved)
 
 

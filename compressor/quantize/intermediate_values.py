@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 from onnx import helper
+from onnx_ir.passes import common
 
-from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, Edit, QuantizeError, save
+from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, PREFIX, Edit, QuantizeError, load, save
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
@@ -49,12 +52,75 @@ def stream(path: Path, feeds: Iterable[Batch], outputs: Sequence[str]) -> Iterat
         yield size, values
 
 
+def load_typed(path: Path) -> ir.Model:
+    """Load a model with its constants as initializers and with the inferred type of every value.
+
+    Raises:
+        QuantizeError: the file cannot be read, or a type cannot be inferred.
+    """
+    model = ir.from_proto(load(path))
+    common.LiftConstantsToInitializersPass(size_limit=0)(model)
+    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for weight in model.graph.initializers.values():
+        if weight.const_value is not None:
+            weight.dtype = weight.const_value.dtype
+    unknown = [value.name for node in model.graph for value in node.outputs if value.name and value.type is None]
+    if unknown:
+        raise QuantizeError(
+            f"The type of value {unknown[0]} in {path.name} cannot be inferred; export the model again."
+        )
+    return model
+
+
+def absolute_maxima(
+    source: Path,
+    work: Path,
+    feeds: Callable[[], Iterable[Batch]],
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """Measure the largest magnitude of every float32 value in one pass, with ONNX Runtime in float32.
+
+    Nodes added to the graph reduce each value to one number, so the outputs are small. Values inside the bodies of If,
+    Loop and Scan are not measured.
+
+    Args:
+        source: float ONNX file.
+        work: path for the temporary model that outputs the maxima.
+        feeds: returns a new iterator over the calibration batches.
+        progress: called with a short message after each batch.
+
+    Returns:
+        The maximum of |x| by value name; infinity for a value with infinities, such as an attention mask.
+
+    Raises:
+        QuantizeError: there is no batch, or a batch does not fit the model.
+    """
+    typed = load_typed(source)
+    values = (value for node in typed.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT)
+    names = [value.name for value in values if value.name]
+    model = load(source)
+    edit = Edit(model.graph)
+    sizes = [edit.node("Abs", [name], [f"{PREFIX}{name}/size"]) for name in names]
+    outputs = [edit.node("ReduceMax", [size], [f"{size}/largest"], keepdims=0) for size in sizes]
+    save_with_outputs(model, edit, outputs, work)
+    maxima, samples = np.zeros(len(names)), 0
+    for batch, largest in stream(work, feeds(), outputs):
+        maxima = np.fmax(maxima, [float(value) for value in largest])  # an empty value has the maximum -infinity
+        samples += batch
+        progress(f"fp16: ranges on {samples} calibration samples")
+    if samples == 0:
+        raise QuantizeError(
+            "There is no calibration data; fp16 needs at least one batch to check the ranges of values."
+        )
+    return dict(zip(names, maxima.tolist(), strict=True))
+
+
 def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise QuantizeError(
-            "Calibration of int8 needs ONNX Runtime, which is not installed: run pip install onnxruntime"
+            "Calibration needs ONNX Runtime, which is not installed: run pip install onnxruntime"
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: other output would break the progress display

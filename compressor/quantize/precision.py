@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compressor.quantize.int8_search import Quantized
+    from compressor.quantize.qdq_rewrite import Kept
 
 
 class PrecisionError(CompressorError):
@@ -44,6 +45,7 @@ class Converted:
         quantized: result of this package's int8 quantizer, None for other quantizers.
         tried: loss and latency of each quantizer's file, where several were tried.
         rest: precision of the nodes around int8 products.
+        float32: layers of an fp16 file that stay in float32, because their values exceed fp16.
     """
 
     precision: str
@@ -52,11 +54,13 @@ class Converted:
     quantized: Quantized | None = None
     tried: tuple[dict[str, Any], ...] = ()
     rest: str = "fp32"
+    float32: tuple[Kept, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON values, with the fields of `quantized` at the top level."""
         inner = {} if self.quantized is None else asdict(self.quantized)
         outer = {"precision": self.precision, "by": self.by, "loss": self.loss, "tried": list(self.tried)}
+        outer |= {"float32": [asdict(kept) for kept in self.float32]}
         return inner | outer | ({} if self.quantized is None else {"rest": self.rest})
 
 

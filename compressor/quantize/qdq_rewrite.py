@@ -30,6 +30,9 @@ from compressor.errors import CompressorError
 Activations = Literal["uint8", "int8"]
 Range = tuple[float, float]
 
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+"""Operators that can compute in int8."""
+
 SMALLEST = 16
 """Smallest number of input or output channels that is quantized."""
 
@@ -165,7 +168,7 @@ def candidates(model: onnx.ModelProto, *, convolutions: bool) -> tuple[list[Line
     linears: list[Linear] = []
     kept: list[Kept] = []
     for node in model.graph.node:
-        if node.domain not in {"", "ai.onnx"} or node.op_type not in {"MatMul", "Gemm", "Conv"}:
+        if node.domain not in {"", "ai.onnx"} or node.op_type not in PRODUCTS:
             continue
         if node.input[1] not in weights or node.input[0] in weights:
             continue
@@ -198,10 +201,13 @@ def _refusal(node: onnx.NodeProto, tensor: onnx.TensorProto, *, convolutions: bo
 
 
 def _module(node: onnx.NodeProto) -> str | None:
+    return module_of({entry.key: entry.value for entry in node.metadata_props})
+
+
+def module_of(metadata: Mapping[str, str]) -> str | None:
     """Return the qualified name of the torch module of a node from the exporter's metadata, or None."""
-    scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
     try:
-        names = ast.literal_eval(scopes)
+        names = ast.literal_eval(metadata.get("pkg.torch.onnx.name_scopes", "[]"))
         return str(names[-2]) if len(names) > 1 and names[-2] else None
     except (ValueError, SyntaxError, TypeError):
         return None

@@ -36,8 +36,10 @@ def limitations_of(
     yield from subject.data.limitations
     yield from _of_labels(subject)
     yield from _of_precision(precision, converted, trials)
+    yield from _float32_layers(precision, converted)
     yield from _unused(precision, engine)
-    yield from _saturating(precision, engine)
+    yield from _emulated(precision, converted, engine)
+    yield from _saturating(precision, converted, engine)
     yield from of_engine(engine)
     notes = [*(note for each in parities for note in each.notes), *engine.get("stand_in", {}).get("notes", ())]
     yield from (Limitation("comparison with torch", note) for note in dict.fromkeys(notes))
@@ -79,7 +81,12 @@ def _of_precision(precision: str, converted: Mapping[str, Converted], trials: Se
         yield Limitation("precision", f"fp32, because no other precision was accepted ({tried})")
     if others and all(trial.loss is None for trial in others):
         yield Limitation("loss of the precisions", "not measured, so the precision was chosen by latency alone")
-    quantized = converted["result"].quantized if "result" in converted else None
+    result = converted.get("result")
+    if result is not None and result.loss is None and not others:
+        yield Limitation(
+            "loss of the precision", f"not measured, so the limit on the loss of {precision} was not checked"
+        )
+    quantized = None if result is None else result.quantized
     if quantized is not None and quantized.kept:
         yield Limitation(
             f"{precision} of all layers",
@@ -88,10 +95,43 @@ def _of_precision(precision: str, converted: Mapping[str, Converted], trials: Se
         )
 
 
-def _saturating(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitation]:
-    """Yield a limitation if int8 products were measured on a processor that saturates them."""
-    measured_here = engine.get("state") == "deferred" or str(engine.get("target")).startswith("onnxruntime")
-    if not (precision.startswith("int8") and measured_here):
+def _float32_layers(precision: str, converted: Mapping[str, Converted]) -> Iterator[Limitation]:
+    """Yield a limitation if layers of an fp16 file stay in float32 because of their values."""
+    layers = converted["result"].float32 if "result" in converted else ()
+    if layers:
+        noun = "layer stays" if len(layers) == 1 else "layers stay"
+        names = [f"{kept.module or kept.node} ({kept.reason})" for kept in layers]
+        yield Limitation(
+            "fp16 of all layers" if precision == "fp16" else f"fp16 around the {precision} products",
+            f"{len(layers)} {noun} in float32, because fp16 ends at 65,504 and calibration data come within a factor "
+            f"of 2 of it, or below its normal range of 6e-5: {_some(names)}",
+        )
+
+
+def _computes_in_fp16(precision: str, converted: Mapping[str, Converted]) -> bool:
+    return precision == "fp16" or ("result" in converted and converted["result"].rest == "fp16")
+
+
+def _emulated(precision: str, converted: Mapping[str, Converted], engine: Mapping[str, Any]) -> Iterator[Limitation]:
+    """Yield a limitation if the quality of an fp16 file was measured without the target."""
+    if engine.get("state") == "deferred" and _computes_in_fp16(precision, converted):
+        yield Limitation(
+            f"{precision} on the device",
+            "quality was measured with fp16 arithmetic on the CPU (the output of each operator is rounded to fp16, "
+            "sums of products are float32 or exact integers); kernels of the device may round elsewhere. Latency is "
+            "that of ONNX Runtime, which computes fp16 in float32 there",
+        )
+
+
+def _saturating(precision: str, converted: Mapping[str, Converted], engine: Mapping[str, Any]) -> Iterator[Limitation]:
+    """Yield a limitation if int8 products were measured on a processor that saturates them.
+
+    Files with fp16 scales are measured with exact products (see `compressor.target.fp16_arithmetic`).
+    """
+    deferred = engine.get("state") == "deferred"
+    measured_here = deferred or str(engine.get("target")).startswith("onnxruntime")
+    exact = deferred and _computes_in_fp16(precision, converted)
+    if not (precision.startswith("int8") and measured_here) or exact:
         return
     from compressor.quantize.saturation import int8_saturates
 
@@ -105,13 +145,19 @@ def _saturating(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitatio
 
 def _unused(precision: str, engine: Mapping[str, Any]) -> Iterator[Limitation]:
     """Yield a limitation if no layer of the engine computes in the precision, as on a processor without it."""
-    name = precision.removesuffix("-dynamic")
-    counts = (engine.get("layers") or {}).get("precisions")
-    if counts and name in ("fp16", "bf16", "int8") and not counts.get(name) and not counts.get("unknown"):
-        layers = ", ".join(f"{count} {computed}" for computed, count in counts.items())
+    if is_unused(precision, engine):
+        layers = ", ".join(f"{count} {computed}" for computed, count in engine["layers"]["precisions"].items())
         yield Limitation(
             precision, f"no layer of the engine computes in this precision ({layers}); only weights are stored in it"
         )
+
+
+def is_unused(precision: str, engine: Mapping[str, Any]) -> bool:
+    """Return whether the runtime reports that no layer of the engine computes in the precision."""
+    name = precision.removesuffix("-dynamic")
+    counts = (engine.get("layers") or {}).get("precisions") or {}
+    known = bool(counts) and name in ("fp16", "bf16", "int8")
+    return known and not counts.get(name) and not counts.get("unknown")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -24,7 +24,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ParetoFront:
-    """The points of one search. Point 0 is the unchanged model; each further point adds one change."""
+    """The points of one search. Point 0 is the unchanged model; each further point adds one change.
+
+    `notes` are sentences on points whose precision loses more than allowed.
+    """
 
     command: str
     settings: dict[str, Any]
@@ -36,6 +39,7 @@ class ParetoFront:
     environment: dict[str, object]
     seconds: float
     limitations: tuple[Limitation, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def built(self) -> list[Point]:
         """Return the points that were built and measured."""
@@ -116,7 +120,7 @@ class ParetoFront:
         )
         stars = "* marks the points that are Pareto-efficient in predicted speed-up and validation loss."
         export = "Export a point with --drop FOLDER/plans/NUMBER.json."
-        return "\n".join([*metric, stars, export, *format_limitations(self.limitations)])
+        return "\n".join([*metric, stars, export, *self.notes, *format_limitations(self.limitations)])
 
     def picture(self) -> bytes:
         """Return a chart of loss against speed-up as PNG: validation loss of all points, test loss of those built."""

@@ -14,6 +14,7 @@ from compressor.quality.intervals import Figure
 from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report import engine_layers
 from compressor.report.engine_text import describe_measurements
+from compressor.report.precision_notes import exceeds_limit
 from compressor.workspace.progress import Step
 from runtimes.base.timing import Latency
 
@@ -52,6 +53,7 @@ class Quality:
         further: metrics beside `metric`, each by variant, such as the Spearman correlation beside the mean absolute
             error.
         changed: samples for which the classifier predicts another class than before, largest regret first.
+        precision_loss: the loss of the precision alone, of the baseline against the original; None without an original.
     """
 
     metric: str
@@ -60,6 +62,7 @@ class Quality:
     label_free: dict[str, Figure]
     changed: tuple[Disagreement, ...] = ()
     further: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    precision_loss: Figure | None = None
 
     @staticmethod
     def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
@@ -71,7 +74,9 @@ class Quality:
         for name in names:
             for metric, figure in evaluation.further(name).items():
                 further.setdefault(metric, {})[name] = figure
-        return Quality(evaluation.metric, figures, losses, evaluation.label_free("result"), changed, further)
+        of_precision = evaluation.loss("original", "baseline") if "original" in names else None
+        free = evaluation.label_free("result")
+        return Quality(evaluation.metric, figures, losses, free, changed, further, of_precision)
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,9 @@ class Report:
                 yield "", *_of_result(variants, dim(f"{loss.low:+.2f} to {loss.high:+.2f}"))
         for other, by_variant in quality.further.items():
             yield METRICS[other].label, *(f"{by_variant[name].value:.2f}" for name in variants)
+        if exceeds_limit(self):
+            limit = f"{self.settings['max_precision_loss']:g}, exceeded"
+            yield f"  limit of {self.settings['precision']}, %", *_of_result(variants, limit)
         for name, figure in quality.label_free.items():
             if not (name == "agreement" and metric.compares):
                 yield LABEL_FREE[name][0], *_of_result(variants, f"{figure.value:.4g}")

@@ -1,7 +1,12 @@
-"""ONNX Runtime on this CPU as a substitute for a target on another machine."""
+"""ONNX Runtime on this CPU as a substitute for a target on another machine.
+
+Latency is that of ONNX Runtime's own kernels. Quality is that of the target's arithmetic where ONNX Runtime would
+compute otherwise: fp16 files are opened with `load_for_quality`.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,3 +54,28 @@ class StandIn:
 def substitute_for(target: Runtime) -> Runtime:
     """Return the substitute that runs here for a target."""
     return StandIn(target.int8, {"cpu": target.precisions[target.devices[0]]})
+
+
+def load_for_quality(target: Runtime, path: Path, options: BuildOptions) -> Engine:
+    """Open an engine to measure its outputs.
+
+    An engine of a substitute that holds fp16 values computes as a GPU does (see `fp16_arithmetic`). Every other engine
+    is opened as `Runtime.load` opens it.
+
+    Args:
+        target: the target, or its substitute.
+        path: the engine that `target` built.
+        options: device and threads.
+    """
+    if not isinstance(target, StandIn):
+        return target.load(path, options)
+    from compressor.target.fp16_arithmetic import has_fp16, write_rounded  # needs onnx, which a device may lack
+
+    if not has_fp16(path):
+        return target.load(path, options)
+    # Next to the engine, because weights of several GB may not fit into the system's temporary folder. An open session
+    # may still read them, so that some systems keep the file until it is closed.
+    with tempfile.TemporaryDirectory(prefix=".fp16-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        rounded = Path(folder, path.name)
+        write_rounded(path, rounded)
+        return target.load(rounded, options)

@@ -19,7 +19,8 @@ from compressor.data.splits import load as load_data
 from compressor.errors import DataError, SettingsError
 from compressor.limitations import Limitation, format_limitations
 from compressor.pipeline import export
-from compressor.quantize.precision import Trial
+from compressor.quantize.precision import Converted, Trial
+from compressor.quantize.qdq_rewrite import Kept
 from compressor.report.collect_limitations import limitations_of, of_engine
 from compressor.settings import Settings
 from tests.samples import worded
@@ -242,7 +243,8 @@ def test_a_fallback_or_unmeasured_precision_is_a_limitation():
 
 def test_float_layers_are_named():
     kept = [types.SimpleNamespace(module=f"blocks.{number}", node="n") for number in range(7)]
-    converted = {"result": types.SimpleNamespace(quantized=types.SimpleNamespace(kept=kept))}
+    inner = types.SimpleNamespace(kept=kept)
+    converted = {"result": Converted("int8", "compressor", 0.1, inner)}
     (limitation,) = limitations_of(subject(), "int8", converted, (), BUILT)
     assert limitation.reason.startswith("7 layers")
     assert limitation.reason.endswith("blocks.4 and 2 more")
@@ -262,6 +264,24 @@ def test_a_precision_that_no_layer_uses_is_a_limitation(precision, counts, expec
     """OpenVINO stores fp16 weights, but computes in fp32 on a processor without fp16 arithmetic."""
     engine = {"state": "built", "layers": BUILT["layers"] | {"precisions": counts}}
     assert features(limitations_of(subject(), precision, {}, (), engine)) == expected
+
+
+def test_layers_beyond_fp16_are_named_with_their_largest_value():
+    kept = tuple(Kept(f"node{number}", f"blocks.{number}", "largest value 5.5e+05") for number in range(2))
+    converted = {"result": Converted("fp16", "compressor", 0.1, float32=kept)}
+    (limitation,) = limitations_of(subject(), "fp16", converted, (), BUILT)
+    assert limitation.feature == "fp16 of all layers"
+    assert limitation.reason.startswith("2 layers stay in float32, because fp16 ends at 65,504")
+    assert limitation.reason.endswith("blocks.0 (largest value 5.5e+05), blocks.1 (largest value 5.5e+05)")
+
+
+def test_an_unmeasured_loss_and_an_emulated_device_are_limitations():
+    deferred = {"state": "deferred", "target": "tensorrt"}
+    half, int8 = Converted("fp16", "compressor", None), Converted("int8", "compressor", 0.1, rest="fp16")
+    expected = ["loss of the precision", "fp16 on the device"]
+    assert features(limitations_of(subject(), "fp16", {"result": half}, (), deferred)) == expected
+    assert features(limitations_of(subject(), "int8", {"result": int8}, (), deferred)) == ["int8 on the device"]
+    assert features(limitations_of(subject(), "fp16", {"result": half}, (), BUILT)) == ["loss of the precision"]
 
 
 @pytest.mark.parametrize("saturating", [True, False])

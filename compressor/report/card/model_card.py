@@ -15,6 +15,7 @@ from compressor.limitations import Limitation
 from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report.card import preprocessing_recipe
 from compressor.report.card.loader_snippet import TITLES, make_snippet, templates
+from compressor.report.collect_limitations import is_unused
 from compressor.report.engine_text import describe_measurements
 from compressor.report.report import against, describe_calls
 
@@ -49,6 +50,7 @@ MEANINGS = {
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
 }
 CLASSES = 10  # classes that the card names
+ONLY_STORED = "Weights are stored in {}, but no layer of the engine computes in it."
 INT8 = (
     "int8 is faster on hardware with 8-bit dot products (AVX-512 VNNI, AMX, Arm's dot product, tensor cores). On other "
     "hardware it can be slower than float, so measure it there."
@@ -279,7 +281,8 @@ def _changed(content: Json) -> str:
     total = f" of {sites}" if sites else ""
     lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule `{plan['rule']}`)."]
     if settings["precision"] != "fp32":
-        lines.append(MEANINGS[settings["precision"]])
+        unused = is_unused(settings["precision"], content["engine"])
+        lines.append(ONLY_STORED.format(settings["precision"]) if unused else MEANINGS[settings["precision"]])
     if healed is not None:
         lines.append(f"The remaining weights were adapted without labels ({healed['method']}: {healed['note']}).")
     return " ".join(lines)

@@ -36,7 +36,11 @@ def _parts(content: Json) -> Iterator[Part]:
         )
     if facts is None:
         return
-    yield Prose(_description(facts))
+    yield Prose(_description(facts, content["settings"].get("max_precision_loss")))
+    if facts.get("float32"):
+        rows = [[kept["module"] or kept["node"], kept["reason"]] for kept in facts["float32"]]
+        caption = "Layers that stay in float32, because their values do not fit fp16."
+        yield Table(["layer", "on calibration data"], rows, caption=caption)
     if facts["tried"]:
         rows = [[trial["by"], _figure(trial["milliseconds"]), _figure(trial["loss"])] for trial in facts["tried"]]
         yield Table(["quantizer", "latency, ms", "expected loss, %"], rows)
@@ -54,9 +58,11 @@ def _layers(engine: Json) -> Iterator[Part]:
         yield Table(["kind of layer", "number"], engine_layers.kinds(layers), caption=caption)
 
 
-def _description(facts: Json) -> str:
+def _description(facts: Json, limit: float | None) -> str:
     """Describe the precision of the result in a few sentences."""
     loss = "" if facts["loss"] is None else f", with an expected loss of {facts['loss']:.2f} % on validation data"
+    if facts["loss"] is not None and limit is not None and not facts["loss"] <= limit:
+        loss += f", above the limit of {limit:g} %"
     first = f"{facts['precision']} by {facts['by']}{loss}."
     if "nodes" not in facts:
         return first

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,21 @@ from click.testing import CliRunner
 
 import compressor
 from compressor import CompressorError, models
-from compressor.benchmark.bench import BenchSettings, bench
+from compressor.benchmark.bench import BenchSettings, _hidden_overflow, bench
+from compressor.benchmark.contenders import EngineEntry
 from compressor.benchmark.results import Comparison
 from compressor.cli.main import main
 from compressor.errors import SettingsError
 from compressor.measure import latency as engine_timing
 from compressor.measure import peak_memory
+from compressor.quantize.fp16 import to_fp16
 from compressor.report.factorial import cells_of
 from compressor.report.report import Report
 from compressor.settings import Settings
 from compressor.target.torch_eager import Module
 from runtimes.base.protocols import BuildError, BuildOptions, RuntimesError
 from runtimes.base.timing import interleave
+from tests.onnx_files import mlp
 
 pytest.importorskip("onnxruntime", reason="the target of these exports")
 
@@ -212,6 +216,17 @@ def test_command_prints_every_engine_under_every_condition(exported: tuple[Path,
     assert done.stdout.count("model.onnx") >= 4
     assert "Quality: top-1 accuracy in %, on 40 test samples" in " ".join(done.stdout.split())
     assert "measure the latency" in done.stderr
+
+
+def test_fp16_files_on_the_cpu_hide_overflow_which_is_a_note(tmp_path: Path) -> None:
+    files = {"float": mlp(tmp_path / "float.onnx"), "half": tmp_path / "half.onnx"}
+    to_fp16(files["float"], files["half"], {})
+    entries = [EngineEntry(name, "onnxruntime", file) for name, file in files.items()]
+    entries.append(EngineEntry("elsewhere", "tensorrt", files["half"]))
+    for device, expected in (("cpu", ["half"]), ("cuda", [])):
+        options = BuildOptions(device=device)
+        stand: Any = SimpleNamespace(entries=entries, conditions=[None], options=lambda *_, made=options: made)
+        assert [note.partition(":")[0] for note in _hidden_overflow(stand)] == expected
 
 
 def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path, Report, str], tmp_path: Path) -> None:

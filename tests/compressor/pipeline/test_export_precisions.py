@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 import compressor
 from compressor.benchmark.contenders import parse_contenders
+from compressor.errors import CompressorError
 from compressor.measure import latency as engine_timing
 from runtimes.base.registry import runtime
 from runtimes.base.timing import interleave
@@ -33,6 +35,15 @@ class Residual(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for inner in self.inner:
             x = x + torch.relu(inner(x))
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+class Wide(Residual):
+    """A branch whose inner values reach 5e5, far beyond the range of fp16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1e-5 * self.inner[1](torch.relu(3e5 * self.inner[0](x)))
         out: torch.Tensor = self.head(x)
         return out
 
@@ -69,6 +80,42 @@ def test_an_auto_export_chooses_a_precision_of_the_target_and_reports_all_trials
     assert content["trials"] == [dict(trial) for trial in report.trials]
     assert all(trial["verdict"] for trial in report.trials)
     assert set(report.precision) == (set() if chosen["precision"] == "fp32" else {"baseline", "result"})
+
+
+def test_an_fp16_export_for_another_machine_is_judged_in_fp16(
+    subject: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "out", {"target": "tensorrt", "precision": "fp16", "defer_build": True}
+    report = compressor.export(**subject | {"model": Wide()}, **options)
+    onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
+    content = json.loads((out / "report.json").read_text())
+    kept = content["precision"]["result"]["float32"]
+    assert any(str(each["module"]).endswith("inner.1") for each in kept)
+    (limitation,) = [each for each in report.limitations if each.feature == "fp16 of all layers"]
+    assert "(largest value " in limitation.reason
+    assert limitation.reason in str(content["limitations"])
+    for text in (report.summary(), (out / "report.html").read_text(), (out / "README.md").read_text()):
+        assert limitation.reason in text
+    assert content["engine"]["stand_in"]["measured"]["result"]["parity"] < 0.01
+    assert report.quality is not None
+    assert report.quality.precision_loss is not None
+    # Without the check of the ranges no row is finite in fp16, and the export says so.
+    monkeypatch.setattr("compressor.quantize.convert._maxima", lambda *_: {})
+    with pytest.raises(CompressorError, match="NaN or infinity"):
+        compressor.export(**subject | {"model": Wide(), "force": True}, **options)
+
+
+def test_a_precision_that_loses_more_than_allowed_says_so_everywhere(subject: dict[str, Any], tmp_path: Path) -> None:
+    report = compressor.export(**subject, precision="int4", max_precision_loss=0.0)
+    out, lost = tmp_path / "out", report.precision["result"]["loss"]
+    assert lost > 0
+    sentence = f"The expected loss of the result in int4 is {lost:.2f} % by validation data, above the limit of 0 %."
+    assert sentence in report.notes
+    assert sentence in report.summary()
+    assert sentence in json.loads((out / "report.json").read_text())["notes"]
+    for page in ("report.html", "README.md"):
+        assert sentence in (out / page).read_text()
+    assert ("  limit of int4, %", "", "", "0, exceeded") in list(report._rows())
 
 
 def test_bench_measures_an_fp16_export_of_openvino_in_fp16(subject: dict[str, Any], tmp_path: Path) -> None:

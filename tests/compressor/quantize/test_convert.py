@@ -29,7 +29,7 @@ def converted(path: Path, precision: str, style: Int8Style = CPU, **options: Any
 @pytest.mark.parametrize(
     ("precision", "by", "op", "nodes"),
     [
-        ("fp16", "onnxruntime", "Cast", 2),
+        ("fp16", OURS, "Cast", 2),
         ("int8", OURS, "QuantizeLinear", 2),
         ("int8-dynamic", OURS, "MatMulInteger", 2),
         ("int4", "onnxruntime", "MatMulNBits", 2),

@@ -118,8 +118,10 @@ def test_chosen_precision_is_the_fastest_within_the_limit(
 
 
 def test_converted_to_dict_is_plain_json() -> None:
-    plain = Converted("fp16", "onnxruntime", None).to_dict()
-    assert plain == {"precision": "fp16", "by": "onnxruntime", "loss": None, "tried": []}
+    wide = (Kept("node", "module", "largest value 5.5e+05"),)
+    plain = Converted("fp16", "compressor", None, float32=wide).to_dict()
+    entry = {"node": "node", "module": "module", "reason": "largest value 5.5e+05", "sensitivity": None}
+    assert plain == {"precision": "fp16", "by": "compressor", "loss": None, "tried": [], "float32": [entry]}
     kept = (Kept("node", "module", "reason", 0.5),)
     inner = Quantized("static", "uint8", "mse", True, (), 7, kept, 0.25, (Attempt(0, 0.25),), 64)
     tried = ({"by": "nncf", "loss": 1.0, "milliseconds": 2.0},)

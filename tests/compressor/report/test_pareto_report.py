@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,12 @@ def test_the_table_without_quality_states_none() -> None:
     assert "accuracy" not in text
     assert "3* blocks.1.attn (low-rank:8) +3.25 2.00x 1.50x" in " ".join(text.split())
     assert "Quality" not in front(None).summary()
+
+
+def test_points_whose_precision_loses_too_much_are_named() -> None:
+    made = replace(front(quality()), notes=("A sentence.",))
+    assert "A sentence." in made.summary().splitlines()
+    assert json.loads(made.to_json())["notes"] == ["A sentence."]
 
 
 def test_the_summary_names_the_metric_and_how_to_export_a_point() -> None:

@@ -147,7 +147,7 @@ def files(tmp_path_factory):
     float_file = lower(graph, model, folder / "float.onnx")
     feeds = [batch.feeds for batch in data.calibration.batches(8)]
     convert(float_file, folder / "int8.onnx", "int8", onnxruntime.int8, lambda: iter(feeds), calibration="minmax")
-    to_fp16(float_file, folder / "half.onnx")
+    to_fp16(float_file, folder / "half.onnx", {})
     return folder
 
 

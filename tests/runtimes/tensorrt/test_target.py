@@ -1052,15 +1052,19 @@ def test_float_fallback_is_chosen_by_the_loss_of_the_fp16_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
-def test_scales_beyond_fp16_stay_positive(tmp_path):
+def test_a_product_with_scales_below_the_range_of_fp16_stays_in_float32(tmp_path):
     def shrink(constants):
         constants["w"][:, 0] = 1e-9
 
     source = save_network(tmp_path / "float.onnx", shrink)
-    convert(source, tmp_path / "int8.onnx", "int8", target.int8, images_for())
-    scales = {each.name: numpy_helper.to_array(each) for each in onnx.load(tmp_path / "int8.onnx").graph.initializer}
-    smallest = min(value.min() for key, value in scales.items() if key.endswith("/scale"))
-    assert 0 < smallest < np.finfo(np.float16).tiny
+    facts = convert(source, tmp_path / "int8.onnx", "int8", target.int8, images_for())
+    stored = {each.name: numpy_helper.to_array(each) for each in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    scales = {key: value for key, value in stored.items() if key.startswith("int8/") and key.endswith("/scale")}
+    wide = {key for key, value in scales.items() if value.dtype == np.float32}
+    assert "int8/w/scale" in wide
+    assert len(wide) == 2 < len(scales)  # with that of the activation
+    assert scales["int8/w/scale"][0] == np.float32(1e-9) / 127
+    assert any("an int8 scale of 7.9e-12" in kept.reason for kept in facts.float32)
     assert qdq.violations(tmp_path / "int8.onnx") == []
 
 
@@ -1070,7 +1074,7 @@ def test_scales_in_fp16_need_an_opset_that_has_them(tmp_path):
     model.opset_import[0].version = 18
     onnx.save(model, path)
     with pytest.raises(HalfError, match=r"model\.onnx has int8 products and opset 18, but fp16 scales need opset 19"):
-        to_fp16(path, path)
+        to_fp16(path, path, {})
 
 
 def test_the_int8_files_of_compressor_conform_in_the_style_of_this_target_only(tmp_path):

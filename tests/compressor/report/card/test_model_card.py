@@ -380,6 +380,16 @@ def test_the_table_compares_the_result_in_its_own_column(folders):
     assert cells["speed-up vs baseline"] == ["reference", "2.11x (1.90–2.22)"]
 
 
+def test_the_card_claims_no_precision_that_no_layer_computes_in(folders):
+    model, folder = folders["image"]
+    content = report(model, "openvino")
+    content["settings"] |= {"precision": "fp16"}
+    content["engine"] |= {"layers": {"count": 3, "precisions": {"fp32": 3}, "kinds": {}, "fused_attention": True}}
+    text = card.card(content, folder)
+    assert "Weights are stored in fp16, but no layer of the engine computes in it." in text
+    assert "The engine computes in fp16" not in text
+
+
 def test_the_card_states_only_measured_figures(folders):
     model, folder = folders["image"]
     content = report(model, "tensorrt", "deferred")

@@ -349,6 +349,16 @@ def test_the_section_on_precision_lists_all_trials(content):
     assert calibrations.rows == [["mse, after SmoothQuant", "0.07"], ["typical", "0.07"]]
 
 
+def test_the_section_on_precision_names_an_exceeded_limit_and_float32_layers(content):
+    kept = {"node": "n", "module": "blocks.4.mlp.fc2", "reason": "largest value 5.5e+05", "sensitivity": None}
+    result = {"precision": "fp16", "by": "compressor", "loss": 0.75, "tried": [], "float32": [kept]}
+    changed = content | {"precision": {"result": result}}
+    changed["settings"] = content["settings"] | {"max_precision_loss": 0.5}
+    description, layers, *_ = sections(changed)["Precision"]
+    assert description.text.endswith("loss of 0.75 % on validation data, above the limit of 0.5 %.")
+    assert layers.rows == [["blocks.4.mlp.fc2", "largest value 5.5e+05"]]
+
+
 def test_the_section_on_precision_describes_the_layers_of_the_engine(content):
     layers = content["engine"]["layers"]
     description, kinds = sections(content | {"precision": {}})["Precision"]

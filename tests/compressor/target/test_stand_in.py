@@ -1,0 +1,97 @@
+"""Tests of the substitute of a target: fp16 files are judged in fp16 arithmetic, unlike ONNX Runtime's CPU kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from compressor.quantize.convert import convert
+from compressor.quantize.fp16 import to_fp16
+from compressor.target.fp16_arithmetic import has_fp16, write_rounded
+from compressor.target.stand_in import load_for_quality, substitute_for
+from runtimes.base.protocols import BuildOptions, Runtime
+from runtimes.base.registry import runtime
+from tests.onnx_files import K, feeds_of, initializers, mlp, node, normal, normed, run, save
+
+pytest.importorskip("onnxruntime")
+
+OPTIONS = BuildOptions(threads=1)
+ULP = 2**-10  # distance of neighbouring fp16 numbers, relative to the smaller power of two
+
+
+def answer(target: Runtime, path: Path, x: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    with load_for_quality(target, path, OPTIONS) as engine:
+        return engine.run({"x": x})["y"]
+
+
+def substitute() -> Runtime:
+    return substitute_for(runtime("tensorrt"))
+
+
+@pytest.mark.parametrize("write", [mlp, normed])
+def test_fp16_files_compute_as_onnx_defines_them(tmp_path: Path, write: Any) -> None:
+    path, x = write(tmp_path / "f.onnx"), normal(6, 5, K)
+    to_fp16(path, tmp_path / "h.onnx", {})
+    expected = ReferenceEvaluator(str(tmp_path / "h.onnx")).run(None, {"x": x})[0]
+    found = answer(substitute(), tmp_path / "h.onnx", x)
+    size = np.abs(expected).max()
+    # NumPy's sums of products differ from ours in the last float32 bits: few values move to the next fp16 number.
+    assert np.abs(found - expected).max() <= 2 * ULP * size
+    assert np.mean(found != expected) < 0.1
+    # ONNX Runtime's own arithmetic is not that of fp16: most values differ.
+    assert np.mean(run(tmp_path / "h.onnx", x)[0] != expected) > 0.3
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["f.onnx", "h.onnx"]
+
+
+def test_products_are_those_of_torch_in_float16(tmp_path: Path) -> None:
+    w, x = normal(K, K), 30 * normal(4, 5, K)
+    path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": w}, ["y"])
+    to_fp16(path, tmp_path / "h.onnx", {})
+    expected = (torch.from_numpy(x).half() @ torch.from_numpy(w).half()).float().numpy()
+    found = answer(substitute(), tmp_path / "h.onnx", x)
+    np.testing.assert_allclose(found, expected, rtol=ULP, atol=0.05 * ULP * np.abs(expected).max())
+    assert np.mean(found == expected) > 0.95
+
+
+def test_overflow_is_infinite_where_onnxruntime_hides_it(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], "a"), node("Mul", ["a", "small"], "b"), node("MatMul", ["b", "w"], "y")]
+    weights = {"w": 100 * np.eye(K, dtype=np.float32), "small": np.array(1e-3, np.float32)}
+    path, x = save(tmp_path / "f.onnx", nodes, weights, ["y"]), np.full((1, 1, K), 1000, np.float32)
+    to_fp16(path, tmp_path / "h.onnx", {})
+    assert not np.isfinite(answer(substitute(), tmp_path / "h.onnx", x)).any()  # infinity times 0 is NaN
+    assert np.isfinite(run(tmp_path / "h.onnx", x)[0]).all()
+    np.testing.assert_allclose(answer(substitute(), path, x), run(path, x)[0])  # a float file is as it is
+
+
+def test_int8_products_with_fp16_scales_do_not_saturate(tmp_path: Path) -> None:
+    """All weights and activations at their largest: kernels that add pairs of products in 16 bits lose a half."""
+    w, x = np.full((K, K), 0.5, np.float32), np.ones((2, 3, K), np.float32)
+    path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": w}, ["y"])
+    style = runtime("tensorrt").int8
+    convert(path, tmp_path / "q.onnx", "int8", style, feeds_of(x), calibration="minmax")
+    assert initializers(tmp_path / "q.onnx")["int8/x/scale"].dtype == np.float16
+    np.testing.assert_allclose(answer(substitute(), tmp_path / "q.onnx", x), x @ w, rtol=4 * ULP)
+
+
+def test_rounded_file_is_valid_and_float32(tmp_path: Path) -> None:
+    path = normed(tmp_path / "f.onnx")
+    to_fp16(path, tmp_path / "h.onnx", {})
+    write_rounded(tmp_path / "h.onnx", tmp_path / "r.onnx")
+    onnx.checker.check_model(str(tmp_path / "r.onnx"), full_check=True)
+    assert {value.dtype for value in initializers(tmp_path / "r.onnx").values()} == {np.dtype(np.float32)}
+    assert [has_fp16(tmp_path / name) for name in ("f.onnx", "h.onnx")] == [False, True]
+
+
+def test_other_targets_load_fp16_files_as_they_are(tmp_path: Path) -> None:
+    path, x = normed(tmp_path / "f.onnx"), normal(2, 5, K)
+    to_fp16(path, tmp_path / "h.onnx", {})
+    np.testing.assert_array_equal(
+        answer(runtime("onnxruntime"), tmp_path / "h.onnx", x), run(tmp_path / "h.onnx", x)[0]
+    )
