@@ -211,7 +211,8 @@ def _shorter_model(graph: Graph, module: Any, weights: Mapping[str, torch.Tensor
     caches = {name.split(".")[1] for name in graph.state}
     if not caches <= {str(number) for number in range(len(caches))}:  # caches of different sizes keep their numbers
         raise CheckpointError(f"--target {TRANSFORMERS}: its layers keep caches of different sizes, so that {ADVICE}.")
-    weights = {name: weight for name, weight in weights.items() if not name.startswith(f"{sentence_transformers.HEAD}.")}
+    head = f"{sentence_transformers.HEAD}."
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(head)}
     config = copy.deepcopy(module.config)
     if removed:
         stack = stack_of(module, removed)

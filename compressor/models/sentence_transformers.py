@@ -498,21 +498,24 @@ def embedding(model: Model, files: Mapping[str, Path], find: Find, location: str
     if kind != "SentenceTransformer":
         raise ModelError(f"{SETTINGS} of {location} says that it is a {kind}, which gives no sentence embedding.")
     _check_encoder(files, location)
-    if model.tokenizer is not None and "attention_mask" not in model.inputs:
-        if "attention_mask" in model.tokenizer.model_input_names:
-            raise ModelError(f"{location} takes no attention mask, so the padding would become part of the embedding.")
+    returned = () if model.tokenizer is None else model.tokenizer.model_input_names
+    if "attention_mask" in returned and "attention_mask" not in model.inputs:
+        raise ModelError(
+            f"{location} takes no attention mask, so padding would become part of the embedding; {WITHOUT}."
+        )
     prompt = _prompt(settings, location)
     tokens = _prompt_tokens(model.tokenizer, prompt)
     left = model.tokenizer is None or model.tokenizer.padding_side == "left"
     reader = _Reader(files, None if model.random_weights else find, location, tokens, left)
-    width = model.module.config.get_text_config().hidden_size
+    module: Any = model.module  # a model of transformers
+    width = module.config.get_text_config().hidden_size
     if MODULES in files:
         head = reader.head(read_modules(files[MODULES], location), width, settings.get("truncate_dim"))
         assumed = None
     else:
-        assumed = _assumed_mode(model.module.config)
+        assumed = _assumed_mode(module.config)
         head = SentenceHead({Listed("Pooling", "1_Pooling", 1): Pooling((assumed,), 0, left)}, None).eval()
-    model.module.add_module(HEAD, head)
+    module.add_module(HEAD, head)
     return replace(
         model,
         outputs=("last_hidden_state", EMBEDDING),

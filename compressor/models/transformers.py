@@ -77,8 +77,7 @@ def load(
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
-            find = partial(_optional, location, revision=revision)
-            sentence_files = sentence_transformers.find_files(find)
+            sentence_files = sentence_transformers.find_files(partial(_optional, location, revision=revision))
             resolved_task = task or _task(config, sentence_files, location)
             if on_disk:
                 if resolved_task != "text-generation":
@@ -93,8 +92,6 @@ def load(
         model = _wrap(
             module.eval().float(), location, resolved_task, options, sentence_files, random_weights, missing, cache
         )
-        if resolved_task == "sentence-similarity":
-            model = sentence_transformers.embedding(model, sentence_files, find, location)
         return replace(model, limitations=(*model.limitations, *_left_out(left_out)))
 
 
@@ -136,8 +133,9 @@ def _module(
     """Return the module, the missing keys of the checkpoint, and its unexpected keys."""
     kind = _kind(config, task)
     if random_weights:
-        torch.manual_seed(0)
-        return with_random_weights(kind, config), (), ()
+        with torch.random.fork_rng(devices=[]):  # the random state of the caller stays as it is
+            torch.manual_seed(0)
+            return with_random_weights(kind, config), (), ()
     module, info = kind.from_pretrained(location, **options, dtype=torch.float32, output_loading_info=True)
     return module, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
 
@@ -215,6 +213,9 @@ def _wrap(
             else _text_limitations(module, processors, inputs, sentence_files)
         ),
     )
+    if task == "sentence-similarity":
+        find = partial(_optional, location, revision=options["revision"])
+        return sentence_transformers.embedding(model, sentence_files, find, location)
     return model if task != "text-generation" else with_cache(model, cache)
 
 

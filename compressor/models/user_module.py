@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import importlib
 import inspect
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess
 
+# Values in an output that are reported as left out, because they are not tensors.
+PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, torch.dtype, torch.device, torch.Size)
 # Number of axes of the judged output, for the tasks that determine it.
 AXES = {"image-classification": 2, "text-classification": 2, "sentence-similarity": 2, "text-generation": 3}
 
@@ -49,7 +55,7 @@ def load(
         raise ModelError(
             f"{location} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
-    return wrap(module, inputs, task=task, name=location, cache=cache)
+    return _described(module.eval().float().cpu(), inputs, task=task, label=location, cache=cache)
 
 
 def refuse(label: str, *, revision: str | None, random_weights: bool) -> None:
@@ -83,44 +89,43 @@ def _current_folder() -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def wrap(
-    module: torch.nn.Module, example_inputs: Any, *, task: str | None, name: str | None = None, cache: bool = True
-) -> Model:
+def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, cache: bool = True) -> Model:
     """Build the model description of a module from its outputs for the example inputs.
+
+    The module is not changed: the model is a copy in evaluation mode, with float32 tensors on the CPU, see `copied`.
 
     Args:
         module: a user-defined module.
         example_inputs: a tensor, a tuple of tensors in the order of the arguments of `forward`, or a dict of tensors.
         task: one of `TASKS`; None infers it from the shapes.
-        name: name of the module in messages; its class name by default.
         cache: call a language model with its KV cache; it is an error if none is detected.
 
     Raises:
-        ModelError: the example inputs are missing, the forward pass fails or returns no tensors, or the cache of a
-            language model cannot be detected.
+        ModelError: the module cannot be copied, the example inputs are missing, the forward pass fails or returns no
+            tensors, or the cache of a language model cannot be detected.
     """
-    module = module.eval().float()
-    label = name or type(module).__name__
+    return _described(copied(module), example_inputs, task=task, label=type(module).__name__, cache=cache)
+
+
+def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None, label: str, cache: bool) -> Model:
+    """Build the model description of a module that may be changed; see `wrap`."""
     inputs_by_name = _name_inputs(module, example_inputs, label)
     _check_example(inputs_by_name, label)
     example = _two_samples(inputs_by_name)
-    try:
-        with torch.inference_mode():
-            returned = module(**example)
-    except Exception as error:  # user code may raise anything
-        raise ModelError(
-            f"{label} fails on its example inputs: {type(error).__name__}: {first_line(error)}."
-        ) from error
-    outputs = _output_names(returned, label)
-    answer = "logits" if "logits" in outputs else outputs[0]
-    resolved_task = _task(task, _flatten(returned)[outputs.index(answer)], example, label)
-    axes = {key: _axes(key, value) for key, value in example.items()}
+    returned = _returned(module, inputs_by_name, example, label)
+    tensors, others = _flatten(returned, label)
+    outputs = _renamed(tuple(tensors), tuple(example))
+    computed = [name for name, given in zip(outputs, tensors, strict=True) if given not in example]
+    answer = "logits" if "logits" in outputs else (*computed, *outputs)[0]
+    resolved_task = _task(task, list(tensors.values())[outputs.index(answer)], example, label)
+    fixed = frozenset() if resolved_task == "text-generation" else _fixed_lengths(module, example)
+    axes = {key: {0: "batch"} if key in fixed else _axes(key, value) for key, value in example.items()}
     model = Model(
         name=label,
         source="module",
         task=resolved_task,
         module=module,
-        call=partial(_call, names=tuple(example)),
+        call=partial(_call, names=tuple(example), label=label),
         inputs=tuple(example),
         outputs=outputs,
         answer=answer,
@@ -129,8 +134,10 @@ def wrap(
         preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
         save=partial(_save, label, resolved_task, example),
         limitations=(
-            *_fixed_shapes(example, axes),
-            *_assumptions(returned, outputs, answer, resolved_task if task is None else None),
+            *_fixed_shapes({name: value for name, value in example.items() if name not in fixed}, axes),
+            *_fixed_tokens({name: value for name, value in example.items() if name in fixed}),
+            *_hooks(module),
+            *_assumptions(others, outputs, answer, resolved_task if task is None else None),
         ),
     )
     if resolved_task != "text-generation":
@@ -138,6 +145,109 @@ def wrap(
     from compressor.models.kv_cache import with_cache
 
     return with_cache(model, cache)
+
+
+# ---------------------------------------------------------------------------------------------------------- the module
+
+
+def copied(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a module in evaluation mode, with float32 parameters on the CPU.
+
+    Parameters that have this type and place already are shared, not copied. Buffers and other tensors are copied,
+    because a forward pass may change them. Hooks of the forward pass are kept; those of the backward pass are left out.
+
+    Raises:
+        ModelError: the module cannot be copied.
+    """
+    try:
+        tensors: dict[int, Any] = {id(parameter): _converted(parameter) for parameter in module.parameters()}
+        for value in _other_tensors(module):
+            if id(value) not in tensors:
+                tensors[id(value)] = _floating(value.detach().cpu().clone())
+        twin = copy.deepcopy(module, tensors)
+    except Exception as error:  # locks, process groups and tensors without data, each with its own error
+        raise ModelError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and the module "
+            "itself must not change; remove what cannot be copied, or pass package.module:factory, whose module is not."
+        ) from error
+    for inner in twin.modules():
+        inner._backward_hooks.clear()
+        inner._backward_pre_hooks.clear()
+    return twin.eval()
+
+
+def _other_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield buffers and the tensors in other attributes, also those in lists and dicts."""
+    yield from module.buffers()
+    for inner in module.modules():
+        for value in vars(inner).values():
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            )
+            yield from (each for each in values if isinstance(each, torch.Tensor))
+
+
+def _converted(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return the parameter itself if it is float32 (or no float) on the CPU; a converted copy otherwise."""
+    converted = _floating(parameter.detach().cpu())
+    if converted.data_ptr() == parameter.data_ptr() and converted.dtype == parameter.dtype:
+        return parameter
+    return torch.nn.Parameter(converted, requires_grad=parameter.requires_grad)
+
+
+def _returned(
+    module: torch.nn.Module, inputs: dict[str, torch.Tensor], example: dict[str, torch.Tensor], label: str
+) -> Any:
+    """Return the outputs for two samples.
+
+    Raises:
+        ModelError: the forward pass fails. If it does not fail for the user's own batch, the message says so.
+    """
+    try:
+        return _run(module, example)
+    except Exception as error:  # user code may raise anything
+        reason, rows = f"{type(error).__name__}: {first_line(error)}", len(next(iter(inputs.values())))
+        if rows == len(next(iter(example.values()))) or not _runs(module, inputs):
+            raise ModelError(f"{label} fails on its example inputs: {reason}.") from error
+        raise ModelError(
+            f"{label} computes its example inputs, a batch of {rows}, but not a batch of two ({reason}); Compressor "
+            "needs a forward pass that works at any batch size, so replace the fixed size in it."
+        ) from error
+
+
+def _run(module: torch.nn.Module, example: dict[str, torch.Tensor]) -> Any:
+    with torch.inference_mode():
+        return module(**{name: _floating(value.detach().cpu()) for name, value in example.items()})
+
+
+def _runs(module: torch.nn.Module, example: dict[str, torch.Tensor]) -> bool:
+    try:
+        _run(module, example)
+    except Exception:  # any error of the module's own code
+        return False
+    return True
+
+
+def _fixed_lengths(module: torch.nn.Module, example: dict[str, torch.Tensor]) -> frozenset[str]:
+    """Return the inputs of tokens whose number of tokens cannot vary, by calling the module with one token less.
+
+    Inputs of the same length are shortened together. Two tokens become three, because one would be broadcast.
+    """
+    lengths = {name: value.shape[1] for name, value in example.items() if 1 in _axes(name, value)}
+    fixed = {name for name, length in lengths.items() if length == 1}  # torch.export treats a size of 1 as a constant
+    for length in set(lengths.values()) - {1}:
+        group = {name for name, each in lengths.items() if each == length}
+        other = {name: _other_length(value) if name in group else value for name, value in example.items()}
+        if not _runs(module, other):
+            fixed |= group
+    return frozenset(fixed)
+
+
+def _other_length(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens[:, :-1] if tokens.shape[1] > 2 else torch.cat([tokens, tokens[:, -1:]], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- limitations
 
 
 def _fixed_shapes(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Iterator[Limitation]:
@@ -151,22 +261,49 @@ def _fixed_shapes(example: dict[str, torch.Tensor], axes: dict[str, dict[int, st
             )
 
 
-def _assumptions(returned: Any, outputs: tuple[str, ...], answer: str, inferred: str | None) -> Iterator[Limitation]:
+def _fixed_tokens(example: dict[str, torch.Tensor]) -> Iterator[Limitation]:
+    """Yield a limitation for every input of tokens whose number of tokens cannot vary."""
+    for name, value in example.items():
+        length = value.shape[1]
+        reason = "the example has one token" if length == 1 else "the module fails with another number of tokens"
+        yield Limitation(
+            f"length of {name}", f"{reason}, so every sample must have {length} tokens; other lengths are rejected"
+        )
+
+
+def _hooks(module: torch.nn.Module) -> Iterator[Limitation]:
+    """Yield a limitation if the module has hooks of the forward pass, which are traced like its own code."""
+    named = [name or "the module" for name, inner in module.named_modules() if _has_own_hooks(inner)]
+    if named:
+        yield Limitation(
+            "forward hooks",
+            f"those of {', '.join(named[:3])}{f' and {len(named) - 3} more' if len(named) > 3 else ''} become part of "
+            "the model; remove hooks that only record values",
+        )
+
+
+def _has_own_hooks(inner: torch.nn.Module) -> bool:
+    """Return whether a module has forward hooks, other than those with which torch computes its weight."""
+    hooks = (*inner._forward_hooks.values(), *inner._forward_pre_hooks.values())
+    return any(not type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
+
+
+def _assumptions(
+    others: dict[str, str], outputs: tuple[str, ...], answer: str, inferred: str | None
+) -> Iterator[Limitation]:
     """Yield the outputs that are left out, and the assumptions about the judged output and the task."""
-    if isinstance(returned, Mapping):
-        others = [f"{name} ({type(value).__name__})" for name, value in returned.items() if name not in outputs]
-    else:
-        values = returned if isinstance(returned, tuple | list) else ()
-        others = [type(value).__name__ for value in values if not isinstance(value, torch.Tensor)]
-    others = [other for other in others if not other.endswith(("NoneType", "NoneType)"))]
     if others:
-        yield Limitation("outputs left out", f"{', '.join(others)}: only tensors are exported")
+        named = ", ".join(f"{name} ({kind})" for name, kind in others.items())
+        yield Limitation("outputs left out", f"{named}: only tensors are exported")
     if len(outputs) > 1 and answer != "logits":
         yield Limitation(
-            "judged output", f"{answer}, the first of {len(outputs)}; quality is not measured on the others"
+            "judged output", f"{answer}, the first of {len(outputs)} outputs; quality is not measured on the others"
         )
     if inferred is not None:
         yield Limitation("task", f"{inferred} is assumed from the shape of the output; set another task with --task")
+
+
+# ------------------------------------------------------------------------------------------------------ inputs, outputs
 
 
 def _name_inputs(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.Tensor]:
@@ -213,28 +350,84 @@ def _floating(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _flatten(returned: Any) -> list[torch.Tensor]:
-    if isinstance(returned, torch.Tensor):
-        return [returned]
-    values = returned.values() if hasattr(returned, "items") else returned
-    if not isinstance(values, Iterable):
-        return []
-    return [value for value in values if isinstance(value, torch.Tensor)]
+def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of nested outputs by name, and the types of all other values but None by name.
 
+    A name is the path to the value: keys, field names and positions, joined by dots, as in ``encoder.0``. A single
+    tensor is ``output``; the entries of an outermost tuple are ``output_0``, ``output_1``.
 
-def _output_names(returned: Any, label: str) -> tuple[str, ...]:
-    tensors = _flatten(returned)
+    Raises:
+        ModelError: an output is neither a tensor nor a container nor a plain value, two have the same name, or there
+            is no tensor.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, str] = {}
+    for path, value in _leaves(returned, (), label):
+        name = _output_name(path)
+        if name in tensors or name in others:
+            raise ModelError(f"{label} returns two outputs with the name {name}; rename one of the keys.")
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif value is not None:
+            others[name] = type(value).__name__
     if not tensors:
         raise ModelError(
             f"{label} returned {type(returned).__name__} without tensors; expected a tensor, tuple or dict of tensors."
         )
-    if hasattr(returned, "items"):
-        return tuple(key for key, value in returned.items() if isinstance(value, torch.Tensor))
-    return ("output",) if len(tensors) == 1 else tuple(f"output_{position}" for position in range(len(tensors)))
+    if len(tensors) == 1 and re.fullmatch(r"output_\d+", name := next(iter(tensors))):
+        tensors = {"output": tensors[name]}
+    return tensors, others
 
 
-def _call(module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(_flatten(module(**dict(zip(names, tensors, strict=True)))))
+def _leaves(value: Any, path: tuple[str, ...], label: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path and the value of everything in nested containers that is no container."""
+    if value is None or isinstance(value, (torch.Tensor, *PLAIN)) or _is_cache(value):
+        yield path, value
+    elif (entries := _entries(value, not path)) is not None:
+        for key, entry in entries:
+            yield from _leaves(entry, (*path, key), label)
+    else:
+        place = f" at {_output_name(path)}" if path else ""
+        raise ModelError(
+            f"{label} returns an object of the class {type(value).__name__}{place}, in which tensors cannot be found; "
+            "return a tensor, tuple, dict or dataclass, or wrap the module in one that does."
+        )
+
+
+def _entries(value: Any, outermost: bool) -> Iterator[tuple[str, Any]] | None:
+    """Return the entries of a container with their names; None if the value is no container."""
+    if hasattr(value, "items") and callable(value.items):  # dict, OrderedDict, ModelOutput, BatchEncoding
+        return ((str(key), entry) for key, entry in value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return zip(value._fields, value, strict=True)
+    if isinstance(value, (tuple, list)):
+        return ((f"output_{index}" if outermost else str(index), entry) for index, entry in enumerate(value))
+    return None
+
+
+def _output_name(path: tuple[str, ...]) -> str:
+    """Return the name of an output: letters, digits, underscores, dots and hyphens."""
+    return ".".join(re.sub(r"[^\w.-]", "_", key, flags=re.ASCII) or "_" for key in path) or "output"
+
+
+def _is_cache(value: Any) -> bool:
+    """Return whether a value is a KV cache of transformers, which `compressor.models.kv_cache` handles."""
+    library = sys.modules.get("transformers.cache_utils")
+    return library is not None and isinstance(value, library.Cache)
+
+
+def _renamed(outputs: tuple[str, ...], inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return output names that differ from the input names, because an ONNX file has one list of names."""
+    prefix = "output."
+    while any(f"{prefix}{name}" in (*outputs, *inputs) for name in outputs if name in inputs):
+        prefix += "output."
+    return tuple(f"{prefix}{name}" if name in inputs else name for name in outputs)
+
+
+def _call(module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...], label: str) -> tuple[Any, ...]:
+    return tuple(_flatten(module(**dict(zip(names, tensors, strict=True))), label)[0].values())
 
 
 def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tensor], label: str) -> str:
