@@ -509,12 +509,13 @@ def embedding(model: Model, files: Mapping[str, Path], find: Find, location: str
     reader = _Reader(files, None if model.random_weights else find, location, tokens, left)
     module: Any = model.module  # a model of transformers
     width = module.config.get_text_config().hidden_size
-    if MODULES in files:
-        head = reader.head(read_modules(files[MODULES], location), width, settings.get("truncate_dim"))
-        assumed = None
-    else:
-        assumed = _assumed_mode(module.config)
+    assumed = None if MODULES in files else _assumed_mode(module.config)
+    if assumed is not None:
         head = SentenceHead({Listed("Pooling", "1_Pooling", 1): Pooling((assumed,), 0, left)}, None).eval()
+    else:
+        with torch.random.fork_rng(devices=[]):  # weights that are not read are random, the same in every run
+            torch.manual_seed(0)
+            head = reader.head(read_modules(files[MODULES], location), width, settings.get("truncate_dim"))
     module.add_module(HEAD, head)
     return replace(
         model,

@@ -112,20 +112,23 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
     inputs_by_name = _name_inputs(module, example_inputs, label)
     _check_example(inputs_by_name, label)
     example = _two_samples(inputs_by_name)
-    returned = _returned(module, inputs_by_name, example, label)
+    by_position = _by_position(module, example_inputs)
+    returned, values = _returned(module, inputs_by_name, example, label, by_position)
     tensors, others = _flatten(returned, label)
+    unchanged = {name: value for name, value in values.items() if torch.equal(value, example[name])}
+    repeated = dict(_repeated(tensors, unchanged))
+    tensors = {name: value for name, value in tensors.items() if name not in repeated}
     outputs = _renamed(tuple(tensors), tuple(example))
-    computed = [name for name, given in zip(outputs, tensors, strict=True) if given not in example]
-    answer = "logits" if "logits" in outputs else (*computed, *outputs)[0]
+    answer = "logits" if "logits" in outputs else outputs[0]
     resolved_task = _task(task, list(tensors.values())[outputs.index(answer)], example, label)
-    fixed = frozenset() if resolved_task == "text-generation" else _fixed_lengths(module, example)
+    fixed = frozenset() if resolved_task == "text-generation" else _fixed_lengths(module, example, by_position)
     axes = {key: {0: "batch"} if key in fixed else _axes(key, value) for key, value in example.items()}
     model = Model(
         name=label,
         source="module",
         task=resolved_task,
         module=module,
-        call=partial(_call, names=tuple(example), label=label),
+        call=partial(_call, names=() if by_position else tuple(example), outputs=tuple(tensors), label=label),
         inputs=tuple(example),
         outputs=outputs,
         answer=answer,
@@ -137,7 +140,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
             *_fixed_shapes({name: value for name, value in example.items() if name not in fixed}, axes),
             *_fixed_tokens({name: value for name, value in example.items() if name in fixed}),
             *_hooks(module),
-            *_assumptions(others, outputs, answer, resolved_task if task is None else None),
+            *_assumptions(others | repeated, outputs, answer, resolved_task if task is None else None),
         ),
     )
     if resolved_task != "text-generation":
@@ -196,18 +199,22 @@ def _converted(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 
 
 def _returned(
-    module: torch.nn.Module, inputs: dict[str, torch.Tensor], example: dict[str, torch.Tensor], label: str
-) -> Any:
-    """Return the outputs for two samples.
+    module: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    example: dict[str, torch.Tensor],
+    label: str,
+    by_position: bool,
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the outputs for two samples, and the inputs after the call.
 
     Raises:
         ModelError: the forward pass fails. If it does not fail for the user's own batch, the message says so.
     """
     try:
-        return _run(module, example)
+        return _run(module, example, by_position)
     except Exception as error:  # user code may raise anything
         reason, rows = f"{type(error).__name__}: {first_line(error)}", len(next(iter(inputs.values())))
-        if rows == len(next(iter(example.values()))) or not _runs(module, inputs):
+        if rows == len(next(iter(example.values()))) or not _runs(module, inputs, by_position):
             raise ModelError(f"{label} fails on its example inputs: {reason}.") from error
         raise ModelError(
             f"{label} computes its example inputs, a batch of {rows}, but not a batch of two ({reason}); Compressor "
@@ -215,20 +222,40 @@ def _returned(
         ) from error
 
 
-def _run(module: torch.nn.Module, example: dict[str, torch.Tensor]) -> Any:
+def _by_position(module: torch.nn.Module, example_inputs: Any) -> bool:
+    """Return whether inputs are passed by position, as a tuple is. Hooks do not see arguments that have a keyword."""
+    if isinstance(example_inputs, dict):
+        return False
+    given = len(example_inputs) if isinstance(example_inputs, tuple | list) else 1
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return all(
+        kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds[:given]
+    )
+
+
+def _called(module: torch.nn.Module, names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
+    """Call a module by keyword, or by position if there are no names."""
+    return module(**dict(zip(names, tensors, strict=True))) if names else module(*tensors)
+
+
+def _run(
+    module: torch.nn.Module, example: dict[str, torch.Tensor], by_position: bool
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the outputs for copies of the inputs, and these copies, which the module may have changed."""
     with torch.inference_mode():
-        return module(**{name: _floating(value.detach().cpu()) for name, value in example.items()})
+        values = {name: _floating(value.detach().cpu().clone()) for name, value in example.items()}
+        return _called(module, () if by_position else tuple(values), tuple(values.values())), values
 
 
-def _runs(module: torch.nn.Module, example: dict[str, torch.Tensor]) -> bool:
+def _runs(module: torch.nn.Module, example: dict[str, torch.Tensor], by_position: bool) -> bool:
     try:
-        _run(module, example)
+        _run(module, example, by_position)
     except Exception:  # any error of the module's own code
         return False
     return True
 
 
-def _fixed_lengths(module: torch.nn.Module, example: dict[str, torch.Tensor]) -> frozenset[str]:
+def _fixed_lengths(module: torch.nn.Module, example: dict[str, torch.Tensor], by_position: bool) -> frozenset[str]:
     """Return the inputs of tokens whose number of tokens cannot vary, by calling the module with one token less.
 
     Inputs of the same length are shortened together. Two tokens become three, because one would be broadcast.
@@ -238,7 +265,7 @@ def _fixed_lengths(module: torch.nn.Module, example: dict[str, torch.Tensor]) ->
     for length in set(lengths.values()) - {1}:
         group = {name for name, each in lengths.items() if each == length}
         other = {name: _other_length(value) if name in group else value for name, value in example.items()}
-        if not _runs(module, other):
+        if not _runs(module, other, by_position):
             fixed |= group
     return frozenset(fixed)
 
@@ -294,7 +321,7 @@ def _assumptions(
     """Yield the outputs that are left out, and the assumptions about the judged output and the task."""
     if others:
         named = ", ".join(f"{name} ({kind})" for name, kind in others.items())
-        yield Limitation("outputs left out", f"{named}: only tensors are exported")
+        yield Limitation("outputs left out", f"{named}: only computed tensors are exported, each once")
     if len(outputs) > 1 and answer != "logits":
         yield Limitation(
             "judged output", f"{answer}, the first of {len(outputs)} outputs; quality is not measured on the others"
@@ -379,6 +406,25 @@ def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[s
     return tensors, others
 
 
+def _repeated(tensors: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """Yield the outputs that are an input, or the same tensor as an output before, with a phrase that says so.
+
+    An ONNX file has one name for a value. A module that computes nothing keeps its first output.
+    """
+    names = {_storage(value): f"the input {name}" for name, value in inputs.items()}
+    if all(_storage(value) in names for value in tensors.values()):
+        names = {}
+    for name, value in tensors.items():
+        if _storage(value) in names:
+            yield name, names[_storage(value)]
+        else:
+            names[_storage(value)] = f"the same as {name}"
+
+
+def _storage(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
 def _leaves(value: Any, path: tuple[str, ...], label: str) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the path and the value of everything in nested containers that is no container."""
     if value is None or isinstance(value, (torch.Tensor, *PLAIN)) or _is_cache(value):
@@ -426,8 +472,11 @@ def _renamed(outputs: tuple[str, ...], inputs: tuple[str, ...]) -> tuple[str, ..
     return tuple(f"{prefix}{name}" if name in inputs else name for name in outputs)
 
 
-def _call(module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...], label: str) -> tuple[Any, ...]:
-    return tuple(_flatten(module(**dict(zip(names, tensors, strict=True))), label)[0].values())
+def _call(
+    module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...], outputs: tuple[str, ...], label: str
+) -> tuple[torch.Tensor, ...]:
+    returned, _ = _flatten(_called(module, names, tensors), label)
+    return tuple(returned[name] for name in outputs)
 
 
 def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tensor], label: str) -> str:
