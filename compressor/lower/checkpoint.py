@@ -179,34 +179,40 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
         CheckpointError: the config cannot describe the model without the removed blocks.
     """
     from compressor.internals.transformers import quiet
+    from compressor.models import sentence_transformers
     from compressor.models.lazy_weights import write_from_disk
     from passes.execute.offloaded_weights import is_offloaded
 
     path.parent.mkdir(exist_ok=True)
     with quiet():
         model.save(path.parent)
-        shorter = _shorter_model(graph, model.module)
+        weights = model.module.state_dict(keep_vars=True) | _weights(graph, model.module)
+        shorter = _shorter_model(graph, model.module, weights)
         if any(map(is_offloaded, shorter.parameters())):
             write_from_disk(shorter, path.parent)
         else:
             shorter.save_pretrained(path.parent)
-    for weights in path.parent.glob("*.safetensors"):
-        shutil.copymode(path, weights)  # safetensors lets only the owner read its files
+        sentence_transformers.write_weights(model.module, weights, path.parent)
+    for file in path.parent.rglob("*.safetensors"):
+        shutil.copymode(path, file)  # safetensors lets only the owner read its files
     return path
 
 
-def _shorter_model(graph: Graph, module: Any) -> Any:
+def _shorter_model(graph: Graph, module: Any, weights: Mapping[str, torch.Tensor]) -> Any:
     """Build a model of the same class without the blocks whose weights the graph does not read.
 
-    The weights are shared with the graph, not copied.
+    The weights are shared with the graph, not copied. Those of a sentence embedding are left out.
     """
     import torch
+
+    from compressor.models import sentence_transformers
 
     removed = list(_unread_blocks(graph, module))
     caches = {name.split(".")[1] for name in graph.state}
     if not caches <= {str(number) for number in range(len(caches))}:  # caches of different sizes keep their numbers
         raise CheckpointError(f"--target {TRANSFORMERS}: its layers keep caches of different sizes, so that {ADVICE}.")
-    weights = module.state_dict(keep_vars=True) | _weights(graph, module)
+    head = f"{sentence_transformers.HEAD}."
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(head)}
     config = copy.deepcopy(module.config)
     if removed:
         stack = stack_of(module, removed)

@@ -347,8 +347,9 @@ def _module(
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Return the module, and the names of the weights that the file lacks."""
     if random_weights:
-        torch.manual_seed(0)
-        return with_random_weights(kind, config), ()
+        with torch.random.fork_rng(devices=[]):  # the random state of the caller stays as it is
+            torch.manual_seed(0)
+            return with_random_weights(kind, config), ()
     # Releases without GgufConfig always dequantize.
     floats = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _has_gguf_config() else {}
     module, info = kind.from_pretrained(

@@ -18,7 +18,7 @@ from PIL import Image
 from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
-from compressor.models import class_names
+from compressor.models import class_names, sentence_transformers
 from compressor.models.aligned_tokens import tokenize_aligned
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason, no_language_model
 from compressor.models.kv_cache import with_cache
@@ -60,8 +60,6 @@ OUTPUTS = {
     "question-answering": ("start_logits", "end_logits"),
     "depth-estimation": ("predicted_depth",),
 }
-# Files in which sentence-transformers stores how an embedding is computed from the model's output.
-SENTENCE = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -102,7 +100,7 @@ def load(
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
-            sentence_files = _sentence_files(location, revision)
+            sentence_files = sentence_transformers.find_files(partial(_optional, location, revision=revision))
             resolved_task = task or _task(config, sentence_files, location)
             if on_disk:
                 if resolved_task != "text-generation":
@@ -118,12 +116,6 @@ def load(
             module.eval().float(), location, resolved_task, options, sentence_files, random_weights, missing, cache
         )
         return replace(model, limitations=(*model.limitations, *_left_out(left_out)))
-
-
-def _sentence_files(location: str, revision: str | None) -> dict[str, Path]:
-    """Return the files of sentence-transformers in the folder or hub repository of the model, by name."""
-    paths = {name: _optional(location, name, revision) for name in SENTENCE}
-    return {name: path for name, path in paths.items() if path is not None}
 
 
 def _optional(location: str, name: str, revision: str | None) -> Path | None:
@@ -164,8 +156,9 @@ def _module(
     """Return the module, the missing keys of the checkpoint, and its unexpected keys."""
     kind = _kind(config, task)
     if random_weights:
-        torch.manual_seed(0)
-        return with_random_weights(kind, config), (), ()
+        with torch.random.fork_rng(devices=[]):  # the random state of the caller stays as it is
+            torch.manual_seed(0)
+            return with_random_weights(kind, config), (), ()
     module, info = kind.from_pretrained(location, **options, dtype=torch.float32, output_loading_info=True)
     return module, tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"]))
 
@@ -213,9 +206,11 @@ def _wrap(
 ) -> Model:
     image = module.main_input_name == "pixel_values"
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
+    if not image and processors is not None:
+        sentence_transformers.prepare_tokenizer(processors, sentence_files, location)
     inputs = ("pixel_values",) if image else _text_inputs(module, processors)
     example = _image_example(module) if image else _text_example(module, inputs)
-    signature = _signature(module, task, inputs, location, sentence_files)
+    signature = _signature(task, inputs)
     axes: dict[str, dict[int, str]] = {name: {0: "batch"} if image else {0: "batch", 1: "sequence"} for name in inputs}
     model = Model(
         name=Path(location).name if Path(location).is_dir() else location,
@@ -243,6 +238,9 @@ def _wrap(
         ),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
+    if task == "sentence-similarity":
+        find = partial(_optional, location, revision=options["revision"])
+        return sentence_transformers.embedding(model, sentence_files, find, location)
     return model if task != "text-generation" else with_cache(model, cache)
 
 
@@ -291,16 +289,11 @@ def _text_limitations(
         )
 
 
-def _signature(
-    module: Any, task: str, inputs: tuple[str, ...], location: str, sentence_files: dict[str, Path]
-) -> _Signature:
+def _signature(task: str, inputs: tuple[str, ...]) -> _Signature:
     names = OUTPUTS.get(task)
     if names is not None:
         extra = {"use_cache": False} if task == "text-generation" else {}
         return _Signature(names, names[0], partial(_head_outputs, inputs=inputs, names=names, extra=extra))
-    if task == "sentence-similarity":
-        embed = partial(_sentence, inputs=inputs, pooling=_pooling(location, sentence_files))
-        return _Signature(("last_hidden_state", "sentence_embedding"), "sentence_embedding", embed)
     return _Signature(("last_hidden_state",), "last_hidden_state", partial(_hidden, inputs=inputs))
 
 
@@ -313,40 +306,6 @@ def _head_outputs(
 
 def _hidden(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
     return (module(**dict(zip(inputs, tensors, strict=True))).last_hidden_state,)
-
-
-def _sentence(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...], pooling: str) -> tuple[torch.Tensor, ...]:
-    """Return hidden states and the pooled, normalized embedding, as sentence-transformers computes it."""
-    feeds = dict(zip(inputs, tensors, strict=True))
-    states = module(**feeds).last_hidden_state
-    if pooling == "cls":
-        pooled = states[:, 0]
-    else:
-        mask = feeds["attention_mask"].unsqueeze(-1).to(states.dtype)
-        pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-    return states, torch.nn.functional.normalize(pooled, dim=-1)
-
-
-def _pooling(location: str, sentence_files: dict[str, Path]) -> str:
-    """Return the pooling of the sentence-transformers config, ``cls`` or ``mean``; ``mean`` without a config.
-
-    Raises:
-        ModelError: the config has another pooling.
-    """
-    name = "1_Pooling/config.json"
-    if name not in sentence_files:
-        return "mean"
-    config = json.loads(sentence_files[name].read_text())
-    modes = {
-        key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and "pooling_mode" in key
-    }
-    if modes == {"cls_token"}:
-        return "cls"
-    if modes == {"mean_tokens"}:
-        return "mean"
-    raise ModelError(
-        f"{name} of {location} sets the pooling {', '.join(sorted(modes))}; expected mean_tokens or cls_token."
-    )
 
 
 def _text_inputs(module: Any, tokenizer: Any) -> tuple[str, ...]:
@@ -503,7 +462,7 @@ def _save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: 
     if getattr(module, "generation_config", None) is not None and module.can_generate():
         module.generation_config.save_pretrained(folder)
     for name, original in sentence_files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(original.read_bytes())
 
 

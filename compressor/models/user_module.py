@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import importlib
 import inspect
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from compressor.limitations import Limitation
@@ -19,6 +23,8 @@ from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess
 
+# Values in an output that are reported as left out, because they are not tensors.
+PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, torch.dtype, torch.device, torch.Size)
 # Number of axes of the judged output, for the tasks that determine it.
 AXES = {"image-classification": 2, "text-classification": 2, "sentence-similarity": 2, "text-generation": 3}
 
@@ -50,7 +56,7 @@ def load(
         raise ModelError(
             f"{location} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
-    return wrap(module, inputs, task=task, name=location, cache=cache)
+    return _described(module.eval().float().cpu(), inputs, task=task, label=location, cache=cache)
 
 
 def refuse(label: str, *, revision: str | None, random_weights: bool) -> None:
@@ -84,45 +90,48 @@ def _current_folder() -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def wrap(
-    module: torch.nn.Module, example_inputs: Any, *, task: str | None, name: str | None = None, cache: bool = True
-) -> Model:
+def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, cache: bool = True) -> Model:
     """Build the model description of a module from its outputs for the example inputs.
+
+    The module is not changed: the model is a copy in evaluation mode, with float32 tensors on the CPU, see `copied`.
 
     Args:
         module: a user-defined module.
         example_inputs: a tensor, a tuple of tensors in the order of the arguments of `forward`, or a dict of tensors.
         task: one of `TASKS`; None infers it from the shapes.
-        name: name of the module in messages; its class name by default.
         cache: call a language model with its KV cache; it is an error if none is detected.
 
     Raises:
-        ModelError: the example inputs are missing, the forward pass fails or returns no tensors, or the cache of a
-            language model cannot be detected.
+        ModelError: the module cannot be copied, the example inputs are missing, the forward pass fails or returns no
+            tensors, or the cache of a language model cannot be detected.
     """
-    module = module.eval().float()
-    label = name or type(module).__name__
+    return _described(copied(module), example_inputs, task=task, label=type(module).__name__, cache=cache)
+
+
+def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None, label: str, cache: bool) -> Model:
+    """Build the model description of a module that may be changed; see `wrap`."""
     inputs_by_name = _name_inputs(module, example_inputs, label)
     _check_example(inputs_by_name, label)
     example = _two_samples(inputs_by_name)
-    try:
-        with torch.inference_mode():
-            returned = module(**example)
-    except Exception as error:  # user code may raise anything
-        raise ModelError(
-            f"{label} fails on its example inputs: {type(error).__name__}: {first_line(error)}."
-        ) from error
-    outputs = _output_names(returned, label)
+    by_position = _by_position(module, example_inputs)
+    returned, values = _returned(module, inputs_by_name, example, label, by_position)
+    tensors, others = _flatten(returned, label)
+    unchanged = {name: value for name, value in values.items() if torch.equal(value, example[name])}
+    repeated = dict(_repeated(tensors, unchanged))
+    tensors = {name: value for name, value in tensors.items() if name not in repeated}
+    outputs = _renamed(tuple(tensors), tuple(example))
     answer = "logits" if "logits" in outputs else outputs[0]
-    resolved_task = _task(task, _flatten(returned)[outputs.index(answer)], example, label)
-    axes = {key: _axes(key, value) for key, value in example.items()}
-    names = _class_names(module, resolved_task, _flatten(returned)[outputs.index(answer)])
+    evaluated = list(tensors.values())[outputs.index(answer)]
+    resolved_task = _task(task, evaluated, example, label)
+    names = _class_names(module, resolved_task, evaluated)
+    fixed = frozenset() if resolved_task == "text-generation" else _fixed_lengths(module, example, by_position)
+    axes = {key: {0: "batch"} if key in fixed else _axes(key, value) for key, value in example.items()}
     model = Model(
         name=label,
         source="module",
         task=resolved_task,
         module=module,
-        call=partial(_call, names=tuple(example)),
+        call=partial(_call, names=() if by_position else tuple(example), outputs=tuple(tensors), label=label),
         inputs=tuple(example),
         outputs=outputs,
         answer=answer,
@@ -131,8 +140,10 @@ def wrap(
         preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
         save=partial(_save, label, resolved_task, example, names),
         limitations=(
-            *_fixed_shapes(example, axes),
-            *_assumptions(returned, outputs, answer, resolved_task if task is None else None),
+            *_fixed_shapes({name: value for name, value in example.items() if name not in fixed}, axes),
+            *_fixed_tokens({name: value for name, value in example.items() if name in fixed}),
+            *_hooks(module),
+            *_assumptions(others | repeated, outputs, answer, resolved_task if task is None else None),
         ),
         class_names=names,
     )
@@ -147,6 +158,133 @@ def _class_names(module: torch.nn.Module, task: str, answer: torch.Tensor) -> cl
     return class_names.of_module(module, answer.shape[-1]) if task.endswith("classification") else None
 
 
+# ---------------------------------------------------------------------------------------------------------- the module
+
+
+def copied(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a module in evaluation mode, with float32 parameters on the CPU.
+
+    Parameters that have this type and place already are shared, not copied. Buffers and other tensors are copied,
+    because a forward pass may change them. Hooks of the forward pass are kept; those of the backward pass are left out.
+
+    Raises:
+        ModelError: the module cannot be copied.
+    """
+    try:
+        tensors: dict[int, Any] = {id(parameter): _converted(parameter) for parameter in module.parameters()}
+        for value in _other_tensors(module):
+            if id(value) not in tensors:
+                tensors[id(value)] = _floating(value.detach().cpu().clone())
+        twin = copy.deepcopy(module, tensors)
+    except Exception as error:  # locks, process groups and tensors without data, each with its own error
+        raise ModelError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}), and the module "
+            "itself must not change; remove what cannot be copied, or pass package.module:factory, whose module is not."
+        ) from error
+    for inner in twin.modules():
+        inner._backward_hooks.clear()
+        inner._backward_pre_hooks.clear()
+    return twin.eval()
+
+
+def _other_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield buffers and the tensors in other attributes, also those in lists and dicts."""
+    yield from module.buffers()
+    for inner in module.modules():
+        for value in vars(inner).values():
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            )
+            yield from (each for each in values if isinstance(each, torch.Tensor))
+
+
+def _converted(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return the parameter itself if it is float32 (or no float) on the CPU; a converted copy otherwise."""
+    converted = _floating(parameter.detach().cpu())
+    if converted.data_ptr() == parameter.data_ptr() and converted.dtype == parameter.dtype:
+        return parameter
+    return torch.nn.Parameter(converted, requires_grad=parameter.requires_grad)
+
+
+def _returned(
+    module: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    example: dict[str, torch.Tensor],
+    label: str,
+    by_position: bool,
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the outputs for two samples, and the inputs after the call.
+
+    Raises:
+        ModelError: the forward pass fails. If it does not fail for the user's own batch, the message says so.
+    """
+    try:
+        return _run(module, example, by_position)
+    except Exception as error:  # user code may raise anything
+        reason, rows = f"{type(error).__name__}: {first_line(error)}", len(next(iter(inputs.values())))
+        if rows == len(next(iter(example.values()))) or not _runs(module, inputs, by_position):
+            raise ModelError(f"{label} fails on its example inputs: {reason}.") from error
+        raise ModelError(
+            f"{label} computes its example inputs, a batch of {rows}, but not a batch of two ({reason}); Compressor "
+            "needs a forward pass that works at any batch size, so replace the fixed size in it."
+        ) from error
+
+
+def _by_position(module: torch.nn.Module, example_inputs: Any) -> bool:
+    """Return whether inputs are passed by position, as a tuple is. Hooks do not see arguments that have a keyword."""
+    if isinstance(example_inputs, dict):
+        return False
+    given = len(example_inputs) if isinstance(example_inputs, tuple | list) else 1
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return all(
+        kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds[:given]
+    )
+
+
+def _called(module: torch.nn.Module, names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
+    """Call a module by keyword, or by position if there are no names."""
+    return module(**dict(zip(names, tensors, strict=True))) if names else module(*tensors)
+
+
+def _run(
+    module: torch.nn.Module, example: dict[str, torch.Tensor], by_position: bool
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the outputs for copies of the inputs, and these copies, which the module may have changed."""
+    with torch.inference_mode():
+        values = {name: _floating(value.detach().cpu().clone()) for name, value in example.items()}
+        return _called(module, () if by_position else tuple(values), tuple(values.values())), values
+
+
+def _runs(module: torch.nn.Module, example: dict[str, torch.Tensor], by_position: bool) -> bool:
+    try:
+        _run(module, example, by_position)
+    except Exception:  # any error of the module's own code
+        return False
+    return True
+
+
+def _fixed_lengths(module: torch.nn.Module, example: dict[str, torch.Tensor], by_position: bool) -> frozenset[str]:
+    """Return the inputs of tokens whose number of tokens cannot vary, by calling the module with one token less.
+
+    Inputs of the same length are shortened together. Two tokens become three, because one would be broadcast.
+    """
+    lengths = {name: value.shape[1] for name, value in example.items() if 1 in _axes(name, value)}
+    fixed = {name for name, length in lengths.items() if length == 1}  # torch.export treats a size of 1 as a constant
+    for length in set(lengths.values()) - {1}:
+        group = {name for name, each in lengths.items() if each == length}
+        other = {name: _other_length(value) if name in group else value for name, value in example.items()}
+        if not _runs(module, other, by_position):
+            fixed |= group
+    return frozenset(fixed)
+
+
+def _other_length(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens[:, :-1] if tokens.shape[1] > 2 else torch.cat([tokens, tokens[:, -1:]], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- limitations
+
+
 def _fixed_shapes(example: dict[str, torch.Tensor], axes: dict[str, dict[int, str]]) -> Iterator[Limitation]:
     """Yield a limitation for every input that has static axes other than the batch."""
     for name, value in example.items():
@@ -158,22 +296,49 @@ def _fixed_shapes(example: dict[str, torch.Tensor], axes: dict[str, dict[int, st
             )
 
 
-def _assumptions(returned: Any, outputs: tuple[str, ...], answer: str, inferred: str | None) -> Iterator[Limitation]:
+def _fixed_tokens(example: dict[str, torch.Tensor]) -> Iterator[Limitation]:
+    """Yield a limitation for every input of tokens whose number of tokens cannot vary."""
+    for name, value in example.items():
+        length = value.shape[1]
+        reason = "the example has one token" if length == 1 else "the module fails with another number of tokens"
+        yield Limitation(
+            f"length of {name}", f"{reason}, so every sample must have {length} tokens; other lengths are rejected"
+        )
+
+
+def _hooks(module: torch.nn.Module) -> Iterator[Limitation]:
+    """Yield a limitation if the module has hooks of the forward pass, which are traced like its own code."""
+    named = [name or "the module" for name, inner in module.named_modules() if _has_own_hooks(inner)]
+    if named:
+        yield Limitation(
+            "forward hooks",
+            f"those of {', '.join(named[:3])}{f' and {len(named) - 3} more' if len(named) > 3 else ''} become part of "
+            "the model; remove hooks that only record values",
+        )
+
+
+def _has_own_hooks(inner: torch.nn.Module) -> bool:
+    """Return whether a module has forward hooks, other than those with which torch computes its weight."""
+    hooks = (*inner._forward_hooks.values(), *inner._forward_pre_hooks.values())
+    return any(not type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
+
+
+def _assumptions(
+    others: dict[str, str], outputs: tuple[str, ...], answer: str, inferred: str | None
+) -> Iterator[Limitation]:
     """Yield the outputs that are left out, and the assumptions about the judged output and the task."""
-    if isinstance(returned, Mapping):
-        others = [f"{name} ({type(value).__name__})" for name, value in returned.items() if name not in outputs]
-    else:
-        values = returned if isinstance(returned, tuple | list) else ()
-        others = [type(value).__name__ for value in values if not isinstance(value, torch.Tensor)]
-    others = [other for other in others if not other.endswith(("NoneType", "NoneType)"))]
     if others:
-        yield Limitation("outputs left out", f"{', '.join(others)}: only tensors are exported")
+        named = ", ".join(f"{name} ({kind})" for name, kind in others.items())
+        yield Limitation("outputs left out", f"{named}: only computed tensors are exported, each once")
     if len(outputs) > 1 and answer != "logits":
         yield Limitation(
-            "judged output", f"{answer}, the first of {len(outputs)}; quality is not measured on the others"
+            "judged output", f"{answer}, the first of {len(outputs)} outputs; quality is not measured on the others"
         )
     if inferred is not None:
         yield Limitation("task", f"{inferred} is assumed from the shape of the output; set another task with --task")
+
+
+# ------------------------------------------------------------------------------------------------------ inputs, outputs
 
 
 def _name_inputs(module: torch.nn.Module, inputs: Any, label: str) -> dict[str, torch.Tensor]:
@@ -220,28 +385,106 @@ def _floating(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _flatten(returned: Any) -> list[torch.Tensor]:
-    if isinstance(returned, torch.Tensor):
-        return [returned]
-    values = returned.values() if hasattr(returned, "items") else returned
-    if not isinstance(values, Iterable):
-        return []
-    return [value for value in values if isinstance(value, torch.Tensor)]
+def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of nested outputs by name, and the types of all other values but None by name.
 
+    A name is the path to the value: keys, field names and positions, joined by dots, as in ``encoder.0``. A single
+    tensor is ``output``; the entries of an outermost tuple are ``output_0``, ``output_1``.
 
-def _output_names(returned: Any, label: str) -> tuple[str, ...]:
-    tensors = _flatten(returned)
+    Raises:
+        ModelError: an output is neither a tensor nor a container nor a plain value, two have the same name, or there
+            is no tensor.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, str] = {}
+    for path, value in _leaves(returned, (), label):
+        name = _output_name(path)
+        if name in tensors or name in others:
+            raise ModelError(f"{label} returns two outputs with the name {name}; rename one of the keys.")
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif value is not None:
+            others[name] = type(value).__name__
     if not tensors:
         raise ModelError(
             f"{label} returned {type(returned).__name__} without tensors; expected a tensor, tuple or dict of tensors."
         )
-    if hasattr(returned, "items"):
-        return tuple(key for key, value in returned.items() if isinstance(value, torch.Tensor))
-    return ("output",) if len(tensors) == 1 else tuple(f"output_{position}" for position in range(len(tensors)))
+    if len(tensors) == 1 and re.fullmatch(r"output_\d+", name := next(iter(tensors))):
+        tensors = {"output": tensors[name]}
+    return tensors, others
 
 
-def _call(module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(_flatten(module(**dict(zip(names, tensors, strict=True)))))
+def _repeated(tensors: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """Yield the outputs that are an input, or the same tensor as an output before, with a phrase that says so.
+
+    An ONNX file has one name for a value. A module that computes nothing keeps its first output.
+    """
+    names = {_storage(value): f"the input {name}" for name, value in inputs.items()}
+    if all(_storage(value) in names for value in tensors.values()):
+        names = {}
+    for name, value in tensors.items():
+        if _storage(value) in names:
+            yield name, names[_storage(value)]
+        else:
+            names[_storage(value)] = f"the same as {name}"
+
+
+def _storage(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
+def _leaves(value: Any, path: tuple[str, ...], label: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path and the value of everything in nested containers that is no container."""
+    if value is None or isinstance(value, (torch.Tensor, *PLAIN)) or _is_cache(value):
+        yield path, value
+    elif (entries := _entries(value, not path)) is not None:
+        for key, entry in entries:
+            yield from _leaves(entry, (*path, key), label)
+    else:
+        place = f" at {_output_name(path)}" if path else ""
+        raise ModelError(
+            f"{label} returns an object of the class {type(value).__name__}{place}, in which tensors cannot be found; "
+            "return a tensor, tuple, dict or dataclass, or wrap the module in one that does."
+        )
+
+
+def _entries(value: Any, outermost: bool) -> Iterator[tuple[str, Any]] | None:
+    """Return the entries of a container with their names; None if the value is no container."""
+    if hasattr(value, "items") and callable(value.items):  # dict, OrderedDict, ModelOutput, BatchEncoding
+        return ((str(key), entry) for key, entry in value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return zip(value._fields, value, strict=True)
+    if isinstance(value, (tuple, list)):
+        return ((f"output_{index}" if outermost else str(index), entry) for index, entry in enumerate(value))
+    return None
+
+
+def _output_name(path: tuple[str, ...]) -> str:
+    """Return the name of an output: letters, digits, underscores, dots and hyphens."""
+    return ".".join(re.sub(r"[^\w.-]", "_", key, flags=re.ASCII) or "_" for key in path) or "output"
+
+
+def _is_cache(value: Any) -> bool:
+    """Return whether a value is a KV cache of transformers, which `compressor.models.kv_cache` handles."""
+    library = sys.modules.get("transformers.cache_utils")
+    return library is not None and isinstance(value, library.Cache)
+
+
+def _renamed(outputs: tuple[str, ...], inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return output names that differ from the input names, because an ONNX file has one list of names."""
+    prefix = "output."
+    while any(f"{prefix}{name}" in (*outputs, *inputs) for name in outputs if name in inputs):
+        prefix += "output."
+    return tuple(f"{prefix}{name}" if name in inputs else name for name in outputs)
+
+
+def _call(
+    module: torch.nn.Module, *tensors: torch.Tensor, names: tuple[str, ...], outputs: tuple[str, ...], label: str
+) -> tuple[torch.Tensor, ...]:
+    returned, _ = _flatten(_called(module, names, tensors), label)
+    return tuple(returned[name] for name in outputs)
 
 
 def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tensor], label: str) -> str:

@@ -144,7 +144,7 @@ def engine_bytes(path: Path) -> int:
     Weights in separate files count: the external data of ONNX, the .bin of OpenVINO, the safetensors of a checkpoint.
     """
     if path.name == "config.json":
-        return sum(part.stat().st_size for part in path.parent.glob("*.safetensors"))
+        return sum(part.stat().st_size for part in path.parent.rglob("*.safetensors"))
     weights = (path.with_name(path.name + ".data"), *([path.with_suffix(".bin")] if path.suffix == ".xml" else []))
     return sum(part.stat().st_size for part in (path, *weights) if part.exists())
 

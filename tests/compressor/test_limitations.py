@@ -155,14 +155,15 @@ class Several(torch.nn.Module):
 
     def forward(self, x):
         y = x + self.inner(x)
-        return {"state": y, "mean": y.mean(-1, keepdim=True), "hidden": (y, y), "loss": None}
+        return {"state": y, "mean": y.mean(-1, keepdim=True), "hidden": (y, 3.5), "loss": None}
 
 
 def test_limitations_of_a_user_defined_module():
     model = models.load(Several(), example_inputs=torch.rand(2, 4))
     reasons = {limitation.feature: limitation.reason for limitation in model.limitations}
-    assert reasons["outputs left out"].startswith("hidden (tuple)")
-    assert reasons["judged output"].startswith("state, the first of 2")
+    assert model.outputs == ("state", "mean", "hidden.0")
+    assert reasons["outputs left out"].startswith("hidden.1 (float)")
+    assert reasons["judged output"].startswith("state, the first of 3")
     assert "text-classification" in reasons["task"]
     assert "4" in reasons["shape of x"]
     with_task = models.load(Several(), example_inputs=torch.rand(2, 4), task="feature-extraction")

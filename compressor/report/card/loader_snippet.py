@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 
+EMBEDDING = "sentence_embedding"
 TEMPLATES = Path(__file__).parent / "templates"
 # The engine file of each target that has its own format, and the packages that open it.
 ENGINES = {
@@ -97,6 +98,7 @@ def make_snippet(content: Json, folder: Path) -> Loader:
             caches=_caches(content),
             picture=picture,
             tokenizer=tokenizer,
+            prompt=preprocessing_recipe.prompt(folder) if EMBEDDING in model["outputs"] else "",
             cached=cached,
             inputs=model["inputs"],
             arrays={} if picture or tokenizer or cached else _arrays(content, folder),
@@ -117,6 +119,9 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
     inputs, outputs = content["model"]["inputs"], content["model"]["outputs"]
     picture = "pixel_values" in inputs and (folder / "preprocessor_config.json").is_file()
     tokenizer = "input_ids" in inputs and (folder / "tokenizer_config.json").is_file()
+    if EMBEDDING in outputs and tokenizer:
+        text = templates().get_template("load_sentence_transformers.py.j2").render()
+        return Loader(text.strip(), ("sentence-transformers",), "transformers", ())
     own = (*(("AutoImageProcessor",) if picture else ()), *(("AutoTokenizer",) if tokenizer else ()))
     text = (
         templates()
@@ -138,7 +143,7 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
 
 def answer(outputs: list[str]) -> str:
     """Return the output that the metric evaluates, as `compressor.models` names it."""
-    preferred = ("logits", "sentence_embedding", "pooler_output")
+    preferred = ("logits", EMBEDDING, "pooler_output")
     return next((name for name in preferred if name in outputs), outputs[0])
 
 

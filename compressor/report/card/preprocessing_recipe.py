@@ -70,6 +70,13 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     return Tokenizer(longest, int(ids.get(text, 0)), text, options.get("padding_side", "right"))
 
 
+def prompt(folder: Path) -> str:
+    """Return the text in front of every text of a sentence embedding, by its sentence-transformers config."""
+    settings = _read(folder / "config_sentence_transformers.json")
+    text = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
+    return text if isinstance(text, str) else ""
+
+
 def licence(folder: Path) -> str | None:
     """Return the licence of the weights if the model's config states it (timm)."""
     name = (_read(folder / "config.json").get("pretrained_cfg") or {}).get("license")

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -371,7 +372,9 @@ def sentence(folder: Path, pooling: str) -> Path:
     saved(folder, "BertModel", "BertConfig", SMALL)
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
-    (folder / "modules.json").write_text("[]")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
     return folder
 
@@ -420,17 +423,18 @@ def test_the_maximum_length_of_a_sentence_model_is_read_from_the_hub(
         return str(folder / name) if (folder / name).is_file() else None
 
     monkeypatch.setattr(source.transformers.utils, "cached_file", cached_file)
-    sentence_files = source._sentence_files("nobody/sentences", "v1")
-    assert requests == [("nobody/sentences", name, "v1") for name in source.SENTENCE]
+    model = load(folder)
+    monkeypatch.setattr(source.Path, "is_dir", lambda _: False)  # so that the files are requested from the hub
+    sentence_files = source.sentence_transformers.find_files(
+        partial(source._optional, "nobody/sentences", revision="v1")
+    )
+    assert set(requests) == {
+        ("nobody/sentences", name, "v1") for name in (*sentence_files, "config_sentence_transformers.json")
+    }
     assert set(sentence_files) == {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
-    module, tokenizer = load(folder).module, type("Tokenizer", (), {"model_max_length": 512})
-    assert source._max_length(module, tokenizer, sentence_files) == 7
-    assert source._max_length(module, tokenizer, {}) == SMALL["max_position_embeddings"]
-
-
-def test_an_unsupported_pooling_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="sets the pooling lasttoken; expected mean_tokens or cls_token"):
-        load(sentence(tmp_path / "m", "lasttoken"))
+    tokenizer = type("Tokenizer", (), {"model_max_length": 512})
+    assert source._max_length(model.module, tokenizer, sentence_files) == 7
+    assert source._max_length(model.module, tokenizer, {}) == SMALL["max_position_embeddings"]
 
 
 def test_a_cross_encoder_is_a_classifier(tmp_path: Path) -> None:

@@ -1,0 +1,343 @@
+"""Modules of the user: names of nested outputs, fixed lengths and batch sizes, and that the module stays as it was."""
+
+import dataclasses
+import threading
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import compressor
+from compressor.errors import CompressorError
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models import Model, ModelError, load
+from passes.execute.interpreter import run
+from runtimes.base.protocols import BuildOptions
+from runtimes.onnxruntime import target
+
+Scores = namedtuple("Scores", ["keys", "weights"])
+
+
+@dataclasses.dataclass
+class Features:
+    first: Any
+    last: Any
+
+
+class Returning(nn.Module):
+    """A residual branch whose output `form` puts into containers, with the input."""
+
+    def __init__(self, form: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.form = nn.Linear(4, 4), form
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.form(x + self.inner(x), x)
+
+
+FORMS: list[tuple[Callable[..., Any], tuple[str, ...]]] = [
+    (lambda y, x: y, ("output",)),
+    (lambda y, x: (None, y), ("output",)),
+    (lambda y, x: [y, 2 * y], ("output_0", "output_1")),
+    (lambda y, x: (y, (2 * y, [3 * y]), "words", {"k": -y}), ("output_0", "output_1.0", "output_1.1.0", "output_3.k")),
+    (lambda y, x: {"encoder": (y, 2 * y), "f": {"p q": -y}}, ("encoder.0", "encoder.1", "f.p_q")),
+    (lambda y, x: Features(y, [Scores(2 * y, 3 * y), None]), ("first", "last.0.keys", "last.0.weights")),
+    (lambda y, x: OrderedDict({1: y, "more": Features(2 * y, 0.5)}), ("1", "more.first")),
+    (lambda y, x: {"x": y, "y": 2 * y}, ("output.x", "y")),
+]
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in the containers of `FORMS`, by another rule than that of the package."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Features):
+        value = [value.first, value.last]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for each in values for tensor in leaves(each)]
+
+
+@pytest.mark.parametrize(("form", "names"), FORMS)
+def test_nested_outputs_are_named_by_their_path(form: Callable[..., Any], names: tuple[str, ...]) -> None:
+    module, x = Returning(form), torch.rand(2, 4)
+    model = load(module, example_inputs=x)
+    assert model.outputs == names
+    with torch.inference_mode():
+        for got, wanted in zip(run(trace(model), {"x": x}), leaves(module(x)), strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert model.answer in names
+
+
+def test_inputs_and_repeated_tensors_are_named_and_left_out() -> None:
+    model = load(Returning(lambda y, x: {"x": x, "y": y, "again": (y, -y)}), example_inputs=torch.rand(2, 4))
+    assert model.outputs == ("y", "again.1")
+    assert model.answer == "y"
+    assert reasons(model)["outputs left out"].startswith("x (the input x), again.0 (the same as y): only")
+    changed = load(Returning(lambda y, x: {"sum": x.add_(y)}), example_inputs=torch.rand(2, 4))  # no longer the input
+    assert changed.outputs == ("sum",)
+
+
+def test_nested_outputs_are_outputs_of_the_file(tmp_path: Path) -> None:
+    module, x = Returning(lambda y, x: {"x": y, "again": (2 * y, {"z": -y})}), torch.rand(3, 4)
+    model = load(module, example_inputs=x)
+    with target.load(lower(trace(model), model, tmp_path / "model.onnx"), BuildOptions(threads=1)) as engine:
+        results = engine.run({"x": x.numpy()})
+    assert set(results) == {"output.x", "again.0", "again.1.z"} == set(model.outputs)
+    for name, wanted in zip(model.outputs, leaves(module(x)), strict=True):
+        np.testing.assert_allclose(results[name], wanted.detach().numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda y, x: {"a.b": y, "a": {"b": y}}, "two outputs with the name a.b; rename one of the keys"),
+        (lambda y, x: {"a b": y, "a_b": y}, "two outputs with the name a_b"),
+        (lambda y, x: {"y": y, "more": (Plain(),)}, "class Plain at more.0, in which tensors cannot be found; return"),
+        (lambda y, x: Plain(), "class Plain, in which"),
+        (lambda y, x: {y}, "class set, in which"),
+        (lambda y, x: (1.0, {"a": None}), "returned tuple without tensors"),
+    ],
+)
+def test_outputs_without_unique_names_or_in_unknown_classes_are_refused(form: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(Returning(form), example_inputs=torch.rand(2, 4))
+
+
+class Plain:
+    """A class that is no container."""
+
+
+def reasons(model: Model) -> dict[str, str]:
+    return {limitation.feature: limitation.reason for limitation in model.limitations}
+
+
+def test_values_that_are_no_tensors_are_named() -> None:
+    model = load(Returning(lambda y, x: {"y": y, "n": (1, None, {"s": "x"})}), example_inputs=torch.rand(2, 4))
+    assert reasons(model)["outputs left out"] == "n.0 (int), n.2.s (str): only computed tensors are exported, each once"
+
+
+# ---------------------------------------------------------------------------------------------------- fixed shapes
+
+TOKENS = 6
+
+
+class Encoder(nn.Module):
+    def __init__(self, change: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.words, self.inner, self.change = nn.Embedding(20, 4), nn.Linear(4, 4), change
+        self.table = nn.Parameter(torch.rand(TOKENS, 4))
+
+    def forward(self, input_ids: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.change(self, self.words(input_ids))
+        if other is not None:
+            x = x + self.words(other).mean(1, keepdim=True)
+        return x + self.inner(x)
+
+
+def checked(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if x.shape[1] != TOKENS:
+        raise ValueError("six tokens")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "fixed"),
+    [
+        (lambda self, x: x + self.table, True),
+        (lambda self, x: x.reshape(-1, TOKENS, 4), True),
+        (checked, True),
+        (lambda self, x: x, False),
+        (lambda self, x: x + self.table[: x.shape[1]], False),
+    ],
+)
+def test_a_length_that_cannot_vary_is_taken_as_fixed_and_said(change: Callable[..., Any], fixed: bool) -> None:
+    ids = torch.arange(2 * TOKENS).reshape(2, TOKENS)
+    model = load(Encoder(change), example_inputs=(ids, ids[:, :4]))
+    assert model.dynamic_axes["input_ids"] == ({0: "batch"} if fixed else {0: "batch", 1: "sequence"})
+    assert model.dynamic_axes["other"] == {0: "batch", 1: "sequence"}
+    assert ("every sample must have 6 tokens" in reasons(model).get("length of input_ids", "")) is fixed
+    length = TOKENS if fixed else 5
+    feeds = {"input_ids": torch.arange(3 * length).reshape(3, length), "other": ids[:1, :3].repeat(3, 1)}
+    (got,) = run(trace(model), feeds)
+    torch.testing.assert_close(got, model.module(**feeds))
+
+
+@pytest.mark.parametrize(("length", "fixed"), [(1, True), (2, False)])
+def test_an_example_of_one_token_is_fixed_and_one_of_two_is_not(length: int, fixed: bool) -> None:
+    model = load(Encoder(lambda self, x: x), example_inputs=torch.zeros(2, length, dtype=torch.int64))
+    assert (model.dynamic_axes["input_ids"] == {0: "batch"}) is fixed
+    trace(model)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_fixed_batch_is_an_error_in_one_sentence(rows: int) -> None:
+    module = Returning(lambda y, x: y + torch.zeros(rows, 4) if len(x) == rows else x.reshape(rows, 3))
+    with pytest.raises(ModelError, match=f"a batch of {rows}, but not a batch of two .* works at any batch size"):
+        load(module, example_inputs=torch.rand(rows, 4))
+
+
+# ---------------------------------------------------------------------------------------- the module stays as it was
+
+
+class Kept(nn.Module):
+    """A module with everything that an export could change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.lstm = nn.BatchNorm1d(8), nn.Dropout(0.5), nn.LSTM(8, 8, batch_first=True)
+        self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.old = nn.Linear(8, 8)
+        self.tied = self.old.weight
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen: list[int] = []
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen.append(1)
+        y = self.norm(self.drop(x)) + self.lstm(x[:, None])[0][:, 0] + nn.functional.linear(x, self.tied)
+        self.last = y + torch.relu(self.inner(y))
+        return self.last + torch.relu(self.old(self.last))
+
+
+def kept(dtype: torch.dtype = torch.float32) -> Kept:
+    """Return the module after a step of training: with gradients, statistics and an output that was kept."""
+    torch.manual_seed(0)
+    module = Kept().train()
+    module.norm.eval()
+    module.lstm.weight_hh_l0.requires_grad_(False)
+    module.inner.register_forward_hook(lambda _, __, output: 2 * output)
+    module.old.register_full_backward_hook(lambda *_: None)
+    module(torch.rand(4, 8)).sum().backward()
+    return module.to(dtype)
+
+
+def state(module: nn.Module) -> dict[str, Any]:
+    """Return everything about a module that a user could notice, with copies of all values."""
+    parts = dict(module.named_modules())
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        "training": {name: part.training for name, part in parts.items()},
+        "hooks": {name: (dict(part._forward_hooks), dict(part._backward_hooks)) for name, part in parts.items()},
+        "objects": {name: id(tensor) for name, tensor in tensors.items()},
+        "places": {name: (tensor.data_ptr(), tensor.dtype, tensor.device) for name, tensor in tensors.items()},
+        "versions": {name: tensor._version for name, tensor in tensors.items()},
+        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        "trained": {name: tensor.requires_grad for name, tensor in tensors.items()},
+        "gradients": {name: None if tensor.grad is None else tensor.grad.clone() for name, tensor in tensors.items()},
+        "flat": [id(weight) for weight in module.lstm._flat_weights],
+        "kept": (list(module.seen), id(module.last), module.tied is module.old.weight),
+        "process": (
+            torch.get_rng_state(),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.enabled,
+            str(np.random.get_state()[1][:5]),
+        ),
+    }
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, tuple):
+        return all(map(same, left, right))
+    return bool(left == right)
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [part for part in before if not same(before[part], after[part])]
+
+
+def exported(module: nn.Module, folder: Path) -> None:
+    options: dict[str, Any] = {"data": "random", "samples": 24, "rounds": 1, "threads": 1, "drop": "1"}
+    compressor.export(module, example_inputs=torch.rand(2, 8), output=folder / "out", **options)
+
+
+def failing(module: nn.Module, folder: Path) -> None:
+    with pytest.raises(CompressorError):
+        compressor.export(module, example_inputs=torch.rand(2, 8), data=folder / "absent.npz", output=folder / "out")
+
+
+def wrong_input(module: nn.Module, folder: Path) -> None:
+    with pytest.raises(ModelError, match="fails on its example inputs"):
+        load(module, example_inputs=torch.rand(2, 5))
+
+
+def inspected(module: nn.Module, folder: Path) -> None:
+    compressor.inspect(module, example_inputs=torch.rand(2, 8), data="random", samples=24)
+
+
+def interrupted(module: nn.Module, folder: Path) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load(module, example_inputs=torch.rand(2, 8))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("use", [exported, failing, wrong_input, inspected, interrupted])
+def test_the_module_comes_back_as_it_was(use: Callable[..., None], dtype: torch.dtype, tmp_path: Path) -> None:
+    module = kept(dtype)
+    generator = torch.get_rng_state()
+    before = state(module)
+    use(module, tmp_path)
+    torch.set_rng_state(generator) if use is not inspected else None  # the example inputs were drawn
+    after = state(module)
+    if use is inspected:
+        before.pop("process"), after.pop("process")
+    assert changes(before, after) == []
+
+
+def test_the_copy_shares_float32_weights_and_computes_the_same() -> None:
+    module, x = kept(), torch.rand(2, 8)
+    model = load(module, example_inputs=x)
+    own = {parameter.data_ptr() for parameter in module.parameters()}
+    assert {parameter.data_ptr() for parameter in model.module.parameters()} == own
+    half = load(kept(torch.float16), example_inputs=x.half())
+    assert {parameter.dtype for parameter in half.module.parameters()} == {torch.float32}
+    with torch.inference_mode():
+        wanted = module.eval()(x)
+        torch.testing.assert_close(model.call(model.module, x)[0], wanted)
+        torch.testing.assert_close(half.call(half.module, x)[0], wanted, rtol=0.02, atol=0.02)  # weights of 11 bits
+
+
+def test_forward_hooks_are_part_of_the_model_and_said() -> None:
+    module = Returning(lambda y, x: y)
+    module.inner.register_forward_hook(lambda _, __, output: output * 3)
+    module.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
+    x = torch.rand(2, 4)
+    model = load(module, example_inputs=x)
+    assert reasons(model)["forward hooks"].startswith("those of the module, inner become part of the model")
+    with torch.inference_mode():
+        torch.testing.assert_close(run(trace(model), {"x": x})[0], x + 1 + 3 * module.inner.forward(x + 1))
+    normed = nn.utils.spectral_norm(nn.Linear(4, 4))  # computes its weight in a hook of its own
+    assert "forward hooks" not in reasons(load(nn.Sequential(normed), example_inputs=x))
+
+
+def test_a_module_that_cannot_be_copied_is_refused_with_a_way_round() -> None:
+    module = Returning(lambda y, x: y)
+    module.lock = threading.Lock()
+    with pytest.raises(
+        ModelError, match=r"Returning cannot be copied \(TypeError: .*lock.*pass package.module:factory"
+    ):
+        load(module, example_inputs=torch.rand(2, 4))
+    with torch.device("meta"):
+        absent = nn.Linear(4, 4)
+    with pytest.raises(ModelError, match=r"Linear cannot be copied .*no data"):
+        load(absent, example_inputs=torch.rand(2, 4))
