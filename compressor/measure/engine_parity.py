@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from compressor.lower.checkpoint import ADVICE, CONFIG
+from compressor.lower.trace import images_of
 from compressor.lower.traced_model import index_errors_as_data_errors
 from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.models.base import as_numpy
@@ -21,7 +22,8 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     """Build the float engine of a file and compare its outputs with those of a graph.
 
     The engine runs a batch of samples and a single sample, which reveals a batch size that is fixed in the file. A
-    language model also runs its example inputs, which have a KV cache of some tokens.
+    language model also runs its example inputs, which have a KV cache of some tokens, and a model with dynamic height
+    and width an image of another size.
 
     Args:
         builder: builds and opens the engine.
@@ -39,6 +41,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     batches = [batch, {name: value[:1] for name, value in batch.items()}]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
+    batches += [as_numpy(images_of(subject.model, size)) for size in subject.model.sizes[1:]]
     worst = Parity("", 0.0, 0)
     advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
     with builder.target.load(builder.build(Source(path)), builder.options) as engine:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressor.choices import TASKS
+from compressor.choices import TASKS, ImageSize
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def load(
     example_inputs: object = None,
     on_disk: bool = False,
     cache: bool = True,
+    image_size: ImageSize = None,
 ) -> Model:
     """Load a model in evaluation mode, float32.
 
@@ -59,6 +60,7 @@ def load(
         example_inputs: for a module: a tensor, a tuple of tensors or a dict of tensors; the first axis is the batch.
         on_disk: leave the weights on disk and read them when needed; transformers language models only.
         cache: trace a causal language model with its KV cache; it is an error if none is detected.
+        image_size: height and width of the images, or ``dynamic``; by default those of the model's preprocessing.
 
     Raises:
         ModelError: the model or task is unknown, a file cannot be read, or weights are missing or not finite.
@@ -82,6 +84,12 @@ def load(
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
             cache=cache,
+            **({"image_size": image_size} if source in ("timm", "transformers") else {}),
+        )
+    if image_size is not None and (model.preprocess.kind != "image" or model.source not in ("timm", "transformers")):
+        raise ModelError(
+            f"--image-size is for image models of timm and transformers; {model.name} is a model of {model.source} for "
+            f"{model.task}: leave --image-size out{', its example inputs set the size' * (model.source == 'module')}."
         )
     _check_finite(model)
     if not cache and model.task != "text-generation":

@@ -42,6 +42,8 @@ class Model:
         random_weights: no checkpoint was read, so quality must not be reported.
         tokenizer: transformers tokenizer of a text model; None if the model has none.
         state: output name to the input name that it feeds in the next call, such as the KV cache.
+        sizes: heights and widths at which a graph with dynamic height and width is compared with the module.
+        interpolates: `call` makes a model of transformers interpolate its position embeddings.
         limitations: features that the model lacks here, and properties that were assumed.
     """
 
@@ -63,6 +65,8 @@ class Model:
     random_weights: bool = False
     tokenizer: Any = None
     state: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+    interpolates: bool = False
     limitations: tuple[Limitation, ...] = ()
 
     def classes(self) -> int | None:

@@ -52,6 +52,7 @@ class Samples:
         shown: returns the image or text of a sample for display; None for numeric data.
         whole: returns the tokens of a text without padding or truncation, [tokens] by input name; None for other data.
         limitations: expected properties that the source lacks, and assumptions about it.
+        findings: returns the limitations that were found while samples were decoded, such as scaled values.
     """
 
     ids: tuple[str, ...]
@@ -66,6 +67,7 @@ class Samples:
     shown: Callable[[int], Image.Image | str] | None = None
     whole: Callable[[int], Feeds] | None = None
     limitations: tuple[Limitation, ...] = ()
+    findings: Callable[[], tuple[Limitation, ...]] = tuple
 
 
 def class_order_limitation(names: Sequence[str]) -> Limitation:

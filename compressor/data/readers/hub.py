@@ -107,7 +107,16 @@ def _image_samples(dataset: Any, name: str, preprocess: Preprocess) -> Samples:
     labels = None if label is None else _class_numbers(dataset, label, name)
     kind: LabelKind | None = None if label is None else "class"
     reading = f"hub dataset: images {column!r}" + ("" if label is None else f", class {label!r}")
-    return Samples(ids, source.feeds, reading, labels=labels, label_kind=kind, faults=source.faults, shown=source.shown)
+    return Samples(
+        ids,
+        source.feeds,
+        reading,
+        labels=labels,
+        label_kind=kind,
+        faults=source.faults,
+        shown=source.shown,
+        findings=source.findings,
+    )
 
 
 def _class_numbers(dataset: Any, label: str, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
