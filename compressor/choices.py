@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import re
+from typing import Final, Literal, get_args
 
 TASKS = (
     "image-classification",
@@ -33,3 +34,26 @@ SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic"}
 
 Calibration = Literal["typical", "minmax", "percentile", "entropy", "mse"]
 CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
+
+DYNAMIC: Final = "dynamic"
+# Height and width in pixels, `DYNAMIC`, or None for the size that the model's preprocessing gives.
+ImageSize = tuple[int, int] | Literal["dynamic"] | None
+
+
+def parse_image_size(value: str | int | None) -> ImageSize:
+    """Return height and width of the value of --image-size.
+
+    Raises:
+        ValueError: the value has another form.
+
+    >>> parse_image_size("224"), parse_image_size("256x192"), parse_image_size("dynamic")
+    ((224, 224), (256, 192), 'dynamic')
+    """
+    if value is None:
+        return None
+    if value == DYNAMIC:
+        return DYNAMIC
+    sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", str(value).strip())
+    if sides is None:
+        raise ValueError(f"--image-size {value}: expected pixels such as 224, HEIGHTxWIDTH such as 256x192, or dynamic")
+    return int(sides[1]), int(sides[2] or sides[1])

@@ -15,12 +15,15 @@ from compressor.choices import (
     AUTO_ACTIONS,
     CALIBRATIONS,
     COSTS,
+    DYNAMIC,
     HEAL_METHODS,
     PROBLEM_TYPES,
     SHORT_FORMS,
     TASKS,
     TRANSFORMERS,
     Calibration,
+    ImageSize,
+    parse_image_size,
 )
 from compressor.errors import SettingsError
 from passes.base import PassError
@@ -34,6 +37,11 @@ ONLY_BLOCKS = f"--target {TRANSFORMERS} can only remove whole blocks"
 BLOCKS_ADVICE = (
     "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target"
 )
+# Targets that cannot have dynamic height and width, with the reason.
+FIXED_SIZE = {
+    "tensorrt": "whose engines bound every dynamic axis",
+    "executorch": "whose programs bound every dynamic axis",
+}
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
@@ -87,6 +95,8 @@ class Settings:
             None loads the whole model.
         max_length: tokens in a window of a language model's texts; None: the model's limit, at most 2,048.
         stride: tokens between the starts of two windows; None: half a window.
+        image_size: height and width of the images of an image model: a number, ``HEIGHTxWIDTH``, or ``dynamic`` for
+            dynamic axes. None takes the size that the model's preprocessing gives.
         search_samples: calibration samples on which `auto` measures effects on the output.
         rounds: timed bursts per engine.
         example_inputs: inputs of a module: a tensor, a tuple or a dict of tensors.
@@ -128,6 +138,7 @@ class Settings:
     max_memory: int | None = None
     max_length: int | None = None
     stride: int | None = None
+    image_size: str | int | None = None
     search_samples: int = 64
     rounds: int = 10
     seed: int = 0
@@ -147,6 +158,7 @@ class Settings:
             _check_actions,
             _check_data,
             _check_memory,
+            _check_image_size,
         ):
             check(self)
 
@@ -164,6 +176,11 @@ class Settings:
             return None
         prompt, _, new = self.generate.partition(":")
         return int(prompt), int(new)
+
+    @property
+    def pixels(self) -> ImageSize:
+        """Return height and width of `image_size`, ``dynamic``, or None."""
+        return parse_image_size(self.image_size)
 
     @property
     def chosen_actions(self) -> tuple[str, ...]:
@@ -372,12 +389,25 @@ def _check_memory(settings: Settings) -> None:
         f"--precision {settings.precision}": settings.precision != "fp32",
         f"--generate {settings.generate}": settings.generate is not None,
         "--random-weights": settings.random_weights,
+        f"--image-size {settings.image_size}": settings.image_size is not None,
     }
     option = next((name for name, used in unsupported.items() if used), None)
     if option is not None:
         raise SettingsError(
             f"found {option} with --max-memory, which runs the model block by block and only ranks and drops; give "
             "--drop with a number, site names or a plan file, and leave the other options at their defaults."
+        )
+
+
+def _check_image_size(settings: Settings) -> None:
+    try:
+        dynamic = settings.pixels == DYNAMIC
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from error
+    if dynamic and settings.target in FIXED_SIZE:
+        raise SettingsError(
+            f"found --image-size dynamic with --target {settings.target}, {FIXED_SIZE[settings.target]}; give "
+            "--image-size with numbers, or choose another --target."
         )
 
 

@@ -17,6 +17,7 @@ from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner, Condition
+from compressor.choices import parse_image_size
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
@@ -49,6 +50,7 @@ class BenchSettings:
         device: cpu or cuda; None uses the target's first choice.
         max_length: tokens in each window of a language model's texts; None uses that of the first folder's export.
         stride: tokens between the starts of two windows; None uses that of the first folder's export.
+        image_size: size of the images of models, as for `export`; None uses that of the first folder's export.
         tasks: lm-eval tasks to evaluate on every engine; empty evaluates none.
         num_fewshot: few-shot examples of each question; None uses the task's own number.
         limit: questions of each task: a number, or a share below 1; None uses all.
@@ -77,6 +79,7 @@ class BenchSettings:
     samples: int | None = None
     max_length: int | None = None
     stride: int | None = None
+    image_size: str | int | None = None
     tasks: tuple[str, ...] = ()
     num_fewshot: int | None = None
     limit: float | None = None
@@ -91,6 +94,10 @@ class BenchSettings:
                 raise SettingsError(f"{name} is {_listed(values)}; expected distinct integers of at least 1.")
         if not self.batch:
             raise SettingsError("batch is empty; expected batch sizes such as 1,8.")
+        try:
+            parse_image_size(self.image_size)
+        except ValueError as error:
+            raise SettingsError(f"{error}.") from error
         self.asked.check()
 
     @property
@@ -181,6 +188,7 @@ def _set_up(
     """Load the models and the data, and return the test bench."""
     _check_tasks(folders)
     with steps.step("load the models"):
+        settings = _with_image_size(settings, folders)
         loaded = {each.name: _load_contender(each, settings) for each in contenders if each.is_model}
         model = _model(settings, folders, loaded)
     check_model(model, settings.asked)
@@ -198,13 +206,39 @@ def _set_up(
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
 
 
+def _with_image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> BenchSettings:
+    """Return the settings with the size of the first folder's images, if none is given.
+
+    Raises:
+        BenchError: the folders have different sizes, or another size than the one that is given.
+    """
+    sizes = {name: folder.image_size for name, folder in folders.items()}
+    if len(set(sizes.values())) > 1:
+        listing = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+        raise BenchError(
+            f"the folders take images of different sizes: {listing}; measure folders of one size at a time."
+        )
+    if not folders:
+        return settings
+    first, size = next(iter(sizes.items()))
+    if settings.image_size is not None and parse_image_size(settings.image_size) != parse_image_size(size):
+        raise BenchError(
+            f"--image-size is {settings.image_size} and {first} takes images of size {size}; leave --image-size out."
+        )
+    return dataclasses.replace(settings, image_size=size)
+
+
 def _load_contender(contender: Contender, settings: BenchSettings) -> Model:
     """Load a model to measure; an exported checkpoint is loaded for the task of its export."""
     if contender.folder is None:
         return _load(contender.spec, settings)
     facts = contender.folder.report["model"]
     model = models.load(
-        contender.spec, task=facts["task"], problem_type=facts.get("problem_type"), cache=contender.folder.cache
+        contender.spec,
+        task=facts["task"],
+        problem_type=facts.get("problem_type"),
+        cache=contender.folder.cache,
+        image_size=parse_image_size(contender.folder.image_size),
     )
     return dataclasses.replace(model, random_weights=facts["random_weights"])
 
@@ -218,6 +252,7 @@ def _load(spec: str, settings: BenchSettings) -> Model:
         random_weights=settings.random_weights,
         trust_remote_code=settings.trust_remote_code,
         cache=settings.cache,
+        image_size=parse_image_size(settings.image_size),
     )
 
 
@@ -268,6 +303,7 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder
         batch=settings.batch[0],
         samples=settings.samples,
         max_length=exported.get("max_length") if settings.max_length is None else settings.max_length,
+        image_size=settings.image_size,
         stride=exported.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,
         rounds=settings.rounds,
         seed=settings.seed,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import models
-from compressor.choices import TRANSFORMERS
+from compressor.choices import DYNAMIC, TRANSFORMERS, parse_image_size
 from compressor.errors import CompressorError, SettingsError
 from compressor.models import Model
 from compressor.report.report import REPORT
@@ -66,6 +66,14 @@ class ExportFolder:
         return bool(self.report["settings"].get("cache", True))
 
     @property
+    def image_size(self) -> str | None:
+        """Return the size of the images as a value of --image-size; None for other models and older exports."""
+        size = self.report["model"].get("image_size")
+        if size is None:
+            return None
+        return DYNAMIC if self.report["settings"].get("image_size") == DYNAMIC else "x".join(map(str, size))
+
+    @property
     def is_checkpoint(self) -> bool:
         """Return whether the folder holds a transformers checkpoint instead of an engine."""
         return self.target == TRANSFORMERS
@@ -100,7 +108,8 @@ class ExportFolder:
                 )
             model = models.load(spec, **options)
         else:
-            model = models.load(self.path, random_weights=True, **options)
+            size = parse_image_size(self.image_size)
+            model = models.load(self.path, random_weights=True, image_size=size, **options)
         return dataclasses.replace(model, name=facts["name"], random_weights=bool(facts["random_weights"]))
 
 

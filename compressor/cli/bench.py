@@ -55,6 +55,11 @@ WHAT_HELP = (
     help="Language models: tokens between the starts of two windows.  [default: as in the export]",
 )
 @click.option(
+    "--image-size",
+    metavar="SIZE",
+    help="Image models: size of the images, as for export.  [default: as in the export]",
+)
+@click.option(
     "--tasks",
     type=Names(),
     default="",

@@ -72,6 +72,12 @@ def subject_options(command: Command) -> Command:
                 help="Language models: tokens between the starts of two windows.  [default: half a window]",
             ),
             click.option(
+                "--image-size",
+                metavar="SIZE",
+                help="Image models: size of the images in pixels, 224 or HEIGHTxWIDTH, or dynamic for any size.  "
+                "[default: that of the model's preprocessing]",
+            ),
+            click.option(
                 "--search-samples",
                 type=click.IntRange(min=1),
                 default=64,

@@ -249,7 +249,7 @@ def load(
         seed=seed,
         shares=shares,
         window=window,
-        limitations=samples.limitations,
+        limitations=(*samples.limitations, *samples.findings()),
         pairs=samples.pairs,
     )
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.errors import CompressorError
+from compressor.quality.parity import TOLERANCE
 from passes.base import apply
+from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from passes.rewrite.clean import Clean
 from passes.torch_internals import is_mutable
@@ -42,11 +44,13 @@ class Traced(torch.nn.Module):
 
 
 def trace(model: Model) -> Graph:
-    """Trace a model with a dynamic batch (and sequence) axis into a clean fx graph of ATen operators.
+    """Trace a model with a dynamic batch (sequence, height, width) axis into a clean fx graph of ATen operators.
+
+    A graph with dynamic height and width is compared with the model at `Model.sizes`.
 
     Raises:
-        TraceError: the model cannot be traced, or only with a fixed batch size. The message names the line of code, if
-            torch.export states it, and a remedy.
+        TraceError: the model cannot be traced, or only with a fixed batch size, or the graph differs from the model at
+            another size. The message names the line of code, if torch.export states it, and a remedy.
     """
     wrapped = Traced(model).eval()
     feeds = tuple(model.example[name] for name in model.inputs)
@@ -60,7 +64,37 @@ def trace(model: Model) -> Graph:
         raise TraceError(_explain(model, error)) from error
     graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
     apply(Clean(), graph)
+    for size in model.sizes:
+        _check_size(graph, model, size)
     return graph
+
+
+def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:
+    """Compare a graph with dynamic height and width with its model at one size, on one image.
+
+    Raises:
+        TraceError: the outputs differ by more than `TOLERANCE` of their largest value.
+    """
+    feeds = images_of(model, size)
+    with torch.inference_mode():
+        expected = model.call(model.module, *feeds.values())
+        found = run(graph, feeds)
+    for output, value, wanted in zip(graph.outputs, found, expected, strict=True):
+        same = value.shape == wanted.shape
+        error = float((value - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)) if same else float("inf")
+        if not error <= TOLERANCE:
+            raise TraceError(
+                f"{model.name} with dynamic height and width differs from the model at {size[0]} x {size[1]} "
+                f"pixels (output {output}, by {error:.1e} of its largest value); give --image-size with numbers instead "
+                "of dynamic."
+            )
+
+
+def images_of(model: Model, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Return one random image of a size as the input of an image model, [1, channels, height, width]."""
+    (name,) = model.inputs
+    channels = model.example[name].shape[1]
+    return {name: torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(1))}
 
 
 def _dynamic(axes: dict[int, str]) -> dict[int, object]:
@@ -69,6 +103,12 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 
 def _explain(model: Model, error: Exception) -> str:
     """Return one sentence with the reason of torch.export, the line of the user's code and a remedy."""
+    if model.sizes:
+        return (
+            f"{model.name} could not be traced by torch.export with dynamic height and width "
+            f"({_reason(model, str(error)) or type(error).__name__}); give --image-size with numbers instead of "
+            "dynamic."
+        )
     return (
         f"{model.name} could not be traced by torch.export ({_reason(model, str(error)) or type(error).__name__}); "
         "Compressor needs a forward pass without branches on tensor values that works at any batch size, "

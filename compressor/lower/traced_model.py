@@ -86,8 +86,17 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "inputs": list(model.inputs),
         "outputs": list(model.outputs),
         "id2label": None if model.class_names is None else model.class_names.id2label(),
+        **_image_facts(model),
         "sites": [dataclasses.asdict(site) for site in subject.sites],
     }
+
+
+def _image_facts(model: Model) -> dict[str, Any]:
+    """Return the size of the images that the preprocessing gives, and whether a checkpoint has to interpolate."""
+    if model.preprocess.kind != "image":
+        return {}
+    size = list(model.preprocess.example[model.inputs[0]].shape[2:])
+    return {"image_size": size, "interpolate_pos_encoding": model.interpolates}
 
 
 def load(settings: Settings, steps: Steps) -> TracedModel:
@@ -108,6 +117,7 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
             example_inputs=settings.example_inputs,
             on_disk=settings.max_memory is not None,
             cache=settings.cache,
+            image_size=settings.pixels,
         )
     if settings.target == TRANSFORMERS:
         checkpoint.check_model(model)

@@ -52,7 +52,7 @@ def lower(graph: Graph, model: Model, path: Path) -> Path:
 
 
 def _to_program(graph: Graph, model: Model, path: Path) -> Path:
-    """Write an ExportedProgram with a dynamic batch (and sequence) axis, and the names of its inputs and outputs."""
+    """Write an ExportedProgram with its dynamic axes, and the names of its inputs and outputs."""
     example = tuple(model.example[name] for name in graph.inputs)
     automatic = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(model.dynamic_axes.get(name, {}), automatic) for name in graph.inputs)
@@ -68,7 +68,7 @@ def _to_program(graph: Graph, model: Model, path: Path) -> Path:
 
 
 def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
-    """Write a graph as ONNX, opset 20, with named inputs and outputs and a dynamic batch (and sequence) axis.
+    """Write a graph as ONNX, opset 20, with named inputs and outputs and the dynamic axes of the model.
 
     Weights go into a second file, named as the ONNX file plus ``.data``, if they exceed 2 GB or were read from disk one
     by one.

@@ -117,7 +117,7 @@ def with_input_sizes(options: BuildOptions, subject: ModelAndData, settings: Set
     parts = (subject.data.calibration, subject.data.validation, subject.data.test)
     rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
     options = dataclasses.replace(options, batches=(1, settings.batch, rows))
-    axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis != 0]
+    axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis == 1]
     if not axes:
         return options
     timed_shapes = next(iter(workload_calls(subject, settings).values())).shapes

@@ -23,7 +23,8 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     """Build the float engine of a file and compare its outputs with those of a graph.
 
     The engine runs a batch of samples and a single sample, which reveals a batch size that is fixed in the file. A
-    language model also runs its example inputs, which have a KV cache of some tokens.
+    language model also runs its example inputs, which have a KV cache of some tokens, and a model with dynamic height
+    and width an image of another size.
 
     Args:
         builder: builds and opens the engine.
@@ -40,6 +41,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     batches = [next(subject.data.calibration.batches(PARITY_ROWS)).feeds]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
+    batches += [as_numpy(images_of(subject.model, size)) for size in subject.model.sizes[1:]]
     with (
         builder.target.load(builder.build(Source(path)), builder.options) as engine,
         index_errors_as_data_errors(subject),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compressor.choices import TASKS
+from compressor.choices import TASKS, ImageSize
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
 from compressor.models.problem_type import with_problem_type
 
@@ -47,6 +47,7 @@ def load(
     on_disk: bool = False,
     cache: bool = True,
     problem_type: str | None = None,
+    image_size: ImageSize = None,
 ) -> Model:
     """Load a model in evaluation mode, float32.
 
@@ -62,6 +63,7 @@ def load(
         on_disk: leave the weights on disk and read them when needed; transformers language models only.
         cache: trace a causal language model with its KV cache; it is an error if none is detected.
         problem_type: one of `PROBLEM_TYPES` for image and text classifiers; by default that of the config.
+        image_size: height and width of the images, or ``dynamic``; by default those of the model's preprocessing.
 
     Raises:
         ModelError: the model, task or problem type is unknown, a file cannot be read, or weights are missing or not
@@ -86,6 +88,12 @@ def load(
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
             cache=cache,
+            **({"image_size": image_size} if source in ("timm", "transformers") else {}),
+        )
+    if image_size is not None and (model.preprocess.kind != "image" or model.source not in ("timm", "transformers")):
+        raise ModelError(
+            f"--image-size is for image models of timm and transformers; {model.name} is a model of {model.source} for "
+            f"{model.task}: leave --image-size out{', its example inputs set the size' * (model.source == 'module')}."
         )
     _check_finite(model)
     if not cache and model.task != "text-generation":

@@ -47,6 +47,8 @@ class Model:
         tokenizer: transformers tokenizer of a text model; None if the model has none.
         problem_type: problem type of a classifier, as in configs of transformers; None for other tasks.
         state: output name to the input name that it feeds in the next call, such as the KV cache.
+        sizes: heights and widths at which a graph with dynamic height and width is compared with the module.
+        interpolates: `call` makes a model of transformers interpolate its position embeddings.
         limitations: features that the model lacks here, and properties that were assumed.
         class_names: names of the classes of a classifier; None if the model does not name them.
     """
@@ -71,6 +73,8 @@ class Model:
     stacked: tuple[str, ...] = ()
     problem_type: str | None = None
     state: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+    interpolates: bool = False
     limitations: tuple[Limitation, ...] = ()
     class_names: ClassNames | None = None
 

@@ -41,10 +41,11 @@ class Preprocess:
         inputs: input names of the model, in order.
         kind: kind of the data that the model takes.
         example: one batch of inputs, batch axis first, for shapes and dtypes.
-        image: converts an image of mode `image_mode` to float32 [C, H, W]; must be thread-safe.
+        image: converts a PIL image with `channels` channels, or an array [C, H, W] with values in 0 to 1, to float32
+            [C, H, W]; must be thread-safe.
+        no_image: reason why `image` is None and the remedy; empty if the model has no image preprocessing.
         text: tokenizes a batch of texts, optionally with second texts, to int64 [rows, tokens] by input name, padded
             to the longest row of the batch.
-        image_mode: PIL mode of the images.
         class_first: the tokenizer puts a class token in front of every text.
         complete: adds the inputs that are derived from the others: position ids and an empty KV cache.
         whole: tokenizes one text without padding or truncation, [tokens] by input name.
@@ -60,9 +61,9 @@ class Preprocess:
     inputs: tuple[str, ...]
     kind: Kind
     example: Mapping[str, npt.NDArray[Any]]
-    image: Callable[[Image.Image], npt.NDArray[np.float32]] | None = None
+    image: Callable[[Image.Image | npt.NDArray[Any]], npt.NDArray[np.float32]] | None = None
+    no_image: str = ""
     text: Tokenise | None = None
-    image_mode: str = "RGB"
     class_first: bool = False
     complete: Callable[[dict[str, npt.NDArray[Any]]], dict[str, npt.NDArray[Any]]] | None = None
     whole: Callable[[str], dict[str, npt.NDArray[Any]]] | None = None
@@ -73,6 +74,11 @@ class Preprocess:
     mask_token: int | None = None
     problem_type: str | None = None
     class_names: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Return the number of channels of an image model, by its example [rows, C, H, W]."""
+        return int(self.example[self.inputs[0]].shape[1])
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,21 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+from compressor.choices import DYNAMIC, ImageSize
 from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
 from compressor.models import class_names
-from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason
+from compressor.models.base import Model, ModelError, as_numpy, load_error_reason
+from compressor.models.image_size import (
+    Sizing,
+    cannot_take,
+    other_sizes,
+    refusal,
+    repeated,
+    statistics_limitation,
+    text,
+    wrong_statistics,
+)
 from compressor.models.preprocess import Preprocess
 
 NO_CLASSIFIER = Limitation(
@@ -33,8 +47,12 @@ def load(
     random_weights: bool,
     trust_remote_code: bool,
     cache: bool = True,
+    image_size: ImageSize = None,
 ) -> Model:
     """Load a timm model as a classifier, or as a feature extractor if `task` is image-feature-extraction.
+
+    It takes images of `image_size`, by default those of its preprocessing. timm resamples position embeddings while it
+    loads the weights; those of a dynamic size are interpolated in `forward`.
 
     Raises:
         ModelError: the weights cannot be read, or the task is not an image task.
@@ -53,16 +71,18 @@ def load(
     name = f"local-dir:{location}" if folder.is_dir() else location
     if revision is not None:
         name = f"{name}@{revision}"
+    label = folder.name if folder.is_dir() else location.removeprefix("hf-hub:")
     try:
-        module = timm.create_model(name, pretrained=not random_weights).eval().float()
+        sized = _at_size(partial(timm.create_model, name, pretrained=not random_weights), image_size, label)
+    except ModelError:
+        raise
     except Exception as error:  # timm does not wrap hub, file, pickle and shape errors
         raise ModelError(
             f"timm could not load {location}: {load_error_reason(error)}{_tags(location, error)}."
         ) from error
-    if task == "image-classification" and getattr(module, "num_classes", 0) == 0:
+    if task == "image-classification" and getattr(sized.module, "num_classes", 0) == 0:
         raise ModelError(f"{location} has no classifier (num_classes is 0); leave --task out, or choose another model.")
-    label = folder.name if folder.is_dir() else location.removeprefix("hf-hub:")
-    return _wrap(module, label, resolved_task, location, revision, random_weights, requested_task=task)
+    return _wrap(sized, label, resolved_task, location, revision, random_weights, requested_task=task)
 
 
 def _tags(location: str, error: Exception) -> str:
@@ -72,8 +92,89 @@ def _tags(location: str, error: Exception) -> str:
     return f"; expected one of {', '.join(timm.list_pretrained(location.split('.', maxsplit=1)[0] + '.*'))}"
 
 
+@dataclass(frozen=True)
+class _Sized:
+    """A timm model at the size of an export.
+
+    Attributes:
+        module: the model.
+        options: arguments of `timm.create_model` that set its size.
+        sizing: the size.
+        limitations: what was assumed or differs.
+    """
+
+    module: torch.nn.Module
+    options: dict[str, Any]
+    sizing: Sizing
+    limitations: tuple[Limitation, ...] = ()
+
+
+def _at_size(create: Callable[..., torch.nn.Module], image_size: ImageSize, name: str) -> _Sized:
+    """Create a model at the requested size, or at that of its preprocessing.
+
+    Raises:
+        ModelError: the model does not take the size, or no other sizes if it is dynamic.
+    """
+    if image_size is None:
+        return _at_own_size(create, name)
+    options = {"dynamic_img_size": True} if image_size == DYNAMIC else {"img_size": image_size}
+    module, accepted = _create(create, options)
+    channels, *own = resolve_model_data_config(module)["input_size"]
+    if image_size == DYNAMIC:
+        size = (own[0], own[1])
+        sizing = Sizing(size, other_sizes(_classify, module, channels, size, name))
+        return _Sized(module, accepted, sizing, tuple(sizing.limitations(channels)))
+    reason = refusal(_classify, module, channels, image_size)
+    if reason is not None:
+        raise cannot_take(name, image_size, reason)
+    sizing = Sizing(image_size)
+    limits = [*sizing.limitations(channels)]
+    if tuple(own) != image_size:
+        limits.append(
+            Limitation(
+                "image size of the config",
+                f"the preprocessing gives {text(own)} pixels and --image-size is {text(image_size)}, which is used; "
+                "position embeddings are resampled by timm",
+            )
+        )
+    return _Sized(module, accepted, sizing, tuple(limits))
+
+
+def _at_own_size(create: Callable[..., torch.nn.Module], name: str) -> _Sized:
+    """Create a model at the size of its preprocessing, even if it was built for another size."""
+    module, options = _create(create, {})
+    channels, height, width = resolve_model_data_config(module)["input_size"]
+    size = (height, width)
+    differs: tuple[Limitation, ...] = ()
+    reason = refusal(_classify, module, channels, size)
+    if reason is not None:
+        module, options = _create(create, {"img_size": size})
+        if refusal(_classify, module, channels, size) is not None:
+            raise cannot_take(name, size, reason)
+        differs = (
+            Limitation(
+                "image size of the config",
+                f"the model is built for another size ({reason}) and its preprocessing gives {text(size)} pixels, "
+                "which is used; position embeddings are resampled by timm",
+            ),
+        )
+    sizing = Sizing(size)
+    return _Sized(module, options, sizing, (*sizing.limitations(channels), *differs))
+
+
+def _create(create: Callable[..., torch.nn.Module], options: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Create a model with options, without those that its class does not have, such as the size of a ConvNeXt."""
+    try:
+        module = create(**options)
+    except TypeError as error:
+        if not any(name in str(error) for name in options):
+            raise
+        module, options = create(), {}
+    return module.eval().float(), options
+
+
 def _wrap(
-    module: torch.nn.Module,
+    sized: _Sized,
     name: str,
     task: str,
     location: str,
@@ -82,8 +183,11 @@ def _wrap(
     *,
     requested_task: str | None,
 ) -> Model:
+    module, sizing = sized.module, sized.sizing
     config = resolve_model_data_config(module)
-    example = {"pixel_values": torch.rand(2, *config["input_size"], generator=torch.Generator().manual_seed(0))}
+    channels = config["input_size"][0]
+    config, refused, fitted = _fitted(config | {"input_size": (channels, *sizing.size)})
+    preprocess = _preprocess(config, as_numpy(sizing.prepared(channels)), refused)
     classifies = task == "image-classification" and getattr(module, "num_classes", 0) > 0
     if not classifies:
         task = "image-feature-extraction"
@@ -97,15 +201,17 @@ def _wrap(
         inputs=("pixel_values",),
         outputs=("logits",) if classifies else ("last_hidden_state", "pooler_output"),
         answer="logits" if classifies else "pooler_output",
-        example=example,
-        dynamic_axes={"pixel_values": {0: "batch"}},
-        preprocess=_preprocess(config, example),
-        save=partial(_save, module, location),
+        example=sizing.example(channels),
+        dynamic_axes=sizing.axes,
+        preprocess=preprocess,
+        save=partial(_save, module, location, sized.options, config),
         revision=revision,
         hub_id=None if random_weights else _hub_id(module, location),
         random_weights=random_weights,
+        sizes=sizing.checked,
         limitations=(
-            fixed_size(example["pixel_values"]),
+            *sized.limitations,
+            *fitted,
             *(() if classifies or requested_task is not None else (NO_CLASSIFIER,)),
             *inferred,
         ),
@@ -132,20 +238,50 @@ def _features(module: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return features, module.forward_head(features, pre_logits=True)
 
 
-def _preprocess(config: dict[str, Any], example: dict[str, torch.Tensor]) -> Preprocess:
+def _fitted(config: dict[str, Any]) -> tuple[dict[str, Any], str, tuple[Limitation, ...]]:
+    """Fit mean and standard deviation to the channels of the model.
+
+    Returns:
+        The config; the reason why images cannot be preprocessed, empty if they can; and the limitations.
+    """
+    channels = config["input_size"][0]
+    statistics = {name: config[name] for name in ("mean", "std")}
+    wrong = [len(values) for values in statistics.values() if len(values) != channels]
+    if not wrong:
+        return config, "", ()
+    fitted = {name: repeated(values, channels) for name, values in statistics.items()}
+    if None in fitted.values():
+        return config, wrong_statistics(wrong[0], channels), ()
+    return config | fitted, "", (statistics_limitation(wrong[0], channels),)
+
+
+def _preprocess(config: dict[str, Any], example: dict[str, Any], refused: str) -> Preprocess:
+    if refused:
+        return Preprocess(("pixel_values",), "image", example, no_image=refused)
     transform = create_transform(**config, is_training=False)
 
-    def image(pil_image: Image.Image) -> npt.NDArray[np.float32]:
-        pixels: npt.NDArray[np.float32] = transform(pil_image).numpy()
+    def image(picture: Image.Image | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        source = torch.from_numpy(picture) if isinstance(picture, np.ndarray) else picture
+        pixels: npt.NDArray[np.float32] = transform(source).numpy()
         return pixels
 
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return Preprocess(("pixel_values",), "image", as_numpy(example), image=image, image_mode=mode)
+    return Preprocess(("pixel_values",), "image", example, image=image)
 
 
-def _save(module: torch.nn.Module, location: str, folder: Path) -> None:
-    original = Path(location) / "config.json"
+def _save(
+    module: torch.nn.Module, location: str, options: dict[str, Any], config: dict[str, Any], folder: Path
+) -> None:
+    """Write config.json: that of the model, with the size and the normalization of this export."""
+    original, written = Path(location) / "config.json", folder / "config.json"
     if original.is_file():
-        shutil.copyfile(original, folder / "config.json")
+        shutil.copyfile(original, written)
     else:
-        save_config_for_hf(module, folder / "config.json")
+        save_config_for_hf(module, written)
+    content = json.loads(written.read_text(encoding="utf-8"))
+    if "pretrained_cfg" not in content:  # timm's older form: one dictionary
+        content = {"architecture": content.pop("architecture"), "pretrained_cfg": content}
+    before = dict(content["pretrained_cfg"])
+    content["pretrained_cfg"] |= {name: list(config[name]) for name in ("input_size", "mean", "std") if name in before}
+    if options or content["pretrained_cfg"] != before:
+        content["model_args"] = content.get("model_args", {}) | options
+        written.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from PIL import Image
 
+from compressor.choices import ImageSize
 from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names, sentence_transformers
 from compressor.models.aligned_tokens import tokenize_aligned
-from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason, no_language_model
+from compressor.models.base import Model, ModelError, as_numpy, load_error_reason, no_language_model
+from compressor.models.image_size import Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
 from compressor.models.preprocess import Preprocess, Tokenise
@@ -84,11 +85,13 @@ def load(
     trust_remote_code: bool,
     cache: bool = True,
     on_disk: bool = False,
+    image_size: ImageSize = None,
 ) -> Model:
     """Load a transformers model with the head that its config names, or with the head for `task`.
 
     With `on_disk`, the weights stay in their files, see `compressor.models.lazy_weights`. Without `cache`, a language
-    model is traced without its KV cache.
+    model is traced without its KV cache. An image model takes images of `image_size`, by default those of its image
+    processor.
 
     Raises:
         ModelError: config or weights cannot be read, the architecture needs code from the repository, its head is not
@@ -113,7 +116,15 @@ def load(
         except Exception as error:  # transformers does not wrap hub, file and shape errors
             raise ModelError(f"transformers could not load {location}: {load_error_reason(error)}.") from error
         model = _wrap(
-            module.eval().float(), location, resolved_task, options, sentence_files, random_weights, missing, cache
+            module.eval().float(),
+            location,
+            resolved_task,
+            options,
+            sentence_files,
+            random_weights,
+            missing,
+            cache,
+            image_size,
         )
         return replace(model, limitations=(*model.limitations, *_left_out(left_out)))
 
@@ -203,37 +214,45 @@ def _wrap(
     random_weights: bool,
     untrained: tuple[str, ...],
     cache: bool = True,
+    image_size: ImageSize = None,
 ) -> Model:
     image = module.main_input_name == "pixel_values"
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
     if not image and processors is not None:
         sentence_transformers.prepare_tokenizer(processors, sentence_files, location)
     inputs = ("pixel_values",) if image else _text_inputs(module, processors)
-    example = _image_example(module) if image else _text_example(module, inputs)
     signature = _signature(task, inputs)
-    axes: dict[str, dict[int, str]] = {name: {0: "batch"} if image else {0: "batch", 1: "sequence"} for name in inputs}
+    sized = _sized(module, signature.call, processors, image_size, location) if image else None
+    example = _text_example(module, inputs) if sized is None else sized.sizing.example(_channels(module))
+    axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    if sized is not None:
+        axes, processors = sized.sizing.axes, sized.processor
     model = Model(
         name=Path(location).name if Path(location).is_dir() else location,
         source="transformers",
         task=task,
         module=module,
-        call=signature.call,
+        call=signature.call if sized is None else sized.call,
         inputs=inputs,
         outputs=signature.outputs,
         answer=signature.answer,
         stacked=signature.outputs[1:] if task == "question-answering" else (),
         example=example,
         dynamic_axes=axes,
-        preprocess=_preprocess(module, sentence_files, inputs, example, processors, image),
+        preprocess=_preprocess(
+            module, sentence_files, inputs, example, processors, None if sized is None else sized.sizing
+        ),
         save=partial(_save, module, processors, sentence_files),
         untrained=untrained,
         revision=options["revision"],
         hub_id=None if random_weights or Path(location).is_dir() else location,
         random_weights=random_weights,
         tokenizer=None if image else processors,
+        sizes=() if sized is None else sized.sizing.checked,
+        interpolates=sized is not None and sized.interpolates,
         limitations=tuple(
-            _image_limitations(module, processors)
-            if image
+            _image_limitations(module, sized)
+            if sized is not None
             else _text_limitations(module, processors, inputs, sentence_files)
         ),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
@@ -256,14 +275,15 @@ def _left_out(names: tuple[str, ...]) -> Iterator[Limitation]:
         )
 
 
-def _image_limitations(module: Any, processor: Any) -> Iterator[Limitation]:
+def _image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
     """Yield the limitations of an image model."""
-    if processor is None:
+    if sized.processor is None:
         yield Limitation("preprocessing", "the model has no image processor, so the data must be preprocessed arrays")
     config = _vision_config(module)
-    yield fixed_size(next(iter(_image_example(module).values())))
+    yield from sized.limitations
     for name, assumed in IMAGE_DEFAULTS.items():
-        if getattr(config, name, None) is None:
+        known = name == "image_size" and sized.sizing.size != _configured_size(module)
+        if getattr(config, name, None) is None and not known:
             yield Limitation(f"{name} of the config", f"the config does not specify it, so {assumed} is assumed")
 
 
@@ -325,12 +345,22 @@ def _vision_config(module: Any) -> Any:
     return getattr(module.config, "vision_config", module.config)
 
 
-def _image_example(module: Any) -> dict[str, torch.Tensor]:
-    config = _vision_config(module)
-    size, channels = (getattr(config, name, None) or assumed for name, assumed in IMAGE_DEFAULTS.items())
+def _channels(module: Any) -> int:
+    return int(getattr(_vision_config(module), "num_channels", None) or IMAGE_DEFAULTS["num_channels"])
+
+
+def _configured_size(module: Any) -> tuple[int, int]:
+    size = getattr(_vision_config(module), "image_size", None) or IMAGE_DEFAULTS["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    noise = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": noise}
+    return int(height), int(width)
+
+
+def _sized(module: Any, call: Call, processor: Any, image_size: ImageSize, location: str) -> SizedModel:
+    """Return the model at the requested size of images, or at that of its image processor."""
+    channels = _channels(module)
+    _, limits = fit_statistics(processor, channels)
+    sized = sized_model(module, call, processor, _configured_size(module), channels, image_size, location)
+    return replace(sized, limitations=(*sized.limitations, *limits))
 
 
 def _text_example(module: Any, inputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -386,12 +416,14 @@ def _preprocess(
     inputs: tuple[str, ...],
     example: dict[str, torch.Tensor],
     processor: Any,
-    image: bool,
+    sizing: Sizing | None,
 ) -> Preprocess:
     arrays = as_numpy(example)
-    if image:
-        convert = None if processor is None else partial(_pixels, processor)
-        return Preprocess(inputs, "image", arrays, image=convert)
+    if sizing is not None:
+        channels = _channels(module)
+        refused, _ = fit_statistics(processor, channels)
+        convert = None if processor is None or refused else partial(pixels, processor)
+        return Preprocess(inputs, "image", as_numpy(sizing.prepared(channels)), image=convert, no_image=refused)
     longest = _max_length(module, processor, sentence_files)
     if processor is None:
         return Preprocess(inputs, "text", arrays, longest=longest)
@@ -409,12 +441,6 @@ def _preprocess(
         cut=partial(_truncating, processor, inputs),
         longest=longest,
     )
-
-
-def _pixels(processor: Any, image: Image.Image) -> npt.NDArray[np.float32]:
-    pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    array: npt.NDArray[np.float32] = pixels.float().numpy()
-    return array
 
 
 def _tokens(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, Targets, dims, wrong_class
+from compressor.data.readers.decode_image import MODES
 from compressor.data.readers.images import pictures
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -94,7 +95,7 @@ def _by_input(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) ->
 
 def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: str) -> Samples:
     first = arrays[preprocess.inputs[0]]
-    if preprocess.kind == "image" and first.dtype == np.uint8 and len(arrays) == 1:
+    if preprocess.kind == "image" and first.dtype in (np.uint8, np.uint16) and len(arrays) == 1:
         return _raw_images(first, name, preprocess)
     if preprocess.kind == "text":
         defaults = _default_inputs(arrays, preprocess)
@@ -143,18 +144,44 @@ def _default_inputs(arrays: Mapping[str, Array], preprocess: Preprocess) -> tupl
 
 
 def _raw_images(array: Array, name: str, preprocess: Preprocess) -> Samples:
-    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
+    channels = preprocess.channels
+    if not ((array.ndim == 3 and channels in MODES) or (array.ndim == 4 and _are_channels(array, channels))):
+        other = "" if channels in MODES else f", or [N, {channels}, H, W] or [N, H, W, {channels}]"
         raise DataError(
-            f"{name} holds uint8 {dims(array.shape)}; "
-            "expected images as [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels"
+            f"{name} holds {array.dtype} {dims(array.shape)}; "
+            f"expected images as [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels{other}"
         )
     pixels = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
 
-    def load(index: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(pixels[index]))
+    def load(index: int) -> Image.Image | Array:
+        pixel = np.ascontiguousarray(pixels[index])
+        picture = pixel.ndim == 2 or (pixel.dtype == np.uint8 and pixel.shape[2] in (3, 4) and channels in MODES)
+        return Image.fromarray(pixel) if picture else pixel
 
     source = pictures(name, _numbers(array), load, preprocess)
-    return Samples(_numbers(array), source.feeds, "raw uint8 images in an array", shown=source.shown)
+    return Samples(
+        _numbers(array),
+        source.feeds,
+        f"raw {array.dtype} images in an array",
+        shown=source.shown,
+        limitations=tuple(_of_raw_images(array, channels)),
+    )
+
+
+def _are_channels(array: Array, channels: int) -> bool:
+    """Return whether images with 3 axes have channels that the model takes, or Pillow converts to them."""
+    converted = channels in MODES and (array.dtype == np.uint8 or array.shape[3] == 1)
+    return array.shape[3] in MODES if converted else channels in (array.shape[1], array.shape[3])
+
+
+def _of_raw_images(array: Array, channels: int) -> Iterator[Limitation]:
+    """Yield what is converted in raw images, which are decoded later than files are."""
+    if array.dtype == np.uint16:
+        yield Limitation("depth of the images", "all hold integers of 16 bits; they are scaled, 0 to 65,535")
+    if array.ndim == 4 and array.shape[3] == 4 and channels in (1, 3):
+        yield Limitation("transparency of the images", "the fourth channel of the array is ignored")
+    if array.ndim == 4 and array.shape[3] in (3, 4) and channels == 1:
+        yield Limitation("colours of the images", "converted to grey, because the model takes one channel")
 
 
 def _tokens(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) -> dict[str, Array]:
@@ -186,7 +213,7 @@ def _check_model_input(array: Array, key: str, name: str, preprocess: Preprocess
     expected = ("N", *example.shape[1:])
     same = array.dtype.kind == example.dtype.kind or (array.dtype.kind in "iub" and example.dtype.kind in "iub")
     if not same or array.shape[1:] != example.shape[1:]:
-        raw = " or raw uint8 images [N, H, W] or [N, H, W, C]" if preprocess.kind == "image" else ""
+        raw = " or raw uint8 or uint16 images [N, H, W] or [N, H, W, C]" if preprocess.kind == "image" else ""
         raise DataError(
             f"{name} holds {array.dtype} {dims(array.shape)} for {key}; expected {example.dtype} {dims(expected)}{raw}"
         )

@@ -89,6 +89,7 @@ class Samples:
         targets: returns the labels and the scored positions of the samples at the given positions, for labels that
             depend on the tokenization, see `Targets`.
         limitations: expected properties that the source lacks, and assumptions about it.
+        findings: returns the limitations that were found while samples were decoded, such as scaled values.
     """
 
     ids: tuple[str, ...]
@@ -108,6 +109,7 @@ class Samples:
     pairs: bool = False
     targets: Callable[[Sequence[int]], Targets] | None = None
     limitations: tuple[Limitation, ...] = ()
+    findings: Callable[[], tuple[Limitation, ...]] = tuple
 
 
 def wrong_class(name: str, label: str) -> DataError:

@@ -143,6 +143,7 @@ def _image_samples(dataset: Any, name: str, preprocess: Preprocess) -> Samples:
         class_names=names,
         own_numbers=label is not None and _names_of(dataset, label) is not None,
         limitations=tuple(_unread(dataset, [column, *([] if label is None else [label])], label)),
+        findings=source.findings,
     )
 
 

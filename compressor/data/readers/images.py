@@ -5,40 +5,48 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, dims
+from compressor.data.readers.decode_image import BrokenImageError, Conversion, Decoded, decode, limitations_of
 from compressor.data.readers.sample_cache import Store
 from compressor.errors import DataError
 from compressor.limitations import Limitation
+from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 
 # PIL's own table also lists formats for which it has only stubs (.h5, .grib), and formats that are not images.
 _COMMON = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
-_OTHERS = (".avif", ".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff")
+_OTHERS = (".avif", ".bmp", ".gif", ".jp2", ".npy", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff")
 SUFFIXES = frozenset((*_COMMON, *_OTHERS))
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 CHUNK = 64  # images prepared at a time while checking; 39 MB at 3 x 224 x 224
 
 
-class BrokenImageError(Exception):
-    """An image that cannot be decoded; the message is the reason."""
-
-
 @dataclass(frozen=True)
 class Pictures:
-    """Images by position, preprocessed for the model; each image once, as long as the store has space."""
+    """Images by position, preprocessed for the model; each image once, as long as the store has space.
+
+    Attributes:
+        name: name of the data in messages.
+        ids: one id per image.
+        load: opens the image at a position, or returns it as an array [C, H, W] or [H, W, C].
+        preprocess: preprocessing of the model.
+        store: the preprocessed images.
+        conversions: what was converted in each decoded image, by position.
+    """
 
     name: str
     ids: tuple[str, ...]
-    load: Callable[[int], Image.Image]
+    load: Callable[[int], Image.Image | Array]
     preprocess: Preprocess
     store: Store
+    conversions: dict[int, Conversion] = field(default_factory=dict)
 
     def feeds(self, indices: Sequence[int]) -> Feeds:
         """Return the preprocessed images as the model's first input, [rows, C, H, W]."""
@@ -55,7 +63,11 @@ class Pictures:
         Raises:
             BrokenImageError: the image can no longer be decoded.
         """
-        return decoded(partial(self.load, index), self.preprocess.image_mode)
+        return self._decode(index).shown()
+
+    def findings(self) -> tuple[Limitation, ...]:
+        """Return the limitations of the images that were decoded so far."""
+        return tuple(limitations_of(tuple(self.conversions.values())))
 
     def faults(self, indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
         """Decode and store images; return the reasons of those that cannot be decoded, by position."""
@@ -76,15 +88,21 @@ class Pictures:
         if index in self.store:
             return self.store.get(index)
         try:
-            image = decoded(partial(self.load, index), self.preprocess.image_mode)
+            decoded = self._decode(index)
         except BrokenImageError as fault:
             return fault
-        value = _preprocessed(self.preprocess, image)
+        self.conversions[index] = decoded.conversion
+        value = _preprocessed(self.preprocess, decoded.image)
         self.store.put(index, value)
         return value
 
+    def _decode(self, index: int) -> Decoded:
+        return decode(partial(self.load, index), self.preprocess.channels)
 
-def pictures(name: str, ids: tuple[str, ...], load: Callable[[int], Image.Image], preprocess: Preprocess) -> Pictures:
+
+def pictures(
+    name: str, ids: tuple[str, ...], load: Callable[[int], Image.Image | Array], preprocess: Preprocess
+) -> Pictures:
     """Return the images, to be preprocessed as the model's first input.
 
     Raises:
@@ -93,29 +111,10 @@ def pictures(name: str, ids: tuple[str, ...], load: Callable[[int], Image.Image]
     if preprocess.kind != "image":
         raise DataError(f"{name} holds images, but the model takes {preprocess.kind} inputs; pass --data of that kind")
     if preprocess.image is None:
-        raise DataError(
-            f"{name} holds images, but the model has no image preprocessing; add its preprocessor_config.json, or pass "
-            "preprocessed model inputs as .npy"
-        )
+        reason = preprocess.no_image or "the model has no image preprocessing; add its preprocessor_config.json"
+        raise DataError(f"{name} holds images, but {reason}, or pass preprocessed model inputs as .npy")
     example = preprocess.example[preprocess.inputs[0]]
     return Pictures(name, ids, load, preprocess, Store(example.shape[1:], example.dtype))
-
-
-def decoded(load: Callable[[], Image.Image], mode: str) -> Image.Image:
-    """Decode an image and convert it to a PIL mode.
-
-    Raises:
-        BrokenImageError: the image cannot be decoded.
-    """
-    try:
-        with load() as image:
-            image.load()
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert(mode)  # PIL warns about a direct conversion
-            return image.convert(mode) if image.mode != mode else image.copy()
-    # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError and others
-    except Exception as error:
-        raise BrokenImageError(_reason(error)) from error
 
 
 def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
@@ -131,7 +130,7 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
             f"the folder {name} holds no images; expected image files ({_suffixes()}) or class folders of image files"
         )
     ids = tuple(file for file, _ in files)
-    source = pictures(name, ids, lambda index: Image.open(folder / ids[index]), preprocess)
+    source = pictures(name, ids, lambda index: _open(folder / ids[index]), preprocess)
     labels = None if flat else np.array([label for _, label in files], dtype=np.int64)
     reading = "flat image folder" if flat else f"image folder, {len(classes)} class folders"
     kind: LabelKind | None = None if flat else "class"
@@ -144,6 +143,7 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
         class_names=None if flat else tuple(classes),
         faults=source.faults,
         shown=source.shown,
+        findings=source.findings,
         limitations=tuple(_limitations(folder, files)),
     )
 
@@ -186,19 +186,24 @@ def _suffixes() -> str:
     return ", ".join(sorted(SUFFIXES))
 
 
-def _reason(error: Exception) -> str:
-    # The message of PIL contains the absolute path, but the id already names the file
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that can be identified"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+def _open(path: Path) -> Image.Image | Array:
+    """Open an image file, or read an array of a .npy file; Python objects in it are refused."""
+    if path.suffix.lower() != ".npy":
+        return Image.open(path)
+    array: Array = np.load(path, allow_pickle=False)
+    return array
 
 
-def _preprocessed(preprocess: Preprocess, image: Image.Image) -> Array:
+def _preprocessed(preprocess: Preprocess, image: Image.Image | Array) -> Array:
     assert preprocess.image is not None
-    value = preprocess.image(image)
     example = preprocess.example[preprocess.inputs[0]]
+    try:
+        value = preprocess.image(image)
+    except (RuntimeError, TypeError, ValueError) as error:  # torchvision and transformers raise all three
+        raise DataError(
+            f"the model's preprocessing fails for an image with {preprocess.channels} channels ({first_line(error)}); "
+            "check the model's preprocessing config"
+        ) from error
     if value.shape != example.shape[1:]:
         raise DataError(
             f"the model's preprocessing gives an image as {dims(value.shape)}, but the model takes "

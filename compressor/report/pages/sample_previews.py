@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.data.readers.images import BrokenImageError
+from compressor.data.readers.decode_image import BrokenImageError
 from compressor.data.splits import Split
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ class Calls:
 def vision(calls: Calls | None = None, *, mode: str = "RGB") -> Preprocess:
     channels = {"L": 1, "RGB": 3}[mode]
     example = {"pixel_values": np.zeros((2, channels, SIDE, SIDE), np.float32)}
-    return Preprocess(("pixel_values",), "image", example, image=(calls or Calls()).image, image_mode=mode)
+    return Preprocess(("pixel_values",), "image", example, image=(calls or Calls()).image)
 
 
 def language(calls: Calls | None = None, *, inputs: tuple[str, ...] = ("input_ids", "attention_mask")) -> Preprocess:
@@ -803,8 +803,8 @@ def test_rejected_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert of(np.zeros((5, 3), np.float32), one) == "x.npy holds float32 [5, 3] for x; expected float32 [N, 2]"
     assert of(np.zeros((5, 2), np.int64), one) == "x.npy holds int64 [5, 2] for x; expected float32 [N, 2]"
     assert of(np.zeros((5, 1, 4, 4), np.float32), vision()) == (
-        "x.npy holds float32 [5, 1, 4, 4] for pixel_values; expected float32 [N, 3, 4, 4] or raw uint8 images [N, H, "
-        "W] or [N, H, W, C]"
+        "x.npy holds float32 [5, 1, 4, 4] for pixel_values; expected float32 [N, 3, 4, 4] or raw uint8 or uint16 "
+        "images [N, H, W] or [N, H, W, C]"
     )
     assert of(np.zeros((5, 3, 4, 7), np.uint8), vision()) == (
         "x.npy holds uint8 [5, 3, 4, 7]; expected images as [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels"

@@ -1,0 +1,359 @@
+"""The size of the images that a model takes: found by calling it, not by its class or its config.
+
+A model is exported at one size, or with height and width as dynamic axes. A size is accepted if the model computes an
+image of that size. Position embeddings are then interpolated as the model does it in `forward`, or as its library does
+it while it loads the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from compressor.choices import DYNAMIC, ImageSize
+from compressor.limitations import Limitation
+from compressor.models.base import ModelError, first_line, fixed_size
+from passes.torch_internals import FakeTensorMode
+
+Size = tuple[int, int]
+Call = Callable[..., tuple[torch.Tensor, ...]]
+# Pixels added to a side to find further sizes; most models need a multiple of their patch or of the stride of a stage.
+STEPS = (32, 28, 16, 14, 64, 8, 4)
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The size of the images of an export.
+
+    Attributes:
+        size: height and width that the preprocessing gives.
+        dynamic: further sizes, on which a graph with dynamic height and width is traced and checked; empty for a
+            fixed size. The first is the size of the example inputs.
+    """
+
+    size: Size
+    dynamic: tuple[Size, ...] = ()
+
+    def example(self, channels: int) -> dict[str, torch.Tensor]:
+        """Return the inputs that the model is traced with, [2, channels, height, width]."""
+        return {"pixel_values": noise(2, channels, self.dynamic[0] if self.dynamic else self.size)}
+
+    def prepared(self, channels: int) -> dict[str, torch.Tensor]:
+        """Return inputs of the size that the preprocessing gives, [2, channels, height, width]."""
+        return {"pixel_values": noise(2, channels, self.size)}
+
+    @property
+    def axes(self) -> dict[str, dict[int, str]]:
+        """Return the dynamic axes of the input by name."""
+        return {"pixel_values": {0: "batch", 2: "height", 3: "width"} if self.dynamic else {0: "batch"}}
+
+    @property
+    def checked(self) -> tuple[Size, ...]:
+        """Return the sizes at which the graph is compared with the model."""
+        return (self.size, *self.dynamic[1:]) if self.dynamic else ()
+
+    def limitations(self, channels: int) -> Iterator[Limitation]:
+        """Yield the limitation of a fixed size, or how a dynamic size was checked."""
+        if not self.dynamic:
+            yield fixed_size(noise(1, channels, self.size))
+            return
+        sizes = [text(size) for size in (self.size, *self.dynamic)]
+        yield Limitation(
+            "image size",
+            f"height and width are dynamic; checked at {', '.join(sizes[:-1])} and {sizes[-1]} pixels; other sizes "
+            f"must be ones that the model takes, and the data is prepared at {sizes[0]}",
+        )
+
+
+def noise(rows: int, channels: int, size: Size) -> torch.Tensor:
+    """Return seeded uniform noise, [rows, channels, height, width]."""
+    return torch.rand(rows, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def text(size: Sequence[int]) -> str:
+    """Format height and width.
+
+    >>> text((256, 192))
+    '256 x 192'
+    """
+    return " x ".join(map(str, size))
+
+
+def refusal(call: Call, module: Any, channels: int, size: Size) -> str | None:
+    """Return the reason why a model does not compute an image of a size; None if it does.
+
+    Only shapes are propagated. A model that cannot run without values is run on one image.
+    """
+    pixels = noise(1, channels, size)
+    # Errors of a model have no common base: shapes raise RuntimeError, AssertionError, ValueError and others.
+    try:
+        with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            call(module, mode.from_tensor(pixels))
+    except Exception:
+        try:
+            with torch.inference_mode():
+                call(module, pixels)
+        except Exception as error:
+            return first_line(error)
+    return None
+
+
+def other_sizes(call: Call, module: Any, channels: int, size: Size, name: str) -> tuple[Size, ...]:
+    """Return two further sizes that a model takes, with unequal sides.
+
+    The first is used for tracing: a model may take another path at its own size, or if height and width are equal.
+
+    Raises:
+        ModelError: none was found.
+    """
+    reason = None
+    for step in STEPS:
+        sizes = ((size[0] + step, size[1] + 2 * step), (size[0] + 2 * step, size[1] + step))
+        reasons = (refusal(call, module, channels, each) for each in sizes)
+        reason = next((each for each in reasons if each is not None), None)
+        if reason is None:
+            return sizes
+    raise ModelError(
+        f"{name} does not take images of other sizes than {text(size)} ({reason}); give --image-size with numbers "
+        "instead of dynamic, or leave it out."
+    )
+
+
+def cannot_take(name: str, size: Size, reason: str) -> ModelError:
+    """Return the error for a size that a model does not take."""
+    return ModelError(
+        f"{name} cannot take images of {text(size)} pixels ({reason}); give another --image-size, or leave it out."
+    )
+
+
+def repeated(values: Sequence[float], channels: int) -> tuple[float, ...] | None:
+    """Return one value of a normalization for each channel; None if the values differ and do not fit.
+
+    >>> repeated((0.5, 0.5, 0.5), 4), repeated((0.4, 0.5, 0.6), 1)
+    ((0.5, 0.5, 0.5, 0.5), None)
+    """
+    if len(values) == channels:
+        return tuple(values)
+    return (values[0],) * channels if len(set(values)) == 1 else None
+
+
+def statistics_limitation(count: int, channels: int) -> Limitation:
+    """Return the limitation of mean and standard deviation that were repeated for every channel."""
+    return Limitation(
+        "normalization of the images",
+        f"the preprocessing has {count} equal values of mean and standard deviation, which are used for all "
+        f"{channels} channels",
+    )
+
+
+def wrong_statistics(count: int, channels: int) -> str:
+    """Return the reason why images cannot be normalized, with the remedy."""
+    return (
+        f"its preprocessing has {count} values of mean or standard deviation and the model takes {channels} channels; "
+        f"set {channels} values in the preprocessing config"
+    )
+
+
+# ------------------------------------------------------------------------------------- image processors of transformers
+
+
+def pixels(processor: Any, image: Image.Image | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Preprocess an image with an image processor of transformers.
+
+    Args:
+        processor: the image processor.
+        image: a PIL image, or an array [C, H, W] with values in 0 to 1.
+
+    Returns:
+        The input of the model, [C, H, W].
+    """
+    if isinstance(image, np.ndarray):  # image processors expect values in 0 to 255 and scale them
+        values = processor(images=image * np.float32(255), input_data_format="channels_first", return_tensors="pt")
+    else:
+        values = processor(images=image, return_tensors="pt")
+    array: npt.NDArray[np.float32] = values["pixel_values"][0].float().numpy()
+    return array
+
+
+def processor_size(processor: Any, channels: int) -> Size | None:
+    """Return height and width of what an image processor gives, for a square image if it depends on the image.
+
+    Return None if the processor does not give images, or fails.
+    """
+    found = []
+    for shape in ((48, 64), (64, 48), (64, 64)):
+        black = np.zeros((channels, *shape), np.float32)
+        image = Image.new("RGB", shape[::-1]) if channels == 3 else black
+        try:
+            found.append(pixels(processor, image).shape)
+        except (KeyError, RuntimeError, TypeError, ValueError):  # reported when an image is read
+            return None
+    height_and_width = found[0][1:] if found[0] == found[1] else found[2][1:]
+    return (height_and_width[0], height_and_width[1]) if len(height_and_width) == 2 else None
+
+
+def resized_processor(processor: Any, size: Size, channels: int, name: str) -> Any:
+    """Return an image processor of the same class and options that gives images of another size.
+
+    A resize before a center crop keeps its proportion to the crop.
+
+    Raises:
+        ModelError: the options of the image processor do not set its size.
+    """
+    options = processor.to_dict()
+    for changed in _size_options(options, size):
+        candidate = type(processor).from_dict({**options, **changed})
+        if processor_size(candidate, channels) == size:
+            return candidate
+    raise ModelError(
+        f"the image processor of {name} ({type(processor).__name__}) cannot be set to {text(size)} pixels; leave "
+        "--image-size out, or pass preprocessed model inputs as data without its preprocessor_config.json."
+    )
+
+
+def _size_options(options: dict[str, Any], size: Size) -> Iterator[dict[str, Any]]:
+    """Yield the options of an image processor that may set its size, the most faithful first."""
+    height, width = size
+    exact, before = {"height": height, "width": width}, options.get("size") or {}
+    crop = options.get("crop_size") or {}
+    if options.get("do_center_crop") and {"height", "width"} <= crop.keys():
+        scales = {"height": height / crop["height"], "width": width / crop["width"]}
+        larger = max(scales.values())
+        resize = {key: round(side * scales.get(key, larger)) for key, side in before.items() if side is not None}
+        yield {"crop_size": exact, "size": resize}
+    if height == width and before.get("shortest_edge") is not None:
+        yield {"size": {"shortest_edge": height}}
+    yield {"size": exact}
+
+
+class _Interpolating:
+    """A model of transformers that interpolates its position embeddings in every call."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.module(*args, interpolate_pos_encoding=True, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def _call_interpolating(call: Call, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return call(_Interpolating(module), *tensors)
+
+
+@dataclass(frozen=True)
+class SizedModel:
+    """A model of transformers at the size of an export.
+
+    Attributes:
+        sizing: the size.
+        call: calls the module at this size.
+        processor: its image processor at this size; None if it has none.
+        interpolates: `call` passes ``interpolate_pos_encoding=True``.
+        limitations: what was assumed or differs.
+    """
+
+    sizing: Sizing
+    call: Call
+    processor: Any
+    interpolates: bool
+    limitations: tuple[Limitation, ...]
+
+
+def sized_model(
+    module: Any, call: Call, processor: Any, configured: Size, channels: int, image_size: ImageSize, name: str
+) -> SizedModel:
+    """Return a model of transformers at the requested size, or at the size that its image processor gives.
+
+    Args:
+        module: the model.
+        call: calls the module with ``pixel_values``.
+        processor: its image processor, or None.
+        configured: height and width of the config.
+        channels: number of channels of the model.
+        image_size: the requested size.
+        name: name of the model in messages.
+
+    Raises:
+        ModelError: the model or its image processor does not take the size, or no other sizes if it is dynamic.
+    """
+    prepared = None if processor is None else processor_size(processor, channels)
+    size = configured if prepared is None else prepared
+    if image_size is not None and image_size != DYNAMIC:
+        processor = (
+            processor if prepared in (None, image_size) else resized_processor(processor, image_size, channels, name)
+        )
+        size = image_size
+    calls: dict[bool, Call] = {False: call, True: partial(_call_interpolating, call)}
+    if image_size == DYNAMIC:
+        interpolates, dynamic = _other_sizes(calls, module, channels, size, name)
+    else:
+        interpolates, dynamic = _interpolates(calls, module, channels, size, configured, name), ()
+    sizing = Sizing(size, dynamic)
+    limits = list(sizing.limitations(channels))
+    if size != configured:
+        limits.append(_differs(configured, size, interpolates, requested=image_size is not None))
+    return SizedModel(sizing, calls[interpolates], processor, interpolates, tuple(limits))
+
+
+def _interpolates(calls: dict[bool, Call], module: Any, channels: int, size: Size, configured: Size, name: str) -> bool:
+    """Return whether a model takes a size only if it is told to interpolate its position embeddings."""
+    if size == configured:
+        return False
+    reason = refusal(calls[False], module, channels, size)
+    if reason is None:
+        return False
+    if refusal(calls[True], module, channels, size) is not None:
+        raise cannot_take(name, size, reason)
+    return True
+
+
+def _other_sizes(
+    calls: dict[bool, Call], module: Any, channels: int, size: Size, name: str
+) -> tuple[bool, tuple[Size, ...]]:
+    try:
+        return False, other_sizes(calls[False], module, channels, size, name)
+    except ModelError:
+        if refusal(calls[True], module, channels, size) is not None:
+            raise
+    return True, other_sizes(calls[True], module, channels, size, name)
+
+
+def _differs(configured: Size, size: Size, interpolates: bool, *, requested: bool) -> Limitation:
+    source = "--image-size is" if requested else "the image processor gives"
+    option = "; in transformers, this takes interpolate_pos_encoding=True" if interpolates else ""
+    return Limitation(
+        "image size of the config",
+        f"the config has {text(configured)} pixels and {source} {text(size)}, which is used; position embeddings are "
+        f"interpolated as the model does it{option}",
+    )
+
+
+def fit_statistics(processor: Any, channels: int) -> tuple[str, tuple[Limitation, ...]]:
+    """Fit mean and standard deviation of an image processor to the channels of the model, in place.
+
+    Returns:
+        The reason why the processor cannot be used, empty if it can; and the limitations.
+    """
+    if processor is None or not getattr(processor, "do_normalize", False):
+        return "", ()
+    before = {name: getattr(processor, name, None) for name in ("image_mean", "image_std")}
+    lengths = [len(values) for values in before.values() if isinstance(values, list | tuple)]
+    if all(length == channels for length in lengths):
+        return "", ()
+    fitted = {name: repeated(values, channels) for name, values in before.items() if values is not None}
+    wrong = next(length for length in lengths if length != channels)
+    if None in fitted.values():
+        return wrong_statistics(wrong, channels), ()
+    for name, values in fitted.items():
+        setattr(processor, name, values)
+    return "", (statistics_limitation(wrong, channels),)
