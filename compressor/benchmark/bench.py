@@ -21,6 +21,7 @@ from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
+from compressor.models.stored_dtypes import describe_dtypes
 from compressor.settings import Settings
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import check_writable, write_files
@@ -156,7 +157,7 @@ def bench(
         parity=parity,
         harness=harness,
         environment=environment(),
-        notes=tuple(_leakage_warnings(stand, folders)),
+        notes=(*_leakage_warnings(stand, folders), *_weight_types(stand.entries)),
     )
     write_files(output.parent, {output.name: comparison.to_json().encode()})
     return comparison
@@ -272,6 +273,14 @@ def _leakage_warnings(stand: BenchRunner, folders: Mapping[str, ExportFolder]) -
                 f"{name} was exported with more samples and may have been calibrated on {len(overlap)} of the "
                 f"{len(data.test)} test samples; give the --samples of the export."
             )
+
+
+def _weight_types(entries: Sequence[EngineEntry]) -> Iterator[str]:
+    """Yield a note for each torch model whose checkpoint stores weights in another type than float32."""
+    for entry in entries:
+        dtypes = {} if entry.module is None else entry.module.model.dtypes
+        if {str(dtype) for dtype in dtypes.values()} - {"torch.float32"}:
+            yield f"{entry.name} computes in float32; its checkpoint stores {describe_dtypes(dtypes.values())}."
 
 
 def _fewer(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -43,6 +43,8 @@ class Model:
         tokenizer: transformers tokenizer of a text model; None if the model has none.
         state: output name to the input name that it feeds in the next call, such as the KV cache.
         limitations: features that the model lacks here, and properties that were assumed.
+        dtypes: types of the float weights in the checkpoint, by the path in the module, which holds them as float32;
+            empty if there is no checkpoint or its types are unknown.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Model:
     tokenizer: Any = None
     state: Mapping[str, str] = field(default_factory=dict)
     limitations: tuple[Limitation, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 
     def classes(self) -> int | None:
         """Return the number of classes of a classifier, the last axis of its output; None for other tasks."""

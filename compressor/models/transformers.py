@@ -23,6 +23,7 @@ from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.probe import accepts, calling, computes_with, text
+from compressor.models.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
 
 HEADS = {
     "ForImageClassification": "image-classification",
@@ -84,7 +85,8 @@ def load(
                 if resolved_task != "text-generation":
                     raise no_language_model(location, f"a model for {resolved_task}")
                 module = module_on_disk(_kind(config, resolved_task), config, location, options)
-                return _wrap(module.eval(), location, resolved_task, options, sentence_files, random_weights, (), cache)
+                model = _wrap(module.eval(), location, resolved_task, options, sentence_files, False, (), cache)
+                return replace(model, dtypes=_dtypes(module, location, revision))
             module, missing, left_out = _module(location, config, resolved_task, random_weights, options)
         except ModelError:
             raise
@@ -93,7 +95,13 @@ def load(
         model = _wrap(
             module.eval().float(), location, resolved_task, options, sentence_files, random_weights, missing, cache
         )
-        return replace(model, limitations=(*model.limitations, *_left_out(left_out)))
+        dtypes = {} if random_weights else _dtypes(module, location, revision)
+        return replace(model, limitations=(*model.limitations, *_left_out(left_out)), dtypes=dtypes)
+
+
+def _dtypes(module: torch.nn.Module, location: str, revision: str | None) -> dict[str, torch.dtype]:
+    """Return the types of the weights in the files of a checkpoint, by their paths in the module."""
+    return dtypes_by_path(dtypes_in(weight_files(location, revision)), module)
 
 
 def _sentence_files(location: str, revision: str | None) -> dict[str, Path]:

@@ -99,6 +99,7 @@ def wrap(
         ModelError: the example inputs are missing, the forward pass fails or returns no tensors, or the cache of a
             language model cannot be detected.
     """
+    dtypes = {name: value.dtype for name, value in module.state_dict().items() if value.is_floating_point()}
     module = module.eval().float()
     label = name or type(module).__name__
     inputs_by_name = _name_inputs(module, example_inputs, label)
@@ -132,6 +133,7 @@ def wrap(
             *_fixed_shapes(example, axes),
             *_assumptions(returned, outputs, answer, resolved_task if task is None else None),
         ),
+        dtypes=dtypes,
     )
     if resolved_task != "text-generation":
         return model
