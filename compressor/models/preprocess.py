@@ -33,6 +33,8 @@ class Preprocess:
         whole: tokenizes one text without padding or truncation, [tokens] by input name.
         cut: returns a `text` function that truncates texts to a number of tokens.
         longest: maximum number of tokens that the model takes; None if it is unknown.
+        lengths: returns the number of tokens of each text, optionally with second texts, without truncation.
+        limit: number of tokens to which `text` truncates; None if it does not truncate.
     """
 
     inputs: tuple[str, ...]
@@ -46,7 +48,9 @@ class Preprocess:
     whole: Callable[[str], dict[str, npt.NDArray[Any]]] | None = None
     cut: Callable[[int], Tokenise] | None = None
     longest: int | None = None
+    lengths: Callable[[list[str], list[str] | None], list[int]] | None = None
+    limit: int | None = None
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""
-        return self if self.cut is None else replace(self, text=self.cut(length))
+        return self if self.cut is None else replace(self, text=self.cut(length), limit=length)

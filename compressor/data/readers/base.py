@@ -52,6 +52,7 @@ class Samples:
         shown: returns the image or text of a sample for display; None for numeric data.
         whole: returns the tokens of a text without padding or truncation, [tokens] by input name; None for other data.
         limitations: expected properties that the source lacks, and assumptions about it.
+        lengths: returns the numbers of tokens of the rows of each sample without truncation; None for other data.
     """
 
     ids: tuple[str, ...]
@@ -66,6 +67,7 @@ class Samples:
     shown: Callable[[int], Image.Image | str] | None = None
     whole: Callable[[int], Feeds] | None = None
     limitations: tuple[Limitation, ...] = ()
+    lengths: Callable[[Sequence[int]], Sequence[Sequence[int]]] | None = None
 
 
 def class_order_limitation(names: Sequence[str]) -> Limitation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, class_order_limitation
-from compressor.data.readers.texts import text_of, tokens
+from compressor.data.readers.texts import HOLDS_NUL, NUL, text_of, tokens
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -42,11 +43,15 @@ NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *CLASSES,
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with equal numbers of cells; `header` is empty if the file has none. Ids are row numbers from 0."""
+    """Rows with equal numbers of cells; `header` is empty if the file has none. Ids are row numbers from 0.
+
+    `quoted` is False if quotes are characters of the cells, because they are not balanced.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
+    quoted: bool = True
 
     def column(self, column: int) -> list[str]:
         """Return all cells of a column."""
@@ -94,11 +99,14 @@ def table_samples(
         shown=source.shown,
         whole=source.whole if task == "text-generation" and preprocess.whole is not None else None,
         limitations=tuple(_limitations(table, columns, kind, task)),
+        lengths=None if preprocess.lengths is None else source.lengths,
     )
 
 
 def _limitations(table: Table, columns: Columns, kind: LabelKind | None, task: str) -> Iterator[Limitation]:
-    """Yield limitations for columns that are not read and for the numbering of class names."""
+    """Yield limitations for quotes, for columns that are not read and for the numbering of class names."""
+    if not table.quoted:
+        yield Limitation("quotes of the data", "they do not enclose whole cells, so they are read as characters")
     unread = [index for index in _column_indices(table) if index not in (*columns.texts, columns.label)]
     if unread:
         titles = ", ".join(table.title(index) for index in unread)
@@ -114,9 +122,13 @@ def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
     """Parse the text of a file into a table; skip rows whose number of cells differs from that of most rows.
 
     The separator is the comma, semicolon or tab that splits the lines most evenly. csv.Sniffer uses letter frequencies
-    and may choose a letter of the texts as separator.
+    and may choose a letter of the texts as separator. Quotes enclose cells. In a tab-separated file in which they do
+    not, as in many corpora, they are characters of the texts.
     """
-    lines = _split_lines(text, _separator(text), name)
+    with _cells_of_any_length(text):
+        separator = _separator(text)
+        quoted = not (separator == "\t" and _quote_fault(text, separator))
+        lines = _split_lines(text, separator, name, quoted=quoted)
     if not lines:
         raise DataError(f"{name} holds no rows; expected texts with optional labels")
     width = _width(lines)
@@ -128,7 +140,7 @@ def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
     kept = [(str(row), tuple(cells)) for row, cells in rows if len(cells) == width]
     if not kept:
         raise DataError(f"{name} holds a header but no rows; expected texts with optional labels")
-    return Table(header, tuple(cells for _, cells in kept), tuple(row for row, _ in kept)), tuple(ragged)
+    return Table(header, tuple(cells for _, cells in kept), tuple(row for row, _ in kept), quoted), tuple(ragged)
 
 
 def choose(table: Table, name: str, task: str) -> Columns:
@@ -153,9 +165,40 @@ def choose(table: Table, name: str, task: str) -> Columns:
     return Columns(texts, None if task == "text-generation" else label)
 
 
-def _split_lines(text: str, separator: str, name: str) -> list[list[str]]:
+@contextlib.contextmanager
+def _cells_of_any_length(text: str) -> Iterator[None]:
+    """Raise the limit of the csv module on the length of a cell, 131,072 characters, temporarily."""
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
-        return [cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(cells)]
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _quote_fault(text: str, separator: str) -> str:
+    """Return what is wrong with the quotes of a text; an empty string if they enclose whole cells."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for _ in rows:
+            pass
+    except csv.Error as error:
+        return f"{error}, line {rows.line_num}"
+    return ""
+
+
+def _split_lines(text: str, separator: str, name: str, *, quoted: bool) -> list[list[str]]:
+    """Return the cells of each row that has any.
+
+    Raises:
+        DataError: a quote is opened and never closed, so the rows after it would be read as one cell.
+    """
+    fault = _quote_fault(text, separator) if quoted else ""
+    if fault.startswith("unexpected end"):
+        raise DataError(f"{name} has a quoted cell that does not end ({fault}); close its quote, or double the quote")
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
+        return [cells for cells in rows if any(cells)]
     except csv.Error as error:
         raise DataError(f"{name} is not a readable table ({error}); check its quotes") from error
 
@@ -259,6 +302,8 @@ def _label_kind(table: Table, columns: Columns, task: str, paired: bool) -> Labe
 def _fault(row: Sequence[str], columns: Columns, kind: LabelKind | None) -> str | None:
     if any(not row[index].strip() for index in columns.texts):
         return "the text is empty"
+    if any(NUL in row[index] for index in columns.texts):
+        return HOLDS_NUL
     if columns.label is None:
         return None
     cell = row[columns.label].strip()
