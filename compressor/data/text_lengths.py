@@ -30,7 +30,7 @@ def check_lengths(
     texts = truncated = 0
     for index, lengths in _lengths(samples, indices):
         if min(lengths) < least:
-            faults[index] = f"the tokenizer returns {min(lengths)} tokens for it; expected at least {least}"
+            faults[index] = f"too few tokens ({min(lengths)}); expected at least {least}"
             continue
         texts += len(lengths)
         truncated += sum(limit is not None and length > limit for length in lengths)
