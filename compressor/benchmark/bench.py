@@ -22,6 +22,7 @@ from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
+from compressor.models.stored_dtypes import describe_dtypes
 from compressor.settings import Settings
 from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment
@@ -165,7 +166,7 @@ def bench(
         parity=parity,
         harness=harness,
         environment=environment(),
-        notes=(*_leakage_warnings(stand, folders), *_hidden_overflow(stand)),
+        notes=(*_leakage_warnings(stand, folders), *_hidden_overflow(stand), *_weight_types(stand.entries)),
     )
     write_files(output.parent, {output.name: comparison.to_json().encode()})
     return comparison
@@ -324,6 +325,14 @@ def _leakage_warnings(stand: BenchRunner, folders: Mapping[str, ExportFolder]) -
                 f"{name} was exported with more samples and may have been calibrated on {len(overlap)} of the "
                 f"{len(data.test)} test samples; give the --samples of the export."
             )
+
+
+def _weight_types(entries: Sequence[EngineEntry]) -> Iterator[str]:
+    """Yield a note for each torch model whose checkpoint stores weights in another type than float32."""
+    for entry in entries:
+        dtypes = {} if entry.module is None else entry.module.model.dtypes
+        if {str(dtype) for dtype in dtypes.values()} - {"torch.float32"}:
+            yield f"{entry.name} computes in float32; its checkpoint stores {describe_dtypes(dtypes.values())}."
 
 
 def _fewer(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from compressor.data.class_labels import with_class_numbers
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sliding_windows import Window, resolve_window, window_batches
+from compressor.data.text_lengths import check_lengths
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -232,8 +233,10 @@ def load(
         samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
-    usable = tuple(index for index in order if index not in faults)
-    skipped = (*samples.skipped, *(Skipped(samples.ids[index], faults[index]) for index in sorted(faults)))
+    short, truncated = check_lengths(samples, order, *((preprocess.limit, 1) if window is None else (None, 2)))
+    usable = tuple(index for index in order if index not in faults and index not in short)
+    unusable = sorted((*faults.items(), *short.items()))
+    skipped = (*samples.skipped, *(Skipped(samples.ids[index], reason) for index, reason in unusable))
     _check_usable(spec, usable, skipped, faults, samples.ids)
     calibration, validation, _ = shares.sizes(len(usable))
     test_start = calibration + validation
@@ -249,7 +252,7 @@ def load(
         seed=seed,
         shares=shares,
         window=window,
-        limitations=(*samples.limitations, *samples.findings()),
+        limitations=(*samples.limitations, *samples.findings(), *truncated),
         pairs=samples.pairs,
     )
 

@@ -91,6 +91,7 @@ def heal(
     budget: float,
     seed: int,
     progress: Callable[..., None],
+    stored: Callable[[Graph], Graph] = lambda graph: graph,
 ) -> tuple[Graph, Healed]:
     """Adapt the weights of a rewritten graph to the outputs of the original, without labels.
 
@@ -108,6 +109,7 @@ def heal(
         budget: time budget in seconds; one measurement may exceed it.
         seed: seed of all random draws. Results are reproducible unless the budget ends the work.
         progress: called with steps done, total steps and a line of text.
+        stored: rounds the weights of a draft to the types in which the result stores them, before it is measured.
 
     Returns:
         The healed fork, with the same nodes and number of parameters, and the report.
@@ -124,7 +126,7 @@ def heal(
     left = budget - (time.perf_counter() - start)
     drafts = _drafts(method, graph, original, model, calibration, changed, left, judge.seconds, seed)
     best, after, steps, refused = graph, before, 0, 0
-    for draft, standing in _judged(drafts, judge, before, progress):
+    for draft, standing in _judged(drafts, judge, before, progress, stored):
         steps = draft.step
         if standing is not None and _loses_no_more(standing, before):
             best, after = draft.graph, standing
@@ -163,11 +165,16 @@ def _drafts(
 
 
 def _judged(
-    drafts: Iterator[Draft], judge: DraftEvaluator, before: Standing, progress: Callable[..., None]
+    drafts: Iterator[Draft],
+    judge: DraftEvaluator,
+    before: Standing,
+    progress: Callable[..., None],
+    stored: Callable[[Graph], Graph],
 ) -> Iterator[tuple[Draft, Standing | None]]:
     """Yield drafts with their standing, None if the divergence is no better; stop after `PATIENCE` of the latter."""
     least, fruitless = before.divergence, 0
-    for draft in drafts:
+    for unrounded in drafts:
+        draft = dataclasses.replace(unrounded, graph=stored(unrounded.graph))
         standing = judge.standing(draft.graph, below=least)
         fruitless = fruitless + 1 if standing is None else 0
         if standing is not None and _loses_no_more(standing, before):

@@ -1,8 +1,9 @@
 """Checkpoints with whole blocks removed, for `from_pretrained` (target `transformers`).
 
 A config of transformers states the number of layers, so a checkpoint can leave out whole blocks and nothing else. Its
-weights are those of the rewritten graph, under their names in the shorter model. A parity check compares the checkpoint
-with the graph afterwards. It detects layers whose arithmetic depends on their number.
+weights are those of the rewritten graph, under their names in the shorter model, in the types of the original
+checkpoint. A parity check compares the checkpoint with the graph afterwards. It detects layers whose arithmetic depends
+on their number.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -166,6 +168,9 @@ def _owner(module: torch.nn.Module, path: str) -> Any:
 def write(graph: Graph, model: Model, path: Path) -> Path:
     """Write a graph as a checkpoint, without the blocks whose weights the graph does not read.
 
+    Every weight is written in its type in the original checkpoint (`Model.dtypes`), and the config states the type that
+    holds most values. A graph that healing has changed must be rounded to these types before, see `rounded`.
+
     Args:
         graph: the traced model after all rewrites.
         model: the model that the graph was traced from.
@@ -187,32 +192,85 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
     with quiet():
         model.save(path.parent)
         weights = model.module.state_dict(keep_vars=True) | _weights(graph, model.module)
-        shorter = _shorter_model(graph, model.module, weights)
+        shorter = _shorter_model(graph, model, weights)
         if any(map(is_offloaded, shorter.parameters())):
             write_from_disk(shorter, path.parent)
         else:
             shorter.save_pretrained(path.parent)
-        sentence_transformers.write_weights(model.module, weights, path.parent)
+            _set_dtype(shorter.config, shorter)
+            shorter.config.save_pretrained(path.parent)
+        sentence_transformers.write_weights(model.module, _in_stored_types(weights, model), path.parent)
     for file in path.parent.rglob("*.safetensors"):
         shutil.copymode(path, file)  # safetensors lets only the owner read its files
     return path
 
 
-def _shorter_model(graph: Graph, module: Any, weights: Mapping[str, torch.Tensor]) -> Any:
+def rounded(graph: Graph, model: Model) -> Graph:
+    """Return a fork whose weights are rounded to their types in the checkpoint, as float32; only changed ones differ.
+
+    Raises:
+        CheckpointError: a weight is too large for its type.
+    """
+    from compressor.models.stored_dtypes import as_stored
+    from passes.graph.edit import replace_parameter
+
+    fork = graph.fork()
+    for name, weight in _weights(graph, model.module).items():
+        stored = as_stored(weight.detach(), model.dtypes.get(name))
+        if stored.dtype != weight.dtype and weight is not model.module.get_parameter(name):
+            if not stored.isfinite().all():
+                raise CheckpointError(
+                    f"--target {TRANSFORMERS}: healing made values of {name} too large for {stored.dtype}, its type in "
+                    "the checkpoint; leave --heal out, or choose another --target."
+                )
+            replace_parameter(fork, f"{graph.prefix}{name}", stored.to(weight.dtype))
+    return fork
+
+
+def _set_dtype(config: Any, module: torch.nn.Module) -> None:
+    """State in a config and its parts the type that holds most values of the parameters.
+
+    transformers opens all weights in this type by default.
+    """
+    values = Counter[Any]()
+    for weight in module.parameters():
+        values[weight.dtype] += weight.numel()
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    for each in (config, *(part for part in parts if part is not None)):
+        each.dtype = values.most_common(1)[0][0]
+
+
+def _in_stored_types(weights: Mapping[str, torch.Tensor], model: Model) -> dict[str, torch.Tensor]:
+    """Return the weights in their types in the checkpoint; equal types share memory, and tied weights stay tied."""
+    from compressor.models.stored_dtypes import as_stored
+    from passes.execute.offloaded_weights import is_offloaded
+
+    stored: dict[int, torch.Tensor] = {}
+    for name, weight in weights.items():
+        if id(weight) not in stored:
+            kept = is_offloaded(weight)  # its file has the type
+            stored[id(weight)] = weight if kept else as_stored(weight.detach(), model.dtypes.get(name))
+    return {name: stored[id(weight)] for name, weight in weights.items()}
+
+
+def _shorter_model(graph: Graph, model: Model, weights: Mapping[str, torch.Tensor]) -> Any:
     """Build a model of the same class without the blocks whose weights the graph does not read.
 
-    The weights are shared with the graph, not copied. Those of a sentence embedding are left out.
+    Weights that are stored as float32 are shared with the graph, not copied. The head of a sentence embedding is left
+    out.
     """
     import torch
 
     from compressor.models import sentence_transformers
 
+    module: Any = model.module
     removed = list(_unread_blocks(graph, module))
     caches = {name.split(".")[1] for name in graph.state}
     if not caches <= {str(number) for number in range(len(caches))}:  # caches of different sizes keep their numbers
         raise CheckpointError(f"--target {TRANSFORMERS}: its layers keep caches of different sizes, so that {ADVICE}.")
     head = f"{sentence_transformers.HEAD}."
-    weights = {name: weight for name, weight in weights.items() if not name.startswith(head)}
+    own = {name: weight for name, weight in weights.items() if not name.startswith(head)}
+    weights = _in_stored_types(own, model)
     config = copy.deepcopy(module.config)
     if removed:
         stack = stack_of(module, removed)

@@ -85,8 +85,8 @@ def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:
         if not error <= TOLERANCE:
             raise TraceError(
                 f"{model.name} with dynamic height and width differs from the model at {size[0]} x {size[1]} "
-                f"pixels (output {output}, by {error:.1e} of its largest value); give --image-size with numbers instead "
-                "of dynamic."
+                f"pixels (output {output}, by {error:.1e} of its largest value); give --image-size with numbers "
+                "instead of dynamic."
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from compressor.lower.checkpoint import ADVICE, CONFIG
+from compressor.lower.trace import images_of
 from compressor.lower.traced_model import index_errors_as_data_errors
 from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.models.base import as_numpy

@@ -51,6 +51,8 @@ class Model:
         interpolates: `call` makes a model of transformers interpolate its position embeddings.
         limitations: features that the model lacks here, and properties that were assumed.
         class_names: names of the classes of a classifier; None if the model does not name them.
+        dtypes: types of the float weights in the checkpoint, by the path in the module, which holds them as float32;
+            empty if there is no checkpoint or its types are unknown.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Model:
             return outputs[self.answer]
         values = [outputs[name] for name in (self.answer, *self.stacked)]
         return torch.stack(values, 1) if isinstance(values[0], torch.Tensor) else np.stack(values, 1)
+
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 
     def classes(self) -> int | None:
         """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks."""

@@ -25,6 +25,7 @@ from compressor.internals.gguf import bounded_reader
 from compressor.internals.transformers import quiet, with_random_weights, without_bar
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, load_error_reason
+from compressor.models.stored_dtypes import exact_dtypes
 from compressor.models.transformers import _kind, _task, _wrap
 
 SUFFIX = ".gguf"
@@ -34,6 +35,7 @@ CAUSAL = "text-generation"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 GPT2 = ("gpt-2", "gpt2")  # names of GPT-2's pre-tokenizer in GGUF files
 FLOATS = ("F64", "F32", "F16", "BF16")
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 # transformers refers to a table in its log instead.
 OTHER_SHAPES = "the shapes of its tensors do not match its metadata"
 FREQUENCIES = "rope_freqs.weight"
@@ -130,7 +132,13 @@ def load(
         model = _wrap(module.eval().float(), empty, resolved_task, own, {}, random_weights, untrained, cache)
     if model.tokenizer is not None:
         model.tokenizer.name_or_path = path.stem
-    return replace(model, limitations=(*_limitations(content, model), *model.limitations))
+    stored = {kind for kind, _ in content.tensors.values()}
+    narrower = [] if random_weights else [dtype for kind, dtype in HALVES.items() if kind in stored]
+    return replace(
+        model,
+        limitations=(*_limitations(content, model), *model.limitations),
+        dtypes=exact_dtypes(model.module, narrower),
+    )
 
 
 def _unreadable(location: str, content: _Content, reason: str) -> str:
@@ -153,7 +161,8 @@ def _limitations(content: _Content, model: Model) -> Iterator[Limitation]:
     packed = [stored for stored in content.tensors.values() if stored[0] not in FLOATS]
     if packed and not model.random_weights:
         yield Limitation(
-            "weight precision", f"the file stores the weights as {_types(packed)}; they were dequantized to float32"
+            "weight precision",
+            f"the file stores the weights as {_types(packed)}; they were dequantized to float32, also in a checkpoint",
         )
     ahead = [name for name in content.tensors if _block(name) >= _layers(model.module)]
     if ahead:

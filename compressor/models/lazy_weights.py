@@ -108,11 +108,11 @@ def _kept_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _stored(location: str, options: Mapping[str, Any]) -> dict[str, Stored]:
     """Return the tensors of a checkpoint by name; download missing shards first."""
     revision = options["revision"]
-    index = cached(location, SAFE_WEIGHTS_INDEX_NAME, revision)
-    if index is not None:
-        paths = shards(location, index, revision)
-    elif (single := cached(location, SAFE_WEIGHTS_NAME, revision)) is not None:
+    # A single file has precedence in transformers.
+    if (single := cached(location, SAFE_WEIGHTS_NAME, revision)) is not None:
         paths = [single]
+    elif (index := cached(location, SAFE_WEIGHTS_INDEX_NAME, revision)) is not None:
+        paths = shards(location, index, revision)
     else:
         raise ModelError(
             f"{location} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}, but --max-memory reads weights "

@@ -56,6 +56,8 @@ class Preprocess:
         mask_token: the token id that hides a token of a masked language model.
         problem_type: the problem type of a classifier.
         class_names: the names of the classes by index; empty if the model does not name them.
+        lengths: returns the number of tokens of each text, optionally with second texts, without truncation.
+        limit: number of tokens to which `text` truncates; None if it does not truncate.
     """
 
     inputs: tuple[str, ...]
@@ -80,6 +82,9 @@ class Preprocess:
         """Return the number of channels of an image model, by its example [rows, C, H, W]."""
         return int(self.example[self.inputs[0]].shape[1])
 
+    lengths: Callable[[list[str], list[str] | None], list[int]] | None = None
+    limit: int | None = None
+
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""
-        return self if self.cut is None else replace(self, text=self.cut(length))
+        return self if self.cut is None else replace(self, text=self.cut(length), limit=length)

@@ -1,4 +1,4 @@
-"""Detection of the inputs that a module takes, by calling it on a short text.
+"""Detection of the inputs that a module takes, and of its maximum number of tokens, by calling it on a short text.
 
 The signature of `forward` is not reliable. It changes between releases (``past_key_values`` became ``cache`` in
 transformers 5.24), wrappers hide it, and ``**kwargs`` accepts any name and may ignore it.
@@ -11,10 +11,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from passes.execute.offloaded_weights import is_offloaded
 from passes.torch_internals import FakeTensorMode
 
+PRODUCTS = frozenset(
+    ["linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"]
+    + [f"conv{axes}d" for axes in (1, 2, 3)]
+)
 TOKENS = 3  # of the text; with one token less, two remain, which do not broadcast
 
 
@@ -68,3 +73,62 @@ def computes_with(module: Any, inputs: Mapping[str, torch.Tensor], name: str, va
     except (RuntimeError, IndexError, ValueError):
         return True
     return False
+
+
+class _EndOfLookupsError(Exception):
+    """Ends a call before its first product of matrices."""
+
+
+class _Lookups(TorchFunctionMode):
+    """Records for every lookup of a call how many rows of the table are behind the largest index.
+
+    The call ends before its first product of matrices, because embeddings are looked up before, and a call of many
+    tokens then costs almost nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows_left: list[int] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in PRODUCTS:
+            raise _EndOfLookupsError
+        if name == "embedding":
+            self.rows_left.append(len(args[1]) - 1 - int(args[0].max()))
+        elif name == "index_select":
+            self.rows_left.append(args[0].shape[args[1]] - 1 - int(args[2].max()))
+        return func(*args, **({} if kwargs is None else kwargs))
+
+
+def position_limit(module: Any, padding: int | None) -> int | None:
+    """Return the maximum number of tokens for which a module has learned positions; None if it has no such maximum.
+
+    The maximum can be less than the number of positions in the config: RoBERTa begins at position 2, and with 514
+    positions it takes 512 tokens. A table of positions is one in which an additional token needs the next row. The
+    maximum is confirmed by a call with one token more, which fails.
+
+    Args:
+        module: a module of transformers; its weights may be on disk, because no product is computed.
+        padding: token id of the padding, which may have no position.
+    """
+    token = 1 if padding == 0 else 0
+    shorter, longer = (_rows_left(module, tokens, token) for tokens in (TOKENS, TOKENS + 1))
+    if shorter is None or longer is None or len(shorter) != len(longer):
+        return None
+    limits = {TOKENS + left for left, next_left in zip(shorter, longer, strict=True) if next_left == left - 1}
+    return next((limit for limit in sorted(limits) if _rows_left(module, limit + 1, token) is None), None)
+
+
+def _rows_left(module: Any, tokens: int, token: int) -> list[int] | None:
+    """Return the rows left in each table that a text looks up, in order; None if a lookup fails."""
+    with torch.inference_mode(), _Lookups() as lookups:
+        try:
+            module(input_ids=torch.full((1, tokens), token))
+        except _EndOfLookupsError:
+            pass
+        except (IndexError, RuntimeError):
+            return None
+    return lookups.rows_left

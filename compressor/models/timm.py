@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -33,7 +34,9 @@ from compressor.models.image_size import (
     wrong_statistics,
 )
 from compressor.models.preprocess import Preprocess
+from compressor.models.stored_dtypes import dtypes_in
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights in a folder or repository, in timm's order
 NO_CLASSIFIER = Limitation(
     "classifier", "the checkpoint has no classifier (num_classes is 0), so its features are exported"
 )
@@ -82,7 +85,25 @@ def load(
         ) from error
     if task == "image-classification" and getattr(sized.module, "num_classes", 0) == 0:
         raise ModelError(f"{location} has no classifier (num_classes is 0); leave --task out, or choose another model.")
-    return _wrap(sized, label, resolved_task, location, revision, random_weights, requested_task=task)
+    model = _wrap(sized, label, resolved_task, location, revision, random_weights, requested_task=task)
+    return model if random_weights else replace(model, dtypes=_dtypes(sized.module, location, revision))
+
+
+def _dtypes(module: torch.nn.Module, location: str, revision: str | None) -> dict[str, torch.dtype]:
+    """Return the types of the weights in a local folder or in the cache of the hub, by their paths in the module.
+
+    Return an empty dictionary for weights in files of other names, such as those of a web address.
+    """
+    folder, hub_id = Path(location), _hub_id(module, location)
+    repository, _, tag = (hub_id or "").partition("@")
+    for name in WEIGHTS:
+        path: Any = folder / name
+        if not folder.is_dir():
+            path = repository and try_to_load_from_cache(repository, name, revision=revision or tag or None)
+        if isinstance(path, str | Path) and path and Path(path).is_file():
+            stored = dtypes_in([Path(path)])
+            return {name: stored[name] for name in module.state_dict() if name in stored}
+    return {}
 
 
 def _tags(location: str, error: Exception) -> str:

@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from compressor.choices import ImageSize
-from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names, sentence_transformers
@@ -24,8 +23,10 @@ from compressor.models.base import Model, ModelError, as_numpy, load_error_reaso
 from compressor.models.image_size import Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
+from compressor.models.padding import Padding, allow_batches, causal_padding, encode, find_padding
 from compressor.models.preprocess import Preprocess, Tokenise
-from compressor.models.probe import accepts, calling, computes_with, text
+from compressor.models.probe import accepts, calling, computes_with, position_limit, text
+from compressor.models.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
 
 HEADS = {
     "ForImageClassification": "image-classification",
@@ -109,7 +110,8 @@ def load(
                 if resolved_task != "text-generation":
                     raise no_language_model(location, f"a model for {resolved_task}")
                 module = module_on_disk(_kind(config, resolved_task), config, location, options)
-                return _wrap(module.eval(), location, resolved_task, options, sentence_files, random_weights, (), cache)
+                model = _wrap(module.eval(), location, resolved_task, options, sentence_files, False, (), cache)
+                return replace(model, dtypes=_dtypes(module, location, revision))
             module, missing, left_out = _module(location, config, resolved_task, random_weights, options)
         except ModelError:
             raise
@@ -126,7 +128,13 @@ def load(
             cache,
             image_size,
         )
-        return replace(model, limitations=(*model.limitations, *_left_out(left_out)))
+        dtypes = {} if random_weights else _dtypes(module, location, revision)
+        return replace(model, limitations=(*model.limitations, *_left_out(left_out)), dtypes=dtypes)
+
+
+def _dtypes(module: torch.nn.Module, location: str, revision: str | None) -> dict[str, torch.dtype]:
+    """Return the types of the weights in the files of a checkpoint, by their paths in the module."""
+    return dtypes_by_path(dtypes_in(weight_files(location, revision)), module)
 
 
 def _optional(location: str, name: str, revision: str | None) -> Path | None:
@@ -223,7 +231,9 @@ def _wrap(
     inputs = ("pixel_values",) if image else _text_inputs(module, processors)
     signature = _signature(task, inputs)
     sized = _sized(module, signature.call, processors, image_size, location) if image else None
-    example = _text_example(module, inputs) if sized is None else sized.sizing.example(_channels(module))
+    longest = None if image else _max_length(module, processors, sentence_files)
+    padding, padding_limitations = _padding(module, signature, inputs, processors, task, image)
+    example = _text_example(module, inputs, longest) if sized is None else sized.sizing.example(_channels(module))
     axes: dict[str, dict[int, str]] = {name: {0: "batch", 1: "sequence"} for name in inputs}
     if sized is not None:
         axes, processors = sized.sizing.axes, sized.processor
@@ -239,8 +249,10 @@ def _wrap(
         stacked=signature.outputs[1:] if task == "question-answering" else (),
         example=example,
         dynamic_axes=axes,
-        preprocess=_preprocess(
-            module, sentence_files, inputs, example, processors, None if sized is None else sized.sizing
+        preprocess=(
+            _text_preprocess(inputs, example, processors, longest, padding)
+            if sized is None
+            else _image_preprocess(module, processors, sized.sizing)
         ),
         save=partial(_save, module, processors, sentence_files),
         untrained=untrained,
@@ -253,7 +265,7 @@ def _wrap(
         limitations=tuple(
             _image_limitations(module, sized)
             if sized is not None
-            else _text_limitations(module, processors, inputs, sentence_files)
+            else (*_text_limitations(processors, inputs, longest), *padding_limitations)
         ),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
@@ -287,23 +299,19 @@ def _image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
             yield Limitation(f"{name} of the config", f"the config does not specify it, so {assumed} is assumed")
 
 
-def _text_limitations(
-    module: Any, tokenizer: Any, inputs: tuple[str, ...], sentence_files: dict[str, Path]
-) -> Iterator[Limitation]:
+def _text_limitations(tokenizer: Any, inputs: tuple[str, ...], longest: int | None) -> Iterator[Limitation]:
     """Yield the limitations of a text model."""
     if tokenizer is None:
         yield Limitation("tokenizer", "the model has no tokenizer, so the data must be token ids")
         return
     if tokenizer.pad_token is None:
-        yield Limitation(
-            "padding", "the tokenizer has no padding token and no end token, so the data must be token ids"
-        )
+        yield Limitation("padding token", "the tokenizer has none and no end token; padding is masked")
     elif tokenizer.pad_token == tokenizer.eos_token:
         yield Limitation("padding token", f"the end token {tokenizer.eos_token} is used for padding and is masked")
     left_out = [name for name in tokenizer.model_input_names if name not in inputs]
     if left_out:
         yield Limitation(f"input {', '.join(left_out)}", "the tokenizer returns it, but the export does not take it")
-    if _max_length(module, tokenizer, sentence_files) is None:
+    if longest is None:
         yield Limitation(
             "length", f"the maximum number of tokens of the model is unknown, so texts are truncated to {USUAL} tokens"
         )
@@ -363,12 +371,13 @@ def _sized(module: Any, call: Call, processor: Any, image_size: ImageSize, locat
     return replace(sized, limitations=(*sized.limitations, *limits))
 
 
-def _text_example(module: Any, inputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None) -> dict[str, torch.Tensor]:
     """Return two rows of tokens, the second with padding, so that the mask is not constant."""
     vocabulary = module.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, EXAMPLE_TOKENS), generator=torch.Generator().manual_seed(0))
+    tokens = EXAMPLE_TOKENS if longest is None else min(EXAMPLE_TOKENS, longest)
+    ids = torch.randint(0, vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[1, EXAMPLE_TOKENS * 3 // 4 :] = 0
+    mask[1, tokens * 3 // 4 :] = 0
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     return {name: values[name] for name in inputs}
 
@@ -410,74 +419,108 @@ def _tokenizer(location: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _preprocess(
-    module: Any,
-    sentence_files: dict[str, Path],
+def _padding(
+    module: Any, signature: _Signature, inputs: tuple[str, ...], tokenizer: Any, task: str, image: bool
+) -> tuple[Padding | None, list[Limitation]]:
+    """Return the padding of texts, and its limitations; the files of the tokenizer are made to agree with it."""
+    if image:
+        return None, []
+    config = module.config.get_text_config()
+    position = signature.outputs.index(signature.answer)
+
+    def answer(feeds: dict[str, npt.NDArray[Any]]) -> torch.Tensor:
+        with torch.inference_mode():
+            return signature.call(module, *(torch.from_numpy(feeds[name]) for name in inputs))[position]
+
+    if tokenizer is None:
+        return None, allow_batches(answer, config, inputs)
+    if task == "text-generation":
+        return causal_padding(tokenizer, config), []
+    padding, limitations = find_padding(answer, tokenizer, config, inputs)
+    tokenizer.padding_side = padding.side
+    if padding.token in tokenizer.all_special_ids and padding.token != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding.token)
+    return padding, limitations
+
+
+def _image_preprocess(module: Any, processor: Any, sizing: Sizing) -> Preprocess:
+    channels = _channels(module)
+    refused, _ = fit_statistics(processor, channels)
+    convert = None if processor is None or refused else partial(pixels, processor)
+    arrays = as_numpy(sizing.prepared(channels))
+    return Preprocess(("pixel_values",), "image", arrays, image=convert, no_image=refused)
+
+
+def _text_preprocess(
     inputs: tuple[str, ...],
     example: dict[str, torch.Tensor],
     processor: Any,
-    sizing: Sizing | None,
+    longest: int | None,
+    padding: Padding | None,
 ) -> Preprocess:
     arrays = as_numpy(example)
-    if sizing is not None:
-        channels = _channels(module)
-        refused, _ = fit_statistics(processor, channels)
-        convert = None if processor is None or refused else partial(pixels, processor)
-        return Preprocess(inputs, "image", as_numpy(sizing.prepared(channels)), image=convert, no_image=refused)
-    longest = _max_length(module, processor, sentence_files)
-    if processor is None:
+    if processor is None or padding is None:
         return Preprocess(inputs, "text", arrays, longest=longest)
     limit = USUAL if longest is None else longest
     return Preprocess(
         inputs,
         "text",
         arrays,
-        text=_truncating(processor, inputs, limit),
+        text=_truncating(processor, inputs, padding, limit),
         align=partial(tokenize_aligned, processor, inputs, limit) if processor.is_fast else None,
         special=frozenset(processor.all_special_ids),
         mask_token=processor.mask_token_id,
         class_first=getattr(processor, "cls_token_id", None) is not None,
         whole=partial(_untruncated, processor, inputs),
-        cut=partial(_truncating, processor, inputs),
+        cut=partial(_truncating, processor, inputs, padding),
+        lengths=partial(_lengths, processor),
         longest=longest,
+        limit=limit,
     )
 
 
 def _tokens(
-    tokenizer: Any, inputs: tuple[str, ...], longest: int, texts: list[str], second: list[str] | None
+    tokenizer: Any, inputs: tuple[str, ...], padding: Padding, longest: int, texts: list[str], second: list[str] | None
 ) -> dict[str, npt.NDArray[Any]]:
-    if tokenizer.pad_token is None:
-        raise DataError(
-            "the tokenizer has no padding token and no end token, so texts cannot be batched; set its pad_token, or "
-            "pass token ids as .npy"
-        )
-    encoded = tokenizer(texts, second, padding=True, truncation=True, max_length=longest, return_tensors="np")
-    return {name: encoded[name].astype(np.int64) for name in inputs}
+    encoded = encode(tokenizer, texts, second, inputs, truncation=True, max_length=longest)
+    rows = {name: encoded[name] for name in inputs if name in encoded}
+    return dict(padding.pad(rows, tokenizer.pad_token_type_id))
 
 
-def _truncating(tokenizer: Any, inputs: tuple[str, ...], longest: int) -> Tokenise:
-    return partial(_tokens, tokenizer, inputs, longest)
+def _truncating(tokenizer: Any, inputs: tuple[str, ...], padding: Padding, longest: int) -> Tokenise:
+    return partial(_tokens, tokenizer, inputs, padding, longest)
 
 
 def _untruncated(tokenizer: Any, inputs: tuple[str, ...], text: str) -> dict[str, npt.NDArray[Any]]:
     """Tokenize a text of any length, without the tokenizer's warning about the maximum length of the model."""
-    encoded = tokenizer(text, verbose=False)
-    return {name: np.array(encoded[name], dtype=np.int64) for name in inputs if name in encoded}
+    encoded = encode(tokenizer, [text], None, inputs)
+    return {name: np.array(encoded[name][0], dtype=np.int64) for name in inputs if name in encoded}
+
+
+def _lengths(tokenizer: Any, texts: list[str], second: list[str] | None) -> list[int]:
+    """Return the numbers of tokens of texts of any length, with the special tokens."""
+    return [len(row) for row in encode(tokenizer, texts, second, ())["input_ids"]]
 
 
 def _max_length(module: Any, tokenizer: Any, sentence_files: dict[str, Path]) -> int | None:
     """Return the maximum number of tokens: the minimum of the limits of tokenizer, positions and sentence-transformers.
 
-    Return None if there is no limit.
+    The limit of the positions is the number in the config or, where the module has fewer, that of the module, which its
+    tokenizer is then made to agree with. Return None if there is no limit.
     """
-    limits = [
-        getattr(tokenizer, "model_max_length", 10**9),
-        getattr(module.config, "max_position_embeddings", None) or 10**9,
-    ]
+    config = module.config.get_text_config()
+    stated = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
     limits_file = sentence_files.get("sentence_bert_config.json")
     if limits_file is not None:
-        limits.append(json.loads(limits_file.read_text()).get("max_seq_length") or 10**9)
-    return int(min(limits)) if min(limits) < UNLIMITED else None
+        stated.append(json.loads(limits_file.read_text()).get("max_seq_length"))
+    limits = [limit for limit in stated if limit is not None and limit > 0]  # XLNet's config has -1
+    learned = position_limit(module, getattr(config, "pad_token_id", None))
+    if learned is not None and learned < min(limits, default=UNLIMITED):
+        limits.append(learned)
+        if tokenizer is not None:
+            tokenizer.model_max_length = learned
+    longest = min(limits, default=UNLIMITED)
+    return int(longest) if longest < UNLIMITED else None
 
 
 def _save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: Path) -> None:

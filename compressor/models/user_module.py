@@ -56,7 +56,14 @@ def load(
         raise ModelError(
             f"{location} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
-    return _described(module.eval().float().cpu(), inputs, task=task, label=location, cache=cache)
+    dtypes = _dtypes(module)
+    model = _described(module.eval().float().cpu(), inputs, task=task, label=location, cache=cache)
+    return dataclasses.replace(model, dtypes=dtypes)
+
+
+def _dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Return the types of the float weights, by name."""
+    return {name: value.dtype for name, value in module.state_dict().items() if value.is_floating_point()}
 
 
 def refuse(label: str, *, revision: str | None, random_weights: bool) -> None:
@@ -105,7 +112,8 @@ def wrap(module: torch.nn.Module, example_inputs: Any, *, task: str | None, cach
         ModelError: the module cannot be copied, the example inputs are missing, the forward pass fails or returns no
             tensors, or the cache of a language model cannot be detected.
     """
-    return _described(copied(module), example_inputs, task=task, label=type(module).__name__, cache=cache)
+    model = _described(copied(module), example_inputs, task=task, label=type(module).__name__, cache=cache)
+    return dataclasses.replace(model, dtypes=_dtypes(module))
 
 
 def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None, label: str, cache: bool) -> Model:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import AUTO
+from compressor.choices import AUTO, TRANSFORMERS
 from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
+from compressor.lower.checkpoint import rounded
 from compressor.lower.traced_model import TracedModel, check_original, index_errors_as_data_errors, load, model_facts
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_quality import quality_on_test
@@ -287,6 +289,7 @@ def _heal(
             budget=budget,
             seed=settings.seed,
             progress=tick,
+            **({"stored": partial(rounded, model=subject.model)} if settings.target == TRANSFORMERS else {}),
         )
 
 

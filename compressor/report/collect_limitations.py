@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from compressor.choices import TRANSFORMERS
 from compressor.limitations import Limitation
 from compressor.quality.metrics import METRICS
 
 if TYPE_CHECKING:
     from compressor.lower.traced_model import ModelAndData
+    from compressor.models import Model
     from compressor.quality.parity import Parity
     from compressor.quantize.precision import Converted, Trial
 
@@ -35,6 +37,7 @@ def limitations_of(
     yield from subject.model.limitations
     yield from subject.data.limitations
     yield from _of_labels(subject)
+    yield from _of_weight_types(subject.model, precision, engine)
     yield from _of_precision(precision, converted, trials)
     yield from _float32_layers(precision, converted)
     yield from _unused(precision, engine)
@@ -71,6 +74,20 @@ def _of_labels(subject: ModelAndData) -> Iterator[Limitation]:
             "labels",
             f"the data has {kind} labels, but {subject.model.task} is evaluated by {metric}, which does not use them",
         )
+
+
+def _of_weight_types(model: Model, precision: str, engine: Mapping[str, Any]) -> Iterator[Limitation]:
+    """Yield a limitation if the checkpoint stores weights in another type than they are computed with."""
+    if not {str(dtype) for dtype in model.dtypes.values()} - {"torch.float32"}:
+        return
+    from compressor.models.stored_dtypes import describe_dtypes
+
+    types = f"the original checkpoint stores its weights as {describe_dtypes(model.dtypes.values())}"
+    if engine.get("target") == TRANSFORMERS:
+        written = "they are written in these types; quality and latency are those of the written weights in float32"
+        yield Limitation("weight types", f"{types}, and {written} (from_pretrained with dtype=torch.float32)")
+    else:
+        yield Limitation("weight types", f"{types}; they were converted to float32, and the engine is {precision}")
 
 
 def _of_precision(precision: str, converted: Mapping[str, Converted], trials: Sequence[Trial]) -> Iterator[Limitation]:

@@ -221,7 +221,7 @@ def test_an_assumed_attention_mask_is_a_limitation(tmp_path, llama):
 
 
 def subject(metric="accuracy", kind="class", task="image-classification"):
-    empty = types.SimpleNamespace(limitations=(), label_kind=kind, task=task)
+    empty = types.SimpleNamespace(limitations=(), label_kind=kind, task=task, dtypes={})
     return types.SimpleNamespace(model=empty, data=empty, metric=metric)
 
 

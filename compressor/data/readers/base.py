@@ -90,6 +90,7 @@ class Samples:
             depend on the tokenization, see `Targets`.
         limitations: expected properties that the source lacks, and assumptions about it.
         findings: returns the limitations that were found while samples were decoded, such as scaled values.
+        lengths: returns the numbers of tokens of the rows of each sample without truncation; None for other data.
     """
 
     ids: tuple[str, ...]
@@ -110,6 +111,7 @@ class Samples:
     targets: Callable[[Sequence[int]], Targets] | None = None
     limitations: tuple[Limitation, ...] = ()
     findings: Callable[[], tuple[Limitation, ...]] = tuple
+    lengths: Callable[[Sequence[int]], Sequence[Sequence[int]]] | None = None
 
 
 def wrong_class(name: str, label: str) -> DataError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -14,7 +15,7 @@ import numpy as np
 
 from compressor.data.label_sets import label_columns, listed, sets_of_columns, sets_of_lists
 from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, wrong_class
-from compressor.data.readers.texts import text_of, text_samples, tokens
+from compressor.data.readers.texts import HOLDS_NUL, NUL, text_of, text_samples, tokens
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -48,12 +49,14 @@ class Table:
     """Rows with equal numbers of cells; `header` is empty if the file has none. Ids are row numbers from 0.
 
     `class_names` maps a column of class numbers to the names that the data set gives them.
+    `quoted` is False if quotes are characters of the cells, because they are not balanced.
     """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
     class_names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    quoted: bool = True
 
     def column(self, column: int) -> list[str]:
         """Return all cells of a column."""
@@ -120,11 +123,14 @@ def table_samples(
         class_names=names if cells is None or names is not None else _class_names(cells, kind),
         own_numbers=names is not None,
         limitations=tuple(_limitations(table, columns, task)),
+        lengths=None if preprocess.lengths is None else source.lengths,
     )
 
 
 def _limitations(table: Table, columns: Columns, task: str) -> Iterator[Limitation]:
-    """Yield a limitation for columns that are not read, with the label column if another could be meant."""
+    """Yield limitations for quotes and for columns that are not read, with the label column if another could be meant."""
+    if not table.quoted:
+        yield Limitation("quotes of the data", "they do not enclose whole cells, so they are read as characters")
     unread = [index for index in _column_indices(table) if index not in (*columns.texts, columns.label)]
     if unread:
         titles = ", ".join(table.title(index) for index in unread)
@@ -138,9 +144,13 @@ def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
     """Parse the text of a file into a table; skip rows whose number of cells differs from that of most rows.
 
     The separator is the comma, semicolon or tab that splits the lines most evenly. csv.Sniffer uses letter frequencies
-    and may choose a letter of the texts as separator.
+    and may choose a letter of the texts as separator. Quotes enclose cells. In a tab-separated file in which they do
+    not, as in many corpora, they are characters of the texts.
     """
-    lines = _split_lines(text, _separator(text), name)
+    with _cells_of_any_length(text):
+        separator = _separator(text)
+        quoted = not (separator == "\t" and _quote_fault(text, separator))
+        lines = _split_lines(text, separator, name, quoted=quoted)
     if not lines:
         raise DataError(f"{name} holds no rows; expected texts with optional labels")
     width = _width(lines)
@@ -152,7 +162,8 @@ def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
     kept = [(str(row), tuple(cells)) for row, cells in rows if len(cells) == width]
     if not kept:
         raise DataError(f"{name} holds a header but no rows; expected texts with optional labels")
-    return Table(header, tuple(cells for _, cells in kept), tuple(row for row, _ in kept)), tuple(ragged)
+    cells, ids = tuple(cells for _, cells in kept), tuple(row for row, _ in kept)
+    return Table(header, cells, ids, quoted=quoted), tuple(ragged)
 
 
 def choose(table: Table, name: str, task: str) -> Columns:
@@ -178,9 +189,40 @@ def choose(table: Table, name: str, task: str) -> Columns:
     return Columns(texts, None if task == "text-generation" else label)
 
 
-def _split_lines(text: str, separator: str, name: str) -> list[list[str]]:
+@contextlib.contextmanager
+def _cells_of_any_length(text: str) -> Iterator[None]:
+    """Raise the limit of the csv module on the length of a cell, 131,072 characters, temporarily."""
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
-        return [cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(cells)]
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _quote_fault(text: str, separator: str) -> str:
+    """Return what is wrong with the quotes of a text; an empty string if they enclose whole cells."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for _ in rows:
+            pass
+    except csv.Error as error:
+        return f"{error}, line {rows.line_num}"
+    return ""
+
+
+def _split_lines(text: str, separator: str, name: str, *, quoted: bool) -> list[list[str]]:
+    """Return the cells of each row that has any.
+
+    Raises:
+        DataError: a quote is opened and never closed, so the rows after it would be read as one cell.
+    """
+    fault = _quote_fault(text, separator) if quoted else ""
+    if fault.startswith("unexpected end"):
+        raise DataError(f"{name} has a quoted cell that does not end ({fault}); close its quote, or double the quote")
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
+        return [cells for cells in rows if any(cells)]
     except csv.Error as error:
         raise DataError(f"{name} is not a readable table ({error}); check its quotes") from error
 
@@ -319,6 +361,8 @@ def _label_kind(
 def _fault(row: Sequence[str], columns: Columns, kind: LabelKind | None) -> str | None:
     if any(not row[index].strip() for index in columns.texts):
         return "the text is empty"
+    if any(NUL in row[index] for index in columns.texts):
+        return HOLDS_NUL
     if columns.label is None:
         return None
     cell = row[columns.label].strip()

@@ -58,16 +58,19 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     content, options, config = (_read(folder / f"{name}.json") for name in ("tokenizer", "tokenizer_config", "config"))
     if not content:
         return None
-    limits = [options.get("model_max_length"), config.get("max_position_embeddings")]
-    limits.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
-    longest = int(min(limit or math.inf for limit in limits) if any(limits) else LONGEST)
+    stated = [options.get("model_max_length"), config.get("max_position_embeddings")]
+    stated.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
+    longest = int(min((limit for limit in stated if limit is not None and limit > 0), default=LONGEST))
     # A tokenizer without a padding token pads with the end-of-text token.
     token = options.get("pad_token") or options.get("eos_token")
     text = token.get("content", "") if isinstance(token, Mapping) else str(token)
     ids = {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())}
     ids |= {text: index} if (index := _index(content, text)) is not None else {}
     longest = longest if longest < UNLIMITED else LONGEST
-    return Tokenizer(longest, int(ids.get(text, 0)), text, options.get("padding_side", "right"))
+    # A decoder that classifies compares with the id in the config, which can differ from that of the tokenizer.
+    stated_id = config.get("pad_token_id")
+    pad_id = stated_id if isinstance(stated_id, int) and stated_id >= 0 else int(ids.get(text, 0))
+    return Tokenizer(longest, pad_id, text, options.get("padding_side", "right"))
 
 
 def prompt(folder: Path) -> str:

@@ -195,6 +195,69 @@ def test_the_weights_are_those_of_the_graph(subject, tmp_path):
     assert not torch.equal(mine.model.module.get_parameter(name), changed)
 
 
+def in_types(folder, name, *, shard="5GB"):
+    """Save a model with matrices in bfloat16, norms in float32 and, of one block, float16; return the folder."""
+    module = getattr(transformers, name).from_pretrained(saved(folder / "float", name))
+    for path, weight in module.named_parameters():
+        if weight.ndim > 1:
+            weight.data = weight.data.to(torch.float16 if ".1." in path else torch.bfloat16)
+    module.config.dtype = torch.bfloat16
+    module.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "shard"), [("GPT2LMHeadModel", "5GB"), ("Gemma2ForCausalLM", "8KB")])
+def test_every_tensor_keeps_its_type_and_its_bits(name, shard, tmp_path):
+    """The oracle is the original file; GPT-2 stores its blocks under other names than the module."""
+    folder = in_types(tmp_path / "from", name, shard=shard)
+    stored = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16, torch.float16, torch.float32}
+    for disk in (False, True):
+        model = models.load(folder, on_disk=disk)
+        graph = trace(model)
+        assert all(weight.dtype == torch.float32 for weight in graph.module.parameters())
+        path = checkpoint.write(graph, model, tmp_path / f"to{disk}" / "config.json")
+        written = load_file(path.with_name("model.safetensors"))
+        assert set(written) == set(stored)
+        for key, value in stored.items():
+            assert written[key].dtype == value.dtype, key
+            assert torch.equal(written[key], value), key
+        assert json.loads(path.read_text())["dtype"] == "bfloat16"
+        opened = type(model.module).from_pretrained(path.parent)
+        assert opened.get_output_embeddings().weight is opened.get_input_embeddings().weight
+
+
+def test_one_block_fewer_is_a_smaller_file_and_healing_is_rounded_before_it_is_measured(tmp_path, tokens):
+    dense = transformers.LlamaForCausalLM.from_pretrained(saved(tmp_path / "f", "LlamaForCausalLM")).bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    report = compressor.export(
+        tmp_path / "dense", data=tokens, drop="block:1", target="transformers", heal="closed-form", rounds=1,
+        output=tmp_path / "out",
+    )  # fmt: skip
+    before, after = (tmp_path / name / "model.safetensors" for name in ("dense", "out"))
+    block = sum(value.nbytes for key, value in load_file(before).items() if ".layers.0." in key)  # all are equal
+    values = [sum(value.nbytes for value in load_file(path).values()) for path in (before, after)]
+    assert values[0] - values[1] == block
+    assert after.stat().st_size < before.stat().st_size
+    assert {value.dtype for value in load_file(after).values()} == {torch.bfloat16}
+    assert report.healed["kept"]
+    assert report.parity["result"] <= SAME  # the engine reads the rounded weights, and so does the graph
+    (types,) = [each.reason for each in report.limitations if each.feature == "weight types"]
+    assert "bfloat16 (30 tensors)" in types
+    assert "written in these types" in types
+
+
+def test_values_too_large_for_their_type_are_refused(tmp_path):
+    dense = transformers.LlamaForCausalLM.from_pretrained(saved(tmp_path / "f", "LlamaForCausalLM")).half()
+    dense.save_pretrained(tmp_path / "dense")
+    model = models.load(tmp_path / "dense")
+    graph = trace(model)
+    name = "model.layers.1.mlp.down_proj.weight"
+    replace_parameter(graph, f"{graph.prefix}{name}", torch.full_like(model.module.get_parameter(name), 1e5))
+    with pytest.raises(CheckpointError, match=f"values of {name} too large for torch.float16"):
+        checkpoint.rounded(graph, model)
+
+
 def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
     mine = subject("BertForSequenceClassification")
     drops = {site.name: "drop" for site in mine.sites if site.block == mine.blocks[1]}
