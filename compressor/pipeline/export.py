@@ -84,7 +84,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     steps, output = Steps(console), Path(settings.output)
     if settings.max_memory is not None:
         export_offloaded.check_target(settings)
-    with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
+    with output_folder(output, force=settings.force, say=steps.say) as folder, scratch_folder(output) as scratch:
         if settings.max_memory is not None:
             report, subject = export_offloaded.compressed(settings, folder, steps, command)
         else:

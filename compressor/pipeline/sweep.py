@@ -44,7 +44,7 @@ def sweep(
     target, options = check_target(settings)
     steps = Steps(console)
     output = Path(settings.output)
-    with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
+    with output_folder(output, force=settings.force, say=steps.say) as folder, scratch_folder(output) as scratch:
         subject = load(settings, steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
         with index_errors_as_data_errors(subject):

@@ -43,6 +43,11 @@ class Steps:
         if self.console is not None:
             self.console.print(f"[green]✓[/green] {name} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False)
 
+    def say(self, message: str) -> None:
+        """Show a sentence on the console."""
+        if self.console is not None:
+            self.console.print(message, highlight=False, markup=False)
+
     @contextlib.contextmanager
     def _bar(self, name: str) -> Iterator[Tick]:
         if self.console is None or not self.console.is_terminal:

@@ -69,16 +69,17 @@ class Loader:
     remarks: tuple[str, ...]
 
 
-def make_snippet(content: Json, folder: Path) -> Loader:
+def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None) -> Loader:
     """Return the snippet for an exported folder.
 
     Args:
         content: its report.json.
-        folder: the folder with the engine and the model's own files.
+        folder: the folder with the model's own files.
+        engine_folder: the folder with the engine, if it is not in `folder` yet.
     """
     model = content["model"]
     cached = any(name.startswith("past_key_values.") for name in model["inputs"])
-    runtime = _runtime(content, folder, cached)
+    runtime = _runtime(content, folder if engine_folder is None else engine_folder, cached)
     if runtime == "transformers":
         return _checkpoint(content, folder, cached)
     picture = preprocessing_recipe.picture(folder) if model["inputs"][:1] == ["pixel_values"] else None

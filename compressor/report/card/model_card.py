@@ -63,12 +63,13 @@ def write(folder: Path) -> None:
     (folder / NAME).write_text(card(content, folder), encoding="utf-8")
 
 
-def card(content: Json, folder: Path) -> str:
+def card(content: Json, folder: Path, *, engine_folder: Path | None = None) -> str:
     """Return the text of the card; it is deterministic.
 
     Args:
         content: report.json.
         folder: the folder with model.onnx, the engine, the config and the preprocessing files.
+        engine_folder: the folder with the engine, if it is not in `folder` yet.
     """
     model, changes = content["model"], content["plan"]["changes"]
     return (
@@ -82,7 +83,7 @@ def card(content: Json, folder: Path) -> str:
             conditions=list(_conditions(content)),
             changed=_changed(content),
             limits=list(_limits(content)),
-            loader=make_snippet(content, folder),
+            loader=make_snippet(content, folder, engine_folder),
             command=content["command"],
             actions={name: "removed" if action == "drop" else f"`{action}`" for name, action in changes.items()},
             shell=content["command"].startswith("compressor "),
