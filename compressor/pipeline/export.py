@@ -38,6 +38,7 @@ from compressor.search.site_evidence import tokens_left
 from compressor.settings import Settings
 from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
+from compressor.workspace.journal import resumed
 from compressor.workspace.output_folder import engine_bytes, output_folder, scratch_folder
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
@@ -302,7 +303,7 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> d
 def _notes(
     report: Report, settings: Settings, subject: TracedModel, converted: Mapping[str, Converted], healed: Healed | None
 ) -> tuple[str, ...]:
-    notes = []
+    notes = [*resumed(report.search)]
     if settings.drop == "auto" and not report.plan.changes:
         limit = f" within {settings.loss_limit:g} % loss on validation data"
         notes.append(f"No site could be changed{limit if math.isfinite(settings.loss_limit) else ''}.")

@@ -72,5 +72,4 @@ def sweep(
             (folder / plan_name(point)).write_text(point.plan.to_json())
         (folder / "sweep.json").write_text(front.to_json())
         (folder / "sweep.png").write_bytes(front.picture())
-        search.journal.forget()
     return front

@@ -13,6 +13,7 @@ from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import METRICS
 from compressor.report.report import LABELS, latency_to_dict
 from compressor.search.pareto import Point
+from compressor.workspace.journal import resumed
 from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class ParetoFront:
         )
         stars = "* marks the points that are Pareto-efficient in predicted speed-up and validation loss."
         export = "Export a point with --drop FOLDER/plans/NUMBER.json."
-        return "\n".join([*metric, stars, export, *format_limitations(self.limitations)])
+        return "\n".join([*metric, stars, export, *resumed(self.search), *format_limitations(self.limitations)])
 
     def picture(self) -> bytes:
         """Return a chart of loss against speed-up as PNG: validation loss of all points, test loss of those built."""

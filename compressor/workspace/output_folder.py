@@ -12,7 +12,18 @@ from pathlib import Path
 
 from compressor.workspace.add_files import exchange
 from compressor.workspace.folder_errors import FolderError, readable_errors
-from compressor.workspace.output_lock import OLD, PARTIAL, SCRATCH, Say, output_lock, silent, temporary_folder
+from compressor.workspace.output_lock import (
+    INSIDE,
+    JOURNAL,
+    OLD,
+    PARTIAL,
+    SCRATCH,
+    Say,
+    hidden_path,
+    output_lock,
+    silent,
+    temporary_folder,
+)
 
 __all__ = [
     "MANIFEST",
@@ -24,6 +35,7 @@ __all__ = [
     "output_folder",
     "read_manifest",
     "scratch_folder",
+    "write_file",
     "write_files",
     "write_manifest",
     "write_merged_manifest",
@@ -36,7 +48,8 @@ MANIFEST = "manifest.json"
 def output_folder(path: Path, *, force: bool, say: Say = silent) -> Iterator[Path]:
     """Yield an empty temporary folder; add a manifest and move it to `path` if the block raises nothing.
 
-    The lock of `path` is held meanwhile, see `compressor.workspace.output_lock`.
+    The lock of `path` is held meanwhile, see `compressor.workspace.output_lock`. The journal of a search for `path` is
+    deleted at the end.
 
     Args:
         path: the folder to create.
@@ -60,6 +73,7 @@ def output_folder(path: Path, *, force: bool, say: Say = silent) -> Iterator[Pat
                 yield partial
                 write_manifest(partial)
                 _move_into_place(partial, destination)
+                hidden_path(destination, JOURNAL).unlink(missing_ok=True)  # its search will not be resumed
 
 
 @contextlib.contextmanager
@@ -89,21 +103,42 @@ def check_writable(folder: Path) -> None:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]:
-    """Write files into a folder, which is created if it is missing: all of them, or none.
+    """Write files into a folder, which is created if it is missing: each of them whole, and all of them or none.
+
+    The lock of `folder` is held meanwhile. A process that is killed while the files get their names, after all were
+    written, may leave some of them.
 
     Raises:
-        FolderError: the folder cannot be written, or the disk is full.
+        FolderError: another run writes the folder, it cannot be written, or the disk is full.
     """
-    is_new, first = not folder.exists(), next(iter(contents))
-    with readable_errors(folder, unwritable=True):
+    with output_lock(folder), readable_errors(folder, unwritable=True):
+        is_new = not folder.exists()
         try:
-            with temporary_folder(folder / first, PARTIAL) as partial:
-                for name, content in contents.items():
-                    (partial / name).write_bytes(content)
-                return tuple((partial / name).replace(folder / name) for name in contents)
+            with temporary_folder(folder / INSIDE, PARTIAL) as partial:
+                return _written(folder, contents, partial)
         finally:
             if is_new and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, whose lock is held: the whole file, or nothing.
+
+    Raises:
+        FolderError: it cannot be written, or the disk is full.
+    """
+    with readable_errors(path, unwritable=True), temporary_folder(path, PARTIAL) as partial:
+        resolved = path.resolve()
+        _written(resolved.parent, {resolved.name: content}, partial)
+
+
+def _written(folder: Path, contents: Mapping[str, bytes], partial: Path) -> tuple[Path, ...]:
+    """Write files into a temporary folder, then move them to `folder`."""
+    for name, content in contents.items():
+        (partial / name).write_bytes(content)
+        if (folder / name).is_dir():
+            raise FolderError(f"{folder / name} is a folder, but a file is written there; choose another --output.")
+    return tuple((partial / name).replace(folder / name) for name in contents)
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -28,8 +28,9 @@ except ImportError:  # Windows
 
 Say = Callable[[str], None]
 
-PARTIAL, SCRATCH, OLD = "partial", "scratch", "old"
-INSIDE = "deferred"  # temporary folders inside an output, see `compressor.workspace.add_files`, have this name
+PARTIAL, SCRATCH, OLD = "partial", "scratch", "old"  # endings of temporary folders
+LOCK, JOURNAL = "lock", "journal"  # endings of hidden files beside an output
+INSIDE = "compressor"  # the temporary folders inside an output folder are named as if they were those of this output
 _NAME_LENGTH = 100  # characters; file systems limit the length of a name, usually to 255 bytes
 
 
@@ -49,16 +50,36 @@ def output_lock(output: Path, say: Say = silent) -> Iterator[None]:
         FolderError: another process holds the lock, or no file can be written beside the output.
     """
     resolved = output.resolve()
-    with readable_errors(output, unwritable=True):
-        resolved.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, path = _acquire(resolved, output)
-    try:
-        if descriptor is None:
-            say(f"{output} is on a system without file locks, so another run with the same output is not detected.")
-        else:
+    with _parents(resolved, output), _locked(resolved, output) as locked:
+        if locked:
             with readable_errors(output, unwritable=True):
                 _remove_leftovers(resolved, say)
+        else:
+            say(f"{output} is on a system without file locks, so another run with the same output is not detected.")
         yield
+
+
+@contextlib.contextmanager
+def _parents(resolved: Path, output: Path) -> Iterator[None]:
+    """Create the missing parents of an output; at the end, delete those that are still empty, as after a failure."""
+    with readable_errors(output, unwritable=True):
+        missing = [parent for parent in resolved.parents if not parent.exists()]
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for parent in missing:
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(resolved: Path, output: Path) -> Iterator[bool]:
+    """Hold the lock; yield whether the system has locks."""
+    with readable_errors(output, unwritable=True):
+        descriptor, path = _acquire(resolved, output)
+    try:
+        yield descriptor is not None
     finally:
         if descriptor is not None:
             if path != resolved:
@@ -84,6 +105,12 @@ def temporary_folder(output: Path, kind: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def hidden_path(output: Path, ending: str) -> Path:
+    """Return the path of the hidden file of an output: the `LOCK` or the `JOURNAL` beside it."""
+    resolved = output.resolve()
+    return resolved.with_name(f".{_stem(resolved)}.{ending}")
+
+
 def _acquire(resolved: Path, output: Path) -> tuple[int | None, Path]:
     """Lock an output; return the descriptor and the path of the locked file, or None on a system without locks.
 
@@ -91,7 +118,7 @@ def _acquire(resolved: Path, output: Path) -> tuple[int | None, Path]:
     """
     if fcntl is None:
         return None, resolved
-    path = resolved.with_name(f".{_stem(resolved)}.lock")
+    path = hidden_path(resolved, LOCK)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     if not os.access(resolved.parent, os.W_OK | os.X_OK) and resolved.is_dir():
         path, flags = resolved, os.O_RDONLY
