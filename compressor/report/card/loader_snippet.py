@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.report.card import preprocessing_recipe
+from compressor.report.card import markdown, preprocessing_recipe
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -147,7 +147,7 @@ def templates() -> Environment:
     """Return the environment of this package's templates; an undefined variable in a template raises."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=False,  # Markdown and Python
         undefined=StrictUndefined,
@@ -155,6 +155,8 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["block"] = markdown.block
+    return environment
 
 
 def _runtime(content: Json, folder: Path, cached: bool) -> str:
