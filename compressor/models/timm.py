@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason
+from compressor.models.config_checks import check_counts, check_parameters
 from compressor.models.preprocess import Preprocess
 
 NO_CLASSIFIER = Limitation(
@@ -52,6 +54,7 @@ def load(
     name = f"local-dir:{location}" if folder.is_dir() else location
     if revision is not None:
         name = f"{name}@{revision}"
+    _check_config(folder, random_weights)
     try:
         module = timm.create_model(name, pretrained=not random_weights).eval().float()
     except Exception as error:  # timm does not wrap hub, file, pickle and shape errors
@@ -62,6 +65,23 @@ def load(
         raise ModelError(f"{location} has no classifier (num_classes is 0); leave --task out, or choose another model.")
     label = folder.name if folder.is_dir() else location.removeprefix("hf-hub:")
     return _wrap(module, label, resolved_task, location, revision, random_weights, requested_task=task)
+
+
+def _check_config(folder: Path, random_weights: bool) -> None:
+    """Check the counts in the config of a local folder before the model is built.
+
+    Raises:
+        ModelError: a count cannot be that of a model, or does not belong to the weights.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    config = json.loads((folder / "config.json").read_bytes())
+    sizes = config.get("model_args") or {}
+    check_counts(sizes, str(folder))
+    check_counts({name: config.get(name) for name in ("img_size", "image_size")}, str(folder))
+    number = {"num_classes": config["num_classes"]} if type(config.get("num_classes")) is int else {}
+    build = partial(timm.create_model, config["architecture"], pretrained=False, **(number | sizes))
+    check_parameters(build, str(folder), random_weights=random_weights)
 
 
 def _tags(location: str, error: Exception) -> str:

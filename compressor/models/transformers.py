@@ -19,6 +19,7 @@ from compressor.errors import DataError
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, as_numpy, fixed_size, load_error_reason, no_language_model
+from compressor.models.config_checks import check_counts, check_parameters
 from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
 from compressor.models.preprocess import Preprocess, Tokenise
@@ -80,10 +81,14 @@ def load(
             config = transformers.AutoConfig.from_pretrained(location, **options)
             sentence_files = _sentence_files(location, revision)
             resolved_task = task or _task(config, sentence_files, location)
+            check_counts(config, location)
+            kind = _kind(config, resolved_task)
+            if not trust_remote_code:  # transformers would ask on the terminal whether to run the code
+                check_parameters(partial(with_random_weights, kind, config), location, random_weights=random_weights)
             if on_disk:
                 if resolved_task != "text-generation":
                     raise no_language_model(location, f"a model for {resolved_task}")
-                module = module_on_disk(_kind(config, resolved_task), config, location, options)
+                module = module_on_disk(kind, config, location, options)
                 return _wrap(module.eval(), location, resolved_task, options, sentence_files, random_weights, (), cache)
             module, missing, left_out = _module(location, config, resolved_task, random_weights, options)
         except ModelError:

@@ -78,10 +78,11 @@ class ParetoFront:
         Below each loss on test data stands its 95 % interval.
         """
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
         label = "" if self.metric is None else LABELS[self.metric][0]
-        title = f"{self.model} on {self.settings['target']}, batch {self.settings['batch']}"
+        title = f"{escape(self.model)} on {self.settings['target']}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         for heading in ("", "last change", "val. loss", "predicted", "measured", label, "test loss"):
             left = heading == "last change"
@@ -92,6 +93,8 @@ class ParetoFront:
         return table
 
     def _cells(self, point: Point) -> tuple[str, ...]:
+        from rich.markup import escape
+
         last = point.change or ("unchanged", "drop")
         change = last[0] if last[1] == "drop" else f"{last[0]} ({last[1]})"
         measured = "" if point.latency is None else f"{self.speedup(point).ratio:.2f}x"
@@ -100,7 +103,7 @@ class ParetoFront:
         test_loss = "" if loss is None else f"{loss.value:+.2f}\n[dim]{loss.low:+.2f} to {loss.high:+.2f}[/dim]"
         return (
             f"{point.number}{'*' if point.efficient else ' '}",
-            change,
+            escape(change),
             f"{point.loss:+.2f}",
             f"{point.predicted:.2f}x",
             measured,

@@ -27,6 +27,7 @@ from compressor.search.pareto import Point, efficient
 from compressor.search.rewriter import Rewriter
 from compressor.search.site_evidence import evidence, scores_for_report
 from compressor.settings import Settings
+from compressor.special_files import first_special
 from compressor.workspace.journal import Journal
 from compressor.workspace.output_lock import JOURNAL, hidden_path
 from compressor.workspace.progress import Steps, Tick
@@ -421,6 +422,8 @@ def _check_dropping(plan: Plan) -> None:
 
 
 def _replay(path: Path, sites: Sequence[Site]) -> Plan:
+    if (fault := first_special([path])) is not None:
+        raise ChoiceError(f"the plan file {fault}; expected a plan.json that Compressor wrote.")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -13,6 +13,7 @@ from compressor.data.readers.tables import read_table
 from compressor.data.readers.texts import read_lines
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
+from compressor.special_files import first_special
 
 FILES = (".npy", ".npz", ".txt", ".csv", ".tsv")
 FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"
@@ -27,6 +28,8 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
     if spec == "random":
         return random_samples(preprocess, seed)
     path = Path(spec).expanduser()
+    if (fault := first_special([path])) is not None:
+        raise DataError(f"{fault}; expected {FORMS}")
     try:
         if path.is_dir():
             return read_folder(path, spec, preprocess)
