@@ -13,7 +13,7 @@ import torch
 
 from compressor.choices import TASKS
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
-from compressor.special_files import first_special
+from compressor.workspace.special_files import first_special
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -14,7 +14,15 @@ from compressor.models.base import ModelError
 # Counts of layers; the deepest published transformers have 1,000 layers (DeepNet, arXiv 2203.00555).
 DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth", "depths")
 MOST_LAYERS = 2_000
-SIZES = ("hidden_size", "num_attention_heads", "vocab_size", "intermediate_size", "embed_dim", "num_heads", "patch_size")
+SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+    "embed_dim",
+    "num_heads",
+    "patch_size",
+)
 LONGEST_SIDE = 16_384  # pixels of an image
 SIDES = ("image_size", "img_size")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -66,8 +74,8 @@ def check_parameters(build: Callable[[], torch.nn.Module], location: str, *, ran
     count = sum(parameter.numel() for parameter in module.parameters())
     if stored is not None and count > stored * BITS:
         raise ModelError(
-            f"the config of {location} implies {count:,} weights, but its weight files have only {stored:,} bytes; pass "
-            "a folder whose config belongs to its weights."
+            f"the config of {location} implies {count:,} weights, but its weight files have only {stored:,} bytes; "
+            "pass a folder whose config belongs to its weights."
         )
     if memory is not None and count * torch.float32.itemsize > memory:
         raise ModelError(

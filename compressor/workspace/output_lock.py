@@ -15,16 +15,15 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from compressor.workspace.folder_errors import FolderError, readable_errors
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 Say = Callable[[str], None]
 
@@ -116,7 +115,7 @@ def _acquire(resolved: Path, output: Path) -> tuple[int | None, Path]:
 
     If no file can be written beside the output, such as a mount point, the output folder itself is locked.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return None, resolved
     path = hidden_path(resolved, LOCK)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW

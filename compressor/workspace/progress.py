@@ -43,7 +43,9 @@ class Steps:
         if self.console is not None:
             from rich.markup import escape
 
-            self.console.print(f"[green]✓[/green] {escape(name)} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False)
+            self.console.print(
+                f"[green]✓[/green] {escape(name)} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False
+            )
 
     def say(self, message: str) -> None:
         """Show a sentence on the console."""

@@ -13,7 +13,7 @@ from compressor.data.readers.tables import read_table
 from compressor.data.readers.texts import read_lines
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
-from compressor.special_files import first_special
+from compressor.workspace.special_files import first_special
 
 FILES = (".npy", ".npz", ".txt", ".csv", ".tsv")
 FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"

@@ -12,12 +12,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped, class_order_limitation, dims
+from compressor.data.readers.base import (
+    Array,
+    Feeds,
+    LabelKind,
+    Progress,
+    Samples,
+    Skipped,
+    class_order_limitation,
+    dims,
+)
 from compressor.data.readers.sample_cache import Store
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
-from compressor.special_files import special_kind
+from compressor.workspace.special_files import special_kind
 
 # PIL's own table also lists formats for which it has only stubs (.h5, .grib), and formats that are not images.
 _COMMON = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")

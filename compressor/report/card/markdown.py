@@ -16,10 +16,10 @@ _BLOCK = re.compile(r"([#+=-]|\d+[.)])")  # at the start of a line: a heading, a
 
 
 def prose(text: str) -> str:
-    """Return Markdown that shows a text in one line as it is, except that code spans in it stay code spans.
+    r"""Return Markdown that shows a text in one line as it is, except that code spans in it stay code spans.
 
-    >>> print(prose("see `plan.json` <b>\\n[x](y)"))
-    see `plan.json` &lt;b&gt; \\[x\\](y)
+    >>> print(prose("see `plan.json` <b>\n[x](y)"))
+    see `plan.json` &lt;b&gt; \[x\](y)
     """
     line, parts, end = " ".join(text.split()), [], 0
     for span in _SPAN.finditer(line):

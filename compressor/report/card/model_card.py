@@ -244,7 +244,9 @@ def _conditions(content: Json) -> Iterator[str]:
         yield f"Quality: {METRICS[quality['metric']]}, on {count} test samples; brackets are 95 % bootstrap intervals."
     target = TITLES.get(settings["target"], settings["target"])
     late = engine.get("state") == "deferred"
-    shapes = ", ".join(f"{code(name)} {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name)
+    shapes = ", ".join(
+        f"{code(name)} {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name
+    )
     inputs = describe_calls(content["generation"]) if content.get("generation") else f"inputs {shapes}"
     threads = f", {settings['threads']} threads" if settings["threads"] else ""
     if content["latency"]:
@@ -290,7 +292,8 @@ def _limits(content: Json) -> Iterator[str]:
     else:
         yield (
             f"Quality was measured on {quality['figures']['result']['n']} test samples of "
-            f"{prose(_data(content))} ({prose(data['reading'])}). Calibration ({data['sizes']['calibration']} samples) and the choice of the plan "
+            f"{prose(_data(content))} ({prose(data['reading'])}). "
+            f"Calibration ({data['sizes']['calibration']} samples) and the choice of the plan "
             f"({data['sizes']['validation']} samples) used other samples. The loss on other data can be larger, so "
             "measure it on yours."
         )

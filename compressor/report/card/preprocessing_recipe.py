@@ -102,10 +102,12 @@ def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _is_input(entry: Any) -> bool:
-    """Return whether an entry has a shape and the name of a type. Both are written into code, so nothing else may be."""
-    return isinstance(entry, Mapping) and _are_sizes(entry.get("shape")) and re.fullmatch(
-        r"torch\.[a-z]+\d*", str(entry.get("dtype"))
-    ) is not None
+    """Return whether an entry has a shape and a type's name, and nothing else: both are written into code."""
+    return (
+        isinstance(entry, Mapping)
+        and _are_sizes(entry.get("shape"))
+        and re.fullmatch(r"torch\.[a-z]+\d*", str(entry.get("dtype"))) is not None
+    )
 
 
 def _are_sizes(values: Any) -> bool:

@@ -20,7 +20,7 @@ from compressor.models import ModelError, config_checks, load
 from compressor.models.config_checks import check_parameters
 from compressor.models.preprocess import Preprocess
 from compressor.search.planner import ChoiceError, _replay
-from compressor.special_files import special_kind
+from compressor.workspace.special_files import special_kind
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 HUGE = 100_000_000
@@ -93,7 +93,9 @@ def test_the_number_of_parameters_is_that_of_the_library():
         built.append(torch.nn.Linear(10**6, 10**6, bias=False))
         return built[-1]
 
-    with pytest.raises(ModelError, match=r"implies 1,000,000,000,000 weights, but its weight files have only [\d,]+ bytes"):
+    with pytest.raises(
+        ModelError, match=r"implies 1,000,000,000,000 weights, but its weight files have only [\d,]+ bytes"
+    ):
         check_parameters(build, __file__, random_weights=False)
     assert built[0].weight.is_meta
     check_parameters(lambda: torch.nn.Linear(10, 10), __file__, random_weights=False)
@@ -111,7 +113,7 @@ def images(tmp_path):
             Image.new("RGB", (4, 4), (40 * number, 0, 0)).save(folder / f"{number}.png")
     for folder in (tmp_path / "flat", tmp_path / "classes" / "a"):
         os.mkfifo(folder / "9.png")
-        os.symlink("9.png", folder / "8.png")
+        (folder / "8.png").symlink_to("9.png")
     server.bind(os.path.relpath(tmp_path / "flat" / "7.png"))
     yield tmp_path
     server.close()

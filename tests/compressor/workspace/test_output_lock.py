@@ -44,7 +44,9 @@ def test_a_second_run_ends_and_a_killed_run_is_cleaned_up(tmp_path: Path, runnin
         ["partial", "scratch"],
         ["scratch", "partial"],
     )
-    expected = rf"another run \(process {running.pid}\) is writing .*out; wait until it ends, or choose another --output"
+    expected = (
+        rf"another run \(process {running.pid}\) is writing .*out; wait until it ends, or choose another --output"
+    )
     with pytest.raises(FolderError, match=expected), output_folder(tmp_path / "out", force=True):
         pass
     assert names(tmp_path) == before
@@ -64,11 +66,15 @@ def test_a_second_run_ends_and_a_killed_run_is_cleaned_up(tmp_path: Path, runnin
 
 
 def test_the_lock_is_released_and_deleted_after_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), output_lock(tmp_path / "new" / "out"):
-        assert names(tmp_path / "new") == [".out.lock"]
-        with pytest.raises(FolderError, match="another run"), output_lock(tmp_path / "new" / "out"):
-            pass
-        raise ZeroDivisionError
+    def fail() -> None:
+        with output_lock(tmp_path / "new" / "out"):
+            assert names(tmp_path / "new") == [".out.lock"]
+            with pytest.raises(FolderError, match="another run"), output_lock(tmp_path / "new" / "out"):
+                pass
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert names(tmp_path) == []  # nor an empty parent
     with output_lock(tmp_path / "out"):
         pass

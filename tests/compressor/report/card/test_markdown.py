@@ -14,8 +14,13 @@ from tests.compressor.report.card.test_model_card import report, timm_folder
 
 markdown_it = pytest.importorskip("markdown_it", reason="it renders the Markdown")
 
-HOSTILE = "<script>alert(1)</script> `a` ``b` | c\n---\n# d [e](javascript:f) ![g](h) **i** _j_ \\` &lt; ''' \"\"\" {{ 7*7 }}"
-texts = st.text(st.sampled_from("ab1 `\\<>&|*_[]()!#+=-.~:/\"'\n\t") | st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=40)
+HOSTILE = (
+    "<script>alert(1)</script> `a` ``b` | c\n---\n# d [e](javascript:f) ![g](h) **i** _j_ \\` &lt; ''' \"\"\" {{ 7*7 }}"
+)
+texts = st.text(
+    st.sampled_from("ab1 `\\<>&|*_[]()!#+=-.~:/\"'\n\t") | st.characters(codec="utf-8", exclude_categories=["Cc"]),
+    max_size=40,
+)
 
 
 class Shown(HTMLParser):
@@ -89,7 +94,8 @@ def test_nothing_from_outside_becomes_markup_of_a_card(tmp_path) -> None:
         "notes": [HOSTILE, f"# {HOSTILE}"],
         "limitations": [{"feature": HOSTILE, "reason": HOSTILE}],
         "healed": {"method": "x", "note": HOSTILE},
-        "environment": content["environment"] | {"processor": HOSTILE, "packages": {HOSTILE: HOSTILE}, "gpus": [HOSTILE]},
+        "environment": content["environment"]
+        | {"processor": HOSTILE, "packages": {HOSTILE: HOSTILE}, "gpus": [HOSTILE]},
     }
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"license": HOSTILE}}))
     text = card.card(content, tmp_path)
