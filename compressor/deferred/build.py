@@ -24,7 +24,6 @@ from compressor.report.collect_limitations import of_engine
 from compressor.report.engine_layers import layers_of
 from compressor.report.pages.export_page import PAGE, html, previews_in
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
-from compressor.workspace.special_files import first_special
 from compressor.workspace.add_files import add_files, staging_folder
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import (
@@ -37,6 +36,7 @@ from compressor.workspace.output_folder import (
 )
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
+from compressor.workspace.special_files import first_special
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import check_available, runtime
 from runtimes.base.timing import Latency, interleave

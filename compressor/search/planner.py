@@ -27,10 +27,10 @@ from compressor.search.pareto import Point, efficient
 from compressor.search.rewriter import Rewriter
 from compressor.search.site_evidence import evidence, scores_for_report
 from compressor.settings import Settings
-from compressor.workspace.special_files import first_special
 from compressor.workspace.journal import Journal
 from compressor.workspace.output_lock import JOURNAL, hidden_path
 from compressor.workspace.progress import Steps, Tick
+from compressor.workspace.special_files import first_special
 from passes.analysis.redundancy import Score, Scores
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site
