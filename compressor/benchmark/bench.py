@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from compressor.models.stored_dtypes import describe_dtypes
 from compressor.settings import Settings
 from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment
-from compressor.workspace.output_folder import check_writable, write_files
+from compressor.workspace.output_folder import check_writable, scratch_folder, write_file
+from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
 
 if TYPE_CHECKING:
@@ -134,24 +134,31 @@ def bench(
         raise SettingsError(f"--output {output} is a folder; expected a file such as bench.json.")
     check_writable(output.parent)
     steps = Steps(console)
+    with output_lock(output, steps.say), scratch_folder(output) as scratch:
+        comparison = _compared(settings, scratch, steps, command)
+        write_file(output, comparison.to_json().encode())
+    return comparison
+
+
+def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str) -> Comparison:
+    """Measure every engine; `scratch` gets the engines that are built."""
     contenders = parse_contenders(settings.what)
     folders = {each.name: each.folder for each in contenders if each.folder is not None}
     stand = _set_up(settings, contenders, folders, steps)
-    with tempfile.TemporaryDirectory() as scratch:
-        engines = stand.built(Path(scratch), steps)
-        parity = stand.parity(engines)
-        evaluation = stand.quality(engines, steps)
-        harness = evaluate_tasks(
-            stand.quiet_openers(engines),
-            stand.loaded.model,
-            settings.asked,
-            against=stand.reference,
-            length=stand.settings.max_length,
-            steps=steps,
-        )
-        measurements = stand.measurements(engines, settings.rounds, steps)
-        generation = measure(stand, engines, settings.rounds, Path(scratch), steps)
-    comparison = Comparison(
+    engines = stand.built(scratch, steps)
+    parity = stand.parity(engines)
+    evaluation = stand.quality(engines, steps)
+    harness = evaluate_tasks(
+        stand.quiet_openers(engines),
+        stand.loaded.model,
+        settings.asked,
+        against=stand.reference,
+        length=stand.settings.max_length,
+        steps=steps,
+    )
+    measurements = stand.measurements(engines, settings.rounds, steps)
+    generation = measure(stand, engines, settings.rounds, scratch, steps)
+    return Comparison(
         command=command,
         settings=settings.to_dict(),
         against=stand.against,
@@ -168,8 +175,6 @@ def bench(
         environment=environment(),
         notes=(*_leakage_warnings(stand, folders), *_hidden_overflow(stand), *_weight_types(stand.entries)),
     )
-    write_files(output.parent, {output.name: comparison.to_json().encode()})
-    return comparison
 
 
 def _hidden_overflow(stand: BenchRunner) -> Iterator[str]:

@@ -98,10 +98,11 @@ class GenerationResults:
 
     def _table(self, condition: Condition, context: int) -> Table:
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
         title = f"{self.model}, ms for a token after {context} tokens, {condition}; speed-up over {self.against}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", overflow="fold")
         for heading in ("first", "speed-up", "next", "speed-up", "tokens/s", "cache MB"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -109,7 +110,7 @@ class GenerationResults:
             if (each.condition, each.context) == (condition, context):
                 first, token = (self.speedups[part, condition, context][each.name] for part in PARTS)
                 table.add_row(
-                    each.name,
+                    escape(each.name),
                     f"{each.first.median:.2f}",
                     f"{first.ratio:.2f}x",
                     f"{each.token.median:.2f}",

@@ -163,6 +163,8 @@ class Comparison:
             yield each.table()
 
     def _speed(self, condition: Condition) -> Table:
+        from rich.markup import escape
+
         headings = ("ms", "p90", "p99", "speed-up", "rows/s", "peak MB", "file MB")
         table = _table(f"{self.model}, {condition}; speed-up over {self.against}", headings)
         sizes = {entry.name: entry.bytes for entry in self.entries}
@@ -170,7 +172,7 @@ class Comparison:
             if each.condition == condition:
                 speed = self.speedups[each.name, condition]
                 table.add_row(
-                    each.name,
+                    escape(each.name),
                     *(f"{value:.2f}" for value in (each.latency.median, each.latency.p90, each.latency.p99)),
                     f"{speed.ratio:.2f}x",
                     f"{each.throughput:.1f}",
@@ -181,11 +183,13 @@ class Comparison:
         return table
 
     def _quality(self, evaluation: Evaluation) -> Table:
+        from rich.markup import escape
+
         label = METRICS[evaluation.metric].label
         table = _table(f"Quality, loss against {self.reference}", (label, "", "loss, %", ""))
         for name, (figure, loss) in self.quality.items():
             ranges = (f"{figure.low:.2f}–{figure.high:.2f}", f"{loss.low:+.2f} to {loss.high:+.2f}")
-            table.add_row(name, f"{figure.value:.2f}", dim(ranges[0]), f"{loss.value:+.2f}", dim(ranges[1]))
+            table.add_row(escape(name), f"{figure.value:.2f}", dim(ranges[0]), f"{loss.value:+.2f}", dim(ranges[1]))
         return table
 
     def summary(self) -> str:
@@ -215,9 +219,10 @@ def _conclusion(folder: str, each: Factorial) -> Iterator[str]:
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

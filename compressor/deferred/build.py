@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from compressor.deferred.package import ANSWERS, FOLDER
+from compressor.deferred.package import ANSWERS
 from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
@@ -26,17 +26,19 @@ from compressor.report.engine_layers import layers_of
 from compressor.report.pages.export_page import PAGE, html, previews_in
 from compressor.report.precision_notes import precision_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
+from compressor.workspace.add_files import add_files, staging_folder
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import (
+    MANIFEST,
     FolderError,
     check_files,
     check_writable,
     read_manifest,
-    scratch_folder,
-    write_files,
-    write_manifest,
+    write_merged_manifest,
 )
+from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
+from compressor.workspace.special_files import first_special
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import check_available, runtime
 from runtimes.base.timing import Latency, interleave
@@ -89,29 +91,37 @@ def build(
         CompressorError, RuntimesError: the engine cannot be built, or its outputs differ from those of torch. The
             folder is unchanged.
     """
-    folder = Path(folder)
-    content = _content(folder)
-    part: Json = content["engine"]
-    if part["state"] == "built" and not force:
-        processor = part["environment"]["processor"]
-        raise BuildingError(f"{folder} was built already (on {processor}); build it again with --force.")
-    options = _options(part["options"], threads, portable=portable_engine)
-    part = part | {"options": part["options"] | {"portable": options.portable}}
-    target = runtime(part["target"])
-    check_available(target.name, target.missing(), target.devices, options)
-    check_writable(folder)
-    check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
-    steps = Steps(console)
-    with scratch_folder(folder / FOLDER) as scratch:
+    folder, steps = Path(folder), Steps(console)
+    _content(folder)  # raises before the lock is written beside a folder that is no export
+    with output_lock(folder, steps.say), staging_folder(folder) as staging:
+        content = _content(folder)
+        part: Json = content["engine"]
+        if part["state"] == "built" and not force:
+            processor = part["environment"]["processor"]
+            raise BuildingError(f"{folder} was built already (on {processor}); build it again with --force.")
+        options = _options(part["options"], threads, portable=portable_engine)
+        part = part | {"options": part["options"] | {"portable": options.portable}}
+        target = runtime(part["target"])
+        check_available(target.name, target.missing(), target.devices, options)
+        check_writable(folder)
+        check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
         head = head_for(content["model"]["task"], content["model"].get("problem_type"))
         answers = ReferenceOutputs.load(folder / ANSWERS)
-        device = _DeviceBuild(folder, part, answers, target, options, scratch, head)
+        device = _DeviceBuild(folder, part, answers, target, options, staging, head)
         engines = device.build_engines(steps)
         measured = device.check_engines(engines, steps)
         layers = layers_of(target, engines["result"], device.options)
         latency = device.time_engines(engines, content["settings"], rounds, steps)
         report = _completed(content, folder, part | {"measured": measured, "layers": layers}, latency, steps)
-        engine_files = [path.replace(folder / path.name) for path in (scratch / "result").iterdir()]
+        return _write(content, report, folder, staging / "result")
+
+
+def _write(content: Json, report: Report, folder: Path, new: Path) -> Report:
+    """Add the engine in the folder `new`, and report, page, card and manifest, to the exported folder.
+
+    Returns:
+        The report, with a note if the page could not be written anew.
+    """
     completed, ours = _json(content, report), _is_ours(folder / CARD)
     page = _page(folder, completed)
     if page is None:
@@ -119,9 +129,10 @@ def build(
         completed["notes"] = list(report.notes)
     written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode()}
     written |= {} if page is None else {PAGE: page}
-    write_files(folder, written | (_card(completed, folder) if ours else {}))
-    kept = (name for name in read_manifest(folder) if ours or name != CARD)
-    write_manifest(folder, (*kept, *(path.name for path in engine_files)))
+    for name, text in (written | (_card(completed, folder, new) if ours else {})).items():
+        (new / name).write_bytes(text)
+    write_merged_manifest(folder, (name for name in read_manifest(folder) if ours or name != CARD), new)
+    add_files(folder, new, first=MANIFEST, last=REPORT)
     return report
 
 
@@ -134,15 +145,16 @@ def _is_ours(card: Path) -> bool:
     return True
 
 
-def _card(content: Json, folder: Path) -> dict[str, bytes]:
+def _card(content: Json, folder: Path, new: Path) -> dict[str, bytes]:
     """Return the model card with the figures of the device, by file name; empty if its packages are not installed.
 
-    The present card then stays. It states that its figures are those of the exporting machine.
+    The present card then stays. It states that its figures are those of the exporting machine. The folder `new` has
+    the engine.
     """
     with contextlib.suppress(ImportError):
         from compressor.report.card import model_card as card
 
-        return {CARD: card.card(content, folder).encode()}
+        return {CARD: card.card(content, folder, engine_folder=new).encode()}
     return {}
 
 
@@ -223,6 +235,8 @@ class _PlanFields:
 
 def _content(folder: Path) -> Json:
     """Read report.json of a folder that was exported with --defer-build."""
+    if folder.is_dir() and (fault := first_special(folder.rglob("*"))) is not None:
+        raise BuildingError(f"{fault}; remove it, or copy the whole folder again.")
     try:
         content: Json = json.loads((folder / REPORT).read_bytes())
         part = content["engine"]

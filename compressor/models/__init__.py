@@ -14,6 +14,7 @@ import torch
 from compressor.choices import TASKS, ImageSize
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
 from compressor.models.problem_type import with_problem_type
+from compressor.workspace.special_files import first_special
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -132,6 +133,8 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
         return _in_folder(folder)
     if folder.is_file() and folder.suffix.lower() == ".gguf":
         return "gguf", spec
+    if (fault := first_special([folder])) is not None:
+        raise ModelError(f"{fault}; {_EXPECTED}.")
     if folder.exists():
         raise ModelError(f"{spec} is a file; {_FILES.get(folder.suffix.lower(), _EXPECTED)}.")
     if _FACTORY.fullmatch(spec):
@@ -146,6 +149,8 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
 
 
 def _in_folder(folder: Path) -> tuple[str, str]:
+    if (fault := first_special([*folder.iterdir(), *folder.glob("*/*")])) is not None:
+        raise ModelError(f"the model's {fault}; copy the model again, or remove it.")
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:

@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from compressor.internals.gguf import bounded_reader
 from compressor.internals.transformers import quiet, with_random_weights, without_bar
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, load_error_reason
+from compressor.models.config_checks import check_counts, check_parameters
 from compressor.models.stored_dtypes import exact_dtypes
 from compressor.models.transformers import _kind, _task, _wrap
 
@@ -115,7 +117,10 @@ def load(
         try:
             config = _config(path, content, empty, options)
             resolved_task = task or _task_of(config, location)
-            module, untrained = _module(_kind(config, resolved_task), config, random_weights, empty, options)
+            check_counts(config, location)
+            kind = _kind(config, resolved_task)
+            check_parameters(partial(with_random_weights, kind, config), location, random_weights=random_weights)
+            module, untrained = _module(kind, config, random_weights, empty, options)
         except ModelError:
             raise
         except Exception as error:  # transformers does not wrap file and shape errors

@@ -23,6 +23,7 @@ from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
 from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, load_error_reason
+from compressor.models.config_checks import check_counts, check_parameters
 from compressor.models.image_size import (
     Sizing,
     cannot_take,
@@ -75,6 +76,7 @@ def load(
     if revision is not None:
         name = f"{name}@{revision}"
     label = folder.name if folder.is_dir() else location.removeprefix("hf-hub:")
+    _check_config(folder, random_weights)
     try:
         sized = _at_size(partial(timm.create_model, name, pretrained=not random_weights), image_size, label)
     except ModelError:
@@ -104,6 +106,23 @@ def _dtypes(module: torch.nn.Module, location: str, revision: str | None) -> dic
             stored = dtypes_in([Path(path)])
             return {name: stored[name] for name in module.state_dict() if name in stored}
     return {}
+
+
+def _check_config(folder: Path, random_weights: bool) -> None:
+    """Check the counts in the config of a local folder before the model is built.
+
+    Raises:
+        ModelError: a count cannot be that of a model, or does not belong to the weights.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    config = json.loads((folder / "config.json").read_bytes())
+    sizes = config.get("model_args") or {}
+    check_counts(sizes, str(folder))
+    check_counts({name: config.get(name) for name in ("img_size", "image_size")}, str(folder))
+    number = {"num_classes": config["num_classes"]} if type(config.get("num_classes")) is int else {}
+    build = partial(timm.create_model, config["architecture"], pretrained=False, **(number | sizes))
+    check_parameters(build, str(folder), random_weights=random_weights)
 
 
 def _tags(location: str, error: Exception) -> str:

@@ -20,6 +20,7 @@ from compressor.limitations import Limitation
 from compressor.models import class_names, sentence_transformers
 from compressor.models.aligned_tokens import tokenize_aligned
 from compressor.models.base import Model, ModelError, as_numpy, load_error_reason, no_language_model
+from compressor.models.config_checks import check_counts, check_parameters
 from compressor.models.image_size import Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
@@ -106,10 +107,14 @@ def load(
             config = transformers.AutoConfig.from_pretrained(location, **options)
             sentence_files = sentence_transformers.find_files(partial(_optional, location, revision=revision))
             resolved_task = task or _task(config, sentence_files, location)
+            check_counts(config, location)
+            kind = _kind(config, resolved_task)
+            if not trust_remote_code:  # transformers would ask on the terminal whether to run the code
+                check_parameters(partial(with_random_weights, kind, config), location, random_weights=random_weights)
             if on_disk:
                 if resolved_task != "text-generation":
                     raise no_language_model(location, f"a model for {resolved_task}")
-                module = module_on_disk(_kind(config, resolved_task), config, location, options)
+                module = module_on_disk(kind, config, location, options)
                 model = _wrap(module.eval(), location, resolved_task, options, sentence_files, False, (), cache)
                 return replace(model, dtypes=_dtypes(module, location, revision))
             module, missing, left_out = _module(location, config, resolved_task, random_weights, options)

@@ -41,6 +41,7 @@ from compressor.search.site_evidence import tokens_left
 from compressor.settings import Settings
 from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
+from compressor.workspace.journal import resumed
 from compressor.workspace.output_folder import engine_bytes, output_folder, scratch_folder
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
@@ -87,7 +88,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     steps, output = Steps(console), Path(settings.output)
     if settings.max_memory is not None:
         export_offloaded.check_target(settings)
-    with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
+    with output_folder(output, force=settings.force, say=steps.say) as folder, scratch_folder(output) as scratch:
         if settings.max_memory is not None:
             report, subject = export_offloaded.compressed(settings, folder, steps, command)
         else:
@@ -306,7 +307,7 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> d
 
 
 def _notes(report: Report, settings: Settings, subject: TracedModel, healed: Healed | None) -> tuple[str, ...]:
-    notes = []
+    notes = [*resumed(report.search)]
     if settings.drop == "auto" and not report.plan.changes:
         limit = f" within {settings.loss_limit:g} % loss on validation data"
         notes.append(f"No site could be changed{limit if math.isfinite(settings.loss_limit) else ''}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
 from compressor.settings import Settings
 from compressor.study.study import study as studied
+from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
 
 if TYPE_CHECKING:
@@ -41,6 +43,13 @@ def inspect(
         raise SettingsError(
             "found --study with --max-memory, but a study keeps the states of all layers in memory; leave one out."
         )
+    output = Path(settings.output)
+    # Only a run within a memory limit has temporary files.
+    with contextlib.nullcontext() if settings.max_memory is None else output_lock(output, steps.say):
+        return _inspection(settings, steps, study=study, against_data=against_data)
+
+
+def _inspection(settings: Settings, steps: Steps, *, study: bool, against_data: Sequence[str]) -> Inspection:
     subject = load(settings, steps)
     others = []
     for source in against_data:

@@ -45,7 +45,7 @@ def sweep(
     target, options = check_target(settings)
     steps = Steps(console)
     output = Path(settings.output)
-    with output_folder(output, force=settings.force) as folder, scratch_folder(output) as scratch:
+    with output_folder(output, force=settings.force, say=steps.say) as folder, scratch_folder(output) as scratch:
         subject = check_original(load(settings, steps), steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
         with index_errors_as_data_errors(subject):
@@ -78,5 +78,4 @@ def sweep(
             (folder / plan_name(point)).write_text(point.plan.to_json())
         (folder / "sweep.json").write_text(front.to_json())
         (folder / "sweep.png").write_bytes(front.picture())
-        search.journal.forget()
     return front

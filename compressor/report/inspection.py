@@ -98,10 +98,11 @@ class Inspection:
     def table(self) -> Table:
         """Return the sites as a table: scores, parameters, multiply-adds (MACs) per sample and their share."""
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
         total = self.costs.total
-        title = f"{self.model}: {len(self.sites)} sites, {format_count(total.parameters)} parameters, "
+        title = f"{escape(self.model)}: {len(self.sites)} sites, {format_count(total.parameters)} parameters, "
         table = Table(
             title=f"{title}{format_count(total.multiply_adds)} multiply-adds per sample",
             title_justify="left",
@@ -119,7 +120,7 @@ class Inspection:
             share = f"{row['multiply_adds'] / max(total.multiply_adds, 1):.1%}"
             numbers = (_number(row["cosine"], 4), _number(row["angular"], 4), _number(row["update"], 3), *effect)
             table.add_row(
-                row["name"],
+                escape(row["name"]),
                 row["kind"],
                 *numbers,
                 format_count(row["parameters"]),

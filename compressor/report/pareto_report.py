@@ -13,6 +13,7 @@ from compressor.quality.evaluate import Evaluation
 from compressor.quality.metrics import METRICS
 from compressor.report.report import latency_to_dict
 from compressor.search.pareto import Point
+from compressor.workspace.journal import resumed
 from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
@@ -81,10 +82,11 @@ class ParetoFront:
         Below each loss on test data stands its 95 % interval.
         """
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
         label = "" if self.metric is None else METRICS[self.metric].label
-        title = f"{self.model} on {self.settings['target']}, batch {self.settings['batch']}"
+        title = f"{escape(self.model)} on {self.settings['target']}, batch {self.settings['batch']}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         for heading in ("", "last change", "val. loss", "predicted", "measured", label, "test loss"):
             left = heading == "last change"
@@ -95,6 +97,8 @@ class ParetoFront:
         return table
 
     def _cells(self, point: Point) -> tuple[str, ...]:
+        from rich.markup import escape
+
         last = point.change or ("unchanged", "drop")
         change = last[0] if last[1] == "drop" else f"{last[0]} ({last[1]})"
         measured = "" if point.latency is None else f"{self.speedup(point).ratio:.2f}x"
@@ -103,7 +107,7 @@ class ParetoFront:
         test_loss = "" if loss is None else f"{loss.value:+.2f}\n[dim]{loss.low:+.2f} to {loss.high:+.2f}[/dim]"
         return (
             f"{point.number}{'*' if point.efficient else ' '}",
-            change,
+            escape(change),
             f"{point.loss:+.2f}",
             f"{point.predicted:.2f}x",
             measured,
@@ -120,7 +124,9 @@ class ParetoFront:
         )
         stars = "* marks the points that are Pareto-efficient in predicted speed-up and validation loss."
         export = "Export a point with --drop FOLDER/plans/NUMBER.json."
-        return "\n".join([*metric, stars, export, *self.notes, *format_limitations(self.limitations)])
+        return "\n".join(
+            [*metric, stars, export, *resumed(self.search), *self.notes, *format_limitations(self.limitations)]
+        )
 
     def picture(self) -> bytes:
         """Return a chart of loss against speed-up as PNG: validation loss of all points, test loss of those built."""

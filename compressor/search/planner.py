@@ -28,7 +28,9 @@ from compressor.search.rewriter import Rewriter
 from compressor.search.site_evidence import evidence, scores_for_report
 from compressor.settings import Settings
 from compressor.workspace.journal import Journal
+from compressor.workspace.output_lock import JOURNAL, hidden_path
 from compressor.workspace.progress import Steps, Tick
+from compressor.workspace.special_files import first_special
 from passes.analysis.redundancy import Score, Scores
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site
@@ -160,7 +162,6 @@ def _searched(
         if reached >= goal:
             break
         enough = search.speedup * goal / reached * 1.01
-    search.journal.forget()
     with steps.step("score the sites"):
         scores = scores_for_report(subject.graph, search.effects.split)
     measurements = evidence(subject.sites, scores, search.front.alone)
@@ -190,6 +191,8 @@ def prepare_search(
         validation = ValidationLoss(subject.graph, subject.model, subject.data.validation, subject.metric)
     if journal is None:  # created after the first runs, so that a model that fails on its data leaves no file
         journal = journal_of(subject, settings)
+        if (message := journal.message()) is not None:
+            steps.say(message)
     return Search(
         rewriter,
         effects,
@@ -357,7 +360,10 @@ def points_of(search: Search, model: str) -> list[Point]:
 
 
 def journal_of(subject: TracedModel, settings: Settings) -> Journal:
-    """Open the journal next to the output folder; values of a search with other settings are discarded."""
+    """Open the journal next to the output folder; values of a search with other settings are discarded.
+
+    The file is deleted when the output folder is complete, see `compressor.workspace.output_folder`.
+    """
     # These settings only affect steps after the search, so a journal stays valid if they change.
     later = {"output", "force", "rounds", "heal_budget", "speedup", "latency"}
     later |= {"max_precision_loss", "calibration", "factorial"}
@@ -372,9 +378,8 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
         data["test_ids"],
     ]
     identity.append([(site.name, site.kind, site.width) for site in subject.sites])
-    output = Path(settings.output).resolve()
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()
-    return Journal(digest, output.with_name(f".{output.name}.journal"))
+    return Journal(digest, hidden_path(Path(settings.output), JOURNAL))
 
 
 def output_divergence(subject: TracedModel, samples: Split, steps: Steps) -> OutputDivergence:
@@ -417,6 +422,8 @@ def _check_dropping(plan: Plan) -> None:
 
 
 def _replay(path: Path, sites: Sequence[Site]) -> Plan:
+    if (fault := first_special([path])) is not None:
+        raise ChoiceError(f"the plan file {fault}; expected a plan.json that Compressor wrote.")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError
+from compressor.workspace.folder_errors import readable_errors
+
+
+def resumed(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a sentence if a search used values of an interrupted run, by the ``search`` part of its report."""
+    count = facts.get("recalled")
+    return (f"The search was resumed: an interrupted run had measured {count} of its values.",) if count else ()
 
 
 class JournalError(CompressorError):
@@ -20,24 +28,38 @@ class Journal:
     """Measured values by key, one JSON line each in `path`; without a path they are kept in memory only.
 
     The first line identifies the search (`subject`); a file with another subject is overwritten. An incomplete last
-    line, left by an interrupt, is ignored. `found` counts the values that were reused from an earlier run.
+    line, left by an interrupt, is cut off.
+
+    Attributes:
+        subject: a text that is equal for searches whose values can be exchanged.
+        path: the file; None keeps no file.
+        found: number of values that were reused from an earlier run.
+        resumed: number of values that the file held at the start.
+        discarded: number of values of another search that the file held at the start, and that were deleted.
     """
 
     subject: str = ""
     path: Path | None = None
     found: int = 0
+    resumed: int = 0
+    discarded: int = 0
     _values: dict[str, Any] = field(default_factory=dict)
     _earlier: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.path is None:
             return
-        lines = self._read(self.path)
-        if lines[:1] != [{"subject": self.subject}]:
-            lines = []
-        self._values = {line["key"]: line["value"] for line in lines[1:]}
-        self._earlier = set(self._values)
-        self._write([{"subject": self.subject}, *lines[1:]])
+        first, values, end = self._read(self.path)
+        if first == {"subject": self.subject}:
+            self._values, self._earlier, self.resumed = values, set(values), len(values)
+            with self._writable(), self.path.open("r+b") as file:  # in place, so that a kill here loses no values
+                file.truncate(end)
+                file.seek(end - 1)
+                file.write(b"\n" if file.read(1) != b"\n" else b"")
+            return
+        self.discarded = len(values)
+        with self._writable():
+            self.path.write_text(_line({"subject": self.subject}), encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self._values)
@@ -59,29 +81,49 @@ class Journal:
         """Record a value and append it to the file at once, so that it survives an interrupt."""
         self._values[key] = value
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "value": value}) + "\n")
+            with self._writable(), self.path.open("a", encoding="utf-8") as file:
+                file.write(_line({"key": key, "value": value}))
 
-    def forget(self) -> None:
-        """Delete the file, once the search is complete."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+    def message(self) -> str | None:
+        """Return a sentence on what became of the values of an earlier run; None if there were none."""
+        if self.resumed:
+            return f"Resumed an interrupted search: {self.resumed} values that it measured are used again."
+        if self.discarded:
+            return (
+                f"{self.discarded} values of an interrupted search with other settings, model or data were discarded, "
+                "so the search starts anew."
+            )
+        return None
 
-    def _write(self, lines: list[dict[str, Any]]) -> None:
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
         assert self.path is not None
         try:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            with readable_errors(self.path):
+                yield
         except OSError as error:
             raise JournalError(
                 f"the search journal {self.path} cannot be written ({error.strerror}); choose another --output."
             ) from error
 
     @staticmethod
-    def _read(path: Path) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
+    def _read(path: Path) -> tuple[Any, dict[str, Any], int]:
+        """Return the first line, the values by key, and the number of bytes of all lines that are complete."""
+        first: Any = None
+        values: dict[str, Any] = {}
+        end = 0
         try:
-            for text in path.read_text(encoding="utf-8").splitlines():
-                lines.append(json.loads(text))
-        except (OSError, ValueError):  # absent, another format, or cut short by an interrupt: keep the lines before
+            for line in path.read_bytes().splitlines(keepends=True):
+                content = json.loads(line.decode())
+                if end:
+                    values[content["key"]] = content["value"]
+                else:
+                    first = content
+                end += len(line)
+        except (OSError, ValueError, KeyError, TypeError):  # absent, another format, or cut short by an interrupt
             pass
-        return lines
+        return first, values, end
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content) + "\n"

@@ -3,68 +3,88 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from compressor.errors import CompressorError
+from compressor.workspace.add_files import exchange
+from compressor.workspace.folder_errors import FolderError, readable_errors
+from compressor.workspace.output_lock import (
+    INSIDE,
+    JOURNAL,
+    OLD,
+    PARTIAL,
+    SCRATCH,
+    Say,
+    hidden_path,
+    output_lock,
+    silent,
+    temporary_folder,
+)
+
+__all__ = [
+    "MANIFEST",
+    "FolderError",
+    "check_files",
+    "check_writable",
+    "copy_onnx",
+    "engine_bytes",
+    "output_folder",
+    "read_manifest",
+    "scratch_folder",
+    "write_file",
+    "write_files",
+    "write_manifest",
+    "write_merged_manifest",
+]
 
 MANIFEST = "manifest.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# With less than one page of a file system free, no file can be written.
-SPARE = 4096
-# Characters of the folder's name that the temporary name repeats: file systems limit the length of both.
-_PREFIX_LENGTH = 100
-
-
-class FolderError(CompressorError):
-    """The output folder exists, cannot be written, does not fit on the disk, or is not one of Compressor."""
 
 
 @contextlib.contextmanager
-def output_folder(path: Path, *, force: bool) -> Iterator[Path]:
+def output_folder(path: Path, *, force: bool, say: Say = silent) -> Iterator[Path]:
     """Yield an empty temporary folder; add a manifest and move it to `path` if the block raises nothing.
+
+    The lock of `path` is held meanwhile, see `compressor.workspace.output_lock`. The journal of a search for `path` is
+    deleted at the end.
 
     Args:
         path: the folder to create.
         force: replace an existing folder, if it is empty or its manifest lists every file in it.
+        say: shows a sentence about what a killed run left and was removed.
 
     Raises:
-        FolderError: the folder exists and may not be replaced, it cannot be written, or the disk is full.
+        FolderError: the folder exists and may not be replaced, another run writes it, it cannot be written, or the
+            disk is full.
     """
     destination = path.resolve()  # follow links, and be independent of a later chdir
-    _check_replaceable(destination, path, force=force)
-    check_writable(path)
-    with _readable_errors(path, unwritable=True):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{destination.name[:_PREFIX_LENGTH]}."
-        partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=destination.parent))
-        _check_name(destination)
-    try:
-        with _readable_errors(path):
-            partial.chmod(0o755)  # mkdtemp creates it with mode 0o700
-            yield partial
-            write_manifest(partial)
-            _move_into_place(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with output_lock(path, say):
+        _check_replaceable(destination, path, force=force)
+        check_writable(path)
+        with contextlib.ExitStack() as stack:
+            with readable_errors(path, unwritable=True):
+                partial = stack.enter_context(temporary_folder(destination, PARTIAL))
+                _check_name(destination)
+            with readable_errors(path):
+                partial.chmod(0o755)  # mkdtemp creates it with mode 0o700
+                yield partial
+                write_manifest(partial)
+                _move_into_place(partial, destination)
+                hidden_path(destination, JOURNAL).unlink(missing_ok=True)  # its search will not be resumed
 
 
 @contextlib.contextmanager
 def scratch_folder(beside: Path) -> Iterator[Path]:
-    """Yield a temporary folder on the same disk as the output folder `beside`, and delete it afterwards."""
-    output = beside.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    name = tempfile.mkdtemp(prefix=f".{output.name[:_PREFIX_LENGTH]}.", suffix=".scratch", dir=output.parent)
-    try:
-        yield Path(name)
-    finally:
-        shutil.rmtree(name, ignore_errors=True)
+    """Yield a temporary folder on the same disk as the output `beside`, whose lock is held; delete it afterwards.
+
+    Raises:
+        FolderError: the disk is full.
+    """
+    with readable_errors(beside), temporary_folder(beside, SCRATCH) as folder:
+        yield folder
 
 
 def check_writable(folder: Path) -> None:
@@ -74,7 +94,7 @@ def check_writable(folder: Path) -> None:
         FolderError: it is a file, is inside a file, or may not be written.
     """
     resolved = folder.resolve()
-    with _readable_errors(folder, unwritable=True):
+    with readable_errors(folder, unwritable=True):
         nearest = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
     if not nearest.is_dir():
         raise FolderError(f"{folder} cannot be written ({nearest} is not a folder); choose another --output.")
@@ -83,31 +103,71 @@ def check_writable(folder: Path) -> None:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]:
-    """Write files into a folder, which is created if it is missing: all of them, or none.
+    """Write files into a folder, which is created if it is missing: each of them whole, and all of them or none.
+
+    The lock of `folder` is held meanwhile. A process that is killed while the files get their names, after all were
+    written, may leave some of them.
 
     Raises:
-        FolderError: the folder cannot be written, or the disk is full.
+        FolderError: another run writes the folder, it cannot be written, or the disk is full.
     """
-    is_new = not folder.exists()
-    with _readable_errors(folder, unwritable=True):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
+    with output_lock(folder), readable_errors(folder, unwritable=True):
+        is_new = not folder.exists()
         try:
-            for name, content in contents.items():
-                (partial / name).write_bytes(content)
-            return tuple((partial / name).replace(folder / name) for name in contents)
+            with temporary_folder(folder / INSIDE, PARTIAL) as partial:
+                return _written(folder, contents, partial)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if is_new and not any(folder.iterdir()):
+            if is_new and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, whose lock is held: the whole file, or nothing.
+
+    Raises:
+        FolderError: it cannot be written, or the disk is full.
+    """
+    with readable_errors(path, unwritable=True), temporary_folder(path, PARTIAL) as partial:
+        resolved = path.resolve()
+        _written(resolved.parent, {resolved.name: content}, partial)
+
+
+def _written(folder: Path, contents: Mapping[str, bytes], partial: Path) -> tuple[Path, ...]:
+    """Write files into a temporary folder, then move them to `folder`."""
+    for name, content in contents.items():
+        (partial / name).write_bytes(content)
+        if (folder / name).is_dir():
+            raise FolderError(f"{folder / name} is a folder, but a file is written there; choose another --output.")
+    return tuple((partial / name).replace(folder / name) for name in contents)
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     """Write manifest.json with the size and SHA-256 of the files `names`, or of every file in the folder."""
     all_files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = sorted(set(all_files if names is None else names) - {MANIFEST})
-    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files}
-    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(_manifest(_entries(folder, all_files if names is None else names)))
+
+
+def write_merged_manifest(folder: Path, kept: Iterable[str], new: Path) -> None:
+    """Write manifest.json of a folder to which the files of `new` will be added into `new`.
+
+    Args:
+        folder: a finished output folder. The entries of its files are taken from its manifest.
+        kept: files in this manifest that stay as they are. Files in `new` replace those of the same names.
+        new: a folder with the new files.
+    """
+    earlier = json.loads((folder / MANIFEST).read_bytes())["files"]
+    entries = {name: earlier[name] for name in kept} | _entries(new, (path.name for path in new.iterdir()))
+    (new / MANIFEST).write_text(_manifest(entries))
+
+
+def _entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
+    """Return the entries of files in a manifest: size in bytes and SHA-256."""
+    files = sorted(set(names) - {MANIFEST})
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files}
+
+
+def _manifest(entries: Mapping[str, Mapping[str, int | str]]) -> str:
+    return json.dumps({"files": dict(sorted(entries.items()))}, indent=2) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
@@ -166,7 +226,7 @@ def copy_onnx(source: Path, destination: Path) -> Path:
 
 def _check_replaceable(destination: Path, path: Path, *, force: bool) -> None:
     """Raise if `destination` exists and may not be replaced; messages show `path`, as the user wrote it."""
-    with _readable_errors(path, unwritable=True):
+    with readable_errors(path, unwritable=True):
         if not destination.exists():
             return
         if not destination.is_dir():
@@ -201,48 +261,24 @@ def _check_name(path: Path) -> None:
 
 
 def _move_into_place(partial: Path, destination: Path) -> None:
-    """Rename the finished folder to `destination`; delete an old folder only after that succeeded."""
-    old = None
-    if destination.exists():
-        old = partial.with_suffix(".old")  # unique, as the name of the partial folder is
-        destination.rename(old)
+    """Rename the finished folder to `destination`; an old folder there gets the name `partial`, and is deleted later.
+
+    On a file system that cannot exchange two names, the old folder is moved away first. If the process is killed then,
+    the next run with this output restores it, see `compressor.workspace.output_lock`.
+    """
+    if not destination.exists():
+        partial.rename(destination)
+        return
+    if exchange(partial, destination):
+        return
+    old = partial.with_suffix(f".{OLD}")  # unique, as the name of the partial folder is
+    destination.rename(old)
     try:
         partial.rename(destination)
     except BaseException:  # KeyboardInterrupt too
-        if old is not None:
-            old.rename(destination)
+        old.rename(destination)
         raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _readable_errors(path: Path, *, unwritable: bool = False) -> Iterator[None]:
-    """Turn errors of a full or read-only disk into a FolderError; with `unwritable`, every OSError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise FolderError(_full(path)) from error
-        if unwritable or error.errno == errno.EROFS:
-            raise FolderError(f"{path} cannot be written ({error.strerror}); choose another --output.") from error
-        raise
-    except Exception as error:  # native writers (ONNX, engine builders) raise their own errors if the disk is full
-        if _free_bytes(path) < SPARE:
-            raise FolderError(_full(path)) from error
-        raise
-
-
-def _full(path: Path) -> str:
-    return f"the disk that holds {path} is full; free some space or choose another --output."
-
-
-def _free_bytes(path: Path) -> float:
-    """Return the free bytes on the disk of a folder's parent; infinity if the system does not report them."""
-    try:
-        return shutil.disk_usage(path.resolve().parent).free
-    except OSError:
-        return float("inf")
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -41,7 +41,16 @@ class Steps:
             yield tick
         self.done.append(Step(name, time.perf_counter() - start, peak_memory()))
         if self.console is not None:
-            self.console.print(f"[green]✓[/green] {name} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False)
+            from rich.markup import escape
+
+            self.console.print(
+                f"[green]✓[/green] {escape(name)} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False
+            )
+
+    def say(self, message: str) -> None:
+        """Show a sentence on the console."""
+        if self.console is not None:
+            self.console.print(message, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
         """Print a sentence that matters before the run ends."""
@@ -59,10 +68,10 @@ class Steps:
 
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(24),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as bars:
             task = bars.add_task(name, total=None, text="")

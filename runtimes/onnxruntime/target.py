@@ -107,7 +107,8 @@ def layers(path: Path, options: BuildOptions) -> LayerCounts | None:
         import onnx  # noqa: F401
     except ImportError:
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the model, whose folder the caller removes even after a crash; the file is as large as the model.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".layers-") as folder:
         optimised = Path(folder, "optimised.onnx")
         _open(path, options, optimised)
         return summary(optimised)

@@ -15,6 +15,7 @@ from compressor.data.readers.tables import read_table
 from compressor.data.readers.texts import read_lines
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
+from compressor.workspace.special_files import first_special
 
 FILES = (".npy", ".npz", ".txt", ".csv", ".tsv", ".jsonl", ".conll", ".iob", ".bio")
 FORMS = "an image folder, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as owner/name, or random"
@@ -29,6 +30,8 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
     if spec == "random":
         return random_samples(preprocess, seed)
     path = Path(spec).expanduser()
+    if (fault := first_special([path])) is not None:
+        raise DataError(f"{fault}; expected {FORMS}")
     try:
         if path.is_dir():
             return _read_folder(path, spec, preprocess, task)

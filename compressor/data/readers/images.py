@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, dims
+from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped, dims
 from compressor.data.readers.decode_image import BrokenImageError, Conversion, Decoded, decode, limitations_of
 from compressor.data.readers.sample_cache import Store
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
+from compressor.workspace.special_files import special_kind
 
 # PIL's own table also lists formats for which it has only stubs (.h5, .grib), and formats that are not images.
 _COMMON = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
@@ -120,14 +121,18 @@ def pictures(
 def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
     """Read an image folder: the sorted class folders are the class names; a flat folder has no labels."""
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    flat = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and _is_image(entry.name))
+    flat = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir() and _is_image(entry.name))
     _check_layout(name, classes, flat)
-    files = [(file, -1) for file in flat] or [
+    found = [(file, -1) for file in flat] or [
         (file, label) for label, class_folder in enumerate(classes) for file in _files(folder, class_folder)
     ]
+    skipped = tuple(_special(folder, [file for file, _ in found]))
+    files = [(file, label) for file, label in found if file not in {special.id for special in skipped}]
     if not files:
+        unreadable = f" (skipped {skipped[0].id}: {skipped[0].reason})" if skipped else ""
         raise DataError(
-            f"the folder {name} holds no images; expected image files ({_suffixes()}) or class folders of image files"
+            f"the folder {name} holds no images{unreadable}; expected image files ({_suffixes()}) or class folders of "
+            "image files"
         )
     ids = tuple(file for file, _ in files)
     source = pictures(name, ids, lambda index: _open(folder / ids[index]), preprocess)
@@ -141,11 +146,20 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
         labels=labels,
         label_kind=kind,
         class_names=None if flat else tuple(classes),
+        skipped=skipped,
         faults=source.faults,
         shown=source.shown,
         findings=source.findings,
         limitations=tuple(_limitations(folder, files)),
     )
+
+
+def _special(folder: Path, files: Sequence[str]) -> Iterator[Skipped]:
+    """Yield the images that must not be opened, because they are no files."""
+    for file in files:
+        kind = special_kind(folder / file)
+        if kind is not None:
+            yield Skipped(file, f"{kind}, not a file")
 
 
 def _limitations(folder: Path, images: Sequence[tuple[str, int]]) -> Iterator[Limitation]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.report.card import preprocessing_recipe
+from compressor.report.card import markdown, preprocessing_recipe
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -70,16 +70,17 @@ class Loader:
     remarks: tuple[str, ...]
 
 
-def make_snippet(content: Json, folder: Path) -> Loader:
+def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None) -> Loader:
     """Return the snippet for an exported folder.
 
     Args:
         content: its report.json.
-        folder: the folder with the engine and the model's own files.
+        folder: the folder with the model's own files.
+        engine_folder: the folder with the engine, if it is not in `folder` yet.
     """
     model = content["model"]
     cached = any(name.startswith("past_key_values.") for name in model["inputs"])
-    runtime = _runtime(content, folder, cached)
+    runtime = _runtime(content, folder if engine_folder is None else engine_folder, cached)
     if runtime == "transformers":
         return _checkpoint(content, folder, cached)
     picture = preprocessing_recipe.picture(folder) if model["inputs"][:1] == ["pixel_values"] else None
@@ -151,7 +152,7 @@ def templates() -> Environment:
     """Return the environment of this package's templates; an undefined variable in a template raises."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=False,  # Markdown and Python
         undefined=StrictUndefined,
@@ -159,6 +160,8 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["block"] = markdown.block
+    return environment
 
 
 def _runtime(content: Json, folder: Path, cached: bool) -> str:

@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from compressor.limitations import Limitation
 from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report.card import preprocessing_recipe
 from compressor.report.card.loader_snippet import TITLES, make_snippet, templates
+from compressor.report.card.markdown import code, prose
 from compressor.report.collect_limitations import is_unused
 from compressor.report.engine_text import describe_measurements
 from compressor.report.report import against, describe_calls
@@ -63,12 +65,13 @@ def write(folder: Path) -> None:
     (folder / NAME).write_text(card(content, folder), encoding="utf-8")
 
 
-def card(content: Json, folder: Path) -> str:
+def card(content: Json, folder: Path, *, engine_folder: Path | None = None) -> str:
     """Return the text of the card; it is deterministic.
 
     Args:
         content: report.json.
         folder: the folder with model.onnx, the engine, the config and the preprocessing files.
+        engine_folder: the folder with the engine, if it is not in `folder` yet.
     """
     model, changes = content["model"], content["plan"]["changes"]
     return (
@@ -76,15 +79,18 @@ def card(content: Json, folder: Path) -> str:
         .get_template("card.md.j2")
         .render(
             header=_header(content, folder).to_yaml().strip(),
-            title=f"{model['name']}, {'compressed' if changes else 'exported'}",
+            title=f"{prose(model['name'])}, {'compressed' if changes else 'exported'}",
             about=_about(content),
             figures="\n".join(_rows(content)),
             conditions=list(_conditions(content)),
             changed=_changed(content),
             limits=list(_limits(content)),
-            loader=make_snippet(content, folder),
+            loader=make_snippet(content, folder, engine_folder),
             command=content["command"],
-            actions={name: "removed" if action == "drop" else f"`{action}`" for name, action in changes.items()},
+            actions={
+                code(name, in_table=True): "removed" if action == "drop" else code(action, in_table=True)
+                for name, action in changes.items()
+            },
             shell=content["command"].startswith("compressor "),
             settings={name: value for name, value in content["settings"].items() if value not in (None, False)},
         )
@@ -153,8 +159,9 @@ def _data(content: Json) -> str:
 
 def _about(content: Json) -> str:
     model, settings = content["model"], content["settings"]
-    origin = f"[{model['name']}](https://huggingface.co/{model['hub_id']})" if model.get("hub_id") else model["name"]
-    use = USES.get(model["task"], f"performs {model['task']}")
+    origin, use = prose(model["name"]), USES.get(model["task"], f"performs {prose(model['task'])}")
+    if model.get("hub_id"):
+        origin = f"[{origin}](https://huggingface.co/{quote(model['hub_id'])})"
     weights = " Its weights are random." if model["random_weights"] else ""
     return (
         f"This folder holds {origin} as {_form(content)} for {TITLES.get(settings['target'], settings['target'])} in "
@@ -185,9 +192,9 @@ def _form(content: Json) -> str:
 
 def _listed(names: list[str]) -> str:
     """List names in Markdown; the caches of a language model as one entry."""
-    plain = [f"`{name}`" for name in names if not name.startswith(("past_key_values.", "present."))]
+    plain = [code(name) for name in names if not name.startswith(("past_key_values.", "present."))]
     caches = [name for name in names if name.startswith(("past_key_values.", "present."))]
-    return ", ".join([*plain, *([f"`{caches[0].split('.')[0]}.*`"] if caches else [])])
+    return ", ".join([*plain, *([code(f"{caches[0].split('.')[0]}.*")] if caches else [])])
 
 
 def _rows(content: Json) -> Iterator[str]:
@@ -252,7 +259,9 @@ def _conditions(content: Json) -> Iterator[str]:
         yield f"Quality: {title}, on {count} test samples; brackets are 95 % bootstrap intervals."
     target = TITLES.get(settings["target"], settings["target"])
     late = engine.get("state") == "deferred"
-    shapes = ", ".join(f"`{name}` {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name)
+    shapes = ", ".join(
+        f"{code(name)} {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name
+    )
     inputs = describe_calls(content["generation"]) if content.get("generation") else f"inputs {shapes}"
     threads = f", {settings['threads']} threads" if settings["threads"] else ""
     if content["latency"]:
@@ -261,9 +270,9 @@ def _conditions(content: Json) -> Iterator[str]:
             f"{inputs}. The engines were timed in alternating bursts, without copies to a GPU."
         )
     if settings["device"] is not None:
-        yield f"Device: {settings['device']}."
-    yield _machine(engine.get("environment", content["environment"]))
-    yield from describe_measurements(engine)
+        yield f"Device: {prose(settings['device'])}."
+    yield prose(_machine(engine.get("environment", content["environment"])))
+    yield from map(prose, describe_measurements(engine))
     if late:
         yield ANEW
 
@@ -279,12 +288,13 @@ def _changed(content: Json) -> str:
     plan, sites = content["plan"], len(content["model"].get("sites", ()))
     healed, settings = content["healed"], content["settings"]
     total = f" of {sites}" if sites else ""
-    lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule `{plan['rule']}`)."]
+    lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule {code(plan['rule'])})."]
     if settings["precision"] != "fp32":
         unused = is_unused(settings["precision"], content["engine"])
         lines.append(ONLY_STORED.format(settings["precision"]) if unused else MEANINGS[settings["precision"]])
     if healed is not None:
-        lines.append(f"The remaining weights were adapted without labels ({healed['method']}: {healed['note']}).")
+        how = prose(f"{healed['method']}: {healed['note']}")
+        lines.append(f"The remaining weights were adapted without labels ({how}).")
     return " ".join(lines)
 
 
@@ -293,11 +303,13 @@ def _limits(content: Json) -> Iterator[str]:
     data, quality, settings = content["data"], content["quality"], content["settings"]
     yield "The model has the same intended and excluded uses as the original model."
     if quality is None:
-        yield f"No quality is stated, because {content['no_quality_because']}. Evaluate the model before you use it."
+        reason = prose(content["no_quality_because"])
+        yield f"No quality is stated, because {reason}. Evaluate the model before you use it."
     else:
         yield (
-            f"Quality was measured on {quality['figures']['result']['n']} test samples of {_data(content)} "
-            f"({data['reading']}). Calibration ({data['sizes']['calibration']} samples) and the choice of the plan "
+            f"Quality was measured on {quality['figures']['result']['n']} test samples of "
+            f"{prose(_data(content))} ({prose(data['reading'])}). "
+            f"Calibration ({data['sizes']['calibration']} samples) and the choice of the plan "
             f"({data['sizes']['validation']} samples) used other samples. The loss on other data can be larger, so "
             "measure it on yours."
         )
@@ -311,5 +323,5 @@ def _limits(content: Json) -> Iterator[str]:
     if content["latency"] and generation and not generation["new"]:
         yield "Latency is that of prefill with an empty KV cache; decode was not timed."
     for limitation in content.get("limitations", ()):
-        yield str(Limitation(**limitation))
-    yield from content["notes"]
+        yield prose(str(Limitation(**limitation)))
+    yield from map(prose, content["notes"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def ends(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         tokens = _read(folder / name).get("eos_token_id")
         if tokens is not None:
-            return tuple(tokens) if isinstance(tokens, list) else (tokens,)
+            listed = tokens if isinstance(tokens, list) else [tokens]
+            return tuple(token for token in listed if type(token) is int)
     return ()
 
 
@@ -103,8 +105,27 @@ def start(folder: Path) -> int:
 
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape of a sample and the NumPy type of each input of a user's module."""
-    inputs = _read(folder / "config.json").get("inputs") or {}
+    inputs = _read(folder / "config.json").get("inputs")
+    if not isinstance(inputs, Mapping) or not all(map(_is_input, inputs.values())):
+        return {}
     return {name: (tuple(entry["shape"]), entry["dtype"].removeprefix("torch.")) for name, entry in inputs.items()}
+
+
+def _is_input(entry: Any) -> bool:
+    """Return whether an entry has a shape and a type's name, and nothing else: both are written into code."""
+    return (
+        isinstance(entry, Mapping)
+        and _are_sizes(entry.get("shape"))
+        and re.fullmatch(r"torch\.[a-z]+\d*", str(entry.get("dtype"))) is not None
+    )
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) is int for value in values)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
 
 
 def _read(path: Path) -> Json:
@@ -119,6 +140,8 @@ def _read(path: Path) -> Json:
 def _timm(config: Mapping[str, Any]) -> Picture | None:
     """Return the transform of ``timm.data.create_transform`` for evaluation (timm/data/transforms_factory.py)."""
     if not {"input_size", "mean", "std"} <= config.keys():
+        return None
+    if not (_are_sizes(config["input_size"]) and _are_numbers([*config["mean"], *config["std"]])):
         return None
     channels, height, width = config["input_size"]
     mode, share = config.get("crop_mode") or "center", config.get("crop_pct") or 0.875
@@ -142,6 +165,10 @@ def _processor(config: Mapping[str, Any]) -> Picture | None:
     if not (plain and fits and scaled and config.get("resample", 2) in range(len(FILTERS))):
         return None
     normal = config.get("do_normalize", True)
+    sizes = [*(size.values() if resizes else ()), *(crop.values() if crops else ())]
+    numbers = [*config["image_mean"], *config["image_std"]] if normal else []
+    if not (_are_sizes(sizes) and _are_numbers(numbers)):  # they are written into code
+        return None
     return Picture(
         "RGB",
         None if not resizes else size["shortest_edge"] if "shortest_edge" in size else (size["width"], size["height"]),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -29,6 +30,7 @@ from compressor.report.pages.export_page import html, previews_in
 from compressor.settings import Settings
 from compressor.workspace import environment
 from compressor.workspace.output_folder import FolderError, write_manifest
+from compressor.workspace.output_lock import output_lock
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from runtimes import openvino
@@ -414,6 +416,46 @@ def test_errors_on_the_device_are_one_sentence(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"Error: {tmp_path} holds no report.json")
     assert done.stderr.count("\n") == 1
+
+
+KILLED = """
+import os, signal, sys
+from compressor.deferred import build
+
+def hook(event, arguments):
+    if event == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def add_files(*arguments, add=build.add_files, **options):
+    sys.addaudithook(hook)
+    add(*arguments, **options)
+
+build.add_files = add_files
+build.build(sys.argv[1], rounds=1)
+"""
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize(("event", "state"), [("shutil.copytree", "deferred"), ("shutil.rmtree", "built")])
+def test_a_killed_build_leaves_the_folder_as_it_was_or_complete(folder, event, state):
+    """The build is killed before it copies the folder, and when it removes the old one; see also test_add_files."""
+    before = files_of(folder)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), event], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(folder.parent.iterdir())) > 1
+    assert report_of(folder)["engine"]["state"] == state
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == set(files_of(folder)) - {"manifest.json"}
+    assert (files_of(folder) == before) is (state == "deferred")
+    compressor.build(folder, rounds=1, force=True)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_second_build_at_the_same_time_is_refused(folder):
+    with (
+        output_lock(folder),
+        pytest.raises(FolderError, match=r"another run \(process \d+\) is writing .*; wait until it ends"),
+    ):
+        compressor.build(folder)
 
 
 def test_a_second_build_needs_force(folder, brief):

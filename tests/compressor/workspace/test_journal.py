@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -99,17 +101,48 @@ def test_journal_without_path_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     journal = Journal()
     assert journal.recall("a", lambda: 1) == journal.recall("a", never) == 1
-    journal.forget()
     assert list(tmp_path.iterdir()) == []
     assert len(Journal()) == 0  # instances do not share values
 
 
-def test_forget_deletes_the_file(tmp_path):
-    journal = filled(tmp_path / "j")
-    journal.forget()
-    assert not (tmp_path / "j").exists()
-    journal.forget()  # a missing file is not an error
-    assert len(Journal("s", tmp_path / "j")) == 0
+def test_what_became_of_an_interrupted_run_is_said(tmp_path):
+    assert filled(tmp_path / "j").message() is None
+    again = Journal("s", tmp_path / "j")
+    assert (again.resumed, again.discarded) == (3, 0)
+    assert again.message() == "Resumed an interrupted search: 3 values that it measured are used again."
+    other = Journal("another", tmp_path / "j")
+    assert (other.resumed, other.discarded) == (0, 3)
+    assert other.message().startswith("3 values of an interrupted search with other settings, model or data were disc")
+    assert Journal().message() is None
+
+
+def test_opening_a_journal_only_cuts_off_its_incomplete_line(tmp_path):
+    """The lines before it are not written again, so a kill at any moment keeps them."""
+    path = tmp_path / "j"
+    filled(path)
+    inode, text = path.stat().st_ino, path.read_bytes()
+    path.write_bytes(text + b'{"key": "cut')
+    Journal("s", path)
+    assert (path.stat().st_ino, path.read_bytes()) == (inode, text)
+
+
+def test_a_disk_that_is_full_while_a_value_is_noted_is_one_sentence(tmp_path):
+    """The limit on the size of a file stands in for the disk."""
+    script = f"""
+import resource
+from compressor.workspace.journal import Journal
+journal = Journal("s", __import__("pathlib").Path({str(tmp_path / "j")!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    for number in range(100):
+        journal.note(f"key {{number}}", 0.5)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"FolderError a file of {tmp_path / 'j'} is larger than its disk or this process may")
+    again = Journal("s", tmp_path / "j")
+    assert again.resumed == len(again) == 2  # 17 bytes of the first line and 30 of each value: two are within 100 bytes
 
 
 def test_every_line_is_json(tmp_path):

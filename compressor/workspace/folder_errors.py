@@ -1,0 +1,70 @@
+"""Errors of output folders: a full disk, a read-only disk, a missing permission."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from compressor.errors import CompressorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# With less than one page of a file system free, no file can be written.
+SPARE = 4096
+
+
+class FolderError(CompressorError):
+    """The output folder exists, is in use, cannot be written, does not fit on the disk, or is not one of Compressor."""
+
+
+@contextlib.contextmanager
+def readable_errors(path: Path, *, unwritable: bool = False) -> Iterator[None]:
+    """Turn errors of a full or read-only disk into a FolderError; with `unwritable`, every OSError.
+
+    Args:
+        path: the output that the message names.
+        unwritable: whether every OSError of the block means that `path` cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _disk_error(error, path)
+        if reason is None and unwritable:
+            reason = f"{path} cannot be written ({error.strerror}); choose another --output."
+        if reason is None:
+            raise
+        raise FolderError(reason) from error
+    except FolderError:
+        raise
+    except Exception as error:  # native writers (ONNX, engine builders) raise their own errors if the disk is full
+        if _free_bytes(path) < SPARE:
+            raise FolderError(_full(path)) from error
+        raise
+
+
+def _disk_error(error: OSError, path: Path) -> str | None:
+    """Return the sentence for an error of the disk itself; None for any other error."""
+    if error.errno in FULL:
+        return _full(path)
+    if error.errno == errno.EFBIG:
+        return (
+            f"a file of {path} is larger than its disk or this process may write; raise the limit (ulimit -f), or "
+            "choose another --output on a file system for larger files."
+        )
+    if error.errno == errno.EROFS:
+        return f"{path} cannot be written ({error.strerror}); choose another --output."
+    return None
+
+
+def _full(path: Path) -> str:
+    return f"the disk that holds {path} is full; free some space or choose another --output."
+
+
+def _free_bytes(path: Path) -> float:
+    """Return the free bytes on the disk of a folder's parent; infinity if the system does not report them."""
+    try:
+        return shutil.disk_usage(path.resolve().parent).free
+    except OSError:
+        return float("inf")
