@@ -85,8 +85,8 @@ def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:
         if not error <= TOLERANCE:
             raise TraceError(
                 f"{model.name} with dynamic height and width differs from the model at {size[0]} x {size[1]} "
-                f"pixels (output {output}, by {error:.1e} of its largest value); give --image-size with numbers "
-                "instead of dynamic."
+                f"pixels (output {output}, by {error:.1e} of its largest value); give --image-size a number instead "
+                "of dynamic."
             )
 
 
@@ -103,14 +103,14 @@ def _dynamic(axes: dict[int, str]) -> dict[int, object]:
 
 def _explain(model: Model, error: Exception) -> str:
     """Return one sentence with the reason of torch.export, the line of the user's code and a remedy."""
+    reason = _reason(model, str(error)) or type(error).__name__
     if model.sizes:
         return (
-            f"{model.name} could not be traced by torch.export with dynamic height and width "
-            f"({_reason(model, str(error)) or type(error).__name__}); give --image-size with numbers instead of "
-            "dynamic."
+            f"{model.name} could not be traced by torch.export with dynamic height and width ({reason}); give "
+            "--image-size with numbers instead of dynamic."
         )
     return (
-        f"{model.name} could not be traced by torch.export ({_reason(model, str(error)) or type(error).__name__}); "
+        f"{model.name} could not be traced by torch.export ({reason}); "
         "Compressor needs a forward pass without branches on tensor values that works at any batch size, "
         "and for a transformers model --task may choose another head."
     )

@@ -301,7 +301,7 @@ def sized_model(
     sizing = Sizing(size, dynamic)
     limits = list(sizing.limitations(channels))
     if size != configured:
-        limits.append(_differs(configured, size, interpolates, requested=image_size is not None))
+        limits.append(_differs(configured, size, interpolates, requested=image_size not in (None, DYNAMIC)))
     return SizedModel(sizing, calls[interpolates], processor, interpolates, tuple(limits))
 
 

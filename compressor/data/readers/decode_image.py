@@ -70,7 +70,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image as PIL image of 8 bits per channel, or as float32 [C, H, W] in 0 to 1; and what was converted."""
+    """An image of a PIL mode of 8 bits for 1 or 3 channels, else float32 [C, H, W] in 0 to 1; and its conversions."""
 
     image: Image.Image | Array
     conversion: Conversion
@@ -155,7 +155,9 @@ def _from_picture(image: Image.Image, channels: int) -> Decoded:
     if depth is not None:  # the new image has no EXIF data
         picture.info["exif"] = image.getexif().tobytes()
     picture = ImageOps.exif_transpose(picture)
-    converted, conversion = _with_channels(picture, channels)
+    picture, conversion = _with_channels(picture, channels)
+    # Pillow multiplies colours by the alpha channel while it resizes, but a model of 4 channels takes each as it is
+    converted = picture if channels != 4 else np.asarray(picture, np.float32).transpose(2, 0, 1) / np.float32(255)
     return Decoded(
         converted,
         Conversion(oriented, depth, conversion.transparent, frames > 1, conversion.grey, conversion.opaque, samples),

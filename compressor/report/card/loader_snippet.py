@@ -118,7 +118,8 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
     """Return the snippet for a checkpoint, with the preprocessing of transformers if the folder holds it."""
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     inputs, outputs = content["model"]["inputs"], content["model"]["outputs"]
-    picture = "pixel_values" in inputs and (folder / "preprocessor_config.json").is_file()
+    colour = preprocessing_recipe.channels(folder) == 3
+    picture = colour and "pixel_values" in inputs and (folder / "preprocessor_config.json").is_file()
     tokenizer = "input_ids" in inputs and (folder / "tokenizer_config.json").is_file()
     if EMBEDDING in outputs and tokenizer:
         text = templates().get_template("load_sentence_transformers.py.j2").render()
@@ -135,6 +136,7 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
             cached=cached,
             start=preprocessing_recipe.start(folder),
             arrays={} if picture or tokenizer or cached else _arrays(content, folder),
+            interpolates=content["model"].get("interpolate_pos_encoding", False),
             output="logits" if "logits" in outputs else outputs[0],
         )
     )

@@ -51,7 +51,16 @@ class Tokenizer:
 def picture(folder: Path) -> Picture | None:
     """Return the preprocessing of images from transformers' preprocessor_config.json or timm's config.json."""
     processor = _read(folder / "preprocessor_config.json")
-    return _processor(processor) if processor else _timm(_read(folder / "config.json").get("pretrained_cfg") or {})
+    if processor:
+        return _processor(processor) if channels(folder) == 3 else None
+    return _timm(_read(folder / "config.json").get("pretrained_cfg") or {})
+
+
+def channels(folder: Path) -> int:
+    """Return the number of channels of the images in the config of a model of transformers; 3 without it."""
+    config = _read(folder / "config.json")
+    number = (config.get("vision_config") or config).get("num_channels", 3)
+    return number if isinstance(number, int) else 3
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:
@@ -150,6 +159,8 @@ def _timm(config: Mapping[str, Any]) -> Picture | None:
     if mode not in ("center", "squash") or (mode == "center" and width != height) or resampling not in FILTERS:
         return None
     resize = size[0] if mode == "center" else size
+    if channels not in (1, 3) or {len(config["mean"]), len(config["std"])} != {channels}:
+        return None
     colours = "L" if channels == 1 else "RGB"
     return Picture(colours, resize, resampling, (width, height), tuple(config["mean"]), tuple(config["std"]))
 

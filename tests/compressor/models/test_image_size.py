@@ -1,0 +1,222 @@
+"""The size of images: that of the preprocessing, a requested one, or dynamic; and the channels of the model."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from timm.data import create_transform
+
+from compressor import models
+from compressor.choices import parse_image_size
+from compressor.errors import SettingsError
+from compressor.lower.trace import images_of, trace
+from compressor.lower.write_onnx import lower
+from compressor.models import ModelError
+from compressor.settings import Settings
+from tests.architectures import VIT
+from tests.paths import ROOT
+
+SMALL = {"patch_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOLERANCE = 1e-5  # float32 sums in another order
+DEIT = ROOT.parent / "shared/data/deit_tiny_patch16_224"
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+
+
+def saved(folder, kind, config, processor=None):
+    torch.manual_seed(0)
+    getattr(transformers, kind)(config).eval().save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return folder
+
+
+def vit(folder, processor=None, **options):
+    return saved(
+        folder, "ViTForImageClassification", transformers.ViTConfig(image_size=64, **(SMALL | options)), processor
+    )
+
+
+def limits(model):
+    return {each.feature: each.reason for each in model.limitations}
+
+
+def outputs(model, size, path):
+    """Return the outputs of the ONNX file for an image of a size, and the image."""
+    lower(trace(model), model, path)
+    feeds = {name: value.numpy() for name, value in images_of(model, size).items()}
+    return onnxruntime.InferenceSession(str(path)).run(None, feeds)[0], torch.from_numpy(feeds["pixel_values"])
+
+
+PROCESSORS = {
+    "vit": transformers.ViTImageProcessor(size={"height": 32, "width": 48}),
+    "crop": transformers.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
+    "crop of a share": transformers.ConvNextImageProcessor(size={"shortest_edge": 32}),
+}
+
+
+@pytest.mark.parametrize("image_size", [None, (48, 32), (64, 64)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_have_the_size_of_the_processor_or_the_requested_one(tmp_path, name, image_size):
+    vit(tmp_path, PROCESSORS[name])
+    if name == "crop of a share" and image_size == (48, 32):
+        image_size = (48, 48)  # this processor gives squares only
+    model = models.load(tmp_path, image_size=image_size)
+    own = (32, 48) if name == "vit" else (32, 32)
+    size = own if image_size is None else image_size
+    assert model.example["pixel_values"].shape == (2, 3, *size)
+    assert model.preprocess.image(PHOTO).shape == (3, *size)
+    assert ("image size of the config" in limits(model)) == (size != (64, 64))
+    if image_size is None:
+        wanted = transformers.AutoImageProcessor.from_pretrained(tmp_path)(PHOTO, return_tensors="np")["pixel_values"][
+            0
+        ]
+        np.testing.assert_array_equal(model.preprocess.image(PHOTO), wanted)
+        stated = limits(model)["image size of the config"]
+        assert stated.startswith(f"the config has 64 x 64 pixels and the image processor gives {own[0]} x {own[1]}")
+    out = tmp_path / "out"
+    out.mkdir()
+    model.save(out)
+    again = transformers.AutoImageProcessor.from_pretrained(out)
+    np.testing.assert_array_equal(again(PHOTO, return_tensors="np")["pixel_values"][0], model.preprocess.image(PHOTO))
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2"])
+def test_position_embeddings_are_interpolated_as_transformers_does(tmp_path, kind):
+    """DINOv2 interpolates by itself, ViT if it is told to."""
+    if kind == "vit":
+        vit(tmp_path / "m", PROCESSORS["crop"])
+    else:
+        config = transformers.Dinov2Config(image_size=64, **SMALL)
+        saved(tmp_path / "m", "Dinov2ForImageClassification", config, PROCESSORS["crop"])
+    model = models.load(tmp_path / "m")
+    assert model.interpolates == (kind == "vit")
+    found, image = outputs(model, (32, 32), tmp_path / "m.onnx")
+    option = {"interpolate_pos_encoding": True} if kind == "vit" else {}
+    original = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        wanted = original(image, **option).logits
+    np.testing.assert_allclose(found, wanted.numpy(), atol=TOLERANCE)
+    with pytest.raises(ModelError, match=r"cannot take images of 8 x 8 pixels \(.+\); give another --image-size"):
+        models.load(tmp_path / "m", image_size=(8, 8))
+
+
+def test_timm_resamples_position_embeddings_of_another_size(tmp_path):
+    torch.manual_seed(0)
+    options = VIT | {"num_classes": 5, "depth": 1}
+    original = timm.create_model("vit_tiny_patch16_224", **options)
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    config = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 5}
+    content = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": config, "model_args": options}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = models.load(tmp_path, image_size=(48, 64))
+    original.set_input_size((48, 64))
+    images = model.example["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.call(model.module, images)[0], original.eval()(images))
+    transform = create_transform(input_size=(3, 48, 64), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic")
+    np.testing.assert_array_equal(model.preprocess.image(PHOTO), transform(PHOTO).numpy())
+    assert "is 48 x 64, which is used" in limits(model)["image size of the config"]
+    out = tmp_path / "out"
+    out.mkdir()
+    model.save(out)
+    again = models.load(out, random_weights=True)
+    assert again.preprocess.example["pixel_values"].shape == (2, 3, 48, 64)
+
+
+def test_height_and_width_are_dynamic(tmp_path):
+    vit(tmp_path / "m", PROCESSORS["crop"])
+    model = models.load(tmp_path / "m", image_size="dynamic")
+    assert model.preprocess.example["pixel_values"].shape == (2, 3, 32, 32)
+    assert model.dynamic_axes == {"pixel_values": {0: "batch", 2: "height", 3: "width"}}
+    lower(trace(model), model, tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    original = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "m").eval()
+    for size in ((32, 32), (64, 64), (80, 48)):  # that of the processor, that of the config, and another
+        image = images_of(model, size)["pixel_values"]
+        with torch.no_grad():
+            wanted = original(image, interpolate_pos_encoding=True).logits
+        found = session.run(None, {"pixel_values": image.numpy()})[0]
+        np.testing.assert_allclose(found, wanted.numpy(), atol=TOLERANCE)
+    assert limits(model)["image size"].startswith("height and width are dynamic; checked at 32 x 32, ")
+
+
+def test_a_model_of_one_size_is_not_dynamic():
+    with pytest.raises(
+        ModelError, match=r"does not take images of other sizes than 224 x 224 \(.+\); give --image-size"
+    ):
+        models.load("mixer_s16_224", random_weights=True, image_size="dynamic")
+
+
+@pytest.mark.parametrize("channels", [1, 4, 12])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_models_of_other_channels(tmp_path, library, channels):
+    mean = [0.1 * number for number in range(1, channels + 1)]
+    if library == "timm":
+        config = {"input_size": [channels, 32, 32], "mean": mean, "std": [0.5] * channels, "interpolation": "bilinear"}
+        content = {
+            "architecture": "vit_tiny_patch16_224",
+            "pretrained_cfg": config | {"crop_pct": 1.0},
+            "model_args": VIT | {"in_chans": channels},
+        }
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    else:
+        processor = transformers.ViTImageProcessor(
+            size={"height": 32, "width": 32}, image_mean=mean, image_std=[0.5] * channels
+        )
+        vit(tmp_path, processor, num_channels=channels)
+    model = models.load(tmp_path, random_weights=True)
+    bands = np.random.default_rng(0).random((channels, 32, 32), dtype=np.float32)  # the size of the model: no resizing
+    wanted = (bands - np.array(mean, np.float32)[:, None, None]) / 0.5
+    np.testing.assert_allclose(model.preprocess.image(bands), wanted, atol=1e-5)  # the processor scales by 1 / 255
+    if channels == 1:
+        found = model.preprocess.image(Image.new("L", (50, 40), 51))
+        np.testing.assert_allclose(found[:, 16, 16], (0.2 - np.array(mean)) / 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_mean_and_deviation_fit_the_channels_or_are_refused(tmp_path, library):
+    def load(mean):
+        if library == "timm":
+            config = {"input_size": [1, 32, 32], "mean": mean, "std": [0.5] * 3}
+            options = VIT | {"in_chans": 1}
+            content = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": config, "model_args": options}
+            (tmp_path / "config.json").write_text(json.dumps(content))
+        else:
+            processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=mean)
+            vit(tmp_path, processor, num_channels=1)
+        return models.load(tmp_path, random_weights=True)
+
+    equal = load([0.5, 0.5, 0.5])
+    assert equal.preprocess.image(PHOTO.convert("L")).shape == (1, 32, 32)
+    assert "used for all 1 channels" in limits(equal)["normalization of the images"]
+    refused = load([0.4, 0.5, 0.6])
+    assert refused.preprocess.image is None
+    assert "has 3 values of mean or standard deviation and the model takes 1 channels" in refused.preprocess.no_image
+
+
+def test_sizes_are_parsed_and_refused_in_one_sentence():
+    assert parse_image_size(" 96x160 ") == (96, 160)
+    assert Settings(image_size=64).pixels == (64, 64)
+    for wrong in ("0", "12x", "big", "-3", "1.5"):
+        with pytest.raises(SettingsError, match="expected pixels such as 224, HEIGHTxWIDTH"):
+            Settings(image_size=wrong)
+    with pytest.raises(SettingsError, match="dynamic with --target executorch"):
+        Settings(image_size="dynamic", target="executorch")
+    with pytest.raises(ModelError, match="--image-size is for image models of timm and transformers"):
+        models.load(torch.nn.Linear(4, 4), example_inputs=torch.zeros(2, 4), image_size=(8, 8))
+
+
+@pytest.mark.skipif(not DEIT.is_dir(), reason="the real DeiT-Tiny is not here")
+def test_the_real_deit_at_another_size(tmp_path):
+    model = models.load(DEIT, image_size=(160, 128))
+    found, image = outputs(model, (160, 128), tmp_path / "m.onnx")
+    wanted = timm.create_model(f"local-dir:{DEIT}", pretrained=True, dynamic_img_size=True).eval()
+    with torch.no_grad():
+        expected = wanted(image).numpy()
+    # timm interpolates in `forward` as it does while it loads the weights
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
