@@ -22,7 +22,9 @@ def save_letters(folder, *, suffix=False, length=10**30, **options):
     With `suffix`, it ends every text with ``</s>``.
     """
     vocabulary = {word: token for token, word in enumerate(WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=options.get("unk_token", "none")))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocabulary, unk_token=options.get("unk_token", "none"))
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     if suffix:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

@@ -64,7 +64,9 @@ def causal_padding(tokenizer: Any, config: Any) -> Padding:
     return Padding(next(_tokens(tokenizer, config), 0), RIGHT)
 
 
-def find_padding(answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str]) -> tuple[Padding, list[Limitation]]:
+def find_padding(
+    answer: Answer, tokenizer: Any, config: Any, inputs: Sequence[str]
+) -> tuple[Padding, list[Limitation]]:
     """Return the first padding that leaves the outputs of a row unchanged, and what has to be said about it.
 
     Sides are tried beginning with that of the tokenizer, and tokens beginning with its padding token. If the model
@@ -166,7 +168,9 @@ def allow_batches(answer: Answer, config: Any, inputs: Sequence[str]) -> list[Li
     Raises:
         ModelError: the model refuses batches, and its config has no token that can be the padding.
     """
-    rows = {name: [[1, 2], [1, 2]] if name == "input_ids" else [[int(name == "attention_mask")] * 2] * 2 for name in inputs}
+    rows = {
+        name: [[1, 2], [1, 2]] if name == "input_ids" else [[int(name == "attention_mask")] * 2] * 2 for name in inputs
+    }
     if getattr(config, "pad_token_id", None) is not None or not _refuses_batches(answer, Padding(0, RIGHT), rows):
         return []
     token = next(_tokens(None, config), None)

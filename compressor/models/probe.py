@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-
 from torch.overrides import TorchFunctionMode
 
 from passes.execute.offloaded_weights import is_offloaded

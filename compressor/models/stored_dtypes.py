@@ -91,7 +91,9 @@ def exact_dtypes(module: torch.nn.Module, narrower: Sequence[torch.dtype]) -> di
     """
     exact: dict[str, torch.dtype] = {}
     for name, value in module.named_parameters(remove_duplicate=False):
-        fitting = (dtype for dtype in narrower if value.ndim > 1 and torch.equal(value.to(dtype).to(value.dtype), value))
+        fitting = (
+            dtype for dtype in narrower if value.ndim > 1 and torch.equal(value.to(dtype).to(value.dtype), value)
+        )
         dtype = next(fitting, None)
         if dtype is not None:
             exact[name] = dtype
@@ -105,7 +107,9 @@ def describe_dtypes(dtypes: Iterable[torch.dtype]) -> str:
     'bfloat16 (2 tensors), float32 (1)'
     """
     counts = [(str(dtype).removeprefix("torch."), count) for dtype, count in Counter(dtypes).most_common()]
-    return ", ".join(f"{name} ({count}{' tensors' if number == 0 else ''})" for number, (name, count) in enumerate(counts))
+    return ", ".join(
+        f"{name} ({count}{' tensors' if number == 0 else ''})" for number, (name, count) in enumerate(counts)
+    )
 
 
 def as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

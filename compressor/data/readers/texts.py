@@ -113,7 +113,9 @@ def text_of(path: Path, name: str) -> str:
         found = "UTF-16 text" if wide else f"not UTF-8 text (byte {error.start})"
         raise DataError(f"{name} is {found}; save it as UTF-8") from error
     if text.count(NUL) * 4 > len(text):  # every other byte of ASCII text in UTF-16 is 0
-        raise DataError(f"{name} consists of NUL characters for a quarter or more, as UTF-16 text does; save it as UTF-8")
+        raise DataError(
+            f"{name} consists of NUL characters for a quarter or more, as UTF-16 text does; save it as UTF-8"
+        )
     return text
 
 

@@ -71,7 +71,9 @@ def test_the_traced_graph_finds_the_last_token_of_every_row(tmp_path):
 
 
 def test_a_changed_padding_is_a_limitation_and_is_in_the_files(tmp_path):
-    folder = save_letters(save_model(tmp_path / "m", "GPT2ForSequenceClassification", "GPT2Config", **GPT2), **ENDS, **LEFT)
+    folder = save_letters(
+        save_model(tmp_path / "m", "GPT2ForSequenceClassification", "GPT2Config", **GPT2), **ENDS, **LEFT
+    )
     model = models.load(folder)
     reasons = {each.feature: each.reason for each in model.limitations}
     assert "it was set to 2" in reasons["pad_token_id"]
@@ -101,7 +103,9 @@ def test_a_decoder_without_tokenizer_needs_a_token_for_its_batches(tmp_path):
 
 
 def test_a_language_model_without_padding_token_is_padded_on_the_right(tmp_path):
-    folder = save_letters(save_model(tmp_path, "GPT2LMHeadModel", "GPT2Config", **GPT2 | {"eos_token_id": None}), **LEFT)
+    folder = save_letters(
+        save_model(tmp_path, "GPT2LMHeadModel", "GPT2Config", **GPT2 | {"eos_token_id": None}), **LEFT
+    )
     model = models.load(folder)
     feeds = model.preprocess.text(list(TEXTS), None)
     np.testing.assert_array_equal(feeds["attention_mask"].sum(1), [3, 7, 1])
