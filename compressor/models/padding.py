@@ -101,8 +101,8 @@ def _choice(padding: Padding, usual: Padding, tokenizer: Any, refuses: bool) -> 
     if refuses:
         yield Limitation(
             "pad_token_id",
-            f"the config has none in the vocabulary, which batches need; it was set to {padding.token}, and a text is read "
-            "up to its last other token",
+            f"the config has none in the vocabulary, which batches need; it was set to {padding.token}, and a text is "
+            "read up to its last other token",
         )
     if padding.side != usual.side:
         yield Limitation(

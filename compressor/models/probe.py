@@ -124,7 +124,8 @@ def position_limit(module: Any, padding: int | None) -> int | None:
 
 def _rows_left(module: Any, tokens: int, token: int) -> list[int] | None:
     """Return the rows left in each table that a text looks up, in order; None if a lookup fails."""
-    with torch.inference_mode(), _Lookups() as lookups:
+    lookups = _Lookups()
+    with torch.inference_mode(), lookups:
         try:
             module(input_ids=torch.full((1, tokens), token))
         except _EndOfLookupsError:

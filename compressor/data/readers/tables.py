@@ -219,9 +219,9 @@ def _split_lines(text: str, separator: str, name: str, *, quoted: bool) -> list[
     fault = _quote_fault(text, separator) if quoted else ""
     if fault.startswith("unexpected end"):
         raise DataError(f"{name} has a quoted cell that does not end ({fault}); close its quote, or double the quote")
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    lines = io.StringIO(text, newline="")
     try:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
+        rows = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
         return [cells for cells in rows if any(cells)]
     except csv.Error as error:
         raise DataError(f"{name} is not a readable table ({error}); check its quotes") from error

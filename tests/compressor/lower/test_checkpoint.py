@@ -227,21 +227,18 @@ def test_every_tensor_keeps_its_type_and_its_bits(name, shard, tmp_path):
         assert opened.get_output_embeddings().weight is opened.get_input_embeddings().weight
 
 
-def test_one_block_fewer_is_a_smaller_file_and_healing_is_rounded_before_it_is_measured(tmp_path, tokens):
+def test_one_block_fewer_is_a_smaller_file(tmp_path, tokens):
     dense = transformers.LlamaForCausalLM.from_pretrained(saved(tmp_path / "f", "LlamaForCausalLM")).bfloat16()
     dense.save_pretrained(tmp_path / "dense")
     report = compressor.export(
-        tmp_path / "dense", data=tokens, drop="block:1", target="transformers", heal="closed-form", rounds=1,
-        output=tmp_path / "out",
-    )  # fmt: skip
+        tmp_path / "dense", data=tokens, drop="block:1", target="transformers", rounds=1, output=tmp_path / "out"
+    )
     before, after = (tmp_path / name / "model.safetensors" for name in ("dense", "out"))
     block = sum(value.nbytes for key, value in load_file(before).items() if ".layers.0." in key)  # all are equal
     values = [sum(value.nbytes for value in load_file(path).values()) for path in (before, after)]
     assert values[0] - values[1] == block
     assert after.stat().st_size < before.stat().st_size
     assert {value.dtype for value in load_file(after).values()} == {torch.bfloat16}
-    assert report.healed["kept"]
-    assert report.parity["result"] <= SAME  # the engine reads the rounded weights, and so does the graph
     (types,) = [each.reason for each in report.limitations if each.feature == "weight types"]
     assert "bfloat16 (30 tensors)" in types
     assert "written in these types" in types
@@ -454,3 +451,17 @@ def test_a_trained_llama_loses_a_block(tmp_path):
     assert module.config.num_hidden_layers == 4
     assert report.parity["result"] <= SAME
     assert report.quality.figures["result"].value > report.quality.figures["baseline"].value
+
+
+@needs_llama
+def test_healed_weights_are_rounded_before_they_are_measured(tmp_path):
+    """The checkpoint equals the measured graph to float32; rounding to bfloat16 changes weights by up to 0.4 %."""
+    transformers.LlamaForCausalLM.from_pretrained(LLAMA).bfloat16().save_pretrained(tmp_path / "dense")
+    report = compressor.export(
+        tmp_path / "dense", data=LLAMA / "sampled_tokens.npy", drop="block:1", target="transformers", samples=24,
+        heal="closed-form", rounds=1, output=tmp_path / "out",
+    )  # fmt: skip
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert report.healed["kept"]
+    assert report.parity["result"] <= SAME

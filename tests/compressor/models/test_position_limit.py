@@ -80,7 +80,7 @@ def test_texts_are_truncated_to_the_positions_and_counted(roberta, tmp_path):
         for batch in part.batches(1):
             (logits,) = model.call(model.module, *(torch.from_numpy(batch.feeds[name]) for name in model.inputs))
             line = texts.read_text().split("\n")[int(batch.ids[0])]
-            scores = {each["label"]: each["score"] for each in pipeline(line, truncation=True, max_length=32)}
+            scores = {each["label"]: each["score"] for each in pipeline(line, truncation=True, max_length=32)[0]}
             expected = [scores[f"LABEL_{number}"] for number in range(2)]
             np.testing.assert_allclose(logits[0].detach(), expected, rtol=1e-4, atol=1e-5)
 
