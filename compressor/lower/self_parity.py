@@ -6,7 +6,6 @@ rows, and only complete if the graph computes what the module does.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from functools import partial
 

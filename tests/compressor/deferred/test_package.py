@@ -1,7 +1,7 @@
 """Exports with a deferred build, and `compressor build` without torch and other packages that a device may lack."""
 
-import hashlib
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess

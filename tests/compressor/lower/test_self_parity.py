@@ -102,7 +102,10 @@ def test_a_deterministic_model_passes(module: type[Branch]) -> None:
         (Dropout, r"it draws random numbers \(aten.dropout\): .*training=self.training"),
         (Noise, r"it draws random numbers \(aten.randn_like\)"),
         (MonteCarlo, r"it draws random numbers \(aten.dropout in drop\), as drop stays in training mode"),
-        (PythonNoise, r"\(output output, row \d, channel \d: found .*, expected .*\); its graph has no random operator"),
+        (
+            PythonNoise,
+            r"\(output output, row \d, channel \d: found .*, expected .*\); its graph has no random operator",
+        ),
         (Counting, r"it changes its own state"),
     ],
 )
