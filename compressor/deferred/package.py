@@ -78,12 +78,11 @@ def write(
         for name, source in sources.items():
             if name != "result":
                 copy_onnx(source.path, folder / FOLDER / f"{name}.onnx")
-        answers, notes = stored_answers(folder, graphs, builder.subject, timed, settings, one_by_one)
+        answers = stored_answers(folder, graphs, builder.subject, timed, settings, one_by_one)
         measured = {name: _measured(answers, name, source.path, builder) for name, source in sources.items()}
         answers = answers.with_allowed(_limits(answers, sources, builder))
         answers.save(folder / ANSWERS)
     stand_in = {"target": builder.target.name, "device": "cpu", "rows": len(answers), "measured": measured}
-    stand_in["notes"] = list(notes)
     return deferred_engine_part(folder, target, options, sources, builder.subject, stand_in, answers)
 
 
@@ -119,7 +118,7 @@ def deferred_engine_part(
         "answer": subject.model.answer,
         "metric": None if subject.no_quality_because is not None else subject.metric,
         "allowed": {name: answers.largest_limit(name) for name in files},
-        "stand_in": dict(stand_in),
+        "stand_in": {**stand_in, "notes": list(answers.notes)},
         "commands": _commands(folder, files, options) if target.name == "tensorrt" else {},
     }
 
@@ -132,7 +131,7 @@ def stored_answers(
     settings: Settings,
     run_all: RunAll,
     at_once: int = AT_ONCE,
-) -> tuple[ReferenceOutputs, tuple[str, ...]]:
+) -> ReferenceOutputs:
     """Write test samples with the outputs of torch, and the inputs to be timed, to ``deferred/answers.npz``.
 
     At most `ROWS` rows are stored, and as many as `LIMIT` bytes hold, of which the timed inputs get `TIMED_LIMIT`.
@@ -145,9 +144,6 @@ def stored_answers(
         settings: its batch size is that of the timing.
         run_all: returns the outputs of a graph for each batch.
         at_once: largest number of rows in these batches.
-
-    Returns:
-        What was written, and notes about the rounding and the ties of torch (see `compressor.quality.parity.Parity`).
     """
     from compressor.quality.torch_reference import channel_axes, with_rounding
 
@@ -172,9 +168,10 @@ def stored_answers(
         labels,
         {name: reference.scale for name, reference in references.items()},
         {name: reference.ties for name, reference in references.items() if reference.ties is not None},
+        notes=tuple(dict.fromkeys(note for each in references.values() for note in each.notes)),
     )
     answers.save(folder / ANSWERS)
-    return answers, tuple(dict.fromkeys(note for each in references.values() for note in each.notes))
+    return answers
 
 
 def one_by_one(graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:

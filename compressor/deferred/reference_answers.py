@@ -56,6 +56,7 @@ class ReferenceOutputs:
         scale: the scale of each channel, by graph and output (see `compressor.quality.parity.Reference`).
         ties: the allowed difference of rows with ties, by graph; graphs without ties are left out.
         allowed: the largest difference of each channel, by variant and output, for variants in a lower precision.
+        notes: sentences about the rounding and the ties of torch, for the report; not stored.
     """
 
     feeds: Arrays
@@ -65,6 +66,7 @@ class ReferenceOutputs:
     scale: Mapping[str, Arrays] = field(default_factory=dict)
     ties: Arrays = field(default_factory=dict)
     allowed: Mapping[str, Arrays] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return _rows(self.feeds)

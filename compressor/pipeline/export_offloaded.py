@@ -206,8 +206,8 @@ def _deferred(
         timed = timing_feeds(subject.data.test, settings.batch)
         run_all = partial(_outputs, bounds=bounds)
         at_once = min(AT_ONCE, bounds.rows)
-        answers, rounding = package.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
-    stand_in = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}, "notes": list(rounding)}
+        answers = package.stored_answers(folder, graphs, subject, timed, settings, run_all, at_once)
+    stand_in = {"target": "torch", "device": "cpu", "rows": len(answers), "measured": {}}
     files = {name: Source(path) for name, path in paths.items()}
     options = with_input_sizes(options, subject, settings)
     engine = package.deferred_engine_part(folder, target, options, files, subject, stand_in, answers)

@@ -1,5 +1,6 @@
 """Exports with a deferred build, and `compressor build` without torch and other packages that a device may lack."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -18,11 +19,11 @@ from onnx import TensorProto, helper, save
 import compressor
 from compressor.deferred import build as complete
 from compressor.deferred import package as deferred
-from compressor.deferred.reference_answers import INT8_SLACK, AnswersError, ReferenceOutputs, allowed_for
+from compressor.deferred.reference_answers import INT8_SLACK, AnswersError, ReferenceOutputs, limit_of
 from compressor.errors import CompressorError, SettingsError
 from compressor.measure import latency as engine_timing
 from compressor.quality.heads import head_for
-from compressor.quality.parity import TOLERANCE, ParityError
+from compressor.quality.parity import TOLERANCE, ParityError, Reference
 from compressor.quantize.precision import Source
 from compressor.quantize.saturation import int8_saturates
 from compressor.report.engine_text import describe_measurements
@@ -566,9 +567,9 @@ class FakeEngine:
 
 def identity(rows, labels=None, **feeds):
     """Return the reference outputs of a model that returns its input."""
-    return ReferenceOutputs(
-        {"x": rows} | feeds, {"baseline": {"y": rows}, "result": {"y": rows}}, {"x": rows[:2]}, labels
-    )
+    expected = {"baseline": {"y": rows}, "result": {"y": rows}}
+    scale = dict.fromkeys(expected, Reference.of({"y": rows}).scale)
+    return ReferenceOutputs({"x": rows} | feeds, expected, {"x": rows[:2]}, labels, scale)
 
 
 def test_top_classes_are_counted_against_torch_and_labels():
@@ -619,18 +620,33 @@ def test_an_engine_is_compared_in_batches_and_on_a_single_row():
 
 def test_saved_answers_can_be_loaded_and_damaged_files_are_refused(tmp_path):
     stored = identity(np.ones((3, 2), np.float32), np.arange(3), file=np.zeros(3))
+    stored = dataclasses.replace(stored, ties={"result": np.ones(3)}).with_allowed({"result": {"y": np.ones((1, 2))}})
     stored.save(tmp_path / "a.npz")
     loaded = ReferenceOutputs.load(tmp_path / "a.npz")
     np.testing.assert_equal(vars(loaded), vars(stored))
+    dataclasses.replace(stored, scale={}).save(tmp_path / "old.npz")
+    with pytest.raises(AnswersError, match=r"old.npz has no scales of the channels; export the model again"):
+        ReferenceOutputs.load(tmp_path / "old.npz")
     (tmp_path / "a.npz").write_bytes(b"PK rubbish")
     for name in ("a.npz", "none.npz"):
         with pytest.raises(AnswersError, match=f"{name} cannot be read .* copy the whole folder again"):
             ReferenceOutputs.load(tmp_path / name)
 
 
-def test_int8_may_differ_by_twice_the_measured_difference():
-    assert allowed_for(None) == TOLERANCE
-    assert allowed_for(0.02) == pytest.approx(0.04 + TOLERANCE)
+def test_int8_may_differ_by_twice_the_measured_difference_of_its_channel():
+    measured = np.array([[0.01] * 5 + [0.02] * 4 + [0.7]])
+    np.testing.assert_allclose(limit_of(measured), [[0.04 + TOLERANCE] * 9 + [1.4 + TOLERANCE]])
+
+
+def test_a_channel_that_int8_spoils_does_not_excuse_the_others():
+    rows = np.random.default_rng(0).standard_normal((20, 2)).astype(np.float32)
+    spoiled = np.float32([1.001, 0.5])
+    answers = identity(rows)
+    limited = answers.with_allowed({"result": answers.limits(FakeEngine(lambda x: x * spoiled), "result")})
+    assert limited.largest_limit("result") > 0.5
+    limited.hold(FakeEngine(lambda x: x * spoiled), "result")
+    with pytest.raises(ParityError, match="channel 0: found"):
+        limited.hold(FakeEngine(lambda x: x * spoiled[::-1]), "result")
 
 
 def test_the_environment_names_gpus(tmp_path):

@@ -1,0 +1,122 @@
+"""A random model, and a graph that computes something else than its module, are refused before anything is measured."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compressor import models
+from compressor.lower.self_parity import RandomModelError, TracedGraphError, check_self_parity
+from compressor.lower.trace import trace
+from compressor.models import Model
+
+ROWS = {"x": torch.randn(3, 8, generator=torch.Generator().manual_seed(1))}
+
+
+class Branch(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.changed(self.inner(x)))
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Dropout(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.1)
+
+
+class SwitchedOff(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(F.dropout(x, 0.1, self.training), 0.0, training=True)
+
+
+class Noise(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1e-6 * torch.randn_like(x)
+
+
+class StaysOn(torch.nn.Dropout):
+    def train(self, mode: bool = True) -> StaysOn:
+        self.training = True
+        return self
+
+
+class MonteCarlo(Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = StaysOn(0.2)
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(x)
+
+
+class PythonNoise(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x * random.random()
+
+
+class Counting(Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1)
+        return x * self.count
+
+
+class Fixed(Branch):
+    """Reads a size of the example through NumPy, so that the graph holds it as a constant."""
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_exporting():
+            self.rows = float(len(x))
+        return super().forward(x)
+
+
+def loaded(module: torch.nn.Module) -> Model:
+    return models.load(module, example_inputs={"x": torch.rand(2, 8)})
+
+
+@pytest.mark.parametrize("module", [Branch, SwitchedOff])
+def test_a_deterministic_model_passes(module: type[Branch]) -> None:
+    model = loaded(module())
+    check_self_parity(model, trace(model), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Dropout, r"it draws random numbers \(aten.dropout\): .*training=self.training"),
+        (Noise, r"it draws random numbers \(aten.randn_like\)"),
+        (MonteCarlo, r"it draws random numbers \(aten.dropout in drop\), as drop stays in training mode"),
+        (
+            PythonNoise,
+            r"\(output output, row \d, channel \d: found .*, expected .*\); its graph has no random operator",
+        ),
+        (Counting, r"it changes its own state"),
+    ],
+)
+def test_a_random_model_is_refused_with_the_operator(module: type[Branch], reason: str) -> None:
+    model = loaded(module())
+    with pytest.raises(RandomModelError, match=rf"^{module.__name__} returns other outputs .*{reason}") as refusal:
+        check_self_parity(model, trace(model), ROWS)
+    assert "report it" not in str(refusal.value)
+
+
+def test_a_size_that_tracing_fixed_is_refused() -> None:
+    model = loaded(Fixed())
+    with pytest.raises(TracedGraphError, match=r"other outputs than the module \(output output, row \d, channel \d"):
+        check_self_parity(model, trace(model), ROWS)
