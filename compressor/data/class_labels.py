@@ -122,11 +122,15 @@ def _class_order(samples: Samples, names: ClassNames | None) -> Limitation:
     """Return the limitation that class names have the reader's numbers, which may not be those of the model."""
     assert samples.class_names is not None
     order = "the numbers of the data set" if samples.own_numbers else "numbers in sorted order"
-    reason = "the model does not name its classes" if names is None else "they are not names of the model's classes"
+    reason = (
+        "the model does not name the classes of the data"
+        if names is None
+        else "the model has none of the data's class names"
+    )
     own = {name: number for number, name in enumerate(samples.class_names)}
     return Limitation(
         CLASS_ORDER,
-        f"{reason}, so the class names in the data have {order} ({format_pairs(own, names)}); the model must use the "
+        f"{reason}, so they have {order} ({format_pairs(own, names)}); the model must use the "
         "same numbers, or its accuracy is wrong",
     )
 

@@ -119,9 +119,9 @@ def test_names_that_match_none_are_numbered_in_sorted_order_with_the_pairs(
     assert data.test.labels.tolist() == [(1, 2, 0)[int(id) % 3] for id in data.test.ids]
     (limitation,) = data.limitations
     assert str(limitation) == (
-        "class order: they are not names of the model's classes, so the class names in the data have numbers in "
-        'sorted order (a = 0, the model\'s "neutral"; b = 1, the model\'s "entailment"; c = 2, the model\'s '
-        '"contradiction"); the model must use the same numbers, or its accuracy is wrong.'
+        "class order: the model has none of the data's class names, so they have numbers in sorted order "
+        '(a = 0, the model\'s "neutral"; b = 1, the model\'s "entailment"; c = 2, the model\'s "contradiction"); the '
+        "model must use the same numbers, or its accuracy is wrong."
     )
 
 

@@ -16,7 +16,7 @@ import compressor
 from compressor.measure import latency as engine_timing
 from compressor.report.pages.export_page import html, page, previews_in
 from compressor.report.pages.html_page import Chart, Gallery, Table
-from compressor.report.pages.sections import _rank_correlation
+from compressor.report.pages.sections import _example, _rank_correlation
 from runtimes.base.timing import interleave
 from tests.browser import browser, opened
 from tests.compressor.benchmark.test_bench import small
@@ -368,3 +368,10 @@ def test_the_section_on_precision_describes_the_layers_of_the_engine(content):
     rest = content["precision"]["result"] | {"rest": "fp16"}
     first = sections(content | {"precision": {"result": rest}})["Precision"][0]
     assert f"{rest['nodes']} nodes in int8, the rest in fp16." in first.text
+
+
+def test_an_example_names_its_classes():
+    changed = {"id": "7", "label": 2, "before": [2, 0.9], "after": [0, 0.6]}
+    named = _example(changed, "baseline", None, {"2": "shark", "0": "tench"})
+    assert named.facts == [("label", "shark"), ("baseline", "shark (90%) ✓"), ("result", "tench (60%)")]
+    assert _example(changed, "baseline", None, {}).facts[1] == ("baseline", "2 (90%) ✓")
