@@ -34,11 +34,13 @@ __all__ = [
     "enable_python_dispatcher",
     "expression",
     "fake_mode",
+    "forward_hooks",
     "hint",
     "is_mutable",
     "new_symbolic_size",
     "operators",
     "registries",
+    "remove_backward_hooks",
     "storage_key",
     "tree_leaves",
 ]
@@ -148,3 +150,20 @@ def registries(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]
     Reads `Module._parameters` and `Module._buffers`, because the public iterators leave out names that hold None.
     """
     return module._parameters, module._buffers
+
+
+# ------------------------------------------------------------------------------------------------------------- hooks
+
+
+def forward_hooks(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Return the hooks of the forward pass of a module, without those of its submodules.
+
+    torch has functions to register hooks, but none to list them.
+    """
+    return (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+
+
+def remove_backward_hooks(module: torch.nn.Module) -> None:
+    """Remove the hooks of the backward pass of a module, without those of its submodules."""
+    module._backward_pre_hooks.clear()
+    module._backward_hooks.clear()

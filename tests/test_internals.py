@@ -114,6 +114,25 @@ def test_arguments_of_operators():
     assert arguments(torch.ops.aten.flatten.using_ints)[2].default_value == -1
 
 
+def test_hooks_of_a_module_are_listed_and_removed():
+    from passes.torch_internals import forward_hooks, remove_backward_hooks
+
+    def hook(*_):
+        return None
+
+    outer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    outer.register_forward_pre_hook(hook)
+    outer.register_forward_hook(hook)
+    assert forward_hooks(outer) == (hook, hook)
+    assert forward_hooks(outer[0]) == ()
+    called = []
+    outer.register_full_backward_hook(lambda *_: called.append("backward"))
+    outer.register_full_backward_pre_hook(lambda *_: called.append("before"))
+    remove_backward_hooks(outer)
+    outer(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert called == []
+
+
 @pytest.mark.parametrize("module", ["passes.torch_internals", "runtimes.torch.internals"])
 def test_expression_and_hint_of_symbolic_sizes(module, values):
     internals = importlib.import_module(module)

@@ -22,6 +22,7 @@ from compressor.limitations import Limitation
 from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess
+from passes.torch_internals import forward_hooks, remove_backward_hooks
 
 # Values in an output that are reported as left out, because they are not tensors.
 PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, torch.dtype, torch.device, torch.Size)
@@ -190,8 +191,7 @@ def copied(module: torch.nn.Module) -> torch.nn.Module:
             "itself must not change; remove what cannot be copied, or pass package.module:factory, whose module is not."
         ) from error
     for inner in twin.modules():
-        inner._backward_hooks.clear()
-        inner._backward_pre_hooks.clear()
+        remove_backward_hooks(inner)
     return twin.eval()
 
 
@@ -327,8 +327,7 @@ def _hooks(module: torch.nn.Module) -> Iterator[Limitation]:
 
 def _has_own_hooks(inner: torch.nn.Module) -> bool:
     """Return whether a module has forward hooks, other than those with which torch computes its weight."""
-    hooks = (*inner._forward_hooks.values(), *inner._forward_pre_hooks.values())
-    return any(not type(hook).__module__.startswith("torch.nn.utils") for hook in hooks)
+    return any(not type(hook).__module__.startswith("torch.nn.utils") for hook in forward_hooks(inner))
 
 
 def _assumptions(
@@ -462,8 +461,9 @@ def _entries(value: Any, outermost: bool) -> Iterator[tuple[str, Any]] | None:
         return ((str(key), entry) for key, entry in value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return zip(value._fields, value, strict=True)
+    if isinstance(value, tuple) and type(value) is not tuple:
+        with contextlib.suppress(AttributeError):  # a named tuple has this method
+            return iter(value._asdict().items())
     if isinstance(value, (tuple, list)):
         return ((f"output_{index}" if outermost else str(index), entry) for index, entry in enumerate(value))
     return None

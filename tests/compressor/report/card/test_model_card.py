@@ -85,6 +85,8 @@ def bert_folder(folder):
     config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, pad_token_id=0, **SMALL)
     transformers.BertModel(config).save_pretrained(folder)
     tokens(folder, pad=True)
+    prompts = {"prompts": {"query": "another one "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     return load(folder, task="sentence-similarity")
 
 
@@ -351,6 +353,14 @@ def test_other_image_preprocessing_has_no_recipe(config, tmp_path):
     assert recipe.picture(tmp_path) is None
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "LevitImageProcessor"}))
     assert recipe.picture(tmp_path) is None
+
+
+def test_the_snippet_of_a_sentence_checkpoint_is_that_of_its_library(folders):
+    model, folder = folders["text"]
+    snippet = loader.make_snippet(report(model, "transformers"), folder)
+    assert snippet.packages == ("sentence-transformers",)
+    assert 'SentenceTransformer(".")' in snippet.text
+    compile(snippet.text, "lines.py", "exec")
 
 
 def test_the_hub_reads_the_header(folders):
