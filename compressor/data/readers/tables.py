@@ -128,7 +128,7 @@ def table_samples(
 
 
 def _limitations(table: Table, columns: Columns, task: str) -> Iterator[Limitation]:
-    """Yield limitations for quotes and for columns that are not read, with the label column if another could be meant."""
+    """Yield limitations for quotes and for columns that are not read; name the label column if there are others."""
     if not table.quoted:
         yield Limitation("quotes of the data", "they do not enclose whole cells, so they are read as characters")
     unread = [index for index in _column_indices(table) if index not in (*columns.texts, columns.label)]
