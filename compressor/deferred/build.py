@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from compressor.deferred.package import ANSWERS, FOLDER
+from compressor.deferred.check_package import read_package
+from compressor.deferred.package import FOLDER
 from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
@@ -24,12 +25,11 @@ from compressor.report.collect_limitations import of_engine
 from compressor.report.engine_layers import layers_of
 from compressor.report.pages.export_page import PAGE, html, previews_in
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
+from compressor.search.plan_file import PlanFields
 from compressor.workspace.environment import environment
+from compressor.workspace.manifest import digest_of
 from compressor.workspace.output_folder import (
-    FolderError,
-    check_files,
     check_writable,
-    read_manifest,
     scratch_folder,
     write_files,
     write_manifest,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-PLAN = "plan.json"
 CARD = "README.md"
 FAULT = (
     "the engine does not compute what the model computes, so nothing was written: check the model with --target "
@@ -58,7 +57,7 @@ NO_PAGE = (
 
 
 class BuildingError(CompressorError):
-    """A folder without a deferred engine, or whose engine was built already."""
+    """A folder whose engine was built already."""
 
 
 def build(
@@ -88,7 +87,8 @@ def build(
             folder is unchanged.
     """
     folder = Path(folder)
-    content = _content(folder)
+    package = read_package(folder)
+    content = package["report"]
     part: Json = content["engine"]
     if part["state"] == "built" and not force:
         processor = part["environment"]["processor"]
@@ -98,36 +98,32 @@ def build(
     target = runtime(part["target"])
     check_available(target.name, target.missing(), target.devices, options)
     check_writable(folder)
-    check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
     steps = Steps(console)
     with scratch_folder(folder / FOLDER) as scratch:
-        device = _DeviceBuild(folder, part, ReferenceOutputs.load(folder / ANSWERS), target, options, scratch)
+        device = _DeviceBuild(folder, part, package["answers"], target, options, scratch)
         engines = device.build_engines(steps)
         measured = device.check_engines(engines, steps)
         layers = layers_of(target, engines["result"], device.options)
         latency = device.time_engines(engines, content["settings"], rounds, steps)
-        report = _completed(content, folder, part | {"measured": measured, "layers": layers}, latency, steps)
+        report = _completed(content, package["plan"], part | {"measured": measured, "layers": layers}, latency, steps)
         engine_files = [path.replace(folder / path.name) for path in (scratch / "result").iterdir()]
-    completed, ours = _json(content, report), _is_ours(folder / CARD)
-    page = _page(folder, completed)
+    completed, ours = _json(content, report), _is_ours(folder, package["digests"])
+    page = _page(folder, completed, package["digests"])
     if page is None:
         report = replace(report, notes=(*report.notes, NO_PAGE))
         completed["notes"] = list(report.notes)
     written = {REPORT: (json.dumps(completed, indent=2) + "\n").encode()}
     written |= {} if page is None else {PAGE: page}
     write_files(folder, written | (_card(completed, folder) if ours else {}))
-    kept = (name for name in read_manifest(folder) if ours or name != CARD)
+    kept = (name for name in package["digests"] if ours or name != CARD)
     write_manifest(folder, (*kept, *(path.name for path in engine_files)))
     return report
 
 
-def _is_ours(card: Path) -> bool:
+def _is_ours(folder: Path, digests: Mapping[str, str]) -> bool:
     """Return whether the model card is as Compressor wrote it. An edited card is not overwritten."""
-    try:
-        check_files(card.parent, (card.name,))
-    except FolderError:
-        return False
-    return True
+    card = folder / CARD
+    return CARD in digests and not card.is_symlink() and card.is_file() and digest_of(card) == digests[CARD]
 
 
 def _card(content: Json, folder: Path) -> dict[str, bytes]:
@@ -216,25 +212,6 @@ class _PlanFields:
     decisions: tuple[Json, ...]
 
 
-def _content(folder: Path) -> Json:
-    """Read report.json of a folder that was exported with --defer-build."""
-    try:
-        content: Json = json.loads((folder / REPORT).read_bytes())
-        part = content["engine"]
-        deferred = {"state", "options", "files", "allowed"} <= set(part)
-    except FileNotFoundError as error:
-        raise BuildingError(f"{folder} holds no {REPORT}; give a folder that `compressor export` wrote.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BuildingError(
-            f"{folder / REPORT} is no report of this release ({type(error).__name__}); export the model again."
-        ) from error
-    if not deferred:
-        raise BuildingError(
-            f"{folder} was exported with its engine; give a folder that was exported with --defer-build."
-        )
-    return content
-
-
 def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) -> BuildOptions:
     if threads is not None and threads < 1:
         raise SettingsError(f"threads is {threads}; expected at least 1.")
@@ -244,9 +221,9 @@ def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) 
     return BuildOptions(device=stored["device"], threads=threads, portable=portable, **cast(Any, sizes))
 
 
-def _completed(content: Json, folder: Path, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:
+def _completed(content: Json, plan: PlanFields, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:
     """Return the report with the latencies and the environment of the device, and notes on latency goals it misses."""
-    before = _restored(content, folder)
+    before = _restored(content, plan)
     stand_in = part["stand_in"]
     if part["state"] == "deferred":
         stand_in = stand_in | {"latency": content["latency"], "speedup": content["speedup"]}
@@ -270,20 +247,20 @@ def _json(content: Json, report: Report) -> Json:
     }
 
 
-def _page(folder: Path, content: Json) -> bytes | None:
+def _page(folder: Path, content: Json, digests: Mapping[str, str]) -> bytes | None:
     """Return a new report.html with the samples of the present one; None if its packages are not installed."""
-    earlier = folder / PAGE
+    earlier = (folder / PAGE).read_text(encoding="utf-8", errors="replace") if PAGE in digests else ""
     try:
-        return html(content, previews_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
+        return html(content, previews_in(earlier)).encode()
     except ImportError:
         return None
 
 
-def _restored(content: Json, folder: Path) -> Report:
+def _restored(content: Json, plan: PlanFields) -> Report:
     """Restore the fields of a report that its table and summary read."""
-    decisions = json.loads((folder / PLAN).read_bytes())["decisions"]
-    plan = content["plan"]
-    plan_fields = _PlanFields(plan["rule"], plan["metric"], tuple(plan["dropped"]), plan["changes"], tuple(decisions))
+    made = content["plan"]
+    decisions: tuple[Any, ...] = tuple(plan["decisions"])
+    plan_fields = _PlanFields(made["rule"], made["metric"], tuple(made["dropped"]), made["changes"], decisions)
     latency = {
         name: Latency(tuple(tuple(burst) for burst in part["samples_ms"])) for name, part in content["latency"].items()
     }

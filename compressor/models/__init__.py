@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import torch
 
 from compressor.choices import TASKS
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
+from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -32,6 +32,7 @@ _FILES = {
     ".safetensors": "a weights file alone is not a model; pass the folder that contains it and config.json",
     ".json": "pass the folder that contains it",
 } | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLE)
+_DAMAGED = "download the model again"
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -135,7 +136,7 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
 
 def _in_folder(folder: Path) -> tuple[str, str]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json", OBJECT, remedy=_DAMAGED)
     except FileNotFoundError:
         file = _gguf_in(folder)
         if file is not None:
@@ -144,8 +145,8 @@ def _in_folder(folder: Path) -> tuple[str, str]:
             f"{folder} contains no config.json; expected a timm folder, a save_pretrained folder, or a folder with a "
             ".gguf file."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
+    except JsonFileError as error:
+        raise ModelError(str(error)) from error
     return _config_source(config, str(folder)), str(folder)
 
 
@@ -174,7 +175,11 @@ def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
         raise ModelError(
             f"{spec!r} is not a local folder and could not be fetched from the hub: {load_error_reason(error)}."
         ) from error
-    source = _config_source(json.loads(Path(path).read_text()), spec)
+    try:
+        config = read_json(Path(path), OBJECT, remedy=_DAMAGED)
+    except (FileNotFoundError, JsonFileError) as error:
+        raise ModelError(f"the config.json of {spec} cannot be used: {error}") from error
+    source = _config_source(config, spec)
     return source, f"hf-hub:{spec}" if source == "timm" else spec
 
 

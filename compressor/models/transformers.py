@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from compressor.models.kv_cache import with_cache
 from compressor.models.lazy_weights import module_on_disk
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.probe import accepts, calling, computes_with, text
+from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 
 HEADS = {
     "ForImageClassification": "image-classification",
@@ -304,7 +304,7 @@ def _pooling(location: str, sentence_files: dict[str, Path]) -> str:
     name = "1_Pooling/config.json"
     if name not in sentence_files:
         return "mean"
-    config = json.loads(sentence_files[name].read_text())
+    config = _sentence_config(sentence_files[name])
     modes = {
         key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and "pooling_mode" in key
     }
@@ -455,8 +455,23 @@ def _max_length(module: Any, tokenizer: Any, sentence_files: dict[str, Path]) ->
     ]
     limits_file = sentence_files.get("sentence_bert_config.json")
     if limits_file is not None:
-        limits.append(json.loads(limits_file.read_text()).get("max_seq_length") or 10**9)
+        longest = _sentence_config(limits_file).get("max_seq_length")
+        if longest is not None and (not isinstance(longest, int) or longest < 1):
+            raise ModelError(f"{limits_file}: max_seq_length is {longest!r}; expected a number of tokens or null.")
+        limits.append(longest or 10**9)
     return int(min(limits)) if min(limits) < UNLIMITED else None
+
+
+def _sentence_config(path: Path) -> dict[str, Any]:
+    """Read a JSON file of sentence-transformers.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    try:
+        return read_json(path, OBJECT, remedy="download the model again")
+    except (FileNotFoundError, JsonFileError) as error:
+        raise ModelError(str(error)) from error
 
 
 def _save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: Path) -> None:

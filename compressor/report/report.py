@@ -169,12 +169,13 @@ class Report:
         variant it is compared with; the cell of that variant reads ``reference``.
         """
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
         late = self.engine.get("state") == "deferred" and bool(self.latency)
         target = f"ONNX Runtime (target: {self.settings['target']})" if late else self.settings["target"]
         title = f"{self.model['name']} on {target}, batch {self.settings['batch']}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         for name in self.sizes:
             table.add_column(name, justify="right", no_wrap=True)

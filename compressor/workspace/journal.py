@@ -8,7 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue, TypeAdapter
+from typing_extensions import TypedDict
+
 from compressor.errors import CompressorError
+from runtimes.base.json_text import parse
+
+
+class _First(TypedDict):
+    subject: str
+
+
+class _Line(TypedDict):
+    key: str
+    value: JsonValue
+
+
+_FIRST: TypeAdapter[Any] = TypeAdapter(_First)
+_LINE: TypeAdapter[Any] = TypeAdapter(_Line)
 
 
 class JournalError(CompressorError):
@@ -81,7 +98,7 @@ class Journal:
         lines: list[dict[str, Any]] = []
         try:
             for text in path.read_text(encoding="utf-8").splitlines():
-                lines.append(json.loads(text))
+                lines.append(parse(text, _LINE if lines else _FIRST))
         except (OSError, ValueError):  # absent, another format, or cut short by an interrupt: keep the lines before
             pass
         return lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -12,18 +11,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from compressor.errors import CompressorError
+from compressor.errors import FolderError
+from compressor.workspace.manifest import MANIFEST, digest_of, read_manifest
 
-MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # With less than one page of a file system free, no file can be written.
 SPARE = 4096
 # Characters of the folder's name that the temporary name repeats: file systems limit the length of both.
 _PREFIX_LENGTH = 100
-
-
-class FolderError(CompressorError):
-    """The output folder exists, cannot be written, does not fit on the disk, or is not one of Compressor."""
 
 
 @contextlib.contextmanager
@@ -106,36 +101,8 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     """Write manifest.json with the size and SHA-256 of the files `names`, or of every file in the folder."""
     all_files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = sorted(set(all_files if names is None else names) - {MANIFEST})
-    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files}
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest_of(folder / name)} for name in files}
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, str]:
-    """Read the manifest of a folder that Compressor wrote: SHA-256 by file name.
-
-    Raises:
-        FolderError: there is no manifest, or another program wrote it.
-    """
-    try:
-        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return {name: entry["sha256"] for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FolderError(f"{folder} is not a folder that Compressor wrote: it has no valid {MANIFEST}.") from error
-
-
-def check_files(folder: Path, names: Iterable[str]) -> None:
-    """Compare files, and their external data, with the SHA-256 of the manifest, to detect an incomplete copy.
-
-    Raises:
-        FolderError: there is no manifest, or a file is missing or has changed.
-    """
-    digests = read_manifest(folder)
-    required = list(names)
-    for name in (*required, *digests.keys() & {f"{name}.data" for name in required}):
-        if not (folder / name).is_file():
-            raise FolderError(f"{folder} lacks {name}; copy the whole folder again.")
-        if _sha256(folder / name) != digests.get(name):
-            raise FolderError(f"{name} in {folder} is not the file that was exported; copy the whole folder again.")
 
 
 def engine_bytes(path: Path) -> int:
@@ -243,11 +210,3 @@ def _free_bytes(path: Path) -> float:
         return shutil.disk_usage(path.resolve().parent).free
     except OSError:
         return float("inf")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -6,14 +6,13 @@ neither torch nor timm nor transformers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Json = dict[str, Any]
+from compressor.report.card.config_schema import read_config
 
 # Image processors of transformers that only resize, crop, rescale and normalise, as configured.
 PLAIN = ("ViT", "DeiT", "Bit", "CLIP", "Siglip", "Beit")
@@ -49,17 +48,19 @@ class Tokenizer:
 
 def picture(folder: Path) -> Picture | None:
     """Return the preprocessing of images from transformers' preprocessor_config.json or timm's config.json."""
-    processor = _read(folder / "preprocessor_config.json")
-    return _processor(processor) if processor else _timm(_read(folder / "config.json").get("pretrained_cfg") or {})
+    processor = read_config(folder, "preprocessor_config.json")
+    return _processor(processor) if processor else _timm(read_config(folder, "config.json").get("pretrained_cfg") or {})
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:
     """Return the options of the tokenizer, or None if the folder holds no tokenizer.json."""
-    content, options, config = (_read(folder / f"{name}.json") for name in ("tokenizer", "tokenizer_config", "config"))
+    content, options, config = (
+        read_config(folder, f"{name}.json") for name in ("tokenizer", "tokenizer_config", "config")
+    )
     if not content:
         return None
     limits = [options.get("model_max_length"), config.get("max_position_embeddings")]
-    limits.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
+    limits.append(read_config(folder, "sentence_bert_config.json").get("max_seq_length"))
     longest = int(min(limit or math.inf for limit in limits) if any(limits) else LONGEST)
     # A tokenizer without a padding token pads with the end-of-text token.
     token = options.get("pad_token") or options.get("eos_token")
@@ -72,14 +73,14 @@ def tokenizer(folder: Path) -> Tokenizer | None:
 
 def licence(folder: Path) -> str | None:
     """Return the licence of the weights if the model's config states it (timm)."""
-    name = (_read(folder / "config.json").get("pretrained_cfg") or {}).get("license")
+    name = (read_config(folder, "config.json").get("pretrained_cfg") or {}).get("license")
     return name if isinstance(name, str) else None
 
 
 def ends(folder: Path) -> tuple[int, ...]:
     """Return the ids of the tokens that end a generated text."""
     for name in ("generation_config.json", "config.json"):
-        tokens = _read(folder / name).get("eos_token_id")
+        tokens = read_config(folder, name).get("eos_token_id")
         if tokens is not None:
             return tuple(tokens) if isinstance(tokens, list) else (tokens,)
     return ()
@@ -87,23 +88,14 @@ def ends(folder: Path) -> tuple[int, ...]:
 
 def start(folder: Path) -> int:
     """Return the id of the token that begins a text; 0 if the config has none."""
-    token = _read(folder / "config.json").get("bos_token_id")
+    token = read_config(folder, "config.json").get("bos_token_id")
     return token if isinstance(token, int) else 0
 
 
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape of a sample and the NumPy type of each input of a user's module."""
-    inputs = _read(folder / "config.json").get("inputs") or {}
+    inputs = read_config(folder, "config.json").get("inputs") or {}
     return {name: (tuple(entry["shape"]), entry["dtype"].removeprefix("torch.")) for name, entry in inputs.items()}
-
-
-def _read(path: Path) -> Json:
-    """Read a JSON object; return an empty one if the file is missing or holds anything else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _timm(config: Mapping[str, Any]) -> Picture | None:
@@ -129,9 +121,10 @@ def _processor(config: Mapping[str, Any]) -> Picture | None:
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", "crop_size" in config)
     fits = set(size) in ({"height", "width"}, {"shortest_edge"}) and (not crops or set(crop) == {"height", "width"})
     scaled = config.get("do_rescale", True) and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255)
-    if not (plain and fits and scaled and config.get("resample", 2) in range(len(FILTERS))):
-        return None
     normal = config.get("do_normalize", True)
+    normalises = not normal or (config.get("image_mean") and config.get("image_std"))
+    if not (plain and fits and scaled and normalises and config.get("resample", 2) in range(len(FILTERS))):
+        return None
     return Picture(
         "RGB",
         None if not resizes else size["shortest_edge"] if "shortest_edge" in size else (size["width"], size["height"]),
