@@ -212,6 +212,13 @@ class _PlanFields:
     decisions: tuple[Json, ...]
 
 
+@dataclass(frozen=True)
+class _FactorialFields:
+    """The field of a factorial that the summary reads."""
+
+    conclusion: tuple[str, ...]
+
+
 def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) -> BuildOptions:
     if threads is not None and threads < 1:
         raise SettingsError(f"threads is {threads}; expected at least 1.")
@@ -269,6 +276,7 @@ def _restored(content: Json, plan: PlanFields) -> Report:
         "sizes": {name: Size(**size) for name, size in content["sizes"].items()},
         "quality": _quality(content["quality"]),
         "latency": latency,
+        "factorial": None if content["factorial"] is None else _FactorialFields(tuple(content["factorial"]["conclusion"])),
         "notes": tuple(content["notes"]),
         "limitations": tuple(Limitation(**values) for values in content.get("limitations", ())),
         "steps": (),
