@@ -276,7 +276,9 @@ def _restored(content: Json, plan: PlanFields) -> Report:
         "sizes": {name: Size(**size) for name, size in content["sizes"].items()},
         "quality": _quality(content["quality"]),
         "latency": latency,
-        "factorial": None if content["factorial"] is None else _FactorialFields(tuple(content["factorial"]["conclusion"])),
+        "factorial": None
+        if content["factorial"] is None
+        else _FactorialFields(tuple(content["factorial"]["conclusion"])),
         "notes": tuple(content["notes"]),
         "limitations": tuple(Limitation(**values) for values in content.get("limitations", ())),
         "steps": (),

@@ -53,9 +53,10 @@ def read_package(folder: Path) -> Package:
             the report allows a larger difference from torch than this release.
     """
     digests = check_folder(folder)
-    for name in (REPORT, PLAN, ANSWERS):
-        listed_file(folder, name, digests)
+    listed_file(folder, REPORT, digests)
     _check_deferred(folder)
+    for name in (PLAN, ANSWERS):
+        listed_file(folder, name, digests)
     report = read_deferred_report(folder)
     engine = report["engine"]
     for name, file in engine["files"].items():

