@@ -230,7 +230,7 @@ def test_a_manifest_must_fit_its_schema(folder: Path, text: str) -> None:
 EDITS: list[tuple[Callable[[Json], object], str, tuple[str, ...]]] = [
     (lambda content: content.clear(), "settings: field required", BOTH),
     (at("engine", value=None), "engine: input should be an object, found null", BOTH),
-    (at("settings", "target", value=["onnxruntime"]), "settings.target: input should be a valid string, found a list", BOTH),
+    (at("settings", "target", value=["onnxruntime"]), "settings.target: input should be a valid string", BOTH),
     (at("settings", "target", value="os"), "Unknown target 'os'", ("bench",)),
     (at("settings", "max_length", value=10**9), "settings.max_length", BOTH),
     (at("model", "source", value="pickle"), "model.source", BOTH),
@@ -244,7 +244,7 @@ EDITS: list[tuple[Callable[[Json], object], str, tuple[str, ...]]] = [
     (at("engine", "options", "batches", value=[1, 2]), "engine.options.batches", ("build",)),
     (at("engine", "options", "batches", value=[1, 1, 10**9]), "engine.options.batches.2", ("build",)),
     (at("engine", "options", "samples", value="evil:make"), "engine.options.samples", ("build",)),
-    (at("engine", "allowed", "result", value=1e9), f"allows result a difference of 1e+09 from torch; expected at most {TOLERANCE:g}", ("build",)),
+    (at("engine", "allowed", "result", value=1e9), f"difference of 1e+09 from torch; expected at most {TOLERANCE:g}", ("build",)),
     (at("engine", "allowed", "result", value=float("nan")), "engine.allowed.result", ("build",)),
     (at("engine", "allowed", "result", value=float("inf")), "engine.allowed.result", ("build",)),
     (at("engine", "precisions", "result", value="int1"), "engine.precisions.result", ("build",)),
@@ -324,11 +324,11 @@ def test_arrays_cannot_claim_more_memory_than_their_file_has(folder: Path) -> No
     ("change", "words"),
     [
         (lambda arrays: arrays.update({"feeds/pixel_values": np.array([None], object)}), "cannot be read"),
-        (lambda arrays: arrays.update({"timed/pixel_values": np.zeros((0, 1, 8, 8), np.float32)}), "the timed arrays have [0] rows"),
+        (lambda arrays: arrays.update({"timed/pixel_values": np.zeros((0, 1), np.float32)}), "the timed arrays have [0] rows"),
         (lambda arrays: arrays.update({"labels": np.zeros(3, np.int64)}), "rows; expected one number for all"),
         (lambda arrays: arrays.update({"feeds/pixel_values": np.float32(1.0)}), "rows; expected one number for all"),
         (lambda arrays: arrays.clear(), "the stored arrays have [] rows"),
-        (lambda arrays: [arrays.pop(name) for name in list(arrays) if "result" in name], "holds no output 'logits' of result"),
+        (lambda arrays: [arrays.pop(name) for name in list(arrays) if "result" in name], "holds no output"),
     ],
 )  # fmt: skip
 def test_arrays_must_fit_each_other(folder: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
