@@ -244,7 +244,7 @@ EDITS: list[tuple[Callable[[Json], object], str, tuple[str, ...]]] = [
     (at("engine", "options", "batches", value=[1, 2]), "engine.options.batches", ("build",)),
     (at("engine", "options", "batches", value=[1, 1, 10**9]), "engine.options.batches.2", ("build",)),
     (at("engine", "options", "samples", value="evil:make"), "engine.options.samples", ("build",)),
-    (at("engine", "allowed", "result", value=1e9), f"difference of 1e+09 from torch; expected at most {TOLERANCE:g}", ("build",)),
+    (at("engine", "allowed", "result", value=1e9), f"1e+09 from torch; expected at most {TOLERANCE:g}", ("build",)),
     (at("engine", "allowed", "result", value=float("nan")), "engine.allowed.result", ("build",)),
     (at("engine", "allowed", "result", value=float("inf")), "engine.allowed.result", ("build",)),
     (at("engine", "precisions", "result", value="int1"), "engine.precisions.result", ("build",)),
@@ -324,11 +324,11 @@ def test_arrays_cannot_claim_more_memory_than_their_file_has(folder: Path) -> No
     ("change", "words"),
     [
         (lambda arrays: arrays.update({"feeds/pixel_values": np.array([None], object)}), "cannot be read"),
-        (lambda arrays: arrays.update({"timed/pixel_values": np.zeros((0, 1), np.float32)}), "the timed arrays have [0] rows"),
+        (lambda arrays: arrays.update({"timed/pixel_values": np.zeros((0, 1))}), "timed arrays have [0] rows"),
         (lambda arrays: arrays.update({"labels": np.zeros(3, np.int64)}), "rows; expected one number for all"),
         (lambda arrays: arrays.update({"feeds/pixel_values": np.float32(1.0)}), "rows; expected one number for all"),
         (lambda arrays: arrays.clear(), "the stored arrays have [] rows"),
-        (lambda arrays: [arrays.pop(name) for name in list(arrays) if "result" in name], "holds no output"),
+        (lambda arrays: [arrays.pop(each) for each in list(arrays) if "result" in each], "holds no output"),
     ],
 )  # fmt: skip
 def test_arrays_must_fit_each_other(folder: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
