@@ -28,8 +28,9 @@ AT_ONCE = 8  # rows of a batch, a size that every engine is built for
 # runtime rounds elsewhere, so some values fall into the next int8 step. A wrong operator causes a far larger
 # difference.
 INT8_SLACK = 2.0
-# Largest part of this that the measured difference can add: outputs of zeros alone would differ by 1.
-INT8_MOST = 0.5
+# Largest part of this, whatever was measured: outputs of zeros alone differ by 1. On a processor whose int8 products
+# saturate, a small random model was measured with 0.48, of which twice is more.
+INT8_MOST = 0.9
 BATCH_LIMIT = 8 * 1024**3  # bytes of the inputs of one timed batch
 
 
