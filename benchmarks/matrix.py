@@ -77,7 +77,7 @@ def run(*command: str | Path) -> None:
 def transferred(plan: Mapping[str, Any], spec: str) -> Plan:
     """Return the plan of one model for another model whose sites have the same names."""
     sites = find_sites(trace(models.load(spec, random_weights=True)))
-    return replace(Plan.from_json(json.dumps(plan)), model=spec, fingerprint=fingerprint(sites))
+    return replace(Plan.from_dict(plan), model=spec, fingerprint=fingerprint(sites))
 
 
 def export(case: Case, where: Mapping[str, str], plan: Path | None, folder: Path) -> dict[str, Any]:

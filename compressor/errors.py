@@ -14,3 +14,7 @@ class SettingsError(CompressorError):
 
 class DataError(CompressorError):
     """A --data argument that cannot be used, or whose data cannot be used."""
+
+
+class FolderError(CompressorError):
+    """An output folder that exists, cannot be written, does not fit on the disk, or is not one of Compressor."""

@@ -469,3 +469,20 @@ def test_private_names_are_detected(line, expected):
 )
 def test_public_names_are_accepted(line):
     assert not list(private_parts(ast.parse(line), {"_own"}))
+
+
+# ------------------------------------------------------------------------------------------------------ huggingface_hub
+
+
+def test_no_request_is_sent_offline(monkeypatch):
+    """A request would go to a port of this machine that nothing listens on."""
+    from huggingface_hub import errors, get_session
+
+    from compressor.internals.huggingface_hub import offline
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with offline(), pytest.raises(errors.OfflineModeIsEnabled):
+        get_session().get("http://127.0.0.1:9/config.json")
+    with pytest.raises(Exception, match="refused") as caught:
+        get_session().get("http://127.0.0.1:9/config.json")
+    assert not isinstance(caught.value, errors.OfflineModeIsEnabled)

@@ -211,14 +211,14 @@ def by_the_pruned_graph(model, folder, feeds):
     import torch
 
     from compressor.lower.trace import trace
+    from compressor.search.plan_file import read_plan
     from passes.base import apply
     from passes.execute.interpreter import run
     from passes.graph.sites import find_sites
-    from passes.plan.plan import Plan
     from passes.rewrite.drop import Drop
 
     graph = trace(model)
-    gone = Plan.from_json((folder / "plan.json").read_text()).changes
+    gone = read_plan(folder / "plan.json").changes
     apply(Drop(tuple(site.name for site in find_sites(graph) if site.name in gone)), graph)
     ids, mask = feeds["input_ids"], feeds["attention_mask"]
     for _ in range(NEW):

@@ -17,6 +17,7 @@ from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model, evaluat
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner, Condition
 from compressor.choices import parse_image_size
+from compressor.data.readers.hub import looks_like
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
@@ -39,13 +40,15 @@ class BenchSettings:
 
     Attributes:
         what: exported folders, .onnx files and models (as for `export`), in the order of the tables.
-        data: samples, as for `export`; None uses those of the first folder's export.
+        data: samples, as for `export`; None uses those of the first folder's export, unless they are on the hub.
         model: the model whose preprocessing and input names are used; None uses that of the first folder, or the
             first model.
         against: name of the baseline; None uses the first engine.
         batch: batch sizes.
         threads: thread counts; empty leaves the number to the runtimes.
         context: context lengths, in tokens, at which generation is timed; None uses a default, empty times none.
+        trust_remote_code: let a hub repository run code of its own, and open a folder's engine that is compiled code
+            (target torch).
         compile: also measure torch models with torch.compile.
         target: the runtime; None uses onnxruntime for ONNX files and the export's target for folders.
         device: cpu or cuda; None uses the target's first choice.
@@ -201,7 +204,9 @@ def _set_up(
     entries = tuple(
         entry
         for each in contenders
-        for entry in each.entries(loaded.get(each.name), settings.target, compiled=settings.compile)
+        for entry in each.entries(
+            loaded.get(each.name), settings.target, compiled=settings.compile, trusted=settings.trust_remote_code
+        )
     )
     against = _against(settings.against, entries)
     context_lengths = contexts(settings.context, model)
@@ -236,17 +241,7 @@ def _with_image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder
 
 def _load_contender(contender: Contender, settings: BenchSettings) -> Model:
     """Load a model to measure; an exported checkpoint is loaded for the task of its export."""
-    if contender.folder is None:
-        return _load(contender.spec, settings)
-    facts = contender.folder.report["model"]
-    model = models.load(
-        contender.spec,
-        task=facts["task"],
-        problem_type=facts.get("problem_type"),
-        cache=contender.folder.cache,
-        image_size=parse_image_size(contender.folder.image_size),
-    )
-    return dataclasses.replace(model, random_weights=facts["random_weights"])
+    return _load(contender.spec, settings) if contender.folder is None else contender.folder.checkpoint()
 
 
 def _load(spec: str, settings: BenchSettings) -> Model:
@@ -267,7 +262,7 @@ def _model(settings: BenchSettings, folders: Mapping[str, ExportFolder], loaded:
     if settings.model is not None:
         model = _load(settings.model, settings)
     elif folders or loaded:
-        first = next(iter(folders.values())).model() if folders else next(iter(loaded.values()))
+        first = _first_model(next(iter(folders.values()), None), loaded)
         # A compressed checkpoint has fewer cache inputs: take the model with the most.
         model = max((first, *loaded.values()), key=lambda each: len(each.state))
     else:
@@ -275,6 +270,19 @@ def _model(settings: BenchSettings, folders: Mapping[str, ExportFolder], loaded:
     random = [folder.report["model"]["random_weights"] for folder in folders.values()]
     random += [each.random_weights for each in loaded.values()]
     return dataclasses.replace(model, random_weights=any(random) or (model.random_weights and not random))
+
+
+def _first_model(folder: ExportFolder | None, loaded: Mapping[str, Model]) -> Model:
+    """Return the model of the first folder, or the first loaded model.
+
+    A folder cannot name code to run. If it was exported from a user's module, a module of the command line stands for
+    it; the inputs and outputs of the engines are compared with it later.
+    """
+    if folder is None:
+        return next(iter(loaded.values()))
+    modules = (model for model in loaded.values() if model.source == "module")
+    given = next(modules, None) if folder.needs_module else None
+    return folder.model() if given is None else given
 
 
 def _check_tasks(folders: Mapping[str, ExportFolder]) -> None:
@@ -302,7 +310,7 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder
     exported = {} if first is None else first.report["settings"]
     return Settings(
         model=exported.get("model") if first is not None else settings.model or settings.what[0],
-        data=exported.get("data") if settings.data is None else settings.data,
+        data=_local_data(first) if settings.data is None and first is not None else settings.data,
         drop="none",
         target=settings.target or exported.get("target", "onnxruntime"),
         device=settings.device,
@@ -314,6 +322,21 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder
         rounds=settings.rounds,
         seed=settings.seed,
     )
+
+
+def _local_data(folder: ExportFolder) -> str | None:
+    """Return the data of an export: a path, ``random``, or None for the data of the sample.
+
+    Raises:
+        BenchError: the data is on the hub; a folder cannot ask for a download.
+    """
+    spec: str | None = folder.report["settings"].get("data")
+    if spec is not None and looks_like(spec) and not Path(spec).expanduser().exists():
+        raise BenchError(
+            f"{folder.path} was exported with data from the hub, which is not downloaded on the word of a folder; give "
+            f"--data {spec} to download it."
+        )
+    return spec
 
 
 def _leakage_warnings(stand: BenchRunner, folders: Mapping[str, ExportFolder]) -> Iterator[str]:

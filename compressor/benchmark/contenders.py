@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,14 +11,19 @@ from typing import Any
 from compressor import models
 from compressor.choices import DYNAMIC, TRANSFORMERS, parse_image_size
 from compressor.errors import CompressorError, SettingsError
+from compressor.internals.huggingface_hub import offline
 from compressor.models import Model
 from compressor.report.report import REPORT
+from compressor.report.report_schema import read_report
 from compressor.target.torch_eager import Module
+from compressor.workspace.manifest import check_folder, listed_file
 from compressor.workspace.output_folder import engine_bytes
 from runtimes.base.protocols import BuildOptions, Engine, Runtime
 from runtimes.base.registry import runtime
 
 EAGER = "eager"
+PORTABLE = "model.onnx"
+COMPILED = (".pt2", ".so", ".dll", ".dylib")  # engines that are compiled code; opening one runs it
 
 
 class BenchError(CompressorError):
@@ -28,27 +32,22 @@ class BenchError(CompressorError):
 
 @dataclasses.dataclass(frozen=True)
 class ExportFolder:
-    """A folder that `compressor export` wrote, with its report.json."""
+    """A folder that `compressor export` wrote, with its report.json and the SHA-256 of its files by name."""
 
     path: Path
     report: Mapping[str, Any]
+    digests: Mapping[str, str]
 
     @staticmethod
     def read(path: Path) -> ExportFolder:
-        """Read a folder's report.
+        """Check a folder against its manifest, and read its report.
 
         Raises:
-            BenchError: report.json is missing, invalid, or of an older version.
+            CompressorError: a file is missing or has changed, or report.json does not fit its schema.
         """
-        try:
-            report = json.loads((path / REPORT).read_text(encoding="utf-8"))
-            exported = ExportFolder(path, report)
-            _ = exported.target, exported.precision, exported.cells, report["model"]["task"], report["data"]["test_ids"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BenchError(
-                f"{path / REPORT} is not a report that `compressor export` wrote; export again."
-            ) from error
-        return exported
+        digests = check_folder(path)
+        listed_file(path, REPORT, digests)
+        return ExportFolder(path, read_report(path), digests)
 
     @property
     def target(self) -> str:
@@ -81,36 +80,58 @@ class ExportFolder:
     @property
     def engine(self) -> Path:
         """The file to build from: model.onnx, or the engine's own file if there is no model.onnx."""
-        portable = self.path / "model.onnx"
-        return portable if portable.is_file() else self.path / str(self.report["engine"].get("file", portable.name))
+        name = PORTABLE if PORTABLE in self.digests else self.report["engine"].get("file", PORTABLE)
+        return listed_file(self.path, name, self.digests)
 
     @property
-    def cells(self) -> dict[str, str]:
+    def cells(self) -> dict[str, Path]:
         """The files of the factorial by cell; empty for an export without --factorial."""
-        factorial = self.report.get("factorial")
-        return {} if factorial is None else {name: str(cell["file"]) for name, cell in factorial["cells"].items()}
+        cells = (self.report.get("factorial") or {"cells": {}})["cells"]
+        return {name: listed_file(self.path, cell["file"], self.digests) for name, cell in cells.items()}
+
+    @property
+    def needs_module(self) -> bool:
+        """Return whether the folder was exported from a user's module, which only the command line can name."""
+        return bool(self.report["model"]["source"] == "module")
 
     def model(self) -> Model:
-        """Load the model around the engine, for its preprocessing, task and input names; weights are random.
+        """Load the model around the engine from the folder alone, for its preprocessing, task and input names.
 
-        The folder holds the config and the preprocessing, except for a user module, which its factory builds again.
+        The weights are random, and nothing is downloaded.
 
         Raises:
-            CompressorError: the model cannot be loaded.
+            CompressorError: the model cannot be loaded, or it is a user's module.
         """
-        facts, spec = self.report["model"], self.report["settings"]["model"]
-        options = {"task": facts["task"], "problem_type": facts.get("problem_type"), "cache": self.cache}
-        if facts["source"] == "module":
-            if ":" not in str(spec):
-                raise BenchError(
-                    f"{self.path} was exported from a module object in Python; name a package.module:factory that "
-                    "builds it with --model."
-                )
-            model = models.load(spec, **options)
-        else:
-            size = parse_image_size(self.image_size)
-            model = models.load(self.path, random_weights=True, image_size=size, **options)
-        return dataclasses.replace(model, name=facts["name"], random_weights=bool(facts["random_weights"]))
+        facts = self.report["model"]
+        if self.needs_module:
+            raise BenchError(
+                f"{self.path} was exported from a module of your own, and a folder cannot name code to run; name the "
+                "package.module:factory that builds the module with --model."
+            )
+        with offline():
+            model = models.load(self.path, random_weights=True, **self._options())
+        return dataclasses.replace(model, name=facts["name"], random_weights=facts["random_weights"])
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options with which the model of the folder was loaded for its export."""
+        facts = self.report["model"]
+        return {
+            "task": facts["task"],
+            "problem_type": facts.get("problem_type"),
+            "cache": self.cache,
+            "image_size": parse_image_size(self.image_size),
+        }
+
+    def checkpoint(self) -> Model:
+        """Load the checkpoint in the folder, with its weights, from the folder alone.
+
+        Raises:
+            CompressorError: the checkpoint cannot be loaded.
+        """
+        facts = self.report["model"]
+        with offline():
+            model = models.load(self.path, **self._options())
+        return dataclasses.replace(model, random_weights=facts["random_weights"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,14 +190,22 @@ class Contender:
         """Return whether the argument is a model or an exported checkpoint."""
         return self.file is None and (self.folder is None or self.folder.is_checkpoint)
 
-    def entries(self, model: Model | None, target: str | None, *, compiled: bool) -> Iterator[EngineEntry]:
-        """Yield the engines of the argument; `model` is the loaded model if `is_model`.
+    def entries(
+        self, model: Model | None, target: str | None, *, compiled: bool, trusted: bool = False
+    ) -> Iterator[EngineEntry]:
+        """Yield the engines of the argument.
+
+        Args:
+            model: the loaded model if `is_model`.
+            target: the runtime; None takes that of the export.
+            compiled: also measure a torch model with torch.compile.
+            trusted: open engines that are compiled code, which runs when it is opened.
 
         Raises:
             BenchError: a file is missing, or the engine's file does not fit the target.
         """
         if self.folder is not None and not self.folder.is_checkpoint:
-            yield from _folder_entries(self.name, self.folder, target)
+            yield from _folder_entries(self.name, self.folder, target, trusted)
         elif self.file is not None:
             yield EngineEntry(self.name, target or "onnxruntime", self.file)
         elif model is not None:
@@ -216,16 +245,23 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _folder_entries(name: str, folder: ExportFolder, target: str | None) -> Iterator[EngineEntry]:
+def _folder_entries(name: str, folder: ExportFolder, target: str | None, trusted: bool) -> Iterator[EngineEntry]:
     """Yield the engine of a folder, or one engine for each cell of its factorial."""
     chosen = folder.target if target is None else target
     precision = folder.precision if chosen == folder.target and folder.precision in runtime(chosen).own else "fp32"
-    if folder.engine.suffix != ".onnx" and chosen != folder.target:
-        raise BenchError(f"{name} holds an engine of {folder.target}, which {chosen} cannot open; leave out --target.")
+    for file in folder.cells.values() or (folder.engine,):
+        if file.suffix != ".onnx" and chosen != folder.target:
+            raise BenchError(
+                f"{name} holds an engine of {folder.target}, which {chosen} cannot open; leave out --target."
+            )
+        if file.suffix in COMPILED and not trusted:
+            raise BenchError(
+                f"{file} is compiled code, and opening it runs it; give --trust-remote-code if you trust the folder."
+            )
     if not folder.cells:
-        yield EngineEntry(name, chosen, _existing(folder.engine), precision=precision)
+        yield EngineEntry(name, chosen, folder.engine, precision=precision)
     for cell, file in folder.cells.items():
-        yield EngineEntry(f"{name}/{cell}", chosen, _existing(folder.path / file), cell=(name, cell))
+        yield EngineEntry(f"{name}/{cell}", chosen, file, cell=(name, cell))
 
 
 def cells_by_folder(entries: Sequence[EngineEntry]) -> dict[str, dict[str, EngineEntry]]:

@@ -19,7 +19,9 @@ WHAT_HELP = (
 @click.argument("what", nargs=-1)
 @click.option("--data", help="Samples, as for export.  [default: those of the first folder]")
 @click.option(
-    "--model", help="Model whose preprocessing is used.  [default: that of the first folder, or the first model]"
+    "--model",
+    help="Model whose preprocessing is used; needed for a folder that was exported from a module of one's own.  "
+    "[default: that of the first folder, or the first model]",
 )
 @click.option("--against", help="Baseline of the comparison.  [default: the first engine]")
 @click.option("--batch", type=Numbers(), default="1", show_default=True, help="Batch sizes, such as 1,8.")
@@ -38,7 +40,11 @@ WHAT_HELP = (
 @click.option("--task", help="Override the task of the models, as for export.")
 @click.option("--problem-type", help="What a classifier predicts, as for export.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Let a hub repository run code of its own.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Let a hub repository run code of its own, and open a folder's engine that is compiled code (target torch).",
+)
 @click.option("--random-weights", is_flag=True, help="Build models with random weights (speed only).")
 @no_cache_option
 @click.option(

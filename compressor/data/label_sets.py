@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from compressor.errors import DataError
+from runtimes.base.json_text import JsonTextError, parse
 
+LISTS: TypeAdapter[list[object]] = TypeAdapter(list[str | int])
 SEPARATORS = re.compile(r"\s*[|;,]\s*")
 PRESENT = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 
@@ -61,10 +63,9 @@ def listed(cell: str) -> list[object]:
     text = cell.strip()
     if text.startswith("["):
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"the labels {text[:60]!r} are no JSON list ({error})") from error
-        return list(values)
+            return parse(text, LISTS)
+        except JsonTextError as error:
+            raise DataError(f"the labels {text[:60]!r} are no JSON list of names or numbers ({error})") from error
     return [part for part in SEPARATORS.split(text) if part]
 
 

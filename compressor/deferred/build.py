@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from compressor.deferred.package import ANSWERS
+from compressor.deferred.check_package import Package, read_package
 from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
@@ -26,19 +26,16 @@ from compressor.report.engine_layers import layers_of
 from compressor.report.pages.export_page import PAGE, html, previews_in
 from compressor.report.precision_notes import precision_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
+from compressor.search.plan_file import PlanFields
 from compressor.workspace.add_files import add_files, staging_folder
 from compressor.workspace.environment import environment
+from compressor.workspace.manifest import MANIFEST, digest_of, read_manifest
 from compressor.workspace.output_folder import (
-    MANIFEST,
-    FolderError,
-    check_files,
     check_writable,
-    read_manifest,
     write_merged_manifest,
 )
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
-from compressor.workspace.special_files import first_special
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import check_available, runtime
 from runtimes.base.timing import Latency, interleave
@@ -50,7 +47,6 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-PLAN = "plan.json"
 CARD = "README.md"
 FAULT = (
     "the engine does not compute what the model computes, so nothing was written: check the model with --target "
@@ -62,7 +58,7 @@ NO_PAGE = (
 
 
 class BuildingError(CompressorError):
-    """A folder without a deferred engine, or whose engine was built already."""
+    """A folder whose engine was built already."""
 
 
 def build(
@@ -92,9 +88,10 @@ def build(
             folder is unchanged.
     """
     folder, steps = Path(folder), Steps(console)
-    _content(folder)  # raises before the lock is written beside a folder that is no export
+    read_manifest(folder)  # raises before the lock is written beside a folder that is no export
     with output_lock(folder, steps.say), staging_folder(folder) as staging:
-        content = _content(folder)
+        package = read_package(folder)
+        content = package["report"]
         part: Json = content["engine"]
         if part["state"] == "built" and not force:
             processor = part["environment"]["processor"]
@@ -104,26 +101,25 @@ def build(
         target = runtime(part["target"])
         check_available(target.name, target.missing(), target.devices, options)
         check_writable(folder)
-        check_files(folder, (*part["files"].values(), ANSWERS, PLAN))
         head = head_for(content["model"]["task"], content["model"].get("problem_type"))
-        answers = ReferenceOutputs.load(folder / ANSWERS)
-        device = _DeviceBuild(folder, part, answers, target, options, staging, head)
+        device = _DeviceBuild(folder, part, package["answers"], target, options, staging, head)
         engines = device.build_engines(steps)
         measured = device.check_engines(engines, steps)
         layers = layers_of(target, engines["result"], device.options)
         latency = device.time_engines(engines, content["settings"], rounds, steps)
-        report = _completed(content, folder, part | {"measured": measured, "layers": layers}, latency, steps)
-        return _write(content, report, folder, staging / "result")
+        report = _completed(content, package["plan"], part | {"measured": measured, "layers": layers}, latency, steps)
+        return _write(package, report, folder, staging / "result")
 
 
-def _write(content: Json, report: Report, folder: Path, new: Path) -> Report:
+def _write(package: Package, report: Report, folder: Path, new: Path) -> Report:
     """Add the engine in the folder `new`, and report, page, card and manifest, to the exported folder.
 
     Returns:
         The report, with a note if the page could not be written anew.
     """
-    completed, ours = _json(content, report), _is_ours(folder / CARD)
-    page = _page(folder, completed)
+    digests = package["digests"]
+    completed, ours = _json(package["report"], report), _is_ours(folder, digests)
+    page = _page(folder, completed, digests)
     if page is None:
         report = replace(report, notes=(*report.notes, NO_PAGE))
         completed["notes"] = list(report.notes)
@@ -131,18 +127,15 @@ def _write(content: Json, report: Report, folder: Path, new: Path) -> Report:
     written |= {} if page is None else {PAGE: page}
     for name, text in (written | (_card(completed, folder, new) if ours else {})).items():
         (new / name).write_bytes(text)
-    write_merged_manifest(folder, (name for name in read_manifest(folder) if ours or name != CARD), new)
+    write_merged_manifest(folder, (name for name in digests if ours or name != CARD), new)
     add_files(folder, new, first=MANIFEST, last=REPORT)
     return report
 
 
-def _is_ours(card: Path) -> bool:
+def _is_ours(folder: Path, digests: Mapping[str, str]) -> bool:
     """Return whether the model card is as Compressor wrote it. An edited card is not overwritten."""
-    try:
-        check_files(card.parent, (card.name,))
-    except FolderError:
-        return False
-    return True
+    card = folder / CARD
+    return CARD in digests and not card.is_symlink() and card.is_file() and digest_of(card) == digests[CARD]
 
 
 def _card(content: Json, folder: Path, new: Path) -> dict[str, bytes]:
@@ -233,25 +226,11 @@ class _PlanFields:
     decisions: tuple[Json, ...]
 
 
-def _content(folder: Path) -> Json:
-    """Read report.json of a folder that was exported with --defer-build."""
-    if folder.is_dir() and (fault := first_special(folder.rglob("*"))) is not None:
-        raise BuildingError(f"{fault}; remove it, or copy the whole folder again.")
-    try:
-        content: Json = json.loads((folder / REPORT).read_bytes())
-        part = content["engine"]
-        deferred = {"state", "options", "files", "allowed"} <= set(part)
-    except FileNotFoundError as error:
-        raise BuildingError(f"{folder} holds no {REPORT}; give a folder that `compressor export` wrote.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BuildingError(
-            f"{folder / REPORT} is no report of this release ({type(error).__name__}); export the model again."
-        ) from error
-    if not deferred:
-        raise BuildingError(
-            f"{folder} was exported with its engine; give a folder that was exported with --defer-build."
-        )
-    return content
+@dataclass(frozen=True)
+class _FactorialFields:
+    """The field of a factorial that the summary reads."""
+
+    conclusion: tuple[str, ...]
 
 
 def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) -> BuildOptions:
@@ -263,9 +242,9 @@ def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) 
     return BuildOptions(device=stored["device"], threads=threads, portable=portable, **cast(Any, sizes))
 
 
-def _completed(content: Json, folder: Path, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:
-    """Return the report with the latencies and the environment of the device, and notes on goals that they miss."""
-    before = _restored(content, folder)
+def _completed(content: Json, plan: PlanFields, part: Json, latency: Mapping[str, Latency], steps: Steps) -> Report:
+    """Return the report with the latencies and the environment of the device, and notes on latency goals it misses."""
+    before = _restored(content, plan)
     stand_in = part["stand_in"]
     if part["state"] == "deferred":
         stand_in = stand_in | {"latency": content["latency"], "speedup": content["speedup"]}
@@ -290,20 +269,20 @@ def _json(content: Json, report: Report) -> Json:
     }
 
 
-def _page(folder: Path, content: Json) -> bytes | None:
+def _page(folder: Path, content: Json, digests: Mapping[str, str]) -> bytes | None:
     """Return a new report.html with the samples of the present one; None if its packages are not installed."""
-    earlier = folder / PAGE
+    earlier = (folder / PAGE).read_text(encoding="utf-8", errors="replace") if PAGE in digests else ""
     try:
-        return html(content, previews_in(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}).encode()
+        return html(content, previews_in(earlier)).encode()
     except ImportError:
         return None
 
 
-def _restored(content: Json, folder: Path) -> Report:
+def _restored(content: Json, plan: PlanFields) -> Report:
     """Restore the fields of a report that its table and summary read."""
-    decisions = json.loads((folder / PLAN).read_bytes())["decisions"]
-    plan = content["plan"]
-    plan_fields = _PlanFields(plan["rule"], plan["metric"], tuple(plan["dropped"]), plan["changes"], tuple(decisions))
+    made = content["plan"]
+    decisions: tuple[Any, ...] = tuple(plan["decisions"])
+    plan_fields = _PlanFields(made["rule"], made["metric"], tuple(made["dropped"]), made["changes"], decisions)
     latency = {
         name: Latency(tuple(tuple(burst) for burst in part["samples_ms"])) for name, part in content["latency"].items()
     }
@@ -312,6 +291,9 @@ def _restored(content: Json, folder: Path) -> Report:
         "sizes": {name: Size(**size) for name, size in content["sizes"].items()},
         "quality": _quality(content["quality"]),
         "latency": latency,
+        "factorial": None
+        if content["factorial"] is None
+        else _FactorialFields(tuple(content["factorial"]["conclusion"])),
         "notes": tuple(content["notes"]),
         "limitations": tuple(Limitation(**values) for values in content.get("limitations", ())),
         "steps": (),

@@ -5,6 +5,7 @@ This module does not need torch: the outputs are stored, and engines return NumP
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.deferred.array_file import read_arrays
 from compressor.errors import CompressorError
 from compressor.quality.heads import Head
 from compressor.quality.heads.features import cosine
@@ -38,6 +40,11 @@ AT_ONCE = 8  # rows of a batch, a size that every engine is built for
 # largest difference in a few rows varies from channel to channel, so no limit is below that of COMMON of the channels.
 INT8_SLACK = 2.0
 COMMON = 0.9
+# Twice the difference counts up to this, because outputs of zeros alone differ by 1; a channel that was measured with a
+# larger difference has that as its limit.
+INT8_MOST = 0.9
+LARGEST_LIMIT = 2.0  # of any folder: the difference of an output whose sign is reversed
+BATCH_LIMIT = 8 * 1024**3  # bytes of the inputs of one timed batch
 
 
 class AnswersError(CompressorError):
@@ -89,8 +96,7 @@ class ReferenceOutputs:
             AnswersError: the file is missing or damaged.
         """
         try:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_arrays(path)
             expected, scale, allowed = (_nested(arrays, part) for part in ("expected", "scale", "allowed"))
             answers = ReferenceOutputs(
                 _part(arrays, "feeds"),
@@ -101,8 +107,9 @@ class ReferenceOutputs:
                 _part(arrays, "ties"),
                 allowed,
             )
-            len(answers)
-        except (OSError, ValueError, EOFError, StopIteration) as error:
+            answers._check_rows()
+            answers._check_limits()
+        except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
             raise AnswersError(f"{path.name} cannot be read ({error}); copy the whole folder again.") from error
         if expected.keys() != scale.keys():
             raise AnswersError(f"{path.name} has no scales of the channels; export the model again with this release.")
@@ -112,6 +119,33 @@ class ReferenceOutputs:
         """Return exactly `size` rows of the timed inputs."""
         times = -(-size // _rows(self.timed))
         return {name: np.concatenate([value] * times)[:size] for name, value in self.timed.items()}
+
+    def check_batch(self, size: int) -> None:
+        """Raise AnswersError if `size` rows of the timed inputs would take more memory than `BATCH_LIMIT`."""
+        needed = bytes_of(self.timed) // _rows(self.timed) * size
+        if needed > BATCH_LIMIT:
+            raise AnswersError(
+                f"a batch of {size} takes {needed / 1024**3:.1f} GiB; expected at most {BATCH_LIMIT // 1024**3} GiB, "
+                "so export with a smaller --batch."
+            )
+
+    def _check_rows(self) -> None:
+        """Raise ValueError unless all arrays of a part have the same number of rows, and at least one."""
+        kept = [*self.feeds.values(), *(value for outputs in self.expected.values() for value in outputs.values())]
+        labels = [] if self.labels is None else [self.labels]
+        for part, arrays in (("stored", [*kept, *labels]), ("timed", list(self.timed.values()))):
+            rows = {len(value) if value.ndim else 0 for value in arrays}
+            if len(rows) != 1 or rows == {0}:
+                raise ValueError(f"the {part} arrays have {sorted(rows)} rows; expected one number for all")
+
+    def _check_limits(self) -> None:
+        """Raise ValueError if a limit is looser than `LARGEST_LIMIT`, or does not belong to an output."""
+        for variant, limits in self.allowed.items():
+            for name, values in limits.items():
+                expected = self.expected.get("baseline" if variant == "original" else variant, {}).get(name)
+                loosest = np.inf if expected is not None and is_exact(expected) else LARGEST_LIMIT + TOLERANCE
+                if expected is None or values.dtype.kind != "f" or not (values <= loosest).all():
+                    raise ValueError(f"the limits of {variant}, {name} are looser than {loosest:g}")
 
     def hold(self, engine: Engine, variant: str, *, allowed: float | None = None, advice: str = REPORT_IT) -> Parity:
         """Compare an engine with torch in batches and on a single row, which reveals a fixed batch size.
@@ -218,7 +252,9 @@ def limit_of(differences: Array) -> Array:
         differences: largest difference of each channel on the exporting machine, relative to its scale.
     """
     common = np.quantile(differences, COMMON, method="lower") if differences.size else 0.0
-    limits: Array = INT8_SLACK * np.maximum(differences, common) + TOLERANCE
+    measured = np.maximum(differences, common)
+    most = np.minimum(np.maximum(measured, INT8_MOST), LARGEST_LIMIT)
+    limits: Array = np.minimum(INT8_SLACK * measured, most) + TOLERANCE
     return limits
 
 

@@ -10,8 +10,11 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from compressor.errors import CompressorError
 from compressor.workspace.environment import peak_memory, reset_peak_memory
+from runtimes.base.json_text import parse
 from runtimes.base.protocols import BuildOptions, Feeds
 from runtimes.base.registry import runtime
 
@@ -34,6 +37,9 @@ class Memory:
 
     peak: int
     before: int
+
+
+_MEMORY: TypeAdapter[Memory | None] = TypeAdapter(Memory | None)
 
 
 def measure(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Memory | None:
@@ -61,8 +67,7 @@ def measure(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Mem
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise PeakMemoryError(f"the process that measures the memory of {path.name} failed ({last}).")
-    memory = json.loads(done.stdout)
-    return None if memory is None else Memory(**memory)
+    return parse(done.stdout, _MEMORY)
 
 
 def _measured(target: str, path: Path, options: BuildOptions, feeds: Feeds) -> Memory | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import torch
 from compressor.choices import TASKS, ImageSize
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
 from compressor.models.problem_type import with_problem_type
+from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 from compressor.workspace.special_files import first_special
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _FILES = {
     ".safetensors": "a weights file alone is not a model; pass the folder that contains it and config.json",
     ".json": "pass the folder that contains it",
 } | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLE)
+_DAMAGED = "download the model again"
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -152,7 +153,7 @@ def _in_folder(folder: Path) -> tuple[str, str]:
     if (fault := first_special([*folder.iterdir(), *folder.glob("*/*")])) is not None:
         raise ModelError(f"the model's {fault}; copy the model again, or remove it.")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json", OBJECT, remedy=_DAMAGED)
     except FileNotFoundError:
         file = _gguf_in(folder)
         if file is not None:
@@ -163,8 +164,8 @@ def _in_folder(folder: Path) -> tuple[str, str]:
             f"{folder} contains no config.json; expected a timm folder, a save_pretrained folder, or a folder with a "
             ".gguf file."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
+    except JsonFileError as error:
+        raise ModelError(str(error)) from error
     return _config_source(config, str(folder)), str(folder)
 
 
@@ -193,7 +194,11 @@ def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
         raise ModelError(
             f"{spec!r} is not a local folder and could not be fetched from the hub: {load_error_reason(error)}."
         ) from error
-    source = _config_source(json.loads(Path(path).read_text()), spec)
+    try:
+        config = read_json(Path(path), OBJECT, remedy=_DAMAGED)
+    except (FileNotFoundError, JsonFileError) as error:
+        raise ModelError(f"the config.json of {spec} cannot be used: {error}") from error
+    source = _config_source(config, spec)
     return source, f"hf-hub:{spec}" if source == "timm" else spec
 
 

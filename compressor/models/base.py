@@ -15,6 +15,7 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
+from compressor.workspace.json_files import OBJECT, read_json
 
 if TYPE_CHECKING:
     from compressor.models.class_names import ClassNames
@@ -129,7 +130,7 @@ def disable_use_cache(folder: Path) -> None:
     """
     for path in (folder / name for name in CONFIGS):
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8")) | {"use_cache": False}
+            content = read_json(path, OBJECT, remedy="download the model again") | {"use_cache": False}
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, load_error_reason
 from compressor.models.preprocess import Preprocess, Tokenise
+from compressor.workspace.json_files import JSON, JsonFileError, read_json
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -156,9 +157,9 @@ def _entry(entry: Any, position: int, location: str) -> Listed:
 
 def _json(path: Path, name: str, location: str, kind: type) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name} of {location} cannot be read as JSON: {error}.") from error
+        content = read_json(path, JSON, remedy="download the model again")
+    except (FileNotFoundError, JsonFileError) as error:
+        raise ModelError(f"{name} of {location} cannot be read as JSON: {error}") from error
     if not isinstance(content, kind):
         raise ModelError(
             f"{name} of {location} holds a {type(content).__name__}; expected a {kind.__name__} as "

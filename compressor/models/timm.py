@@ -36,6 +36,7 @@ from compressor.models.image_size import (
 )
 from compressor.models.preprocess import Preprocess
 from compressor.models.stored_dtypes import dtypes_in
+from compressor.workspace.json_files import OBJECT, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights in a folder or repository, in timm's order
 NO_CLASSIFIER = Limitation(
@@ -116,8 +117,10 @@ def _check_config(folder: Path, random_weights: bool) -> None:
     """
     if not (folder / "config.json").is_file():
         return
-    config = json.loads((folder / "config.json").read_bytes())
+    config: dict[str, Any] = read_json(folder / "config.json", OBJECT, remedy="download the model again")
     sizes = config.get("model_args") or {}
+    if not isinstance(sizes, dict) or not isinstance(config.get("architecture"), str):
+        raise ModelError(f"config.json of {folder} has other fields than timm writes; download the model again.")
     check_counts(sizes, str(folder))
     check_counts({name: config.get(name) for name in ("img_size", "image_size")}, str(folder))
     number = {"num_classes": config["num_classes"]} if type(config.get("num_classes")) is int else {}
@@ -317,7 +320,7 @@ def _save(
         shutil.copyfile(original, written)
     else:
         save_config_for_hf(module, written)
-    content = json.loads(written.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(written, OBJECT, remedy="download the model again")
     if "pretrained_cfg" not in content:  # timm's older form: one dictionary
         content = {"architecture": content.pop("architecture"), "pretrained_cfg": content}
     before = dict(content["pretrained_cfg"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +27,7 @@ from compressor.models.padding import Padding, allow_batches, causal_padding, en
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.probe import accepts, calling, computes_with, position_limit, text
 from compressor.models.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
+from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 
 HEADS = {
     "ForImageClassification": "image-classification",
@@ -517,7 +517,7 @@ def _max_length(module: Any, tokenizer: Any, sentence_files: dict[str, Path]) ->
     stated = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
     limits_file = sentence_files.get("sentence_bert_config.json")
     if limits_file is not None:
-        stated.append(json.loads(limits_file.read_text()).get("max_seq_length"))
+        stated.append(_sentence_config(limits_file).get("max_seq_length"))
     limits = [limit for limit in stated if limit is not None and limit > 0]  # XLNet's config has -1
     learned = position_limit(module, getattr(config, "pad_token_id", None))
     if learned is not None and learned < min(limits, default=UNLIMITED):
@@ -526,6 +526,18 @@ def _max_length(module: Any, tokenizer: Any, sentence_files: dict[str, Path]) ->
             tokenizer.model_max_length = learned
     longest = min(limits, default=UNLIMITED)
     return int(longest) if longest < UNLIMITED else None
+
+
+def _sentence_config(path: Path) -> dict[str, Any]:
+    """Read a JSON file of sentence-transformers.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    try:
+        return read_json(path, OBJECT, remedy="download the model again")
+    except (FileNotFoundError, JsonFileError) as error:
+        raise ModelError(str(error)) from error
 
 
 def _save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: Path) -> None:

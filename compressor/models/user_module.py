@@ -462,8 +462,9 @@ def _entries(value: Any, outermost: bool) -> Iterator[tuple[str, Any]] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, tuple) and type(value) is not tuple:
-        with contextlib.suppress(AttributeError):  # a named tuple has this method
-            return iter(value._asdict().items())
+        named = getattr(value, "_asdict", None)  # of a named tuple
+        if callable(named):
+            return ((str(key), entry) for key, entry in named().items())
     if isinstance(value, (tuple, list)):
         return ((f"output_{index}" if outermost else str(index), entry) for index, entry in enumerate(value))
     return None

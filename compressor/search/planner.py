@@ -24,6 +24,7 @@ from compressor.search import cost_model
 from compressor.search.cost_model import CostModel
 from compressor.search.greedy import Search
 from compressor.search.pareto import Point, efficient
+from compressor.search.plan_file import read_plan
 from compressor.search.rewriter import Rewriter
 from compressor.search.site_evidence import evidence, scores_for_report
 from compressor.settings import Settings
@@ -425,11 +426,8 @@ def _replay(path: Path, sites: Sequence[Site]) -> Plan:
     if (fault := first_special([path])) is not None:
         raise ChoiceError(f"the plan file {fault}; expected a plan.json that Compressor wrote.")
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        plan = read_plan(path)
+    except FileNotFoundError as error:
         raise ChoiceError(f"the plan file {path} cannot be read ({error.strerror}); check the path.") from error
-    except UnicodeDecodeError as error:
-        raise ChoiceError(f"{path} is not text; expected a plan.json that Compressor wrote.") from error
-    plan = Plan.from_json(text)
     plan.check(sites)
     return plan

@@ -8,15 +8,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from compressor.errors import CompressorError
+from compressor.errors import FolderError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # With less than one page of a file system free, no file can be written.
 SPARE = 4096
-
-
-class FolderError(CompressorError):
-    """The output folder exists, is in use, cannot be written, does not fit on the disk, or is not one of Compressor."""
 
 
 @contextlib.contextmanager

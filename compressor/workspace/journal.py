@@ -9,14 +9,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue, TypeAdapter
+from typing_extensions import TypedDict
+
 from compressor.errors import CompressorError
 from compressor.workspace.folder_errors import readable_errors
+from runtimes.base.json_text import parse
 
 
 def resumed(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a sentence if a search used values of an interrupted run, by the ``search`` part of its report."""
     count = facts.get("recalled")
     return (f"The search was resumed: an interrupted run had measured {count} of its values.",) if count else ()
+
+
+class _First(TypedDict):
+    subject: str
+
+
+class _Line(TypedDict):
+    key: str
+    value: JsonValue
+
+
+_FIRST: TypeAdapter[Any] = TypeAdapter(_First)
+_LINE: TypeAdapter[Any] = TypeAdapter(_Line)
 
 
 class JournalError(CompressorError):
@@ -114,7 +131,7 @@ class Journal:
         end = 0
         try:
             for line in path.read_bytes().splitlines(keepends=True):
-                content = json.loads(line.decode())
+                content = parse(line, _LINE if end else _FIRST)
                 if end:
                     values[content["key"]] = content["value"]
                 else:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from compressor.errors import FolderError
 from compressor.workspace.add_files import exchange
-from compressor.workspace.folder_errors import FolderError, readable_errors
+from compressor.workspace.folder_errors import readable_errors
+from compressor.workspace.manifest import MANIFEST, digest_of, read_entries, read_manifest
 from compressor.workspace.output_lock import (
     INSIDE,
     JOURNAL,
@@ -28,7 +29,6 @@ from compressor.workspace.output_lock import (
 __all__ = [
     "MANIFEST",
     "FolderError",
-    "check_files",
     "check_writable",
     "copy_onnx",
     "engine_bytes",
@@ -40,8 +40,6 @@ __all__ = [
     "write_manifest",
     "write_merged_manifest",
 ]
-
-MANIFEST = "manifest.json"
 
 
 @contextlib.contextmanager
@@ -155,47 +153,20 @@ def write_merged_manifest(folder: Path, kept: Iterable[str], new: Path) -> None:
         kept: files in this manifest that stay as they are. Files in `new` replace those of the same names.
         new: a folder with the new files.
     """
-    earlier = json.loads((folder / MANIFEST).read_bytes())["files"]
-    entries = {name: earlier[name] for name in kept} | _entries(new, (path.name for path in new.iterdir()))
+    earlier = read_entries(folder)
+    entries: dict[str, Mapping[str, object]] = {name: earlier[name] for name in kept}
+    entries |= _entries(new, (path.name for path in new.iterdir()))
     (new / MANIFEST).write_text(_manifest(entries))
 
 
 def _entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
     """Return the entries of files in a manifest: size in bytes and SHA-256."""
     files = sorted(set(names) - {MANIFEST})
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files}
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest_of(folder / name)} for name in files}
 
 
-def _manifest(entries: Mapping[str, Mapping[str, int | str]]) -> str:
+def _manifest(entries: Mapping[str, Mapping[str, object]]) -> str:
     return json.dumps({"files": dict(sorted(entries.items()))}, indent=2) + "\n"
-
-
-def read_manifest(folder: Path) -> dict[str, str]:
-    """Read the manifest of a folder that Compressor wrote: SHA-256 by file name.
-
-    Raises:
-        FolderError: there is no manifest, or another program wrote it.
-    """
-    try:
-        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return {name: entry["sha256"] for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FolderError(f"{folder} is not a folder that Compressor wrote: it has no valid {MANIFEST}.") from error
-
-
-def check_files(folder: Path, names: Iterable[str]) -> None:
-    """Compare files, and their external data, with the SHA-256 of the manifest, to detect an incomplete copy.
-
-    Raises:
-        FolderError: there is no manifest, or a file is missing or has changed.
-    """
-    digests = read_manifest(folder)
-    required = list(names)
-    for name in (*required, *digests.keys() & {f"{name}.data" for name in required}):
-        if not (folder / name).is_file():
-            raise FolderError(f"{folder} lacks {name}; copy the whole folder again.")
-        if _sha256(folder / name) != digests.get(name):
-            raise FolderError(f"{name} in {folder} is not the file that was exported; copy the whole folder again.")
 
 
 def engine_bytes(path: Path) -> int:
@@ -279,11 +250,3 @@ def _move_into_place(partial: Path, destination: Path) -> None:
         old.rename(destination)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

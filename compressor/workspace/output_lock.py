@@ -20,7 +20,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from compressor.workspace.folder_errors import FolderError, readable_errors
+from compressor.errors import FolderError
+from compressor.workspace.folder_errors import readable_errors
 
 if sys.platform != "win32":
     import fcntl

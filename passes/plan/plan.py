@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from passes.base import PassError
 
@@ -108,14 +108,14 @@ class Plan:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Read a plan from its JSON text.
+    def from_dict(content: Mapping[str, Any]) -> Plan:
+        """Return the plan with the fields of a JSON object that `to_json` wrote.
 
         Raises:
-            PassError: the text is not JSON, or not a plan of this version.
+            PassError: the object is not a plan of this version.
         """
         try:
-            fields = json.loads(text)
+            fields = dict(content)
             version = fields.get("version")
             if version not in (1, VERSION):
                 raise PassError(

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from runtimes.base.json_text import JsonTextError, parse
 from runtimes.base.protocols import BuildError, BuildOptions, first_line
 from runtimes.torch.internals import expression, hint
 
 FACTS = "compressor"  # the constant method that returns names, dtypes and sizes of inputs and outputs as JSON
 NAMES = "compressor.json"  # the file in the saved program with the names of its inputs and outputs
+
+
+_NAMES = TypeAdapter(dict[str, list[str]])
 
 
 def opened(path: Path) -> tuple[Any, dict[str, list[str]]]:
@@ -27,7 +32,10 @@ def opened(path: Path) -> tuple[Any, dict[str, list[str]]]:
         raise BuildError(f"torch.export cannot read {path.name}: {first_line(error)}.") from error
     if not extra[NAMES]:
         raise BuildError(f"{path.name} does not name its inputs and outputs; expected {NAMES} in the file.")
-    return program, json.loads(extra[NAMES])
+    try:
+        return program, parse(extra[NAMES], _NAMES)
+    except JsonTextError as error:
+        raise BuildError(f"{path.name}: {NAMES} in the file holds other values than expected ({error}).") from error
 
 
 def lower_to_pte(program: Any, names: dict[str, list[str]], options: BuildOptions) -> bytes:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import logging
 import os
 import sys
@@ -29,7 +28,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
+from runtimes.base.json_text import parse
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -55,6 +57,20 @@ own = ("int8", "int8-dynamic")
 int8 = Int8Style(activations="int8", convolutions=False)
 
 FILE = "model.pte"
+
+
+@with_config(ConfigDict(extra="allow"))
+class Facts(TypedDict):
+    """Names of inputs and outputs, and by input the NumPy type, the fixed sizes and the largest sizes."""
+
+    inputs: list[str]
+    outputs: list[str]
+    dtypes: dict[str, str]
+    shapes: dict[str, list[int | None]]
+    largest: dict[str, list[int]]
+
+
+_FACTS = TypeAdapter(Facts)
 
 
 def missing() -> str | None:
@@ -116,9 +132,9 @@ def load(path: Path, options: BuildOptions) -> ExecutorchEngine:
                 raise BuildError(
                     f"{path.name} was not written by this target: it does not name its inputs; build it again."
                 )
-            facts = json.loads(program.load_method(FACTS).execute([])[0])
+            facts = parse(program.load_method(FACTS).execute([])[0], _FACTS)
             engine = ExecutorchEngine(program, program.load_method("forward"), facts)
-        except (RuntimeError, ImportError, ValueError) as error:
+        except (RuntimeError, ImportError, ValueError, KeyError, TypeError) as error:
             raise BuildError(f"ExecuTorch cannot open {path.name}: {first_line(error)}.") from error
     _pool().engines.add(engine)
     return engine
@@ -131,7 +147,7 @@ def layers(path: Path, options: BuildOptions) -> None:
 class ExecutorchEngine(Closing[Any]):
     """A loaded ExecuTorch method; see runtimes.base.Engine. Sizes above the planned bounds raise RuntimesError."""
 
-    def __init__(self, program: Any, method: Any, facts: dict[str, Any]) -> None:
+    def __init__(self, program: Any, method: Any, facts: Facts) -> None:
         super().__init__((method, program))
         self.inputs: tuple[str, ...] = tuple(facts["inputs"])
         self.outputs: tuple[str, ...] = tuple(facts["outputs"])

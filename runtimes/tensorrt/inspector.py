@@ -9,11 +9,14 @@ as fused only by the kernel's own name, such as ``_gemm_mha_v2`` or ``fmha``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from runtimes.base.json_text import parse
 from runtimes.base.layer_counts import UNKNOWN, count_layers
 from runtimes.base.protocols import LayerCounts, RuntimesError, first_line
 
@@ -21,6 +24,14 @@ ATTENTION = re.compile(r"(^|_)(fmha|mha|fused_mha|flash_attention|attention)(_|\
 # Layers that represent a whole region without reporting its operators.
 OPAQUE = ("Myelin", "ForeignNode")
 TYPE_KEYS = ("Format/Datatype", "DataType", "Datatype", "Format")
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Report(TypedDict):
+    Layers: list[dict[str, Any] | str]
+
+
+_REPORT = TypeAdapter(_Report)
 
 
 def summary(text: str) -> LayerCounts:
@@ -34,9 +45,9 @@ def summary(text: str) -> LayerCounts:
         RuntimesError: The text is not an inspector's report.
     """
     try:
-        layers = json.loads(text)["Layers"]
-        entries = [layer if isinstance(layer, dict) else {"Name": str(layer)} for layer in layers]
-    except (ValueError, KeyError, TypeError) as error:
+        layers = parse(text, _REPORT)["Layers"]
+        entries = [layer if isinstance(layer, dict) else {"Name": layer} for layer in layers]
+    except ValueError as error:
         raise RuntimesError(f"TensorRT's description of the engine cannot be read: {first_line(error)}.") from error
     rows = [(str(entry.get("LayerType", UNKNOWN)), list(_input_types(entry))) for entry in entries]
     return count_layers(rows, fused_attention=_fused(entries))

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from importlib import util
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pydantic import TypeAdapter
+
+from runtimes.base.json_text import parse
 from runtimes.base.protocols import BuildError, Feeds, RuntimesError
 from runtimes.torch.internals import expression, tree_map
 
@@ -20,7 +23,8 @@ NAMES = "compressor.json"  # the file in an exported program that holds the name
 PRODUCTS = ("linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "conv1d", "conv2d", "scaled_dot_product_attention")
 Samples: TypeAlias = Callable[[], Iterator[Feeds]]
 # An axis size: a number; a linear expression {symbol: coefficient}, in which "" is the constant term; or None for any.
-Size: TypeAlias = "int | dict[str, int] | None"
+Size: TypeAlias = int | dict[str, int] | None
+SIGNATURE_NAMES: TypeAdapter[Mapping[str, Sequence[str]]] = TypeAdapter(dict[str, list[str]])
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,8 @@ class Signature:
 
     @staticmethod
     def of_json(text: str) -> Signature:
-        """Read the result of to_json(). Raise ValueError, KeyError or TypeError for any other text."""
-        facts = json.loads(text)
-        inputs = (Input(entry["name"], entry["dtype"], tuple(entry["sizes"])) for entry in facts["inputs"])
-        return Signature(tuple(inputs), tuple(facts["outputs"]), dict(facts["most"]))
+        """Read the result of to_json(). Raise JsonTextError for any other text."""
+        return parse(text, _SIGNATURE)
 
     def check(self, feeds: Feeds) -> None:
         """Check that the dynamic sizes of all inputs agree; compiled code would read out of bounds otherwise.
@@ -92,6 +94,9 @@ class Signature:
                 raise RuntimesError(
                     f"Input {name!r}: found size {actual} of axis {axis}; expected at most {self.most[symbol]}."
                 )
+
+
+_SIGNATURE = TypeAdapter(Signature)
 
 
 def _value(size: Mapping[str, int], values: Mapping[str, int]) -> int | None:

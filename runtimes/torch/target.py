@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
+from runtimes.base.json_text import OBJECT, parse
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -34,7 +37,7 @@ from runtimes.base.protocols import (
 )
 from runtimes.base.registry import check_available
 from runtimes.torch.internals import METADATA_FILE, compile_package, open_package, run_package
-from runtimes.torch.program import NAMES, Signature, cast_products, quantize_int8, signature
+from runtimes.torch.program import NAMES, SIGNATURE_NAMES, Signature, cast_products, quantize_int8, signature
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -50,7 +53,19 @@ own = ("fp16", "bf16", "int8", "int8-dynamic")
 int8 = Int8Style(activations="uint8", convolutions=False)
 
 FILE = "model.pt2"
+METADATA_LIMIT = 2**20  # bytes of the metadata of a package
 FACTS = "compressor"  # the key of this project in the metadata of the package
+
+
+class Facts(TypedDict):
+    """Metadata of a package: its signature as JSON, and the device and the machine it was compiled for."""
+
+    signature: str
+    device: str
+    machine: str
+
+
+_FACTS = TypeAdapter(Facts)
 
 
 def missing() -> str | None:
@@ -210,7 +225,7 @@ def _read(path: Path) -> tuple[ExportedProgram, Signature]:
     extra = {NAMES: ""}
     try:
         program = torch.export.load(path, extra_files=extra)
-        return program, signature(program, json.loads(extra[NAMES]))
+        return program, signature(program, parse(extra[NAMES], SIGNATURE_NAMES))
     except Exception as error:  # a zip archive, JSON and pickles, which raise different errors
         raise BuildError(f"{path} is no exported program with named inputs: {first_line(error)}.") from error
 
@@ -241,15 +256,16 @@ def _machine() -> str:
     return f"{sys.platform} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _facts(path: Path) -> dict[str, str]:
+def _facts(path: Path) -> Facts:
     """Read the metadata of a package without opening its library."""
     if not path.is_file():
         raise BuildError(f"There is no compiled package {path}.")
     try:
         with zipfile.ZipFile(path) as archive:
             (entry,) = (member for member in archive.namelist() if member.endswith(METADATA_FILE))
-            facts = json.loads(json.loads(archive.read(entry))[FACTS])
-        return {key: str(facts[key]) for key in ("signature", "device", "machine")}
+            if archive.getinfo(entry).file_size > METADATA_LIMIT:
+                raise ValueError("the metadata is too large")
+            return parse(str(parse(archive.read(entry), OBJECT)[FACTS]), _FACTS)
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
         raise BuildError(f"{path.name} is no package built by target torch; build it again.") from error
 

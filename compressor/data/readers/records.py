@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from compressor.data.readers.texts import text_of, tokens
 from compressor.data.readers.token_targets import AlignedSamples, answer_spans, spans_of, word_classes
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
+from runtimes.base.json_text import OBJECT, JsonTextError, parse
 
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags", "label")
@@ -35,11 +35,9 @@ def read_jsonl(path: Path, name: str, preprocess: Preprocess, task: str, seed: i
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"line {row + 1} of {name} is no JSON ({error}); expected one object per line") from error
-        if not isinstance(record, dict):
-            raise DataError(f"line {row + 1} of {name} is no JSON object; expected one object per line")
+            record = parse(line, OBJECT)
+        except JsonTextError as error:
+            raise DataError(f"line {row + 1} of {name} is no JSON object ({error}); expected one per line") from error
         records.append(record)
         ids.append(str(row))
     if not records:

@@ -5,13 +5,13 @@ It needs neither Compressor nor torch, timm or transformers. The exception is a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.report.card import markdown, preprocessing_recipe
+from compressor.report.card.config_schema import read_config
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -116,7 +116,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
 
 def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
     """Return the snippet for a checkpoint, with the preprocessing of transformers if the folder holds it."""
-    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    (architecture,) = read_config(folder, "config.json")["architectures"]
     inputs, outputs = content["model"]["inputs"], content["model"]["outputs"]
     colour = preprocessing_recipe.channels(folder) == 3
     picture = colour and "pixel_values" in inputs and (folder / "preprocessor_config.json").is_file()

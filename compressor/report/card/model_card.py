@@ -6,7 +6,6 @@ module does not need torch; it imports jinja2 and huggingface_hub when it genera
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,8 @@ from compressor.report.card.loader_snippet import TITLES, make_snippet, template
 from compressor.report.card.markdown import code, prose
 from compressor.report.collect_limitations import is_unused
 from compressor.report.engine_text import describe_measurements
-from compressor.report.report import against, describe_calls
+from compressor.report.report import REPORT, against, describe_calls
+from compressor.workspace.json_files import OBJECT, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -61,7 +61,7 @@ INT8 = (
 
 def write(folder: Path) -> None:
     """Write the card of a folder that holds all other files, including report.json."""
-    content = json.loads((folder / "report.json").read_bytes())
+    content = read_json(folder / REPORT, OBJECT, remedy="export the model again")
     (folder / NAME).write_text(card(content, folder), encoding="utf-8")
 
 

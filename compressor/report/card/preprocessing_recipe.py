@@ -6,7 +6,6 @@ neither torch nor timm nor transformers.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Json = dict[str, Any]
+from compressor.report.card.config_schema import read_config
 
 # Image processors of transformers that only resize, crop, rescale and normalise, as configured.
 PLAIN = ("ViT", "DeiT", "Bit", "CLIP", "Siglip", "Beit")
@@ -50,26 +49,28 @@ class Tokenizer:
 
 def picture(folder: Path) -> Picture | None:
     """Return the preprocessing of images from transformers' preprocessor_config.json or timm's config.json."""
-    processor = _read(folder / "preprocessor_config.json")
+    processor = read_config(folder, "preprocessor_config.json")
     if processor:
         return _processor(processor) if channels(folder) == 3 else None
-    return _timm(_read(folder / "config.json").get("pretrained_cfg") or {})
+    return _timm(read_config(folder, "config.json").get("pretrained_cfg") or {})
 
 
 def channels(folder: Path) -> int:
     """Return the number of channels of the images in the config of a model of transformers; 3 without it."""
-    config = _read(folder / "config.json")
+    config = read_config(folder, "config.json")
     number = (config.get("vision_config") or config).get("num_channels", 3)
     return number if isinstance(number, int) else 3
 
 
 def tokenizer(folder: Path) -> Tokenizer | None:
     """Return the options of the tokenizer, or None if the folder holds no tokenizer.json."""
-    content, options, config = (_read(folder / f"{name}.json") for name in ("tokenizer", "tokenizer_config", "config"))
+    content, options, config = (
+        read_config(folder, f"{name}.json") for name in ("tokenizer", "tokenizer_config", "config")
+    )
     if not content:
         return None
     stated = [options.get("model_max_length"), config.get("max_position_embeddings")]
-    stated.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
+    stated.append(read_config(folder, "sentence_bert_config.json").get("max_seq_length"))
     longest = int(min((limit for limit in stated if limit is not None and limit > 0), default=LONGEST))
     # A tokenizer without a padding token pads with the end-of-text token.
     token = options.get("pad_token") or options.get("eos_token")
@@ -85,21 +86,21 @@ def tokenizer(folder: Path) -> Tokenizer | None:
 
 def prompt(folder: Path) -> str:
     """Return the text in front of every text of a sentence embedding, by its sentence-transformers config."""
-    settings = _read(folder / "config_sentence_transformers.json")
+    settings = read_config(folder, "config_sentence_transformers.json")
     text = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
     return text if isinstance(text, str) else ""
 
 
 def licence(folder: Path) -> str | None:
     """Return the licence of the weights if the model's config states it (timm)."""
-    name = (_read(folder / "config.json").get("pretrained_cfg") or {}).get("license")
+    name = (read_config(folder, "config.json").get("pretrained_cfg") or {}).get("license")
     return name if isinstance(name, str) else None
 
 
 def ends(folder: Path) -> tuple[int, ...]:
     """Return the ids of the tokens that end a generated text."""
     for name in ("generation_config.json", "config.json"):
-        tokens = _read(folder / name).get("eos_token_id")
+        tokens = read_config(folder, name).get("eos_token_id")
         if tokens is not None:
             listed = tokens if isinstance(tokens, list) else [tokens]
             return tuple(token for token in listed if type(token) is int)
@@ -108,13 +109,13 @@ def ends(folder: Path) -> tuple[int, ...]:
 
 def start(folder: Path) -> int:
     """Return the id of the token that begins a text; 0 if the config has none."""
-    token = _read(folder / "config.json").get("bos_token_id")
+    token = read_config(folder, "config.json").get("bos_token_id")
     return token if isinstance(token, int) else 0
 
 
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape of a sample and the NumPy type of each input of a user's module."""
-    inputs = _read(folder / "config.json").get("inputs")
+    inputs = read_config(folder, "config.json").get("inputs")
     if not isinstance(inputs, Mapping) or not all(map(_is_input, inputs.values())):
         return {}
     return {name: (tuple(entry["shape"]), entry["dtype"].removeprefix("torch.")) for name, entry in inputs.items()}
@@ -135,15 +136,6 @@ def _are_sizes(values: Any) -> bool:
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
-
-
-def _read(path: Path) -> Json:
-    """Read a JSON object; return an empty one if the file is missing or holds anything else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _timm(config: Mapping[str, Any]) -> Picture | None:
@@ -173,12 +165,11 @@ def _processor(config: Mapping[str, Any]) -> Picture | None:
     resizes, crops = config.get("do_resize", True), config.get("do_center_crop", "crop_size" in config)
     fits = set(size) in ({"height", "width"}, {"shortest_edge"}) and (not crops or set(crop) == {"height", "width"})
     scaled = config.get("do_rescale", True) and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255)
-    if not (plain and fits and scaled and config.get("resample", 2) in range(len(FILTERS))):
-        return None
     normal = config.get("do_normalize", True)
+    normalises = not normal or (config.get("image_mean") and config.get("image_std"))
     sizes = [*(size.values() if resizes else ()), *(crop.values() if crops else ())]
-    numbers = [*config["image_mean"], *config["image_std"]] if normal else []
-    if not (_are_sizes(sizes) and _are_numbers(numbers)):  # they are written into code
+    known = normalises and _are_sizes(sizes) and config.get("resample", 2) in range(len(FILTERS))
+    if not (plain and fits and scaled and known):  # all is written into code
         return None
     return Picture(
         "RGB",

@@ -224,5 +224,5 @@ def _environment(content: Json) -> Iterator[tuple[str, str]]:
             if isinstance(value, Mapping):
                 yield from ((f"{prefix}{key}", str(inner)) for key, inner in value.items())
             elif value:
-                yield f"{prefix}{name}", ", ".join(value) if isinstance(value, list) else str(value)
+                yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     yield "seconds taken", f"{content['seconds']:.0f}"

@@ -131,7 +131,7 @@ def test_plan_without_changes_has_no_factorial(tmp_path: Path) -> None:
     assert report.factorial is None
     assert "Factorial: skipped, because the plan changes nothing." in report.notes
     assert not (tmp_path / "out" / "factorial").exists()
-    with pytest.raises(CompressorError, match="builds it with --model"):  # no factory to build the module again
+    with pytest.raises(CompressorError, match="builds the module with --model"):  # no factory to build the module again
         bench(BenchSettings((str(tmp_path / "out"),), output=tmp_path / "bench.json"))
 
 
@@ -230,7 +230,9 @@ def test_fp16_files_on_the_cpu_hide_overflow_which_is_a_note(tmp_path: Path) -> 
 
 
 def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
-    comparison = bench(BenchSettings((str(exported[0]),), samples=40, rounds=1, output=tmp_path / "bench.json"))
+    comparison = bench(
+        BenchSettings((str(exported[0]),), model=FACTORY, samples=40, rounds=1, output=tmp_path / "bench.json")
+    )
     # Of 80 samples, the export used 20 for calibration and 20 for validation, which include the 20 test samples here.
     assert comparison.notes == (
         "out was exported with more samples and may have been calibrated on 20 of the 20 test samples; give the "
@@ -245,14 +247,15 @@ def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path
         (["OUT", "OUT"], {}, SettingsError, "is given twice"),
         (["OUT/model.onnx"], {}, SettingsError, "preprocessing they use with --model"),
         (["OUT/none.onnx"], {}, CompressorError, "there is no file"),
-        (["OUT"], {"against": "nobody"}, SettingsError, "--against nobody is not a measured engine"),
+        (["OUT"], {"model": FACTORY, "against": "nobody"}, SettingsError, "--against nobody is not a measured engine"),
+        (["OUT"], {}, CompressorError, "a folder cannot name code to run"),
         (["OUT"], {"batch": (0,)}, SettingsError, "batch is 0"),
         (["OUT"], {"batch": ()}, SettingsError, "batch is empty"),
         (["OUT"], {"threads": (2, 2)}, SettingsError, "threads is 2,2"),
         (["OUT"], {"output": "ROOM"}, SettingsError, "is a folder; expected a file"),
-        (["OUT"], {"target": "onnxruntim"}, SettingsError, "did you mean onnxruntime"),
+        (["OUT"], {"model": FACTORY, "target": "onnxruntim"}, SettingsError, "did you mean onnxruntime"),
         (["OUT"], {"model": "nowhere_at_all:x"}, CompressorError, "could not be called"),
-        (["BROKEN"], {}, CompressorError, "is not a report that `compressor export` wrote"),
+        (["BROKEN"], {}, CompressorError, "it has no valid manifest.json"),
         (["vit_basse_patch16_224"], {"data": "random"}, CompressorError, "did you mean vit_base"),
         (["OUT/model.onnx"], {"model": "SAMPLE", "data": "DIGITS"}, CompressorError, "x to output, but sample maps"),
     ],

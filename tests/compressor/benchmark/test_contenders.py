@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from compressor.benchmark.contenders import BenchError, ExportFolder, parse_contenders
+from compressor.errors import CompressorError, FolderError
+from compressor.workspace.output_folder import write_manifest
 
 
 def folder(path: Path, file_name: str, target: str = "openvino", precision: str = "bf16", **engine: str) -> Path:
@@ -16,11 +18,19 @@ def folder(path: Path, file_name: str, target: str = "openvino", precision: str 
     (path / file_name).write_bytes(b"")
     report = {
         "settings": {"target": target, "precision": precision, "model": None},
-        "model": {"task": "x"},
-        "data": {"test_ids": []},
+        "model": {"name": "m", "source": "timm", "task": "x", "random_weights": True},
+        "data": {
+            "source": "random",
+            "reading": "",
+            "random": True,
+            "seed": 0,
+            "sizes": {"calibration": 1, "validation": 1, "test": 1},
+            "test_ids": [],
+        },
         "engine": engine,
     }
     (path / "report.json").write_text(json.dumps(report))
+    write_manifest(path)
     return path
 
 
@@ -41,11 +51,14 @@ def test_folder_is_built_from_model_onnx_in_its_precision(tmp_path: Path) -> Non
 def test_folder_without_model_onnx_uses_the_engine_file(tmp_path: Path) -> None:
     path = folder(tmp_path / "out", "model.pt2", file="model.pt2")
     assert ExportFolder.read(path).engine == path / "model.pt2"
-    assert entries(path)[0][2] == path / "model.pt2"
+    (one,) = parse_contenders([str(path)])
+    assert next(iter(one.entries(None, None, compiled=False, trusted=True))).file == path / "model.pt2"
+    with pytest.raises(BenchError, match="is compiled code, and opening it runs it; give --trust-remote-code"):
+        entries(path)
     with pytest.raises(BenchError, match=r"out holds an engine of openvino, which onnxruntime cannot open; leave out"):
         entries(path, "onnxruntime")
     broken = folder(tmp_path / "gone", "other", file="model.pt2")
-    with pytest.raises(BenchError, match=r"there is no file .*model\.pt2"):
+    with pytest.raises(FolderError, match=r"gone lacks model\.pt2; copy the whole folder again"):
         entries(broken)
 
 
@@ -54,5 +67,6 @@ def test_report_without_precision_is_refused(tmp_path: Path) -> None:
     report = json.loads((path / "report.json").read_text())
     del report["settings"]["precision"]
     (path / "report.json").write_text(json.dumps(report))
-    with pytest.raises(BenchError, match="not a report that `compressor export` wrote; export again"):
+    write_manifest(path)
+    with pytest.raises(CompressorError, match=r"settings\.precision: field required\); it is no report that"):
         parse_contenders([str(path)])

@@ -22,8 +22,8 @@ from compressor.cli.main import Export, main
 from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
 from compressor.pipeline import sweep
+from compressor.search.plan_file import read_plan
 from compressor.settings import Settings
-from passes.plan.plan import Plan
 from passes.plan.selection import METRICS
 from runtimes.base.protocols import DEVICES, PRECISIONS
 from runtimes.base.timing import interleave
@@ -271,7 +271,7 @@ def test_sweep_writes_a_complete_folder(swept: tuple[Path, str]) -> None:
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len(rows) > 2
     for row, name in zip(rows, plans, strict=True):
-        plan = Plan.from_json((folder / name).read_text())
+        plan = read_plan(folder / name)
         assert row["plan"] == name
         assert plan.changes == row["changes"]
         assert len(plan.changes) == row["number"]

@@ -181,7 +181,7 @@ def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
     [
         (b"[1, 2]", "plan"),
         (b"hello", "not a plan.json"),
-        (b"\xff\xfe\x00", "is not text"),
+        (b"\xff\xfe\x00", "not a plan.json"),
         (b"{}", "plan"),
         (None, "cannot be read"),
     ],

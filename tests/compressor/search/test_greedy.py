@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -199,7 +200,7 @@ def test_every_site_has_a_reason(enough):
             assert decision.reason.split()[0] in ("not", "drop", "linear", "scale")
         assert "nan" not in decision.reason
     assert plan.changes == search.changes
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_dict(json.loads(plan.to_json())) == plan
     plan.check(world.sites)
 
 
@@ -494,7 +495,7 @@ def test_a_replayed_plan_gives_the_graph_of_the_search(begin):
     """The outputs are bit-identical, as the fits sum over the same batches."""
     search, rows, _ = once(begin)
     first = search.rewriter
-    plan = Plan.from_json(search.plan("m", "auto").to_json())
+    plan = Plan.from_dict(json.loads(search.plan("m", "auto").to_json()))
     again = Rewriter(first.original, first.sites, first.split).rewritten(plan.changes)
     for feeds in tensor_batches(rows):
         for left, right in zip(run(search.reduced, feeds), run(again, feeds), strict=True):

@@ -42,7 +42,7 @@ def plans(draw):
 @settings(deadline=None)
 @given(plans())
 def test_json_round_trip(plan):
-    again = Plan.from_json(plan.to_json())
+    again = Plan.from_dict(json.loads(plan.to_json()))
     assert again == plan
     assert list(again.changes.items()) == list(
         plan.changes.items()
@@ -59,7 +59,7 @@ def test_changes_are_in_the_order_chosen():
 def test_plans_of_version_one_can_be_read():
     """Such plans drop and keep sites only, and are written with the current version."""
     plan = plan_for("2")
-    old = Plan.from_json(edited(version=1))
+    old = Plan.from_dict(json.loads(edited(version=1)))
     assert old == plan
     assert json.loads(old.to_json())["version"] == 2
     assert old.changes == {"b.5.mlp": "drop", "b.5.attention": "drop"}
@@ -73,7 +73,7 @@ values = st.none() | st.booleans() | st.integers() | few
 @given(st.recursive(values, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(few, inner, max_size=3)))
 def test_json_that_is_no_plan(content):
     with pytest.raises(PassError):
-        Plan.from_json(json.dumps(content))
+        Plan.from_dict(content)
 
 
 def edited(**changes):
@@ -85,8 +85,6 @@ def edited(**changes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a plan.json"),
-        ("{", "not a plan.json"),
         (edited(version=3), "has version 3, expected 2"),
         (edited(version=None), "has version None, expected 2"),
         (edited(decisions=None), "not a plan.json"),
@@ -103,7 +101,7 @@ def edited(**changes):
 )
 def test_malformed_plans(text, message):
     with pytest.raises(PassError, match=message):
-        Plan.from_json(text)
+        Plan.from_dict(json.loads(text))
 
 
 def test_a_plan_must_fit_the_sites_of_the_model():
@@ -163,7 +161,7 @@ def test_merges_are_added_to_a_plan():
     assert plan.merges == {"b.1.attention": "merge:25%", "b.3.attention": "merge:4"}
     assert [merged_tokens(action) for action in plan.merges.values()] == [0.25, 4]
     assert merged_tokens("drop") is None
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_dict(json.loads(plan.to_json())) == plan
     with pytest.raises(PassError, match=r"cannot be merged after b\.5\.attention, which the plan changes"):
         with_token_merging(plan, {"b.5.attention": "merge:2"})
 
@@ -181,7 +179,7 @@ def test_one_replacement_for_a_run_of_sites():
         ("b.4.mlp", "low-rank:3"),
     ]
     assert [decision.reason for decision in changed.decisions] == [decision.reason for decision in plan.decisions]
-    assert Plan.from_json(changed.to_json()) == changed
+    assert Plan.from_dict(json.loads(changed.to_json())) == changed
     changed.check(SITES)
 
 
