@@ -507,7 +507,7 @@ def test_an_engine_that_differs_from_torch_is_not_kept(folder):
     answers.save(path)
     write_manifest(folder)
     files = files_of(folder)
-    with pytest.raises(ParityError, match=r"result: output output differs from torch by .*, so nothing was written"):
+    with pytest.raises(ParityError, match=r"result: output output differs from torch in .*, so nothing was written"):
         compressor.build(folder)
     assert files_of(folder) == files
 
