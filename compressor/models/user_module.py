@@ -446,8 +446,10 @@ def _entries(value: Any, outermost: bool) -> Iterator[tuple[str, Any]] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, tuple) and type(value) is not tuple:
+        named: Any = value
         with contextlib.suppress(AttributeError):  # a named tuple has this method
-            return iter(value._asdict().items())
+            fields: dict[str, Any] = named._asdict()
+            return iter(fields.items())
     if isinstance(value, (tuple, list)):
         return ((f"output_{index}" if outermost else str(index), entry) for index, entry in enumerate(value))
     return None
