@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from compressor.errors import DataError
 from runtimes.base.json_text import JsonTextError, parse
 
-LISTS: TypeAdapter[list[object]] = TypeAdapter(list[str | int])
+LISTS: TypeAdapter[list[str | int]] = TypeAdapter(list[str | int])
 SEPARATORS = re.compile(r"\s*[|;,]\s*")
 PRESENT = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 
@@ -63,7 +63,7 @@ def listed(cell: str) -> list[object]:
     text = cell.strip()
     if text.startswith("["):
         try:
-            return parse(text, LISTS)
+            return [*parse(text, LISTS)]
         except JsonTextError as error:
             raise DataError(f"the labels {text[:60]!r} are no JSON list of names or numbers ({error})") from error
     return [part for part in SEPARATORS.split(text) if part]

@@ -476,9 +476,8 @@ def _output_name(path: tuple[str, ...]) -> str:
 
 
 def _is_cache(value: Any) -> bool:
-    """Return whether a value is a KV cache of transformers, which `compressor.models.kv_cache` handles."""
-    library = sys.modules.get("transformers.cache_utils")
-    return library is not None and isinstance(value, library.Cache)
+    """Return whether a value is a KV cache, as `compressor.models.kv_cache` recognizes it: an object with layers."""
+    return hasattr(value, "layers")
 
 
 def _renamed(outputs: tuple[str, ...], inputs: tuple[str, ...]) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ class Several(torch.nn.Module):
 
     def forward(self, x):
         y = x + self.inner(x)
-        return {"state": y, "mean": y.mean(-1, keepdim=True), "hidden": (y, 3.5), "loss": None}
+        return {"state": y, "mean": y.mean(-1, keepdim=True), "hidden": (-y, 3.5), "loss": None}
 
 
 def test_limitations_of_a_user_defined_module():
