@@ -16,7 +16,7 @@ from compressor.data import splits as data_module
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.quality.evaluate import evaluate, graph_runner
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.quantize.convert import convert
 from compressor.target.stand_in import load_for_quality, substitute_for
 from passes.analysis.redundancy import Score

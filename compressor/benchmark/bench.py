@@ -22,7 +22,7 @@ from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
-from compressor.models.stored_dtypes import describe_dtypes
+from compressor.models.weights.stored_dtypes import describe_dtypes
 from compressor.settings import Settings
 from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment

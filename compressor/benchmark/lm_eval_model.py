@@ -20,7 +20,7 @@ from compressor.data.sliding_windows import TOKENS
 from compressor.errors import CompressorError
 from compressor.measure.workload import empty_cache
 from compressor.models import Model
-from compressor.models.kv_cache import positions
+from compressor.models.text.kv_cache import positions
 from runtimes.base.protocols import Engine, Feeds
 
 ROWS = 32  # in a batch; fewer for long texts, see compressor.data.sliding_windows.TOKENS

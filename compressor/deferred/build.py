@@ -19,7 +19,8 @@ from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
 from compressor.limitations import Limitation
 from compressor.quality.disagreements import Disagreement
-from compressor.quality.heads import Head, head_for
+from compressor.quality.heads.base import Head
+from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Figure
 from compressor.report.collect_limitations import of_engine
 from compressor.report.engine_layers import layers_of

@@ -16,7 +16,7 @@ import numpy as np
 
 from compressor.deferred.array_file import read_arrays
 from compressor.errors import CompressorError
-from compressor.quality.heads import Head
+from compressor.quality.heads.base import Head
 from compressor.quality.heads.features import cosine
 from compressor.quality.intervals import Array, Columns, bootstrap
 from compressor.quality.parity import (

@@ -16,7 +16,7 @@ from torch.nn import functional
 from compressor.data.splits import Split
 from compressor.models import Model
 from compressor.quality.evaluate import tensor_batches
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import subsample_tokens
 from passes.analysis.redundancy import MASK
 from passes.execute.interpreter import Program

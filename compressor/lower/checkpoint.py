@@ -184,8 +184,8 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
         CheckpointError: the config cannot describe the model without the removed blocks.
     """
     from compressor.internals.transformers import quiet
-    from compressor.models import sentence_transformers
-    from compressor.models.lazy_weights import write_from_disk
+    from compressor.models.text import sentence_transformers
+    from compressor.models.weights.lazy_weights import write_from_disk
     from passes.execute.offloaded_weights import is_offloaded
 
     path.parent.mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ def rounded(graph: Graph, model: Model) -> Graph:
     Raises:
         CheckpointError: a weight is too large for its type.
     """
-    from compressor.models.stored_dtypes import as_stored
+    from compressor.models.weights.stored_dtypes import as_stored
     from passes.graph.edit import replace_parameter
 
     fork = graph.fork()
@@ -242,7 +242,7 @@ def _set_dtype(config: Any, module: torch.nn.Module) -> None:
 
 def _in_stored_types(weights: Mapping[str, torch.Tensor], model: Model) -> dict[str, torch.Tensor]:
     """Return the weights in their types in the checkpoint; equal types share memory, and tied weights stay tied."""
-    from compressor.models.stored_dtypes import as_stored
+    from compressor.models.weights.stored_dtypes import as_stored
     from passes.execute.offloaded_weights import is_offloaded
 
     stored: dict[int, torch.Tensor] = {}
@@ -261,7 +261,7 @@ def _shorter_model(graph: Graph, model: Model, weights: Mapping[str, torch.Tenso
     """
     import torch
 
-    from compressor.models import sentence_transformers
+    from compressor.models.text import sentence_transformers
 
     module: Any = model.module
     removed = list(_unread_blocks(graph, module))

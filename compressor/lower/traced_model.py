@@ -21,7 +21,8 @@ from compressor.models import Model
 from compressor.models.base import first_line
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
-from compressor.quality.heads import Head, head_for
+from compressor.quality.heads.base import Head
+from compressor.quality.heads.registry import head_for
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs

@@ -189,7 +189,7 @@ def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
 
 def feeds_with_cache(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.generic]]:
     """Return the feeds of a call with the tokens from position `start`; the earlier tokens are in the KV cache."""
-    from compressor.models.kv_cache import positions  # imports transformers
+    from compressor.models.text.kv_cache import positions  # imports transformers
 
     mask = np.ones(ids.shape, dtype=np.int64)
     new = ids[:, start:]

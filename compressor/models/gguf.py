@@ -26,9 +26,9 @@ from compressor.internals.gguf import bounded_reader
 from compressor.internals.transformers import quiet, with_random_weights, without_bar
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, load_error_reason
-from compressor.models.config_checks import check_counts, check_parameters
-from compressor.models.stored_dtypes import exact_dtypes
 from compressor.models.transformers import _kind, _task, _wrap
+from compressor.models.weights.config_checks import check_counts, check_parameters
+from compressor.models.weights.stored_dtypes import exact_dtypes
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"

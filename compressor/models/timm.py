@@ -23,7 +23,6 @@ from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
 from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, load_error_reason
-from compressor.models.config_checks import check_counts, check_parameters
 from compressor.models.image_size import (
     Sizing,
     cannot_take,
@@ -35,7 +34,8 @@ from compressor.models.image_size import (
     wrong_statistics,
 )
 from compressor.models.preprocess import Preprocess
-from compressor.models.stored_dtypes import dtypes_in
+from compressor.models.weights.config_checks import check_counts, check_parameters
+from compressor.models.weights.stored_dtypes import dtypes_in
 from compressor.workspace.json_files import OBJECT, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights in a folder or repository, in timm's order

@@ -16,17 +16,18 @@ import transformers
 from compressor.choices import ImageSize
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
-from compressor.models import class_names, sentence_transformers
-from compressor.models.aligned_tokens import tokenize_aligned
+from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, load_error_reason, no_language_model
-from compressor.models.config_checks import check_counts, check_parameters
 from compressor.models.image_size import Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
-from compressor.models.kv_cache import with_cache
-from compressor.models.lazy_weights import module_on_disk
-from compressor.models.padding import Padding, allow_batches, causal_padding, encode, find_padding
 from compressor.models.preprocess import Preprocess, Tokenise
-from compressor.models.probe import accepts, calling, computes_with, position_limit, text
-from compressor.models.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
+from compressor.models.text import sentence_transformers
+from compressor.models.text.aligned_tokens import tokenize_aligned
+from compressor.models.text.kv_cache import with_cache
+from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
+from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text
+from compressor.models.weights.config_checks import check_counts, check_parameters
+from compressor.models.weights.lazy_weights import module_on_disk
+from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
 
 HEADS = {
@@ -91,8 +92,8 @@ def load(
 ) -> Model:
     """Load a transformers model with the head that its config names, or with the head for `task`.
 
-    With `on_disk`, the weights stay in their files, see `compressor.models.lazy_weights`. Without `cache`, a language
-    model is traced without its KV cache. An image model takes images of `image_size`, by default those of its image
+    With `on_disk`, the weights stay in their files, see `compressor.models.weights.lazy_weights`. Without `cache`, a
+    language model is traced without its KV cache. An image model takes images of `image_size`, by default those of its image
     processor.
 
     Raises:

@@ -158,7 +158,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
     )
     if resolved_task != "text-generation":
         return model
-    from compressor.models.kv_cache import with_cache
+    from compressor.models.text.kv_cache import with_cache
 
     return with_cache(model, cache)
 
@@ -476,7 +476,7 @@ def _output_name(path: tuple[str, ...]) -> str:
 
 
 def _is_cache(value: Any) -> bool:
-    """Return whether a value is a KV cache, as `compressor.models.kv_cache` recognizes it: an object with layers."""
+    """Return whether a value is a KV cache, as `kv_cache` recognizes it: an object with layers."""
     return hasattr(value, "layers")
 
 

@@ -30,7 +30,7 @@ from compressor.measure.engine_builder import with_input_sizes
 from compressor.measure.memory_budget import GIB, MemoryBudget, memory_budget
 from compressor.measure.workload import timing_feeds
 from compressor.models.base import disable_use_cache
-from compressor.models.lazy_weights import stored_bytes
+from compressor.models.weights.lazy_weights import stored_bytes
 from compressor.quality import chance
 from compressor.quality.evaluate import Evaluation, Runner, evaluate
 from compressor.quality.intervals import Array

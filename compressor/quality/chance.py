@@ -21,7 +21,7 @@ from compressor.limitations import Limitation
 from compressor.models import Model
 from compressor.quality import evaluate
 from compressor.quality.evaluate import BATCH, graph_runner, join, metric_value, sample_columns
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns, Figure, by_text
 from compressor.quality.metrics import METRICS as ALL
 from passes.execute.interpreter import Program

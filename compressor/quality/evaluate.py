@@ -16,7 +16,7 @@ from compressor.data.splits import Batch, Split
 from compressor.errors import CompressorError
 from compressor.models import Model
 from compressor.quality.disagreements import Disagreement, largest_regret
-from compressor.quality.heads import Head
+from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array, Columns, Figure, bootstrap, by_text
 from compressor.quality.metrics import LABEL_FREE, METRICS, weighted_mean
 

@@ -14,7 +14,7 @@ import torch
 from compressor.data.splits import Split
 from compressor.models import Model
 from compressor.quality.evaluate import EvaluationError, tensor_batches
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from passes.analysis.redundancy import MASK
 from passes.base import apply
 from passes.execute.interpreter import Program, SharedPrefixRun

@@ -13,7 +13,7 @@ import torch
 from compressor.data.splits import Batch, Split
 from compressor.models import Model
 from compressor.quality.evaluate import BATCH, EvaluationError, graph_runner, join, loss, metric_value, sample_columns
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns
 from compressor.quality.metrics import METRICS
 from passes.execute.interpreter import Program

@@ -80,7 +80,7 @@ def _of_weight_types(model: Model, precision: str, engine: Mapping[str, Any]) ->
     """Yield a limitation if the checkpoint stores weights in another type than they are computed with."""
     if not {str(dtype) for dtype in model.dtypes.values()} - {"torch.float32"}:
         return
-    from compressor.models.stored_dtypes import describe_dtypes
+    from compressor.models.weights.stored_dtypes import describe_dtypes
 
     types = f"the original checkpoint stores its weights as {describe_dtypes(model.dtypes.values())}"
     if engine.get("target") == TRANSFORMERS:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped, dims
 from compressor.data.readers.decode_image import BrokenImageError, Conversion, Decoded, decode, limitations_of
-from compressor.data.readers.sample_cache import Store
+from compressor.data.sample_cache import Store
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import first_line

@@ -14,7 +14,7 @@ from compressor.data.sliding_windows import TOKENS, USUAL, Window, resolve_windo
 from compressor.errors import DataError
 from compressor.lower.traced_model import SubjectError, load_data
 from compressor.quality.evaluate import evaluate, graph_runner
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.settings import Settings
 from tests.paths import SHARED_DATA
 from tests.samples import worded

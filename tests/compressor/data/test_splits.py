@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from compressor.data.readers.sample_cache import Store
+from compressor.data.sample_cache import Store
 from compressor.data.splits import Data, DataError, Shares, Split, load, shuffled
 from compressor.errors import CompressorError
 from compressor.models.preprocess import Preprocess

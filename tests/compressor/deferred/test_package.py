@@ -28,7 +28,7 @@ from compressor.deferred.reference_answers import (
 )
 from compressor.errors import CompressorError, FolderError, SettingsError
 from compressor.measure import latency as engine_timing
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.quality.parity import TOLERANCE, ParityError, Reference
 from compressor.quantize.precision import Source
 from compressor.quantize.saturation import int8_saturates

@@ -17,7 +17,7 @@ from compressor.heal.closed_form import find_spots, refit_closed_form
 from compressor.heal.distill import Distillation, Recipe, Student, cropped
 from compressor.heal.heal import HealError, heal
 from compressor.lower.trace import trace
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import Loss, ValidationLoss
 from passes.base import apply

@@ -7,7 +7,7 @@ import pytest
 
 from compressor.quality.disagreements import KEPT
 from compressor.quality.evaluate import evaluate
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 
 
 class Rows:

@@ -24,9 +24,9 @@ from compressor.quality.evaluate import (
     loss_figure,
     metric_value,
 )
-from compressor.quality.heads import head_for
 from compressor.quality.heads.base import CHUNK as POSITIONS
 from compressor.quality.heads.features import SentenceEmbedding
+from compressor.quality.heads.registry import head_for
 from compressor.quality.metrics import LARGEST_NLL
 
 SUMMED = 1e-12  # relative tolerance of float64 sums in another order

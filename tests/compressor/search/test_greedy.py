@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from compressor.measure.workload import Call
 from compressor.quality.evaluate import evaluate, graph_runner, tensor_batches
-from compressor.quality.heads import head_for
+from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import Loss, ValidationLoss
 from compressor.search import greedy

@@ -6,18 +6,6 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-
-from compressor.lower.write_onnx import lower
-from compressor.models.kv_cache import positions
-from compressor.quantize.int4 import to_int4
-from compressor.quantize.int8_search import quantize
-from passes.base import apply
-from passes.rewrite.drop import Drop
-from runtimes.base.protocols import BuildOptions, RuntimesError
-from runtimes.onnxruntime import target as onnxruntime
-from runtimes.onnxruntime.kv_cache_io import SHARED_BUFFERS_KEY
-from runtimes.onnxruntime_fused import target as onnxruntime_fused
-from runtimes.onnxruntime_fused.encoder_fusions import fuse
 from tests.compressor.models.test_kv_cache import (
     DECODERS,
     LLAMA,
@@ -31,6 +19,18 @@ from tests.compressor.models.test_kv_cache import (
     silent,
     small,
 )
+
+from compressor.lower.write_onnx import lower
+from compressor.models.text.kv_cache import positions
+from compressor.quantize.int4 import to_int4
+from compressor.quantize.int8_search import quantize
+from passes.base import apply
+from passes.rewrite.drop import Drop
+from runtimes.base.protocols import BuildOptions, RuntimesError
+from runtimes.onnxruntime import target as onnxruntime
+from runtimes.onnxruntime.kv_cache_io import SHARED_BUFFERS_KEY
+from runtimes.onnxruntime_fused import target as onnxruntime_fused
+from runtimes.onnxruntime_fused.encoder_fusions import fuse
 from tests.processors import need_exact_int8
 
 pytest.importorskip("onnxruntime", reason="the extra `cpu` or `gpu` is not installed")

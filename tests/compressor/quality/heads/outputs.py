@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compressor.quality.heads import Head, head_for
+from compressor.quality.heads.base import Head
+from compressor.quality.heads.registry import head_for
 
 ROWS, TOKENS, CLASSES = 24, 9, 5
 

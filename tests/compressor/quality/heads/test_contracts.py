@@ -6,7 +6,7 @@ import torch
 
 from compressor.data.splits import Batch
 from compressor.quality.evaluate import join, loss, metric_value, sample_columns
-from compressor.quality.heads import CLASSIFIERS, HEADS, head_for
+from compressor.quality.heads.registry import CLASSIFIERS, HEADS, head_for
 from compressor.quality.metrics import METRICS
 from tests.compressor.quality.heads.outputs import CASES, rows_of
 

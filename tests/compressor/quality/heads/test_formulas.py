@@ -8,8 +8,8 @@ from sklearn import metrics as sklearn_metrics
 
 from compressor.data.splits import Batch
 from compressor.quality.evaluate import figure, metric_value, sample_columns
-from compressor.quality.heads import head_for
 from compressor.quality.heads.pixels import resized
+from compressor.quality.heads.registry import head_for
 from compressor.quality.heads.spans import LONGEST, best_spans
 
 RNG = np.random.default_rng(0)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from compressor import models
 from compressor.lower.trace import trace
-from compressor.models import ModelError, lazy_weights
-from compressor.models.lazy_weights import stored_bytes, write_from_disk
+from compressor.models import ModelError
+from compressor.models.weights import lazy_weights
+from compressor.models.weights.lazy_weights import stored_bytes, write_from_disk
 from passes.execute.interpreter import run
 from passes.execute.offloaded_weights import has_offloaded, in_memory, is_offloaded
 from passes.graph.sites import find_sites

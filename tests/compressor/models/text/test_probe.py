@@ -10,7 +10,7 @@ import transformers
 import compressor
 from compressor import models
 from compressor.data.splits import load as load_data
-from compressor.models.probe import position_limit
+from compressor.models.text.probe import position_limit
 from tests.text_models import GPT2, OPT, SIZES, XLNET, save_letters, save_model
 
 DEBERTA = SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}

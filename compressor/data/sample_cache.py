@@ -7,12 +7,13 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from compressor.data.readers.base import Array
+Array = npt.NDArray[Any]
+
 
 LIMIT = 2 * 1024**3  # bytes: about 3,500 float32 images of 3 x 224 x 224, more than calibration and validation have
 

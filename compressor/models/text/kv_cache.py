@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, first_line
-from compressor.models.probe import TOKENS, calling, computes_with, text
+from compressor.models.text.probe import TOKENS, calling, computes_with, text
 
 Feeds = dict[str, npt.NDArray[Any]]
 

@@ -17,7 +17,7 @@ from compressor import models
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models.base import disable_use_cache
-from compressor.models.kv_cache import PAST_TOKENS, detect_cache, positions
+from compressor.models.text.kv_cache import PAST_TOKENS, detect_cache, positions
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.cache_state import bytes_per_token

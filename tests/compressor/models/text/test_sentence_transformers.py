@@ -16,7 +16,7 @@ from compressor.lower import checkpoint
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import Model, ModelError, load
-from compressor.models.sentence_transformers import POOLINGS
+from compressor.models.text.sentence_transformers import POOLINGS
 from compressor.search.rewriter import Rewriter
 from passes.graph.sites import find_sites
 from runtimes.base.protocols import BuildOptions

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from compressor.data.readers import read
 from compressor.data.splits import load as load_data
 from compressor.errors import DataError
-from compressor.models import ModelError, config_checks, load
-from compressor.models.config_checks import check_parameters
+from compressor.models import ModelError, load
 from compressor.models.preprocess import Preprocess
+from compressor.models.weights import config_checks
+from compressor.models.weights.config_checks import check_parameters
 from compressor.search.planner import ChoiceError, _replay
 from compressor.workspace.special_files import special_kind
 

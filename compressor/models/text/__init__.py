@@ -1,0 +1,1 @@
+"""Parts of text models: padding, positions, the KV cache, sentence embeddings, and tokens with their places."""

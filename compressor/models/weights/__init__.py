@@ -1,0 +1,1 @@
+"""Weights of models: their types in the checkpoint, their counts, and weights that stay on disk."""
