@@ -93,8 +93,8 @@ def load(
     """Load a transformers model with the head that its config names, or with the head for `task`.
 
     With `on_disk`, the weights stay in their files, see `compressor.models.weights.lazy_weights`. Without `cache`, a
-    language model is traced without its KV cache. An image model takes images of `image_size`, by default those of its image
-    processor.
+    language model is traced without its KV cache. An image model takes images of `image_size`, by default those of its
+    image processor.
 
     Raises:
         ModelError: config or weights cannot be read, the architecture needs code from the repository, its head is not
