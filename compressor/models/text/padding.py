@@ -153,7 +153,7 @@ def _refuses_batches(answer: Answer, padding: Padding, rows: Rows) -> bool:
 def _is_same(alone: torch.Tensor, batch: torch.Tensor, rows: Rows, side: str) -> bool:
     """Return whether the first row of a batch has the outputs of that row alone; outputs of padding are ignored."""
     row, tokens = batch[:1], len(rows["input_ids"][0])
-    if alone.ndim > 2 and row.shape[1] != alone.shape[1]:
+    if row.ndim > 1 and row.shape[1] != alone.shape[1]:
         row = row[:, :tokens] if side == RIGHT else row[:, -tokens:]
     difference = (row - alone).abs().max()
     return bool(difference <= SAME * alone.abs().max())

@@ -106,7 +106,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
             output=answer(model["outputs"]),
             start=preprocessing_recipe.start(folder),
             ends=preprocessing_recipe.ends(folder),
-            classifies=answer(model["outputs"]) == "logits" and not cached,
+            decision=decision(model),
         )
     )
     packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
@@ -138,10 +138,23 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
             arrays={} if picture or tokenizer or cached else _arrays(content, folder),
             interpolates=content["model"].get("interpolate_pos_encoding", False),
             output="logits" if "logits" in outputs else outputs[0],
+            decision=decision(content["model"]),
         )
     )
     packages = (*PACKAGES["transformers"], *(("pillow",) if picture else ()))
     return Loader(text.strip(), packages, "transformers", ())
+
+
+def decision(model: Json) -> str:
+    """Return the Python that turns the evaluated output into what the model decides; its shape for other outputs."""
+    if model.get("problem_type") == "multi_label_classification":
+        return " > 0"  # the labels that apply
+    if model.get("problem_type") == "regression":
+        return ""
+    if model["task"] == "image-segmentation":
+        return ".argmax(1)"
+    by_token = model["task"] in ("question-answering", "fill-mask", "text-generation")
+    return ".argmax(-1)" if by_token or model["task"].endswith("classification") else ".shape"
 
 
 def answer(outputs: list[str]) -> str:
@@ -224,6 +237,11 @@ def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple
         remarks.append("The engine runs only on the GPU model and the TensorRT version that it was built with.")
     if cached:
         remarks.append("Generation is greedy and uses the KV cache: each new token is one decode step.")
+    if content["model"]["task"] == "question-answering":
+        remarks.append(
+            "The code prints the first token of each answer; `end_logits` give the last. Encode a question with its "
+            "context as a pair."
+        )
     if not prepared and cached:
         remarks.append("The folder holds no tokenizer that this code can read, so it takes token ids.")
     elif not prepared:
