@@ -44,6 +44,9 @@ COMMON = 0.9
 # larger difference has that as its limit.
 INT8_MOST = 0.9
 LARGEST_LIMIT = 2.0  # of any folder: the difference of an output whose sign is reversed
+# The scale of a channel can exceed the largest value of the output only where torch itself rounds much; more than ten
+# times as much, also for rows with ties, would switch the comparison off.
+MOST_SCALES = 10.0
 BATCH_LIMIT = 8 * 1024**3  # bytes of the inputs of one timed batch
 
 
@@ -139,13 +142,21 @@ class ReferenceOutputs:
                 raise ValueError(f"the {part} arrays have {sorted(rows)} rows; expected one number for all")
 
     def _check_limits(self) -> None:
-        """Raise ValueError if a limit is looser than `LARGEST_LIMIT`, or does not belong to an output."""
+        """Raise ValueError if limits, scales or ties are so large that an engine would not be compared with torch."""
         for variant, limits in self.allowed.items():
             for name, values in limits.items():
                 expected = self.expected.get("baseline" if variant == "original" else variant, {}).get(name)
                 loosest = np.inf if expected is not None and is_exact(expected) else LARGEST_LIMIT + TOLERANCE
                 if expected is None or values.dtype.kind != "f" or not (values <= loosest).all():
                     raise ValueError(f"the limits of {variant}, {name} are looser than {loosest:g}")
+        for graph, scales in self.scale.items():
+            for name, scale in scales.items():
+                finite = np.abs(self.expected[graph][name][np.isfinite(self.expected[graph][name])])
+                most = MOST_SCALES * float(finite.max(initial=1.0))
+                if scale.dtype.kind != "f" or not (scale <= most).all():
+                    raise ValueError(f"the scales of {graph}, {name} are larger than {most:g}")
+        if not all(ties.dtype.kind == "f" and (ties <= MOST_SCALES).all() for ties in self.ties.values()):
+            raise ValueError(f"the limits of rows with ties are looser than {MOST_SCALES:g}")
 
     def hold(self, engine: Engine, variant: str, *, allowed: float | None = None, advice: str = REPORT_IT) -> Parity:
         """Compare an engine with torch in batches and on a single row, which reveals a fixed batch size.

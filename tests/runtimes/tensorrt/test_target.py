@@ -779,7 +779,7 @@ def test_layers_are_reported_at_the_usual_sizes(fake, built):
     [
         ("create_engine_inspector", "TensorRT created no inspector: no reason given."),
         ("set_input_shape", "TensorRT rejected the usual shape [2, 8] of input 'x'."),
-        ("get_engine_information", "TensorRT's description of the engine cannot be read: 'Layers'."),
+        ("get_engine_information", "TensorRT's description of the engine cannot be read: Layers: field required."),
         ("deserialize_cuda_engine", "TensorRT cannot open model.engine: it was built for another GPU"),
     ],
 )
