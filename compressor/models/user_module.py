@@ -462,9 +462,9 @@ def _entries(value: Any, outermost: bool) -> Iterator[tuple[str, Any]] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, tuple) and type(value) is not tuple:
-        named = getattr(value, "_asdict", None)  # of a named tuple
-        if callable(named):
-            return ((str(key), entry) for key, entry in named().items())
+        fields = getattr(type(value), "__match_args__", ())  # of a named tuple
+        if len(fields) == len(value):
+            return ((str(name), entry) for name, entry in zip(fields, value, strict=True))
     if isinstance(value, (tuple, list)):
         return ((f"output_{index}" if outermost else str(index), entry) for index, entry in enumerate(value))
     return None

@@ -75,7 +75,7 @@ def check_parameters(build: Callable[[], torch.nn.Module], location: str, *, ran
     if stored is not None and count > stored * BITS:
         raise ModelError(
             f"the config of {location} implies {count:,} weights, but its weight files have only {stored:,} bytes; "
-            "pass a folder whose config belongs to its weights."
+            "download them again, or pass a folder whose config belongs to its weights."
         )
     if memory is not None and count * torch.float32.itemsize > memory:
         raise ModelError(

@@ -722,7 +722,7 @@ def refused(spec: str, prepare: Preprocess, task: str = "feature-extraction") ->
     return str(caught.value)
 
 
-FORMS = "an image folder, a .npy, .npz, .txt, .csv or .tsv file, a hub dataset as owner/name, or random"
+FORMS = "an image folder, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as owner/name, or random"
 
 
 def test_rejected_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

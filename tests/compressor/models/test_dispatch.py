@@ -99,8 +99,8 @@ def test_a_file_is_rejected_with_the_argument_to_pass(tmp_path: Path, name: str,
     ("config", "message"),
     [
         (None, "contains no config.json"),
-        ("{nope", "cannot be read as JSON"),
-        ("[]", "names neither"),
+        ("{nope", "Invalid JSON"),
+        ("[]", "should be an object, found a list"),
         ('{"architecture": 3}', "names neither"),
         ('{"architecture": "foo_bar"}', "foo_bar"),
         ('{"model_type": "strange"}', "strange"),
@@ -125,7 +125,7 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
         load(sample(tmp_path / "missing", lambda weights: weights.pop("head.weight")))
     whole = sample(tmp_path / "short", lambda _: None) / "model.safetensors"
     whole.write_bytes(whole.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="could not load"):
+    with pytest.raises(ModelError, match=r"its weight files have only 5,000 bytes; download them again, or"):
         load(whole.parent)
     whole.unlink()
     with pytest.raises(ModelError, match="could not load"):
@@ -151,7 +151,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path, kind: st
         shutil.copy(SAMPLE / "config.json", folder)
     else:
         transformers.BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1).save_pretrained(folder)
-    torch.save({"a": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    torch.save({"a": Evil(tmp_path / "ran"), "b": torch.zeros(200_000)}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="are a pickle that runs code when it is read, which is refused"):
         load(folder)
     assert not (tmp_path / "ran").exists()
@@ -357,7 +357,7 @@ def test_a_name_in_the_config_selects_only_models(tmp_path: Path, name: str) -> 
     assert type(load(folder, task="feature-extraction").module).__name__ == "BertModel"
 
 
-@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering"])
+@pytest.mark.parametrize("head", ["BertForPreTraining", "BertForMultipleChoice", "BertForNextSentencePrediction"])
 def test_a_head_that_is_not_supported_is_refused_and_not_cut_off(tmp_path: Path, head: str) -> None:
     folder = saved(tmp_path / "m", head, "BertConfig", SMALL)
     with pytest.raises(
@@ -424,6 +424,7 @@ def test_the_maximum_length_of_a_sentence_model_is_read_from_the_hub(
 
     monkeypatch.setattr(source.transformers.utils, "cached_file", cached_file)
     model = load(folder)
+    requests.clear()
     monkeypatch.setattr(source.Path, "is_dir", lambda _: False)  # so that the files are requested from the hub
     sentence_files = source.sentence_transformers.find_files(
         partial(source._optional, "nobody/sentences", revision="v1")

@@ -604,6 +604,7 @@ def test_a_linear_branch_is_replaced_by_its_map(action):
             block.mlp.fc2.bias[:] = 0.0
 
     model, graph, sites, split = small(plant, rows=64)
+    model = dataclasses.replace(model, task="feature-extraction")
     search = begun(model, graph, sites, split, ("drop", action), 1.0, metric="fidelity")
     search.run()
     linear = next(site.name for site in sites if site.name.startswith("blocks.0.mlp"))
