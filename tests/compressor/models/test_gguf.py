@@ -70,7 +70,7 @@ def test_a_file_loads_as_the_module_with_its_values(tmp_path, kind, tied):
         matrices = 7 * LAYERS + (1 if tied else 2)
         assert limitations == [
             f"weight precision: the file stores the weights as {kind} ({matrices} tensors); they were dequantized to "
-            "float32."
+            "float32, also in a checkpoint."
         ]
 
 
