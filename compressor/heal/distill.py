@@ -254,7 +254,7 @@ class Distillation:
         return target
 
     def _read(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self._spaced(self.model.evaluated(dict(zip(self.model.outputs, outputs, strict=True))))
+        return self._spaced(self.model.evaluated_in(outputs))
 
     def _spaced(self, values: torch.Tensor) -> torch.Tensor:
         return subsample_tokens(values) if self.head.by_token else values

@@ -159,7 +159,7 @@ def _in_folder(folder: Path) -> tuple[str, str]:
         if file is not None:
             return "gguf", str(file)
         if (folder / "modules.json").is_file():  # says that its modules are not supported or not in this folder
-            _source("sentence_transformers").read_modules(folder / "modules.json", str(folder))
+            _source("text.sentence_transformers").read_modules(folder / "modules.json", str(folder))
         raise ModelError(
             f"{folder} contains no config.json; expected a timm folder, a save_pretrained folder, or a folder with a "
             ".gguf file."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -95,6 +95,13 @@ class Model:
         return torch.stack(values, 1) if isinstance(values[0], torch.Tensor) else np.stack(values, 1)
 
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
+
+    def evaluated_in(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the output that quality is measured on from the outputs of a graph, in the order of `outputs`.
+
+        A rewritten graph may lack the last ones, such as the cache of an attention that was removed.
+        """
+        return self.evaluated(dict(zip(self.outputs, outputs, strict=False)))
 
     def classes(self) -> int | None:
         """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks."""

@@ -239,7 +239,7 @@ def graph_runner(model: Model, run: Callable[[Mapping[str, torch.Tensor]], tuple
 
     def answer(feeds: Mapping[str, Array]) -> Array:
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
-        values: Array = model.evaluated(dict(zip(model.outputs, run(tensors), strict=True))).numpy()
+        values: Array = model.evaluated_in(run(tensors)).numpy()
         return values
 
     return answer

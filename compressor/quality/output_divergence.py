@@ -95,7 +95,7 @@ class OutputDivergence:
         return np.array([float(self.head.divergence(answer * scale, original, mask).sum()) for scale in self.scales])
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        answer = self.model.evaluated(dict(zip(self.model.outputs, outputs, strict=True)))
+        answer = self.model.evaluated_in(outputs)
         return subsample_tokens(answer) if self.head.by_token else answer
 
     def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:

@@ -193,7 +193,8 @@ def test_the_report_states_that_onnxruntime_replaced_the_target(originals, targe
         int8 = content["settings"]["precision"] == "int8" and name != "original"
         parity = measured[name]["parity"]
         assert engine["allowed"][name] == pytest.approx(
-            min(INT8_SLACK * parity, INT8_MOST) + TOLERANCE if int8 else TOLERANCE
+            min(INT8_SLACK * parity, INT8_MOST) + TOLERANCE if int8 else TOLERANCE,
+            rel=1e-3,  # the parity is also that of a row alone
         )
         assert (parity > 1e-3) is int8  # seven or eight bits against 24
 
@@ -651,7 +652,7 @@ def test_saved_answers_can_be_loaded_and_damaged_files_are_refused(tmp_path):
 
 def test_int8_may_differ_by_twice_the_measured_difference_of_its_channel():
     measured = np.array([[0.01] * 5 + [0.02] * 4 + [0.7]])
-    np.testing.assert_allclose(limit_of(measured), [[0.04 + TOLERANCE] * 9 + [1.4 + TOLERANCE]])
+    np.testing.assert_allclose(limit_of(measured), [[0.04 + TOLERANCE] * 9 + [INT8_MOST + TOLERANCE]])
 
 
 def test_a_channel_that_int8_spoils_does_not_excuse_the_others():

@@ -32,12 +32,22 @@ SAME = 1e-6  # relative tolerance of the same operators on other batches
 FILE = 1e-5  # tolerance of logits of size 1 from ONNX files that were folded in another way
 
 
+def sampled_tokens(model, rows, tokens):
+    """Draw texts from a model, which it predicts better than chance."""
+    llama = transformers.AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(0)
+    drawn = llama.generate(
+        random_tokens(rows, 1), do_sample=True, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1, pad_token_id=0
+    )
+    return drawn.numpy()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a small Llama in float32 and texts, some longer than a window."""
     folder = tmp_path_factory.mktemp("large")
     saved(folder / "llama", "Llama", shard="20KB")
-    np.save(folder / "tokens.npy", random_tokens(24, 17).numpy())
+    np.save(folder / "tokens.npy", sampled_tokens(folder / "llama", 24, 17))
     return folder
 
 

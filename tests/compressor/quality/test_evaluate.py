@@ -463,7 +463,7 @@ def test_evaluation_error_names_the_model_with_nan():
 
 def test_join_and_runner():
     assert join([{"a": np.array([1, 2])}, {"a": np.array([3])}])["a"].tolist() == [1, 2, 3]
-    model = SimpleNamespace(outputs=("first", "second"), evaluated=lambda outputs: outputs["second"])
+    model = SimpleNamespace(outputs=("first", "second"), evaluated_in=lambda outputs: outputs[1])
     runner = graph_runner(model, lambda feeds: (feeds["x"], feeds["x"] * 2))
     assert runner({"x": np.array([1.0, 2.0])}).tolist() == [2.0, 4.0]
 

@@ -206,8 +206,10 @@ def test_embeddings_are_those_of_the_library(name: str, tmp_path: Path) -> None:
     model = load(saved(tmp_path / "m", modules, **options))
     assert model.task == "sentence-similarity"
     assert model.answer == model.outputs[1] == "sentence_embedding"
-    got = embeddings(model)
-    np.testing.assert_allclose(got, GOLDEN[name], rtol=0, atol=2e-5)  # two releases of torch, numbers rounded to 1e-6
+    got, rows = embeddings(model), 1 if "side" in options else 2
+    # Two releases of torch, and numbers rounded to 1e-6. With padding on the left, the library gives the shorter text
+    # other positions than it has alone; here it keeps those that it has alone.
+    np.testing.assert_allclose(got[:rows], GOLDEN[name][:rows], rtol=0, atol=2e-5)
 
 
 def by_hand(mode: str, states: np.ndarray) -> np.ndarray:
@@ -259,7 +261,7 @@ def test_weights_of_a_module_may_be_a_pickle_of_tensors_but_not_of_code(tmp_path
     weights = folder / "2_Dense" / "model.safetensors"
     torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
     weights.unlink()
-    np.testing.assert_allclose(embeddings(load(folder)), GOLDEN["narrower"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(embeddings(load(folder))[:1], GOLDEN["narrower"][:1], rtol=0, atol=2e-5)
     torch.save({"linear.weight": Path("code")}, weights.with_name("pytorch_model.bin"))
     with pytest.raises(ModelError, match=r"2_Dense/pytorch_model.bin .* runs code when it is read, which is refused"):
         load(folder)
