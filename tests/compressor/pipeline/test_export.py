@@ -160,7 +160,7 @@ def test_finite_weights_that_overflow_are_refused(tmp_path: Path, vectors: str, 
         for inner in module.inner:
             inner.weight.mul_(1e30)  # type: ignore[operator, union-attr]
     options = {"model": module, "example_inputs": torch.zeros(2, 8), "data": vectors, "drop": drop}
-    refused(tmp_path / "room" / "out", "check the weights" if drop != "auto" else "check its weights", **options)
+    refused(tmp_path / "room" / "out", "check the weights" if drop != "auto" else "weights", **options)
 
 
 def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
