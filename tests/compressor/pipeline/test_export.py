@@ -160,7 +160,7 @@ def test_finite_weights_that_overflow_are_refused(tmp_path: Path, vectors: str, 
         for inner in module.inner:
             inner.weight.mul_(1e30)  # type: ignore[operator, union-attr]
     options = {"model": module, "example_inputs": torch.zeros(2, 8), "data": vectors, "drop": drop}
-    refused(tmp_path / "room" / "out", "check the weights" if drop != "auto" else "weights", **options)
+    refused(tmp_path / "room" / "out", "check the weights", **options)
 
 
 def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_full_disk_is_reported_and_no_files_remain(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        refused(tmp_path / "room" / "out", "is full", samples=12, drop="none")
+        refused(tmp_path / "room" / "out", "raise the limit (ulimit -f)", samples=12, drop="none")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
