@@ -50,8 +50,8 @@ def test_a_single_output_is_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(SubjectError) as refusal:
         checked(model, vectors(tmp_path))
     assert str(refusal.value) == (
-        "Answering has a single output, so it predicts no class, and regression is not supported yet; pass --task "
-        "feature-extraction to compare its features instead, or --data random to measure speed only."
+        "Answering has a single output, so it predicts no class; pass --problem-type regression if the output is a "
+        "number, or multi_label_classification if it is the logit of a yes or no."
     )
     assert checked(model, "random", drop="1").random
     features = models.load(Answering(1), example_inputs=torch.zeros(2, 4), task="feature-extraction")
@@ -60,14 +60,15 @@ def test_a_single_output_is_no_classifier(tmp_path: Path) -> None:
     assert len(checked(two, vectors(tmp_path)).test) > 0
 
 
-def test_a_regression_head_of_the_hub_is_refused(tmp_path: Path) -> None:
+def test_a_single_label_of_the_hub_is_a_regression(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = transformers.BertConfig(**sizes, vocab_size=40, num_labels=1)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
     np.save(tmp_path / "ids.npy", np.arange(48, dtype=np.int64).reshape(6, 8) % 40)
-    with pytest.raises(SubjectError, match=r"m has a single output.*--task feature-extraction"):
-        checked(models.load(tmp_path / "m"), tmp_path / "ids.npy")
+    model = models.load(tmp_path / "m")
+    assert model.problem_type == "regression"
+    assert len(checked(model, tmp_path / "ids.npy").test) > 0
     features = models.load(tmp_path / "m", task="feature-extraction")
     assert len(checked(features, tmp_path / "ids.npy").test) > 0
 
