@@ -4,12 +4,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tests.compressor.models.test_kv_cache import NEW, greedy, llama, needs_llama, prompts
 
 from compressor.lower.write_onnx import lower
 from compressor.models.text.kv_cache import positions
 from runtimes import openvino as target
 from runtimes.base.protocols import BuildError, BuildOptions, RuntimeUnavailable
+from tests.compressor.models.text.test_kv_cache import NEW, greedy, llama, needs_llama, prompts
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed")
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -10,7 +10,8 @@ import pytest
 
 from compressor.workspace import add_files as module
 from compressor.workspace.add_files import add_files, exchange, staging_folder
-from compressor.workspace.output_folder import MANIFEST, check_files, output_folder, write_merged_manifest
+from compressor.workspace.manifest import MANIFEST, check_folder
+from compressor.workspace.output_folder import output_folder, write_merged_manifest
 from compressor.workspace.output_lock import output_lock
 
 # A child process for each operation on the file system (an audit event) is killed at that operation.
@@ -55,6 +56,11 @@ print(*outcomes)
 """
 OPERATIONS = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "open", "ctypes.dlsym")
 ADDED = {"engine": "engine", "report.json": "built"}
+
+
+def check_files(folder, names):
+    """Check a folder against its manifest, which lists at least these names."""
+    assert set(names) <= set(check_folder(folder))
 
 
 def make(folder: Path) -> None:

@@ -6,19 +6,6 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from tests.compressor.models.test_kv_cache import (
-    DECODERS,
-    LLAMA,
-    NEW,
-    PROMPTS,
-    VOCABULARY,
-    greedy,
-    llama,
-    needs_llama,
-    prompts,
-    silent,
-    small,
-)
 
 from compressor.lower.write_onnx import lower
 from compressor.models.text.kv_cache import positions
@@ -31,6 +18,19 @@ from runtimes.onnxruntime import target as onnxruntime
 from runtimes.onnxruntime.kv_cache_io import SHARED_BUFFERS_KEY
 from runtimes.onnxruntime_fused import target as onnxruntime_fused
 from runtimes.onnxruntime_fused.encoder_fusions import fuse
+from tests.compressor.models.text.test_kv_cache import (
+    DECODERS,
+    LLAMA,
+    NEW,
+    PROMPTS,
+    VOCABULARY,
+    greedy,
+    llama,
+    needs_llama,
+    prompts,
+    silent,
+    small,
+)
 from tests.processors import need_exact_int8
 
 pytest.importorskip("onnxruntime", reason="the extra `cpu` or `gpu` is not installed")
