@@ -194,7 +194,7 @@ def test_the_report_states_that_onnxruntime_replaced_the_target(originals, targe
         parity = measured[name]["parity"]
         assert engine["allowed"][name] == pytest.approx(
             min(INT8_SLACK * parity, INT8_MOST) + TOLERANCE if int8 else TOLERANCE,
-            rel=1e-3,  # the parity is also that of a row alone
+            rel=0.02,  # the parity is also that of a row alone, whose products are summed in another order
         )
         assert (parity > 1e-3) is int8  # seven or eight bits against 24
 
