@@ -114,24 +114,17 @@ def _mean_iou(columns: Columns) -> Array:
     return mean
 
 
+def _comparison(title: str, label: str, column: str = "agreement", *, hub: str = "agreement") -> Metric:
+    """Return a metric in percent that compares with the original: the mean of a column."""
+    return Metric(title, label, "%", hub, _percent(column), compares=True)
+
+
 METRICS = {
     "accuracy": Metric("top-1 accuracy in %", "top-1 accuracy", "%", "accuracy", _percent("accuracy")),
-    "agreement": Metric(
-        "top-1 agreement with the original in %",
-        "top-1 agreement",
-        "%",
-        "agreement",
-        _percent("agreement"),
-        compares=True,
-    ),
+    "agreement": _comparison("top-1 agreement with the original in %", "top-1 agreement"),
     "f1": Metric("micro-averaged F1 of the label sets in %", "F1 of labels", "%", "f1", _micro_f1),
-    "set_agreement": Metric(
-        "samples with the same label set as the original in %",
-        "same label sets",
-        "%",
-        "agreement",
-        _percent("set_agreement"),
-        compares=True,
+    "set_agreement": _comparison(
+        "samples with the same label set as the original in %", "same label sets", "set_agreement"
     ),
     "mae": Metric("mean absolute error", "mean abs. error", "", "mae", lambda c: c["error"].mean(-1), relative=True),
     "rank_correlation": Metric(
@@ -152,54 +145,23 @@ METRICS = {
     "token_accuracy": Metric(
         "accuracy of the classes of tokens in %", "token accuracy", "%", "accuracy", _percent("accuracy")
     ),
-    "token_agreement": Metric(
-        "tokens with the same class as by the original in %",
-        "token agreement",
-        "%",
-        "agreement",
-        _percent("agreement"),
-        compares=True,
-    ),
+    "token_agreement": _comparison("tokens with the same class as by the original in %", "token agreement"),
     "perplexity": Metric("perplexity", "perplexity", "", "perplexity", _perplexity, relative=True),
     "masked_perplexity": Metric(
         "perplexity of masked tokens", "masked perplexity", "", "perplexity", _perplexity, relative=True
     ),
     "exact_match": Metric("exact matches of answer spans in %", "exact match", "%", "exact_match", _percent("exact")),
-    "span_agreement": Metric(
-        "samples with the same answer span as by the original in %",
-        "same spans",
-        "%",
-        "agreement",
-        _percent("agreement"),
-        compares=True,
-    ),
+    "span_agreement": _comparison("samples with the same answer span as by the original in %", "same spans"),
     "mean_iou": Metric("mean intersection over union (mIoU) in %", "mIoU", "%", "mean_iou", _mean_iou),
-    "pixel_agreement": Metric(
-        "pixels with the same class as by the original in %",
-        "pixel agreement",
-        "%",
-        "agreement",
-        _percent("agreement"),
-        compares=True,
-    ),
-    "depth_agreement": Metric(
-        "pixels whose depth is within a factor of 1.25 of the original's in %",
-        "depth agreement",
-        "%",
-        "delta1",
-        _percent("agreement"),
-        compares=True,
+    "pixel_agreement": _comparison("pixels with the same class as by the original in %", "pixel agreement"),
+    "depth_agreement": _comparison(
+        "pixels whose depth is within a factor of 1.25 of the original's in %", "depth agreement", hub="delta1"
     ),
     "spearman": Metric(
         "Spearman correlation with the gold scores, x 100", "Spearman x 100", "", "spearmanr", _spearman("cosine")
     ),
-    "fidelity": Metric(
-        "cosine similarity to the original's features in %",
-        "feature cosine",
-        "%",
-        "cosine_similarity",
-        _percent("fidelity"),
-        compares=True,
+    "fidelity": _comparison(
+        "cosine similarity to the original's features in %", "feature cosine", "fidelity", hub="cosine_similarity"
     ),
 }
 # Figures beside the metric that compare a model with the original: their titles in tables, and the factor to percent.

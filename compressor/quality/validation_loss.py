@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,16 @@ import torch
 
 from compressor.data.splits import Batch, Split
 from compressor.models import Model
-from compressor.quality.evaluate import BATCH, EvaluationError, graph_runner, join, loss, metric_value, sample_columns
+from compressor.quality.evaluate import (
+    BATCH,
+    EvaluationError,
+    Runner,
+    graph_runner,
+    join,
+    loss,
+    metric_value,
+    sample_columns,
+)
 from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns
 from compressor.quality.metrics import METRICS
@@ -123,4 +133,8 @@ class ValidationLoss:
         if self._originals[index] is not None or not self.head.compares(self.metric):
             return self._originals[index]
         self.sweeps += len(batch.ids) / len(self.split)
-        return graph_runner(self.model, Program(self.graph).run)(batch.feeds)
+        return self._run_original(batch.feeds)
+
+    @functools.cached_property
+    def _run_original(self) -> Runner:
+        return graph_runner(self.model, Program(self.graph).run)

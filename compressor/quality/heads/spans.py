@@ -71,15 +71,14 @@ def best_spans(logits: Array, allowed: Array) -> Array:
         logits: of first and last positions, [rows, 2, tokens].
         allowed: positions that may be chosen, bool [rows, tokens].
     """
-    masked = np.where(allowed[:, None], logits.astype(np.float64), -np.inf)
-    spans = []
-    for first, last in masked:
-        sums = first[:, None] + last[None, :]
-        legal = np.triu(np.ones_like(sums, dtype=bool)) & ~np.triu(np.ones_like(sums, dtype=bool), LONGEST)
-        # The first token is no part of an answer: a span that begins there ends there.
-        legal[0, 1:] = False
-        spans.append(np.unravel_index(np.where(legal, sums, -np.inf).argmax(), sums.shape))
-    return np.array(spans, dtype=np.int64)
+    first, last = np.moveaxis(np.where(allowed[:, None], logits.astype(np.float64), -np.inf), 1, 0)
+    rows, tokens = first.shape
+    sums = np.full((rows, tokens, min(LONGEST, tokens)), -np.inf)  # by first token and number of further tokens
+    for further in range(sums.shape[-1]):
+        sums[:, : tokens - further, further] = first[:, : tokens - further] + last[:, further:]
+    sums[:, 0, 1:] = -np.inf  # the first token is no part of an answer: a span that begins there ends there
+    start, further = np.unravel_index(sums.reshape(rows, -1).argmax(-1), sums.shape[1:])
+    return np.stack([start, start + further], -1).astype(np.int64)
 
 
 def _probability(shares: Array, spans: Array) -> Array:
