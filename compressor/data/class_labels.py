@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.data.readers.base import Array, By, Numbering, Samples
+from compressor.data.readers.base import CLASS_ORDER, Array, By, Numbering, Samples
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 
 if TYPE_CHECKING:
     from compressor.models.class_names import ClassNames
 
-CLASS_ORDER = "class order"  # the feature of the limitation on names that are numbered without the model's
 SHOWN = 3  # pairs of a name and its class in a limitation
 LISTED = 5  # names in an error
 _WHOLE = re.compile(r"\d+")

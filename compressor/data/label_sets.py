@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,22 @@ from pydantic import TypeAdapter
 from compressor.errors import DataError
 from runtimes.base.json_text import JsonTextError, parse
 
+if TYPE_CHECKING:
+    from compressor.models.class_names import ClassNames
+    from compressor.models.preprocess import Preprocess
+
 LISTS: TypeAdapter[list[str | int]] = TypeAdapter(list[str | int])
 SEPARATORS = re.compile(r"\s*[|;,]\s*")
 PRESENT = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 
 
-def label_columns(header: Sequence[str], class_names: Sequence[str]) -> dict[str, int]:
-    """Return the column of each label if every label of the model is the title of a column; else an empty dict."""
-    columns = {_plain(title): index for index, title in enumerate(header)}
-    found = {name: columns[_plain(name)] for name in class_names if _plain(name) in columns}
-    return found if class_names and len(found) == len(class_names) else {}
+def label_columns(header: Sequence[str], names: ClassNames | None) -> dict[str, int]:
+    """Return the column of each label, in the model's order, if every label is the title of a column; else nothing."""
+    if names is None:
+        return {}
+    owners = {names.numbers(title)[0]: index for index, title in enumerate(header) if len(names.numbers(title)) == 1}
+    complete = set(owners) == set(range(len(names)))
+    return {header[owners[number]]: owners[number] for number in range(len(names))} if complete else {}
 
 
 def sets_of_columns(rows: Sequence[Sequence[str]], columns: Mapping[str, int], name: str) -> npt.NDArray[np.int64]:
@@ -38,18 +45,19 @@ def sets_of_columns(rows: Sequence[Sequence[str]], columns: Mapping[str, int], n
     return np.array(cells, dtype=np.int64).reshape(len(rows), len(columns))
 
 
-def sets_of_lists(lists: Sequence[Sequence[object]], class_names: Sequence[str], name: str) -> npt.NDArray[np.int64]:
+def sets_of_lists(lists: Sequence[Sequence[object]], preprocess: Preprocess, name: str) -> npt.NDArray[np.int64]:
     """Return [rows, labels] from lists of names or numbers of labels.
 
     Raises:
-        DataError: a label is unknown, or the model does not name its labels and numbers are missing.
+        DataError: a label is not one of the model.
     """
-    numbers = [[_number(label, class_names, name) for label in labels] for labels in lists]
-    width = len(class_names) or max((max(row, default=-1) for row in numbers), default=-1) + 1
+    numbers = [[_number(label, preprocess.class_names, name) for label in labels] for labels in lists]
+    largest = max((max(row, default=-1) for row in numbers), default=-1)
+    width = largest + 1 if preprocess.classes is None else preprocess.classes
+    if largest >= width:
+        raise DataError(f"{name} holds the label {largest}, but the model has {width} labels, from 0")
     sets = np.zeros((len(numbers), width), dtype=np.int64)
     for row, labels in enumerate(numbers):
-        if labels and max(labels) >= width:
-            raise DataError(f"{name} holds the label {max(labels)}, but the model has {width} labels, from 0")
         sets[row, labels] = 1
     return sets
 
@@ -69,16 +77,12 @@ def listed(cell: str) -> list[object]:
     return [part for part in SEPARATORS.split(text) if part]
 
 
-def _number(label: object, class_names: Sequence[str], name: str) -> int:
+def _number(label: object, names: ClassNames | None, name: str) -> int:
     """Return the index of a label, given by its number or name."""
-    plain = [_plain(known) for known in class_names]
-    if isinstance(label, str) and _plain(label) in plain:
-        return plain.index(_plain(label))
-    if isinstance(label, int) or (isinstance(label, str) and label.isdigit()):
+    found = names.numbers(label) if names is not None and isinstance(label, str) else ()
+    if len(found) == 1:
+        return found[0]
+    if (isinstance(label, int) and label >= 0) or (isinstance(label, str) and label.isdigit()):
         return int(label)
-    known = f"the model has {', '.join(class_names[:5])}" if class_names else "the model does not name its labels"
+    known = "the model does not name its labels" if names is None else f"the model has {', '.join(names.known())}"
     raise DataError(f"{name} holds the label {label!r}, but {known}; expected names of the model, or numbers from 0")
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "_", name.strip().lower())

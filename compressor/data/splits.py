@@ -220,8 +220,6 @@ def load(
     window = resolve_window(max_length, stride, preprocess.longest) if task == "text-generation" else None
     if window is not None:
         preprocess = preprocess.limited(window.length)
-    if class_names is not None:
-        preprocess = replace(preprocess, class_names=class_names.all_first())
     samples = read(spec, preprocess, task=task, seed=seed, revision=revision)
     if task.endswith("classification"):
         samples = with_class_numbers(samples, class_names, spec)

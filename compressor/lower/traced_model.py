@@ -10,8 +10,8 @@ from typing import Any
 from compressor import models
 from compressor.choices import TRANSFORMERS
 from compressor.data import splits as data_module
-from compressor.data.class_labels import CLASS_ORDER, listed
-from compressor.data.readers.base import Samples
+from compressor.data.class_labels import listed
+from compressor.data.readers.base import CLASS_ORDER, Samples
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
@@ -232,11 +232,6 @@ def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
         raise SubjectError(
             f"{data.source} has sets of {labels[0].shape[1]} labels, but {model.name} has {classes}; give a column for "
             "each label of the model, in its order."
-        )
-    if data.label_kind == "labels" and model.problem_type != "multi_label_classification":
-        raise SubjectError(
-            f"{data.source} has label sets, but {model.name} predicts one class; pass --problem-type "
-            "multi_label_classification."
         )
     largest = data.calibration.samples.largest_class
     if data.label_kind == "class":

@@ -80,9 +80,10 @@ def load(
     else:
         source, location = _locate(str(spec or SAMPLE), revision, random_weights)
         if on_disk:
-            return _on_disk(
+            streamed = _on_disk(
                 source, location, task=task, revision=revision, trust_remote_code=trust_remote_code, cache=cache
             )
+            return with_problem_type(streamed, problem_type)
         model = _source(source).load(
             location,
             task=task,

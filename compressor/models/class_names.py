@@ -38,13 +38,13 @@ class ClassNames:
         """Return the name of a class for reports; None if it has no name."""
         return self.names[number][0] if 0 <= number < len(self.names) and self.names[number] else None
 
-    def all_first(self) -> tuple[str, ...]:
-        """Return the name of each class for reports, empty where it has none."""
-        return tuple(names[0] if names else "" for names in self.names)
-
     def id2label(self) -> dict[str, str]:
         """Return the class numbers with the names for reports, as transformers writes them to JSON."""
         return {str(number): names[0] for number, names in enumerate(self.names) if names}
+
+    def known(self, most: int = 5) -> list[str]:
+        """Return the first names for reports."""
+        return list(self.id2label().values())[:most]
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """Return the numbers of the classes with this name; more than one if the name is ambiguous.

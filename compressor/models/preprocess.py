@@ -12,6 +12,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from PIL import Image
 
+    from compressor.models.class_names import ClassNames
+
 Kind = Literal["image", "text", "tensor"]
 Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
 
@@ -55,7 +57,8 @@ class Preprocess:
         special: token ids that are not text, such as those of padding and of the start.
         mask_token: the token id that hides a token of a masked language model.
         problem_type: the problem type of a classifier.
-        class_names: the names of the classes by index; empty if the model does not name them.
+        classes: number of classes or labels; None if it is unknown before the model runs.
+        class_names: names of the classes; None if the model does not name them.
         lengths: returns the number of tokens of each text, optionally with second texts, without truncation.
         limit: number of tokens to which `text` truncates; None if it does not truncate.
     """
@@ -75,7 +78,8 @@ class Preprocess:
     special: frozenset[int] = frozenset()
     mask_token: int | None = None
     problem_type: str | None = None
-    class_names: tuple[str, ...] = ()
+    classes: int | None = None
+    class_names: ClassNames | None = None
 
     @property
     def channels(self) -> int:

@@ -14,7 +14,7 @@ CLASSIFIERS = ("image-classification", "text-classification")
 
 
 def with_problem_type(model: Model, requested: str | None) -> Model:
-    """Return the model with its problem type, for image and text classifiers.
+    """Return the model with its problem type, for image and text classifiers; its preprocessing learns the classes.
 
     The requested type comes first, then ``problem_type`` of the config. A model of transformers without it whose config
     has a single label predicts a number, as in transformers' own loss functions. All others predict one class.
@@ -29,6 +29,9 @@ def with_problem_type(model: Model, requested: str | None) -> Model:
     if requested is not None and requested not in PROBLEM_TYPES:
         raise ModelError(f"unknown problem type {requested!r}; expected one of {', '.join(PROBLEM_TYPES)}.")
     config = getattr(model.module, "config", None)
+    classes = getattr(config, "num_labels", None)
+    preprocess = dataclasses.replace(model.preprocess, classes=classes, class_names=model.class_names)
+    model = dataclasses.replace(model, preprocess=preprocess)
     if model.task not in CLASSIFIERS:
         if requested is None:
             return model
@@ -41,7 +44,7 @@ def with_problem_type(model: Model, requested: str | None) -> Model:
     return dataclasses.replace(
         model,
         problem_type=requested or found,
-        preprocess=dataclasses.replace(model.preprocess, problem_type=requested or found),
+        preprocess=dataclasses.replace(preprocess, problem_type=requested or found),
         limitations=(*model.limitations, *limitations),
     )
 

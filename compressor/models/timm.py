@@ -38,6 +38,7 @@ from compressor.models.weights.config_checks import check_counts, check_paramete
 from compressor.models.weights.stored_dtypes import dtypes_in
 from compressor.workspace.json_files import OBJECT, read_json
 
+TASKS = ("image-classification", "image-feature-extraction")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # names of the weights in a folder or repository, in timm's order
 NO_CLASSIFIER = Limitation(
     "classifier", "the checkpoint has no classifier (num_classes is 0), so its features are exported"
@@ -63,7 +64,7 @@ def load(
         ModelError: the weights cannot be read, or the task is not an image task.
     """
     resolved_task = task or "image-classification"
-    if not resolved_task.startswith("image"):
+    if resolved_task not in TASKS:
         raise ModelError(
             f"{location} is a timm model, which does not support the task {resolved_task}; expected "
             "image-classification or image-feature-extraction."

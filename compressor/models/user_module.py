@@ -27,7 +27,24 @@ from passes.torch_internals import forward_hooks, remove_backward_hooks
 # Values in an output that are reported as left out, because they are not tensors.
 PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, torch.dtype, torch.device, torch.Size)
 # Number of axes of the judged output, for the tasks that determine it.
-AXES = {"image-classification": 2, "text-classification": 2, "sentence-similarity": 2, "text-generation": 3}
+AXES = {
+    "image-classification": 2,
+    "text-classification": 2,
+    "sentence-similarity": 2,
+    "question-answering": 2,
+    "text-generation": 3,
+    "token-classification": 3,
+    "fill-mask": 3,
+    "depth-estimation": 3,
+    "image-segmentation": 4,
+}
+# What the output must be instead, by its number of axes.
+NEEDS = {
+    2: "an output [batch, values]",
+    3: "input_ids and logits [batch, tokens, vocabulary]",
+    4: "logits [batch, classes, height, width]",
+}
+SPAN = ("start_logits", "end_logits")  # the outputs that question answering needs
 
 
 def load(
@@ -129,7 +146,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
     repeated = dict(_repeated(tensors, unchanged))
     tensors = {name: value for name, value in tensors.items() if name not in repeated}
     outputs = _renamed(tuple(tensors), tuple(example))
-    answer = "logits" if "logits" in outputs else outputs[0]
+    answer, *stacked = _evaluated(task, outputs, label)
     evaluated = list(tensors.values())[outputs.index(answer)]
     resolved_task = _task(task, evaluated, example, label)
     names = _class_names(module, resolved_task, evaluated)
@@ -144,6 +161,7 @@ def _described(module: torch.nn.Module, example_inputs: Any, *, task: str | None
         inputs=tuple(example),
         outputs=outputs,
         answer=answer,
+        stacked=tuple(stacked),
         example=example,
         dynamic_axes=axes,
         preprocess=Preprocess(tuple(example), "tensor", as_numpy(example)),
@@ -495,6 +513,18 @@ def _call(
     return tuple(returned[name] for name in outputs)
 
 
+def _evaluated(task: str | None, outputs: tuple[str, ...], label: str) -> tuple[str, ...]:
+    """Return the outputs that quality is measured on; with question answering, the first and the last token's."""
+    if task == "question-answering":
+        if not set(SPAN) <= set(outputs):
+            raise ModelError(
+                f"{label} returns {', '.join(outputs)}, but question-answering needs {' and '.join(SPAN)}; return a "
+                "dict with these names, or leave --task out."
+            )
+        return SPAN
+    return ("logits",) if "logits" in outputs else outputs[:1]
+
+
 def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tensor], label: str) -> str:
     """Return `task` if the output has a matching shape; infer it from the shapes if `task` is None."""
     if answer.ndim < 2 or len(answer) != 2:
@@ -504,7 +534,7 @@ def _task(task: str | None, answer: torch.Tensor, example: dict[str, torch.Tenso
         )
     axes = AXES.get(task or "", answer.ndim)
     if answer.ndim != axes or (task == "text-generation" and "input_ids" not in example):
-        needs = "input_ids and logits [batch, tokens, vocabulary]" if axes == 3 else "an output [batch, values]"
+        needs = "a depth [batch, height, width]" if task == "depth-estimation" else NEEDS[axes]
         raise ModelError(
             f"{label} returns an output with {answer.ndim} axes, but {task} needs {needs}; leave --task out."
         )

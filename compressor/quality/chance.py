@@ -14,7 +14,8 @@ import torch
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 
-from compressor.data.class_labels import CLASS_ORDER, format_pairs
+from compressor.data.class_labels import format_pairs
+from compressor.data.readers.base import CLASS_ORDER
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation

@@ -20,6 +20,7 @@ Feeds = dict[str, Array]
 # spans of answers in a text; a class for each pixel.
 LabelKind = Literal["class", "score", "tokens", "labels", "token classes", "spans", "pixels"]
 By = Literal["name", "number", "order"]
+CLASS_ORDER = "class order"  # the feature of the limitation on names that are numbered without the model's
 Progress = Callable[[int, int], None]
 
 

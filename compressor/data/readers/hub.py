@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import LabelKind, Samples
+from compressor.data.readers.base import CLASS_ORDER, LabelKind, Samples
 from compressor.data.readers.images import pictures
 from compressor.data.readers.records import record_samples
-from compressor.data.readers.tables import CLASSES, Table, table_samples
+from compressor.data.readers.tables import CLASSES, Table, column_name, table_samples
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -79,22 +80,32 @@ def dataset_samples(dataset: Any, name: str, preprocess: Preprocess, task: str, 
     if task in ("token-classification", "question-answering") or (
         preprocess.problem_type == "multi_label_classification"
     ):
-        return record_samples(
-            _records(dataset), [str(row) for row in range(len(dataset))], name, preprocess, task, seed
-        )
+        return _structured(dataset, name, preprocess, task, seed)
     return table_samples(_table(dataset, name), name, preprocess, task, seed)
 
 
-def _records(dataset: Any) -> list[dict[str, Any]]:
-    """Return the rows, with the dataset's own names in place of the numbers of classes."""
+def _structured(dataset: Any, name: str, preprocess: Preprocess, task: str, seed: int) -> Samples:
+    """Read rows with lists or objects; the numbers in lists of classes become names if the model names its classes."""
     names = {column: _class_names(dataset.features[column]) for column in dataset.column_names}
-    return [
+    named = {column: own for column, own in names.items() if own}
+    unnamed = preprocess.class_names is None
+    records = [
         {
-            column: [names[column][number] for number in value] if names[column] and isinstance(value, list) else value
+            column: value if unnamed or column not in named else [named[column][number] for number in value]
             for column, value in row.items()
         }
         for row in dataset.with_format(None)
     ]
+    ids = [str(row) for row in range(len(dataset))]
+    samples = record_samples(records, ids, name, preprocess, task, seed)
+    if not (unnamed and named):
+        return samples
+    limitation = Limitation(
+        CLASS_ORDER,
+        f"the model does not name its classes, so those of {', '.join(named)} have the numbers of the data set; the "
+        "model must use the same numbers, or its accuracy is wrong",
+    )
+    return replace(samples, limitations=(*samples.limitations, limitation))
 
 
 def _class_names(feature: Any) -> list[str]:
@@ -157,7 +168,7 @@ def _unread(dataset: Any, read: Sequence[str], label: str | None) -> Iterator[Li
 
 def _label_column(dataset: Any) -> str | None:
     """Return the first column of type ClassLabel, or else the first with numbers or texts and the name of a label."""
-    named = [column for title in CLASSES for column in dataset.column_names if _title(column) == title]
+    named = [column for title in CLASSES for column in dataset.column_names if column_name(column) == title]
     return _of_type(dataset, "ClassLabel") or next((column for column in named if _is_label(dataset, column)), None)
 
 
@@ -197,15 +208,11 @@ def _table(dataset: Any, name: str) -> Table:
     ids = tuple(str(row) for row in range(len(dataset)))
     names = {index: _names_of(dataset, column) for index, column in enumerate(columns)}
     return Table(
-        tuple(map(_title, columns)),
+        tuple(map(column_name, columns)),
         tuple(zip(*cells, strict=True)),
         ids,
         {index: own for index, own in names.items() if own is not None},
     )
-
-
-def _title(column: str) -> str:
-    return column.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _is_cell(feature: Any) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compressor.data.label_sets import sets_of_lists
 from compressor.data.readers.base import Samples, Skipped
-from compressor.data.readers.tables import TEXTS, Table, table_samples
+from compressor.data.readers.tables import TEXTS, Table, column_name, table_samples
 from compressor.data.readers.texts import text_of, tokens
-from compressor.data.readers.token_targets import AlignedSamples, answer_spans, spans_of, word_classes
+from compressor.data.readers.token_targets import IGNORED, answer_spans, spans_of, word_classes
 from compressor.errors import DataError
+from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 from runtimes.base.json_text import OBJECT, JsonTextError, parse
 
@@ -73,31 +75,36 @@ def record_samples(
     """Return the samples of records for the task of the model."""
     if preprocess.kind != "text":
         raise DataError(f"{name} holds texts, but the model takes {preprocess.kind} inputs; pass --data of that kind")
-    if task == "token-classification" and any(field in records[0] for field in WORDS):
+    if task == "token-classification" and _field(records, WORDS) is not None:
         return _tagged(records, ids, name, preprocess)
     if task == "question-answering":
         return _questions(records, ids, name, preprocess)
-    if preprocess.problem_type == "multi_label_classification" and _field(records[0], LABEL_SETS) is not None:
-        return _label_sets(records, ids, name, preprocess)
-    return table_samples(_table(records, ids), name, preprocess, task, seed)
+    field = _field(records, LABEL_SETS)
+    if field is not None and any(isinstance(record.get(field), list) for record in records):
+        return _label_sets(records, ids, name, preprocess, field)
+    return _plain(records, ids, name, preprocess, task, seed)
 
 
 def _tagged(records: Sequence[Record], ids: Sequence[str], name: str, preprocess: Preprocess) -> Samples:
     """Return words with their tags; rows without words, or with another number of tags, are skipped."""
-    words, tags = _field(records[0], WORDS), _field(records[0], TAGS)
+    words, tags = _field(records, WORDS), _field(records, TAGS)
     assert words is not None
-    reasons = [_fault_of_tags(record, words, tags) for record in records]
-    usable = [index for index, reason in enumerate(reasons) if reason is None]
-    skipped = [Skipped(ids[index], reason) for index, reason in enumerate(reasons) if reason is not None]
+    usable, skipped = _sorted_out(ids, [_fault_of_tags(record, words, tags) for record in records])
     texts = [[str(word) for word in records[index][words]] for index in usable]
     classes = None if tags is None else _numbered([records[index][tags] for index in usable], name, preprocess)
-    reading = f"words {words!r}" + ("" if tags is None else f" with tags {tags!r}")
-    largest = None if classes is None else max((max(row) for row in classes), default=None)
     source = word_classes(texts, classes, preprocess)
-    return _samples(
-        source, [ids[index] for index in usable], reading, skipped, [" ".join(text) for text in texts],
-        kind=None if tags is None else "token classes", largest=largest,
-    )  # fmt: skip
+    joined = [" ".join(text) for text in texts]
+    return Samples(
+        tuple(ids[index] for index in usable),
+        source.feeds,
+        f"words {words!r}" + ("" if tags is None else f" with tags {tags!r}"),
+        label_kind=None if tags is None else "token classes",
+        largest_class=None if classes is None else max((max(row) for row in classes), default=None),
+        skipped=skipped,
+        shown=joined.__getitem__,
+        targets=source.targets,
+        lengths=_lengths(preprocess, joined, None),
+    )
 
 
 def _fault_of_tags(record: Record, words: str, tags: str | None) -> str | None:
@@ -111,79 +118,151 @@ def _fault_of_tags(record: Record, words: str, tags: str | None) -> str | None:
 
 
 def _numbered(rows: Sequence[Sequence[object]], name: str, preprocess: Preprocess) -> list[list[int]]:
-    """Return the class numbers of tags, which are numbers or the model's own names.
+    """Return the class numbers of tags, which are numbers or names of the model; -100 marks words without a tag.
 
     Raises:
-        DataError: tags are not among the names of the model.
+        DataError: tags are not among the names of the model, or are negative numbers.
     """
-    numbers = {tag: index for index, tag in enumerate(preprocess.class_names)}
-    unknown = sorted({str(tag) for row in rows for tag in row if not isinstance(tag, int) and tag not in numbers})
+    names = preprocess.class_names
+    numbers: dict[object, int] = {}
+    for tag in {tag for row in rows for tag in row}:
+        found = names.numbers(tag) if names is not None and isinstance(tag, str) else ()
+        if len(found) == 1:
+            numbers[tag] = found[0]
+        elif isinstance(tag, int) and (tag >= 0 or tag == IGNORED):
+            numbers[tag] = tag
+    unknown = sorted({str(tag) for row in rows for tag in row if tag not in numbers})
     if unknown:
-        known = ", ".join(preprocess.class_names[:UNKNOWN]) or "none"
+        known = "none" if names is None else ", ".join(names.known(UNKNOWN))
         raise DataError(
             f"{name} holds tags that the model does not name ({', '.join(unknown[:UNKNOWN])}; the model's are {known}, "
             "...); use the names in id2label of its config, or class numbers"
         )
-    return [[tag if isinstance(tag, int) else numbers[str(tag)] for tag in row] for row in rows]
+    return [[numbers[tag] for tag in row] for row in rows]
 
 
 def _questions(records: Sequence[Record], ids: Sequence[str], name: str, preprocess: Preprocess) -> Samples:
     """Return questions with their contexts, and the places of the answers."""
-    if not {"question", "context"} <= set(records[0]):
+    if not {"question", "context"} <= set(_fields(records)):
         raise DataError(
-            f"{name} has the fields {', '.join(records[0])}; question answering needs question and context, and "
-            "answers for exact matches"
+            f"{name} has the fields {', '.join(_fields(records)) or 'none'}; question answering needs question and "
+            "context, and answers for exact matches"
         )
-    field = _field(records[0], ANSWERS)
-    empty = [not str(record.get("question", "")).strip() or not str(record.get("context", "")) for record in records]
-    usable = [index for index, missing in enumerate(empty) if not missing]
-    skipped = [Skipped(ids[index], "question or context is empty") for index, missing in enumerate(empty) if missing]
+    field = _field(records, ANSWERS)
+    usable, skipped = _sorted_out(ids, [_fault_of_answers(record, field) for record in records])
     questions = [str(records[index]["question"]) for index in usable]
     contexts = [str(records[index]["context"]) for index in usable]
     answers = None
     if field is not None:
         answers = [spans_of(records[index].get(field), str(records[index]["context"])) for index in usable]
-    reading = "questions with contexts" + ("" if field is None else f" and {field!r}")
     source = answer_spans(questions, contexts, answers, preprocess)
     shown = [f"{question}\n{context}" for question, context in zip(questions, contexts, strict=True)]
-    kind = None if field is None else "spans"
-    return _samples(source, [ids[index] for index in usable], reading, skipped, shown, kind=kind)
+    return Samples(
+        tuple(ids[index] for index in usable),
+        source.feeds,
+        "questions with contexts" + ("" if field is None else f" and {field!r}"),
+        label_kind=None if field is None else "spans",
+        skipped=skipped,
+        shown=shown.__getitem__,
+        targets=source.targets,
+        lengths=_lengths(preprocess, questions, contexts),
+    )
 
 
-def _label_sets(records: Sequence[Record], ids: Sequence[str], name: str, preprocess: Preprocess) -> Samples:
-    """Return texts with lists of labels."""
-    field, text = _field(records[0], LABEL_SETS), _field(records[0], TEXTS)
+def _fault_of_answers(record: Record, field: str | None) -> str | None:
+    if not str(record.get("question") or "").strip() or not str(record.get("context") or "").strip():
+        return "question or context is empty"
+    try:
+        if field is not None:
+            spans_of(record.get(field), str(record["context"]))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _label_sets(
+    records: Sequence[Record], ids: Sequence[str], name: str, preprocess: Preprocess, field: str
+) -> Samples:
+    """Return texts with lists of labels; rows without a text or a list are skipped.
+
+    Raises:
+        DataError: the model predicts one class, or the records have no text.
+    """
+    if preprocess.problem_type != "multi_label_classification":
+        raise DataError(
+            f"{name} has label sets in {field!r}, but the model predicts one class; pass --problem-type "
+            "multi_label_classification, or data with one label for each sample"
+        )
+    text = _field(records, TEXTS)
     if text is None:
-        raise DataError(f"{name} has the fields {', '.join(records[0])}; expected a text as {', '.join(TEXTS[:3])}")
-    assert field is not None
-    lists = [value if isinstance(value := record.get(field), list) else [] for record in records]
-    texts = [str(record.get(text, "")) for record in records]
-    source = tokens(name, texts, None, False, preprocess)
+        fields, expected = ", ".join(_fields(records)), ", ".join(TEXTS[:3])
+        raise DataError(f"{name} has the fields {fields}; expected a text as {expected}")
+    usable, skipped = _sorted_out(ids, [_fault_of_set(record, text, field) for record in records])
+    source = tokens(name, [str(records[index][text]) for index in usable], None, False, preprocess)
     return Samples(
-        tuple(ids), source.feeds, f"texts {text!r} with label sets {field!r}",
-        labels=sets_of_lists(lists, preprocess.class_names, name), label_kind="labels", shown=source.shown,
-    )  # fmt: skip
+        tuple(ids[index] for index in usable),
+        source.feeds,
+        f"texts {text!r} with label sets {field!r}",
+        labels=sets_of_lists([records[index][field] for index in usable], preprocess, name),
+        label_kind="labels",
+        skipped=skipped,
+        shown=source.shown,
+        lengths=None if preprocess.lengths is None else source.lengths,
+    )
 
 
-def _samples(
-    source: AlignedSamples, ids: Sequence[str], reading: str, skipped: Sequence[Skipped], shown: Sequence[str],
-    *, kind: Any, largest: int | None = None,
-) -> Samples:  # fmt: skip
-    return Samples(
-        tuple(ids), source.feeds, reading, label_kind=kind, skipped=tuple(skipped), shown=shown.__getitem__,
-        targets=source.targets, largest_class=largest,
-    )  # fmt: skip
+def _fault_of_set(record: Record, text: str, field: str) -> str | None:
+    if not str(record.get(text) or "").strip():
+        return "the text is empty"
+    return None if isinstance(record.get(field), list) else f"{field} is no list of labels"
 
 
-def _table(records: Sequence[Record], ids: Sequence[str]) -> Table:
+def _plain(
+    records: Sequence[Record], ids: Sequence[str], name: str, preprocess: Preprocess, task: str, seed: int
+) -> Samples:
+    """Return the samples of records as those of a table; fields with lists or objects are not read, which is said."""
+    nested = [field for field in _fields(records) if any(isinstance(each.get(field), list | dict) for each in records)]
+    samples = table_samples(_table(records, ids, nested), name, preprocess, task, seed)
+    if not nested:
+        return samples
+    limitation = Limitation("fields of the data", f"{', '.join(nested)} not read, because they are lists or objects")
+    return replace(samples, limitations=(*samples.limitations, limitation))
+
+
+def _sorted_out(ids: Sequence[str], faults: Sequence[str | None]) -> tuple[list[int], tuple[Skipped, ...]]:
+    """Return the positions of the samples without a fault, and the others with their faults."""
+    usable = [index for index, fault in enumerate(faults) if fault is None]
+    return usable, tuple(Skipped(id, fault) for id, fault in zip(ids, faults, strict=True) if fault is not None)
+
+
+def _lengths(
+    preprocess: Preprocess, first: Sequence[str], second: Sequence[str] | None
+) -> Callable[[Sequence[int]], list[list[int]]] | None:
+    """Return the function that counts the tokens of samples without truncation; None if the model cannot count them."""
+    count = preprocess.lengths
+    if count is None:
+        return None
+
+    def lengths(indices: Sequence[int]) -> list[list[int]]:
+        others = None if second is None else [second[index] for index in indices]
+        return [[length] for length in count([first[index] for index in indices], others)]
+
+    return lengths
+
+
+def _table(records: Sequence[Record], ids: Sequence[str], nested: Sequence[str]) -> Table:
     """Return the fields of records with text or numbers as the columns of a table."""
-    fields = [
-        field for field, value in records[0].items() if isinstance(value, str | int | float | bool) or value is None
-    ]
+    fields = [field for field in _fields(records) if field not in nested]
     cells = [tuple("" if record.get(field) is None else str(record[field]) for field in fields) for record in records]
-    titles = tuple(field.strip().lower().replace(" ", "_").replace("-", "_") for field in fields)
-    return Table(titles, tuple(cells), tuple(ids))
+    return Table(tuple(map(column_name, fields)), tuple(cells), tuple(ids))
 
 
-def _field(record: Record, names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in record), None)
+def _fields(records: Sequence[Record]) -> list[str]:
+    """Return the fields of all records, in order of first appearance."""
+    return list(dict.fromkeys(field for record in records for field in record))
+
+
+def _field(records: Sequence[Record], names: Sequence[str]) -> str | None:
+    """Return the first of some names that is a field of any record."""
+    fields = set(_fields(records))
+    return next((name for name in names if name in fields), None)

@@ -81,8 +81,9 @@ def read_table(path: Path, name: str, preprocess: Preprocess, task: str, seed: i
     if task == "question-answering":
         from compressor.data.readers.records import record_samples
 
-        records = [dict(zip(table.header, row, strict=True)) for row in table.rows]
-        return record_samples(records, table.ids, name, preprocess, task, seed)
+        records = [dict(zip(table.header, row, strict=False)) for row in table.rows]
+        samples = record_samples(records, table.ids, name, preprocess, task, seed)
+        return replace(samples, skipped=(*ragged, *samples.skipped))
     return table_samples(table, name, preprocess, task, seed, skipped=ragged)
 
 
@@ -154,7 +155,7 @@ def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
     if not lines:
         raise DataError(f"{name} holds no rows; expected texts with optional labels")
     width = _width(lines)
-    header = tuple(_normalized(cell) for cell in lines[0]) if _is_header(lines, width) else ()
+    header = tuple(column_name(cell) for cell in lines[0]) if _is_header(lines, width) else ()
     rows = list(enumerate(lines[1:] if header else lines))
     ragged = [
         Skipped(str(row), f"{len(cells)} columns, expected {width}") for row, cells in rows if len(cells) != width
@@ -251,12 +252,13 @@ def _is_header(lines: Sequence[Sequence[str]], width: int) -> bool:
         return False
     # A name that occurs again below the first line is a class label, not a title
     columns = list(zip(*rest, strict=True)) or [()] * width
-    if any(_normalized(cell) in NAMES and cell not in columns[index] for index, cell in enumerate(first)):
+    if any(column_name(cell) in NAMES and cell not in columns[index] for index, cell in enumerate(first)):
         return True
     return bool(rest) and any(_are_numbers(column) for column in columns)
 
 
-def _normalized(title: str) -> str:
+def column_name(title: str) -> str:
+    """Return the title of a column in lower case, with underscores."""
     return title.strip().lower().replace(" ", "_").replace("-", "_")
 
 
@@ -328,7 +330,7 @@ def _with_label_sets(table: Table, name: str, preprocess: Preprocess, skipped: S
         labels, shape = sets_of_columns(rows, columns, name), f"{len(columns)} label columns"
     else:
         assert lists is not None
-        labels = sets_of_lists([listed(row[lists]) for row in rows], preprocess.class_names, name)
+        labels = sets_of_lists([listed(row[lists]) for row in rows], preprocess, name)
         shape = f"label sets {table.title(lists)}"
     unusable = [Skipped(id, "the text is empty") for id, missing in zip(table.ids, empty, strict=True) if missing]
     return Samples(

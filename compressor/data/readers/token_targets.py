@@ -178,20 +178,30 @@ def _aligner(preprocess: Preprocess) -> Callable[..., Any]:
     return preprocess.align
 
 
-def spans_of(answers: Mapping[str, Any] | Sequence[str] | str | None, context: str) -> list[tuple[int, int]]:
+def spans_of(answers: object, context: str) -> list[tuple[int, int]]:
     """Return the places of answers in a context, from SQuAD's ``{"text": [...], "answer_start": [...]}`` or from texts.
 
-    Texts without a place are searched for in the context; those that do not occur have no place.
+    Texts without a place are searched for in the context. None, and empty texts, mean that there is no answer.
+
+    Raises:
+        ValueError: an answer is not in the context, or the answers have another form.
 
     >>> spans_of({"text": ["blue"], "answer_start": [11]}, "The sky is blue.")
     [(11, 15)]
-    >>> spans_of("sky", "The sky is blue."), spans_of("sea", "The sky is blue."), spans_of(None, "The sky is blue.")
-    ([(4, 7)], [], [])
+    >>> spans_of("sky", "The sky is blue."), spans_of(None, "The sky is blue.")
+    ([(4, 7)], [])
     """
-    if answers is None:
-        return []
+    starts, texts = None, answers
     if isinstance(answers, Mapping):
-        starts, texts = answers.get("answer_start", ()), answers.get("text", ())
-        return [(int(start), int(start) + len(text)) for start, text in zip(starts, texts, strict=True)]
-    texts = [answers] if isinstance(answers, str) else answers
-    return [(context.find(text), context.find(text) + len(text)) for text in texts if text and text in context]
+        starts, texts = answers.get("answer_start"), answers.get("text", [])
+    texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("the answers are no texts")
+    if starts is None:
+        starts = [context.find(text) for text in texts]
+    if not isinstance(starts, list) or len(starts) != len(texts) or not all(type(start) is int for start in starts):
+        raise ValueError("answer_start is no list with a number for each answer")
+    places = [(start, start + len(text)) for start, text in zip(starts, texts, strict=True) if text]
+    if any(start < 0 or end > len(context) for start, end in places):
+        raise ValueError("an answer is not in the context")
+    return places

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from compressor.errors import DataError
 from compressor.quality.heads.base import SCALES, Head, Metrics, regret, relative_entropy, row_means
 from compressor.quality.intervals import Array, Columns
 
@@ -63,6 +64,12 @@ def resized(logits: Array, size: tuple[int, ...]) -> Array:
 def _overlaps(chosen: Array, labels: Array, classes: int) -> Columns:
     """Return the pixels of intersection (``both``) and of union of prediction and label, by class, [rows] each."""
     scored = labels != IGNORED
+    largest = int(labels[scored].max(initial=0))
+    if largest >= classes:
+        raise DataError(
+            f"a mask holds the class {largest}, but the model has {classes} classes, from 0; {IGNORED} marks pixels "
+            "that do not count"
+        )
     columns = {}
     for index in range(classes):
         predicted, labelled = (chosen == index) & scored, labels == index

@@ -7,6 +7,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from compressor.data.splits import Batch
+from compressor.errors import CompressorError
 from compressor.quality.evaluate import figure, metric_value, sample_columns
 from compressor.quality.heads.pixels import resized
 from compressor.quality.heads.registry import head_for
@@ -181,6 +182,12 @@ def test_mean_iou_is_that_of_scikit_learn():
     absent = np.where(labels == 4, 3, labels)
     columns = sample_columns(head_for("image-segmentation"), "mean_iou", batch(absent, count=4), answer[:, :4], None)
     assert 0 < metric_value("mean_iou", columns) < 100
+
+
+def test_a_class_that_the_model_does_not_have_is_refused():
+    labels = np.full((1, 4, 4), 7)
+    with pytest.raises(CompressorError, match=r"a mask holds the class 7, but the model has 5 classes.*255 marks"):
+        sample_columns(head_for("image-segmentation"), "mean_iou", batch(labels, count=1), normal(1, 5, 4, 4), None)
 
 
 def test_logits_of_a_smaller_size_are_resized_as_transformers_does():
