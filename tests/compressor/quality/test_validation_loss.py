@@ -95,3 +95,18 @@ def test_original_with_nan_raises():
     model, graph, _, split = small(lambda module: module.head.weight.fill_(math.nan))
     with pytest.raises(EvaluationError, match="gave NaN or infinity for sample 0"):
         ValidationLoss(graph, model, split, "agreement")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "agreement", "fidelity"])
+def test_outputs_of_the_original_that_are_not_kept_are_computed_again(metric, monkeypatch):
+    monkeypatch.setattr(validation_loss, "BATCH", 5)
+    model, graph, sites, split = small(spread())
+    model = dataclasses.replace(model, task="feature-extraction") if metric == "fidelity" else model
+    split.labels = np.arange(24) % 5
+    kept = ValidationLoss(graph, model, split, metric)
+    monkeypatch.setattr(validation_loss, "KEPT", 0)
+    again = ValidationLoss(graph, model, split, metric)
+    assert again._originals == [None] * 5
+    fork = without(graph, sites[:2])
+    assert again.loss(fork).percent == pytest.approx(kept.loss(fork).percent, abs=1e-5)  # float32
+    assert again.sweeps - kept.sweeps == pytest.approx(1.0)  # the original ran once more
