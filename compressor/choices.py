@@ -23,6 +23,11 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.
 TRANSFORMERS = "transformers"
 
+# Copied from runtimes.base.protocols and passes.plan.selection, which import NumPy and torch; a test compares them.
+DEVICES = ("cpu", "cuda")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
+METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
+
 COSTS = ("latency", "macs")
 # The actions that `--drop auto` chooses among by default.
 AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")

@@ -1,4 +1,7 @@
-"""Options of an export: defaults, checks, and the JSON form that report.json records."""
+"""Options of an export: fields, checks, and the JSON form that report.json records.
+
+The command line reads the fields for `--help`, so torch and NumPy are imported only by the checks that need them.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.choices import (
     AUTO,
     AUTO_ACTIONS,
     CALIBRATIONS,
     COSTS,
+    DEVICES,
     DYNAMIC,
     HEAL_METHODS,
+    METRICS,
+    PRECISIONS,
     PROBLEM_TYPES,
     SHORT_FORMS,
     TASKS,
@@ -26,13 +30,14 @@ from compressor.choices import (
     parse_image_size,
 )
 from compressor.errors import SettingsError
-from passes.base import PassError
-from passes.plan.plan import form_and_rank
-from passes.plan.selection import METRICS, parse
-from runtimes.base.protocols import DEVICES, PRECISIONS, RuntimesError
-from runtimes.base.registry import runtime
+from compressor.options import check_options, documented, option
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_LOSS = 1.0
+# Fields that are arguments of Python functions only.
+API_ONLY = ("example_inputs",)
 ONLY_BLOCKS = f"--target {TRANSFORMERS} can only remove whole blocks"
 BLOCKS_ADVICE = (
     "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target"
@@ -46,116 +51,172 @@ FIXED_SIZE = {
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
 
+@documented
 @dataclass(frozen=True)
 class Settings:
     """Options of an export; each field corresponds to the command-line option of the same name.
 
-    Attributes:
-        model: MODEL argument, a module, or None for the embedded sample.
-        data: source of the samples; None takes the data of the embedded sample.
-        drop: ``none``, ``auto``, a number, a percentage, ``kind:number``, site names, or a plan file.
-        metric: ranking of the sites if `drop` is a number or a percentage.
-        actions: actions allowed on a site. ``auto`` chooses among several (None: `AUTO_ACTIONS`); the other forms of
-            `drop` take one (None: drop).
-        tokens: ``auto`` (the search merges tokens too), ``none``, a number for every attention, one number for each
-            attention, separated by commas, or the percentage merged by half of the depth.
-        max_loss: largest loss of quality on validation data, in percent: points of accuracy, agreement, feature
-            similarity or Spearman correlation; relative increase of perplexity. None: 1 for ``auto``, unlimited with
-            `speedup` or `latency`.
-        speedup: speed-up that ``auto`` must reach, as a factor.
-        latency: latency that ``auto`` must reach, in milliseconds.
-        generate: workload whose time is the latency of a language model with a KV cache, as ``PROMPT:NEW``: tokens of
-            the prompt and generated tokens; ``PROMPT:0`` is the prompt alone. None: 128:128, or less if the model has
-            fewer positions.
-        cost: cost that ``auto`` reduces: ``latency`` as timed on the target, or ``macs`` (multiply-adds).
-        heal: ``none``, ``closed-form`` or ``distill``: method that adapts the remaining weights after the changes.
-        heal_budget: time limit of healing, in seconds.
-        problem_type: one of `compressor.choices.PROBLEM_TYPES` for a classifier; None for that of its config.
-        target: name of the runtime, or ``transformers`` for a checkpoint without whole blocks.
-        precision: one of `runtimes.base.protocols.PRECISIONS`, or ``auto``: the fastest precision of the target whose
-            measured loss is at most `max_precision_loss`.
-        int8: short form of `precision`: ``static`` for int8, ``dynamic`` for int8-dynamic. It is None after
-            initialisation.
-        calibration: method of `compressor.quantize.calibration` that sets the int8 activation ranges; ``auto`` tries
-            the methods, and SmoothQuant, on validation data until the loss is small.
-        factorial: also measure the compressed model in float, and before its tokens are merged, to test whether the
-            speed-ups of compression and of the precision multiply; int8 if no precision is set.
-        max_precision_loss: largest loss of quality of a precision against fp32, in percent. int8 returns layers to
-            float until the loss is that small; ``auto`` rejects a precision that loses more.
-        portable_engine: build a TensorRT engine for all GPUs from Ampere on and for later minor versions.
-        defer_build: do not build the engine; `compressor build` builds it on the device. Measurements on this machine
-            use ONNX Runtime on the CPU.
-        device: device of the engine, ``cpu`` or ``cuda``; None takes the target's first choice.
-        threads: threads of the engine; None leaves it to the runtime.
-        batch: batch size of the latency measurement.
-        samples: largest number of samples in total; None takes all.
-        cache: trace a causal language model with its KV cache, or stop if the model has none. False (``--no-cache``)
-            traces the model without a cache.
-        max_memory: memory limit of the process, in bytes: the weights stay on disk and the model runs block by block.
-            None loads the whole model.
-        max_length: tokens in a window of a language model's texts; None: the model's limit, at most 2,048.
-        stride: tokens between the starts of two windows; None: half a window.
-        image_size: height and width of the images of an image model: a number, ``HEIGHTxWIDTH``, or ``dynamic`` for
-            dynamic axes. None takes the size that the model's preprocessing gives.
-        search_samples: calibration samples on which `auto` measures effects on the output.
-        rounds: timed bursts per engine.
-        example_inputs: inputs of a module: a tensor, a tuple or a dict of tensors.
+    `int8` and `factorial` set `precision`, and `int8` is None after initialisation. Measurements with `defer_build`
+    use ONNX Runtime on the CPU. With `example_inputs`, `model` is a `torch.nn.Module`.
     """
 
-    model: str | Path | torch.nn.Module | None = None
-    data: str | Path | None = None
-    drop: str = "auto"
-    metric: str = "cosine"
-    actions: str | None = None
-    tokens: str = "auto"
-    max_loss: float | None = None
-    speedup: float | None = None
-    latency: float | None = None
-    generate: str | None = None
-    cost: str = "latency"
-    heal: str = "none"
-    heal_budget: float = 300.0
-    target: str = "onnxruntime"
-    precision: str = "fp32"
-    int8: str | None = None
-    calibration: Calibration | Literal["auto"] = "auto"
-    factorial: bool = False
-    max_precision_loss: float = 0.5
-    defer_build: bool = False
-    portable_engine: bool = False
-    output: str | Path = "compressed"
-    force: bool = False
-    task: str | None = None
-    problem_type: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    random_weights: bool = False
-    cache: bool = True
-    device: str | None = None
-    threads: int | None = None
-    batch: int = 1
-    samples: int | None = None
-    max_memory: int | None = None
-    max_length: int | None = None
-    stride: int | None = None
-    image_size: str | int | None = None
-    search_samples: int = 64
-    rounds: int = 10
-    seed: int = 0
-    example_inputs: Any = None
+    model: str | Path | torch.nn.Module | None = option(
+        None,
+        "a timm name, a hub id (timm or transformers), a local folder of either kind, a .gguf file (or the folder that "
+        "holds it), or package.module:factory for a module of your own.",
+        unset="the embedded sample",
+        positional=True,
+    )
+    data: str | Path | None = option(
+        None, "Image folder, .npy/.npz, .txt/.csv, hub dataset id, or random (speed only); required with MODEL."
+    )
+    drop: str = option(
+        "auto",
+        "Branches to remove: none, auto (by search), a number (4), a share (25%), a number of one kind (attention:4, "
+        "mlp:2, block:3), site names separated by commas, or a plan.json to replay.",
+    )
+    metric: str = option(
+        "cosine",
+        "Ranking for --drop with a number or a share; output = measured effect on the model's output.",
+        choices=METRICS,
+    )
+    actions: str | None = option(
+        None,
+        "Actions allowed on a branch: drop, constant, scale, low-rank[:RANK], linear, fuse, or the published tba, "
+        "replaceme, replaceme-cosine. --drop auto chooses among several, separated by commas; other forms of --drop "
+        "take one.",
+    )
+    tokens: str = option(
+        "auto",
+        "Tokens to merge in vision transformers and encoders: auto (by search, with --drop auto), none, a number after "
+        "every attention (8), one number for each attention (8,8,0,...), or the share merged by half of the depth "
+        "(50%).",
+    )
+    max_loss: float | None = option(
+        None,
+        "Largest loss that --drop auto accepts on validation data, in %: points of a score, or relative rise of "
+        "perplexity.",
+        unset="1; unlimited with --speedup or --latency",
+        least=0.0,  # without an upper bound: perplexity can more than double
+        unit="percent",
+    )
+    speedup: float | None = option(None, "Speed-up that --drop auto must reach, such as 1.5.", above=1.0)
+    latency: float | None = option(
+        None, "Latency that --drop auto must reach, such as 5ms.", above=0.0, unit="milliseconds"
+    )
+    generate: str | None = option(
+        None,
+        "Language models: measure, and let --drop auto reduce, the time of a prompt of PROMPT tokens and NEW generated "
+        "tokens; 512:0 is the prompt alone.",
+        unset="128:128",
+        metavar="PROMPT:NEW",
+    )
+    cost: str = option(
+        "latency",
+        "Cost that --drop auto reduces: latency on the target, or macs, multiply-adds (the same plan on every "
+        "machine).",
+        choices=COSTS,
+    )
+    heal: str = option(
+        "none",
+        "Adapt the remaining weights, without labels; undone if the loss on validation data does not shrink.",
+        choices=HEAL_METHODS,
+    )
+    heal_budget: float = option(300.0, "Time limit of --heal.", above=0.0, unit="seconds")
+    target: str = option("onnxruntime", "Runtime; `compressor targets` lists them.")
+    precision: str = option(
+        "fp32",
+        "Precision of the engine; auto measures all that the target supports and keeps the fastest with a small loss.",
+        choices=(AUTO, *PRECISIONS),
+    )
+    int8: str | None = option(
+        None,
+        "Short for --precision int8; with the value dynamic, for --precision int8-dynamic.",
+        choices=tuple(SHORT_FORMS),
+        bare="static",
+    )
+    calibration: Calibration | Literal["auto"] = option(
+        "auto",
+        "Method that sets the int8 activation ranges; auto tries them, and SmoothQuant, until the loss is small.",
+        choices=(AUTO, *CALIBRATIONS),
+    )
+    factorial: bool = option(
+        False,
+        "Measure compression and --precision alone and together, to test whether the gains multiply (default: int8).",
+    )
+    max_precision_loss: float = option(
+        0.5,
+        "Largest loss of a precision below fp32, in %; int8 returns layers to float until the loss is that small.",
+        least=0.0,
+        most=100.0,
+        unit="percent",
+    )
+    defer_build: bool = option(False, "Do not build the engine; `compressor build` builds it on the device.")
+    portable_engine: bool = option(
+        False, "TensorRT: build an engine for all GPUs from Ampere on and for later minor versions."
+    )
+    output: str | Path = option("compressed", "Output folder.", letter="o")
+    force: bool = option(False, "Replace an output folder that Compressor wrote.")
+    task: str | None = option(
+        None,
+        f"Override the config's task: {', '.join(TASKS[:-1])} or {TASKS[-1]}.",
+        choices=TASKS,
+        metavar="TEXT",
+    )
+    problem_type: str | None = option(
+        None,
+        "What a classifier predicts, if its config does not say: "
+        f"{', '.join(PROBLEM_TYPES[:-1])} or {PROBLEM_TYPES[-1]}.",
+        choices=PROBLEM_TYPES,
+        metavar="TEXT",
+    )
+    revision: str | None = option(None, "Branch, tag or commit on the hub.")
+    trust_remote_code: bool = option(False, "Let a hub repository run code of its own.")
+    random_weights: bool = option(False, "Build the model with random weights (speed only).")
+    cache: bool = option(True, "Language models: do not use a KV cache; each new token then recomputes the whole text.")
+    device: str | None = option(None, "Device of the engine.", unset="the target's first choice", choices=DEVICES)
+    threads: int | None = option(None, "Threads of the engine.", unset="the runtime's own", least=1)
+    batch: int = option(1, "Batch size of the latency measurement.", least=1)
+    samples: int | None = option(None, "Largest number of samples in total.", unset="all", least=3)
+    max_memory: int | None = option(
+        None,
+        "Memory limit, such as 8GiB: a language model of transformers then stays on disk and runs block by block. An "
+        "export then needs --drop with a number, a share or names, and --defer-build or --target transformers.",
+        unset="load the whole model",
+        unit="bytes",
+    )
+    max_length: int | None = option(
+        None,
+        "Language models: tokens in each window of the texts.",
+        unset="the model's limit, at most 2048",
+        least=2,
+    )
+    stride: int | None = option(
+        None, "Language models: tokens between the starts of two windows.", unset="half a window", least=1
+    )
+    image_size: str | int | None = option(
+        None,
+        "Image models: size of the images in pixels, 224 or HEIGHTxWIDTH, or dynamic for any size.",
+        unset="that of the model's preprocessing",
+        metavar="SIZE",
+    )
+    search_samples: int = option(64, "Calibration samples used to measure effects on the model's output.", least=1)
+    rounds: int = option(10, "Timed bursts per engine; 2 for a quick look.", least=1)
+    seed: int = option(0, "Seed of the data split and of --metric random.")
+    example_inputs: Any = option(None, "Inputs of a module: a tensor, a tuple or a dict of tensors.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         _check_precision(self)
         if self.precision == "fp32" and (self.int8 is not None or self.factorial):
             object.__setattr__(self, "precision", SHORT_FORMS[self.int8 or "static"])
         object.__setattr__(self, "int8", None)
         for check in (
             _check_texts,
-            _check_choices,
-            _check_numbers,
             _check_target,
             _check_drop,
             _check_actions,
+            _check_goals,
             _check_data,
             _check_memory,
             _check_image_size,
@@ -192,9 +253,20 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values, without `example_inputs`."""
-        plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "example_inputs"}
-        plain["model"] = type(self.model).__name__ if isinstance(self.model, torch.nn.Module) else _text(self.model)
-        return plain | {"data": _text(self.data), "output": str(self.output)}
+        plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in API_ONLY}
+        named = self.model is None or isinstance(self.model, str | Path)
+        plain["model"] = text(self.model) if named else type(self.model).__name__
+        return plain | {"data": text(self.data), "output": str(self.output)}
+
+
+def _check_precision(settings: Settings) -> None:
+    """Check `precision`, `int8` and `factorial`, before the short form replaces the precision."""
+    if settings.int8 is not None and settings.precision not in ("fp32", SHORT_FORMS[settings.int8]):
+        raise SettingsError(f"found --int8 and --precision {settings.precision}; give one of them.")
+    if settings.factorial and settings.precision == AUTO:
+        raise SettingsError(
+            "--factorial compares compression with one precision; found --precision auto, give one such as int8."
+        )
 
 
 def _check_texts(settings: Settings) -> None:
@@ -204,55 +276,11 @@ def _check_texts(settings: Settings) -> None:
             raise SettingsError(f"{name} is empty; give a value, or leave the option out for its default.")
 
 
-def _check_choices(settings: Settings) -> None:
-    named = (
-        ("metric", METRICS),
-        ("device", DEVICES),
-        ("task", TASKS),
-        ("problem_type", PROBLEM_TYPES),
-        ("cost", COSTS),
-        ("heal", HEAL_METHODS),
-        ("calibration", ("auto", *CALIBRATIONS)),
-    )
-    for name, choices in named:
-        value = getattr(settings, name)
-        if value not in choices and not (value is None and name in ("device", "task", "problem_type")):
-            raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
-
-
-def _check_precision(settings: Settings) -> None:
-    """Check `precision` and `int8` before the short form replaces the precision."""
-    for name, choices in (("int8", tuple(SHORT_FORMS)), ("precision", (*PRECISIONS, AUTO))):
-        value = getattr(settings, name)
-        if value is not None and value not in choices:
-            raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(choices)}.")
-    if settings.int8 is not None and settings.precision not in ("fp32", SHORT_FORMS[settings.int8]):
-        raise SettingsError(f"found --int8 and --precision {settings.precision}; give one of them.")
-    if settings.factorial and settings.precision == AUTO:
-        raise SettingsError(
-            "--factorial compares compression with one precision; found --precision auto, give one such as int8."
-        )
-
-
-def _check_numbers(settings: Settings) -> None:
-    if settings.max_loss is not None and not 0.0 <= settings.max_loss < math.inf:  # perplexity can more than double
-        raise SettingsError(f"max-loss is {settings.max_loss:g}; expected a finite percentage of at least 0.")
-    if not 0.0 <= settings.max_precision_loss <= 100.0:
-        percent = settings.max_precision_loss
-        raise SettingsError(f"max-precision-loss is {percent:g}; expected 0 to 100 percent.")
-    counts = (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1))
-    for name, least in (*counts, ("max_length", 2), ("stride", 1)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"{name.replace('_', '-')} is {value}; expected at least {least}.")
-    for name, floor in (("speedup", 1.0), ("latency", 0.0), ("heal_budget", 0.0)):
-        value = getattr(settings, name)
-        if value is not None and not (floor < value < math.inf):
-            raise SettingsError(f"{name.replace('_', '-')} is {value:g}; expected a finite number above {floor:g}.")
-
-
 def _check_actions(settings: Settings) -> None:
-    """Check `actions`, `tokens`, `generate` and the goals of the search, which depend on `drop` and on each other."""
+    """Check `actions` and `tokens`, whose forms depend on `drop`."""
+    from passes.base import PassError
+    from passes.plan.plan import form_and_rank
+
     for action in settings.chosen_actions:
         if action == "merge" and settings.drop == "auto":
             continue  # the search chooses the number of tokens
@@ -262,12 +290,16 @@ def _check_actions(settings: Settings) -> None:
             raise SettingsError(f"--actions: {error}") from error
     if settings.tokens not in ("auto", "none"):
         _check_tokens(settings.tokens)
+    if settings.drop != "auto" and len(settings.chosen_actions) > 1:
+        raise SettingsError(
+            f"found --actions {settings.actions} with --drop {settings.drop}; several actions need --drop auto, so "
+            "give one action."
+        )
+
+
+def _check_goals(settings: Settings) -> None:
+    """Check the goals of the search and `generate`, the workload whose time is the latency."""
     if settings.drop != "auto":
-        if len(settings.chosen_actions) > 1:
-            raise SettingsError(
-                f"found --actions {settings.actions} with --drop {settings.drop}; several actions need --drop auto, so "
-                "give one action."
-            )
         for name in ("speedup", "latency"):
             if getattr(settings, name) is not None:
                 raise SettingsError(
@@ -314,6 +346,9 @@ def _check_tokens(text: str) -> None:
 
 
 def _check_target(settings: Settings) -> None:
+    from runtimes.base.protocols import RuntimesError
+    from runtimes.base.registry import runtime
+
     if settings.target == TRANSFORMERS:
         _check_checkpoint(settings)
         return
@@ -340,6 +375,9 @@ def _check_checkpoint(settings: Settings) -> None:
 
 def _check_drop(settings: Settings) -> None:
     """Check the form of `drop`; names are compared with the sites once the model is loaded."""
+    from passes.base import PassError
+    from passes.plan.selection import parse
+
     drop = settings.drop
     if drop in ("none", "auto") or drop.endswith(".json"):
         return
@@ -411,5 +449,6 @@ def _check_image_size(settings: Settings) -> None:
         )
 
 
-def _text(value: object) -> str | None:
+def text(value: object) -> str | None:
+    """Return a path or a name as text, and None as None."""
     return None if value is None else str(value)

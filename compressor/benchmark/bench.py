@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import models
+from compressor.benchmark.bench_settings import BenchSettings
 from compressor.benchmark.contenders import BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
 from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.decode_timing import contexts, measure
-from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model, evaluate_tasks
+from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
-from compressor.benchmark.runner import BenchRunner, Condition
+from compressor.benchmark.runner import BenchRunner
 from compressor.choices import parse_image_size
 from compressor.data.readers.hub import looks_like
 from compressor.errors import SettingsError
@@ -32,91 +31,6 @@ from compressor.workspace.progress import Steps
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """Options of `compressor bench`; each field is an option of the same name.
-
-    Attributes:
-        what: exported folders, .onnx files and models (as for `export`), in the order of the tables.
-        data: samples, as for `export`; None uses those of the first folder's export, unless they are on the hub.
-        model: the model whose preprocessing and input names are used; None uses that of the first folder, or the
-            first model.
-        against: name of the baseline; None uses the first engine.
-        batch: batch sizes.
-        threads: thread counts; empty leaves the number to the runtimes.
-        context: context lengths, in tokens, at which generation is timed; None uses a default, empty times none.
-        trust_remote_code: let a hub repository run code of its own, and open a folder's engine that is compiled code
-            (target torch).
-        compile: also measure torch models with torch.compile.
-        target: the runtime; None uses onnxruntime for ONNX files and the export's target for folders.
-        device: cpu or cuda; None uses the target's first choice.
-        max_length: tokens in each window of a language model's texts; None uses that of the first folder's export.
-        stride: tokens between the starts of two windows; None uses that of the first folder's export.
-        image_size: size of the images of models, as for `export`; None uses that of the first folder's export.
-        tasks: lm-eval tasks to evaluate on every engine; empty evaluates none.
-        num_fewshot: few-shot examples of each question; None uses the task's own number.
-        limit: questions of each task: a number, or a share below 1; None uses all.
-        include_path: a folder with further tasks as YAML files.
-        cache: trace language models with their KV cache; False (``--no-cache``) without.
-        rounds: timed bursts of each engine.
-        output: the file to write.
-    """
-
-    what: tuple[str, ...]
-    data: str | None = None
-    model: str | None = None
-    against: str | None = None
-    batch: tuple[int, ...] = (1,)
-    threads: tuple[int, ...] = ()
-    context: tuple[int, ...] | None = None
-    compile: bool = False
-    target: str | None = None
-    device: str | None = None
-    task: str | None = None
-    problem_type: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    random_weights: bool = False
-    cache: bool = True
-    samples: int | None = None
-    max_length: int | None = None
-    stride: int | None = None
-    image_size: str | int | None = None
-    tasks: tuple[str, ...] = ()
-    num_fewshot: int | None = None
-    limit: float | None = None
-    include_path: str | None = None
-    rounds: int = 10
-    seed: int = 0
-    output: str | Path = "bench.json"
-
-    def __post_init__(self) -> None:
-        for name, values in (("batch", self.batch), ("threads", self.threads), ("context", self.context or ())):
-            if any(value < 1 for value in values) or len(set(values)) < len(values):
-                raise SettingsError(f"{name} is {_listed(values)}; expected distinct integers of at least 1.")
-        if not self.batch:
-            raise SettingsError("batch is empty; expected batch sizes such as 1,8.")
-        try:
-            parse_image_size(self.image_size)
-        except ValueError as error:
-            raise SettingsError(f"{error}.") from error
-        self.asked.check()
-
-    @property
-    def conditions(self) -> tuple[Condition, ...]:
-        """All combinations of batch size and thread count."""
-        return tuple(itertools.starmap(Condition, itertools.product(self.batch, self.threads or (None,))))
-
-    @property
-    def asked(self) -> TaskOptions:
-        """The options of the lm-evaluation-harness."""
-        return TaskOptions(self.tasks, self.num_fewshot, self.limit, self.include_path)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values."""
-        return dataclasses.asdict(self) | {"output": str(self.output)}
 
 
 def bench(
@@ -145,7 +59,7 @@ def bench(
 
 def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str) -> Comparison:
     """Measure every engine; `scratch` gets the engines that are built."""
-    contenders = parse_contenders(settings.what)
+    contenders = parse_contenders([str(each) for each in settings.what])
     folders = {each.name: each.folder for each in contenders if each.folder is not None}
     stand = _set_up(settings, contenders, folders, steps)
     engines = stand.built(scratch, steps)
@@ -365,7 +279,3 @@ def _weight_types(entries: Sequence[EngineEntry]) -> Iterator[str]:
 
 def _fewer(data: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return bool(sum(data["sizes"].values()) < sum(other["sizes"].values()))
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ",".join(map(str, values)) or "empty"

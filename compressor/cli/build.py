@@ -7,18 +7,17 @@ from pathlib import Path
 
 import click
 
+from compressor.cli.options import field_option, quiet_option
+from compressor.settings import Settings
+
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: as in the export]")
-@click.option("--rounds", type=click.IntRange(min=1), help="Timed bursts per engine.  [default: as in the export]")
-@click.option(
-    "--portable-engine",
-    is_flag=True,
-    help="TensorRT: build an engine for all GPUs from Ampere on and for later minor versions.",
-)
-@click.option("--force", is_flag=True, help="Build the engine again if it was built already.")
-@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+@field_option(Settings, "threads", unset="as in the export")
+@field_option(Settings, "rounds", default=None, help="Timed bursts per engine.", unset="as in the export")
+@field_option(Settings, "portable_engine")
+@field_option(Settings, "force", help="Build the engine again if it was built already.")
+@quiet_option
 def build(
     folder: Path, threads: int | None, rounds: int | None, portable_engine: bool, force: bool, quiet: bool
 ) -> None:

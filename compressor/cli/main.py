@@ -16,17 +16,16 @@ from typing import Any, NoReturn
 import click
 
 from compressor import __version__
-from compressor.choices import AUTO, CALIBRATIONS, HEAL_METHODS, SHORT_FORMS
+from compressor.choices import SHORT_FORMS
 from compressor.cli.bench import bench
 from compressor.cli.build import build
-from compressor.cli.options import engine_options, memory_option, search_options, subject_options
-from compressor.cli.param_types import Duration, Milliseconds, command_line, console, filter_library_logs
+from compressor.cli.options import argument_help, field_options, quiet_option
+from compressor.cli.param_types import command_line, console, filter_library_logs
+from compressor.commands import EXPORT, INSPECT, SUBJECT, SWEEP, InspectSettings, SweepSettings
 from compressor.errors import CompressorError, SettingsError
+from compressor.settings import Settings
 
-MODEL_HELP = (
-    "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, a .gguf file (or the "
-    "folder that holds it), or package.module:factory for a module of your own.  [default: the embedded sample]"
-)
+MODEL_HELP = argument_help(Settings, "model")
 
 
 class Failing(click.Group):
@@ -106,74 +105,14 @@ main.add_command(build)
 
 
 @main.command(cls=Export, epilog=MODEL_HELP)
-@subject_options
-@memory_option
-@click.option(
-    "--drop",
-    default="auto",
-    show_default=True,
-    help="Branches to remove: none, auto (by search), a number (4), a share (25%), a number of one kind (attention:4, "
-    "mlp:2, block:3), site names separated by commas, or a plan.json to replay.",
-)
-@click.option(
-    "--metric",
-    type=click.Choice(["cosine", "influence", "angular", "random", "reverse", "output"]),
-    default="cosine",
-    show_default=True,
-    help="Ranking for --drop with a number or a share; output = measured effect on the model's output.",
-)
-@search_options
-@click.option(
-    "--max-loss",
-    type=float,
-    help="Largest loss that --drop auto accepts on validation data, in %: points of a score, or relative rise of "
-    "perplexity.  [default: 1; unlimited with --speedup or --latency]",
-)
-@click.option("--speedup", type=float, help="Speed-up that --drop auto must reach, such as 1.5.")
-@click.option("--latency", type=Milliseconds(), help="Latency that --drop auto must reach, such as 5ms.")
-@click.option(
-    "--heal",
-    type=click.Choice(HEAL_METHODS),
-    default="none",
-    show_default=True,
-    help="Adapt the remaining weights, without labels; undone if the loss on validation data does not shrink.",
-)
-@click.option("--heal-budget", type=Duration(), default="5m", show_default=True, help="Time limit of --heal.")
-@engine_options
-@click.option(
-    "--factorial",
-    is_flag=True,
-    help="Measure compression and --precision alone and together, to test whether the gains multiply (default: int8).",
-)
-@click.option(
-    "--calibration",
-    type=click.Choice((AUTO, *CALIBRATIONS)),
-    default="auto",
-    show_default=True,
-    help="Method that sets the int8 activation ranges; auto tries them, and SmoothQuant, until the loss is small.",
-)
-@click.option(
-    "--max-precision-loss",
-    default=0.5,
-    show_default=True,
-    help="Largest loss of a precision below fp32, in %; int8 returns layers to float until the loss is that small.",
-)
-@click.option(
-    "--defer-build", is_flag=True, help="Do not build the engine; `compressor build` builds it on the device."
-)
-@click.option(
-    "--portable-engine",
-    is_flag=True,
-    help="TensorRT: build an engine for all GPUs from Ampere on and for later minor versions.",
-)
-@click.option("--output", "-o", default="compressed", show_default=True, help="Output folder.")
-@click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
+@field_options(Settings, *SUBJECT)
+@quiet_option
+@field_options(Settings, *EXPORT)
 def export(quiet: bool, **options: Any) -> None:
     """Compress MODEL and export an engine. The output folder also holds the plan and a report of speed and quality."""
     from rich.console import Console
 
     from compressor.pipeline import export as pipeline
-    from compressor.settings import Settings
 
     report = pipeline.export(Settings(**options), console=console(quiet), command=command_line())
     out = Console()
@@ -190,75 +129,43 @@ def export(quiet: bool, **options: Any) -> None:
 
 
 @main.command(cls=Export, epilog=MODEL_HELP)
-@subject_options
-@search_options
-@click.option("--max-loss", default=20.0, show_default=True, help="Largest loss of the front on validation data, in %.")
-@click.option(
-    "--points",
-    type=click.IntRange(min=2),
-    default=8,
-    show_default=True,
-    help="Number of plans on the front to build, time and test.",
-)
-@engine_options
-@click.option("--output", "-o", default="front", show_default=True, help="Output folder.")
-@click.option("--force", is_flag=True, help="Replace an output folder that Compressor wrote.")
-def sweep(quiet: bool, points: int, **options: Any) -> None:
+@field_options(SweepSettings, *SUBJECT)
+@quiet_option
+@field_options(SweepSettings, *SWEEP)
+def sweep(quiet: bool, **options: Any) -> None:
     """Compute the Pareto front of speed and quality for MODEL. One run finds the best plan for every speed-up."""
     from rich.console import Console
 
     from compressor.pipeline import sweep as pipeline
-    from compressor.settings import Settings
 
-    front = pipeline.sweep(Settings(**options), points=points, console=console(quiet), command=command_line())
+    front = pipeline.sweep(SweepSettings(**options), console=console(quiet), command=command_line())
     out = Console()
     out.print(front.table(), highlight=False)
     out.print(f"{front.summary()}\nWritten to {options['output']}.", highlight=False, markup=False, soft_wrap=False)
 
 
 @main.command(epilog=MODEL_HELP)
-@subject_options
-@memory_option
-@click.option(
-    "--metric",
-    type=click.Choice(["cosine", "output"]),
-    default="cosine",
-    show_default=True,
-    help="output also measures each site's effect on the model's output.",
-)
-@click.option(
-    "--output", "-o", default="inspected", show_default=True, help="Folder for inspect.json and similarity.png."
-)
-@click.option(
-    "--study",
-    is_flag=True,
-    help="Also analyse redundancy by depth, position and kind of token, and the stability of the ranking; write "
-    "study.json and study.html.",
-)
-@click.option(
-    "--against-data",
-    multiple=True,
-    help="With --study: other data, or random (tokens or noise), to compare the ranking of branches on; repeatable.",
-)
-def inspect(quiet: bool, output: str, study: bool, against_data: tuple[str, ...], **options: Any) -> None:
+@field_options(InspectSettings, *SUBJECT)
+@quiet_option
+@field_options(InspectSettings, *INSPECT)
+def inspect(quiet: bool, **options: Any) -> None:
     """Report redundancy and cost of every branch of MODEL."""
     from rich.console import Console
 
     from compressor.limitations import format_limitations
     from compressor.pipeline import inspect as pipeline
-    from compressor.settings import Settings
     from compressor.workspace.output_folder import check_writable
 
-    check_writable(Path(output))
-    settings = Settings(**options, drop="none", output=output)
-    inspection = pipeline.inspect(settings, study=study, against_data=against_data, console=console(quiet))
+    output = Path(options["output"])
+    check_writable(output)
+    inspection = pipeline.inspect(InspectSettings(**options), console=console(quiet))
     out = Console()
     out.print(inspection.table())
     if inspection.study is not None:
         out.print("\n".join(inspection.study.summary()), highlight=False, markup=False)
     for line in format_limitations(inspection.limitations):
         out.print(line, highlight=False, markup=False)
-    *files, last = map(str, inspection.save(Path(output), command=command_line()))
+    *files, last = map(str, inspection.save(output, command=command_line()))
     out.print(f"Written to {', '.join(files)} and {last}.", highlight=False, markup=False)
 
 

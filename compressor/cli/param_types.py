@@ -42,6 +42,15 @@ class Duration(click.ParamType[float]):
                 f"{value!r} is not a duration; expected seconds, or a number with s, m or h such as 5m", param, ctx
             )
 
+    def text(self, seconds: float) -> str:
+        """Return a duration in its largest whole unit.
+
+        >>> Duration().text(300.0), Duration().text(90.0)
+        ('5m', '90s')
+        """
+        unit = max((unit for unit, size in self.units.items() if seconds % size == 0), key=self.units.__getitem__)
+        return f"{seconds / self.units[unit]:g}{unit}"
+
 
 class Bytes(click.ParamType[int]):
     """A size in bytes, or with a binary or decimal unit: 8GiB, 8GB, 500MB."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.commands import InspectSettings
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import index_errors_as_data_errors, load, load_data
 from compressor.measure.memory_budget import memory_budget
 from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
-from compressor.settings import Settings
 from compressor.study.study import study as studied
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
@@ -22,37 +21,35 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def inspect(
-    settings: Settings, *, study: bool = False, against_data: Sequence[str] = (), console: Console | None = None
-) -> Inspection:
+def inspect(settings: InspectSettings, *, console: Console | None = None) -> Inspection:
     """Score every site of a model on its calibration data, without changing or exporting the model.
 
     Args:
         settings: model, data and metric; the metric ``output`` also measures the effect of each site on the output.
-        study: also measure redundancy by depth, by position and by kind of token, and its stability.
-        against_data: further data, or ``random``; a study compares their rankings with that of the settings' data.
+            `study` also measures redundancy by depth, by position and by kind of token, and its stability; it compares
+            the ranking with those of `against_data`.
         console: console that shows progress; None shows nothing.
 
     Raises:
         CompressorError, PassError: the message says what was found and what to do.
     """
-    if against_data and not study:
+    if settings.against_data and not settings.study:
         raise SettingsError("found --against-data without --study, whose rankings it compares; add --study.")
     steps = Steps(console)
-    if study and settings.max_memory is not None:
+    if settings.study and settings.max_memory is not None:
         raise SettingsError(
             "found --study with --max-memory, but a study keeps the states of all layers in memory; leave one out."
         )
     output = Path(settings.output)
     # Only a run within a memory limit has temporary files.
     with contextlib.nullcontext() if settings.max_memory is None else output_lock(output, steps.say):
-        return _inspection(settings, steps, study=study, against_data=against_data)
+        return _inspection(settings, steps)
 
 
-def _inspection(settings: Settings, steps: Steps, *, study: bool, against_data: Sequence[str]) -> Inspection:
+def _inspection(settings: InspectSettings, steps: Steps) -> Inspection:
     subject = load(settings, steps)
     others = []
-    for source in against_data:
+    for source in settings.against_data:
         with steps.step(f"load {source}") as tick:
             others.append(load_data(dataclasses.replace(settings, data=source), subject.model, tick))
     splits, output = [subject.data.calibration], Path(settings.output)
@@ -64,7 +61,7 @@ def _inspection(settings: Settings, steps: Steps, *, study: bool, against_data: 
         samples = subject.data.calibration.head(settings.search_samples)
         effects = output_divergence(subject, samples, steps) if settings.metric == "output" else None
         measured = None if effects is None else effects.of_units([[site] for site in subject.sites])
-        result = studied(subject, steps, seed=settings.seed, against=others) if study else None
+        result = studied(subject, steps, seed=settings.seed, against=others) if settings.study else None
     return Inspection(
         subject.model.name,
         subject.sites,

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.choices import AUTO
+from compressor.commands import SweepSettings
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import check_original, index_errors_as_data_errors, load
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.report.precision_notes import expected_excess
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
-from compressor.settings import Settings
 from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import output_folder, scratch_folder
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    settings: Settings, *, points: int = 8, console: Console | None = None, command: str = "compressor.sweep(...)"
+    settings: SweepSettings, *, console: Console | None = None, command: str = "compressor.sweep(...)"
 ) -> ParetoFront:
     """Search the plans for all budgets at once, build and measure some of them, and write the folder.
 
     Args:
-        settings: as for `export`; the search ends at `max_loss`.
-        points: number of plans to build, time side by side and evaluate on test data.
+        settings: as for `export`; the search ends at `max_loss`, and `points` plans are built, timed side by side and
+            evaluated on test data.
         console: console that shows progress; None shows nothing.
         command: the command line, for the report.
 
@@ -53,7 +53,7 @@ def sweep(
             search = prepare_search(subject, settings, rewriter, evaluator, steps)
             run_search(search, steps)
             plans = points_of(search, subject.model.name)
-            chosen = points_to_build(len(plans), points, [point.efficient for point in plans])
+            chosen = points_to_build(len(plans), settings.points, [point.efficient for point in plans])
             graphs = {str(number): rewriter.rewritten(plans[number].plan.changes) for number in chosen}
         quality, latency, conversions = evaluator.measure(graphs, steps)
         excesses = (
@@ -62,7 +62,7 @@ def sweep(
         )
         front = ParetoFront(
             command=command,
-            settings=settings.to_dict() | {"points": points},
+            settings=settings.to_dict(),
             model=subject.model.name,
             metric=None if quality is None else quality.metric,
             data=subject.data.describe(),

@@ -367,7 +367,7 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
     """
     # These settings only affect steps after the search, so a journal stays valid if they change.
     later = {"output", "force", "rounds", "heal_budget", "speedup", "latency"}
-    later |= {"max_precision_loss", "calibration", "factorial"}
+    later |= {"max_precision_loss", "calibration", "factorial", "points"}
     options = {key: value for key, value in settings.to_dict().items() if key not in later}
     data = subject.data.describe()
     identity = [

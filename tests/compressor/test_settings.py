@@ -10,9 +10,10 @@ import torch
 
 import compressor
 from compressor import CompressorError, Settings
-from compressor.choices import AUTO_ACTIONS, CALIBRATIONS
+from compressor.choices import AUTO_ACTIONS, CALIBRATIONS, HEAL_METHODS
+from compressor.commands import EXPORT, SUBJECT
 from compressor.errors import SettingsError
-from compressor.settings import DEFAULT_LOSS, HEAL_METHODS
+from compressor.settings import API_ONLY, DEFAULT_LOSS
 from passes.plan.plan import form_and_rank
 from runtimes.base.protocols import PRECISIONS
 
@@ -32,7 +33,7 @@ from runtimes.base.protocols import PRECISIONS
         ({"drop": "25 %"}, "neither a number nor a site name"),
         ({"metric": "size"}, "cosine or influence"),
         ({"int8": "static8"}, "static or dynamic"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'; expected fp32 or fp16 or bf16 or int8 or"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'; expected auto or fp32 or fp16 or bf16 or int8 or"),
         ({"precision": "fp16", "int8": "static"}, "found --int8 and --precision fp16; give one"),
         ({"precision": "int8", "int8": "dynamic"}, "found --int8 and --precision int8; give one"),
         ({"precision": "auto", "int8": "static"}, "found --int8 and --precision auto; give one"),
@@ -142,6 +143,12 @@ def test_heal_implements_every_method_of_the_settings() -> None:
     assert pytest.importorskip("compressor.heal.heal").HEAL_METHODS == HEAL_METHODS
 
 
+def test_every_field_is_an_option_of_export_or_an_argument_in_python_only() -> None:
+    """A field that is added to Settings belongs into a group of options, or into `API_ONLY`."""
+    assert sorted((*SUBJECT, *EXPORT, *API_ONLY)) == sorted(Settings.__dataclass_fields__)
+    assert API_ONLY == ("example_inputs",)
+
+
 def test_the_api_takes_every_setting_with_the_same_default() -> None:
     """`export` passes its arguments to Settings; an argument that it lacks would keep its default without notice."""
     fields = inspect.signature(Settings).parameters
@@ -166,7 +173,6 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "heal_budget",
         "calibration",
         "max_precision_loss",
-        "random_weights",
         "max_memory",
         "defer_build",
         "portable_engine",

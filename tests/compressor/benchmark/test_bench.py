@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 import compressor
 from compressor import CompressorError, models
-from compressor.benchmark.bench import BenchSettings, _hidden_overflow, bench
+from compressor.benchmark.bench import _hidden_overflow, bench
+from compressor.benchmark.bench_settings import BenchSettings
 from compressor.benchmark.contenders import EngineEntry
 from compressor.benchmark.results import Comparison
 from compressor.cli.main import main

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import compressor
 from compressor import models
-from compressor.benchmark.bench import BenchSettings
+from compressor.benchmark.bench_settings import BenchSettings
 from compressor.benchmark.contenders import BenchError, EngineEntry
 from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.decode_timing import MAX_DISTANCE, Generation, _checked, contexts, distance, prepare

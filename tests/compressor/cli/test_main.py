@@ -1,7 +1,6 @@
 """Tests of the command line: output streams, exit statuses, options, and interrupts of a real process."""
 
 import importlib
-import inspect
 import json
 import signal
 import subprocess
@@ -14,16 +13,16 @@ import click
 import pytest
 from click.testing import CliRunner
 
-import compressor
 import runtimes
 from compressor import __version__
-from compressor.choices import AUTO, CALIBRATIONS, COSTS, HEAL_METHODS, SHORT_FORMS
+from compressor.choices import AUTO, CALIBRATIONS, COSTS, HEAL_METHODS, PROBLEM_TYPES, SHORT_FORMS, TASKS
 from compressor.cli.main import Export, main
+from compressor.commands import SweepSettings
 from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
 from compressor.pipeline import sweep
 from compressor.search.plan_file import read_plan
-from compressor.settings import Settings
+from compressor.settings import API_ONLY, Settings
 from passes.plan.selection import METRICS
 from runtimes.base.protocols import DEVICES, PRECISIONS
 from runtimes.base.timing import interleave
@@ -141,10 +140,9 @@ class FakeResult:
     def __init__(self, *missed: str) -> None:
         self.sentences = missed
         self.settings: Settings | None = None
-        self.points: int | None = None
 
-    def __call__(self, settings: Settings, *, points: int | None = None, **_: object) -> "FakeResult":
-        self.settings, self.points = settings, points
+    def __call__(self, settings: Settings, **_: object) -> "FakeResult":
+        self.settings = settings
         return self
 
     factorial = None
@@ -171,25 +169,27 @@ def recorded(monkeypatch: pytest.MonkeyPatch, command: str, *args: str) -> FakeR
 
 def test_default_options_equal_the_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorded(monkeypatch, "export").settings == Settings()
-    result = recorded(monkeypatch, "sweep")
-    assert result.settings == Settings(max_loss=20.0, output="front")
-    assert result.points == inspect.signature(compressor.sweep).parameters["points"].default
+    assert recorded(monkeypatch, "sweep").settings == SweepSettings()
+    assert (SweepSettings().max_loss, SweepSettings().output, SweepSettings().points) == (20.0, "front", 8)
 
 
-def test_every_setting_is_an_option() -> None:
+def test_every_setting_is_an_option_of_export_or_of_python_only() -> None:
     options = {parameter.name for parameter in main.commands["export"].params}
-    assert options - {"quiet"} == set(Settings.__dataclass_fields__) - {"example_inputs"}
+    assert options - {"quiet"} == set(Settings.__dataclass_fields__) - set(API_ONLY)
+    assert API_ONLY == ("example_inputs",)
 
 
 def test_choices_equal_those_of_the_settings() -> None:
     expected = {
-        "precision": (AUTO, *PRECISIONS),  # copied in options.py, because importing them would slow --help
+        "precision": (AUTO, *PRECISIONS),  # copied in choices.py, because importing them would slow --help
         "int8": tuple(SHORT_FORMS),
         "calibration": (AUTO, *CALIBRATIONS),
         "cost": COSTS,
         "heal": HEAL_METHODS,
         "metric": METRICS,
         "device": DEVICES,
+        "task": TASKS,
+        "problem_type": PROBLEM_TYPES,
     }
     options = {each.name: each.type for each in main.commands["export"].params if isinstance(each, click.Option)}
     for name, values in expected.items():

@@ -16,6 +16,7 @@ import compressor
 from compressor import models
 from compressor.cli.main import main
 from compressor.cli.param_types import Bytes
+from compressor.commands import InspectSettings
 from compressor.deferred import build
 from compressor.errors import SettingsError
 from compressor.measure.memory_budget import GIB, MemoryBudgetError
@@ -204,7 +205,7 @@ def test_build_completes_the_folder(onnx_folders, tmp_path, monkeypatch):
 
 
 def test_inspect_gives_the_scores_of_a_run_in_memory(folder, tmp_path):
-    settings = settings_for(folder, tmp_path / "out", drop="none")
+    settings = InspectSettings(**vars(settings_for(folder, tmp_path / "out", drop="none")))
     streamed, expected = (inspect.inspect(dataclasses.replace(settings, max_memory=limit)) for limit in (ENOUGH, None))
     assert not any(tmp_path.iterdir())
     for left, right in zip(streamed.rows(), expected.rows(), strict=True):

@@ -113,12 +113,12 @@ def test_a_model_with_few_findings_is_studied_too():
 
 
 def test_the_command_writes_json_and_page(digits, tmp_path, monkeypatch):
-    options = {}
-    monkeypatch.setattr(pipeline, "inspect", lambda settings, **keywords: options.update(keywords) or digits)
+    given = []
+    monkeypatch.setattr(pipeline, "inspect", lambda settings, **_: given.append(settings) or digits)
     arguments = ["inspect", "--study", "--quiet", "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert options["study"] is True
+    assert given[0].study is True
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert set(files) == {"inspect.json", "similarity.png", "study.json", "study.html"}
     content = json.loads(files["study.json"].read_text())
