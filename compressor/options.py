@@ -174,7 +174,11 @@ def takes_fields(
 
         @functools.wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            return function(cast(Callable[..., Value], settings)(**signature.bind(*args, **kwargs).arguments))
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
+            return function(cast(Callable[..., Value], settings)(**given))
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         return call
