@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import models
-from compressor.benchmark.contenders import BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
+from compressor.benchmark.baseline_standing import check_baseline
+from compressor.benchmark.contenders import EAGER, BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
 from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model, evaluate_tasks
@@ -151,6 +152,9 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
     engines = stand.built(scratch, steps)
     parity = stand.parity(engines)
     evaluation = stand.quality(engines, steps)
+    originals = [f"{each.name} ({EAGER})" for each in contenders if each.is_model and each.folder is None]
+    source = stand.loaded.data.source
+    doubts = () if evaluation is None else tuple(check_baseline(evaluation, stand.reference, originals, source))
     harness = evaluate_tasks(
         stand.quiet_openers(engines),
         stand.loaded.model,
@@ -176,7 +180,7 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
         parity=parity,
         harness=harness,
         environment=environment(),
-        notes=(*_leakage_warnings(stand, folders), *_hidden_overflow(stand), *_weight_types(stand.entries)),
+        notes=(*doubts, *_leakage_warnings(stand, folders), *_hidden_overflow(stand), *_weight_types(stand.entries)),
     )
 
 

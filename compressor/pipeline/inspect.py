@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import index_errors_as_data_errors, load, load_data
+from compressor.limitations import Limitation
+from compressor.lower.traced_model import (
+    TracedModel,
+    check_original,
+    index_errors_as_data_errors,
+    load,
+    load_data,
+)
 from compressor.measure.memory_budget import memory_budget
+from compressor.quality.chance import ChanceError
 from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
 from compressor.settings import Settings
@@ -51,6 +59,7 @@ def inspect(
 
 def _inspection(settings: Settings, steps: Steps, *, study: bool, against_data: Sequence[str]) -> Inspection:
     subject = load(settings, steps)
+    doubts = () if settings.max_memory is not None else _doubts(subject, steps)
     others = []
     for source in against_data:
         with steps.step(f"load {source}") as tick:
@@ -74,5 +83,18 @@ def _inspection(settings: Settings, steps: Steps, *, study: bool, against_data: 
         effects=measured,
         study=result,
         at_ends=bounds is not None,
-        limitations=(*subject.model.limitations, *subject.data.limitations),
+        limitations=(*subject.model.limitations, *subject.data.limitations, *doubts),
     )
+
+
+def _doubts(subject: TracedModel, steps: Steps) -> tuple[Limitation, ...]:
+    """Return the limitations of an original that is not clearly better than chance.
+
+    It does not stop an inspection: scores use no labels, but they are those of data that the model may not understand.
+    """
+    try:
+        checked = check_original(subject, steps)
+    except ChanceError as error:
+        reason = f"{str(error).rstrip('.')}. The scores use no labels; an export or a sweep stops here"
+        return (Limitation("quality of the original", reason),)
+    return checked.data.limitations[len(subject.data.limitations) :]

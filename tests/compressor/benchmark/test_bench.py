@@ -21,6 +21,7 @@ from compressor.cli.main import main
 from compressor.errors import SettingsError
 from compressor.measure import latency as engine_timing
 from compressor.measure import peak_memory
+from compressor.quality.chance import ChanceError
 from compressor.quantize.fp16 import to_fp16
 from compressor.report.factorial import cells_of
 from compressor.report.report import Report
@@ -196,6 +197,15 @@ def test_bench_computes_the_factorial(measured: tuple[Comparison, dict[str, Any]
     for row in content["measurements"][: len(cells_of("int8"))]:
         assert again["cells"][row["engine"].removeprefix("out/")]["latency"] == row["latency"]
     assert f"out: {again['conclusion'][0]}" in comparison.summary()
+
+
+def test_wrong_labels_stop_the_comparison_with_the_original(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
+    rows = np.load(exported[2])
+    data = tmp_path / "shifted.npz"
+    np.savez(data, x=rows["x"], y=(rows["y"] + 1) % 4)
+    with pytest.raises(ChanceError, match=r"\(eager\) has an accuracy of 0\.0 % .* labels of .*shifted\.npz are"):
+        compressor.bench(FACTORY, data=data, rounds=1, output=tmp_path / "bench.json")
+    assert not (tmp_path / "bench.json").exists()
 
 
 def test_command_prints_every_engine_under_every_condition(exported: tuple[Path, Report, str], tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
 import compressor
+from compressor import models
 from compressor.quality.intervals import format_count
 from compressor.report.inspection import Inspection
 
@@ -79,3 +81,17 @@ def test_counts_are_abbreviated() -> None:
         "86M",
         "17.5G",
     ]
+
+
+def test_an_original_at_chance_is_said_and_keeps_its_scores(tmp_path: Path) -> None:
+    rows = np.load(models.SAMPLE / "digits.npz")
+    wrong = tmp_path / "shifted.npz"
+    names = dict(zip(("x", "y"), sorted(rows.files, key=lambda name: -rows[name].ndim), strict=True))
+    np.savez(wrong, x=rows[names["x"]], y=(rows[names["y"]] + 1) % 10)
+    inspected = compressor.inspect(data=wrong, samples=160)
+    (doubt,) = [each for each in inspected.limitations if each.feature == "quality of the original"]
+    assert doubt.reason.startswith("sample has an accuracy of ")
+    assert doubt.reason.endswith("The scores use no labels; an export or a sweep stops here")
+    assert inspected.rows()
+    right = compressor.inspect(samples=160)
+    assert not [each for each in right.limitations if each.feature == "quality of the original"]
