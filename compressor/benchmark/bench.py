@@ -212,6 +212,7 @@ def _set_up(
             loaded.get(each.name), settings.target, compiled=settings.compile, trusted=settings.trust_remote_code
         )
     )
+    _check_unused(settings, entries)
     against = _against(settings.against, entries)
     context_lengths = contexts(settings.context, model)
     export_settings = _export_settings(settings, folders)
@@ -219,6 +220,18 @@ def _set_up(
         data_and_model = ModelAndData(model, load_data(export_settings, model, tick))
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
+
+
+def _check_unused(settings: BenchSettings, entries: Sequence[EngineEntry]) -> None:
+    """Raise if an option has no effect on the kinds of engines that are measured."""
+    torch_models = [entry for entry in entries if entry.module is not None]
+    if settings.compile and not torch_models:
+        raise SettingsError("found --compile, but no torch model is measured; give a model, or leave --compile out.")
+    if settings.target is not None and len(torch_models) == len(entries):
+        raise SettingsError(
+            f"found --target {settings.target}, but only torch models are measured; give a folder or an .onnx file, or "
+            "leave --target out."
+        )
 
 
 def _with_image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> BenchSettings:

@@ -18,6 +18,7 @@ from compressor.lower.traced_model import (
     load_data,
 )
 from compressor.measure.memory_budget import memory_budget
+from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.chance import ChanceError
 from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
@@ -46,6 +47,7 @@ def inspect(
     """
     if against_data and not study:
         raise SettingsError("found --against-data without --study, whose rankings it compares; add --study.")
+    refuse_unused(settings)
     steps = Steps(console)
     if study and settings.max_memory is not None:
         raise SettingsError(

@@ -199,6 +199,25 @@ def test_bench_computes_the_factorial(measured: tuple[Comparison, dict[str, Any]
     assert f"out: {again['conclusion'][0]}" in comparison.summary()
 
 
+@pytest.mark.parametrize(
+    ("engine", "options", "words"),
+    [
+        ("model", {"target": "onnxruntime"}, "found --target onnxruntime, but only torch models are measured"),
+        (
+            "folder",
+            {"compile": True, "model": FACTORY},
+            "found --compile, but no torch model is measured; give a model",
+        ),
+    ],
+)
+def test_an_option_for_other_engines_is_refused(
+    exported: tuple[Path, Report, str], tmp_path: Path, engine: str, options: dict[str, Any], words: str
+) -> None:
+    what = FACTORY if engine == "model" else exported[0]
+    with pytest.raises(SettingsError, match=words):
+        compressor.bench(what, data=exported[2], output=tmp_path / "bench.json", **options)
+
+
 def test_wrong_labels_stop_the_comparison_with_the_original(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
     rows = np.load(exported[2])
     data = tmp_path / "shifted.npz"
