@@ -40,6 +40,7 @@ def limitations_of(
     yield from _of_weight_types(subject.model, precision, engine)
     yield from _of_precision(precision, converted, trials)
     yield from _float32_layers(precision, converted)
+    yield from _refused_quantizers(precision, converted)
     yield from _unused(precision, engine)
     yield from _emulated(precision, converted, engine)
     yield from _saturating(precision, converted, engine)
@@ -123,6 +124,13 @@ def _float32_layers(precision: str, converted: Mapping[str, Converted]) -> Itera
             f"{len(layers)} {noun} in float32, because fp16 ends at 65,504 and calibration data come within a factor "
             f"of 2 of it, or below its normal range of 6e-5: {_some(names)}",
         )
+
+
+def _refused_quantizers(precision: str, converted: Mapping[str, Converted]) -> Iterator[Limitation]:
+    """Yield a limitation for each package that is installed and failed to quantize the result."""
+    facts = converted.get("result")
+    for quantizer, reason in () if facts is None else facts.refused.items():
+        yield Limitation(f"{precision} by {quantizer}", f"not compared with Compressor's ({reason.rstrip('.')})")
 
 
 def _computes_in_fp16(precision: str, converted: Mapping[str, Converted]) -> bool:

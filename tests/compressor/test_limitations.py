@@ -276,6 +276,13 @@ def test_layers_beyond_fp16_are_named_with_their_largest_value():
     assert limitation.reason.endswith("blocks.0 (largest value 5.5e+05), blocks.1 (largest value 5.5e+05)")
 
 
+def test_a_package_that_failed_to_quantize_is_a_limitation():
+    facts = Converted("int8", "compressor", 0.1, refused={"nncf": "NNCF cannot quantize f.onnx: no such operator."})
+    (limitation,) = limitations_of(subject(), "int8", {"result": facts}, (), BUILT)
+    assert limitation.feature == "int8 by nncf"
+    assert limitation.reason == "not compared with Compressor's (NNCF cannot quantize f.onnx: no such operator)"
+
+
 def test_an_unmeasured_loss_and_an_emulated_device_are_limitations():
     deferred = {"state": "deferred", "target": "tensorrt"}
     half, int8 = Converted("fp16", "compressor", None), Converted("int8", "compressor", 0.1, rest="fp16")
