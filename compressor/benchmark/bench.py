@@ -24,6 +24,7 @@ from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
 from compressor.models.weights.stored_dtypes import describe_dtypes
+from compressor.report.collect_limitations import of_subject
 from compressor.settings import Settings
 from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment
@@ -180,7 +181,13 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
         parity=parity,
         harness=harness,
         environment=environment(),
-        notes=(*doubts, *_leakage_warnings(stand, folders), *_hidden_overflow(stand), *_weight_types(stand.entries)),
+        notes=(
+            *doubts,
+            *map(str, of_subject(stand.loaded)),
+            *_leakage_warnings(stand, folders),
+            *_hidden_overflow(stand),
+            *_weight_types(stand.entries),
+        ),
     )
 
 

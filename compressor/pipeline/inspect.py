@@ -20,6 +20,7 @@ from compressor.lower.traced_model import (
 from compressor.measure.memory_budget import memory_budget
 from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.chance import ChanceError
+from compressor.report.collect_limitations import of_weight_types
 from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
 from compressor.settings import Settings
@@ -85,7 +86,12 @@ def _inspection(settings: Settings, steps: Steps, *, study: bool, against_data: 
         effects=measured,
         study=result,
         at_ends=bounds is not None,
-        limitations=(*subject.model.limitations, *subject.data.limitations, *doubts),
+        limitations=(
+            *subject.model.limitations,
+            *subject.data.limitations,
+            *of_weight_types(subject.model, "the scores are those of the float32 weights"),
+            *doubts,
+        ),
     )
 
 

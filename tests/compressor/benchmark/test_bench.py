@@ -263,7 +263,9 @@ def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path
         BenchSettings((str(exported[0]),), model=FACTORY, samples=40, rounds=1, output=tmp_path / "bench.json")
     )
     # Of 80 samples, the export used 20 for calibration and 20 for validation, which include the 20 test samples here.
+    limitations = tuple(map(str, models.load(FACTORY).limitations))
     assert comparison.notes == (
+        *limitations,
         "out was exported with more samples and may have been calibrated on 20 of the 20 test samples; give the "
         "--samples of the export.",
     )
