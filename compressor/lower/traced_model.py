@@ -16,7 +16,8 @@ from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
 from compressor.lower.self_parity import check_self_parity
-from compressor.lower.trace import trace
+from compressor.lower.size_guards import check_sizes
+from compressor.lower.trace import trace_with_guards
 from compressor.models import Model
 from compressor.models.base import first_line
 from compressor.quality import chance
@@ -128,7 +129,8 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
         if limitation.feature == CLASS_ORDER:  # it decides on all figures, so it is shown before the search
             steps.warn(str(limitation))
     with steps.step("trace, find the sites"):
-        graph = trace(model)
+        graph, guards = trace_with_guards(model)
+        data = dataclasses.replace(data, limitations=(*data.limitations, *check_sizes(guards, model, data)))
         _check_trained(graph, model)
         sites = find_sites(graph)
         if not sites:
