@@ -90,6 +90,7 @@ class Trial:
 def table(trials: Sequence[dict[str, Any]]) -> Table:
     """Return a terminal table of the precisions that ``auto`` tried."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(title="Precisions tried on the result", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -98,7 +99,7 @@ def table(trials: Sequence[dict[str, Any]]) -> Table:
     for trial in trials:
         figures = zip(("milliseconds", "speedup", "loss"), ("{:.2f}", "{:.2f}x", "{:.2f}"), strict=True)
         values = ["" if trial[key] is None else form.format(trial[key]) for key, form in figures]
-        shown.add_row(trial["precision"], *values, trial["verdict"])
+        shown.add_row(trial["precision"], *values, escape(trial["verdict"]))
     return shown
 
 

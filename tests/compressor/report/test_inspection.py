@@ -1,5 +1,6 @@
 """Tests of an inspection: rows of scores and costs, JSON without NaN, heat map, and a table of 80 columns."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -95,3 +96,15 @@ def test_an_original_at_chance_is_said_and_keeps_its_scores(tmp_path: Path) -> N
     assert inspected.rows()
     right = compressor.inspect(samples=160)
     assert not [each for each in right.limitations if each.feature == "quality of the original"]
+
+
+def test_a_name_is_neither_markup_nor_a_formula(inspected: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = r"[red]x[/red] [/] $\nothing{$"
+    named = dataclasses.replace(inspected, model=name)
+    states, rows = len(inspected.state_names()), [row | {"name": name} for row in inspected.rows()]
+    monkeypatch.setattr(Inspection, "state_names", lambda _: (name,) * states)
+    monkeypatch.setattr(Inspection, "rows", lambda _: rows)
+    assert named.heat_map().startswith(b"\x89PNG")
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(named.table())
+    assert stream.getvalue().count(name) == 1 + len(inspected.sites)
