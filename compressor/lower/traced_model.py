@@ -23,6 +23,7 @@ from compressor.models.base import first_line
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.heads.base import Head
+from compressor.quality.heads.entities import Entities, tags_of
 from compressor.quality.heads.registry import head_for
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps, Tick
@@ -53,7 +54,10 @@ class ModelAndData:
     @property
     def head(self) -> Head:
         """How the output of the model is evaluated."""
-        return head_for(self.model.task, self.model.problem_type)
+        head = head_for(self.model.task, self.model.problem_type)
+        names = self.model.class_names if self.model.task == "token-classification" else None
+        tags = None if names is None else tags_of([each[0] if each else "" for each in names.names])
+        return head if tags is None else Entities(tags)
 
     @property
     def no_quality_because(self) -> str | None:
