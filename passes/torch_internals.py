@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch.export import ExportedProgram
+
 # FakeTensorMode: tensors with a shape and a type but no elements. Offloaded weights need it for shape-only runs.
 # enable_python_dispatcher: without it, addcmul rejects fake operands that broadcast.
 # tree_leaves: the tensors in the nested value of a node. `fx.node.map_aggregate` is public, but treats named tuples of
@@ -35,7 +37,9 @@ __all__ = [
     "expression",
     "fake_mode",
     "forward_hooks",
+    "guards",
     "hint",
+    "holds",
     "is_mutable",
     "new_symbolic_size",
     "operators",
@@ -97,6 +101,20 @@ def expression(size: Any) -> Any:
     Reads `SymInt.node.expr`. Without it, comparing two symbolic sizes specialises them to the traced example.
     """
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def guards(program: ExportedProgram) -> tuple[str, ...]:
+    """Return the conditions on the sizes of its inputs under which an exported program holds, as Python expressions.
+
+    Reads `ExportedProgram._guards_code`; the public `range_constraints` has only lower and upper bounds. Without it, a
+    branch on a size is traced for one side without a word.
+    """
+    return tuple(program._guards_code)
+
+
+def holds(guard: str, tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether a condition of `guards` is true for the inputs of a program whose only argument is `*tensors`."""
+    return bool(eval(guard, {"L": {"tensors": tensors}}))
 
 
 def hint(size: Any) -> Any:

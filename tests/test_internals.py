@@ -150,6 +150,20 @@ def test_expression_and_hint_of_integers():
     assert (expression(3), hint(3)) == (3, 3)
 
 
+def test_guards_are_the_conditions_on_sizes():
+    from passes.torch_internals import guards, holds
+
+    class Branching(torch.nn.Module):
+        def forward(self, *tensors):
+            return tensors[0] * 2 if tensors[0].shape[1] > 16 else tensors[0]
+
+    axes = {"tensors": ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)}
+    traced = torch.export.export(Branching(), (torch.ones(2, 10),), dynamic_shapes=axes, strict=False)
+    (guard,) = guards(traced)
+    assert guard == "L['tensors'][0].size()[1] <= 16"
+    assert [holds(guard, [torch.ones(3, size)]) for size in (16, 17)] == [True, False]
+
+
 def test_free_size_is_a_new_symbol(values):
     from passes.torch_internals import expression, fake_mode, hint, new_symbolic_size
 

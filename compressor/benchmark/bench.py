@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import models
+from compressor.benchmark.baseline_standing import check_baseline
 from compressor.benchmark.bench_settings import BenchSettings
-from compressor.benchmark.contenders import BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
+from compressor.benchmark.contenders import EAGER, BenchError, Contender, EngineEntry, ExportFolder, parse_contenders
 from compressor.benchmark.decode_results import GenerationResults
 from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
@@ -22,6 +23,7 @@ from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
 from compressor.models.weights.stored_dtypes import describe_dtypes
+from compressor.report.collect_limitations import of_subject
 from compressor.settings import Settings
 from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment
@@ -65,6 +67,9 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
     engines = stand.built(scratch, steps)
     parity = stand.parity(engines)
     evaluation = stand.quality(engines, steps)
+    originals = [f"{each.name} ({EAGER})" for each in contenders if each.is_model and each.folder is None]
+    source = stand.loaded.data.source
+    doubts = () if evaluation is None else tuple(check_baseline(evaluation, stand.reference, originals, source))
     harness = evaluate_tasks(
         stand.quiet_openers(engines),
         stand.loaded.model,
@@ -90,7 +95,13 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
         parity=parity,
         harness=harness,
         environment=environment(),
-        notes=(*_leakage_warnings(stand, folders), *_hidden_overflow(stand), *_weight_types(stand.entries)),
+        notes=(
+            *doubts,
+            *map(str, of_subject(stand.loaded)),
+            *_leakage_warnings(stand, folders),
+            *_hidden_overflow(stand),
+            *_weight_types(stand.entries),
+        ),
     )
 
 
@@ -122,6 +133,7 @@ def _set_up(
             loaded.get(each.name), settings.target, compiled=settings.compile, trusted=settings.trust_remote_code
         )
     )
+    _check_unused(settings, entries)
     against = _against(settings.against, entries)
     context_lengths = contexts(settings.context, model)
     export_settings = _export_settings(settings, folders)
@@ -129,6 +141,18 @@ def _set_up(
         data_and_model = ModelAndData(model, load_data(export_settings, model, tick))
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
+
+
+def _check_unused(settings: BenchSettings, entries: Sequence[EngineEntry]) -> None:
+    """Raise if an option has no effect on the kinds of engines that are measured."""
+    torch_models = [entry for entry in entries if entry.module is not None]
+    if settings.compile and not torch_models:
+        raise SettingsError("found --compile, but no torch model is measured; give a model, or leave --compile out.")
+    if settings.target is not None and len(torch_models) == len(entries):
+        raise SettingsError(
+            f"found --target {settings.target}, but only torch models are measured; give a folder or an .onnx file, or "
+            "leave --target out."
+        )
 
 
 def _with_image_size(settings: BenchSettings, folders: Mapping[str, ExportFolder]) -> BenchSettings:

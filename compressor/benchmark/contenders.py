@@ -209,7 +209,7 @@ class Contender:
         elif self.file is not None:
             yield EngineEntry(self.name, target or "onnxruntime", self.file)
         elif model is not None:
-            yield EngineEntry(f"{self.name} (eager)", EAGER, None, Module(model))
+            yield EngineEntry(f"{self.name} ({EAGER})", EAGER, None, Module(model))
             if compiled:
                 yield EngineEntry(f"{self.name} (compiled)", EAGER, None, Module(model, compiles=True))
 

@@ -27,10 +27,10 @@ from compressor.measure.workload import (
     empty_cache,
     feeds_with_cache,
     memory_mapped,
-    most_tokens,
     token_ids,
 )
 from compressor.models import Model
+from compressor.models.base import most_tokens
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import Engine, Feeds
 from runtimes.base.timing import Latency

@@ -118,22 +118,23 @@ class TaskResults:
     def table(self) -> Table:
         """Return a table with a line for each metric and engine, 80 columns wide if names are short."""
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
         limit = "" if self.asked.limit is None else f", limit {self.asked.limit:g}"
         title = f"lm-eval {self.release}{limit}; difference from {self.against}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", overflow="fold")
         for heading in ("value", "std. error", "difference"):
             table.add_column(heading, justify="right", no_wrap=True)
         places = dict.fromkeys(each.place for each in self.results)
         for place in places:
             same = [each for each in self.results if each.place == place]
-            table.add_row(same[0].title)
+            table.add_row(escape(same[0].title))
             for each in same:
                 error = "" if each.error is None else f"± {each.error:.4f}"
                 difference = "" if each.engine == self.against else f"{self.difference(each):+.4f}"
-                table.add_row(f"  {each.engine}", f"{each.value:.4f}", error, difference)
+                table.add_row(f"  {escape(each.engine)}", f"{each.value:.4f}", error, difference)
         return table
 
     def summary(self) -> str:

@@ -37,7 +37,7 @@ class TracedGraphError(CompressorError):
 
 
 def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tensor]) -> None:
-    """Run the module twice and its traced graph once on the same rows, and compare their outputs.
+    """Run the module twice and its traced graph once on the same rows, and both on the first row, and compare outputs.
 
     A model whose weights stay on disk does not run as a module; only its graph is searched for random operators.
 
@@ -78,6 +78,7 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
         ) from error
     try:
         check(lambda: torch_outputs(graph, feeds), name="the traced graph")
+        _check_alone(reference, model, graph, feeds)
     except ParityError as error:
         raise TracedGraphError(
             f"{model.name} was traced into a graph that computes other outputs than the module "
@@ -85,6 +86,27 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
             "tensor operators in forward."
         ) from error
+
+
+def _check_alone(reference: Reference, model: Model, graph: Graph, feeds: Mapping[str, torch.Tensor]) -> None:
+    """Compare the graph with the module on the first row alone: torch.export assumes batches of at least two rows.
+
+    Raises:
+        ParityError: the outputs differ.
+    """
+    alone = {name: value[:1] for name, value in feeds.items()}
+    expected = _module_outputs(model, alone)
+
+    def part(of: Reference) -> Reference:
+        return of.part(slice(0, 1), expected)
+
+    check_parity(
+        part(reference),
+        lambda: torch_outputs(graph, alone),
+        refine=lambda: part(with_rounding(reference, graph, [feeds])),
+        name="the traced graph of one row",
+        advice="see above",
+    )
 
 
 def _module_outputs(model: Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, Array]:

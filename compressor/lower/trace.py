@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compressor.errors import CompressorError
+from compressor.lower.size_guards import SizeGuard, size_guards
 from compressor.quality.parity import TOLERANCE
 from passes.base import apply
 from passes.execute.interpreter import run
@@ -44,11 +45,20 @@ class Traced(torch.nn.Module):
 
 
 def trace(model: Model) -> Graph:
+    """Trace a model into a graph (see `trace_with_guards`)."""
+    return trace_with_guards(model)[0]
+
+
+def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     """Trace a model with a dynamic batch (sequence, height, width) axis into a clean fx graph of ATen operators.
 
     A graph with dynamic height and width is compared with the model at `Model.sizes`.
 
+    Returns:
+        The graph, and the conditions on sizes under which it holds.
+
     Raises:
+        SizeError: the model branches on the batch size.
         TraceError: the model cannot be traced, or only with a fixed batch size, or the graph differs from the model at
             another size. The message names the line of code, if torch.export states it, and a remedy.
     """
@@ -58,15 +68,17 @@ def trace(model: Model) -> Graph:
     try:
         with suppress_output(), torch.no_grad():
             program = torch.export.export(wrapped, feeds, dynamic_shapes=shapes, strict=False)
+            traced = program
             if any(is_mutable(node.target) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except Exception as error:
         raise TraceError(_explain(model, error)) from error
+    guards = size_guards(traced, model)
     graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
     apply(Clean(), graph)
     for size in model.sizes:
         _check_size(graph, model, size)
-    return graph
+    return graph, guards
 
 
 def _check_size(graph: Graph, model: Model, size: tuple[int, int]) -> None:

@@ -16,12 +16,14 @@ from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
 from compressor.lower.self_parity import check_self_parity
-from compressor.lower.trace import trace
+from compressor.lower.size_guards import check_sizes
+from compressor.lower.trace import trace_with_guards
 from compressor.models import Model
 from compressor.models.base import first_line
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.heads.base import Head
+from compressor.quality.heads.entities import Entities, tags_of
 from compressor.quality.heads.registry import head_for
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps, Tick
@@ -52,7 +54,10 @@ class ModelAndData:
     @property
     def head(self) -> Head:
         """How the output of the model is evaluated."""
-        return head_for(self.model.task, self.model.problem_type)
+        head = head_for(self.model.task, self.model.problem_type)
+        names = self.model.class_names if self.model.task == "token-classification" else None
+        tags = None if names is None else tags_of([each[0] if each else "" for each in names.names])
+        return head if tags is None else Entities(tags)
 
     @property
     def no_quality_because(self) -> str | None:
@@ -128,7 +133,8 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
         if limitation.feature == CLASS_ORDER:  # it decides on all figures, so it is shown before the search
             steps.warn(str(limitation))
     with steps.step("trace, find the sites"):
-        graph = trace(model)
+        graph, guards = trace_with_guards(model)
+        data = dataclasses.replace(data, limitations=(*data.limitations, *check_sizes(guards, model, data)))
         _check_trained(graph, model)
         sites = find_sites(graph)
         if not sites:

@@ -15,7 +15,7 @@ from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines
 from compressor.measure.latency import EngineTimer
 from compressor.quality.evaluate import EvaluationError
-from compressor.quantize.convert import choose_conversion, convert, usable_quantizers
+from compressor.quantize.convert import OURS, choose_conversion, convert, usable_quantizers
 from compressor.quantize.precision import Converted, Source, Trial, choose_precision
 from compressor.workspace.progress import Steps, Tick
 from runtimes.base.protocols import RuntimesError
@@ -55,25 +55,46 @@ class PrecisionConverter:
             source = Source(path, precision)
             tick(text=f"{precision}: building")
             return source, Converted(precision, target.name, None if loss is None else loss(source))
-        converted = {}
+        converted, refused = dict[Source, Converted](), dict[str, str]()
         for quantizer in usable_quantizers(precision, target.int8):
-            source = Source(path.with_suffix(f".{precision}.{quantizer}.onnx"), precision)
-            converted[source] = convert(
-                path,
-                source.path,
-                precision,
-                target.int8,
-                self.builder.calibration_batches,
-                quantizer=quantizer,
-                calibration=self.calibration,
-                loss=None if loss is None else partial(_loss_of_file, loss, precision),
-                max_loss=self.max_loss,
-                progress=lambda text: tick(text=text),
-            )
+            try:
+                source, facts = self._by(quantizer, path, precision, loss, tick)
+            except (CompressorError, RuntimesError) as error:
+                if quantizer == OURS:
+                    raise
+                refused[quantizer] = str(error)
+                continue
+            converted[source] = facts
+        converted = {source: dataclasses.replace(facts, refused=refused) for source, facts in converted.items()}
         if len(converted) == 1:
             return next(iter(converted.items()))
         tick(text=f"{precision}: timing {len(converted)} quantizers")
         return choose_conversion(converted, self.quick({source: source for source in converted}), self.max_loss)
+
+    def _by(
+        self, quantizer: str, path: Path, precision: str, loss: Callable[[Source], float] | None, tick: Tick
+    ) -> tuple[Source, Converted]:
+        """Convert a float file with one quantizer; another package's file is also opened, as the target may refuse it.
+
+        Raises:
+            CompressorError, RuntimesError: the quantizer or the target refuses the file.
+        """
+        source = Source(path.with_suffix(f".{precision}.{quantizer}.onnx"), precision)
+        facts = convert(
+            path,
+            source.path,
+            precision,
+            self.builder.target.int8,
+            self.builder.calibration_batches,
+            quantizer=quantizer,
+            calibration=self.calibration,
+            loss=None if loss is None else partial(_loss_of_file, loss, precision),
+            max_loss=self.max_loss,
+            progress=lambda text: tick(text=text),
+        )
+        if quantizer != OURS and loss is None:
+            self._check_engine(source)
+        return source, facts
 
     def convert_for_timing(self, path: Path, precision: str) -> Source:
         """Convert a float file for timing alone: int8 ranges come from one batch, and the loss is not measured.
@@ -105,13 +126,18 @@ class PrecisionConverter:
                 tick(number, len(others), precision)
                 try:
                     source, facts = self.convert(path, precision, tick)
-                    self.builder.build(source)
+                    if facts.loss is None:
+                        self._check_engine(source)
                 except (CompressorError, RuntimesError) as error:
                     refused[precision] = str(error)
                     continue
                 sources[precision], losses[precision] = source, facts.loss
             times = self.quick(sources)
         return choose_precision(times, losses, refused, self.max_loss)
+
+    def _check_engine(self, source: Source) -> None:
+        """Build and open an engine whose loss was not measured, so that the target refuses it here."""
+        self.builder.target.load(self.builder.build(source), self.builder.options).close()
 
     def quick(self, sources: Mapping[Key, Source]) -> dict[Key, float]:
         """Build engines and time them in short bursts; return the milliseconds of all calls, by key."""

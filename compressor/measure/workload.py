@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.errors import SettingsError
+from compressor.models.base import most_tokens
 from runtimes.base.protocols import Engine, Feeds
 from runtimes.base.timing import Latency
 
@@ -104,12 +105,6 @@ def generation_lengths(settings: Settings, model: Model) -> GenerationLengths | 
         return GenerationLengths(*lengths)
     prompt = USUAL if most is None else max(1, min(USUAL, most // 2))
     return GenerationLengths(prompt, 0 if settings.defer_build else prompt)
-
-
-def most_tokens(model: Model) -> int | None:
-    """Return the number of positions of a model of transformers; None if its config states no limit."""
-    most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
-    return most if isinstance(most, int) else None
 
 
 def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]:

@@ -188,3 +188,9 @@ def hub_error_reason(error: BaseException) -> str | None:
     meaning = next((text for kind, text in meanings if isinstance(error, kind)), None)
     cause = error.__cause__ or error.__context__
     return meaning if meaning is not None or cause is None else hub_error_reason(cause)
+
+
+def most_tokens(model: Model) -> int | None:
+    """Return the number of positions of a model of transformers; None if its config states no limit."""
+    most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    return most if isinstance(most, int) else None

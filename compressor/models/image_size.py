@@ -105,6 +105,31 @@ def refusal(call: Call, module: Any, channels: int, size: Size) -> str | None:
     return None
 
 
+def unused_pixels(call: Call, module: Any, channels: int, size: Size) -> Iterator[Limitation]:
+    """Yield a limitation if the last rows or columns of pixels do not change the outputs of a model.
+
+    A convolution into patches of 16 pixels ignores what is left of a side that is no multiple of 16. Such pixels have a
+    gradient of exactly zero. Nothing is known if all gradients are zero or the model has none, as under `no_grad`.
+    """
+    pixels = noise(1, channels, size).requires_grad_()
+    try:
+        with torch.enable_grad():
+            outputs = [value.float().square().sum() for value in call(module, pixels)]
+            (gradient,) = torch.autograd.grad(torch.stack(outputs).sum(), [pixels])
+    except Exception:  # models raise errors of all kinds; those of the size itself were found by `refusal`
+        return
+    reached = gradient[0].abs().amax(0) != 0
+    if not reached.any():
+        return
+    used = tuple(int(reached.any(axis).nonzero().max()) + 1 for axis in (1, 0))
+    if used != size:
+        yield Limitation(
+            "pixels at the edge",
+            f"of {text(size)} pixels, only the first {text(used)} change the output; the sides are no multiples of the "
+            "patches of the model, which leaves out the rest: give --image-size with multiples",
+        )
+
+
 def other_sizes(call: Call, module: Any, channels: int, size: Size, name: str) -> tuple[Size, ...]:
     """Return two further sizes that a model takes, with unequal sides.
 
@@ -301,6 +326,7 @@ def sized_model(
     sizing = Sizing(size, dynamic)
     limits = list(sizing.limitations(channels))
     if size != configured:
+        limits += unused_pixels(calls[interpolates], module, channels, size)
         limits.append(_differs(configured, size, interpolates, requested=image_size not in (None, DYNAMIC)))
     return SizedModel(sizing, calls[interpolates], processor, interpolates, tuple(limits))
 

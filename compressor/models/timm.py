@@ -31,6 +31,7 @@ from compressor.models.image_size import (
     repeated,
     statistics_limitation,
     text,
+    unused_pixels,
     wrong_statistics,
 )
 from compressor.models.preprocess import Preprocess
@@ -172,7 +173,7 @@ def _at_size(create: Callable[..., torch.nn.Module], image_size: ImageSize, name
     if reason is not None:
         raise cannot_take(name, image_size, reason)
     sizing = Sizing(image_size)
-    limits = [*sizing.limitations(channels)]
+    limits = [*sizing.limitations(channels), *unused_pixels(_classify, module, channels, image_size)]
     if tuple(own) != image_size:
         limits.append(
             Limitation(

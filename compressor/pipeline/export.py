@@ -24,6 +24,7 @@ from compressor.measure.variant import Variant, build_variants, convert_variants
 from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
+from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Trial
 from compressor.report import engine_layers
@@ -84,6 +85,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         CompressorError, PassError, RuntimesError: the message says what was found and what to do. The output folder is
             not written then.
     """
+    refuse_unused(settings)
     target, options = check_target(settings)
     steps, output = Steps(console), Path(settings.output)
     if settings.max_memory is not None:

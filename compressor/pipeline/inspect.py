@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING
 
 from compressor.commands import InspectSettings
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import index_errors_as_data_errors, load, load_data
+from compressor.limitations import Limitation
+from compressor.lower.traced_model import (
+    TracedModel,
+    check_original,
+    index_errors_as_data_errors,
+    load,
+    load_data,
+)
 from compressor.measure.memory_budget import memory_budget
+from compressor.pipeline.unused_options import refuse_unused
+from compressor.quality.chance import ChanceError
+from compressor.report.collect_limitations import of_weight_types
 from compressor.report.inspection import Inspection
 from compressor.search.planner import output_divergence, score
 from compressor.study.study import study as studied
@@ -35,6 +45,7 @@ def inspect(settings: InspectSettings, *, console: Console | None = None) -> Ins
     """
     if settings.against_data and not settings.study:
         raise SettingsError("found --against-data without --study, whose rankings it compares; add --study.")
+    refuse_unused(settings)
     steps = Steps(console)
     if settings.study and settings.max_memory is not None:
         raise SettingsError(
@@ -48,6 +59,7 @@ def inspect(settings: InspectSettings, *, console: Console | None = None) -> Ins
 
 def _inspection(settings: InspectSettings, steps: Steps) -> Inspection:
     subject = load(settings, steps)
+    doubts = () if settings.max_memory is not None else _doubts(subject, steps)
     others = []
     for source in settings.against_data:
         with steps.step(f"load {source}") as tick:
@@ -71,5 +83,23 @@ def _inspection(settings: InspectSettings, steps: Steps) -> Inspection:
         effects=measured,
         study=result,
         at_ends=bounds is not None,
-        limitations=(*subject.model.limitations, *subject.data.limitations),
+        limitations=(
+            *subject.model.limitations,
+            *subject.data.limitations,
+            *of_weight_types(subject.model, "the scores are those of the float32 weights"),
+            *doubts,
+        ),
     )
+
+
+def _doubts(subject: TracedModel, steps: Steps) -> tuple[Limitation, ...]:
+    """Return the limitations of an original that is not clearly better than chance.
+
+    It does not stop an inspection: scores use no labels, but they are those of data that the model may not understand.
+    """
+    try:
+        checked = check_original(subject, steps)
+    except ChanceError as error:
+        reason = f"{str(error).rstrip('.')}. The scores use no labels; an export or a sweep stops here"
+        return (Limitation("quality of the original", reason),)
+    return checked.data.limitations[len(subject.data.limitations) :]

@@ -10,6 +10,8 @@ from compressor.commands import SweepSettings
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import check_original, index_errors_as_data_errors, load
 from compressor.measure.graph_evaluator import graph_evaluator
+from compressor.pipeline.unused_options import refuse_unused
+from compressor.report.collect_limitations import of_sweep
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.report.precision_notes import expected_excess
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
@@ -42,6 +44,7 @@ def sweep(
         )
     if settings.precision == AUTO:
         raise SettingsError("a sweep compares plans in one precision; found --precision auto, give one such as int8.")
+    refuse_unused(settings)
     target, options = check_target(settings)
     steps = Steps(console)
     output = Path(settings.output)
@@ -70,7 +73,7 @@ def sweep(
             search=facts_of(search),
             environment=environment(),
             seconds=sum(step.seconds for step in steps.done),
-            limitations=(*subject.model.limitations, *subject.data.limitations),
+            limitations=tuple(of_sweep(subject, settings.precision, target.name, conversions)),
             notes=tuple(sentence for sentence in excesses if sentence is not None),
         )
         (folder / "plans").mkdir()

@@ -85,13 +85,15 @@ class Evaluation:
     """Per-sample columns of each evaluated model and the metric to compute from them.
 
     For classifiers, `changed` maps each model to its disagreements with the reference, those of the largest regret.
-    `head` computed the columns; without one, nothing but the metric is known.
+    `head` computed the columns; without one, nothing but the metric is known. `outputs` is the number of classes, or of
+    tokens in the vocabulary.
     """
 
     metric: str
     columns: Mapping[str, Columns]
     changed: Mapping[str, Sequence[Disagreement]] = field(default_factory=dict)
     head: Head = field(default_factory=Head)
+    outputs: int = 1
 
     def value(self, name: str) -> float:
         """Return the metric of one model."""
@@ -180,7 +182,7 @@ def evaluate(
     joined = {name: join(columns) for name, columns in parts.items()}
     if head.by_window:
         joined = {name: by_text(columns, owners) for name, columns in joined.items()}
-    return Evaluation(metric, joined, changed, head)
+    return Evaluation(metric, joined, changed, head, original.shape[-1])
 
 
 def join(parts: list[Columns]) -> Columns:

@@ -145,6 +145,7 @@ METRICS = {
     "token_accuracy": Metric(
         "accuracy of the classes of tokens in %", "token accuracy", "%", "accuracy", _percent("accuracy")
     ),
+    "entity_f1": Metric("micro-averaged F1 of entities in %", "F1 of entities", "%", "f1", _micro_f1),
     "token_agreement": _comparison("tokens with the same class as by the original in %", "token agreement"),
     "perplexity": Metric("perplexity", "perplexity", "", "perplexity", _perplexity, relative=True),
     "masked_perplexity": Metric(

@@ -6,6 +6,9 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import onnx
 
 from compressor.errors import CompressorError
 from compressor.quantize.qdq_rewrite import (
@@ -20,6 +23,7 @@ from compressor.quantize.qdq_rewrite import (
     replace_nodes,
     save,
 )
+from runtimes.base.protocols import first_line
 
 BLOCK = 32
 """Weights per scale: the smallest block size that ONNX Runtime's kernels accept, and the most accurate."""
@@ -44,7 +48,7 @@ def to_int4(source: Path, destination: Path) -> int:
         The number of quantized nodes.
 
     Raises:
-        Int4Error: ONNX Runtime's tools are not installed, or the file has no node to quantize.
+        Int4Error: ONNX Runtime's tools are not installed or fail, or the file has no node to quantize.
     """
     try:
         with _quiet():
@@ -71,13 +75,25 @@ def to_int4(source: Path, destination: Path) -> int:
     outputs = [linear.output for linear in linears]
     products = {*outputs, *(f"{PREFIX}{output}/product" for output in outputs)}
     others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.output[0] not in products]
-    with _quiet():
-        quantizer = MatMulNBitsQuantizer(
-            model, bits=4, block_size=BLOCK, accuracy_level=ACCURACY_LEVEL, nodes_to_exclude=others
-        )
-        quantizer.process()
-    save(quantizer.model.model, destination, EXTERNAL_ABOVE)
+    save(_in_four_bits(MatMulNBitsQuantizer, model, others, source.name), destination, EXTERNAL_ABOVE)
     return len(linears)
+
+
+def _in_four_bits(quantizer: Any, model: onnx.ModelProto, others: list[str], name: str) -> onnx.ModelProto:
+    """Quantize all products but those named in `others` with a quantizer of ONNX Runtime.
+
+    Raises:
+        Int4Error: it fails.
+    """
+    try:
+        with _quiet():
+            made = quantizer(model, bits=4, block_size=BLOCK, accuracy_level=ACCURACY_LEVEL, nodes_to_exclude=others)
+            made.process()
+    except Exception as error:  # the tools raise errors of NumPy, of onnx and their own
+        reason = f"ONNX Runtime's tools cannot quantize {name} to int4: {first_line(error)}"
+        raise Int4Error(f"{reason}; choose another precision.") from error
+    quantized: onnx.ModelProto = made.model.model
+    return quantized
 
 
 @contextlib.contextmanager

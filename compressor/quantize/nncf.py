@@ -28,17 +28,17 @@ def to_int8(source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]
         NncfError: NNCF cannot quantize the model.
     """
     with _quiet():
-        import nncf
-
         samples = [sample for batch in feeds() for sample in _rows(batch)]
         try:
+            import nncf
+
             model = nncf.quantize(
                 load(source),
                 nncf.Dataset(samples),
                 model_type=nncf.ModelType.TRANSFORMER,
                 subset_size=len(samples),
             )
-        except Exception as error:  # NNCF's errors have no common base class
+        except Exception as error:  # NNCF's errors have no common base class, and its import may fail too
             raise NncfError(f"NNCF cannot quantize {source.name}: {first_line(error)}.") from error
     assert isinstance(model, onnx.ModelProto)
     save(model, destination, EXTERNAL_ABOVE)

@@ -6,8 +6,8 @@ A precision is either written into the ONNX file by this package or applied by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +46,7 @@ class Converted:
         tried: loss and latency of each quantizer's file, where several were tried.
         rest: precision of the nodes around int8 products.
         float32: layers of an fp16 file that stay in float32, because their values exceed fp16.
+        refused: quantizers of other packages that failed, with the reason.
     """
 
     precision: str
@@ -55,12 +56,15 @@ class Converted:
     tried: tuple[dict[str, Any], ...] = ()
     rest: str = "fp32"
     float32: tuple[Kept, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain JSON values, with the fields of `quantized` at the top level."""
         inner = {} if self.quantized is None else asdict(self.quantized)
-        outer = {"precision": self.precision, "by": self.by, "loss": self.loss, "tried": list(self.tried)}
+        outer: dict[str, Any] = {"precision": self.precision, "by": self.by, "loss": self.loss}
+        outer |= {"tried": list(self.tried)}
         outer |= {"float32": [asdict(kept) for kept in self.float32]}
+        outer |= {"refused": dict(self.refused)} if self.refused else {}
         return inner | outer | ({} if self.quantized is None else {"rest": self.rest})
 
 
@@ -86,6 +90,7 @@ class Trial:
 def table(trials: Sequence[dict[str, Any]]) -> Table:
     """Return a terminal table of the precisions that ``auto`` tried."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(title="Precisions tried on the result", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -94,7 +99,7 @@ def table(trials: Sequence[dict[str, Any]]) -> Table:
     for trial in trials:
         figures = zip(("milliseconds", "speedup", "loss"), ("{:.2f}", "{:.2f}x", "{:.2f}"), strict=True)
         values = ["" if trial[key] is None else form.format(trial[key]) for key, form in figures]
-        shown.add_row(trial["precision"], *values, trial["verdict"])
+        shown.add_row(trial["precision"], *values, escape(trial["verdict"]))
     return shown
 
 

@@ -34,18 +34,47 @@ def limitations_of(
         engine: the ``engine`` part of the report.
         parities: comparisons of the variants with torch.
     """
-    yield from subject.model.limitations
-    yield from subject.data.limitations
-    yield from _of_labels(subject)
-    yield from _of_weight_types(subject.model, precision, engine)
-    yield from _of_precision(precision, converted, trials)
-    yield from _float32_layers(precision, converted)
+    yield from of_subject(subject)
+    yield from of_weight_types(subject.model, f"the engine is {precision}", str(engine.get("target")))
+    yield from _of_conversion(precision, converted, trials)
     yield from _unused(precision, engine)
     yield from _emulated(precision, converted, engine)
     yield from _saturating(precision, converted, engine)
     yield from of_engine(engine)
     notes = [*(note for each in parities for note in each.notes), *engine.get("stand_in", {}).get("notes", ())]
     yield from (Limitation("comparison with torch", note) for note in dict.fromkeys(notes))
+
+
+def of_subject(subject: ModelAndData) -> Iterator[Limitation]:
+    """List the limitations of a model and its data, which hold for every command."""
+    yield from subject.model.limitations
+    yield from subject.data.limitations
+    yield from _of_labels(subject)
+
+
+def of_sweep(
+    subject: ModelAndData, precision: str, target: str, conversions: Mapping[str, Converted]
+) -> Iterator[Limitation]:
+    """List the limitations of a sweep: those of an export that are known before its engine is inspected.
+
+    Args:
+        subject: the model with its data.
+        precision: the precision of all points.
+        target: name of the target.
+        conversions: the conversions to that precision, by number of the point; limitations that not all points share
+            name theirs.
+    """
+    yield from of_subject(subject)
+    yield from of_weight_types(subject.model, f"the engines are {precision}", target)
+    points: dict[Limitation, list[str]] = {}
+    for number, facts in conversions.items():
+        for limitation in _of_conversion(precision, {"result": facts}, ()):
+            points.setdefault(limitation, []).append(number)
+    for limitation, numbers in points.items():
+        noun = "point" if len(numbers) == 1 else "points"
+        where = "" if len(numbers) == len(conversions) else f" at {noun} {', '.join(numbers)}"
+        yield Limitation(f"{limitation.feature}{where}", limitation.reason)
+    yield from _saturating(precision, {}, {"state": "built", "target": target})
 
 
 def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
@@ -76,18 +105,30 @@ def _of_labels(subject: ModelAndData) -> Iterator[Limitation]:
         )
 
 
-def _of_weight_types(model: Model, precision: str, engine: Mapping[str, Any]) -> Iterator[Limitation]:
-    """Yield a limitation if the checkpoint stores weights in another type than they are computed with."""
+def of_weight_types(model: Model, computed: str, target: str = "") -> Iterator[Limitation]:
+    """Yield a limitation if the checkpoint stores weights in another type than they are computed with.
+
+    Args:
+        model: the model with the types of its weights.
+        computed: a clause on what computes with the float32 weights.
+        target: the target; a checkpoint of transformers keeps the types.
+    """
     if not {str(dtype) for dtype in model.dtypes.values()} - {"torch.float32"}:
         return
     from compressor.models.weights.stored_dtypes import describe_dtypes
 
     types = f"the original checkpoint stores its weights as {describe_dtypes(model.dtypes.values())}"
-    if engine.get("target") == TRANSFORMERS:
+    if target == TRANSFORMERS:
         written = "they are written in these types; quality and latency are those of the written weights in float32"
         yield Limitation("weight types", f"{types}, and {written} (from_pretrained with dtype=torch.float32)")
     else:
-        yield Limitation("weight types", f"{types}; they were converted to float32, and the engine is {precision}")
+        yield Limitation("weight types", f"{types}; they were converted to float32, and {computed}")
+
+
+def _of_conversion(precision: str, converted: Mapping[str, Converted], trials: Sequence[Trial]) -> Iterator[Limitation]:
+    yield from _of_precision(precision, converted, trials)
+    yield from _float32_layers(precision, converted)
+    yield from _refused_quantizers(precision, converted)
 
 
 def _of_precision(precision: str, converted: Mapping[str, Converted], trials: Sequence[Trial]) -> Iterator[Limitation]:
@@ -123,6 +164,13 @@ def _float32_layers(precision: str, converted: Mapping[str, Converted]) -> Itera
             f"{len(layers)} {noun} in float32, because fp16 ends at 65,504 and calibration data come within a factor "
             f"of 2 of it, or below its normal range of 6e-5: {_some(names)}",
         )
+
+
+def _refused_quantizers(precision: str, converted: Mapping[str, Converted]) -> Iterator[Limitation]:
+    """Yield a limitation for each package that is installed and failed to quantize the result."""
+    facts = converted.get("result")
+    for quantizer, reason in () if facts is None else facts.refused.items():
+        yield Limitation(f"{precision} by {quantizer}", f"not compared with Compressor's ({reason.rstrip('.')})")
 
 
 def _computes_in_fp16(precision: str, converted: Mapping[str, Converted]) -> bool:

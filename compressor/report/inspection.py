@@ -159,10 +159,12 @@ class Inspection:
         measured = matrix[np.isfinite(matrix)]
         lowest = min(0.0, float(measured.min())) if measured.size else 0.0
         image = axes.imshow(matrix, vmin=lowest, vmax=1.0, cmap="viridis")
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
+        plain: dict[str, Any] = {"fontsize": 7, "parse_math": False}  # a name may hold $
+        axes.set_xticks(range(len(names)), names, rotation=90, **plain)
+        axes.set_yticks(range(len(names)), names, **plain)
         where = ", at last tokens" if self.at_ends else ""
-        axes.set_title(f"{self.model}\ncosine similarity of trunk states{where}", fontsize=9)
+        title = f"{self.model}\ncosine similarity of trunk states{where}"
+        axes.set_title(title, fontsize=9, parse_math=False)
         figure.colorbar(image, ax=axes, shrink=0.8)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)

@@ -148,7 +148,7 @@ class ParetoFront:
             )  # fmt: skip
         axes.set_xlabel(f"speed-up on {self.settings['target']}")
         axes.set_ylabel("loss, %" if self.metric is None else f"loss of {METRICS[self.metric].label}, %")
-        axes.set_title(self.model, fontsize=10)
+        axes.set_title(self.model, fontsize=10, parse_math=False)  # a name may hold $
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         picture = io.BytesIO()

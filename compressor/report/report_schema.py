@@ -305,6 +305,7 @@ class Converted(TypedDict):
     calibrations: NotRequired[list[Calibrated]]
     rest: NotRequired[Text]
     float32: NotRequired[list[Kept]]
+    refused: NotRequired[dict[Text, Text]]
 
 
 @with_config(_KEPT)

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,16 +14,20 @@ import torch
 import transformers
 from PIL import Image
 
+import compressor
 from compressor import models
 from compressor.cli.param_types import filter_library_logs
 from compressor.data.splits import load as load_data
 from compressor.errors import DataError, SettingsError
 from compressor.limitations import Limitation, format_limitations
+from compressor.measure import latency
 from compressor.pipeline import export
+from compressor.quality import chance
 from compressor.quantize.precision import Converted, Trial
 from compressor.quantize.qdq_rewrite import Kept
-from compressor.report.collect_limitations import limitations_of, of_engine
+from compressor.report.collect_limitations import limitations_of, of_engine, of_sweep
 from compressor.settings import Settings
+from runtimes.base.timing import interleave
 from tests.samples import worded
 
 BERT = {
@@ -276,6 +281,13 @@ def test_layers_beyond_fp16_are_named_with_their_largest_value():
     assert limitation.reason.endswith("blocks.0 (largest value 5.5e+05), blocks.1 (largest value 5.5e+05)")
 
 
+def test_a_package_that_failed_to_quantize_is_a_limitation():
+    facts = Converted("int8", "compressor", 0.1, refused={"nncf": "NNCF cannot quantize f.onnx: no such operator."})
+    (limitation,) = limitations_of(subject(), "int8", {"result": facts}, (), BUILT)
+    assert limitation.feature == "int8 by nncf"
+    assert limitation.reason == "not compared with Compressor's (NNCF cannot quantize f.onnx: no such operator)"
+
+
 def test_an_unmeasured_loss_and_an_emulated_device_are_limitations():
     deferred = {"state": "deferred", "target": "tensorrt"}
     half, int8 = Converted("fp16", "compressor", None), Converted("int8", "compressor", 0.1, rest="fp16")
@@ -283,6 +295,54 @@ def test_an_unmeasured_loss_and_an_emulated_device_are_limitations():
     assert features(limitations_of(subject(), "fp16", {"result": half}, (), deferred)) == expected
     assert features(limitations_of(subject(), "int8", {"result": int8}, (), deferred)) == ["int8 on the device"]
     assert features(limitations_of(subject(), "fp16", {"result": half}, (), BUILT)) == ["loss of the precision"]
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """Return a language model that is stored as bfloat16, and texts for it."""
+    folder = tmp_path_factory.mktemp("halved")
+    worded(folder, vocabulary=40)
+    transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    texts = folder / "texts.txt"
+    texts.write_text("\n".join(" ".join(f"w{token}" for token in rng.integers(3, 40, 20)) for _ in range(12)))
+    return folder, texts
+
+
+@pytest.mark.parametrize("command", ["inspect", "sweep", "bench"])
+def test_weight_types_are_said_by_every_command(command, halved, tmp_path, monkeypatch):
+    """A random model is no better than chance, which is not what is tested."""
+    folder, texts = halved
+    monkeypatch.setattr(chance, "METRICS", ())
+    monkeypatch.setattr(latency, "interleave", partial(interleave, burst_seconds=0.001, warmup_seconds=0.001))
+    if command == "inspect":
+        found = compressor.inspect(folder, data=texts)
+        sentences = [str(each) for each in found.limitations]
+    elif command == "sweep":
+        swept = {"cost": "macs", "actions": "drop", "points": 2, "rounds": 1, "max_loss": 1e6, "cache": False}
+        front = compressor.sweep(folder, data=texts, **swept, output=tmp_path / "front")
+        sentences = [str(each) for each in front.limitations]
+        assert json.loads((tmp_path / "front" / "sweep.json").read_text())["limitations"]
+    else:
+        done = compressor.bench(folder, data=texts, rounds=1, cache=False, output=tmp_path / "bench.json")
+        sentences = list(done.notes)
+        assert any(sentence.startswith("KV cache: left out by --no-cache") for sentence in sentences)
+    assert sum("bfloat16" in sentence and "float32" in sentence for sentence in sentences) == 1
+
+
+def test_a_sweep_names_the_points_that_do_not_share_a_limitation():
+    kept = Kept("node", "blocks.1", "largest value 5.5e+05")
+    plain, partly = Converted("fp16", "compressor", 0.1), Converted("fp16", "compressor", 0.1, float32=(kept,))
+    unmeasured = Converted("fp16", "compressor", None)
+    assert not list(of_sweep(subject(), "fp16", "tensorrt", {"0": plain, "3": plain}))
+    (some,) = of_sweep(subject(), "fp16", "tensorrt", {"0": plain, "3": partly, "5": partly})
+    assert some.feature == "fp16 of all layers at points 3, 5"
+    (alone,) = of_sweep(subject(), "fp16", "tensorrt", {"0": plain, "3": partly})
+    assert alone.feature == "fp16 of all layers at point 3"
+    (shared,) = of_sweep(subject(), "fp16", "tensorrt", {"0": unmeasured, "3": unmeasured})
+    assert shared.feature == "loss of the precision"
+    (labels,) = of_sweep(subject("agreement", "score"), "fp32", "onnxruntime", {})
+    assert labels.feature == "labels"
 
 
 @pytest.mark.parametrize("saturating", [True, False])

@@ -8,7 +8,7 @@ from compressor.data.readers.arrays import read_arrays
 from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
 from compressor.data.readers.images import read_folder
-from compressor.data.readers.masks import mask_folders, read_masks
+from compressor.data.readers.masks import images_beside, mask_folders, read_images_alone, read_masks
 from compressor.data.readers.random_inputs import random_samples
 from compressor.data.readers.records import read_conll, read_jsonl
 from compressor.data.readers.tables import read_table
@@ -47,6 +47,8 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
 
 
 def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+    if task == "depth-estimation" and (images := images_beside(path)) is not None:
+        return read_images_alone(images, spec, preprocess)
     folders = mask_folders(path) if task == "image-segmentation" else None
     return read_folder(path, spec, preprocess) if folders is None else read_masks(*folders, spec, preprocess)
 

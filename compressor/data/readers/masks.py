@@ -12,6 +12,7 @@ from PIL import Image
 from compressor.data.readers.base import Samples, Targets
 from compressor.data.readers.images import read_folder
 from compressor.errors import DataError
+from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
 
 IMAGES = ("images", "image")
@@ -25,6 +26,24 @@ def mask_folders(path: Path) -> tuple[Path, Path] | None:
     images = next((path / name for name in IMAGES if (path / name).is_dir()), None)
     masks = next((path / name for name in MASKS if (path / name).is_dir()), None)
     return None if images is None or masks is None else (images, masks)
+
+
+def images_beside(path: Path) -> Path | None:
+    """Return the folder of images, if a folder holds one beside other folders, such as ``images`` and ``depth``."""
+    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    images = next((path / name for name in IMAGES if (path / name).is_dir()), None)
+    return images if len(folders) > 1 else None
+
+
+def read_images_alone(images: Path, name: str, preprocess: Preprocess) -> Samples:
+    """Read a folder of images, and say that the folders beside it, such as those of depth maps, are not read."""
+    samples = read_folder(images, name, preprocess)
+    others = sorted(entry.name for entry in images.parent.iterdir() if entry.is_dir() and entry != images)
+    limitation = Limitation(
+        "labels",
+        f"{', '.join(map(repr, others))} beside {images.name!r} not read; depth is compared with that of the original",
+    )
+    return dataclasses.replace(samples, limitations=(*samples.limitations, limitation))
 
 
 def read_masks(images: Path, masks: Path, name: str, preprocess: Preprocess) -> Samples:

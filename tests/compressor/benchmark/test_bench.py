@@ -22,6 +22,7 @@ from compressor.cli.main import main
 from compressor.errors import SettingsError
 from compressor.measure import latency as engine_timing
 from compressor.measure import peak_memory
+from compressor.quality.chance import ChanceError
 from compressor.quantize.fp16 import to_fp16
 from compressor.report.factorial import cells_of
 from compressor.report.report import Report
@@ -199,6 +200,34 @@ def test_bench_computes_the_factorial(measured: tuple[Comparison, dict[str, Any]
     assert f"out: {again['conclusion'][0]}" in comparison.summary()
 
 
+@pytest.mark.parametrize(
+    ("engine", "options", "words"),
+    [
+        ("model", {"target": "onnxruntime"}, "found --target onnxruntime, but only torch models are measured"),
+        (
+            "folder",
+            {"compile": True, "model": FACTORY},
+            "found --compile, but no torch model is measured; give a model",
+        ),
+    ],
+)
+def test_an_option_for_other_engines_is_refused(
+    exported: tuple[Path, Report, str], tmp_path: Path, engine: str, options: dict[str, Any], words: str
+) -> None:
+    what = FACTORY if engine == "model" else exported[0]
+    with pytest.raises(SettingsError, match=words):
+        compressor.bench(what, data=exported[2], output=tmp_path / "bench.json", **options)
+
+
+def test_wrong_labels_stop_the_comparison_with_the_original(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
+    rows = np.load(exported[2])
+    data = tmp_path / "shifted.npz"
+    np.savez(data, x=rows["x"], y=(rows["y"] + 1) % 4)
+    with pytest.raises(ChanceError, match=r"\(eager\) has an accuracy of 0\.0 % .* labels of .*shifted\.npz are"):
+        compressor.bench(FACTORY, data=data, rounds=1, output=tmp_path / "bench.json")
+    assert not (tmp_path / "bench.json").exists()
+
+
 def test_command_prints_every_engine_under_every_condition(exported: tuple[Path, Report, str], tmp_path: Path) -> None:
     folder, _, data = exported
     options = ["--model", FACTORY, "--data", data, "--batch", "1,3", "--threads", "1,2", "--rounds", "1"]
@@ -235,7 +264,9 @@ def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path
         BenchSettings((str(exported[0]),), model=FACTORY, samples=40, rounds=1, output=tmp_path / "bench.json")
     )
     # Of 80 samples, the export used 20 for calibration and 20 for validation, which include the 20 test samples here.
+    limitations = tuple(map(str, models.load(FACTORY).limitations))
     assert comparison.notes == (
+        *limitations,
         "out was exported with more samples and may have been calibrated on 20 of the 20 test samples; give the "
         "--samples of the export.",
     )

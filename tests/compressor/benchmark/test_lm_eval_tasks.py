@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from compressor import models
 from compressor.benchmark import lm_eval_tasks
@@ -59,6 +61,15 @@ def test_differences_are_from_the_reference_on_the_same_metric():
     assert [row["difference"] for row in content["results"]] == [0.0, 0.0, -0.25, None]
     assert harness.table().row_count == 3 + 4
     assert "first 40 questions" in harness.summary()
+
+
+def test_names_of_engines_and_tasks_are_no_markup():
+    result = Result("[dense] [/]", "[red]arc[/red]", "acc", "none", 0.5, None, None, None, None, None)
+    harness = TaskResults(TaskOptions(("arc",)), "9.9", "[dense] [/]", (result,))
+    stream = io.StringIO()
+    Console(file=stream, width=150).print(harness.table())
+    assert stream.getvalue().count("[dense] [/]") == 2  # in the title and in the row
+    assert "[red]arc[/red], acc" in stream.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,15 @@ def test_a_size_that_tracing_fixed_is_refused() -> None:
     model = loaded(Fixed())
     with pytest.raises(TracedGraphError, match=r"other outputs than the module \(output output, row \d, channel \d"):
         check_self_parity(model, trace(model), ROWS)
+
+
+def test_a_branch_on_a_batch_of_one_is_refused() -> None:
+    """torch.export assumes that a dynamic batch is not 1, and records no condition for it."""
+
+    class OneRow(Branch):
+        def changed(self, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * x if x.shape[0] == 1 else x
+
+    model = loaded(OneRow())
+    with pytest.raises(TracedGraphError, match=r"other outputs than the module \(output output, row 0, channel \d"):
+        check_self_parity(model, trace(model), ROWS)

@@ -18,6 +18,7 @@ from compressor.measure.latency import EngineTimer
 from compressor.measure.precision_converter import PrecisionConverter
 from compressor.measure.workload import RUN, Call
 from compressor.quality.evaluate import EvaluationError
+from compressor.quantize.nncf import NncfError
 from compressor.quantize.precision import Converted, Source
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildError, BuildOptions, Int8Style
@@ -135,6 +136,39 @@ def test_the_fastest_quantizer_within_the_loss_budget_is_chosen(
         assert (facts.by, len(facts.tried)) == (by, 2)
 
 
+@pytest.mark.parametrize("failing", ["quantizing", "evaluating", "opening"])
+def test_a_quantizer_of_another_package_that_fails_is_replaced_by_ours_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def nncf(source: Path, to: Path, _: Any) -> None:
+        if failing == "quantizing":
+            raise NncfError("NNCF cannot quantize f.onnx: no such operator.")
+        to.write_bytes(b"by nncf")
+
+    def fails(name: str) -> None:
+        if "nncf" in name:
+            raise BuildError("NNCF's file is refused.")
+
+    def load(path: Path, _: BuildOptions) -> Any:
+        fails(path.parent.name if failing == "opening" else "")
+        return SimpleNamespace(close=lambda: None)
+
+    def evaluate(_: Any, engines: dict[str, Path], *rest: Any) -> Any:
+        fails(engines["converted"].parent.name)
+        return SimpleNamespace(expected_loss=lambda *names: 0.1)
+
+    monkeypatch.setattr("compressor.quantize.convert.util.find_spec", lambda _: object())
+    monkeypatch.setattr("compressor.quantize.convert.nncf_to_int8", nncf)
+    monkeypatch.setattr(module, "evaluate_engines", evaluate)
+    target = Target(int8=Int8Style("uint8", False, ("compressor", "nncf")), load=load)
+    no_quality = "the data are random" if failing == "opening" else None
+    _, facts = converter(tmp_path, target, no_quality=no_quality).convert(mlp(tmp_path / "f.onnx"), "int8", no_progress)
+    assert facts.by == "compressor"
+    assert list(facts.refused) == ["nncf"]
+    assert facts.refused["nncf"] == facts.to_dict()["refused"]["nncf"]
+    assert facts.refused["nncf"].startswith("NNCF")
+
+
 # ---- choosing
 
 
@@ -189,6 +223,21 @@ def test_a_precision_that_cannot_be_converted_is_refused_and_the_others_are_trie
     chosen, trials = converter(tmp_path).choose(mlp(tmp_path / "f.onnx"), Steps())
     assert chosen == "fp32"
     assert [trial.precision for trial in trials if trial.milliseconds is None] == ["fp16", "int8"]
+
+
+def test_an_engine_that_cannot_be_opened_is_refused_although_no_loss_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: Path, _: BuildOptions) -> Any:
+        if "bf16" in path.parent.name:
+            raise BuildError("The target cannot compile it.")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(PrecisionConverter, "quick", lambda _, sources: dict.fromkeys(sources, 1.0))
+    target = Target(load=load, precisions={"cpu": ("fp32", "bf16")})
+    chosen, trials = converter(tmp_path, target).choose(mlp(tmp_path / "f.onnx"), Steps())
+    assert chosen == "fp32"
+    assert [trial.verdict for trial in trials if trial.milliseconds is None] == ["The target cannot compile it."]
 
 
 def refuse(error: Exception, *_: Any, **__: Any) -> Any:

@@ -17,6 +17,7 @@ from compressor.errors import SettingsError
 from compressor.lower.trace import images_of, trace
 from compressor.lower.write_onnx import lower
 from compressor.models import ModelError
+from compressor.models.image_size import unused_pixels
 from compressor.settings import Settings
 from tests.architectures import VIT
 from tests.paths import ROOT
@@ -220,3 +221,57 @@ def test_the_real_deit_at_another_size(tmp_path):
         expected = wanted(image).numpy()
     # timm interpolates in `forward` as it does while it loads the weights
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+class Patches(torch.nn.Module):
+    """A convolution into patches of 16 pixels, with or without padding of the last patch, or without a gradient."""
+
+    def __init__(self, kind="floored"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.patches = kind, torch.nn.Conv2d(3, 4, 16, 16)
+
+    def forward(self, x):
+        if self.kind == "padded":
+            x = torch.nn.functional.pad(x, (0, -x.shape[3] % 16, 0, -x.shape[2] % 16))
+        with torch.set_grad_enabled(self.kind != "without gradient"):
+            return self.patches(x).mean((2, 3)) * (0.0 if self.kind == "zero" else 1.0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 64), (64, 79), (95, 65)])
+def test_pixels_that_patches_leave_out_are_said(size):
+    """The oracle: other values in these rows and columns leave the output as it is, and one more row changes it."""
+    module, pixels = Patches(), torch.rand(1, 3, *size)
+    height, width = (side // 16 * 16 for side in size)
+    changed = pixels.clone()
+    changed[:, :, height:], changed[:, :, :, width:] = 9.0, 9.0
+    assert torch.equal(module(pixels), module(changed))
+    changed[:, :, height - 1 :] = 9.0
+    assert not torch.equal(module(pixels), module(changed))
+    reasons = [each.reason for each in unused_pixels(lambda module, x: (module(x),), module, 3, size)]
+    first = f"of {size[0]} x {size[1]} pixels, only the first {height} x {width} change the output"
+    assert [reason.partition(";")[0] for reason in reasons] == [first] * (size != (height, width))
+
+
+@pytest.mark.parametrize("kind", ["padded", "zero", "without gradient"])
+def test_nothing_is_said_of_pixels_that_are_used_or_unknown(kind):
+    assert list(unused_pixels(lambda module, x: (module(x),), Patches(kind), 3, (70, 70))) == []
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_a_limitation(tmp_path, library):
+    if library == "timm":
+        torch.manual_seed(0)
+        module = timm.create_model("vit_tiny_patch16_224", **VIT | {"img_size": 32, "num_classes": 3})
+        with torch.no_grad():
+            module.head.weight.add_(1.0)  # timm starts it near zero
+        timm.models.save_for_hf(module, tmp_path, model_args=VIT | {"img_size": 32, "num_classes": 3})
+    else:
+        vit(tmp_path)
+    patch = VIT["patch_size"] if library == "timm" else 16
+    side = 2 * patch + 3
+    found = limits(models.load(tmp_path, image_size=(side, 3 * patch)))
+    assert found["pixels at the edge"].startswith(
+        f"of {side} x {3 * patch} pixels, only the first {2 * patch} x {3 * patch} change the output; "
+    )
+    assert "pixels at the edge" not in limits(models.load(tmp_path, image_size=(2 * patch, 3 * patch)))

@@ -414,3 +414,12 @@ def test_a_problem_type_is_refused_for_other_tasks(tmp_path):
     bert(tmp_path / "m", "BertForMaskedLM")
     with pytest.raises(ModelError, match="--problem-type is for image and text classifiers"):
         models.load(tmp_path / "m", problem_type="regression")
+
+
+def test_the_f1_of_entities_is_beside_the_accuracy_of_tokens(tmp_path):
+    """The model itself made the tags, so all of its entities are right."""
+    path, metric = tagged(tmp_path)
+    traced = load(Settings(model=tmp_path / "m", data=path), Steps(None))
+    runners = {"original": graph_runner(traced.model, functools.partial(run, traced.graph))}
+    found = evaluate(traced.data.test, runners, head=traced.head, metric=metric, reference="original")
+    assert {name: figure.value for name, figure in found.further("original").items()} == {"entity_f1": 100.0}

@@ -179,6 +179,21 @@ def test_model_without_linears_raises(tmp_path: Path) -> None:
     assert not (tmp_path / "q.onnx").exists()
 
 
+def test_an_error_of_the_tools_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxruntime.quantization import matmul_nbits_quantizer as tools
+
+    def broken(_: object) -> None:
+        raise ZeroDivisionError("no such block.\nsecond line")
+
+    monkeypatch.setattr(tools.MatMulNBitsQuantizer, "process", broken)
+    with pytest.raises(CompressorError) as failed:
+        to_int4(mlp(tmp_path / "f.onnx"), tmp_path / "q.onnx")
+    assert str(failed.value) == (
+        "ONNX Runtime's tools cannot quantize f.onnx to int4: no such block; choose another precision."
+    )
+    assert not (tmp_path / "q.onnx").exists()
+
+
 def test_output_is_silent_and_logging_is_restored(tmp_path: Path) -> None:
     """The test runs in a subprocess, because ONNX Runtime's quantizer configures logging on its first import."""
     path = mlp(tmp_path / "f.onnx")

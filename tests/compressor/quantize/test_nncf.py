@@ -79,3 +79,10 @@ def test_failure_raises_and_logging_is_restored(tmp_path: Path, monkeypatch: pyt
         logging.disable(before)
     assert issubclass(NncfError, CompressorError)
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_a_package_that_cannot_be_imported_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)  # the import raises an ImportError
+    path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
+    with pytest.raises(NncfError, match=r"^NNCF cannot quantize f\.onnx: import of nncf halted"):
+        to_int8(path, tmp_path / "q.onnx", feeds_of(normal(1, 2, K)))

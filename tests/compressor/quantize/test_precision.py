@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from compressor.choices import AUTO, SHORT_FORMS
 from compressor.quantize.int8_search import Attempt, Kept, Quantized
-from compressor.quantize.precision import Converted, PrecisionError, Trial, check_precision, choose_precision
+from compressor.quantize.precision import Converted, PrecisionError, Trial, check_precision, choose_precision, table
 from runtimes.base.protocols import PRECISIONS
 from runtimes.base.registry import runtime, targets
 
@@ -130,3 +132,12 @@ def test_converted_to_dict_is_plain_json() -> None:
     assert (plain["calibration"], plain["smoothed"], plain["nodes"], plain["samples"]) == ("mse", True, 7, 64)
     assert plain["kept"] == [{"node": "node", "module": "module", "reason": "reason", "sensitivity": 0.5}]
     assert plain["loss"] == 0.3
+
+
+def test_a_verdict_is_no_markup() -> None:
+    """Errors name extras such as onnxruntime-gpu[cuda,cudnn], and files of any name."""
+    verdict = "refused: pip install 'x[cuda,cudnn]' [red] [/]"
+    rows = [{"precision": "fp16", "milliseconds": None, "speedup": None, "loss": None, "verdict": verdict}]
+    stream = io.StringIO()
+    Console(file=stream, width=150).print(table(rows))
+    assert verdict in stream.getvalue()

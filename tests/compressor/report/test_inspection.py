@@ -1,15 +1,18 @@
 """Tests of an inspection: rows of scores and costs, JSON without NaN, heat map, and a table of 80 columns."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
 import compressor
+from compressor import models
 from compressor.quality.intervals import format_count
 from compressor.report.inspection import Inspection
 
@@ -79,3 +82,29 @@ def test_counts_are_abbreviated() -> None:
         "86M",
         "17.5G",
     ]
+
+
+def test_an_original_at_chance_is_said_and_keeps_its_scores(tmp_path: Path) -> None:
+    rows = np.load(models.SAMPLE / "digits.npz")
+    wrong = tmp_path / "shifted.npz"
+    names = dict(zip(("x", "y"), sorted(rows.files, key=lambda name: -rows[name].ndim), strict=True))
+    np.savez(wrong, x=rows[names["x"]], y=(rows[names["y"]] + 1) % 10)
+    inspected = compressor.inspect(data=wrong, samples=160)
+    (doubt,) = [each for each in inspected.limitations if each.feature == "quality of the original"]
+    assert doubt.reason.startswith("sample has an accuracy of ")
+    assert doubt.reason.endswith("The scores use no labels; an export or a sweep stops here")
+    assert inspected.rows()
+    right = compressor.inspect(samples=160)
+    assert not [each for each in right.limitations if each.feature == "quality of the original"]
+
+
+def test_a_name_is_neither_markup_nor_a_formula(inspected: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = r"[red]x[/red] [/] $\nothing{$"
+    named = dataclasses.replace(inspected, model=name)
+    states, rows = len(inspected.state_names()), [row | {"name": name} for row in inspected.rows()]
+    monkeypatch.setattr(Inspection, "state_names", lambda _: (name,) * states)
+    monkeypatch.setattr(Inspection, "rows", lambda _: rows)
+    assert named.heat_map().startswith(b"\x89PNG")
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(named.table())
+    assert stream.getvalue().count(name) == 1 + len(inspected.sites)

@@ -212,3 +212,10 @@ def test_the_chart_is_a_png(judged: bool) -> None:
         assert image.format == "PNG"
         assert min(image.size) > 300
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10  # axes, lines and text, not an empty image
+
+
+def test_a_name_is_neither_markup_nor_a_formula() -> None:
+    """The table shows brackets, and the picture dollar signs that Matplotlib would read as an invalid formula."""
+    named = replace(front(quality()), model=r"[red]x[/red] [/] $\nothing{$")
+    assert r"[red]x[/red] [/] $\nothing{$" in "\n".join(printed(named, 120))
+    assert named.picture().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """Tests of studies of whole models: sentences, JSON, page and command; and real models if they are available."""
 
+import dataclasses
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from compressor.study.study import kinds_of
 from passes.analysis.token_statistics import Kinds
 from tests import samples
 from tests.browser import browser, opened
+from tests.compressor.report.pages.test_html_page import EVIL, Reader
 from tests.paths import SHARED_DATA
 
 SHARED = SHARED_DATA
@@ -131,6 +133,50 @@ def test_the_command_writes_json_and_page(digits, tmp_path, monkeypatch):
     assert "Redundancy study: sample" in text
     assert "<script" in text
     assert "https://cdn" not in text
+
+
+class Renamed:
+    """A study whose rows, model and data have names with tags in them."""
+
+    def __init__(self, study):
+        self.study, self.model = study, EVIL
+        self.data = study.data | {"reading": EVIL}
+        self.sites = tuple(dataclasses.replace(site, name=EVIL, kind=EVIL) for site in study.sites)
+
+    def __getattr__(self, name):
+        return getattr(self.study, name)
+
+    def summary(self):
+        return [EVIL]
+
+    def site_rows(self):
+        return [row | {"name": EVIL + row["name"], "block": EVIL + row["block"]} for row in self.study.site_rows()]
+
+    def block_rows(self):
+        return [row | {"name": EVIL + row["name"]} for row in self.study.block_rows()]
+
+    def state_rows(self):
+        return [row | {"name": EVIL} for row in self.study.state_rows()]
+
+
+def test_names_on_the_page_are_text(digits):
+    """Names of branches can be keys of a ModuleDict, and those of data are file names: any text."""
+    reader = Reader(page(Renamed(digits.study), command=EVIL).to_html())
+    assert reader.open == []
+    assert [tag for tag, _ in reader.tags].count("script") == 3  # the charts' data, the library and page.js
+    assert not {"img"} & {tag for tag, _ in reader.tags}
+    assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
+    assert sum(EVIL in text for text in reader.texts) > len(digits.study.sites)
+
+
+def test_a_browser_shows_tags_in_names_as_text(digits, tmp_path):
+    (tmp_path / "study.html").write_text(page(Renamed(digits.study), command=EVIL).to_html())
+    with browser() as chromium:
+        result = opened(chromium, tmp_path / "study.html")
+        assert result.complaints == []
+        assert result.page.evaluate("window.evil") is None
+        assert min(result.marks()) > 0
+        assert EVIL in result.page.inner_text("body")
 
 
 def test_a_browser_draws_the_study(digits, tmp_path):

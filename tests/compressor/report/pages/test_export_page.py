@@ -20,6 +20,7 @@ from compressor.report.pages.sections import _example, _rank_correlation
 from runtimes.base.timing import interleave
 from tests.browser import browser, opened
 from tests.compressor.benchmark.test_bench import small
+from tests.compressor.report.pages.test_html_page import EVIL, Reader
 
 pytest.importorskip("onnxruntime", reason="the target of this export")
 
@@ -310,6 +311,28 @@ def test_names_from_the_user_are_escaped(content):
     evil = copy.deepcopy(content)
     evil["model"]["name"] = evil["command"] = evil["quality"]["changed"][0]["id"] = "</title></script><script>bad()"
     assert "<script>bad()" not in html(evil, {"</title></script><script>bad()": "<script>bad()"})
+
+
+def test_names_of_sites_classes_and_files_are_text_everywhere(content):
+    """Text from outside stands in every part of the report, and the page has the tags of a page with harmless names."""
+    names = {site["name"].split(".")[0] for site in content["model"]["sites"]}
+    text = json.dumps(content)
+    for name in (*names, "accuracy on", content["data"]["source"]):
+        text = text.replace(json.dumps(name)[1:-1], json.dumps(EVIL)[1:-1])
+    evil = json.loads(text)
+    evil["limitations"] = [{"feature": EVIL, "reason": EVIL}]
+    evil["notes"] = [EVIL]
+    evil["trials"] = [{"precision": EVIL, "milliseconds": 1.0, "speedup": 1.0, "loss": 0.0, "verdict": EVIL}]
+    evil["environment"] = {EVIL: EVIL}
+    evil["model"]["id2label"] = {str(number): EVIL for number in range(4)}
+    for each in evil["quality"]["changed"]:
+        each["id"] = EVIL
+    assert all(site["name"].startswith(EVIL) for site in evil["model"]["sites"])
+    reader = Reader(html(evil, {EVIL: EVIL}))
+    assert reader.open == []
+    assert [tag for tag, _ in reader.tags].count("script") == 3  # the charts' data, the library and page.js
+    assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
+    assert sum(EVIL in shown for shown in reader.texts) >= 10
 
 
 def test_texts_are_read_from_a_page_like_images(content):

@@ -1,0 +1,101 @@
+"""Sizes of the inputs for which a traced graph holds, where forward branches on a size.
+
+torch.export follows one side of a branch such as ``if x.shape[1] > 16`` and records the condition as a guard. The graph
+computes something else than the module where a guard is false, so guards are compared with the sizes of the data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.export import ExportedProgram
+
+from compressor.data.splits import Data
+from compressor.errors import CompressorError
+from compressor.limitations import Limitation
+from compressor.models import Model
+from compressor.models.base import most_tokens
+from passes.torch_internals import guards, holds
+
+_SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+REMEDY = "compute both sides with tensor operators (torch.where) in forward"
+
+
+class SizeError(CompressorError):
+    """A model that branches on a size, and data or a batch for which the other side was not traced."""
+
+
+@dataclass(frozen=True)
+class SizeGuard:
+    """A condition on sizes of the inputs.
+
+    Attributes:
+        code: the condition as torch.export writes it.
+        inputs: names of the inputs in their order.
+    """
+
+    code: str
+    inputs: tuple[str, ...]
+
+    @property
+    def axes(self) -> set[int]:
+        """Return the axes whose sizes it compares."""
+        return {int(axis) for _, axis in _SIZE.findall(self.code)}
+
+    def holds(self, feeds: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether the condition is true for the sizes of these inputs."""
+        return holds(self.code, [feeds[name] for name in self.inputs])
+
+    def __str__(self) -> str:
+        """Return the condition with the names of the inputs, such as ``axis 1 of input_ids <= 16``."""
+        return _SIZE.sub(lambda found: f"axis {found[2]} of {self.inputs[int(found[1])]}", self.code)
+
+
+def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]:
+    """Return the conditions of a program that restrict sizes.
+
+    That two inputs have the same size restricts nothing, and neither does the number of tokens that the model takes.
+
+    Raises:
+        SizeError: a condition restricts the batch, which is dynamic in every export.
+    """
+    known = [limit for limit in (model.preprocess.longest, most_tokens(model)) if limit is not None]
+    found = []
+    for code in guards(program):
+        guard = SizeGuard(code, model.inputs)
+        limit = re.search(r"<= (\d+)$", code)
+        if (" == " in code and len(_SIZE.findall(code)) > 1) or (limit and known and int(limit[1]) >= min(known)):
+            continue
+        if 0 in guard.axes:
+            raise SizeError(
+                f"{model.name} branches on the batch size, and was traced only for {guard}, expected the same "
+                f"computation for every batch; {REMEDY}."
+            )
+        found.append(guard)
+    return tuple(found)
+
+
+def check_sizes(found: tuple[SizeGuard, ...], model: Model, data: Data) -> Iterator[Limitation]:
+    """Compare the sizes of all samples with the conditions, and yield a limitation for each of them.
+
+    Raises:
+        SizeError: a sample has a size for which the model was not traced.
+    """
+    parts = (data.calibration, data.validation, data.test) if found else ()
+    for batch in (batch for part in parts for batch in part.batches(1)):
+        feeds = {name: torch.from_numpy(value) for name, value in batch.feeds.items()}
+        for guard in found:
+            if not guard.holds(feeds):
+                shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+                raise SizeError(
+                    f"{model.name} branches on the size of its inputs, and was traced only for {guard}, but sample "
+                    f"{batch.ids[0]} of {data.source} has {shapes}; {REMEDY}, or give data of one side."
+                )
+    for guard in found:
+        yield Limitation(
+            "sizes of the inputs",
+            f"forward branches on a size, so the engine computes what the model does only for {guard}",
+        )

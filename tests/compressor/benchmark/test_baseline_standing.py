@@ -1,0 +1,46 @@
+"""The baseline of `bench` is compared with chance: a stop, a sentence or nothing."""
+
+import numpy as np
+import pytest
+
+from compressor.benchmark.baseline_standing import check_baseline
+from compressor.quality.chance import ChanceError
+from compressor.quality.evaluate import Evaluation
+
+WRONG, RIGHT, UNCLEAR = 10, 90, 14  # correct answers of 100 among ten classes
+
+
+def sentences(correct: dict[str, int], originals: tuple[str, ...]) -> list[str]:
+    hits = {name: {"accuracy": (np.arange(100) < count).astype(float)} for name, count in correct.items()}
+    evaluation = Evaluation("accuracy", hits, outputs=10)
+    return list(check_baseline(evaluation, next(iter(correct)), originals, "rows.npz"))
+
+
+def test_a_useful_baseline_needs_no_sentence() -> None:
+    assert sentences({"dense": RIGHT, "out": WRONG}, ("dense",)) == []
+
+
+def test_nothing_better_than_chance_stops_where_an_original_is_measured() -> None:
+    with pytest.raises(ChanceError, match=r"^dense has an accuracy of 10\.0 % .* so the labels of rows\.npz are prob"):
+        sentences({"out": WRONG, "dense": WRONG}, ("dense",))
+
+
+@pytest.mark.parametrize("originals", [(), ("dense",)])
+def test_a_compressed_baseline_at_chance_is_said(originals: tuple[str, ...]) -> None:
+    correct = {"out": WRONG} | dict.fromkeys(originals, RIGHT)
+    (sentence,) = sentences(correct, originals)
+    assert sentence.startswith("out has an accuracy of 10.0 % (")
+    assert sentence.endswith(
+        "where chance is 10.0 %, so losses against it mean nothing; give another baseline with --against, or correct "
+        "the labels of rows.npz."
+    )
+
+
+def test_an_uncertain_baseline_is_said() -> None:
+    (sentence,) = sentences({"dense": UNCLEAR}, ("dense",))
+    assert sentence.endswith("so it is not certain to be better than chance; use more samples.")
+
+
+def test_metrics_that_compare_with_the_baseline_have_no_chance() -> None:
+    columns = {"out": {"agreement": np.zeros(100)}}
+    assert list(check_baseline(Evaluation("agreement", columns, outputs=10), "out", (), "x")) == []

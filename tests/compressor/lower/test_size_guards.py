@@ -1,0 +1,118 @@
+"""A model whose forward branches on a size holds for one side only, which is refused or said."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import compressor
+from compressor import models
+from compressor.limitations import Limitation
+from compressor.lower.size_guards import SizeError, check_sizes
+from compressor.lower.trace import TraceError, trace, trace_with_guards
+from tests.samples import Tensors, traced
+
+RNG = np.random.default_rng(0)
+
+
+class Tokens(torch.nn.Module):
+    """A residual branch on embedded tokens; a subclass branches in `changed`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 20)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        return self.head(x + self.changed(self.inner(x)))
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class LongTexts(Tokens):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) if x.shape[1] > 16 else x
+
+
+class OddTexts(Tokens):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) if x.shape[1] % 4 else x
+
+
+class LargeBatches(Tokens):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) if x.shape[0] > 8 else x
+
+
+class Masked(Tokens):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) if (x > 0).all() else x
+
+
+def loaded(module: torch.nn.Module) -> models.Model:
+    example = {"input_ids": torch.ones(2, 12, dtype=torch.long)}
+    return models.load(module, example_inputs=example, task="text-generation", cache=False)
+
+
+def checked(module: torch.nn.Module, length: int) -> list[Limitation]:
+    """Trace a module with 12 tokens, and compare its conditions with 10 samples of a length."""
+    model = loaded(module)
+    split = Tensors({"input_ids": RNG.integers(1, 20, (10, length))})
+    data: Any = SimpleNamespace(calibration=split, validation=split, test=split, source="ids.npy")
+    return list(check_sizes(trace_with_guards(model)[1], model, data))
+
+
+CONDITIONS = {LongTexts: "axis 1 of input_ids <= 16", OddTexts: "(axis 1 of input_ids % 4) == 0"}
+
+
+@pytest.mark.parametrize(("module", "condition"), CONDITIONS.items())
+def test_data_of_one_side_is_a_limitation(module: type[Tokens], condition: str) -> None:
+    (limitation,) = checked(module(), 8)
+    assert str(limitation) == (
+        "sizes of the inputs: forward branches on a size, so the engine computes what the model does only for "
+        f"{condition}."
+    )
+    assert checked(Tokens(), 8) == []
+
+
+@pytest.mark.parametrize(("module", "condition"), CONDITIONS.items())
+def test_data_of_the_other_side_is_refused(module: type[Tokens], condition: str) -> None:
+    with pytest.raises(SizeError) as refused:
+        checked(module(), 18)
+    assert str(refused.value) == (
+        f"{module.__name__} branches on the size of its inputs, and was traced only for {condition}, but sample 0 of "
+        "ids.npy has input_ids [1, 18]; compute both sides with tensor operators (torch.where) in forward, or give "
+        "data of one side."
+    )
+
+
+def test_the_limitation_is_that_of_a_command() -> None:
+    example = {"input_ids": torch.ones(2, 12, dtype=torch.long)}
+    found = compressor.inspect(LongTexts(), example_inputs=example, data="random", task="text-generation", cache=False)
+    assert [each for each in found.limitations if each.feature == "sizes of the inputs"]
+
+
+def test_a_branch_on_the_batch_is_refused() -> None:
+    model = loaded(LargeBatches())
+    with pytest.raises(
+        SizeError, match=r"branches on the batch size, and was traced only for axis 0 of input_ids <= 8"
+    ):
+        trace(model)
+
+
+def test_a_branch_on_the_contents_of_a_mask_is_refused() -> None:
+    model = loaded(Masked())
+    with pytest.raises(TraceError, match="branches on tensor values"):
+        trace(model)
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_llama", "hf_clip_text"])
+def test_the_number_of_positions_and_equal_sizes_are_no_conditions(name: str) -> None:
+    assert trace_with_guards(traced(name)[0])[1] == ()
