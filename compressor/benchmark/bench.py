@@ -138,7 +138,7 @@ def _set_up(
     context_lengths = contexts(settings.context, model)
     export_settings = _export_settings(settings, folders)
     with steps.step("load the data") as tick:
-        data_and_model = ModelAndData(model, load_data(export_settings, model, tick))
+        data_and_model = ModelAndData(model, load_data(export_settings, model, tick, decision=_decision_share(folders)))
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
 
@@ -260,6 +260,12 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder
         rounds=settings.rounds,
         seed=settings.seed,
     )
+
+
+def _decision_share(folders: Mapping[str, ExportFolder]) -> float:
+    """Return the largest share of samples that decided between plans of a folder, which `bench` leaves out."""
+    shares = (folder.report["data"].get("fractions", {}).get("decision", 0.0) for folder in folders.values())
+    return max(shares, default=0.0)
 
 
 def _local_data(folder: ExportFolder) -> str | None:

@@ -1,4 +1,4 @@
-"""Deterministic, disjoint calibration, validation and test splits of the --data argument, as model inputs."""
+"""Deterministic, disjoint splits of the --data argument, as model inputs: calibration, validation, decision, test."""
 
 from __future__ import annotations
 
@@ -26,35 +26,44 @@ __all__ = ["Batch", "Data", "DataError", "Shares", "Skipped", "Split", "load"]
 class Shares:
     """The sizes of the splits: fractions, caps, and the total number of samples that are used (None: all).
 
-    Samples beyond the two caps go to the test split.
+    Samples beyond the caps go to the test split. A `decision` of 0 makes no decision split.
     """
 
     calibration: float = 0.25
     validation: float = 0.25
+    decision: float = 0.0
     calibration_cap: int = 512
     validation_cap: int = 512
+    decision_cap: int = 1024
     total: int | None = None
 
     def __post_init__(self) -> None:
-        if not (self.calibration > 0 and self.validation > 0 and self.calibration + self.validation < 1):
+        parts = (self.calibration, self.validation, self.decision)
+        if not (min(parts[:2]) > 0 <= self.decision and sum(parts) < 1):
             raise DataError(
-                f"found the fractions {self.calibration} for calibration and {self.validation} for validation; "
-                "expected positive numbers with a sum below 1, so that the test split is not empty"
+                f"found the fractions {self.calibration} for calibration, {self.validation} for validation and "
+                f"{self.decision} for the decision; expected positive numbers with a sum below 1, so that the test "
+                "split is not empty"
             )
-        if min(self.calibration_cap, self.validation_cap, 3 if self.total is None else self.total) < 1:
+        caps = (self.calibration_cap, self.validation_cap, self.decision_cap)
+        if min(*caps, 3 if self.total is None else self.total) < 1:
             raise DataError(
                 "found a cap or total number of samples below 1, which leaves a split empty; set at least 1"
             )
 
-    def sizes(self, count: int) -> tuple[int, int, int]:
-        """Return the sizes of calibration, validation and test for `count` >= 3 samples.
+    def sizes(self, count: int) -> tuple[int, int, int, int]:
+        """Return the sizes of calibration, validation, decision and test for `count` >= 3 samples.
 
         >>> Shares().sizes(1379), Shares().sizes(50000), Shares().sizes(3)
-        ((344, 344, 691), (512, 512, 48976), (1, 1, 1))
+        ((344, 344, 0, 691), (512, 512, 0, 48976), (1, 1, 0, 1))
+        >>> Shares(decision=0.25).sizes(800), Shares(decision=0.25).sizes(3)
+        ((200, 200, 200, 200), (1, 1, 0, 1))
         """
         calibration = min(self.calibration_cap, max(1, int(count * self.calibration)), count - 2)
         validation = min(self.validation_cap, max(1, int(count * self.validation)), count - 1 - calibration)
-        return calibration, validation, count - calibration - validation
+        rest = count - calibration - validation
+        decision = min(self.decision_cap, int(count * self.decision), rest - 1)
+        return calibration, validation, decision, rest - decision
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The three splits of a data source, with the settings and the findings of reading it."""
+    """The splits of a data source, with the settings and the findings of reading it.
+
+    `decision` holds the samples on which a budget decides between the plans of a search; None without such a budget.
+    """
 
     source: str
     label_kind: LabelKind | None
@@ -163,21 +175,36 @@ class Data:
     window: Window | None = None
     limitations: tuple[Limitation, ...] = ()
     pairs: bool = False
+    decision: Split | None = None
+
+    @property
+    def parts(self) -> tuple[Split, ...]:
+        """Return all splits; they are disjoint."""
+        decision = () if self.decision is None else (self.decision,)
+        return self.calibration, self.validation, *decision, self.test
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of report.json about the data, as JSON values."""
-        parts = (self.calibration, self.validation, self.test)
+        shares = self.shares
         return {
             "source": self.source,
             "reading": self.reading,
             "label_kind": self.label_kind,
             "random": self.random,
             "seed": self.seed,
-            "fractions": {"calibration": self.shares.calibration, "validation": self.shares.validation},
-            "caps": {"calibration": self.shares.calibration_cap, "validation": self.shares.validation_cap},
-            "total": self.shares.total,
+            "fractions": {
+                "calibration": shares.calibration,
+                "validation": shares.validation,
+                "decision": shares.decision,
+            },
+            "caps": {
+                "calibration": shares.calibration_cap,
+                "validation": shares.validation_cap,
+                "decision": shares.decision_cap,
+            },
+            "total": shares.total,
             "window": None if self.window is None else asdict(self.window),
-            "sizes": {part.name: len(part) for part in parts},
+            "sizes": {part.name: len(part) for part in self.parts},
             "skipped": [{"id": sample.id, "reason": sample.reason} for sample in self.skipped],
             "test_ids": list(self.test.ids),
         }
@@ -236,14 +263,14 @@ def load(
     unusable = sorted((*faults.items(), *short.items()))
     skipped = (*samples.skipped, *(Skipped(samples.ids[index], reason) for index, reason in unusable))
     _check_usable(spec, usable, skipped, faults, samples.ids)
-    calibration, validation, _ = shares.sizes(len(usable))
-    test_start = calibration + validation
+    splits = _split(samples, usable, shares, windows)
     return Data(
         source=spec,
         label_kind=samples.label_kind,
-        calibration=Split("calibration", samples, usable[:calibration], windows),
-        validation=Split("validation", samples, usable[calibration:test_start], windows),
-        test=Split("test", samples, usable[test_start:], windows),
+        calibration=splits["calibration"],
+        validation=splits["validation"],
+        decision=splits.get("decision"),
+        test=splits["test"],
         skipped=skipped,
         random=spec == "random",
         reading=samples.reading,
@@ -253,6 +280,16 @@ def load(
         limitations=(*samples.limitations, *samples.findings(), *truncated),
         pairs=samples.pairs,
     )
+
+
+def _split(samples: Samples, usable: Sequence[int], shares: Shares, windows: Windows | None) -> dict[str, Split]:
+    """Return the splits that are not empty, by name."""
+    splits, start = {}, 0
+    for name, size in zip(("calibration", "validation", "decision", "test"), shares.sizes(len(usable)), strict=True):
+        if size:
+            splits[name] = Split(name, samples, tuple(usable[start : start + size]), windows)
+        start += size
+    return splits
 
 
 def _first_windows(feeds: Callable[[Sequence[int]], Feeds], window: Window) -> Callable[[Sequence[int]], Feeds]:

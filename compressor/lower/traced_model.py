@@ -105,8 +105,8 @@ def _image_facts(model: Model) -> dict[str, Any]:
     return {"image_size": size, "interpolate_pos_encoding": model.interpolates}
 
 
-def load(settings: Settings, steps: Steps) -> TracedModel:
-    """Load model and data, trace the model and find its sites.
+def load(settings: Settings, steps: Steps, *, decision: float = 0.0) -> TracedModel:
+    """Load model and data, trace the model and find its sites; `decision` is the share of the decision split.
 
     Raises:
         CompressorError: the model or the data cannot be loaded, they do not fit together, the model cannot be traced,
@@ -128,7 +128,7 @@ def load(settings: Settings, steps: Steps) -> TracedModel:
     if settings.target == TRANSFORMERS:
         checkpoint.check_model(model)
     with steps.step("load the data") as tick:
-        data = load_data(settings, model, tick)
+        data = load_data(settings, model, tick, decision=decision)
     for limitation in data.limitations:
         if limitation.feature == CLASS_ORDER:  # it decides on all figures, so it is shown before the search
             steps.warn(str(limitation))
@@ -170,7 +170,7 @@ def _costs(graph: Graph, model: Model, data: Data) -> Costs:
         raise _refused(model, data, error) from error
 
 
-def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
+def load_data(settings: Settings, model: Model, tick: Tick, *, decision: float = 0.0) -> Data:
     """Load the data with the preprocessing of the model.
 
     Raises:
@@ -186,7 +186,7 @@ def load_data(settings: Settings, model: Model, tick: Tick) -> Data:
         model.preprocess,
         task=model.task,
         seed=settings.seed,
-        shares=Shares(total=settings.samples),
+        shares=Shares(total=settings.samples, decision=decision),
         revision=None,  # --revision applies to the model; that of a data set is part of its name, owner/name@revision
         progress=tick,
         max_length=settings.max_length,
@@ -233,7 +233,7 @@ def _check_numbering(samples: Samples, data: Data, model: Model, classes: int) -
 
 def _check_class_numbers(data: Data, model: Model, classes: int) -> None:
     """Refuse class numbers that the model does not have, and label sets of another width."""
-    labels = [part.labels for part in (data.calibration, data.validation, data.test) if part.labels is not None]
+    labels = [part.labels for part in data.parts if part.labels is not None]
     if data.label_kind == "labels" and any(part.shape[1] != classes for part in labels):
         raise SubjectError(
             f"{data.source} has sets of {labels[0].shape[1]} labels, but {model.name} has {classes}; give a column for "

@@ -114,7 +114,7 @@ def with_input_sizes(options: BuildOptions, subject: ModelAndData, settings: Set
     Each is a tuple of the least, the timed and the largest size. The largest batch is that of the timing, the parity
     check or the evaluation.
     """
-    parts = (subject.data.calibration, subject.data.validation, subject.data.test)
+    parts = subject.data.parts
     rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
     options = dataclasses.replace(options, batches=(1, settings.batch, rows))
     axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis == 1]

@@ -49,14 +49,15 @@ class Variant:
         return dataclasses.replace(self, source=Source(self.float_file), conversion=None)
 
 
-def lower_variant(name: str, graph: Graph, folded: Graph, builder: EngineBuilder) -> Variant:
+def lower_variant(name: str, graph: Graph, folded: Graph, builder: EngineBuilder, *, file: str = "") -> Variant:
     """Lower a graph and compare its float engine with torch.
 
     Args:
-        name: name of the variant and of its file.
+        name: name of the variant.
         graph: the graph before folding, so that an error of the folding shows.
         folded: the graph that is lowered.
         builder: lowers it and builds the engine.
+        file: name of its file without the suffix; by default that of the variant.
 
     Returns:
         The variant in fp32.
@@ -64,7 +65,7 @@ def lower_variant(name: str, graph: Graph, folded: Graph, builder: EngineBuilder
     Raises:
         ParityError: the outputs differ by more than the tolerance.
     """
-    path = builder.lower(folded, name)
+    path = builder.lower(folded, file or name)
     return Variant(name, graph, path, engine_parity(builder, path, graph), Source(path))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
 from compressor.lower.traced_model import TracedModel, check_original, index_errors_as_data_errors, load, model_facts
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.measure.engine_quality import quality_on_test
+from compressor.measure.engine_quality import evaluate_engines, quality_on_test
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
 from compressor.measure.precision_converter import PrecisionConverter
 from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of, lower_variant
@@ -25,8 +27,9 @@ from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
 from compressor.pipeline.unused_options import refuse_unused
+from compressor.quality.evaluate import EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
-from compressor.quantize.precision import Trial
+from compressor.quantize.precision import Converted, Trial
 from compressor.report import engine_layers
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of
@@ -34,10 +37,9 @@ from compressor.report.pages.export_page import PAGE, html
 from compressor.report.pages.sample_previews import previews
 from compressor.report.precision_notes import precision_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
-from compressor.search.planner import (
-    Choice,
-    choose_plan,
-)
+from compressor.search.decision import Decision, share_of
+from compressor.search.decision import sentence as decision_sentence
+from compressor.search.planner import Choice, choose_plan
 from compressor.search.site_evidence import tokens_left
 from compressor.settings import Settings
 from compressor.target.availability import check_target
@@ -52,6 +54,39 @@ from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shipped:
+    """The engines of an export, and how they came about.
+
+    Attributes:
+        rewritten: the plan and its graphs.
+        variants: all variants, built.
+        settings: the settings, with the precision that ``auto`` chose.
+        trials: the precisions that ``auto`` tried.
+        conversions: how each variant was converted, by its name; empty for fp32.
+        factorial: whether the variants include the cells of a factorial.
+        files: files that were written into the output folder.
+    """
+
+    rewritten: _Rewritten
+    variants: list[Variant]
+    settings: Settings
+    trials: tuple[Trial, ...]
+    conversions: dict[str, Converted]
+    factorial: bool
+    files: frozenset[Path]
+
+    @property
+    def reference(self) -> str:
+        """The float model before any change."""
+        return "original" if any(variant.name == "original" for variant in self.variants) else "baseline"
+
+    def remove(self) -> None:
+        """Remove the files from the output folder."""
+        for path in self.files:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +129,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
         if settings.max_memory is not None:
             report, subject = export_offloaded.compressed(settings, folder, steps, command)
         else:
-            subject = check_original(load(settings, steps), steps)
+            subject = check_original(load(settings, steps, decision=share_of(settings)), steps)
             subject.model.save(folder)
             evaluator = graph_evaluator(subject, target, options, settings, scratch)
             report = _compressed(subject, settings, evaluator, folder, steps, command)
@@ -107,27 +142,16 @@ def _compressed(
     subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps, command: str
 ) -> Report:
     """Choose, rewrite, lower, build and measure; write the result into the folder and return the report."""
-    builder, timer, converter = evaluator.builder, evaluator.timer, evaluator.converter
-    rewritten = _rewritten(subject, settings, evaluator, steps)
-    plan = rewritten.choice.plan
+    builder, timer = evaluator.builder, evaluator.timer
+    shipped, decided = _decided(subject, settings, evaluator, folder, steps)
+    rewritten, variants, settings = shipped.rewritten, shipped.variants, shipped.settings
+    plan, factorial, conversions = rewritten.choice.plan, shipped.factorial, shipped.conversions
     (folder / "plan.json").write_text(plan.to_json())
     if subject.model.task == "text-generation" and not rewritten.folded.state:
         disable_use_cache(folder)
 
-    variants = _lowered(subject, rewritten, builder, steps)
-    factorial = settings.factorial and variants[0].float_file != variants[1].float_file
-    if factorial:
-        variants += factorial_cells.unmerged(plan, rewritten.adapted, builder)
-    settings, trials = _with_precision(settings, variants[1], converter, steps)
-    variants = convert_variants(variants, settings.precision, converter, steps)
-    conversions = {each.name: each.conversion for each in variants if each.conversion is not None}
-    if factorial:
-        variants = factorial_cells.with_cells(variants, settings.precision)
-    variants = build_variants(variants, builder, folder, steps)
-
     engines = engines_of(variants)
-    reference = "original" if "original" in engines else "baseline"
-    quality = quality_on_test(builder, engines, reference, steps)
+    quality = quality_on_test(builder, engines, shipped.reference, steps)
     parts = timer.latencies(builder, engines, steps)
     latency = timer.totals(parts)
     reported = [each for each in variants if each.reported]
@@ -147,8 +171,8 @@ def _compressed(
         generation=_generation(parts, timer.calls, settings, subject),
         parity={each.name: each.parity.difference for each in reported if each.name != "original"},
         precision={name: facts.to_dict() for name, facts in conversions.items()},
-        trials=tuple(map(dataclasses.asdict, trials)),
-        search=rewritten.choice.facts,
+        trials=tuple(map(dataclasses.asdict, shipped.trials)),
+        search=rewritten.choice.facts | decided,
         healed=None if rewritten.healed is None else dataclasses.asdict(rewritten.healed),
         steps=tuple(steps.done),
         passes=tuple(rewritten.folded.history),
@@ -158,7 +182,7 @@ def _compressed(
         evidence=_evidence(rewritten, subject),
         limitations=(
             *limitations_of(
-                subject, settings.precision, conversions, trials, engine, [each.parity for each in reported]
+                subject, settings.precision, conversions, shipped.trials, engine, [each.parity for each in reported]
             ),
             *_lost(rewritten, subject),
         ),
@@ -166,23 +190,110 @@ def _compressed(
     return dataclasses.replace(report, notes=_notes(report, settings, subject, rewritten.healed))
 
 
-def _rewritten(subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> _Rewritten:
+def _decided(
+    subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps
+) -> tuple[_Shipped, dict[str, Any]]:
+    """Choose a plan and build its engines; with a budget, take fewer changes until the engine is within it.
+
+    Returns:
+        The engines, and the facts about the decision.
+    """
+    baseline = None
     with index_errors_as_data_errors(subject):
-        choice, adapted, healed = _healed(choose_plan(subject, settings, evaluator, steps), subject, settings, steps)
+        choice = choose_plan(subject, settings, evaluator, steps)
+        decision = None if choice.search is None else Decision.of(subject, settings, steps)
+    if decision is not None:
+        baseline = _baseline(subject, evaluator.builder, steps)
+        decision.spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)
+        if settings.heal == "none":
+            choice = decision.strongest(choice, steps)
+    healing = settings.heal_budget
+    while True:
+        start = time.perf_counter()
+        rewritten = _adapted(choice, subject, settings, evaluator, healing, steps)
+        healing -= time.perf_counter() - start
+        baseline = _baseline(subject, evaluator.builder, steps) if baseline is None else baseline
+        shipped = _built([baseline], rewritten, settings, evaluator, folder, steps)
+        if decision is None:
+            return shipped, {}
+        loss = _loss_on_fresh_samples(shipped, evaluator.builder, subject, steps)
+        if decision.holds(rewritten.choice, loss, len(decision.losses.split)):
+            return shipped, {"decision": decision.facts(rewritten.choice)}
+        shipped.remove()
+        choice = decision.milder(rewritten.choice, loss, steps)
+
+
+def _adapted(
+    choice: Choice, subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, seconds: float, steps: Steps
+) -> _Rewritten:
+    """Heal the graph of a choice for at most `seconds`, merge its tokens and fold it."""
+    with index_errors_as_data_errors(subject):
+        choice, adapted, healed = _healed(choice, subject, settings, seconds, steps)
         graph = choice.rewriter.reduced(adapted, choice.plan.changes)
     return _Rewritten(choice, adapted, graph, evaluator.builder.fold(graph), healed)
 
 
-def _lowered(subject: TracedModel, rewritten: _Rewritten, builder: EngineBuilder, steps: Steps) -> list[Variant]:
-    """Lower baseline and result and compare each with torch.
+def _baseline(subject: TracedModel, builder: EngineBuilder, steps: Steps) -> Variant:
+    with steps.step("lower the original, check against torch"):
+        return lower_variant("baseline", subject.graph, subject.graph, builder)
 
-    The result shares the file of the baseline if no change, folding or removal of nodes made it different.
+
+def _loss_of_precision(baseline: Variant, precision: str, converter: PrecisionConverter, steps: Steps) -> float:
+    """Return the loss of the unchanged model in a precision in percent; 0 for a precision that is chosen later."""
+    if precision in ("fp32", AUTO):
+        return 0.0
+    with steps.step(f"{precision} of the baseline") as tick:
+        _, facts = converter.convert(baseline.float_file, precision, tick)
+    return max(facts.loss or 0.0, 0.0)
+
+
+def _loss_on_fresh_samples(shipped: _Shipped, builder: EngineBuilder, subject: TracedModel, steps: Steps) -> float:
+    """Return the loss of the result against the float original on the decision split, in percent."""
+    engines = engines_of(shipped.variants)
+    chosen = {name: engines[name] for name in (shipped.reference, "result")}
+    assert subject.data.decision is not None
+    with steps.step("decide on the engine") as tick:
+        try:
+            evaluation = evaluate_engines(builder, chosen, subject.data.decision, shipped.reference, tick)
+        except EvaluationError:  # NaN or infinity
+            return math.inf
+    return evaluation.budgeted_loss(shipped.reference, "result")
+
+
+def _built(
+    variants: list[Variant],
+    rewritten: _Rewritten,
+    settings: Settings,
+    evaluator: GraphEvaluator,
+    folder: Path,
+    steps: Steps,
+) -> _Shipped:
+    """Lower the result beside the baseline, convert both to the precision, and build all engines."""
+    builder, converter, found = evaluator.builder, evaluator.converter, set(folder.iterdir())
+    variants = [*variants, _lowered(variants[0], rewritten, builder, steps)]
+    factorial = settings.factorial and variants[0].float_file != variants[1].float_file
+    if factorial:
+        variants += factorial_cells.unmerged(rewritten.choice, rewritten.adapted, builder)
+    settings, trials = _with_precision(settings, variants[1], converter, steps)
+    variants = convert_variants(variants, settings.precision, converter, steps)
+    conversions = {each.name: each.conversion for each in variants if each.conversion is not None}
+    if factorial:
+        variants = factorial_cells.with_cells(variants, settings.precision)
+    variants = build_variants(variants, builder, folder, steps)
+    files = frozenset(set(folder.iterdir()) - found)
+    return _Shipped(rewritten, variants, settings, trials, conversions, factorial, files)
+
+
+def _lowered(baseline: Variant, rewritten: _Rewritten, builder: EngineBuilder, steps: Steps) -> Variant:
+    """Lower the result and compare it with torch.
+
+    It shares the file of the baseline if no change, folding or removal of nodes made it different.
     """
-    with steps.step("lower, check against torch"):
-        baseline = lower_variant("baseline", subject.graph, subject.graph, builder)
-        if not rewritten.choice.plan.changes and rewritten.folded.signature() == subject.graph.signature():
-            return [baseline, dataclasses.replace(baseline, name="result")]
-        return [baseline, lower_variant("result", rewritten.graph, rewritten.folded, builder)]
+    if not rewritten.choice.plan.changes and rewritten.folded.signature() == baseline.graph.signature():
+        return dataclasses.replace(baseline, name="result")
+    with steps.step("lower the result, check against torch"):
+        file = f"result{rewritten.choice.count or ''}"  # a file of its own for each plan that is tried
+        return lower_variant("result", rewritten.graph, rewritten.folded, builder, file=file)
 
 
 def _with_precision(
@@ -255,7 +366,7 @@ def _generation(
 
 
 def _healed(
-    choice: Choice, subject: TracedModel, settings: Settings, steps: Steps
+    choice: Choice, subject: TracedModel, settings: Settings, seconds: float, steps: Steps
 ) -> tuple[Choice, Graph, Healed | None]:
     """Heal the graph of a choice if ``--heal`` is set; return the choice, the graph and the report of healing.
 
@@ -264,7 +375,7 @@ def _healed(
     """
     if settings.heal == "none" or not choice.plan.changes:
         return choice, choice.graph, None
-    budget = settings.heal_budget if choice.search is None else settings.heal_budget / 2
+    budget = seconds if choice.search is None else seconds / 2
     graph, healed = _heal(choice, subject, settings, budget, steps)
     if choice.search is not None and healed.after["loss"] > settings.loss_limit + ROUNDING:
         choice = choice.within(settings.loss_limit)
@@ -310,6 +421,8 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> d
 
 def _notes(report: Report, settings: Settings, subject: TracedModel, healed: Healed | None) -> tuple[str, ...]:
     notes = [*resumed(report.search)]
+    if "decision" in report.search:
+        notes.append(decision_sentence(report.search["decision"]))
     if settings.drop == "auto" and not report.plan.changes:
         limit = f" within {settings.loss_limit:g} % loss on validation data"
         notes.append(f"No site could be changed{limit if math.isfinite(settings.loss_limit) else ''}.")
@@ -317,8 +430,8 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, healed: Hea
         lost = report.quality.loss["baseline"].value
         if lost > settings.loss_limit:
             notes.append(
-                f"The loss on test data is {lost:.2f} %, above the limit of {settings.loss_limit:g} %, which was met "
-                f"on {len(subject.data.validation)} validation samples; use more samples for a more reliable choice."
+                f"The loss on test data is {lost:.2f} %, above the limit of {settings.loss_limit:g} %; use more "
+                "samples for a more reliable choice."
             )
     if healed is not None:
         notes.append(f"Healing ({healed.method}): {healed.note}.")

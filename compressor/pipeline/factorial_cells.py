@@ -10,31 +10,33 @@ from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.variant import Variant, lower_variant
 from compressor.quality.evaluate import Evaluation
 from compressor.report.factorial import Factorial, cell_precision, cells_of, compute_factorial, conditions
+from compressor.search.planner import Choice
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
 from passes.graph.graph import Graph
-from passes.plan.plan import Plan, merged_tokens
+from passes.plan.plan import merged_tokens
 from runtimes.base.timing import Latency
 
 FOLDER = "factorial"
 CHANGES = "changes"
 
 
-def unmerged(plan: Plan, graph: Graph, builder: EngineBuilder) -> list[Variant]:
+def unmerged(choice: Choice, graph: Graph, builder: EngineBuilder) -> list[Variant]:
     """Lower the model with the plan's changes but without merged tokens, if the plan has both.
 
     Args:
-        plan: the changes of the export.
+        choice: the plan of the export.
         graph: the changed model before tokens are merged.
         builder: folds and lowers the graph.
 
     Returns:
         One variant, or none.
     """
-    merging = [merged_tokens(action) is not None for action in plan.changes.values()]
+    merging = [merged_tokens(action) is not None for action in choice.plan.changes.values()]
     if not any(merging) or all(merging):
         return []
-    return [lower_variant(CHANGES, graph, builder.fold(graph), builder)]
+    file = f"{CHANGES}{choice.count or ''}"  # a file of its own for each plan that is tried
+    return [lower_variant(CHANGES, graph, builder.fold(graph), builder, file=file)]
 
 
 def with_cells(variants: Sequence[Variant], precision: str) -> list[Variant]:

@@ -1,4 +1,4 @@
-"""Loss of rewritten graphs on validation data, with early stopping once the loss is certain to exceed a limit."""
+"""Loss of rewritten graphs on a split, with early stopping once the loss is certain to exceed a limit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from compressor.quality.evaluate import (
     BATCH,
     EvaluationError,
     Runner,
+    budgeted_loss,
     graph_runner,
     join,
-    loss,
     metric_value,
     sample_columns,
 )
 from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns
-from compressor.quality.metrics import METRICS
 from passes.execute.interpreter import Program
 from passes.graph.graph import Graph
 
@@ -43,12 +42,11 @@ class Loss:
 
 @dataclass
 class ValidationLoss:
-    """Loss of rewritten graphs on the validation split, by the reported metric.
+    """Loss of rewritten graphs on the validation or the decision split, by the metric that a budget bounds.
 
-    A few hundred labels measure a loss of accuracy only to a point or two, and a search that takes the best of many
-    candidates takes the luckiest. With labels, the loss is therefore the larger of the measured loss and the loss that
-    the head expects (`Head.expected_loss`). The outputs of the original are kept for metrics that compare with them, up
-    to `KEPT` bytes. `sweeps` counts passes over the split; a pass that stops early counts by its share of the samples.
+    The loss is that of `compressor.quality.evaluate.budgeted_loss`. The outputs of the original are kept for metrics
+    that compare with them, up to `KEPT` bytes. `sweeps` counts passes over the split; a pass that stops early counts by
+    its share of the samples.
     """
 
     graph: Graph
@@ -61,6 +59,7 @@ class ValidationLoss:
 
     def __post_init__(self) -> None:
         self.head = head_for(self.model.task, self.model.problem_type)
+        self.judged = self.head.judged(self.metric)
         self._whole = join(list(self._columns(self.graph, first=True)))
         self._before = metric_value(self.metric, self._whole)
         self._hardest_first()
@@ -71,7 +70,7 @@ class ValidationLoss:
         return round(self.sweeps, 2)
 
     def loss(self, graph: Graph, *, limit: float = math.inf) -> Loss:
-        """Measure the loss of a rewritten graph against the original (see `compressor.quality.evaluate.loss`).
+        """Measure the loss of a rewritten graph against the original.
 
         The pass stops as soon as the lower bound of the loss exceeds `limit`. The loss is infinite if an output is not
         finite.
@@ -86,11 +85,7 @@ class ValidationLoss:
                     return Loss(bound, self._samples(columns))
         except EvaluationError:
             return Loss(math.inf, len(self.split))
-        measured = loss(self.metric, self._before, metric_value(self.metric, columns))
-        expected = None if METRICS[self.metric].compares else self.head.expected_loss(self.metric, columns)
-        if expected is not None:
-            measured = max(measured, expected)
-        return Loss(measured, self._samples(columns))
+        return Loss(budgeted_loss(self.head, self.metric, self._before, columns), self._samples(columns))
 
     def _hardest_first(self) -> None:
         """Sort the samples by the margin of the original, smallest first, so that failing checks stop early."""
@@ -105,7 +100,7 @@ class ValidationLoss:
 
     def _lower_bound(self, columns: Columns) -> float:
         """Return a lower bound of the loss from the first samples; the others can at best lose nothing."""
-        return self.head.lower_bound(self.metric, columns, self._whole, self._before)
+        return self.head.lower_bound(self.judged, columns, self._whole, self._before)
 
     def _samples(self, columns: Columns) -> int:
         done = len(next(iter(columns.values())))

@@ -116,7 +116,15 @@ class BenchModel(TypedDict):
 class SplitSizes(TypedDict):  # noqa: D101
     calibration: Count
     validation: Count
+    decision: NotRequired[Count]
     test: Count
+
+
+@with_config(_KEPT)
+class Fractions(TypedDict):
+    """Shares of the samples in the splits, as far as `bench` reads them."""
+
+    decision: NotRequired[Annotated[float, Field(ge=0, lt=1)]]
 
 
 @with_config(_KEPT)
@@ -128,6 +136,7 @@ class Data(TypedDict):
     random: bool
     seed: int
     sizes: SplitSizes
+    fractions: NotRequired[Fractions]
     test_ids: list[str]
 
 

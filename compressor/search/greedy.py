@@ -87,6 +87,9 @@ class Search:
         given: fixed changes, applied before the search begins.
         journal: values measured by an earlier run of the same search.
         progress: called with a line of text after every candidate that was validated.
+
+    Attributes:
+        graphs: graphs before tokens are merged, after no change, the first change, and so on. They share their weights.
     """
 
     rewriter: Rewriter
@@ -100,6 +103,7 @@ class Search:
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
     steps: list[Step] = field(default_factory=list)
+    graphs: list[Graph] = field(default_factory=list)
     refused: dict[Candidate, str] = field(default_factory=dict)
     broken_in_a_row: int = 0
 
@@ -107,6 +111,7 @@ class Search:
         self.work = self.prices.count(self.rewriter.original)
         self.whole = self.prices.of(self.work)
         self.graph = self.rewriter.apply_changes(self.given)
+        self.graphs.append(self.graph)
         self.reduced = self.rewriter.reduced(self.graph, self.given)
         self.cost = self.prices.cost(self.reduced)
         self.front = _Candidates(self)
@@ -159,6 +164,7 @@ class Search:
             divergence = self.front.base + added
             counted = self.prices.multiply_adds(work)
             self.steps.append(Step(unit, action, added, divergence, lost.percent, self.cost, counted))
+            self.graphs.append(graph)
             self.front.changed(unit, action)
         else:
             self.broken_in_a_row += 1
@@ -196,6 +202,7 @@ class Search:
         """Return the plan of the first `count` changes (None: all), with a reason for every site."""
         steps = self.steps if count is None else self.steps[:count]
         changed = {site.name: step for step in steps for site in self.rewriter.units[step.unit]}
+        undone = {site.name: step for step in self.steps[len(steps) :] for site in self.rewriter.units[step.unit]}
         units = {site.name: unit for unit, members in self.rewriter.units.items() for site in members}
 
         def decide(site: Site) -> Decision:
@@ -206,6 +213,8 @@ class Search:
                 number = len({other.unit for other in steps[: steps.index(step) + 1]})
                 reason = f"adds {step.added:.4f} divergence; validation loss {step.loss:.2f} % with {number} changed"
                 return Decision(site.name, step.action, reason)
+            if site.name in undone:
+                return Decision(site.name, "keep", f"{undone[site.name].action} undone: the plan ends before it")
             refusals = [reason for (name, _), reason in self.refused.items() if name == units[site.name]]
             return Decision(site.name, "keep", "; ".join(refusals) or self.front.untried(units[site.name]))
 

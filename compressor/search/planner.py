@@ -66,14 +66,31 @@ class Choice:
     search: Search | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def found(self) -> int:
+        """Number of changes that the search made."""
+        return 0 if self.search is None else len(self.search.steps)
+
+    @property
+    def count(self) -> int:
+        """Number of changes of the search in the plan, from its first."""
+        return int(self.facts.get("chosen", 0))
+
+    def at(self, count: int) -> Choice:
+        """Return the choice with the first `count` changes of the search."""
+        assert self.search is not None
+        plan = self.search.plan(self.plan.model, self.plan.rule, count)
+        return replace(self, plan=plan, graph=self.search.graphs[count], facts=self.facts | {"chosen": count})
+
     def within(self, limit: float) -> Choice:
         """Return the choice with the most changes, in their order, whose loss on validation data is at most `limit`."""
         assert self.search is not None
         losses = [0.0, *(step.loss for step in self.search.steps)]
-        count = max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING)
-        plan = self.search.plan(self.plan.model, self.plan.rule, count)
-        graph = self.rewriter.apply_changes(plan.changes)
-        return replace(self, plan=plan, graph=graph, facts=self.facts | {"chosen": count})
+        return self.at(max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING))
+
+    def reduced(self) -> Graph:
+        """Return the graph with the tokens merged."""
+        return self.rewriter.reduced(self.graph, self.plan.changes)
 
 
 def choose_plan(subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, steps: Steps) -> Choice:

@@ -53,6 +53,14 @@ class Head:
         """Return whether the columns of a metric compare with the output of the original."""
         return METRICS[metric].compares or metric in self.expects
 
+    def judged(self, metric: str) -> str:
+        """Return the metric whose loss a budget bounds.
+
+        Without labels, it is the metric with labels whose loss the head expects from the original's probabilities, so
+        that a budget means the same with and without labels. Otherwise it is the reported metric.
+        """
+        return next(iter(self.expects), metric) if METRICS[metric].compares else metric
+
     def further(self, metric: str) -> tuple[str, ...]:
         """Return the metrics that are reported beside the metric of the head, from the same columns."""
         return ()

@@ -63,5 +63,5 @@ class SingleClass(Head):
     def lower_bound(self, metric: str, columns: Columns, reference: Columns, before: float) -> float:
         """Return the regret (for accuracy) or disagreement so far, over all samples."""
         if metric == "accuracy":
-            return float(columns["regret"].sum()) / len(reference["accuracy"]) * 100.0
+            return float(columns["regret"].sum()) / len(next(iter(reference.values()))) * 100.0
         return super().lower_bound(metric, columns, reference, before)
