@@ -29,6 +29,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
 METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
 
 COSTS = ("latency", "macs")
+# What `--max-loss` bounds, see compressor.quality.budget.
+ACCURACY, AGREEMENT, DIVERGENCE = BUDGETS = ("accuracy", "agreement", "divergence")
 # The actions that `--drop auto` chooses among by default.
 AUTO_ACTIONS = ("drop", "constant", "scale", "low-rank", "linear", "fuse", "merge")
 HEAL_METHODS = ("none", "closed-form", "distill")

@@ -65,8 +65,8 @@ SUBJECT = (
     "search_samples",
     "seed",
 )
-SEARCH = ("actions", "tokens", "cost", "max_loss")
-GOALS = ("speedup", "latency", "heal", "heal_budget")
+SEARCH = ("actions", "tokens", "cost", "max_loss", "budget")
+GOALS = ("confidence", "speedup", "latency", "heal", "heal_budget")
 ENGINE = ("target", "precision", "int8", "device", "threads", "batch", "generate", "rounds")
 QUANTIZATION = ("factorial", "calibration", "max_precision_loss")
 BUILD = ("defer_build", "portable_engine")

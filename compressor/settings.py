@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.choices import (
+    ACCURACY,
     AUTO,
     AUTO_ACTIONS,
+    BUDGETS,
     CALIBRATIONS,
     COSTS,
     DEVICES,
@@ -94,11 +96,27 @@ class Settings:
     )
     max_loss: float | None = option(
         None,
-        "Largest loss that --drop auto accepts on validation data, in %: points of a score, or relative rise of "
-        "perplexity.",
+        "Largest loss that --drop auto accepts, decided on samples that the search does not see, in %: points of a "
+        "score, or relative rise of perplexity.",
         unset="1; unlimited with --speedup or --latency",
         least=0.0,  # without an upper bound: perplexity can more than double
         unit="percent",
+    )
+    budget: str = option(
+        ACCURACY,
+        "What --max-loss bounds: accuracy, with or without labels (without, it is expected from the original's "
+        "probabilities); agreement, the share of other predictions than the original's; divergence from the original's "
+        "output, in hundredths of a nat.",
+        choices=BUDGETS,
+    )
+    confidence: float | None = option(
+        None,
+        "Confidence with which the loss on new samples is at most --max-loss, such as 90%.",
+        unset="none: the loss on fresh samples is at most --max-loss",
+        least=50.0,
+        most=99.99,
+        unit="percent",
+        metavar="PERCENT",
     )
     speedup: float | None = option(None, "Speed-up that --drop auto must reach, such as 1.5.", above=1.0)
     latency: float | None = option(
@@ -306,6 +324,11 @@ def _check_goals(settings: Settings) -> None:
                     f"--{name} is a goal of the search; found --drop {settings.drop}. Give --drop auto, or leave out "
                     f"--{name}."
                 )
+    if settings.confidence is not None and (settings.drop != "auto" or math.isinf(settings.loss_limit)):
+        raise SettingsError(
+            "found --confidence without a limit that the search could keep; give --drop auto and --max-loss, or leave "
+            "out --confidence."
+        )
     if settings.speedup is not None and settings.latency is not None:
         raise SettingsError("found --speedup and --latency, which both set the goal for speed; give one of them.")
     if settings.latency is not None and settings.cost != "latency":

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from compressor.cli.param_types import Bytes, Duration, Milliseconds, Names, Numbers
+from compressor.cli.param_types import Bytes, Duration, Milliseconds, Names, Numbers, Percentage
 from compressor.options import Option, facts_of, fields_of, flag
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -18,6 +18,7 @@ UNITS: dict[str | None, click.ParamType[Any]] = {
     "milliseconds": Milliseconds(),
     "seconds": Duration(),
     "bytes": Bytes(),
+    "percent": Percentage(),
 }
 TYPES: dict[str, click.ParamType[Any]] = {
     "int": click.INT,

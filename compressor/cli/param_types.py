@@ -25,6 +25,22 @@ class Milliseconds(click.ParamType[float]):
             self.fail(f"{value!r} is not a latency; expected milliseconds such as 5ms", param, ctx)
 
 
+class Percentage(click.ParamType[float | None]):
+    """A percentage such as 1, 1% or 0.5%; ``none`` is None."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        """Convert a percentage to a number."""
+        text = str(value).strip().removesuffix("%")
+        if text == "none" and param is not None and param.default is None:
+            return None
+        try:
+            return float(text)
+        except ValueError:
+            self.fail(f"{value!r} is not a percentage; expected a number such as 1 or 1%", param, ctx)
+
+
 class Duration(click.ParamType[float]):
     """A duration in seconds, or with a unit: 90, 90s, 5m, 1h."""
 

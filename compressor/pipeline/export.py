@@ -28,6 +28,7 @@ from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
 from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import EvaluationError
+from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
 from compressor.report import engine_layers
@@ -198,14 +199,16 @@ def _decided(
     Returns:
         The engines, and the facts about the decision.
     """
-    baseline = None
+    baseline, certify = None, settings.precision != "fp32" or settings.heal != "none"
     with index_errors_as_data_errors(subject):
         choice = choose_plan(subject, settings, evaluator, steps)
         decision = None if choice.search is None else Decision.of(subject, settings, steps)
     if decision is not None:
         baseline = _baseline(subject, evaluator.builder, steps)
         decision.spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)
-        if settings.heal == "none":
+        if settings.confidence is not None and certify:
+            choice = choice.within(max(settings.loss_limit - decision.spent, 0.0))
+        elif settings.heal == "none":
             choice = decision.strongest(choice, steps)
     healing = settings.heal_budget
     while True:
@@ -216,11 +219,11 @@ def _decided(
         shipped = _built([baseline], rewritten, settings, evaluator, folder, steps)
         if decision is None:
             return shipped, {}
-        loss = _loss_on_fresh_samples(shipped, evaluator.builder, subject, steps)
-        if decision.holds(rewritten.choice, loss, len(decision.losses.split)):
+        evaluation = _on_fresh_samples(shipped, evaluator.builder, subject, steps)
+        if decision.holds(rewritten.choice, evaluation, shipped.reference, certify=certify):
             return shipped, {"decision": decision.facts(rewritten.choice)}
         shipped.remove()
-        choice = decision.milder(rewritten.choice, loss, steps)
+        choice = decision.milder(rewritten.choice, steps)
 
 
 def _adapted(
@@ -247,17 +250,18 @@ def _loss_of_precision(baseline: Variant, precision: str, converter: PrecisionCo
     return max(facts.loss or 0.0, 0.0)
 
 
-def _loss_on_fresh_samples(shipped: _Shipped, builder: EngineBuilder, subject: TracedModel, steps: Steps) -> float:
-    """Return the loss of the result against the float original on the decision split, in percent."""
+def _on_fresh_samples(
+    shipped: _Shipped, builder: EngineBuilder, subject: TracedModel, steps: Steps
+) -> Evaluation | None:
+    """Evaluate the result beside the float original on the decision split; return None for NaN or infinity."""
     engines = engines_of(shipped.variants)
     chosen = {name: engines[name] for name in (shipped.reference, "result")}
     assert subject.data.decision is not None
     with steps.step("decide on the engine") as tick:
         try:
-            evaluation = evaluate_engines(builder, chosen, subject.data.decision, shipped.reference, tick)
-        except EvaluationError:  # NaN or infinity
-            return math.inf
-    return evaluation.budgeted_loss(shipped.reference, "result")
+            return evaluate_engines(builder, chosen, subject.data.decision, shipped.reference, tick)
+        except EvaluationError:
+            return None
 
 
 def _built(
@@ -391,7 +395,9 @@ def _heal(
     with steps.step(f"heal ({settings.heal})") as tick:
         validation = None if choice.search is None else choice.search.validation
         if validation is None:
-            validation = ValidationLoss(subject.graph, subject.model, subject.data.validation, subject.metric)
+            validation = ValidationLoss(
+                subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget
+            )
         return heal(
             settings.heal,
             choice.graph,

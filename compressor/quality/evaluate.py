@@ -42,25 +42,6 @@ def loss(metric: str, before: float, after: float) -> float:
     return float(METRICS[metric].loss(np.asarray(before), np.asarray(after)))
 
 
-def budgeted_loss(head: Head, metric: str, before: float, columns: Columns) -> float:
-    """Return the loss that a budget bounds, in percent: the larger of the measured and the expected loss.
-
-    A few hundred labels measure a loss of accuracy only to a point or two, so the loss that the head expects counts
-    too (`Head.expected_loss`). Without labels, it is the expected loss alone where the head has one.
-
-    Args:
-        head: how outputs are evaluated.
-        metric: the reported metric.
-        before: the metric of the original.
-        columns: columns of the changed model, compared with the original.
-    """
-    judged = head.judged(metric)
-    losses = [head.expected_loss(judged, columns)]
-    if judged == metric:
-        losses.append(loss(metric, before, metric_value(metric, columns)))
-    return max(each for each in losses if each is not None)
-
-
 def figure(metric: str, columns: Columns, *, seed: int = 0) -> Figure:
     """Compute the metric with a percentile bootstrap interval over samples."""
     return bootstrap(METRICS[metric].compute, columns, seed)
@@ -147,10 +128,6 @@ class Evaluation:
         """
         expected = self.head.expected_loss(self.head.judged(self.metric), self.columns[after])
         return self.loss_value(reference, after) if expected is None else expected
-
-    def budgeted_loss(self, reference: str, after: str) -> float:
-        """Return the loss of `after` that a budget bounds, in percent, see `budgeted_loss`."""
-        return budgeted_loss(self.head, self.metric, self.value(reference), self.columns[after])
 
     def loss(self, before: str, after: str) -> Figure:
         """Return the loss of `after` against `before` with its interval."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from compressor.choices import ACCURACY, DIVERGENCE
 from compressor.data.splits import Batch, Split
 from compressor.models import Model
+from compressor.quality.budget import Budget
 from compressor.quality.evaluate import (
     BATCH,
     EvaluationError,
     Runner,
-    budgeted_loss,
     graph_runner,
     join,
     metric_value,
@@ -44,22 +45,23 @@ class Loss:
 class ValidationLoss:
     """Loss of rewritten graphs on the validation or the decision split, by the metric that a budget bounds.
 
-    The loss is that of `compressor.quality.evaluate.budgeted_loss`. The outputs of the original are kept for metrics
-    that compare with them, up to `KEPT` bytes. `sweeps` counts passes over the split; a pass that stops early counts by
-    its share of the samples.
+    The loss is that of `compressor.quality.budget.Budget`, of the kind `budget`. The outputs of the original are kept
+    for losses that compare with them, up to `KEPT` bytes. `sweeps` counts passes over the split; one that stops early
+    counts by its share of the samples.
     """
 
     graph: Graph
     model: Model
     split: Split
     metric: str
+    budget: str = ACCURACY
     sweeps: float = 0.0
     _originals: list[Array | None] = field(default_factory=list)
     _whole: Columns = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.head = head_for(self.model.task, self.model.problem_type)
-        self.judged = self.head.judged(self.metric)
+        self.bounded = Budget(self.head, self.metric, self.budget)
         self._whole = join(list(self._columns(self.graph, first=True)))
         self._before = metric_value(self.metric, self._whole)
         self._hardest_first()
@@ -80,12 +82,19 @@ class ValidationLoss:
             for part in self._columns(graph, first=False):
                 parts.append(part)
                 columns = join(parts)
-                bound = self._lower_bound(columns)
+                bound = self.bounded.lower_bound(columns, self._whole, self._before)
                 if bound > limit + ROUNDING:
                     return Loss(bound, self._samples(columns))
         except EvaluationError:
             return Loss(math.inf, len(self.split))
-        return Loss(budgeted_loss(self.head, self.metric, self._before, columns), self._samples(columns))
+        return Loss(self.bounded.loss(self._before, columns), self._samples(columns))
+
+    def sample_losses(self, graph: Graph) -> Array | None:
+        """Return the loss of each sample as a share of 1, see `Budget.sample_losses`; all ones for NaN or infinity."""
+        try:
+            return self.bounded.sample_losses(join(list(self._columns(graph, first=False))))
+        except EvaluationError:
+            return np.ones(len(self.split))
 
     def _hardest_first(self) -> None:
         """Sort the samples by the margin of the original, smallest first, so that failing checks stop early."""
@@ -98,34 +107,30 @@ class ValidationLoss:
         self.split = dataclasses.replace(self.split, indices=tuple(self.split.indices[row] for row in order))
         self._originals = [answers[order[start : start + BATCH]] for start in range(0, len(order), BATCH)]
 
-    def _lower_bound(self, columns: Columns) -> float:
-        """Return a lower bound of the loss from the first samples; the others can at best lose nothing."""
-        return self.head.lower_bound(self.judged, columns, self._whole, self._before)
-
     def _samples(self, columns: Columns) -> int:
         done = len(next(iter(columns.values())))
         return done * len(self.split) // len(next(iter(self._whole.values())))
 
     @torch.inference_mode()
     def _columns(self, graph: Graph, *, first: bool) -> Iterator[Columns]:
-        answer_of = graph_runner(self.model, Program(graph).run)
+        answer_of, diverging = graph_runner(self.model, Program(graph).run), self.budget == DIVERGENCE
         for index, batch in enumerate(self.split.batches(BATCH)):
             answer = answer_of(batch.feeds)
             self.sweeps += len(batch.ids) / len(self.split)
             if first:
                 self._keep(answer)
             original = answer if first else self._original(index, batch)
-            yield sample_columns(self.head, self.metric, batch, answer, original, self.model.name, diverging=False)
+            yield sample_columns(self.head, self.metric, batch, answer, original, self.model.name, diverging=diverging)
 
     def _keep(self, answer: Array) -> None:
         """Keep an output of the original if the metric compares with it and the outputs so far fit in `KEPT` bytes."""
         kept = sum(original.nbytes for original in self._originals if original is not None)
-        fits = self.head.compares(self.metric) and kept + answer.nbytes <= KEPT
+        fits = self.bounded.compares and kept + answer.nbytes <= KEPT
         self._originals.append(answer if fits else None)
 
     def _original(self, index: int, batch: Batch) -> Array | None:
         """Return the output of the original for a batch, computed again if it was not kept."""
-        if self._originals[index] is not None or not self.head.compares(self.metric):
+        if self._originals[index] is not None or not self.bounded.compares:
             return self._originals[index]
         self.sweeps += len(batch.ids) / len(self.split)
         return self._run_original(batch.feeds)

@@ -206,7 +206,9 @@ def prepare_search(
     measured, fitted = _split_calibration(subject.data.calibration, settings)
     effects = output_divergence(subject, measured, steps)
     with steps.step("validate the original"):
-        validation = ValidationLoss(subject.graph, subject.model, subject.data.validation, subject.metric)
+        validation = ValidationLoss(
+            subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget
+        )
     if journal is None:  # created after the first runs, so that a model that fails on its data leaves no file
         journal = journal_of(subject, settings)
         if (message := journal.message()) is not None:
@@ -383,7 +385,7 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
     The file is deleted when the output folder is complete, see `compressor.workspace.output_folder`.
     """
     # These settings only affect steps after the search, so a journal stays valid if they change.
-    later = {"output", "force", "rounds", "heal_budget", "speedup", "latency"}
+    later = {"output", "force", "rounds", "heal_budget", "speedup", "latency", "confidence"}
     later |= {"max_precision_loss", "calibration", "factorial", "points"}
     options = {key: value for key, value in settings.to_dict().items() if key not in later}
     data = subject.data.describe()
