@@ -306,12 +306,14 @@ def _limits(content: Json) -> Iterator[str]:
         reason = prose(content["no_quality_because"])
         yield f"No quality is stated, because {reason}. Evaluate the model before you use it."
     else:
+        decision = data["sizes"].get("decision")
+        fresh = "" if decision is None else f" and the decision how much of it stays ({decision} samples)"
         yield (
             f"Quality was measured on {quality['figures']['result']['n']} test samples of "
             f"{prose(_data(content))} ({prose(data['reading'])}). "
             f"Calibration ({data['sizes']['calibration']} samples) and the choice of the plan "
-            f"({data['sizes']['validation']} samples) used other samples. The loss on other data can be larger, so "
-            "measure it on yours."
+            f"({data['sizes']['validation']} samples){fresh} used other samples. The loss on other data can be larger, "
+            "so measure it on yours."
         )
         if METRICS[quality["metric"]].compares:
             yield "No labels were used: the figure is the closeness to the original model, not the accuracy."

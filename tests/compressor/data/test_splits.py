@@ -106,28 +106,41 @@ def texts_of(data: Data) -> dict[str, tuple[tuple[str, ...], Any]]:
 # ------------------------------------------------------------------------------------------------ splits
 
 
-@given(count=st.integers(3, 5000), a=st.floats(0.01, 0.9), b=st.floats(0.01, 0.9), cap=st.integers(1, 600))
-def test_the_sizes_add_up_and_no_part_is_empty(count: int, a: float, b: float, cap: int) -> None:
-    if a + b >= 1:
-        a, b = a / 2, b / 2
-    sizes = Shares(a, b, calibration_cap=cap, validation_cap=cap).sizes(count)
-    assert sum(sizes) == count
-    assert min(sizes) >= 1
-    assert max(sizes[:2]) <= cap
+@given(
+    count=st.integers(3, 5000),
+    a=st.floats(0.01, 0.9),
+    b=st.floats(0.01, 0.9),
+    c=st.floats(0.0, 0.9),
+    cap=st.integers(1, 600),
+)
+def test_the_sizes_add_up_and_only_the_decision_may_be_empty(
+    count: int, a: float, b: float, c: float, cap: int
+) -> None:
+    total = max(1.0, (a + b + c) * 1.001)
+    shares = Shares(a / total, b / total, c / total, calibration_cap=cap, validation_cap=cap, decision_cap=cap)
+    calibration, validation, decision, test = shares.sizes(count)
+    assert calibration + validation + decision + test == count
+    assert min(calibration, validation, test) >= 1
+    assert max(calibration, validation, decision) <= cap
+    assert 0 <= decision <= c * count
 
 
 @settings(max_examples=40)
-@given(count=st.integers(3, 60), seed=st.integers(0, 10**6))
+@given(count=st.integers(3, 60), seed=st.integers(0, 10**6), decision=st.sampled_from([0.0, 0.25]))
 def test_the_parts_are_disjoint_complete_and_deterministic(
-    tmp_path_factory: pytest.TempPathFactory, count: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory, count: int, seed: int, decision: float
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "x.npy"
     np.save(path, np.arange(count * 2, dtype=np.float32).reshape(count, 2))
-    first, again = (load(str(path), tensors({"x": (2,)}), task="feature-extraction", seed=seed) for _ in range(2))
-    ids = [id for part in parts(first) for id in part.ids]
+    shares = Shares(decision=decision)
+    first, again = (
+        load(str(path), tensors({"x": (2,)}), task="feature-extraction", seed=seed, shares=shares) for _ in range(2)
+    )
+    ids = [id for part in first.parts for id in part.ids]
     assert sorted(ids, key=int) == [str(row) for row in range(count)]
-    assert [part.ids for part in parts(first)] == [part.ids for part in parts(again)]
-    assert [len(part) for part in parts(first)] == list(Shares().sizes(count))
+    assert [part.ids for part in first.parts] == [part.ids for part in again.parts]
+    assert [len(part) for part in first.parts] == [size for size in shares.sizes(count) if size]
+    assert (first.decision is not None) == (shares.sizes(count)[2] > 0)
 
 
 @given(ids=st.lists(st.text(max_size=5), unique=True, max_size=30), seed=st.integers(0, 9), data=st.data())

@@ -24,13 +24,22 @@ def without(graph, sites):
     return fork
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "agreement", "fidelity"])
-def test_lower_bound_never_exceeds_the_loss(metric, monkeypatch):
+@pytest.mark.parametrize(
+    ("metric", "budget"),
+    [
+        ("accuracy", "accuracy"),
+        ("agreement", "accuracy"),
+        ("accuracy", "agreement"),
+        ("agreement", "divergence"),
+        ("fidelity", "accuracy"),
+    ],
+)
+def test_lower_bound_never_exceeds_the_loss(metric, budget, monkeypatch):
     monkeypatch.setattr(validation_loss, "BATCH", 5)
     model, graph, sites, split = small(spread())
     model = dataclasses.replace(model, task="feature-extraction") if metric == "fidelity" else model
     split.labels = np.arange(24) % 5
-    validation = ValidationLoss(graph, model, split, metric)
+    validation = ValidationLoss(graph, model, split, metric, budget)
     stopped = 0
     for skip in ([sites[0]], sites[:2], sites):
         whole = validation.loss(without(graph, skip))
@@ -47,14 +56,38 @@ def test_lower_bound_never_exceeds_the_loss(metric, monkeypatch):
     assert validation.loss(graph).percent == pytest.approx(0.0, abs=1e-5)  # float32 cosines
 
 
-def test_loss_of_agreement_is_the_share_of_changed_predictions():
+def test_budget_of_agreement_is_the_share_of_changed_predictions():
     model, graph, sites, split = small(spread())
-    validation = ValidationLoss(graph, model, split, "agreement")
+    validation = ValidationLoss(graph, model, split, "agreement", "agreement")
     for site in sites:
         other = without(graph, [site])
         feeds = next(tensor_batches(split))
         differs = run(graph, feeds)[0].argmax(-1) != run(other, feeds)[0].argmax(-1)
         assert validation.loss(other).percent == pytest.approx(float(differs.double().mean()) * 100)
+
+
+def test_without_labels_the_loss_is_the_accuracy_to_expect_by_the_original():
+    model, graph, sites, split = small(spread())
+    validation = ValidationLoss(graph, model, split, "agreement")
+    feeds = next(tensor_batches(split))
+    shares = run(graph, feeds)[0].double().softmax(-1)
+    for site in sites:
+        chosen = run(without(graph, [site]), feeds)[0].argmax(-1, keepdim=True)
+        expected = (shares.amax(-1) - shares.gather(-1, chosen)[:, 0]).mean() * 100
+        assert validation.loss(without(graph, [site])).percent == pytest.approx(float(expected), abs=1e-4)
+        assert validation.sample_losses(without(graph, [site])).mean() * 100 == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_budget_of_divergence_is_in_hundredths_of_a_nat():
+    model, graph, sites, split = small(spread())
+    validation = ValidationLoss(graph, model, split, "agreement", "divergence")
+    feeds = next(tensor_batches(split))
+    before = run(graph, feeds)[0].double().log_softmax(-1)
+    for site in sites:
+        after = run(without(graph, [site]), feeds)[0].double().log_softmax(-1)
+        nats = (before.exp() * (before - after)).sum(-1).mean()
+        assert validation.loss(without(graph, [site])).percent == pytest.approx(float(nats) * 100, rel=1e-3, abs=1e-4)
+        assert validation.sample_losses(without(graph, [site])) is None  # unbounded
 
 
 def test_samples_with_the_smallest_margin_come_first():

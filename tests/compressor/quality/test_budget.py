@@ -1,0 +1,90 @@
+"""Tests of the loss that a budget bounds, and of its upper confidence bound."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta
+
+from compressor.quality.budget import Budget, BudgetError, samples_needed, upper_bound
+from compressor.quality.heads.features import Features
+from compressor.quality.heads.label_sets import LabelSets
+from compressor.quality.heads.single_class import SingleClass
+from compressor.quality.heads.tokens import NextTokens
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, size: (rng.random(size) < 0.01).astype(float),
+        lambda rng, size: np.where(rng.random(size) < 0.05, rng.random(size), 0.0),
+        lambda rng, size: rng.random(size),
+    ],
+    ids=["rare", "sparse", "uniform"],
+)
+def test_bound_holds_with_its_confidence(draw, confidence):
+    rng = np.random.default_rng(0)
+    mean = draw(rng, 2_000_000).mean()
+    trials = 300
+    failures = sum(upper_bound(draw(rng, 150), confidence, precision=1e-4) < mean for _ in range(trials))
+    allowed = trials * (1 - confidence)
+    assert failures <= allowed + 3 * np.sqrt(allowed)
+
+
+@pytest.mark.parametrize("count", [50, 400])
+def test_bound_is_close_to_the_exact_one_of_a_binomial(count):
+    for hits in (0, count // 50, count // 10):
+        losses = np.random.default_rng(1).permutation(np.arange(count) < hits).astype(float)
+        exact = beta.ppf(0.9, hits + 1, count - hits)  # Clopper and Pearson 1934
+        assert exact * 0.95 < upper_bound(losses, 0.9) < exact * 1.6 + 0.01
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.floats(0.5, 0.99))
+def test_bound_grows_with_the_confidence_and_lies_above_no_less_than_the_best_case(losses, confidence):
+    values = np.array(losses)
+    low, high = upper_bound(values, confidence), upper_bound(values, (1 + confidence) / 2)
+    assert 0 < low <= high + 1e-6 <= 1 + 2e-6
+    assert low >= upper_bound(np.zeros(len(values)), confidence) - 1e-6
+
+
+def test_samples_needed_are_about_enough():
+    rng = np.random.default_rng(2)
+    losses = np.where(rng.random(400) < 0.02, 0.3, 0.0)
+    needed = samples_needed(losses, 0.01, 0.9)
+    assert needed is not None
+    many = np.where(rng.random(needed) < (losses > 0).mean(), 0.3, 0.0)
+    assert upper_bound(many, 0.9) < 0.0115
+    assert samples_needed(losses, float(losses.mean()), 0.9) is None
+
+
+def test_each_kind_of_budget_is_judged_by_its_own_columns():
+    columns = {
+        "accuracy": np.array([1.0, 0.0, 1.0, 1.0]),
+        "agreement": np.array([1.0, 0.0, 0.0, 1.0]),
+        "regret": np.array([0.0, 0.1, 0.5, 0.0]),
+        "divergence": np.array([0.01, 0.02, 0.03, 0.0]),
+    }
+    head = SingleClass()
+    assert Budget(head, "accuracy").loss(80.0, columns) == pytest.approx(15.0)  # expected, above 80 - 75
+    assert Budget(head, "accuracy").loss(100.0, columns) == pytest.approx(25.0)  # measured
+    assert Budget(head, "agreement").loss(100.0, columns) == pytest.approx(15.0)
+    for metric in ("accuracy", "agreement"):
+        assert Budget(head, metric, "agreement").loss(80.0, columns) == pytest.approx(50.0)
+        assert Budget(head, metric, "divergence").loss(80.0, columns) == pytest.approx(1.5)
+        assert list(Budget(head, metric).sample_losses(columns)) == [0.0, 0.1, 0.5, 0.0]
+        assert list(Budget(head, metric, "agreement").sample_losses(columns)) == [0.0, 1.0, 1.0, 0.0]
+        assert Budget(head, metric, "divergence").sample_losses(columns) is None
+
+
+def test_losses_that_are_no_mean_of_shares_have_no_bound():
+    assert Budget(NextTokens(), "perplexity").sample_losses({"nll": np.ones(3), "tokens": np.ones(3)}) is None
+    assert Budget(LabelSets(), "f1").sample_losses({"hits": np.ones(3)}) is None
+    assert list(Budget(Features(), "fidelity").sample_losses({"fidelity": np.array([1.0, 0.9])})) == pytest.approx(
+        [0.0, 0.1]
+    )
+
+
+def test_agreement_of_an_output_without_predictions_is_refused():
+    with pytest.raises(BudgetError, match="give --budget accuracy or divergence"):
+        Budget(NextTokens(), "perplexity", "agreement")

@@ -1,0 +1,199 @@
+"""Decisions on fresh samples: planted losses compared with an exhaustive choice, and exports of the trained sample."""
+
+import json
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compressor
+from compressor.lower.traced_model import load
+from compressor.quality.budget import Budget
+from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
+from compressor.quality.heads.single_class import SingleClass
+from compressor.quality.validation_loss import Loss
+from compressor.search.decision import ATTEMPTS, SHARE, Decision, DecisionError, sentence, share_of
+from compressor.settings import Settings
+from compressor.workspace.progress import Steps
+from passes.execute.interpreter import Program
+from runtimes.base.protocols import BuildOptions
+from runtimes.base.registry import runtime
+
+QUIET = Steps(None)
+
+
+@dataclass(frozen=True)
+class Plans:
+    """A choice along a search whose graphs are their numbers of changes."""
+
+    count: int
+    efficient: tuple[bool, ...]
+
+    @property
+    def facts(self):
+        points = enumerate((True, *self.efficient))
+        return {"front": [{"number": number, "efficient": efficient} for number, efficient in points]}
+
+    @property
+    def found(self):
+        return len(self.efficient)
+
+    def at(self, count):
+        return replace(self, count=count)
+
+    def reduced(self):
+        return self.count
+
+
+@dataclass
+class Planted:
+    """Losses of samples by number of changes, [changes, samples], between 0 and 1."""
+
+    table: np.ndarray
+    passes: list[int] = field(default_factory=list)
+    bounded: Budget = field(default_factory=lambda: Budget(SingleClass(), "agreement"))
+
+    @property
+    def split(self):
+        return range(self.table.shape[1])
+
+    def loss(self, graph, *, limit):
+        self.passes.append(graph)
+        return Loss(float(self.table[graph].mean()) * 100, len(self.split))
+
+    def sample_losses(self, graph):
+        self.passes.append(graph)
+        return self.table[graph]
+
+
+def engine(losses):
+    """Return the evaluation of an engine with planted losses."""
+    columns = {"result": {"regret": losses}, "original": {"agreement": np.ones(len(losses))}}
+    return Evaluation("agreement", columns, head=SingleClass())
+
+
+paths = st.lists(st.tuples(st.floats(0, 0.05), st.booleans()), min_size=1, max_size=9)
+
+
+@given(paths, st.floats(0, 5))
+def test_the_strongest_efficient_plan_within_the_limit_is_taken(path, limit):
+    table = np.array([[0.0], *([loss] for loss, _ in path)]).repeat(20, axis=1)
+    choice = Plans(len(path), tuple(efficient for _, efficient in path))
+    found = Decision(Planted(table), limit).strongest(choice, QUIET).count
+    allowed = [n for n, (loss, efficient) in enumerate(path, 1) if efficient and loss * 100 <= limit + 1e-9]
+    assert found == max(allowed, default=0)
+
+
+def test_no_more_plans_are_judged_than_needed():
+    losses = Planted(np.array([[0.0], [0.001], [0.002], [0.03], [0.04]]).repeat(20, axis=1))
+    assert Decision(losses, 1.0).strongest(Plans(4, (True, True, True, True)), QUIET).count == 2
+    assert losses.passes == [4, 3, 2]
+
+
+def test_with_a_confidence_few_searches_exceed_the_limit():
+    """Fixed-sequence testing: at 90 %, at most a tenth of the chosen plans may lose more than the limit."""
+    rng, limit, exceeded, changed = np.random.default_rng(0), 0.02, 0, 0
+    means = np.array([0.0, 0.002, 0.005, 0.009, 0.014, 0.019, 0.0205, 0.022, 0.03])
+    for _ in range(200):
+        common = rng.random(400)  # the same samples are hard for every plan
+        table = np.stack([np.where(common < 2 * mean, 0.5, 0.0) for mean in means])
+        decision = Decision(Planted(table), limit * 100, 0.9)
+        chosen = decision.strongest(Plans(8, (True,) * 8), QUIET).count
+        exceeded, changed = exceeded + (means[chosen] > limit), changed + (chosen > 0)
+        if chosen < 8:
+            assert decision.trials[-1].bound > limit * 100
+    assert exceeded <= 20 + 3 * np.sqrt(20)
+    assert changed > 150  # it does not keep the limit by doing nothing
+
+
+def test_an_engine_above_the_limit_gets_fewer_changes_by_its_own_excess():
+    table = np.array([[0.0], [0.002], [0.004], [0.006], [0.009]]).repeat(50, axis=1)
+    decision = Decision(Planted(table), 1.0)
+    choice = decision.strongest(Plans(4, (True,) * 4), QUIET)
+    assert choice.count == 4
+    assert not decision.holds(choice, engine(np.full(50, 0.014)), "original", certify=True)
+    milder = decision.milder(choice, QUIET)  # 0.5 % go to the precision
+    assert milder.count == 2
+    assert decision.holds(milder, engine(np.full(50, 0.009)), "original", certify=True)
+    facts = decision.facts(milder)
+    assert (facts["changes"], facts["found"]) == (2, 4)
+    assert facts["loss"] == pytest.approx(0.9)
+    assert "2 of the 4 changes of the search stay, with a loss of 0.90 %" in sentence(facts)
+
+
+def test_engines_without_finite_outputs_and_too_many_attempts_end_without_changes():
+    decision = Decision(Planted(np.zeros((9, 50))), 1.0)
+    choice = Plans(8, (True,) * 8)
+    assert not decision.holds(choice, None, "original", certify=True)
+    assert decision.milder(choice, QUIET).count == 0
+    decision = Decision(Planted((np.arange(11) / 1000).repeat(50).reshape(11, 50)), 1.0)
+    choice = decision.strongest(Plans(10, (True,) * 10), QUIET)
+    for count in (10, 9, 8, 7)[:ATTEMPTS]:
+        assert choice.count == count
+        assert not decision.holds(choice, engine(np.full(50, 0.0101)), "original", certify=True)
+        choice = decision.milder(choice, QUIET)
+    assert choice.count == 0
+    assert decision.holds(choice, engine(np.full(50, 0.011)), "original", certify=True)
+    assert "loses 1.10 % without any change" in sentence(decision.facts(choice))
+
+
+def test_certificates_are_stated_with_what_more_would_take():
+    decision = Decision(Planted(np.zeros((3, 400))), 1.0, 0.9)
+    choice = decision.strongest(Plans(2, (True, True)), QUIET)
+    assert decision.holds(choice, engine(np.zeros(400)), "original", certify=False)
+    assert "certified at 90 % to be at most 0.59 %" in sentence(decision.facts(choice))
+    decision = Decision(Planted(np.zeros((3, 100))), 1.0, 0.9)
+    choice = decision.strongest(Plans(2, (True, True)), QUIET)
+    assert choice.count == 0
+    assert decision.holds(choice, engine(np.zeros(100)), "original", certify=False)
+    assert "nothing can be certified at 90 %" in sentence(decision.facts(choice))
+    assert "the next plan would need about" in sentence(decision.facts(choice))
+
+
+def test_only_a_search_with_a_limit_takes_samples_for_the_decision():
+    assert share_of(Settings()) == SHARE
+    assert share_of(Settings(speedup=1.5)) == 0.0
+    assert share_of(Settings(speedup=1.5, max_loss=3.0)) == SHARE
+    assert share_of(Settings(drop="none")) == 0.0
+
+
+FEW = {"actions": "drop", "tokens": "none", "cost": "macs", "rounds": 1, "samples": 320}
+
+
+def test_a_confidence_needs_samples(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((3, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "three.npy", rows)
+    with pytest.raises(DecisionError, match="at least 4 samples"):
+        compressor.export(
+            data=tmp_path / "three.npy", confidence=90.0, output=tmp_path / "out", **FEW | {"samples": None}
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"int8": "static"}, {"confidence": 80.0, "max_loss": 6.0}])
+def test_the_engine_that_ships_is_within_the_limit_on_the_decision_split(tmp_path, options):
+    out = tmp_path / "out"
+    report = compressor.export(output=out, **FEW, **options)
+    content = json.loads((out / "report.json").read_text())
+    decision, limit = content["search"]["decision"], options.get("max_loss", 1.0)
+    assert decision["changes"] == content["search"]["chosen"] == len(content["plan"]["changes"])
+    assert decision["loss"] <= limit or decision["changes"] == 0
+    assert sentence(decision) in report.notes
+    assert content["data"]["sizes"] == {"calibration": 80, "validation": 80, "decision": 80, "test": 80}
+
+    subject = load(Settings(**FEW, **options), QUIET, decision=SHARE)
+    fresh = subject.data.decision
+    assert not set(fresh.ids) & {*subject.data.calibration.ids, *subject.data.validation.ids, *subject.data.test.ids}
+    assert list(subject.data.test.ids) == content["data"]["test_ids"]
+    with runtime("onnxruntime").load(out / "model.onnx", BuildOptions()) as opened:
+        runners = {
+            "original": graph_runner(subject.model, Program(subject.graph).run),
+            "result": lambda feeds: subject.model.evaluated(opened.run(feeds)),
+        }
+        with torch.inference_mode():
+            shown = evaluate(fresh, runners, head=subject.head, metric=subject.metric, reference="original")
+    loss = Budget(subject.head, subject.metric).loss(shown.value("original"), shown.columns["result"])
+    assert loss == pytest.approx(decision["loss"], abs=0.02)
