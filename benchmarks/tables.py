@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tables_budget
 import tables_criteria
 import tables_decode
 import tables_fusion
@@ -141,6 +142,7 @@ TABLES = {
     "headline": headline,
     "criteria": tables_criteria.criteria,
     "decode": tables_decode.decode,
+    "budget": tables_budget.budget,
     "large": tables_large.large,
     "fusion": tables_fusion.fusion,
     "llm": tables_llm.llm,

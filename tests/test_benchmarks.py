@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from compressor.measure.graph_evaluator import GraphEvaluator
+from compressor.quality.budget import Budget
+from compressor.quality.heads.single_class import SingleClass
 from compressor.search.planner import merge_schedule
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
@@ -415,6 +417,35 @@ def test_the_table_of_fusion():
     assert lines[2].startswith("| tiny, int8 | portable file | 10.00 ms | 1.00x (")
     assert lines[3] == "| tiny, int8 | onnxruntime_fused | 8.00 ms | 1.25x (1.15–1.35) | 1.0e-02 |"
     assert lines[6] == "- tiny, int8, onnxruntime_fused: 4.00 ms in operators: QAttention 75%, Add 25%"
+
+
+# -------------------------------------------------------------------------------------------- made-up results: budget
+
+
+def test_the_rules_of_a_budget_choose_along_the_path_and_are_judged_on_the_other_samples():
+    module, head = script("budget"), SingleClass()
+    share = np.array([0.0, 0.002, 0.02, 0.08])  # of the samples that lose their class, by plan
+    losing = np.arange(1000) % 500 / 500
+    columns = [
+        {
+            "accuracy": (losing >= each).astype(float),
+            "agreement": (losing >= each).astype(float),
+            "regret": each * np.ones(1000),
+        }
+        for each in share
+    ]
+    path = module.SearchPath(
+        Budget(head, "accuracy"), columns, share * 40, np.array([8.0, 4.0, 2.0, 1.0]), frozenset(range(200))
+    )
+    rows = list(module.outcomes(path, 400, 2.5, 20))
+    found = module.summary(rows, 2.5)
+    assert found["validation alone"]["speedup"] == pytest.approx(4.0)  # 0.8 % on validation data, 2 % in truth
+    assert found["confidence 90 %"]["speedup"] <= found["fresh samples"]["speedup"] <= 4.0
+    assert found["confidence 90 %"]["exceeding"] == 0.0
+    table = script("tables_budget").budget_table(
+        {"digits": {"400 samples": {"given": 400, "budget": 2.5, "searches": 1, "draws": 20, "rules": found}}}
+    )
+    assert table.splitlines()[2].startswith("| digits | 400 | 2.5 | 1 x 20 | validation alone | ")
 
 
 # --------------------------------------------------------------------------------------------------------- scripts
