@@ -126,8 +126,8 @@ def brief(openers, feeds, **options):
     return interleave(openers, feeds, **(options | {"rounds": 2, "burst_seconds": 0.01, "warmup_seconds": 0.01}))
 
 
-def few(settings, steps, _load=export.load):
-    return _load(dataclasses.replace(settings, samples=min(settings.samples or 120, 120)), steps)
+def few(settings, steps, _load=export.load, **options):
+    return _load(dataclasses.replace(settings, samples=min(settings.samples or 120, 120)), steps, **options)
 
 
 def shortly(*args, budget, _heal=export.heal, **options):
