@@ -27,7 +27,6 @@ from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.pipeline import export_offloaded, factorial_cells
 from compressor.pipeline.unused_options import refuse_unused
-from compressor.quality.evaluate import EvaluationError
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
