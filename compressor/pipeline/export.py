@@ -187,7 +187,7 @@ def _compressed(
             *_lost(rewritten, subject),
         ),
     )
-    return dataclasses.replace(report, notes=_notes(report, settings, subject, rewritten.healed))
+    return dataclasses.replace(report, notes=_notes(report, settings, subject, rewritten))
 
 
 def _decided(
@@ -424,13 +424,12 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> d
     }
 
 
-def _notes(report: Report, settings: Settings, subject: TracedModel, healed: Healed | None) -> tuple[str, ...]:
-    notes = [*resumed(report.search)]
+def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: _Rewritten) -> tuple[str, ...]:
+    notes, healed = [*resumed(report.search)], rewritten.healed
     if "decision" in report.search:
         notes.append(decision_sentence(report.search["decision"]))
-    if settings.drop == "auto" and not report.plan.changes:
-        limit = f" within {settings.loss_limit:g} % loss on validation data"
-        notes.append(f"No site could be changed{limit if math.isfinite(settings.loss_limit) else ''}.")
+    if settings.drop == "auto" and not report.plan.changes and not rewritten.choice.found:
+        notes.append(_unchanged(report, settings))
     if report.quality is not None and settings.drop == "auto":
         lost = report.quality.loss["baseline"].value
         if lost > settings.loss_limit:
@@ -448,6 +447,18 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, healed: Hea
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed())
+
+
+def _unchanged(report: Report, settings: Settings) -> str:
+    """Return the sentence of a search that changed nothing, with what it tried."""
+    limit = f" within {settings.loss_limit:g} % loss on validation data" if math.isfinite(settings.loss_limit) else ""
+    tried, sites, total = report.search["validated"], report.search["validated_sites"], len(report.plan.decisions)
+    if not tried:
+        return f"The search changed nothing{limit}: no change saves anything or can be made."
+    return (
+        f"The search changed nothing{limit}: it tried {tried} changes at {sites} of {total} sites, those of the least "
+        "effect for their saving, and each lost more."
+    )
 
 
 def _skipped_ids(data: Data) -> str:

@@ -89,6 +89,7 @@ class Search:
         progress: called with a line of text after every candidate that was validated.
 
     Attributes:
+        validated: candidates whose loss on validation data was measured.
         graphs: graphs before tokens are merged, after no change, the first change, and so on. They share their weights.
     """
 
@@ -104,6 +105,7 @@ class Search:
     progress: Progress | None = None
     steps: list[Step] = field(default_factory=list)
     graphs: list[Graph] = field(default_factory=list)
+    validated: list[Candidate] = field(default_factory=list)
     refused: dict[Candidate, str] = field(default_factory=dict)
     broken_in_a_row: int = 0
 
@@ -156,6 +158,7 @@ class Search:
             self.refused[unit, action] = f"{action} refused: {error}"
             return
         lost = self._loss(reduced, unit, action)
+        self.validated.append((unit, action))
         bound = "" if lost.samples == len(self.validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:

@@ -328,6 +328,8 @@ def facts_of(search: Search) -> dict[str, Any]:
         "fit_sweeps": round(search.rewriter.sweeps, 2),
         "validation_samples": len(search.validation.split),
         "validation_sweeps": search.validation.evaluations,
+        "validated": len(search.validated),
+        "validated_sites": len({unit for unit, _ in search.validated}),
         "recalled": search.journal.found,
         "predicted_speedup": search.speedup,
         "prices": {

@@ -21,6 +21,7 @@ REFUSED = [
     ({"heal_budget": 60.0}, "found --heal-budget 60, which is the time limit of healing, without healing; give --heal"),
     ({"drop": "2", "max_loss": 2.0}, f"found --max-loss 2, {SEARCH_ONLY}2; give --drop auto, or leave --max-loss out."),
     ({"drop": "none", "cost": "macs"}, f"{SEARCH_ONLY}none"),
+    ({"drop": "2", "budget": "agreement"}, f"found --budget agreement, {SEARCH_ONLY}2; give --drop auto"),
     ({"drop": "2", "search_samples": 8}, "found --search-samples 8, on which effects on the output are measured"),
     ({"metric": "angular"}, "found --metric angular, which ranks sites for a number or a share, with --drop auto"),
     ({"drop": "blocks.1.mlp", "metric": "output"}, "with --drop blocks.1.mlp; give --drop such as 4 or 25%"),
