@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compressor import models
 from compressor.data.splits import Batch, Shares, load
@@ -28,6 +30,28 @@ def digits():
     data = load(str(models.SAMPLE / "digits.npz"), model.preprocess, task=model.task, shares=Shares(total=160))
     graph = trace(model)
     return model, data, graph, find_sites(graph)
+
+
+def four_blocks(folder):
+    """Write four of the twelve blocks of the embedded model as a timm folder; they are right for 86 % of its samples.
+
+    Commands and exports take a third of the time on it.
+    """
+    kept = (0, 3, 4, 9)
+    shutil.copytree(models.SAMPLE, folder, ignore=shutil.ignore_patterns("digits.npz", "split.json", "README.md"))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["depth"] = len(kept)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            if int(parts[1]) not in kept:
+                continue
+            parts[1] = str(kept.index(int(parts[1])))
+        weights[".".join(parts)] = weight
+    save_file(weights, folder / "model.safetensors")
+    return folder
 
 
 @functools.cache

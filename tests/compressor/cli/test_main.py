@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import runtimes
 from compressor import __version__
-from compressor.choices import AUTO, CALIBRATIONS, COSTS, HEAL_METHODS, PROBLEM_TYPES, SHORT_FORMS, TASKS
+from compressor.choices import AUTO, BUDGETS, CALIBRATIONS, COSTS, HEAL_METHODS, PROBLEM_TYPES, SHORT_FORMS, TASKS
 from compressor.cli.main import Export, main
 from compressor.commands import SweepSettings
 from compressor.measure import latency as engine_timing
@@ -185,6 +185,7 @@ def test_choices_equal_those_of_the_settings() -> None:
         "int8": tuple(SHORT_FORMS),
         "calibration": (AUTO, *CALIBRATIONS),
         "cost": COSTS,
+        "budget": BUDGETS,
         "heal": HEAL_METHODS,
         "metric": METRICS,
         "device": DEVICES,
