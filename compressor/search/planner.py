@@ -80,7 +80,9 @@ class Choice:
         """Return the choice with the first `count` changes of the search."""
         assert self.search is not None
         plan = self.search.plan(self.plan.model, self.plan.rule, count)
-        return replace(self, plan=plan, graph=self.search.graphs[count], facts=self.facts | {"chosen": count})
+        cost = self.search.steps[count - 1].cost if count else self.search.whole
+        facts = self.facts | {"chosen": count, "predicted_speedup": self.search.whole / cost}
+        return replace(self, plan=plan, graph=self.search.graphs[count], facts=facts)
 
     def within(self, limit: float) -> Choice:
         """Return the choice with the most changes, in their order, whose loss on validation data is at most `limit`."""

@@ -228,10 +228,12 @@ def test_a_dominant_label_does_not_hide_what_a_search_would_lose(tmp_path):
     feeds = {name: torch.from_numpy(value) for name, value in next(traced.data.validation.batches(12)).feeds.items()}
     sides = [run(graph, feeds)[0] for graph in (traced.graph, fork)]
     assert all((side.argmax(-1) == 0).all() for side in sides)
-    lost = ValidationLoss(traced.graph, traced.model, traced.data.validation, "set_agreement").loss(fork)
+    parts = (traced.graph, traced.model, traced.data.validation, "set_agreement")
+    lost = ValidationLoss(*parts, "agreement").loss(fork)
     differ = ((sides[0] > 0) != (sides[1] > 0)).any(-1).double().mean()
     assert lost.percent == pytest.approx(100 * float(differ))
     assert lost.percent > 20.0
+    assert ValidationLoss(*parts).loss(fork).percent > 20.0  # F1 to expect by the original's probabilities
 
 
 def test_two_outputs_are_exported_and_compared(tmp_path):
