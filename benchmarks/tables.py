@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tables_abuse
 import tables_criteria
 import tables_decode
 import tables_fusion
@@ -136,6 +137,7 @@ def _change(row: Row, over: str) -> str:
 
 
 TABLES = {
+    "abuse": tables_abuse.abuse,
     "main_job": main_job,
     "cost": cost,
     "headline": headline,

@@ -17,6 +17,10 @@ from compressor.choices import (
     COSTS,
     DYNAMIC,
     HEAL_METHODS,
+    MOST_ROUNDS,
+    MOST_ROWS,
+    MOST_THREADS,
+    MOST_TOKENS,
     PROBLEM_TYPES,
     SHORT_FORMS,
     TASKS,
@@ -42,6 +46,14 @@ FIXED_SIZE = {
     "tensorrt": "whose engines bound every dynamic axis",
     "executorch": "whose programs bound every dynamic axis",
 }
+# Counts with their smallest and largest values. A report with larger ones is refused when it is read.
+COUNTS = (
+    ("threads", 1, MOST_THREADS),
+    ("batch", 1, MOST_ROWS),
+    ("rounds", 1, MOST_ROUNDS),
+    ("max_length", 2, MOST_TOKENS),
+    ("stride", 1, MOST_TOKENS),
+)
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
@@ -240,11 +252,12 @@ def _check_numbers(settings: Settings) -> None:
     if not 0.0 <= settings.max_precision_loss <= 100.0:
         percent = settings.max_precision_loss
         raise SettingsError(f"max-precision-loss is {percent:g}; expected 0 to 100 percent.")
-    counts = (("threads", 1), ("batch", 1), ("samples", 3), ("search_samples", 1), ("rounds", 1))
-    for name, least in (*counts, ("max_length", 2), ("stride", 1)):
+    for name, least, most in (*COUNTS, ("samples", 3, None), ("search_samples", 1, None)):
         value = getattr(settings, name)
         if value is not None and value < least:
             raise SettingsError(f"{name.replace('_', '-')} is {value}; expected at least {least}.")
+        if value is not None and most is not None and value > most:
+            raise SettingsError(f"{name.replace('_', '-')} is {value}; expected at most {most:,}.")
     for name, floor in (("speedup", 1.0), ("latency", 0.0), ("heal_budget", 0.0)):
         value = getattr(settings, name)
         if value is not None and not (floor < value < math.inf):

@@ -16,7 +16,7 @@ from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import TaskOptions, check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner, Condition
-from compressor.choices import parse_image_size
+from compressor.choices import MOST_ROWS, MOST_THREADS, MOST_TOKENS, parse_image_size
 from compressor.data.readers.hub import looks_like
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
@@ -26,12 +26,14 @@ from compressor.models.weights.stored_dtypes import describe_dtypes
 from compressor.settings import Settings
 from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment
-from compressor.workspace.output_folder import check_writable, scratch_folder, write_file
+from compressor.workspace.output_folder import check_file, check_writable, scratch_folder, write_file
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+MOST = {"batch": MOST_ROWS, "threads": MOST_THREADS, "context": MOST_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class BenchSettings:
         for name, values in (("batch", self.batch), ("threads", self.threads), ("context", self.context or ())):
             if any(value < 1 for value in values) or len(set(values)) < len(values):
                 raise SettingsError(f"{name} is {_listed(values)}; expected distinct integers of at least 1.")
+            if any(value > MOST[name] for value in values):
+                raise SettingsError(f"{name} is {_listed(values)}; expected integers of at most {MOST[name]:,}.")
         if not self.batch:
             raise SettingsError("batch is empty; expected batch sizes such as 1,8.")
         try:
@@ -135,6 +139,7 @@ def bench(
     output = Path(settings.output)
     if output.is_dir():
         raise SettingsError(f"--output {output} is a folder; expected a file such as bench.json.")
+    check_file(output)
     check_writable(output.parent)
     steps = Steps(console)
     with output_lock(output, steps.say), scratch_folder(output) as scratch:

@@ -21,7 +21,7 @@ from compressor.cli.bench import bench
 from compressor.cli.build import build
 from compressor.cli.options import engine_options, memory_option, search_options, subject_options
 from compressor.cli.param_types import Duration, Milliseconds, command_line, console, filter_library_logs
-from compressor.errors import CompressorError, SettingsError
+from compressor.errors import CompressorError, SettingsError, Terminated
 
 MODEL_HELP = (
     "MODEL is a timm name, a hub id (timm or transformers), a local folder of either kind, a .gguf file (or the "
@@ -67,15 +67,19 @@ class Export(click.Command):
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM (a container being stopped) into SystemExit with status 143, so that temporary files are removed."""
+    """Turn SIGTERM (a container being stopped) into `Terminated`, status 143, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated(128 + signal.SIGTERM)
 
 
 def _message(error: Exception) -> str:
