@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tables_abuse
 import tables_budget
 import tables_criteria
 import tables_decode
@@ -137,6 +138,7 @@ def _change(row: Row, over: str) -> str:
 
 
 TABLES = {
+    "abuse": tables_abuse.abuse,
     "main_job": main_job,
     "cost": cost,
     "headline": headline,

@@ -42,6 +42,13 @@ SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic"}
 Calibration = Literal["typical", "minmax", "percentile", "entropy", "mse"]
 CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
 
+# Largest plausible values. They bound time and memory, and are far above what a device can use.
+MOST_ROWS = 65_536  # of a batch
+MOST_TOKENS = 2**24
+MOST_THREADS = 4_096
+MOST_ROUNDS = 10_000
+MOST_PIXELS = 16_384  # of a side of an image
+
 DYNAMIC: Final = "dynamic"
 # Height and width in pixels, `DYNAMIC`, or None for the size that the model's preprocessing gives.
 ImageSize = tuple[int, int] | Literal["dynamic"] | None
@@ -51,7 +58,7 @@ def parse_image_size(value: str | int | None) -> ImageSize:
     """Return height and width of the value of --image-size.
 
     Raises:
-        ValueError: the value has another form.
+        ValueError: the value has another form, or is too large.
 
     >>> parse_image_size("224"), parse_image_size("256x192"), parse_image_size("dynamic")
     ((224, 224), (256, 192), 'dynamic')
@@ -63,4 +70,7 @@ def parse_image_size(value: str | int | None) -> ImageSize:
     sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", str(value).strip())
     if sides is None:
         raise ValueError(f"--image-size {value}: expected pixels such as 224, HEIGHTxWIDTH such as 256x192, or dynamic")
-    return int(sides[1]), int(sides[2] or sides[1])
+    height, width = int(sides[1]), int(sides[2] or sides[1])
+    if max(height, width) > MOST_PIXELS:
+        raise ValueError(f"--image-size {value}: expected at most {MOST_PIXELS:,} pixels a side")
+    return height, width

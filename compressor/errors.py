@@ -8,6 +8,10 @@ class CompressorError(Exception):
     """
 
 
+class Terminated(SystemExit):
+    """The end of a process that got SIGTERM, which must not be taken for `sys.exit` in a user's code."""
+
+
 class SettingsError(CompressorError):
     """An option with an invalid value: a usage error."""
 

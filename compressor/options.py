@@ -102,7 +102,7 @@ def check_options(settings: Any) -> None:
         if facts.choices and value not in facts.choices:
             raise SettingsError(f"unknown {name} {value!r}; expected {' or '.join(facts.choices)}.")
         if not _within(value, facts):
-            raise SettingsError(f"{flag(name)} is {value:g}; expected {_bounds(field)}.")
+            raise SettingsError(f"{flag(name)} is {_shown(value)}; expected {_exceeded(value, field)}.")
 
 
 def _within(value: float, facts: Option) -> bool:
@@ -122,9 +122,19 @@ def _bounds(field: Field[Any]) -> str:
         return f"a finite {number} above {facts.above:g}"
     if facts.least is None:
         return ""
-    if facts.most is not None:
+    if facts.most is not None and not _is_integer(field):
         return f"{facts.least:g} to {facts.most:g}{' percent' if facts.unit == 'percent' else ''}"
     return f"at least {facts.least:g}" if _is_integer(field) else f"a finite {number} of at least {facts.least:g}"
+
+
+def _exceeded(value: float, field: Field[Any]) -> str:
+    """Return the bound of an option that a number exceeds, in words."""
+    most = facts_of(field).most
+    return f"at most {most:,}" if most is not None and _is_integer(field) and value > most else _bounds(field)
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _is_integer(field: Field[Any]) -> bool:

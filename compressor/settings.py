@@ -22,6 +22,10 @@ from compressor.choices import (
     DYNAMIC,
     HEAL_METHODS,
     METRICS,
+    MOST_ROUNDS,
+    MOST_ROWS,
+    MOST_THREADS,
+    MOST_TOKENS,
     PRECISIONS,
     PROBLEM_TYPES,
     SHORT_FORMS,
@@ -193,8 +197,8 @@ class Settings:
     random_weights: bool = option(False, "Build the model with random weights (speed only).")
     cache: bool = option(True, "Language models: do not use a KV cache; each new token then recomputes the whole text.")
     device: str | None = option(None, "Device of the engine.", unset="the target's first choice", choices=DEVICES)
-    threads: int | None = option(None, "Threads of the engine.", unset="the runtime's own", least=1)
-    batch: int = option(1, "Batch size of the latency measurement.", least=1)
+    threads: int | None = option(None, "Threads of the engine.", unset="the runtime's own", least=1, most=MOST_THREADS)
+    batch: int = option(1, "Batch size of the latency measurement.", least=1, most=MOST_ROWS)
     samples: int | None = option(None, "Largest number of samples in total.", unset="all", least=3)
     max_memory: int | None = option(
         None,
@@ -208,9 +212,14 @@ class Settings:
         "Language models: tokens in each window of the texts.",
         unset="the model's limit, at most 2048",
         least=2,
+        most=MOST_TOKENS,
     )
     stride: int | None = option(
-        None, "Language models: tokens between the starts of two windows.", unset="half a window", least=1
+        None,
+        "Language models: tokens between the starts of two windows.",
+        unset="half a window",
+        least=1,
+        most=MOST_TOKENS,
     )
     image_size: str | int | None = option(
         None,
@@ -219,7 +228,7 @@ class Settings:
         metavar="SIZE",
     )
     search_samples: int = option(64, "Calibration samples used to measure effects on the model's output.", least=1)
-    rounds: int = option(10, "Timed bursts per engine; 2 for a quick look.", least=1)
+    rounds: int = option(10, "Timed bursts per engine; 2 for a quick look.", least=1, most=MOST_ROUNDS)
     seed: int = option(0, "Seed of the data split and of --metric random.")
     example_inputs: Any = option(None, "Inputs of a module: a tensor, a tuple or a dict of tensors.")
 

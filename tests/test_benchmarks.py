@@ -2,6 +2,9 @@
 
 import functools
 import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -448,6 +451,81 @@ def test_the_rules_of_a_budget_choose_along_the_path_and_are_judged_on_the_other
     assert table.splitlines()[2].startswith("| digits | 400 | 2.5 | 1 x 20 | validation alone | ")
 
 
+# ------------------------------------------------------------------------------------------------------------- abuse
+
+
+def test_the_table_of_abuse():
+    clean = dict.fromkeys(
+        ("traceback", "payload run", "half-written folder", "wrong answer with status 0", "litter"), 0
+    )
+    fault = {"kind": "litter", "text": "left\n x"}
+    cases = [
+        {"name": "a", "expected": "refused: x", "faults": []},
+        {"name": "b", "expected": "accepted: y", "faults": []},
+    ]
+    kill = {"name": "000 build", "command": "build", "signal": "SIGKILL", "state": "deferred", "again": True}
+    found = {"options": {"faults": clean, "cases": cases},
+             "kills": {"faults": clean | {"litter": 1}, "cases": [kill | {"faults": [fault]}]}}  # fmt: skip
+    assert script("tables_abuse").abuse_table(found).splitlines()[2:] == [
+        "| options and outputs | 2 | 1 refused, 1 accepted | 0 | 0 | 0 | 0 | 0 |",
+        "| kills | 1 | absent or complete | 0 | 0 | 0 | 0 | 1 |",
+        "",
+        "- Signals: 1 SIGKILL. Outputs: 1 deferred after build. 1 commands were repeated afterwards.",
+        "- Left: 000 build: litter: left x",
+    ]
+    del found["kills"]
+    assert script("tables_abuse").abuse_table(found).endswith("- No fault is left.")
+
+
+def test_the_cases_of_abuse_have_names_and_the_kills_are_the_same_every_time():
+    from benchmarks.abuse import data, edited_folders, kills, models, options
+
+    inputs = [case.name for module in (options, data, models) for case in module.cases()]
+    edits = [case.name for case in edited_folders.cases()]
+    assert len(set(inputs)) == len(inputs) >= 150
+    assert len(set(edits)) == len(edits) >= 60
+    assert kills.kills() == kills.kills()
+    assert len(kills.kills()) == 100
+    assert {kill.command for kill in kills.kills()} == {"export", "sweep", "build"}
+
+
+QUICK = {
+    "options": r"drop 150%|threads 99999999999|output (loop|/$|pipe$)|build missing|theirs --force",
+    "data": r"array: (a pickle in|encrypted|a deep header|a class of 1e300)",
+    "models": r"sys.exit|a sparse tensor|without memory|a syntax error",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the runner forks")
+@pytest.mark.parametrize("group", QUICK)
+def test_a_few_bad_inputs_are_refused(group, tmp_path):
+    from benchmarks.abuse import cases, data, materials, models, options
+
+    made = materials.make_module(tmp_path)
+    every = {"options": options, "data": data, "models": models}[group].cases()
+    chosen = [case for case in every if re.search(QUICK[group], case.name)]
+    assert len(chosen) >= 4
+    for case in chosen:
+        found = cases.check(case, made)
+        assert found["faults"] == [], found
+
+
+def test_a_fault_of_any_kind_is_seen(tmp_path):
+    from benchmarks.abuse.judging import of_any_end, of_refusal
+    from benchmarks.abuse.processes import Ended
+
+    (tmp_path / "PAYLOAD").touch()
+    crashed = Ended(-11, "", "Traceback (most recent call last):\nValueError: x", 1.0)
+    assert {fault.kind for fault in of_any_end(crashed, tmp_path)} == {"hang or crash", "traceback", "payload run"}
+    assert [fault.kind for fault in of_refusal(Ended(0, "done", "", 1.0), "x")] == ["wrong answer with status 0"]
+    assert [fault.kind for fault in of_refusal(Ended(3, "", "note\nError: y\n", 1.0), "x")] == [
+        "status",
+        "message",
+        "message",
+    ]
+    assert not list(of_refusal(Ended(2, "", "Usage: compressor\n\nError: x.\n", 1.0), "x"))
+
+
 # --------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -584,3 +662,20 @@ def test_operators_are_sorted_by_time(tmp_path):
     assert {"MatMul", "Softmax"} < set(times)
     assert all(value >= 0.0 for value in times.values())
     assert list(times.values()) == sorted(times.values(), reverse=True)
+
+
+FEW = {
+    "data": r"an empty folder|a line that is no JSON|one truncated PNG|a mask of zeros",
+    "models": r"code in the folder|a deep tokenizer|an empty .gguf",
+    "edits": r"build, (manifest: a name|report: engine is|model.onnx: (one byte|a pipe|a link)|samples: (enc|labels))",
+    "kills": r"^00[0-3] ",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", FEW)
+def test_abuse_finds_no_fault(group, tmp_path):
+    """Run in a process of its own, because the runner forks and limits the memory."""
+    command = [sys.executable, "-m", "benchmarks.abuse", "--group", group, "--only", FEW[group]]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import parse_image_size
+from compressor.choices import MOST_ROWS, MOST_THREADS, MOST_TOKENS, parse_image_size
 from compressor.errors import SettingsError
 from compressor.options import check_options, documented, like, option
 from compressor.settings import Settings, text
@@ -17,6 +17,8 @@ from compressor.settings import Settings, text
 if TYPE_CHECKING:
     from compressor.benchmark.lm_eval_tasks import TaskOptions
     from compressor.benchmark.runner import Condition
+
+MOST = {"batch": MOST_ROWS, "threads": MOST_THREADS, "context": MOST_TOKENS}
 
 
 @documented
@@ -84,6 +86,8 @@ class BenchSettings:
         for name, values in (("batch", self.batch), ("threads", self.threads), ("context", self.context or ())):
             if any(value < 1 for value in values) or len(set(values)) < len(values):
                 raise SettingsError(f"{name} is {_listed(values)}; expected distinct integers of at least 1.")
+            if any(value > MOST[name] for value in values):
+                raise SettingsError(f"{name} is {_listed(values)}; expected integers of at most {MOST[name]:,}.")
         if not self.batch:
             raise SettingsError("batch is empty; expected batch sizes such as 1,8.")
         try:

@@ -22,7 +22,7 @@ from compressor.cli.build import build
 from compressor.cli.options import argument_help, field_options, quiet_option
 from compressor.cli.param_types import command_line, console, filter_library_logs
 from compressor.commands import EXPORT, INSPECT, SUBJECT, SWEEP, InspectSettings, SweepSettings
-from compressor.errors import CompressorError, SettingsError
+from compressor.errors import CompressorError, SettingsError, Terminated
 from compressor.settings import Settings
 
 MODEL_HELP = argument_help(Settings, "model")
@@ -66,15 +66,19 @@ class Export(click.Command):
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM (a container being stopped) into SystemExit with status 143, so that temporary files are removed."""
+    """Turn SIGTERM (a container being stopped) into `Terminated`, status 143, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated(128 + signal.SIGTERM)
 
 
 def _message(error: Exception) -> str:

@@ -23,6 +23,16 @@ def read_arrays(path: Path) -> dict[str, Array]:
     Raises:
         OSError, ValueError, zipfile.BadZipFile: the file cannot be read, or is no such file.
     """
+    try:
+        return _read_members(path)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise
+    except Exception as error:  # zipfile, tokenize and NumPy raise further types, as for an encrypted file
+        raise ValueError(f"it is damaged ({type(error).__name__})") from error
+
+
+def _read_members(path: Path) -> dict[str, Array]:
+    """Return the array of each member of a file."""
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():

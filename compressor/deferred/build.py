@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from compressor.choices import MOST_ROUNDS, MOST_THREADS
 from compressor.deferred.check_package import Package, read_package
 from compressor.deferred.reference_answers import ReferenceOutputs
 from compressor.errors import CompressorError, SettingsError
@@ -89,6 +90,8 @@ def build(
             folder is unchanged.
     """
     folder, steps = Path(folder), Steps(console)
+    if rounds is not None and not 1 <= rounds <= MOST_ROUNDS:
+        raise SettingsError(f"rounds is {rounds}; expected 1 to {MOST_ROUNDS:,}.")
     read_manifest(folder)  # raises before the lock is written beside a folder that is no export
     with output_lock(folder, steps.say), staging_folder(folder) as staging:
         package = read_package(folder)
@@ -235,8 +238,8 @@ class _FactorialFields:
 
 
 def _options(stored: Mapping[str, Any], threads: int | None, *, portable: bool) -> BuildOptions:
-    if threads is not None and threads < 1:
-        raise SettingsError(f"threads is {threads}; expected at least 1.")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise SettingsError(f"threads is {threads}; expected 1 to {MOST_THREADS:,}.")
     sizes = {name: tuple(stored[name]) for name in ("batches", "lengths")}
     threads = stored["threads"] if threads is None else threads
     portable = portable or stored.get("portable", False)

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from compressor.deferred.package import ANSWERS
 from compressor.deferred.reference_answers import AnswersError, ReferenceOutputs
 from compressor.errors import CompressorError
+from compressor.quality.intervals import Array
 from compressor.report.report import REPORT
 from compressor.report.report_schema import read_deferred_report
 from compressor.search.plan_file import PLAN, PlanFields, read_plan_fields
@@ -105,4 +106,11 @@ def _check_answers(answers: ReferenceOutputs, engine: Json, batch: int) -> None:
         classes = outputs[engine["answer"]].ndim == 2  # [rows, classes]
         if answers.labels is not None and not (classes and answers.labels.ndim == 1):
             raise AnswersError(f"the labels in {ANSWERS} do not fit its outputs; copy the whole folder again.")
+        if answers.labels is not None and not _are_classes(answers.labels, outputs[engine["answer"]].shape[1]):
+            raise AnswersError(f"the labels in {ANSWERS} are no classes of the model; copy the whole folder again.")
     answers.check_batch(batch)
+
+
+def _are_classes(labels: Array, classes: int) -> bool:
+    """Return whether labels can be class numbers; scores, which are floats, have no such limits."""
+    return labels.dtype.kind == "f" or bool((labels >= 0).all() and (labels < classes).all())

@@ -32,6 +32,10 @@ class RandomModelError(CompressorError):
     """A model whose outputs for the same inputs differ from call to call."""
 
 
+class BatchError(CompressorError):
+    """A model whose outputs for a row depend on the other rows of its batch."""
+
+
 class TracedGraphError(CompressorError):
     """A traced graph that does not compute what its module computes."""
 
@@ -48,6 +52,7 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
 
     Raises:
         RandomModelError: the outputs are random, or the model changes with each call.
+        BatchError: the outputs for a row depend on the other rows.
         TracedGraphError: tracing turned a value that depends on the inputs into a constant.
     """
     operators = random_operators(graph)
@@ -85,6 +90,37 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             f"({error.place or first_line(error)}), expected the same for every batch; a value that depends on the "
             "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
             "tensor operators in forward."
+        ) from error
+    _check_first_row(model, graph, feeds, reference)
+
+
+def _check_first_row(model: Model, graph: Graph, feeds: Mapping[str, torch.Tensor], reference: Reference) -> None:
+    """Compare the outputs for the first row alone with those for it among the others.
+
+    The rows of a batch are samples that have nothing to do with each other, and the engine is timed with one of them.
+
+    Raises:
+        BatchError: they differ.
+    """
+    rows = len(next(iter(feeds.values())))
+    if rows < 2:
+        return
+    alone = _module_outputs(model, {name: value[:1] for name, value in feeds.items()})
+    expected = {
+        name: value[:1] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
+    }
+    try:
+        check_parity(
+            reference.part(slice(0, 1), expected),
+            lambda: alone,
+            name=model.name,
+            refine=lambda: with_rounding(reference, graph, [feeds]).part(slice(0, 1), expected),
+        )
+    except ParityError as error:
+        raise BatchError(
+            f"{model.name} returns other outputs for a row alone than for the same row among {rows} "
+            f"({error.place or first_line(error)}); expected outputs that do not depend on the other rows, so leave "
+            "out what mixes rows, such as a mean or a sort over the first axis."
         ) from error
 
 

@@ -14,6 +14,7 @@ from compressor.choices import TASKS, ImageSize
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
 from compressor.models.problem_type import with_problem_type
 from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
+from compressor.workspace.manifest import LOADED
 from compressor.workspace.special_files import first_special
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
 def _in_folder(folder: Path) -> tuple[str, str]:
     if (fault := first_special([*folder.iterdir(), *folder.glob("*/*")])) is not None:
         raise ModelError(f"the model's {fault}; copy the model again, or remove it.")
+    if (link := _broken_link(folder)) is not None:
+        raise ModelError(f"{link} is a link that leads nowhere; copy the model with the files that its links lead to.")
     try:
         config = read_json(folder / "config.json", OBJECT, remedy=_DAMAGED)
     except FileNotFoundError:
@@ -168,6 +171,12 @@ def _in_folder(folder: Path) -> tuple[str, str]:
     except JsonFileError as error:
         raise ModelError(str(error)) from error
     return _config_source(config, str(folder)), str(folder)
+
+
+def _broken_link(folder: Path) -> Path | None:
+    """Return a config or a weight file that is a link to nothing, or to itself."""
+    links = (path for path in folder.iterdir() if path.suffix in LOADED and path.is_symlink())
+    return next((path for path in links if not path.exists()), None)
 
 
 def _gguf_in(folder: Path) -> Path | None:

@@ -22,7 +22,7 @@ from compressor.choices import DYNAMIC, ImageSize
 from compressor.internals.timm import save_config_for_hf
 from compressor.limitations import Limitation
 from compressor.models import class_names
-from compressor.models.base import Model, ModelError, as_numpy, load_error_reason
+from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason
 from compressor.models.image_size import (
     Sizing,
     cannot_take,
@@ -125,6 +125,8 @@ def _check_config(folder: Path, random_weights: bool) -> None:
         raise ModelError(f"config.json of {folder} has other fields than timm writes; download the model again.")
     check_counts(sizes, str(folder))
     check_counts({name: config.get(name) for name in ("img_size", "image_size")}, str(folder))
+    facts = config.get("pretrained_cfg")
+    check_counts({"image_size": facts.get("input_size") if isinstance(facts, dict) else None}, str(folder))
     number = {"num_classes": config["num_classes"]} if type(config.get("num_classes")) is int else {}
     build = partial(timm.create_model, config["architecture"], pretrained=False, **(number | sizes))
     check_parameters(build, str(folder), random_weights=random_weights)
@@ -303,7 +305,13 @@ def _fitted(config: dict[str, Any]) -> tuple[dict[str, Any], str, tuple[Limitati
 def _preprocess(config: dict[str, Any], example: dict[str, Any], refused: str) -> Preprocess:
     if refused:
         return Preprocess(("pixel_values",), "image", example, no_image=refused)
-    transform = create_transform(**config, is_training=False)
+    try:
+        transform = create_transform(**config, is_training=False)
+    except Exception as error:  # timm looks names up in dicts and computes with the values of the config unchecked
+        raise ModelError(
+            f"timm cannot make the preprocessing of the config ({type(error).__name__}: {first_line(error)}); correct "
+            "pretrained_cfg in config.json."
+        ) from error
 
     def image(picture: Image.Image | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         source = torch.from_numpy(picture) if isinstance(picture, np.ndarray) else picture

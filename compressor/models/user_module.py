@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
+from compressor.errors import Terminated
 from compressor.limitations import Limitation
 from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, first_line
@@ -67,6 +69,8 @@ def load(
     try:
         with _current_folder():
             returned = getattr(importlib.import_module(name), attribute)()
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:  # user code may raise anything
         raise ModelError(f"{location} could not be called: {type(error).__name__}: {first_line(error)}.") from error
     module, inputs = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
@@ -74,6 +78,7 @@ def load(
         raise ModelError(
             f"{location} returned {type(module).__name__}; expected an nn.Module, or (nn.Module, example inputs)."
         )
+    _check_weights(module, location)
     dtypes = _dtypes(module)
     model = _described(module.eval().float().cpu(), inputs, task=task, label=location, cache=cache)
     return dataclasses.replace(model, dtypes=dtypes)
@@ -82,6 +87,22 @@ def load(
 def _dtypes(module: torch.nn.Module) -> dict[str, torch.dtype]:
     """Return the types of the float weights, by name."""
     return {name: value.dtype for name, value in module.state_dict().items() if value.is_floating_point()}
+
+
+def _check_weights(module: torch.nn.Module, label: str) -> None:
+    """Check that every weight and buffer is a dense tensor with values.
+
+    Raises:
+        ModelError: one is on the device meta, is of a lazy module that has not run, or is sparse.
+    """
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        lazy = is_lazy(value)
+        if lazy or value.is_meta or value.layout != torch.strided:
+            found = "has no shape yet" if lazy else "has no values" if value.is_meta else f"is stored as {value.layout}"
+            raise ModelError(
+                f"{label}: its weight {name} {found}; expected dense weights with values, so run a lazy module once, "
+                "and load the weights before."
+            )
 
 
 def refuse(label: str, *, revision: str | None, random_weights: bool) -> None:
@@ -197,6 +218,7 @@ def copied(module: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ModelError: the module cannot be copied.
     """
+    _check_weights(module, type(module).__name__)
     try:
         tensors: dict[int, Any] = {id(parameter): _converted(parameter) for parameter in module.parameters()}
         for value in _other_tensors(module):
@@ -268,8 +290,18 @@ def _by_position(module: torch.nn.Module, example_inputs: Any) -> bool:
 
 
 def _called(module: torch.nn.Module, names: tuple[str, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
-    """Call a module by keyword, or by position if there are no names."""
-    return module(**dict(zip(names, tensors, strict=True))) if names else module(*tensors)
+    """Call a module by keyword, or by position if there are no names.
+
+    Raises:
+        ModelError: the module calls `sys.exit`, which would end the command as if it had succeeded.
+    """
+    try:
+        return module(**dict(zip(names, tensors, strict=True))) if names else module(*tensors)
+    except Terminated:
+        raise
+    except SystemExit as error:
+        name = type(module).__name__
+        raise ModelError(f"the forward pass of {name} calls sys.exit({error}); remove the call from it.") from error
 
 
 def _run(
@@ -394,6 +426,8 @@ def _check_example(example: dict[str, Any], label: str) -> None:
             raise ModelError(
                 f"{label}: example input {name} is {actual}; expected a tensor with the batch as first axis."
             )
+        if value.is_floating_point() and value.isnan().any():
+            raise ModelError(f"{label}: example input {name} holds NaN; expected numbers.")
     if len({len(value) for value in example.values()}) > 1:
         rows = ", ".join(f"{name} {len(value)}" for name, value in example.items())
         raise ModelError(
@@ -417,8 +451,8 @@ def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[s
     tensor is ``output``; the entries of an outermost tuple are ``output_0``, ``output_1``.
 
     Raises:
-        ModelError: an output is neither a tensor nor a container nor a plain value, two have the same name, or there
-            is no tensor.
+        ModelError: an output is neither a dense tensor nor a container nor a plain value, two have the same name, or
+            there is no tensor.
     """
     tensors: dict[str, torch.Tensor] = {}
     others: dict[str, str] = {}
@@ -427,6 +461,8 @@ def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[s
         if name in tensors or name in others:
             raise ModelError(f"{label} returns two outputs with the name {name}; rename one of the keys.")
         if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided:
+                raise ModelError(f"{label} returns {name} as {value.layout}; return a dense tensor.")
             tensors[name] = value
         elif value is not None:
             others[name] = type(value).__name__

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from compressor.choices import PROBLEM_TYPES
+from compressor.choices import MOST_PIXELS, MOST_ROUNDS, MOST_ROWS, MOST_THREADS, MOST_TOKENS, PROBLEM_TYPES
 from compressor.errors import FolderError
 from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report.report import REPORT
@@ -22,12 +22,6 @@ from compressor.workspace.manifest import PlainName
 from runtimes.base.protocols import DEVICES, PRECISIONS
 
 T = TypeVar("T")
-# Largest plausible values. They bound time and memory, and are far above what a device can use.
-MOST_ROWS = 65_536
-MOST_TOKENS = 2**24
-MOST_THREADS = 4_096
-MOST_ROUNDS = 10_000
-MOST_PIXELS = 16_384  # of a side
 
 _NEWLINES = {"\n", "\t", "\r"}
 _KEPT = ConfigDict(extra="allow")

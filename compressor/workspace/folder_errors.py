@@ -40,6 +40,21 @@ def readable_errors(path: Path, *, unwritable: bool = False) -> Iterator[None]:
         raise
 
 
+def resolved_output(path: Path) -> Path:
+    """Return an output without links in its path.
+
+    Raises:
+        FolderError: the links form a loop, or the path is the root of the file system.
+    """
+    try:
+        resolved = path.resolve()
+    except RuntimeError as error:  # of Python before 3.13; later ones return the path, which then cannot be read
+        raise FolderError(f"{path} cannot be written (its links form a loop); choose another --output.") from error
+    if not resolved.name:
+        raise FolderError(f"{path} is the root of the file system; choose an --output inside it.")
+    return resolved
+
+
 def _disk_error(error: OSError, path: Path) -> str | None:
     """Return the sentence for an error of the disk itself; None for any other error."""
     if error.errno in FULL:
@@ -62,5 +77,5 @@ def _free_bytes(path: Path) -> float:
     """Return the free bytes on the disk of a folder's parent; infinity if the system does not report them."""
     try:
         return shutil.disk_usage(path.resolve().parent).free
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: links that form a loop
         return float("inf")

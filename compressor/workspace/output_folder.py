@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compressor.errors import FolderError
 from compressor.workspace.add_files import exchange
-from compressor.workspace.folder_errors import readable_errors
+from compressor.workspace.folder_errors import readable_errors, resolved_output
 from compressor.workspace.manifest import MANIFEST, digest_of, read_entries, read_manifest
 from compressor.workspace.output_lock import (
     INSIDE,
@@ -25,10 +25,12 @@ from compressor.workspace.output_lock import (
     silent,
     temporary_folder,
 )
+from compressor.workspace.special_files import special_kind
 
 __all__ = [
     "MANIFEST",
     "FolderError",
+    "check_file",
     "check_writable",
     "copy_onnx",
     "engine_bytes",
@@ -58,7 +60,7 @@ def output_folder(path: Path, *, force: bool, say: Say = silent) -> Iterator[Pat
         FolderError: the folder exists and may not be replaced, another run writes it, it cannot be written, or the
             disk is full.
     """
-    destination = path.resolve()  # follow links, and be independent of a later chdir
+    destination = resolved_output(path)  # follow links, and be independent of a later chdir
     with output_lock(path, say):
         _check_replaceable(destination, path, force=force)
         check_writable(path)
@@ -91,13 +93,24 @@ def check_writable(folder: Path) -> None:
     Raises:
         FolderError: it is a file, is inside a file, or may not be written.
     """
-    resolved = folder.resolve()
+    resolved = resolved_output(folder)
     with readable_errors(folder, unwritable=True):
         nearest = next(parent for parent in (resolved, *resolved.parents) if parent.exists())
     if not nearest.is_dir():
         raise FolderError(f"{folder} cannot be written ({nearest} is not a folder); choose another --output.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise FolderError(f"{folder} cannot be written (no permission for {nearest}); choose another --output.")
+
+
+def check_file(path: Path) -> None:
+    """Check that a file can be written in place of what lies at `path`.
+
+    Raises:
+        FolderError: a folder, a FIFO, a socket or a device lies there.
+    """
+    kind = "a folder" if path.is_dir() else special_kind(path)
+    if kind is not None:
+        raise FolderError(f"{path} is {kind}, but a file is written there; choose another --output.")
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]:
@@ -126,7 +139,7 @@ def write_file(path: Path, content: bytes) -> None:
         FolderError: it cannot be written, or the disk is full.
     """
     with readable_errors(path, unwritable=True), temporary_folder(path, PARTIAL) as partial:
-        resolved = path.resolve()
+        resolved = resolved_output(path)
         _written(resolved.parent, {resolved.name: content}, partial)
 
 
@@ -134,8 +147,7 @@ def _written(folder: Path, contents: Mapping[str, bytes], partial: Path) -> tupl
     """Write files into a temporary folder, then move them to `folder`."""
     for name, content in contents.items():
         (partial / name).write_bytes(content)
-        if (folder / name).is_dir():
-            raise FolderError(f"{folder / name} is a folder, but a file is written there; choose another --output.")
+        check_file(folder / name)
     return tuple((partial / name).replace(folder / name) for name in contents)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from compressor.errors import FolderError
-from compressor.workspace.folder_errors import readable_errors
+from compressor.workspace.folder_errors import readable_errors, resolved_output
 
 if sys.platform != "win32":
     import fcntl
@@ -49,7 +49,7 @@ def output_lock(output: Path, say: Say = silent) -> Iterator[None]:
     Raises:
         FolderError: another process holds the lock, or no file can be written beside the output.
     """
-    resolved = output.resolve()
+    resolved = resolved_output(output)
     with _parents(resolved, output), _locked(resolved, output) as locked:
         if locked:
             with readable_errors(output, unwritable=True):
@@ -95,7 +95,7 @@ def temporary_folder(output: Path, kind: str) -> Iterator[Path]:
         output: the output, whose lock the caller holds.
         kind: `PARTIAL` or `SCRATCH`.
     """
-    resolved = output.resolve()
+    resolved = resolved_output(output)
     resolved.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{_stem(resolved)}."
     folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=f".{kind}", dir=resolved.parent))
@@ -107,7 +107,7 @@ def temporary_folder(output: Path, kind: str) -> Iterator[Path]:
 
 def hidden_path(output: Path, ending: str) -> Path:
     """Return the path of the hidden file of an output: the `LOCK` or the `JOURNAL` beside it."""
-    resolved = output.resolve()
+    resolved = resolved_output(output)
     return resolved.with_name(f".{_stem(resolved)}.{ending}")
 
 

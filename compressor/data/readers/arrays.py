@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Samples, Targets, dims, wrong_class
+from compressor.data.readers.base import TOO_LARGE, Array, Feeds, LabelKind, Samples, Targets, dims, wrong_class
 from compressor.data.readers.decode_image import MODES
 from compressor.data.readers.images import pictures
 from compressor.errors import DataError
@@ -49,13 +48,23 @@ def read_arrays(path: Path, name: str, preprocess: Preprocess, task: str) -> Sam
 
 
 def _load_arrays(path: Path, name: str) -> dict[str, Array]:
+    """Return the arrays of a file by name; that of a .npy file has the empty name."""
+    arrays = _read_arrays(path, name)
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # another file in the archive, as bytes
+        raise DataError(_unreadable(name, ""))
+    return {key: _check_axes(array, name) for key, array in arrays.items()}
+
+
+def _read_arrays(path: Path, name: str) -> dict[str, Array]:
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(content, np.ndarray):
-            return {"": _check_axes(content, name)}
+            return {"": content}
         with content:
-            return {key: _check_axes(content[key], name) for key in content.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            return {key: content[key] for key in content.files}
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, zlib, tokenize and NumPy each raise their own types for a damaged file
         raise DataError(_unreadable(name, str(error))) from error
 
 
@@ -99,7 +108,10 @@ def _samples(arrays: dict[str, Array], name: str, preprocess: Preprocess, task: 
         return _raw_images(first, name, preprocess)
     if preprocess.kind == "text":
         defaults = _default_inputs(arrays, preprocess)
-        return replace(_token_rows(_tokens(arrays, name, preprocess), task), limitations=defaults)
+        tokens = _tokens(arrays, name, preprocess)
+        if task == "text-generation" and first.shape[1] < 2:
+            raise DataError(f"{name} has one token in each row; expected at least 2, as the first one is not predicted")
+        return replace(_token_rows(tokens, task), limitations=defaults)
     for key in preprocess.inputs:
         if key not in arrays:
             raise DataError(f"{name} has no array for the model's input {key}; save one under that name in a .npz file")
@@ -199,6 +211,12 @@ def _tokens(arrays: Mapping[str, Array], name: str, preprocess: Preprocess) -> d
         raise DataError(
             f"{name} holds the token id {int(first.min())}; expected ids from 0; remove or replace the padding"
         )
+    attended = arrays["attention_mask"].any(axis=1) if "attention_mask" in arrays else np.ones(1, dtype=bool)
+    if not attended.all():
+        raise DataError(
+            f"{name} has an attention_mask of 0 for every token of a row (first in row {int(np.argmin(attended))}), so "
+            "nothing of it is read; remove such rows"
+        )
     return {key: arrays[key] if key in arrays else _default_array(key, first, name) for key in preprocess.inputs}
 
 
@@ -295,6 +313,8 @@ def _classes(values: Array, name: str) -> Array:
         raise DataError(f"{name} holds labels of type {values.dtype}; expected whole numbers, scores or strings")
     if values.min() < 0:
         raise wrong_class(name, str(int(values.min())))
+    if values.max() >= TOO_LARGE:
+        raise wrong_class(name, f"{values.max():g}")
     return values.astype(np.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,6 +116,10 @@ class Samples:
     lengths: Callable[[Sequence[int]], Sequence[Sequence[int]]] | None = None
 
 
+SHOWN = 40  # characters of a wrong label in a message
+TOO_LARGE = 2.0**63  # a class label from here on does not fit into int64, and would wrap around to another one
+
+
 def wrong_class(name: str, label: str) -> DataError:
     """Return the error for a class label that is not a whole number from 0.
 
@@ -125,7 +130,9 @@ def wrong_class(name: str, label: str) -> DataError:
         return DataError(
             f"{name} holds the class label -1, which marks samples without a label; remove them, or remove all labels"
         )
-    return DataError(f"{name} holds the class label {label}; expected whole numbers from 0")
+    size = ", which is too large" if TOO_LARGE <= float(label) < math.inf else ""
+    label = label if len(label) <= SHOWN else f"{label[:SHOWN]}..."
+    return DataError(f"{name} holds the class label {label}{size}; expected whole numbers from 0")
 
 
 def dims(shape: Sequence[int | str]) -> str:

@@ -13,6 +13,7 @@ from compressor.data.readers.base import Samples, Targets
 from compressor.data.readers.images import read_folder
 from compressor.errors import DataError
 from compressor.limitations import Limitation
+from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
 
 IMAGES = ("images", "image")
@@ -102,5 +103,7 @@ def _mask(path: Path, size: tuple[int, int]) -> np.ndarray[tuple[int, int], np.d
             if mask.mode not in MODES:
                 raise DataError(f"the mask {path.name} has mode {mask.mode}; expected one class number per pixel")
             return np.asarray(mask.resize(size, Image.Resampling.NEAREST)).astype(np.int64)
-    except OSError as error:
-        raise DataError(f"the mask {path.name} cannot be decoded ({error}); repair or remove it") from error
+    except DataError:
+        raise
+    except Exception as error:  # PIL's decoders raise many types
+        raise DataError(f"the mask {path.name} cannot be decoded ({first_line(error)}); repair or remove it") from error

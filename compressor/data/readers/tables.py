@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from compressor.data.label_sets import label_columns, listed, sets_of_columns, sets_of_lists
-from compressor.data.readers.base import Array, LabelKind, Samples, Skipped, wrong_class
+from compressor.data.readers.base import TOO_LARGE, Array, LabelKind, Samples, Skipped, wrong_class
 from compressor.data.readers.texts import HOLDS_NUL, NUL, text_of, text_samples, tokens
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -384,7 +384,7 @@ def _labels(cells: Sequence[str], kind: LabelKind | None, name: str) -> Array:
     if not _are_numbers(cells):
         return np.unique(cells, return_inverse=True)[1].astype(np.int64).reshape(-1)
     values = np.array([float(cell) for cell in cells])
-    wrong = ~np.isfinite(values) | (values < 0)
+    wrong = ~np.isfinite(values) | (values < 0) | (values >= TOO_LARGE)
     if wrong.any():
         raise wrong_class(name, cells[int(np.argmax(wrong))])
     return values.astype(np.int64)

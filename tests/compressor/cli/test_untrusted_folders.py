@@ -329,6 +329,7 @@ def test_arrays_cannot_claim_more_memory_than_their_file_has(folder: Path) -> No
         (lambda arrays: arrays.update({"allowed/result/logits": np.full((1, 1), 1e9)}), "looser than 2.0"),
         (lambda arrays: arrays.update({"scale/result/logits": np.full((1, 10), 1e9)}), "scales of result, logits"),
         (lambda arrays: arrays.update({"ties/result": np.full(2, 1e9)}), "rows with ties are looser"),
+        (lambda arrays: arrays.update({"labels": arrays["labels"] + 90}), "are no classes of the model"),
         (lambda arrays: arrays.clear(), "the stored arrays have [] rows"),
         (lambda arrays: [arrays.pop(each) for each in list(arrays) if "result" in each], "holds no output"),
     ],
@@ -336,6 +337,14 @@ def test_arrays_cannot_claim_more_memory_than_their_file_has(folder: Path) -> No
 def test_arrays_must_fit_each_other(folder: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
     rewritten(folder, change)
     refused("build", folder, words)
+
+
+def test_an_encrypted_file_of_arrays_is_refused(folder: Path) -> None:
+    content = bytearray((folder / ANSWERS).read_bytes())
+    content[content.find(b"PK\x01\x02") + 8] |= 1
+    (folder / ANSWERS).write_bytes(content)
+    write_manifest(folder)
+    refused("build", folder, "answers.npz cannot be read (it is damaged (RuntimeError))")
 
 
 # ------------------------------------------------------------------------------------------------ any other edit

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import types
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -833,9 +834,22 @@ def test_rejected_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "x.npy has no array for the model's input b; save one under that name in a .npz file"
     )
     Path("x.npy").write_bytes(b"not an array")
-    assert (
-        refused("x.npy", one) == "x.npy is not a readable NumPy file; expected .npy or .npz as numpy.save writes them"
-    )
+    unreadable = "{} is not a readable NumPy file; expected .npy or .npz as numpy.save writes them"
+    assert refused("x.npy", one) == unreadable.format("x.npy")
+    header = "{'descr': '<f4', 'shape': " + "(" * 3000 + "\n"
+    Path("x.npy").write_bytes(b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header.encode())
+    assert refused("x.npy", one) == unreadable.format("x.npy")  # a header nested too deeply for Python's parser
+    saved(Path("x.npz"), x=np.zeros((3, 2), np.float32))
+    content = Path("x.npz").read_bytes()
+    for local, central, value in ((6, 8, b"\x01\x00"), (8, 10, b"\x63\x00")):  # encrypted; an unknown compression
+        changed = bytearray(content)
+        for start, offset in ((content.find(b"PK\x03\x04"), local), (content.find(b"PK\x01\x02"), central)):
+            changed[start + offset : start + offset + 2] = value
+        Path("x.npz").write_bytes(changed)
+        assert refused("x.npz", one) == unreadable.format("x.npz")
+    with zipfile.ZipFile("x.npz", "w") as archive:
+        archive.writestr("x.txt", "no array")
+    assert refused("x.npz", one) == unreadable.format("x.npz")
 
 
 def test_rejected_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -849,6 +863,10 @@ def test_rejected_labels_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert of(x=x, y=np.array([0, -1, 1])) == (
         "x.npz holds the class label -1, which marks samples without a label; remove them, or remove all labels"
     )
+    for label, shown in ((1e300, "1e+300"), (np.uint64(2**63), "9.22337e+18")):  # int64 would make another number of it
+        assert of(x=x, y=np.array([0, 1, label], dtype=type(label))) == (
+            f"x.npz holds the class label {shown}, which is too large; expected whole numbers from 0"
+        )
     assert of(x=x, y=np.zeros(4)) == "x.npz holds labels of shape [4]; expected [3], one for each sample"
     assert of(x=x, y=np.array([0, np.nan, 1])) == (
         "x.npz holds the label nan in row 1; expected finite scores or whole class numbers"
@@ -874,6 +892,9 @@ def test_rejected_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert of("text,label\n") == "t.csv holds a header but no rows; expected texts with optional labels"
     assert of(b"caf\xe9,1\n") == "t.csv is not UTF-8 text (byte 3); save it as UTF-8"
     assert of("a,0\nb,-2\nc,1\n") == "t.csv holds the class label -2; expected whole numbers from 0"
+    assert of("a,0\nb,1e300\nc,1\n") == (
+        "t.csv holds the class label 1e300, which is too large; expected whole numbers from 0"
+    )
     assert of("a,5,7\nb,6,9\nc,7,1\n") == (
         "t.csv has the numeric columns 1 and 2; expected one; name the label column 'label' or 'score' in a header"
     )

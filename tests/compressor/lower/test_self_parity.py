@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from compressor import models
-from compressor.lower.self_parity import RandomModelError, TracedGraphError, check_self_parity
+from compressor.lower.self_parity import BatchError, RandomModelError, TracedGraphError, check_self_parity
 from compressor.lower.trace import trace
 from compressor.models import Model
 
@@ -131,4 +131,21 @@ def test_a_branch_on_a_batch_of_one_is_refused() -> None:
 
     model = loaded(OneRow())
     with pytest.raises(TracedGraphError, match=r"other outputs than the module \(output output, row 0, channel \d"):
+        check_self_parity(model, trace(model), ROWS)
+
+
+class Centred(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0)
+
+
+class Sorted(Branch):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sort(0).values
+
+
+@pytest.mark.parametrize("kind", [Centred, Sorted])
+def test_outputs_that_depend_on_the_other_rows_are_refused(kind: type[Branch]) -> None:
+    model = models.load(kind(), example_inputs=ROWS["x"][:2])
+    with pytest.raises(BatchError, match=r"returns other outputs for a row alone than for the same row among 3 \("):
         check_self_parity(model, trace(model), ROWS)

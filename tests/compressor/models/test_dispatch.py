@@ -132,6 +132,15 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
         load(whole.parent)
 
 
+@pytest.mark.parametrize("target", ["model.safetensors", "nowhere"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, target: str) -> None:
+    weights = sample(tmp_path / "m", lambda _: None) / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(target)
+    with pytest.raises(ModelError, match=r"model.safetensors is a link that leads nowhere; copy the model with"):
+        load(weights.parent)
+
+
 class Evil:
     """An object that creates a folder when it is unpickled."""
 

@@ -1,6 +1,7 @@
 """Modules of the user: names of nested outputs, fixed lengths and batch sizes, and that the module stays as it was."""
 
 import dataclasses
+import sys
 import threading
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import compressor
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, Terminated
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import Model, ModelError, load
@@ -111,6 +112,39 @@ def test_outputs_without_unique_names_or_in_unknown_classes_are_refused(form: Ca
 
 class Plain:
     """A class that is no container."""
+
+
+def test_a_sparse_output_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"returns output as torch.sparse_coo; return a dense tensor"):
+        load(Returning(lambda y, x: y.to_sparse()), example_inputs=torch.ones(2, 4))
+
+
+def test_sys_exit_in_the_forward_pass_does_not_end_the_command() -> None:
+    with pytest.raises(ModelError, match=r"the forward pass of Returning calls sys.exit\(0\); remove the call from it"):
+        load(Returning(lambda y, x: sys.exit(0)), example_inputs=torch.ones(2, 4))
+
+    def stopped(y: torch.Tensor, x: torch.Tensor) -> None:
+        raise Terminated(143)
+
+    with pytest.raises(Terminated):  # SIGTERM during a forward pass
+        load(Returning(stopped), example_inputs=torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (nn.Linear(4, 4, device="meta"), "Linear: its weight weight has no values"),
+        (nn.LazyLinear(4), "LazyLinear: its weight weight has no shape yet"),
+    ],
+)
+def test_weights_without_values_are_refused(module: nn.Module, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        load(module, example_inputs=torch.ones(2, 4))
+
+
+def test_an_example_of_nan_is_refused() -> None:
+    with pytest.raises(ModelError, match="example input x holds NaN; expected numbers"):
+        load(Returning(lambda y, x: y), example_inputs=torch.full((2, 4), torch.nan))
 
 
 def reasons(model: Model) -> dict[str, str]:
@@ -339,5 +373,5 @@ def test_a_module_that_cannot_be_copied_is_refused_with_a_way_round() -> None:
         load(module, example_inputs=torch.rand(2, 4))
     with torch.device("meta"):
         absent = nn.Linear(4, 4)
-    with pytest.raises(ModelError, match=r"Linear cannot be copied .*no data"):
+    with pytest.raises(ModelError, match=r"Linear: its weight weight has no values"):
         load(absent, example_inputs=torch.rand(2, 4))

@@ -3,12 +3,21 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from compressor.workspace.output_folder import FolderError, check_writable, output_folder, scratch_folder, write_files
+from compressor.workspace.output_folder import (
+    FolderError,
+    check_writable,
+    output_folder,
+    scratch_folder,
+    write_file,
+    write_files,
+)
+from compressor.workspace.output_lock import output_lock
 
 
 def names(folder: Path) -> list[str]:
@@ -109,6 +118,32 @@ def test_too_long_name_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="cannot be written"):
         make(tmp_path / ("x" * 300))
     assert names(tmp_path) == []
+
+
+def test_links_that_form_a_loop_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for output in (tmp_path / "loop", tmp_path / "loop" / "out"):
+        with pytest.raises(FolderError, match="cannot be written"):
+            make(output)
+        with pytest.raises(FolderError, match="cannot be written"):
+            check_writable(output)
+    assert names(tmp_path) == ["loop"]
+
+
+def test_the_root_of_the_file_system_is_refused() -> None:
+    for check in (make, check_writable):
+        with pytest.raises(FolderError, match=r"^/ is the root of the file system; choose an --output inside it\.$"):
+            check(Path("/"))
+
+
+def test_a_file_replaces_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FolderError, match="pipe is a FIFO, but a file is written there; choose another --output"):
+        write_files(tmp_path, {"a": b"new", "pipe": b"new"})
+    with output_lock(tmp_path / "pipe"), pytest.raises(FolderError, match="pipe is a FIFO"):
+        write_file(tmp_path / "pipe", b"new")
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["pipe"]
 
 
 def test_full_disk_is_reported_for_every_writer_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

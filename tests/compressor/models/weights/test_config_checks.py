@@ -86,6 +86,30 @@ def test_counts_are_refused_before_the_model_is_built(
     assert str(caught.value).count(". ") == 0
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"interpolation": "magic"}, "KeyError: 'magic'"),
+        ({"input_size": [0, 32, 32]}, "image_size to 0; expected 1 to"),
+    ],
+)
+def test_a_preprocessing_that_timm_cannot_make_is_refused(folders, tmp_path, values, words):
+    folder = changed(folders, "timm", tmp_path, "depth", 1)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 200_000])
+def test_a_tokenizer_that_is_no_tokenizer_is_refused(folders, tmp_path, text):
+    folder = changed(folders, "transformers", tmp_path, "num_hidden_layers", 1)
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be read \(tokenizer.json: "):
+        load(folder)
+
+
 def test_the_number_of_parameters_is_that_of_the_library():
     """A byte holds at most eight parameters, so 1,000 parameters need 125 bytes; nothing is allocated for them."""
     built = []
