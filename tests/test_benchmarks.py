@@ -677,5 +677,6 @@ FEW = {
 def test_abuse_finds_no_fault(group, tmp_path):
     """Run in a process of its own, because the runner forks and limits the memory."""
     command = [sys.executable, "-m", "benchmarks.abuse", "--group", group, "--only", FEW[group]]
+    command += ["--output", str(tmp_path / "abuse.json")]
     done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

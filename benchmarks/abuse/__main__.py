@@ -89,6 +89,13 @@ def measure(group: Group, workers: int) -> dict[str, Any]:
     return {"faults": counts(cases), "seconds": seconds, "environment": environment(), "cases": cases}
 
 
+def merged(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a group, some of whose cases were run again."""
+    again = {case["name"]: case for case in new["cases"]}
+    cases = [again.get(case["name"], case) for case in kept["cases"]]
+    return kept | {"faults": counts(cases), "environment": new["environment"], "cases": cases}
+
+
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TextColumn("{task.fields[faults]} with faults"), console=Console(stderr=True))
@@ -109,7 +116,7 @@ def _check(number: int) -> Row:
 @click.option("--group", "chosen", multiple=True, type=click.Choice(GROUPS), default=GROUPS, help="[default: all]")
 @click.option("--workers", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default=True)
 @click.option(
-    "--only", default="", help="Run the cases whose names match this regular expression, and write no results."
+    "--only", default="", help="Run the cases whose names match this regular expression; the others keep theirs."
 )
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS)
 def main(chosen: tuple[str, ...], workers: int, only: str, output: Path) -> None:
@@ -119,10 +126,10 @@ def main(chosen: tuple[str, ...], workers: int, only: str, output: Path) -> None
         for group in groups(prepared(Path(root)), chosen):
             matching = [case for case in group.cases if re.search(only, case.name)]
             found[group.name] = measure(replace(group, cases=matching), workers)
-            if only:
-                continue
             results = json.loads(output.read_text()) if output.exists() else {}
-            output.write_text(json.dumps(results | found, indent=1) + "\n")
+            kept = results.get(group.name) if only else None
+            results[group.name] = found[group.name] if kept is None else merged(kept, found[group.name])
+            output.write_text(json.dumps(results, indent=1) + "\n")
     raise SystemExit(any(sum(each["faults"].values()) for each in found.values()))
 
 

@@ -451,8 +451,8 @@ def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[s
     tensor is ``output``; the entries of an outermost tuple are ``output_0``, ``output_1``.
 
     Raises:
-        ModelError: an output is neither a dense tensor nor a container nor a plain value, two have the same name, or
-            there is no tensor.
+        ModelError: an output is neither a dense real tensor nor a container nor a plain value, two have the same
+            name, or there is no tensor.
     """
     tensors: dict[str, torch.Tensor] = {}
     others: dict[str, str] = {}
@@ -461,8 +461,9 @@ def _flatten(returned: Any, label: str) -> tuple[dict[str, torch.Tensor], dict[s
         if name in tensors or name in others:
             raise ModelError(f"{label} returns two outputs with the name {name}; rename one of the keys.")
         if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided:
-                raise ModelError(f"{label} returns {name} as {value.layout}; return a dense tensor.")
+            if value.layout != torch.strided or value.is_complex():
+                found = value.dtype if value.is_complex() else value.layout
+                raise ModelError(f"{label} returns {name} as {found}; return a dense tensor of real numbers.")
             tensors[name] = value
         elif value is not None:
             others[name] = type(value).__name__

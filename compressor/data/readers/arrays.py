@@ -314,7 +314,7 @@ def _classes(values: Array, name: str) -> Array:
     if values.min() < 0:
         raise wrong_class(name, str(int(values.min())))
     if values.max() >= TOO_LARGE:
-        raise wrong_class(name, f"{values.max():g}")
+        raise wrong_class(name, str(values.max()))
     return values.astype(np.int64)
 
 

@@ -114,9 +114,11 @@ class Plain:
     """A class that is no container."""
 
 
-def test_a_sparse_output_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"returns output as torch.sparse_coo; return a dense tensor"):
+def test_sparse_and_complex_outputs_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"returns output as torch.sparse_coo; return a dense tensor of real numbers"):
         load(Returning(lambda y, x: y.to_sparse()), example_inputs=torch.ones(2, 4))
+    with pytest.raises(ModelError, match=r"returns output as torch.complex64; return a dense tensor of real numbers"):
+        load(Returning(lambda y, x: y * 1j), example_inputs=torch.ones(2, 4))
 
 
 def test_sys_exit_in_the_forward_pass_does_not_end_the_command() -> None:
