@@ -32,12 +32,12 @@ def digits():
     return model, data, graph, find_sites(graph)
 
 
-def four_blocks(folder):
-    """Write four of the twelve blocks of the embedded model as a timm folder; they are right for 86 % of its samples.
+def five_blocks(folder):
+    """Write five of the twelve blocks of the embedded model as a timm folder; they are right for 89 % of its samples.
 
-    Commands and exports take a third of the time on it.
+    Commands and exports take half of the time on it.
     """
-    kept = (0, 3, 4, 9)
+    kept = (0, 3, 4, 5, 9)
     shutil.copytree(models.SAMPLE, folder, ignore=shutil.ignore_patterns("digits.npz", "split.json", "README.md"))
     config = json.loads((folder / "config.json").read_text())
     config["model_args"]["depth"] = len(kept)

@@ -37,7 +37,7 @@ from runtimes.base.protocols import BuildOptions, Engine, Runtime
 from runtimes.base.timing import interleave
 from tests.gguf_files import small, written
 from tests.paths import ROOT
-from tests.samples import digits, four_blocks, worded
+from tests.samples import digits, five_blocks, worded
 
 DOCS = ROOT / "docs"
 PAGES = {
@@ -81,7 +81,7 @@ def tiny():
 def workspace(tmp_path_factory):
     """The files that commands name: a timm folder, pictures by class, a module of one's own, a Llama, a BERT, texts."""
     folder = tmp_path_factory.mktemp("docs")
-    four_blocks(folder / "my_vit")
+    five_blocks(folder / "my_vit")
     sample = np.load(models.SAMPLE / "digits.npz")
     for index, (image, label) in enumerate(zip(sample["images"][:60], sample["labels"][:60], strict=True)):
         (folder / "photos" / str(label)).mkdir(parents=True, exist_ok=True)
