@@ -31,7 +31,7 @@ from .materials import (
 from .processes import Ended
 
 Write = Callable[[Path], object]
-QUICK = ("--drop", "none", "--rounds", "1", "--search-samples", "4")
+QUICK = ("--drop", "none", "--rounds", "1")
 DEEP = "[" * 200_000
 
 

@@ -21,6 +21,10 @@ from compressor.models.base import most_tokens
 from passes.torch_internals import guards, holds
 
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+# Sizes at which a condition is evaluated: one that holds for all of them restricts nothing. torch.export takes batches
+# of at least two rows.
+BATCHES = (2, 3, 4, 5, 8, 16, 32, 64, 512)
+LONGER = (0, 1, 2, 3, 5, 8, 13, 64, 301)  # added to the sizes of the other dynamic axes of the example
 REMEDY = "compute both sides with tensor operators (torch.where) in forward"
 
 
@@ -57,7 +61,8 @@ class SizeGuard:
 def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]:
     """Return the conditions of a program that restrict sizes.
 
-    That two inputs have the same size restricts nothing, and neither does the number of tokens that the model takes.
+    That two inputs have the same size restricts nothing, and neither does the number of tokens that the model takes,
+    nor a condition that holds at all sizes of `BATCHES` and `LONGER`.
 
     Raises:
         SizeError: a condition restricts the batch, which is dynamic in every export.
@@ -69,13 +74,27 @@ def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]
         limit = re.search(r"<= (\d+)$", code)
         if (" == " in code and len(_SIZE.findall(code)) > 1) or (limit and known and int(limit[1]) >= min(known)):
             continue
-        if 0 in guard.axes:
+        if 0 in guard.axes and not all(guard.holds(_example(model, batch, 0)) for batch in BATCHES):
             raise SizeError(
                 f"{model.name} branches on the batch size, and was traced only for {guard}, expected the same "
                 f"computation for every batch; {REMEDY}."
             )
-        found.append(guard)
+        if not all(guard.holds(_example(model, batch, more)) for batch in BATCHES for more in LONGER):
+            found.append(guard)
     return tuple(found)
+
+
+def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
+    """Return example inputs without values, of another batch size and with `more` on the other dynamic axes."""
+    feeds = {}
+    for name in model.inputs:
+        dynamic = model.dynamic_axes.get(name, {})
+        shape = [
+            batch if axis == 0 and axis in dynamic else size + (more if axis in dynamic else 0)
+            for axis, size in enumerate(model.example[name].shape)
+        ]
+        feeds[name] = torch.empty(shape, device="meta")
+    return feeds
 
 
 def check_sizes(found: tuple[SizeGuard, ...], model: Model, data: Data) -> Iterator[Limitation]:

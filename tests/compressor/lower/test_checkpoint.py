@@ -368,7 +368,9 @@ def test_an_exported_folder_can_be_opened_and_benchmarked(tmp_path, tokens, monk
 
     (each,) = parse_contenders([str(tmp_path / "out")])
     assert each.is_model
-    compared = compressor.bench(tmp_path / "out", dense, rounds=1, context=(4,), output=tmp_path / "bench.json")
+    compared = compressor.bench(
+        tmp_path / "out", dense, data="random", rounds=1, context=(4,), output=tmp_path / "bench.json"
+    )
     assert [entry.name for entry in compared.entries] == ["out (eager)", "dense (eager)"]
     small, whole = compared.generated.runs
     assert small.cache == whole.cache / LAYERS

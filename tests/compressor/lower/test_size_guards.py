@@ -107,6 +107,15 @@ def test_a_branch_on_the_batch_is_refused() -> None:
         trace(model)
 
 
+class NeverEmpty(Tokens):
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.shape[0] * x.shape[1] > 1 else torch.relu(x)
+
+
+def test_a_condition_that_holds_for_every_size_is_none() -> None:
+    assert checked(NeverEmpty(), 8) == []
+
+
 def test_a_branch_on_the_contents_of_a_mask_is_refused() -> None:
     model = loaded(Masked())
     with pytest.raises(TraceError, match="branches on tensor values"):

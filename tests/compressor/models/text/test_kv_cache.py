@@ -88,7 +88,7 @@ def small(name):
         name=name, module=module, call=causal_lm.call, inputs=causal_lm.inputs, outputs=causal_lm.outputs,
         state=causal_lm.state,
         example=causal_lm.example({"input_ids": torch.arange(14).reshape(2, 7), "attention_mask": mask}),
-        dynamic_axes=causal_lm.dynamic_axes, sizes=(),
+        dynamic_axes=causal_lm.dynamic_axes, sizes=(), preprocess=types.SimpleNamespace(longest=None),
     )  # fmt: skip
     graph = trace(model)
     return module, causal_lm, model, graph, find_sites(graph)
