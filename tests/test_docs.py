@@ -55,6 +55,13 @@ SNIPPETS = list(
     dict.fromkeys(block for page, kind, block in BLOCKS if kind == "python" and "/contributing/" not in page)
 )
 
+
+def usual(items, kind):
+    """Return parameters of a test: those of the README run in every suite, those of docs/ in `make slow`."""
+    first = {item for page, item in kind if page == "README.md"}
+    return [pytest.param(item, marks=() if item in first else pytest.mark.slow) for item in items]
+
+
 TWO_FACTORS = ("dense float", "dense int8", "compressed float", "compressed int8")
 
 OWN_MODEL = """
@@ -161,7 +168,7 @@ def make(folder):
         execute(next(maker for maker in COMPRESSOR if f"--output {folder}" in maker))
 
 
-@pytest.mark.parametrize("line", COMPRESSOR)
+@pytest.mark.parametrize("line", usual(COMPRESSOR, LINES))
 def test_command(line, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     # Tests may run in any order, in several processes: what a command reads is made first if need be.
@@ -206,7 +213,11 @@ def check_folder(folder, *, checkpoint):
     assert keys == set(json.loads((folder / "plan.json").read_text()))
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[0])
+@pytest.mark.parametrize(
+    "snippet",
+    usual(SNIPPETS, [(page, block) for page, kind, block in BLOCKS if kind == "python"]),
+    ids=lambda snippet: snippet.splitlines()[0],
+)
 def test_python_snippet(snippet, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     for made in re.findall(r"\w+(?=/model\.onnx)", snippet):
