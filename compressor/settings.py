@@ -252,7 +252,7 @@ class Settings:
 
     @property
     def loss_limit(self) -> float:
-        """Return the largest loss that ``auto`` accepts on validation data, in percent."""
+        """Return the largest loss that ``auto`` accepts, in percent."""
         if self.max_loss is not None:
             return self.max_loss
         return DEFAULT_LOSS if self.speedup is None and self.latency is None else math.inf

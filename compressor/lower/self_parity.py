@@ -6,7 +6,7 @@ rows, and only complete if the graph computes what the module does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -81,9 +81,11 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             f"{_training(model)}); its graph has no random operator, so it changes its own state or draws numbers "
             f"outside torch: {REMEDY}."
         ) from error
+    row = {name: value[:1] for name, value in feeds.items()}
     try:
         check(lambda: torch_outputs(graph, feeds), name="the traced graph")
-        _check_alone(reference, model, graph, feeds)
+        alone = _module_outputs(model, row)  # torch.export assumes batches of at least two rows
+        _check_alone(reference, alone, graph, feeds, lambda: torch_outputs(graph, row))
     except ParityError as error:
         raise TracedGraphError(
             f"{model.name} was traced into a graph that computes other outputs than the module "
@@ -91,11 +93,43 @@ def check_self_parity(model: Model, graph: Graph, feeds: Mapping[str, torch.Tens
             "inputs, such as a size, a mask or a branch in Python, was fixed by the example inputs: compute it with "
             "tensor operators in forward."
         ) from error
-    _check_first_row(model, graph, feeds, reference)
+    _check_first_row(reference, alone, model, graph, feeds)
 
 
-def _check_first_row(model: Model, graph: Graph, feeds: Mapping[str, torch.Tensor], reference: Reference) -> None:
-    """Compare the outputs for the first row alone with those for it among the others.
+def _check_alone(
+    reference: Reference,
+    expected: Mapping[str, Array],
+    graph: Graph,
+    feeds: Mapping[str, torch.Tensor],
+    outputs: Callable[[], Mapping[str, Array]],
+    name: str = "the traced graph of one row",
+) -> None:
+    """Compare outputs for the first row alone with `expected`, within the tolerance of the row among the others.
+
+    Raises:
+        ParityError: the outputs differ.
+    """
+
+    def part(of: Reference) -> Reference:
+        return of.part(slice(0, 1), expected)
+
+    check_parity(
+        part(reference),
+        outputs,
+        refine=lambda: part(with_rounding(reference, graph, [feeds])),
+        name=name,
+        advice="see above",
+    )
+
+
+def _check_first_row(
+    reference: Reference,
+    alone: Mapping[str, Array],
+    model: Model,
+    graph: Graph,
+    feeds: Mapping[str, torch.Tensor],
+) -> None:
+    """Compare the outputs of the module for the first row alone with those for it among the others.
 
     The rows of a batch are samples that have nothing to do with each other, and the engine is timed with one of them.
 
@@ -105,44 +139,17 @@ def _check_first_row(model: Model, graph: Graph, feeds: Mapping[str, torch.Tenso
     rows = len(next(iter(feeds.values())))
     if rows < 2:
         return
-    alone = _module_outputs(model, {name: value[:1] for name, value in feeds.items()})
-    expected = {
+    among = {
         name: value[:1] for name, value in reference.expected.items() if len(value) == rows and len(alone[name]) == 1
     }
     try:
-        check_parity(
-            reference.part(slice(0, 1), expected),
-            lambda: alone,
-            name=model.name,
-            refine=lambda: with_rounding(reference, graph, [feeds]).part(slice(0, 1), expected),
-        )
+        _check_alone(reference, among, graph, feeds, lambda: alone, model.name)
     except ParityError as error:
         raise BatchError(
             f"{model.name} returns other outputs for a row alone than for the same row among {rows} "
             f"({error.place or first_line(error)}); expected outputs that do not depend on the other rows, so leave "
             "out what mixes rows, such as a mean or a sort over the first axis."
         ) from error
-
-
-def _check_alone(reference: Reference, model: Model, graph: Graph, feeds: Mapping[str, torch.Tensor]) -> None:
-    """Compare the graph with the module on the first row alone: torch.export assumes batches of at least two rows.
-
-    Raises:
-        ParityError: the outputs differ.
-    """
-    alone = {name: value[:1] for name, value in feeds.items()}
-    expected = _module_outputs(model, alone)
-
-    def part(of: Reference) -> Reference:
-        return of.part(slice(0, 1), expected)
-
-    check_parity(
-        part(reference),
-        lambda: torch_outputs(graph, alone),
-        refine=lambda: part(with_rounding(reference, graph, [feeds])),
-        name="the traced graph of one row",
-        advice="see above",
-    )
 
 
 def _module_outputs(model: Model, feeds: Mapping[str, torch.Tensor]) -> dict[str, Array]:

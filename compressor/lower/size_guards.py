@@ -103,7 +103,7 @@ def check_sizes(found: tuple[SizeGuard, ...], model: Model, data: Data) -> Itera
     Raises:
         SizeError: a sample has a size for which the model was not traced.
     """
-    parts = (data.calibration, data.validation, data.test) if found else ()
+    parts = data.parts if found else ()
     for batch in (batch for part in parts for batch in part.batches(1)):
         feeds = {name: torch.from_numpy(value) for name, value in batch.feeds.items()}
         for guard in found:

@@ -198,12 +198,13 @@ def _decided(
     Returns:
         The engines, and the facts about the decision.
     """
-    baseline, certify = None, settings.precision != "fp32" or settings.heal != "none"
+    certify = settings.precision != "fp32" or settings.heal != "none"
     with index_errors_as_data_errors(subject):
         choice = choose_plan(subject, settings, evaluator, steps)
         decision = None if choice.search is None else Decision.of(subject, settings, steps)
+    with steps.step("lower the original, check against torch"):
+        baseline = lower_variant("baseline", subject.graph, subject.graph, evaluator.builder)
     if decision is not None:
-        baseline = _baseline(subject, evaluator.builder, steps)
         decision.spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)
         if settings.confidence is not None and certify:
             choice = choice.within(max(settings.loss_limit - decision.spent, 0.0))
@@ -213,9 +214,8 @@ def _decided(
     while True:
         start = time.perf_counter()
         rewritten = _adapted(choice, subject, settings, evaluator, healing, steps)
-        healing -= time.perf_counter() - start
-        baseline = _baseline(subject, evaluator.builder, steps) if baseline is None else baseline
-        shipped = _built([baseline], rewritten, settings, evaluator, folder, steps)
+        healing = max(healing - (time.perf_counter() - start), 0.0)
+        shipped = _built(baseline, rewritten, settings, evaluator, folder, steps)
         if decision is None:
             return shipped, {}
         evaluation = _on_fresh_samples(shipped, evaluator.builder, subject, steps)
@@ -233,11 +233,6 @@ def _adapted(
         choice, adapted, healed = _healed(choice, subject, settings, seconds, steps)
         graph = choice.rewriter.reduced(adapted, choice.plan.changes)
     return _Rewritten(choice, adapted, graph, evaluator.builder.fold(graph), healed)
-
-
-def _baseline(subject: TracedModel, builder: EngineBuilder, steps: Steps) -> Variant:
-    with steps.step("lower the original, check against torch"):
-        return lower_variant("baseline", subject.graph, subject.graph, builder)
 
 
 def _loss_of_precision(baseline: Variant, precision: str, converter: PrecisionConverter, steps: Steps) -> float:
@@ -264,7 +259,7 @@ def _on_fresh_samples(
 
 
 def _built(
-    variants: list[Variant],
+    baseline: Variant,
     rewritten: _Rewritten,
     settings: Settings,
     evaluator: GraphEvaluator,
@@ -273,7 +268,7 @@ def _built(
 ) -> _Shipped:
     """Lower the result beside the baseline, convert both to the precision, and build all engines."""
     builder, converter, found = evaluator.builder, evaluator.converter, set(folder.iterdir())
-    variants = [*variants, _lowered(variants[0], rewritten, builder, steps)]
+    variants = [baseline, _lowered(baseline, rewritten, builder, steps)]
     factorial = settings.factorial and variants[0].float_file != variants[1].float_file
     if factorial:
         variants += factorial_cells.unmerged(rewritten.choice, rewritten.adapted, builder)

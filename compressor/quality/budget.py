@@ -9,6 +9,7 @@ import numpy as np
 
 from compressor.choices import ACCURACY, AGREEMENT
 from compressor.errors import CompressorError
+from compressor.quality.evaluate import loss, metric_value
 from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array, Columns
 from compressor.quality.metrics import METRICS
@@ -71,10 +72,10 @@ class Budget:
         if self.kind == ACCURACY:
             losses = [self.head.expected_loss(self.judged, columns)]
             if self.judged == self.metric:
-                losses.append(_loss(self.metric, before, columns))
+                losses.append(loss(self.metric, before, metric_value(self.metric, columns)))
             return max(each for each in losses if each is not None)
         if self.kind == AGREEMENT:
-            return _loss(self.judged, 100.0, columns)
+            return loss(self.judged, 100.0, metric_value(self.judged, columns))
         return float(columns["divergence"].mean()) * 100.0
 
     def lower_bound(self, columns: Columns, reference: Columns, before: float) -> float:
@@ -91,11 +92,6 @@ class Budget:
             losses: Array = 1.0 - columns[self.judged]
             return losses
         return None
-
-
-def _loss(metric: str, before: float, columns: Columns) -> float:
-    after = METRICS[metric].compute(columns)
-    return float(METRICS[metric].loss(np.asarray(before), np.asarray(after)))
 
 
 def upper_bound(losses: Array, confidence: float, *, precision: float = 1e-6) -> float:

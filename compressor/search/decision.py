@@ -56,6 +56,10 @@ class Trial:
     samples: int
     bound: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trial as plain JSON values; the loss is None where an output was NaN or infinite."""
+        return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
+
 
 def share_of(settings: Settings) -> float:
     """Return the share of the samples in the decision split: 0 without a search that has to keep to a budget."""
@@ -171,7 +175,7 @@ class Decision:
             "needed": self.needed,
             "changes": last.changes,
             "found": choice.found,
-            "trials": [asdict(trial) for trial in self.trials],
+            "trials": [trial.to_dict() for trial in self.trials],
         }
 
     def _certified(self, choice: Choice, numbers: Sequence[int], tick: Any) -> Choice:

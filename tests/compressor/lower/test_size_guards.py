@@ -65,7 +65,7 @@ def checked(module: torch.nn.Module, length: int) -> list[Limitation]:
     """Trace a module with 12 tokens, and compare its conditions with 10 samples of a length."""
     model = loaded(module)
     split = Tensors({"input_ids": RNG.integers(1, 20, (10, length))})
-    data: Any = SimpleNamespace(calibration=split, validation=split, test=split, source="ids.npy")
+    data: Any = SimpleNamespace(parts=(split,), source="ids.npy")
     return list(check_sizes(trace_with_guards(model)[1], model, data))
 
 
