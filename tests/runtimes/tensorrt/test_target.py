@@ -1181,7 +1181,8 @@ def test_lengths_range_from_one_to_the_longest_sample():
 
         return types.SimpleNamespace(batches=batches, samples=types.SimpleNamespace(rows_per_sample=2))
 
-    data = types.SimpleNamespace(calibration=part(3, 4), validation=part(*[5] * 40, 19), test=part(6, 11, 7))
+    parts = (part(3, 4), part(*[5] * 40, 19), part(8, 2), part(6, 11, 7))
+    data = types.SimpleNamespace(calibration=parts[0], validation=parts[1], test=parts[-1], parts=parts)
     model = types.SimpleNamespace(state={}, dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
     subject = types.SimpleNamespace(data=data, model=model)
     found = engine_builder.with_input_sizes(OPTIONS, subject, Settings(batch=2))
