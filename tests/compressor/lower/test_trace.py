@@ -9,6 +9,7 @@ from compressor.lower.trace import TraceError, trace
 from passes.execute.interpreter import run
 from passes.graph.sites import find_sites
 from tests.architectures import TIMM, TRANSFORMERS
+from tests.samples import traced
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 
@@ -50,8 +51,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("name", ["vit", "swinv2", "hf_vit", "hf_bert", "hf_llama"])
 def test_the_batch_is_dynamic(name):
-    model = BY_NAME[name].load()
-    graph = trace(model)
+    model, graph, _ = traced(name)
     assert graph.inputs == model.inputs
     assert graph.outputs == model.outputs
     assert graph.parameter_count() <= sum(parameter.numel() for parameter in model.module.parameters())

@@ -7,23 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.lower.trace import trace
 from passes.analysis.counted_cost import Cost, Costs
 from passes.base import apply
-from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
-from tests.architectures import TIMM, TRANSFORMERS
+from tests import samples
 
-BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 DEPTH, WIDTH, PATCH, CLASSES = 2, 16, 16, 5  # tests.architectures.VIT
 TOKENS = (32 // PATCH) ** 2 + 1
 
 
 @functools.cache
 def traced(name):
-    model = BY_NAME[name].load()
-    graph = trace(model)
-    sites = find_sites(graph)
+    model, graph, sites = samples.traced(name)
     return model, graph, sites, Costs(graph, model.example)
 
 

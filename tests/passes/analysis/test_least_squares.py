@@ -21,17 +21,11 @@ from passes.rewrite.drop import Drop
 from passes.rewrite.replace import Replace
 from tests import samples
 from tests.architectures import TIMM, TRANSFORMERS
+from tests.samples import traced
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 # Normal equations square the condition number, about 1e2 here: 1e4 times the float64 epsilon 2e-16, with a margin.
 NORMAL = 1e-9
-
-
-@functools.cache
-def traced(name):
-    model = BY_NAME[name].load()
-    graph = trace(model)
-    return model, graph, find_sites(graph)
 
 
 def fitted(graph, *batches, original=None, sites=None, **options):

@@ -6,14 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.lower.trace import trace
 from passes.analysis import counted_cost
 from passes.analysis.counted_cost import Costs
 from passes.analysis.multiply_adds import FORMULAS, aten, counted, multiply_adds
 from passes.graph.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS
-from tests.architectures import TIMM, TRANSFORMERS
+from tests.samples import traced
 
-BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 SIZES = st.integers(1, 5)
 
 
@@ -94,8 +92,7 @@ def test_model_counts_do_not_depend_on_the_counter_of_torch(name, monkeypatch):
         def get_total_flops(self):
             return 0
 
-    model = BY_NAME[name].load()
-    graph = trace(model)
+    model, graph, _ = traced(name)
     expected = Costs(graph, model.example).total
     monkeypatch.setattr(counted_cost, "FlopCounterMode", CountsNothing)
     assert Costs(graph, model.example).total == expected
@@ -105,7 +102,7 @@ def test_model_counts_do_not_depend_on_the_counter_of_torch(name, monkeypatch):
 @pytest.mark.parametrize("length", [4, 9])
 def test_llama_equals_the_closed_formula(length):
     """Grouped-query attention (queries and output 16 x 16, keys and values 8 x 16), a gated MLP and the head."""
-    model = BY_NAME["hf_llama"].load()
+    model, graph, _ = traced("hf_llama")
     config = model.module.config
     d, m, layers, vocabulary = (
         config.hidden_size,
@@ -117,4 +114,4 @@ def test_llama_equals_the_closed_formula(length):
     feeds = {name: value[:1].repeat(2, 9)[:, :length] for name, value in model.example.items()}
     block = length * (2 * d * d + 2 * d * kv + 3 * d * m) + 2 * length * length * d
     head = length * d * vocabulary if "logits" in model.outputs else 0
-    assert Costs(trace(model), feeds).total.multiply_adds == layers * block + head
+    assert Costs(graph, feeds).total.multiply_adds == layers * block + head

@@ -15,22 +15,15 @@ from compressor import models
 from compressor.lower.trace import trace
 from passes.analysis.redundancy import Score
 from passes.base import PassError, apply
-from passes.graph.sites import find_sites
 from tests import samples
 from tests.architectures import TIMM, TRANSFORMERS
+from tests.samples import traced
 
 BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 # The oracle adds the same float32 states up in float64; the pass normalises in float32, whose epsilon is 1.2e-7.
 FLOAT32 = 1e-6
 # arccos turns a rounding error of 1e-7 near 1 into sqrt(2e-7) = 4e-4 rad, 1.4e-4 after the division by pi.
 ANGLE = 2e-4
-
-
-@functools.cache
-def traced(name):
-    model = BY_NAME[name].load()
-    graph = trace(model)
-    return model, graph, find_sites(graph)
 
 
 def scored(graph, *batches):

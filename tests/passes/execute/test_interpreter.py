@@ -1,29 +1,17 @@
 """Tests of the interpreter: runs equal rewritten graphs and separate runs bit for bit."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.lower.trace import trace
 from passes.base import apply
 from passes.execute.interpreter import Program, SharedPrefixRun, run
 from passes.graph.edit import insert_constant, remove_dead, replace_input
-from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
-from tests.architectures import TIMM, TRANSFORMERS
+from tests.samples import traced
 
 NAMES = ("vit", "hf_bert", "vit_parallel_scaling")
-BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
-
-
-@functools.cache
-def traced(name):
-    model = BY_NAME[name].load()
-    graph = trace(model)
-    return model, graph, find_sites(graph)
 
 
 subsets = st.sets(st.integers(0, 3), max_size=4)  # each of the three models has four sites

@@ -20,6 +20,7 @@ from passes.graph.graph import GraphError, live_nodes
 from passes.graph.sites import find_sites, site_named
 from passes.rewrite.drop import Drop
 from passes.rewrite.narrow_tokens import NarrowTokens
+from tests import samples
 from tests.architectures import TIMM, TRANSFORMERS, expected_count
 from tests.samples import check_listing
 
@@ -28,9 +29,7 @@ ALL = TIMM + TRANSFORMERS
 
 @pytest.fixture(scope="module", params=ALL, ids=[architecture.name for architecture in ALL])
 def case(request):
-    model = request.param.load()
-    graph = trace(model)
-    return request.param, model, graph, find_sites(graph)
+    return request.param, *samples.traced(request.param.name)
 
 
 def unnumbered(sites):
@@ -221,8 +220,7 @@ def test_tanh_gelu_is_no_site():
 
 
 def test_gpt2_has_only_its_blocks_as_sites():
-    names = {architecture.name: architecture for architecture in TRANSFORMERS}
-    graph = trace(names["hf_gpt2"].load())
+    _, graph, _ = samples.traced("hf_gpt2")
     cubes = [node for node in graph.nodes() if "pow" in node.name]
     assert len(cubes) == 2  # one tanh GELU a block
     assert [site.name for site in find_sites(graph)] == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]

@@ -15,14 +15,13 @@ from passes.execute.interpreter import run
 from passes.graph.graph import value_of
 from passes.graph.sites import find_sites
 from passes.merge_tokens.token_merging import ReduceTokens
-from tests.architectures import TIMM, TRANSFORMERS
+from tests import samples
 from tests.paths import SHARED_DATA
 
 aten = torch.ops.aten
 WIDTH, HEADS = 16, 2
 SHARED = SHARED_DATA
 DEIT, IMAGES = SHARED / "deit_tiny_patch16_224", SHARED / "imagenet_sample"
-ARCHITECTURES = {architecture.name: architecture for architecture in (*TIMM, *TRANSFORMERS)}
 
 
 class Block(nn.Module):
@@ -205,8 +204,8 @@ def test_protected_tokens_are_never_merged():
 
 def test_class_and_register_tokens_are_detected():
     for name, count in (("vit", 1), ("deit_distilled", 2), ("vit_registers", 5), ("hf_dinov2_registers", 5)):
-        graph = trace(ARCHITECTURES[name].load())
-        (first, *_) = [site for site in find_sites(graph) if site.kind == "attention"]
+        _, graph, sites = samples.traced(name)
+        (first, *_) = [site for site in sites if site.kind == "attention"]
         step = ReduceTokens(((first.name, 1),))
         assert step.protects(graph) == count, name
 
@@ -238,9 +237,7 @@ AMOUNTS = {
 
 @pytest.mark.parametrize("name", AMOUNTS)
 def test_supported_architectures(name):
-    model = ARCHITECTURES[name].load()
-    graph = trace(model)
-    sites = find_sites(graph)
+    model, graph, sites = samples.traced(name)
     first = next(site for site in sites if site.kind == "attention")
     edited = reduced(graph, (first.name, AMOUNTS[name]))
     assert [site.name for site in find_sites(edited)] == [site.name for site in sites]
@@ -263,7 +260,7 @@ def test_supported_architectures(name):
     ],
 )
 def test_unsupported_architectures_raise_with_the_reason(name, amount, reason):
-    graph = trace(ARCHITECTURES[name].load())
+    _, graph, _ = samples.traced(name)
     before = graph.signature()
     first = next(site for site in find_sites(graph) if site.kind == "attention")
     with pytest.raises(PassError, match=reason):
@@ -287,8 +284,8 @@ def test_invalid_options_raise():
 
 def test_outputs_do_not_depend_on_padding():
     """The outputs of a text do not depend on the token ids in its padding."""
-    model = ARCHITECTURES["hf_bert"].load()
-    edited = reduced(trace(model), ("encoder.layer.0", 0.3), ("encoder.layer.1", 0.2))
+    _, graph, _ = samples.traced("hf_bert")
+    edited = reduced(graph, ("encoder.layer.0", 0.3), ("encoder.layer.1", 0.2))
     ids = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[:, 8:] = 0
@@ -303,7 +300,8 @@ def test_outputs_do_not_depend_on_padding():
 
 def test_symbolic_lengths_do_not_nest():
     """Each length has its own symbol, because nested expressions made every further reduction several times slower."""
-    edited = reduced(trace(ARCHITECTURES["hf_bert"].load()), ("encoder.layer.0", 0.3), ("encoder.layer.1", 0.2))
+    _, graph, _ = samples.traced("hf_bert")
+    edited = reduced(graph, ("encoder.layer.0", 0.3), ("encoder.layer.1", 0.2))
     values = {node.name: value_of(node) for node in edited.nodes()}
     lengths = {str(values[site.trunk].shape[1]) for site in find_sites(edited)}
     assert len(lengths) == 3  # before, between and after the reductions
@@ -320,9 +318,8 @@ def onnx_outputs(graph, model, path, feeds):
 
 @pytest.mark.parametrize(("name", "amount"), [("vit_registers", 1), ("hf_bert", 0.3)])
 def test_onnx_file_computes_the_same_outputs(tmp_path, name, amount):
-    model = ARCHITECTURES[name].load()
-    graph = trace(model)
-    first = next(site for site in find_sites(graph) if site.kind == "attention")
+    model, graph, sites = samples.traced(name)
+    first = next(site for site in sites if site.kind == "attention")
     edited = reduced(graph, (first.name, amount))
     feeds = {key: torch.cat([value, value])[:3] for key, value in model.example.items()}
     for mine, theirs in zip(run(edited, feeds), onnx_outputs(edited, model, tmp_path / "m.onnx", feeds), strict=True):

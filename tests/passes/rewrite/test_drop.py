@@ -12,9 +12,7 @@ from passes.graph.graph import GraphError
 from passes.graph.sites import find_sites
 from passes.rewrite.clean import Clean
 from passes.rewrite.drop import Drop
-from tests.architectures import TIMM, TRANSFORMERS
-
-BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
+from tests.samples import traced
 
 
 class Zero(nn.Module):
@@ -61,11 +59,11 @@ def size(module):
 
 @pytest.mark.parametrize("parts", [["attn"], ["mlp"], ["attn", "mlp"]])
 @pytest.mark.parametrize("name", ["vit", "deit3", "beit", "vit_post_norm"])
-def test_drop_equals_an_eager_timm_model_with_a_zero_part(name, parts):
-    model = BY_NAME[name].load()
-    graph = dropped(trace(model), *[f"blocks.1.{part}" for part in parts])
+def test_drop_equals_an_eager_timm_model_with_a_zero_part(name, parts, monkeypatch):
+    model, original, _ = traced(name)
+    graph = dropped(original, *[f"blocks.1.{part}" for part in parts])
     for part in parts:
-        setattr(model.module.blocks[1], part, Zero())
+        monkeypatch.setitem(model.module.blocks[1]._modules, part, Zero())
         norm = {"attn": "norm1", "mlp": "norm2"}[part]
         if name == "vit_post_norm":  # norm(0) is its bias, which random weights start at zero
             assert not getattr(model.module.blocks[1], norm).bias.any()
@@ -73,18 +71,17 @@ def test_drop_equals_an_eager_timm_model_with_a_zero_part(name, parts):
     assert torch.equal(eager, rewritten)  # x + 0 is x
 
 
-def test_drop_equals_an_eager_llama_with_zero_attention():
-    model = BY_NAME["hf_llama"].load()
-    graph = dropped(trace(model), "layers.0.self_attn")
-    model.module.layers[0].self_attn = ZeroAttention()
+def test_drop_equals_an_eager_llama_with_zero_attention(monkeypatch):
+    model, original, _ = traced("hf_llama")
+    graph = dropped(original, "layers.0.self_attn")
+    monkeypatch.setitem(model.module.layers[0]._modules, "self_attn", ZeroAttention())
     eager, rewritten = both(model, graph)
     assert torch.equal(eager, rewritten)
 
 
 def test_parameter_count_equals_the_module_tree():
     """fx treats dropout and fused attention as impure, which must not keep the branch alive."""
-    model = BY_NAME["vit"].load()
-    graph = trace(model)
+    model, graph, _ = traced("vit")
     assert graph.parameter_count() == size(model.module)
     block = model.module.blocks[1]
     rewritten = dropped(graph, "blocks.1.attn")
@@ -95,8 +92,7 @@ def test_parameter_count_equals_the_module_tree():
 
 
 def test_shared_weights_stay_until_the_last_user_is_dropped():
-    graph = trace(BY_NAME["hf_albert"].load())
-    sites = find_sites(graph)
+    _, graph, sites = traced("hf_albert")
     first = [site.name for site in sites if site.name.endswith("#1")]
     both_runs = [site.name for site in sites]
     assert dropped(graph, *first).parameter_count() == graph.parameter_count()
@@ -106,8 +102,7 @@ def test_shared_weights_stay_until_the_last_user_is_dropped():
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_adjacent_sites_can_be_dropped_in_either_order(order):
     """Node references from before the first edit would reconnect the first branch in the second edit."""
-    graph = trace(BY_NAME["vit"].load())
-    sites = find_sites(graph)
+    _, graph, sites = traced("vit")
     at_once = dropped(graph, *[sites[position].name for position in order])
     one_by_one = dropped(dropped(graph, sites[order[0]].name), sites[order[1]].name)
     assert [node.format_node() for node in at_once.nodes()] == [node.format_node() for node in one_by_one.nodes()]
@@ -141,7 +136,7 @@ def test_sequential_drops_of_parallel_branches_equal_one_drop(order):
 
 
 def test_unknown_site_name_does_not_change_the_graph():
-    graph = trace(BY_NAME["vit"].load())
+    _, graph, _ = traced("vit")
     before = graph.signature()
     with pytest.raises(GraphError, match=r"no site named 'blocks.7.attn'; it has 4"):
         apply(Drop(("blocks.0.attn", "blocks.7.attn")), graph)
@@ -149,8 +144,7 @@ def test_unknown_site_name_does_not_change_the_graph():
 
 
 def test_fork_shares_weights_and_keeps_the_original():
-    model = BY_NAME["vit"].load()
-    graph = trace(model)
+    model, graph, _ = traced("vit")
     before, count, expected = graph.signature(), graph.parameter_count(), run(graph, model.example)
     twin = dropped(graph, *[site.name for site in find_sites(graph)])
     assert graph.signature() == before
@@ -165,9 +159,7 @@ def test_fork_shares_weights_and_keeps_the_original():
 @pytest.mark.parametrize("name", ["hf_bert", "hf_llama"])
 def test_batch_and_length_stay_symbolic_after_a_drop(name):
     """All blocks read the same masks and rotary tables, which the remaining blocks must keep."""
-    model = BY_NAME[name].load()
-    graph = trace(model)
-    sites = find_sites(graph)
+    model, graph, sites = traced(name)
     rewritten = dropped(graph, sites[0].name, sites[3].name)
     for rows, length in [(1, 7), (3, 7), (1, 4), (5, 12)]:
         feeds = {key: value[:1, :4].repeat(rows, 3)[:, :length] for key, value in model.example.items()}
@@ -178,7 +170,7 @@ def test_batch_and_length_stay_symbolic_after_a_drop(name):
 
 
 def test_cleaning_after_a_drop_removes_nothing():
-    graph = dropped(trace(BY_NAME["vit"].load()), "blocks.0.mlp")
+    graph = dropped(traced("vit")[1], "blocks.0.mlp")
     nodes = len(graph.nodes())
     assert apply(Clean(), graph).changed == ()
     assert len(graph.nodes()) == nodes

@@ -1,7 +1,5 @@
 """Replaced branches against sums computed directly from the states of the original graph."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -16,20 +14,11 @@ from passes.graph.graph import value_of
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from passes.rewrite.replace import Replace
-from tests.architectures import TIMM, TRANSFORMERS
-from tests.samples import states
+from tests.samples import states, traced
 
-BY_NAME = {architecture.name: architecture for architecture in TIMM + TRANSFORMERS}
 # Matrix products sum the same float32 terms in another order: a few roundings of 1.2e-7.
 FLOAT32 = 1e-5
 FORMS = ("constant", "scale", "linear", "linear-unbiased", "low-rank")
-
-
-@functools.cache
-def traced(name):
-    model = BY_NAME[name].load()
-    graph = trace(model)
-    return model, graph, find_sites(graph)
 
 
 def some_map(form, width, seed=0):
