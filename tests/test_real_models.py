@@ -125,6 +125,7 @@ def test_a_plan_replays_to_the_same_file(deit, tmp_path):
     np.testing.assert_allclose(found, run(rewritten, feeds)[0].numpy(), rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow  # the usual run generates with this model in tests/runtimes/onnxruntime_fused
 @needs_llama
 def test_llama_perplexity_inspect_and_export(tmp_path):
     tokens = LLAMA / "sampled_tokens.npy"

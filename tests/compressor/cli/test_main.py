@@ -26,6 +26,7 @@ from compressor.settings import API_ONLY, Settings
 from passes.plan.selection import METRICS
 from runtimes.base.protocols import DEVICES, PRECISIONS
 from runtimes.base.timing import interleave
+from tests.samples import DIGITS, five_blocks
 
 INTERRUPTED = "Error: interrupted; no output was written. Repeat the command to resume an interrupted search."
 
@@ -250,12 +251,15 @@ def test_interrupt_prints_how_to_resume(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Sweep the embedded sample with drops only, by multiply-adds and with short timing; return folder and output."""
+    """Sweep five blocks with drops only, by multiply-adds and with short timing; return folder and output."""
     output = tmp_path_factory.mktemp("swept") / "front"
+    subject = [five_blocks(tmp_path_factory.mktemp("model") / "five"), "--data", DIGITS]
     sizes = ["--samples", "40", "--search-samples", "8", "--points", "2", "--rounds", "1", "--max-loss", "8"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
-        code, out, err = invoke("sweep", "--cost", "macs", "--actions", "drop", *sizes, "--output", str(output))
+        code, out, err = invoke(
+            "sweep", *subject, "--cost", "macs", "--actions", "drop", *sizes, "--output", str(output)
+        )
     assert code == 0, err
     assert "search" in err
     return output, out
@@ -361,12 +365,19 @@ def test_inspect_writes_its_files_and_keeps_progress_off_standard_output(tmp_pat
     ],
 )
 def test_interrupt_prints_one_line_and_leaves_at_most_a_journal(
-    tmp_path: Path, options: tuple[str, ...], after: str, number: signal.Signals, status: int, left: set[str]
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    options: tuple[str, ...],
+    after: str,
+    number: signal.Signals,
+    status: int,
+    left: set[str],
 ) -> None:
     # A shell that runs the tests in the background makes its child processes ignore SIGINT.
     restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"{restore}\nfrom compressor.cli.main import main\nmain()"
-    command = [sys.executable, "-c", program, "export", "--samples", "60", *options]
+    model = five_blocks(tmp_path_factory.mktemp("model") / "five")
+    command = [sys.executable, "-c", program, "export", model, "--data", DIGITS, "--samples", "60", *options]
     with subprocess.Popen(
         [*command, "--output", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

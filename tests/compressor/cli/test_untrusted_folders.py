@@ -25,6 +25,7 @@ from compressor.deferred.check_package import read_package
 from compressor.errors import CompressorError
 from compressor.quality.parity import TOLERANCE
 from compressor.workspace.output_folder import write_manifest
+from tests.samples import DIGITS, five_blocks
 
 pytest.importorskip("onnxruntime", reason="the target of the export")
 
@@ -37,9 +38,10 @@ BOTH = ("build", "bench")
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export the embedded sample with a deferred build."""
-    folder = tmp_path_factory.mktemp("original") / "out"
-    compressor.export(drop="1", samples=24, rounds=1, defer_build=True, output=folder)
+    """Export two blocks of the embedded sample with a deferred build."""
+    room = tmp_path_factory.mktemp("original")
+    folder, model = room / "out", five_blocks(room / "model", kept=(0, 9))
+    compressor.export(model, data=DIGITS, drop="1", samples=24, rounds=1, defer_build=True, output=folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import torch
 
 from compressor import models
 from compressor.choices import HEAL_METHODS
-from compressor.data.splits import Batch, Shares, load
+from compressor.data.splits import Batch
 from compressor.heal import distill
 from compressor.heal import heal as heal_module
 from compressor.heal.closed_form import find_spots, refit_closed_form
@@ -26,6 +26,7 @@ from passes.graph.edit import replace_parameter
 from passes.graph.graph import GraphError
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
+from tests import samples
 
 QUICK = Recipe(steps=24, checks=2, fewest=1)
 LONG = 600.0  # seconds; never the limit here, so that the number of steps is that of the recipe
@@ -106,10 +107,8 @@ def texts():
 @functools.cache
 def digits():
     """Load the embedded model with six branches dropped and 160 samples, 40 for calibration and 40 for validation."""
-    model = models.load(None)
-    data = load(str(models.SAMPLE / "digits.npz"), model.preprocess, task=model.task, shares=Shares(total=160))
-    graph = trace(model)
-    changed = tuple(site for site in find_sites(graph) if site.name in DROPPED)
+    model, data, graph, sites = samples.digits()
+    changed = tuple(site for site in sites if site.name in DROPPED)
     fork = graph.fork()
     apply(Drop(changed), fork)
     validation = ValidationLoss(graph, model, data.validation, head_for(model.task).metric(data.label_kind))

@@ -37,6 +37,7 @@ from passes.graph.graph import Graph
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from runtimes.base.timing import Latency, interleave
+from tests.samples import DIGITS, five_blocks
 
 pytest.importorskip("onnxruntime", reason="these exports use the target onnxruntime")
 
@@ -91,7 +92,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """One export through the Python API: int8, one attention dropped, two corrupt images in the data."""
     folder = tmp_path_factory.mktemp("exported")
     data = pictures(folder / "images", classes=10, each=3, corrupt=2)
-    report = compressor.export(data=data, drop="attention:1", int8="dynamic", rounds=1, batch=64, output=folder / "out")
+    model = five_blocks(folder / "sample", kept=(0, 9))
+    report = compressor.export(
+        model, data=data, drop="attention:1", int8="dynamic", rounds=1, batch=64, output=folder / "out"
+    )
     return folder / "out", report
 
 
@@ -189,7 +193,8 @@ def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
 def test_an_invalid_plan_file_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content is not None:
         (tmp_path / "plan.json").write_bytes(content)
-    refused(tmp_path / "room" / "out", words, drop=str(tmp_path / "plan.json"), samples=12)
+    model = five_blocks(tmp_path / "sample", kept=(0, 9))
+    refused(tmp_path / "room" / "out", words, model=model, data=DIGITS, drop=str(tmp_path / "plan.json"), samples=12)
 
 
 def test_a_plan_for_another_model_or_with_unknown_sites_is_refused(
@@ -201,7 +206,8 @@ def test_a_plan_for_another_model_or_with_unknown_sites_is_refused(
     content = json.loads(Path(plan).read_text())
     content["decisions"][0]["site"] = "blocks.77.attn"
     (tmp_path / "unknown.json").write_text(json.dumps(content))
-    refused(tmp_path / "room" / "out", "blocks.77.attn", drop=str(tmp_path / "unknown.json"), samples=12)
+    own = {"model": str(exported[0].parent / "sample"), "data": DIGITS, "drop": str(tmp_path / "unknown.json")}
+    refused(tmp_path / "room" / "out", "blocks.77.attn", samples=12, **own)
 
 
 def test_a_full_disk_is_reported_and_no_files_remain(tmp_path: Path) -> None:
@@ -429,7 +435,10 @@ def test_a_goal_that_no_plan_reaches_ends_with_status_1_and_a_complete_folder(
     ("drop", "action"), [("attention:1", "linear"), pytest.param("attention:1", "fuse", marks=pytest.mark.slow)]
 )
 def test_the_embedded_sample_is_exported_with_fitted_maps(brief: None, tmp_path: Path, drop: str, action: str) -> None:
-    report = compressor.export(drop=drop, actions=action, samples=60, rounds=1, output=tmp_path / "out")
+    model = five_blocks(tmp_path / "model")
+    report = compressor.export(
+        model, data=DIGITS, drop=drop, actions=action, samples=60, rounds=1, output=tmp_path / "out"
+    )
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(content["plan"]["changes"].values()) == {action}
     assert content["plan"]["dropped"] == []

@@ -21,6 +21,7 @@ from compressor.workspace.progress import Steps
 from passes.execute.interpreter import Program
 from runtimes.base.protocols import BuildOptions
 from runtimes.base.registry import runtime
+from tests.samples import DIGITS, five_blocks
 
 QUIET = Steps(None)
 
@@ -168,14 +169,18 @@ def test_a_confidence_needs_samples(tmp_path):
     np.save(tmp_path / "three.npy", rows)
     with pytest.raises(DecisionError, match="at least 4 samples"):
         compressor.export(
-            data=tmp_path / "three.npy", confidence=90.0, output=tmp_path / "out", **FEW | {"samples": None}
+            five_blocks(tmp_path / "model", kept=(0, 9)),
+            data=tmp_path / "three.npy",
+            confidence=90.0,
+            output=tmp_path / "out",
+            **FEW | {"samples": None},
         )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options", [{"int8": "static"}, {"confidence": 80.0, "max_loss": 6.0}])
 def test_the_engine_that_ships_is_within_the_limit_on_the_decision_split(tmp_path, options):
-    out = tmp_path / "out"
+    out, options = tmp_path / "out", options | {"model": five_blocks(tmp_path / "model"), "data": DIGITS}
     report = compressor.export(output=out, **FEW, **options)
     content = json.loads((out / "report.json").read_text())
     decision, limit = content["search"]["decision"], options.get("max_loss", 1.0)

@@ -27,7 +27,20 @@ from tests.samples import check_listing
 ALL = TIMM + TRANSFORMERS
 
 
-@pytest.fixture(scope="module", params=ALL, ids=[architecture.name for architecture in ALL])
+# Variants of another architecture here; they run with `make slow`.
+VARIANTS = {
+    *("deit3", "beitv2", "vit_parallel_layerscale", "resmlp", "twins_svt", "coat_lite", "crossvit", "efficientformer"),
+    *("efficientformerv2", "mobilevit", "edgenext", "convit", "volo", "visformer", "gcvit", "focalnet", "caformer"),
+    *("nest", "hf_dinov2_registers", "hf_deit", "hf_siglip_vision", "hf_roberta", "hf_electra", "hf_mistral"),
+    *("hf_olmo2", "hf_gemma", "hf_gpt_neox"),
+}
+CASES = [
+    pytest.param(architecture, id=architecture.name, marks=pytest.mark.slow if architecture.name in VARIANTS else ())
+    for architecture in ALL
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
     return request.param, *samples.traced(request.param.name)
 

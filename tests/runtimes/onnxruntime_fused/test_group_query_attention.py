@@ -393,7 +393,9 @@ def generate_greedily(call, ids):
 
 
 @needs_llama
-@pytest.mark.parametrize("dropped", [None, 2], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    "dropped", [pytest.param(None, id="dense", marks=pytest.mark.slow), pytest.param(2, id="pruned")]
+)
 def test_trained_model_generates_the_same_tokens_as_transformers(tmp_path, dropped):
     """Ten prompts, 128 new tokens each, in buffers of exactly that capacity."""
     model, graph, sites = llama()
