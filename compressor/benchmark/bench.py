@@ -64,52 +64,52 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
     """Measure every engine; `scratch` gets the engines that are built."""
     contenders = parse_contenders([str(each) for each in settings.what])
     folders = {each.name: each.folder for each in contenders if each.folder is not None}
-    stand = _set_up(settings, contenders, folders, steps)
-    engines = stand.built(scratch, steps)
-    parity = stand.parity(engines)
-    evaluation = stand.quality(engines, steps)
+    runner = _set_up(settings, contenders, folders, steps)
+    engines = runner.built(scratch, steps)
+    parity = runner.parity(engines)
+    evaluation = runner.quality(engines, steps)
     originals = [f"{each.name} ({EAGER})" for each in contenders if each.is_model and each.folder is None]
-    source = stand.loaded.data.source
-    doubts = () if evaluation is None else tuple(check_baseline(evaluation, stand.reference, originals, source))
+    source = runner.loaded.data.source
+    doubts = () if evaluation is None else tuple(check_baseline(evaluation, runner.reference, originals, source))
     harness = evaluate_tasks(
-        stand.quiet_openers(engines),
-        stand.loaded.model,
+        runner.quiet_openers(engines),
+        runner.loaded.model,
         settings.asked,
-        against=stand.reference,
-        length=stand.settings.max_length,
+        against=runner.reference,
+        length=runner.settings.max_length,
         steps=steps,
     )
-    measurements = stand.measurements(engines, settings.rounds, steps)
-    generation = measure(stand, engines, settings.rounds, scratch, steps)
+    measurements = runner.measurements(engines, settings.rounds, steps)
+    generation = measure(runner, engines, settings.rounds, scratch, steps)
     return Comparison(
         command=command,
         settings=settings.to_dict(),
-        against=stand.against,
-        model=stand.loaded.model.name,
-        data=stand.loaded.data.describe(),
-        entries=stand.entries,
+        against=runner.against,
+        model=runner.loaded.model.name,
+        data=runner.loaded.data.describe(),
+        entries=runner.entries,
         evaluation=evaluation,
-        reference=stand.reference,
-        no_quality_because=stand.loaded.no_quality_because,
+        reference=runner.reference,
+        no_quality_because=runner.loaded.no_quality_because,
         measurements=measurements,
-        generated=GenerationResults(stand.loaded.model.name, stand.entries, stand.against, generation),
+        generated=GenerationResults(runner.loaded.model.name, runner.entries, runner.against, generation),
         parity=parity,
         harness=harness,
         environment=environment(),
         notes=(
             *doubts,
-            *map(str, of_subject(stand.loaded)),
-            *_leakage_warnings(stand, folders),
-            *_hidden_overflow(stand),
-            *_weight_types(stand.entries),
+            *map(str, of_subject(runner.loaded)),
+            *_leakage_warnings(runner, folders),
+            *_hidden_overflow(runner),
+            *_weight_types(runner.entries),
         ),
     )
 
 
-def _hidden_overflow(stand: BenchRunner) -> Iterator[str]:
+def _hidden_overflow(runner: BenchRunner) -> Iterator[str]:
     """Yield a sentence for each fp16 file that ONNX Runtime runs on the CPU, where it computes in float32."""
-    for entry in stand.entries:
-        on_cpu = stand.options(stand.conditions[0], entry).device == "cpu"
+    for entry in runner.entries:
+        on_cpu = runner.options(runner.conditions[0], entry).device == "cpu"
         if on_cpu and entry.target.startswith("onnxruntime") and entry.file is not None and has_fp16(entry.file):
             yield (
                 f"{entry.name}: ONNX Runtime computes fp16 in float32 on the CPU, so these figures hide overflow and "
@@ -284,9 +284,9 @@ def _local_data(folder: ExportFolder) -> str | None:
     return spec
 
 
-def _leakage_warnings(stand: BenchRunner, folders: Mapping[str, ExportFolder]) -> Iterator[str]:
+def _leakage_warnings(runner: BenchRunner, folders: Mapping[str, ExportFolder]) -> Iterator[str]:
     """Yield a warning for each folder that may have been calibrated or selected on samples of this test split."""
-    data = stand.loaded.data
+    data = runner.loaded.data
     for name, folder in folders.items():
         exported = folder.report["data"]
         overlap = set(data.test.ids) - set(exported["test_ids"])

@@ -99,11 +99,11 @@ def contexts(requested: tuple[int, ...] | None, model: Model) -> tuple[int, ...]
     return requested
 
 
-def measure(stand: BenchRunner, engines: Engines, rounds: int, scratch: Path, steps: Steps) -> tuple[Generation, ...]:
+def measure(runner: BenchRunner, engines: Engines, rounds: int, scratch: Path, steps: Steps) -> tuple[Generation, ...]:
     """Time prefill and decode of every engine under every condition in one interleaved run.
 
     Args:
-        stand: the engines, conditions and data; without `contexts` nothing is timed.
+        runner: the engines, conditions and data; without `contexts` nothing is timed.
         engines: the built engines.
         rounds: timed bursts of each engine.
         scratch: folder for the caches, which together may not fit into memory.
@@ -112,17 +112,17 @@ def measure(stand: BenchRunner, engines: Engines, rounds: int, scratch: Path, st
     Raises:
         BenchError: a decode step does not continue its prompt (see `MAX_DISTANCE`).
     """
-    if not stand.contexts:
+    if not runner.contexts:
         return ()
     runs: list[Run] = [
         (entry, condition, context)
-        for condition in stand.conditions
-        for context in stand.contexts
-        for entry in stand.entries
+        for condition in runner.conditions
+        for context in runner.contexts
+        for entry in runner.entries
     ]
-    prepared = _prepared(stand, engines, runs, scratch, steps)
+    prepared = _prepared(runner, engines, runs, scratch, steps)
     openers = {
-        _key(*run, part): partial(EngineWithFeeds, _opener(stand, engines, *run[:2]), feeds)
+        _key(*run, part): partial(EngineWithFeeds, _opener(runner, engines, *run[:2]), feeds)
         for run in runs
         for part, feeds in _calls(prepared[_feeds_key(*run)]).items()
     }
@@ -143,7 +143,7 @@ def measure(stand: BenchRunner, engines: Engines, rounds: int, scratch: Path, st
 
 
 def _prepared(
-    stand: BenchRunner, engines: Engines, runs: Sequence[Run], scratch: Path, steps: Steps
+    runner: BenchRunner, engines: Engines, runs: Sequence[Run], scratch: Path, steps: Steps
 ) -> dict[tuple[str, int, int], Prepared]:
     """Return the checked inputs of every run, which do not depend on the thread count."""
     prepared: dict[tuple[str, int, int], Prepared] = {}
@@ -152,15 +152,15 @@ def _prepared(
             tick(number, len(runs), entry.name)
             key = _feeds_key(entry, condition, context)
             if key not in prepared:
-                ids = token_ids(stand.loaded.data.test, condition.batch, context + 1)
-                with _opener(stand, engines, entry, condition)() as engine:
-                    inputs = prepare(engine, stand.loaded.model, ids, scratch / f"cache{number}")
+                ids = token_ids(runner.loaded.data.test, condition.batch, context + 1)
+                with _opener(runner, engines, entry, condition)() as engine:
+                    inputs = prepare(engine, runner.loaded.model, ids, scratch / f"cache{number}")
                 prepared[key] = _checked(entry, inputs)
     return prepared
 
 
-def _opener(stand: BenchRunner, engines: Engines, entry: EngineEntry, condition: Condition) -> Callable[[], Engine]:
-    return partial(engines.openers[entry.name], stand.options(condition, entry))
+def _opener(runner: BenchRunner, engines: Engines, entry: EngineEntry, condition: Condition) -> Callable[[], Engine]:
+    return partial(engines.openers[entry.name], runner.options(condition, entry))
 
 
 def _calls(prepared: Prepared) -> dict[str, Feeds]:

@@ -42,15 +42,15 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         engine: an opened engine of a causal language model.
         model: the model around the engine, with its tokenizer.
         length: maximum number of tokens of one call, prompt and answer together.
-        told: progress callback, called with the number of finished requests and of all requests.
+        progress: progress callback, called with the number of finished requests and of all requests.
     """
 
     def __init__(
-        self, engine: Engine, model: Model, length: int, told: Callable[[int, int], None] | None = None
+        self, engine: Engine, model: Model, length: int, progress: Callable[[int, int], None] | None = None
     ) -> None:
         super().__init__()
         self.engine, self.model, self.tokenizer, self.max_length = engine, model, model.tokenizer, length
-        self._progress = told
+        self._progress = progress
         self._cache_names = {after: before for after, before in model.state.items() if before in engine.inputs}
 
     # ----------------------------------------------------------------------------------------------------- texts

@@ -201,7 +201,7 @@ def evaluate_tasks(
     all_results: list[Result] = []
     for name, opener in openers.items():
         with steps.step(f"evaluate {', '.join(asked.tasks)}: {name}") as tick, opener() as engine:
-            lm = EngineLM(engine, model, limit if length is None else length, told=tick)
+            lm = EngineLM(engine, model, limit if length is None else length, progress=tick)
             all_results += results(name, _evaluate(lm, manager, names, asked))
     return TaskResults(asked, importlib.metadata.version("lm_eval"), against, tuple(all_results))
 

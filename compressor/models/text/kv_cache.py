@@ -37,15 +37,15 @@ class Causal:
     """The call of a causal language model with its KV cache.
 
     Attributes:
-        told: inputs that come from the data.
-        followed: inputs that are derived from them: the position ids.
+        token_inputs: inputs that come from the data.
+        derived_inputs: inputs that are derived from them: the position ids.
         heads: number of key-value heads and head dimension of each layer.
         argument: keyword argument of the module that takes the cache.
         entry: name of the cache in the module's output.
     """
 
-    told: tuple[str, ...]
-    followed: tuple[str, ...]
+    token_inputs: tuple[str, ...]
+    derived_inputs: tuple[str, ...]
     heads: tuple[tuple[int, int], ...]
     argument: str
     entry: str
@@ -53,7 +53,7 @@ class Causal:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Return all input names in order."""
-        return (*self.told, *self.followed, *self.state.values())
+        return (*self.token_inputs, *self.derived_inputs, *self.state.values())
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Causal:
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Return the dynamic axes of every input."""
-        axes = {name: {0: "batch", 1: "sequence"} for name in (*self.told, *self.followed)}
+        axes = {name: {0: "batch", 1: "sequence"} for name in (*self.token_inputs, *self.derived_inputs)}
         axes["attention_mask"] = {0: "batch", 1: "total_sequence"}
         return axes | {name: {0: "batch", 2: "past_sequence"} for name in self.state.values()}
 
@@ -91,12 +91,12 @@ class Causal:
         }
         position_ids = torch.from_numpy(positions(mask.numpy(), tokens["input_ids"].shape[1]))
         values = {**tokens, "attention_mask": mask, "position_ids": position_ids}
-        return {name: values[name] for name in (*self.told, *self.followed)} | past
+        return {name: values[name] for name in (*self.token_inputs, *self.derived_inputs)} | past
 
     def complete(self, feeds: Feeds) -> Feeds:
         """Add the derived inputs to feeds of the data: position ids and an empty cache."""
         rows, tokens = feeds["input_ids"].shape
-        derived = {"position_ids": positions(feeds["attention_mask"], tokens)} if self.followed else {}
+        derived = {"position_ids": positions(feeds["attention_mask"], tokens)} if self.derived_inputs else {}
         past = {
             name: np.zeros((rows, heads, 0, width), dtype=np.float32) for name, (heads, width) in self._past().items()
         }
@@ -104,7 +104,7 @@ class Causal:
 
     def call(self, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return logits [rows, tokens, vocabulary], then the keys and values of all tokens so far for each layer."""
-        plain = dict(zip((*self.told, *self.followed), tensors, strict=False))
+        plain = dict(zip((*self.token_inputs, *self.derived_inputs), tensors, strict=False))
         past = tensors[len(plain) :]
         tokens = past[0].shape[2]
         for part in past[1:]:  # torch.export does not know that all layers have the same length

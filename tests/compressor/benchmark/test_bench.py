@@ -255,8 +255,8 @@ def test_fp16_files_on_the_cpu_hide_overflow_which_is_a_note(tmp_path: Path) -> 
     entries.append(EngineEntry("elsewhere", "tensorrt", files["half"]))
     for device, expected in (("cpu", ["half"]), ("cuda", [])):
         options = BuildOptions(device=device)
-        stand: Any = SimpleNamespace(entries=entries, conditions=[None], options=lambda *_, made=options: made)
-        assert [note.partition(":")[0] for note in _hidden_overflow(stand)] == expected
+        runner: Any = SimpleNamespace(entries=entries, conditions=[None], options=lambda *_, made=options: made)
+        assert [note.partition(":")[0] for note in _hidden_overflow(runner)] == expected
 
 
 def test_calibration_samples_in_the_test_split_are_reported(exported: tuple[Path, Report, str], tmp_path: Path) -> None:

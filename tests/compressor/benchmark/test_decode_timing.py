@@ -217,8 +217,8 @@ def test_engines_are_built_for_the_longest_context(model):
     """Runtimes that plan their memory ahead need the largest length."""
     data = load("random", model.preprocess, task="text-generation")
     settings = Settings(data="random", drop="none")
-    stand = BenchRunner(ModelAndData(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
-    least, _, longest = stand.options(Condition(1, 2), EngineEntry("x", "onnxruntime", None)).lengths
+    runner = BenchRunner(ModelAndData(model, data), settings, (), "", (Condition(1, None),), {}, (900, 30))
+    least, _, longest = runner.options(Condition(1, 2), EngineEntry("x", "onnxruntime", None)).lengths
     assert (least, longest) == (0, 901)
 
 

@@ -165,7 +165,7 @@ def of_transformers(module, causal_lm):
     """Return a `call` of `generation` for a module of transformers with its default cache class."""
 
     def call(feeds, cache):
-        taken = (*causal_lm.told, *causal_lm.followed)
+        taken = (*causal_lm.token_inputs, *causal_lm.derived_inputs)
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items() if name in taken}
         with torch.inference_mode():
             answer = module(**tensors, **{causal_lm.argument: cache}, use_cache=True)
@@ -412,7 +412,7 @@ def load_decoder(kind, **options):
 )
 def test_the_cache_is_detected_by_calling(kind, argument):
     causal_lm = detect_cache(kind().eval(), tuple(EXAMPLE))
-    assert (causal_lm.argument, causal_lm.entry, causal_lm.followed, causal_lm.heads) == (
+    assert (causal_lm.argument, causal_lm.entry, causal_lm.derived_inputs, causal_lm.heads) == (
         argument,
         argument,
         (),
