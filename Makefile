@@ -60,7 +60,7 @@ docs: $(DEV_STAMP) ## The documentation, into build/site; warnings are errors
 tests: $(DEV_STAMP) ## pytest, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
 
-slow: $(DEV_STAMP) ## the slow tests that `make test` leaves out: benchmark scripts end to end
+slow: $(DEV_STAMP) ## the tests that `make test` leaves out: benchmark scripts, commands of docs, variants of architectures
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 newest: ## pytest with the newest releases that pyproject.toml allows, in an environment made anew
