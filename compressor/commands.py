@@ -65,7 +65,7 @@ SUBJECT = (
     "search_samples",
     "seed",
 )
-SEARCH = ("actions", "tokens", "cost", "max_loss", "budget")
+SEARCH = ("actions", "tokens", "cost", "prices", "max_loss", "budget")
 GOALS = ("confidence", "speedup", "latency", "heal", "heal_budget")
 ENGINE = ("target", "precision", "int8", "device", "threads", "batch", "generate", "rounds")
 QUANTIZATION = ("factorial", "calibration", "max_precision_loss")

@@ -139,6 +139,13 @@ class Settings:
         "machine).",
         choices=COSTS,
     )
+    prices: str | Path | None = option(
+        None,
+        "Folder of an earlier export or sweep whose timings replace those of the search, so that the plan does not "
+        "depend on the noise of timing.",
+        unset="time the target",
+        metavar="FOLDER",
+    )
     heal: str = option(
         "none",
         "Adapt the remaining weights, without labels; undone if the loss on validation data does not shrink.",
@@ -283,7 +290,7 @@ class Settings:
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in API_ONLY}
         named = self.model is None or isinstance(self.model, str | Path)
         plain["model"] = text(self.model) if named else type(self.model).__name__
-        return plain | {"data": text(self.data), "output": str(self.output)}
+        return plain | {"data": text(self.data), "prices": text(self.prices), "output": str(self.output)}
 
 
 def _check_precision(settings: Settings) -> None:
@@ -297,7 +304,7 @@ def _check_precision(settings: Settings) -> None:
 
 
 def _check_texts(settings: Settings) -> None:
-    for name in ("model", "data", "output", "drop"):
+    for name in ("model", "data", "output", "drop", "prices"):
         value = getattr(settings, name)
         if isinstance(value, str) and not value.strip():
             raise SettingsError(f"{name} is empty; give a value, or leave the option out for its default.")
@@ -340,6 +347,8 @@ def _check_goals(settings: Settings) -> None:
         )
     if settings.speedup is not None and settings.latency is not None:
         raise SettingsError("found --speedup and --latency, which both set the goal for speed; give one of them.")
+    if settings.prices is not None and settings.cost != "latency":
+        raise SettingsError("found --prices with --cost macs, which needs no timings; leave out one of them.")
     if settings.latency is not None and settings.cost != "latency":
         raise SettingsError("found --latency with --cost macs, which does not time the target; leave out --cost macs.")
     if settings.generate is not None:

@@ -41,6 +41,7 @@ from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
 from compressor.search.planner import Choice, choose_plan
 from compressor.search.site_evidence import tokens_left
+from compressor.search.stored_prices import price_notes
 from compressor.settings import Settings
 from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
@@ -420,7 +421,7 @@ def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> d
 
 
 def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: _Rewritten) -> tuple[str, ...]:
-    notes, healed = [*resumed(report.search)], rewritten.healed
+    notes, healed = [*resumed(report.search), *price_notes(report.search)], rewritten.healed
     if "decision" in report.search:
         notes.append(decision_sentence(report.search["decision"]))
     if settings.drop == "auto" and not report.plan.changes and not rewritten.choice.found:

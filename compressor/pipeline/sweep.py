@@ -15,6 +15,7 @@ from compressor.report.collect_limitations import of_sweep
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.report.precision_notes import expected_excess
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
+from compressor.search.stored_prices import price_notes
 from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import output_folder, scratch_folder
@@ -74,7 +75,7 @@ def sweep(
             environment=environment(),
             seconds=sum(step.seconds for step in steps.done),
             limitations=tuple(of_sweep(subject, settings.precision, target.name, conversions)),
-            notes=tuple(sentence for sentence in excesses if sentence is not None),
+            notes=(*price_notes(facts_of(search)), *(sentence for sentence in excesses if sentence is not None)),
         )
         (folder / "plans").mkdir()
         for point in front.points:

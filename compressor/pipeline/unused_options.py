@@ -38,7 +38,7 @@ def _of_search(settings: Settings) -> Iterator[tuple[str, str]]:
     searched = drop == AUTO
     ranked = not searched and drop != "none" and not drop.endswith(".json") and not parse(drop).names
     if not searched:
-        for name in ("max_loss", "budget", "cost"):
+        for name in ("max_loss", "budget", "cost", "prices"):
             yield name, f"which only a search uses, with --drop {drop}; give --drop auto"
         if settings.metric != "output":
             yield "search_samples", "on which effects on the output are measured; give --drop auto or --metric output"

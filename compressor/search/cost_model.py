@@ -48,10 +48,17 @@ class CallCostModel:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost model of graphs in `unit`: the sum over several kinds of call, each with its own linear model."""
+    """Cost model of graphs in `unit`: the sum over several kinds of call, each with its own linear model.
+
+    Attributes:
+        unit: ``ms`` or ``multiply-adds``.
+        calls: the linear model of each kind of call.
+        source: where the timings come from, if they are those of an earlier search.
+    """
 
     unit: str
     calls: Mapping[str, CallCostModel]
+    source: str | None = None
 
     def count(self, graph: Graph) -> Works:
         """Return the work of each call on a graph."""
@@ -99,7 +106,7 @@ def multiply_add_cost_model(graph: Graph, calls: Mapping[str, Call]) -> CostMode
 
 
 def fit_latency_cost_model(
-    graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph], clock: Clock
+    graph: Graph, calls: Mapping[str, Call], designs: Mapping[str, Graph], clock: Clock, source: str | None = None
 ) -> CostModel:
     """Fit a cost model in milliseconds to timings on the target.
 
@@ -112,6 +119,7 @@ def fit_latency_cost_model(
         calls: the calls to time.
         designs: graphs to time, ready to be lowered; see `designs_by_kind`.
         clock: builds one engine per graph and returns the milliseconds of each call by engine.
+        source: where `clock` takes the timings from, if it does not time.
     """
     timings = clock(designs)
     return CostModel(
@@ -122,6 +130,7 @@ def fit_latency_cost_model(
             )
             for name, call in calls.items()
         },
+        source,
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from compressor.search.pareto import Point, efficient
 from compressor.search.plan_file import read_plan
 from compressor.search.rewriter import Rewriter
 from compressor.search.site_evidence import evidence, scores_for_report
-from compressor.settings import Settings
+from compressor.search.stored_prices import stored_timings
+from compressor.settings import Settings, text
 from compressor.workspace.journal import Journal
 from compressor.workspace.output_lock import JOURNAL, hidden_path
 from compressor.workspace.progress import Steps, Tick
@@ -280,13 +282,19 @@ def _prices(
     calls = evaluator.timer.calls
     if settings.cost == "macs":
         return cost_model.multiply_add_cost_model(subject.graph, calls)
-    designs = _designs(subject, settings, rewriter)
-    return cost_model.fit_latency_cost_model(
-        subject.graph,
-        calls,
-        {name: evaluator.builder.fold(design) for name, design in designs.items()},
-        lambda graphs: journal.recall("timings of calls", lambda: evaluator.time(graphs, steps)),
-    )
+    designs = {name: evaluator.builder.fold(design) for name, design in _designs(subject, settings, rewriter).items()}
+    if settings.prices is None:
+        clock = partial(_recalled, journal, evaluator, steps)
+    else:
+        clock = partial(stored_timings, Path(settings.prices), subject.model.name, settings, calls)
+    return cost_model.fit_latency_cost_model(subject.graph, calls, designs, clock, text(settings.prices))
+
+
+def _recalled(
+    journal: Journal, evaluator: GraphEvaluator, steps: Steps, graphs: Mapping[str, Graph]
+) -> Mapping[str, Mapping[str, float]]:
+    """Return the timings of an interrupted search, or time the graphs."""
+    return journal.recall("timings of calls", lambda: evaluator.time(graphs, steps))
 
 
 def _designs(subject: TracedModel, settings: Settings, rewriter: Rewriter) -> dict[str, Graph]:
@@ -336,6 +344,7 @@ def facts_of(search: Search) -> dict[str, Any]:
         "predicted_speedup": search.speedup,
         "prices": {
             "unit": prices.unit,
+            "source": prices.source,
             "timings": prices.timings,
             "largest_error": prices.error,
             "calls": {

@@ -392,13 +392,33 @@ def test_the_report_describes_the_search(labelled: dict[str, Any], brief: None, 
     assert search["steps"]
     assert all(step["loss"] <= 30.0 for step in search["steps"])
     alone = {"run": {"times": 1, "timings": {}}}
-    assert search["prices"] == {"unit": "multiply-adds", "timings": {}, "largest_error": 0.0, "calls": alone}
+    prices = {"unit": "multiply-adds", "source": None, "timings": {}, "largest_error": 0.0, "calls": alone}
+    assert search["prices"] == prices
     assert search["predicted_speedup"] > 1.0
     assert set(content["quality"]["label_free"]) == {"agreement", "divergence"}
     assert content["quality"]["label_free"]["divergence"]["value"] > 0.0
     assert content["healed"] is None
     assert report.plan.rule == "auto, at most 30 % loss"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the journal is gone
+
+
+def test_stored_prices_give_the_same_plan_without_timing(
+    labelled: dict[str, Any], brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compressor.export(**labelled, actions="drop", max_loss=30.0, output=tmp_path / "first")
+
+    def timing(*_: Any, **__: Any) -> None:
+        raise AssertionError("the search timed the target")
+
+    monkeypatch.setattr(GraphEvaluator, "time", timing)
+    again = compressor.export(
+        **labelled, actions="drop", max_loss=30.0, prices=tmp_path / "first", output=tmp_path / "again"
+    )
+    assert again.plan == first.plan
+    assert again.search["steps"] == first.search["steps"] != []
+    own, other = (report.search["prices"] for report in (again, first))
+    assert own == other | {"source": str(tmp_path / "first")}
+    assert f"The search took its prices from {tmp_path / 'first'}; nothing was timed for them." in again.notes
 
 
 def test_the_goal_for_speed_is_reached_in_measured_latency(

@@ -1,0 +1,147 @@
+"""Timings of an earlier search, from its report.json or sweep.json, in place of timing the target again.
+
+Two timings of one engine differ, and so may the plans that two runs of one command choose by them. With stored timings,
+the costs of two searches are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from compressor.errors import CompressorError
+from compressor.measure.workload import Call
+from compressor.settings import Settings
+from compressor.workspace.json_files import read_json
+
+FILES = ("report.json", "sweep.json")  # of an export and of a sweep
+UNIT = "ms"
+REMEDY = "it is no report.json or sweep.json of this release, so leave out --prices"
+# Settings that the time of an engine depends on.
+COMPARED = ("target", "precision", "device", "threads", "batch", "generate", "image_size", "max_length", "cache")
+_KEPT = ConfigDict(extra="ignore")
+
+
+class PricesError(CompressorError):
+    """The file of ``--prices`` is missing, has no timings, or its timings are those of other engines."""
+
+
+@with_config(_KEPT)
+class _Call(TypedDict):
+    times: Annotated[int, Field(ge=0)]
+    timings: dict[str, Annotated[float, Field(gt=0.0, allow_inf_nan=False)]]
+
+
+@with_config(_KEPT)
+class _Prices(TypedDict):
+    unit: str
+    calls: dict[str, _Call]
+
+
+@with_config(_KEPT)
+class _Search(TypedDict):
+    prices: NotRequired[_Prices]
+
+
+@with_config(_KEPT)
+class _Model(TypedDict):
+    name: str
+
+
+@with_config(_KEPT)
+class _Content(TypedDict):
+    settings: dict[str, object]
+    model: _Model | str
+    search: _Search
+
+
+_SCHEMA: TypeAdapter[_Content] = TypeAdapter(_Content)
+
+
+def stored_timings(
+    path: Path, name: str, settings: Settings, calls: Mapping[str, Call], designs: Mapping[str, object]
+) -> dict[str, dict[str, float]]:
+    """Return the milliseconds of each call of each design that an earlier search timed.
+
+    Args:
+        path: the folder of an export or a sweep, or its report.json or sweep.json.
+        name: name of the model.
+        settings: settings of this search.
+        calls: the calls of this search by name.
+        designs: the designs of this search by name.
+
+    Raises:
+        PricesError: there is no such file, it has no timings, or they are those of other engines.
+        JsonFileError: it is no report of this release.
+    """
+    file = _file(path)
+    content = read_json(file, _SCHEMA, remedy=REMEDY)
+    prices = content["search"].get("prices")
+    if prices is None or prices["unit"] != UNIT:
+        raise PricesError(
+            f"{file} has no timings of a search by latency; give an export of --drop auto without --cost macs, or "
+            "leave out --prices."
+        )
+    for what, found, expected in _differences(content, prices["calls"], name, settings, calls, designs):
+        raise PricesError(
+            f"the prices in {file} are those of {what} {found}, but this search needs {what} {expected}; give a "
+            "matching folder, or leave out --prices."
+        )
+    stored = prices["calls"]
+    return {
+        design: {call: stored[call]["timings"][design] / max(calls[call].times, 1) for call in calls}
+        for design in designs
+    }
+
+
+def price_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a sentence if a search took its prices from another one.
+
+    Args:
+        facts: the ``search`` part of a report.
+    """
+    source = facts.get("prices", {}).get("source")
+    return () if source is None else (f"The search took its prices from {source}; nothing was timed for them.",)
+
+
+def _file(path: Path) -> Path:
+    """Return the file of a folder, or the file itself."""
+    candidates = [path / name for name in FILES] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise PricesError(
+        f"--prices {path} is no folder with a {' or '.join(FILES)}, and no such file; give the folder of an earlier "
+        "export or sweep."
+    )
+
+
+def _differences(
+    content: _Content,
+    stored: Mapping[str, _Call],
+    name: str,
+    settings: Settings,
+    calls: Mapping[str, Call],
+    designs: Mapping[str, object],
+) -> Iterator[tuple[str, object, object]]:
+    """Yield what differs between the engines that were timed and those of this search, as found and expected."""
+    model = content["model"]
+    earlier = model if isinstance(model, str) else model["name"]
+    if earlier != name:
+        yield "the model", earlier, name
+    own = settings.to_dict()
+    for key in COMPARED:
+        found = content["settings"].get(key)
+        if found != own[key]:
+            yield f"--{key.replace('_', '-')}", found, own[key]
+    times = {call: part["times"] for call, part in stored.items()}
+    expected = {call: part.times for call, part in calls.items()}
+    if times != expected:
+        yield "the calls", times, expected
+    for call, part in stored.items():
+        if missing := [design for design in designs if design not in part["timings"]]:
+            yield f"the designs of {call}", ", ".join(part["timings"]), ", ".join(missing)
