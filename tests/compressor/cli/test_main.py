@@ -254,7 +254,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Sweep five blocks with drops only, by multiply-adds and with short timing; return folder and output."""
     output = tmp_path_factory.mktemp("swept") / "front"
     subject = [five_blocks(tmp_path_factory.mktemp("model") / "five"), "--data", DIGITS]
-    sizes = ["--samples", "40", "--search-samples", "8", "--points", "2", "--rounds", "1", "--max-loss", "8"]
+    sizes = ["--samples", "40", "--search-samples", "8", "--points", "2", "--rounds", "1", "--max-loss", "40"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_timing, "interleave", partial(interleave, burst_seconds=0.01, warmup_seconds=0.01))
         code, out, err = invoke(
@@ -282,7 +282,7 @@ def test_sweep_writes_a_complete_folder(swept: tuple[Path, str]) -> None:
         assert len(plan.changes) == row["number"]
         assert row["predicted"] == pytest.approx(rows[0]["multiply_adds"] / row["multiply_adds"], rel=1e-12)
     assert rows[0]["changes"] == {}
-    assert all(row["loss"] <= 8.0 for row in rows)
+    assert all(row["loss"] <= 40.0 for row in rows)
     built = [row for row in rows if "latency" in row]
     assert len(built) == 2
     assert built[0]["number"] == 0
