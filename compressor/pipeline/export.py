@@ -449,10 +449,10 @@ def _unchanged(report: Report, settings: Settings) -> str:
     limit = f" within {settings.loss_limit:g} % loss on validation data" if math.isfinite(settings.loss_limit) else ""
     tried, sites, total = report.search["validated"], report.search["validated_sites"], len(report.plan.decisions)
     if not tried:
-        return f"The search changed nothing{limit}: no change saves anything or can be made."
+        return f"The search changed nothing{limit}: {report.search['ended']}."
     return (
-        f"The search changed nothing{limit}: it tried {tried} changes at {sites} of {total} sites, those of the least "
-        "effect for their saving, and each lost more."
+        f"The search changed nothing{limit}: it tried {tried} changes at {sites} of {total} sites, and each lost more; "
+        f"{report.search['ended']}."
     )
 
 

@@ -27,7 +27,7 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
 MEASURED_AT_ONCE = 6  # candidates measured at a time
-PATIENCE = 4  # consecutive candidates that may exceed the limit before the search ends
+PATIENCE = 4  # sites at which a change of no greater effect exceeded the limit, before a candidate is given up
 NOISE = 1e-7  # divergence in nats caused by rounding of float32 logits; smaller differences do not rank candidates
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of tokens to try if merging is allowed
 MERGE = "merge:25%"  # measured at every attention first, as the effect of a drop does not predict that of merging
@@ -90,6 +90,9 @@ class Search:
 
     Attributes:
         validated: candidates whose loss on validation data was measured.
+        exceeded: units at which a candidate exceeded the limit since the last accepted change, with the least increase
+            in divergence that did.
+        ended: why the last run ended, as a clause.
         graphs: graphs before tokens are merged, after no change, the first change, and so on. They share their weights.
     """
 
@@ -107,7 +110,8 @@ class Search:
     graphs: list[Graph] = field(default_factory=list)
     validated: list[Candidate] = field(default_factory=list)
     refused: dict[Candidate, str] = field(default_factory=dict)
-    broken_in_a_row: int = 0
+    exceeded: dict[str, float] = field(default_factory=dict)
+    ended: str = ""
 
     def __post_init__(self) -> None:
         self.work = self.prices.count(self.rewriter.original)
@@ -140,12 +144,36 @@ class Search:
         return self.whole / self.cost
 
     def run(self, enough: float = math.inf) -> None:
-        """Search until no candidate is left, `PATIENCE` in a row exceed the limit, or the speed-up reaches `enough`."""
-        while self.broken_in_a_row < PATIENCE and self.speedup < enough:
+        """Search until the speed-up reaches `enough`, or no remaining candidate can gain anything within the limit."""
+        while self.speedup < enough:
             best = self.front.best()
             if best is None:
+                self.ended = self._why_none_is_left()
                 return
             self._try(*best)
+        self.ended = "the predicted speed-up is reached"
+
+    def hopeless(self, unit: str, added: float) -> bool:
+        """Return whether a change is given up, because changes of no greater effect exceeded the limit on this graph.
+
+        That of its own unit is enough: a larger share of merged tokens is not tried after a smaller one. Effects of
+        different units are no exact measure of the loss, so `PATIENCE` of them are needed.
+
+        Args:
+            unit: site or block that is changed.
+            added: increase in output divergence, in nats.
+        """
+        effects = sorted(self.exceeded.values())
+        others = effects[PATIENCE - 1] if len(effects) >= PATIENCE else math.inf
+        return added >= min(self.exceeded.get(unit, math.inf), others)
+
+    def _why_none_is_left(self) -> str:
+        if any(self.front.saves(candidate) for candidate in self.front.candidates):
+            return (
+                "every remaining change has at least the effect on the output of changes that exceeded the limit, by "
+                "its last measurement or its estimate"
+            )
+        return "no remaining change saves anything or can be made"
 
     def _try(self, unit: str, action: str) -> None:
         added = self.front.added[unit, action]
@@ -163,14 +191,15 @@ class Search:
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:
             work = self.prices.count(reduced)
-            self.graph, self.reduced, self.cost, self.broken_in_a_row = graph, reduced, self.prices.of(work), 0
+            self.graph, self.reduced, self.cost = graph, reduced, self.prices.of(work)
+            self.exceeded.clear()
             divergence = self.front.base + added
             counted = self.prices.multiply_adds(work)
             self.steps.append(Step(unit, action, added, divergence, lost.percent, self.cost, counted))
             self.graphs.append(graph)
             self.front.changed(unit, action)
         else:
-            self.broken_in_a_row += 1
+            self.exceeded[unit] = min(added, self.exceeded.get(unit, math.inf))
             self.refused[unit, action] = (
                 f"{action} {note} would exceed {self.limit:g} % after {len(self.steps)} changed"
             )
@@ -254,17 +283,21 @@ class _Candidates:
     read: set[str] = field(default_factory=set)
 
     def best(self) -> Candidate | None:
-        """Return the candidate with the least price, measured on the current graph; None if none is left."""
+        """Return the candidate with the least price, measured on the current graph; None if none can gain anything."""
         if not self.added:
             self._begin()
-        while self.candidates:
-            ranked = sorted(self.candidates, key=self._price)
-            if self._price(ranked[0]) == math.inf:
-                return None
+        while ranked := sorted(filter(self._can_gain, self.candidates), key=self._price):
             if ranked[0] in self.fresh:
                 return ranked[0]
             self._measure([candidate for candidate in ranked if candidate not in self.fresh][:MEASURED_AT_ONCE])
         return None
+
+    def saves(self, candidate: Candidate) -> bool:
+        """Return whether a candidate reduces the cost by a change that can be made."""
+        return self._price(candidate) < math.inf
+
+    def _can_gain(self, candidate: Candidate) -> bool:
+        return self.saves(candidate) and not self.search.hopeless(candidate[0], self.added[candidate])
 
     def remove(self, candidate: Candidate) -> None:
         """Remove a candidate for the rest of the search."""

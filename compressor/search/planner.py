@@ -332,6 +332,7 @@ def facts_of(search: Search) -> dict[str, Any]:
         "validation_sweeps": search.validation.evaluations,
         "validated": len(search.validated),
         "validated_sites": len({unit for unit, _ in search.validated}),
+        "ended": search.ended,
         "recalled": search.journal.found,
         "predicted_speedup": search.speedup,
         "prices": {
