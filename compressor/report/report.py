@@ -263,6 +263,26 @@ class Report:
             sentences.append(f"The result takes {median:.4g} ms, not {latency:g} ms as asked for{advice}")
         return tuple(sentences)
 
+    def exceeded(self) -> tuple[str, ...]:
+        """Return what a wish for speed cost, where it is met: by how much it was exceeded, and the loss."""
+        wanted, latency = self.settings["speedup"], self.settings["latency"]
+        if not self.latency or (wanted is None and latency is None) or self.missed():
+            return ()
+        median = self.latency["result"].median
+        asked = (
+            []
+            if wanted is None
+            else [(f"{self.speedup().ratio:.4g}x faster", f"{wanted:g}x", self.speedup().ratio / wanted)]
+        )
+        asked += [] if latency is None else [(f"at {median:.4g} ms", f"{latency:g} ms", latency / median)]
+        met = " and ".join(
+            f"{reached} ({wish} asked for, exceeded by {ratio - 1.0:.0%})" for reached, wish, ratio in asked
+        )
+        if self.quality is None:
+            return (f"The result is {met}; its loss is not known, because {self.no_quality_because}.",)
+        lost = self.quality.loss["baseline"]
+        return (f"The result is {met} and loses {lost.value:.2f} % on test data ({lost.low:.2f} to {lost.high:.2f}).",)
+
     def _judged(self) -> str:
         count = self.quality.figures["result"].n if self.quality is not None else 0
         return f"on {count} test samples; ranges are 95 % intervals"

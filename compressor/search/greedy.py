@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compressor.data.splits import Split
 from compressor.quality.output_divergence import OutputDivergence
@@ -27,6 +27,7 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
 MEASURED_AT_ONCE = 6  # candidates measured at a time
+REFINEMENTS = 3  # times that the last change is replaced by milder ones
 PATIENCE = 4  # sites at which a change of no greater effect exceeded the limit, before a candidate is given up
 NOISE = 1e-7  # divergence in nats caused by rounding of float32 logits; smaller differences do not rank candidates
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of tokens to try if merging is allowed
@@ -43,6 +44,8 @@ SOFTENED = {
     "replaceme": 0.6,
     "replaceme-cosine": 0.6,
 }
+
+REACHED = "the predicted speed-up is reached"
 
 Candidate = tuple[str, str]
 Progress = Callable[[str], None]
@@ -71,6 +74,16 @@ class Step:
     multiply_adds: int
 
 
+@dataclass(frozen=True)
+class Path:
+    """The changes of a search so far, to which it can return (`Search.restore`)."""
+
+    steps: tuple[Step, ...]
+    graphs: tuple[Graph, ...]
+    fronts: tuple[_Candidates, ...]
+    front: _Candidates
+
+
 @dataclass
 class Search:
     """State of a greedy search: the accepted changes, and the measurements of all other candidates.
@@ -93,6 +106,8 @@ class Search:
         exceeded: units at which a candidate exceeded the limit since the last accepted change, with the least increase
             in divergence that did.
         ended: why the last run ended, as a clause.
+        most: the output divergence of a change must be less, in nats.
+        fronts: the candidates before each accepted change.
         graphs: graphs before tokens are merged, after no change, the first change, and so on. They share their weights.
     """
 
@@ -112,6 +127,8 @@ class Search:
     refused: dict[Candidate, str] = field(default_factory=dict)
     exceeded: dict[str, float] = field(default_factory=dict)
     ended: str = ""
+    most: float = math.inf
+    fronts: list[_Candidates] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.work = self.prices.count(self.rewriter.original)
@@ -151,7 +168,48 @@ class Search:
                 self.ended = self._why_none_is_left()
                 return
             self._try(*best)
-        self.ended = "the predicted speed-up is reached"
+        self.ended = REACHED
+
+    def path(self) -> Path:
+        """Return the changes so far and the candidates that are left."""
+        return Path(tuple(self.steps), tuple(self.graphs), tuple(self.fronts), self.front.copy())
+
+    def restore(self, path: Path) -> None:
+        """Return to the changes of a path; what was measured and validated since stays recorded."""
+        self.steps, self.graphs, self.fronts = list(path.steps), list(path.graphs), list(path.fronts)
+        self.graph, self.front = self.graphs[-1], path.front.copy()
+        self.reduced = self.rewriter.reduced(self.graph, self.changes)
+        self.cost = self.steps[-1].cost if self.steps else self.prices.cost(self.reduced)
+        self.exceeded.clear()
+
+    def milder(self, enough: float) -> None:
+        """Undo the changes that the speed-up `enough` does not need, and replace the last one by milder ones.
+
+        The best change by its price can save far more than is missing. So changes of less divergence are searched for
+        in its place, at most `REFINEMENTS` times; they are kept if they reach the speed-up and lose no more.
+        """
+        costs = [step.cost for step in self.steps]
+        needed = next((number for number, cost in enumerate(costs, 1) if self.whole / cost >= enough), 0)
+        if not needed:
+            return
+        self._undo_all_but(needed)
+        for _ in range(REFINEMENTS):
+            path, last = self.path(), self.steps[-1]
+            self._undo_all_but(len(self.steps) - 1)
+            self.most = last.divergence
+            self.run(enough)
+            self.most = math.inf
+            if self.speedup < enough or self.steps[-1].loss > last.loss + ROUNDING:
+                self.restore(path)
+                self.ended = REACHED
+                return
+
+    def _undo_all_but(self, count: int) -> None:
+        if count < len(self.steps):
+            front = self.fronts[count]
+            self.restore(
+                Path(tuple(self.steps[:count]), tuple(self.graphs[: count + 1]), tuple(self.fronts[:count]), front)
+            )
 
     def hopeless(self, unit: str, added: float) -> bool:
         """Return whether a change is given up, because changes of no greater effect exceeded the limit on this graph.
@@ -168,7 +226,8 @@ class Search:
         return added >= min(self.exceeded.get(unit, math.inf), others)
 
     def _why_none_is_left(self) -> str:
-        if any(self.front.saves(candidate) for candidate in self.front.candidates):
+        left = [candidate for candidate in self.front.candidates if self.front.saves(candidate)]
+        if any(self.hopeless(unit, self.front.added[unit, action]) for unit, action in left):
             return (
                 "every remaining change has at least the effect on the output of changes that exceeded the limit, by "
                 "its last measurement or its estimate"
@@ -176,7 +235,7 @@ class Search:
         return "no remaining change saves anything or can be made"
 
     def _try(self, unit: str, action: str) -> None:
-        added = self.front.added[unit, action]
+        added, before = self.front.added[unit, action], self.front.copy()
         self.front.remove((unit, action))
         try:
             # An accepted map is fitted on all calibration samples; the fit of the measurement may have used fewer.
@@ -197,6 +256,7 @@ class Search:
             counted = self.prices.multiply_adds(work)
             self.steps.append(Step(unit, action, added, divergence, lost.percent, self.cost, counted))
             self.graphs.append(graph)
+            self.fronts.append(before)
             self.front.changed(unit, action)
         else:
             self.exceeded[unit] = min(added, self.exceeded.get(unit, math.inf))
@@ -297,7 +357,22 @@ class _Candidates:
         return self._price(candidate) < math.inf
 
     def _can_gain(self, candidate: Candidate) -> bool:
-        return self.saves(candidate) and not self.search.hopeless(candidate[0], self.added[candidate])
+        added = self.added[candidate]
+        within = self.base + added < self.search.most or self.search.most == math.inf
+        return self.saves(candidate) and within and not self.search.hopeless(candidate[0], added)
+
+    def copy(self) -> _Candidates:
+        """Return a copy without the regressions, which are large."""
+        return replace(
+            self,
+            added=dict(self.added),
+            alone=dict(self.alone),
+            saved=dict(self.saved),
+            fresh=set(self.fresh),
+            fits={},
+            candidates=list(self.candidates),
+            read=set(self.read),
+        )
 
     def remove(self, candidate: Candidate) -> None:
         """Remove a candidate for the rest of the search."""

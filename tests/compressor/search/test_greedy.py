@@ -18,13 +18,14 @@ from compressor.quality.evaluate import evaluate, graph_runner, tensor_batches
 from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import Loss, ValidationLoss
-from compressor.search import greedy
+from compressor.search import greedy, planner
 from compressor.search.cost_model import multiply_add_cost_model
 from compressor.search.greedy import MEASURED_AT_ONCE, PATIENCE, SOFTENED, Search
 from compressor.search.planner import _split_calibration
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
 from compressor.workspace.journal import Journal
+from compressor.workspace.progress import Steps
 from passes.base import PassError
 from passes.execute.interpreter import run
 from passes.graph.graph import Site
@@ -181,6 +182,86 @@ def test_a_run_ends_at_the_required_speedup(seed, first, second):
             search.run(enough)
             needed = next((count for count, cost in enumerate(costs) if whole.whole / cost >= enough), len(whole.steps))
             assert search.steps == whole.steps[:needed]
+
+
+def coarse():
+    """One change saves twice what is missing, at ten times the effect of two others that save enough together."""
+    world = World(count=4, actions=("drop",))
+    world.pairs[:] = 0.0
+    world.own = {("s0", "drop"): 0.5, ("s1", "drop"): 2.0, ("s2", "drop"): 0.1, ("s3", "drop"): 0.2}
+    world.saves, world.whole, world.slope = dict.fromkeys(world.own, 1), 100, 1.0
+    world.saves |= {("s0", "drop"): 20, ("s1", "drop"): 60, ("s2", "drop"): 3, ("s3", "drop"): 6}
+    world.own |= {("s2", "drop"): 0.15, ("s3", "drop"): 0.3}
+    return world
+
+
+@pytest.mark.usefixtures("without_liveness")
+def test_a_plan_that_saves_more_than_needed_is_replaced_by_a_milder_one():
+    world = coarse()
+    search = world.begin()
+    search.run(1.4)
+    assert list(search.changes) == ["s0", "s1"]
+    search.milder(1.4)
+    assert search.changes == {"s0": "drop", "s2": "drop", "s3": "drop"}
+    assert search.speedup >= 1.4
+    assert search.graph == {(name, "drop") for name in search.changes}
+    assert search.cost == search.steps[-1].cost == world.cost(search.graph)
+    assert len(search.graphs) == len(search.steps) + 1 == len(search.fronts) + 1
+    search.milder(1.2)  # the first change alone is fast enough
+    assert list(search.changes) == ["s2", "s3"] or search.speedup >= 1.2
+    search.run()  # nothing that was undone is lost
+    assert set(search.changes) == {site.name for site in world.sites}
+    assert search.ended == "no remaining change saves anything or can be made"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 50), st.floats(1.05, 2.5))
+def test_a_milder_plan_reaches_the_speedup_with_no_more_divergence(seed, enough):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "live_parts", lambda graph: {})
+        world = World(seed, slope=1.0)
+        search = world.begin()
+        search.run(enough)
+        before = search.steps[-1]
+        reached = search.speedup >= enough
+        search.milder(enough)
+        last = search.steps[-1]
+        assert (search.speedup >= enough) == reached
+        assert last.divergence <= before.divergence
+        assert last.loss <= before.loss + 1e-9
+        assert search.cost == world.cost(search.graph) == last.cost
+        assert last.divergence == pytest.approx(world.divergence(search.graph))
+        assert search.plan("m", "auto").changes == search.changes
+
+
+@pytest.mark.usefixtures("without_liveness")
+@pytest.mark.parametrize("factor", [0.4, 0.8, 1.0, 1.3, 3.0])
+def test_a_wish_is_reached_with_as_little_excess_as_the_steps_allow(factor):
+    """Engines are `factor` times as fast as predicted; a later correction steps back from one that was too strong."""
+    world = World(1, count=30, actions=("drop",), slope=1.0)
+    world.saves = dict.fromkeys(world.saves, 20)
+    world.whole = 1000
+    search, goal = world.begin(), 1.5
+    measured = []
+    measure = lambda: measured.append(1.0 + (search.speedup - 1.0) * factor) or measured[-1]  # noqa: E731
+    timed = planner.reach(search, goal, measure, Steps(None))
+    assert [entry["measured"] for entry in timed] == measured
+    possible = [1.0 + (1000 / (1000 - 20 * n) - 1.0) * factor for n in range(31)]
+    reachable = [value for value in possible if value >= goal]
+    final = 1.0 + (search.speedup - 1.0) * factor
+    assert goal <= final <= max(planner.EXCESS * goal, min(reachable) + 1e-9)
+    assert len(timed) <= planner.CORRECTIONS
+
+
+@pytest.mark.usefixtures("without_liveness")
+def test_an_early_plan_that_was_fast_enough_is_kept_over_a_later_one_that_was_not():
+    """Measurements scatter; the result is the mildest plan that was measured to be fast enough."""
+    world = World(1, count=30, actions=("drop",), slope=1.0)
+    world.saves, world.whole = dict.fromkeys(world.saves, 20), 1000
+    search = world.begin()
+    answers = iter([1.2, 2.6, 1.4, 1.45, 1.48])
+    timed = planner.reach(search, 1.5, lambda: next(answers), Steps(None))
+    assert len(search.steps) == next(entry["changes"] for entry in timed if entry["measured"] == 2.6)
 
 
 @pytest.mark.usefixtures("without_liveness")
