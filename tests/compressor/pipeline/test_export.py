@@ -1,5 +1,6 @@
 """Exports and sweeps of small models: folder, report, and errors, after which no files remain."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -8,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from compressor.quality.validation_loss import Loss, ValidationLoss
 from compressor.report.card import model_card
 from compressor.report.pareto_report import ParetoFront
 from compressor.report.report import Report
+from compressor.search.planner import Choice
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
 from passes.base import PassError, apply
@@ -404,6 +407,11 @@ def test_the_goal_for_speed_is_reached_in_measured_latency(
     assert report.search["prices"]["timings"]["as it is"] == 5.0
     assert "1.6x faster" in report.plan.rule
     assert report.missed() == ()
+    assert [entry["measured"] for entry in report.search["goal"]["timed"]] == [5 / 3]
+    assert any(
+        note.startswith("The result is 1.667x faster (1.6x asked for, exceeded by 4%) and loses ")
+        for note in report.notes
+    )
 
 
 def test_a_goal_that_no_plan_reaches_ends_with_status_1_and_a_complete_folder(
@@ -485,6 +493,54 @@ def test_healing_is_reported_and_does_not_increase_the_loss(
     assert (healed["after"]["divergence"] < healed["before"]["divergence"]) is healed["kept"]
     assert f"heal ({method})" in {step["name"] for step in content["steps"]}
     assert list(report.plan.changes.values()) == ["drop", "drop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Losing:
+    """A choice along a search with planted losses on validation data."""
+
+    losses: tuple[float, ...]
+    count: int
+
+    at = lambda self, count: dataclasses.replace(self, count=count)  # noqa: E731
+    within = Choice.within
+    plan = property(lambda self: SimpleNamespace(changes=dict.fromkeys(range(self.count), "drop")))
+    reduced = lambda self: self.count  # noqa: E731
+
+    @property
+    def search(self) -> Any:
+        return SimpleNamespace(steps=[SimpleNamespace(loss=loss) for loss in self.losses])
+
+
+@pytest.mark.parametrize(
+    ("losses", "count", "after", "shares", "shipped"),
+    [
+        ((0.2, 0.9), 2, (0.9,), (1.0,), 2),  # within the limit before healing: no second attempt can follow
+        ((1.4,), 1, (1.4,), (1.0,), 0),  # above it, but there is no milder plan
+        ((0.2, 1.4), 2, (0.8,), (0.5,), 2),
+        ((0.2, 1.4), 2, (1.2, 0.1), (0.5, 1.0), 1),  # the second attempt has all that is left
+        ((0.2, 1.4, 0.9), 2, (1.2, 0.1), (0.5, 1.0), 1),  # never more changes than the choice
+    ],
+)
+def test_time_for_healing_is_withheld_only_where_a_second_attempt_can_follow(
+    losses: tuple[float, ...],
+    count: int,
+    after: tuple[float, ...],
+    shares: tuple[float, ...],
+    shipped: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budgets, results = [], iter(after)
+
+    def healing(choice: Any, subject: Any, settings: Any, budget: float, steps: Any) -> tuple[Any, Any]:
+        budgets.append(budget)
+        return choice.reduced(), SimpleNamespace(after={"loss": next(results)})
+
+    monkeypatch.setattr(export, "_heal", healing)
+    settings = Settings(heal="distill", max_loss=1.0)
+    choice, graph, _ = export._healed(Losing(losses, count), None, settings, 100.0, None)  # type: ignore[arg-type]
+    assert budgets == pytest.approx([100.0 * share for share in shares], abs=1.0)
+    assert choice.count == graph == shipped
 
 
 def test_healing_is_skipped_without_changes(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
