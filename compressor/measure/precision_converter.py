@@ -91,6 +91,7 @@ class PrecisionConverter:
             loss=None if loss is None else partial(_loss_of_file, loss, precision),
             max_loss=self.max_loss,
             progress=lambda text: tick(text=text),
+            answers=(self.builder.subject.model.answer, *self.builder.subject.model.stacked),
         )
         if quantizer != OURS and loss is None:
             self._check_engine(source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import util
@@ -42,6 +42,7 @@ def convert(
     loss: Callable[[Path], float] | None = None,
     max_loss: float = 0.5,
     progress: Callable[[str], None] | None = None,
+    answers: Sequence[str] = (),
 ) -> Converted:
     """Write an ONNX file in a precision below fp32.
 
@@ -56,6 +57,7 @@ def convert(
         loss: returns the loss of a written file against the float file in percent.
         max_loss: largest allowed loss in percent. int8 keeps layers in float to meet it; other precisions ignore it.
         progress: called with a short message at each step.
+        answers: names of the outputs that the loss is measured on; all outputs if empty.
 
     Raises:
         CompressorError: the file cannot be written in this precision.
@@ -75,6 +77,7 @@ def convert(
             loss=partial(_loss_in_fp16, loss, maxima) if halved and loss is not None else loss,
             max_loss=max_loss,
             progress=progress,
+            answers=answers,
         )
         float32 = to_fp16(destination, destination, maxima).kept if halved else ()
         rest = "fp16" if halved else "fp32"

@@ -39,7 +39,7 @@ from passes.plan.plan import Plan, with_action, with_token_merging
 from passes.plan.selection import choose, parse
 
 HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
-CORRECTIONS = 5  # plans that are timed for a wished speed-up, as engines are faster or slower than predicted
+CORRECTIONS = 4  # plans that are timed for a wished speed-up, as engines are faster or slower than predicted
 EXCESS = 1.05  # share of a wish that a plan may exceed it by without a search for a milder one
 MARGIN = 1.01  # factor on the prediction after an engine that was too slow
 
