@@ -30,7 +30,7 @@ from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
-from compressor.report import engine_layers
+from compressor.report import engine_layers, exact_rewrites
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of, of_timings
 from compressor.report.pages.export_page import PAGE, html
@@ -184,6 +184,7 @@ def _compressed(
         engine=engine,
         factorial=factorial_cells.measured(latency, quality, variants, settings, folder) if factorial else None,
         evidence=_evidence(rewritten, subject),
+        exact={"multiply_adds": Costs(builder.fold(subject.graph), subject.costs.example).total.multiply_adds},
         limitations=(
             *limitations_of(
                 subject, settings.precision, conversions, shipped.trials, engine, [each.parity for each in reported]
@@ -453,6 +454,8 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
     notes += precision_notes(report)
+    exact = exact_rewrites.sentence(report.to_dict())
+    notes += [] if exact is None else [exact]
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed(), *report.exceeded())

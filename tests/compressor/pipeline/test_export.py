@@ -22,6 +22,7 @@ from PIL import Image
 import compressor
 from compressor import CompressorError
 from compressor.cli.main import main
+from compressor.lower.fold_graph import fold_graph
 from compressor.measure import engine_builder
 from compressor.measure import latency as engine_timing
 from compressor.measure.graph_evaluator import GraphEvaluator
@@ -35,11 +36,13 @@ from compressor.report.report import Report
 from compressor.search.planner import Choice
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
+from passes.analysis.counted_cost import Costs
 from passes.base import PassError, apply
 from passes.graph.graph import Graph
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from runtimes.base.timing import Latency, interleave
+from tests.samples import digits
 
 pytest.importorskip("onnxruntime", reason="these exports use the target onnxruntime")
 
@@ -126,6 +129,22 @@ def test_the_report_contains_everything_needed_to_repeat_the_export(exported: tu
     assert content["plan"]["dropped"] == json.loads((folder / "plan.json").read_text())["order"]
     assert content["seconds"] > 0
     assert {"load the model", "build for onnxruntime"} <= {step["name"] for step in content["steps"]}
+
+
+def test_exact_rewrites_are_stated_as_a_share_of_their_own(exported: tuple[Path, Report]) -> None:
+    """The sample is read at its class token: the last block needs one token for most of its work."""
+    folder, report = exported
+    model, _, graph, _ = digits()
+    content = json.loads((folder / "report.json").read_text())
+    whole, exact = content["sizes"]["baseline"]["multiply_adds"], content["exact"]["multiply_adds"]
+    assert exact == Costs(fold_graph(graph), model.example).total.multiply_adds
+    assert content["sizes"]["result"]["multiply_adds"] < exact < whole
+    share = f"save {100 * (1 - exact / whole):.1f} % of its multiply-adds; the plan saves a further"
+    assert any(share in note for note in report.notes)
+    cell = f"{exact / 1e9:.3f} (-{1 - exact / whole:.0%})"
+    assert ("  exact rewrites alone", "", "", cell) in list(report._rows())
+    assert f"| exact rewrites alone |  |  | {cell} |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert cell in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_random_data_has_no_quality(tmp_path: Path) -> None:
