@@ -36,6 +36,7 @@ from compressor.report.collect_limitations import limitations_of, of_timings
 from compressor.report.pages.export_page import PAGE, html
 from compressor.report.pages.sample_previews import previews
 from compressor.report.precision_notes import precision_notes
+from compressor.report.recipe_notes import recipe_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
@@ -453,7 +454,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
         notes.append(f"Healing ({settings.heal}): skipped, because the plan changes nothing.")
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
-    notes += precision_notes(report)
+    notes += [*precision_notes(report), *recipe_notes(report)]
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
     if subject.data.skipped:
