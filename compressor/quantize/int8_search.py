@@ -15,7 +15,7 @@ from typing import Literal
 from compressor.choices import Calibration
 from compressor.quantize.calibration import BY_EXTREMES, Extremes, Histograms, extremes, histograms
 from compressor.quantize.intermediate_values import Batch
-from compressor.quantize.output_error import OutputErrors, file_error, layer_errors
+from compressor.quantize.output_error import SQUARED, Judge, OutputErrors, file_error, layer_errors
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
     SMALLEST,
@@ -64,7 +64,7 @@ class Calibrated:
         method: the method; None for dynamic ranges.
         smoothed: whether SmoothQuant came first.
         loss: measured loss; None if it was not measured, because the error is far above that of another calibration.
-        error: relative squared error of the model's output on a few calibration samples; None if it was not needed.
+        error: error of the model's output on a few calibration samples; None if it was not needed.
     """
 
     method: Calibration | None
@@ -109,7 +109,7 @@ class _Settings:
     calibration: Calibration | Literal["auto"]
     external_above: int
     progress: Callable[[str], None]
-    answers: Sequence[str]
+    judge: Judge
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,15 @@ def quantize(
     max_loss: float = 0.005,
     external_above: int = EXTERNAL_ABOVE,
     progress: Callable[[str], None] | None = None,
-    answers: Sequence[str] = (),
+    judge: Judge = SQUARED,
 ) -> Quantized:
     """Quantize a float ONNX file to int8 and return the nodes that stay in float.
 
     All eligible nodes are quantized first. With `calibration="auto"`, the methods of `compressor.quantize.calibration`
     and SmoothQuant are tried until the loss is at most a fifth of `max_loss`, and the best is kept. The loss of a
     calibration is not measured if the error of its output is more than `HOPELESS` times the least so far. If the least
-    loss exceeds `max_loss`, nodes are ranked by their effect on the model's output: the error that remains when only
-    this node returns to float (see `compressor.quantize.output_error`). The fewest of the worst nodes return to float
+    loss exceeds `max_loss`, nodes are ranked by their effect on the model's output: its error when only this node is in
+    int8 (see `compressor.quantize.output_error`). The fewest of the worst nodes return to float
     that meet the loss, at most half of all. If the loss is still not met, the attempt with the lowest loss is kept, and
     the caller decides whether to accept it. Without `loss`, only the fixed rules of `compressor.quantize.qdq_rewrite`
     and the first method apply.
@@ -167,7 +167,7 @@ def quantize(
         max_loss: largest acceptable `loss`.
         external_above: weight size in bytes above which weights are stored as external data.
         progress: called with a short message at each step.
-        answers: names of the outputs that the loss is measured on; all outputs if empty.
+        judge: compares outputs in int8 with those of the float model.
 
     Raises:
         QuantizeError: there is no node to quantize or no calibration data, an input is missing, or a value is not
@@ -180,7 +180,7 @@ def quantize(
             "Dynamic int8 has uint8 activations and no convolutions; use static, or leave both options out."
         )
     settings = _Settings(
-        mode, activations, calibration, external_above, progress if progress is not None else _silent, answers
+        mode, activations, calibration, external_above, progress if progress is not None else _silent, judge
     )
     linears, kept = candidates(load(source), convolutions=convolutions)
     if not linears:
@@ -232,7 +232,7 @@ def _calibrate(
         _write_attempt(untried, linears)
         last, error = untried, None
         if loss is not None and job.settings.calibration == "auto":
-            error = file_error(job.source, job.destination, job.feeds, job.settings.answers)
+            error = file_error(job.source, job.destination, job.feeds, job.settings.judge)
             if error is not None and error > HOPELESS * least:
                 tried.append(Calibrated(untried.method, untried.smoothed, None, error))
                 continue
@@ -303,7 +303,7 @@ def _return_to_float(
     if trial.loss <= max_loss or len(linears) < 2:
         return attempts, []
     errors = _layer_errors(trial, linears)
-    worst = sorted(linears, key=lambda linear: errors.without[linear.output])
+    worst = sorted(linears, key=lambda linear: -errors.alone[linear.output])
     while len(attempts) <= ATTEMPTS:
         count = _next_count(attempts, errors, [linear.output for linear in worst], max_loss)
         if count is None:
@@ -368,5 +368,5 @@ def _layer_errors(trial: _Trial, linears: Sequence[Linear]) -> OutputErrors:
     job = trial.job
     job.settings.progress("int8: effect of each layer on the output")
     return layer_errors(
-        job.source, job.work, linears, trial.ranges, job.settings.activations, job.feeds, job.settings.answers
+        job.source, job.work, linears, trial.ranges, job.settings.activations, job.feeds, job.settings.judge
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from compressor.quantize.qdq_rewrite import (
 
 Array = npt.NDArray[Any]
 Feeds = Callable[[], Iterator[Batch]]
+Outputs = Mapping[str, Array]
 
 SAMPLES = 16
 """Number of calibration samples on which errors of the output are measured."""
@@ -36,41 +38,69 @@ SAMPLES = 16
 SWITCHES = f"{PREFIX}switches"
 
 
+def squared_error(outputs: Outputs, exact: Outputs, feeds: Batch) -> float:
+    """Return |Y - Y8|^2 / |Y|^2, averaged over the outputs."""
+    errors = []
+    for name, goal in exact.items():
+        wide = goal.astype(np.float64)
+        norm = max(float(np.square(wide).sum()), float(np.finfo(np.float64).tiny))
+        errors.append(float(np.square(outputs[name] - wide).sum()) / norm)
+    return float(np.mean(errors))
+
+
 @dataclass(frozen=True)
-class OutputErrors:
-    """Errors of an all-int8 model on its output, |Y - Y8|^2 / |Y|^2, averaged over the outputs.
+class Judge:
+    """How outputs in int8 are compared with those of the float model.
 
     Attributes:
-        whole: error with all layers in int8.
-        without: error with one layer in float and all others in int8, by name of the layer's output.
+        answers: names of the outputs; all of floating point if empty.
+        distance: takes outputs by name, those of the float model, and the inputs, and returns their distance.
     """
 
-    whole: float
-    without: Mapping[str, float]
+    answers: tuple[str, ...] = ()
+    distance: Callable[[Outputs, Outputs, Batch], float] = squared_error
+
+
+SQUARED = Judge()
+
+
+@dataclass(frozen=True)
+class OutputErrors:
+    """Errors of a model on its output with one layer in int8 and all others in float.
+
+    The reverse, one layer in float among all others in int8, would rank by noise: how the others round depends on every
+    bit of their inputs.
+
+    Attributes:
+        alone: error by name of the layer's output.
+    """
+
+    alone: Mapping[str, float]
 
     def share(self, layer: str) -> float:
-        """Return the share of the error that disappears when a layer returns to float; it may be negative."""
-        return 1.0 - self.without[layer] / self.whole if self.whole else 0.0
+        """Return the share of a layer in the sum of all errors."""
+        whole = sum(self.alone.values())
+        return self.alone[layer] / whole if 0.0 < whole < math.inf else 0.0
 
 
-def file_error(source: Path, file: Path, feeds: Feeds, answers: Sequence[str]) -> float | None:
+def file_error(source: Path, file: Path, feeds: Feeds, judge: Judge) -> float | None:
     """Return the error of the output of a file against that of the float file `source`; None without samples.
 
     Args:
         source: float ONNX file.
         file: ONNX file with the same inputs and outputs.
         feeds: returns a new iterator over the calibration batches.
-        answers: names of the outputs; all of floating point if empty.
+        judge: the outputs and the distance between them.
 
     Raises:
         QuantizeError: the samples do not fit the model.
     """
-    names = _outputs(load(source), answers)
+    names = _outputs(load(source), judge)
     batch = _few(feeds)
     if batch is None:
         return None
     exact, rounded = (next(stream(path, [batch], names))[1] for path in (source, file))
-    return _error(rounded, exact)
+    return _error(judge, names, rounded, exact, batch)
 
 
 def layer_errors(
@@ -80,9 +110,9 @@ def layer_errors(
     ranges: Mapping[str, Range] | None,
     activations: Activations,
     feeds: Feeds,
-    answers: Sequence[str],
+    judge: Judge,
 ) -> OutputErrors:
-    """Measure what each layer adds to the int8 error of the output: all layers in int8, then all but one.
+    """Measure the error of the output with each layer alone in int8.
 
     One model holds every layer in both forms, and an input switches between them, so it is written and opened once.
 
@@ -93,13 +123,13 @@ def layer_errors(
         ranges: activation ranges; None for dynamic ones.
         activations: integer type of the activations.
         feeds: returns a new iterator over the calibration batches.
-        answers: names of the outputs; all of floating point if empty.
+        judge: the outputs and the distance between them.
 
     Raises:
         QuantizeError: there is no calibration data, or it does not fit the model.
     """
     model = load(source)
-    batch, names = _few(feeds), _outputs(model, answers)
+    batch, names = _few(feeds), _outputs(model, judge)
     if batch is None:
         raise QuantizeError(
             "int8 exceeds the largest loss, and without calibration data the effect of its layers cannot be measured; "
@@ -117,12 +147,11 @@ def layer_errors(
     model.graph.input.append(helper.make_tensor_value_info(SWITCHES, onnx.TensorProto.BOOL, [len(linears)]))
     save_with_outputs(model, edit, names, work)
     order = [linear.output for _, linear in paired(load(source).graph, linears) if linear is not None]
-    every = np.ones(len(linears), dtype=bool)
-    switches = [~every, every, *(every & (np.arange(len(every)) != layer) for layer in range(len(every)))]
+    switches = [np.zeros(len(linears), dtype=bool), *np.eye(len(linears), dtype=bool)]
     results = stream(work, ({**batch, SWITCHES: switch} for switch in switches), names)
     exact = next(results)[1]
-    whole, *without = (_error(values, exact) for _, values in results)
-    return OutputErrors(whole, dict(zip(order, without, strict=True)))
+    errors = (_error(judge, names, values, exact, batch) for _, values in results)
+    return OutputErrors(dict(zip(order, errors, strict=True)))
 
 
 def _add_both(
@@ -150,10 +179,10 @@ def _add_both(
     edit.node("Where", [switch, f"{base}/copy", f"{base}/exact"], [linear.output])
 
 
-def _outputs(model: onnx.ModelProto, answers: Sequence[str]) -> list[str]:
+def _outputs(model: onnx.ModelProto, judge: Judge) -> list[str]:
     """Return the names of the outputs to compare."""
-    if answers:
-        return list(answers)
+    if judge.answers:
+        return list(judge.answers)
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.UNDEFINED)
     return [value.name for value in model.graph.output if value.type.tensor_type.elem_type in floats]
 
@@ -164,15 +193,8 @@ def _few(feeds: Feeds) -> Batch | None:
     return None if batch is None else {name: value[:SAMPLES] for name, value in batch.items()}
 
 
-def _error(values: Sequence[Array], exact: Sequence[Array]) -> float:
-    """Return |Y - Y8|^2 / |Y|^2, averaged over the outputs; infinity for NaN."""
-    tiny = np.finfo(np.float64).tiny
-    errors = [
-        float(
-            np.square(value.astype(np.float64) - goal).sum()
-            / max(float(np.square(goal.astype(np.float64)).sum()), tiny)
-        )
-        for value, goal in zip(values, exact, strict=True)
-    ]
-    error = float(np.mean(errors))
-    return error if np.isfinite(error) else float("inf")
+def _error(judge: Judge, names: Sequence[str], values: Sequence[Array], exact: Sequence[Array], feeds: Batch) -> float:
+    """Return the distance of outputs from those of the float model; infinity for NaN."""
+    named, goals = (dict(zip(names, each, strict=True)) for each in (values, exact))
+    error = judge.distance(named, goals, feeds)
+    return error if np.isfinite(error) else math.inf

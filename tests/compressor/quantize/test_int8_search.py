@@ -19,8 +19,8 @@ from compressor.errors import CompressorError
 from compressor.quantize import int8_search
 from compressor.quantize.calibration import BY_EXTREMES, extremes, histograms
 from compressor.quantize.int8_search import ENOUGH, Attempt, Calibrated, Quantized, QuantizeError, quantize
-from compressor.quantize.output_error import OutputErrors, file_error, layer_errors
-from compressor.quantize.qdq_rewrite import Linear, activation_grid, candidates, load, quantize_weight, write
+from compressor.quantize.output_error import Judge, OutputErrors, file_error, layer_errors
+from compressor.quantize.qdq_rewrite import activation_grid, candidates, load, quantize_weight, write
 from tests.onnx_files import (
     MLP_WEIGHTS,
     Array,
@@ -306,31 +306,23 @@ def test_the_loss_of_a_calibration_that_cannot_win_is_not_measured(
     assert (tmp_path / "q.onnx").read_bytes() == losses.files[0]
 
 
-@exact_int8
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_the_error_of_each_layer_equals_that_of_files_without_it(tmp_path: Path, mode: Any) -> None:
+def test_the_error_of_each_layer_equals_that_of_a_file_with_this_layer_in_int8(tmp_path: Path, mode: Any) -> None:
     path, x = outlier(tmp_path / "f.onnx"), normal(8, 5, K)
     linears, _ = candidates(load(path), convolutions=False)
     names = [linear.activation for linear in linears]
-    feeds = feeds_of(x)
-    work = tmp_path / "w.onnx"
+    feeds, work = feeds_of(x), tmp_path / "w.onnx"
     ranges = extremes(path, work, names, feeds, lambda _: None).ranges("typical") if mode == "static" else None
-    errors = layer_errors(path, work, linears, ranges, "uint8", feeds, ())
+    errors = layer_errors(path, work, linears, ranges, "uint8", feeds, Judge())
     (exact,) = run(path, x)
-
-    def error(quantized: list[Linear]) -> float:
-        write(path, tmp_path / "q.onnx", quantized, ranges, activations="uint8", external_above=10**9)
-        assert file_error(path, tmp_path / "q.onnx", feeds, ()) == pytest.approx(
-            float(np.square(run(tmp_path / "q.onnx", x)[0] - exact).sum() / np.square(exact).sum()), rel=1e-5
-        )
-        return file_error(path, tmp_path / "q.onnx", feeds, ())
-
-    # Fused int8 kernels and their emulation round differently in the last bit of float32.
-    assert errors.whole == pytest.approx(error(list(linears)), rel=0.02)
     for linear in linears:
-        others = [other for other in linears if other != linear]
-        assert errors.without[linear.output] == pytest.approx(error(others), rel=0.02)
+        write(path, tmp_path / "q.onnx", [linear], ranges, activations="uint8", external_above=10**9)
+        error = np.square(run(tmp_path / "q.onnx", x)[0] - exact).sum() / np.square(exact).sum()
+        assert file_error(path, tmp_path / "q.onnx", feeds, Judge()) == pytest.approx(float(error), rel=1e-5)
+        # A fused kernel rounds float32 elsewhere than its emulation, which turns a few values to the next step.
+        assert errors.alone[linear.output] == pytest.approx(float(error), rel=0.05)
     assert max(linears, key=lambda linear: errors.share(linear.output)).node == "node_bad"
+    assert sum(errors.share(linear.output) for linear in linears) == pytest.approx(1.0)
 
 
 def test_layers_are_ranked_by_their_effect_on_the_output_not_by_their_own_error(tmp_path: Path) -> None:
@@ -366,14 +358,14 @@ def test_the_fewest_layers_that_meet_the_loss_stay_in_float() -> None:
     worst = [f"l{n}" for n in range(20)]
 
     def attempts(needed: int, shares: list[float], loss: float = 1.0) -> list[int]:
-        errors = OutputErrors(1.0, {name: 1.0 - share for name, share in zip(worst, shares, strict=True)})
+        errors = OutputErrors(dict(zip(worst, shares, strict=True)))
         tried = [Attempt(0, loss)]
         while (count := int8_search._next_count(tried, errors, worst, 0.5)) is not None:
             tried.append(Attempt(count, 0.4 if count >= needed else 0.6))
             assert len(tried) < 12
         return [attempt.kept for attempt in tried[1:]]
 
-    few = [0.3, 0.3, *[0.02] * 18]
+    few = [0.3, 0.3, *[0.4 / 18] * 18]
     assert attempts(2, few) == [2, 1]
     assert attempts(1, few) == [2, 1]
     assert attempts(4, few) == [2, 3, 4]
