@@ -341,6 +341,12 @@ def _write(report: Report, folder: Path, subject: TracedModel) -> None:
 def _lost(rewritten: _Rewritten, subject: TracedModel) -> Iterator[Limitation]:
     """Yield the limitations of the plan: tokens that cannot be merged, and a KV cache that it removes."""
     search = rewritten.choice.search
+    if search is not None and math.isfinite(search.limit) and search.validation.bounded.expects_loss:
+        yield Limitation(
+            "calibrated probabilities",
+            "the loss of accuracy to expect takes the original's probabilities as they are, without a fitted "
+            "temperature; an original that is too confident overstates it, one that is too modest understates it",
+        )
     merging = None if search is None else search.why_no_merging()
     if merging is not None:
         yield Limitation("token merging", f"not possible after any attention ({merging.rstrip('.')})")
@@ -395,7 +401,7 @@ def _healed(
 
 def milder_exists(choice: Choice) -> bool:
     """Return whether a plan with fewer changes of the search would still change something."""
-    return choice.search is not None and bool(choice.at(max(choice.count - 1, 0)).plan.changes)
+    return choice.search is not None and choice.count > 0 and bool(choice.at(max(choice.count - 1, 0)).plan.changes)
 
 
 def _heal(
