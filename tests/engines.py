@@ -42,6 +42,7 @@ def builder(folder: Path, target: Any = None, no_quality: str | None = "the data
     """Return a builder for a model without a graph, with 40 samples ``x`` [5, K] as the data of every split."""
     split = Tensors({"x": normal(40, 5, K)})
     data = SimpleNamespace(calibration=split, validation=split, test=split)
-    model = SimpleNamespace(name="fake", task="feature-extraction", state={}, answer="y")
+    names = {"name": "fake", "task": "feature-extraction", "problem_type": None, "answer": "y", "stacked": ()}
+    model = SimpleNamespace(**names, state={}, evaluated=lambda outputs: outputs["y"])
     subject: Any = SimpleNamespace(data=data, model=model, metric="similarity", no_quality_because=no_quality)
     return EngineBuilder(subject, Target() if target is None else target, BuildOptions(), folder)

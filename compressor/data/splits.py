@@ -11,7 +11,7 @@ from compressor.data.class_labels import with_class_numbers
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sliding_windows import Window, resolve_window, window_batches
-from compressor.data.text_lengths import check_lengths
+from compressor.data.text_lengths import check_lengths, check_unknown
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.preprocess import Preprocess
@@ -258,6 +258,7 @@ def load(
         samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
+    check_unknown(samples, order, preprocess, spec)
     short, truncated = check_lengths(samples, order, *((preprocess.limit, 1) if window is None else (None, 2)))
     usable = tuple(index for index in order if index not in faults and index not in short)
     unusable = sorted((*faults.items(), *short.items()))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from compressor.data.readers.base import Samples
-from compressor.limitations import Limitation
+import numpy as np
 
+from compressor.data.readers.base import Samples
+from compressor.errors import DataError
+from compressor.limitations import Limitation
+from compressor.models.preprocess import Preprocess
+
+COUNTED = 200  # samples in which unknown tokens are counted
+MOST_UNKNOWN = 0.1  # largest share of them; tokenizers in their own language know nearly all words
+BATCH = 20
 CHUNK = 1024  # samples that are tokenized at a time; only their lengths are kept
 
 
@@ -38,6 +45,35 @@ def check_lengths(
         return faults, ()
     reason = f"{truncated:,} of {texts:,} texts have more than {limit:,} tokens and are truncated"
     return faults, (Limitation("length of texts", reason),)
+
+
+def check_unknown(samples: Samples, indices: Sequence[int], preprocess: Preprocess, name: str) -> None:
+    """Check on the first `COUNTED` samples that the tokenizer knows the words of the texts.
+
+    Args:
+        samples: the samples; those without texts pass.
+        indices: positions of the samples.
+        preprocess: preprocessing of the model, with the token id of unknown words.
+        name: name of the data in messages.
+
+    Raises:
+        DataError: more than `MOST_UNKNOWN` of the tokens are the unknown token.
+    """
+    if samples.lengths is None or preprocess.unknown is None:
+        return
+    unknown = known = 0
+    others = [token for token in preprocess.special if token != preprocess.unknown]
+    for start in range(0, min(len(indices), COUNTED), BATCH):
+        ids = samples.feeds(indices[start : start + BATCH])["input_ids"]
+        found = int((ids == preprocess.unknown).sum())
+        unknown += found
+        known += int((~np.isin(ids, others)).sum()) - found
+    if unknown > MOST_UNKNOWN * (unknown + known):
+        raise DataError(
+            f"{unknown / (unknown + known):.0%} of the tokens in {name} are unknown to the tokenizer "
+            f"({preprocess.tokenizer}), so the model does not see these texts; pass texts in its language and "
+            "spelling, or the tokenizer that belongs to the model"
+        )
 
 
 def _lengths(samples: Samples, indices: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:

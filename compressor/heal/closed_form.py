@@ -2,7 +2,9 @@
 
 The last linear map of each kept branch is changed by the ridge solution for the difference between the original's
 hidden state after the branch and the present one. The ridge penalises the *change* of the weights, so an infinite
-strength changes nothing. An exact fit of hidden states does harm (see DESIGN.md 5), so the strength with the least
+strength changes nothing. Behind merged tokens, hidden states have other rows than the original's; there the fit is made
+on the graph before merging, with the weights as they are by then. Strengths are chosen on the merged graph alone. An
+exact fit of hidden states does harm (see DESIGN.md 5), so the strength with the least
 output divergence on held-out samples is used, and a map that no strength improves stays unchanged.
 """
 
@@ -24,7 +26,7 @@ from compressor.quality.evaluate import tensor_batches
 from compressor.quality.output_divergence import OutputDivergence
 from passes.analysis.redundancy import MASK, rows_of
 from passes.execute.interpreter import PartialRun
-from passes.graph.edit import replace_parameter
+from passes.graph.edit import replace_parameter, with_weights
 from passes.graph.graph import Graph, Site, attribute, output_values
 from passes.graph.sites import aten
 
@@ -50,6 +52,7 @@ def refit_closed_form(
     *,
     sites: Sequence[Site],
     seconds: float,
+    unmerged: Graph | None = None,
 ) -> Iterator[Draft]:
     """Refit the maps in order, each on top of the earlier ones, and yield up to `DRAFTS` drafts.
 
@@ -57,12 +60,13 @@ def refit_closed_form(
     labels are needed, and only sums over activations are kept. The refit stops after `seconds`.
 
     Args:
-        graph: rewritten fork; it is not modified.
+        graph: rewritten fork with its tokens merged; it is not modified.
         original: graph whose hidden states are the goal; it is not modified.
         model: model that both graphs were traced from.
         calibration: samples; their labels are not used.
-        sites: sites of the original that the graph still has.
+        sites: sites of the original; those that the graph lacks are left out.
         seconds: wall time in seconds.
+        unmerged: the rewritten fork before tokens are merged; None if none are.
     """
     start, spots = time.perf_counter(), find_spots(graph, original, model, sites)
     if not spots or len(calibration) < 2:
@@ -72,7 +76,8 @@ def refit_closed_form(
     best, _ = effects.measure(graph, {})
     due = {len(spots) * number // DRAFTS for number in range(1, DRAFTS + 1)}
     for number, spot in enumerate(spots, start=1):
-        forks = dict(enumerate(_variants(graph, original, fitting, spot)))
+        fitted = graph if unmerged is None or comparable(graph, original, spot) else with_weights(unmerged, graph)
+        forks = dict(enumerate(_variants(graph, fitted, original, fitting, spot)))
         if forks:
             _, divergences = effects.measure(graph, forks)
             least = min(divergences, key=divergences.__getitem__)
@@ -97,6 +102,17 @@ def find_spots(graph: Graph, original: Graph, model: Model, sites: Sequence[Site
     if _is_map(graph, answer) and answer.name in original_names:
         spots.append(RefitTarget(answer.name, answer.name, answer.meta["val"].ndim - 1))
     return spots
+
+
+def comparable(graph: Graph, original: Graph, spot: RefitTarget) -> bool:
+    """Return whether a value has as many rows as in the original: no tokens are merged before it."""
+    shapes = [
+        [str(size) for size in node.meta["val"].shape[1:]]
+        for each in (graph, original)
+        for node in each.nodes()
+        if node.name == spot.behind
+    ]
+    return shapes[0] == shapes[1]
 
 
 def _is_map(graph: Graph, node: fx.Node | None) -> bool:
@@ -143,9 +159,9 @@ def moments(graph: Graph, original: Graph, split: Split, spot: RefitTarget) -> M
     return Moments(xx, ex)
 
 
-def _variants(graph: Graph, original: Graph, split: Split, spot: RefitTarget) -> Iterator[Graph]:
-    """Yield a fork with the map refitted at each strength; none if the error is zero or not finite."""
-    sums = moments(graph, original, split, spot)
+def _variants(graph: Graph, fitted: Graph, original: Graph, split: Split, spot: RefitTarget) -> Iterator[Graph]:
+    """Yield a fork with the map refitted at each strength, to the moments of `fitted`; none if the error is zero."""
+    sums = moments(fitted, original, split, spot)
     if not bool(torch.isfinite(sums.ex).all()) or not bool(sums.ex.any()):
         return
     node = next(node for node in graph.nodes() if node.name == spot.map)

@@ -92,6 +92,7 @@ def heal(
     seed: int,
     progress: Callable[..., None],
     stored: Callable[[Graph], Graph] = lambda graph: graph,
+    unmerged: Graph | None = None,
 ) -> tuple[Graph, Healed]:
     """Adapt the weights of a rewritten graph to the outputs of the original, without labels.
 
@@ -100,7 +101,8 @@ def heal(
 
     Args:
         method: one of `HEAL_METHODS`.
-        graph: rewritten fork, which shares weights with `original`; neither is modified.
+        graph: rewritten fork as it ships, with its tokens merged. It shares weights with `original`; neither is
+            modified.
         original: traced graph of the model.
         model: model that both graphs were traced from.
         calibration: samples that weights are fitted to; labels are not used.
@@ -110,6 +112,7 @@ def heal(
         seed: seed of all random draws. Results are reproducible unless the budget ends the work.
         progress: called with steps done, total steps and a line of text.
         stored: rounds the weights of a draft to the types in which the result stores them, before it is measured.
+        unmerged: the rewritten fork before tokens are merged; None if none are.
 
     Returns:
         The healed fork, with the same nodes and number of parameters, and the report.
@@ -124,7 +127,7 @@ def heal(
     before = judge.standing(graph)
     assert before is not None
     left = budget - (time.perf_counter() - start)
-    drafts = _drafts(method, graph, original, model, calibration, changed, left, judge.seconds, seed)
+    drafts = _drafts(method, graph, original, model, calibration, changed, left, judge.seconds, seed, unmerged)
     best, after, steps, refused = graph, before, 0, 0
     for draft, standing in _judged(drafts, judge, before, progress, stored):
         steps = draft.step
@@ -151,13 +154,15 @@ def _drafts(
     seconds: float,
     check: float,
     seed: int,
+    unmerged: Graph | None,
 ) -> Iterator[Draft]:
     sites = find_sites(original) if method != "none" and changed else ()
     first = min((site.order for site in changed), default=0)
     if method == "closed-form":
-        names = {site.name for site in changed}
-        kept = [site for site in sites if site.name not in names and site.order > first]
-        return refit_closed_form(graph, original, model, calibration, sites=kept, seconds=seconds - check)
+        later = [site for site in sites if site.order >= first]
+        return refit_closed_form(
+            graph, original, model, calibration, sites=later, seconds=seconds - check, unmerged=unmerged
+        )
     if method == "distill":
         blocks = sorted({site.block for site in sites if site.order >= first})
         return distil(graph, original, model, calibration, blocks=blocks, seconds=seconds, check=check, seed=seed)

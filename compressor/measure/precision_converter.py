@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
 
 from compressor.choices import AUTO, Calibration
 from compressor.errors import CompressorError
@@ -15,9 +18,12 @@ from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines
 from compressor.measure.latency import EngineTimer
 from compressor.quality.evaluate import EvaluationError
+from compressor.quality.heads.registry import head_for
 from compressor.quantize.convert import OURS, choose_conversion, convert, usable_quantizers
+from compressor.quantize.output_error import Judge
 from compressor.quantize.precision import Converted, Source, Trial, choose_precision
 from compressor.workspace.progress import Steps, Tick
+from passes.analysis.redundancy import MASK
 from runtimes.base.protocols import RuntimesError
 
 Key = TypeVar("Key")
@@ -91,10 +97,23 @@ class PrecisionConverter:
             loss=None if loss is None else partial(_loss_of_file, loss, precision),
             max_loss=self.max_loss,
             progress=lambda text: tick(text=text),
+            judge=self._judge(),
         )
         if quantizer != OURS and loss is None:
             self._check_engine(source)
         return source, facts
+
+    def _judge(self) -> Judge:
+        """Return the comparison of outputs: the divergence of the model's head."""
+        model = self.builder.subject.model
+        head = head_for(model.task, model.problem_type)
+
+        def distance(outputs: Mapping[str, Any], exact: Mapping[str, Any], feeds: Mapping[str, Any]) -> float:
+            changed, original = (torch.from_numpy(np.asarray(model.evaluated(each))) for each in (outputs, exact))
+            mask = feeds.get(MASK) if original.ndim > 2 else None
+            return float(head.divergence(changed, original, None if mask is None else torch.from_numpy(mask)).mean())
+
+        return Judge((model.answer, *model.stacked), distance)
 
     def convert_for_timing(self, path: Path, precision: str) -> Source:
         """Convert a float file for timing alone: int8 ranges come from one batch, and the loss is not measured.

@@ -36,6 +36,7 @@ _FILES = {
     ".json": "pass the folder that contains it",
 } | dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLE)
 _DAMAGED = "download the model again"
+_ADAPTER = "adapter_config.json"
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -138,6 +139,8 @@ def _locate(spec: str, revision: str | None, random_weights: bool) -> tuple[str,
         return "gguf", spec
     if (fault := first_special([folder])) is not None:
         raise ModelError(f"{fault}; {_EXPECTED}.")
+    if folder.is_file() and folder.name.startswith("adapter_model."):
+        raise _is_adapter(spec, "")
     if folder.exists():
         raise ModelError(f"{spec} is a file; {_FILES.get(folder.suffix.lower(), _EXPECTED)}.")
     if _FACTORY.fullmatch(spec):
@@ -162,6 +165,7 @@ def _in_folder(folder: Path) -> tuple[str, str]:
         file = _gguf_in(folder)
         if file is not None:
             return "gguf", str(file)
+        _check_no_adapter(folder)
         if (folder / "modules.json").is_file():  # says that its modules are not supported or not in this folder
             _source("text.sentence_transformers").read_modules(folder / "modules.json", str(folder))
         raise ModelError(
@@ -170,7 +174,32 @@ def _in_folder(folder: Path) -> tuple[str, str]:
         ) from None
     except JsonFileError as error:
         raise ModelError(str(error)) from error
+    _check_no_adapter(folder)
     return _config_source(config, str(folder)), str(folder)
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Refuse an adapter, also beside the files of its base: transformers would leave it out without peft."""
+    if (folder / _ADAPTER).is_file():
+        raise _is_adapter(str(folder), _base_of(folder / _ADAPTER))
+
+
+def _is_adapter(location: str, base: str) -> ModelError:
+    """Return the error for an adapter of peft, such as LoRA, whose weights are only differences to a base model."""
+    return ModelError(
+        f"{location} is an adapter of peft{base}, not a whole model; merge it with peft's merge_and_unload "
+        "(PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged)), and pass the merged "
+        "folder with the base's tokenizer or image processor."
+    )
+
+
+def _base_of(file: Path) -> str:
+    """Return the base model of an adapter as a clause; empty if its config does not name one."""
+    try:
+        base = read_json(file, OBJECT, remedy=_DAMAGED).get("base_model_name_or_path")
+    except (FileNotFoundError, JsonFileError):
+        return ""
+    return f" for {base}" if isinstance(base, str) and base else ""
 
 
 def _broken_link(folder: Path) -> Path | None:
@@ -197,10 +226,14 @@ def _config_source(config: object, location: str) -> str:
 
 def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         path = hf_hub_download(spec, "config.json", revision=revision)
     except Exception as error:  # the hub client raises a dozen types: offline, gated, missing, wrong revision
+        reached = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if reached and (adapter := _adapter_on_hub(spec, revision)) is not None:
+            raise _is_adapter(spec, _base_of(adapter)) from error
         raise ModelError(
             f"{spec!r} is not a local folder and could not be fetched from the hub: {load_error_reason(error)}."
         ) from error
@@ -210,6 +243,16 @@ def _hub_source(spec: str, revision: str | None) -> tuple[str, str]:
         raise ModelError(f"the config.json of {spec} cannot be used: {error}") from error
     source = _config_source(config, spec)
     return source, f"hf-hub:{spec}" if source == "timm" else spec
+
+
+def _adapter_on_hub(spec: str, revision: str | None) -> Path | None:
+    """Return the adapter config of a hub repository without config.json; None if it has none or is out of reach."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(spec, _ADAPTER, revision=revision))
+    except Exception:  # as above; the first error is the one to report
+        return None
 
 
 def _is_timm_name(spec: str) -> bool:

@@ -55,6 +55,9 @@ class Preprocess:
         longest: maximum number of tokens that the model takes; None if it is unknown.
         align: tokenizes texts with the places of the tokens in them; None without a fast tokenizer.
         special: token ids that are not text, such as those of padding and of the start.
+        unknown: the token id of words that the tokenizer does not know; None if it knows all, or marks something else
+            with the same token.
+        tokenizer: name of the tokenizer, for messages.
         mask_token: the token id that hides a token of a masked language model.
         problem_type: the problem type of a classifier.
         classes: number of classes or labels; None if it is unknown before the model runs.
@@ -76,6 +79,8 @@ class Preprocess:
     longest: int | None = None
     align: Callable[[list[Any], list[str] | None], Aligned] | None = None
     special: frozenset[int] = frozenset()
+    unknown: int | None = None
+    tokenizer: str = ""
     mask_token: int | None = None
     problem_type: str | None = None
     classes: int | None = None

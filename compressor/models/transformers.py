@@ -476,6 +476,8 @@ def _text_preprocess(
         text=_truncating(processor, inputs, padding, limit),
         align=partial(tokenize_aligned, processor, inputs, limit) if processor.is_fast else None,
         special=frozenset(processor.all_special_ids),
+        unknown=_unknown(processor),
+        tokenizer=f"{type(processor).__name__} of {Path(str(processor.name_or_path)).name}",
         mask_token=processor.mask_token_id,
         class_first=getattr(processor, "cls_token_id", None) is not None,
         whole=partial(_untruncated, processor, inputs),
@@ -484,6 +486,13 @@ def _text_preprocess(
         longest=longest,
         limit=limit,
     )
+
+
+def _unknown(tokenizer: Any) -> int | None:
+    """Return the token id of unknown words; None if it also ends, pads or masks texts, as in GPT-2."""
+    others = (f"{role}_token_id" for role in ("bos", "eos", "pad", "cls", "sep", "mask"))
+    token = tokenizer.unk_token_id
+    return None if token in [getattr(tokenizer, name, None) for name in others] else token
 
 
 def _tokens(

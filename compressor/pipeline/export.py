@@ -30,12 +30,13 @@ from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
-from compressor.report import engine_layers
+from compressor.report import engine_layers, exact_rewrites
 from compressor.report.card import model_card
-from compressor.report.collect_limitations import limitations_of
+from compressor.report.collect_limitations import limitations_of, of_timings
 from compressor.report.pages.export_page import PAGE, html
 from compressor.report.pages.sample_previews import previews
 from compressor.report.precision_notes import precision_notes
+from compressor.report.recipe_notes import recipe_notes
 from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
@@ -50,6 +51,7 @@ from compressor.workspace.output_folder import engine_bytes, output_folder, scra
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
 from passes.graph.cache_state import bytes_per_token
+from passes.graph.edit import with_weights
 from passes.graph.graph import Graph
 from runtimes.base.timing import Latency
 
@@ -96,17 +98,20 @@ class _Rewritten:
 
     Attributes:
         choice: the plan, with the facts about its choice.
-        adapted: the rewritten graph after healing, before tokens are merged.
-        graph: `adapted` with tokens merged.
+        graph: the rewritten graph with its tokens merged, after healing.
         folded: `graph` folded, ready to be lowered.
         healed: the report of healing; None without healing.
     """
 
     choice: Choice
-    adapted: Graph
     graph: Graph
     folded: Graph
     healed: Healed | None
+
+    @property
+    def unmerged(self) -> Graph:
+        """The rewritten graph before tokens are merged, with the weights after healing."""
+        return with_weights(self.choice.graph, self.graph)
 
 
 def export(settings: Settings, *, console: Console | None = None, command: str = "compressor.export(...)") -> Report:
@@ -181,11 +186,13 @@ def _compressed(
         engine=engine,
         factorial=factorial_cells.measured(latency, quality, variants, settings, folder) if factorial else None,
         evidence=_evidence(rewritten, subject),
+        exact={"multiply_adds": Costs(builder.fold(subject.graph), subject.costs.example).total.multiply_adds},
         limitations=(
             *limitations_of(
                 subject, settings.precision, conversions, shipped.trials, engine, [each.parity for each in reported]
             ),
             *_lost(rewritten, subject),
+            *of_timings(timer.unsteady),
         ),
     )
     return dataclasses.replace(report, notes=_notes(report, settings, subject, rewritten))
@@ -214,7 +221,8 @@ def _decided(
     healing = settings.heal_budget
     while True:
         start = time.perf_counter()
-        rewritten = _adapted(choice, subject, settings, evaluator, healing, steps)
+        retried = decision is not None and milder_exists(choice)
+        rewritten = _adapted(choice, subject, settings, evaluator, healing / 2 if retried else healing, steps)
         healing = max(healing - (time.perf_counter() - start), 0.0)
         shipped = _built(baseline, rewritten, settings, evaluator, folder, steps)
         if decision is None:
@@ -229,11 +237,10 @@ def _decided(
 def _adapted(
     choice: Choice, subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, seconds: float, steps: Steps
 ) -> _Rewritten:
-    """Heal the graph of a choice for at most `seconds`, merge its tokens and fold it."""
+    """Heal the graph of a choice for at most `seconds`, and fold it."""
     with index_errors_as_data_errors(subject):
-        choice, adapted, healed = _healed(choice, subject, settings, seconds, steps)
-        graph = choice.rewriter.reduced(adapted, choice.plan.changes)
-    return _Rewritten(choice, adapted, graph, evaluator.builder.fold(graph), healed)
+        choice, graph, healed = _healed(choice, subject, settings, seconds, steps)
+    return _Rewritten(choice, graph, evaluator.builder.fold(graph), healed)
 
 
 def _loss_of_precision(baseline: Variant, precision: str, converter: PrecisionConverter, steps: Steps) -> float:
@@ -272,7 +279,7 @@ def _built(
     variants = [baseline, _lowered(baseline, rewritten, builder, steps)]
     factorial = settings.factorial and variants[0].float_file != variants[1].float_file
     if factorial:
-        variants += factorial_cells.unmerged(rewritten.choice, rewritten.adapted, builder)
+        variants += factorial_cells.unmerged(rewritten.choice, rewritten.unmerged, builder)
     settings, trials = _with_precision(settings, variants[1], converter, steps)
     variants = convert_variants(variants, settings.precision, converter, steps)
     conversions = {each.name: each.conversion for each in variants if each.conversion is not None}
@@ -335,6 +342,12 @@ def _write(report: Report, folder: Path, subject: TracedModel) -> None:
 def _lost(rewritten: _Rewritten, subject: TracedModel) -> Iterator[Limitation]:
     """Yield the limitations of the plan: tokens that cannot be merged, and a KV cache that it removes."""
     search = rewritten.choice.search
+    if search is not None and math.isfinite(search.limit) and search.validation.bounded.expects_loss:
+        yield Limitation(
+            "calibrated probabilities",
+            "the loss of accuracy to expect takes the original's probabilities as they are, without a fitted "
+            "temperature; an original that is too confident overstates it, one that is too modest understates it",
+        )
     merging = None if search is None else search.why_no_merging()
     if merging is not None:
         yield Limitation("token merging", f"not possible after any attention ({merging.rstrip('.')})")
@@ -367,21 +380,29 @@ def _generation(
 def _healed(
     choice: Choice, subject: TracedModel, settings: Settings, seconds: float, steps: Steps
 ) -> tuple[Choice, Graph, Healed | None]:
-    """Heal the graph of a choice if ``--heal`` is set; return the choice, the graph and the report of healing.
+    """Heal the graph of a choice if ``--heal`` is set; return the choice, the graph as it ships and the report.
 
     A search that healing follows may exceed the limit on the loss. If healing does not recover the excess, the last
-    changes of the search are undone until the loss is within the limit, and that graph is healed.
+    changes of the search are undone until the loss is within the limit, and that graph is healed. Half of the time is
+    left for it, if there is such a plan.
     """
     if settings.heal == "none" or not choice.plan.changes:
-        return choice, choice.graph, None
-    budget = seconds if choice.search is None else seconds / 2
-    graph, healed = _heal(choice, subject, settings, budget, steps)
-    if choice.search is not None and healed.after["loss"] > settings.loss_limit + ROUNDING:
-        choice = choice.within(settings.loss_limit)
+        return choice, choice.reduced(), None
+    milder = None if choice.search is None else choice.within(settings.loss_limit)
+    retried = milder is not None and milder.count < choice.count and bool(milder.plan.changes)
+    start = time.perf_counter()
+    graph, healed = _heal(choice, subject, settings, seconds / 2 if retried else seconds, steps)
+    if milder is not None and healed.after["loss"] > settings.loss_limit + ROUNDING:
+        choice = milder
         if not choice.plan.changes:
-            return choice, choice.graph, None
-        graph, healed = _heal(choice, subject, settings, budget, steps)
+            return choice, choice.reduced(), None
+        graph, healed = _heal(choice, subject, settings, max(seconds - (time.perf_counter() - start), 0.0), steps)
     return choice, graph, healed
+
+
+def milder_exists(choice: Choice) -> bool:
+    """Return whether a plan with fewer changes of the search would still change something."""
+    return choice.search is not None and choice.count > 0 and bool(choice.at(max(choice.count - 1, 0)).plan.changes)
 
 
 def _heal(
@@ -395,7 +416,7 @@ def _heal(
             )
         return heal(
             settings.heal,
-            choice.graph,
+            choice.reduced(),
             subject.graph,
             subject.model,
             subject.data.calibration,
@@ -404,6 +425,7 @@ def _heal(
             budget=budget,
             seed=settings.seed,
             progress=tick,
+            unmerged=choice.graph if choice.plan.merges else None,
             **({"stored": partial(rounded, model=subject.model)} if settings.target == TRANSFORMERS else {}),
         )
 
@@ -439,10 +461,12 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
         notes.append(f"Healing ({settings.heal}): skipped, because the plan changes nothing.")
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
-    notes += precision_notes(report)
+    notes += [*precision_notes(report), *recipe_notes(report)]
+    exact = exact_rewrites.sentence(report.to_dict())
+    notes += [] if exact is None else [exact]
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
-    return (*notes, *report.missed())
+    return (*notes, *report.missed(), *report.exceeded())
 
 
 def _unchanged(report: Report, settings: Settings) -> str:
@@ -450,10 +474,10 @@ def _unchanged(report: Report, settings: Settings) -> str:
     limit = f" within {settings.loss_limit:g} % loss on validation data" if math.isfinite(settings.loss_limit) else ""
     tried, sites, total = report.search["validated"], report.search["validated_sites"], len(report.plan.decisions)
     if not tried:
-        return f"The search changed nothing{limit}: no change saves anything or can be made."
+        return f"The search changed nothing{limit}: {report.search['ended']}."
     return (
-        f"The search changed nothing{limit}: it tried {tried} changes at {sites} of {total} sites, those of the least "
-        "effect for their saving, and each lost more."
+        f"The search changed nothing{limit}: it tried {tried} changes at {sites} of {total} sites, and each lost more; "
+        f"{report.search['ended']}."
     )
 
 

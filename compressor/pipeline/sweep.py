@@ -11,7 +11,7 @@ from compressor.errors import SettingsError
 from compressor.lower.traced_model import check_original, index_errors_as_data_errors, load
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.pipeline.unused_options import refuse_unused
-from compressor.report.collect_limitations import of_sweep
+from compressor.report.collect_limitations import of_sweep, of_timings
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.report.precision_notes import expected_excess
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
@@ -74,7 +74,10 @@ def sweep(
             search=facts_of(search),
             environment=environment(),
             seconds=sum(step.seconds for step in steps.done),
-            limitations=tuple(of_sweep(subject, settings.precision, target.name, conversions)),
+            limitations=(
+                *of_sweep(subject, settings.precision, target.name, conversions),
+                *of_timings(evaluator.timer.unsteady),
+            ),
             notes=(*price_notes(facts_of(search)), *(sentence for sentence in excesses if sentence is not None)),
         )
         (folder / "plans").mkdir()

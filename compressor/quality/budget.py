@@ -51,6 +51,11 @@ class Budget:
             )
 
     @property
+    def expects_loss(self) -> bool:
+        """Whether the bounded loss is one that the head expects from the original's probabilities."""
+        return self.kind == ACCURACY and self.judged in self.head.expects
+
+    @property
     def judged(self) -> str:
         """The metric whose loss is bounded, or ``divergence``."""
         if self.kind == AGREEMENT:

@@ -16,6 +16,7 @@ from compressor.quantize.int4 import to_int4
 from compressor.quantize.int8_search import quantize
 from compressor.quantize.intermediate_values import absolute_maxima
 from compressor.quantize.nncf import to_int8 as nncf_to_int8
+from compressor.quantize.output_error import SQUARED, Judge
 from compressor.quantize.precision import Converted, Source
 from compressor.quantize.qdq_rewrite import Kept
 from runtimes.base.protocols import Feeds, Int8Style
@@ -42,6 +43,7 @@ def convert(
     loss: Callable[[Path], float] | None = None,
     max_loss: float = 0.5,
     progress: Callable[[str], None] | None = None,
+    judge: Judge = SQUARED,
 ) -> Converted:
     """Write an ONNX file in a precision below fp32.
 
@@ -56,6 +58,7 @@ def convert(
         loss: returns the loss of a written file against the float file in percent.
         max_loss: largest allowed loss in percent. int8 keeps layers in float to meet it; other precisions ignore it.
         progress: called with a short message at each step.
+        judge: compares outputs in int8 with those of the float model.
 
     Raises:
         CompressorError: the file cannot be written in this precision.
@@ -75,6 +78,7 @@ def convert(
             loss=partial(_loss_in_fp16, loss, maxima) if halved and loss is not None else loss,
             max_loss=max_loss,
             progress=progress,
+            judge=judge,
         )
         float32 = to_fp16(destination, destination, maxima).kept if halved else ()
         rest = "fp16" if halved else "fp32"

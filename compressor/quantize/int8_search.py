@@ -5,35 +5,27 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import onnx
-
 from compressor.choices import Calibration
 from compressor.quantize.calibration import BY_EXTREMES, Extremes, Histograms, extremes, histograms
-from compressor.quantize.intermediate_values import Batch, save_with_outputs, stream
+from compressor.quantize.intermediate_values import Batch
+from compressor.quantize.output_error import SQUARED, Judge, OutputErrors, file_error, layer_errors
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
-    PREFIX,
     SMALLEST,
     Activations,
-    Edit,
     Kept,
     Linear,
     QuantizeError,
     Range,
-    add_fake,
     candidates,
     load,
-    paired,
-    replace_nodes,
     write,
 )
 from compressor.quantize.smoothquant import smooth
@@ -43,8 +35,14 @@ __all__ = ["Attempt", "Kept", "QuantizeError", "Quantized", "quantize"]
 Mode = Literal["static", "dynamic"]
 Feeds = Callable[[], Iterator[Batch]]
 
-SENSITIVITY_BATCHES = 4
-"""Number of calibration batches used to measure the error of each node."""
+ATTEMPTS = 6
+"""Numbers of nodes kept in float that are tried at most."""
+
+FEW = 4
+"""Number of nodes up to which one more node at a time returns to float."""
+
+HOPELESS = 2.0
+"""Error of the output, relative to the least of the calibrations so far, above which a loss is not measured."""
 
 ENOUGH = 0.2
 """Share of the allowed loss at which the search for ranges stops."""
@@ -60,11 +58,19 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A measured calibration: the method (None for dynamic ranges), whether smoothing came first, and the loss."""
+    """A calibration that was tried.
+
+    Args:
+        method: the method; None for dynamic ranges.
+        smoothed: whether SmoothQuant came first.
+        loss: measured loss; None if it was not measured, because the error is far above that of another calibration.
+        error: error of the model's output on a few calibration samples; None if it was not needed.
+    """
 
     method: Calibration | None
     smoothed: bool
     loss: float | None
+    error: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class _Settings:
     calibration: Calibration | Literal["auto"]
     external_above: int
     progress: Callable[[str], None]
+    judge: Judge
 
 
 @dataclass(frozen=True)
@@ -132,15 +139,18 @@ def quantize(
     max_loss: float = 0.005,
     external_above: int = EXTERNAL_ABOVE,
     progress: Callable[[str], None] | None = None,
+    judge: Judge = SQUARED,
 ) -> Quantized:
     """Quantize a float ONNX file to int8 and return the nodes that stay in float.
 
     All eligible nodes are quantized first. With `calibration="auto"`, the methods of `compressor.quantize.calibration`
-    and SmoothQuant are tried until the loss is at most a fifth of `max_loss`, and the best is kept. If its loss
-    exceeds `max_loss`, nodes are ranked by the relative squared error of their own output in int8,
-    |Y - Y8|^2 / |Y|^2. The worst 1, 2, 4, 8 ... nodes return to float until the loss is met or half of all nodes are in
-    float. If the loss is still not met, the attempt with the lowest loss is kept, and the caller decides whether to
-    accept it. Without `loss`, only the fixed rules of `compressor.quantize.qdq_rewrite` and the first method apply.
+    and SmoothQuant are tried until the loss is at most a fifth of `max_loss`, and the best is kept. The loss of a
+    calibration is not measured if the error of its output is more than `HOPELESS` times the least so far. If the least
+    loss exceeds `max_loss`, nodes are ranked by their effect on the model's output: its error when only this node is in
+    int8 (see `compressor.quantize.output_error`). The fewest of the worst nodes return to float
+    that meet the loss, at most half of all. If the loss is still not met, the attempt with the lowest loss is kept, and
+    the caller decides whether to accept it. Without `loss`, only the fixed rules of `compressor.quantize.qdq_rewrite`
+    and the first method apply.
 
     Args:
         source: float ONNX file, opset 18 or newer, with or without external data.
@@ -157,6 +167,7 @@ def quantize(
         max_loss: largest acceptable `loss`.
         external_above: weight size in bytes above which weights are stored as external data.
         progress: called with a short message at each step.
+        judge: compares outputs in int8 with those of the float model.
 
     Raises:
         QuantizeError: there is no node to quantize or no calibration data, an input is missing, or a value is not
@@ -168,7 +179,9 @@ def quantize(
         raise QuantizeError(
             "Dynamic int8 has uint8 activations and no convolutions; use static, or leave both options out."
         )
-    settings = _Settings(mode, activations, calibration, external_above, progress if progress is not None else _silent)
+    settings = _Settings(
+        mode, activations, calibration, external_above, progress if progress is not None else _silent, judge
+    )
     linears, kept = candidates(load(source), convolutions=convolutions)
     if not linears:
         raise QuantizeError(
@@ -214,10 +227,18 @@ def _calibrate(
     measured = extremes(job.source, job.work, activations, job.feeds, job.settings.progress) if static else None
     tried: list[Calibrated] = []
     best = last = None
+    least = math.inf
     for untried in _trials(job, measured):
         _write_attempt(untried, linears)
+        last, error = untried, None
+        if loss is not None and job.settings.calibration == "auto":
+            error = file_error(job.source, job.destination, job.feeds, job.settings.judge)
+            if error is not None and error > HOPELESS * least:
+                tried.append(Calibrated(untried.method, untried.smoothed, None, error))
+                continue
+            least = least if error is None else min(least, error)
         trial = last = untried if loss is None else replace(untried, loss=float(loss(job.destination)))
-        tried.append(Calibrated(trial.method, trial.smoothed, trial.loss))
+        tried.append(Calibrated(trial.method, trial.smoothed, trial.loss, error))
         if best is None or _sort_key(trial.loss) < _sort_key(best.loss):
             best = trial
         if trial.loss is None or trial.loss <= ENOUGH * max_loss:
@@ -275,24 +296,50 @@ def _smoothed(job: _Job) -> _Job | None:
 def _return_to_float(
     trial: _Trial, linears: Sequence[Linear], loss: Callable[[Path], float] | None, max_loss: float
 ) -> tuple[list[Attempt], list[Kept]]:
-    """Keep nodes in float until the loss is met; return the attempts and the nodes kept in float, worst first."""
+    """Keep the fewest nodes in float that meet the loss; return the attempts and the nodes kept, worst first."""
     if loss is None or trial.loss is None:
         return [], []
     attempts = [Attempt(0, trial.loss)]
-    if trial.loss <= max_loss:
+    if trial.loss <= max_loss or len(linears) < 2:
         return attempts, []
-    errors = _sensitivity(trial, linears)
-    worst = sorted(linears, key=lambda linear: -errors[linear.output])
-    for count in _steps(len(worst)):
+    errors = _layer_errors(trial, linears)
+    worst = sorted(linears, key=lambda linear: -errors.alone[linear.output])
+    while len(attempts) <= ATTEMPTS:
+        count = _next_count(attempts, errors, [linear.output for linear in worst], max_loss)
+        if count is None:
+            break
         _write_attempt(trial, worst[count:])
         attempts.append(Attempt(count, float(loss(trial.job.destination))))
-        if attempts[-1].loss <= max_loss:
-            break
-    best = min(attempts, key=lambda attempt: _sort_key(attempt.loss))
-    chosen = attempts[-1] if attempts[-1].loss <= max_loss else best
+    met = [attempt for attempt in attempts if attempt.loss <= max_loss]
+    chosen = min(met, key=lambda attempt: attempt.kept) if met else min(attempts, key=lambda each: _sort_key(each.loss))
     if chosen is not attempts[-1]:
         _write_attempt(trial, worst[chosen.kept :])
-    return attempts, [_kept_for_accuracy(linear, errors[linear.output]) for linear in worst[: chosen.kept]]
+    return attempts, [_kept_for_accuracy(linear, errors.share(linear.output)) for linear in worst[: chosen.kept]]
+
+
+def _next_count(attempts: Sequence[Attempt], errors: OutputErrors, worst: Sequence[str], max_loss: float) -> int | None:
+    """Return the number of nodes to keep in float in the next attempt; None if no other number can be better.
+
+    The first number is the one at which the remaining error of the output is expected to meet the loss, if both
+    decrease alike; half of all nodes if none is. From there on, one node is returned at a time as long as they are few,
+    then twice as many, up to half. Between a number that met the loss and one that did not, the middle is tried.
+    """
+    most = len(worst) // 2
+    failed = max((attempt.kept for attempt in attempts if not attempt.loss <= max_loss), default=0)
+    met = min((attempt.kept for attempt in attempts if attempt.loss <= max_loss), default=None)
+    if met is not None:
+        middle = (failed + met) // 2
+        return middle if failed < middle < met else None
+    if failed >= most:
+        return None
+    if len(attempts) > 1:
+        return min(failed + 1 if failed < FEW else 2 * failed, most)
+    left = 1.0
+    for count, layer in enumerate(worst[:most], start=1):
+        left -= max(errors.share(layer), 0.0)
+        if left * attempts[0].loss <= max_loss:
+            return count
+    return most if math.isfinite(attempts[0].loss) else min(1, most)
 
 
 def _write_attempt(trial: _Trial, linears: Sequence[Linear]) -> None:
@@ -308,58 +355,18 @@ def _write_attempt(trial: _Trial, linears: Sequence[Linear]) -> None:
     )
 
 
-def _steps(nodes: int) -> list[int]:
-    """Return the number of nodes to keep in float in each attempt: powers of two, then half.
-
-    >>> _steps(49), _steps(2), _steps(1)
-    ([1, 2, 4, 8, 16, 24], [1], [])
-    """
-    half = nodes // 2
-    powers = itertools.takewhile(lambda count: count < half, (2**i for i in itertools.count()))
-    return [*powers, half] if half > 0 else []
-
-
 def _kept_for_accuracy(linear: Linear, error: float) -> Kept:
-    return Kept(linear.node, linear.module, f"accuracy: relative output error {error:.2g} in int8", error)
+    reason = f"accuracy: {error:.0%} of the error of the model's output comes from its int8"
+    return Kept(linear.node, linear.module, reason, error)
 
 
 def _silent(_: str) -> None:
     return
 
 
-def _sensitivity(trial: _Trial, linears: Sequence[Linear]) -> dict[str, float]:
-    """Measure |Y - Y8|^2 / |Y|^2 of each node when only this node is in int8, over `SENSITIVITY_BATCHES` batches."""
-    job, ranges = trial.job, trial.ranges
-    job.settings.progress("int8: error of each node")
-    model = load(job.source)
-    edit = Edit(model.graph)
-    outputs: list[str] = []
-    for node, linear in paired(model.graph, linears):
-        edit.nodes.append(node)
-        if linear is not None:
-            outputs += _error_nodes(edit, linear, node, ranges, job.settings.activations)
-    nodes, edit.nodes = edit.nodes, []
-    replace_nodes(model.graph, nodes)
-    save_with_outputs(model, edit, outputs, job.work)
-    sums = np.zeros(len(outputs))
-    for _, values in stream(job.work, itertools.islice(job.feeds(), SENSITIVITY_BATCHES), outputs):
-        sums += np.array([float(value) for value in values])
-    errors = sums[::2] / np.maximum(sums[1::2], np.finfo(np.float64).tiny)
-    return {linear.output: float(error) for linear, error in zip(linears, errors, strict=True)}
-
-
-def _error_nodes(
-    edit: Edit, linear: Linear, node: onnx.NodeProto, ranges: Mapping[str, Range] | None, activations: Activations
-) -> tuple[str, str]:
-    """Add an int8 copy of a node that only its error consumes; return the outputs |Y - Y8|^2 and |Y|^2."""
-    base = f"{PREFIX}{linear.output}"
-    if ranges is None:
-        activation = edit.once(
-            "DequantizeLinear", edit.dynamic(linear.activation), f"{PREFIX}{linear.activation}/float"
-        )
-    else:
-        activation = edit.grid(linear.activation, ranges[linear.activation], activations)
-    add_fake(edit, linear, node, activation, f"{base}/copy")
-    gap = edit.node("Sub", [f"{base}/copy", linear.output], [f"{base}/gap"])
-    error = edit.node("ReduceSumSquare", [gap], [f"{base}/error"], keepdims=0)
-    return error, edit.node("ReduceSumSquare", [linear.output], [f"{base}/norm"], keepdims=0)
+def _layer_errors(trial: _Trial, linears: Sequence[Linear]) -> OutputErrors:
+    job = trial.job
+    job.settings.progress("int8: effect of each layer on the output")
+    return layer_errors(
+        job.source, job.work, linears, trial.ranges, job.settings.activations, job.feeds, job.settings.judge
+    )

@@ -55,7 +55,8 @@ class Kept:
         node: name of the node in the ONNX file.
         module: qualified name of the torch module it was exported from, None if not in the metadata.
         reason: reason for which it stayed in float.
-        sensitivity: relative squared output error in int8, None if not measured.
+        sensitivity: share of the node in the errors of the model's output that the nodes cause alone in int8; None if
+            not measured.
     """
 
     node: str

@@ -77,6 +77,20 @@ def of_sweep(
     yield from _saturating(precision, {}, {"state": "built", "target": target})
 
 
+def of_timings(unsteady: Sequence[float]) -> Iterator[Limitation]:
+    """Yield a limitation if the timings that a plan or a precision was chosen by were taken under load.
+
+    Args:
+        unsteady: relative differences of two timings of one engine, of timings that were no steadier after repetition.
+    """
+    if unsteady:
+        yield Limitation(
+            "steady timings",
+            f"the same engine took {max(unsteady):.0%} longer when it was timed again, also after repetition, because "
+            "the machine is under load; the choices by these timings may differ on a quiet machine",
+        )
+
+
 def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
     """List the limitations of a built engine, by the ``engine`` part of a report."""
     if engine.get("state") != "built":

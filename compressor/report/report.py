@@ -12,7 +12,7 @@ from compressor.limitations import Limitation, format_limitations
 from compressor.quality.disagreements import Disagreement
 from compressor.quality.intervals import Figure
 from compressor.quality.metrics import LABEL_FREE, METRICS
-from compressor.report import engine_layers
+from compressor.report import engine_layers, exact_rewrites
 from compressor.report.engine_text import describe_measurements
 from compressor.report.precision_notes import exceeds_limit
 from compressor.workspace.progress import Step
@@ -99,6 +99,8 @@ class Report:
         generation: of a language model with a KV cache, the numbers of `prompt` tokens and `new` tokens that `latency`
             covers, and the latency of each call: ``prompt`` (prefill) and ``token`` (decode with a cache of `behind`
             tokens).
+        exact: the ``multiply_adds`` of the unchanged model after exact rewrites (folding, tokens that nobody reads),
+            which the baseline lacks; None if they are not known.
         limitations: the features that this export lacks, and the assumptions that were made.
     """
 
@@ -126,6 +128,7 @@ class Report:
     evidence: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] | None = None
     limitations: tuple[Limitation, ...] = ()
+    exact: dict[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values; latencies hold every raw sample, in milliseconds."""
@@ -195,9 +198,16 @@ class Report:
             yield from self._latency_rows(variants)
         yield "parameters, M", *(f"{self.sizes[name].parameters / 1e6:.2f}" for name in variants)
         yield "multiply-adds, G", *(f"{self.sizes[name].multiply_adds / 1e9:.3f}" for name in variants)
+        alone = exact_rewrites.cells(self._content_of_sizes, variants)
+        if alone is not None:
+            yield exact_rewrites.LABEL, *alone
         yield "engine, MB", *(f"{self.sizes[name].bytes / 1e6:.2f}" for name in variants)
         if any(size.cache for size in self.sizes.values()):
             yield "cache, bytes per token", *(f"{self.sizes[name].cache}" for name in variants)
+
+    @property
+    def _content_of_sizes(self) -> dict[str, Any]:
+        return {"sizes": {name: asdict(size) for name, size in self.sizes.items()}, "exact": self.exact}
 
     def _quality_rows(self, quality: Quality, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
         metric = METRICS[quality.metric]
@@ -262,6 +272,26 @@ class Report:
         if latency is not None and median > latency:
             sentences.append(f"The result takes {median:.4g} ms, not {latency:g} ms as asked for{advice}")
         return tuple(sentences)
+
+    def exceeded(self) -> tuple[str, ...]:
+        """Return what a wish for speed cost, where it is met: by how much it was exceeded, and the loss."""
+        wanted, latency = self.settings["speedup"], self.settings["latency"]
+        if not self.latency or (wanted is None and latency is None) or self.missed():
+            return ()
+        median = self.latency["result"].median
+        asked = (
+            []
+            if wanted is None
+            else [(f"{self.speedup().ratio:.4g}x faster", f"{wanted:g}x", self.speedup().ratio / wanted)]
+        )
+        asked += [] if latency is None else [(f"at {median:.4g} ms", f"{latency:g} ms", latency / median)]
+        met = " and ".join(
+            f"{reached} ({wish} asked for, exceeded by {ratio - 1.0:.0%})" for reached, wish, ratio in asked
+        )
+        if self.quality is None:
+            return (f"The result is {met}; its loss is not known, because {self.no_quality_because}.",)
+        lost = self.quality.loss["baseline"]
+        return (f"The result is {met} and loses {lost.value:.2f} % on test data ({lost.low:.2f} to {lost.high:.2f}).",)
 
     def _judged(self) -> str:
         count = self.quality.figures["result"].n if self.quality is not None else 0

@@ -347,6 +347,13 @@ class Evidence(TypedDict):  # noqa: D101
     tokens: NotRequired[dict[Text, Count]]
 
 
+@with_config(_EXACT)
+class Exact(TypedDict):
+    """The unchanged model after exact rewrites."""
+
+    multiply_adds: Count
+
+
 @with_config(_KEPT)
 class Healed(TypedDict):  # noqa: D101
     method: Text
@@ -473,6 +480,7 @@ class DeferredReport(BenchReport):
     evidence: Evidence
     generation: Generation | None
     limitations: NotRequired[list[Limitation]]
+    exact: NotRequired[Exact | None]
 
 
 def _fitting(report: DeferredReport) -> DeferredReport:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compressor.data.splits import Split
 from compressor.quality.output_divergence import OutputDivergence
@@ -27,7 +27,8 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
 MEASURED_AT_ONCE = 6  # candidates measured at a time
-PATIENCE = 4  # consecutive candidates that may exceed the limit before the search ends
+REFINEMENTS = 3  # times that the last change is replaced by milder ones
+PATIENCE = 4  # sites at which a change of no greater effect exceeded the limit, before a candidate is given up
 NOISE = 1e-7  # divergence in nats caused by rounding of float32 logits; smaller differences do not rank candidates
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of tokens to try if merging is allowed
 MERGE = "merge:25%"  # measured at every attention first, as the effect of a drop does not predict that of merging
@@ -43,6 +44,8 @@ SOFTENED = {
     "replaceme": 0.6,
     "replaceme-cosine": 0.6,
 }
+
+REACHED = "the predicted speed-up is reached"
 
 Candidate = tuple[str, str]
 Progress = Callable[[str], None]
@@ -71,6 +74,16 @@ class Step:
     multiply_adds: int
 
 
+@dataclass(frozen=True)
+class Path:
+    """The changes of a search so far, to which it can return (`Search.restore`)."""
+
+    steps: tuple[Step, ...]
+    graphs: tuple[Graph, ...]
+    fronts: tuple[_Candidates, ...]
+    front: _Candidates
+
+
 @dataclass
 class Search:
     """State of a greedy search: the accepted changes, and the measurements of all other candidates.
@@ -90,6 +103,11 @@ class Search:
 
     Attributes:
         validated: candidates whose loss on validation data was measured.
+        exceeded: units at which a candidate exceeded the limit since the last accepted change, with the least increase
+            in divergence that did.
+        ended: why the last run ended, as a clause.
+        most: the output divergence of a change must be less, in nats.
+        fronts: the candidates before each accepted change.
         graphs: graphs before tokens are merged, after no change, the first change, and so on. They share their weights.
     """
 
@@ -107,7 +125,10 @@ class Search:
     graphs: list[Graph] = field(default_factory=list)
     validated: list[Candidate] = field(default_factory=list)
     refused: dict[Candidate, str] = field(default_factory=dict)
-    broken_in_a_row: int = 0
+    exceeded: dict[str, float] = field(default_factory=dict)
+    ended: str = ""
+    most: float = math.inf
+    fronts: list[_Candidates] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.work = self.prices.count(self.rewriter.original)
@@ -140,15 +161,81 @@ class Search:
         return self.whole / self.cost
 
     def run(self, enough: float = math.inf) -> None:
-        """Search until no candidate is left, `PATIENCE` in a row exceed the limit, or the speed-up reaches `enough`."""
-        while self.broken_in_a_row < PATIENCE and self.speedup < enough:
+        """Search until the speed-up reaches `enough`, or no remaining candidate can gain anything within the limit."""
+        while self.speedup < enough:
             best = self.front.best()
             if best is None:
+                self.ended = self._why_none_is_left()
                 return
             self._try(*best)
+        self.ended = REACHED
+
+    def path(self) -> Path:
+        """Return the changes so far and the candidates that are left."""
+        return Path(tuple(self.steps), tuple(self.graphs), tuple(self.fronts), self.front.copy())
+
+    def restore(self, path: Path) -> None:
+        """Return to the changes of a path; what was measured and validated since stays recorded."""
+        self.steps, self.graphs, self.fronts = list(path.steps), list(path.graphs), list(path.fronts)
+        self.graph, self.front = self.graphs[-1], path.front.copy()
+        self.reduced = self.rewriter.reduced(self.graph, self.changes)
+        self.cost = self.steps[-1].cost if self.steps else self.prices.cost(self.reduced)
+        self.exceeded.clear()
+
+    def milder(self, enough: float) -> None:
+        """Undo the changes that the speed-up `enough` does not need, and replace the last one by milder ones.
+
+        The best change by its price can save far more than is missing. So changes of less divergence are searched for
+        in its place, at most `REFINEMENTS` times; they are kept if they reach the speed-up and lose no more.
+        """
+        costs = [step.cost for step in self.steps]
+        needed = next((number for number, cost in enumerate(costs, 1) if self.whole / cost >= enough), 0)
+        if not needed:
+            return
+        self._undo_all_but(needed)
+        for _ in range(REFINEMENTS):
+            path, last = self.path(), self.steps[-1]
+            self._undo_all_but(len(self.steps) - 1)
+            self.most = last.divergence
+            self.run(enough)
+            self.most = math.inf
+            if self.speedup < enough or self.steps[-1].loss > last.loss + ROUNDING:
+                self.restore(path)
+                self.ended = REACHED
+                return
+
+    def _undo_all_but(self, count: int) -> None:
+        if count < len(self.steps):
+            front = self.fronts[count]
+            self.restore(
+                Path(tuple(self.steps[:count]), tuple(self.graphs[: count + 1]), tuple(self.fronts[:count]), front)
+            )
+
+    def hopeless(self, unit: str, added: float) -> bool:
+        """Return whether a change is given up, because changes of no greater effect exceeded the limit on this graph.
+
+        That of its own unit is enough: a larger share of merged tokens is not tried after a smaller one. Effects of
+        different units are no exact measure of the loss, so `PATIENCE` of them are needed.
+
+        Args:
+            unit: site or block that is changed.
+            added: increase in output divergence, in nats.
+        """
+        effects = sorted(self.exceeded.values())
+        others = effects[PATIENCE - 1] if len(effects) >= PATIENCE else math.inf
+        return added >= min(self.exceeded.get(unit, math.inf), others)
+
+    def _why_none_is_left(self) -> str:
+        left = [candidate for candidate in self.front.candidates if self.front.saves(candidate)]
+        if any(self.hopeless(unit, self.front.added[unit, action]) for unit, action in left):
+            return (
+                "every remaining change has at least the effect on the output of changes that exceeded the limit, by "
+                "its last measurement or its estimate"
+            )
+        return "no remaining change saves anything or can be made"
 
     def _try(self, unit: str, action: str) -> None:
-        added = self.front.added[unit, action]
+        added, before = self.front.added[unit, action], self.front.copy()
         self.front.remove((unit, action))
         try:
             # An accepted map is fitted on all calibration samples; the fit of the measurement may have used fewer.
@@ -163,14 +250,16 @@ class Search:
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:
             work = self.prices.count(reduced)
-            self.graph, self.reduced, self.cost, self.broken_in_a_row = graph, reduced, self.prices.of(work), 0
+            self.graph, self.reduced, self.cost = graph, reduced, self.prices.of(work)
+            self.exceeded.clear()
             divergence = self.front.base + added
             counted = self.prices.multiply_adds(work)
             self.steps.append(Step(unit, action, added, divergence, lost.percent, self.cost, counted))
             self.graphs.append(graph)
+            self.fronts.append(before)
             self.front.changed(unit, action)
         else:
-            self.broken_in_a_row += 1
+            self.exceeded[unit] = min(added, self.exceeded.get(unit, math.inf))
             self.refused[unit, action] = (
                 f"{action} {note} would exceed {self.limit:g} % after {len(self.steps)} changed"
             )
@@ -254,17 +343,36 @@ class _Candidates:
     read: set[str] = field(default_factory=set)
 
     def best(self) -> Candidate | None:
-        """Return the candidate with the least price, measured on the current graph; None if none is left."""
+        """Return the candidate with the least price, measured on the current graph; None if none can gain anything."""
         if not self.added:
             self._begin()
-        while self.candidates:
-            ranked = sorted(self.candidates, key=self._price)
-            if self._price(ranked[0]) == math.inf:
-                return None
+        while ranked := sorted(filter(self._can_gain, self.candidates), key=self._price):
             if ranked[0] in self.fresh:
                 return ranked[0]
             self._measure([candidate for candidate in ranked if candidate not in self.fresh][:MEASURED_AT_ONCE])
         return None
+
+    def saves(self, candidate: Candidate) -> bool:
+        """Return whether a candidate reduces the cost by a change that can be made."""
+        return self._price(candidate) < math.inf
+
+    def _can_gain(self, candidate: Candidate) -> bool:
+        added = self.added[candidate]
+        within = self.base + added < self.search.most or self.search.most == math.inf
+        return self.saves(candidate) and within and not self.search.hopeless(candidate[0], added)
+
+    def copy(self) -> _Candidates:
+        """Return a copy without the regressions, which are large."""
+        return replace(
+            self,
+            added=dict(self.added),
+            alone=dict(self.alone),
+            saved=dict(self.saved),
+            fresh=set(self.fresh),
+            fits={},
+            candidates=list(self.candidates),
+            read=set(self.read),
+        )
 
     def remove(self, candidate: Candidate) -> None:
         """Remove a candidate for the rest of the search."""

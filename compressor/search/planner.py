@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,9 @@ from passes.plan.plan import Plan, with_action, with_token_merging
 from passes.plan.selection import choose, parse
 
 HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
-CORRECTIONS = 3  # largest number of searches continued because the engine was slower than predicted
+CORRECTIONS = 4  # plans that are timed for a wished speed-up, as engines are faster or slower than predicted
+EXCESS = 1.05  # share of a wish that a plan may exceed it by without a search for a milder one
+MARGIN = 1.01  # factor on the prediction after an engine that was too slow
 
 
 class ChoiceError(CompressorError):
@@ -87,9 +89,9 @@ class Choice:
         return replace(self, plan=plan, graph=self.search.graphs[count], facts=facts)
 
     def within(self, limit: float) -> Choice:
-        """Return the choice with the most changes, in their order, whose loss on validation data is at most `limit`."""
+        """Return the choice with the most of these changes whose loss on validation data is at most `limit`."""
         assert self.search is not None
-        losses = [0.0, *(step.loss for step in self.search.steps)]
+        losses = [0.0, *(step.loss for step in self.search.steps[: self.count])]
         return self.at(max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING))
 
     def reduced(self) -> Graph:
@@ -172,23 +174,81 @@ def _searched(
 ) -> Choice:
     search = prepare_search(subject, settings, rewriter, evaluator, steps)
     goal = _goal(settings, search.prices)
-    enough = goal
-    for _ in range(CORRECTIONS):
-        run_search(search, steps, enough)
-        if goal == math.inf or search.speedup < enough:
-            break
-        fold = evaluator.builder.fold
-        designs = {"as it is": fold(subject.graph), "result": fold(search.reduced)}
-        before, after = map(evaluator.timer.total, evaluator.time(designs, steps).values())
-        reached = before / after
-        if reached >= goal:
-            break
-        enough = search.speedup * goal / reached * 1.01
+    timed: list[dict[str, Any]] = []
+    if goal == math.inf:
+        run_search(search, steps)
+    else:
+        timed = reach(search, goal, lambda: _measured(search, subject, settings, evaluator, steps), steps)
     with steps.step("score the sites"):
         scores = scores_for_report(subject.graph, search.effects.split)
     measurements = evidence(subject.sites, scores, search.front.alone)
     facts = facts_of(search) | {"front": front_of(search), "chosen": len(search.steps)}
+    if timed:
+        facts["goal"] = {"speedup": goal, "timed": timed}
     return Choice(search.plan(subject.model.name, rule(settings)), search.graph, rewriter, facts, search, measurements)
+
+
+def reach(search: Search, goal: float, measure: Callable[[], float], steps: Steps) -> list[dict[str, Any]]:
+    """Search for the mildest plan whose measured speed-up is at least `goal`.
+
+    Prediction and measurement differ, so the prediction that a plan has to reach is corrected in both directions:
+    upwards after an engine that is too slow, and downwards after one that is more than `EXCESS` times as fast as
+    wished. Where plans above and below the goal are known, the next prediction lies between them. At most
+    `CORRECTIONS` plans are timed. The search is left at the plan of the least divergence that met the goal, or at the
+    last one if none did.
+
+    Args:
+        search: the search; it is continued.
+        goal: speed-up to reach.
+        measure: returns the measured speed-up of the present plan of the search.
+        steps: shows progress.
+
+    Returns:
+        Each plan timed: number of ``changes``, ``predicted`` and ``measured`` speed-up, ``loss`` on validation data.
+    """
+    enough, low, best, least = goal, 1.0, None, math.inf
+    high, timed, seen = math.inf, list[dict[str, Any]](), set[tuple[tuple[str, str], ...]]()
+    for _ in range(CORRECTIONS):
+        run_search(search, steps, enough)
+        search.milder(enough)
+        plan = tuple(search.changes.items())
+        if search.speedup < enough or plan in seen:
+            break
+        seen.add(plan)
+        reached = measure()
+        loss, divergence = (search.steps[-1].loss, search.steps[-1].divergence) if search.steps else (0.0, 0.0)
+        timed.append({"changes": len(search.steps), "predicted": search.speedup, "measured": reached, "loss": loss})
+        if reached < goal:
+            low = max(low, search.speedup)
+        else:
+            high = min(high, search.speedup)
+            if best is None or divergence < least:
+                best, least = search.path(), divergence
+            if reached <= EXCESS * goal:
+                break
+        enough = _corrected(search.speedup * goal / reached * (MARGIN if reached < goal else 1.0), low, high)
+    if best is not None:
+        search.restore(best)
+    return timed
+
+
+def _corrected(enough: float, low: float, high: float) -> float:
+    """Return a prediction to reach above `low`, which was too slow, and below `high`, which was fast enough."""
+    if low < enough < high:
+        return enough
+    return low * MARGIN if high == math.inf else math.sqrt(low * high)
+
+
+def _measured(
+    search: Search, subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, steps: Steps
+) -> float:
+    """Return the measured speed-up of the present plan of a search, in the terms of its goal (see `_goal`).
+
+    For ``--speedup`` it is that of the report: over the baseline, which has no exact rewrites.
+    """
+    designs = {"as it is": subject.graph, "result": evaluator.builder.fold(search.reduced)}
+    before, after = map(evaluator.timer.total, evaluator.time(designs, steps).values())
+    return before / after if settings.latency is None else search.prices.timings["as it is"] / after
 
 
 def run_search(search: Search, steps: Steps, enough: float = math.inf) -> None:
@@ -340,6 +400,7 @@ def facts_of(search: Search) -> dict[str, Any]:
         "validation_sweeps": search.validation.evaluations,
         "validated": len(search.validated),
         "validated_sites": len({unit for unit, _ in search.validated}),
+        "ended": search.ended,
         "recalled": search.journal.found,
         "predicted_speedup": search.speedup,
         "prices": {

@@ -98,6 +98,20 @@ def replace_parameter(graph: Graph, name: str, tensor: torch.Tensor) -> None:
             graph.module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
+def with_weights(graph: Graph, source: Graph) -> Graph:
+    """Return a fork with the parameters of another fork of the same model; those that `source` lacks stay.
+
+    Raises:
+        GraphError: a parameter has another shape or type in `source`.
+    """
+    fork = graph.fork()
+    others = dict(source.module.named_parameters(remove_duplicate=False))
+    for name, parameter in graph.module.named_parameters():
+        if name in others and others[name] is not parameter:
+            replace_parameter(fork, name, others[name].detach())
+    return fork
+
+
 def set_inputs_and_outputs(graph: Graph, inputs: Mapping[fx.Node, str], outputs: Mapping[str, fx.Node]) -> None:
     """Remove or rename inputs and outputs of a graph.
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from compressor.limitations import Limitation
 from compressor.quality.metrics import LABEL_FREE, METRICS
+from compressor.report import exact_rewrites
 from compressor.report.card import preprocessing_recipe
 from compressor.report.card.loader_snippet import TITLES, make_snippet, templates
 from compressor.report.card.markdown import code, prose
@@ -228,6 +229,9 @@ def _rows(content: Json) -> Iterator[str]:
     sizes = [content["sizes"][name] for name in variants]
     yield _row("parameters, M", [f"{size['parameters'] / 1e6:.2f}" for size in sizes])
     yield _row("multiply-adds per sample, G", [f"{size['multiply_adds'] / 1e9:.3f}" for size in sizes])
+    alone = exact_rewrites.cells(content, variants)
+    if alone is not None:
+        yield _row(exact_rewrites.LABEL.strip(), alone)
     file = "checkpoint" if _library(content) == "transformers" else "ONNX file"
     yield _row(f"{file}, MB", [f"{size['bytes'] / 1e6:.2f}" for size in sizes])
     if any(size["cache"] for size in sizes):

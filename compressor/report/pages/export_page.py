@@ -12,6 +12,7 @@ from typing import Any
 
 from compressor.quality.intervals import format_count
 from compressor.quality.metrics import LABEL_FREE, METRICS
+from compressor.report import exact_rewrites
 from compressor.report.engine_text import describe_measurements
 from compressor.report.pages import sections
 from compressor.report.pages.formatting import (
@@ -209,6 +210,9 @@ def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
             yield [f"speed-up vs {name}", *against(names, name, speedup_cell(content["speedup"][name]))]
     yield ["parameters, M", *(f"{sizes[name]['parameters'] / 1e6:.2f}" for name in names)]
     yield ["multiply-adds, G", *(f"{sizes[name]['multiply_adds'] / 1e9:.3f}" for name in names)]
+    alone = exact_rewrites.cells(content, names)
+    if alone is not None:
+        yield [exact_rewrites.LABEL, *alone]
     yield ["engine, MB", *(f"{sizes[name]['bytes'] / 1e6:.2f}" for name in names)]
     if any(sizes[name]["cache"] for name in names):
         yield ["cache, bytes per token", *(f"{sizes[name]['cache']}" for name in names)]

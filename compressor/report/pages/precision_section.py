@@ -45,8 +45,9 @@ def _parts(content: Json) -> Iterator[Part]:
         rows = [[trial["by"], _figure(trial["milliseconds"]), _figure(trial["loss"])] for trial in facts["tried"]]
         yield Table(["quantizer", "latency, ms", "expected loss, %"], rows)
     if len(facts.get("calibrations", ())) > 1:
+        order = "In the order in which they were tried; not measured where the output differs far more than by another."
         rows = [[_method(calibration), _figure(calibration["loss"])] for calibration in facts["calibrations"]]
-        yield Table(["activation ranges", "expected loss, %"], rows, caption="In the order in which they were tried.")
+        yield Table(["activation ranges", "expected loss, %"], rows, caption=order)
 
 
 def _layers(engine: Json) -> Iterator[Part]:

@@ -13,13 +13,14 @@ from compressor.choices import HEAL_METHODS
 from compressor.data.splits import Batch
 from compressor.heal import distill
 from compressor.heal import heal as heal_module
-from compressor.heal.closed_form import find_spots, refit_closed_form
+from compressor.heal.closed_form import comparable, find_spots, refit_closed_form
 from compressor.heal.distill import Distillation, Recipe, Student, cropped
 from compressor.heal.heal import HealError, heal
 from compressor.lower.trace import trace
 from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import Loss, ValidationLoss
+from compressor.search.rewriter import Rewriter
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.edit import replace_parameter
@@ -213,6 +214,71 @@ def test_zero_budget_returns_a_valid_graph(method):
     assert report.kept == (result is not fork)
     assert report.after["divergence"] <= report.before["divergence"]
     assert method != "distill" or (report.sample_steps == 0 and "too short" in report.note)
+
+
+@functools.cache
+def merged_digits():
+    """Return the embedded model with tokens merged after two attentions, and their sites."""
+    _, data, graph, _, _, _ = digits()
+    sites = find_sites(graph)
+    attentions = [site for site in sites if site.kind == "attention"]
+    changed = (attentions[1], attentions[4])
+    rewriter = Rewriter(graph, sites, data.calibration)
+    return rewriter.rewritten({site.name: "merge:37%" for site in changed}), changed
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", HEAL_METHODS[1:])
+def test_healing_works_on_merged_tokens(method):
+    """A plan of merges alone: only the merged graph differs from the original, and only it can be healed.
+
+    In closed form only the head can be refitted then, which helps little.
+    """
+    model, data, graph, _, _, validation = digits()
+    merged, changed = merged_digits()
+    result, report = heal(
+        method,
+        merged,
+        graph,
+        model,
+        data.calibration,
+        validation,
+        changed=changed,
+        budget=LONG,
+        seed=0,
+        progress=lambda *_: None,
+        unmerged=graph.fork(),
+    )
+    effects = OutputDivergence(graph, model, validation.split)
+    effects.scales = (1.0,)
+    assert report.before["divergence"] == effects.measure(merged, {})[0] > 0.0
+    assert report.after["divergence"] == effects.measure(result, {})[0]
+    assert report.sample_steps > 0
+    if method == "distill":
+        assert report.kept
+        assert report.after["divergence"] < 0.9 * report.before["divergence"]
+    assert result.signature() == merged.signature()
+
+
+@pytest.mark.usefixtures("quick")
+def test_maps_behind_merged_tokens_are_fitted_on_the_graph_before_merging():
+    """One branch is dropped before the merges: the maps behind them are refitted too, and the merged graph judges."""
+    model, data, graph, _, _, _ = digits()
+    sites = find_sites(graph)
+    _, changed = merged_digits()
+    rewriter = Rewriter(graph, sites, data.calibration)
+    changes = {sites[1].name: "drop"} | {site.name: "merge:25%" for site in changed}
+    unmerged = rewriter.apply_changes(changes)
+    merged = rewriter.reduced(unmerged, changes)
+    *_, draft = refit_closed_form(merged, graph, model, data.calibration, sites=sites, seconds=LONG, unmerged=unmerged)
+    fixed = dict(merged.module.named_parameters())
+    moved = {name for name, value in draft.graph.module.named_parameters() if value is not fixed[name]}
+    behind = [spot for spot in find_spots(merged, graph, model, sites) if not comparable(merged, graph, spot)]
+    nodes = {node.name: node for node in merged.nodes()}
+    assert moved & {str(nodes[spot.map].args[1].target) for spot in behind}
+    effects = OutputDivergence(graph, model, data.validation)
+    assert effects.measure(draft.graph, {})[0] < effects.measure(merged, {})[0]
+    assert draft.graph.signature() == merged.signature()
 
 
 def test_method_none_returns_the_graph():

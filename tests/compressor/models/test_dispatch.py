@@ -500,3 +500,38 @@ def test_the_current_folder_is_on_the_path_only_while_the_factory_is_made(
     with pytest.raises(ModelError, match="kaboom"):
         load("here_factories:fails")
     assert sys.path == before
+
+
+@pytest.mark.parametrize("beside", ["nothing", "the base"])
+def test_an_adapter_is_refused_with_the_call_that_merges_it(tmp_path: Path, beside: str) -> None:
+    """transformers without peft loads the base and leaves the adapter out without a word."""
+    folder = tmp_path / "lora"
+    if beside == "the base":
+        shutil.copytree(SAMPLE, folder)
+    else:
+        folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"lora is an adapter of peft for owner/base, .* merge_and_unload"):
+        load(folder)
+    with pytest.raises(ModelError, match=r"is an adapter of peft, .* merge_and_unload"):
+        load(folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_on_the_hub_is_refused_with_the_call_that_merges_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "owner/base"}')
+
+    def download(spec: str, name: str, **_: object) -> str:
+        if name == config.name:
+            return str(config)
+        raise EntryNotFoundError.__new__(EntryNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ModelError, match=r"owner/adapter is an adapter of peft for owner/base"):
+        load("owner/adapter")

@@ -1,5 +1,6 @@
 """Exports and sweeps of small models: folder, report, and errors, after which no files remain."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -8,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 import compressor
 from compressor import CompressorError
 from compressor.cli.main import main
+from compressor.lower.fold_graph import fold_graph
 from compressor.measure import engine_builder
 from compressor.measure import latency as engine_timing
 from compressor.measure.graph_evaluator import GraphEvaluator
@@ -30,14 +33,16 @@ from compressor.quality.validation_loss import Loss, ValidationLoss
 from compressor.report.card import model_card
 from compressor.report.pareto_report import ParetoFront
 from compressor.report.report import Report
+from compressor.search.planner import Choice
 from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
+from passes.analysis.counted_cost import Costs
 from passes.base import PassError, apply
 from passes.graph.graph import Graph
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from runtimes.base.timing import Latency, interleave
-from tests.samples import DIGITS, five_blocks
+from tests.samples import DIGITS, digits, five_blocks
 
 pytest.importorskip("onnxruntime", reason="these exports use the target onnxruntime")
 
@@ -127,6 +132,22 @@ def test_the_report_contains_everything_needed_to_repeat_the_export(exported: tu
     assert content["plan"]["dropped"] == json.loads((folder / "plan.json").read_text())["order"]
     assert content["seconds"] > 0
     assert {"load the model", "build for onnxruntime"} <= {step["name"] for step in content["steps"]}
+
+
+def test_exact_rewrites_are_stated_as_a_share_of_their_own(exported: tuple[Path, Report]) -> None:
+    """The sample is read at its class token: the last block needs one token for most of its work."""
+    folder, report = exported
+    model, _, graph, _ = digits()
+    content = json.loads((folder / "report.json").read_text())
+    whole, exact = content["sizes"]["baseline"]["multiply_adds"], content["exact"]["multiply_adds"]
+    assert exact == Costs(fold_graph(graph), model.example).total.multiply_adds
+    assert content["sizes"]["result"]["multiply_adds"] < exact < whole
+    share = f"save {100 * (1 - exact / whole):.1f} % of its multiply-adds; the plan saves a further"
+    assert any(share in note for note in report.notes)
+    cell = f"{exact / 1e9:.3f} (-{1 - exact / whole:.0%})"
+    assert ("  exact rewrites alone", "", "", cell) in list(report._rows())
+    assert f"| exact rewrites alone |  |  | {cell} |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert cell in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_random_data_has_no_quality(tmp_path: Path) -> None:
@@ -430,6 +451,11 @@ def test_the_goal_for_speed_is_reached_in_measured_latency(
     assert report.search["prices"]["timings"]["as it is"] == 5.0
     assert "1.6x faster" in report.plan.rule
     assert report.missed() == ()
+    assert [entry["measured"] for entry in report.search["goal"]["timed"]] == [5 / 3]
+    assert any(
+        note.startswith("The result is 1.667x faster (1.6x asked for, exceeded by 4%) and loses ")
+        for note in report.notes
+    )
 
 
 def test_a_goal_that_no_plan_reaches_ends_with_status_1_and_a_complete_folder(
@@ -514,6 +540,54 @@ def test_healing_is_reported_and_does_not_increase_the_loss(
     assert (healed["after"]["divergence"] < healed["before"]["divergence"]) is healed["kept"]
     assert f"heal ({method})" in {step["name"] for step in content["steps"]}
     assert list(report.plan.changes.values()) == ["drop", "drop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Losing:
+    """A choice along a search with planted losses on validation data."""
+
+    losses: tuple[float, ...]
+    count: int
+
+    at = lambda self, count: dataclasses.replace(self, count=count)  # noqa: E731
+    within = Choice.within
+    plan = property(lambda self: SimpleNamespace(changes=dict.fromkeys(range(self.count), "drop")))
+    reduced = lambda self: self.count  # noqa: E731
+
+    @property
+    def search(self) -> Any:
+        return SimpleNamespace(steps=[SimpleNamespace(loss=loss) for loss in self.losses])
+
+
+@pytest.mark.parametrize(
+    ("losses", "count", "after", "shares", "shipped"),
+    [
+        ((0.2, 0.9), 2, (0.9,), (1.0,), 2),  # within the limit before healing: no second attempt can follow
+        ((1.4,), 1, (1.4,), (1.0,), 0),  # above it, but there is no milder plan
+        ((0.2, 1.4), 2, (0.8,), (0.5,), 2),
+        ((0.2, 1.4), 2, (1.2, 0.1), (0.5, 1.0), 1),  # the second attempt has all that is left
+        ((0.2, 1.4, 0.9), 2, (1.2, 0.1), (0.5, 1.0), 1),  # never more changes than the choice
+    ],
+)
+def test_time_for_healing_is_withheld_only_where_a_second_attempt_can_follow(
+    losses: tuple[float, ...],
+    count: int,
+    after: tuple[float, ...],
+    shares: tuple[float, ...],
+    shipped: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budgets, results = [], iter(after)
+
+    def healing(choice: Any, subject: Any, settings: Any, budget: float, steps: Any) -> tuple[Any, Any]:
+        budgets.append(budget)
+        return choice.reduced(), SimpleNamespace(after={"loss": next(results)})
+
+    monkeypatch.setattr(export, "_heal", healing)
+    settings = Settings(heal="distill", max_loss=1.0)
+    choice, graph, _ = export._healed(Losing(losses, count), None, settings, 100.0, None)  # type: ignore[arg-type]
+    assert budgets == pytest.approx([100.0 * share for share in shares], abs=1.0)
+    assert choice.count == graph == shipped
 
 
 def test_healing_is_skipped_without_changes(labelled: dict[str, Any], brief: None, tmp_path: Path) -> None:
