@@ -283,7 +283,10 @@ class FakeParser:
 
     def get_error(self, place):
         return types.SimpleNamespace(
-            node_name=lambda: f"node_{place}", node_operator=lambda: "Einsum", desc=lambda: "Assertion\n failed"
+            code=lambda: types.SimpleNamespace(name="INVALID_NODE"),
+            node_name=lambda: f"node_{place}",
+            node_operator=lambda: "Einsum",
+            desc=lambda: "Assertion\n failed",
         )
 
 
@@ -479,7 +482,7 @@ def check_sentence(error, *words):
 def test_missing_names_the_first_missing_requirement(monkeypatch, package, bindings, found, word):
     monkeypatch.setattr(target.util, "find_spec", lambda name: {"tensorrt": package}[name])
     monkeypatch.setattr(target, "is_installed", lambda name: {"cuda-bindings": bindings}[name])
-    monkeypatch.setattr(target, "_cuda_devices", lambda: found)
+    monkeypatch.setattr(target, "cuda_devices", lambda: found)
     reason = target.missing()
     assert (reason is None) == (word is None)
     if reason is not None:
@@ -500,7 +503,7 @@ def test_devices_are_counted_by_the_driver(monkeypatch):
 
     for library, result in ((absent, None), (driver(100, 3), 0), (driver(0, 0), 0), (driver(0, 3), 3)):
         monkeypatch.setattr(target.ctypes, "CDLL", library)
-        assert target._cuda_devices() == result
+        assert target.cuda_devices() == result
 
 
 def test_unavailable_target_is_refused_before_any_work(fake, tmp_path, monkeypatch):
@@ -622,7 +625,7 @@ def test_files_and_types_that_cannot_be_opened(fake, built, tmp_path):
     with pytest.raises(BuildError, match=r"cannot open model\.onnx: it was built for another GPU"):
         target.load(tmp_path / "model.onnx", OPTIONS)
     fake.types["tensor(float)"] = "BF16"
-    with pytest.raises(BuildError, match=r"'x' has type DataType\.BF16, which has no NumPy dtype"):
+    with pytest.raises(BuildError, match=r"'x' has type BF16, which has no NumPy dtype"):
         target.load(built, OPTIONS)
     fake.location = "HOST"
     with pytest.raises(BuildError, match="'x' is in host memory"):
