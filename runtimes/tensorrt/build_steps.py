@@ -53,6 +53,8 @@ def parse(parser: trt.OnnxParser, onnx: Path) -> None:
 
 def _refusal(error: trt.ParserError, layers: Mapping[str, str]) -> str:
     node, operator = error.node_name(), error.node_operator()
+    if not operator:
+        return f"{error.desc()}"  # of the file as a whole
     place = f"node {node!r} ({operator})" if node not in layers else f"layer {layers[node]}, node {node!r} ({operator})"
     if error.code().name == "UNSUPPORTED_NODE":
         return f"{place}: its parser does not support {operator} in this form, so write the layer with other operators"

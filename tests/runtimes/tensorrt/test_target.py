@@ -851,19 +851,21 @@ def set_inputs(node, *inputs):
     return change
 
 
-def computed(name):
-    def change(nodes, constants):
-        constants["made_from"] = constants.pop(name)
-        identity = helper.make_node("Identity", ["made_from"], [name], "make")
-        rest = dict(nodes)
-        nodes.clear()
-        nodes.update({"make": identity} | rest)
+def computed_zero(nodes, constants):
+    constants["axes"] = np.array([0, 1])
+    del constants["zero"]
+    made = {
+        "largest": helper.make_node("ReduceMax", ["x", "axes"], ["most"], "largest", keepdims=0),
+        "made": helper.make_node("Cast", ["most"], ["zero"], "made", to=TensorProto.INT8),
+    }
+    rest = dict(nodes)
+    nodes.clear()
+    nodes.update(made | rest)
 
-    return change
 
-
-def quantized_output(nodes, constants):
-    nodes["end"] = helper.make_node("QuantizeLinear", ["p", "scale", "zero"], ["y"], "end")
+def float_weight(nodes, constants):
+    constants["wf"] = constants.pop("w").astype(np.float32)
+    del nodes["wdq"]
 
 
 def between_product_and_bias(nodes, constants):
@@ -896,11 +898,9 @@ VIOLATIONS = {
     "no zero point": (set_inputs("q", "x", "scale"), "node 'q' has the quantized type uint8, expected int8"),
     "int32 bias": (quantized_bias, "node 'bias_dq' has the quantized type int32, expected int8: leave biases in float"),
     "zero point": (set_constants(zero=np.int8(3)), "node 'q' has a zero point other than 0: quantize symmetrically"),
-    "computed zero": (computed("w_zero"), "node 'wdq' has the zero point w_zero, which is computed"),
-    "computed scale": (computed("w_scale"), "node 'wdq' has the scale w_scale, which is computed"),
+    "computed zero": (computed_zero, "node 'q' has the zero point zero, which is computed"),
     "scale 0": (set_constants(scale=np.float32(0)), "node 'q' has a scale that is not positive and finite"),
     "scale NaN": (set_constants(scale=np.float32("nan")), "node 'q' has a scale that is not positive and finite"),
-    "scale type": (set_constants(scale=np.float64(1)), "node 'q' has a scale of type double"),
     "activation": (
         set_constants(scale=np.ones(8, np.float32), zero=np.zeros(8, np.int8)),
         "node 'q' has one scale per channel on an activation",
@@ -910,15 +910,7 @@ VIOLATIONS = {
         "node 'wdq' has 3 scales for axis 1 of a weight of shape [8, 4]",
     ),
     "axis": (wrong_axis, "node 'product' has weight scales along axis 0, expected the output channels, axis 1"),
-    "weight only": (
-        set_inputs("product", "x", "wf"),
-        "node 'product' has one int8 input and one float input, x: put Q",
-    ),
-    "output": (quantized_output, "node 'end' produces a graph output, which would stay quantized"),
-    "scale not of its input": (
-        set_constants(scale=np.float16(0.1)),
-        "node 'q' has a scale and an input of types float and float16, expected one type for both",
-    ),
+    "float weight": (float_weight, "node 'product' has an int8 input and the float input wf: put Q"),
     "product of two types": (
         set_constants(w_scale=np.full(4, 0.5, np.float16)),
         "node 'product' has inputs of types float and float16, expected one: that of the scales of its DQs",
@@ -947,6 +939,32 @@ def test_each_rule_violation_is_a_sentence_with_its_node_before_any_build(fake, 
 )
 def test_a_conforming_product_passes(tmp_path, op, attributes):
     assert qdq.violations(quantized_model(tmp_path, op=op, **attributes)) == []
+
+
+def quantized_output(nodes, constants):
+    nodes["end"] = helper.make_node("QuantizeLinear", ["p", "scale", "zero"], ["y"], "end")
+
+
+def computed_scale(nodes, constants):
+    computed_zero(nodes, constants)
+    constants["zero"] = np.int8(0)
+    nodes["made"] = helper.make_node("Identity", ["most"], ["scale"], "made")
+    del constants["scale"]
+
+
+# Forms that the builder takes; tests/runtimes/tensorrt_rtx/test_rules.py builds each.
+ACCEPTED = {
+    "conforming": None,
+    "weight only": set_inputs("product", "x", "wf"),
+    "quantized output": quantized_output,
+    "computed scale": computed_scale,
+    "scales of another type than the input": set_constants(scale=np.float16(0.1), w_scale=np.full(4, 0.5, np.float16)),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_the_builder_takes_violates_no_rule(tmp_path, case):
+    assert qdq.violations(quantized_model(tmp_path, change=ACCEPTED[case])) == []
 
 
 def test_constants_in_external_data_and_in_constant_nodes_are_read(tmp_path):
