@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtimes.base.ahead_of_time import Progress
 from runtimes.base.layer_counts import count_layers
@@ -21,7 +22,7 @@ UNFUSED = frozenset({"CONSTANT"})  # kinds that are no layers of an engine
 
 @dataclass
 class Log:
-    """Messages of one build.
+    """Messages of one build, or of one open engine.
 
     Attributes:
         errors: error messages.
@@ -32,25 +33,35 @@ class Log:
     warnings: list[str] = field(default_factory=list)
 
     def logger(self) -> trt.ILogger:
-        """Return a logger that appends errors and warnings here and discards all other messages."""
-        import tensorrt_rtx as trt
+        """Return the logger of the process, which appends its errors and warnings here until it is taken again.
 
-        severities = trt.ILogger.Severity
-        kept = {
-            severities.INTERNAL_ERROR: self.errors,
-            severities.ERROR: self.errors,
-            severities.WARNING: self.warnings,
-        }
+        The library keeps the first logger that it is given and ignores every other one.
+        """
+        logger = _logger()
+        logger.record = self
+        return logger
 
-        class Logger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # Any where the library is not installed
-            def __init__(self) -> None:
-                super().__init__()
 
-            def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-                if severity in kept:
-                    kept[severity].append(msg)
+@functools.cache
+def _logger() -> Any:
+    """Return a logger that writes to the `Log` in its attribute `record` and discards less severe messages."""
+    import tensorrt_rtx as trt
 
-        return Logger()
+    severities = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc, unused-ignore]  # Any where the library is not installed
+        record = Log()
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+            if severity in (severities.INTERNAL_ERROR, severities.ERROR):
+                self.record.errors.append(msg)
+            elif severity == severities.WARNING:
+                self.record.warnings.append(msg)
+
+    return Logger()
 
 
 @dataclass

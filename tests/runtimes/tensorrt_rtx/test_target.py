@@ -12,7 +12,9 @@ from runtimes.base.ahead_of_time import ahead_of_time
 from runtimes.base.protocols import BuildError, BuildOptions, RuntimeUnavailable
 from runtimes.base.registry import runtime
 from runtimes.tensorrt import build_steps
+from runtimes.tensorrt.engine import Refused
 from runtimes.tensorrt_rtx import target
+from runtimes.tensorrt_rtx.builder import Network
 
 OPTIONS = BuildOptions(device="cuda", batches=(1, 2, 4), lengths=(1, 8, 16))
 TURING = "sm75"
@@ -114,6 +116,16 @@ def test_progress_reports_phases_and_their_steps(trt, tmp_path):
     assert "Building engine" in {phase for phase, _, _ in seen}
     assert all(0 <= done <= steps for _, done, steps in seen)
     assert any(done == steps for phase, done, steps in seen if phase == "Building engine")
+
+
+def test_messages_reach_the_build_that_caused_them(trt, tmp_path):
+    """The library keeps the first logger of a process: a later build must not write into the log of an earlier one."""
+    first = Network.of(quantized(tmp_path / "first.onnx"))
+    second = Network.of(linear(tmp_path / "second.onnx"))
+    with pytest.raises(Refused):
+        second.engine(OPTIONS, trt.ComputeCapability.SM75, None)
+    assert first.log.errors == []
+    assert "FP32 GEMM" in second.log.errors[-1]
 
 
 def test_an_interrupt_during_the_build_ends_it_and_leaves_nothing(trt, tmp_path):
