@@ -318,8 +318,8 @@ def test_the_error_for_an_absent_target_advises_to_install_it_or_to_defer_the_bu
         command(target="tensorrt", output=tmp_path / "out")
     assert str(caught.value) == (
         "Target tensorrt cannot be used here: tensorrt is not installed; pip install tensorrt, or export with "
-        "--defer-build here and run `compressor build` on the device, or give --target tensorrt_rtx, which builds engines "
-        "here without a GPU."
+        "--defer-build here and run `compressor build` on the device, or give --target tensorrt_rtx, which builds "
+        "engines here without a GPU."
     )
     assert list(tmp_path.iterdir()) == []
 
