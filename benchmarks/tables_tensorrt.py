@@ -29,6 +29,7 @@ def tensorrt_table(found: Row) -> str:
     lines += ["", f"{built} of {len(results)} files are built, of {len(architectures)} architectures."]
     for name, rows in architectures.items():
         lines += [f"- {name}, {form}: {row['reason']}" for form, row in rows.items() if "reason" in row]
+        lines += [f"- {name}: {rows['fp32']['not_written']}"] if "not_written" in rows.get("fp32", {}) else []
     return "\n".join(lines)
 
 

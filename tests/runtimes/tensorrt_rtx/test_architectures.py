@@ -7,6 +7,7 @@ import torch
 from onnx import numpy_helper
 
 from compressor import models
+from compressor.errors import CompressorError
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
@@ -19,7 +20,7 @@ from runtimes.base.protocols import BuildOptions
 from runtimes.tensorrt_rtx import target
 from runtimes.tensorrt_rtx.builder import Network
 from tests.architectures import TIMM
-from tests.zoo_files import NAMES, PRECISIONS, write_forms
+from tests.zoo_files import NAMES, PRECISIONS, UNWRITABLE, write_forms
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
@@ -43,9 +44,16 @@ def test_one_architecture_of_each_kind(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNWRITABLE])
 def test_every_architecture_in_every_precision(tmp_path, name):
     check(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_what_cannot_be_written_says_so(tmp_path, name):
+    with pytest.raises(CompressorError, match="cannot be written as ONNX"):
+        check(name, tmp_path)
 
 
 @pytest.fixture(scope="module")
