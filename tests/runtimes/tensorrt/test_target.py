@@ -764,7 +764,9 @@ def test_portable_engine_contains_code_and_needs_the_option(fake, tmp_path):
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_other_targets_refuse_to_be_portable(tmp_path, defer):
-    words = r"^Target onnxruntime has no portable engines; only tensorrt builds one for several GPUs and versions: .*\.$"
+    words = (
+        r"^Target onnxruntime has no portable engines; only tensorrt builds one for several GPUs and versions: .*\.$"
+    )
     with pytest.raises(RuntimeUnavailable, match=words):
         pipeline.export(Settings(portable_engine=True, defer_build=defer, output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
