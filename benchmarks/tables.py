@@ -22,6 +22,7 @@ import tables_large
 import tables_llm
 import tables_matrix
 import tables_targets
+import tables_tensorrt
 from tables_tokens import tokens, tokens_operators
 
 HERE = Path(__file__).parent
@@ -147,6 +148,7 @@ TABLES = {
     "budget": tables_budget.budget,
     "large": tables_large.large,
     "fusion": tables_fusion.fusion,
+    "tensorrt": tables_tensorrt.tensorrt,
     "llm": tables_llm.llm,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,

@@ -69,7 +69,7 @@ SEARCH = ("actions", "tokens", "cost", "prices", "max_loss", "budget")
 GOALS = ("confidence", "speedup", "latency", "heal", "heal_budget")
 ENGINE = ("target", "precision", "int8", "device", "threads", "batch", "generate", "rounds")
 QUANTIZATION = ("factorial", "calibration", "max_precision_loss")
-BUILD = ("defer_build", "portable_engine")
+BUILD = ("defer_build", "gpu", "portable_engine")
 FOLDER = ("output", "force")
 
 # Fields that a command takes after those of SUBJECT, in the order of --help.

@@ -51,6 +51,7 @@ BLOCKS_ADVICE = (
 # Targets that cannot have dynamic height and width, with the reason.
 FIXED_SIZE = {
     "tensorrt": "whose engines bound every dynamic axis",
+    "tensorrt_rtx": "whose engines bound every dynamic axis",
     "executorch": "whose programs bound every dynamic axis",
 }
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
@@ -181,6 +182,12 @@ class Settings:
         unit="percent",
     )
     defer_build: bool = option(False, "Do not build the engine; `compressor build` builds it on the device.")
+    gpu: str | None = option(
+        None,
+        "GPUs to build engines for ahead of time, such as sm86,sm89 (compute capabilities); --target tensorrt_rtx.",
+        unset="the present GPU; without one, all that the installed release builds for",
+        metavar="SM,...",
+    )
     portable_engine: bool = option(
         False, "TensorRT: build an engine for all GPUs from Ampere on and for later minor versions."
     )

@@ -422,6 +422,20 @@ def test_the_table_of_fusion():
     assert lines[6] == "- tiny, int8, onnxruntime_fused: 4.00 ms in operators: QAttention 75%, Add 25%"
 
 
+def test_the_table_of_tensorrt():
+    layers = {"precisions": {"other": 9, "fp32": 4}}
+    rows = {
+        "fp32": {"parsed": True, "built": True, "layers": layers, "seconds": 1.25, "bytes": 2_500_000},
+        "fp16": {"parsed": True, "built": False, "layers": layers, "reason": "it built no engine."},
+        "int8": {"not_written": "no product can be quantized"},
+    }
+    found = {"builder": "Builder 1", "gpu": "sm89", "architectures": {"tiny": rows}}
+    lines = script("tables_tensorrt").tensorrt_table(found).splitlines()
+    assert lines[0] == "| Builder 1, sm89 | fp32 | fp16 | int8 |"
+    assert lines[2] == "| tiny | 1.2 s, 2.5 MB; 4 fp32 | parsed, not built | – |"
+    assert lines[4:] == ["1 of 2 files are built, of 1 architectures.", "- tiny, fp16: it built no engine."]
+
+
 # -------------------------------------------------------------------------------------------- made-up results: budget
 
 

@@ -182,14 +182,18 @@ def targets() -> None:
 
     from compressor.target.registry import target_named
     from compressor.target.registry import targets as target_names
+    from runtimes.base.ahead_of_time import ahead_of_time
 
     table = Table()
     for heading in ("target", "", "precisions", "description, or how to install it"):
         table.add_column(heading, overflow="fold")
     for name in target_names():
         target = target_named(name)
-        reason = target.missing()
+        reason, builder = target.missing(), ahead_of_time(target)
         state = "[green]ready[/green]" if reason is None else "[yellow]missing[/yellow]"
+        if reason is not None and builder is not None and builder.missing_builder() is None:
+            state = "[green]ready to build[/green]"
+            reason = f"{target.description}; engines cannot run here: {reason}"
         precisions = "\n".join(f"{device}: {', '.join(each)}" for device, each in target.precisions.items())
         description = escape(target.description if reason is None else reason)  # [gpu] is not markup
         table.add_row(name, state, precisions, description)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from compressor.deferred.parser import parsed_by
 from compressor.deferred.reference_answers import AT_ONCE, ReferenceOutputs, bytes_of
 from compressor.quality.parity import Reference
 from compressor.target.stand_in import load_for_quality
@@ -83,7 +84,9 @@ def write(
         answers = answers.with_allowed(_limits(answers, sources, builder))
         answers.save(folder / ANSWERS)
     stand_in = {"target": builder.target.name, "device": "cpu", "rows": len(answers), "measured": measured}
-    return deferred_engine_part(folder, target, options, sources, builder.subject, stand_in, answers)
+    part = deferred_engine_part(folder, target, options, sources, builder.subject, stand_in, answers)
+    with steps.step("hold the files to the target's parser"):
+        return part | parsed_by(target.name, {name: source.path for name, source in sources.items()})
 
 
 def deferred_engine_part(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.choices import AUTO, TRANSFORMERS
 from compressor.data.splits import Data
 from compressor.deferred import package
+from compressor.deferred.ahead import build_ahead
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
@@ -45,6 +46,7 @@ from compressor.search.site_evidence import tokens_left
 from compressor.search.stored_prices import price_notes
 from compressor.settings import Settings
 from compressor.target.availability import check_target
+from compressor.target.gpus import Gpus, gpus_ahead, measured_by_stand_in
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import resumed
 from compressor.workspace.output_folder import engine_bytes, output_folder, scratch_folder
@@ -127,6 +129,9 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             not written then.
     """
     refuse_unused(settings)
+    gpus = gpus_ahead(settings)
+    if gpus is not None:
+        settings = measured_by_stand_in(settings)
     target, options = check_target(settings)
     steps, output = Steps(console), Path(settings.output)
     if settings.max_memory is not None:
@@ -138,14 +143,20 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             subject = check_original(load(settings, steps, decision=share_of(settings)), steps)
             subject.model.save(folder)
             evaluator = graph_evaluator(subject, target, options, settings, scratch)
-            report = _compressed(subject, settings, evaluator, folder, steps, command)
+            report = _compressed(subject, settings, evaluator, folder, steps, command, gpus)
         _write(report, folder, subject)
         model_card.write(folder)
     return report
 
 
 def _compressed(
-    subject: TracedModel, settings: Settings, evaluator: GraphEvaluator, folder: Path, steps: Steps, command: str
+    subject: TracedModel,
+    settings: Settings,
+    evaluator: GraphEvaluator,
+    folder: Path,
+    steps: Steps,
+    command: str,
+    gpus: Gpus | None,
 ) -> Report:
     """Choose, rewrite, lower, build and measure; write the result into the folder and return the report."""
     builder, timer = evaluator.builder, evaluator.timer
@@ -161,7 +172,7 @@ def _compressed(
     parts = timer.latencies(builder, engines, steps)
     latency = timer.totals(parts)
     reported = [each for each in variants if each.reported]
-    engine = _engine(rewritten, reported, evaluator, folder, settings, steps)
+    engine = _engine(rewritten, reported, evaluator, folder, settings, steps, gpus)
     names = [each.name for each in reported]
     report = Report(
         command=command,
@@ -319,11 +330,20 @@ def _engine(
     folder: Path,
     settings: Settings,
     steps: Steps,
+    gpus: Gpus | None,
 ) -> dict[str, Any]:
-    """Return the ``engine`` part of the report; with ``--defer-build``, write the files for the device."""
+    """Return the ``engine`` part of the report; with ``--defer-build``, write the files for the device.
+
+    Engines for other GPUs are built here and deferred too: the device builds its own and completes the report.
+    """
     builder = evaluator.builder
     if settings.defer_build:
-        return package.write(folder, variants, builder, evaluator.timer.inputs, settings, steps)
+        deferred = package.write(folder, variants, builder, evaluator.timer.inputs, settings, steps)
+        return (
+            deferred
+            if gpus is None
+            else deferred | {"ahead_of_time": build_ahead(folder, gpus, builder.options, steps)}
+        )
     shipped = engines_of(variants)["result"]
     folded, target = rewritten.folded, builder.target
     built = {"state": "built", "target": target.name, "file": shipped.name}

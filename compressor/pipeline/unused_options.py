@@ -14,6 +14,7 @@ from compressor.errors import SettingsError
 from compressor.settings import Settings
 from compressor.target.registry import target_named
 from passes.plan.selection import parse
+from runtimes.base.ahead_of_time import ahead_of_time
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
@@ -59,5 +60,9 @@ def _of_engine(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "calibration", f"but target {target} sets the ranges of int8 itself; choose another --target"
     if precision == "fp32":
         yield "max_precision_loss", "which bounds the loss of a precision below fp32; give --precision"
-    if target == "tensorrt" and not settings.defer_build:
-        yield "threads", "but engines of tensorrt run on the GPU; choose another --target"
+    if target in ("tensorrt", "tensorrt_rtx") and not settings.defer_build:
+        yield "threads", f"but engines of {target} run on the GPU; choose another --target"
+    if ahead_of_time(target_named(target)) is None:
+        yield "gpu", f"but target {target} builds for the device that it runs on; give --target tensorrt_rtx"
+    elif settings.defer_build:
+        yield "gpu", "for which engines are built here, with --defer-build; leave out --defer-build"

@@ -41,6 +41,7 @@ def limitations_of(
     yield from _emulated(precision, converted, engine)
     yield from _saturating(precision, converted, engine)
     yield from of_engine(engine)
+    yield from _ahead_of_time(engine)
     notes = [*(note for each in parities for note in each.notes), *engine.get("stand_in", {}).get("notes", ())]
     yield from (Limitation("comparison with torch", note) for note in dict.fromkeys(notes))
 
@@ -104,6 +105,28 @@ def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
         )
     elif layers["fused_attention"] is False:
         yield Limitation("fused attention", "the engine computes attention as separate operators")
+
+
+def _ahead_of_time(engine: Mapping[str, Any]) -> Iterator[Limitation]:
+    """Yield what is not known of engines for other GPUs, and of the parser on the device."""
+    ahead, parser = engine.get("ahead_of_time"), engine.get("parser")
+    if ahead is not None:
+        yield Limitation(
+            "engines built ahead of time",
+            "they were built without their GPUs, so none was opened or run; layers are counted before fusion",
+        )
+        for gpu, reason in ahead["refused"].items():
+            yield Limitation(f"engine for {gpu}", reason.rstrip("."))
+    if parser is not None and "unknown" in parser:
+        yield Limitation(
+            "NVIDIA's parser",
+            f"the ONNX files were held to the rules of quantization alone ({parser['unknown'].rstrip('.')})",
+        )
+    elif parser is not None and engine["target"] == "tensorrt":
+        yield Limitation(
+            "parser on the device",
+            f"the files were parsed by {parser['builder']}; TensorRT on the device has a parser of its own release",
+        )
 
 
 NAMED = 5  # maximum number of names in a sentence

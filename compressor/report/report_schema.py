@@ -403,6 +403,33 @@ class Layers(TypedDict):  # noqa: D101
 
 
 @with_config(_EXACT)
+class AheadEngine(TypedDict):
+    """An engine that was built for a GPU of another machine."""
+
+    file: PlainName
+    bytes: Count
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@with_config(_EXACT)
+class AheadOfTime(TypedDict):
+    """The engines for GPUs of other machines, by compute capability, and the reasons of those that refused."""
+
+    builder: Text
+    engines: dict[Text, AheadEngine]
+    refused: dict[Text, Text]
+    layers: Layers
+
+
+@with_config(_EXACT)
+class Parser(TypedDict):
+    """The parser that took the files of a deferred build, and their layers by variant."""
+
+    builder: Text
+    files: dict[Variant, Layers]
+
+
+@with_config(_EXACT)
 class Options(TypedDict):
     """The options with which the device builds engines."""
 
@@ -450,6 +477,8 @@ class DeferredEngine(BenchEngine):
     environment: NotRequired[Environment]
     measured: NotRequired[dict[Variant, Measured]]
     layers: NotRequired[Layers | UnknownLayers | None]
+    ahead_of_time: NotRequired[AheadOfTime]
+    parser: NotRequired[Parser | UnknownLayers]
 
 
 @with_config(_KEPT)

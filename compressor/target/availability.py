@@ -13,6 +13,8 @@ from compressor.quantize.precision import check_precision
 from compressor.settings import Settings
 from compressor.target.registry import target_named
 from compressor.target.stand_in import STAND_IN, substitute_for
+from runtimes.base import registry
+from runtimes.base.ahead_of_time import ahead_of_time
 from runtimes.base.protocols import BuildOptions, Runtime
 from runtimes.base.registry import check_available, check_device
 
@@ -67,7 +69,20 @@ def _or_defer(target: Runtime) -> str | None:
     reason = target.missing()
     if reason is None or target.name == STAND_IN or target.source != ".onnx":
         return reason
-    return f"{reason}, or export with --defer-build here and run `compressor build` on the device"
+    return f"{reason}, or export with --defer-build here and run `compressor build` on the device{_or_ahead(target)}"
+
+
+def _or_ahead(target: Runtime) -> str:
+    """Return the advice to build ahead of time, for a target that needs a GPU; nothing for others."""
+    if target.devices != ("cuda",) or ahead_of_time(target) is not None:
+        return ""
+    for name in registry.targets():
+        builder = ahead_of_time(registry.runtime(name))
+        if builder is not None:
+            first = builder.missing_builder()
+            needed = "" if first is None else f" ({first})"
+            return f", or give --target {name}, which builds engines here without a GPU{needed}"
+    return ""
 
 
 def _probe(target: Runtime, options: BuildOptions) -> None:

@@ -19,6 +19,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "openvino",
     "tensorrt",
+    "tensorrt-rtx-cu12",
     "numpy",
 )
 

@@ -12,7 +12,7 @@ from typing import cast
 from runtimes.base.protocols import BuildOptions, Runtime, RuntimesError, RuntimeUnavailable
 
 RUNTIMES = Path(__file__).parents[1]
-PORTABLE = "tensorrt"  # the only target whose engines depend on one GPU and version by default
+PORTABLE = "tensorrt"  # the only target that builds an engine for several GPUs and versions
 
 
 def targets() -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def check_device(name: str, devices: tuple[str, ...], options: BuildOptions) -> 
     """Raise RuntimeUnavailable if a target does not support the device or the portability of `options`."""
     if options.portable and name != PORTABLE:
         raise RuntimeUnavailable(
-            f"Target {name} has no portable engines; only {PORTABLE} engines depend on one GPU and version: omit "
+            f"Target {name} has no portable engines; only {PORTABLE} builds one for several GPUs and versions: omit "
             "this option."
         )
     if options.device not in devices:

@@ -1,4 +1,7 @@
-"""An open TensorRT engine with its device memory and CUDA stream; runtimes.tensorrt.target states what is tested."""
+"""An open TensorRT engine with its device memory and CUDA stream; runtimes.tensorrt.target states what is tested.
+
+Nothing here imports the library: engines of TensorRT and of TensorRT for RTX have the same methods.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,18 @@ Shape = tuple[int, ...]
 
 ALIGNMENT = 256
 """Alignment in bytes that TensorRT requires of every device address."""
+
+
+# Types of inputs and outputs by TensorRT's names. TensorRT and TensorRT for RTX are two libraries with the same names.
+NUMPY = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "BOOL": np.bool_,
+}
 
 
 class Refused(Exception):
@@ -47,16 +62,15 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         *,
         keep: tuple[object, ...],
         said: list[str],
+        json: trt.LayerInformationFormat,
     ) -> None:
-        import tensorrt as trt
-
         super().__init__((engine, context))
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self._device, self._keep, self._said = device, keep, said
+        self._device, self._keep, self._said, self._json = device, keep, said, json
         self._active: _Bound | None = None
         self._last: _Bound | None = None
         self._all: list[_Bound] = []
-        inputs = {key for key in names if engine.get_tensor_mode(key) == trt.TensorIOMode.INPUT}
+        inputs = {key for key in names if engine.get_tensor_mode(key).name == "INPUT"}
         dtypes = {key: _dtype(engine, key) for key in names}
         self.inputs: tuple[str, ...] = tuple(key for key in names if key in inputs)
         self.outputs: tuple[str, ...] = tuple(key for key in names if key not in inputs)
@@ -111,8 +125,6 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         Raises:
             RuntimesError: TensorRT rejected the usual shapes or created no inspector.
         """
-        import tensorrt as trt
-
         engine, context = self._live()
         self._active = None
         for key in self.inputs:
@@ -123,7 +135,7 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         if inspector is None:
             raise RuntimesError(f"TensorRT created no inspector: {reason(self._said, 'no reason given')}.")
         inspector.execution_context = context
-        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        return str(inspector.get_engine_information(self._json))
 
     def close(self) -> None:
         """Free memory, stream, context and engine. Closing twice is allowed."""
@@ -252,16 +264,12 @@ class Device:
 
 def _dtype(engine: trt.ICudaEngine, key: str) -> np.dtype[Any]:
     """Return the NumPy dtype of an input or output."""
-    import tensorrt as trt
-
     kind = engine.get_tensor_dtype(key)
-    if engine.get_tensor_location(key) == trt.TensorLocation.HOST:
+    if engine.get_tensor_location(key).name == "HOST":
         raise Refused(f"{key!r} is in host memory, as shape tensors are, which is not supported")
-    try:
-        dtype: np.dtype[Any] = np.dtype(trt.nptype(kind))
-    except TypeError as error:
-        raise Refused(f"{key!r} has type {kind}, which has no NumPy dtype") from error
-    return dtype
+    if kind.name not in NUMPY:
+        raise Refused(f"{key!r} has type {kind.name}, which has no NumPy dtype")
+    return np.dtype(NUMPY[kind.name])
 
 
 def _sizes(engine: trt.ICudaEngine, key: str) -> tuple[int | None, ...]:

@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import os
 import shlex
-from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -27,13 +26,13 @@ from runtimes.base.protocols import (
     BuildOptions,
     Int8Style,
     LayerCounts,
-    RuntimesError,
     RuntimeUnavailable,
     first_line,
 )
 from runtimes.base.registry import check_available, is_installed
 from runtimes.tensorrt import qdq_rules
-from runtimes.tensorrt.engine import Device, Refused, Shape, TensorRTEngine, reason
+from runtimes.tensorrt.build_steps import build_errors, parse, profile_of, required, shape_range, write_engine
+from runtimes.tensorrt.engine import Device, Refused, TensorRTEngine
 from runtimes.tensorrt.inspector import summary
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def missing() -> str | None:
         return f"tensorrt is not installed; on a machine with an NVIDIA GPU: {GET}"
     if not is_installed("cuda-bindings"):
         return f"cuda-bindings is not installed; it copies data to the GPU; {GET}"
-    count = _cuda_devices()
+    count = cuda_devices()
     if count is None:
         return f"there is no NVIDIA driver; install the one for your GPU, then {GET}"
     if count == 0:
@@ -89,19 +88,19 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
     import tensorrt as trt
 
     log, errors = _log()
-    with _build_errors(f"TensorRT cannot build {source.name}", errors):
+    with build_errors(f"TensorRT cannot build {source.name}", errors):
         builder = trt.Builder(log)
         # The value of this flag differs between versions, and version 11 ignores it.
         strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = _required(builder.create_network(strong), "it created no network")
+        network = required(builder.create_network(strong), "it created no network")
         parser = trt.OnnxParser(network, log)  # owns weights of the network, so it must outlive the build
-        _parse(parser, source)
+        parse(parser, source)
         config = _config(builder, network, options)
         _use_timings(config, out / TIMINGS)
-        plan = _required(builder.build_serialized_network(network, config), "it built no engine")
+        plan = required(builder.build_serialized_network(network, config), "it built no engine")
         engine = out / f"{source.stem}.engine"
-        _write(engine, plan)
-        _write(out / TIMINGS, _required(config.get_timing_cache(), "it returned no timing cache").serialize())
+        write_engine(engine, plan)
+        write_engine(out / TIMINGS, required(config.get_timing_cache(), "it returned no timing cache").serialize())
     return engine
 
 
@@ -119,17 +118,19 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
         raise BuildError(f"There is no engine {path}.")
     log, errors = _log()
     resources = contextlib.ExitStack()
-    with resources, _build_errors(f"TensorRT cannot open {path.name}", errors):
+    with resources, build_errors(f"TensorRT cannot open {path.name}", errors):
         runtime = trt.Runtime(log)
         if options.portable:
             # A portable engine contains the runtime of its TensorRT version as code, which runs only if allowed.
             runtime.engine_host_code_allowed = True
         refused = "it was built for another GPU or TensorRT version, or is damaged: build it again"
-        engine = _required(runtime.deserialize_cuda_engine(path.read_bytes()), refused)
+        engine = required(runtime.deserialize_cuda_engine(path.read_bytes()), refused)
         no_context = "it created no execution context, possibly for lack of memory"
-        context = _required(engine.create_execution_context(), no_context)
+        context = required(engine.create_execution_context(), no_context)
         device = Device(resources)
-        opened = TensorRTEngine(engine, context, device, keep=(log, runtime), said=errors)
+        opened = TensorRTEngine(
+            engine, context, device, keep=(log, runtime), said=errors, json=trt.LayerInformationFormat.JSON
+        )
         device.held = resources.pop_all()
     return opened
 
@@ -160,7 +161,7 @@ def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:
     graph = onnx_package.load(str(onnx), load_external_data=False).graph
     kinds = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
     shapes = {key: tuple(axis.dim_value if axis.HasField("dim_value") else -1 for axis in kinds[key]) for key in kinds}
-    ranges = {key: _range(shape, options) for key, shape in shapes.items() if -1 in shape}
+    ranges = {key: shape_range(shape, options) for key, shape in shapes.items() if -1 in shape}
     flags = [f"--onnx={onnx.name}", f"--saveEngine={onnx.stem}.engine", f"--timingCacheFile={TIMINGS}", "--noTF32"]
     for i, kind in enumerate(("min", "opt", "max") if ranges else ()):
         sizes = (f"{key}:{'x'.join(map(str, bounds[i]))}" for key, bounds in ranges.items())
@@ -171,7 +172,7 @@ def command_lines(onnx: Path, options: BuildOptions) -> dict[str, str]:
     return {version: shlex.join(["trtexec", *flags, *more]) for version, more in own.items()}
 
 
-def _cuda_devices() -> int | None:
+def cuda_devices() -> int | None:
     """Return the number of CUDA devices; None without a driver. Calling the driver directly is the fastest way."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -197,25 +198,6 @@ def _check_ready(options: BuildOptions) -> None:
         )
 
 
-def _required(value: T | None, message: str) -> T:
-    """Return `value`; raise Refused if it is None, which TensorRT's type stubs do not always declare."""
-    if value is None:
-        raise Refused(message)
-    return value
-
-
-@contextlib.contextmanager
-def _build_errors(failure: str, errors: list[str]) -> Iterator[None]:
-    """Convert exceptions to a BuildError: `failure`, the exception's message and TensorRT's last logged error."""
-    try:
-        yield
-    except RuntimesError:
-        raise
-    except Exception as error:  # pybind raises TypeError, RuntimeError and others
-        logged = f" (TensorRT: {reason(errors, '')})" if errors else ""
-        raise BuildError(f"{failure}: {first_line(error)}{logged}.") from error
-
-
 def _log() -> tuple[trt.ILogger, list[str]]:
     """Return a logger and the list to which it appends error messages; it discards all other messages."""
     import tensorrt as trt
@@ -234,47 +216,21 @@ def _log() -> tuple[trt.ILogger, list[str]]:
     return Log(), errors
 
 
-def _parse(parser: trt.OnnxParser, onnx: Path) -> None:
-    """Parse the file into the parser's network; by path, so that the parser finds external weights."""
-    if parser.parse_from_file(str(onnx)):
-        return
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    texts = [f"node {error.node_name()!r} ({error.node_operator()}): {error.desc()}" for error in errors]
-    raise Refused("; ".join(" ".join(text.split()) for text in texts) or "its parser gives no reason")
-
-
 def _config(builder: trt.Builder, network: trt.INetworkDefinition, options: BuildOptions) -> trt.IBuilderConfig:
     """Return the builder configuration; as by default, workspace memory is unlimited."""
     import tensorrt as trt
 
-    config = _required(builder.create_builder_config(), "it created no builder configuration")
+    config = required(builder.create_builder_config(), "it created no builder configuration")
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # A float32 model must run in float32, otherwise the parity check against torch fails.
     config.clear_flag(trt.BuilderFlag.TF32)
     if options.portable:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    profile = _required(builder.create_optimization_profile(), "it created no optimization profile")
-    for tensor in inputs:
-        if tensor.is_shape_tensor:
-            raise Refused(f"input {tensor.name!r} is a shape tensor, which is not supported")
-        if -1 in tuple(tensor.shape):
-            profile.set_shape(tensor.name, *_range(tuple(tensor.shape), options))
-    free = any(-1 in tuple(tensor.shape) for tensor in inputs)
-    if free and config.add_optimization_profile(profile) < 0:
+    profile = profile_of(builder, network, options)
+    if profile is not None and config.add_optimization_profile(profile) < 0:
         raise Refused(f"it rejected the profile with batches {options.batches} and lengths {options.lengths}")
     return config
-
-
-def _range(shape: Shape, options: BuildOptions) -> tuple[Shape, Shape, Shape]:
-    """Return the smallest, usual and largest shape: a dynamic first axis is the batch, any other a length."""
-
-    def bound(i: int) -> Shape:
-        sizes = (options.batches if axis == 0 else options.lengths for axis in range(len(shape)))
-        return tuple(dynamic[i] if size == -1 else size for size, dynamic in zip(shape, sizes, strict=True))
-
-    return bound(0), bound(1), bound(2)
 
 
 def _use_timings(config: trt.IBuilderConfig, path: Path) -> None:
@@ -283,15 +239,5 @@ def _use_timings(config: trt.IBuilderConfig, path: Path) -> None:
     with contextlib.suppress(Exception):  # pybind raises various exceptions for a damaged file
         if config.set_timing_cache(config.create_timing_cache(old), False):
             return
-    if not config.set_timing_cache(_required(config.create_timing_cache(b""), "it created no timing cache"), False):
+    if not config.set_timing_cache(required(config.create_timing_cache(b""), "it created no timing cache"), False):
         raise Refused("it rejected an empty timing cache")
-
-
-def _write(path: Path, memory: trt.IHostMemory) -> None:
-    """Write a file atomically, because load() would try to open an incomplete engine."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(memoryview(memory))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ ENGINES = {
     "onnxruntime_mobile": "model.ort",
     "openvino": "openvino_model.xml",
     "tensorrt": "model.engine",
+    "tensorrt_rtx": "model.engine",
     "torch": "model.pt2",
     "executorch": "model.pte",
     "transformers": "config.json",
@@ -36,16 +37,19 @@ PACKAGES = {
     "onnxruntime_mobile": ("onnxruntime",),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "cuda-bindings"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu12", "cuda-bindings"),
     "torch": ("torch",),
     "executorch": ("executorch",),
     "transformers": ("torch", "transformers"),
 }
+GPU_ENGINES = ("tensorrt", "tensorrt_rtx")
 TITLES = {
     "onnxruntime": "ONNX Runtime",
     "onnxruntime_fused": "ONNX Runtime (fused)",
     "onnxruntime_mobile": "ONNX Runtime (.ort)",
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT for RTX",
     "torch": "PyTorch (AOTInductor)",
     "executorch": "ExecuTorch (XNNPACK)",
     "transformers": "transformers",
@@ -90,6 +94,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
         .get_template("load.py.j2")
         .render(
             runtime=runtime.partition("_")[0],
+            library=runtime,
             file=ENGINES.get(runtime, "model.onnx"),
             providers=_providers(content),
             portable=_portable(content),
@@ -186,7 +191,7 @@ def _runtime(content: Json, folder: Path, cached: bool) -> str:
     """
     target: str = content["settings"]["target"]
     built = target in ENGINES and (folder / ENGINES[target]).is_file()
-    return target if built and not (cached and target == "tensorrt") else "onnxruntime"
+    return target if built and not (cached and target in GPU_ENGINES) else "onnxruntime"
 
 
 def _caches(content: Json) -> dict[str, tuple[int, int]]:
@@ -233,8 +238,10 @@ def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple
         )
     elif runtime != target:
         remarks.append(f"This code opens `model.onnx` with ONNX Runtime, not the engine of {target}.")
-    if runtime == "tensorrt":
-        remarks.append("The engine runs only on the GPU model and the TensorRT version that it was built with.")
+    if runtime in GPU_ENGINES:
+        remarks.append(
+            f"The engine runs only on the GPU model and the {TITLES[runtime]} version that it was built with."
+        )
     if cached:
         remarks.append("Generation is greedy and uses the KV cache: each new token is one decode step.")
     if content["model"]["task"] == "question-answering":

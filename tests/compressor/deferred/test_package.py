@@ -46,6 +46,7 @@ from runtimes.base import registry
 from runtimes.base.protocols import BuildError, BuildOptions, RuntimeUnavailable
 from runtimes.base.timing import interleave
 from runtimes.tensorrt import target as tensorrt
+from runtimes.tensorrt_rtx import target as tensorrt_rtx
 from tests.processors import need_exact_int8
 from tests.runtimes.tensorrt.test_target import fake  # noqa: F401  (a fixture)
 
@@ -312,11 +313,13 @@ def test_the_stored_samples_stay_within_the_limit(monkeypatch, tmp_path, limit, 
 @pytest.mark.parametrize("command", [compressor.export, compressor.sweep])
 def test_the_error_for_an_absent_target_advises_to_install_it_or_to_defer_the_build(command, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "missing", lambda: "tensorrt is not installed; pip install tensorrt")
+    monkeypatch.setattr(tensorrt_rtx, "missing_builder", lambda: None)
     with pytest.raises(RuntimeUnavailable) as caught:
         command(target="tensorrt", output=tmp_path / "out")
     assert str(caught.value) == (
         "Target tensorrt cannot be used here: tensorrt is not installed; pip install tensorrt, or export with "
-        "--defer-build here and run `compressor build` on the device."
+        "--defer-build here and run `compressor build` on the device, or give --target tensorrt_rtx, which builds "
+        "engines here without a GPU."
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -283,7 +283,10 @@ class FakeParser:
 
     def get_error(self, place):
         return types.SimpleNamespace(
-            node_name=lambda: f"node_{place}", node_operator=lambda: "Einsum", desc=lambda: "Assertion\n failed"
+            code=lambda: types.SimpleNamespace(name="INVALID_NODE"),
+            node_name=lambda: f"node_{place}",
+            node_operator=lambda: "Einsum",
+            desc=lambda: "Assertion\n failed",
         )
 
 
@@ -479,7 +482,7 @@ def check_sentence(error, *words):
 def test_missing_names_the_first_missing_requirement(monkeypatch, package, bindings, found, word):
     monkeypatch.setattr(target.util, "find_spec", lambda name: {"tensorrt": package}[name])
     monkeypatch.setattr(target, "is_installed", lambda name: {"cuda-bindings": bindings}[name])
-    monkeypatch.setattr(target, "_cuda_devices", lambda: found)
+    monkeypatch.setattr(target, "cuda_devices", lambda: found)
     reason = target.missing()
     assert (reason is None) == (word is None)
     if reason is not None:
@@ -500,7 +503,7 @@ def test_devices_are_counted_by_the_driver(monkeypatch):
 
     for library, result in ((absent, None), (driver(100, 3), 0), (driver(0, 0), 0), (driver(0, 3), 3)):
         monkeypatch.setattr(target.ctypes, "CDLL", library)
-        assert target._cuda_devices() == result
+        assert target.cuda_devices() == result
 
 
 def test_unavailable_target_is_refused_before_any_work(fake, tmp_path, monkeypatch):
@@ -622,7 +625,7 @@ def test_files_and_types_that_cannot_be_opened(fake, built, tmp_path):
     with pytest.raises(BuildError, match=r"cannot open model\.onnx: it was built for another GPU"):
         target.load(tmp_path / "model.onnx", OPTIONS)
     fake.types["tensor(float)"] = "BF16"
-    with pytest.raises(BuildError, match=r"'x' has type DataType\.BF16, which has no NumPy dtype"):
+    with pytest.raises(BuildError, match=r"'x' has type BF16, which has no NumPy dtype"):
         target.load(built, OPTIONS)
     fake.location = "HOST"
     with pytest.raises(BuildError, match="'x' is in host memory"):
@@ -761,7 +764,9 @@ def test_portable_engine_contains_code_and_needs_the_option(fake, tmp_path):
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_other_targets_refuse_to_be_portable(tmp_path, defer):
-    words = r"^Target onnxruntime has no portable engines; only tensorrt engines depend on one GPU and version: .*\.$"
+    words = (
+        r"^Target onnxruntime has no portable engines; only tensorrt builds one for several GPUs and versions: .*\.$"
+    )
     with pytest.raises(RuntimeUnavailable, match=words):
         pipeline.export(Settings(portable_engine=True, defer_build=defer, output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -848,19 +853,21 @@ def set_inputs(node, *inputs):
     return change
 
 
-def computed(name):
-    def change(nodes, constants):
-        constants["made_from"] = constants.pop(name)
-        identity = helper.make_node("Identity", ["made_from"], [name], "make")
-        rest = dict(nodes)
-        nodes.clear()
-        nodes.update({"make": identity} | rest)
+def computed_zero(nodes, constants):
+    constants["axes"] = np.array([0, 1])
+    del constants["zero"]
+    made = {
+        "largest": helper.make_node("ReduceMax", ["x", "axes"], ["most"], "largest", keepdims=0),
+        "made": helper.make_node("Cast", ["most"], ["zero"], "made", to=TensorProto.INT8),
+    }
+    rest = dict(nodes)
+    nodes.clear()
+    nodes.update(made | rest)
 
-    return change
 
-
-def quantized_output(nodes, constants):
-    nodes["end"] = helper.make_node("QuantizeLinear", ["p", "scale", "zero"], ["y"], "end")
+def float_weight(nodes, constants):
+    constants["wf"] = constants.pop("w").astype(np.float32)
+    del nodes["wdq"]
 
 
 def between_product_and_bias(nodes, constants):
@@ -893,11 +900,9 @@ VIOLATIONS = {
     "no zero point": (set_inputs("q", "x", "scale"), "node 'q' has the quantized type uint8, expected int8"),
     "int32 bias": (quantized_bias, "node 'bias_dq' has the quantized type int32, expected int8: leave biases in float"),
     "zero point": (set_constants(zero=np.int8(3)), "node 'q' has a zero point other than 0: quantize symmetrically"),
-    "computed zero": (computed("w_zero"), "node 'wdq' has the zero point w_zero, which is computed"),
-    "computed scale": (computed("w_scale"), "node 'wdq' has the scale w_scale, which is computed"),
+    "computed zero": (computed_zero, "node 'q' has the zero point zero, which is computed"),
     "scale 0": (set_constants(scale=np.float32(0)), "node 'q' has a scale that is not positive and finite"),
     "scale NaN": (set_constants(scale=np.float32("nan")), "node 'q' has a scale that is not positive and finite"),
-    "scale type": (set_constants(scale=np.float64(1)), "node 'q' has a scale of type double"),
     "activation": (
         set_constants(scale=np.ones(8, np.float32), zero=np.zeros(8, np.int8)),
         "node 'q' has one scale per channel on an activation",
@@ -907,15 +912,7 @@ VIOLATIONS = {
         "node 'wdq' has 3 scales for axis 1 of a weight of shape [8, 4]",
     ),
     "axis": (wrong_axis, "node 'product' has weight scales along axis 0, expected the output channels, axis 1"),
-    "weight only": (
-        set_inputs("product", "x", "wf"),
-        "node 'product' has one int8 input and one float input, x: put Q",
-    ),
-    "output": (quantized_output, "node 'end' produces a graph output, which would stay quantized"),
-    "scale not of its input": (
-        set_constants(scale=np.float16(0.1)),
-        "node 'q' has a scale and an input of types float and float16, expected one type for both",
-    ),
+    "float weight": (float_weight, "node 'product' has an int8 input and the float input wf: put Q"),
     "product of two types": (
         set_constants(w_scale=np.full(4, 0.5, np.float16)),
         "node 'product' has inputs of types float and float16, expected one: that of the scales of its DQs",
@@ -944,6 +941,32 @@ def test_each_rule_violation_is_a_sentence_with_its_node_before_any_build(fake, 
 )
 def test_a_conforming_product_passes(tmp_path, op, attributes):
     assert qdq.violations(quantized_model(tmp_path, op=op, **attributes)) == []
+
+
+def quantized_output(nodes, constants):
+    nodes["end"] = helper.make_node("QuantizeLinear", ["p", "scale", "zero"], ["y"], "end")
+
+
+def computed_scale(nodes, constants):
+    computed_zero(nodes, constants)
+    constants["zero"] = np.int8(0)
+    nodes["made"] = helper.make_node("Identity", ["most"], ["scale"], "made")
+    del constants["scale"]
+
+
+# Forms that the builder takes; tests/runtimes/tensorrt_rtx/test_rules.py builds each.
+ACCEPTED = {
+    "conforming": None,
+    "weight only": set_inputs("product", "x", "wf"),
+    "quantized output": quantized_output,
+    "computed scale": computed_scale,
+    "scales of another type than the input": set_constants(scale=np.float16(0.1), w_scale=np.full(4, 0.5, np.float16)),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_the_builder_takes_violates_no_rule(tmp_path, case):
+    assert qdq.violations(quantized_model(tmp_path, change=ACCEPTED[case])) == []
 
 
 def test_constants_in_external_data_and_in_constant_nodes_are_read(tmp_path):
@@ -1123,7 +1146,7 @@ def test_dynamic_int8_and_a_missing_target_are_refused_before_any_work(tmp_path,
             "onnxruntime",
             "cuda",
             "static",
-            "target onnxruntime has no int8 on cuda; it has fp32, fp16 there; int8 on cuda needs --target tensorrt.",
+            "no int8 on cuda; it has fp32, fp16 there; int8 on cuda needs --target tensorrt or tensorrt_rtx.",
         ),
         ("onnxruntime", "cuda", "dynamic", "has no int8-dynamic on cuda; it has fp32, fp16 there."),
         ("tensorrt", "cpu", "static", "tensorrt has no int8 on cpu; int8 on cpu needs --target"),

@@ -1,0 +1,78 @@
+"""ONNX files of the small architectures as an export writes them: folded, in each precision, with merged tokens."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from compressor import models
+from compressor.errors import CompressorError
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.quantize.convert import convert
+from passes.base import PassError, apply
+from passes.graph.sites import find_sites
+from passes.merge_tokens.token_merging import ReduceTokens
+from runtimes.base.protocols import Int8Style
+from tests.architectures import TIMM, TRANSFORMERS
+from tests.decoders import DECODERS, saved
+
+CACHED = "decoder "  # decoders with a KV cache, beside those of TRANSFORMERS without one
+LOADERS = {each.name: each.load for each in (*TIMM, *TRANSFORMERS)}
+UNWRITABLE = ("hiera",)  # attention over five axes, which torch.onnx does not write
+NAMES = (*LOADERS, *(f"{CACHED}{name}" for name in DECODERS))
+PRECISIONS = ("fp32", "fp16", "int8")
+FORMS = (*PRECISIONS, "fp16, tokens merged")
+
+
+def load(name: str, folder: Path) -> models.Model:
+    """Load an architecture by its name; a decoder with a cache is saved to a folder first."""
+    if name.startswith(CACHED):
+        return models.load(saved(folder / "checkpoint", name.removeprefix(CACHED)))
+    return LOADERS[name]()
+
+
+def write_forms(name: str, folder: Path, style: Int8Style, forms=FORMS) -> Iterator[tuple[str, Path | str]]:
+    """Yield each form of an architecture with its file, or with the reason why it has none."""
+    model = load(name, folder)
+    graph = trace(model)
+    feeds = {key: value.numpy() for key, value in model.example.items()}
+    fp32 = lower(fold_graph(graph), model, folder / "model.onnx")
+    for form in forms:
+        if form == "fp32":
+            yield form, fp32
+            continue
+        path, source = folder / f"{form}.onnx", fp32
+        try:
+            if "merged" in form:
+                source = lower(fold_graph(merged(graph)), model, folder / "merged.onnx")
+            convert(source, path, form.partition(",")[0], style, lambda: iter([feeds]), calibration="minmax")
+        except (CompressorError, PassError) as error:
+            yield form, str(error)
+        else:
+            yield form, path
+
+
+def merged(graph):
+    """Return a fork with one token merged behind the first attention, or a quarter where their number is dynamic.
+
+    Raises:
+        PassError: no token can be merged there, or there is no attention.
+    """
+    first = next((site for site in find_sites(graph) if site.kind == "attention"), None)
+    if first is None:
+        raise PassError("the model has no attention")
+    try:
+        return _reduced(graph, first.name, 1)
+    except PassError as error:
+        if "dynamic length" not in str(error):
+            raise
+        return _reduced(graph, first.name, 0.25)
+
+
+def _reduced(graph, site: str, amount: float):
+    fork = graph.fork()
+    with torch.no_grad():
+        apply(ReduceTokens(((site, amount),)), fork)
+    return fork
