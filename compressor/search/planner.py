@@ -22,7 +22,7 @@ from compressor.quality.evaluate import BATCH, tensor_batches
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.search import cost_model
-from compressor.search.cost_model import CostModel
+from compressor.search.cost_model import Clock, CostModel
 from compressor.search.greedy import Search
 from compressor.search.pareto import Point, efficient
 from compressor.search.plan_file import read_plan
@@ -343,6 +343,7 @@ def _prices(
     if settings.cost == "macs":
         return cost_model.multiply_add_cost_model(subject.graph, calls)
     designs = {name: evaluator.builder.fold(design) for name, design in _designs(subject, settings, rewriter).items()}
+    clock: Clock
     if settings.prices is None:
         clock = partial(_recalled, journal, evaluator, steps)
     else:
@@ -354,7 +355,8 @@ def _recalled(
     journal: Journal, evaluator: GraphEvaluator, steps: Steps, graphs: Mapping[str, Graph]
 ) -> Mapping[str, Mapping[str, float]]:
     """Return the timings of an interrupted search, or time the graphs."""
-    return journal.recall("timings of calls", lambda: evaluator.time(graphs, steps))
+    timings: dict[str, dict[str, float]] = journal.recall("timings of calls", lambda: evaluator.time(graphs, steps))
+    return timings
 
 
 def _designs(subject: TracedModel, settings: Settings, rewriter: Rewriter) -> dict[str, Graph]:

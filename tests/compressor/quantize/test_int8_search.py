@@ -549,6 +549,6 @@ def test_weight_is_rounded_to_the_nearest_step_of_its_channel(seed: int, axis: i
     quantized, scale = quantize_weight(w, axis)
     assert scale.shape == (w.shape[axis],)
     steps = np.expand_dims(scale, 1 - axis)
-    # Half a step, and float32 rounding of the division.
-    assert (np.abs(quantized * steps - w) <= 0.5 * steps * (1 + 1e-5)).all()
+    # Half a step, and float32 rounding of the division and of the product: up to 127 steps times 1.2e-7 each.
+    assert (np.abs(quantized * steps - w) <= 0.5 * steps * (1 + 1e-4)).all()
     assert (np.abs(quantized).max(axis=1 - axis) == 127).all()
