@@ -2,7 +2,7 @@
 
 import pytest
 
-from compressor.quantize.saturation import int8_saturates
+from compressor.target.saturation import int8_saturates
 
 EXACT = "ONNX Runtime's int8 products saturate at 16 bits on this processor, which has no VNNI"
 

@@ -235,7 +235,7 @@ def _saturating(precision: str, converted: Mapping[str, Converted], engine: Mapp
     exact = deferred and _computes_in_fp16(precision, converted)
     if not (precision.startswith("int8") and measured_here) or exact:
         return
-    from compressor.quantize.saturation import int8_saturates
+    from compressor.target.saturation import int8_saturates
 
     if int8_saturates():
         yield Limitation(

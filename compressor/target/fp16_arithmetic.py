@@ -40,7 +40,7 @@ def write_rounded(source: Path, destination: Path) -> None:
     """Write a float32 file that computes as a GPU computes an fp16 file.
 
     Int8 weights are dequantized: a product of integers below 128 and fp16 scales is exact in float32, whereas ONNX
-    Runtime's int8 kernels may saturate (see `compressor.quantize.saturation`).
+    Runtime's int8 kernels may saturate (see `compressor.target.saturation`).
 
     Args:
         source: an ONNX file with fp16 values, whose inputs and outputs are float32.

@@ -348,7 +348,7 @@ def test_a_sweep_names_the_points_that_do_not_share_a_limitation():
 @pytest.mark.parametrize("saturating", [True, False])
 def test_saturating_int8_products_are_a_limitation(saturating, monkeypatch):
     """Only ONNX Runtime is affected, as the target or as the reference of a deferred target."""
-    monkeypatch.setattr("compressor.quantize.saturation.int8_saturates", lambda: saturating)
+    monkeypatch.setattr("compressor.target.saturation.int8_saturates", lambda: saturating)
     expected = ["exact int8 products"] if saturating else []
     for engine in (BUILT | {"target": "onnxruntime_fused"}, {"state": "deferred", "target": "tensorrt"}):
         assert features(limitations_of(subject(), "int8-dynamic", {}, (), engine)) == expected

@@ -180,6 +180,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "max_precision_loss",
         "max_memory",
         "defer_build",
+        "gpu",
         "portable_engine",
         "factorial",
     }

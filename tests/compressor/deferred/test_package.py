@@ -31,11 +31,11 @@ from compressor.measure import latency as engine_timing
 from compressor.quality.heads.registry import head_for
 from compressor.quality.parity import TOLERANCE, ParityError, Reference
 from compressor.quantize.precision import Source
-from compressor.quantize.saturation import int8_saturates
 from compressor.report.engine_text import describe_measurements
 from compressor.report.pages.export_page import html, previews_in
 from compressor.search.plan_file import read_plan_fields
 from compressor.settings import Settings
+from compressor.target.saturation import int8_saturates
 from compressor.workspace import environment
 from compressor.workspace.output_folder import write_manifest
 from compressor.workspace.output_lock import output_lock

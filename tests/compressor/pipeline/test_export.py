@@ -20,9 +20,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 import compressor
-from compressor import CompressorError
+from compressor import CompressorError, models
 from compressor.cli.main import main
 from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
 from compressor.measure import engine_builder
 from compressor.measure import latency as engine_timing
 from compressor.measure.graph_evaluator import GraphEvaluator
@@ -42,7 +43,7 @@ from passes.graph.graph import Graph
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from runtimes.base.timing import Latency, interleave
-from tests.samples import DIGITS, digits, five_blocks
+from tests.samples import DIGITS, five_blocks
 
 pytest.importorskip("onnxruntime", reason="these exports use the target onnxruntime")
 
@@ -137,7 +138,8 @@ def test_the_report_contains_everything_needed_to_repeat_the_export(exported: tu
 def test_exact_rewrites_are_stated_as_a_share_of_their_own(exported: tuple[Path, Report]) -> None:
     """The sample is read at its class token: the last block needs one token for most of its work."""
     folder, report = exported
-    model, _, graph, _ = digits()
+    model = models.load(folder.parent / "sample")
+    graph = trace(model)
     content = json.loads((folder / "report.json").read_text())
     whole, exact = content["sizes"]["baseline"]["multiply_adds"], content["exact"]["multiply_adds"]
     assert exact == Costs(fold_graph(graph), model.example).total.multiply_adds

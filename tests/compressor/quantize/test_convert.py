@@ -12,7 +12,7 @@ import pytest
 from compressor.errors import CompressorError
 from compressor.quantize.convert import OURS, choose_conversion, convert, usable_quantizers
 from compressor.quantize.precision import Converted, Source
-from compressor.quantize.saturation import int8_saturates
+from compressor.target.saturation import int8_saturates
 from runtimes.base.protocols import Int8Style
 from tests.onnx_files import Feeds, K, count, feeds_of, initializers, mlp, node, normal, run, save
 
