@@ -56,6 +56,30 @@ def five_blocks(folder, kept=(0, 3, 4, 5, 9)):
     return str(folder)
 
 
+class Residual(torch.nn.Module):
+    """Residual branches and a head of four classes, on vectors of 32."""
+
+    def __init__(self, branches=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(branches))
+        self.head = torch.nn.Linear(32, 4)
+
+    def forward(self, x):
+        for inner in self.inner:
+            x = x + torch.relu(inner(x))
+        return self.head(x)
+
+
+def labelled_rows(path, module, count):
+    """Write `count` vectors of 32 with the classes that the module predicts for them, and return the path."""
+    rows = np.random.default_rng(0).standard_normal((count, 32)).astype(np.float32)
+    with torch.no_grad():
+        labels = module(torch.from_numpy(rows)).argmax(-1).numpy()
+    np.savez(path, x=rows, y=labels)
+    return path
+
+
 @functools.cache
 def traced(name):
     """Return a model of `tests.architectures` with random weights, its graph and its sites."""

@@ -258,7 +258,7 @@ def load(
         samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
-    check_unknown(samples, order, preprocess, spec)
+    check_unknown(samples, [index for index in order if index not in faults], preprocess, spec)
     short, truncated = check_lengths(samples, order, *((preprocess.limit, 1) if window is None else (None, 2)))
     usable = tuple(index for index in order if index not in faults and index not in short)
     unusable = sorted((*faults.items(), *short.items()))

@@ -60,7 +60,7 @@ def _of_engine(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "calibration", f"but target {target} sets the ranges of int8 itself; choose another --target"
     if precision == "fp32":
         yield "max_precision_loss", "which bounds the loss of a precision below fp32; give --precision"
-    if target in ("tensorrt", "tensorrt_rtx") and not settings.defer_build:
+    if target_named(target).devices == ("cuda",) and not settings.defer_build:
         yield "threads", f"but engines of {target} run on the GPU; choose another --target"
     if ahead_of_time(target_named(target)) is None:
         yield "gpu", f"but target {target} builds for the device that it runs on; give --target tensorrt_rtx"

@@ -34,6 +34,7 @@ class CallCostModel:
     Attributes:
         counter: counts the work of a graph on the inputs of the call.
         times: number of calls.
+        shapes: shapes of all inputs of the call.
         weights: cost of the constant, multiply-adds, attention, elements and operators [5], for all `times` calls.
         timings: milliseconds of all calls by engine, to which the weights were fitted; empty for multiply-adds.
         fitted: prediction of the model for the same engines.
@@ -41,6 +42,7 @@ class CallCostModel:
 
     counter: Counter = field(repr=False)
     times: int
+    shapes: Mapping[str, tuple[int, ...]]
     weights: npt.NDArray[np.float64]
     timings: Mapping[str, float] = field(default_factory=dict)
     fitted: Mapping[str, float] = field(default_factory=dict)
@@ -99,7 +101,7 @@ def multiply_add_cost_model(graph: Graph, calls: Mapping[str, Call]) -> CostMode
     return CostModel(
         "multiply-adds",
         {
-            name: CallCostModel(Counter(graph, call.shapes), call.times, call.times * COUNTED)
+            name: CallCostModel(Counter(graph, call.shapes), call.times, call.shapes, call.times * COUNTED)
             for name, call in calls.items()
         },
     )
@@ -125,24 +127,24 @@ def fit_latency_cost_model(
     return CostModel(
         "ms",
         {
-            name: _price(
-                Counter(graph, call.shapes), call.times, designs, {key: parts[name] for key, parts in timings.items()}
-            )
+            name: _price(graph, call, designs, {key: parts[name] for key, parts in timings.items()})
             for name, call in calls.items()
         },
         source,
     )
 
 
-def _price(counter: Counter, times: int, designs: Mapping[str, Graph], timings: Mapping[str, float]) -> CallCostModel:
+def _price(graph: Graph, call: Call, designs: Mapping[str, Graph], timings: Mapping[str, float]) -> CallCostModel:
     """Fit the linear model of one call to its milliseconds on the engines of the designs."""
+    counter = Counter(graph, call.shapes)
     rows = np.array([_features(counter.count(design)) for design in designs.values()])
-    measured = np.array([times * timings[name] for name in designs])
+    measured = np.array([call.times * timings[name] for name in designs])
     scale = rows.max(0)
     scale[scale == 0.0] = 1.0
     solution, _ = nnls(rows / scale / measured[:, None], np.ones(len(measured)))
     fitted = dict(zip(designs, (rows / scale @ solution).tolist(), strict=True))
-    return CallCostModel(counter, times, solution / scale, dict(zip(designs, measured.tolist(), strict=True)), fitted)
+    timed = dict(zip(designs, measured.tolist(), strict=True))
+    return CallCostModel(counter, call.times, call.shapes, solution / scale, timed, fitted)
 
 
 def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

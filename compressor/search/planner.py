@@ -338,7 +338,10 @@ def _prices(
     journal: Journal,
     steps: Steps,
 ) -> CostModel:
-    """Return the cost model: multiply-adds with ``--cost macs``, else fitted to timings on the target."""
+    """Return the cost model: multiply-adds with ``--cost macs``, else fitted to timings on the target.
+
+    With ``--prices``, the timings are those of an earlier search.
+    """
     calls = evaluator.timer.calls
     if settings.cost == "macs":
         return cost_model.multiply_add_cost_model(subject.graph, calls)
@@ -411,7 +414,12 @@ def facts_of(search: Search) -> dict[str, Any]:
             "timings": prices.timings,
             "largest_error": prices.error,
             "calls": {
-                name: {"times": price.times, "timings": dict(price.timings)} for name, price in prices.calls.items()
+                name: {
+                    "times": price.times,
+                    "shapes": {key: list(shape) for key, shape in price.shapes.items()},
+                    "timings": dict(price.timings),
+                }
+                for name, price in prices.calls.items()
             },
         },
         "steps": [asdict(step) for step in search.steps],

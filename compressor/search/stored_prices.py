@@ -22,7 +22,10 @@ FILES = ("report.json", "sweep.json")  # of an export and of a sweep
 UNIT = "ms"
 REMEDY = "it is no report.json or sweep.json of this release, so leave out --prices"
 # Settings that the time of an engine depends on.
-COMPARED = ("target", "precision", "device", "threads", "batch", "generate", "image_size", "max_length", "cache")
+COMPARED = (
+    *("target", "precision", "device", "threads", "batch", "generate", "image_size", "max_length", "cache"),
+    "defer_build",  # ONNX Runtime on the CPU is timed in place of the target
+)
 _KEPT = ConfigDict(extra="ignore")
 
 
@@ -33,6 +36,7 @@ class PricesError(CompressorError):
 @with_config(_KEPT)
 class _Call(TypedDict):
     times: Annotated[int, Field(ge=0)]
+    shapes: dict[str, list[int]]
     timings: dict[str, Annotated[float, Field(gt=0.0, allow_inf_nan=False)]]
 
 
@@ -54,7 +58,7 @@ class _Model(TypedDict):
 
 @with_config(_KEPT)
 class _Content(TypedDict):
-    settings: dict[str, object]
+    settings: dict[str, str | int | float | bool | None]
     model: _Model | str
     search: _Search
 
@@ -143,5 +147,8 @@ def _differences(
     if times != expected:
         yield "the calls", times, expected
     for call, part in stored.items():
+        shapes = {key: list(shape) for key, shape in calls[call].shapes.items()}
+        if part["shapes"] != shapes:
+            yield f"the inputs of {call}", part["shapes"], shapes
         if missing := [design for design in designs if design not in part["timings"]]:
             yield f"the designs of {call}", ", ".join(part["timings"]), ", ".join(missing)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from runtimes.base.ahead_of_time import Progress
 from runtimes.base.protocols import BuildError, BuildOptions, Int8Style, LayerCounts, RuntimeUnavailable, first_line
@@ -24,9 +24,6 @@ from runtimes.tensorrt.engine import Device, TensorRTEngine
 from runtimes.tensorrt.inspector import summary
 from runtimes.tensorrt.target import cuda_devices
 from runtimes.tensorrt_rtx.builder import LIBRARY, Log, Network
-
-if TYPE_CHECKING:
-    pass
 
 name = "tensorrt_rtx"
 description = "NVIDIA TensorRT for RTX on CUDA; also builds engines for GPUs that are not here (never run on one)"

@@ -4,7 +4,6 @@ import errno
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from compressor.target.gpus import Gpus
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import BuildError, BuildOptions, LayerCounts
 from runtimes.tensorrt_rtx import target as rtx
+from tests.samples import Residual, labelled_rows
 
 OPTIONS = BuildOptions(device="cuda")
 LAYERS = LayerCounts(3, {"fp32": 2, "other": 1}, {"MATRIX_MULTIPLY": 2, "SHAPE": 1}, None)
@@ -101,35 +101,15 @@ def test_parsers_are_asked_for_nvidia_targets_alone(monkeypatch, tmp_path):
     assert "Builder 1 takes the ONNX files of this folder (result)" in " ".join(describe_measurements({"parser": part}))
 
 
-class Residual(torch.nn.Module):
-    """Two residual branches and a head, on vectors of 32."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
-        self.head = torch.nn.Linear(32, 4)
-
-    def forward(self, x):
-        for inner in self.inner:
-            x = x + torch.relu(inner(x))
-        return self.head(x)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    rows = np.random.default_rng(0).standard_normal((120, 32)).astype(np.float32)
-    with torch.no_grad():
-        labels = Residual()(torch.from_numpy(rows)).argmax(-1).numpy()
-    path = tmp_path_factory.mktemp("data") / "rows.npz"
-    np.savez(path, x=rows, y=labels)
-    return path
+    return labelled_rows(tmp_path_factory.mktemp("data") / "rows.npz", Residual(2), 120)
 
 
 def export(data, output, **options):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     pytest.importorskip("onnxruntime", reason="it measures in place of the GPU")
-    common = {"model": Residual(), "example_inputs": torch.zeros(2, 32), "data": str(data), "rounds": 1, "drop": "1"}
+    common = {"model": Residual(2), "example_inputs": torch.zeros(2, 32), "data": str(data), "rounds": 1, "drop": "1"}
     options = {"target": "tensorrt_rtx", **options}
     return compressor.export(**common, task="image-classification", output=output, **options)
 

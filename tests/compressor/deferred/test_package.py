@@ -49,6 +49,7 @@ from runtimes.tensorrt import target as tensorrt
 from runtimes.tensorrt_rtx import target as tensorrt_rtx
 from tests.processors import need_exact_int8
 from tests.runtimes.tensorrt.test_target import fake  # noqa: F401  (a fixture)
+from tests.samples import Residual, labelled_rows
 
 ort = pytest.importorskip("onnxruntime", reason="it replaces every target in a deferred export")
 
@@ -87,21 +88,6 @@ main(sys.argv[1:])
 """
 
 
-class Residual(torch.nn.Module):
-    """Three residual branches and a head, on vectors of 32."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(3))
-        self.head = torch.nn.Linear(32, 4)
-
-    def forward(self, x):
-        for inner in self.inner:
-            x = x + torch.relu(inner(x))
-        return self.head(x)
-
-
 @pytest.fixture(scope="module")
 def brief():
     """Real timing in very short bursts; these tests check the written files."""
@@ -114,11 +100,7 @@ def brief():
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
     """A module, and data labelled with its own predictions."""
-    rows = np.random.default_rng(0).standard_normal((160, 32)).astype(np.float32)
-    with torch.no_grad():
-        labels = Residual()(torch.from_numpy(rows)).argmax(-1).numpy()
-    path = tmp_path_factory.mktemp("data") / "rows.npz"
-    np.savez(path, x=rows, y=labels)
+    path = labelled_rows(tmp_path_factory.mktemp("data") / "rows.npz", Residual(), 160)
     common = {"model": Residual(), "example_inputs": torch.zeros(2, 32), "data": str(path), "batch": 5, "rounds": 1}
     return common | {"task": "image-classification", "defer_build": True, "drop": "1"}
 

@@ -11,7 +11,7 @@ from compressor.search.stored_prices import PricesError, price_notes, stored_tim
 from compressor.settings import Settings, SettingsError
 
 SETTINGS = Settings(batch=2, threads=1)
-CALLS = {"prompt": Call(1, {}, {}), "token": Call(4, {}, {})}
+CALLS = {"prompt": Call(1, {}, {"ids": (2, 6)}), "token": Call(4, {}, {"ids": (2, 1)})}
 DESIGNS = {"as it is": None, "linear": None}
 CONTENT = {
     "settings": SETTINGS.to_dict(),
@@ -20,8 +20,16 @@ CONTENT = {
         "prices": {
             "unit": "ms",
             "calls": {
-                "prompt": {"times": 1, "timings": {"as it is": 5.0, "linear": 3.0, "without mlp": 2.0}},
-                "token": {"times": 4, "timings": {"as it is": 8.0, "linear": 4.0, "without mlp": 2.0}},
+                "prompt": {
+                    "times": 1,
+                    "shapes": {"ids": [2, 6]},
+                    "timings": {"as it is": 5.0, "linear": 3.0, "without mlp": 2.0},
+                },
+                "token": {
+                    "times": 4,
+                    "shapes": {"ids": [2, 1]},
+                    "timings": {"as it is": 8.0, "linear": 4.0, "without mlp": 2.0},
+                },
             },
         }
     },
@@ -60,6 +68,11 @@ def test_a_sweep_names_its_model_alone(tmp_path):
         ({"settings": Settings(batch=2)}, "--threads 1, but this search needs --threads None"),
         ({"settings": Settings(batch=2, threads=1, target="openvino")}, "--target onnxruntime, but"),
         ({"settings": Settings(batch=2, threads=1, int8="static")}, "--precision fp32, but"),
+        ({"settings": Settings(batch=2, threads=1, defer_build=True)}, "--defer-build False, but"),
+        (
+            {"calls": CALLS | {"prompt": Call(1, {}, {"ids": (2, 9)})}},
+            "the inputs of prompt {'ids': [2, 6]}, but this search needs the inputs of prompt {'ids': [2, 9]}",
+        ),
         ({"calls": {"prompt": CALLS["prompt"]}}, "the calls {'prompt': 1, 'token': 4}"),
         ({"calls": CALLS | {"token": Call(5, {}, {})}}, "the calls"),
         ({"designs": DESIGNS | {"without attention": None}}, "needs the designs of prompt without attention"),
