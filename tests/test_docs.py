@@ -173,7 +173,7 @@ def test_command(line, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     # Tests may run in any order, in several processes: what a command reads is made first if need be.
     for made in re.findall(
-        r"\w+(?=/(?:plans/\d+|plan)\.json)|(?<=compressor build )\w+|(?<=compressor bench )\w+", line
+        r"\w+(?=/(?:plans/\d+|plan)\.json)|(?<=compressor build )\w+|(?<=compressor bench )\w+|(?<=--prices )\w+", line
     ):
         make(made)
     execute(line)

@@ -43,7 +43,7 @@ from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
 from compressor.search.planner import Choice, choose_plan
 from compressor.search.site_evidence import tokens_left
-from compressor.search.stored_prices import price_notes
+from compressor.search.stored_prices import check_prices, price_notes
 from compressor.settings import Settings
 from compressor.target.availability import check_target
 from compressor.target.gpus import Gpus, gpus_ahead, measured_by_stand_in
@@ -129,6 +129,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
             not written then.
     """
     refuse_unused(settings)
+    check_prices(settings)
     gpus = gpus_ahead(settings)
     if gpus is not None:
         settings = measured_by_stand_in(settings)

@@ -15,7 +15,7 @@ from compressor.report.collect_limitations import of_sweep, of_timings
 from compressor.report.pareto_report import ParetoFront, plan_name, points_to_build, with_measurements
 from compressor.report.precision_notes import expected_excess
 from compressor.search.planner import facts_of, make_rewriter, points_of, prepare_search, run_search
-from compressor.search.stored_prices import price_notes
+from compressor.search.stored_prices import check_prices, price_notes
 from compressor.target.availability import check_target
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import output_folder, scratch_folder
@@ -46,6 +46,7 @@ def sweep(
     if settings.precision == AUTO:
         raise SettingsError("a sweep compares plans in one precision; found --precision auto, give one such as int8.")
     refuse_unused(settings)
+    check_prices(settings)
     target, options = check_target(settings)
     steps = Steps(console)
     output = Path(settings.output)

@@ -82,24 +82,26 @@ def stored_timings(
         PricesError: there is no such file, it has no timings, or they are those of other engines.
         JsonFileError: it is no report of this release.
     """
-    file = _file(path)
-    content = read_json(file, _SCHEMA, remedy=REMEDY)
-    prices = content["search"].get("prices")
-    if prices is None or prices["unit"] != UNIT:
-        raise PricesError(
-            f"{file} has no timings of a search by latency; give an export of --drop auto without --cost macs, or "
-            "leave out --prices."
-        )
-    for what, found, expected in _differences(content, prices["calls"], name, settings, calls, designs):
+    file, content, stored = _read(path)
+    for what, found, expected in _differences(content, stored, name, settings, calls, designs):
         raise PricesError(
             f"the prices in {file} are those of {what} {found}, but this search needs {what} {expected}; give a "
             "matching folder, or leave out --prices."
         )
-    stored = prices["calls"]
     return {
         design: {call: stored[call]["timings"][design] / max(calls[call].times, 1) for call in calls}
         for design in designs
     }
+
+
+def check_prices(settings: Settings) -> None:
+    """Check that the file of ``--prices`` has timings, before a model is loaded.
+
+    Raises:
+        PricesError, JsonFileError: see `stored_timings`.
+    """
+    if settings.prices is not None:
+        _read(Path(settings.prices))
 
 
 def price_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -110,6 +112,19 @@ def price_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """
     source = facts.get("prices", {}).get("source")
     return () if source is None else (f"The search took its prices from {source}; nothing was timed for them.",)
+
+
+def _read(path: Path) -> tuple[Path, _Content, dict[str, _Call]]:
+    """Return the file, its content, and the timings of each call in it."""
+    file = _file(path)
+    content = read_json(file, _SCHEMA, remedy=REMEDY)
+    prices = content["search"].get("prices")
+    if prices is None or prices["unit"] != UNIT:
+        raise PricesError(
+            f"{file} has no timings of a search by latency; give an export of --drop auto without --cost macs, or "
+            "leave out --prices."
+        )
+    return file, content, prices["calls"]
 
 
 def _file(path: Path) -> Path:

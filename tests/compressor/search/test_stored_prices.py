@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import compressor
 from compressor.errors import CompressorError
 from compressor.measure.workload import Call
 from compressor.search.stored_prices import PricesError, price_notes, stored_timings
@@ -105,6 +106,13 @@ def test_a_missing_folder_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(PricesError, match=r"is no folder with a report\.json or sweep\.json"):
             timings(path)
+
+
+@pytest.mark.parametrize("run", [compressor.export, compressor.sweep])
+def test_prices_are_checked_before_the_model_is_loaded(tmp_path, run):
+    with pytest.raises(PricesError, match="is no folder with a report"):
+        run("no_such_model", data="absent.npy", prices=tmp_path / "nowhere", output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prices_need_a_search_by_latency():
