@@ -13,12 +13,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import fx
     from torch.export import ExportedProgram
 
 # FakeTensorMode: tensors with a shape and a type but no elements. Offloaded weights need it for shape-only runs.
@@ -37,10 +39,13 @@ __all__ = [
     "expression",
     "fake_mode",
     "forward_hooks",
+    "generate_code",
     "guards",
+    "has_elements",
     "hint",
     "holds",
     "is_mutable",
+    "lazy_graph_module",
     "new_symbolic_size",
     "operators",
     "registries",
@@ -152,6 +157,14 @@ def fake_mode(value: object) -> FakeTensorMode | None:
     return value.fake_mode if isinstance(value, FakeTensor) else None
 
 
+def has_elements(tensor: torch.Tensor) -> bool:
+    """Return whether the elements of a tensor are known: it is no fake tensor, or one of a constant.
+
+    Reads `FakeTensor.constant`. Without it, a value computed from one constant could be taken for that of another.
+    """
+    return not isinstance(tensor, FakeTensor) or tensor.constant is not None
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Return the identity of a tensor's storage: equal for two tensors if and only if they share memory.
 
@@ -168,6 +181,27 @@ def registries(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]
     Reads `Module._parameters` and `Module._buffers`, because the public iterators leave out names that hold None.
     """
     return module._parameters, module._buffers
+
+
+# ----------------------------------------------------------------------------------------------------- graph modules
+
+
+def lazy_graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a graph module whose Python code is generated with its first call.
+
+    Uses `_LazyGraphModule`. Without it, torch generates and compiles code for every fork and after every edit, most of
+    which are run by an interpreter only.
+    """
+    return _LazyGraphModule(root, graph)
+
+
+def generate_code(module: fx.GraphModule) -> fx.GraphModule:
+    """Generate the Python code of a graph module if it has none yet, and return the module.
+
+    torch.export traces the call that generates the code, if it is the first.
+    """
+    _LazyGraphModule.force_recompile(module)
+    return module
 
 
 # ------------------------------------------------------------------------------------------------------------- hooks

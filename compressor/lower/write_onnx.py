@@ -21,6 +21,7 @@ from compressor.errors import CompressorError
 from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.models.base import first_line
+from passes.torch_internals import generate_code
 
 if TYPE_CHECKING:
     from compressor.models import Model
@@ -58,7 +59,7 @@ def _to_program(graph: Graph, model: Model, path: Path) -> Path:
     shapes = tuple(dict.fromkeys(model.dynamic_axes.get(name, {}), automatic) for name in graph.inputs)
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(graph.module, example, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(generate_code(graph.module), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export's errors have no common base
         raise LowerError(f"{model.name} cannot be exported by torch: {first_line(_cause(error))}.") from error
     names = json.dumps({"inputs": list(graph.inputs), "outputs": list(graph.outputs)})
@@ -78,7 +79,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                graph.module,
+                generate_code(graph.module),
                 example,
                 dynamo=True,
                 opset_version=OPSET,

@@ -155,6 +155,26 @@ class Search:
         graph = self.graph if merges else self.rewriter.changed(self.graph, unit, action, fits)
         return graph, self.rewriter.reduced(graph, self.changes | self.rewriter.of_sites({unit: action}))
 
+    def candidate(self, unit: str, action: str, fits: Fits | None = None) -> Graph:
+        """Return the graph after one more change, with tokens merged.
+
+        Drops and fitted maps act on each token alone, so they are applied to the graph whose tokens are merged already;
+        merging them again takes far longer.
+
+        Raises:
+            PassError: the action cannot be applied to this unit.
+        """
+        fitted = fits is not None and action not in PUBLISHED and not self._reads_merged_tokens(unit)
+        if not self.rewriter.whole and (action == "drop" or (fitted and merged_tokens(action) is None)):
+            return self.rewriter.changed(self.reduced, unit, action, fits)
+        return self.with_change(unit, action, fits)[1]
+
+    def _reads_merged_tokens(self, unit: str) -> bool:
+        """Return whether tokens are merged directly before a unit, so that it reads the result, not the trunk."""
+        merging = {name for name, action in self.changes.items() if merged_tokens(action)}
+        roots = {site.root for site in self.rewriter.sites if site.name in merging}
+        return any(site.trunk in roots for site in self.rewriter.units[unit])
+
     @property
     def speedup(self) -> float:
         """Return the predicted cost of the original divided by that of the current graph."""
@@ -402,8 +422,8 @@ class _Candidates:
         for name in dict.fromkeys(name for name, _ in self.candidates):
             if any(step.unit == name for step in self.search.steps):
                 continue
-            _, graph = self.search.with_change(name, "drop")
-            more = self.search.cost - self.search.prices.cost(graph) - self.saved[name, "drop"]
+            cost = self.search.prices.cost(self.search.candidate(name, "drop"))
+            more = self.search.cost - cost - self.saved[name, "drop"]
             for candidate in self.saved:
                 if candidate[0] == name:
                     self.saved[candidate] += more
@@ -489,7 +509,7 @@ class _Candidates:
         variants: dict[Candidate, Graph] = {}
         for name, action in keys:
             try:
-                _, variants[name, action] = search.with_change(name, action, self.fits.get(name))
+                variants[name, action] = search.candidate(name, action, self.fits.get(name))
             except PassError as error:
                 search.journal.note(keys[name, action], [math.inf, math.inf, f"{action} refused: {error}"])
         unchanged, divergences = search.effects.measure(search.reduced, variants)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import re
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import fx
 
 from passes.graph.graph import ASSERTIONS, VIEWS, Graph, GraphError, aten, live_nodes, resolve_dropped_adds, value_of
-from passes.torch_internals import enable_python_dispatcher, fake_mode, hint, new_symbolic_size, registries
+from passes.torch_internals import fake_mode, hint, new_symbolic_size, registries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -50,7 +49,7 @@ def insert_call(
         node = graph.module.graph.call_function(target, args, dict(options or {}))
     if "nn_module_stack" in before.meta:
         node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
-    propagate_fake_value(node)
+    propagate_fake_value(graph, node)
     return node
 
 
@@ -144,10 +143,10 @@ def replace_input(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> 
 def set_arguments(graph: Graph, node: fx.Node, *args: Any) -> None:
     """Replace the positional arguments of a node and derive its traced value again."""
     node.args = args
-    propagate_fake_value(node)
+    propagate_fake_value(graph, node)
 
 
-def propagate_fake_value(node: fx.Node) -> None:
+def propagate_fake_value(graph: Graph, node: fx.Node) -> None:
     """Derive the traced value of a call from those of its inputs.
 
     Raises:
@@ -155,24 +154,21 @@ def propagate_fake_value(node: fx.Node) -> None:
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
     assert callable(node.target)
-    mode = _mode(node.graph) or contextlib.nullcontext()  # without a mode, arange returns a real tensor
     try:
-        with enable_python_dispatcher(), mode:  # addcmul broadcasts only with the dispatcher
-            node.meta["val"] = node.target(*args, **kwargs)
+        node.meta["val"] = graph.values.of(node.target, args, kwargs, _mode(node.graph))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise GraphError(f"{node.name} ({node.target}) rejects its new inputs: {error}") from error
 
 
-def resymbolize_size(node: fx.Node) -> None:
+def resymbolize_size(graph: Graph, node: fx.Node) -> None:
     """Replace the expression of a symbolic size by a symbol of its own, as the size of an input has.
 
     Sizes computed from sizes nest, and torch compares shapes by simplifying the whole expression: five token
-    reductions of a text model took six times as long. A plain number stays unchanged.
+    reductions of a text model took six times as long. Equal expressions get one symbol. A plain number stays unchanged.
     """
     size, mode = value_of(node), _mode(node.graph)
-    if not isinstance(size, torch.SymInt) or mode is None:
-        return
-    node.meta["val"] = new_symbolic_size(mode, hint(size), node.name)
+    if isinstance(size, torch.SymInt) and mode is not None:
+        node.meta["val"] = graph.values.symbol(size, lambda: new_symbolic_size(mode, hint(size), node.name))
 
 
 def _mode(graph: fx.Graph) -> FakeTensorMode | None:

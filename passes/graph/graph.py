@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from passes.torch_internals import COPYING_CASTS, RUN_TIME_ASSERTIONS, UNSAFE_VIEWS, is_mutable
+from passes.graph.fake_values import FakeValues
+from passes.torch_internals import COPYING_CASTS, RUN_TIME_ASSERTIONS, UNSAFE_VIEWS, is_mutable, lazy_graph_module
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -78,6 +79,7 @@ class Graph:
 
     ``prefix`` is the attribute path of the user's model in the traced module; it is removed from the names of sites.
     ``state`` maps the name of an output to the name of the input that it becomes in the next call, such as a KV cache.
+    ``values`` holds the traced values that edits derived; forks share it.
     """
 
     module: fx.GraphModule
@@ -86,6 +88,7 @@ class Graph:
     prefix: str = ""
     history: list[Applied] = field(default_factory=list)
     state: Mapping[str, str] = field(default_factory=dict)
+    values: FakeValues = field(default_factory=FakeValues, repr=False, compare=False)
 
     def nodes(self) -> list[fx.Node]:
         """Return all nodes in execution order."""
@@ -106,9 +109,9 @@ class Graph:
 
     def fork(self) -> Graph:
         """Return a copy of the graph that shares the weights; editing it does not change this one."""
-        twin = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
+        twin = lazy_graph_module(self.module, copy.deepcopy(self.module.graph))
         twin.meta.update(self.module.meta)
-        return Graph(twin, self.inputs, self.outputs, self.prefix, list(self.history), self.state)
+        return Graph(twin, self.inputs, self.outputs, self.prefix, list(self.history), self.state, self.values)
 
     def check(self) -> None:
         """Check that the graph is valid, has its named inputs and outputs and holds no dead nodes.

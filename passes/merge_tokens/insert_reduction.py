@@ -57,7 +57,7 @@ def insert_reduction(call: Any, root: fx.Node, amount: float, attended: Attentio
     removed = _removed(call, root, old, amount, past.reduction)
     count, dtype = arithmetic.minus(call, old, removed), value_of(root).dtype
     if not isinstance(count, int):
-        resymbolize_size(count)
+        resymbolize_size(past.graph, count)
     if method == "attention":
         return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, dtype)
     keys = _mean_keys(call, attended)

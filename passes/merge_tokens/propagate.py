@@ -98,7 +98,7 @@ class ReductionPropagator:
                 self.past.restore(node, source, self.flows[source], output=False)
             flow = None
         if self.past.done and node.op == "call_function" and node.users:
-            propagate_fake_value(node)
+            propagate_fake_value(self.graph, node)
         if flow is not None and flow.tokens:
             self.flows[node] = flow
         if node.name in self.amounts:

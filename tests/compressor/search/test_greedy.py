@@ -20,7 +20,7 @@ from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import Loss, ValidationLoss
 from compressor.search import greedy, planner
 from compressor.search.cost_model import multiply_add_cost_model
-from compressor.search.greedy import MEASURED_AT_ONCE, PATIENCE, SOFTENED, Search
+from compressor.search.greedy import MEASURED_AT_ONCE, MERGE, PATIENCE, SOFTENED, Search
 from compressor.search.planner import _split_calibration
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
@@ -765,3 +765,28 @@ def test_savings_are_updated_when_fewer_tokens_are_read(monkeypatch):
 
 def reason(plan, name):
     return next(decision.reason for decision in plan.decisions if decision.site == name)
+
+
+@pytest.mark.parametrize("action", ["drop", "linear", "scale", "fuse", "low-rank:2"])
+def test_a_branch_is_changed_in_the_graph_whose_tokens_are_merged_already(action):
+    """It computes and costs the same as merging the tokens again after the change."""
+    model, graph, sites, split = small(spread(0.1), depth=4)
+    attentions = [site.name for site in sites if site.kind == "attention"]
+    search = begun(model, graph, sites, split, ("drop", "merge"), math.inf, given=dict.fromkeys(attentions[:2], MERGE))
+    others = [site.name for site in sites if site.name not in attentions[:2]]
+    every = {} if action == "drop" else search.rewriter.fits(graph, others)
+    fast = 0
+    for name in others:
+        try:
+            _, merged = search.with_change(name, action, every.get(name))
+        except PassError:
+            with pytest.raises(PassError):
+                search.candidate(name, action, every.get(name))
+            continue
+        changed = search.candidate(name, action, every.get(name))
+        fast += changed.history[-1].name != "ReduceTokens"
+        assert search.prices.count(changed) == search.prices.count(merged)
+        for feeds in tensor_batches(split):
+            for ours, expected in zip(run(changed, feeds), run(merged, feeds), strict=True):
+                torch.testing.assert_close(ours, expected)
+    assert fast >= len(others) - 2  # a map after the merge of its tokens is inserted before it

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def derive_again(graph):
     for node in graph.nodes():
         if node.op == "call_function":
-            propagate_fake_value(node)
+            propagate_fake_value(graph, node)
 
 
 class Residual(nn.Module):
