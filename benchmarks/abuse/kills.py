@@ -29,8 +29,9 @@ REPEATED = 3  # every third command is repeated afterwards; the output is looked
 AFTER = 1.05  # largest share of the time of a run at which a signal is sent; some commands then have ended
 SIGNALS = (*["SIGKILL"] * 6, "SIGTERM", "SIGTERM", "SIGINT", "SIGINT")
 ENDS = {"SIGKILL": (-9, 0), "SIGTERM": (-15, 143, 0), "SIGINT": (130, 0)}
-MODEL = (MODULE, "--data", MODULE_DATA, "--search-samples", "4", "--rounds", "1", "--quiet", "--output", OUT)
-SEARCH = ("--cost", "macs", "--actions", "drop", "--max-loss", "30")  # multiply-adds: the same plan in every run
+MODEL = (MODULE, "--data", MODULE_DATA, "--rounds", "1", "--quiet", "--output", OUT)
+# The cost is in multiply-adds, so that every run makes the same plan.
+SEARCH = ("--cost", "macs", "--actions", "drop", "--max-loss", "30", "--search-samples", "4")
 COMMANDS = {
     "export": ("export", *MODEL, "--drop", "auto", *SEARCH),
     "sweep": ("sweep", *MODEL, *SEARCH, "--points", "3"),
