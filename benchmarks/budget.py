@@ -1,6 +1,6 @@
 """Measure how often the loss of an export exceeds its budget on data that was not given to it.
 
-    python benchmarks/budget.py --data-root ../shared/data [--case NAME ...] [--searches 2] [--splits 40]
+    python benchmarks/budget.py --data-root ../shared/data [--case NAME ...] [--searches 2] [--splits 40] [--most 1000]
 
 For each case and number of given samples, searches run up to the largest budget on a random half of the given samples,
 and every plan along their paths is evaluated on all samples. The decision is then repeated for many random draws of
@@ -29,9 +29,10 @@ from compressor.measure.workload import workload_calls
 from compressor.quality.budget import Budget, upper_bound
 from compressor.quality.evaluate import BATCH, graph_runner, join, loss, metric_value, sample_columns
 from compressor.quality.intervals import Array, Columns
-from compressor.quality.validation_loss import ROUNDING, ValidationLoss
+from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
 from compressor.search import planner
 from compressor.search.cost_model import multiply_add_cost_model
+from compressor.search.decision import expected_loss
 from compressor.search.greedy import Search
 from compressor.search.pareto import efficient
 from compressor.settings import Settings
@@ -77,6 +78,13 @@ class SearchPath:
         """Return the loss of the reported metric of a plan on some samples, in percent."""
         return loss(self.budget.metric, self._metric(0, rows), self._metric(number, rows))
 
+    def expected(self, number: int, rows: Array, fresh: float) -> float:
+        """Return what the default decision holds to the budget, in percent; `fresh` is the loss on the rows."""
+        if self.budget.sample_losses(self._part(number, rows)) is None:
+            return fresh
+        validated = Loss(float(self.validation[number]), len(self.used) // 2)
+        return max(fresh, expected_loss(Loss(fresh, len(rows)), validated)) - ROUNDING
+
     def bound(self, number: int, rows: Array) -> float:
         """Return the upper confidence bound of a plan in percent; infinity where there is none."""
         losses = self.budget.sample_losses(self._part(number, rows))
@@ -89,9 +97,10 @@ class SearchPath:
         return metric_value(self.budget.metric, self._part(number, rows))
 
 
-def search_path(subject: TracedModel, settings: Settings, given: int, seed: int) -> SearchPath:
-    """Run a search on half of `given` random samples, and evaluate its plans on all samples."""
-    pool = sorted(index for part in subject.data.parts for index in part.indices)
+def search_path(subject: TracedModel, settings: Settings, given: int, seed: int, most: int) -> SearchPath:
+    """Run a search on half of `given` random samples, and evaluate its plans on `most` samples, these among them."""
+    every = sorted(index for part in subject.data.parts for index in part.indices)
+    pool = sorted(np.random.default_rng(1000 + seed).permutation(every)[:most].tolist())
     rows = np.random.default_rng(seed).permutation(len(pool))[: given // 2]
     chosen = [pool[row] for row in rows]
     calibration = dataclasses.replace(subject.data.calibration, indices=tuple(chosen[: given // 4]))
@@ -143,7 +152,9 @@ def outcomes(path: SearchPath, given: int, budget: float, splits: int) -> Iterat
         order = np.random.default_rng(draw).permutation(fresh)
         decision, others = order[: given // 4], order[given // 4 :]
         rules = {"validation alone": last}
-        rules["fresh samples"] = next((n for n in numbers if path.loss(n, decision) <= budget + ROUNDING), 0)
+        fresh_losses = {n: path.loss(n, decision) for n in numbers}
+        rules["fresh samples"] = next((n for n in numbers if fresh_losses[n] <= budget + ROUNDING), 0)
+        rules["default"] = next((n for n in numbers if path.expected(n, decision, fresh_losses[n]) <= budget), 0)
         certified = 0
         for number in reversed(numbers):
             if path.bound(number, decision) > budget:
@@ -178,8 +189,11 @@ def summary(rows: list[dict[str, Any]], budget: float) -> dict[str, dict[str, fl
 @click.option("--case", "chosen", multiple=True, type=click.Choice(list(CASES)), help="Repeatable.  [default: all]")
 @click.option("--given", "counts", multiple=True, type=int, help="Numbers of given samples.  [default: 100, 200, 400]")
 @click.option("--searches", default=2, show_default=True, help="Searches for each number of given samples.")
+@click.option("--most", default=1000, show_default=True, help="Samples of the data that are used at all.")
 @click.option("--splits", default=40, show_default=True, help="Draws of the decision's samples.")
-def main(data_root: Path, chosen: tuple[str, ...], counts: tuple[int, ...], searches: int, splits: int) -> None:
+def main(
+    data_root: Path, chosen: tuple[str, ...], counts: tuple[int, ...], searches: int, most: int, splits: int
+) -> None:
     """Run the cases and write the results."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     where = sources(data_root)
@@ -189,15 +203,16 @@ def main(data_root: Path, chosen: tuple[str, ...], counts: tuple[int, ...], sear
         subject = load(settings, Steps(None))
         for given in counts or GIVEN:
             click.echo(f"{case}, {given} samples", err=True)
-            paths = [search_path(subject, settings, given, seed) for seed in range(searches)]
+            paths = [search_path(subject, settings, given, seed, most) for seed in range(searches)]
             for budget in BUDGETS:
                 rows = [row for path in paths for row in outcomes(path, given, budget, splits // searches)]
                 key = f"{given} samples, {budget:g} %"
                 found.setdefault(case, {})[key] = {
                     "given": given,
                     "budget": budget,
+                    "samples": min(most, sum(len(part.indices) for part in subject.data.parts)),
                     "searches": searches,
-                    "draws": len(rows) // 3,
+                    "draws": len(rows) // len({row["rule"] for row in rows}),
                     "rules": summary(rows, budget),
                 }
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")

@@ -117,7 +117,7 @@ class Settings:
     confidence: float | None = option(
         None,
         "Confidence with which the loss on new samples is at most --max-loss, such as 90%.",
-        unset="none: the loss on fresh samples is at most --max-loss",
+        unset="none: the loss to expect of new samples is at most --max-loss",
         least=50.0,
         most=99.99,
         unit="percent",

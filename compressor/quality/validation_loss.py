@@ -71,6 +71,11 @@ class ValidationLoss:
         """Number of passes over the split so far, rounded for the report."""
         return round(self.sweeps, 2)
 
+    @property
+    def averages(self) -> bool:
+        """Whether the loss is a mean of losses between 0 and 1 per sample."""
+        return self.bounded.sample_losses(self._whole) is not None
+
     def loss(self, graph: Graph, *, limit: float = math.inf) -> Loss:
         """Measure the loss of a rewritten graph against the original.
 

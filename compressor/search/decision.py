@@ -5,11 +5,15 @@ A search takes the best of many candidates on the samples that steer it, so the 
 is judged on the same samples; its precision and its healing are part of the budget.
 
 By default the plans are judged from the strongest to the mildest, and the first whose loss is within the budget is
-taken. With a confidence, a plan is taken only if an upper confidence bound of its loss is within the budget. Graphs in
-float32 are tested from the mildest to the strongest until one fails, which keeps the confidence for all of them
-(fixed-sequence testing; Angelopoulos et al., Learn then test, 2021). Engines in another precision or after healing are
-tested from the strongest to the mildest, at most `ATTEMPTS` of them, each with an equal share of the error
-(Bonferroni).
+taken, if the loss to expect of new samples is within it too. That is the mean over the decision and the validation
+samples and one further sample that is lost in full (conformal risk control; Angelopoulos et al., 2022). The validation
+samples are not fresh, so their part is too small by what the search gained from choosing; benchmarks/budget.py measures
+whether the mean loss of the plans keeps to the budget all the same.
+
+With a confidence, a plan is taken only if an upper confidence bound of its loss is within the budget. Graphs in float32
+are tested from the mildest to the strongest until one fails, which keeps the confidence for all of them (fixed-sequence
+testing; Angelopoulos et al., Learn then test, 2021). Engines in another precision or after healing are tested from the
+strongest to the mildest, at most `ATTEMPTS` of them, each with an equal share of the error (Bonferroni).
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ from compressor.quality.budget import samples_needed, upper_bound
 from compressor.quality.evaluate import Evaluation
 from compressor.quality.intervals import Array
 from compressor.quality.metrics import METRICS
-from compressor.quality.validation_loss import ROUNDING, ValidationLoss
+from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
 from compressor.search.planner import Choice
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 
+LOST = 1.0  # further samples that are taken to be lost in full
 SHARE = 0.25  # of the samples; an export without a budget has no decision split, and its test split is larger
 ATTEMPTS = 4  # engines that are judged before the export goes on without changes
 
@@ -47,6 +52,8 @@ class Trial:
         judged: ``graph``, in torch in float32, or ``engine``, as it ships.
         loss: loss in percent; a lower bound if `samples` is smaller than the split.
         samples: samples that were evaluated.
+        expected: loss to expect of new samples in percent; None where the loss is no mean over samples, or a limit was
+            exceeded before.
         bound: upper confidence bound of the loss in percent; None without a confidence.
     """
 
@@ -54,6 +61,7 @@ class Trial:
     judged: str
     loss: float
     samples: int
+    expected: float | None = None
     bound: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +129,7 @@ class Decision:
                 return self._certified(choice, numbers[::-1], tick)
             for done, number in enumerate(numbers):
                 tick(done, len(numbers), f"{number} changes")
-                if self._loss_of_graph(choice, number) <= self.limit - self.spent + ROUNDING:
+                if self._graph_holds(choice.at(number)):
                     return choice.at(number)
         return choice.at(0)
 
@@ -134,16 +142,18 @@ class Decision:
             reference: name of the original.
             certify: whether the confidence is that of the engine, not of its graph.
         """
-        loss, bound, samples = math.inf, None, len(self.losses.split)
+        loss, bound, expected, samples = math.inf, None, None, len(self.losses.split)
         if evaluation is not None:
             columns = evaluation.columns["result"]
             loss = self.losses.bounded.loss(evaluation.value(reference), columns)
+            expected = self._expected(loss, self._validated(choice, loss))
             if certify and self.confidence is not None:
                 bound = self._bound(
                     self.losses.bounded.sample_losses(columns), 1.0 - (1.0 - self.confidence) / ATTEMPTS
                 )
-        self.trials.append(Trial(choice.count, "engine", loss, samples, bound))
-        return max(loss, loss if bound is None else bound) <= self.limit + ROUNDING or not choice.count
+        self.trials.append(Trial(choice.count, "engine", loss, samples, expected, bound))
+        held = max(loss, *(each for each in (expected, bound) if each is not None), 0.0)
+        return held <= self.limit + ROUNDING or not choice.count
 
     def milder(self, choice: Choice, steps: Steps) -> Choice:
         """Return a choice with fewer changes after the engine of `choice` exceeded the limit.
@@ -170,6 +180,8 @@ class Decision:
             "judged": self.losses.bounded.judged,
             "limit": self.limit,
             "loss": last.loss,
+            "expected": last.expected,
+            "least": self._least(),
             "confidence": self.confidence,
             "bound": bounds[-1] if bounds else None,
             "needed": self.needed,
@@ -187,7 +199,7 @@ class Decision:
             losses = self.losses.sample_losses(choice.at(number).reduced())
             bound = self._bound(losses, self.confidence)
             assert losses is not None
-            self.trials.append(Trial(number, "graph", float(losses.mean()) * 100.0, len(losses), bound))
+            self.trials.append(Trial(number, "graph", float(losses.mean()) * 100.0, len(losses), bound=bound))
             if bound > self.limit - self.spent + ROUNDING:
                 break
             best = number
@@ -201,10 +213,63 @@ class Decision:
         self.needed = None if within else samples_needed(losses, self.limit / 100.0, confidence)
         return bound
 
-    def _loss_of_graph(self, choice: Choice, number: int) -> float:
-        lost = self.losses.loss(choice.at(number).reduced(), limit=self.limit - self.spent)
-        self.trials.append(Trial(number, "graph", lost.percent, lost.samples))
-        return lost.percent
+    def _graph_holds(self, choice: Choice) -> bool:
+        """Record the loss of the graph of a choice, and return whether it is within what the precision leaves."""
+        limit, validated = self.limit - self.spent, choice.validation_loss()
+        allowed = min(limit, self._largest(validated, limit))
+        if allowed < 0.0:
+            return False  # without a pass over the samples
+        lost = self.losses.loss(choice.reduced(), limit=allowed)
+        within = lost.percent <= allowed + ROUNDING
+        expected = self._expected(lost.percent, validated) if lost.samples == len(self.losses.split) else None
+        self.trials.append(Trial(choice.count, "graph", lost.percent, lost.samples, expected))
+        return within
+
+    def _expected(self, loss: float, validated: Loss) -> float | None:
+        """Return the loss to expect of new samples, see `expected_loss`.
+
+        None with a confidence, which is stricter, and for a loss that is no mean over samples.
+        """
+        if self.confidence is not None or not self.losses.averages:
+            return None
+        return expected_loss(Loss(loss, len(self.losses.split)), validated)
+
+    def _largest(self, validated: Loss, limit: float) -> float:
+        """Return the largest loss on the decision split at which the loss to expect of new samples is `limit`."""
+        if not self.losses.averages:
+            return limit
+        fresh = len(self.losses.split)
+        rest = expected_loss(Loss(0.0, fresh), validated)
+        return (limit - rest) * (fresh + validated.samples + LOST) / fresh
+
+    def _validated(self, choice: Choice, loss: float) -> Loss:
+        """Return the loss on the validation split of an engine that loses `loss` on the decision split.
+
+        It is that of the graph and what the engine loses more on the decision split. After healing, whose graph is not
+        judged before, it is that of no samples.
+        """
+        graphs = [trial.loss for trial in self.trials if (trial.changes, trial.judged) == (choice.count, "graph")]
+        if not graphs:
+            return Loss(0.0, 0)
+        validated = choice.validation_loss()
+        return Loss(validated.percent + max(loss - graphs[-1], 0.0), validated.samples)
+
+    def _least(self) -> int | None:
+        """Return the number of samples of the data from which a plan without any loss would be within the limit."""
+        if self.confidence is not None or not self.losses.averages or not self.limit:
+            return None
+        return math.ceil(LOST * (100.0 / self.limit - 1.0) / (2.0 * SHARE))
+
+
+def expected_loss(fresh: Loss, validated: Loss) -> float:
+    """Return the loss to expect of new samples, in percent.
+
+    It is the mean over samples that the search did not see, over its validation samples and `LOST` further samples that
+    are lost in full. The mean over fresh samples and one lost sample bounds the expected loss of a plan chosen by it if
+    losses grow along the path (conformal risk control; Angelopoulos et al., 2022, theorem 1).
+    """
+    total = fresh.samples * fresh.percent + validated.samples * validated.percent + LOST * 100.0
+    return total / (fresh.samples + validated.samples + LOST)
 
 
 def _efficient(choice: Choice) -> list[int]:
@@ -222,11 +287,20 @@ def sentence(facts: dict[str, Any]) -> str:
             f"change, more than the limit of {facts['limit']:g} %."
         )
     kept = f"all {found}" if made == found else f"{made} of the {found}"
+    expected = "" if facts["expected"] is None or not made else f"; {facts['expected']:.2f} % expected of new samples"
     decided = (
         f"Decided on {samples} samples that the search did not see: {kept} changes of the search stay, with a loss of "
-        f"{facts['loss']:.2f} % (limit {facts['limit']:g} %)"
+        f"{facts['loss']:.2f} % (limit {facts['limit']:g} %{expected})"
     )
-    return f"{decided}{_certificate(facts)}."
+    return f"{decided}{_certificate(facts)}{_too_few(facts)}."
+
+
+def _too_few(facts: dict[str, Any]) -> str:
+    """Return how many samples it would take to keep any change, as the end of a sentence, if these are too few."""
+    judged = any(trial["judged"] == "graph" for trial in facts["trials"])
+    if facts["least"] is None or not facts["found"] or facts["changes"] or judged:
+        return ""
+    return f"; this limit takes at least {facts['least']} samples, also for a plan without any loss"
 
 
 def _certificate(facts: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.measure.memory_budget import MemoryBudget
 from compressor.quality.evaluate import BATCH, tensor_batches
 from compressor.quality.output_divergence import OutputDivergence
-from compressor.quality.validation_loss import ROUNDING, ValidationLoss
+from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
 from compressor.search import cost_model
 from compressor.search.cost_model import Clock, CostModel
 from compressor.search.greedy import Search
@@ -93,6 +93,12 @@ class Choice:
         assert self.search is not None
         losses = [0.0, *(step.loss for step in self.search.steps[: self.count])]
         return self.at(max(number for number, lost in enumerate(losses) if lost <= limit + ROUNDING))
+
+    def validation_loss(self) -> Loss:
+        """Return the loss of the plan on the validation samples of its search."""
+        assert self.search is not None
+        losses = (0.0, *(step.loss for step in self.search.steps))
+        return Loss(losses[self.count], len(self.search.validation.split))
 
     def reduced(self) -> Graph:
         """Return the graph with the tokens merged."""

@@ -28,10 +28,12 @@ QUIET = Steps(None)
 
 @dataclass(frozen=True)
 class Plans:
-    """A choice along a search whose graphs are their numbers of changes."""
+    """A choice along a search whose graphs are their numbers of changes, with its losses on validation samples."""
 
     count: int
     efficient: tuple[bool, ...]
+    validated: tuple[float, ...] = ()
+    samples: int = 0
 
     @property
     def facts(self):
@@ -48,12 +50,16 @@ class Plans:
     def reduced(self):
         return self.count
 
+    def validation_loss(self):
+        return Loss(self.validated[self.count] * 100 if self.count and self.samples else 0.0, self.samples)
+
 
 @dataclass
 class Planted:
     """Losses of samples by number of changes, [changes, samples], between 0 and 1."""
 
     table: np.ndarray
+    averages: bool = False
     passes: list[int] = field(default_factory=list)
     bounded: Budget = field(default_factory=lambda: Budget(SingleClass(), "agreement"))
 
@@ -86,6 +92,70 @@ def test_the_strongest_efficient_plan_within_the_limit_is_taken(path, limit):
     found = Decision(Planted(table), limit).strongest(choice, QUIET).count
     allowed = [n for n, (loss, efficient) in enumerate(path, 1) if efficient and loss * 100 <= limit + 1e-9]
     assert found == max(allowed, default=0)
+
+
+@given(paths, st.floats(0.5, 5), st.integers(0, 400), st.data())
+def test_the_loss_to_expect_of_new_samples_is_within_the_limit_too(path, limit, used, data):
+    """It counts the validation samples and one further sample, which is lost in full."""
+    table = np.array([[0.0], *([loss] for loss, _ in path)]).repeat(300, axis=1)
+    validated = tuple(data.draw(st.lists(st.floats(0, 0.05), min_size=len(table), max_size=len(table))))
+    choice = Plans(len(path), tuple(efficient for _, efficient in path), validated, used)
+    decision = Decision(Planted(table, averages=True), limit)
+    found = decision.strongest(choice, QUIET)
+    fine = [0]
+    for number, (loss, efficient) in enumerate(path, 1):
+        expected = 100 * np.append(np.repeat([loss, validated[number]], [300, used]), 1.0).mean()
+        if efficient and max(loss * 100, expected) <= limit - 1e-6:
+            fine.append(number)
+        if number == found.count:
+            assert max(loss * 100, expected) <= limit + 1e-6
+            assert decision.trials[-1].expected == pytest.approx(expected)
+    assert found.count >= max(fine)
+    assert decision.holds(found, engine(table[found.count]), "original", certify=True)
+    if found.count:
+        assert decision.trials[-1].expected == pytest.approx(decision.trials[-2].expected)
+
+
+def test_the_mean_loss_of_new_samples_keeps_to_the_limit():
+    """Conformal risk control, which needs no more than that the same samples are hard for every plan.
+
+    The strongest plan whose loss on the samples is within the limit loses more than the limit on average.
+    """
+    rng, limit, means = np.random.default_rng(0), 2.0, np.linspace(0.0, 0.06, 13)
+    lost = {True: [], False: []}
+    for _ in range(400):
+        table = (rng.random(60) < means[:, None]).astype(float)
+        for averages, losses in lost.items():
+            decision = Decision(Planted(table, averages=averages), limit)
+            losses.append(means[decision.strongest(Plans(12, (True,) * 12), QUIET).count] * 100)
+    assert np.mean(lost[True]) <= limit < np.mean(lost[False])
+
+
+def test_an_engine_that_loses_more_than_its_graph_is_expected_to_do_so_on_validation_samples_too():
+    table = np.array([[0.0], [0.002]]).repeat(300, axis=1)
+    choice = Plans(1, (True,), (0.0, 0.001), 300)
+    decision = Decision(Planted(table, averages=True), 1.0)
+    assert decision.strongest(choice, QUIET).count == 1
+    assert decision.holds(choice, engine(np.full(300, 0.007)), "original", certify=True)
+    assert decision.trials[-1].expected == pytest.approx((300 * 0.7 + 300 * 0.6 + 100) / 601)
+    assert f"(limit 1 %; {decision.trials[-1].expected:.2f} % expected of new samples)" in sentence(
+        decision.facts(choice)
+    )
+    assert not decision.holds(choice, engine(np.full(300, 0.0099)), "original", certify=True)
+    healed = Decision(Planted(table, averages=True), 1.0)
+    assert healed.holds(choice, engine(np.full(300, 0.006)), "original", certify=True)
+    assert healed.trials[-1].expected == pytest.approx((300 * 0.6 + 100) / 301)
+
+
+def test_too_few_samples_for_any_change_are_said_without_judging_one():
+    losses = Planted(np.zeros((3, 30)), averages=True)
+    decision = Decision(losses, 1.0)
+    choice = decision.strongest(Plans(2, (True, True), (0.0, 0.0, 0.0), 30), QUIET)
+    assert (choice.count, losses.passes) == (0, [])
+    assert decision.holds(choice, engine(np.zeros(30)), "original", certify=True)
+    assert "this limit takes at least 198 samples, also for a plan without any loss" in sentence(decision.facts(choice))
+    enough = Decision(Planted(np.zeros((3, 50)), averages=True), 1.0)
+    assert enough.strongest(Plans(2, (True, True), (0.0, 0.0, 0.0), 49), QUIET).count == 2
 
 
 def test_no_more_plans_are_judged_than_needed():
