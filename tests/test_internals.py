@@ -1,6 +1,7 @@
 """Tests of the private APIs of libraries: they exist, behave as expected, and are used in internals modules only."""
 
 import ast
+import contextlib
 import importlib
 import json
 import logging
@@ -11,8 +12,16 @@ import sys
 import zipfile
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
+from onnxscript import rewriter
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from compressor.internals.onnxscript import rules_by_operator
+from compressor.internals.torch_onnx import one_registry
+from compressor.lower import write_onnx
+from tests.samples import traced
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("compressor", "passes", "runtimes")
@@ -500,3 +509,60 @@ def test_no_request_is_sent_offline(monkeypatch):
     with pytest.raises(Exception, match="refused") as caught:
         get_session().get("http://127.0.0.1:9/config.json")
     assert not isinstance(caught.value, errors.OfflineModeIsEnabled)
+
+
+# --------------------------------------------------------------------------------------------------------- exporters
+
+
+@contextlib.contextmanager
+def as_released():
+    """Do nothing in place of the change of a private API."""
+    yield
+
+
+@pytest.mark.parametrize("name", ["rules_by_operator", "one_registry"])
+@pytest.mark.parametrize("architecture", ["vit_swiglu", "hf_bert"])
+def test_the_exporter_writes_the_same_file_without_the_private_api(name, architecture, tmp_path, monkeypatch):
+    model, graph, _ = traced(architecture)
+    files = [tmp_path / "ours.onnx", tmp_path / "theirs.onnx"]
+    write_onnx.lower(graph, model, files[0])
+    monkeypatch.setattr(write_onnx, name, as_released)
+    write_onnx.lower(graph, model, files[1])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_rules_are_matched_at_nodes_of_their_operator_only(monkeypatch):
+    """The rules themselves are tried at every node; those of other operators fail before their pattern is looked at."""
+    nodes = [ir.node("Relu", [ir.val("x")]), ir.node("Add", [ir.val("a"), ir.val("b")])]
+    graph = ir.Graph([], [], nodes=nodes)
+    looked_at = []
+    with rules_by_operator():
+        rules = rewriter._DEFAULT_REWRITE_RULES
+        assert len(rules) > 20
+        for rule in rules:
+            inner = rule._matcher.matcher
+            monkeypatch.setattr(inner, "match", lambda *args, inner=inner, **_: looked_at.append((inner, args[2])))
+            for node in nodes:
+                rule._matcher.match(None, graph, node)
+    assert {type(rule._matcher).__name__ for rule in rewriter._DEFAULT_REWRITE_RULES} != {"_ByOperator"}
+    assert looked_at
+    assert all(matcher.pattern.output_nodes[0].op.matches(node.op_type) for matcher, node in looked_at)
+    assert len(looked_at) < len(rules)
+
+
+def test_the_registry_is_built_once_and_additions_stay_in_their_copy():
+    with one_registry():
+        first, second = (ONNXRegistry().from_torchlib(opset_version=20) for _ in range(2))
+    whole = ONNXRegistry.from_torchlib(opset_version=20)
+    name = "aten::relu"
+    assert first.functions.keys() == whole.functions.keys()
+    assert first.opset_version == whole.opset_version == 20
+    assert first.functions[name][0] is second.functions[name][0]
+    assert first.functions[name][0] is not whole.functions[name][0]
+    with torch.library._scoped_library("later", "DEF") as library, one_registry():
+        library.define("operator(Tensor x) -> Tensor")
+        assert ONNXRegistry().from_torchlib(opset_version=20).functions[name][0] is not first.functions[name][0]
+    first.functions[name].append("added")
+    first.functions["new"] = []
+    assert "added" not in second.functions[name]
+    assert "new" not in second.functions

@@ -18,6 +18,8 @@ import onnx_ir as ir
 import torch
 
 from compressor.errors import CompressorError
+from compressor.internals.onnxscript import rules_by_operator
+from compressor.internals.torch_onnx import one_registry
 from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.models.base import first_line
@@ -77,7 +79,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     example = tuple(model.example[name] for name in graph.inputs)
     shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), one_registry(), rules_by_operator():
             program = torch.onnx.export(
                 generate_code(graph.module),
                 example,
