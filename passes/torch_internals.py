@@ -50,6 +50,7 @@ __all__ = [
     "operators",
     "registries",
     "remove_backward_hooks",
+    "size_ranges",
     "storage_key",
     "tree_leaves",
 ]
@@ -128,6 +129,20 @@ def hint(size: Any) -> Any:
     Reads `SymInt.node.hint`. Without it, no example of a traced value can be created.
     """
     return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def size_ranges(values: Sequence[torch.Tensor]) -> dict[Any, Any]:
+    """Return the range of every symbol in the sizes of traced values, as `ExportedProgram.range_constraints` has it.
+
+    Reads `ShapeEnv.var_to_range`. Without it, an exported program does not say between which limits its sizes are.
+    """
+    ranges: dict[Any, Any] = {}
+    sizes: list[Any] = [size for value in values for size in value.shape]
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            known: Any = size.node.shape_env.var_to_range  # type: ignore[union-attr]
+            ranges |= {symbol: known[symbol] for symbol in size.node.expr.free_symbols}
+    return ranges
 
 
 def new_symbolic_size(mode: FakeTensorMode, example: Any, name: str) -> Any:

@@ -22,6 +22,7 @@ from compressor.internals.onnxscript import rules_by_operator
 from compressor.internals.torch_onnx import one_registry
 from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
+from compressor.lower.exported_program import exported_program
 from compressor.models.base import first_line
 from passes.torch_internals import generate_code
 
@@ -76,13 +77,11 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     Weights go into a second file, named as the ONNX file plus ``.data``, if they exceed 2 GB or were read from disk one
     by one.
     """
-    example = tuple(model.example[name] for name in graph.inputs)
     shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
     try:
         with _quiet(), torch.no_grad(), one_registry(), rules_by_operator():
             program = torch.onnx.export(
-                generate_code(graph.module),
-                example,
+                exported_program(graph),
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
@@ -92,6 +91,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
                 optimize=False,  # weights that stay on disk are replaced first
             )
             assert program is not None
+            _check_dynamic_axes(program.model, model)
             streamed = stream_offloaded_initializers(program.model)
             program.optimize()
     except OSError:
@@ -102,6 +102,14 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     with _quiet():  # a single file with its weights would be assembled in memory
         program.save(str(path), external_data=streamed)
     return path
+
+
+def _check_dynamic_axes(exported: ir.Model, model: Model) -> None:
+    """Raise `LowerError` if an operator of the graph fixed a size that is dynamic in the model."""
+    for value in exported.graph.inputs:
+        for axis, name in model.dynamic_axes.get(value.name or "", {}).items():
+            if value.shape is not None and isinstance(value.shape[axis], int):
+                raise LowerError(f"{value.name} has the fixed size {value.shape[axis]}; expected a dynamic {name}")
 
 
 def _tidy(model: ir.Model, interface: set[str]) -> None:
