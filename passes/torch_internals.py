@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # enable_python_dispatcher: without it, addcmul rejects fake operands that broadcast.
 # tree_leaves: the tensors in the nested value of a node. `fx.node.map_aggregate` is public, but treats named tuples of
 # torch.return_types as leaves.
+# tree_structure: the form of arguments and results, which the signature of an exported program states.
 __all__ = [
     "COPYING_CASTS",
     "RUN_TIME_ASSERTIONS",
@@ -53,6 +54,7 @@ __all__ = [
     "size_ranges",
     "storage_key",
     "tree_leaves",
+    "tree_structure",
 ]
 
 

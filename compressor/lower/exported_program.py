@@ -20,10 +20,9 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.utils import _pytree as pytree
 
 from passes.graph.graph import Graph, GraphError, attribute, value_of
-from passes.torch_internals import fake_mode, size_ranges
+from passes.torch_internals import fake_mode, is_mutable, size_ranges, tree_structure
 
 
 def exported_program(graph: Graph) -> ExportedProgram:
@@ -33,7 +32,7 @@ def exported_program(graph: Graph) -> ExportedProgram:
     the sizes to it.
 
     Raises:
-        GraphError: the graph calls a module, or an output is no tensor.
+        GraphError: the graph calls a module or writes into a tensor, or an output is no tensor.
     """
     nodes = copy.deepcopy(graph.module.graph)
     nodes.set_codegen(fx.graph.CodeGen())
@@ -46,8 +45,8 @@ def exported_program(graph: Graph) -> ExportedProgram:
     _check(nodes, outputs)
     given = [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs]
     returned = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs]
-    arguments = pytree.tree_structure(((0,) * len(inputs), {}))
-    results = pytree.tree_structure((0,) * len(outputs))
+    arguments = tree_structure(((0,) * len(inputs), {}))
+    results = tree_structure((0,) * len(outputs))
     return ExportedProgram(
         fx.GraphModule({}, nodes),
         nodes,
@@ -90,6 +89,11 @@ def _check(nodes: fx.Graph, outputs: list[fx.Node]) -> None:
     module = next((node for node in nodes.nodes if node.op == "call_module"), None)
     if module is not None:
         raise GraphError(f"found a call of the module {module.target}; expected calls of operators only.")
+    writing = next((node for node in nodes.nodes if is_mutable(node.target)), None)
+    if writing is not None:
+        raise GraphError(
+            f"{writing.name} ({writing.target}) writes into a tensor; expected operators that return values."
+        )
     for node in outputs:
         if not isinstance(value_of(node), torch.Tensor):
             raise GraphError(f"found an output that is no tensor: {node.name}.")

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -24,7 +24,7 @@ from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.lower.exported_program import exported_program
 from compressor.models.base import first_line
-from passes.torch_internals import generate_code
+from passes.torch_internals import generate_code, is_mutable
 
 if TYPE_CHECKING:
     from compressor.models import Model
@@ -81,7 +81,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     try:
         with _quiet(), torch.no_grad(), one_registry(), rules_by_operator():
             program = torch.onnx.export(
-                exported_program(graph),
+                *_source(graph, model),
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
@@ -102,6 +102,13 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     with _quiet():  # a single file with its weights would be assembled in memory
         program.save(str(path), external_data=streamed)
     return path
+
+
+def _source(graph: Graph, model: Model) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """Return what the exporter converts, and its arguments; a graph that writes into a buffer is traced again."""
+    if any(is_mutable(node.target) for node in graph.nodes()):
+        return generate_code(graph.module), tuple(model.example[name] for name in graph.inputs)
+    return exported_program(graph), ()
 
 
 def _check_dynamic_axes(exported: ir.Model, model: Model) -> None:

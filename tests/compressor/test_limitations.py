@@ -372,7 +372,7 @@ def test_limitations_of_an_engine(layers, feature):
 # ------------------------------------------------------------------------------------------------ messages of libraries
 
 
-@pytest.mark.parametrize("which", ["sample", "llama"])
+@pytest.mark.parametrize("which", ["sample", pytest.param("llama", marks=pytest.mark.slow)])
 def test_standard_error_has_no_messages_of_libraries(which, llama, tmp_path):
     """With torchao installed, importing transformers logs two lines about enums."""
     pytest.importorskip("torchao")

@@ -206,7 +206,9 @@ def in_types(folder, name, *, shard="5GB"):
     return folder
 
 
-@pytest.mark.parametrize(("name", "shard"), [("GPT2LMHeadModel", "5GB"), ("Gemma2ForCausalLM", "8KB")])
+@pytest.mark.parametrize(
+    ("name", "shard"), [pytest.param("GPT2LMHeadModel", "5GB", marks=pytest.mark.slow), ("Gemma2ForCausalLM", "8KB")]
+)
 def test_every_tensor_keeps_its_type_and_its_bits(name, shard, tmp_path):
     """The oracle is the original file; GPT-2 stores its blocks under other names than the module."""
     folder = in_types(tmp_path / "from", name, shard=shard)

@@ -13,6 +13,8 @@ from compressor.search.rewriter import Rewriter
 from passes.execute.interpreter import run
 from passes.graph.edit import insert_constant, replace_input
 from passes.graph.graph import GraphError
+from runtimes.base.protocols import BuildOptions
+from runtimes.base.registry import runtime
 from tests.samples import digits, small, spread, traced
 
 
@@ -94,6 +96,31 @@ def test_calls_of_modules_are_refused():
         fork.module.graph.call_module("inner", (output.all_input_nodes[0],))
     with pytest.raises(GraphError, match="found a call of the module inner"):
         exported_program(fork)
+
+
+class Counting(nn.Module):
+    """A module that writes into a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1.0)
+        return x + self.inner(x)
+
+
+def test_a_graph_that_writes_into_a_buffer_is_traced_again(tmp_path):
+    model = models.load(Counting(), example_inputs={"x": torch.randn(2, 4)}, task="feature-extraction")
+    graph = trace(model)
+    with pytest.raises(GraphError, match="writes into a tensor"):
+        exported_program(graph)
+    path = lower(graph, model, tmp_path / "model.onnx")
+    feeds = {"x": torch.randn(3, 4)}
+    with runtime("onnxruntime").load(path, BuildOptions()) as engine:
+        (found, *_) = engine.run({name: value.numpy() for name, value in feeds.items()}).values()
+    torch.testing.assert_close(torch.from_numpy(found), model.module(feeds["x"]).detach())
 
 
 def test_a_size_that_an_operator_fixed_is_an_error(tmp_path, monkeypatch):

@@ -97,7 +97,9 @@ def test_a_generation_that_does_not_fit_is_refused(subject):
 # ------------------------------------------------------------------------------------------------------------ the calls
 
 
-@pytest.mark.parametrize("dropped", [0, 1, 2])
+@pytest.mark.parametrize(
+    "dropped", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_decode_step_continues_from_the_engines_own_cache(subject, tmp_path, dropped):
     """Also after one or all attention branches are dropped; the oracle is one call with the whole text."""
     graph = trace(subject.model)

@@ -332,6 +332,7 @@ def swept(labelled: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return output, front
 
 
+@pytest.mark.slow
 def test_the_export_of_every_plan_of_a_front_has_the_measured_quality(
     swept: tuple[Path, ParetoFront], labelled: dict[str, Any], brief: None, tmp_path: Path
 ) -> None:
@@ -495,7 +496,7 @@ def test_the_embedded_sample_is_exported_with_fitted_maps(brief: None, tmp_path:
     assert report.parity["result"] <= TOLERANCE
 
 
-@pytest.mark.parametrize("action", ["low-rank:2", "tba"])
+@pytest.mark.parametrize("action", ["low-rank:2", pytest.param("tba", marks=pytest.mark.slow)])
 def test_a_plan_with_fitted_maps_is_replayed(
     action: str, labelled: dict[str, Any], brief: None, tmp_path: Path
 ) -> None:

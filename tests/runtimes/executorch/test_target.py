@@ -186,7 +186,9 @@ class Undecomposed(torch.nn.Module):
         return attend(x, x, x, attn_mask=added), attend(x, x, x, is_causal=True), x @ x[:, :1].transpose(-2, -1)
 
 
-@pytest.mark.parametrize("module", [Attention(), Undecomposed()], ids=["ours", "rest"])
+@pytest.mark.parametrize(
+    "module", [pytest.param(Attention(), id="ours"), pytest.param(Undecomposed(), id="rest", marks=pytest.mark.slow)]
+)
 def test_attention_agrees_with_torch(folder, tmp_path, module):
     example = torch.ones(2, 2, 5, 8), torch.ones(2, 1, 5, 5, dtype=torch.bool)
     free = ({0: torch.export.Dim.DYNAMIC},) * 2

@@ -1158,6 +1158,7 @@ def test_int8_is_refused_on_a_device_that_has_none(tmp_path, name, device, mode,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fake", ["11.4.0.106"], indirect=True)
 def test_export_for_a_target_with_planned_sizes(fake, tmp_path, monkeypatch):
     # Only calls and files are checked: the fake computes with ONNX Runtime.

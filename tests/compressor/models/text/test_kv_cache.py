@@ -71,7 +71,7 @@ DECODERS = {
     "GPTBigCodeConfig": OLD,
 }
 SLOW = tuple(DECODERS)[10:]
-WRITTEN = ("LlamaConfig", "Gemma2Config", "PhiConfig", "GPT2Config")  # written as ONNX in the usual run too
+WRITTEN = ("LlamaConfig", "Gemma2Config")  # written as ONNX in the usual run too
 each_decoder = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in DECODERS]
 )
