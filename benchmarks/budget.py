@@ -147,7 +147,7 @@ def outcomes(path: SearchPath, given: int, budget: float, splits: int) -> Iterat
     within = [number for number, lost in enumerate(path.validation) if lost <= budget + ROUNDING]
     last, fresh = max(within), np.array(sorted(set(range(len(next(iter(path.columns[0].values()))))) - path.used))
     kept = efficient(list(path.costs), list(path.validation))
-    numbers = [number for number in range(last, 0, -1) if kept[number]]
+    numbers = [number for number in range(last, 0, -1) if path.costs[number] < min(path.costs[:number])]
     for draw in range(splits):
         order = np.random.default_rng(draw).permutation(fresh)
         decision, others = order[: given // 4], order[given // 4 :]
@@ -156,7 +156,7 @@ def outcomes(path: SearchPath, given: int, budget: float, splits: int) -> Iterat
         rules["fresh samples"] = next((n for n in numbers if fresh_losses[n] <= budget + ROUNDING), 0)
         rules["default"] = next((n for n in numbers if path.expected(n, decision, fresh_losses[n]) <= budget), 0)
         certified = 0
-        for number in reversed(numbers):
+        for number in [number for number in range(1, last + 1) if kept[number]]:
             if path.bound(number, decision) > budget:
                 break
             certified = number

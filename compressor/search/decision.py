@@ -122,8 +122,13 @@ class Decision:
         return Decision(losses, settings.loss_limit, confidence)
 
     def strongest(self, choice: Choice, steps: Steps) -> Choice:
-        """Return the choice with the most changes, of at most those of `choice`, whose graph is within the limit."""
-        numbers = [number for number in _efficient(choice) if number <= choice.count]
+        """Return the choice with the most changes, of at most those of `choice`, whose graph is within the limit.
+
+        All plans that save more than the milder ones are judged. With a confidence it is only those that are efficient
+        by their validation losses, as the first that fails ends the test.
+        """
+        numbers = _efficient(choice) if self.confidence is not None else _faster(choice)
+        numbers = [number for number in numbers if number <= choice.count]
         with steps.step("decide on fresh samples") as tick:
             if self.confidence is not None:
                 return self._certified(choice, numbers[::-1], tick)
@@ -276,6 +281,20 @@ def _efficient(choice: Choice) -> list[int]:
     """Return the numbers of changes of the Pareto-efficient plans, the strongest first; 0 is none of them."""
     points = choice.facts["front"]
     return [point["number"] for point in reversed(points) if point["efficient"] and point["number"]]
+
+
+def _faster(choice: Choice) -> list[int]:
+    """Return the numbers of changes of the plans that are predicted faster than all milder ones, the strongest first.
+
+    A validation loss is too noisy to leave out a plan because a stronger one lost no more there.
+    """
+    first, *points = choice.facts["front"]
+    best, found = first["predicted"], []
+    for point in points:
+        if point["predicted"] > best:
+            best = point["predicted"]
+            found.append(point["number"])
+    return found[::-1]
 
 
 def sentence(facts: dict[str, Any]) -> str:

@@ -37,8 +37,12 @@ class Plans:
 
     @property
     def facts(self):
-        points = enumerate((True, *self.efficient))
-        return {"front": [{"number": number, "efficient": efficient} for number, efficient in points]}
+        """The front; a plan that is not efficient is no faster than the one before."""
+        points, predicted = [], 1.0
+        for number, efficient in enumerate((True, *self.efficient)):
+            predicted += 0.1 * efficient
+            points.append({"number": number, "efficient": efficient, "predicted": predicted})
+        return {"front": points}
 
     @property
     def found(self):
@@ -52,6 +56,17 @@ class Plans:
 
     def validation_loss(self):
         return Loss(self.validated[self.count] * 100 if self.count and self.samples else 0.0, self.samples)
+
+
+@dataclass(frozen=True)
+class Fixed(Plans):
+    """A choice with a front of its own."""
+
+    front: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def facts(self):
+        return {"front": self.front}
 
 
 @dataclass
@@ -156,6 +171,19 @@ def test_too_few_samples_for_any_change_are_said_without_judging_one():
     assert "this limit takes at least 198 samples, also for a plan without any loss" in sentence(decision.facts(choice))
     enough = Decision(Planted(np.zeros((3, 50)), averages=True), 1.0)
     assert enough.strongest(Plans(2, (True, True), (0.0, 0.0, 0.0), 49), QUIET).count == 2
+
+
+@pytest.mark.parametrize(("confidence", "judged"), [(None, [4, 3, 2]), (0.9, [4])])
+def test_a_plan_is_judged_although_a_stronger_one_lost_no_more_on_validation_samples(confidence, judged):
+    """Its validation loss is noise; but a test that the first failure ends leaves it out."""
+    front = [
+        {"number": number, "efficient": number in (0, 4), "predicted": predicted}
+        for number, predicted in enumerate((1.0, 1.1, 1.2, 1.3, 1.4))
+    ]
+    losses = Planted(np.array([[0.0], [0.0], [0.0], [0.02], [0.02]]).repeat(400, axis=1))
+    choice = Fixed(4, (True,) * 4, front=front)
+    assert Decision(losses, 1.0, confidence).strongest(choice, QUIET).count == (0 if confidence else 2)
+    assert losses.passes == judged
 
 
 def test_no_more_plans_are_judged_than_needed():
