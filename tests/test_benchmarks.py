@@ -462,7 +462,19 @@ def test_the_rules_of_a_budget_choose_along_the_path_and_are_judged_on_the_other
     table = script("tables_budget").budget_table(
         {"digits": {"400 samples": {"given": 400, "budget": 2.5, "searches": 1, "draws": 20, "rules": found}}}
     )
-    assert table.splitlines()[2].startswith("| digits | 400 | 2.5 | 1 x 20 | validation alone | ")
+    assert found["confidence 90 %"]["speedup"] <= found["default"]["speedup"] <= found["fresh samples"]["speedup"]
+    head, _, row = table.splitlines()
+    assert head == f"| case | given | budget, % | searches x draws | {' | '.join(found)} |"
+    assert row.startswith("| digits | 400 | 2.5 | 1 x 20 | 0%; ")
+    assert row.count(" | ") == head.count(" | ")
+    still = {
+        "given": 400,
+        "budget": 2.5,
+        "searches": 1,
+        "draws": 20,
+        "rules": {"default": found["default"] | {"speedup": 1.0}},
+    }
+    assert "No search changed anything: other." in script("tables_budget").budget_table({"other": {"one": still}})
 
 
 # ------------------------------------------------------------------------------------------------------------- abuse
