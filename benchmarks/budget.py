@@ -78,7 +78,7 @@ class SearchPath:
         """Return the loss of the reported metric of a plan on some samples, in percent."""
         return loss(self.budget.metric, self._metric(0, rows), self._metric(number, rows))
 
-    def expected(self, number: int, rows: Array, fresh: float) -> float:
+    def held(self, number: int, rows: Array, fresh: float) -> float:
         """Return what the default decision holds to the budget, in percent; `fresh` is the loss on the rows."""
         if self.budget.sample_losses(self._part(number, rows)) is None:
             return fresh
@@ -154,7 +154,7 @@ def outcomes(path: SearchPath, given: int, budget: float, splits: int) -> Iterat
         rules = {"validation alone": last}
         fresh_losses = {n: path.loss(n, decision) for n in numbers}
         rules["fresh samples"] = next((n for n in numbers if fresh_losses[n] <= budget + ROUNDING), 0)
-        rules["default"] = next((n for n in numbers if path.expected(n, decision, fresh_losses[n]) <= budget), 0)
+        rules["default"] = next((n for n in numbers if path.held(n, decision, fresh_losses[n]) <= budget), 0)
         certified = 0
         for number in [number for number in range(1, last + 1) if kept[number]]:
             if path.bound(number, decision) > budget:

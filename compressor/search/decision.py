@@ -260,10 +260,13 @@ class Decision:
         return Loss(validated.percent + max(loss - graphs[-1], 0.0), validated.samples)
 
     def _least(self) -> int | None:
-        """Return the number of samples of the data from which a plan without any loss would be within the limit."""
+        """Return the number of samples of the data from which a plan without any loss would be within the limit.
+
+        The decision and the validation split each have `SHARE` of them, rounded down.
+        """
         if self.confidence is not None or not self.losses.averages or not self.limit:
             return None
-        return math.ceil(LOST * (100.0 / self.limit - 1.0) / (2.0 * SHARE))
+        return math.ceil(math.ceil(LOST * (100.0 / self.limit - 1.0) / 2.0) / SHARE)
 
 
 def expected_loss(fresh: Loss, validated: Loss) -> float:
@@ -316,10 +319,10 @@ def sentence(facts: dict[str, Any]) -> str:
 
 def _too_few(facts: dict[str, Any]) -> str:
     """Return how many samples it would take to keep any change, as the end of a sentence, if these are too few."""
-    judged = any(trial["judged"] == "graph" for trial in facts["trials"])
-    if facts["least"] is None or not facts["found"] or facts["changes"] or judged:
+    least = facts["least"]
+    if least is None or not facts["found"] or facts["changes"] or facts["samples"] >= least * SHARE:
         return ""
-    return f"; this limit takes at least {facts['least']} samples, also for a plan without any loss"
+    return f"; this limit takes at least {least} samples, also for a plan without any loss"
 
 
 def _certificate(facts: dict[str, Any]) -> str:

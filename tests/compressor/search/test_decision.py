@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import compressor
+from compressor.data.splits import Shares
 from compressor.lower.traced_model import load
 from compressor.quality.budget import Budget
 from compressor.quality.evaluate import Evaluation, evaluate, graph_runner
@@ -168,9 +169,22 @@ def test_too_few_samples_for_any_change_are_said_without_judging_one():
     choice = decision.strongest(Plans(2, (True, True), (0.0, 0.0, 0.0), 30), QUIET)
     assert (choice.count, losses.passes) == (0, [])
     assert decision.holds(choice, engine(np.zeros(30)), "original", certify=True)
-    assert "this limit takes at least 198 samples, also for a plan without any loss" in sentence(decision.facts(choice))
+    assert "this limit takes at least 200 samples, also for a plan without any loss" in sentence(decision.facts(choice))
     enough = Decision(Planted(np.zeros((3, 50)), averages=True), 1.0)
     assert enough.strongest(Plans(2, (True, True), (0.0, 0.0, 0.0), 49), QUIET).count == 2
+    for count, kept in ((199, 0), (200, 2)):
+        _, used, fresh, _ = Shares(decision=SHARE).sizes(count)
+        split = Decision(Planted(np.zeros((3, fresh)), averages=True), 1.0)
+        assert split.strongest(Plans(2, (True, True), (0.0, 0.0, 0.0), used), QUIET).count == kept
+
+
+def test_an_engine_that_fails_is_not_put_down_to_few_samples():
+    decision = Decision(Planted(np.zeros((3, 50)), averages=True), 1.0)
+    failed = Plans(2, (True, True), (0.0, 0.0, 0.0), 50)
+    assert not decision.holds(failed, None, "original", certify=True)
+    unchanged = decision.milder(failed, QUIET)
+    assert decision.holds(unchanged, engine(np.zeros(50)), "original", certify=True)
+    assert "at least" not in sentence(decision.facts(unchanged))
 
 
 @pytest.mark.parametrize(("confidence", "judged"), [(None, [4, 3, 2]), (0.9, [4])])
