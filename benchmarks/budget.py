@@ -72,7 +72,7 @@ class SearchPath:
 
     def loss(self, number: int, rows: Array) -> float:
         """Return the loss of a plan on some samples, as `--budget accuracy` bounds it, in percent."""
-        return self.budget.loss(self._metric(0, rows), self._part(number, rows))
+        return self.budget.loss(self._part(0, rows), self._part(number, rows))
 
     def measured(self, number: int, rows: Array) -> float:
         """Return the loss of the reported metric of a plan on some samples, in percent."""
