@@ -115,6 +115,7 @@ def search_path(subject: TracedModel, settings: Settings, given: int, seed: int,
         settings.chosen_actions,
         settings.loss_limit,
         fitting=fitted,
+        preview=planner.preview_of(subject, measured, Steps(None)),
         journal=Journal(),
     )
     search.run()

@@ -76,7 +76,7 @@ def test_each_kind_of_budget_is_judged_by_its_own_columns():
         assert Budget(head, metric, "divergence").sample_losses(columns) is None
 
 
-@pytest.mark.parametrize("samples, lost, loss", [(40, 4, 5.0), (400, 40, 10.0), (400, 20, 5.0), (400, 0, 5.0)])
+@pytest.mark.parametrize(("samples", "lost", "loss"), [(40, 4, 5.0), (400, 40, 10.0), (400, 20, 5.0), (400, 0, 5.0)])
 def test_labels_overrule_the_expected_loss_only_where_they_contradict_it(samples, lost, loss):
     """5 points are expected; 10 are within the interval of 4 of 40 lost samples, and beyond that of 40 of 400."""
     original = {"accuracy": np.ones(samples), "regret": np.zeros(samples)}
