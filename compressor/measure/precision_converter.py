@@ -62,7 +62,7 @@ class PrecisionConverter:
             tick(text=f"{precision}: building")
             return source, Converted(precision, target.name, None if loss is None else loss(source))
         converted, refused = dict[Source, Converted](), dict[str, str]()
-        for quantizer in usable_quantizers(precision, target.int8):
+        for quantizer in usable_quantizers(precision, target.int8, self.calibration):
             try:
                 source, facts = self._by(quantizer, path, precision, loss, tick)
             except (CompressorError, RuntimesError) as error:
