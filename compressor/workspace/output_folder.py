@@ -61,6 +61,7 @@ def output_folder(path: Path, *, force: bool, say: Say = silent) -> Iterator[Pat
             disk is full.
     """
     destination = resolved_output(path)  # follow links, and be independent of a later chdir
+    _check_encoding(destination, path)
     with output_lock(path, say):
         _check_replaceable(destination, path, force=force)
         check_writable(path)
@@ -235,6 +236,17 @@ def _foreign_files(folder: Path) -> list[str]:
     except FolderError:
         return files or [str(folder)]
     return [name for name in files if name not in manifest and name != MANIFEST]
+
+
+def _check_encoding(destination: Path, path: Path) -> None:
+    """Raise if the name of a folder is no UTF-8, because no runtime opens files in such a folder."""
+    try:
+        str(destination).encode()
+    except UnicodeEncodeError as error:
+        raise FolderError(
+            f"{path} is no name in UTF-8, or lies in a folder without one, and no runtime opens files there; choose "
+            "another --output."
+        ) from error
 
 
 def _check_name(path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,15 @@ def test_file_at_the_output_path_is_refused(tmp_path: Path) -> None:
 def test_too_long_name_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="cannot be written"):
         make(tmp_path / ("x" * 300))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", [b"caf\xe9", b"caf\xe9/out"])
+def test_a_name_that_is_no_utf8_is_refused_before_the_work(tmp_path: Path, name: bytes) -> None:
+    """ONNX Runtime and safetensors take no such path, which they say after the search."""
+    with pytest.raises(FolderError, match=r"is no name in UTF-8.*choose another --output"):
+        make(tmp_path / os.fsdecode(name))
     assert names(tmp_path) == []
 
 
