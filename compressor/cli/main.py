@@ -161,10 +161,11 @@ def inspect(quiet: bool, **options: Any) -> None:
 
     from compressor.limitations import format_limitations
     from compressor.pipeline import inspect as pipeline
-    from compressor.workspace.output_folder import check_writable
+    from compressor.workspace.output_folder import check_outside, check_writable
 
     output = Path(options["output"])
     check_writable(output)
+    check_outside(output)
     inspection = pipeline.inspect(InspectSettings(**options), console=console(quiet))
     out = Console()
     out.print(inspection.table())

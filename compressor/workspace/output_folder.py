@@ -12,7 +12,7 @@ from pathlib import Path
 from compressor.errors import FolderError
 from compressor.workspace.add_files import exchange
 from compressor.workspace.folder_errors import readable_errors, resolved_output
-from compressor.workspace.manifest import MANIFEST, digest_of, read_entries, read_manifest
+from compressor.workspace.manifest import MANIFEST, check_outside, digest_of, read_entries, read_manifest
 from compressor.workspace.output_lock import (
     INSIDE,
     JOURNAL,
@@ -31,6 +31,7 @@ __all__ = [
     "MANIFEST",
     "FolderError",
     "check_file",
+    "check_outside",
     "check_writable",
     "copy_onnx",
     "engine_bytes",
@@ -65,6 +66,7 @@ def output_folder(path: Path, *, force: bool, say: Say = silent) -> Iterator[Pat
     with output_lock(path, say):
         _check_replaceable(destination, path, force=force)
         check_writable(path)
+        check_outside(destination.parent)
         with contextlib.ExitStack() as stack:
             with readable_errors(path, unwritable=True):
                 partial = stack.enter_context(temporary_folder(destination, PARTIAL))
@@ -123,6 +125,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]
     Raises:
         FolderError: another run writes the folder, it cannot be written, or the disk is full.
     """
+    check_outside(folder)
     with output_lock(folder), readable_errors(folder, unwritable=True):
         is_new = not folder.exists()
         try:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from compressor.workspace.manifest import check_folder
 from compressor.workspace.output_folder import (
     FolderError,
+    check_outside,
     check_writable,
     output_folder,
     scratch_folder,
@@ -128,6 +130,25 @@ def test_a_name_that_is_no_utf8_is_refused_before_the_work(tmp_path: Path, name:
     with pytest.raises(FolderError, match=r"is no name in UTF-8.*choose another --output"):
         make(tmp_path / os.fsdecode(name))
     assert names(tmp_path) == []
+
+
+def test_nothing_is_written_into_an_exported_folder(tmp_path: Path) -> None:
+    """Its manifest would not list the file, so that `bench` and `build` would refuse the folder from then on."""
+    with output_folder(tmp_path / "out", force=False) as folder:
+        (folder / "report.json").write_text("{}")
+    (tmp_path / "link").symlink_to("out")
+    with output_folder(tmp_path / "front", force=False) as folder:
+        (folder / "sweep.json").write_text("{}")
+    for folder in (tmp_path / "out", tmp_path / "out" / "new", tmp_path / "link"):
+        with pytest.raises(FolderError, match=r"the exported folder out, .*choose an --output outside it"):
+            check_outside(folder)
+        with pytest.raises(FolderError, match="the exported folder out"):
+            write_files(folder, {"inspect.json": b"{}"})
+    with pytest.raises(FolderError, match="the exported folder out"):
+        make(tmp_path / "out" / "second")
+    check_folder(tmp_path / "out")
+    make(tmp_path / "out", force=True)
+    make(tmp_path / "front" / "second")
 
 
 def test_links_that_form_a_loop_are_refused(tmp_path: Path) -> None:
