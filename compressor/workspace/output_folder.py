@@ -86,8 +86,8 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     Raises:
         FolderError: the disk is full.
     """
-    with readable_errors(beside), temporary_folder(beside, SCRATCH) as folder:
-        yield folder
+    with readable_errors(beside), temporary_folder(beside, SCRATCH) as folder, readable_errors(beside):
+        yield folder  # the inner one looks at the disk while the folder is still there
 
 
 def check_writable(folder: Path) -> None:

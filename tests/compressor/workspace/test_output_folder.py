@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from compressor.workspace.folder_errors import readable_errors
 from compressor.workspace.manifest import check_folder
 from compressor.workspace.output_folder import (
     FolderError,
@@ -190,6 +191,27 @@ def test_full_disk_is_reported_for_every_writer_error(tmp_path: Path, monkeypatc
     with pytest.raises(FolderError, match="is full"):
         fail(RuntimeError("native writer failed"))
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_was_full_while_an_engine_was_built_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native writers name no cause, and the files that filled the disk are deleted before the error arrives."""
+    out, free = tmp_path / "out", 0
+
+    def usage(_: object) -> object:
+        full = any(name.endswith(".scratch") for name in names(tmp_path))
+        return shutil._ntuple_diskusage(10**6, 10**6, free if full else 10**6)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(FolderError, match=r"the disk that holds .*out is full"), scratch_folder(out):
+        raise RuntimeError("iostream error")
+    free = 30_000
+    with pytest.raises(RuntimeError, match="iostream error"), scratch_folder(out):
+        raise RuntimeError("iostream error")
+    words = r"has 30,000 bytes free, and about 50,000 are written; .*choose another --output \(iostream error\)"
+    with pytest.raises(FolderError, match=words), scratch_folder(out), readable_errors(out, needed=50_000):
+        raise RuntimeError("iostream error")
 
 
 def test_write_files_writes_all_or_none(tmp_path: Path) -> None:
