@@ -44,7 +44,7 @@ export M --tokens 8,x | --tokens 8,x
 export M --cost time | Invalid value for '--cost': 'time' is not one of 'latency', 'macs'
 export M --max-loss -1 | max-loss is -1
 export M --max-loss nan | max-loss is nan
-export M --max-loss much | Invalid value for '--max-loss': 'much' is not a valid float
+export M --max-loss much | Invalid value for '--max-loss': 'much' is not a percentage
 export M --speedup 0.5 | speedup is 0.5
 export M --speedup inf | speedup is inf
 export M --drop 2 --speedup 1.5 | --speedup is a goal of the search
@@ -95,9 +95,9 @@ export M --max-memory 0 | Invalid value for '--max-memory': '0' is not a size
 export M --max-memory nan | Invalid value for '--max-memory': 'nan' is not a size
 export M --max-memory much | Invalid value for '--max-memory': 'much' is not a size
 export M --drop 1 --max-memory 8GiB | found --target onnxruntime with --max-memory, but building its engine
-export M --task juggling | unknown task 'juggling'
+export M --task juggling | Invalid value for '--task': 'juggling' is not one of
 export M --task text-generation | tiny:make returns an output with 2 axes, but text-generation needs inp
-export M --problem-type ranking | unknown problem_type 'ranking'
+export M --problem-type ranking | Invalid value for '--problem-type': 'ranking' is not one of
 export M --revision main | tiny:make is code, not a hub repository, so it has no revision
 export M --random-weights | a search (--drop auto, or sweep) needs trained weights
 export M --seed x | Invalid value for '--seed': 'x' is not a valid integer
@@ -145,13 +145,13 @@ bench M --context 0 | context is 0
 bench M --context 128 | --context needs a language model with a KV cache
 bench M --rounds 0 | Invalid value for '--rounds': 0 is not in the range x>=1
 bench M --samples 2 | Invalid value for '--samples': 2 is not in the range x>=3
-bench M --target nowhere | Unknown target 'nowhere'
+bench M --target nowhere | found --target nowhere, but only torch models are measured
 bench M --device cuda | torch models are timed on the CPU only, found device 'cuda'
 bench M --tasks arc_easy | --tasks needs a language model
 bench M --limit nan | --limit needs --tasks
 bench M --num-fewshot -1 | Invalid value for '--num-fewshot': -1 is not in the range x>=0
 bench M --image-size 0 | --image-size 0
-bench M --task juggling | unknown task 'juggling'
+bench M --task juggling | Invalid value for '--task': 'juggling' is not one of
 bench M --output room | --output room is a folder
 bench M --output tiny.npz/x.json | tiny.npz cannot be written
 bench tiny:make | no data given

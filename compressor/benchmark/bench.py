@@ -27,7 +27,7 @@ from compressor.report.collect_limitations import of_subject
 from compressor.settings import Settings
 from compressor.target.fp16_arithmetic import has_fp16
 from compressor.workspace.environment import environment
-from compressor.workspace.output_folder import check_file, check_writable, scratch_folder, write_file
+from compressor.workspace.output_folder import check_file, check_outside, check_writable, scratch_folder, write_file
 from compressor.workspace.output_lock import output_lock
 from compressor.workspace.progress import Steps
 
@@ -53,6 +53,7 @@ def bench(
         raise SettingsError(f"--output {output} is a folder; expected a file such as bench.json.")
     check_file(output)
     check_writable(output.parent)
+    check_outside(output.parent)
     steps = Steps(console)
     with output_lock(output, steps.say), scratch_folder(output) as scratch:
         comparison = _compared(settings, scratch, steps, command)

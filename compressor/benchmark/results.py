@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from compressor.quality.intervals import Figure
 from compressor.quality.metrics import METRICS
 from compressor.report.factorial import Factorial, compute_factorial, conditions
 from compressor.report.report import dim, latency_to_dict
+from compressor.workspace.json_files import json_text
 from runtimes.base.timing import Latency, Speedup, speedups_over
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """Return the comparison as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json_text(self.to_dict())
 
     def _engine(self, entry: EngineEntry) -> dict[str, Any]:
         figure, loss = self.quality.get(entry.name, (None, None))

@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `--help` is fast.
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -34,6 +35,8 @@ class Failing(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; exit with status 1 for a failure, 2 for wrong usage, 130 for an interrupt."""
         filter_library_logs()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names may be no text in its encoding
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with _exit_on_sigterm():
                 return super().invoke(ctx)
@@ -158,10 +161,11 @@ def inspect(quiet: bool, **options: Any) -> None:
 
     from compressor.limitations import format_limitations
     from compressor.pipeline import inspect as pipeline
-    from compressor.workspace.output_folder import check_writable
+    from compressor.workspace.output_folder import check_outside, check_writable
 
     output = Path(options["output"])
     check_writable(output)
+    check_outside(output)
     inspection = pipeline.inspect(InspectSettings(**options), console=console(quiet))
     out = Console()
     out.print(inspection.table())

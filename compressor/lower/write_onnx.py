@@ -66,8 +66,10 @@ def _to_program(graph: Graph, model: Model, path: Path) -> Path:
     except Exception as error:  # torch.export's errors have no common base
         raise LowerError(f"{model.name} cannot be exported by torch: {first_line(_cause(error))}.") from error
     names = json.dumps({"inputs": list(graph.inputs), "outputs": list(graph.outputs)})
+    written = io.BytesIO()  # a writer of files ends the whole process if the disk is full (std::terminate)
     with _quiet():
-        torch.export.save(program, path, extra_files={NAMES: names})
+        torch.export.save(program, written, extra_files={NAMES: names})
+    path.write_bytes(written.getbuffer())
     return path
 
 

@@ -19,7 +19,8 @@ from compressor.quality.evaluate import BATCH
 from compressor.quantize.precision import Source
 from compressor.settings import Settings
 from compressor.target.stand_in import load_for_quality
-from compressor.workspace.output_folder import copy_onnx
+from compressor.workspace.folder_errors import readable_errors
+from compressor.workspace.output_folder import copy_onnx, engine_bytes
 from passes.graph.graph import Graph
 from runtimes.base.protocols import BuildOptions, Engine, Feeds, Runtime
 
@@ -65,7 +66,8 @@ class EngineBuilder:
         folder.mkdir(exist_ok=True)
         samples = self.calibration_batches if source.precision in self.target.own else None
         options = dataclasses.replace(self.options, precision=source.precision, samples=samples)
-        built = self.target.build(source.path, folder, options)
+        with readable_errors(self.scratch.parent, needed=engine_bytes(source.path)):
+            built = self.target.build(source.path, folder, options)
         if source.path.suffix == ".pt2":
             self.compiled[source] = built
         return built

@@ -20,6 +20,7 @@ from compressor.measure.latency import EngineTimer
 from compressor.quality.evaluate import EvaluationError
 from compressor.quality.heads.registry import head_for
 from compressor.quantize.convert import OURS, choose_conversion, convert, usable_quantizers
+from compressor.quantize.fp16 import check_file
 from compressor.quantize.output_error import Judge
 from compressor.quantize.precision import Converted, Source, Trial, choose_precision
 from compressor.workspace.progress import Steps, Tick
@@ -62,7 +63,7 @@ class PrecisionConverter:
             tick(text=f"{precision}: building")
             return source, Converted(precision, target.name, None if loss is None else loss(source))
         converted, refused = dict[Source, Converted](), dict[str, str]()
-        for quantizer in usable_quantizers(precision, target.int8):
+        for quantizer in usable_quantizers(precision, target.int8, self.calibration):
             try:
                 source, facts = self._by(quantizer, path, precision, loss, tick)
             except (CompressorError, RuntimesError) as error:
@@ -83,7 +84,7 @@ class PrecisionConverter:
         """Convert a float file with one quantizer; another package's file is also opened, as the target may refuse it.
 
         Raises:
-            CompressorError, RuntimesError: the quantizer or the target refuses the file.
+            CompressorError, RuntimesError: the quantizer, ONNX's checker or the target refuses the file.
         """
         source = Source(path.with_suffix(f".{precision}.{quantizer}.onnx"), precision)
         facts = convert(
@@ -99,6 +100,7 @@ class PrecisionConverter:
             progress=lambda text: tick(text=text),
             judge=self._judge(),
         )
+        check_file(source.path, precision)
         if quantizer != OURS and loss is None:
             self._check_engine(source)
         return source, facts

@@ -122,12 +122,23 @@ def unused_pixels(call: Call, module: Any, channels: int, size: Size) -> Iterato
     if not reached.any():
         return
     used = tuple(int(reached.any(axis).nonzero().max()) + 1 for axis in (1, 0))
-    if used != size:
+    if used != size and _ignores(call, module, pixels.detach(), used):
         yield Limitation(
             "pixels at the edge",
             f"of {text(size)} pixels, only the first {text(used)} change the output; the sides are no multiples of the "
             "patches of the model, which leaves out the rest: give --image-size with multiples",
         )
+
+
+def _ignores(call: Call, module: Any, image: torch.Tensor, used: Sequence[int]) -> bool:
+    """Return whether other pixels below and right of `used` leave the outputs as they are.
+
+    A gradient of zero alone does not show it: that of a ReLU is zero for one image and not for another.
+    """
+    changed = image.clone()
+    changed[:, :, used[0] :], changed[:, :, :, used[1] :] = 9.0, -9.0
+    with torch.no_grad():
+        return all(map(torch.equal, call(module, image), call(module, changed)))
 
 
 def other_sizes(call: Call, module: Any, channels: int, size: Size, name: str) -> tuple[Size, ...]:
@@ -325,8 +336,9 @@ def sized_model(
         interpolates, dynamic = _interpolates(calls, module, channels, size, configured, name), ()
     sizing = Sizing(size, dynamic)
     limits = list(sizing.limitations(channels))
-    if size != configured:
+    if image_size != DYNAMIC:
         limits += unused_pixels(calls[interpolates], module, channels, size)
+    if size != configured:
         limits.append(_differs(configured, size, interpolates, requested=image_size not in (None, DYNAMIC)))
     return SizedModel(sizing, calls[interpolates], processor, interpolates, tuple(limits))
 

@@ -206,7 +206,8 @@ def _at_own_size(create: Callable[..., torch.nn.Module], name: str) -> _Sized:
             ),
         )
     sizing = Sizing(size)
-    return _Sized(module, options, sizing, (*sizing.limitations(channels), *differs))
+    edge = unused_pixels(_classify, module, channels, size)
+    return _Sized(module, options, sizing, (*sizing.limitations(channels), *edge, *differs))
 
 
 def _create(create: Callable[..., torch.nn.Module], options: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:

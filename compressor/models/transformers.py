@@ -17,7 +17,7 @@ from compressor.choices import ImageSize
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names
-from compressor.models.base import Model, ModelError, as_numpy, load_error_reason, no_language_model
+from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
 from compressor.models.image_size import Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.text import sentence_transformers
@@ -234,6 +234,8 @@ def _wrap(
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
     if not image and processors is not None:
         sentence_transformers.prepare_tokenizer(processors, sentence_files, location)
+    if not image:
+        _check_text_model(module, task, location)
     inputs = ("pixel_values",) if image else _text_inputs(module, processors)
     signature = _signature(task, inputs)
     sized = _sized(module, signature.call, processors, image_size, location) if image else None
@@ -340,6 +342,27 @@ def _head_outputs(
 
 def _hidden(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
     return (module(**dict(zip(inputs, tensors, strict=True))).last_hidden_state,)
+
+
+def _check_text_model(module: Any, task: str, location: str) -> None:
+    """Check that a module gives the outputs of a task for token ids alone.
+
+    Encoder-decoders also need the tokens of the decoder, or an end token in every text; CLIP also needs an image; an
+    encoder can return a pooled output only.
+
+    Raises:
+        ModelError: it fails, or returns other outputs.
+    """
+    signature = _signature(task, ("input_ids",))
+    try:
+        with calling(module):
+            signature.call(module, text()["input_ids"])
+    except Exception as error:  # modules raise errors of all kinds
+        raise ModelError(
+            f"{location} is a {type(module).__name__}, which does not give {' and '.join(signature.outputs)} for any "
+            f"text of token ids alone ({first_line(error)}); pass it as a module of your own, package.module:factory, "
+            "whose forward takes tensors and returns the output that you need."
+        ) from error
 
 
 def _text_inputs(module: Any, tokenizer: Any) -> tuple[str, ...]:

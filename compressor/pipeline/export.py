@@ -49,6 +49,7 @@ from compressor.target.availability import check_target
 from compressor.target.gpus import Gpus, gpus_ahead, measured_by_stand_in
 from compressor.workspace.environment import environment
 from compressor.workspace.journal import resumed
+from compressor.workspace.json_files import utf8
 from compressor.workspace.output_folder import engine_bytes, output_folder, scratch_folder
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
@@ -354,10 +355,11 @@ def _engine(
 
 def _write(report: Report, folder: Path, subject: TracedModel) -> None:
     """Write report.json, and report.html with previews of the samples whose prediction changed."""
-    content = report.to_dict()
+    content = utf8(report.to_dict())
     indices = [] if report.quality is None else [each.place for each in report.quality.changed]
     (folder / REPORT).write_text(report.to_json())
-    (folder / PAGE).write_text(html(content, previews(subject.data.test, indices)), encoding="utf-8")
+    page = html(content, previews(subject.data.test, indices))
+    (folder / PAGE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _lost(rewritten: _Rewritten, subject: TracedModel) -> Iterator[Limitation]:

@@ -10,7 +10,7 @@ from importlib import util
 from pathlib import Path
 from typing import Literal
 
-from compressor.choices import Calibration
+from compressor.choices import AUTO, Calibration
 from compressor.quantize.fp16 import to_fp16
 from compressor.quantize.int4 import to_int4
 from compressor.quantize.int8_search import quantize
@@ -24,9 +24,14 @@ from runtimes.base.protocols import Feeds, Int8Style
 OURS = "compressor"
 
 
-def usable_quantizers(precision: str, style: Int8Style) -> tuple[str, ...]:
-    """Return the quantizers of a precision; for int8 this includes installed packages that the target's style lists."""
-    if precision != "int8":
+def usable_quantizers(
+    precision: str, style: Int8Style, calibration: Calibration | Literal["auto"] = "auto"
+) -> tuple[str, ...]:
+    """Return the quantizers of a precision; for int8 this includes installed packages that the target's style lists.
+
+    Those packages choose the ranges themselves, so a given calibration leaves this package alone.
+    """
+    if precision != "int8" or calibration != AUTO:
         return (OURS,)
     return tuple(name for name in style.quantizers if name == OURS or util.find_spec(name) is not None)
 

@@ -124,8 +124,8 @@ def to_fp16(source: Path, destination: Path, maxima: Mapping[str, float]) -> Hal
     return Half(len(halves), layers)
 
 
-def check_file(path: Path) -> None:
-    """Check a written file with ONNX's checker in full, which also infers all types and shapes.
+def check_file(path: Path, precision: str = "fp16") -> None:
+    """Check a file in a precision with ONNX's checker in full, which also infers all types and shapes.
 
     Raises:
         HalfError: the checker rejects the file.
@@ -135,8 +135,8 @@ def check_file(path: Path) -> None:
     except Exception as error:  # the checker and the inference have no common class of errors
         reason = str(error).strip().splitlines()[0]
         raise HalfError(
-            f"{path.name} fails ONNX's checker after the conversion to fp16 ({reason}); choose another precision, and "
-            "report this with the model."
+            f"{path.name} fails ONNX's checker after the conversion to {precision} ({reason}); choose another "
+            "precision, and report this with the model."
         ) from error
 
 

@@ -156,7 +156,10 @@ def of_weight_types(model: Model, computed: str, target: str = "") -> Iterator[L
 
     types = f"the original checkpoint stores its weights as {describe_dtypes(model.dtypes.values())}"
     if target == TRANSFORMERS:
-        written = "they are written in these types; quality and latency are those of the written weights in float32"
+        wide = ", float64 as float32" if "torch.float64" in map(str, model.dtypes.values()) else ""
+        written = (
+            f"they are written in these types{wide}; quality and latency are those of the written weights in float32"
+        )
         yield Limitation("weight types", f"{types}, and {written} (from_pretrained with dtype=torch.float32)")
     else:
         yield Limitation("weight types", f"{types}; they were converted to float32, and {computed}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from compressor.limitations import Limitation
 from compressor.quality.intervals import format_count
 from compressor.search.site_evidence import nested, state_names
+from compressor.workspace.json_files import json_text
 from compressor.workspace.output_folder import write_files
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Inspection:
             "similarity": nested(self.scores.similarity_matrix().tolist()),
             "angular_distance": nested(self.scores.angular_matrix().tolist()),
         }
-        return json.dumps(_finite(content), indent=2) + "\n"
+        return json_text(_finite(content))
 
     def state_names(self) -> tuple[str, ...]:
         """Return a readable name per trunk state: the site it enters, or the output for the last state."""
@@ -144,7 +144,7 @@ class Inspection:
             from compressor.report.pages.study_page import page
 
             files["study.json"] = self.study.to_json().encode()
-            files["study.html"] = page(self.study, command=command).to_html().encode()
+            files["study.html"] = page(self.study, command=command).to_html().encode(errors="backslashreplace")
         return write_files(folder, files)
 
     def heat_map(self) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from compressor.quality.metrics import METRICS
 from compressor.report.report import latency_to_dict
 from compressor.search.pareto import Point
 from compressor.workspace.journal import resumed
+from compressor.workspace.json_files import json_text
 from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ class ParetoFront:
         """Return the front as indented JSON; latencies hold every raw sample, in milliseconds."""
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "points"}
         plain["limitations"] = [asdict(limitation) for limitation in self.limitations]
-        return (
-            json.dumps(plain | {"version": VERSION, "points": [self._row(point) for point in self.points]}, indent=2)
-            + "\n"
-        )
+        return json_text(plain | {"version": VERSION, "points": [self._row(point) for point in self.points]})
 
     def _row(self, point: Point) -> dict[str, Any]:
         row = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report import engine_layers, exact_rewrites
 from compressor.report.engine_text import describe_measurements
 from compressor.report.precision_notes import exceeds_limit
+from compressor.workspace.json_files import json_text
 from compressor.workspace.progress import Step
 from runtimes.base.timing import Latency
 
@@ -157,7 +157,7 @@ class Report:
 
     def to_json(self) -> str:
         """Return the report as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json_text(self.to_dict())
 
     def speedup(self, over: str = "baseline") -> Any:
         """Return the speed-up of the result over another variant, with its 95 % interval."""

@@ -16,12 +16,14 @@ SPARE = 4096
 
 
 @contextlib.contextmanager
-def readable_errors(path: Path, *, unwritable: bool = False) -> Iterator[None]:
+def readable_errors(path: Path, *, unwritable: bool = False, needed: int = SPARE) -> Iterator[None]:
     """Turn errors of a full or read-only disk into a FolderError; with `unwritable`, every OSError.
 
     Args:
         path: the output that the message names.
         unwritable: whether every OSError of the block means that `path` cannot be written.
+        needed: bytes that the block writes. Errors of native writers name no cause, so with less free space than that
+            the disk is named as the likely one.
     """
     try:
         yield
@@ -35,8 +37,14 @@ def readable_errors(path: Path, *, unwritable: bool = False) -> Iterator[None]:
     except FolderError:
         raise
     except Exception as error:  # native writers (ONNX, engine builders) raise their own errors if the disk is full
-        if _free_bytes(path) < SPARE:
+        free = _free_bytes(path)
+        if free < SPARE:
             raise FolderError(_full(path)) from error
+        if free < needed:
+            raise FolderError(
+                f"the disk that holds {path} has {free:,.0f} bytes free, and about {needed:,} are written; free some "
+                f"space or choose another --output ({str(error).rstrip('.')})."
+            ) from error
         raise
 
 
@@ -74,8 +82,9 @@ def _full(path: Path) -> str:
 
 
 def _free_bytes(path: Path) -> float:
-    """Return the free bytes on the disk of a folder's parent; infinity if the system does not report them."""
+    """Return the free bytes on the disk of a folder, or of its parent; infinity if the system does not report them."""
     try:
-        return shutil.disk_usage(path.resolve().parent).free
+        resolved = path.resolve()
+        return shutil.disk_usage(resolved if resolved.is_dir() else resolved.parent).free
     except (OSError, RuntimeError):  # RuntimeError: links that form a loop
         return float("inf")

@@ -44,6 +44,8 @@ class JournalError(CompressorError):
 class Journal:
     """Measured values by key, one JSON line each in `path`; without a path they are kept in memory only.
 
+    A new file begins with the first value, so that a search that stops before it leaves none.
+
     The first line identifies the search (`subject`); a file with another subject is overwritten. An incomplete last
     line, left by an interrupt, is cut off.
 
@@ -62,6 +64,7 @@ class Journal:
     discarded: int = 0
     _values: dict[str, Any] = field(default_factory=dict)
     _earlier: set[str] = field(default_factory=set)
+    _new: bool = False
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -74,9 +77,9 @@ class Journal:
                 file.seek(end - 1)
                 file.write(b"\n" if file.read(1) != b"\n" else b"")
             return
-        self.discarded = len(values)
+        self.discarded, self._new = len(values), True
         with self._writable():
-            self.path.write_text(_line({"subject": self.subject}), encoding="utf-8")
+            self.path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -98,8 +101,10 @@ class Journal:
         """Record a value and append it to the file at once, so that it survives an interrupt."""
         self._values[key] = value
         if self.path is not None:
-            with self._writable(), self.path.open("a", encoding="utf-8") as file:
-                file.write(_line({"key": key, "value": value}))
+            first = _line({"subject": self.subject}) if self._new else ""
+            with self._writable(), self.path.open("w" if self._new else "a", encoding="utf-8") as file:
+                file.write(first + _line({"key": key, "value": value}))
+            self._new = False
 
     def message(self) -> str | None:
         """Return a sentence on what became of the values of an earlier run; None if there were none."""

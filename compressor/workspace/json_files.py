@@ -1,19 +1,20 @@
-"""Read JSON files. Every JSON file that Compressor opens is read here and checked against a schema."""
+"""Read JSON files, and write JSON. Every JSON file that Compressor opens is read here and checked against a schema."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import stat
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from compressor.errors import CompressorError
 from runtimes.base.json_text import JSON, OBJECT, JsonTextError, parse
 
-__all__ = ["JSON", "LIMIT", "OBJECT", "JsonFileError", "read_json"]
+__all__ = ["JSON", "LIMIT", "OBJECT", "JsonFileError", "json_text", "read_json", "utf8"]
 
 T = TypeVar("T")
 LIMIT = 64 * 1024**2  # bytes; the largest file that we know, the tokenizer.json of a large vocabulary, has 35 MB
@@ -44,6 +45,26 @@ def read_json(path: Path, schema: TypeAdapter[T], *, remedy: str, limit: int = L
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         kind = "holds other values than expected" if isinstance(error, JsonTextError) else "cannot be read"
         raise JsonFileError(f"{path} {kind} ({reason}); {remedy}.") from error
+
+
+def utf8(value: Any) -> Any:
+    r"""Return JSON values with the bytes of file names that are no UTF-8 written as escapes.
+
+    Python reads such a byte as half of a surrogate pair, which no file in UTF-8 can hold and other parsers refuse.
+
+    >>> print(utf8({"id": ["caf\udce9.png", 3]}))
+    {'id': ['caf\\udce9.png', 3]}
+    """
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {utf8(key): utf8(each) for key, each in value.items()}
+    return [utf8(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def json_text(content: Any) -> str:
+    """Return JSON values as an indented text that ends with a line feed."""
+    return json.dumps(utf8(content), indent=2) + "\n"
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:

@@ -7,6 +7,7 @@ and an edited file, and not an author who writes both; the other checks hold for
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import stat
 from collections.abc import Iterator, Mapping
@@ -17,10 +18,12 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from compressor.errors import FolderError
+from compressor.workspace.folder_errors import resolved_output
 from compressor.workspace.json_files import JsonFileError, read_json
 
 MANIFEST = "manifest.json"
 EDITABLE = ("README.md",)  # the model card: users edit it, and no command reads it
+EXPORTED = "report.json"  # a folder of a sweep has none
 COPY_AGAIN = "copy the whole folder again"
 # Files that a library can load by their name alone, although the manifest does not list them.
 LOADED = (".json", ".jinja", ".safetensors", ".bin", ".gguf", ".model", ".py", ".pt", ".pth", ".onnx", ".data")
@@ -95,6 +98,25 @@ def check_folder(folder: Path) -> dict[str, str]:
             f"exported file; move it out of the folder."
         )
     return {name: entry["sha256"] for name, entry in entries.items()}
+
+
+def check_outside(folder: Path) -> None:
+    """Check that new files in a folder do not come to lie in an exported folder, where `check_folder` refuses them.
+
+    Raises:
+        FolderError: it is an exported folder, or lies in one.
+    """
+    resolved = resolved_output(folder)
+    for parent in (resolved, *resolved.parents):
+        with contextlib.suppress(FolderError):
+            if (parent / MANIFEST).is_file() and EXPORTED in read_entries(parent):
+                break
+    else:
+        return
+    raise FolderError(
+        f"{folder} is or lies in the exported folder {parent.name}, which `bench` and `build` refuse with files that "
+        f"its {MANIFEST} does not list; choose an --output outside it."
+    )
 
 
 def listed_file(folder: Path, name: str, digests: Mapping[str, str]) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from compressor.errors import FolderError
 from compressor.workspace.add_files import exchange
 from compressor.workspace.folder_errors import readable_errors, resolved_output
-from compressor.workspace.manifest import MANIFEST, digest_of, read_entries, read_manifest
+from compressor.workspace.manifest import MANIFEST, check_outside, digest_of, read_entries, read_manifest
 from compressor.workspace.output_lock import (
     INSIDE,
     JOURNAL,
@@ -31,6 +31,7 @@ __all__ = [
     "MANIFEST",
     "FolderError",
     "check_file",
+    "check_outside",
     "check_writable",
     "copy_onnx",
     "engine_bytes",
@@ -61,9 +62,11 @@ def output_folder(path: Path, *, force: bool, say: Say = silent) -> Iterator[Pat
             disk is full.
     """
     destination = resolved_output(path)  # follow links, and be independent of a later chdir
+    _check_encoding(destination, path)
     with output_lock(path, say):
         _check_replaceable(destination, path, force=force)
         check_writable(path)
+        check_outside(destination.parent)
         with contextlib.ExitStack() as stack:
             with readable_errors(path, unwritable=True):
                 partial = stack.enter_context(temporary_folder(destination, PARTIAL))
@@ -83,8 +86,8 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     Raises:
         FolderError: the disk is full.
     """
-    with readable_errors(beside), temporary_folder(beside, SCRATCH) as folder:
-        yield folder
+    with readable_errors(beside), temporary_folder(beside, SCRATCH) as folder, readable_errors(beside):
+        yield folder  # the inner one looks at the disk while the folder is still there
 
 
 def check_writable(folder: Path) -> None:
@@ -122,6 +125,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> tuple[Path, ...]
     Raises:
         FolderError: another run writes the folder, it cannot be written, or the disk is full.
     """
+    check_outside(folder)
     with output_lock(folder), readable_errors(folder, unwritable=True):
         is_new = not folder.exists()
         try:
@@ -235,6 +239,17 @@ def _foreign_files(folder: Path) -> list[str]:
     except FolderError:
         return files or [str(folder)]
     return [name for name in files if name not in manifest and name != MANIFEST]
+
+
+def _check_encoding(destination: Path, path: Path) -> None:
+    """Raise if the name of a folder is no UTF-8, because no runtime opens files in such a folder."""
+    try:
+        str(destination).encode()
+    except UnicodeEncodeError as error:
+        raise FolderError(
+            f"{path} is no name in UTF-8, or lies in a folder without one, and no runtime opens files there; choose "
+            "another --output."
+        ) from error
 
 
 def _check_name(path: Path) -> None:

@@ -21,11 +21,12 @@ from compressor.data.splits import load as load_data
 from compressor.errors import DataError, SettingsError
 from compressor.limitations import Limitation, format_limitations
 from compressor.measure import latency
+from compressor.models.weights.stored_dtypes import as_stored
 from compressor.pipeline import export
 from compressor.quality import chance
 from compressor.quantize.precision import Converted, Trial
 from compressor.quantize.qdq_rewrite import Kept
-from compressor.report.collect_limitations import limitations_of, of_engine, of_sweep
+from compressor.report.collect_limitations import limitations_of, of_engine, of_sweep, of_weight_types
 from compressor.settings import Settings
 from runtimes.base.timing import interleave
 from tests.samples import worded
@@ -397,3 +398,14 @@ def test_other_messages_of_the_same_logger_pass():
     finally:
         logger.removeHandler(handler)
     assert messages == ["something about your model"]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_weights_of_float64_are_not_said_to_keep_their_type(wide):
+    """A checkpoint is written from float32 weights, which cannot give float64 its digits back."""
+    dtypes = {"a": torch.bfloat16, "b": torch.float64 if wide else torch.float32}
+    (found,) = of_weight_types(types.SimpleNamespace(dtypes=dtypes), "", target="transformers")
+    assert "they are written in these types" in found.reason
+    assert (", float64 as float32" in found.reason) == wide
+    stored = as_stored(torch.zeros(2), dtypes["b"])
+    assert stored.dtype == torch.float32

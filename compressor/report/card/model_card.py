@@ -176,8 +176,7 @@ def _classes(model: Json) -> str:
     names = model.get("id2label") or {}
     if not names:
         return ""
-    plain = [(number, name.replace("`", "'")) for number, name in list(names.items())[:CLASSES]]
-    first = ", ".join(f"`{name}` ({number})" for number, name in plain)
+    first = ", ".join(f"{code(name)} ({prose(number)})" for number, name in list(names.items())[:CLASSES])
     more = f" and {len(names) - CLASSES:,} more, see `id2label` in `report.json`" if len(names) > CLASSES else ""
     return f" Classes: {first}{more}."
 

@@ -1,5 +1,8 @@
 """Lowering: the ONNX file compared with torch."""
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -40,3 +43,17 @@ def test_the_file_has_the_stated_opset_names_and_free_batch_and_computes_what_to
     actual = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
     # Two float32 products of width 8, summed in another order.
     np.testing.assert_allclose(actual, run(graph, {"x": x})[0].numpy(), atol=1e-5)
+
+
+def test_a_program_that_cannot_be_written_raises_and_does_not_end_the_process(tmp_path: Path) -> None:
+    """The limit on the size of a file stands in for a full disk, at which torch's writer of files calls terminate."""
+    model = load(Residual(), example_inputs=torch.zeros(2, 8))
+    graph = trace(model)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            lower(graph, model, tmp_path / "m.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.export.load(lower(graph, model, tmp_path / "m.pt2")).module()(torch.zeros(3, 8))[0].shape == (3, 4)

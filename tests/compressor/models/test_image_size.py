@@ -232,6 +232,9 @@ class Patches(torch.nn.Module):
         self.kind, self.patches = kind, torch.nn.Conv2d(3, 4, 16, 16)
 
     def forward(self, x):
+        if self.kind == "dead for this image":
+            edge = torch.relu(x[:, :, 64:] - 1.0).mean((1, 2, 3), keepdim=True)
+            return self.patches(x).mean((2, 3)) + edge.flatten(1)
         if self.kind == "padded":
             x = torch.nn.functional.pad(x, (0, -x.shape[3] % 16, 0, -x.shape[2] % 16))
         with torch.set_grad_enabled(self.kind != "without gradient"):
@@ -253,7 +256,7 @@ def test_pixels_that_patches_leave_out_are_said(size):
     assert [reason.partition(";")[0] for reason in reasons] == [first] * (size != (height, width))
 
 
-@pytest.mark.parametrize("kind", ["padded", "zero", "without gradient"])
+@pytest.mark.parametrize("kind", ["padded", "zero", "without gradient", "dead for this image"])
 def test_nothing_is_said_of_pixels_that_are_used_or_unknown(kind):
     assert list(unused_pixels(lambda module, x: (module(x),), Patches(kind), 3, (70, 70))) == []
 
@@ -275,3 +278,24 @@ def test_an_image_size_that_is_no_multiple_of_the_patch_is_a_limitation(tmp_path
         f"of {side} x {3 * patch} pixels, only the first {2 * patch} x {3 * patch} change the output; "
     )
     assert "pixels at the edge" not in limits(models.load(tmp_path, image_size=(2 * patch, 3 * patch)))
+
+
+@pytest.mark.parametrize("library", ["timm", "timm, another network", "transformers"])
+def test_a_model_whose_own_size_is_no_multiple_of_its_patch_is_a_limitation(tmp_path, library):
+    """The preprocessing and the config agree on such a size, and no option asks for it."""
+    if library == "transformers":
+        saved(tmp_path, "ViTForImageClassification", transformers.ViTConfig(image_size=39, **SMALL))
+        used = "39 x 39 pixels, only the first 32 x 32"
+    else:
+        name, sizes = ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [4, 4, 4, 4]})
+        if library == "timm":
+            name, sizes = "vit_tiny_patch16_224", VIT | {"img_size": 2 * VIT["patch_size"] + 3}
+        side, patch = (50, 4) if name == "convnext_atto" else (sizes["img_size"], VIT["patch_size"])
+        torch.manual_seed(0)
+        module = timm.create_model(name, num_classes=3, **sizes)
+        module.pretrained_cfg = {"input_size": (3, side, side), "architecture": name}
+        with torch.no_grad():
+            module.get_classifier().weight.add_(1.0)  # timm starts it near zero
+        timm.models.save_for_hf(module, tmp_path, model_args=sizes)
+        used = f"{side} x {side} pixels, only the first {side // patch * patch} x {side // patch * patch}"
+    assert limits(models.load(tmp_path))["pixels at the edge"].startswith(f"of {used} change the output; ")

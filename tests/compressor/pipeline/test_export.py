@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import resource
 import shutil
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -77,7 +79,9 @@ def pictures(folder: Path, *, classes: int, each: int, corrupt: int = 0) -> Path
         for number in range(each):
             Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(inside / f"{number}.png")
     for number in range(corrupt):
-        (folder / f"c{0:02}" / f"bad{number}.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+        # Linux takes any bytes as a name; the report, the page and the card are UTF-8 all the same.
+        name = os.fsdecode(b"bad\xff%d.png" % number) if sys.platform == "linux" else f"bad{number}.png"
+        (folder / f"c{0:02}" / name).write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     return folder
 
 

@@ -100,6 +100,7 @@ def test_other_quantizers_are_used_only_for_int8_and_if_installed(monkeypatch: p
     monkeypatch.setattr("compressor.quantize.convert.util.find_spec", installed.get)
     assert usable_quantizers("int8", GPU) == (OURS, "nncf")
     assert usable_quantizers("int8", CPU) == (OURS,)
+    assert usable_quantizers("int8", GPU, "entropy") == (OURS,), "nncf would choose the ranges in its own way"
     for precision in ("fp16", "int8-dynamic", "int4"):
         assert usable_quantizers(precision, GPU) == (OURS,)
     installed.clear()

@@ -97,6 +97,16 @@ def test_file_in_another_format_starts_an_empty_journal(tmp_path, content):
     assert len(Journal("s", tmp_path / "j")) == 3
 
 
+def test_a_search_that_stops_before_its_first_value_leaves_no_file(tmp_path):
+    """Such as one whose --prices or --tokens are refused; also where another search had left its values."""
+    Journal("s", tmp_path / "j")
+    assert list(tmp_path.iterdir()) == []
+    filled(tmp_path / "j", subject="another")
+    Journal("s", tmp_path / "j")
+    assert list(tmp_path.iterdir()) == []
+    assert len(filled(tmp_path / "j", count=1)) == len(Journal("s", tmp_path / "j")) == 1
+
+
 def test_journal_without_path_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     journal = Journal()
@@ -157,4 +167,4 @@ def test_unwritable_path_is_reported(tmp_path):
     with pytest.raises(JournalError, match=r"journal .*file.j cannot be written \(.+\); choose another --output\."):
         Journal("s", tmp_path / "file" / "j")
     with pytest.raises(CompressorError, match="cannot be written"):
-        Journal("s", tmp_path / "missing" / "j")
+        Journal("s", tmp_path / "missing" / "j").note("key", 1.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from compressor.workspace.json_files import JsonFileError, read_json
+from compressor.workspace.json_files import JsonFileError, json_text, read_json
 
 NUMBERS = TypeAdapter(dict[str, int])
 
@@ -48,3 +48,12 @@ def test_a_folder_and_an_endless_device_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, Path("/dev/zero")):
         with pytest.raises(JsonFileError, match="cannot be read"):
             read(path)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff", "caf\u00e9 \U0001f480.png".encode(), b"a.png"])
+def test_any_name_of_a_file_is_written_as_json_that_is_read_again(tmp_path: Path, name: bytes) -> None:
+    """The strict parser refuses half of a surrogate pair, which Python reads from a byte that is no UTF-8."""
+    text = name.decode(errors="surrogateescape")
+    (tmp_path / "a.json").write_text(json_text({text: [1, (text,)]}), encoding="utf-8")
+    (key,) = read_json(tmp_path / "a.json", TypeAdapter(dict[str, list[int | list[str]]]), remedy="do this")
+    assert key == name.decode(errors="backslashreplace").replace("\\x", "\\udc")

@@ -5,12 +5,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from compressor.workspace.folder_errors import readable_errors
+from compressor.workspace.manifest import check_folder
 from compressor.workspace.output_folder import (
     FolderError,
+    check_outside,
     check_writable,
     output_folder,
     scratch_folder,
@@ -120,6 +124,34 @@ def test_too_long_name_is_refused_before_the_work(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", [b"caf\xe9", b"caf\xe9/out"])
+def test_a_name_that_is_no_utf8_is_refused_before_the_work(tmp_path: Path, name: bytes) -> None:
+    """ONNX Runtime and safetensors take no such path, which they say after the search."""
+    with pytest.raises(FolderError, match=r"is no name in UTF-8.*choose another --output"):
+        make(tmp_path / os.fsdecode(name))
+    assert names(tmp_path) == []
+
+
+def test_nothing_is_written_into_an_exported_folder(tmp_path: Path) -> None:
+    """Its manifest would not list the file, so that `bench` and `build` would refuse the folder from then on."""
+    with output_folder(tmp_path / "out", force=False) as folder:
+        (folder / "report.json").write_text("{}")
+    (tmp_path / "link").symlink_to("out")
+    with output_folder(tmp_path / "front", force=False) as folder:
+        (folder / "sweep.json").write_text("{}")
+    for folder in (tmp_path / "out", tmp_path / "out" / "new", tmp_path / "link"):
+        with pytest.raises(FolderError, match=r"the exported folder out, .*choose an --output outside it"):
+            check_outside(folder)
+        with pytest.raises(FolderError, match="the exported folder out"):
+            write_files(folder, {"inspect.json": b"{}"})
+    with pytest.raises(FolderError, match="the exported folder out"):
+        make(tmp_path / "out" / "second")
+    check_folder(tmp_path / "out")
+    make(tmp_path / "out", force=True)
+    make(tmp_path / "front" / "second")
+
+
 def test_links_that_form_a_loop_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for output in (tmp_path / "loop", tmp_path / "loop" / "out"):
@@ -159,6 +191,27 @@ def test_full_disk_is_reported_for_every_writer_error(tmp_path: Path, monkeypatc
     with pytest.raises(FolderError, match="is full"):
         fail(RuntimeError("native writer failed"))
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_was_full_while_an_engine_was_built_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native writers name no cause, and the files that filled the disk are deleted before the error arrives."""
+    out, free = tmp_path / "out", 0
+
+    def usage(_: object) -> object:
+        full = any(name.endswith(".scratch") for name in names(tmp_path))
+        return shutil._ntuple_diskusage(10**6, 10**6, free if full else 10**6)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(FolderError, match=r"the disk that holds .*out is full"), scratch_folder(out):
+        raise RuntimeError("iostream error")
+    free = 30_000
+    with pytest.raises(RuntimeError, match="iostream error"), scratch_folder(out):
+        raise RuntimeError("iostream error")
+    words = r"has 30,000 bytes free, and about 50,000 are written; .*choose another --output \(iostream error\)"
+    with pytest.raises(FolderError, match=words), scratch_folder(out), readable_errors(out, needed=50_000):
+        raise RuntimeError("iostream error")
 
 
 def test_write_files_writes_all_or_none(tmp_path: Path) -> None:

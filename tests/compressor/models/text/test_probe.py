@@ -10,6 +10,7 @@ import transformers
 import compressor
 from compressor import models
 from compressor.data.splits import load as load_data
+from compressor.models.base import ModelError
 from compressor.models.text.probe import position_limit
 from tests.text_models import GPT2, OPT, SIZES, XLNET, save_letters, save_model
 
@@ -112,3 +113,24 @@ def test_texts_without_tokens_are_skipped(tmp_path):
     data = load_data(str(tmp_path / "t.txt"), model.preprocess, task=model.task)
     (skipped,) = data.skipped
     assert (skipped.id, skipped.reason) == ("1", "too few tokens (1); expected at least 2")
+
+
+SEQ2SEQ = {
+    "vocab_size": 40, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 34,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "decoder_start_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "fields", "reason"),
+    [
+        ("T5Model", "T5Config", T5 | {"decoder_start_token_id": 3}, "input_ids"),
+        ("BartForSequenceClassification", "BartConfig", SEQ2SEQ, "must contain at least one <eos> token"),
+        ("DPRContextEncoder", "DPRConfig", SIZES | {"projection_dim": 8}, "no attribute 'last_hidden_state'"),
+    ],
+)
+def test_a_model_that_needs_more_than_token_ids_is_refused_in_one_sentence(tmp_path, name, config, fields, reason):
+    folder = save_letters(save_model(tmp_path, name, config, **fields), pad_token="<pad>", unk_token="<unk>")
+    with pytest.raises(ModelError, match=rf"is a {name}, which does not give .*{reason}.*; pass it as a module"):
+        models.load(folder)

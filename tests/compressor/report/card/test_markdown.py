@@ -86,6 +86,7 @@ def test_nothing_from_outside_becomes_markup_of_a_card(tmp_path) -> None:
     plain = rendered(ModelCard(card.card(content, tmp_path)).text)
     model = content["model"]
     model |= {"name": HOSTILE, "hub_id": f"owner/{HOSTILE}", "inputs": [HOSTILE], "outputs": [HOSTILE], "task": HOSTILE}
+    model["id2label"] = {"0": HOSTILE, "1": f"a\n\n{HOSTILE}", HOSTILE: "a"}
     content |= {
         "command": f"compressor export {HOSTILE}\n```\n{HOSTILE}",
         "data": content["data"] | {"source": HOSTILE, "reading": HOSTILE},

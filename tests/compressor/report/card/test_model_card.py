@@ -438,7 +438,7 @@ def test_inputs_of_a_users_module_are_arrays(folders, tmp_path, monkeypatch, cap
 def test_the_card_names_the_first_classes_with_their_numbers():
     assert card._classes({"id2label": None}) == ""
     assert card._classes({"id2label": {"0": "no`t", "1": "tench, Tinca tinca"}}) == (
-        " Classes: `no't` (0), `tench, Tinca tinca` (1)."
+        " Classes: ``no`t`` (0), `tench, Tinca tinca` (1)."
     )
     many = card._classes({"id2label": {str(number): f"c{number}" for number in range(1000)}})
     assert many.endswith("`c9` (9) and 990 more, see `id2label` in `report.json`.")
