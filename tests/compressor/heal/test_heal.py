@@ -138,6 +138,22 @@ def healed(method, *, budget=LONG, seed=0, validation=None):
     )
 
 
+@functools.cache
+def quick_healed(method):
+    """Heal with the short recipe once for several tests; return graph, report, and the inputs before and after."""
+    _, _, graph, fork, _, _ = digits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "RECIPE", QUICK)
+        before = [states(one) for one in (graph, fork)]
+        result, report = healed(method)
+        return result, report, before, [states(one) for one in (graph, fork)]
+
+
+def states(graph):
+    """Return copies of the parameters of a graph, and whether each requires a gradient."""
+    return parameters(graph), [parameter.requires_grad for parameter in graph.module.parameters()]
+
+
 def parameters(graph):
     return {name: value.detach().clone() for name, value in graph.module.named_parameters()}
 
@@ -154,12 +170,11 @@ def quick(monkeypatch):
 # ------------------------------------------------------------------------------------------------ end to end, on digits
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", HEAL_METHODS[1:])
 def test_healing_decreases_divergence_without_more_loss(method):
     """The report equals a new measurement of the returned graph."""
     model, _, graph, fork, _, validation = digits()
-    result, report = healed(method)
+    result, report, *_ = quick_healed(method)
     assert report.kept
     assert result is not fork
     effects = OutputDivergence(graph, model, validation.split)
@@ -172,25 +187,21 @@ def test_healing_decreases_divergence_without_more_loss(method):
     assert report.note.startswith("healed")
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", HEAL_METHODS)
 def test_input_graphs_are_not_modified(method):
     _, _, graph, fork, _, _ = digits()
-    before = [(parameters(one), [p.requires_grad for p in one.module.parameters()]) for one in (graph, fork)]
-    healed(method)
-    after = [(parameters(one), [p.requires_grad for p in one.module.parameters()]) for one in (graph, fork)]
+    *_, before, after = quick_healed(method)
     for (old, gradients), (new, gradients_now) in zip(before, after, strict=True):
         assert same(old, new)
         assert gradients == gradients_now
     assert all(parameter.grad is None for one in (graph, fork) for parameter in one.module.parameters())
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", HEAL_METHODS[1:])
 def test_healed_graph_has_the_same_nodes_and_parameters(method):
     """Low-rank terms are merged; untrained parameters are shared, not copied."""
     _, _, graph, fork, _, _ = digits()
-    result, report = healed(method)
+    result, report, *_ = quick_healed(method)
     assert report.kept
     result.check()
     assert result.signature() == fork.signature()
@@ -206,7 +217,8 @@ def test_healed_graph_has_the_same_nodes_and_parameters(method):
 @pytest.mark.usefixtures("quick")
 def test_distillation_is_reproducible_by_seed():
     """The number of steps is fixed, so equal seeds give bitwise equal weights."""
-    first, again, other = (parameters(healed("distill", seed=seed)[0]) for seed in (0, 0, 1))
+    first, *_ = quick_healed("distill")
+    first, again, other = map(parameters, (first, *(healed("distill", seed=seed)[0] for seed in (0, 1))))
     assert same(first, again)
     assert not same(first, other)
 
