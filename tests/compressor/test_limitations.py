@@ -28,7 +28,7 @@ from compressor.quantize.qdq_rewrite import Kept
 from compressor.report.collect_limitations import limitations_of, of_engine, of_sweep
 from compressor.settings import Settings
 from runtimes.base.timing import interleave
-from tests.samples import worded
+from tests.samples import DIGITS, five_blocks, worded
 
 BERT = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40,
@@ -380,6 +380,8 @@ def test_standard_error_has_no_messages_of_libraries(which, llama, tmp_path):
     if which == "llama":
         (tmp_path / "texts.txt").write_text("\n".join("w3 w4 w5 w6" for _ in range(6)))
         command += [str(llama), "--data", str(tmp_path / "texts.txt")]
+    else:
+        command += [five_blocks(tmp_path / "model", kept=(0, 9)), "--data", DIGITS]
     completed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert completed.stderr == ""
 
