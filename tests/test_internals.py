@@ -266,6 +266,7 @@ def test_package_keeps_its_metadata_and_runs(program, tmp_path):
     assert torch.equal(output, x.reshape(-1, 2))
 
 
+@pytest.mark.slow  # every engine that tests/runtimes/executorch opens sets the number of threads
 def test_executorch_thread_pool_can_be_resized():
     pytest.importorskip("executorch")
     code = "from runtimes.executorch.internals import *; reset_threads(3); print(thread_count())"

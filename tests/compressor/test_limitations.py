@@ -309,7 +309,7 @@ def halved(tmp_path_factory):
     return folder, texts
 
 
-@pytest.mark.parametrize("command", ["inspect", "sweep", "bench"])
+@pytest.mark.parametrize("command", ["inspect", pytest.param("sweep", marks=pytest.mark.slow), "bench"])
 def test_weight_types_are_said_by_every_command(command, halved, tmp_path, monkeypatch):
     """A random model is no better than chance, which is not what is tested."""
     folder, texts = halved

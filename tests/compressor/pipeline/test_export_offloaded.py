@@ -298,7 +298,7 @@ def test_a_plan_that_does_more_than_drop_is_refused(checkpoints, folder, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-@pytest.mark.parametrize("command", ["inspect", "export"])
+@pytest.mark.parametrize("command", [pytest.param("inspect", marks=pytest.mark.slow), "export"])
 def test_a_limit_that_is_too_small_is_refused_and_no_files_remain(command, folder, tmp_path):
     settings = settings_for(
         folder, tmp_path / "out", max_memory=2**20, drop="none" if command == "inspect" else "block:1"
@@ -326,6 +326,7 @@ def test_damaged_weights_are_detected_and_no_files_remain(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
+@pytest.mark.slow
 def test_random_data_gives_a_ranking_but_no_quality(folder, tmp_path):
     settings = dataclasses.replace(settings_for(folder, tmp_path / "out", max_length=None, stride=None), data="random")
     report = export.export(dataclasses.replace(settings, samples=6))

@@ -553,6 +553,7 @@ def test_the_file_generates_the_same_as_transformers(dense):
     np.testing.assert_array_equal(dense, greedy(llama()[0].module, prompts()))
 
 
+@pytest.mark.slow  # tests/runtimes/onnxruntime_fused prunes this model in the usual run
 @needs_llama
 def test_the_pruned_file_generates_the_same_as_the_pruned_model(dense, tmp_path):
     """In the reference, the output projection of one attention is zero."""
