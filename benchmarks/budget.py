@@ -72,7 +72,7 @@ class SearchPath:
 
     def loss(self, number: int, rows: Array) -> float:
         """Return the loss of a plan on some samples, as `--budget accuracy` bounds it, in percent."""
-        return self.budget.loss(self._metric(0, rows), self._part(number, rows))
+        return self.budget.loss(self._part(0, rows), self._part(number, rows))
 
     def measured(self, number: int, rows: Array) -> float:
         """Return the loss of the reported metric of a plan on some samples, in percent."""
@@ -115,6 +115,7 @@ def search_path(subject: TracedModel, settings: Settings, given: int, seed: int,
         settings.chosen_actions,
         settings.loss_limit,
         fitting=fitted,
+        preview=planner.preview_of(subject, measured, Steps(None)),
         journal=Journal(),
     )
     search.run()

@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor.choices import ACCURACY, AGREEMENT
 from compressor.errors import CompressorError
-from compressor.quality.evaluate import loss, metric_value
+from compressor.quality.evaluate import loss, loss_figure, metric_value
 from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array, Columns
 from compressor.quality.metrics import METRICS
@@ -24,9 +24,9 @@ class Budget:
     """What ``--max-loss`` bounds, for the head of a model.
 
     ``accuracy`` is the loss of the reported metric. A few hundred labels measure a loss of accuracy only to a point or
-    two, so the loss that the head expects counts too (`Head.expected_loss`), and the larger of the two is taken.
-    Without labels it is the expected loss alone where the head has one, so that a budget means the same with and
-    without labels. ``agreement`` is the share of samples with another prediction than the original's. ``divergence`` is
+    two, so where the head can expect a loss (`Head.expected_loss`), that is taken, with labels and without. Labels
+    overrule it where they contradict it: if the loss that they measure is larger, beyond its 95 % interval.
+    ``agreement`` is the share of samples with another prediction than the original's. ``divergence`` is
     the mean divergence from the original's output, in hundredths of a nat (of features: of 1 - cosine).
 
     Attributes:
@@ -67,21 +67,28 @@ class Budget:
         """Whether the loss is computed from a comparison with the outputs of the original."""
         return self.kind != ACCURACY or self.head.compares(self.metric)
 
-    def loss(self, before: float, columns: Columns) -> float:
+    def loss(self, reference: Columns, columns: Columns) -> float:
         """Return the loss in percent.
 
         Args:
-            before: the reported metric of the original.
+            reference: columns of the original, of the same samples.
             columns: columns of the changed model, compared with the original.
         """
         if self.kind == ACCURACY:
-            losses = [self.head.expected_loss(self.judged, columns)]
-            if self.judged == self.metric:
-                losses.append(loss(self.metric, before, metric_value(self.metric, columns)))
-            return max(each for each in losses if each is not None)
+            return self._loss_of_accuracy(reference, columns)
         if self.kind == AGREEMENT:
             return loss(self.judged, 100.0, metric_value(self.judged, columns))
         return float(columns["divergence"].mean()) * 100.0
+
+    def _loss_of_accuracy(self, reference: Columns, columns: Columns) -> float:
+        """Return the expected loss, or the measured one without an expectation or if labels contradict it."""
+        expected = self.head.expected_loss(self.judged, columns)
+        if expected is None:
+            return loss(self.metric, *(metric_value(self.metric, each) for each in (reference, columns)))
+        if self.judged != self.metric:
+            return expected
+        measured = loss_figure(self.metric, reference, columns)
+        return measured.value if measured.low > expected else expected
 
     def lower_bound(self, columns: Columns, reference: Columns, before: float) -> float:
         """Return a lower bound of the loss from the first samples, see `Head.lower_bound`."""

@@ -92,7 +92,7 @@ class ValidationLoss:
                     return Loss(bound, self._samples(columns))
         except EvaluationError:
             return Loss(math.inf, len(self.split))
-        return Loss(self.bounded.loss(self._before, columns), self._samples(columns))
+        return Loss(self.bounded.loss(self._whole, columns), self._samples(columns))
 
     def sample_losses(self, graph: Graph) -> Array | None:
         """Return the loss of each sample as a share of 1, see `Budget.sample_losses`; all ones for NaN or infinity."""
@@ -111,6 +111,7 @@ class ValidationLoss:
         order, answers = np.argsort(np.concatenate(found), kind="stable"), np.concatenate(kept)
         self.split = dataclasses.replace(self.split, indices=tuple(self.split.indices[row] for row in order))
         self._originals = [answers[order[start : start + BATCH]] for start in range(0, len(order), BATCH)]
+        self._whole = {name: column[order] for name, column in self._whole.items()}
 
     def _samples(self, columns: Columns) -> int:
         done = len(next(iter(columns.values())))

@@ -150,7 +150,7 @@ class Decision:
         loss, bound, expected, samples = math.inf, None, None, len(self.losses.split)
         if evaluation is not None:
             columns = evaluation.columns["result"]
-            loss = self.losses.bounded.loss(evaluation.value(reference), columns)
+            loss = self.losses.bounded.loss(evaluation.columns[reference], columns)
             expected = self._expected(loss, self._validated(choice, loss))
             if certify and self.confidence is not None:
                 bound = self._bound(

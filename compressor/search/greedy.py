@@ -4,13 +4,14 @@ A candidate is a unit (a site, or a whole block if the target can only remove bl
 increase in output divergence per unit of cost that it saves. Effects of changes do not add up, so each step measures
 candidates on the current graph: rewritten forks that share the weights and all computation before the change. As
 effects mostly grow with every change, an earlier measurement is a lower bound in practice, so only the best candidates
-are measured again (lazy greedy; Minoux 1978). The first estimate of a fitted map is derived from the measured drop of
-its unit.
+are measured again (lazy greedy; Minoux 1978), first on few samples and, where they stay the best, on all (racing;
+Maron and Moore 1994). The first estimate of a fitted map is derived from the measured drop of its unit.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,8 +28,10 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
 MEASURED_AT_ONCE = 6  # candidates measured at a time
+FINALISTS = 2  # candidates measured at a time on all samples, after they were the best on few
 REFINEMENTS = 3  # times that the last change is replaced by milder ones
 PATIENCE = 4  # sites at which a change of no greater effect exceeded the limit, before a candidate is given up
+CAUTION = 0.5  # share of the loss that is predicted from an effect, above which a candidate is given up
 NOISE = 1e-7  # divergence in nats caused by rounding of float32 logits; smaller differences do not rank candidates
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of tokens to try if merging is allowed
 MERGE = "merge:25%"  # measured at every attention first, as the effect of a drop does not predict that of merging
@@ -91,6 +94,7 @@ class Search:
     Args:
         rewriter: applies changes to forks of the original.
         effects: measures output divergence on calibration samples.
+        preview: measures it on few of them first; None measures on all at once.
         validation: measures the loss that `limit` bounds.
         prices: cost model of rewritten graphs.
         actions: actions allowed on a unit.
@@ -105,6 +109,7 @@ class Search:
         validated: candidates whose loss on validation data was measured.
         exceeded: units at which a candidate exceeded the limit since the last accepted change, with the least increase
             in divergence that did.
+        failures: loss in percent per divergence of the last candidate of each unit that exceeded the limit.
         ended: why the last run ended, as a clause.
         most: the output divergence of a change must be less, in nats.
         fronts: the candidates before each accepted change.
@@ -118,6 +123,7 @@ class Search:
     actions: Sequence[str]
     limit: float
     fitting: Split
+    preview: OutputDivergence | None = None
     given: Mapping[str, str] = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
     progress: Progress | None = None
@@ -126,6 +132,7 @@ class Search:
     validated: list[Candidate] = field(default_factory=list)
     refused: dict[Candidate, str] = field(default_factory=dict)
     exceeded: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, float] = field(default_factory=dict)
     ended: str = ""
     most: float = math.inf
     fronts: list[_Candidates] = field(default_factory=list)
@@ -174,6 +181,13 @@ class Search:
         merging = {name for name, action in self.changes.items() if merged_tokens(action)}
         roots = {site.root for site in self.rewriter.sites if site.name in merging}
         return any(site.trunk in roots for site in self.rewriter.units[unit])
+
+    @property
+    def sweeps(self) -> float:
+        """Return the forward passes of all measurements of divergence, in passes over the samples of `effects`."""
+        if self.preview is None:
+            return self.effects.sweeps
+        return self.effects.sweeps + self.preview.sweeps * len(self.preview.split) / len(self.effects.split)
 
     @property
     def speedup(self) -> float:
@@ -232,10 +246,11 @@ class Search:
             )
 
     def hopeless(self, unit: str, added: float) -> bool:
-        """Return whether a change is given up, because changes of no greater effect exceeded the limit on this graph.
+        """Return whether a change is given up, because its effect says that it would exceed the limit.
 
-        That of its own unit is enough: a larger share of merged tokens is not tried after a smaller one. Effects of
-        different units are no exact measure of the loss, so `PATIENCE` of them are needed.
+        So it is after a change of its own unit of no greater effect exceeded the limit on this graph: a larger share of
+        merged tokens is not tried after a smaller one. Effects of different units are no exact measure of the loss, so
+        `PATIENCE` of them are needed, or a predicted loss beyond the limit by far (`_predicted`).
 
         Args:
             unit: site or block that is changed.
@@ -243,14 +258,31 @@ class Search:
         """
         effects = sorted(self.exceeded.values())
         others = effects[PATIENCE - 1] if len(effects) >= PATIENCE else math.inf
-        return added >= min(self.exceeded.get(unit, math.inf), others)
+        return added >= min(self.exceeded.get(unit, math.inf), others) or self._predicted(added) > self.limit
+
+    def _predicted(self, added: float) -> float:
+        """Return the loss after a change that adds `added` divergence, in percent.
+
+        It is the present loss and `CAUTION` times the median loss per divergence of the changes so far, accepted or
+        not. It is minus infinity before a change exceeded the limit, and with fewer than `PATIENCE` changes.
+        """
+        losses = [0.0, *(step.loss for step in self.steps)]
+        accepted = [
+            (step.loss - before) / step.added
+            for before, step in zip(losses, self.steps, strict=False)
+            if step.added > NOISE
+        ]
+        ratios = [*accepted, *self.failures.values()]
+        if not self.failures or len(ratios) < PATIENCE:
+            return -math.inf
+        return losses[-1] + CAUTION * statistics.median(ratios) * added
 
     def _why_none_is_left(self) -> str:
         left = [candidate for candidate in self.front.candidates if self.front.saves(candidate)]
         if any(self.hopeless(unit, self.front.added[unit, action]) for unit, action in left):
             return (
-                "every remaining change has at least the effect on the output of changes that exceeded the limit, by "
-                "its last measurement or its estimate"
+                "every remaining change is expected to exceed the limit, by its effect on the output, measured or "
+                "estimated"
             )
         return "no remaining change saves anything or can be made"
 
@@ -280,6 +312,8 @@ class Search:
             self.front.changed(unit, action)
         else:
             self.exceeded[unit] = min(added, self.exceeded.get(unit, math.inf))
+            if added > NOISE and math.isfinite(lost.percent):
+                self.failures[unit] = (lost.percent - (self.steps[-1].loss if self.steps else 0.0)) / added
             self.refused[unit, action] = (
                 f"{action} {note} would exceed {self.limit:g} % after {len(self.steps)} changed"
             )
@@ -347,6 +381,7 @@ class _Candidates:
             is read at its class token needs only one token of the block before, so dropping that block's attention
             saves far more.
         fresh: candidates measured on the current graph.
+        previewed: candidates measured on few samples on the current graph.
         fits: regressions by unit on the current graph.
         candidates: units and actions that can still be chosen.
         read: nodes of the current graph of which only some tokens are read.
@@ -358,6 +393,7 @@ class _Candidates:
     alone: dict[str, float] = field(default_factory=dict)
     saved: dict[Candidate, float] = field(default_factory=dict)
     fresh: set[Candidate] = field(default_factory=set)
+    previewed: set[Candidate] = field(default_factory=set)
     fits: dict[str, Fits] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
     read: set[str] = field(default_factory=set)
@@ -369,7 +405,13 @@ class _Candidates:
         while ranked := sorted(filter(self._can_gain, self.candidates), key=self._price):
             if ranked[0] in self.fresh:
                 return ranked[0]
-            self._measure([candidate for candidate in ranked if candidate not in self.fresh][:MEASURED_AT_ONCE])
+            stale = [candidate for candidate in ranked if candidate not in self.fresh]
+            if self.search.preview is None:
+                self._measure(stale[:MEASURED_AT_ONCE])
+            elif ranked[0] in self.previewed:
+                self._measure([candidate for candidate in stale if candidate in self.previewed][:FINALISTS])
+            else:
+                self._preview([candidate for candidate in stale if candidate not in self.previewed][:MEASURED_AT_ONCE])
         return None
 
     def saves(self, candidate: Candidate) -> bool:
@@ -389,6 +431,7 @@ class _Candidates:
             alone=dict(self.alone),
             saved=dict(self.saved),
             fresh=set(self.fresh),
+            previewed=set(self.previewed),
             fits={},
             candidates=list(self.candidates),
             read=set(self.read),
@@ -400,6 +443,7 @@ class _Candidates:
 
     def changed(self, unit: str, action: str) -> None:
         """Update the candidates after a change: its unit keeps only larger merges, and all measurements are stale."""
+        self.base += self.added[unit, action]
         merged = merged_tokens(action)
         further = [
             candidate
@@ -411,6 +455,7 @@ class _Candidates:
             self.added[candidate] -= self.added[unit, action]
             self.saved[candidate] -= self.saved[unit, action]
         self.fresh.clear()
+        self.previewed.clear()
         self.fits.clear()
         read = set(live_parts(self.search.reduced))
         if not read <= self.read:
@@ -446,7 +491,9 @@ class _Candidates:
         self.read = set(live_parts(self.search.reduced))
         self.candidates = [(name, action) for name, members in units.items() for action in self._actions(members)]
         merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
-        self._measure([*((name, "drop") for name in units), *merges])
+        (self._measure if self.search.preview is None else self._preview)(
+            [*((name, "drop") for name in units), *merges]
+        )
         self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:
@@ -482,24 +529,39 @@ class _Candidates:
         return added * saved if added < 0.0 else added / saved
 
     def _measure(self, candidates: Sequence[Candidate]) -> None:
+        """Measure candidates on all samples."""
+        self.base = self._recall(candidates, self.search.effects, "effect", "base")
+        self.fresh.update(candidate for candidate in candidates if candidate in self.added)
+
+    def _preview(self, candidates: Sequence[Candidate]) -> None:
+        """Measure candidates on few samples."""
+        assert self.search.preview is not None
+        self._recall(candidates, self.search.preview, "preview", "base of previews")
+        self.previewed.update(candidate for candidate in candidates if candidate in self.added)
+
+    def _recall(self, candidates: Sequence[Candidate], effects: OutputDivergence, kind: str, main: str) -> float:
+        """Take the values of candidates from the journal, measured now if it lacks them; return that of the graph.
+
+        A candidate that is refused is removed.
+        """
         search, journal = self.search, self.search.journal
-        keys = {candidate: f"effect {search._key(*candidate)}" for candidate in candidates}
-        base = f"base {search._key('', '')}"
+        keys = {candidate: f"{kind} {search._key(*candidate)}" for candidate in candidates}
+        base = f"{main} {search._key('', '')}"
         missing = {candidate: key for candidate, key in keys.items() if not journal.knows(key)}
         if missing or not journal.knows(base):
-            self._run(missing, base)
-        self.base = journal.recall(base, lambda: math.nan)
+            self._run(missing, base, effects)
+        divergence: float = journal.recall(base, lambda: math.nan)
         for candidate, key in keys.items():
             effect, cost, refused = journal.recall(key, lambda: [math.inf, math.inf, "no value"])
             if refused:
                 search.refused[candidate] = refused
                 self.remove(candidate)
                 continue
-            self.added[candidate] = effect - self.base
+            self.added[candidate] = effect - divergence
             self.saved[candidate] = search.cost - cost
-            self.fresh.add(candidate)
+        return divergence
 
-    def _run(self, keys: Mapping[Candidate, str], base: str) -> None:
+    def _run(self, keys: Mapping[Candidate, str], base: str, effects: OutputDivergence) -> None:
         """Measure candidates in one sweep; record divergence and cost, or the reason of a refusal, in the journal."""
         search = self.search
         unfitted = ("drop", "merge", *PUBLISHED)
@@ -512,7 +574,7 @@ class _Candidates:
                 variants[name, action] = search.candidate(name, action, self.fits.get(name))
             except PassError as error:
                 search.journal.note(keys[name, action], [math.inf, math.inf, f"{action} refused: {error}"])
-        unchanged, divergences = search.effects.measure(search.reduced, variants)
+        unchanged, divergences = effects.measure(search.reduced, variants)
         search.journal.note(base, unchanged)
         for candidate, divergence in divergences.items():
             search.journal.note(keys[candidate], [divergence, search.prices.cost(variants[candidate]), ""])

@@ -40,6 +40,7 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import Plan, with_action, with_token_merging
 from passes.plan.selection import choose, parse
 
+PREVIEWED = 16  # samples on which candidates are measured first
 HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
 CORRECTIONS = 4  # plans that are timed for a wished speed-up, as engines are faster or slower than predicted
 EXCESS = 1.05  # share of a wish that a plan may exceed it by without a search for a milder one
@@ -275,6 +276,7 @@ def prepare_search(
     """Prepare a search; `journal` is the file next to the output folder by default."""
     measured, fitted = _split_calibration(subject.data.calibration, settings)
     effects = output_divergence(subject, measured, steps)
+    preview = preview_of(subject, measured, steps)
     with steps.step("validate the original"):
         validation = ValidationLoss(
             subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget
@@ -291,9 +293,16 @@ def prepare_search(
         settings.chosen_actions,
         settings.loss_limit * (1.0 if settings.heal == "none" else HEADROOM),
         fitting=fitted,
+        preview=preview,
         given=merge_schedule(settings.tokens, subject.sites),
         journal=journal,
     )
+
+
+def preview_of(subject: TracedModel, measured: Split, steps: Steps) -> OutputDivergence | None:
+    """Return the measurement on few samples that precedes that on all; None if it would need half of them or more."""
+    few = measured.head(PREVIEWED)
+    return output_divergence(subject, few, steps) if 2 * len(few) <= len(measured) else None
 
 
 def _split_calibration(calibration: Split, settings: Settings) -> tuple[Split, Split]:
@@ -405,7 +414,8 @@ def facts_of(search: Search) -> dict[str, Any]:
     return {
         "actions": list(search.actions),
         "samples": len(search.effects.split),
-        "sweeps": round(search.effects.sweeps, 2),
+        "preview_samples": None if search.preview is None else len(search.preview.split),
+        "sweeps": round(search.sweeps, 2),
         "fit_sweeps": round(search.rewriter.sweeps, 2),
         "validation_samples": len(search.validation.split),
         "validation_sweeps": search.validation.evaluations,

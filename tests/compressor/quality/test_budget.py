@@ -65,16 +65,23 @@ def test_each_kind_of_budget_is_judged_by_its_own_columns():
         "regret": np.array([0.0, 0.1, 0.5, 0.0]),
         "divergence": np.array([0.01, 0.02, 0.03, 0.0]),
     }
-    head = SingleClass()
-    assert Budget(head, "accuracy").loss(80.0, columns) == pytest.approx(15.0)  # expected, above 80 - 75
-    assert Budget(head, "accuracy").loss(100.0, columns) == pytest.approx(25.0)  # measured
-    assert Budget(head, "agreement").loss(100.0, columns) == pytest.approx(15.0)
+    head, original = SingleClass(), {"accuracy": np.ones(4), "agreement": np.ones(4)}
+    assert Budget(head, "accuracy").loss(original, columns) == pytest.approx(15.0)
+    assert Budget(head, "agreement").loss(original, columns) == pytest.approx(15.0)
     for metric in ("accuracy", "agreement"):
-        assert Budget(head, metric, "agreement").loss(80.0, columns) == pytest.approx(50.0)
-        assert Budget(head, metric, "divergence").loss(80.0, columns) == pytest.approx(1.5)
+        assert Budget(head, metric, "agreement").loss(original, columns) == pytest.approx(50.0)
+        assert Budget(head, metric, "divergence").loss(original, columns) == pytest.approx(1.5)
         assert list(Budget(head, metric).sample_losses(columns)) == [0.0, 0.1, 0.5, 0.0]
         assert list(Budget(head, metric, "agreement").sample_losses(columns)) == [0.0, 1.0, 1.0, 0.0]
         assert Budget(head, metric, "divergence").sample_losses(columns) is None
+
+
+@pytest.mark.parametrize(("samples", "lost", "loss"), [(40, 4, 5.0), (400, 40, 10.0), (400, 20, 5.0), (400, 0, 5.0)])
+def test_labels_overrule_the_expected_loss_only_where_they_contradict_it(samples, lost, loss):
+    """5 points are expected; 10 are within the interval of 4 of 40 lost samples, and beyond that of 40 of 400."""
+    original = {"accuracy": np.ones(samples), "regret": np.zeros(samples)}
+    changed = {"accuracy": (np.arange(samples) >= lost).astype(float), "regret": np.full(samples, 0.05)}
+    assert Budget(SingleClass(), "accuracy").loss(original, changed) == pytest.approx(loss)
 
 
 def test_losses_that_are_no_mean_of_shares_have_no_bound():

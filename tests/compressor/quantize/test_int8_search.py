@@ -261,7 +261,10 @@ CALIBRATION_ORDER = [
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
-def test_auto_stops_at_the_first_sufficient_calibration(tmp_path: Path, at: int) -> None:
+def test_auto_stops_at_the_first_sufficient_calibration(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_search, "HOPELESS", float("inf"))  # which attempts are hopeless depends on the processor
     path, x = normed(tmp_path / "f.onnx"), normal(8, 5, K)
     losses = Losses(*[0.09] * at, ENOUGH * 0.1)
     done = quantize(path, tmp_path / "q.onnx", feeds_of(x), loss=losses, max_loss=0.1)
@@ -456,7 +459,11 @@ def test_only_one_calibration_batch_is_in_memory(tmp_path: Path) -> None:
     done = quantize(path, tmp_path / "q.onnx", feeds, calibration="typical", loss=lambda _: 1.0)
     assert done.samples == 12
     assert streams == 2  # one pass for ranges and one for effects on the output, for any number of attempts
-    assert [attempt.kept for attempt in done.attempts] == [0, 2]  # half of the nodes do not suffice
+    kept = [attempt.kept for attempt in done.attempts]
+    assert kept in (
+        [0, 2],
+        [0, 1, 2],
+    )  # half of the nodes do not suffice; 1 is left out if its errors say that it cannot
     assert len(alive) == 6 + 1
 
 

@@ -317,5 +317,5 @@ def test_the_engine_that_ships_is_within_the_limit_on_the_decision_split(tmp_pat
         }
         with torch.inference_mode():
             shown = evaluate(fresh, runners, head=subject.head, metric=subject.metric, reference="original")
-    loss = Budget(subject.head, subject.metric).loss(shown.value("original"), shown.columns["result"])
+    loss = Budget(subject.head, subject.metric).loss(shown.columns["original"], shown.columns["result"])
     assert loss == pytest.approx(decision["loss"], abs=0.02)

@@ -1039,7 +1039,11 @@ def types_of(path, op, place=1):
 
 @exact_int8
 def test_int8_for_this_target_has_fp16_rest_and_scales(tmp_path):
-    source, path = save_network(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
+    def within_fp16(constants):
+        for weight in "gvw":
+            constants[weight] /= 8
+
+    source, path = save_network(tmp_path / "float.onnx", within_fp16), tmp_path / "int8.onnx"
     done = convert(source, path, "int8", target.int8, images_for())
     assert done.to_dict()["rest"] == "fp16"
     assert done.quantized.nodes == 4
@@ -1069,7 +1073,9 @@ def test_float_fallback_is_chosen_by_the_loss_of_the_fp16_file(tmp_path):
         return 1.0
 
     done = convert(source, path, "int8", target.int8, images_for(), calibration="minmax", loss=loss, max_loss=0.5)
-    assert (len(seen), {*map(frozenset, seen)}) == (3, {frozenset({"FLOAT16"})})
+    kept = [attempt.kept for attempt in done.quantized.attempts]
+    assert kept in ([0, 2], [0, 1, 2])  # 1 is left out if the errors of the layers say that it cannot suffice
+    assert (len(seen), {*map(frozenset, seen)}) == (len(kept), {frozenset({"FLOAT16"})})
     assert done.loss == 1.0
     assert qdq.violations(path) == []
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
