@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -9,6 +10,7 @@ import operator
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -246,6 +248,7 @@ def test_tree_map_reaches_every_leaf():
     assert tree_map(lambda leaf: -leaf, ([1, (2,)], {"a": 3})) == ([-1, (-2,)], {"a": -3})
 
 
+@pytest.mark.slow  # tests/runtimes/torch reads the metadata of packages in the usual run
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++, which is not installed")
 def test_package_keeps_its_metadata_and_runs(program, tmp_path):
     from runtimes.base.protocols import suppress_output
@@ -263,6 +266,7 @@ def test_package_keeps_its_metadata_and_runs(program, tmp_path):
     assert torch.equal(output, x.reshape(-1, 2))
 
 
+@pytest.mark.slow  # every engine that tests/runtimes/executorch opens sets the number of threads
 def test_executorch_thread_pool_can_be_resized():
     pytest.importorskip("executorch")
     code = "from runtimes.executorch.internals import *; reset_threads(3); print(thread_count())"
@@ -520,15 +524,21 @@ def as_released():
     yield
 
 
-@pytest.mark.parametrize("name", ["rules_by_operator", "one_registry"])
-@pytest.mark.parametrize("architecture", ["vit_swiglu", "hf_bert"])
-def test_the_exporter_writes_the_same_file_without_the_private_api(name, architecture, tmp_path, monkeypatch):
+@functools.cache
+def written(architecture):
+    """Return the bytes of the ONNX file of an architecture."""
     model, graph, _ = traced(architecture)
-    files = [tmp_path / "ours.onnx", tmp_path / "theirs.onnx"]
-    write_onnx.lower(graph, model, files[0])
+    with tempfile.TemporaryDirectory() as folder:
+        return write_onnx.lower(graph, model, Path(folder, "model.onnx")).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["rules_by_operator", "one_registry"])
+@pytest.mark.parametrize("architecture", ["vit_swiglu", pytest.param("hf_bert", marks=pytest.mark.slow)])
+def test_the_exporter_writes_the_same_file_without_the_private_api(name, architecture, tmp_path, monkeypatch):
+    ours = written(architecture)
+    model, graph, _ = traced(architecture)
     monkeypatch.setattr(write_onnx, name, as_released)
-    write_onnx.lower(graph, model, files[1])
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert ours == write_onnx.lower(graph, model, tmp_path / "theirs.onnx").read_bytes()
 
 
 def test_rules_are_matched_at_nodes_of_their_operator_only(monkeypatch):

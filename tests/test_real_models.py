@@ -159,12 +159,18 @@ def test_minilm_reaches_its_published_spearman():
     assert found.value("model") == pytest.approx(82.03, abs=0.3)  # published for all 1,379 test pairs
 
 
+@pytest.mark.slow
 @needs_minilm
-def test_minilm_goes_through_inspect_and_export(tmp_path):
+def test_minilm_is_inspected():
+    (folder,) = MINILM.submodule_search_locations
+    assert len(inspect(Path(folder) / "model", data=STSB / "stsb-en-test.csv", samples=12).rows()) == 12
+
+
+@needs_minilm
+def test_minilm_is_exported(tmp_path):
     (folder,) = MINILM.submodule_search_locations
     model, pairs = Path(folder) / "model", STSB / "stsb-en-test.csv"
-    assert len(inspect(model, data=pairs, samples=12).rows()) == 12
-    report = export(model, data=pairs, drop="attention:1", samples=40, rounds=2, output=tmp_path / "out")
+    report = export(model, data=pairs, drop="attention:1", samples=40, rounds=1, output=tmp_path / "out")
     assert report.quality is not None
     assert report.quality.metric == "spearman"
     assert {"tokenizer.json", "config.json", "model.onnx"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from time import perf_counter_ns
 from types import TracebackType
@@ -107,11 +107,17 @@ class Latency:
 
         `resampled_medians` describes the bootstrap.
         """
-        mine, theirs = resampled_medians((self, other), seed=seed, resamples=resamples)
-        return Speedup.of(other.median / self.median, theirs / mine)
+        return _speedup(self, other, seed, resamples)
 
     def _percentile(self, q: float) -> float:
         return float(np.percentile(np.concatenate(self.samples_ms), q))
+
+
+@lru_cache(maxsize=32)
+def _speedup(latency: Latency, other: Latency, seed: int, resamples: int) -> Speedup:
+    """Return how much faster a latency is than another; cached, because every copy of a report needs it."""
+    mine, theirs = resampled_medians((latency, other), seed=seed, resamples=resamples)
+    return Speedup.of(other.median / latency.median, theirs / mine)
 
 
 def resampled_medians(

@@ -29,7 +29,7 @@ from compressor.quantize.qdq_rewrite import Kept
 from compressor.report.collect_limitations import limitations_of, of_engine, of_sweep, of_weight_types
 from compressor.settings import Settings
 from runtimes.base.timing import interleave
-from tests.samples import worded
+from tests.samples import DIGITS, five_blocks, worded
 
 BERT = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40,
@@ -310,7 +310,7 @@ def halved(tmp_path_factory):
     return folder, texts
 
 
-@pytest.mark.parametrize("command", ["inspect", "sweep", "bench"])
+@pytest.mark.parametrize("command", ["inspect", pytest.param("sweep", marks=pytest.mark.slow), "bench"])
 def test_weight_types_are_said_by_every_command(command, halved, tmp_path, monkeypatch):
     """A random model is no better than chance, which is not what is tested."""
     folder, texts = halved
@@ -381,6 +381,8 @@ def test_standard_error_has_no_messages_of_libraries(which, llama, tmp_path):
     if which == "llama":
         (tmp_path / "texts.txt").write_text("\n".join("w3 w4 w5 w6" for _ in range(6)))
         command += [str(llama), "--data", str(tmp_path / "texts.txt")]
+    else:
+        command += [five_blocks(tmp_path / "model", kept=(0, 9)), "--data", DIGITS]
     completed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert completed.stderr == ""
 

@@ -212,6 +212,7 @@ def test_sizes_are_parsed_and_refused_in_one_sentence():
         models.load(torch.nn.Linear(4, 4), example_inputs=torch.zeros(2, 4), image_size=(8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEIT.is_dir(), reason="the real DeiT-Tiny is not here")
 def test_the_real_deit_at_another_size(tmp_path):
     model = models.load(DEIT, image_size=(160, 128))

@@ -326,8 +326,14 @@ def interrupted(module: nn.Module, folder: Path) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("use", [exported, failing, wrong_input, inspected, interrupted])
+@pytest.mark.parametrize(
+    ("use", "dtype"),
+    [
+        *((use, torch.bfloat16) for use in (exported, failing, wrong_input, inspected, interrupted)),
+        *((use, torch.float32) for use in (failing, wrong_input, inspected, interrupted)),
+        pytest.param(exported, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_the_module_comes_back_as_it_was(use: Callable[..., None], dtype: torch.dtype, tmp_path: Path) -> None:
     module = kept(dtype)
     generator = torch.get_rng_state()

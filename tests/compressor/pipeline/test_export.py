@@ -197,7 +197,7 @@ def test_finite_weights_that_overflow_are_refused(tmp_path: Path, vectors: str, 
 def test_data_that_the_model_refuses_is_named(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        num_hidden_layers=2, hidden_size=8, num_attention_heads=1, intermediate_size=8, vocab_size=20
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=1, intermediate_size=8, vocab_size=20
     )
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 5000, (12, 6)))
@@ -239,10 +239,13 @@ def test_a_plan_for_another_model_or_with_unknown_sites_is_refused(
 
 def test_a_full_disk_is_reported_and_no_files_remain(tmp_path: Path) -> None:
     """A limit on the file size makes the ONNX writer fail in the middle of a file, like a full disk."""
+    model = five_blocks(tmp_path / "model", kept=(0, 9))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        refused(tmp_path / "room" / "out", "raise the limit (ulimit -f)", samples=12, drop="none")
+        refused(
+            tmp_path / "room" / "out", "raise the limit (ulimit -f)", model=model, data=DIGITS, samples=12, drop="none"
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -488,7 +491,7 @@ def test_a_goal_that_no_plan_reaches_ends_with_status_1_and_a_complete_folder(
     ("drop", "action"), [("attention:1", "linear"), pytest.param("attention:1", "fuse", marks=pytest.mark.slow)]
 )
 def test_the_embedded_sample_is_exported_with_fitted_maps(brief: None, tmp_path: Path, drop: str, action: str) -> None:
-    model = five_blocks(tmp_path / "model")
+    model = five_blocks(tmp_path / "model", kept=(0, 9))
     report = compressor.export(
         model, data=DIGITS, drop=drop, actions=action, samples=60, rounds=1, output=tmp_path / "out"
     )

@@ -801,7 +801,10 @@ def reason(plan, name):
     return next(decision.reason for decision in plan.decisions if decision.site == name)
 
 
-@pytest.mark.parametrize("action", ["drop", "linear", "scale", "fuse", "low-rank:2"])
+@pytest.mark.parametrize(
+    "action",
+    ["drop", "linear", *(pytest.param(each, marks=pytest.mark.slow) for each in ("scale", "fuse", "low-rank:2"))],
+)
 def test_a_branch_is_changed_in_the_graph_whose_tokens_are_merged_already(action):
     """It computes and costs the same as merging the tokens again after the change."""
     model, graph, sites, split = small(spread(0.1), depth=4)

@@ -104,6 +104,7 @@ def test_against_data_needs_study(tmp_path):
     assert "add --study" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained Llama in ../shared/data is not here")
 def test_random_tokens_rank_the_sites_of_a_trained_llama_differently(tmp_path):
     ids = np.load(LLAMA / "sampled_tokens.npy")

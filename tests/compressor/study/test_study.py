@@ -208,7 +208,7 @@ def deit():
     return SHARED / "deit_tiny_patch16_224", SHARED / "imagenet_sample", "class", "blocks.0.mlp"
 
 
-@pytest.mark.parametrize("subject", [llama, minilm, deit])
+@pytest.mark.parametrize("subject", [llama, *(pytest.param(each, marks=pytest.mark.slow) for each in (minilm, deit))])
 def test_trained_models_change_the_first_token_least_and_have_stable_rankings(subject):
     model, data, first, most = subject()
     study = compressor.inspect(model, data=data, samples=40, study=True).study

@@ -46,7 +46,11 @@ def multiply_adds_run(graph, feeds):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    "name", ["vit", "deit3", "swin", "convnext", "poolformer", "vit_parallel_scaling", "hf_siglip_vision"]
+    "name",
+    [
+        *("vit", "swin", "convnext", "poolformer", "vit_parallel_scaling"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("deit3", "hf_siglip_vision")),
+    ],
 )
 def test_image_models_equal_the_executed_count(name, batch):
     model, graph, _ = traced(name)

@@ -32,7 +32,8 @@ VARIANTS = {
     *("deit3", "beitv2", "vit_parallel_layerscale", "resmlp", "twins_svt", "coat_lite", "crossvit", "efficientformer"),
     *("efficientformerv2", "mobilevit", "edgenext", "convit", "volo", "visformer", "gcvit", "focalnet", "caformer"),
     *("nest", "hf_dinov2_registers", "hf_deit", "hf_siglip_vision", "hf_roberta", "hf_electra", "hf_mistral"),
-    *("hf_olmo2", "hf_gemma", "hf_gpt_neox"),
+    *("hf_olmo2", "hf_gemma", "hf_gpt_neox", "hf_swinv2", "hf_opt", "hf_qwen3", "maxvit", "tnt", "levit", "xcit"),
+    *("samvit", "vit_parallel_things", "swinv2", "mvitv2", "davit"),
 }
 CASES = [
     pytest.param(architecture, id=architecture.name, marks=pytest.mark.slow if architecture.name in VARIANTS else ())

@@ -323,7 +323,7 @@ def test_graph_is_not_narrowed(rule):
     assert smaller(rule) == []
 
 
-@pytest.mark.parametrize("position", [0, -2])
+@pytest.mark.parametrize("position", [pytest.param(0, marks=pytest.mark.slow), -2])
 def test_sequence_of_dynamic_length(position):
     graph = trace(one_token("llama", llama(position)).load())
     twin, changed = narrowed(graph)
@@ -387,6 +387,7 @@ def program(seed):
     return rule
 
 
-def test_random_programs_keep_their_outputs():
-    narrowed_operators = [smaller(program(seed)) for seed in range(20)]
-    assert 5 <= sum(map(bool, narrowed_operators)) < len(narrowed_operators)  # some are narrowed and some are not
+@pytest.mark.parametrize("seeds", [range(7), pytest.param(range(7, 20), marks=pytest.mark.slow)])
+def test_random_programs_keep_their_outputs(seeds):
+    narrowed_operators = [smaller(program(seed)) for seed in seeds]
+    assert len(seeds) / 4 <= sum(map(bool, narrowed_operators)) < len(seeds)  # some are narrowed and some are not

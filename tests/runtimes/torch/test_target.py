@@ -88,7 +88,7 @@ def fp32(program, tmp_path_factory):
     return build_precision(program, tmp_path_factory, "fp32")
 
 
-@pytest.fixture(scope="module", params=["bf16", "int8"])
+@pytest.fixture(scope="module", params=[pytest.param("bf16", marks=pytest.mark.slow), "int8"])
 def lower(request, program, tmp_path_factory):
     """A package in bf16 or int8, with lower and upper bounds of its difference from float32."""
     # As a share of the outputs' standard deviation. bfloat16 rounds by up to 2^-9 = 0.002 of each value, in five
