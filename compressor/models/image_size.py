@@ -25,6 +25,7 @@ from passes.torch_internals import FakeTensorMode
 Size = tuple[int, int]
 Call = Callable[..., tuple[torch.Tensor, ...]]
 # Pixels added to a side to find further sizes; most models need a multiple of their patch or of the stride of a stage.
+CONFIG_SIZE = "image size of the config"  # the feature of a limitation
 STEPS = (32, 28, 16, 14, 64, 8, 4)
 
 
@@ -370,7 +371,7 @@ def _differs(configured: Size, size: Size, interpolates: bool, *, requested: boo
     source = "--image-size is" if requested else "the image processor gives"
     option = "; in transformers, this takes interpolate_pos_encoding=True" if interpolates else ""
     return Limitation(
-        "image size of the config",
+        CONFIG_SIZE,
         f"the config has {text(configured)} pixels and {source} {text(size)}, which is used; position embeddings are "
         f"interpolated as the model does it{option}",
     )

@@ -18,7 +18,8 @@ from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names
 from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
-from compressor.models.image_size import Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
+from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
+from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.text import sentence_transformers
 from compressor.models.text.aligned_tokens import tokenize_aligned
@@ -302,9 +303,10 @@ def _image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
     config = _vision_config(module)
     yield from sized.limitations
     for name, assumed in IMAGE_DEFAULTS.items():
-        known = name == "image_size" and sized.sizing.size != _configured_size(module)
-        if getattr(config, name, None) is None and not known:
-            yield Limitation(f"{name} of the config", f"the config does not specify it, so {assumed} is assumed")
+        if getattr(config, name, None) is None:
+            known = name == "image_size" and sized.sizing.size != _configured_size(module)
+            used = f"{size_text(sized.sizing.size)} is used" if known else f"{assumed} is assumed"
+            yield Limitation(f"{name} of the config", f"the config does not specify it, so {used}")
 
 
 def _text_limitations(tokenizer: Any, inputs: tuple[str, ...], longest: int | None) -> Iterator[Limitation]:
@@ -397,7 +399,10 @@ def _sized(module: Any, call: Call, processor: Any, image_size: ImageSize, locat
     channels = _channels(module)
     _, limits = fit_statistics(processor, channels)
     sized = sized_model(module, call, processor, _configured_size(module), channels, image_size, location)
-    return replace(sized, limitations=(*sized.limitations, *limits))
+    own = sized.limitations
+    if getattr(_vision_config(module), "image_size", None) is None:  # there is no size that could differ
+        own = tuple(limitation for limitation in own if limitation.feature != CONFIG_SIZE)
+    return replace(sized, limitations=(*own, *limits))
 
 
 def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None) -> dict[str, torch.Tensor]:

@@ -348,6 +348,10 @@ class _Reader:
         names = ("word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode")
         self._check_keys(listed, config, (*names, *POOLINGS.values()))
         modes = pooling_modes(config)
+        if not modes:
+            raise ModelError(
+                f"{listed.config} of {self.location} switches every pooling off; expected one of {', '.join(POOLINGS)}."
+            )
         unknown = [mode for mode in modes if mode not in POOLINGS]
         if unknown:
             raise ModelError(
@@ -448,11 +452,11 @@ def _spellings(kind: type[torch.nn.Module]) -> tuple[str, ...]:
 
 
 def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the poolings of a config in either format; ``mean`` if it names none, as the library does."""
+    """Return the poolings of a config in either format; ``mean`` is on unless it is switched off, as in the library."""
     named = config.get("pooling_mode")
     if named:
         return tuple(map(str, named)) if isinstance(named, list) else (str(named),)
-    return tuple(mode for mode, flag in POOLINGS.items() if config.get(flag)) or ("mean",)
+    return tuple(mode for mode, flag in POOLINGS.items() if config.get(flag, mode == "mean"))
 
 
 # --------------------------------------------------------------------------------------------------------------- model

@@ -60,6 +60,16 @@ PROCESSORS = {
 }
 
 
+@pytest.mark.parametrize("processor", [None, transformers.BitImageProcessor(crop_size={"height": 64, "width": 64})])
+def test_a_config_without_a_size_is_not_said_to_have_one(tmp_path, processor):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    saved(tmp_path, "ResNetForImageClassification", transformers.ResNetConfig(**sizes), processor)
+    stated = limits(models.load(tmp_path))
+    assert "image size of the config" not in stated
+    used = "224 is assumed" if processor is None else "64 x 64 is used"
+    assert stated["image_size of the config"] == f"the config does not specify it, so {used}"
+
+
 @pytest.mark.parametrize("image_size", [None, (48, 32), (64, 64)])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pictures_have_the_size_of_the_processor_or_the_requested_one(tmp_path, name, image_size):

@@ -16,7 +16,7 @@ from compressor.lower import checkpoint
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.models import Model, ModelError, load
-from compressor.models.text.sentence_transformers import POOLINGS
+from compressor.models.text.sentence_transformers import POOLINGS, pooling_modes
 from compressor.search.rewriter import Rewriter
 from passes.graph.sites import find_sites
 from runtimes.base.protocols import BuildOptions
@@ -296,6 +296,11 @@ def changed(folder: Path, name: str, **fields: Any) -> None:
         ("modules.json", {"path": "3_Dense"}, "has no 3_Dense/config.json, which modules.json refers to"),
         ("modules.json", {"type": "sentence_transformers.models.Transformer"}, "expected one Transformer"),
         ("1_Pooling/config.json", {"pooling_mode": "median"}, "sets the pooling median; expected cls, max, mean"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": None, "pooling_mode_mean_tokens": False},
+            "switches every pooling off; expected one of cls, max, mean",
+        ),
         ("1_Pooling/config.json", {"window": 3}, "sets window, which is not supported"),
         ("2_Dense/config.json", {"activation_function": "os.getcwd"}, "activation function os.getcwd; expected one of"),
         ("2_Dense/config.json", {"activation_function": "torch.nn.Softmax"}, "activation function torch.nn.Softmax"),
@@ -322,6 +327,20 @@ def test_what_cannot_be_computed_as_the_library_does_is_refused(
         load(folder)
     assert "\n" not in str(caught.value)
     assert load(folder, task="feature-extraction").outputs == ("last_hidden_state",)
+
+
+@pytest.mark.parametrize(
+    ("config", "modes"),
+    [
+        ({}, ("mean",)),
+        ({"pooling_mode_cls_token": True}, ("cls", "mean")),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, ("cls",)),
+        ({"pooling_mode_mean_tokens": False}, ()),
+    ],
+)
+def test_mean_pooling_is_on_unless_it_is_switched_off(config: dict[str, bool], modes: tuple[str, ...]) -> None:
+    """The library's default for a flag that a config leaves out."""
+    assert pooling_modes(config) == modes
 
 
 @pytest.mark.parametrize("content", ["{}", "[", "[1]", "[]"])
