@@ -11,8 +11,10 @@ from compressor.choices import ACCURACY, AGREEMENT
 from compressor.errors import CompressorError
 from compressor.quality.evaluate import loss, loss_figure, metric_value
 from compressor.quality.heads.base import Head
-from compressor.quality.intervals import Array, Columns
+from compressor.quality.intervals import Array, Columns, Figure
 from compressor.quality.metrics import METRICS
+
+DOUBT = 0.5  # standard error of an expected loss, as a share of it
 
 
 class BudgetError(CompressorError):
@@ -25,9 +27,9 @@ class Budget:
 
     ``accuracy`` is the loss of the reported metric. A few hundred labels measure a loss of accuracy only to a point or
     two, so where the head can expect a loss (`Head.expected_loss`), that is taken, with labels and without. Labels
-    overrule it where they contradict it: if the loss that they measure is larger, beyond its 95 % interval.
-    ``agreement`` is the share of samples with another prediction than the original's. ``divergence`` is
-    the mean divergence from the original's output, in hundredths of a nat (of features: of 1 - cosine).
+    that measure a larger loss raise it by their precision (`_raised`). ``agreement`` is the share of samples with
+    another prediction than the original's. ``divergence`` is the mean divergence from the original's output, in
+    hundredths of a nat (of features: of 1 - cosine).
 
     Attributes:
         head: how outputs are evaluated.
@@ -81,14 +83,13 @@ class Budget:
         return float(columns["divergence"].mean()) * 100.0
 
     def _loss_of_accuracy(self, reference: Columns, columns: Columns) -> float:
-        """Return the expected loss, or the measured one without an expectation or if labels contradict it."""
+        """Return the expected loss, raised by a larger measured one; the measured one without an expectation."""
         expected = self.head.expected_loss(self.judged, columns)
         if expected is None:
             return loss(self.metric, *(metric_value(self.metric, each) for each in (reference, columns)))
         if self.judged != self.metric:
             return expected
-        measured = loss_figure(self.metric, reference, columns)
-        return measured.value if measured.low > expected else expected
+        return _raised(expected, loss_figure(self.metric, reference, columns))
 
     def lower_bound(self, columns: Columns, reference: Columns, before: float) -> float:
         """Return a lower bound of the loss from the first samples, see `Head.lower_bound`."""
@@ -104,6 +105,20 @@ class Budget:
             losses: Array = 1.0 - columns[self.judged]
             return losses
         return None
+
+
+def _raised(expected: float, measured: Figure) -> float:
+    """Return the mean of an expected and a larger measured loss, weighted by the inverse of their variances.
+
+    The standard error of the measured loss is that of its interval. That of the expected loss is taken as `DOUBT` times
+    the larger of the two, as the original's probabilities may be off. A smaller measured loss changes nothing: a search
+    finds the plans whose labels are lucky.
+    """
+    if measured.value <= expected:
+        return expected
+    error = (measured.high - measured.low) / 3.92
+    doubt = DOUBT * measured.value
+    return expected + (measured.value - expected) * doubt**2 / (doubt**2 + error**2)
 
 
 def upper_bound(losses: Array, confidence: float, *, precision: float = 1e-6) -> float:

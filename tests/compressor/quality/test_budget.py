@@ -65,7 +65,7 @@ def test_each_kind_of_budget_is_judged_by_its_own_columns():
         "regret": np.array([0.0, 0.1, 0.5, 0.0]),
         "divergence": np.array([0.01, 0.02, 0.03, 0.0]),
     }
-    head, original = SingleClass(), {"accuracy": np.ones(4), "agreement": np.ones(4)}
+    head, original = SingleClass(), {"accuracy": columns["accuracy"], "agreement": np.ones(4)}
     assert Budget(head, "accuracy").loss(original, columns) == pytest.approx(15.0)
     assert Budget(head, "agreement").loss(original, columns) == pytest.approx(15.0)
     for metric in ("accuracy", "agreement"):
@@ -76,12 +76,18 @@ def test_each_kind_of_budget_is_judged_by_its_own_columns():
         assert Budget(head, metric, "divergence").sample_losses(columns) is None
 
 
-@pytest.mark.parametrize(("samples", "lost", "loss"), [(40, 4, 5.0), (400, 40, 10.0), (400, 20, 5.0), (400, 0, 5.0)])
-def test_labels_overrule_the_expected_loss_only_where_they_contradict_it(samples, lost, loss):
-    """5 points are expected; 10 are within the interval of 4 of 40 lost samples, and beyond that of 40 of 400."""
+@pytest.mark.parametrize(("samples", "lost"), [(40, 4), (400, 40), (40_000, 4000), (400, 20), (400, 8), (400, 0)])
+def test_labels_raise_the_expected_loss_by_their_precision(samples, lost):
+    """5 points are expected; a binomial share has the variance p (1 - p) / n, and the expectation half of the loss."""
     original = {"accuracy": np.ones(samples), "regret": np.zeros(samples)}
     changed = {"accuracy": (np.arange(samples) >= lost).astype(float), "regret": np.full(samples, 0.05)}
-    assert Budget(SingleClass(), "accuracy").loss(original, changed) == pytest.approx(loss)
+    share = lost / samples
+    variance, doubt = share * (1 - share) / samples, (share / 2) ** 2
+    labels = max(share, 0.05)
+    wanted = (0.05 * variance + labels * doubt) / (variance + doubt) if lost else 0.05
+    loss = Budget(SingleClass(), "accuracy").loss(original, changed)
+    assert loss == pytest.approx(100 * wanted, rel=0.03)
+    assert 5.0 <= loss <= 100 * labels + 1e-9
 
 
 def test_losses_that_are_no_mean_of_shares_have_no_bound():
