@@ -67,7 +67,7 @@ def edit(folder: Path, name: str, change: Callable[[Json], object], *, seal: boo
 
 
 def run(command: str, folder: Path, *options: str) -> Result:
-    output = ("--output", str(folder / "bench.json"), "--rounds", "1") if command == "bench" else ()
+    output = ("--output", str(folder.parent / "bench.json"), "--rounds", "1") if command == "bench" else ()
     return CliRunner().invoke(main, [command, str(folder), "--quiet", *output, *options])
 
 

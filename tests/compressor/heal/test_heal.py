@@ -117,7 +117,7 @@ def digits():
     """Load five embedded blocks, drop three branches; of 160 samples, 40 are for calibration and 40 for validation."""
     with tempfile.TemporaryDirectory() as folder:
         model = models.load(samples.five_blocks(Path(folder, "model")))
-    data = load(samples.DIGITS, model.preprocess, task=model.task, shares=Shares(total=160))
+    data = load(samples.DIGITS, model.preprocess, task=model.task, shares=Shares(total=320))
     graph = trace(model)
     changed = tuple(site for site in find_sites(graph) if site.name in DROPPED)
     fork = graph.fork()
