@@ -31,7 +31,7 @@ from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
 from tests import samples
 
-QUICK = Recipe(steps=48, checks=2, fewest=1)
+QUICK = Recipe(steps=96, checks=2, fewest=1)
 LONG = 600.0  # seconds; never the limit here, so that the number of steps is that of the recipe
 DROPPED = ("blocks.2.mlp", "blocks.3.mlp", "blocks.4.attn")
 
@@ -117,7 +117,7 @@ def digits():
     """Load five embedded blocks, drop three branches; of 160 samples, 40 are for calibration and 40 for validation."""
     with tempfile.TemporaryDirectory() as folder:
         model = models.load(samples.five_blocks(Path(folder, "model")))
-    data = load(samples.DIGITS, model.preprocess, task=model.task, shares=Shares(total=320))
+    data = load(samples.DIGITS, model.preprocess, task=model.task, shares=Shares(total=480))
     graph = trace(model)
     changed = tuple(site for site in find_sites(graph) if site.name in DROPPED)
     fork = graph.fork()
