@@ -318,4 +318,5 @@ def _quality(stored: Json | None) -> Quality | None:
         for metric, by_variant in stored.get("further", {}).items()
     }
     of_precision = None if stored.get("precision_loss") is None else Figure(**stored["precision_loss"])
-    return Quality(stored["metric"], figures, loss, label_free, changed, further, of_precision)
+    expected = {name: Figure(**figure) for name, figure in stored.get("expected", {}).items()}
+    return Quality(stored["metric"], figures, loss, label_free, changed, further, of_precision, expected)

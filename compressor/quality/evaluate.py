@@ -129,6 +129,25 @@ class Evaluation:
         expected = self.head.expected_loss(self.head.judged(self.metric), self.columns[after])
         return self.loss_value(reference, after) if expected is None else expected
 
+    def expected_loss_figure(self, after: str) -> Figure | None:
+        """Return the loss of `after` that the head expects against the reference, with its interval.
+
+        None with labels, whose measured loss is reported, and for heads that expect no loss.
+        """
+        judged = self.head.judged(self.metric)
+        if judged == self.metric or self.head.expected_loss(judged, self.columns[after]) is None:
+            return None
+
+        def statistic(part: Columns) -> Array:
+            if next(iter(part.values())).ndim == 1:
+                return np.asarray(self.head.expected_loss(judged, part))
+            rows = range(len(next(iter(part.values()))))
+            return np.array(
+                [self.head.expected_loss(judged, {key: each[row] for key, each in part.items()}) for row in rows]
+            )
+
+        return bootstrap(statistic, self.columns[after])
+
     def loss(self, before: str, after: str) -> Figure:
         """Return the loss of `after` against `before` with its interval."""
         return loss_figure(self.metric, self.columns[before], self.columns[after])

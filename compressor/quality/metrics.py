@@ -166,6 +166,7 @@ METRICS = {
     ),
 }
 # Figures beside the metric that compare a model with the original: their titles in tables, and the factor to percent.
+EXPECTED_LOSS = "expected loss, %"  # by the original's probabilities, of a variant without labels
 LABEL_FREE = {
     "agreement": ("same answers, %", 100.0),
     "decisions": ("same decisions, %", 100.0),

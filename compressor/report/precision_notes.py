@@ -28,7 +28,7 @@ def precision_notes(report: Report) -> Iterator[str]:
         for name, facts in report.precision.items()
         if (sentence := expected_excess(f"the {name}", facts, limit)) is not None
     )
-    loss = None if report.quality is None else report.quality.precision_loss
+    loss = None if report.quality is None else report.quality.lost_by_precision
     if loss is not None and not loss.value <= limit:
         yield (
             f"{precision} alone loses {loss.value:.2f} % on test data (95 % interval {loss.low:.2f} to "
@@ -69,7 +69,7 @@ def exceeds_limit(report: Report) -> bool:
     limit, facts = report.settings.get("max_precision_loss"), report.precision.get("result")
     if limit is None or facts is None:
         return False
-    measured = None if report.quality is None else report.quality.precision_loss
+    measured = None if report.quality is None else report.quality.lost_by_precision
     losses = (facts["loss"], None if measured is None else measured.value)
     return any(loss is not None and not loss <= limit for loss in losses)
 

@@ -24,7 +24,7 @@ def recipe_notes(report: Report) -> Iterator[str]:
     drop = str(settings["drop"])
     if report.quality is None or drop == "auto" or drop.endswith(".json") or not report.plan.changes:
         return
-    lost = report.quality.loss["baseline"]
+    lost = report.quality.lost
     if not lost.value > MOST:
         return
     unit = METRICS[report.quality.metric].loss_unit

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.limitations import Limitation, format_limitations
 from compressor.quality.disagreements import Disagreement
 from compressor.quality.intervals import Figure
-from compressor.quality.metrics import LABEL_FREE, METRICS
+from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import engine_layers, exact_rewrites
 from compressor.report.engine_text import describe_measurements
 from compressor.report.precision_notes import exceeds_limit
@@ -54,6 +54,7 @@ class Quality:
             error.
         changed: samples for which the classifier predicts another class than before, largest regret first.
         precision_loss: the loss of the precision alone, of the baseline against the original; None without an original.
+        expected: without labels, the loss that the head expects against the float model before any change, by variant.
     """
 
     metric: str
@@ -63,6 +64,7 @@ class Quality:
     changed: tuple[Disagreement, ...] = ()
     further: dict[str, dict[str, Figure]] = field(default_factory=dict)
     precision_loss: Figure | None = None
+    expected: dict[str, Figure] = field(default_factory=dict)
 
     @staticmethod
     def of(evaluation: Evaluation, names: Sequence[str]) -> Quality:
@@ -76,7 +78,19 @@ class Quality:
                 further.setdefault(metric, {})[name] = figure
         of_precision = evaluation.loss("original", "baseline") if "original" in names else None
         free = evaluation.label_free("result")
-        return Quality(evaluation.metric, figures, losses, free, changed, further, of_precision)
+        of_each = {name: evaluation.expected_loss_figure(name) for name in names[1:]}
+        expected = {name: each for name, each in of_each.items() if each is not None}
+        return Quality(evaluation.metric, figures, losses, free, changed, further, of_precision, expected)
+
+    @property
+    def lost(self) -> Figure:
+        """Return the loss of the result as ``--budget accuracy`` means it: expected without labels, else measured."""
+        return self.expected.get("result", self.loss["baseline"])
+
+    @property
+    def lost_by_precision(self) -> Figure | None:
+        """Return the loss of the precision alone, in the same terms."""
+        return None if self.precision_loss is None else self.expected.get("baseline", self.precision_loss)
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,10 @@ class Report:
                 loss, percent = quality.loss[name], metric.loss_unit
                 yield f"  loss vs {name}{_unit(percent)}", *against(variants, name, f"{loss.value:+.2f}")
                 yield "", *_of_result(variants, dim(f"{loss.low:+.2f} to {loss.high:+.2f}"))
+        if "result" in quality.expected:
+            figure = quality.expected["result"]
+            yield f"  {EXPECTED_LOSS}", *_of_result(variants, f"{figure.value:+.2f}")
+            yield "", *_of_result(variants, dim(f"{figure.low:+.2f} to {figure.high:+.2f}"))
         for other, by_variant in quality.further.items():
             yield METRICS[other].label, *(f"{by_variant[name].value:.2f}" for name in variants)
         if exceeds_limit(self):
@@ -290,7 +308,7 @@ class Report:
         )
         if self.quality is None:
             return (f"The result is {met}; its loss is not known, because {self.no_quality_because}.",)
-        lost = self.quality.loss["baseline"]
+        lost = self.quality.lost
         return (f"The result is {met} and loses {lost.value:.2f} % on test data ({lost.low:.2f} to {lost.high:.2f}).",)
 
     def _judged(self) -> str:

@@ -236,6 +236,7 @@ class Quality(TypedDict):  # noqa: D101
     changed: list[Changed]
     further: NotRequired[dict[Metric, dict[Variant, Figure]]]
     precision_loss: NotRequired[Figure | None]
+    expected: NotRequired[dict[Variant, Figure]]
 
 
 @with_config(_KEPT)

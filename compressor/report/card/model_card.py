@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from compressor.limitations import Limitation
-from compressor.quality.metrics import LABEL_FREE, METRICS
+from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
 from compressor.report.card import preprocessing_recipe
 from compressor.report.card.loader_snippet import TITLES, make_snippet, templates
@@ -212,6 +212,9 @@ def _rows(content: Json) -> Iterator[str]:
         for name in (name for name in variants if name in quality["loss"]):
             title = f"loss vs {name}{f', {percent}' if percent else ''}"
             yield _row(title, against(variants, name, _figure(quality["loss"][name], "+")))
+        if "result" in quality.get("expected", {}):
+            expected = _figure(quality["expected"]["result"], "+")
+            yield _row(EXPECTED_LOSS, [expected if variant == "result" else "" for variant in variants])
         for other, by_variant in quality.get("further", {}).items():
             yield _row(METRICS[other].label, [_figure(by_variant[name]) for name in variants])
         for name, figure in quality["label_free"].items():

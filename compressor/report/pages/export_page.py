@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.quality.intervals import format_count
-from compressor.quality.metrics import LABEL_FREE, METRICS
+from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
 from compressor.report.engine_text import describe_measurements
 from compressor.report.pages import sections
@@ -194,6 +194,9 @@ def _rows(content: Json, names: Sequence[str]) -> Iterator[list[Cell]]:
         for name in (name for name in names if name in quality["loss"]):
             loss = cell(quality["loss"][name], signed=True)
             yield [with_unit(f"loss vs {name}", loss_unit(content)), *against(names, name, loss)]
+        if "result" in quality.get("expected", {}):
+            expected = cell(quality["expected"]["result"], signed=True)
+            yield [EXPECTED_LOSS, *(expected if name == "result" else "" for name in names)]
         for other, by_variant in quality.get("further", {}).items():
             yield [METRICS[other].label, *(cell(by_variant[name]) for name in names)]
         for key, (title, scale) in LABEL_FREE.items():

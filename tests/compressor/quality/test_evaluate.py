@@ -496,3 +496,18 @@ def test_long_text_is_evaluated_in_chunks():
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[0, 1:]), reduction="sum")
     assert columns["nll"][0] == pytest.approx(float(expected), rel=1e-5)  # float32, summed in chunks
     assert columns["tokens"][0] == tokens - 1
+
+
+def test_the_expected_loss_of_an_evaluation_without_labels_has_an_interval():
+    """It is the mean regret; with labels there is none, as the measured loss is reported."""
+    regret = np.where(np.arange(200) % 10 == 0, 0.3, 0.0)
+    columns = {"agreement": 1.0 - (regret > 0), "regret": regret}
+    head = head_for("image-classification")
+    unlabelled = evaluation_module.Evaluation("agreement", {"result": columns}, head=head)
+    figure = unlabelled.expected_loss_figure("result")
+    assert figure is not None
+    error = 1.96 * 100 * regret.std() / math.sqrt(200)
+    assert (figure.value, figure.n) == (pytest.approx(3.0), 200)
+    assert (figure.low, figure.high) == (pytest.approx(3.0 - error, abs=0.25), pytest.approx(3.0 + error, abs=0.25))
+    labelled = evaluation_module.Evaluation("accuracy", {"result": columns | {"accuracy": np.ones(200)}}, head=head)
+    assert labelled.expected_loss_figure("result") is None

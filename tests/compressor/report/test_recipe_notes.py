@@ -6,11 +6,12 @@ import pytest
 
 from compressor.quality.intervals import Figure
 from compressor.report.recipe_notes import MOST, recipe_notes
+from compressor.report.report import Quality
 
 
 def report(drop, lost, *, metric="cosine", tokens="auto", changes=None, judged=True):
     changes = {"blocks.1.attn": "drop"} if changes is None else changes
-    quality = SimpleNamespace(metric="accuracy", loss={"baseline": Figure(lost, lost - 1.0, lost + 1.0, 100)})
+    quality = Quality("accuracy", {}, {"baseline": Figure(lost, lost - 1.0, lost + 1.0, 100)}, {})
     return SimpleNamespace(
         settings={"drop": drop, "metric": metric, "tokens": tokens},
         quality=quality if judged else None,

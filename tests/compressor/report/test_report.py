@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from compressor.pipeline.export import _bounded_loss
 from compressor.quality.intervals import Figure
 from compressor.quality.metrics import METRICS
 from compressor.report.report import Quality, Report, Size
@@ -95,6 +96,27 @@ def test_each_number_stands_under_the_column_of_its_variant() -> None:
     intervals = [below[1:] for row, below in itertools.pairwise(rows) if " vs " in row[0]]
     assert len(intervals) == 4
     assert all(interval[:2] == ("", "") and interval[2] for interval in intervals)
+
+
+def test_without_labels_the_expected_loss_is_shown_and_held_to_the_limits() -> None:
+    """Changed answers are no loss of accuracy: 8.8 points of them are expected to cost 0.84, int8 alone 0.1."""
+    made = report("agreement", label_free={"agreement": Figure(91.2, 87.2, 94.4, 250)}, limits={"speedup": 1.2})
+    assert made.quality is not None
+    changed, expected = Figure(8.8, 5.6, 12.8, 250), Figure(0.84, 0.4, 1.4, 250)
+    alone = Figure(0.1, 0.0, 0.2, 250)
+    known = {"result": expected, "baseline": alone}
+    quality = replace(
+        made.quality, loss=dict.fromkeys(made.quality.loss, changed), precision_loss=changed, expected=known
+    )
+    assert (quality.lost, quality.lost_by_precision) == (expected, alone)
+    assert _bounded_loss(quality, "accuracy") == 0.84
+    assert _bounded_loss(quality, "agreement") == pytest.approx(8.8)
+    assert _bounded_loss(replace(quality, expected={}), "accuracy") == 8.8
+    cells = {row[0].strip(): row[1:] for row in replace(made, quality=quality)._rows()}
+    assert cells["expected loss, %"] == ("", "", "+0.84")
+    assert "expected loss, %" not in {row[0].strip() for row in made._rows()}
+    (sentence,) = replace(made, quality=quality).exceeded()
+    assert "loses 0.84 % on test data (0.40 to 1.40)" in sentence
 
 
 def test_a_report_of_two_variants_compares_them_once() -> None:
