@@ -408,10 +408,10 @@ def invoke(*arguments):
 
 @pytest.mark.slow
 @needs_smollm2
-def test_smollm2_is_inspected(smollm2):
+def test_smollm2_is_inspected(smollm2, tmp_path):
     path, texts = smollm2
     assert quantization_of(path) == "Q4_1 (210 tensors), Q8_0 (1), F32 (61)"
-    shown = invoke("inspect", path, "--data", texts, "--samples", 8)
+    shown = invoke("inspect", path, "--data", texts, "--samples", 8, "--output", tmp_path / "out")
     for block in (0, 29):
         for branch in ("self_attn", "mlp"):
             assert f"layers.{block}.{branch}" in shown
