@@ -24,8 +24,8 @@ from passes.torch_internals import FakeTensorMode
 
 Size = tuple[int, int]
 Call = Callable[..., tuple[torch.Tensor, ...]]
-# Pixels added to a side to find further sizes; most models need a multiple of their patch or of the stride of a stage.
 CONFIG_SIZE = "image size of the config"  # the feature of a limitation
+# Pixels added to a side to find further sizes; most models need a multiple of their patch or of the stride of a stage.
 STEPS = (32, 28, 16, 14, 64, 8, 4)
 
 

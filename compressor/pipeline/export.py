@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import AGREEMENT, AUTO, DIVERGENCE, TRANSFORMERS
+from compressor.choices import AUTO, TRANSFORMERS
 from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
@@ -472,7 +472,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     if settings.drop == "auto" and not report.plan.changes and not rewritten.choice.found:
         notes.append(_unchanged(report, settings))
     if report.quality is not None and settings.drop == "auto":
-        lost = _bounded_loss(report.quality, settings.budget)
+        lost = report.quality.bounded_loss(settings.budget)
         if lost > settings.loss_limit:
             notes.append(
                 f"The loss on test data is {lost:.2f} %, above the limit of {settings.loss_limit:g} %; use more "
@@ -490,16 +490,6 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed(), *report.exceeded())
-
-
-def _bounded_loss(quality: Quality, budget: str) -> float:
-    """Return the loss on test data in the terms of ``--budget``, in percent."""
-    free = quality.label_free
-    if budget == AGREEMENT and "agreement" in free:
-        return 100.0 - free["agreement"].value
-    if budget == DIVERGENCE and "divergence" in free:
-        return 100.0 * free["divergence"].value
-    return quality.lost.value
 
 
 def _unchanged(report: Report, settings: Settings) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from compressor.choices import AGREEMENT, DIVERGENCE
 from compressor.limitations import Limitation, format_limitations
 from compressor.quality.disagreements import Disagreement
 from compressor.quality.intervals import Figure
@@ -86,6 +87,14 @@ class Quality:
     def lost(self) -> Figure:
         """Return the loss of the result as ``--budget accuracy`` means it: expected without labels, else measured."""
         return self.expected.get("result", self.loss["baseline"])
+
+    def bounded_loss(self, budget: str) -> float:
+        """Return the loss of the result that a ``--budget`` bounds, in percent."""
+        if budget == AGREEMENT and "agreement" in self.label_free:
+            return 100.0 - self.label_free["agreement"].value
+        if budget == DIVERGENCE and "divergence" in self.label_free:
+            return 100.0 * self.label_free["divergence"].value
+        return self.lost.value
 
     @property
     def lost_by_precision(self) -> Figure | None:

@@ -31,7 +31,7 @@ MEASURED_AT_ONCE = 6  # candidates measured at a time
 FINALISTS = 2  # candidates measured at a time on all samples, after they were the best on few
 REFINEMENTS = 3  # times that the last change is replaced by milder ones
 PATIENCE = 4  # sites at which a change of no greater effect exceeded the limit, before a candidate is given up
-CAUTION = 0.5  # share of the loss that is predicted from an effect, above which a candidate is given up
+CAUTION = 0.5  # factor on the loss that an effect predicts, so that only a clear excess gives a candidate up
 NOISE = 1e-7  # divergence in nats caused by rounding of float32 logits; smaller differences do not rank candidates
 MERGES = ("merge:12%", "merge:25%", "merge:37%")  # shares of tokens to try if merging is allowed
 MERGE = "merge:25%"  # measured at every attention first, as the effect of a drop does not predict that of merging
@@ -491,9 +491,8 @@ class _Candidates:
         self.read = set(live_parts(self.search.reduced))
         self.candidates = [(name, action) for name, members in units.items() for action in self._actions(members)]
         merges = [candidate for candidate in self.candidates if candidate[1] == MERGE]
-        (self._measure if self.search.preview is None else self._preview)(
-            [*((name, "drop") for name in units), *merges]
-        )
+        measure = self._measure if self.search.preview is None else self._preview
+        measure([*((name, "drop") for name in units), *merges])
         self.alone = {name: value for (name, action), value in self.added.items() if action == "drop"}
         for candidate in self.candidates:
             if candidate not in self.added:

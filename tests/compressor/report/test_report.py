@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from compressor.pipeline.export import _bounded_loss
 from compressor.quality.intervals import Figure
 from compressor.quality.metrics import METRICS
 from compressor.report.report import Quality, Report, Size
@@ -109,9 +108,11 @@ def test_without_labels_the_expected_loss_is_shown_and_held_to_the_limits() -> N
         made.quality, loss=dict.fromkeys(made.quality.loss, changed), precision_loss=changed, expected=known
     )
     assert (quality.lost, quality.lost_by_precision) == (expected, alone)
-    assert _bounded_loss(quality, "accuracy") == 0.84
-    assert _bounded_loss(quality, "agreement") == pytest.approx(8.8)
-    assert _bounded_loss(replace(quality, expected={}), "accuracy") == 8.8
+    assert quality.bounded_loss("accuracy") == 0.84
+    assert quality.bounded_loss("agreement") == pytest.approx(8.8)
+    far = replace(quality, label_free={"divergence": Figure(0.057, 0.05, 0.07, 250)})
+    assert far.bounded_loss("divergence") == pytest.approx(5.7)
+    assert replace(quality, expected={}).bounded_loss("accuracy") == 8.8
     cells = {row[0].strip(): row[1:] for row in replace(made, quality=quality)._rows()}
     assert cells["expected loss, %"] == ("", "", "+0.84")
     assert "expected loss, %" not in {row[0].strip() for row in made._rows()}
