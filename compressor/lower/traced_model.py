@@ -163,7 +163,7 @@ def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
 
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
     """Return the costs at the sizes of real samples, because the multiply-adds of a text depend on its length."""
-    feeds = next(tensor_batches(data.calibration, COST_SAMPLES))
+    feeds = next(tensor_batches(data.calibration.middle(COST_SAMPLES), COST_SAMPLES))
     try:
         return Costs(graph, feeds)
     except (IndexError, RuntimeError) as error:

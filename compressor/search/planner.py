@@ -40,6 +40,10 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import Plan, with_action, with_token_merging
 from passes.plan.selection import choose, parse
 
+# Tokens of texts that sites are scored on. On SmolLM2-135M and WikiText-2, the rankings by 6,000 and 12,000 tokens have
+# a rank correlation of 0.9992 and 0.9995 with that by 61,636 tokens.
+SCORED_TOKENS = 16384
+SCORED_TEXTS = 16  # minimum number of texts, if they are long
 PREVIEWED = 16  # samples on which candidates are measured first
 HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
 CORRECTIONS = 4  # plans that are timed for a wished speed-up, as engines are faster or slower than predicted
@@ -509,10 +513,14 @@ def output_divergence(subject: TracedModel, samples: Split, steps: Steps) -> Out
 
 
 def score(subject: TracedModel, steps: Steps, bounds: MemoryBudget | None = None) -> Scores:
-    """Score all sites on the calibration data; with `bounds`, block by block within a memory limit."""
+    """Score all sites on the calibration data, of texts on about `SCORED_TOKENS` tokens.
+
+    With `bounds` the model is run block by block within a memory limit.
+    """
+    split = subject.data.calibration.sparse(SCORED_TOKENS, SCORED_TEXTS)
     with steps.step("score the sites") as tick:
         rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)
-        batches = with_progress(tensor_batches(subject.data.calibration, rows), len(subject.data.calibration), tick)
+        batches = with_progress(tensor_batches(split, rows), len(split), tick)
         return apply(Score(room), subject.graph, batches)
 
 
