@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor import models
-from compressor.data.splits import Batch, Shares, load
+from compressor.data.splits import Batch, Shares, Split, load
 from compressor.lower.trace import trace
 from passes.execute.interpreter import Program
 from passes.graph.sites import find_sites
@@ -136,6 +136,7 @@ class Tensors:
             yield Batch(feeds, labels, 1, tuple(map(str, part)))
 
     batches = bounded_batches
+    middle = Split.middle
 
 
 def states(graph, feeds, *names):

@@ -42,7 +42,7 @@ from passes.plan.selection import choose, parse
 
 # Tokens of texts that sites are scored on. On SmolLM2-135M and WikiText-2, the rankings by 6,000 and 12,000 tokens have
 # a rank correlation of 0.9992 and 0.9995 with that by 61,636 tokens.
-SCORED_TOKENS = 16384
+SCORED_TOKENS = 8192
 SCORED_TEXTS = 16  # minimum number of texts, if they are long
 PREVIEWED = 16  # samples on which candidates are measured first
 HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
