@@ -47,8 +47,8 @@ API_ONLY = ("example_inputs",)
 ONLY_DROPS = f"--target {TRANSFORMERS} can only drop: whole blocks, or single branches of Llama and Mistral models"
 ONLY_BLOCKS = f"--target {TRANSFORMERS} can only remove whole blocks"
 BLOCKS_ADVICE = (
-    "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target, such "
-    "as onnxruntime, which takes any plan"
+    "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target, "
+    "such as onnxruntime, which takes any plan"
 )
 # Targets that cannot have dynamic height and width, with the reason.
 FIXED_SIZE = {

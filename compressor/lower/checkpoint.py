@@ -57,7 +57,8 @@ def check_model(model: Model, drop: str) -> None:
     """
     from compressor.models.text.nemotron_nas import DeciLMForCausalLM
 
-    known = type(model.module).__module__.split(".")[0] == "transformers" or isinstance(model.module, DeciLMForCausalLM)
+    origin = type(model.module).__module__.split(".")[0]
+    known = origin == "transformers" or isinstance(model.module, DeciLMForCausalLM)
     if model.source != "transformers" or not known:
         kind = f"is a model of {model.source}" if model.source != "transformers" else "has code from its own repository"
         raise CheckpointError(
@@ -101,7 +102,7 @@ def _check_one_list(blocks: Sequence[str], model: Model) -> None:
 
 
 def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
-    """Refuse a plan that does anything but drop whole blocks of one stack, or branches where a checkpoint can lack them.
+    """Refuse a plan that does anything but drop whole blocks of one stack, or branches that a checkpoint can lack.
 
     Raises:
         CheckpointError: the message names the first branch or block that the plan changes otherwise.

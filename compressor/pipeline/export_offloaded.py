@@ -22,8 +22,8 @@ from compressor.deferred import package
 from compressor.deferred.reference_answers import AT_ONCE
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
-from compressor.lower.nemotron_nas.engine_rules import serving
 from compressor.lower.fold_graph import fold_graph
+from compressor.lower.nemotron_nas.engine_rules import serving
 from compressor.lower.trace import trace
 from compressor.lower.traced_model import TracedModel, index_errors_as_data_errors, load, model_facts
 from compressor.lower.write_onnx import lower

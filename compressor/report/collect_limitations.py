@@ -125,7 +125,7 @@ def _of_serving(engine: Mapping[str, Any]) -> Iterator[Limitation]:
         )
     for name, reason in serving["engines"].items():
         if reason is not None:
-            yield Limitation(name, f"it does not open the checkpoint: {reason}")
+            yield Limitation(name, f"the checkpoint breaks its rules: {reason}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -122,16 +122,15 @@ def _shapes(module: Any) -> tuple[BlockShape, ...]:
     """Return the shape of each block before the plan."""
     from compressor.models.text.nemotron_nas import BlockShape, NemotronNasConfig, block_shapes
 
-    config = module.config
+    config: Any = module.config
     if isinstance(config, NemotronNasConfig):
-        return block_shapes(config, type(module).__name__)
+        shapes: tuple[BlockShape, ...] = block_shapes(config, type(module).__name__)
+        return shapes
     whole = BlockShape(config.num_key_value_heads, config.intermediate_size)
-    return (whole,) * config.num_hidden_layers
+    return (whole,) * int(config.num_hidden_layers)
 
 
-def _kept(
-    weights: Mapping[str, torch.Tensor], branches: Sequence[Sequence[str]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _kept(weights: Mapping[str, torch.Tensor], branches: Sequence[Sequence[str]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights of the remaining branches, with the remaining blocks numbered from 0 without gaps."""
     left = [block for block, kept in enumerate(branches) if kept]
     numbers = {block: number for number, block in enumerate(left)}
@@ -142,5 +141,3 @@ def _kept(
             yield name, weight
         elif owners.get(matched[3], "") in branches[int(matched[1])]:
             yield f"{LAYERS}.{numbers[int(matched[1])]}.{matched[2]}", weight
-
-

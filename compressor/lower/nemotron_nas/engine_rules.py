@@ -22,6 +22,7 @@ from compressor.models.text.nemotron_nas import ARCHITECTURE, MODEL_TYPE, mlp_wi
 from compressor.workspace.json_files import OBJECT, read_json
 
 BPE_TOKENS = 128_256  # of Llama 3; the converter of llama.cpp writes a byte-level vocabulary of this size only
+_DAMAGED = "export the model again"
 CONVERTED_ROPE = ("default", "llama3")  # llama.cpp's converter writes the parameters of no other kind
 
 
@@ -55,13 +56,11 @@ class Checkpoint:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="numpy") as file:
                 tensors |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        file = folder / "tokenizer.json"
-        return Checkpoint(
-            read_json(folder / "config.json", OBJECT, remedy="export the model again"),
-            tensors,
-            read_json(file, OBJECT, remedy="export the model again") if file.is_file() else {},
-            tuple(sorted(path.name for path in folder.glob("*.py"))),
-        )
+        config: dict[str, Any] = read_json(folder / "config.json", OBJECT, remedy=_DAMAGED)
+        tokenizer: dict[str, Any] = {}
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = read_json(folder / "tokenizer.json", OBJECT, remedy=_DAMAGED)
+        return Checkpoint(config, tensors, tokenizer, tuple(sorted(path.name for path in folder.glob("*.py"))))
 
     @property
     def blocks(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -100,7 +99,7 @@ def verdicts(checkpoint: Checkpoint) -> dict[str, str | None]:
     }
 
 
-# -------------------------------------------------------------------------------------------------- rules of all engines
+# ------------------------------------------------------------------------------------------------ rules of all engines
 
 
 def _form(checkpoint: Checkpoint) -> Iterator[str]:
@@ -159,7 +158,8 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[str]:
         elif name not in expected:
             yield f"the weights {name} belong to no branch of the config"
         elif found[name] != expected[name]:
-            yield f"the weights {name} have the shape {list(found[name])}, but the config implies {list(expected[name])}"
+            shapes = f"{list(found[name])}, but the config implies {list(expected[name])}"
+            yield f"the weights {name} have the shape {shapes}"
 
 
 def _expected(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -174,7 +174,12 @@ def _expected(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
         if not attention["no_op"]:
             yield f"{block}.input_layernorm.weight", (hidden,)
             keys = heads // attention["n_heads_in_group"] * head
-            shapes = {"q": (heads * head, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, heads * head)}
+            shapes = {
+                "q": (heads * head, hidden),
+                "k": (keys, hidden),
+                "v": (keys, hidden),
+                "o": (hidden, heads * head),
+            }
             yield from _layers(f"{block}.self_attn", shapes, biased=config.get("attention_bias", False))
         if not ffn["no_op"]:
             yield f"{block}.post_attention_layernorm.weight", (hidden,)
@@ -183,9 +188,7 @@ def _expected(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _layers(f"{block}.mlp", shapes, biased=config.get("mlp_bias", False))
 
 
-def _layers(
-    path: str, shapes: Mapping[str, tuple[int, int]], *, biased: bool
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layers(path: str, shapes: Mapping[str, tuple[int, int]], *, biased: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, shape in shapes.items():
         yield f"{path}.{name}_proj.weight", shape
         if biased:
@@ -198,7 +201,7 @@ def _width(ffn: Mapping[str, Any], hidden_size: int) -> int:
     return int(ffn.get("intermediate_size") or 0)
 
 
-# ------------------------------------------------------------------------------------------------- rules of some engines
+# ----------------------------------------------------------------------------------------------- rules of some engines
 
 
 def _first_attention(checkpoint: Checkpoint) -> Iterator[str]:
@@ -240,19 +243,19 @@ def _no_mlp_bias(checkpoint: Checkpoint) -> Iterator[str]:
 def _all_keys(checkpoint: Checkpoint) -> Iterator[str]:
     for number, (attention, ffn) in enumerate(checkpoint.blocks):
         if not {"n_heads_in_group", "replace_with_linear"} <= attention.keys() or "ffn_mult" not in ffn:
-            yield f"block {number} lacks n_heads_in_group, replace_with_linear or ffn_mult, which it reads of every block"
+            yield f"it reads n_heads_in_group, replace_with_linear and ffn_mult of each block; block {number} lacks one"
         elif (attention["n_heads_in_group"] is None) != attention["no_op"]:
-            yield f"it takes block {number} for one without attention by n_heads_in_group, which does not agree with no_op"
+            yield f"it tells attention by n_heads_in_group, which contradicts no_op in block {number}"
         elif (ffn["ffn_mult"] is None) != ffn["no_op"]:
-            yield f"it takes block {number} for one without MLP by ffn_mult, which does not agree with no_op"
+            yield f"it tells an MLP by ffn_mult, which contradicts no_op in block {number}"
     if type(checkpoint.blocks[0][1].get("ffn_mult")) is int:
-        yield "ffn_mult of the first block has to be written with a decimal point"
+        yield "it needs a decimal point in the ffn_mult of the first block"
 
 
 def _mlps_stay(checkpoint: Checkpoint) -> Iterator[str]:
     for number, (attention, ffn) in enumerate(checkpoint.blocks):
         if ffn["no_op"] and not attention["no_op"]:
-            yield f"it skips the attention of block {number} too, as that block has no MLP"
+            yield f"it would skip the attention of block {number} too, as that block has no MLP"
 
 
 def _plain_heads(checkpoint: Checkpoint) -> Iterator[str]:

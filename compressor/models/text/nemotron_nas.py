@@ -99,7 +99,7 @@ def ffn_mult(width: int, hidden_size: int) -> float | None:
 
 
 @strict
-class NemotronNasConfig(transformers.LlamaConfig):
+class NemotronNasConfig(transformers.LlamaConfig):  # type: ignore[misc]  # transformers has no types
     """The config of a Llama with one entry of `block_configs` for each block."""
 
     model_type = MODEL_TYPE
@@ -166,7 +166,7 @@ def _key_value_heads(part: Mapping[str, Any], number: int, config: Any, location
 
 def _width(part: Mapping[str, Any], number: int, config: Any, location: str) -> int:
     multiple, width = part.get("ffn_mult"), part.get("intermediate_size")
-    if type(multiple) in (int, float) and multiple > 0:
+    if isinstance(multiple, int | float) and multiple > 0:
         return mlp_width(multiple, config.hidden_size)
     if multiple is None and type(width) is int and width > 0:
         return width
@@ -179,7 +179,7 @@ def _width(part: Mapping[str, Any], number: int, config: Any, location: str) -> 
 # ----------------------------------------------------------------------------------------------------------- modules
 
 
-class NemotronNasBlock(LlamaDecoderLayer):
+class NemotronNasBlock(LlamaDecoderLayer):  # type: ignore[misc]  # transformers has no types
     """A block of Llama without the branches that its checkpoint lacks; nothing stands in their place."""
 
     def __init__(self, config: Any, shape: BlockShape, cache_layer: int) -> None:
@@ -187,14 +187,10 @@ class NemotronNasBlock(LlamaDecoderLayer):
         self.hidden_size = config.hidden_size
         self.self_attn = self.input_layernorm = self.mlp = self.post_attention_layernorm = None
         if shape.key_value_heads is not None:
-            own = copy.copy(config)
-            own.num_key_value_heads = shape.key_value_heads
-            self.self_attn = LlamaAttention(own, cache_layer)
+            self.self_attn = LlamaAttention(_with(config, "num_key_value_heads", shape.key_value_heads), cache_layer)
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if shape.width is not None:
-            own = copy.copy(config)
-            own.intermediate_size = shape.width
-            self.mlp = LlamaMLP(own)
+            self.mlp = LlamaMLP(_with(config, "intermediate_size", shape.width))
             self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -214,7 +210,16 @@ class NemotronNasBlock(LlamaDecoderLayer):
         return hidden_states
 
 
-class NemotronNasModel(LlamaModel):
+def _with(config: Any, name: str, value: int) -> Any:
+    """Return the config with another value of a field; the config itself if it has this value."""
+    if getattr(config, name) == value:
+        return config
+    changed = copy.copy(config)
+    setattr(changed, name, value)
+    return changed
+
+
+class NemotronNasModel(LlamaModel):  # type: ignore[misc]  # transformers has no types
     """The trunk of the model; its cache has a layer for each attention that is left, numbered without gaps."""
 
     def __init__(self, config: Any) -> None:
@@ -238,7 +243,7 @@ class NemotronNasModel(LlamaModel):
         return super().forward(use_cache=use_cache, cache=cache, **options)
 
 
-class DeciLMForCausalLM(LlamaForCausalLM):
+class DeciLMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # transformers has no types
     """The language model; the name is that of the architecture in its config."""
 
     config_class = NemotronNasConfig
