@@ -136,12 +136,6 @@ def _groups(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"n_heads_in_group of block {number} is {group}, no divisor of {heads} heads"
 
 
-def _no_maps(checkpoint: Checkpoint) -> Iterator[str]:
-    for number, parts in enumerate(checkpoint.blocks):
-        if any(part.get("replace_with_linear") for part in parts):
-            yield f"block {number} has a linear map in place of a branch"
-
-
 def _no_window(checkpoint: Checkpoint) -> Iterator[str]:
     windows = [attention.get("window_length") for attention, _ in checkpoint.blocks]
     if checkpoint.config.get("sliding_window") is not None or any(windows):
@@ -224,6 +218,23 @@ def _widths(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"block {number} states no width of its MLP"
 
 
+def _mapped(checkpoint: Checkpoint) -> Iterator[int]:
+    """Yield the blocks with a linear map in place of a branch."""
+    for number, parts in enumerate(checkpoint.blocks):
+        if any(part.get("replace_with_linear") for part in parts):
+            yield number
+
+
+def _no_maps(checkpoint: Checkpoint) -> Iterator[str]:
+    for number in _mapped(checkpoint):
+        yield f"it has no linear maps, and block {number} has one in place of a branch"
+
+
+def _unknown_maps(checkpoint: Checkpoint) -> Iterator[str]:
+    for number in _mapped(checkpoint):
+        yield f"it reads linear maps, as in block {number}, by rules that Compressor does not check"
+
+
 def _one_group(checkpoint: Checkpoint) -> Iterator[str]:
     groups = {attention["n_heads_in_group"] for attention, _ in checkpoint.blocks if not attention["no_op"]}
     if len(groups) != 1:
@@ -286,13 +297,14 @@ def _convertible_tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
         )
 
 
-_COMMON: tuple[Rule, ...] = (_no_code, _silu, _no_window, _no_maps, _groups)
+_COMMON: tuple[Rule, ...] = (_no_code, _silu, _no_window, _groups)
 ENGINES: Mapping[str, tuple[Rule, ...]] = {
-    "vLLM": (*_COMMON, _first_attention, _widths, _tensors),
-    "SGLang": (*_COMMON, _one_group, _multiples, _no_mlp_bias, _tensors),
-    "TensorRT-LLM": (*_COMMON, _multiples, _no_attention_bias, _no_mlp_bias, _tensors),
+    "vLLM": (*_COMMON, _no_maps, _first_attention, _widths, _tensors),
+    "SGLang": (*_COMMON, _no_maps, _one_group, _multiples, _no_mlp_bias, _tensors),
+    "TensorRT-LLM": (*_COMMON, _unknown_maps, _multiples, _no_attention_bias, _no_mlp_bias, _tensors),
     "llama.cpp": (
         *_COMMON,
+        _unknown_maps,
         _first_attention,
         _mlps_stay,
         _multiples,

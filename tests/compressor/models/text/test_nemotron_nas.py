@@ -74,7 +74,9 @@ def test_it_computes_llama_without_the_absent_branches(folder):
     assert type(model.module) is DeciLMForCausalLM
     ids = torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected, actual = (each(ids, use_cache=False).logits for each in (llama_with_zeros(model.module), model.module))
+        expected, actual = (
+            each(ids, use_cache=False).logits for each in (llama_with_zeros(model.module), model.module)
+        )
     assert (actual - expected).abs().max() <= SAME * expected.abs().max()
 
 
@@ -139,7 +141,11 @@ def test_a_width_by_ffn_mult_is_a_multiple_of_256():
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("attention", {"replace_with_linear": True}, "has attention.replace_with_linear, which Compressor does not run"),
+        (
+            "attention",
+            {"replace_with_linear": True},
+            "attention.replace_with_linear, which Compressor does not run",
+        ),
         ("attention", {"window_length": 8}, "has attention.window_length"),
         ("attention", {"num_sink_tokens": 4}, "has attention.num_sink_tokens"),
         ("attention", {"n_heads_in_group": 3}, "n_heads_in_group to 3; expected a divisor of its 4 heads"),
