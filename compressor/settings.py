@@ -44,9 +44,11 @@ if TYPE_CHECKING:
 DEFAULT_LOSS = 1.0
 # Fields that are arguments of Python functions only.
 API_ONLY = ("example_inputs",)
+ONLY_DROPS = f"--target {TRANSFORMERS} can only drop: whole blocks, or single branches of Llama and Mistral models"
 ONLY_BLOCKS = f"--target {TRANSFORMERS} can only remove whole blocks"
 BLOCKS_ADVICE = (
-    "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target"
+    "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target, "
+    "such as onnxruntime, which takes any plan"
 )
 # Targets that cannot have dynamic height and width, with the reason.
 FIXED_SIZE = {
@@ -410,15 +412,12 @@ def _check_checkpoint(settings: Settings) -> None:
     """Refuse changes that a checkpoint cannot express, as far as the settings tell without the model."""
     if set(settings.chosen_actions) != {"drop"}:
         raise SettingsError(
-            f"{ONLY_BLOCKS}; found --actions {settings.actions}: leave out --actions, or choose another --target."
+            f"{ONLY_DROPS}; found --actions {settings.actions}: leave out --actions, or choose another --target."
         )
     if settings.tokens not in ("auto", "none"):
         raise SettingsError(
-            f"{ONLY_BLOCKS}; found --tokens {settings.tokens}: leave out --tokens, or choose another --target."
+            f"{ONLY_DROPS}; found --tokens {settings.tokens}: leave out --tokens, or choose another --target."
         )
-    counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", settings.drop.strip())
-    if counted is not None and counted[1] != "block":
-        raise SettingsError(f"{ONLY_BLOCKS}; found --drop {settings.drop}: {BLOCKS_ADVICE}.")
 
 
 def _check_drop(settings: Settings) -> None:

@@ -126,7 +126,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0) -> TracedMo
             image_size=settings.pixels,
         )
     if settings.target == TRANSFORMERS:
-        checkpoint.check_model(model)
+        checkpoint.check_model(model, settings.drop)
     with steps.step("load the data") as tick:
         data = load_data(settings, model, tick, decision=decision)
     for limitation in data.limitations:

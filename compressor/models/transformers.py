@@ -21,7 +21,7 @@ from compressor.models.base import Model, ModelError, as_numpy, first_line, load
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess, Tokenise
-from compressor.models.text import sentence_transformers
+from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.text.aligned_tokens import tokenize_aligned
 from compressor.models.text.kv_cache import with_cache
 from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
@@ -104,12 +104,15 @@ def load(
     if revision is not None and Path(location).is_dir():
         raise ModelError(f"{location} is a local folder, so it has no revision {revision!r}; leave --revision out.")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    nemotron_nas.register()
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
             sentence_files = sentence_transformers.find_files(partial(_optional, location, revision=revision))
             resolved_task = task or _task(config, sentence_files, location)
             check_counts(config, location)
+            if isinstance(config, nemotron_nas.NemotronNasConfig):
+                nemotron_nas.block_shapes(config, location)
             kind = _kind(config, resolved_task)
             if not trust_remote_code:  # transformers would ask on the terminal whether to run the code
                 check_parameters(partial(with_random_weights, kind, config), location, random_weights=random_weights)

@@ -126,7 +126,7 @@ def apply_fixed_plan(
     plan = with_token_merging(plan, merge_schedule(settings.tokens, subject.sites))
     if bounds is not None:
         _check_dropping(plan)
-    if rewriter.whole:
+    if settings.target == TRANSFORMERS:
         checkpoint.check_plan(plan, subject.sites, subject.model)
     with steps.step("rewrite") as tick:
         graph = rewriter.apply_changes(plan.changes, tick)
@@ -136,13 +136,21 @@ def apply_fixed_plan(
 def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
     """Return the rewriter of a model; its units are whole blocks if the target can only remove those.
 
+    A search does not change what the target has to keep.
+
     Raises:
         CheckpointError: the target cannot remove a block of this model.
     """
-    whole = settings.target == TRANSFORMERS
+    whole = settings.target == TRANSFORMERS and checkpoint.drops_blocks(subject.model)
     if whole and settings.drop == "auto":
         checkpoint.check_blocks(subject.sites, subject.model)
-    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
+    fixed = _fixed(subject, settings) if settings.drop == "auto" else {}
+    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, fixed=fixed)
+
+
+def _fixed(subject: TracedModel, settings: Settings) -> dict[str, str]:
+    """Return the sites that the target has to keep, with the reason."""
+    return checkpoint.kept_sites(subject.sites, subject.model) if settings.target == TRANSFORMERS else {}
 
 
 def _fixed_plan(
@@ -175,6 +183,7 @@ def _fixed_plan(
             scores=scores,
             effect=None if effects is None else effect,
             seed=settings.seed,
+            fixed=_fixed(subject, settings),
         )
     facts = {} if effects is None else {"sweeps": effects.sweeps, "samples": len(effects.split)}
     return with_action(plan, settings.chosen_actions[0]), facts, evidence(subject.sites, scores, alone)
@@ -386,7 +395,8 @@ def _designs(subject: TracedModel, settings: Settings, rewriter: Rewriter) -> di
     if rewriter.whole:
         return cost_model.designs_by_block(rewriter)
     merged = _merged(rewriter) if "merge" in settings.chosen_actions else {}
-    return cost_model.designs_by_kind(subject.graph, subject.sites) | merged
+    linear = settings.target != TRANSFORMERS
+    return cost_model.designs_by_kind(subject.graph, subject.sites, linear=linear) | merged
 
 
 def _merged(rewriter: Rewriter) -> dict[str, Graph]:

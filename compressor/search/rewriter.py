@@ -35,6 +35,7 @@ class Rewriter:
         sweeps: forward passes over `split`: two for each fit (of the original and of the current graph), and two per
             epoch for ``replaceme-cosine``, which is trained.
         whole: change whole blocks, which are removed including their norms, in place of single sites.
+        fixed: units that must not be changed, with the reason.
         units: sites by name of the unit that is changed together: a site or, with `whole`, a block.
     """
 
@@ -43,6 +44,7 @@ class Rewriter:
     split: Split
     sweeps: float = 0.0
     whole: bool = False
+    fixed: Mapping[str, str] = field(default_factory=dict)
     units: dict[str, tuple[Site, ...]] = field(init=False)
     _by_name: dict[str, Site] = field(default_factory=dict)
     _protected: dict[tuple[str, ...], int] = field(default_factory=dict)
@@ -74,6 +76,8 @@ class Rewriter:
         Raises:
             PassError: the action cannot be applied to this unit; the message gives the reason.
         """
+        if name in self.fixed:
+            raise PassError(f"{self.fixed[name]}.")
         fork, unit = current.fork(), self.units[name]
         form, rank = form_and_rank(action)
         if form == "drop":
