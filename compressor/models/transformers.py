@@ -23,6 +23,7 @@ from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.text.aligned_tokens import tokenize_aligned
+from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
 from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
 from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text
@@ -235,6 +236,7 @@ def _wrap(
     image_size: ImageSize = None,
 ) -> Model:
     image = module.main_input_name == "pixel_values"
+    experts = use_writable_experts(module)
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
     if not image and processors is not None:
         sentence_transformers.prepare_tokenizer(processors, sentence_files, location)
@@ -277,7 +279,7 @@ def _wrap(
         limitations=tuple(
             _image_limitations(module, sized)
             if sized is not None
-            else (*_text_limitations(processors, inputs, longest), *padding_limitations)
+            else (*_text_limitations(processors, inputs, longest), *padding_limitations, *experts)
         ),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
