@@ -11,6 +11,7 @@ Weights have the names that they have in Llama. A block without attention has no
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from compressor.models.base import ModelError
+from compressor.models.text.kv_cache import CACHE_NAMES
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"
@@ -236,11 +238,13 @@ class NemotronNasModel(LlamaModel):  # type: ignore[misc]  # transformers has no
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, *, use_cache: bool | None = None, cache: Any = None, **options: Any) -> Any:
+    def forward(self, *, use_cache: bool | None = None, **options: Any) -> Any:
         """Run `LlamaModel`, with a cache that grows by the layers that are used."""
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        return super().forward(use_cache=use_cache, cache=cache, **options)
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if wanted and all(options.get(name) is None for name in CACHE_NAMES):
+            taken = inspect.signature(LlamaModel.forward).parameters
+            options[next(name for name in CACHE_NAMES if name in taken)] = DynamicCache()
+        return super().forward(use_cache=use_cache, **options)
 
 
 class DeciLMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]  # transformers has no types

@@ -417,7 +417,7 @@ def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
 
 @pytest.mark.slow
 def test_a_sweep_of_whole_blocks(tmp_path, tokens):
-    dense = saved(tmp_path / "dense", "Qwen3ForCausalLM")
+    dense = saved(tmp_path / "dense", "Gemma2ForCausalLM")
     front = compressor.sweep(
         dense, data=tokens, target="transformers", cost="macs", max_loss=1e6, rounds=1, output=tmp_path / "out"
     )

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from compressor import models
 from compressor.lower.trace import trace
 from compressor.models import ModelError
 from compressor.models.text import nemotron_nas
+from compressor.models.text.kv_cache import CACHE_NAMES
 from compressor.models.text.nemotron_nas import BlockShape, DeciLMForCausalLM, NemotronNasConfig, block_shapes
 from passes.execute.interpreter import run
 from passes.graph.sites import find_sites
@@ -91,6 +93,9 @@ def test_the_cache_has_a_layer_for_each_attention_that_is_left(folder):
         while again.shape[1] < generated.shape[1]:
             again = torch.cat([again, model.module(again, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(again, generated)
+    output = model.module(ids)
+    cache = next(output[name] for name in CACHE_NAMES if name in output)
+    assert len(cache.layers) == len(keys)  # the config's use_cache is true
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -107,6 +112,14 @@ def test_its_graph_has_the_branches_that_are_left_and_no_others(folder, on_disk)
         expected = model.call(model.module, *model.example.values())
         for value, other in zip(run(graph, model.example), expected, strict=True):
             assert (value - other).abs().max() <= SAME * other.abs().max()
+
+
+def test_transformers_records_skipped_branches_and_builds_them_all():
+    """The day this fails, transformers opens a plain Llama without single branches, and that form is the better one."""
+    skipping = {"per_layer_config": {"1": {"skip": ["attention"]}}}
+    sizes = {"vocab_size": 48, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": 2}
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=24, **skipping))
+    assert isinstance(module.model.layers[1].self_attn, LlamaAttention)
 
 
 def test_random_weights_need_no_file(folder, tmp_path):
