@@ -34,6 +34,7 @@ MODELS = {
     "XLNetModel": XLNET,
     "LlamaModel": SIZES,
     "T5EncoderModel": T5,
+    "CLIPTextModel": SIZES,
 }
 OFFSET = ("Roberta", "XLMRoberta", "Camembert", "Longformer", "MPNet", "Esm", "Data2VecText", "IBert")
 NONE = ("XLNet", "Llama", "T5")
@@ -51,7 +52,7 @@ def test_the_limit_is_where_calls_begin_to_fail(name):
     with torch.inference_mode():
         module(input_ids=torch.full((1, 60 if limit is None else limit), token))
         if limit is not None:
-            with pytest.raises((IndexError, RuntimeError)):
+            with pytest.raises((IndexError, RuntimeError, ValueError)):
                 module(input_ids=torch.full((1, limit + 1), token))
 
 
