@@ -194,12 +194,11 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool)
 
 
 def _feeds(module: Any, inputs: dict[str, Any], padded: bool) -> dict[str, np.ndarray]:
-    """Return random inputs of `ROWS` rows and, of texts, `LENGTH` tokens; two of them are padding if `padded`."""
+    """Return random inputs of `ROWS` rows and, of texts, `LENGTH` tokens, two of one row being padding if `padded`."""
     rng = np.random.default_rng(5)
     mask = np.ones((ROWS, LENGTH), np.int64)
-    decoder = any(name.startswith("past") for name in inputs)
     if padded:
-        mask[1, slice(0, 2) if decoder else slice(-2, None)] = 0
+        mask[1, -2:] = 0
     vocabulary = module.config.get_text_config().vocab_size if "input_ids" in inputs else 0
     feeds: dict[str, np.ndarray] = {}
     for name, each in inputs.items():
