@@ -194,7 +194,7 @@ def _refusal(node: onnx.NodeProto, tensor: onnx.TensorProto, *, convolutions: bo
     if len(tensor.dims) != 2:
         return f"weight has {len(tensor.dims)} axes, expected 2"
     if min(tensor.dims) < SMALLEST:
-        return f"only {min(tensor.dims)} channels: below {SMALLEST}, the conversion costs more than int8 saves"
+        return f"only {min(tensor.dims)} channels: below {SMALLEST}, the conversion costs more than it saves"
     plain = (
         _attribute(node, "alpha", 1.0) == _attribute(node, "beta", 1.0) == 1.0 and _attribute(node, "transA", 0) == 0
     )

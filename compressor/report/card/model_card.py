@@ -53,6 +53,7 @@ MEANINGS = {
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
 }
 CLASSES = 10  # classes that the card names
+INT4_IN_FP16 = "Weights are int4, with a scale per block; products compute in fp16, normalisation and softmax in fp32."
 ONLY_STORED = "Weights are stored in {}, but no layer of the engine computes in it."
 INT8 = (
     "int8 is faster on hardware with 8-bit dot products (AVX-512 VNNI, AMX, Arm's dot product, tensor cores). On other "
@@ -297,11 +298,17 @@ def _changed(content: Json) -> str:
     lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule {code(plan['rule'])})."]
     if settings["precision"] != "fp32":
         unused = is_unused(settings["precision"], content["engine"])
-        lines.append(ONLY_STORED.format(settings["precision"]) if unused else MEANINGS[settings["precision"]])
+        lines.append(ONLY_STORED.format(settings["precision"]) if unused else _meaning(content))
     if healed is not None:
         how = prose(f"{healed['method']}: {healed['note']}")
         lines.append(f"The remaining weights were adapted without labels ({how}).")
     return " ".join(lines)
+
+
+def _meaning(content: Json) -> str:
+    precision = content["settings"]["precision"]
+    halved = content["precision"].get("result", {}).get("rest") == "fp16"
+    return INT4_IN_FP16 if precision == "int4" and halved else MEANINGS[precision]
 
 
 def _limits(content: Json) -> Iterator[str]:

@@ -50,7 +50,11 @@ def test_error_names_the_targets_with_the_precision() -> None:
 
 
 def test_error_without_a_target_with_the_precision() -> None:
-    with pytest.raises(PrecisionError, match=r"^target onnxruntime has no int4 on cuda; it has fp32, fp16 there\.$"):
+    with pytest.raises(
+        PrecisionError, match=r"^target onnxruntime has no int8-dynamic on cuda; it has fp32, fp16 there\.$"
+    ):
+        check_precision(runtime("onnxruntime"), "int8-dynamic", "cuda")
+    with pytest.raises(PrecisionError, match=r"int4 on cuda needs --target tensorrt_rtx\.$"):
         check_precision(runtime("onnxruntime"), "int4", "cuda")
     with pytest.raises(PrecisionError, match=r"int8 on cuda needs --target tensorrt( or \w+)*\.$"):
         check_precision(runtime("onnxruntime"), "int8", "cuda")

@@ -28,7 +28,7 @@ from compressor.measure import engine_builder
 from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
 from compressor.quantize.convert import convert
-from compressor.quantize.fp16 import HalfError, to_fp16
+from compressor.quantize.half_precision import HalfError, to_fp16
 from compressor.quantize.int8_search import quantize
 from compressor.settings import Settings
 from runtimes.base.protocols import BuildError, BuildOptions, LayerCounts, RuntimesError, RuntimeUnavailable

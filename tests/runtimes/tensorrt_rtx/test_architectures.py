@@ -12,7 +12,7 @@ from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.quantize.convert import convert
-from compressor.quantize.fp16 import to_fp16
+from compressor.quantize.half_precision import to_fp16
 from passes.base import apply
 from passes.graph.sites import find_sites
 from passes.merge_tokens.token_merging import ReduceTokens
