@@ -176,7 +176,7 @@ class Settings:
     )
     max_precision_loss: float = option(
         0.5,
-        "Largest loss of a precision below fp32, in %; int8 returns layers to float until the loss is that small.",
+        "Largest loss of a precision below fp32, in %; int8 and fp8 return layers to float to meet it.",
         least=0.0,
         most=100.0,
         unit="percent",

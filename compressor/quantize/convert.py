@@ -61,15 +61,15 @@ def convert(
         quantizer: package that writes int8.
         calibration: calibration method of this package's static int8.
         loss: returns the loss of a written file against the float file in percent.
-        max_loss: largest allowed loss in percent. int8 keeps layers in float to meet it; other precisions ignore it.
+        max_loss: largest allowed loss in percent. int8 and fp8 keep layers in float to meet it; others ignore it.
         progress: called with a short message at each step.
         judge: compares outputs in int8 with those of the float model.
 
     Raises:
         CompressorError: the file cannot be written in this precision.
     """
-    if precision in ("int8", "int8-dynamic") and quantizer == OURS:
-        dynamic = precision == "int8-dynamic"
+    if precision in ("int8", "int8-dynamic", "fp8") and quantizer == OURS:
+        dynamic, fp8 = precision == "int8-dynamic", precision == "fp8"
         halved = style.rest == "fp16" and not dynamic
         maxima = _maxima(source, destination, feeds, progress) if halved else {}
         quantized = quantize(
@@ -77,9 +77,9 @@ def convert(
             destination,
             feeds,
             mode="dynamic" if dynamic else "static",
-            activations="uint8" if dynamic else style.activations,
-            calibration=calibration,
-            convolutions=style.convolutions and not dynamic,
+            activations="fp8" if fp8 else "uint8" if dynamic else style.activations,
+            calibration="minmax" if fp8 else calibration,  # the precision of a float hardly depends on its scale
+            convolutions=style.convolutions and precision == "int8",
             loss=partial(_loss_in_fp16, loss, maxima) if halved and loss is not None else loss,
             max_loss=max_loss,
             progress=progress,

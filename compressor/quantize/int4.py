@@ -17,20 +17,20 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir as ir
 from onnx import numpy_helper
-from onnxscript import version_converter
 
 from compressor.errors import CompressorError
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
     PREFIX,
     SMALLEST,
+    TYPED_OPSET,
     Edit,
     Kept,
     Linear,
     QuantizeError,
     candidates,
+    in_opset,
     load,
     paired,
     remove_unused,
@@ -54,9 +54,6 @@ LARGEST = 7
 
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """Shares of the largest weight of a block that its largest step may stand for; larger weights are clipped."""
-
-BLOCKS_OPSET = 21
-"""The first opset whose DequantizeLinear has int4 and blocks."""
 
 
 class Int4Error(CompressorError):
@@ -121,7 +118,7 @@ def to_int4_blocks(source: Path, destination: Path) -> Int4:
         Int4Error: The file has no node to quantize.
         QuantizeError: A weight has NaN or infinity.
     """
-    model = _in_opset(load(source), BLOCKS_OPSET)
+    model = in_opset(load(source), TYPED_OPSET)
     linears, kept = _linears(model, source, whole_blocks=True)
     edit = Edit(model.graph)
     for node, linear in paired(model.graph, linears):
@@ -198,14 +195,6 @@ def _blocks(edit: Edit, linear: Linear) -> str:
         edit.constant(names[0], steps.astype(ml_dtypes.int4))
         edit.constant(names[1], scale)
     return edit.once("DequantizeLinear", names, f"{base}/float", axis=0, block_size=block)
-
-
-def _in_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """Return a model in an opset, or as it is if that is newer."""
-    typed = ir.from_proto(model)
-    if typed.opset_imports.get("", opset) < opset:
-        version_converter.convert_version(typed, opset)
-    return ir.to_proto(typed)
 
 
 def _in_four_bits(quantizer: Any, model: onnx.ModelProto, others: list[str], name: str) -> onnx.ModelProto:

@@ -274,7 +274,7 @@ def is_unused(precision: str, engine: Mapping[str, Any]) -> bool:
     """Return whether the runtime reports that no layer of the engine computes in the precision."""
     name = precision.removesuffix("-dynamic")
     counts = (engine.get("layers") or {}).get("precisions") or {}
-    known = bool(counts) and name in ("fp16", "bf16", "int8")
+    known = bool(counts) and name in ("fp16", "bf16", "fp8", "int8")
     return known and not counts.get(name) and not counts.get("unknown")
 
 

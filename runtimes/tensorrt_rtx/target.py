@@ -5,8 +5,9 @@ the engine is opened. Building takes seconds and needs no GPU and no driver; ope
 and its parser run in the tests of this project. Opening and running an engine never did: that part is the code of
 target tensorrt, which is tested against a fake.
 
-The network is strongly typed, as in target tensorrt: float32, float16, bfloat16, int8 with float16 for all other
-operators, or float16 with int4 weights. Compute capability 7.5 has neither float32 products, bfloat16 nor int4.
+The network is strongly typed, as in target tensorrt: float32, float16, bfloat16, int8 or float8 with float16 for all
+other operators, or float16 with int4 weights. Compute capability 7.5 has neither float32 products, bfloat16 nor int4,
+and float8 needs 8.9 or newer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ name = "tensorrt_rtx"
 description = "NVIDIA TensorRT for RTX on CUDA; also builds engines for GPUs that are not here (never run on one)"
 devices = ("cuda",)
 source: Literal[".onnx"] = ".onnx"
-precisions = {"cuda": ("fp32", "fp16", "bf16", "int8", "int4")}
+precisions = {"cuda": ("fp32", "fp16", "bf16", "fp8", "int8", "int4")}
 own = ()
 int8 = Int8Style(activations="int8", convolutions=True, rest="fp16", int4="DequantizeLinear")
 

@@ -48,6 +48,7 @@ ANEW = (
 MEANINGS = {
     "fp16": "The engine computes in fp16, and normalisation and softmax in fp32.",
     "bf16": "The engine computes in bfloat16.",
+    "fp8": "Weights and the activations they multiply are fp8 (E4M3), with activation scales from calibration data.",
     "int8": "Weights and the activations they multiply are int8, with activation ranges from calibration data.",
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",

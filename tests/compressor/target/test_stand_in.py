@@ -92,6 +92,19 @@ def test_int4_weights_multiply_activations_in_fp16(tmp_path: Path) -> None:
     assert np.abs(run(tmp_path / "q.onnx", x)[0] - expected).max() > 5 * ULP * np.abs(expected).max()
 
 
+def test_fp8_products_are_those_of_their_rounded_factors(tmp_path: Path) -> None:
+    w, x = normal(K, N), normal(4, 5, K)
+    path = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": w}, ["y"])
+    done = convert(path, tmp_path / "q.onnx", "fp8", runtime("tensorrt_rtx").int8, feeds_of(x))
+    assert (done.rest, done.by) == ("fp16", "compressor")
+    stored = {name: value.astype(np.float32) for name, value in initializers(tmp_path / "q.onnx").items()}
+    scale = stored["int8/x/scale"]
+    steps = torch.from_numpy(x.astype(np.float16).astype(np.float32) / scale).to(torch.float8_e4m3fn).float().numpy()
+    expected = (steps * scale) @ (stored["int8/w"] * stored["int8/w/scale"])
+    found = answer(substitute(), tmp_path / "q.onnx", x)
+    assert np.mean(np.abs(found - expected) <= ULP * np.abs(expected) + 1e-6) > 0.95  # of x, a few lie between steps
+
+
 def test_overflow_is_infinite_where_onnxruntime_hides_it(tmp_path: Path) -> None:
     nodes = [node("MatMul", ["x", "w"], "a"), node("Mul", ["a", "small"], "b"), node("MatMul", ["b", "w"], "y")]
     weights = {"w": 100 * np.eye(K, dtype=np.float32), "small": np.array(1e-3, np.float32)}
