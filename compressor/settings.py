@@ -184,7 +184,8 @@ class Settings:
     defer_build: bool = option(False, "Do not build the engine; `compressor build` builds it on the device.")
     gpu: str | None = option(
         None,
-        "GPUs to build engines for ahead of time, such as sm86,sm89 (compute capabilities); --target tensorrt_rtx.",
+        "GPUs to build engines for ahead of time, such as sm86,sm89 (compute capabilities), or sm86+sm89 for one "
+        "engine of both; --target tensorrt_rtx.",
         unset="the present GPU; without one, all that the installed release builds for",
         metavar="SM,...",
     )
