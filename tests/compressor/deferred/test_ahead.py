@@ -13,6 +13,7 @@ from compressor.deferred.ahead import build_ahead
 from compressor.deferred.check_package import read_package
 from compressor.deferred.parser import parsed_by
 from compressor.errors import FolderError
+from compressor.pipeline import export as pipeline
 from compressor.report.engine_text import describe_measurements
 from compressor.target.gpus import Gpus
 from compressor.workspace.progress import Steps
@@ -110,8 +111,8 @@ def export(data, output, **options):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     pytest.importorskip("onnxruntime", reason="it measures in place of the GPU")
     common = {"model": Residual(2), "example_inputs": torch.zeros(2, 32), "data": str(data), "rounds": 1, "drop": "1"}
-    options = {"target": "tensorrt_rtx", **options}
-    return compressor.export(**common, task="image-classification", output=output, **options)
+    options = common | {"target": "tensorrt_rtx"} | options
+    return compressor.export(**options, task="image-classification", output=output)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,32 @@ def test_a_deferred_export_for_tensorrt_is_held_to_the_parser(data, tmp_path):
     assert "parser on the device" in {each.feature for each in report.limitations}
     parser = read_package(tmp_path / "out")["report"]["engine"]["parser"]
     assert parser["builder"] == rtx.builder_version()
+
+
+class Folding(torch.nn.Module):
+    """A branch whose operator NVIDIA's parser lacks (Col2Im)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.fold = torch.nn.Linear(32, 32), torch.nn.Fold((4, 4), (2, 2), stride=2)
+        self.head = torch.nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = x + self.linear(x).relu()
+        return self.head(x + self.fold(x.reshape(-1, 8, 4)).flatten(1))
+
+
+def test_an_operator_that_the_parser_lacks_is_refused_before_the_search(tmp_path, monkeypatch):
+    def search(*_):
+        raise AssertionError("the search began")
+
+    monkeypatch.setattr(pipeline, "choose_plan", search)
+    torch.manual_seed(0)
+    module = Folding().eval()
+    data = labelled_rows(tmp_path / "rows.npz", module, 120)
+    with pytest.raises(BuildError, match=r"layer model\.fold, node .*its parser does not support Col2Im"):
+        export(data, tmp_path / "out", model=module, gpu="sm89")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.npz"]
 
 
 def test_a_full_disk_while_building_leaves_no_folder(data, tmp_path, monkeypatch):
