@@ -52,6 +52,7 @@ BLOCKS_ADVICE = (
 FIXED_SIZE = {
     "tensorrt": "whose engines bound every dynamic axis",
     "tensorrt_rtx": "whose engines bound every dynamic axis",
+    "onnxruntime_rtx": "whose engines bound every dynamic axis",
     "executorch": "whose programs bound every dynamic axis",
 }
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.

@@ -50,6 +50,7 @@ TITLES = {
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "tensorrt_rtx": "TensorRT for RTX",
+    "onnxruntime_rtx": "ONNX Runtime with TensorRT for RTX",
     "torch": "PyTorch (AOTInductor)",
     "executorch": "ExecuTorch (XNNPACK)",
     "transformers": "transformers",
