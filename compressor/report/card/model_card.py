@@ -308,8 +308,8 @@ def _changed(content: Json) -> str:
 
 def _meaning(content: Json) -> str:
     precision = content["settings"]["precision"]
-    halved = content["precision"].get("result", {}).get("rest") == "fp16"
-    return INT4_IN_FP16 if precision == "int4" and halved else MEANINGS[precision]
+    halved = precision == "int4" and content["precision"]["result"].get("rest") == "fp16"
+    return INT4_IN_FP16 if halved else MEANINGS[precision]
 
 
 def _limits(content: Json) -> Iterator[str]:

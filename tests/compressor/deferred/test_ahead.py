@@ -135,6 +135,28 @@ def test_an_export_builds_engines_that_a_device_can_complete(exported):
     assert set(engine["parser"]["files"]) == {"original", "baseline", "result"}
 
 
+@pytest.mark.parametrize(
+    ("precision", "words", "loses"),
+    [
+        ("bf16", "computes in bfloat16", (0.0, 0.5)),
+        pytest.param("fp8", "are fp8 (E4M3)", (0.0, 1.0), marks=pytest.mark.slow),
+        ("int4", "Weights are int4, with a scale per block; products compute in fp16", (0.0, 5.0)),
+    ],
+)
+def test_an_export_in_other_precisions_is_measured_in_their_arithmetic(data, tmp_path, precision, words, loses):
+    folder = tmp_path / "out"
+    report = export(data, folder, gpu="sm89", precision=precision, max_precision_loss=100.0)
+    engine = read_package(folder)["report"]["engine"]
+    assert engine["ahead_of_time"]["layers"]["precisions"][precision] > 0
+    assert words in (folder / "README.md").read_text()
+    features = {each.feature: each.reason for each in report.limitations}
+    half = "bf16" if precision == "bf16" else "fp16"
+    assert f"measured with {half} arithmetic" in features[f"{precision} on the device"]
+    assert ("int4 of all matrices" in features) == (precision == "int4")  # the head has four classes
+    assert loses[0] <= report.precision["result"]["loss"] <= loses[1]
+    assert 0 < report.parity["result"] < 0.2  # rounding, and no more
+
+
 def test_a_float32_export_leaves_out_turing_with_the_reason(data, tmp_path):
     report = export(data, tmp_path / "out")
     part = json.loads((tmp_path / "out" / "report.json").read_text())["engine"]["ahead_of_time"]
