@@ -54,6 +54,7 @@ BLOCKS_ADVICE = (
 FIXED_SIZE = {
     "tensorrt": "whose engines bound every dynamic axis",
     "tensorrt_rtx": "whose engines bound every dynamic axis",
+    "onnxruntime_rtx": "whose engines bound every dynamic axis",
     "executorch": "whose programs bound every dynamic axis",
 }
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
@@ -178,7 +179,7 @@ class Settings:
     )
     max_precision_loss: float = option(
         0.5,
-        "Largest loss of a precision below fp32, in %; int8 returns layers to float until the loss is that small.",
+        "Largest loss of a precision below fp32, in %; int8 and fp8 return layers to float to meet it.",
         least=0.0,
         most=100.0,
         unit="percent",
@@ -186,7 +187,8 @@ class Settings:
     defer_build: bool = option(False, "Do not build the engine; `compressor build` builds it on the device.")
     gpu: str | None = option(
         None,
-        "GPUs to build engines for ahead of time, such as sm86,sm89 (compute capabilities); --target tensorrt_rtx.",
+        "GPUs to build engines for ahead of time, such as sm86,sm89 (compute capabilities), or sm86+sm89 for one "
+        "engine of both; --target tensorrt_rtx.",
         unset="the present GPU; without one, all that the installed release builds for",
         metavar="SM,...",
     )

@@ -15,6 +15,7 @@ from compressor.choices import AUTO, TRANSFORMERS
 from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
+from compressor.deferred.parser import parsed_by
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
@@ -221,11 +222,13 @@ def _decided(
         The engines, and the facts about the decision.
     """
     certify = settings.precision != "fp32" or settings.heal != "none"
+    with steps.step("lower the original, check against torch"):  # before the search, which may take long
+        baseline = lower_variant("baseline", subject.graph, subject.graph, evaluator.builder)
+        if settings.defer_build:
+            parsed_by(settings.target, {"original": baseline.float_file})
     with index_errors_as_data_errors(subject):
         choice = choose_plan(subject, settings, evaluator, steps)
         decision = None if choice.search is None else Decision.of(subject, settings, steps)
-    with steps.step("lower the original, check against torch"):
-        baseline = lower_variant("baseline", subject.graph, subject.graph, evaluator.builder)
     if decision is not None:
         decision.spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)
         if settings.confidence is not None and certify:

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 DEVICES = ("cpu", "cuda")
-# The precision of an engine's matrix products. int8-dynamic computes activation ranges at run time; int4 quantizes
-# only weights. All other operators compute in float: 16 bits for fp16 and bf16, otherwise 32.
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
+# The precision of an engine's matrix products. fp8 is E4M3 with scales as in int8; int8-dynamic computes activation
+# ranges at run time; int4 quantizes only weights. All other operators compute in float: 16 bits for fp16 and bf16,
+# otherwise that of `Int8Style.rest`.
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4")
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]
@@ -89,20 +90,22 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Int8Style:
-    """The form of int8 ONNX file that a target requires.
+    """The form of a quantized ONNX file that a target requires: of int8, and of int4 where it has that.
 
     Attributes:
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
         quantizers: The quantizers to try: this package, and others whose file may be faster on this target.
         rest: The float type of scales and of all other operators; norms and softmax stay in fp32. It applies to static
-            quantization only.
+            quantization, and to int4 in blocks.
+        int4: The operator that holds int4 weights: MatMulNBits of ONNX Runtime, or DequantizeLinear with blocks.
     """
 
     activations: Literal["uint8", "int8"]
     convolutions: bool
     quantizers: tuple[str, ...] = ("compressor",)
     rest: Literal["fp32", "fp16"] = "fp32"
+    int4: Literal["MatMulNBits", "DequantizeLinear"] = "MatMulNBits"
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ TITLES = {
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "tensorrt_rtx": "TensorRT for RTX",
+    "onnxruntime_rtx": "ONNX Runtime with TensorRT for RTX",
     "torch": "PyTorch (AOTInductor)",
     "executorch": "ExecuTorch (XNNPACK)",
     "transformers": "transformers",
@@ -264,6 +265,8 @@ def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple
         )
     elif runtime != target:
         remarks.append(f"This code opens `model.onnx` with ONNX Runtime, not the engine of {target}.")
+    if runtime == "onnxruntime" and target in GPU_ENGINES and content["settings"]["precision"] == "bf16":
+        remarks.append("ONNX Runtime has no bf16 kernels for the CPU, so this code needs a device that has them.")
     if runtime in GPU_ENGINES:
         remarks.append(
             f"The engine runs only on the GPU model and the {TITLES[runtime]} version that it was built with."

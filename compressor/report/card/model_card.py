@@ -48,11 +48,13 @@ ANEW = (
 MEANINGS = {
     "fp16": "The engine computes in fp16, and normalisation and softmax in fp32.",
     "bf16": "The engine computes in bfloat16.",
+    "fp8": "Weights and the activations they multiply are fp8 (E4M3), with activation scales from calibration data.",
     "int8": "Weights and the activations they multiply are int8, with activation ranges from calibration data.",
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
 }
 CLASSES = 10  # classes that the card names
+INT4_IN_FP16 = "Weights are int4, with a scale per block; products compute in fp16, normalisation and softmax in fp32."
 ONLY_STORED = "Weights are stored in {}, but no layer of the engine computes in it."
 INT8 = (
     "int8 is faster on hardware with 8-bit dot products (AVX-512 VNNI, AMX, Arm's dot product, tensor cores). On other "
@@ -307,11 +309,17 @@ def _changed(content: Json) -> str:
     lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule {code(plan['rule'])})."]
     if settings["precision"] != "fp32":
         unused = is_unused(settings["precision"], content["engine"])
-        lines.append(ONLY_STORED.format(settings["precision"]) if unused else MEANINGS[settings["precision"]])
+        lines.append(ONLY_STORED.format(settings["precision"]) if unused else _meaning(content))
     if healed is not None:
         how = prose(f"{healed['method']}: {healed['note']}")
         lines.append(f"The remaining weights were adapted without labels ({how}).")
     return " ".join(lines)
+
+
+def _meaning(content: Json) -> str:
+    precision = content["settings"]["precision"]
+    halved = precision == "int4" and content["precision"]["result"].get("rest") == "fp16"
+    return INT4_IN_FP16 if halved else MEANINGS[precision]
 
 
 def _limits(content: Json) -> Iterator[str]:
