@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from compressor import __version__
-from compressor.choices import TRANSFORMERS
+from compressor.choices import GGUF, TRANSFORMERS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
+from compressor.lower.gguf import rules
 from compressor.lower.traced_model import TracedModel
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.measure.memory_budget import MemoryBudget
@@ -124,13 +125,15 @@ def apply_fixed_plan(
         _check_dropping(plan)
     if rewriter.whole:
         checkpoint.check_plan(plan, subject.sites, subject.model)
+    if rewriter.nested:
+        rules.check_changes(plan.changes, subject.sites)
     with steps.step("rewrite") as tick:
         graph = rewriter.apply_changes(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=measurements)
 
 
 def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
-    """Return the rewriter of a model; its units are whole blocks if the target can only remove those.
+    """Return the rewriter of a model; its units are what the target can remove, such as whole blocks.
 
     Raises:
         CheckpointError: the target cannot remove a block of this model.
@@ -138,7 +141,8 @@ def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
     whole = settings.target == TRANSFORMERS
     if whole and settings.drop == "auto":
         checkpoint.check_blocks(subject.sites, subject.model)
-    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole)
+    nested = settings.target == GGUF
+    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, nested=nested)
 
 
 def _fixed_plan(
@@ -381,6 +385,8 @@ def _designs(subject: TracedModel, settings: Settings, rewriter: Rewriter) -> di
     """Return the graphs to time for the cost model."""
     if rewriter.whole:
         return cost_model.designs_by_block(rewriter)
+    if rewriter.nested:
+        return cost_model.designs_by_attention(rewriter)
     merged = _merged(rewriter) if "merge" in settings.chosen_actions else {}
     return cost_model.designs_by_kind(subject.graph, subject.sites) | merged
 
