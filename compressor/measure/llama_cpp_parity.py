@@ -76,7 +76,9 @@ def _next_tokens(expected: Array, found: Array) -> str:
 def _tokenizers(engine: LlamaCpp, feeds: Feeds, model: Model) -> Iterator[str]:
     """Yield a note if llama.cpp tokenizes a sample otherwise than the model's tokenizer."""
     rows = zip(feeds["input_ids"], feeds["attention_mask"], strict=True)
-    texts = [model.tokenizer.decode(ids[mask.astype(bool)], skip_special_tokens=True)[:CHARACTERS] for ids, mask in rows]
+    texts = [
+        model.tokenizer.decode(ids[mask.astype(bool)], skip_special_tokens=True)[:CHARACTERS] for ids, mask in rows
+    ]
     other = [
         text for text in texts if engine.tokenize(text) != model.tokenizer(text, add_special_tokens=False).input_ids
     ]

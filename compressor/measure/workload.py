@@ -191,8 +191,14 @@ def feeds_with_cache(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.ND
 
     mask = np.ones(ids.shape, dtype=np.int64)
     new = ids[:, start:]
-    feeds = {"input_ids": new, "attention_mask": mask, "position_ids": positions(mask, new.shape[1])}
-    return feeds | ({PAST: ids[:, :start]} if start else {})
+    feeds: dict[str, npt.NDArray[np.generic]] = {
+        "input_ids": new,
+        "attention_mask": mask,
+        "position_ids": positions(mask, new.shape[1]),
+    }
+    if start:
+        feeds[PAST] = ids[:, :start]
+    return feeds
 
 
 def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:

@@ -191,8 +191,7 @@ def designs_by_attention(rewriter: Rewriter) -> dict[str, Graph]:
         "without every other block": blocks[::2],
     }
     return {
-        name: rewriter.apply_changes(rewriter.of_sites(dict.fromkeys(units, "drop")))
-        for name, units in dropped.items()
+        name: rewriter.apply_changes(rewriter.of_sites(dict.fromkeys(units, "drop"))) for name, units in dropped.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""The C API of llama.cpp (llama.h), called by ctypes in the library that PyPI's xllamacpp carries; seen in 2026.10.11549.
+"""The C API of llama.cpp (llama.h), called by ctypes in the library of PyPI's xllamacpp; seen in 2026.10.11549.
 
 The Python class of xllamacpp, its server, returns sampled tokens and the most probable ones beside them. Perplexity and
 next-token agreement need the logits of every token of a text, which only the C API gives.
@@ -189,9 +189,7 @@ class LoadedModel:
         """Return the tokens of a text, without those that llama.cpp adds before and after it."""
         encoded = text.encode()
         room = (ctypes.c_int32 * (len(encoded) + 8))()
-        count = self.library.llama_tokenize(
-            self._vocabulary, encoded, len(encoded), room, len(room), False, False
-        )
+        count = self.library.llama_tokenize(self._vocabulary, encoded, len(encoded), room, len(room), False, False)
         return list(room[: max(count, 0)])
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,13 @@ def rewrite(source: Path, destination: Path, precision: str) -> None:
 
     reader = _reader(source)
     architecture = reader.get_field("general.architecture").contents()
-    writer = gguf.GGUFWriter(destination, architecture)
+    with contextlib.closing(gguf.GGUFWriter(destination, architecture)) as writer:
+        _write(reader, writer, precision)
+
+
+def _write(reader: Any, writer: Any, precision: str) -> None:
+    import gguf
+
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[precision]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for field in reader.fields.values():
@@ -69,7 +76,6 @@ def rewrite(source: Path, destination: Path, precision: str) -> None:
     writer.write_ti_data_to_file()
     for tensor, kind in zip(reader.tensors, kinds, strict=True):
         writer.write_tensor_data(_converted(tensor, kind))
-    writer.close()
 
 
 def types(path: Path) -> Iterator[tuple[str, str]]:

@@ -180,9 +180,7 @@ class LlamaCpp(Closing[LoadedModel]):
         self._whole.clear()
         return self._whole
 
-    def _checked(
-        self, feeds: Feeds
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _checked(self, feeds: Feeds) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the earlier tokens, the new tokens and the mask of both, each [rows, tokens]."""
         checked = check_feeds(feeds, self.input_dtypes, self.input_shapes)
         ids, mask = checked["input_ids"], checked["attention_mask"]

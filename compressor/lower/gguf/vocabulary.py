@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compressor.choices import GGUF
 from compressor.internals.gguf import bounded_reader
 from compressor.internals.transformers import quiet
 from compressor.lower.gguf.rules import GgufError
+from compressor.workspace.json_files import OBJECT, read_json
 
 if TYPE_CHECKING:
     from compressor.models import Model
@@ -70,7 +70,7 @@ def _kind(model: Model, folder: str) -> tuple[dict[str, Any], str, str]:
     path = Path(folder, "tokenizer.json")
     if model.tokenizer is None or not path.is_file():
         raise GgufError(f"--target {GGUF} needs the tokenizer of {model.name} as a tokenizer.json; {ADVICE}.")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content = cast(dict[str, Any], read_json(path, OBJECT, remedy="save the tokenizer again"))
     inner = content["model"]
     if inner["type"] == "BPE" and inner.get("byte_fallback"):
         return content, "llama", "default"
@@ -92,7 +92,9 @@ def _pre_tokenizer(model: Model, content: Mapping[str, Any]) -> str:
     parts = outer.get("pretokenizers", [outer])
     shapes = [_shape(part) for part in parts]
     splits = _splits()
-    if content.get("normalizer") is None and not outer.get("add_prefix_space"):
+    if content.get("normalizer") is not None:
+        shapes.insert(0, f"normalized by {content['normalizer'].get('type')}")
+    elif not outer.get("add_prefix_space"):
         if shapes == ["ByteLevel by GPT-2"]:
             return "gpt-2"
         if shapes == ["Digits", "ByteLevel by GPT-2"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,14 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
 
     blocks = blocks_of(graph)
     equal = all(block.attention for block in blocks)
-    writer = gguf.GGUFWriter(path, "llama" if equal else "deci")
+    with contextlib.closing(gguf.GGUFWriter(path, "llama" if equal else "deci")) as writer:
+        _write(writer, graph, model, blocks, equal=equal)
+    return path
+
+
+def _write(writer: Any, graph: Graph, model: Model, blocks: tuple[Block, ...], *, equal: bool) -> None:
+    import gguf
+
     writer.add_name(model.name.rpartition("/")[2])
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_sizes(writer, model.module.config, blocks, equal=equal)
@@ -100,8 +108,6 @@ def write(graph: Graph, model: Model, path: Path) -> Path:
     writer.write_ti_data_to_file()
     for _, weight, heads in tensors:
         writer.write_tensor_data(_array(weight, heads))
-    writer.close()
-    return path
 
 
 def _add_sizes(writer: Any, config: Any, blocks: tuple[Block, ...], *, equal: bool) -> None:
@@ -135,7 +141,8 @@ def context_length(config: Any) -> int:
 
 def _tensors(graph: Graph, model: Model, blocks: tuple[Block, ...]) -> Iterator[tuple[str, torch.Tensor, int | None]]:
     """Yield name and weight of each tensor, and the number of heads of those that the file holds interleaved."""
-    config, places = model.module.config, {block.number: place for place, block in enumerate(blocks)}
+    config: Any = model.module.config
+    places = {block.number: place for place, block in enumerate(blocks)}
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     read = weights_read(graph)
     tied = "model.embed_tokens.weight" not in read  # the graph then reads one weight for both, under either name
@@ -166,8 +173,10 @@ def _divisors(config: Any) -> torch.Tensor:
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     width = config.head_dim
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-    return plain / scaled
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    plain: torch.Tensor = config.rope_parameters["rope_theta"] ** -exponents
+    divisors: torch.Tensor = plain / scaled
+    return divisors
 
 
 def _array(weight: torch.Tensor, heads: int | None) -> npt.NDArray[Any]:

@@ -52,6 +52,11 @@ MEANINGS = {
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
 }
+STORED = {
+    "fp16": "Matrices are stored as F16.",
+    "int8": "Matrices are stored as Q8_0 (8 bits, with a scale for each 32 values).",
+    "int4": "Matrices are stored as Q4_0 (4 bits, with a scale for each 32 values), embedding and head as Q8_0.",
+}
 CLASSES = 10  # classes that the card names
 ONLY_STORED = "Weights are stored in {}, but no layer of the engine computes in it."
 INT8 = (
@@ -183,11 +188,12 @@ def _classes(model: Json) -> str:
 
 def _library(content: Json) -> str:
     """Return the hub's name of the library that opens the exported model."""
-    return "transformers" if content["settings"]["target"] == "transformers" else "onnx"
+    target: str = content["settings"]["target"]
+    return target if target in ("transformers", "gguf") else "onnx"
 
 
 def _form(content: Json) -> str:
-    return "a checkpoint" if _library(content) == "transformers" else "an engine"
+    return {"transformers": "a checkpoint", "gguf": "a GGUF file"}.get(_library(content), "an engine")
 
 
 def _listed(names: list[str]) -> str:
@@ -234,7 +240,7 @@ def _rows(content: Json) -> Iterator[str]:
     alone = exact_rewrites.cells(content, variants)
     if alone is not None:
         yield _row(exact_rewrites.LABEL.strip(), alone)
-    file = "checkpoint" if _library(content) == "transformers" else "ONNX file"
+    file = {"transformers": "checkpoint", "gguf": "GGUF file"}.get(_library(content), "ONNX file")
     yield _row(f"{file}, MB", [f"{size['bytes'] / 1e6:.2f}" for size in sizes])
     if any(size["cache"] for size in sizes):
         yield _row("KV cache per token, bytes", [f"{size['cache']}" for size in sizes])
@@ -297,7 +303,8 @@ def _changed(content: Json) -> str:
     lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule {code(plan['rule'])})."]
     if settings["precision"] != "fp32":
         unused = is_unused(settings["precision"], content["engine"])
-        lines.append(ONLY_STORED.format(settings["precision"]) if unused else MEANINGS[settings["precision"]])
+        meanings = STORED if settings["target"] == "gguf" else MEANINGS
+        lines.append(ONLY_STORED.format(settings["precision"]) if unused else meanings[settings["precision"]])
     if healed is not None:
         how = prose(f"{healed['method']}: {healed['note']}")
         lines.append(f"The remaining weights were adapted without labels ({how}).")
