@@ -158,6 +158,20 @@ class LlamaCpp(Closing[LoadedModel]):
 
         return step
 
+    def generate(self, tokens: npt.NDArray[np.int64], count: int) -> list[int]:
+        """Return the `count` most probable tokens behind the given ones [tokens], each chosen after those before it."""
+        context = self._one_row(len(tokens) + count)
+        new, made = [int(token) for token in tokens], list[int]()
+        while True:
+            start = len(tokens) + len(made) - len(new)
+            batch = context.batch([np.array(new)], [start], [[len(new) - 1]])
+            context.decode(batch)
+            made.append(int(context.logits(len(new) - 1).argmax()))
+            context.free(batch)
+            if len(made) == count:
+                return made
+            new = made[-1:]
+
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, without those that llama.cpp adds before and after it."""
         return self._live().tokenize(text)
@@ -176,6 +190,8 @@ class LlamaCpp(Closing[LoadedModel]):
     def _one_row(self, tokens: int) -> Context:
         """Return an empty context for one row of so many tokens, the last one if it has the room."""
         if self._whole is None or self._whole.room < tokens:
+            if self._whole is not None:
+                self._whole.close()
             self._whole = self._live().context(1, tokens, self._threads)
         self._whole.clear()
         return self._whole

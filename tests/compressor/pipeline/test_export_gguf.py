@@ -119,7 +119,9 @@ def test_a_search_drops_attentions_and_blocks(dense, tokens, tmp_path, monkeypat
     ],
 )
 def test_what_the_options_alone_rule_out_is_refused(options, message):
-    with pytest.raises(SettingsError, match=rf"--target gguf can only remove whole blocks and the attention.*{message}"):
+    with pytest.raises(
+        SettingsError, match=rf"--target gguf can only remove whole blocks and the attention.*{message}"
+    ):
         Settings("model", "data", target="gguf", **options)
 
 

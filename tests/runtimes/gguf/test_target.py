@@ -89,6 +89,17 @@ def test_bound_calls_repeat_on_the_same_cache(engine):
         assert_same(np.stack([context.logits(place) for place in places]), expected)
 
 
+def test_generation_takes_the_most_probable_token(engine):
+    text = feeds(rows=1)["input_ids"][0]
+    made = engine.generate(text, 6)
+    assert len(made) == 6
+    whole = np.array([[*text, *made]])
+    logits = engine.run({"input_ids": whole, "attention_mask": np.ones_like(whole)})["logits"][0]
+    scale = SAME * np.abs(logits).max()
+    for place, token in enumerate(made, len(text) - 1):
+        assert logits[place, token] >= logits[place].max() - scale  # the most probable one, apart from ties
+
+
 def test_the_cache_is_as_large_as_llama_cpp_says(engine, built):
     assert isinstance(engine, HoldsCache)
     assert engine.cache_bytes(2, 5) == 2 * 5 * LAYERS * KEY_HEADS * 2 * HEAD * 2
