@@ -69,6 +69,8 @@ def of_sweep(
     """
     yield from of_subject(subject)
     yield from of_weight_types(subject.model, f"the engines are {precision}", target)
+    if target == GGUF:
+        yield from of_llama_cpp(subject.model)
     points: dict[Limitation, list[str]] = {}
     for number, facts in conversions.items():
         for limitation in _of_conversion(precision, {"result": facts}, ()):

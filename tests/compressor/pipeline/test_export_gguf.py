@@ -120,6 +120,31 @@ def test_a_search_drops_attentions_and_blocks(dense, tokens, tmp_path, monkeypat
     assert all(decision.reason for decision in report.plan.decisions)
 
 
+@pytest.mark.slow
+def test_the_cells_of_a_factorial_are_files_in_their_precisions(dense, tokens, tmp_path):
+    report = compressor.export(
+        dense, data=tokens, drop="block:1", target="gguf", precision="int4", factorial=True, rounds=1, threads=1,
+        generate="4:4", output=tmp_path / "out",
+    )  # fmt: skip
+    files = {name: tmp_path / "out" / cell["file"] for name, cell in report.factorial.to_dict()["cells"].items()}
+    assert {name: target.layers(path, BuildOptions()).precisions for name, path in files.items()} == {
+        "dense float": {"fp32": 30}, "dense int4": {"int4": 28, "int8": 2},
+        "compressed float": {"fp32": 23}, "compressed int4": {"int4": 21, "int8": 2},
+    }  # fmt: skip
+    compared = compressor.bench(tmp_path / "out", data="random", rounds=1, context=(4,), output=tmp_path / "b.json")
+    assert [entry.name for entry in compared.entries] == [f"out/{name}" for name in files]
+
+
+@pytest.mark.slow
+def test_a_sweep_measures_its_points_in_llama_cpp(dense, tokens, tmp_path):
+    front = compressor.sweep(
+        dense, data=tokens, target="gguf", cost="macs", max_loss=1e6, rounds=1, threads=1, generate="4:4", points=3,
+        output=tmp_path / "out",
+    )  # fmt: skip
+    assert sum(point.latency is not None for point in front.points) >= 2
+    assert any(each.feature == "measurements" for each in front.limitations)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
