@@ -16,7 +16,7 @@ from compressor.lower.trace import trace
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.rewrite.drop import Drop
-from runtimes.base.protocols import PAST, BuildOptions
+from runtimes.base.protocols import PAST, BuildError, BuildOptions
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (pip install gguf)")
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
@@ -26,7 +26,7 @@ from tests.gguf_files import TOKENS, VOCABULARY, small, written  # noqa: E402
 from tests.llama_cpp import Traced, byte_level, saved, sentencepiece, tokens  # noqa: E402
 
 # Of the largest logit: llama.cpp rounds keys and values to F16, 2^-11 of each: up to 5e-3 with these random weights. A
-# wrong order of rows is off by 0.3.
+# wrong order of rows is off by more than the largest logit itself.
 SAME = 2e-2
 ONE_THREAD = BuildOptions(threads=1)
 LLAMA3 = {
@@ -148,6 +148,15 @@ def test_a_graph_without_such_a_branch_is_not_written(llama, places, tmp_path):
     with pytest.raises(GgufError, match=r"which llama\.cpp cannot compute"):
         writer.write(without(llama, *places), llama.model, tmp_path / "small.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_llama_cpp_opens_no_file_without_the_first_attention(llama, tmp_path, monkeypatch):
+    """The rule is llama.cpp's: it reads the size of the heads in the first block."""
+    blocks = tuple(writer.Block(number, attention=number > 0) for number in range(4))
+    monkeypatch.setattr(writer, "blocks_of", lambda graph: blocks)
+    path = writer.write(without(llama, (0, "attention")), llama.model, tmp_path / "small.gguf")
+    with pytest.raises(BuildError, match=r"llama\.cpp cannot open small\.gguf: .*attn_q.* wrong shape"):
+        target.load(path, ONE_THREAD)
 
 
 @pytest.mark.parametrize(
