@@ -45,9 +45,11 @@ if TYPE_CHECKING:
 DEFAULT_LOSS = 1.0
 # Fields that are arguments of Python functions only.
 API_ONLY = ("example_inputs",)
+ONLY_DROPS = f"--target {TRANSFORMERS} can only drop: whole blocks, or single branches of Llama and Mistral models"
 ONLY_BLOCKS = f"--target {TRANSFORMERS} can only remove whole blocks"
 BLOCKS_ADVICE = (
-    "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target"
+    "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target, "
+    "such as onnxruntime, which takes any plan"
 )
 ONLY_ATTENTION = f"--target {GGUF} can only remove whole blocks and the attention of blocks"
 ATTENTION_ADVICE = (
@@ -60,9 +62,8 @@ FIXED_SIZE = {
     "tensorrt_rtx": "whose engines bound every dynamic axis",
     "executorch": "whose programs bound every dynamic axis",
 }
-# Targets whose files can only leave parts of the model out, with what they can leave out and what to give instead.
-ONLY_DROPS = {TRANSFORMERS: (ONLY_BLOCKS, BLOCKS_ADVICE), GGUF: (ONLY_ATTENTION, ATTENTION_ADVICE)}
-DROPPED_KINDS = {TRANSFORMERS: ("block",), GGUF: ("block", "attention")}
+# Targets whose files can only leave parts of the model out, with the sentence that says so.
+ONLY_LEAVE_OUT = {TRANSFORMERS: ONLY_DROPS, GGUF: ONLY_ATTENTION}
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
@@ -298,7 +299,7 @@ class Settings:
         """Return the actions allowed on a site, with the default of `actions` filled in."""
         if self.actions is not None:
             return tuple(action.strip() for action in self.actions.split(","))
-        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target not in ONLY_DROPS else ("drop",)
+        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target not in ONLY_LEAVE_OUT else ("drop",)
         return chosen if self.tokens == "auto" else tuple(action for action in chosen if action != "merge")
 
     def to_dict(self) -> dict[str, Any]:
@@ -406,7 +407,7 @@ def _check_target(settings: Settings) -> None:
     from runtimes.base.protocols import RuntimesError
     from runtimes.base.registry import runtime
 
-    if settings.target in ONLY_DROPS:
+    if settings.target in ONLY_LEAVE_OUT:
         _check_only_drops(settings)
     if settings.target == TRANSFORMERS:
         return
@@ -418,7 +419,7 @@ def _check_target(settings: Settings) -> None:
 
 def _check_only_drops(settings: Settings) -> None:
     """Refuse changes that the file of a target cannot express, as far as the settings tell without the model."""
-    limit, advice = ONLY_DROPS[settings.target]
+    limit = ONLY_LEAVE_OUT[settings.target]
     if set(settings.chosen_actions) != {"drop"}:
         raise SettingsError(
             f"{limit}; found --actions {settings.actions}: leave out --actions, or choose another --target."
@@ -428,8 +429,8 @@ def _check_only_drops(settings: Settings) -> None:
             f"{limit}; found --tokens {settings.tokens}: leave out --tokens, or choose another --target."
         )
     counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", settings.drop.strip())
-    if counted is not None and counted[1] not in DROPPED_KINDS[settings.target]:
-        raise SettingsError(f"{limit}; found --drop {settings.drop}: {advice}.")
+    if settings.target == GGUF and counted is not None and counted[1] not in ("block", "attention"):
+        raise SettingsError(f"{limit}; found --drop {settings.drop}: {ATTENTION_ADVICE}.")
 
 
 def _check_drop(settings: Settings) -> None:

@@ -1,7 +1,10 @@
-"""Checkpoints with whole blocks removed, for `from_pretrained` (target `transformers`).
+"""Checkpoints without the dropped blocks or branches (target `transformers`).
 
-A config of transformers states the number of layers, so a checkpoint can leave out whole blocks and nothing else. Its
-weights are those of the rewritten graph, under their names in the shorter model, in the types of the original
+A config of transformers states the number of layers, so a checkpoint for `from_pretrained` can leave out whole blocks
+and nothing else. Llama and Mistral models without single attentions or MLPs are written in the form that serving
+engines open, see `compressor.lower.nemotron_nas`.
+
+The weights are those of the rewritten graph, under their names in the shorter model, in the types of the original
 checkpoint. A parity check compares the checkpoint with the graph afterwards. It detects layers whose arithmetic depends
 on their number.
 """
@@ -20,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.choices import TRANSFORMERS
 from compressor.errors import CompressorError
-from compressor.settings import BLOCKS_ADVICE, ONLY_BLOCKS
+from compressor.lower.nemotron_nas import checkpoint as nemotron_nas
+from compressor.settings import BLOCKS_ADVICE, ONLY_BLOCKS, ONLY_DROPS
 
 if TYPE_CHECKING:
     import torch
@@ -44,19 +48,37 @@ class CheckpointError(CompressorError):
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_model(model: Model) -> None:
-    """Refuse a model that `from_pretrained` cannot open with the classes of transformers.
+def check_model(model: Model, drop: str) -> None:
+    """Refuse a model that no checkpoint can describe, and a ``--drop`` that a checkpoint of it cannot express.
 
     Raises:
-        CheckpointError: the model is not of transformers, or its code is from its own repository.
+        CheckpointError: the model is not of transformers, its code is from its own repository, or `drop` asks for
+            single branches of a model that has to keep its blocks whole.
     """
+    from compressor.models.text.nemotron_nas import DeciLMForCausalLM
+
     origin = type(model.module).__module__.split(".")[0]
-    if model.source != "transformers" or origin != "transformers":
+    known = origin == "transformers" or isinstance(model.module, DeciLMForCausalLM)
+    if model.source != "transformers" or not known:
         kind = f"is a model of {model.source}" if model.source != "transformers" else "has code from its own repository"
         raise CheckpointError(
             f"--target {TRANSFORMERS} writes checkpoints for from_pretrained of transformers; {model.name} {kind}: "
             "choose another --target."
         )
+    counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", drop.strip())
+    reason = nemotron_nas.why_not(model.module)
+    if counted is not None and counted[1] != "block" and reason is not None:
+        raise CheckpointError(f"{ONLY_BLOCKS}, because {reason}; found --drop {drop}: {BLOCKS_ADVICE}.")
+
+
+def kept_sites(sites: Sequence[Site], model: Model) -> dict[str, str]:
+    """Return the sites that no plan may drop alone, with the reason; empty for a model that drops whole blocks."""
+    return {} if drops_blocks(model) else nemotron_nas.first_attention(sites)
+
+
+def drops_blocks(model: Model) -> bool:
+    """Return whether a checkpoint of the model can leave out whole blocks only."""
+    return nemotron_nas.why_not(model.module) is not None
 
 
 def check_blocks(sites: Sequence[Site], model: Model) -> None:
@@ -80,25 +102,34 @@ def _check_one_list(blocks: Sequence[str], model: Model) -> None:
 
 
 def check_plan(plan: Plan, sites: Sequence[Site], model: Model) -> None:
-    """Refuse a plan that does anything but drop whole blocks of one stack.
+    """Refuse a plan that does anything but drop whole blocks of one stack, or branches that a checkpoint can lack.
 
     Raises:
         CheckpointError: the message names the first branch or block that the plan changes otherwise.
     """
     for name, action in plan.changes.items():
         if action != "drop":
-            raise CheckpointError(f"{ONLY_BLOCKS}; the plan has {action} at {name}: {BLOCKS_ADVICE}.")
+            raise CheckpointError(f"{ONLY_DROPS}; the plan has {action} at {name}: {BLOCKS_ADVICE}.")
+    reason = nemotron_nas.why_not(model.module)
     blocks = {block: [site.name for site in members] for block, members in groupby(sites, key=lambda site: site.block)}
     removed = [block for block, names in blocks.items() if set(names) & set(plan.dropped)]
     if removed:
         _check_one_list(tuple(blocks), model)
     for block in removed:
         kept = [name for name in blocks[block] if name not in plan.dropped]
-        if kept:
+        if kept and reason is not None:
             dropped = next(name for name in blocks[block] if name in plan.dropped)
-            raise CheckpointError(f"{ONLY_BLOCKS}; the plan drops {dropped} but keeps {kept[0]}: {BLOCKS_ADVICE}.")
-    if removed:
-        stack_of(model.module, removed)
+            raise CheckpointError(
+                f"{ONLY_BLOCKS}, because {reason}; the plan drops {dropped} but keeps {kept[0]}: {BLOCKS_ADVICE}."
+            )
+    whole = [block for block in removed if set(blocks[block]) <= set(plan.dropped)]
+    if whole:
+        stack_of(model.module, whole)
+    if reason is None and (first := nemotron_nas.missing_first(plan, sites)) is not None:
+        raise CheckpointError(
+            f"the plan drops {first}, but {nemotron_nas.FIRST}: keep it, drop its whole block, or choose another "
+            "--target."
+        )
 
 
 @dataclass(frozen=True)
@@ -166,7 +197,7 @@ def _owner(module: torch.nn.Module, path: str) -> Any:
 
 
 def write(graph: Graph, model: Model, path: Path) -> Path:
-    """Write a graph as a checkpoint, without the blocks whose weights the graph does not read.
+    """Write a graph as a checkpoint, without the blocks and branches whose weights the graph does not read.
 
     Every weight is written in its type in the original checkpoint (`Model.dtypes`), and the config states the type that
     holds most values. A graph that healing has changed must be rounded to these types before, see `rounded`.
@@ -254,23 +285,41 @@ def _in_stored_types(weights: Mapping[str, torch.Tensor], model: Model) -> dict[
 
 
 def _shorter_model(graph: Graph, model: Model, weights: Mapping[str, torch.Tensor]) -> Any:
-    """Build a model of the same class without the blocks whose weights the graph does not read.
+    """Build a model without the blocks and branches whose weights the graph does not read.
 
     Weights that are stored as float32 are shared with the graph, not copied. The head of a sentence embedding is left
     out.
     """
-    import torch
-
     from compressor.models.text import sentence_transformers
 
     module: Any = model.module
-    removed = list(_unread_blocks(graph, module))
     caches = {name.split(".")[1] for name in graph.state}
     if not caches <= {str(number) for number in range(len(caches))}:  # caches of different sizes keep their numbers
         raise CheckpointError(f"--target {TRANSFORMERS}: its layers keep caches of different sizes, so that {ADVICE}.")
     head = f"{sentence_transformers.HEAD}."
     own = {name: weight for name, weight in weights.items() if not name.startswith(head)}
     weights = _in_stored_types(own, model)
+    try:
+        if nemotron_nas.lacks_branches(graph, module):
+            shorter: Any = nemotron_nas.shorter_model(graph, module, weights)
+        else:
+            shorter = _without_blocks(module, _unread_blocks(graph, module), weights)
+    except RuntimeError as error:  # the module that the config describes has other weights
+        raise CheckpointError(f"--target {TRANSFORMERS}: {ADVICE}.") from error
+    shorter.tie_weights()
+    if getattr(module, "generation_config", None) is not None:
+        shorter.generation_config = module.generation_config
+    return shorter.eval()
+
+
+def _without_blocks(module: Any, removed: Sequence[str], weights: Mapping[str, torch.Tensor]) -> Any:
+    """Build a model of the same class without some blocks.
+
+    Raises:
+        RuntimeError: the model that the config describes has other weights.
+    """
+    import torch
+
     config = copy.deepcopy(module.config)
     if removed:
         stack = stack_of(module, removed)
@@ -280,28 +329,23 @@ def _shorter_model(graph: Graph, model: Model, weights: Mapping[str, torch.Tenso
         )
     with torch.device("meta"):
         shorter = type(module)(config)
-    try:
-        shorter.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # the module that the config describes has other weights
-        raise CheckpointError(f"--target {TRANSFORMERS}: {ADVICE}.") from error
-    shorter.tie_weights()
-    if getattr(module, "generation_config", None) is not None:
-        shorter.generation_config = module.generation_config
-    return shorter.eval()
+    shorter.load_state_dict(weights, assign=True)
+    return shorter
 
 
-def _unread_blocks(graph: Graph, module: torch.nn.Module) -> Iterator[str]:
-    """Yield the paths of the blocks, entries of a ModuleList with weights, of which the graph reads no weight."""
+def _unread_blocks(graph: Graph, module: torch.nn.Module) -> list[str]:
+    """Return the paths of the blocks, entries of a ModuleList with weights, of which the graph reads no weight."""
     import torch
 
     from passes.rewrite.remove_blocks import weights_read
 
-    read = weights_read(graph)
+    read, unread = weights_read(graph), []
     for path, stack in module.named_modules():
         for name, block in stack.named_children() if isinstance(stack, torch.nn.ModuleList) else ():
             own = [f"{path}.{name}.{inner}" for inner, _ in block.named_parameters()]
             if own and not read.intersection(own):
-                yield f"{path}.{name}"
+                unread.append(f"{path}.{name}")
+    return unread
 
 
 def _weights(graph: Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -127,7 +127,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0) -> TracedMo
             image_size=settings.pixels,
         )
     if settings.target == TRANSFORMERS:
-        checkpoint.check_model(model)
+        checkpoint.check_model(model, settings.drop)
     if settings.target == GGUF:
         rules.check_model(model)
         vocabulary.check_tokenizer(model)
@@ -167,7 +167,7 @@ def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
 
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
     """Return the costs at the sizes of real samples, because the multiply-adds of a text depend on its length."""
-    feeds = next(tensor_batches(data.calibration, COST_SAMPLES))
+    feeds = next(tensor_batches(data.calibration.middle(COST_SAMPLES), COST_SAMPLES))
     try:
         return Costs(graph, feeds)
     except (IndexError, RuntimeError) as error:

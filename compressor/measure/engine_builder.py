@@ -104,7 +104,7 @@ class EngineBuilder:
 
     def calibration_batches(self) -> Iterator[Feeds]:
         """Return a fresh stream of calibration batches."""
-        return (batch.feeds for batch in self.subject.data.calibration.batches(BATCH))
+        return (batch.feeds for batch in self.subject.data.calibration.bounded_batches(BATCH))
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[EngineBuilder]:

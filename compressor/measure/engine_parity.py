@@ -40,7 +40,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         ParityError: the outputs differ by more than the tolerance.
     """
     subject = builder.subject
-    batches = [next(subject.data.calibration.batches(PARITY_ROWS)).feeds]
+    batches = [next(subject.data.calibration.middle(PARITY_ROWS).batches(PARITY_ROWS)).feeds]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
     batches += [as_numpy(images_of(subject.model, size)) for size in subject.model.sizes[1:]]

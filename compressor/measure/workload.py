@@ -8,7 +8,6 @@ the prompt and half of the new tokens, because the latency of a decode step grow
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +129,7 @@ def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]
 
 def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[np.generic]]:
     """Return exactly `batch` rows of real inputs of median length, repeated if the split is smaller."""
-    few = itertools.islice((part.feeds for part in split.batches(batch)), max(1, TIMING_CANDIDATES // batch))
+    few = (part.feeds for part in split.middle(max(batch, TIMING_CANDIDATES)).batches(batch))
     by_size = sorted(few, key=lambda feeds: sum(value[0].size for value in feeds.values()))
     feeds = by_size[len(by_size) // 2]
     rows = len(next(iter(feeds.values())))

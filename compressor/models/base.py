@@ -106,12 +106,24 @@ class Model:
         return self.evaluated(dict(zip(self.outputs, outputs, strict=False)))
 
     def classes(self) -> int | None:
-        """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks."""
+        """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks.
+
+        Raises:
+            ModelError: the model fails on its example inputs.
+        """
         axis = 1 if self.task == "image-segmentation" else -1
         if not (self.task.endswith("classification") or axis == 1):
             return None
-        with torch.inference_mode():
-            return int(self.call(self.module, *self.example.values())[self.outputs.index(self.answer)].shape[axis])
+        try:
+            with torch.inference_mode():
+                outputs = self.call(self.module, *self.example.values())
+        except Exception as error:  # modules raise errors of all kinds
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.example.items())
+            raise ModelError(
+                f"{self.name} ({type(self.module).__name__}) fails on inputs of its own sizes, {shapes} "
+                f"({first_line(error)}); check its config."
+            ) from error
+        return int(outputs[self.outputs.index(self.answer)].shape[axis])
 
 
 def fixed_size(images: torch.Tensor) -> Limitation:

@@ -18,6 +18,7 @@ from compressor.deferred.ahead import build_ahead
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
+from compressor.lower.nemotron_nas.engine_rules import serving
 from compressor.lower.traced_model import TracedModel, check_original, index_errors_as_data_errors, load, model_facts
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines, quality_on_test
@@ -350,7 +351,8 @@ def _engine(
     folded, target = rewritten.folded, builder.target
     built = {"state": "built", "target": target.name, "file": shipped.name}
     ends = {"inputs": list(folded.inputs), "outputs": list(folded.outputs)}
-    return built | ends | {"layers": engine_layers.layers_of(target, shipped, builder.options)}
+    layers = {"layers": engine_layers.layers_of(target, shipped, builder.options)}
+    return built | ends | layers | (serving(folder) if settings.target == TRANSFORMERS else {})
 
 
 def _write(report: Report, folder: Path, subject: TracedModel) -> None:

@@ -23,6 +23,7 @@ from compressor.deferred.reference_answers import AT_ONCE
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
 from compressor.lower.fold_graph import fold_graph
+from compressor.lower.nemotron_nas.engine_rules import serving
 from compressor.lower.trace import trace
 from compressor.lower.traced_model import TracedModel, index_errors_as_data_errors, load, model_facts
 from compressor.lower.write_onnx import lower
@@ -177,7 +178,8 @@ def _checkpoint(
     with steps.step("check it against torch"):
         parity = _parity(path, graph, subject, bounds)
     engine = {"state": "built", "streamed": True, "target": TRANSFORMERS, "file": path.name}
-    return engine | {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}, {"result": parity.difference}
+    ends = {"inputs": list(graph.inputs), "outputs": list(graph.outputs)}
+    return engine | ends | serving(folder), {"result": parity.difference}
 
 
 def _deferred(

@@ -44,6 +44,7 @@ def limitations_of(
     if engine.get("target") == GGUF:
         yield from of_llama_cpp(subject.model)
     yield from _ahead_of_time(engine)
+    yield from _of_serving(engine)
     notes = [*(note for each in parities for note in each.notes), *engine.get("stand_in", {}).get("notes", ())]
     yield from (Limitation("comparison with torch", note) for note in dict.fromkeys(notes))
 
@@ -127,6 +128,30 @@ def of_llama_cpp(model: Model) -> Iterator[Limitation]:
             f"llama.cpp attends to all earlier tokens of this model, so the file states {context_length(config)} "
             "tokens as its longest text, for which that is the same",
         )
+
+
+def _of_serving(engine: Mapping[str, Any]) -> Iterator[Limitation]:
+    """Yield what is not known of a checkpoint without single branches, and which engines do not open it."""
+    serving = engine.get("serving")
+    if serving is None:
+        return
+    yield Limitation(
+        "transformers",
+        f"it has no class for {serving['form']}, so it does not open the checkpoint; Compressor and serving engines do",
+    )
+    opens = [name for name, reason in serving["engines"].items() if reason is None]
+    if opens:
+        yield Limitation(
+            "serving engines",
+            f"the checkpoint meets the rules in the source code of {_listed(opens)}, none of which was run",
+        )
+    for name, reason in serving["engines"].items():
+        if reason is not None:
+            yield Limitation(name, f"the checkpoint breaks its rules: {reason}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _ahead_of_time(engine: Mapping[str, Any]) -> Iterator[Limitation]:

@@ -134,11 +134,20 @@ class Data(TypedDict):
     test_ids: list[str]
 
 
+@with_config(_EXACT)
+class Serving(TypedDict):
+    """A checkpoint without single branches: for each serving engine, why it does not open it; None if it does."""
+
+    form: Text
+    engines: dict[Text, Text | None]
+
+
 @with_config(_KEPT)
 class BenchEngine(TypedDict):
     """The part of a report on the engine, as far as `bench` reads it."""
 
     file: NotRequired[PlainName]
+    serving: NotRequired[Serving]
 
 
 @with_config(_KEPT)

@@ -151,8 +151,10 @@ def _summed(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def designs_by_kind(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
+def designs_by_kind(graph: Graph, sites: Sequence[Site], *, linear: bool = True) -> dict[str, Graph]:
     """Return graphs to time: the original, one without each kind of site, one with linear maps for the last kind.
+
+    The one with linear maps is left out if not `linear`, for targets that cannot express it.
 
     The last kind is mostly the MLPs. The last attention stays: without it, most work of a model that is read at its
     class token only is dead.
@@ -162,7 +164,7 @@ def designs_by_kind(graph: Graph, sites: Sequence[Site]) -> dict[str, Graph]:
     kinds = {
         kind: [site for site in others if site.kind == kind] for kind in dict.fromkeys(site.kind for site in others)
     }
-    designs = {"as it is": graph.fork(), "linear": _linear(graph, list(kinds.values())[-1])}
+    designs = {"as it is": graph.fork()} | ({"linear": _linear(graph, list(kinds.values())[-1])} if linear else {})
     for kind, members in kinds.items():
         designs[f"without {kind}"] = graph.fork()
         apply(Drop(tuple(members)), designs[f"without {kind}"])

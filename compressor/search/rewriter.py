@@ -37,6 +37,7 @@ class Rewriter:
         whole: change whole blocks, which are removed including their norms, in place of single sites.
         nested: change whole blocks, or the attention of a block alone, which is a unit of its own within the block. The
             first block that is left keeps its attention (see `compressor.lower.gguf.rules`).
+        fixed: units that must not be changed, with the reason.
         units: sites by name of the unit that is changed together: a site or, with `whole`, a block.
     """
 
@@ -46,6 +47,7 @@ class Rewriter:
     sweeps: float = 0.0
     whole: bool = False
     nested: bool = False
+    fixed: Mapping[str, str] = field(default_factory=dict)
     units: dict[str, tuple[Site, ...]] = field(init=False)
     _by_name: dict[str, Site] = field(default_factory=dict)
     _protected: dict[tuple[str, ...], int] = field(default_factory=dict)
@@ -80,6 +82,8 @@ class Rewriter:
         Raises:
             PassError: the action cannot be applied to this unit; the message gives the reason.
         """
+        if name in self.fixed:
+            raise PassError(f"{self.fixed[name]}.")
         fork, unit = current.fork(), self.units[name]
         form, rank = form_and_rank(action)
         if form == "drop":

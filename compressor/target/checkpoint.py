@@ -1,4 +1,4 @@
-"""Target `transformers`: a checkpoint for `from_pretrained`, run in torch eager."""
+"""Target `transformers`: a checkpoint for `from_pretrained` or for serving engines, run in torch eager."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Transformers:
     task: str | None = None
     cache: bool = True
     name: str = TRANSFORMERS
-    description: str = "a checkpoint with whole blocks removed, for from_pretrained; timed in torch eager"
+    description: str = "a checkpoint without the dropped blocks or branches; timed in torch eager"
     devices: tuple[str, ...] = ("cpu",)
     source: Literal["/config.json"] = CONFIG
     precisions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"cpu": ("fp32",)})

@@ -75,6 +75,7 @@ def choose(
     effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None = None,
     seed: int = 0,
     action: str = "drop",
+    fixed: Mapping[str, str] | None = None,
 ) -> Plan:
     """Rank the units by a metric and return a plan that drops, or otherwise changes, the most redundant ones.
 
@@ -87,12 +88,13 @@ def choose(
         effect: function that measures the change of the model's output without each unit; required by ``output``.
         seed: seed of ``random``.
         action: action for the chosen units, see `with_action`.
+        fixed: sites that are not ranked alone, with the reason. Whole blocks and named sites may contain them.
 
     Raises:
         PassError: a name or the metric is unknown, the selection exceeds the number of units, no span of this length
             can be chosen (``angular``), or the metric lacks its scores or effects.
     """
-    return with_action(_choose(selection, sites, metric, model, scores, effect, seed), action)
+    return with_action(_choose(selection, sites, metric, model, scores, effect, seed, fixed or {}), action)
 
 
 def _choose(
@@ -103,14 +105,17 @@ def _choose(
     scores: Scores | None,
     effect: Callable[[Sequence[Sequence[Site]]], Sequence[float]] | None,
     seed: int,
+    fixed: Mapping[str, str],
 ) -> Plan:
     if selection.names:
         return _by_name(selection, sites, model)
     units = _units(selection.unit, sites)
-    count = _count(selection, units)
+    kept = {name: reason for name, reason in fixed.items() if name in units}
+    count = _count(selection, units, kept)
+    units = {name: members for name, members in units.items() if name not in kept}
     if metric == "angular" and selection.unit in ("site", "block") and count and scores is not None:
         inside, reasons = _closest_span(units, count, scores)
-        return _plan(selection, sites, model, metric, units, inside, reasons)
+        return _plan(selection, sites, model, metric, units, inside, reasons, kept)
     values = _values(units, metric, scores, effect, seed)
     # NaN, the value of a block whose input and output differ in shape, goes last.
     ranked = sorted(units, key=lambda name: (math.isnan(values[name]), values[name]))
@@ -118,7 +123,7 @@ def _choose(
         name: f"{metric}: rank {rank} of {len(units)} ({_value_text(metric, values[name])})"
         for rank, name in enumerate(ranked, start=1)
     }
-    return _plan(selection, sites, model, metric, units, ranked[:count], reasons)
+    return _plan(selection, sites, model, metric, units, ranked[:count], reasons, kept)
 
 
 def _units(unit: str, sites: Sequence[Site]) -> dict[str, list[Site]]:
@@ -127,12 +132,19 @@ def _units(unit: str, sites: Sequence[Site]) -> dict[str, list[Site]]:
     return {site.name: [site] for site in sites if unit in ("site", site.kind)}
 
 
-def _count(selection: Selection, units: Mapping[str, object]) -> int:
+def _count(selection: Selection, units: Mapping[str, object], kept: Mapping[str, str]) -> int:
+    """Return the number of units to choose; a percentage counts all units, also those in `kept`."""
     count = selection.count
     if count is None:
         count = math.floor(len(units) * (selection.percent or 0.0) / 100.0)
     if count > len(units):
         raise PassError(f"--drop {selection.text}: the model has only {len(units)} of the kind {selection.unit}.")
+    if count > len(units) - len(kept):
+        name, reason = next(iter(kept.items()))
+        raise PassError(
+            f"--drop {selection.text}: of {len(units)} of the kind {selection.unit}, {len(units) - len(kept)} can be "
+            f"chosen; {name} stays, because {reason}."
+        )
     return count
 
 
@@ -213,11 +225,13 @@ def _plan(
     units: Mapping[str, list[Site]],
     chosen: Sequence[str],
     reasons: Mapping[str, str],
+    fixed: Mapping[str, str] | None = None,
 ) -> Plan:
     dropped = {site.name: reasons[unit] for unit in chosen for site in units[unit]}
     kept = {site.name: reasons[unit] for unit in units if unit not in chosen for site in units[unit]}
     if metric == "names":
         kept = dict.fromkeys(kept, "not named in --drop")
+    kept |= fixed or {}
     decisions = tuple(
         Decision(site.name, "drop", dropped[site.name])
         if site.name in dropped

@@ -59,6 +59,12 @@ def _unsupported(config: Any) -> str | None:
     return None
 
 
+def kept_sites(sites: Sequence[Site]) -> dict[str, str]:
+    """Return the site that a ranking of single attentions leaves out, with the reason: the first attention."""
+    first = next((site for site in sites if site.kind == "attention"), None)
+    return {} if first is None else {first.name: "llama.cpp reads the size of the heads in the first block"}
+
+
 def check_changes(changes: Mapping[str, str], sites: Sequence[Site]) -> None:
     """Refuse a plan that does anything but drop whole blocks and the attention of blocks.
 

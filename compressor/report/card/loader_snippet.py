@@ -1,7 +1,7 @@
 """The Python snippet of a model card, which loads an exported engine and runs it.
 
-It needs neither Compressor nor torch, timm or transformers. The exception is a checkpoint, which needs transformers.
-A GGUF file is opened by llama.cpp.
+It needs neither Compressor nor torch, timm or transformers. The exception is a checkpoint, which needs transformers, or
+vLLM if it lacks single branches. A GGUF file is opened by llama.cpp.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ PACKAGES = {
     "executorch": ("executorch",),
     "transformers": ("torch", "transformers"),
     "gguf": ("xllamacpp",),
+    "vllm": ("vllm",),
 }
 PROGRAMS = (
     "Other programs: `llama-cli -m model.gguf` or `llama-server -m model.gguf` (llama.cpp); `ollama create NAME -f "
@@ -95,7 +96,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
     cached = any(name.startswith("past_key_values.") for name in model["inputs"])
     runtime = _runtime(content, folder if engine_folder is None else engine_folder, cached)
     if runtime == "transformers":
-        return _checkpoint(content, folder, cached)
+        return _served(content, folder) if serving(content) else _checkpoint(content, folder, cached)
     if runtime == "gguf":
         text = templates().get_template("load_llama_cpp.py.j2").render(file=ENGINES["gguf"])
         return Loader(text.strip(), PACKAGES["gguf"], runtime, (PROGRAMS,))
@@ -160,6 +161,30 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
     )
     packages = (*PACKAGES["transformers"], *(("pillow",) if picture else ()))
     return Loader(text.strip(), packages, "transformers", ())
+
+
+def serving(content: Json) -> Json:
+    """Return the form of a checkpoint without single branches and the verdict of each engine; empty for others."""
+    found: Json = content["engine"].get("serving", {})
+    return found
+
+
+def _served(content: Json, folder: Path) -> Loader:
+    """Return the snippet for a checkpoint without single branches: vLLM, with a class for its config."""
+    found, tokenizer = serving(content), (folder / "tokenizer_config.json").is_file()
+    text = (
+        templates()
+        .get_template("load_vllm.py.j2")
+        .render(form=found["form"], tokenizer=tokenizer, start=preprocessing_recipe.start(folder))
+    )
+    remarks = [
+        f"transformers and vLLM have no class for the config of {found['form']}, and this folder holds no code, so "
+        "this code registers one. It was not run with vLLM.",
+        'Without vLLM, `compressor bench .` and `compressor.models.load(".")` open the folder in torch.',
+    ]
+    if found["engines"].get("llama.cpp", "") is None:
+        remarks.append("For llama.cpp, run its `convert_hf_to_gguf.py` on the folder.")
+    return Loader(text.strip(), PACKAGES["vllm"], "vllm", tuple(remarks))
 
 
 def decision(model: Json) -> str:

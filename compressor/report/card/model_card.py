@@ -15,7 +15,7 @@ from compressor.limitations import Limitation
 from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
 from compressor.report.card import preprocessing_recipe
-from compressor.report.card.loader_snippet import TITLES, make_snippet, templates
+from compressor.report.card.loader_snippet import TITLES, make_snippet, serving, templates
 from compressor.report.card.markdown import code, prose
 from compressor.report.collect_limitations import is_unused
 from compressor.report.engine_text import describe_measurements
@@ -111,7 +111,7 @@ def _header(content: Json, folder: Path) -> ModelCardData:
     quantized = {"base_model_relation": "quantized"} if base_model and settings["precision"] != "fp32" else {}
     tags = [
         _library(content),
-        settings["target"],
+        *(() if serving(content) else (settings["target"],)),
         "compressor",
         *([settings["precision"]] if settings["precision"] != "fp32" else []),
     ]
@@ -170,9 +170,8 @@ def _about(content: Json) -> str:
         origin = f"[{origin}](https://huggingface.co/{quote(model['hub_id'])})"
     weights = " Its weights are random." if model["random_weights"] else ""
     return (
-        f"This folder holds {origin} as {_form(content)} for {TITLES.get(settings['target'], settings['target'])} in "
-        f"{settings['precision']}. The model {use}. Inputs: "
-        f"{_listed(model['inputs'])}. Outputs: {_listed(model['outputs'])}.{_classes(model)}{weights}"
+        f"This folder holds {origin} as {_form(content)} for {_reader(content)} in {settings['precision']}. The model "
+        f"{use}. Inputs: {_listed(model['inputs'])}. Outputs: {_listed(model['outputs'])}.{_classes(model)}{weights}"
     )
 
 
@@ -188,12 +187,26 @@ def _classes(model: Json) -> str:
 
 def _library(content: Json) -> str:
     """Return the hub's name of the library that opens the exported model."""
-    target: str = content["settings"]["target"]
-    return target if target in ("transformers", "gguf") else "onnx"
+    if content["settings"]["target"] == "gguf":
+        return "gguf"
+    if not _is_checkpoint(content):
+        return "onnx"
+    return "vllm" if serving(content) else "transformers"
+
+
+def _is_checkpoint(content: Json) -> bool:
+    return bool(content["settings"]["target"] == "transformers")
 
 
 def _form(content: Json) -> str:
-    return {"transformers": "a checkpoint", "gguf": "a GGUF file"}.get(_library(content), "an engine")
+    if _library(content) == "gguf":
+        return "a GGUF file"
+    return "a checkpoint" if _is_checkpoint(content) else "an engine"
+
+
+def _reader(content: Json) -> str:
+    target = content["settings"]["target"]
+    return "serving engines such as vLLM" if serving(content) else TITLES.get(target, target)
 
 
 def _listed(names: list[str]) -> str:
@@ -240,7 +253,7 @@ def _rows(content: Json) -> Iterator[str]:
     alone = exact_rewrites.cells(content, variants)
     if alone is not None:
         yield _row(exact_rewrites.LABEL.strip(), alone)
-    file = {"transformers": "checkpoint", "gguf": "GGUF file"}.get(_library(content), "ONNX file")
+    file = "checkpoint" if _is_checkpoint(content) else "GGUF file" if _library(content) == "gguf" else "ONNX file"
     yield _row(f"{file}, MB", [f"{size['bytes'] / 1e6:.2f}" for size in sizes])
     if any(size["cache"] for size in sizes):
         yield _row("KV cache per token, bytes", [f"{size['cache']}" for size in sizes])

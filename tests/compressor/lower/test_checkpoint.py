@@ -49,7 +49,10 @@ ARCHITECTURES = {
     "BertForSequenceClassification": ("BertConfig", TEXT | {"intermediate_size": 24, "max_position_embeddings": 32}),
     "ViTForImageClassification": ("ViTConfig", PICTURE | {"intermediate_size": 24}),
 }
-PLAIN = {"LlamaForCausalLM": ("LlamaConfig", DECODER)}  # without a tokenizer, transformers creates none for Llama
+PLAIN = {  # without a tokenizer, transformers creates none for these
+    "LlamaForCausalLM": ("LlamaConfig", DECODER),
+    "Qwen3ForCausalLM": ("Qwen3Config", DECODER | {"head_dim": 4}),
+}
 GENERATING = [name for name in ARCHITECTURES if name.endswith(("CausalLM", "LMHeadModel"))]
 
 
@@ -272,10 +275,7 @@ def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"drop": "attention:2"}, "--drop attention:2: give --drop block:N"),
-        ({"drop": "3"}, "whole blocks"),
-        ({"drop": "25%"}, "whole blocks"),
-        ({"drop": "auto", "actions": "drop,linear"}, "found --actions drop,linear"),
+        ({"drop": "auto", "actions": "drop,linear"}, "can only drop: whole blocks, or .*; found --actions drop,linear"),
         ({"drop": "auto", "tokens": "8"}, "--tokens 8"),
         ({"drop": "block:1", "actions": "linear"}, "--actions linear"),
         ({"drop": "block:1", "tokens": "8"}, "--tokens 8"),
@@ -284,6 +284,19 @@ def test_a_post_norm_block_leaves_its_norms_unless_it_is_removed(subject):
 def test_changes_that_a_checkpoint_cannot_express_are_refused_by_the_settings(options, words):
     with pytest.raises(SettingsError, match=words):
         Settings(model="anything", data="nowhere", target="transformers", **options)
+
+
+@pytest.mark.parametrize("drop", ["attention:2", "3", "25%", "mlp:1"])
+def test_single_branches_of_other_models_are_refused_before_the_data_is_read(drop, tmp_path):
+    dense = saved(tmp_path / "dense", "Qwen3ForCausalLM")
+    with pytest.raises(CheckpointError) as error:
+        export.export(Settings(dense, "nowhere", drop=drop, target="transformers", output=tmp_path / "out"))
+    assert str(error.value) == (
+        "--target transformers can only remove whole blocks, because the form that serving engines open with single "
+        f"branches left out is for Llama and Mistral, not Qwen3ForCausalLM; found --drop {drop}: give --drop block:N, "
+        "the names of whole blocks or a plan that drops whole blocks, or choose another --target, such as onnxruntime, "
+        "which takes any plan."
+    )
 
 
 def test_the_error_names_the_site_of_a_plan_that_changes_more_than_whole_blocks(subject):
@@ -381,7 +394,7 @@ def test_an_exported_folder_can_be_opened_and_benchmarked(tmp_path, tokens, monk
 def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
     """The export itself checks that the checkpoint computes the rewritten graph."""
     monkeypatch.setattr(engine_timing, "QUICK_ROUNDS", 1)
-    dense = saved(tmp_path / "dense", "LlamaForCausalLM")
+    dense = saved(tmp_path / "dense", "Qwen3ForCausalLM")
     out = tmp_path / "out"
     report = compressor.export(
         dense, data=tokens, drop="auto", target="transformers", rounds=1, speedup=1.01, generate="4:4", output=out
@@ -404,7 +417,7 @@ def test_a_search_drops_whole_blocks(tmp_path, tokens, monkeypatch):
 
 @pytest.mark.slow
 def test_a_sweep_of_whole_blocks(tmp_path, tokens):
-    dense = saved(tmp_path / "dense", "LlamaForCausalLM")
+    dense = saved(tmp_path / "dense", "Gemma2ForCausalLM")
     front = compressor.sweep(
         dense, data=tokens, target="transformers", cost="macs", max_loss=1e6, rounds=1, output=tmp_path / "out"
     )

@@ -106,6 +106,18 @@ def test_the_checkpoint_equals_that_of_an_export_in_memory(checkpoints):
     assert transformers.AutoModelForCausalLM.from_pretrained(streamed).config.num_hidden_layers == 1
 
 
+def test_a_checkpoint_without_an_attention_is_written_from_disk(folder, tmp_path):
+    report = export.export(settings_for(folder, tmp_path / "out", drop="attention:1"))
+    written, original = weights(tmp_path / "out"), weights(folder / "llama")
+    assert {name for name in original if name not in written} == {
+        f"model.layers.1.{name}.weight" for name in ("input_layernorm", *(f"self_attn.{each}_proj" for each in "qkvo"))
+    }
+    assert all(torch.equal(value, original[name]) for name, value in written.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["DeciLMForCausalLM"]
+    assert report.parity["result"] <= FILE
+    assert report.engine["serving"]["engines"]["vLLM"] is None
+
+
 @pytest.mark.parametrize("kind", ["checkpoints", "onnx_folders"])
 def test_quality_equals_that_of_an_export_in_memory(kind, request):
     """Both evaluate the same windows, which contain each token once although texts are longer than a window."""

@@ -67,6 +67,24 @@ def test_invalid_forms_of_drop(text, message):
         plan_for(text)
 
 
+def test_fixed_sites_are_not_ranked_alone():
+    """A percentage counts them; a block or a name may contain them."""
+    reason = {"b.5.attention": "an engine needs it"}
+
+    def dropped(text):
+        plan = choose(parse(text), SITES, "reverse", model="m", fixed=reason)
+        if "b.5.attention" not in plan.dropped:
+            assert {each.site: each.reason for each in plan.decisions}["b.5.attention"] == "an engine needs it"
+        return list(plan.dropped)
+
+    assert dropped("2") == ["b.4.mlp", "b.5.mlp"]
+    assert dropped("attention:50%") == ["b.2.attention", "b.3.attention", "b.4.attention"]
+    assert dropped("block:1") == ["b.5.attention", "b.5.mlp"]
+    assert dropped("b.5.attention") == ["b.5.attention"]
+    with pytest.raises(PassError, match=r"5 can be chosen; b\.5\.attention stays, because an engine"):
+        dropped("attention:6")
+
+
 def test_names_are_dropped_in_their_order_and_once():
     plan = plan_for("b.4,b.1.mlp,b.4.mlp,b.1.mlp")
     assert plan.order == ("b.4.attention", "b.4.mlp", "b.1.mlp")
