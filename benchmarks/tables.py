@@ -19,6 +19,7 @@ import tables_criteria
 import tables_decode
 import tables_fusion
 import tables_large
+import tables_llama_cpp
 import tables_llm
 import tables_matrix
 import tables_targets
@@ -150,6 +151,7 @@ TABLES = {
     "fusion": tables_fusion.fusion,
     "tensorrt": tables_tensorrt.tensorrt,
     "llm": tables_llm.llm,
+    "llama_cpp": tables_llama_cpp.llama_cpp,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,
     "tokens": tokens,

@@ -22,6 +22,8 @@ TASKS = (
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.
 TRANSFORMERS = "transformers"
+# The target that writes a file for llama.cpp: a language model without some blocks, or attentions of blocks.
+GGUF = "gguf"
 
 # Copied from runtimes.base.protocols and passes.plan.selection, which import NumPy and torch; a test compares them.
 DEVICES = ("cpu", "cuda")

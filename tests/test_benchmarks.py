@@ -388,6 +388,35 @@ def test_the_table_of_the_small_language_model():
     assert lines[14:] == ["- attention 2: a drop, b drop", "- auto 1: b linear"]
 
 
+def llama_cpp_row(precision, dropped, losses, ratio):
+    part = {"median": 12.0 / ratio, "speedup": {"dense": over(ratio), "float": over(ratio)}}
+    row = {"precision": precision, "dropped": dropped, "bytes": 2_500_000, "figure": figure(30.0), "loss": losses}
+    return row | {"cache_bytes_per_token": 23040 - 768 * dropped, "prompt": part, "token": part}
+
+
+def test_the_table_of_llama_cpp():
+    rows = [
+        llama_cpp_row("fp32", 0, {}, 1.0),
+        llama_cpp_row("int8", 8, {"float": figure(48.0), "dense": figure(47.0)}, 1.25),
+    ]
+    made = {"dropped": 8, "prompts": 10, "new": 64, "equal_texts": 9, "same_next_token": 639, "tokens": 640,
+            "largest_gap": 0.004, "spread": 3.2}  # fmt: skip
+    exact = made | {"dropped": 0, "equal_texts": 10, "same_next_token": 640, "largest_gap": 0.0}
+    found = {"rows": rows, "generation": [exact, made], "model": "tiny", "samples": 3, "length": 128, "threads": 1,
+             "data": "texts.txt", "calls": {"prompt": 128, "new": 128, "behind": 192}, "changes": {"a": "drop"},
+             "environment": {"packages": {"xllamacpp": "1.2"}, "processor": "a chip"}}  # fmt: skip
+    lines = script("tables_llama_cpp").llama_cpp_table(found).splitlines()
+    assert lines[2].startswith("| F32 | 0 | 2.5 MB | 30.00 | – | – | 12.0 ms, 1.00x (")
+    lost = "+48.00 (+47.00 to +49.00) | +47.00 (+46.00 to +48.00)"
+    assert lines[3].startswith(f"| Q8_0 | 8 | 2.5 MB | 30.00 | {lost} | ")
+    assert lines[3].endswith("9.6 ms, 1.25x (1.15–1.35) | 16,896 B |")
+    assert lines[7] == "| dense | 10 of 10 (greedy, 64 tokens) | 640 of 640 | – |"
+    assert lines[8].startswith(
+        "| 8 attentions dropped | 9 of 10 (greedy, 64 tokens) | 639 of 640 | at most 0.004 apart"
+    )
+    assert "a prompt of 128 tokens, a further token behind 192, 1 thread; xllamacpp 1.2 on a chip" in lines[10]
+
+
 @pytest.mark.parametrize(
     ("ratio", "loss", "verdict"),
     [
@@ -619,6 +648,31 @@ def test_llm_runs_on_a_small_model(monkeypatch, tmp_path):
     bytes_of = {row["name"]: row["cache_bytes_per_token"] for row in found["rows"]}
     assert bytes_of["attention 1"] * 2 == bytes_of["as it is"] == 2 * 2 * 2 * 8 * 4
     assert "| attention 1 | 1 |" in script("tables_llm").llm_table(found)
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_on_a_small_model(monkeypatch, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
+    from tests.gguf_files import VOCABULARY, small
+    from tests.llama_cpp import saved
+
+    llama_cpp = script("llama_cpp")
+    monkeypatch.setattr(llama_cpp, "NEW", 8)
+    folder = saved(tmp_path / "llama", small(num_hidden_layers=3))
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY - 2, (24, 40)))
+    found = llama_cpp.compare(
+        Settings(model=folder, data=tmp_path / "tokens.npy", drop="model.layers.2.self_attn", target="gguf", samples=12,
+                 max_length=40, rounds=1, threads=1)
+    )  # fmt: skip
+    assert [(row["precision"], row["dropped"]) for row in found["rows"]] == [
+        ("fp32", 0), ("fp16", 0), ("int8", 0), ("int4", 0), ("fp16", 1), ("int8", 1), ("int4", 1)
+    ]  # fmt: skip
+    sizes = [row["bytes"] for row in found["rows"]]
+    assert sizes[:4] == sorted(sizes[:4], reverse=True)
+    for made in found["generation"]:
+        assert made["same_next_token"] >= made["tokens"] - 1
+        assert made["largest_gap"] < 0.05 * made["spread"]
+    assert "| F16 | 1 |" in script("tables_llama_cpp").llama_cpp_table(found)
 
 
 def test_tables_and_scripts_use_the_same_method_names(of_criteria):

@@ -16,7 +16,7 @@ from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner
-from compressor.choices import parse_image_size
+from compressor.choices import GGUF, parse_image_size
 from compressor.data.readers.hub import looks_like
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
@@ -102,6 +102,7 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
             *map(str, of_subject(runner.loaded)),
             *_leakage_warnings(runner, folders),
             *_hidden_overflow(runner),
+            *_last_logits(runner),
             *_weight_types(runner.entries),
         ),
     )
@@ -120,6 +121,16 @@ def _hidden_overflow(runner: BenchRunner) -> Iterator[str]:
             yield (
                 f"{entry.name}: ONNX Runtime computes fp16 in float32 on the CPU, so these figures hide overflow and "
                 "are not those of a device with fp16 arithmetic."
+            )
+
+
+def _last_logits(runner: BenchRunner) -> Iterator[str]:
+    """Yield a sentence for each engine that computes fewer logits than others when it is timed."""
+    for entry in runner.entries:
+        if entry.target == GGUF:
+            yield (
+                f"{entry.name}: llama.cpp computes the logits of the last token of a timed call alone, where other "
+                "engines compute those of all tokens; its cache holds F16."
             )
 
 

@@ -23,6 +23,7 @@ from compressor.internals.torch_onnx import one_registry
 from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.lower.exported_program import exported_program
+from compressor.lower.gguf import writer
 from compressor.models.base import first_line
 from passes.base import apply
 from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
@@ -43,7 +44,8 @@ class LowerError(CompressorError):
 def lower(graph: Graph, model: Model, path: Path) -> Path:
     """Write a graph in the format that the name of the file selects.
 
-    ``.onnx`` selects ONNX, ``.pt2`` an exported program, and ``config.json`` a checkpoint in the folder of that file.
+    ``.onnx`` selects ONNX, ``.pt2`` an exported program, ``.gguf`` a file for llama.cpp, and ``config.json`` a
+    checkpoint in the folder of that file.
 
     Returns:
         `path`.
@@ -54,6 +56,8 @@ def lower(graph: Graph, model: Model, path: Path) -> Path:
     """
     if path.name == CONFIG[1:]:
         return write(graph, model, path)
+    if path.suffix == ".gguf":
+        return writer.write(graph, model, path)
     return _to_program(graph, model, path) if path.suffix == ".pt2" else _to_onnx(graph, model, path)
 
 

@@ -54,6 +54,7 @@ class Model:
         class_names: names of the classes of a classifier; None if the model does not name them.
         dtypes: types of the float weights in the checkpoint, by the path in the module, which holds them as float32;
             empty if there is no checkpoint or its types are unknown.
+        gguf_file: the GGUF file that the model was read from; None for other sources.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Model:
     interpolates: bool = False
     limitations: tuple[Limitation, ...] = ()
     class_names: ClassNames | None = None
+    gguf_file: Path | None = None
 
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import AUTO, TRANSFORMERS
+from compressor.choices import AUTO, GGUF, TRANSFORMERS
 from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
@@ -184,7 +184,7 @@ def _compressed(
         model=model_facts(subject),
         data=subject.data.describe(),
         plan=plan,
-        sizes=_sizes({name: engines[name] for name in names}, subject, rewritten.folded),
+        sizes=_sizes({name: engines[name] for name in names}, subject, rewritten.folded, settings.target),
         quality=None if quality is None else Quality.of(quality, names),
         no_quality_because=subject.no_quality_because,
         latency={name: latency[name] for name in names},
@@ -458,11 +458,13 @@ def _heal(
         )
 
 
-def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> dict[str, Size]:
+def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph, target: str) -> dict[str, Size]:
+    """Return the size of each variant; llama.cpp keeps its cache as F16, and other engines as the graph's float32."""
     result = (final, Costs(final, subject.costs.example))
 
     def of(path: Path, graph: Graph, costs: Costs) -> Size:
-        return Size(costs.total.parameters, costs.total.multiply_adds, engine_bytes(path), bytes_per_token(graph))
+        cache = bytes_per_token(graph) // 2 if target == GGUF else bytes_per_token(graph)
+        return Size(costs.total.parameters, costs.total.multiply_adds, engine_bytes(path), cache)
 
     return {
         name: of(path, *(result if name == "result" else (subject.graph, subject.costs)))

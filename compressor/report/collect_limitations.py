@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import TRANSFORMERS
+from compressor.choices import GGUF, TRANSFORMERS
 from compressor.limitations import Limitation
 from compressor.quality.metrics import METRICS
 
@@ -41,6 +41,8 @@ def limitations_of(
     yield from _emulated(precision, converted, engine)
     yield from _saturating(precision, converted, engine)
     yield from of_engine(engine)
+    if engine.get("target") == GGUF:
+        yield from of_llama_cpp(subject.model)
     yield from _ahead_of_time(engine)
     yield from _of_serving(engine)
     notes = [*(note for each in parities for note in each.notes), *engine.get("stand_in", {}).get("notes", ())]
@@ -68,6 +70,8 @@ def of_sweep(
     """
     yield from of_subject(subject)
     yield from of_weight_types(subject.model, f"the engines are {precision}", target)
+    if target == GGUF:
+        yield from of_llama_cpp(subject.model)
     points: dict[Limitation, list[str]] = {}
     for number, facts in conversions.items():
         for limitation in _of_conversion(precision, {"result": facts}, ()):
@@ -106,6 +110,24 @@ def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
         )
     elif layers["fused_attention"] is False:
         yield Limitation("fused attention", "the engine computes attention as separate operators")
+
+
+def of_llama_cpp(model: Model) -> Iterator[Limitation]:
+    """List what the figures of a GGUF file mean, and what the file leaves out."""
+    from compressor.lower.gguf.writer import context_length
+
+    yield Limitation(
+        "measurements",
+        "quality and latency are those of the file in llama.cpp (xllamacpp), with keys and values as F16; a timed "
+        "prompt computes the logits of its last token alone, as in generation; Ollama and LM Studio carry other builds",
+    )
+    config: Any = model.module.config
+    if context_length(config) < config.max_position_embeddings:
+        yield Limitation(
+            "sliding window",
+            f"llama.cpp attends to all earlier tokens of this model, so the file states {context_length(config)} "
+            "tokens as its longest text, for which that is the same",
+        )
 
 
 def _of_serving(engine: Mapping[str, Any]) -> Iterator[Limitation]:

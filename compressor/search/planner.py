@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from compressor import __version__
-from compressor.choices import TRANSFORMERS
+from compressor.choices import GGUF, TRANSFORMERS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
+from compressor.lower.gguf import rules
 from compressor.lower.traced_model import TracedModel
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.measure.memory_budget import MemoryBudget
@@ -128,13 +129,15 @@ def apply_fixed_plan(
         _check_dropping(plan)
     if settings.target == TRANSFORMERS:
         checkpoint.check_plan(plan, subject.sites, subject.model)
+    if rewriter.nested:
+        rules.check_changes(plan.changes, subject.sites)
     with steps.step("rewrite") as tick:
         graph = rewriter.apply_changes(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=measurements)
 
 
 def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
-    """Return the rewriter of a model; its units are whole blocks if the target can only remove those.
+    """Return the rewriter of a model; its units are what the target can remove, such as whole blocks.
 
     A search does not change what the target has to keep.
 
@@ -145,11 +148,14 @@ def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
     if whole and settings.drop == "auto":
         checkpoint.check_blocks(subject.sites, subject.model)
     fixed = _fixed(subject, settings) if settings.drop == "auto" else {}
-    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, fixed=fixed)
+    nested = settings.target == GGUF
+    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, nested=nested, fixed=fixed)
 
 
 def _fixed(subject: TracedModel, settings: Settings) -> dict[str, str]:
     """Return the sites that the target has to keep, with the reason."""
+    if settings.target == GGUF:
+        return rules.kept_sites(subject.sites)
     return checkpoint.kept_sites(subject.sites, subject.model) if settings.target == TRANSFORMERS else {}
 
 
@@ -394,6 +400,8 @@ def _designs(subject: TracedModel, settings: Settings, rewriter: Rewriter) -> di
     """Return the graphs to time for the cost model."""
     if rewriter.whole:
         return cost_model.designs_by_block(rewriter)
+    if rewriter.nested:
+        return cost_model.designs_by_attention(rewriter)
     merged = _merged(rewriter) if "merge" in settings.chosen_actions else {}
     linear = settings.target != TRANSFORMERS
     return cost_model.designs_by_kind(subject.graph, subject.sites, linear=linear) | merged

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]
 # The size of each axis of every input; None for a dynamic axis. None instead of a tuple means unknown rank.
 Shapes: TypeAlias = Mapping[str, "tuple[int | None, ...] | None"]
+
+PAST = "past_input_ids"  # tokens before input_ids, for engines that keep the KV cache themselves
 
 Opened = TypeVar("Opened")
 Self = TypeVar("Self", bound="Closing[Any]")
@@ -168,6 +170,17 @@ class Engine(Protocol):
         """Close the engine."""
 
 
+@runtime_checkable
+class HoldsCache(Protocol):
+    """An engine that keeps the KV cache itself, so that none of its inputs and outputs holds it.
+
+    Where attention_mask is longer than input_ids, its feeds hold the tokens before them as `PAST`, [rows, tokens].
+    """
+
+    def cache_bytes(self, rows: int, tokens: int) -> int:
+        """Return the bytes of the keys and values of so many tokens in each of so many rows."""
+
+
 class Closing(Generic[Opened]):
     """Base class of engines that holds the library's session until close() and refuses any use afterwards."""
 
@@ -211,8 +224,8 @@ class Runtime(Protocol):
         """The supported devices, the preferred one first."""
 
     @property
-    def source(self) -> Literal[".onnx", ".pt2", "/config.json"]:
-        """The kind of source file: an ONNX file, a saved torch.export.ExportedProgram, or a checkpoint folder."""
+    def source(self) -> Literal[".onnx", ".pt2", "/config.json", ".gguf"]:
+        """The kind of source file: ONNX, a saved torch.export.ExportedProgram, a checkpoint folder, or float GGUF."""
 
     @property
     def precisions(self) -> Mapping[str, tuple[str, ...]]:
