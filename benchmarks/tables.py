@@ -15,6 +15,7 @@ from typing import Any
 
 import tables_abuse
 import tables_budget
+import tables_coverage
 import tables_criteria
 import tables_decode
 import tables_fusion
@@ -144,6 +145,7 @@ TABLES = {
     "main_job": main_job,
     "cost": cost,
     "headline": headline,
+    "coverage": tables_coverage.coverage,
     "criteria": tables_criteria.criteria,
     "decode": tables_decode.decode,
     "budget": tables_budget.budget,

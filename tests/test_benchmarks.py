@@ -760,3 +760,38 @@ def test_abuse_finds_no_fault(group, tmp_path):
     command += ["--output", str(tmp_path / "abuse.json")]
     done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_table_of_architectures_has_the_kinds_of_refusals():
+    passes = {"outcome": "passes", "detail": "", "difference": 2e-7}
+    headless = "ModelError: a is an AForX, a head that is not supported; expected one of ..."
+    rows = {
+        "a": {"outcome": "refused", "detail": headless},
+        "b": passes,
+        "c": {"outcome": "not built", "detail": "ValueError"},
+        "d": {"outcome": "fault", "detail": "differs from transformers by 1.0e+00"},
+        "e": passes | {"difference": 3e-6},
+    }
+    table = script("tables_coverage").coverage_table({"transformers": "5.24.0", "architectures": rows})
+    assert table.splitlines() == [
+        "| transformers 5.24.0 | architectures | names |",
+        "|---|---|---|",
+        "| passes | 2 (50%) | b, e |",
+        "| fault | 1 (25%) | d |",
+        "| refused: has a head that is not supported | 1 (25%) | a |",
+        "",
+        "4 architectures were judged; 1 others could not be made small by the names of their fields, or are parts of "
+        "another model. The largest difference of a file that passes is 3.0e-06.",
+        "- fault, d: differs from transformers by 1.0e+00",
+    ]
+
+
+def test_an_architecture_is_judged_by_its_own_class(tmp_path):
+    """The file of a Llama agrees with transformers; a class of images and texts is refused in a sentence."""
+    judged = script("coverage").judged
+    passes = judged("llama", tmp_path / "llama")
+    assert (passes["outcome"], passes["class"], passes["sites"]) == ("passes", "LlamaForCausalLM", 4)
+    assert passes["difference"] < 1e-5
+    refused = judged("llava", tmp_path / "llava")
+    assert refused["outcome"] == "refused"
+    assert "a head that is not supported" in refused["detail"]
