@@ -28,6 +28,7 @@ from compressor.measure.precision_converter import PrecisionConverter
 from compressor.measure.variant import Variant, build_variants, convert_variants, engines_of, lower_variant
 from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
+from compressor.models.text import genai_config
 from compressor.pipeline import export_offloaded, factorial_cells
 from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
@@ -177,6 +178,7 @@ def _compressed(
     latency = timer.totals(parts)
     reported = [each for each in variants if each.reported]
     engine = _engine(rewritten, reported, evaluator, folder, settings, steps, gpus)
+    without_genai = genai_config.write(folder, engines["result"].name, settings.target, subject.model, rewritten.folded)
     names = [each.name for each in reported]
     report = Report(
         command=command,
@@ -207,6 +209,7 @@ def _compressed(
                 subject, settings.precision, conversions, shipped.trials, engine, [each.parity for each in reported]
             ),
             *_lost(rewritten, subject),
+            *without_genai,
             *of_timings(timer.unsteady),
         ),
     )
