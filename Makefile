@@ -52,7 +52,7 @@ lint: $(DEV_STAMP) ## ruff: rules and format; import-linter: the order of the pa
 # The target tensorrt has to fit both bindings, whose stubs lie in typings; without them its calls count as Any.
 types: $(DEV_STAMP) ## mypy --strict on the three packages
 	$(BIN)/mypy
-	for stubs in typings/*; do MYPYPATH=$$stubs $(BIN)/mypy -p runtimes.tensorrt || exit 1; done
+	for stubs in typings/*; do MYPYPATH=$$stubs $(BIN)/mypy -p runtimes.tensorrt -p runtimes.tensorrt_rtx || exit 1; done
 
 # Needs no network. The variable silences Material's notice that it is maintained until May 2027 and what follows it.
 docs: $(DEV_STAMP) ## The documentation, into build/site; warnings are errors

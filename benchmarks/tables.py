@@ -15,10 +15,12 @@ from typing import Any
 
 import tables_abuse
 import tables_budget
+import tables_coverage
 import tables_criteria
 import tables_decode
 import tables_fusion
 import tables_large
+import tables_llama_cpp
 import tables_llm
 import tables_matrix
 import tables_targets
@@ -143,6 +145,7 @@ TABLES = {
     "main_job": main_job,
     "cost": cost,
     "headline": headline,
+    "coverage": tables_coverage.coverage,
     "criteria": tables_criteria.criteria,
     "decode": tables_decode.decode,
     "budget": tables_budget.budget,
@@ -150,6 +153,7 @@ TABLES = {
     "fusion": tables_fusion.fusion,
     "tensorrt": tables_tensorrt.tensorrt,
     "llm": tables_llm.llm,
+    "llama_cpp": tables_llama_cpp.llama_cpp,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,
     "tokens": tokens,

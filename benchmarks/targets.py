@@ -79,6 +79,9 @@ def built(case: Case, settings: Settings, scratch: Path) -> tuple[Any, dict[str,
         if (reason := runtime(target).missing()) is not None:
             refused[target] = reason
             continue
+        if runtime(target).source == ".gguf":
+            refused[target] = "its files hold language models alone; see llama_cpp.py"
+            continue
         available, options = check_target(replace(settings, target=target))
         if subject is None:
             subject = load(settings, Steps(None))

@@ -2,8 +2,10 @@
 
     python benchmarks/tensorrt_engines.py [NAME ...] [--gpu sm89] [--again]
 
-Each architecture is traced, folded and written as an export writes it: in fp32, fp16, int8, and in fp16 with merged
-tokens where they can be merged. The weights are random and the models small; the graphs are those of the real ones.
+Each architecture is traced, folded and written as an export writes it: in each precision of the target, in fp16 with
+merged tokens where they can be merged, and in int8 with the last attention as a fitted linear map. The weights are
+random and the models small; the graphs are those of the real ones.
+
 The results are written after each architecture; one that has results is left out unless --again is given.
 `python benchmarks/tables.py` writes them into README.md.
 """

@@ -22,10 +22,12 @@ TASKS = (
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.
 TRANSFORMERS = "transformers"
+# The target that writes a file for llama.cpp: a language model without some blocks, or attentions of blocks.
+GGUF = "gguf"
 
 # Copied from runtimes.base.protocols and passes.plan.selection, which import NumPy and torch; a test compares them.
 DEVICES = ("cpu", "cuda")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4")
 METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
 
 COSTS = ("latency", "macs")

@@ -20,6 +20,7 @@ from compressor.choices import (
     COSTS,
     DEVICES,
     DYNAMIC,
+    GGUF,
     HEAL_METHODS,
     METRICS,
     MOST_ROUNDS,
@@ -50,12 +51,20 @@ BLOCKS_ADVICE = (
     "give --drop block:N, the names of whole blocks or a plan that drops whole blocks, or choose another --target, "
     "such as onnxruntime, which takes any plan"
 )
+ONLY_ATTENTION = f"--target {GGUF} can only remove whole blocks and the attention of blocks"
+ATTENTION_ADVICE = (
+    "give --drop attention:N or block:N, their names or a plan that drops them, or choose another --target (every "
+    "other but transformers can express it)"
+)
 # Targets that cannot have dynamic height and width, with the reason.
 FIXED_SIZE = {
     "tensorrt": "whose engines bound every dynamic axis",
     "tensorrt_rtx": "whose engines bound every dynamic axis",
+    "onnxruntime_rtx": "whose engines bound every dynamic axis",
     "executorch": "whose programs bound every dynamic axis",
 }
+# Targets whose files can only leave parts of the model out, with the sentence that says so.
+ONLY_LEAVE_OUT = {TRANSFORMERS: ONLY_DROPS, GGUF: ONLY_ATTENTION}
 # Matches text that is no module path: a leading minus, a colon, a percent sign or a space.
 _NO_SITE = re.compile(r"^-|[:%\s]")
 
@@ -178,7 +187,7 @@ class Settings:
     )
     max_precision_loss: float = option(
         0.5,
-        "Largest loss of a precision below fp32, in %; int8 returns layers to float until the loss is that small.",
+        "Largest loss of a precision below fp32, in %; int8 and fp8 return layers to float to meet it.",
         least=0.0,
         most=100.0,
         unit="percent",
@@ -186,7 +195,8 @@ class Settings:
     defer_build: bool = option(False, "Do not build the engine; `compressor build` builds it on the device.")
     gpu: str | None = option(
         None,
-        "GPUs to build engines for ahead of time, such as sm86,sm89 (compute capabilities); --target tensorrt_rtx.",
+        "GPUs to build engines for ahead of time, such as sm86,sm89 (compute capabilities), or sm86+sm89 for one "
+        "engine of both; --target tensorrt_rtx.",
         unset="the present GPU; without one, all that the installed release builds for",
         metavar="SM,...",
     )
@@ -291,7 +301,7 @@ class Settings:
         """Return the actions allowed on a site, with the default of `actions` filled in."""
         if self.actions is not None:
             return tuple(action.strip() for action in self.actions.split(","))
-        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target != TRANSFORMERS else ("drop",)
+        chosen = AUTO_ACTIONS if self.drop == "auto" and self.target not in ONLY_LEAVE_OUT else ("drop",)
         return chosen if self.tokens == "auto" else tuple(action for action in chosen if action != "merge")
 
     def to_dict(self) -> dict[str, Any]:
@@ -399,8 +409,9 @@ def _check_target(settings: Settings) -> None:
     from runtimes.base.protocols import RuntimesError
     from runtimes.base.registry import runtime
 
+    if settings.target in ONLY_LEAVE_OUT:
+        _check_only_drops(settings)
     if settings.target == TRANSFORMERS:
-        _check_checkpoint(settings)
         return
     try:
         runtime(settings.target)
@@ -408,16 +419,20 @@ def _check_target(settings: Settings) -> None:
         raise SettingsError(f"{error} For a checkpoint, give --target {TRANSFORMERS}.") from error
 
 
-def _check_checkpoint(settings: Settings) -> None:
-    """Refuse changes that a checkpoint cannot express, as far as the settings tell without the model."""
+def _check_only_drops(settings: Settings) -> None:
+    """Refuse changes that the file of a target cannot express, as far as the settings tell without the model."""
+    limit = ONLY_LEAVE_OUT[settings.target]
     if set(settings.chosen_actions) != {"drop"}:
         raise SettingsError(
-            f"{ONLY_DROPS}; found --actions {settings.actions}: leave out --actions, or choose another --target."
+            f"{limit}; found --actions {settings.actions}: leave out --actions, or choose another --target."
         )
     if settings.tokens not in ("auto", "none"):
         raise SettingsError(
-            f"{ONLY_DROPS}; found --tokens {settings.tokens}: leave out --tokens, or choose another --target."
+            f"{limit}; found --tokens {settings.tokens}: leave out --tokens, or choose another --target."
         )
+    counted = re.fullmatch(r"(?:([a-z]+):)?\d+%?", settings.drop.strip())
+    if settings.target == GGUF and counted is not None and counted[1] not in ("block", "attention"):
+        raise SettingsError(f"{limit}; found --drop {settings.drop}: {ATTENTION_ADVICE}.")
 
 
 def _check_drop(settings: Settings) -> None:

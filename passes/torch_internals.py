@@ -121,8 +121,11 @@ def guards(program: ExportedProgram) -> tuple[str, ...]:
 
 
 def holds(guard: str, tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether a condition of `guards` is true for the inputs of a program whose only argument is `*tensors`."""
-    return bool(eval(guard, {"L": {"tensors": tensors}}))
+    """Return whether a condition of `guards` is true for the inputs of a program whose only argument is `*tensors`.
+
+    Conditions call functions of torch, such as ``torch.sym_min``.
+    """
+    return bool(eval(guard, {"L": {"tensors": tensors}, "torch": torch}))
 
 
 def hint(size: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor import models
-from compressor.data.splits import Batch, Shares, load
+from compressor.data.splits import Batch, Shares, Split, load
 from compressor.lower.trace import trace
 from passes.execute.interpreter import Program
 from passes.graph.sites import find_sites
@@ -125,13 +125,18 @@ class Tensors:
     def __len__(self):
         return len(self.indices)
 
-    def batches(self, size):
+    def bounded_groups(self, size):
         size = min(size, self.most)
-        for start in range(0, len(self), size):
-            part = list(self.indices[start : start + size])
+        return [list(self.indices[start : start + size]) for start in range(0, len(self), size)]
+
+    def bounded_batches(self, size):
+        for part in self.bounded_groups(size):
             labels = None if self.labels is None else self.labels[part]
             feeds = {name: value[part] for name, value in self.feeds.items()}
             yield Batch(feeds, labels, 1, tuple(map(str, part)))
+
+    batches = bounded_batches
+    middle = Split.middle
 
 
 def states(graph, feeds, *names):

@@ -388,6 +388,35 @@ def test_the_table_of_the_small_language_model():
     assert lines[14:] == ["- attention 2: a drop, b drop", "- auto 1: b linear"]
 
 
+def llama_cpp_row(precision, dropped, losses, ratio):
+    part = {"median": 12.0 / ratio, "speedup": {"dense": over(ratio), "float": over(ratio)}}
+    row = {"precision": precision, "dropped": dropped, "bytes": 2_500_000, "figure": figure(30.0), "loss": losses}
+    return row | {"cache_bytes_per_token": 23040 - 768 * dropped, "prompt": part, "token": part}
+
+
+def test_the_table_of_llama_cpp():
+    rows = [
+        llama_cpp_row("fp32", 0, {}, 1.0),
+        llama_cpp_row("int8", 8, {"float": figure(48.0), "dense": figure(47.0)}, 1.25),
+    ]
+    made = {"dropped": 8, "prompts": 10, "new": 64, "equal_texts": 9, "same_next_token": 639, "tokens": 640,
+            "largest_gap": 0.004, "spread": 3.2}  # fmt: skip
+    exact = made | {"dropped": 0, "equal_texts": 10, "same_next_token": 640, "largest_gap": 0.0}
+    found = {"rows": rows, "generation": [exact, made], "model": "tiny", "samples": 3, "length": 128, "threads": 1,
+             "data": "texts.txt", "calls": {"prompt": 128, "new": 128, "behind": 192}, "changes": {"a": "drop"},
+             "environment": {"packages": {"xllamacpp": "1.2"}, "processor": "a chip"}}  # fmt: skip
+    lines = script("tables_llama_cpp").llama_cpp_table(found).splitlines()
+    assert lines[2].startswith("| F32 | 0 | 2.5 MB | 30.00 | – | – | 12.0 ms, 1.00x (")
+    lost = "+48.00 (+47.00 to +49.00) | +47.00 (+46.00 to +48.00)"
+    assert lines[3].startswith(f"| Q8_0 | 8 | 2.5 MB | 30.00 | {lost} | ")
+    assert lines[3].endswith("9.6 ms, 1.25x (1.15–1.35) | 16,896 B |")
+    assert lines[7] == "| dense | 10 of 10 (greedy, 64 tokens) | 640 of 640 | – |"
+    assert lines[8].startswith(
+        "| 8 attentions dropped | 9 of 10 (greedy, 64 tokens) | 639 of 640 | at most 0.004 apart"
+    )
+    assert "a prompt of 128 tokens, a further token behind 192, 1 thread; xllamacpp 1.2 on a chip" in lines[10]
+
+
 @pytest.mark.parametrize(
     ("ratio", "loss", "verdict"),
     [
@@ -621,6 +650,31 @@ def test_llm_runs_on_a_small_model(monkeypatch, tmp_path):
     assert "| attention 1 | 1 |" in script("tables_llm").llm_table(found)
 
 
+@pytest.mark.slow
+def test_llama_cpp_runs_on_a_small_model(monkeypatch, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (pip install xllamacpp)")
+    from tests.gguf_files import VOCABULARY, small
+    from tests.llama_cpp import saved
+
+    llama_cpp = script("llama_cpp")
+    monkeypatch.setattr(llama_cpp, "NEW", 8)
+    folder = saved(tmp_path / "llama", small(num_hidden_layers=3))
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY - 2, (24, 40)))
+    found = llama_cpp.compare(
+        Settings(model=folder, data=tmp_path / "tokens.npy", drop="model.layers.2.self_attn", target="gguf", samples=12,
+                 max_length=40, rounds=1, threads=1)
+    )  # fmt: skip
+    assert [(row["precision"], row["dropped"]) for row in found["rows"]] == [
+        ("fp32", 0), ("fp16", 0), ("int8", 0), ("int4", 0), ("fp16", 1), ("int8", 1), ("int4", 1)
+    ]  # fmt: skip
+    sizes = [row["bytes"] for row in found["rows"]]
+    assert sizes[:4] == sorted(sizes[:4], reverse=True)
+    for made in found["generation"]:
+        assert made["same_next_token"] >= made["tokens"] - 1
+        assert made["largest_gap"] < 0.05 * made["spread"]
+    assert "| F16 | 1 |" in script("tables_llama_cpp").llama_cpp_table(found)
+
+
 def test_tables_and_scripts_use_the_same_method_names(of_criteria):
     assert set(of_criteria.OURS) < set(script("criteria").SEARCHES)
 
@@ -706,3 +760,38 @@ def test_abuse_finds_no_fault(group, tmp_path):
     command += ["--output", str(tmp_path / "abuse.json")]
     done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_table_of_architectures_has_the_kinds_of_refusals():
+    passes = {"outcome": "passes", "detail": "", "difference": 2e-7}
+    headless = "ModelError: a is an AForX, a head that is not supported; expected one of ..."
+    rows = {
+        "a": {"outcome": "refused", "detail": headless},
+        "b": passes,
+        "c": {"outcome": "not built", "detail": "ValueError"},
+        "d": {"outcome": "fault", "detail": "differs from transformers by 1.0e+00"},
+        "e": passes | {"difference": 3e-6},
+    }
+    table = script("tables_coverage").coverage_table({"transformers": "5.24.0", "architectures": rows})
+    assert table.splitlines() == [
+        "| transformers 5.24.0 | architectures | names |",
+        "|---|---|---|",
+        "| passes | 2 (50%) | b, e |",
+        "| fault | 1 (25%) | d |",
+        "| refused: has a head that is not supported | 1 (25%) | a |",
+        "",
+        "4 architectures were judged; 1 others could not be made small by the names of their fields, or are parts of "
+        "another model. The largest difference of a file that passes is 3.0e-06.",
+        "- fault, d: differs from transformers by 1.0e+00",
+    ]
+
+
+def test_an_architecture_is_judged_by_its_own_class(tmp_path):
+    """The file of a Llama agrees with transformers; a class of images and texts is refused in a sentence."""
+    judged = script("coverage").judged
+    passes = judged("llama", tmp_path / "llama")
+    assert (passes["outcome"], passes["class"], passes["sites"]) == ("passes", "LlamaForCausalLM", 4)
+    assert passes["difference"] < 1e-5
+    refused = judged("llava", tmp_path / "llava")
+    assert refused["outcome"] == "refused"
+    assert "a head that is not supported" in refused["detail"]

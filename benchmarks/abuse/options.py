@@ -62,7 +62,7 @@ export M --target onnxruntim | Unknown target 'onnxruntim'
 export M --target '' | Unknown target ''
 export M --target ../os | Unknown target '../os'
 export M --target base | Unknown target 'base'
-export M --precision fp8 | Invalid value for '--precision': 'fp8' is not one of 'auto', 'fp32', '
+export M --precision fp4 | Invalid value for '--precision': 'fp4' is not one of 'auto', 'fp32', '
 export M --precision fp16 | target onnxruntime has no fp16 on cpu
 export M --precision bf16 | target onnxruntime has no bf16 on cpu
 export M --int8 --precision fp16 | found --int8 and --precision fp16

@@ -16,7 +16,7 @@ from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner
-from compressor.choices import parse_image_size
+from compressor.choices import GGUF, parse_image_size
 from compressor.data.readers.hub import looks_like
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
@@ -25,7 +25,7 @@ from compressor.models import Model
 from compressor.models.weights.stored_dtypes import describe_dtypes
 from compressor.report.collect_limitations import of_subject
 from compressor.settings import Settings
-from compressor.target.fp16_arithmetic import has_fp16
+from compressor.target.half_arithmetic import FP16, half_types
 from compressor.workspace.environment import environment
 from compressor.workspace.output_folder import check_file, check_outside, check_writable, scratch_folder, write_file
 from compressor.workspace.output_lock import output_lock
@@ -102,6 +102,7 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
             *map(str, of_subject(runner.loaded)),
             *_leakage_warnings(runner, folders),
             *_hidden_overflow(runner),
+            *_last_logits(runner),
             *_weight_types(runner.entries),
         ),
     )
@@ -111,10 +112,25 @@ def _hidden_overflow(runner: BenchRunner) -> Iterator[str]:
     """Yield a sentence for each fp16 file that ONNX Runtime runs on the CPU, where it computes in float32."""
     for entry in runner.entries:
         on_cpu = runner.options(runner.conditions[0], entry).device == "cpu"
-        if on_cpu and entry.target.startswith("onnxruntime") and entry.file is not None and has_fp16(entry.file):
+        if (
+            on_cpu
+            and entry.target.startswith("onnxruntime")
+            and entry.file is not None
+            and FP16 in half_types(entry.file)
+        ):
             yield (
                 f"{entry.name}: ONNX Runtime computes fp16 in float32 on the CPU, so these figures hide overflow and "
                 "are not those of a device with fp16 arithmetic."
+            )
+
+
+def _last_logits(runner: BenchRunner) -> Iterator[str]:
+    """Yield a sentence for each engine that computes fewer logits than others when it is timed."""
+    for entry in runner.entries:
+        if entry.target == GGUF:
+            yield (
+                f"{entry.name}: llama.cpp computes the logits of the last token of a timed call alone, where other "
+                "engines compute those of all tokens; its cache holds F16."
             )
 
 

@@ -32,7 +32,7 @@ from compressor.measure.workload import (
 from compressor.models import Model
 from compressor.models.base import most_tokens
 from compressor.workspace.progress import Steps
-from runtimes.base.protocols import Engine, Feeds
+from runtimes.base.protocols import Engine, Feeds, HoldsCache
 from runtimes.base.timing import Latency
 
 FIRST, NEXT = "first token", "next token"
@@ -192,6 +192,8 @@ def prepare(engine: Engine, model: Model, ids: npt.NDArray[np.int64], folder: Pa
     cache_on_disk = dict(memory_mapped(cache, folder))
     step = feeds_with_cache(ids, ids.shape[1] - 1) | cache_on_disk
     size = sum(value.nbytes for value in cache.values())
+    if isinstance(engine, HoldsCache):
+        size = engine.cache_bytes(len(ids), ids.shape[1] - 1)
     return Prepared(prompt, step, size, distance(engine.run(step)[model.answer][:, -1], expected))
 
 

@@ -24,7 +24,7 @@ from compressor.quality.evaluate import Evaluation
 from compressor.quality.parity import Reference, check_parity
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
-from runtimes.base.protocols import BuildOptions, Engine, Feeds
+from runtimes.base.protocols import BuildOptions, Engine, Feeds, HoldsCache
 from runtimes.base.registry import check_available, runtime
 from runtimes.base.timing import Latency
 
@@ -212,9 +212,13 @@ def _build(entry: EngineEntry, file: Path, scratch: Path, options: BuildOptions)
 
 
 def _check_inputs_and_outputs(name: str, engine: Engine, loaded: ModelAndData) -> None:
-    """Raise if an engine's inputs or outputs differ from the model's; it may lack cache inputs of dropped layers."""
+    """Raise if an engine's inputs or outputs differ from the model's; it may lack cache inputs of dropped layers.
+
+    An engine that keeps the cache itself counts positions itself.
+    """
     model = loaded.model
     required = set(model.inputs) - set(model.state.values())
+    required -= {"position_ids"} if isinstance(engine, HoldsCache) else set()
     if not required <= set(engine.inputs) <= set(model.inputs) or model.answer not in engine.outputs:
         raise BenchError(
             f"{name} maps {', '.join(engine.inputs)} to {', '.join(engine.outputs)}, but {model.name} maps "

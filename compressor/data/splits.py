@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.data.class_labels import with_class_numbers
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
-from compressor.data.sliding_windows import Window, resolve_window, window_batches
+from compressor.data.sliding_windows import TOKENS, Window, resolve_window, window_batches
 from compressor.data.text_lengths import check_lengths, check_unknown
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -91,12 +91,22 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of the data, prepared batch by batch; every iteration yields the same batches."""
+    """One split of the data, prepared batch by batch; every iteration yields the same batches.
+
+    Attributes:
+        name: calibration, validation, decision or test.
+        samples: all samples of the source.
+        indices: positions of the samples of this split. Texts are sorted by length, the longest first, so that a batch
+            has little padding.
+        windows: the sliding windows over long texts; None for other data.
+        tokens: number of tokens of a sample's longest row by position; empty for data other than texts.
+    """
 
     name: str
     samples: Samples = field(repr=False)
     indices: tuple[int, ...] = field(repr=False)
     windows: Windows | None = field(default=None, repr=False)
+    tokens: Mapping[int, int] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -115,12 +125,33 @@ class Split:
         """Return an iterator over batches of `batch_size` samples; the last batch may be smaller."""
         if batch_size < 1:
             raise DataError(f"found the batch size {batch_size}; expected at least 1")
-        return (self._batch(start, batch_size) for start in range(0, len(self.indices), batch_size))
+        starts = range(0, len(self.indices), batch_size)
+        return (self._batch(self.indices[start : start + batch_size]) for start in starts)
+
+    def bounded_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yield consecutive batches of at most `batch_size` samples and `TOKENS` tokens, padding included.
+
+        A batch of a single sample may have more tokens. Memory then does not grow with the length of the texts.
+        """
+        return map(self._batch, self.bounded_groups(batch_size))
+
+    def bounded_groups(self, batch_size: int) -> Iterator[tuple[int, ...]]:
+        """Yield the positions of the samples in each of the `bounded_batches`."""
+        batch: tuple[int, ...] = ()
+        for index in self.indices:
+            longer = (*batch, index)
+            padded = len(longer) * self.samples.rows_per_sample * max(self.tokens.get(each, 0) for each in longer)
+            if batch and (len(batch) == batch_size or padded > TOKENS):
+                yield batch
+                longer = (index,)
+            batch = longer
+        if batch:
+            yield batch
 
     def whole(self, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of all samples: texts as consecutive sliding windows, other samples as in `batches`."""
+        """Yield batches of all samples: texts as consecutive sliding windows, others as in `bounded_batches`."""
         if self.windows is None:
-            yield from self.batches(batch_size)
+            yield from self.bounded_batches(batch_size)
             return
         ids, samples = self.samples.ids, self.samples
         assert samples.whole is not None
@@ -137,6 +168,21 @@ class Split:
             return self
         return replace(self, indices=tuple(self.indices[position * count // n] for position in range(n)))
 
+    def sparse(self, tokens: int, least: int) -> Split:
+        """Return an evenly spaced subset of about `tokens` tokens, of at least `least` samples; all but texts: itself.
+
+        Args:
+            tokens: number of tokens of the longest rows, in sum.
+            least: minimum number of samples, if the split has as many.
+        """
+        total = sum(self.tokens.get(index, 0) for index in self.indices)
+        return self.head(max(least, len(self) * tokens // total)) if total else self
+
+    def middle(self, n: int) -> Split:
+        """Return a subset of at most `n` samples in the middle: of texts, those of about the median length."""
+        start = max(0, (len(self.indices) - n) // 2)
+        return replace(self, indices=self.indices[start : start + n])
+
     def beside(self, other: Split, n: int) -> Split:
         """Return at most `n` evenly spaced samples that are not in `other`; the result may be empty."""
         excluded = set(other.indices)
@@ -144,8 +190,7 @@ class Split:
         rest = replace(self, indices=remaining)
         return rest.head(n) if remaining else rest
 
-    def _batch(self, start: int, size: int) -> Batch:
-        indices = self.indices[start : start + size]
+    def _batch(self, indices: Sequence[int]) -> Batch:
         samples = self.samples
         ids = tuple(samples.ids[index] for index in indices)
         if samples.targets is not None:
@@ -259,12 +304,14 @@ def load(
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
     check_unknown(samples, [index for index in order if index not in faults], preprocess, spec)
-    short, truncated = check_lengths(samples, order, *((preprocess.limit, 1) if window is None else (None, 2)))
-    usable = tuple(index for index in order if index not in faults and index not in short)
-    unusable = sorted((*faults.items(), *short.items()))
+    lengths = check_lengths(samples, order, *((preprocess.limit, 1) if window is None else (None, 2)))
+    usable = tuple(index for index in order if index not in faults and index not in lengths.faults)
+    unusable = sorted((*faults.items(), *lengths.faults.items()))
     skipped = (*samples.skipped, *(Skipped(samples.ids[index], reason) for index, reason in unusable))
     _check_usable(spec, usable, skipped, faults, samples.ids)
-    splits = _split(samples, usable, shares, windows)
+    limit = preprocess.limit if window is None else window.length
+    tokens = {index: count if limit is None else min(count, limit) for index, count in lengths.tokens.items()}
+    splits = _split(samples, usable, shares, windows, tokens)
     return Data(
         source=spec,
         label_kind=samples.label_kind,
@@ -278,17 +325,20 @@ def load(
         seed=seed,
         shares=shares,
         window=window,
-        limitations=(*samples.limitations, *samples.findings(), *truncated),
+        limitations=(*samples.limitations, *samples.findings(), *lengths.limitations),
         pairs=samples.pairs,
     )
 
 
-def _split(samples: Samples, usable: Sequence[int], shares: Shares, windows: Windows | None) -> dict[str, Split]:
-    """Return the splits that are not empty, by name."""
+def _split(
+    samples: Samples, usable: Sequence[int], shares: Shares, windows: Windows | None, tokens: Mapping[int, int]
+) -> dict[str, Split]:
+    """Return the splits that are not empty, by name, each sorted by the numbers of `tokens`, the longest first."""
     splits, start = {}, 0
     for name, size in zip(("calibration", "validation", "decision", "test"), shares.sizes(len(usable)), strict=True):
         if size:
-            splits[name] = Split(name, samples, tuple(usable[start : start + size]), windows)
+            indices = sorted(usable[start : start + size], key=lambda index: -tokens.get(index, 0))
+            splits[name] = Split(name, samples, tuple(indices), windows, tokens)
         start += size
     return splits
 

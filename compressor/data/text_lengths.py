@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,34 +18,47 @@ BATCH = 20
 CHUNK = 1024  # samples that are tokenized at a time; only their lengths are kept
 
 
-def check_lengths(
-    samples: Samples, indices: Sequence[int], limit: int | None, least: int
-) -> tuple[dict[int, str], tuple[Limitation, ...]]:
-    """Tokenize samples once to find the texts that are too short to use, and to count those that are truncated.
+@dataclass(frozen=True)
+class Lengths:
+    """The result of `check_lengths`.
+
+    Attributes:
+        faults: the reason for every sample that cannot be used, by position.
+        tokens: number of tokens of the longest row of every other sample, by position, without truncation; empty for
+            data other than texts.
+        limitations: the limitation about truncated texts, if there are any.
+    """
+
+    faults: Mapping[int, str] = field(default_factory=dict)
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    limitations: tuple[Limitation, ...] = ()
+
+
+def check_lengths(samples: Samples, indices: Sequence[int], limit: int | None, least: int) -> Lengths:
+    """Tokenize samples once: find the texts that are too short to use, count the truncated ones, and keep the lengths.
 
     Args:
         samples: the samples; those without texts have no lengths and pass.
         indices: positions of the samples to check.
         limit: number of tokens to which texts are truncated; None if they are not.
         least: minimum number of tokens of a text.
-
-    Returns:
-        The reason for every sample that cannot be used, by position, and the limitation about truncated texts, if any.
     """
     if samples.lengths is None:
-        return {}, ()
+        return Lengths()
     faults: dict[int, str] = {}
+    tokens: dict[int, int] = {}
     texts = truncated = 0
     for index, lengths in _lengths(samples, indices):
         if min(lengths) < least:
             faults[index] = f"too few tokens ({min(lengths)}); expected at least {least}"
             continue
+        tokens[index] = max(lengths)
         texts += len(lengths)
         truncated += sum(limit is not None and length > limit for length in lengths)
     if not truncated:
-        return faults, ()
+        return Lengths(faults, tokens)
     reason = f"{truncated:,} of {texts:,} texts have more than {limit:,} tokens and are truncated"
-    return faults, (Limitation("length of texts", reason),)
+    return Lengths(faults, tokens, (Limitation("length of texts", reason),))
 
 
 def check_unknown(samples: Samples, indices: Sequence[int], preprocess: Preprocess, name: str) -> None:

@@ -11,7 +11,7 @@ from runtimes.base.ahead_of_time import ahead_of_time
 from runtimes.base.registry import runtime
 
 # The targets whose parser is NVIDIA's, and the target whose package carries it without a GPU.
-TARGETS = ("tensorrt", "tensorrt_rtx")
+TARGETS = ("tensorrt", "tensorrt_rtx", "onnxruntime_rtx")
 PARSER = "tensorrt_rtx"
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from compressor.data.splits import Split
 from compressor.models import Model
-from compressor.quality.evaluate import tensor_batches
 from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import subsample_tokens
 from passes.analysis.redundancy import MASK
@@ -230,7 +229,8 @@ class Distillation:
         if not self.waiting:
             self.waiting = torch.randperm(len(self.parts), generator=self.generator).tolist()
         part = self.waiting.pop()
-        (feeds,) = tensor_batches(self.parts[part], len(self.parts[part]))
+        (batch,) = self.parts[part].batches(len(self.parts[part]))
+        feeds = {name: torch.from_numpy(value) for name, value in batch.feeds.items()}
         if self.pictures:
             feeds = {name: cropped(value, self.generator) for name, value in feeds.items()}
         target = self._target(part, feeds)

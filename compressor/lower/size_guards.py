@@ -85,7 +85,10 @@ def size_guards(program: ExportedProgram, model: Model) -> tuple[SizeGuard, ...]
 
 
 def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
-    """Return example inputs without values, of another batch size and with `more` on the other dynamic axes."""
+    """Return example inputs without values, of another batch size and with `more` on the other dynamic axes.
+
+    The attention mask of a model with a KV cache is as long as the cache and the new tokens together.
+    """
     feeds = {}
     for name in model.inputs:
         dynamic = model.dynamic_axes.get(name, {})
@@ -94,6 +97,11 @@ def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
             for axis, size in enumerate(model.example[name].shape)
         ]
         feeds[name] = torch.empty(shape, device="meta")
+    caches = [name for name in model.state.values() if name in feeds]
+    if caches and "attention_mask" in feeds:
+        (axis,) = (axis for axis in model.dynamic_axes[caches[0]] if axis != 0)
+        length = feeds[caches[0]].shape[axis] + feeds["input_ids"].shape[1]
+        feeds["attention_mask"] = torch.empty((len(feeds["attention_mask"]), length), device="meta")
     return feeds
 
 

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from compressor import models
-from compressor.choices import TRANSFORMERS
+from compressor.choices import GGUF, TRANSFORMERS
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, Samples
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
+from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.self_parity import check_self_parity
 from compressor.lower.size_guards import check_sizes
 from compressor.lower.trace import trace_with_guards
@@ -127,6 +128,9 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0) -> TracedMo
         )
     if settings.target == TRANSFORMERS:
         checkpoint.check_model(model, settings.drop)
+    if settings.target == GGUF:
+        rules.check_model(model)
+        vocabulary.check_tokenizer(model)
     with steps.step("load the data") as tick:
         data = load_data(settings, model, tick, decision=decision)
     for limitation in data.limitations:
@@ -163,7 +167,7 @@ def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
 
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
     """Return the costs at the sizes of real samples, because the multiply-adds of a text depend on its length."""
-    feeds = next(tensor_batches(data.calibration, COST_SAMPLES))
+    feeds = next(tensor_batches(data.calibration.middle(COST_SAMPLES), COST_SAMPLES))
     try:
         return Costs(graph, feeds)
     except (IndexError, RuntimeError) as error:

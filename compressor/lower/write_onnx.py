@@ -23,7 +23,10 @@ from compressor.internals.torch_onnx import one_registry
 from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.lower.exported_program import exported_program
+from compressor.lower.gguf import writer
 from compressor.models.base import first_line
+from passes.base import apply
+from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
 from passes.torch_internals import generate_code, is_mutable
 
 if TYPE_CHECKING:
@@ -41,7 +44,8 @@ class LowerError(CompressorError):
 def lower(graph: Graph, model: Model, path: Path) -> Path:
     """Write a graph in the format that the name of the file selects.
 
-    ``.onnx`` selects ONNX, ``.pt2`` an exported program, and ``config.json`` a checkpoint in the folder of that file.
+    ``.onnx`` selects ONNX, ``.pt2`` an exported program, ``.gguf`` a file for llama.cpp, and ``config.json`` a
+    checkpoint in the folder of that file.
 
     Returns:
         `path`.
@@ -52,6 +56,8 @@ def lower(graph: Graph, model: Model, path: Path) -> Path:
     """
     if path.name == CONFIG[1:]:
         return write(graph, model, path)
+    if path.suffix == ".gguf":
+        return writer.write(graph, model, path)
     return _to_program(graph, model, path) if path.suffix == ".pt2" else _to_onnx(graph, model, path)
 
 
@@ -80,6 +86,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     by one.
     """
     shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
+    graph = _with_flat_attention(graph)
     try:
         with _quiet(), torch.no_grad(), one_registry(), rules_by_operator():
             program = torch.onnx.export(
@@ -104,6 +111,15 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     with _quiet():  # a single file with its weights would be assembled in memory
         program.save(str(path), external_data=streamed)
     return path
+
+
+def _with_flat_attention(graph: Graph) -> Graph:
+    """Return the graph, or a fork in which each attention has the four axes that torch.onnx requires."""
+    if not any(can_flatten(node) for node in graph.nodes()):
+        return graph
+    fork = graph.fork()
+    apply(FlattenAttention(), fork)
+    return fork
 
 
 def _source(graph: Graph, model: Model) -> tuple[Any, tuple[torch.Tensor, ...]]:

@@ -36,7 +36,7 @@ class EngineBuilder:
         target: builds and opens the engines.
         options: where engines run and which sizes they take.
         scratch: a folder; each engine gets a folder of its own in it.
-        compiled: engines from exported programs, which take a compiler minutes and are built once.
+        compiled: engines that take long to build and are built once: those from exported programs and GGUF files.
     """
 
     subject: ModelAndData
@@ -46,8 +46,11 @@ class EngineBuilder:
     compiled: dict[Source, Path] = dataclasses.field(default_factory=dict, repr=False)
 
     def fold(self, graph: Graph) -> Graph:
-        """Return a folded fork that is ready to be lowered; a checkpoint keeps its layers, so nothing is folded."""
-        return graph.fork() if self.target.source == CONFIG else fold_graph(graph)
+        """Return a folded fork that is ready to be lowered.
+
+        A checkpoint and a GGUF file keep the layers of the model, so nothing is folded.
+        """
+        return graph.fork() if self.target.source in (CONFIG, ".gguf") else fold_graph(graph)
 
     def lower(self, graph: Graph, name: str) -> Path:
         """Write a folded graph in the form that the target builds from; return its path, under `scratch`."""
@@ -68,7 +71,7 @@ class EngineBuilder:
         options = dataclasses.replace(self.options, precision=source.precision, samples=samples)
         with readable_errors(self.scratch.parent, needed=engine_bytes(source.path)):
             built = self.target.build(source.path, folder, options)
-        if source.path.suffix == ".pt2":
+        if source.path.suffix in (".pt2", ".gguf"):
             self.compiled[source] = built
         return built
 
@@ -101,7 +104,7 @@ class EngineBuilder:
 
     def calibration_batches(self) -> Iterator[Feeds]:
         """Return a fresh stream of calibration batches."""
-        return (batch.feeds for batch in self.subject.data.calibration.batches(BATCH))
+        return (batch.feeds for batch in self.subject.data.calibration.bounded_batches(BATCH))
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[EngineBuilder]:

@@ -12,6 +12,7 @@ from compressor.lower.checkpoint import ADVICE, CONFIG
 from compressor.lower.trace import images_of
 from compressor.lower.traced_model import index_errors_as_data_errors
 from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
+from compressor.measure.llama_cpp_parity import llama_cpp_parity
 from compressor.models.base import as_numpy
 from compressor.quality.parity import REPORT_IT, Parity, Reference, check_parity, largest_parity
 from compressor.quality.torch_reference import reference_of, torch_outputs, with_rounding
@@ -25,7 +26,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
 
     The engine runs a batch of samples and a single sample, which reveals a batch size that is fixed in the file. A
     language model also runs its example inputs, which have a KV cache of some tokens, and a model with dynamic height
-    and width an image of another size.
+    and width an image of another size. llama.cpp runs the batch of samples, see `llama_cpp_parity`.
 
     Args:
         builder: builds and opens the engine.
@@ -39,7 +40,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         ParityError: the outputs differ by more than the tolerance.
     """
     subject = builder.subject
-    batches = [next(subject.data.calibration.batches(PARITY_ROWS)).feeds]
+    batches = [next(subject.data.calibration.middle(PARITY_ROWS).batches(PARITY_ROWS)).feeds]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
     batches += [as_numpy(images_of(subject.model, size)) for size in subject.model.sizes[1:]]
@@ -47,6 +48,8 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         builder.target.load(builder.build(Source(path)), builder.options) as engine,
         index_errors_as_data_errors(subject),
     ):
+        if builder.target.source == ".gguf":
+            return llama_cpp_parity(graph, engine, batches[0], subject.model, path)
         advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
         check = partial(graph_parity, graph, engine, name=path.name, advice=advice)
         return largest_parity([check(feeds, alone=number == 0) for number, feeds in enumerate(batches)])

@@ -20,7 +20,7 @@ from compressor.measure.latency import EngineTimer
 from compressor.quality.evaluate import EvaluationError
 from compressor.quality.heads.registry import head_for
 from compressor.quantize.convert import OURS, choose_conversion, convert, usable_quantizers
-from compressor.quantize.fp16 import check_file
+from compressor.quantize.half_precision import check_file
 from compressor.quantize.output_error import Judge
 from compressor.quantize.precision import Converted, Source, Trial, choose_precision
 from compressor.workspace.progress import Steps, Tick

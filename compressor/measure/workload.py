@@ -8,7 +8,6 @@ the prompt and half of the new tokens, because the latency of a decode step grow
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ import numpy.typing as npt
 
 from compressor.errors import SettingsError
 from compressor.models.base import most_tokens
-from runtimes.base.protocols import Engine, Feeds
+from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]
 
 def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[np.generic]]:
     """Return exactly `batch` rows of real inputs of median length, repeated if the split is smaller."""
-    few = itertools.islice((part.feeds for part in split.batches(batch)), max(1, TIMING_CANDIDATES // batch))
+    few = (part.feeds for part in split.middle(max(batch, TIMING_CANDIDATES)).batches(batch))
     by_size = sorted(few, key=lambda feeds: sum(value[0].size for value in feeds.values()))
     feeds = by_size[len(by_size) // 2]
     rows = len(next(iter(feeds.values())))
@@ -183,12 +182,22 @@ def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
 
 
 def feeds_with_cache(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Return the feeds of a call with the tokens from position `start`; the earlier tokens are in the KV cache."""
+    """Return the feeds of a call with the tokens from position `start`; the earlier tokens are in the KV cache.
+
+    Engines that keep the cache themselves compute it from these tokens, see `runtimes.base.protocols.HoldsCache`.
+    """
     from compressor.models.text.kv_cache import positions  # imports transformers
 
     mask = np.ones(ids.shape, dtype=np.int64)
     new = ids[:, start:]
-    return {"input_ids": new, "attention_mask": mask, "position_ids": positions(mask, new.shape[1])}
+    feeds: dict[str, npt.NDArray[np.generic]] = {
+        "input_ids": new,
+        "attention_mask": mask,
+        "position_ids": positions(mask, new.shape[1]),
+    }
+    if start:
+        feeds[PAST] = ids[:, :start]
+    return feeds
 
 
 def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:

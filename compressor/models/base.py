@@ -54,6 +54,7 @@ class Model:
         class_names: names of the classes of a classifier; None if the model does not name them.
         dtypes: types of the float weights in the checkpoint, by the path in the module, which holds them as float32;
             empty if there is no checkpoint or its types are unknown.
+        gguf_file: the GGUF file that the model was read from; None for other sources.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Model:
     interpolates: bool = False
     limitations: tuple[Limitation, ...] = ()
     class_names: ClassNames | None = None
+    gguf_file: Path | None = None
 
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
@@ -104,12 +106,24 @@ class Model:
         return self.evaluated(dict(zip(self.outputs, outputs, strict=False)))
 
     def classes(self) -> int | None:
-        """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks."""
+        """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks.
+
+        Raises:
+            ModelError: the model fails on its example inputs.
+        """
         axis = 1 if self.task == "image-segmentation" else -1
         if not (self.task.endswith("classification") or axis == 1):
             return None
-        with torch.inference_mode():
-            return int(self.call(self.module, *self.example.values())[self.outputs.index(self.answer)].shape[axis])
+        try:
+            with torch.inference_mode():
+                outputs = self.call(self.module, *self.example.values())
+        except Exception as error:  # modules raise errors of all kinds
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.example.items())
+            raise ModelError(
+                f"{self.name} ({type(self.module).__name__}) fails on inputs of its own sizes, {shapes} "
+                f"({first_line(error)}); check its config."
+            ) from error
+        return int(outputs[self.outputs.index(self.answer)].shape[axis])
 
 
 def fixed_size(images: torch.Tensor) -> Limitation:

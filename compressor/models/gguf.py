@@ -143,6 +143,7 @@ def load(
         model,
         limitations=(*_limitations(content, model), *model.limitations),
         dtypes=exact_dtypes(model.module, narrower),
+        gguf_file=path,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.text.aligned_tokens import tokenize_aligned
+from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
 from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
 from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text
@@ -65,6 +67,17 @@ OUTPUTS = {
     "question-answering": ("start_logits", "end_logits"),
     "depth-estimation": ("predicted_depth",),
 }
+# Inputs of another kind than texts or images alone, by their names in transformers.
+OTHER_INPUTS = {
+    "pixel_values": "images",
+    "pixel_values_videos": "videos",
+    "visual_embeds": "features of images",
+    "bbox": "positions on a page",
+    "input_features": "sound",
+    "input_values": "sound",
+    "input_ids": "texts",
+}
+DECODER_IDS = "decoder_input_ids"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -235,6 +248,7 @@ def _wrap(
     image_size: ImageSize = None,
 ) -> Model:
     image = module.main_input_name == "pixel_values"
+    experts = use_writable_experts(module)
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
     if not image and processors is not None:
         sentence_transformers.prepare_tokenizer(processors, sentence_files, location)
@@ -274,10 +288,13 @@ def _wrap(
         tokenizer=None if image else processors,
         sizes=() if sized is None else sized.sizing.checked,
         interpolates=sized is not None and sized.interpolates,
-        limitations=tuple(
-            _image_limitations(module, sized)
-            if sized is not None
-            else (*_text_limitations(processors, inputs, longest), *padding_limitations)
+        limitations=(
+            *(
+                _image_limitations(module, sized)
+                if sized is not None
+                else (*_text_limitations(processors, inputs, longest), *padding_limitations, *experts)
+            ),
+            *_other_inputs(module, inputs),
         ),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
@@ -327,6 +344,19 @@ def _text_limitations(tokenizer: Any, inputs: tuple[str, ...], longest: int | No
     if longest is None:
         yield Limitation(
             "length", f"the maximum number of tokens of the model is unknown, so texts are truncated to {USUAL} tokens"
+        )
+
+
+def _other_inputs(module: Any, inputs: tuple[str, ...]) -> Iterator[Limitation]:
+    """Yield a limitation for what the forward of a module takes besides its inputs, such as the images of LLaVA."""
+    own = inspect.signature(module.forward).parameters
+    left_out = [name for name in OTHER_INPUTS if name in own and name not in inputs]
+    if left_out:
+        kinds = " and ".join(dict.fromkeys(OTHER_INPUTS[name] for name in left_out))
+        yield Limitation(f"input {', '.join(left_out)}", f"the model also takes {kinds}, but the export does not")
+    if DECODER_IDS in own and DECODER_IDS not in inputs:
+        yield Limitation(
+            f"input {DECODER_IDS}", "the export does not take it; the decoder reads the text of the encoder, shifted"
         )
 
 

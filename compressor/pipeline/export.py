@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import AUTO, TRANSFORMERS
+from compressor.choices import AUTO, GGUF, TRANSFORMERS
 from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
+from compressor.deferred.parser import parsed_by
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
@@ -183,7 +184,7 @@ def _compressed(
         model=model_facts(subject),
         data=subject.data.describe(),
         plan=plan,
-        sizes=_sizes({name: engines[name] for name in names}, subject, rewritten.folded),
+        sizes=_sizes({name: engines[name] for name in names}, subject, rewritten.folded, settings.target),
         quality=None if quality is None else Quality.of(quality, names),
         no_quality_because=subject.no_quality_because,
         latency={name: latency[name] for name in names},
@@ -221,11 +222,13 @@ def _decided(
         The engines, and the facts about the decision.
     """
     certify = settings.precision != "fp32" or settings.heal != "none"
+    with steps.step("lower the original, check against torch"):  # before the search, which may take long
+        baseline = lower_variant("baseline", subject.graph, subject.graph, evaluator.builder)
+        if settings.defer_build:
+            parsed_by(settings.target, {"original": baseline.float_file})
     with index_errors_as_data_errors(subject):
         choice = choose_plan(subject, settings, evaluator, steps)
         decision = None if choice.search is None else Decision.of(subject, settings, steps)
-    with steps.step("lower the original, check against torch"):
-        baseline = lower_variant("baseline", subject.graph, subject.graph, evaluator.builder)
     if decision is not None:
         decision.spent = _loss_of_precision(baseline, settings.precision, evaluator.converter, steps)
         if settings.confidence is not None and certify:
@@ -455,11 +458,13 @@ def _heal(
         )
 
 
-def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph) -> dict[str, Size]:
+def _sizes(engines: Mapping[str, Path], subject: TracedModel, final: Graph, target: str) -> dict[str, Size]:
+    """Return the size of each variant; llama.cpp keeps its cache as F16, and other engines as the graph's float32."""
     result = (final, Costs(final, subject.costs.example))
 
     def of(path: Path, graph: Graph, costs: Costs) -> Size:
-        return Size(costs.total.parameters, costs.total.multiply_adds, engine_bytes(path), bytes_per_token(graph))
+        cache = bytes_per_token(graph) // 2 if target == GGUF else bytes_per_token(graph)
+        return Size(costs.total.parameters, costs.total.multiply_adds, engine_bytes(path), cache)
 
     return {
         name: of(path, *(result if name == "result" else (subject.graph, subject.costs)))

@@ -64,14 +64,14 @@ def measured(
     settings: Settings,
     folder: Path,
 ) -> Factorial:
-    """Return the factorial of an export; write every cell's ONNX file so that it can be measured again."""
+    """Return the factorial of an export; write every cell's ONNX or GGUF file so that it can be measured again."""
     reduced = cell_precision(settings.precision)
-    sources = {variant.name: variant.source for variant in variants}
+    files = {variant.name: _measured_again(variant) for variant in variants}
     # Cells that the report measures anyway, with the name of their variant in the report.
     reported = {"dense float": "original", f"dense {reduced}": "baseline", f"compressed {reduced}": "result"}
     named = {cell: reported.get(cell, cell) for cell in cells_of(reduced) if reported.get(cell, cell) in latency}
     (folder / FOLDER).mkdir()
-    shipped = {cell: _file(cell, sources[name].path, folder) for cell, name in named.items()}
+    shipped = {cell: _file(cell, files[name], folder) for cell, name in named.items()}
     columns = {} if evaluation is None else {cell: evaluation.columns[name] for cell, name in named.items()}
     return compute_factorial(
         {cell: latency[name] for cell, name in named.items()},
@@ -81,10 +81,16 @@ def measured(
     )
 
 
+def _measured_again(variant: Variant) -> Path:
+    """Return the file that `bench` measures again: the ONNX file, or the GGUF file, which is made in the precision."""
+    engine = variant.engine
+    return engine if engine is not None and engine.suffix == ".gguf" else variant.source.path
+
+
 def _file(cell: str, path: Path, folder: Path) -> str:
     """Return the name of a cell's file in the folder; copy the file unless it is the result itself."""
     if path.parent == folder:
         return path.name
-    name = f"{FOLDER}/{cell.replace(' ', '.')}.onnx"
+    name = f"{FOLDER}/{cell.replace(' ', '.')}{'.gguf' if path.suffix == '.gguf' else '.onnx'}"
     copy_onnx(path, folder / name)
     return name

@@ -196,7 +196,7 @@ def check_original(graph: Graph, model: Model, split: Split, metric: str, source
     run, answer_of = _Run(metric), graph_runner(model, Program(graph).run)
     numbering = split.samples.numbering
     doubtful = metric == "accuracy" and numbering is not None and numbering.by == "order"
-    for batch in split.whole(BATCH) if metric == "perplexity" else split.batches(BATCH):
+    for batch in split.whole(BATCH) if metric == "perplexity" else split.bounded_batches(BATCH):
         answer = answer_of(batch.feeds)
         run.outputs = answer.shape[-1]
         run.parts.append(sample_columns(head, metric, batch, answer, None, model.name, diverging=False))

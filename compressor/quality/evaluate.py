@@ -175,7 +175,7 @@ def evaluate(
         head: how outputs are evaluated.
         metric: a metric of this head.
         reference: name of the runner that the others are compared with.
-        batch_size: samples per batch.
+        batch_size: maximum number of samples in a batch.
         progress: called with the number of samples done and the total.
 
     Raises:
@@ -185,7 +185,7 @@ def evaluate(
     changed: dict[str, list[Disagreement]] = {name: [] for name in runners}
     owners: list[str] = []
     done = 0
-    for batch in split.whole(batch_size) if head.by_window else split.batches(batch_size):
+    for batch in split.whole(batch_size) if head.by_window else split.bounded_batches(batch_size):
         original = runners[reference](batch.feeds)
         for name, runner in runners.items():
             answer = original if name == reference else runner(batch.feeds)
@@ -267,6 +267,6 @@ def graph_runner(model: Model, run: Callable[[Mapping[str, torch.Tensor]], tuple
 
 
 def tensor_batches(split: Split, batch_size: int = BATCH) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the feeds of each batch of a split as tensors."""
-    for batch in split.batches(batch_size):
+    """Yield the feeds of each of the `Split.bounded_batches` of a split as tensors."""
+    for batch in split.bounded_batches(batch_size):
         yield {name: torch.from_numpy(value) for name, value in batch.feeds.items()}

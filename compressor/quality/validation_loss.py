@@ -110,7 +110,8 @@ class ValidationLoss:
             return
         order, answers = np.argsort(np.concatenate(found), kind="stable"), np.concatenate(kept)
         self.split = dataclasses.replace(self.split, indices=tuple(self.split.indices[row] for row in order))
-        self._originals = [answers[order[start : start + BATCH]] for start in range(0, len(order), BATCH)]
+        ends = np.cumsum([len(group) for group in self.split.bounded_groups(BATCH)])
+        self._originals = list(np.split(answers[order], ends[:-1]))
         self._whole = {name: column[order] for name, column in self._whole.items()}
 
     def _samples(self, columns: Columns) -> int:
@@ -120,7 +121,7 @@ class ValidationLoss:
     @torch.inference_mode()
     def _columns(self, graph: Graph, *, first: bool) -> Iterator[Columns]:
         answer_of, diverging = graph_runner(self.model, Program(graph).run), self.budget == DIVERGENCE
-        for index, batch in enumerate(self.split.batches(BATCH)):
+        for index, batch in enumerate(self.split.bounded_batches(BATCH)):
             answer = answer_of(batch.feeds)
             self.sweeps += len(batch.ids) / len(self.split)
             if first:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from compressor.choices import AUTO, Calibration
-from compressor.quantize.fp16 import to_fp16
-from compressor.quantize.int4 import to_int4
+from compressor.quantize.half_precision import to_bf16, to_fp16
+from compressor.quantize.int4 import to_int4, to_int4_blocks
 from compressor.quantize.int8_search import quantize
 from compressor.quantize.intermediate_values import absolute_maxima
 from compressor.quantize.nncf import to_int8 as nncf_to_int8
@@ -61,15 +61,15 @@ def convert(
         quantizer: package that writes int8.
         calibration: calibration method of this package's static int8.
         loss: returns the loss of a written file against the float file in percent.
-        max_loss: largest allowed loss in percent. int8 keeps layers in float to meet it; other precisions ignore it.
+        max_loss: largest allowed loss in percent. int8 and fp8 keep layers in float to meet it; others ignore it.
         progress: called with a short message at each step.
         judge: compares outputs in int8 with those of the float model.
 
     Raises:
         CompressorError: the file cannot be written in this precision.
     """
-    if precision in ("int8", "int8-dynamic") and quantizer == OURS:
-        dynamic = precision == "int8-dynamic"
+    if precision in ("int8", "int8-dynamic", "fp8") and quantizer == OURS:
+        dynamic, fp8 = precision == "int8-dynamic", precision == "fp8"
         halved = style.rest == "fp16" and not dynamic
         maxima = _maxima(source, destination, feeds, progress) if halved else {}
         quantized = quantize(
@@ -77,9 +77,9 @@ def convert(
             destination,
             feeds,
             mode="dynamic" if dynamic else "static",
-            activations="uint8" if dynamic else style.activations,
-            calibration=calibration,
-            convolutions=style.convolutions and not dynamic,
+            activations="fp8" if fp8 else "uint8" if dynamic else style.activations,
+            calibration="minmax" if fp8 else calibration,  # the precision of a float hardly depends on its scale
+            convolutions=style.convolutions and precision == "int8",
             loss=partial(_loss_in_fp16, loss, maxima) if halved and loss is not None else loss,
             max_loss=max_loss,
             progress=progress,
@@ -88,15 +88,27 @@ def convert(
         float32 = to_fp16(destination, destination, maxima).kept if halved else ()
         rest = "fp16" if halved else "fp32"
         return Converted(precision, OURS, quantized.loss, quantized, rest=rest, float32=float32)
-    kept: tuple[Kept, ...] = ()
+    facts = Converted(precision, quantizer, None)
     if precision == "fp16":
-        kept = to_fp16(source, destination, _maxima(source, destination, feeds, progress)).kept
+        facts = replace(facts, float32=_in_fp16(source, destination, feeds, progress))
+    elif precision == "bf16":
+        to_bf16(source, destination)
+    elif precision == "int4" and style.int4 == "DequantizeLinear":
+        facts = replace(facts, unquantized=to_int4_blocks(source, destination).kept, rest=style.rest)
+        if style.rest == "fp16":
+            facts = replace(facts, float32=_in_fp16(destination, destination, feeds, progress))
     elif precision == "int4":
-        to_int4(source, destination)
+        facts = replace(facts, by="onnxruntime", unquantized=to_int4(source, destination).kept)  # its tools write int4
     else:
         nncf_to_int8(source, destination, feeds)
-    by = "onnxruntime" if precision == "int4" else quantizer  # its tools write int4
-    return Converted(precision, by, None if loss is None else float(loss(destination)), float32=kept)
+    return facts if loss is None else replace(facts, loss=float(loss(destination)))
+
+
+def _in_fp16(
+    source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]], progress: Callable[[str], None] | None
+) -> tuple[Kept, ...]:
+    """Convert a float file, or the nodes around int4 weights, to fp16; return the layers that stay in float32."""
+    return to_fp16(source, destination, _maxima(source, destination, feeds, progress)).kept
 
 
 def _maxima(

@@ -1,22 +1,36 @@
-"""Weight-only int4 quantization of an ONNX file, which speeds up memory-bound products such as those of decode."""
+"""Weight-only int4 quantization of an ONNX file, which speeds up memory-bound products such as those of decode.
+
+There are two forms. MatMulNBits is an operator of ONNX Runtime. DequantizeLinear with blocks is standard ONNX since
+opset 21, and what TensorRT reads.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
 import onnx
+from onnx import numpy_helper
 
 from compressor.errors import CompressorError
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
     PREFIX,
     SMALLEST,
+    TYPED_OPSET,
     Edit,
+    Kept,
+    Linear,
+    QuantizeError,
     candidates,
+    in_opset,
     load,
     paired,
     remove_unused,
@@ -28,24 +42,43 @@ from runtimes.base.protocols import first_line
 BLOCK = 32
 """Weights per scale: the smallest block size that ONNX Runtime's kernels accept, and the most accurate."""
 
+SMALL_BLOCK = 16
+"""Weights per scale where `BLOCK` does not divide the input channels, which TensorRT requires of a block."""
+
 ACCURACY_LEVEL = 4
 """``accuracy_level`` of ONNX Runtime's MatMulNBits: the kernel rounds blocks of the activation to int8 and multiplies
 integers; 1 would multiply in float32."""
+
+LARGEST = 7
+"""The largest step of a symmetric int4 weight."""
+
+CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Shares of the largest weight of a block that its largest step may stand for; larger weights are clipped."""
 
 
 class Int4Error(CompressorError):
     """A model cannot be quantized to int4."""
 
 
-def to_int4(source: Path, destination: Path) -> int:
+@dataclass(frozen=True)
+class Int4:
+    """Result of `to_int4` and `to_int4_blocks`.
+
+    Args:
+        nodes: number of quantized nodes.
+        kept: matrices that stay in float, with the reason.
+    """
+
+    nodes: int
+    kept: tuple[Kept, ...]
+
+
+def to_int4(source: Path, destination: Path) -> Int4:
     """Quantize the Linear weights of a float32 ONNX file to 4 bits, as MatMulNBits nodes of ONNX Runtime.
 
     Blocks of 32 weights along the input channels share a scale and a zero point; weights are rounded to nearest.
     Dettmers & Zettlemoyer (2023, arXiv:2212.09720) find small blocks best at 4 bits. ONNX Runtime's quantizer writes
     the nodes.
-
-    Returns:
-        The number of quantized nodes.
 
     Raises:
         Int4Error: ONNX Runtime's tools are not installed or fail, or the file has no node to quantize.
@@ -58,12 +91,7 @@ def to_int4(source: Path, destination: Path) -> int:
             "Quantization to int4 needs ONNX Runtime, which is not installed: run pip install onnxruntime"
         ) from error
     model = load(source)
-    linears, _ = candidates(model, convolutions=False)
-    if not linears:
-        raise Int4Error(
-            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
-            "so there is nothing to quantize to int4; choose another precision."
-        )
+    linears, kept = _linears(model, source)
     edit = Edit(model.graph)
     for node, linear in paired(model.graph, linears):
         if linear is None:
@@ -76,7 +104,97 @@ def to_int4(source: Path, destination: Path) -> int:
     products = {*outputs, *(f"{PREFIX}{output}/product" for output in outputs)}
     others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.output[0] not in products]
     save(_in_four_bits(MatMulNBitsQuantizer, model, others, source.name), destination, EXTERNAL_ABOVE)
-    return len(linears)
+    return Int4(len(linears), kept)
+
+
+def to_int4_blocks(source: Path, destination: Path) -> Int4:
+    """Quantize the Linear weights of a float32 ONNX file to 4 bits, each with a DequantizeLinear of opset 21.
+
+    Blocks of 32 weights along the input channels share a scale, or of 16 where 32 does not divide these. Weights are
+    symmetric, as TensorRT requires; the scale is the one of least squared error among those that clip up to a quarter
+    of the largest weight.
+
+    Raises:
+        Int4Error: The file has no node to quantize.
+        QuantizeError: A weight has NaN or infinity.
+    """
+    model = in_opset(load(source), TYPED_OPSET)
+    linears, kept = _linears(model, source, whole_blocks=True)
+    edit = Edit(model.graph)
+    for node, linear in paired(model.graph, linears):
+        if linear is None:
+            edit.nodes.append(node)
+        else:
+            edit.product(linear, (linear.activation, _blocks(edit, linear)), linear.output)
+    replace_nodes(model.graph, edit.nodes)
+    remove_unused(model.graph, {linear.weight for linear in linears})
+    save(model, destination, EXTERNAL_ABOVE)
+    return Int4(len(linears), kept)
+
+
+def quantize_blocks(
+    weight: npt.NDArray[np.float32], block: int
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Round a weight [K, N] to steps in [-7, 7] with a scale for each block of `block` rows in a column; return both.
+
+    >>> steps, scale = quantize_blocks(np.array([[3.5], [-7.0]], np.float32), block=2)
+    >>> steps.ravel().tolist(), scale.tolist()
+    ([4, -7], [[1.0]])
+    """
+    blocks = weight.reshape(-1, block, weight.shape[1])
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    best = np.full(largest.shape, np.inf, np.float32)
+    steps, scales = np.zeros(blocks.shape, np.int8), np.ones(largest.shape, np.float32)
+    for share in CLIPPING:
+        scale = np.where(largest > 0, largest * (share / LARGEST), 1).astype(np.float32)
+        rounded = np.clip(np.rint(blocks / scale), -LARGEST, LARGEST)
+        error = np.square(rounded * scale - blocks).sum(axis=1, keepdims=True)
+        better = error < best
+        best, scales = np.where(better, error, best), np.where(better, scale, scales)
+        steps = np.where(better, rounded, steps).astype(np.int8)
+    return steps.reshape(weight.shape), scales[:, 0]
+
+
+def _linears(
+    model: onnx.ModelProto, source: Path, *, whole_blocks: bool = False
+) -> tuple[list[Linear], tuple[Kept, ...]]:
+    """Return the nodes to quantize, and those with a matrix that stay in float; `whole_blocks` takes no partial block.
+
+    Raises:
+        Int4Error: There is no node to quantize.
+    """
+    linears, kept = candidates(model, convolutions=False)
+    convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
+    kept = [each for each in kept if each.node not in convolutions]
+    if whole_blocks:
+        weights = Edit(model.graph).weights
+        channels = {each.output: int(weights[each.weight][0].dims[1 if each.flip else 0]) for each in linears}
+        partial = [each for each in linears if channels[each.output] % SMALL_BLOCK]
+        reason = f"input channels, which blocks of {SMALL_BLOCK} do not divide"
+        kept += [Kept(each.node, each.module, f"{channels[each.output]} {reason}") for each in partial]
+        linears = [each for each in linears if each not in partial]
+    if not linears:
+        raise Int4Error(
+            f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
+            "so there is nothing to quantize to int4; choose another precision."
+        )
+    return linears, tuple(kept)
+
+
+def _blocks(edit: Edit, linear: Linear) -> str:
+    """Add the int4 weight and its DequantizeLinear; return the name of the dequantized weight [K, N]."""
+    base = f"{PREFIX}{linear.weight}{'/flipped' if linear.flip else ''}"
+    names = (base, f"{base}/scale")
+    weight = numpy_helper.to_array(edit.weights[linear.weight][0])
+    if not np.isfinite(weight).all():
+        raise QuantizeError(f"Weight {linear.weight} of {linear.node} has NaN or infinity; check the model.")
+    weight = weight.T if linear.flip else weight
+    block = BLOCK if len(weight) % BLOCK == 0 else SMALL_BLOCK
+    if base not in edit.made:
+        steps, scale = quantize_blocks(weight, block)
+        edit.constant(names[0], steps.astype(ml_dtypes.int4))
+        edit.constant(names[1], scale)
+    return edit.once("DequantizeLinear", names, f"{base}/float", axis=0, block_size=block)
 
 
 def _in_four_bits(quantizer: Any, model: onnx.ModelProto, others: list[str], name: str) -> onnx.ModelProto:

@@ -19,13 +19,16 @@ from compressor.quantize.output_error import SQUARED, Judge, OutputErrors, file_
 from compressor.quantize.qdq_rewrite import (
     EXTERNAL_ABOVE,
     SMALLEST,
+    TYPED_OPSET,
     Activations,
     Kept,
     Linear,
     QuantizeError,
     Range,
     candidates,
+    in_opset,
     load,
+    save,
     write,
 )
 from compressor.quantize.smoothquant import smooth
@@ -141,7 +144,7 @@ def quantize(
     progress: Callable[[str], None] | None = None,
     judge: Judge = SQUARED,
 ) -> Quantized:
-    """Quantize a float ONNX file to int8 and return the nodes that stay in float.
+    """Quantize a float ONNX file to int8 or fp8 and return the nodes that stay in float.
 
     All eligible nodes are quantized first. With `calibration="auto"`, the methods of `compressor.quantize.calibration`
     and SmoothQuant are tried until the loss is at most a fifth of `max_loss`, and the best is kept. The loss of a
@@ -159,8 +162,8 @@ def quantize(
             sizes may vary between batches.
         mode: "static" (Q/DQ with fixed activation ranges) or "dynamic" (ranges computed at run time, as MatMulInteger,
             which TensorRT does not support).
-        activations: "uint8" with a zero point (more accurate) or symmetric "int8" (required by TensorRT).
-            Dynamic mode always uses uint8.
+        activations: "uint8" with a zero point (more accurate), symmetric "int8" (required by TensorRT), or "fp8", which
+            applies to weights too. Dynamic mode always uses uint8.
         calibration: calibration method of static ranges, or "auto".
         convolutions: also give convolutions Q/DQ inputs, for TensorRT; ONNX Runtime's CPU kernels only emulate them.
         loss: returns the loss of a quantized file; 0 = as good as float, lower is better.
@@ -184,13 +187,17 @@ def quantize(
     )
     linears, kept = candidates(load(source), convolutions=convolutions)
     if not linears:
+        name = "fp8" if activations == "fp8" else "int8"
         raise QuantizeError(
             f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
-            "so there is nothing to quantize to int8; choose another precision."
+            f"so there is nothing to quantize to {name}; choose another precision."
         )
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=destination.parent) as folder:
         # Next to the result: a model of several GB may not fit into the system's temporary folder.
         job = _Job(source, destination, Path(folder), feeds, settings)
+        if activations == "fp8":
+            job = replace(job, source=job.folder / "source.onnx")
+            save(in_opset(load(source), TYPED_OPSET), job.source, external_above)
         trial, tried, samples = _calibrate(job, linears, loss, max_loss)
         attempts, returned = _return_to_float(trial, linears, loss, max_loss)
     return Quantized(

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 from onnx_ir.passes import common
+from onnxscript import version_converter
 
 from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, PREFIX, Edit, QuantizeError, load, save
 
@@ -52,13 +53,19 @@ def stream(path: Path, feeds: Iterable[Batch], outputs: Sequence[str]) -> Iterat
         yield size, values
 
 
-def load_typed(path: Path) -> ir.Model:
+def load_typed(path: Path, *, opset: int | None = None) -> ir.Model:
     """Load a model with its constants as initializers and with the inferred type of every value.
+
+    Args:
+        path: an ONNX file.
+        opset: the lowest opset of the result; an older file is converted to it.
 
     Raises:
         QuantizeError: the file cannot be read, or a type cannot be inferred.
     """
     model = ir.from_proto(load(path))
+    if opset is not None and model.opset_imports.get("", opset) < opset:
+        version_converter.convert_version(model, opset)
     common.LiftConstantsToInitializersPass(size_limit=0)(model)
     common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     for weight in model.graph.initializers.values():

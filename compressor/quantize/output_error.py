@@ -173,7 +173,7 @@ def _add_both(
         activation = edit.once("DequantizeLinear", dynamic, f"{PREFIX}{linear.activation}/float")
     else:
         activation = edit.grid(linear.activation, ranges[linear.activation], activations)
-    add_fake(edit, linear, node, activation, f"{base}/copy")
+    add_fake(edit, linear, node, activation, f"{base}/copy", activations)
     index = edit.constant(f"{base}/index", np.array(number))
     switch = edit.node("Gather", [SWITCHES, index], [f"{base}/switch"])
     edit.node("Where", [switch, f"{base}/copy", f"{base}/exact"], [linear.output])

@@ -44,8 +44,9 @@ class Converted:
         loss: expected loss against the float engine on validation data in percent; None if not measured.
         quantized: result of this package's int8 quantizer, None for other quantizers.
         tried: loss and latency of each quantizer's file, where several were tried.
-        rest: precision of the nodes around int8 products.
+        rest: precision of the nodes around int8 products, or around the products with int4 weights.
         float32: layers of an fp16 file that stay in float32, because their values exceed fp16.
+        unquantized: layers of an int4 file whose weights stay in float, because of their shape.
         refused: quantizers of other packages that failed, with the reason.
     """
 
@@ -56,6 +57,7 @@ class Converted:
     tried: tuple[dict[str, Any], ...] = ()
     rest: str = "fp32"
     float32: tuple[Kept, ...] = ()
+    unquantized: tuple[Kept, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,8 +66,9 @@ class Converted:
         outer: dict[str, Any] = {"precision": self.precision, "by": self.by, "loss": self.loss}
         outer |= {"tried": list(self.tried)}
         outer |= {"float32": [asdict(kept) for kept in self.float32]}
+        outer |= {"unquantized": [asdict(kept) for kept in self.unquantized]} if self.unquantized else {}
         outer |= {"refused": dict(self.refused)} if self.refused else {}
-        return inner | outer | ({} if self.quantized is None else {"rest": self.rest})
+        return inner | outer | ({} if self.rest == "fp32" and self.quantized is None else {"rest": self.rest})
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Int8 products in an ONNX file: selection of the nodes and the Q/DQ rewrite.
+"""Int8 and fp8 products in an ONNX file: selection of the nodes and the Q/DQ rewrite.
 
 `MatMul` and `Gemm` with a constant float32 weight are quantized. Products of two activations, residual additions,
 LayerNorm, softmax and embeddings stay in float. Weights are symmetric int8 with one scale per output channel and zero
 point 0; activations have one scale per tensor. Biases stay in float and the output of a Linear is not quantized: ONNX
 Runtime's CPU kernels then convert the int32 sums directly to float, and TensorRT does not accept an int32 bias.
+
+fp8 has the same form, with E4M3 in place of int8.
 
 Two kinds of nodes stay in float by rule: convolutions, because ONNX Runtime runs one in int8 only if its output is also
 quantized, which puts the residual stream of a vision transformer on 8 bits; and weights with fewer than 16 channels,
@@ -20,14 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 from onnx import helper, numpy_helper
+from onnxscript import version_converter
 
 from compressor.errors import CompressorError
 
-Activations = Literal["uint8", "int8"]
+Activations = Literal["uint8", "int8", "fp8"]
 Range = tuple[float, float]
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
@@ -35,6 +40,14 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 SMALLEST = 16
 """Smallest number of input or output channels that is quantized."""
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+TYPED_OPSET = 21
+"""The first opset whose DequantizeLinear has int4 and blocks, and whose QuantizeLinear needs no zero point."""
+
+LARGEST_FP8 = 448.0
+"""The largest E4M3 number."""
 
 PREFIX = "int8/"
 """Name prefix of every added tensor and node; the torch exporter does not use it."""
@@ -97,6 +110,19 @@ def quantize_weight(weight: npt.NDArray[np.float32], axis: int) -> tuple[npt.NDA
     return np.clip(np.rint(weight / scale.reshape(shape)), -127, 127).astype(np.int8), scale
 
 
+def quantize_weight_fp8(weight: npt.NDArray[np.float32], axis: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+    """Round a weight to E4M3 with one scale per index of `axis`, whose largest weight becomes 448; return both.
+
+    >>> q, scale = quantize_weight_fp8(np.array([[1.0, -2.0], [0.5, 1.0]], np.float32), axis=1)
+    >>> q.astype(float).tolist(), (448 * scale).tolist()
+    ([[448.0, -448.0], [224.0, 224.0]], [1.0, 2.0])
+    """
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scale = _positive(np.abs(weight).max(axis=others) / LARGEST_FP8)
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    return np.clip(weight / scale.reshape(shape), -LARGEST_FP8, LARGEST_FP8).astype(FP8), scale
+
+
 def activation_grid(
     low: float, high: float, activations: Activations
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
@@ -107,6 +133,8 @@ def activation_grid(
     (0.02, 50)
     """
     low, high = min(low, 0.0), max(high, 0.0)
+    if activations == "fp8":
+        return _positive(np.asarray(max(-low, high) / LARGEST_FP8)), np.zeros((), FP8)
     if activations == "int8":
         return _positive(np.asarray(max(-low, high) / 127)), np.asarray(0, np.int8)
     scale = _positive(np.asarray((high - low) / 255))
@@ -135,6 +163,14 @@ def load(path: Path) -> onnx.ModelProto:
         )
     del model.graph.value_info[:]
     return model
+
+
+def in_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Return a model in an opset, or as it is if that is not older."""
+    typed = ir.from_proto(model)
+    if typed.opset_imports.get("", opset) < opset:
+        version_converter.convert_version(typed, opset)
+    return ir.to_proto(typed)
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
@@ -194,7 +230,7 @@ def _refusal(node: onnx.NodeProto, tensor: onnx.TensorProto, *, convolutions: bo
     if len(tensor.dims) != 2:
         return f"weight has {len(tensor.dims)} axes, expected 2"
     if min(tensor.dims) < SMALLEST:
-        return f"only {min(tensor.dims)} channels: below {SMALLEST}, the conversion costs more than int8 saves"
+        return f"only {min(tensor.dims)} channels: below {SMALLEST}, the conversion costs more than it saves"
     plain = (
         _attribute(node, "alpha", 1.0) == _attribute(node, "beta", 1.0) == 1.0 and _attribute(node, "transA", 0) == 0
     )
@@ -246,23 +282,24 @@ class Edit:
             self.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
-    def weight(self, linear: Linear) -> tuple[str, str, str]:
-        """Add the int8 weight; return the names of the weight, its scales and its zero points."""
+    def weight(self, linear: Linear, activations: Activations = "int8") -> tuple[str, str, str]:
+        """Add the int8 or fp8 weight; return the names of the weight, its scales and its zero points."""
         base = f"{PREFIX}{linear.weight}{'/flipped' if linear.flip else ''}"
         names = (base, f"{base}/scale", f"{base}/zero_point")
         if base not in self.made:
             stored = numpy_helper.to_array(self.weights[linear.weight][0])
             if not np.isfinite(stored).all():
                 raise QuantizeError(f"Weight {linear.weight} of {linear.node} has NaN or infinity; check the model.")
-            quantized, scale = quantize_weight(stored.T if linear.flip else stored, linear.axis)
+            quantize = quantize_weight_fp8 if activations == "fp8" else quantize_weight
+            quantized, scale = quantize(stored.T if linear.flip else stored, linear.axis)
             self.constant(names[0], np.ascontiguousarray(quantized))
             self.constant(names[1], scale)
-            self.constant(names[2], np.zeros(scale.shape, np.int8))
+            self.constant(names[2], np.zeros(scale.shape, quantized.dtype))
         return names
 
-    def float_weight(self, linear: Linear) -> str:
+    def float_weight(self, linear: Linear, activations: Activations = "int8") -> str:
         """Return the name of the dequantized weight."""
-        names = self.weight(linear)
+        names = self.weight(linear, activations)
         return self.once("DequantizeLinear", names, f"{names[0]}/float", axis=linear.axis)
 
     def plain_weight(self, linear: Linear) -> str:
@@ -282,11 +319,18 @@ class Edit:
         return output
 
     def grid(self, activation: str, reach: Range, activations: Activations) -> str:
-        """Add QuantizeLinear and DequantizeLinear of an activation with a fixed scale; return the output."""
+        """Add QuantizeLinear and DequantizeLinear of an activation with a fixed scale; return the output.
+
+        fp8 needs opset 21.
+        """
         base = f"{PREFIX}{activation}"
         scale, zero = activation_grid(*reach, activations)
-        parameters = (self.constant(f"{base}/scale", scale), self.constant(f"{base}/zero_point", zero))
-        self.once("QuantizeLinear", (activation, *parameters), f"{base}/quantized")
+        parameters, attributes = [self.constant(f"{base}/scale", scale)], {}
+        if activations == "fp8":  # ONNX Runtime 1.32 drops a Relu before a QuantizeLinear whose zero point is fp8
+            attributes["output_dtype"] = onnx.TensorProto.FLOAT8E4M3FN
+        else:
+            parameters.append(self.constant(f"{base}/zero_point", zero))
+        self.once("QuantizeLinear", (activation, *parameters), f"{base}/quantized", **attributes)
         return self.once("DequantizeLinear", (f"{base}/quantized", *parameters), f"{base}/float")
 
     def dynamic(self, activation: str) -> tuple[str, str, str]:
@@ -332,15 +376,18 @@ def write(
             _add_integer(edit, linear)
         else:
             reach = ranges[linear.activation]
-            add_fake(edit, linear, node, edit.grid(linear.activation, reach, activations), linear.output)
+            grid = edit.grid(linear.activation, reach, activations)
+            add_fake(edit, linear, node, grid, linear.output, activations)
     replace_nodes(model.graph, edit.nodes)
     remove_unused(model.graph, {linear.weight for linear in linears})
     save(model, destination, external_above)
 
 
-def add_fake(edit: Edit, linear: Linear, node: onnx.NodeProto, activation: str, output: str) -> None:
-    """Add the product of a dequantized activation and weight, the Q/DQ form of an int8 product in ONNX."""
-    weight = edit.float_weight(linear)
+def add_fake(
+    edit: Edit, linear: Linear, node: onnx.NodeProto, activation: str, output: str, activations: Activations
+) -> None:
+    """Add the product of a dequantized activation and weight, the Q/DQ form of a quantized product in ONNX."""
+    weight = edit.float_weight(linear, activations)
     if linear.op == "Gemm":
         edit.product(linear, (activation, weight), output)
         return

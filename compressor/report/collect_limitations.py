@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import TRANSFORMERS
+from compressor.choices import GGUF, TRANSFORMERS
 from compressor.limitations import Limitation
 from compressor.quality.metrics import METRICS
 
@@ -41,6 +41,8 @@ def limitations_of(
     yield from _emulated(precision, converted, engine)
     yield from _saturating(precision, converted, engine)
     yield from of_engine(engine)
+    if engine.get("target") == GGUF:
+        yield from of_llama_cpp(subject.model)
     yield from _ahead_of_time(engine)
     yield from _of_serving(engine)
     notes = [*(note for each in parities for note in each.notes), *engine.get("stand_in", {}).get("notes", ())]
@@ -68,6 +70,8 @@ def of_sweep(
     """
     yield from of_subject(subject)
     yield from of_weight_types(subject.model, f"the engines are {precision}", target)
+    if target == GGUF:
+        yield from of_llama_cpp(subject.model)
     points: dict[Limitation, list[str]] = {}
     for number, facts in conversions.items():
         for limitation in _of_conversion(precision, {"result": facts}, ()):
@@ -106,6 +110,24 @@ def of_engine(engine: Mapping[str, Any]) -> Iterator[Limitation]:
         )
     elif layers["fused_attention"] is False:
         yield Limitation("fused attention", "the engine computes attention as separate operators")
+
+
+def of_llama_cpp(model: Model) -> Iterator[Limitation]:
+    """List what the figures of a GGUF file mean, and what the file leaves out."""
+    from compressor.lower.gguf.writer import context_length
+
+    yield Limitation(
+        "measurements",
+        "quality and latency are those of the file in llama.cpp (xllamacpp), with keys and values as F16; a timed "
+        "prompt computes the logits of its last token alone, as in generation; Ollama and LM Studio carry other builds",
+    )
+    config: Any = model.module.config
+    if context_length(config) < config.max_position_embeddings:
+        yield Limitation(
+            "sliding window",
+            f"llama.cpp attends to all earlier tokens of this model, so the file states {context_length(config)} "
+            "tokens as its longest text, for which that is the same",
+        )
 
 
 def _of_serving(engine: Mapping[str, Any]) -> Iterator[Limitation]:
@@ -193,6 +215,7 @@ def of_weight_types(model: Model, computed: str, target: str = "") -> Iterator[L
 def _of_conversion(precision: str, converted: Mapping[str, Converted], trials: Sequence[Trial]) -> Iterator[Limitation]:
     yield from _of_precision(precision, converted, trials)
     yield from _float32_layers(precision, converted)
+    yield from _unquantized_layers(precision, converted)
     yield from _refused_quantizers(precision, converted)
 
 
@@ -231,6 +254,14 @@ def _float32_layers(precision: str, converted: Mapping[str, Converted]) -> Itera
         )
 
 
+def _unquantized_layers(precision: str, converted: Mapping[str, Converted]) -> Iterator[Limitation]:
+    """Yield a limitation if matrices of an int4 file stay in float because of their shape."""
+    layers = converted["result"].unquantized if "result" in converted else ()
+    if layers:
+        names = [f"{kept.module or kept.node} ({kept.reason})" for kept in layers]
+        yield Limitation(f"{precision} of all matrices", f"{len(layers)} of them stay in float: {_some(names)}")
+
+
 def _refused_quantizers(precision: str, converted: Mapping[str, Converted]) -> Iterator[Limitation]:
     """Yield a limitation for each package that is installed and failed to quantize the result."""
     facts = converted.get("result")
@@ -238,29 +269,33 @@ def _refused_quantizers(precision: str, converted: Mapping[str, Converted]) -> I
         yield Limitation(f"{precision} by {quantizer}", f"not compared with Compressor's ({reason.rstrip('.')})")
 
 
-def _computes_in_fp16(precision: str, converted: Mapping[str, Converted]) -> bool:
-    return precision == "fp16" or ("result" in converted and converted["result"].rest == "fp16")
+def _half_type(precision: str, converted: Mapping[str, Converted]) -> str | None:
+    """Return the 16-bit type that the result computes in, alone or around quantized products; None if there is none."""
+    if precision in ("fp16", "bf16"):
+        return precision
+    return "fp16" if "result" in converted and converted["result"].rest == "fp16" else None
 
 
 def _emulated(precision: str, converted: Mapping[str, Converted], engine: Mapping[str, Any]) -> Iterator[Limitation]:
-    """Yield a limitation if the quality of an fp16 file was measured without the target."""
-    if engine.get("state") == "deferred" and _computes_in_fp16(precision, converted):
+    """Yield a limitation if the quality of an fp16 or bf16 file was measured without the target."""
+    half = _half_type(precision, converted)
+    if engine.get("state") == "deferred" and half is not None:
         yield Limitation(
             f"{precision} on the device",
-            "quality was measured with fp16 arithmetic on the CPU (the output of each operator is rounded to fp16, "
-            "sums of products are float32 or exact integers); kernels of the device may round elsewhere. Latency is "
-            "that of ONNX Runtime, which computes fp16 in float32 there",
+            f"quality was measured with {half} arithmetic on the CPU (the output of each operator is rounded to "
+            f"{half}, sums of products are float32 or exact integers); kernels of the device may round elsewhere. "
+            f"Latency is that of ONNX Runtime, which computes {half} in float32 there",
         )
 
 
 def _saturating(precision: str, converted: Mapping[str, Converted], engine: Mapping[str, Any]) -> Iterator[Limitation]:
     """Yield a limitation if int8 products were measured on a processor that saturates them.
 
-    Files with fp16 scales are measured with exact products (see `compressor.target.fp16_arithmetic`).
+    Files with fp16 scales are measured with exact products (see `compressor.target.half_arithmetic`).
     """
     deferred = engine.get("state") == "deferred"
     measured_here = deferred or str(engine.get("target")).startswith("onnxruntime")
-    exact = deferred and _computes_in_fp16(precision, converted)
+    exact = deferred and _half_type(precision, converted) is not None
     if not (precision.startswith("int8") and measured_here) or exact:
         return
     from compressor.target.saturation import int8_saturates
@@ -286,7 +321,7 @@ def is_unused(precision: str, engine: Mapping[str, Any]) -> bool:
     """Return whether the runtime reports that no layer of the engine computes in the precision."""
     name = precision.removesuffix("-dynamic")
     counts = (engine.get("layers") or {}).get("precisions") or {}
-    known = bool(counts) and name in ("fp16", "bf16", "int8")
+    known = bool(counts) and name in ("fp16", "bf16", "fp8", "int8")
     return known and not counts.get(name) and not counts.get("unknown")
 
 

@@ -106,6 +106,8 @@ class Inspection:
         table = Table(
             title=f"{title}{format_count(total.multiply_adds)} multiply-adds per sample",
             title_justify="left",
+            caption=f"scores are means over {self.scores.samples} calibration samples",
+            caption_justify="left",
             box=SIMPLE_HEAD,
             padding=0,
             pad_edge=False,

@@ -318,6 +318,7 @@ class Converted(TypedDict):
     calibrations: NotRequired[list[Calibrated]]
     rest: NotRequired[Text]
     float32: NotRequired[list[Kept]]
+    unquantized: NotRequired[list[Kept]]
     refused: NotRequired[dict[Text, Text]]
 
 

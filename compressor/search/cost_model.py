@@ -182,6 +182,21 @@ def designs_by_block(rewriter: Rewriter) -> dict[str, Graph]:
     return designs
 
 
+def designs_by_attention(rewriter: Rewriter) -> dict[str, Graph]:
+    """Return graphs to time: the original, and ones without attentions or without blocks; the first block stays."""
+    attentions = [name for name, members in rewriter.units.items() if len(members) == 1]
+    blocks = [name for name, members in rewriter.units.items() if len(members) > 1][1:]
+    dropped = {
+        "as it is": [],
+        "without every other attention": attentions[::2],
+        "first attention alone": attentions,
+        "without every other block": blocks[::2],
+    }
+    return {
+        name: rewriter.apply_changes(rewriter.of_sites(dict.fromkeys(units, "drop"))) for name, units in dropped.items()
+    }
+
+
 def _linear(graph: Graph, sites: Sequence[Site]) -> Graph:
     """Return a fork with a linear map in place of each branch that allows one; its values do not matter for timing."""
     fork = graph.fork()

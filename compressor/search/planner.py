@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from compressor import __version__
-from compressor.choices import TRANSFORMERS
+from compressor.choices import GGUF, TRANSFORMERS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.lower import checkpoint
+from compressor.lower.gguf import rules
 from compressor.lower.traced_model import TracedModel
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.measure.memory_budget import MemoryBudget
@@ -40,6 +41,10 @@ from passes.graph.graph import Graph, Site
 from passes.plan.plan import Plan, with_action, with_token_merging
 from passes.plan.selection import choose, parse
 
+# Tokens of texts that sites are scored on. On SmolLM2-135M and WikiText-2, the rankings by 6,000 and 12,000 tokens have
+# a rank correlation of 0.9992 and 0.9995 with that by 61,636 tokens.
+SCORED_TOKENS = 8192
+SCORED_TEXTS = 16  # minimum number of texts, if they are long
 PREVIEWED = 16  # samples on which candidates are measured first
 HEADROOM = 1.5  # factor on the allowed loss of a search that healing follows, as healing recovers some of the loss
 CORRECTIONS = 4  # plans that are timed for a wished speed-up, as engines are faster or slower than predicted
@@ -124,13 +129,15 @@ def apply_fixed_plan(
         _check_dropping(plan)
     if settings.target == TRANSFORMERS:
         checkpoint.check_plan(plan, subject.sites, subject.model)
+    if rewriter.nested:
+        rules.check_changes(plan.changes, subject.sites)
     with steps.step("rewrite") as tick:
         graph = rewriter.apply_changes(plan.changes, tick)
     return Choice(plan, graph, rewriter, facts, evidence=measurements)
 
 
 def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
-    """Return the rewriter of a model; its units are whole blocks if the target can only remove those.
+    """Return the rewriter of a model; its units are what the target can remove, such as whole blocks.
 
     A search does not change what the target has to keep.
 
@@ -141,11 +148,14 @@ def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
     if whole and settings.drop == "auto":
         checkpoint.check_blocks(subject.sites, subject.model)
     fixed = _fixed(subject, settings) if settings.drop == "auto" else {}
-    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, fixed=fixed)
+    nested = settings.target == GGUF
+    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, nested=nested, fixed=fixed)
 
 
 def _fixed(subject: TracedModel, settings: Settings) -> dict[str, str]:
     """Return the sites that the target has to keep, with the reason."""
+    if settings.target == GGUF:
+        return rules.kept_sites(subject.sites)
     return checkpoint.kept_sites(subject.sites, subject.model) if settings.target == TRANSFORMERS else {}
 
 
@@ -390,6 +400,8 @@ def _designs(subject: TracedModel, settings: Settings, rewriter: Rewriter) -> di
     """Return the graphs to time for the cost model."""
     if rewriter.whole:
         return cost_model.designs_by_block(rewriter)
+    if rewriter.nested:
+        return cost_model.designs_by_attention(rewriter)
     merged = _merged(rewriter) if "merge" in settings.chosen_actions else {}
     linear = settings.target != TRANSFORMERS
     return cost_model.designs_by_kind(subject.graph, subject.sites, linear=linear) | merged
@@ -519,10 +531,14 @@ def output_divergence(subject: TracedModel, samples: Split, steps: Steps) -> Out
 
 
 def score(subject: TracedModel, steps: Steps, bounds: MemoryBudget | None = None) -> Scores:
-    """Score all sites on the calibration data; with `bounds`, block by block within a memory limit."""
+    """Score all sites on the calibration data, of texts on about `SCORED_TOKENS` tokens.
+
+    With `bounds` the model is run block by block within a memory limit.
+    """
+    split = subject.data.calibration.sparse(SCORED_TOKENS, SCORED_TEXTS)
     with steps.step("score the sites") as tick:
         rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)
-        batches = with_progress(tensor_batches(subject.data.calibration, rows), len(subject.data.calibration), tick)
+        batches = with_progress(tensor_batches(split, rows), len(split), tick)
         return apply(Score(room), subject.graph, batches)
 
 

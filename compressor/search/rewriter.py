@@ -35,6 +35,8 @@ class Rewriter:
         sweeps: forward passes over `split`: two for each fit (of the original and of the current graph), and two per
             epoch for ``replaceme-cosine``, which is trained.
         whole: change whole blocks, which are removed including their norms, in place of single sites.
+        nested: change whole blocks, or the attention of a block alone, which is a unit of its own within the block. The
+            first block that is left keeps its attention (see `compressor.lower.gguf.rules`).
         fixed: units that must not be changed, with the reason.
         units: sites by name of the unit that is changed together: a site or, with `whole`, a block.
     """
@@ -44,6 +46,7 @@ class Rewriter:
     split: Split
     sweeps: float = 0.0
     whole: bool = False
+    nested: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict)
     units: dict[str, tuple[Site, ...]] = field(init=False)
     _by_name: dict[str, Site] = field(default_factory=dict)
@@ -53,8 +56,11 @@ class Rewriter:
         self._by_name = {site.name: site for site in self.sites}
         self.units = {}
         for site in self.sites:
-            name = site.block if self.whole else site.name
+            name = site.block if self.whole or self.nested else site.name
             self.units[name] = (*self.units.get(name, ()), site)
+        if self.nested:
+            later = [site for site in self.sites if site.block != self.sites[0].block]
+            self.units |= {site.name: (site,) for site in later if site.kind == "attention"}
 
     def fits(
         self, current: Graph, names: Iterable[str], split: Split | None = None, *, all_tokens: bool = False
@@ -81,11 +87,14 @@ class Rewriter:
         fork, unit = current.fork(), self.units[name]
         form, rank = form_and_rank(action)
         if form == "drop":
-            apply(Drop(unit), fork)
+            left = tuple(site for site in unit if _replaceable(current, site)) if self.nested else unit
+            apply(Drop(left), fork)
             if self.whole:
                 self._remove_block(fork, name)
+            if self.nested:
+                self._check_first_block(fork)
             return fork
-        if self.whole:
+        if self.whole or self.nested:
             raise PassError(f"a block can only be dropped; found {action} at {name}.")
         (site,) = unit
         locate_site(current, site)  # raises with the reason if no map can be fitted here any more
@@ -103,6 +112,13 @@ class Rewriter:
         read = weights_read(graph)
         if not any(weight.startswith(f"{other}.") for weight in read for other in self.units):
             raise PassError("no block would be left.")
+
+    def _check_first_block(self, graph: Graph) -> None:
+        left = [site for site in self.sites if _replaceable(graph, site)]
+        if not left:
+            raise PassError("no block would be left.")
+        if left[0].kind != "attention":
+            raise PassError("the first block that is left would have no attention.")
 
     def _learned(self, current: Graph, name: str) -> Replacement:
         step = FitCosine(self.original, self._by_name[name])
@@ -154,6 +170,9 @@ class Rewriter:
             PassError: the changes name only some sites of a unit.
         """
         units = {site.name: unit for unit, members in self.units.items() for site in members}
+        if self.nested:  # a block is changed as a whole where all of its sites are
+            whole = [unit for unit, members in self.units.items() if all(site.name in changes for site in members)]
+            units |= {site.name: unit for unit in reversed(whole) for site in self.units[unit]}
         by_unit = {units[name]: action for name, action in changes.items()}
         if self.of_sites(by_unit).keys() != changes.keys():
             raise PassError(f"only whole units can be changed: {', '.join(by_unit)}; name all sites of each.")

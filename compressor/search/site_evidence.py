@@ -61,7 +61,7 @@ def tokens_left(graph: Graph, sites: Sequence[Site], split: Split) -> dict[str, 
     (root,) = [node for node in graph.nodes() if node.name == last.root]
     readers = {node.name for node in root.users}  # with tokens merged after the last site, these include the merging
     program = Program(graph, keep={site.trunk for site in remaining.values()} | readers | {last.root})
-    values = program.start(next(tensor_batches(split, split.samples.rows_per_sample)))
+    values = program.start(next(tensor_batches(split.middle(1))))
     with torch.inference_mode():
         for _ in program.walk(values):
             pass

@@ -60,7 +60,8 @@ def _check_deferrable(target: Runtime, precision: str) -> None:
         )
     if target.source != ".onnx":
         raise AvailabilityError(
-            f"target {target.name} builds engines with torch on this machine; leave out --defer-build."
+            f"target {target.name} needs the torch model, so its engines are built on this machine; leave out "
+            "--defer-build."
         )
 
 

@@ -18,7 +18,7 @@ class Gpus:
 
     Attributes:
         target: builds the engines.
-        names: compute capabilities, such as ``sm89``.
+        names: compute capabilities, such as ``sm89``, or several that share an engine, such as ``sm86+sm89``.
         named: whether ``--gpu`` names them. One that refuses the model then stops the export; of all that the release
             knows, such a one is left out and reported.
     """
@@ -43,7 +43,7 @@ def gpus_ahead(settings: Settings) -> Gpus | None:
     if named is None and (runtime.missing() is None or target.missing_builder() is not None):
         return None  # the engine is built for the present GPU, or the check of the target says what to install
     known = target.gpus()
-    lacking = [name for name in named or () if name not in known]
+    lacking = [name for names in named or () for name in names.split("+") if name not in known]
     if lacking:
         raise RuntimeUnavailable(
             f"Found --gpu {lacking[0]}, which {target.builder_version()} does not build for; expected some of: "
@@ -60,11 +60,12 @@ def measured_by_stand_in(settings: Settings) -> Settings:
 
 def _names(text: str) -> tuple[str, ...]:
     """Return the names in a value of ``--gpu``, each once."""
-    names = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
-    wrong = [name for name in names if not re.fullmatch(r"sm\d{2,3}", name)]
+    names = tuple(dict.fromkeys(re.sub(r"\s", "", part).lower() for part in text.split(",")))
+    wrong = [name for name in names if not re.fullmatch(r"sm\d{2,3}(\+sm\d{2,3})*", name)]
     if wrong:
         raise SettingsError(
-            f"found --gpu {wrong[0]!r}; expected compute capabilities separated by commas, such as sm86,sm89."
+            f"found --gpu {wrong[0]!r}; expected compute capabilities separated by commas, such as sm86,sm89, or by + "
+            "for those that share an engine."
         )
     return names
 

@@ -1,7 +1,8 @@
 """ONNX Runtime on this CPU as a substitute for a target on another machine.
 
-Latency is that of ONNX Runtime's own kernels. Quality is that of the target's arithmetic where ONNX Runtime would
-compute otherwise: fp16 files are opened with `load_for_quality`.
+Latency is that of ONNX Runtime's own kernels; a bf16 file, for which it has none, is opened in float32. Quality is that
+of the target's arithmetic where ONNX Runtime would compute otherwise: fp16 and bf16 files are opened with
+`load_for_quality`.
 """
 
 from __future__ import annotations
@@ -40,12 +41,28 @@ class StandIn:
         return runtime(self.name).missing()
 
     def build(self, source: Path, out: Path, options: BuildOptions) -> Path:
-        """Return the engine of ONNX Runtime, which is the ONNX file itself."""
-        return runtime(self.name).build(source, out, options)
+        """Return the engine of ONNX Runtime, which is the ONNX file itself, after checking that it opens."""
+        self.load(source, options).close()
+        return source
 
     def load(self, path: Path, options: BuildOptions) -> Engine:
-        """Open the file in ONNX Runtime."""
+        """Open the file in ONNX Runtime; a bf16 file in float32."""
+        from compressor.target.half_arithmetic import BF16, half_types  # needs onnx, which a device may lack
+
+        if BF16 in half_types(path):
+            return self.load_float32(path, options, rounded=False)
         return runtime(self.name).load(path, options)
+
+    def load_float32(self, path: Path, options: BuildOptions, *, rounded: bool) -> Engine:
+        """Open an fp16 or bf16 file in float32; see `half_arithmetic.write_float32`."""
+        from compressor.target.half_arithmetic import write_float32
+
+        # Next to the engine, because weights of several GB may not fit into the system's temporary folder. An open
+        # session may still read them, so that some systems keep the file until it is closed.
+        with tempfile.TemporaryDirectory(prefix=".half-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+            written = Path(folder, path.name)
+            write_float32(path, written, rounded=rounded)
+            return runtime(self.name).load(written, options)
 
     def layers(self, path: Path, options: BuildOptions) -> LayerCounts | None:
         """Return None: the layers of ONNX Runtime could be mistaken for those of the target."""
@@ -59,8 +76,8 @@ def substitute_for(target: Runtime) -> Runtime:
 def load_for_quality(target: Runtime, path: Path, options: BuildOptions) -> Engine:
     """Open an engine to measure its outputs.
 
-    An engine of a substitute that holds fp16 values computes as a GPU does (see `fp16_arithmetic`). Every other engine
-    is opened as `Runtime.load` opens it.
+    An engine of a substitute that holds fp16 or bf16 values computes as a GPU does (see `half_arithmetic`). Every other
+    engine is opened as `Runtime.load` opens it.
 
     Args:
         target: the target, or its substitute.
@@ -69,13 +86,6 @@ def load_for_quality(target: Runtime, path: Path, options: BuildOptions) -> Engi
     """
     if not isinstance(target, StandIn):
         return target.load(path, options)
-    from compressor.target.fp16_arithmetic import has_fp16, write_rounded  # needs onnx, which a device may lack
+    from compressor.target.half_arithmetic import half_types
 
-    if not has_fp16(path):
-        return target.load(path, options)
-    # Next to the engine, because weights of several GB may not fit into the system's temporary folder. An open session
-    # may still read them, so that some systems keep the file until it is closed.
-    with tempfile.TemporaryDirectory(prefix=".fp16-", dir=path.parent, ignore_cleanup_errors=True) as folder:
-        rounded = Path(folder, path.name)
-        write_rounded(path, rounded)
-        return target.load(rounded, options)
+    return target.load_float32(path, options, rounded=True) if half_types(path) else target.load(path, options)

@@ -20,6 +20,8 @@ PACKAGES = (
     "openvino",
     "tensorrt",
     "tensorrt-rtx-cu12",
+    "gguf",
+    "xllamacpp",
     "numpy",
 )
 

@@ -16,6 +16,8 @@ aten = torch.ops.aten
 
 ATTENTION_OPS = frozenset({aten.scaled_dot_product_attention.default})
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})
+SELECTIONS = frozenset({aten.index.Tensor, aten.index_select.default})  # of the weights of experts, by the router
+TRANSPOSES = frozenset({aten.transpose.int, aten.permute.default, aten.mT.default})
 SOFTMAX_OPS = frozenset({aten.softmax.int}) | SOFTMAX | SAFE_SOFTMAX
 LINEAR_OPS = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default})
 CONV_OPS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default})
@@ -174,15 +176,28 @@ class _Finder:
         return len(products) >= 2 or (bool(products) and any(node.target in SOFTMAX_OPS for node in nodes))
 
     def _maps_features(self, node: fx.Node) -> bool:
-        """Return whether a product is a linear map written as ``x @ W.T``, as in Falcon."""
+        """Return whether a product is a linear map written as ``x @ W.T``, as in Falcon, or one of chosen experts."""
         if node.target not in PRODUCTS:
             return False
         left, right = node.all_input_nodes[0], node.all_input_nodes[-1]
+        if self._are_of_experts(left) != self._are_of_experts(right):
+            return True
         return right in self.from_weights and left not in self.from_weights and len(_sizes(right)) == 2
 
     def _multiplies_activations(self, node: fx.Node) -> bool:
         operands = [source for source in node.all_input_nodes if _is_tensor(source)]
-        return len(operands) >= 2 and not any(operand in self.from_weights for operand in operands)
+        return len(operands) >= 2 and not any(
+            operand in self.from_weights or self._are_of_experts(operand) for operand in operands
+        )
+
+    def _are_of_experts(self, node: fx.Node) -> bool:
+        """Return whether a value is the weights [chosen, out, in] of the experts that a router has chosen."""
+        while node.target in TRANSPOSES:
+            node = node.all_input_nodes[0]
+        if node.target not in SELECTIONS:
+            return False
+        stacked = node.all_input_nodes[0]
+        return stacked in self.from_weights and len(_sizes(stacked)) == 3
 
     def outermost(self, candidates: list[_Candidate]) -> list[_Candidate]:
         """Remove branches that are chains of blocks, and candidates inside other branches (as in GPT-2's tanh GELU)."""

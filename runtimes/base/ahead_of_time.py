@@ -30,6 +30,8 @@ class AheadOfTime(Protocol):
     ) -> Path:
         """Build `<name of the source>.<gpu>.engine` in `out` and return its path; nothing is left after an error.
 
+        `gpu` is one of `gpus()`, or several joined by "+", which share one engine with one copy of the weights.
+
         Raises:
             RuntimeUnavailable: The builder is not installed, or has no such GPU; the message lists those it has.
             BuildError: The builder refused the model; the message names the layer where it is known.

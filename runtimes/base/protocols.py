@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 DEVICES = ("cpu", "cuda")
-# The precision of an engine's matrix products. int8-dynamic computes activation ranges at run time; int4 quantizes
-# only weights. All other operators compute in float: 16 bits for fp16 and bf16, otherwise 32.
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4")
+# The precision of an engine's matrix products. fp8 is E4M3 with scales as in int8; int8-dynamic computes activation
+# ranges at run time; int4 quantizes only weights. All other operators compute in float: 16 bits for fp16 and bf16,
+# otherwise that of `Int8Style.rest`.
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4")
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]
 # The size of each axis of every input; None for a dynamic axis. None instead of a tuple means unknown rank.
 Shapes: TypeAlias = Mapping[str, "tuple[int | None, ...] | None"]
+
+PAST = "past_input_ids"  # tokens before input_ids, for engines that keep the KV cache themselves
 
 Opened = TypeVar("Opened")
 Self = TypeVar("Self", bound="Closing[Any]")
@@ -89,20 +92,22 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Int8Style:
-    """The form of int8 ONNX file that a target requires.
+    """The form of a quantized ONNX file that a target requires: of int8, and of int4 where it has that.
 
     Attributes:
         activations: "uint8" with a zero point, or symmetric "int8".
         convolutions: Whether convolutions get int8 inputs too.
         quantizers: The quantizers to try: this package, and others whose file may be faster on this target.
         rest: The float type of scales and of all other operators; norms and softmax stay in fp32. It applies to static
-            quantization only.
+            quantization, and to int4 in blocks.
+        int4: The operator that holds int4 weights: MatMulNBits of ONNX Runtime, or DequantizeLinear with blocks.
     """
 
     activations: Literal["uint8", "int8"]
     convolutions: bool
     quantizers: tuple[str, ...] = ("compressor",)
     rest: Literal["fp32", "fp16"] = "fp32"
+    int4: Literal["MatMulNBits", "DequantizeLinear"] = "MatMulNBits"
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,17 @@ class Engine(Protocol):
         """Close the engine."""
 
 
+@runtime_checkable
+class HoldsCache(Protocol):
+    """An engine that keeps the KV cache itself, so that none of its inputs and outputs holds it.
+
+    Where attention_mask is longer than input_ids, its feeds hold the tokens before them as `PAST`, [rows, tokens].
+    """
+
+    def cache_bytes(self, rows: int, tokens: int) -> int:
+        """Return the bytes of the keys and values of so many tokens in each of so many rows."""
+
+
 class Closing(Generic[Opened]):
     """Base class of engines that holds the library's session until close() and refuses any use afterwards."""
 
@@ -208,8 +224,8 @@ class Runtime(Protocol):
         """The supported devices, the preferred one first."""
 
     @property
-    def source(self) -> Literal[".onnx", ".pt2", "/config.json"]:
-        """The kind of source file: an ONNX file, a saved torch.export.ExportedProgram, or a checkpoint folder."""
+    def source(self) -> Literal[".onnx", ".pt2", "/config.json", ".gguf"]:
+        """The kind of source file: ONNX, a saved torch.export.ExportedProgram, a checkpoint folder, or float GGUF."""
 
     @property
     def precisions(self) -> Mapping[str, tuple[str, ...]]:

@@ -181,13 +181,13 @@ def _open(path: Path, options: BuildOptions, optimised: Path | None = None) -> A
     if options.device == "cuda":
         _need_cuda(ort)
     try:
-        session_options = _session_options(ort, options)
+        settings = session_options(options)
         if optimised is not None:
-            session_options.optimized_model_filepath = str(optimised)
+            settings.optimized_model_filepath = str(optimised)
             # In a separate file, because protobuf is limited to 2 GB.
             weights = "session.optimized_model_external_initializers_file_name"
-            session_options.add_session_config_entry(weights, f"{optimised.name}.data")
-        session = ort.InferenceSession(str(path), session_options, providers=_providers(options.device))
+            settings.add_session_config_entry(weights, f"{optimised.name}.data")
+        session = ort.InferenceSession(str(path), settings, providers=_providers(options.device))
     except Exception as error:  # the classes of ONNX Runtime's errors have no common base but Exception
         raise BuildError(f"ONNX Runtime cannot open {path.name}: {first_line(error)}.") from error
     if options.device == "cuda" and session.get_providers()[0] != CUDA:
@@ -209,7 +209,10 @@ def _need_cuda(ort: Any) -> None:
             ort.preload_dlls()
 
 
-def _session_options(ort: Any, options: BuildOptions) -> Any:
+def session_options(options: BuildOptions) -> Any:
+    """Return ONNX Runtime's options of a session, with all graph optimisations and without warnings."""
+    import onnxruntime as ort
+
     result = ort.SessionOptions()
     result.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     result.log_severity_level = ERRORS_ONLY

@@ -128,7 +128,7 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
         engine, context = self._live()
         self._active = None
         for key in self.inputs:
-            shape = tuple(engine.get_tensor_profile_shape(key, 0)[1])
+            shape = self.usual_shape(key)
             if not context.set_input_shape(key, shape):
                 raise RuntimesError(f"TensorRT rejected the usual shape {list(shape)} of input {key!r}.")
         inspector = engine.create_engine_inspector()
@@ -136,6 +136,11 @@ class TensorRTEngine(Closing["tuple[trt.ICudaEngine, trt.IExecutionContext]"]):
             raise RuntimesError(f"TensorRT created no inspector: {reason(self._said, 'no reason given')}.")
         inspector.execution_context = context
         return str(inspector.get_engine_information(self._json))
+
+    def usual_shape(self, key: str) -> Shape:
+        """Return the shape of an input that the engine is optimized for."""
+        engine, _ = self._live()
+        return tuple(engine.get_tensor_profile_shape(key, 0)[1])
 
     def close(self) -> None:
         """Free memory, stream, context and engine. Closing twice is allowed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ class Log:
 
         The library keeps the first logger that it is given and ignores every other one.
         """
-        logger = _logger()
-        logger.record = self
+        logger: trt.ILogger = (found := _logger())
+        found.record = self
         return logger
 
 
@@ -110,7 +111,8 @@ class Network:
         """
         network = self.network
         layers = [network.get_layer(i) for i in range(network.num_layers)]
-        stored = {layer.get_output(0).name: layer.get_input(0) for layer in layers if layer.type.name == "DEQUANTIZE"}
+        quantized = (layer for layer in layers if layer.type.name == "DEQUANTIZE")
+        stored = {layer.get_output(0).name: data for layer in quantized if (data := layer.get_input(0)) is not None}
         rows = []
         for layer in layers:
             inputs = [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
@@ -119,17 +121,18 @@ class Network:
         return count_layers((row for row in rows if row[0] not in UNFUSED), fused_attention=None)
 
     def engine(
-        self, options: BuildOptions, capability: trt.ComputeCapability, progress: Progress | None
+        self, options: BuildOptions, capabilities: Sequence[trt.ComputeCapability], progress: Progress | None
     ) -> trt.IHostMemory:
-        """Build an engine for one compute capability.
+        """Build one engine for all given compute capabilities; it holds each weight once.
 
         Raises:
             Refused: The builder refused the network.
         """
         config = self._config(options)
-        config.num_compute_capabilities = 1
-        if not config.set_compute_capability(capability, 0):
-            raise Refused(f"it rejected the compute capability {capability.name}")
+        config.num_compute_capabilities = len(capabilities)
+        for i, capability in enumerate(capabilities):
+            if not config.set_compute_capability(capability, i):
+                raise Refused(f"it rejected the compute capability {capability.name}")
         monitor = None if progress is None else Monitor(progress)
         if monitor is not None:
             config.progress_monitor = monitor.monitor()

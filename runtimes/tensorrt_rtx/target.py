@@ -5,15 +5,20 @@ the engine is opened. Building takes seconds and needs no GPU and no driver; ope
 and its parser run in the tests of this project. Opening and running an engine never did: that part is the code of
 target tensorrt, which is tested against a fake.
 
-The network is strongly typed, as in target tensorrt: float32, float16, or int8 with float16 for all other operators.
+The network is strongly typed, as in target tensorrt: float32, float16, bfloat16, int8 or float8 with float16 for all
+other operators, or float16 with int4 weights. Compute capability 7.5 has neither float32 products, bfloat16 nor int4,
+and float8 needs 8.9 or newer.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from runtimes.base.ahead_of_time import Progress
 from runtimes.base.protocols import BuildError, BuildOptions, Int8Style, LayerCounts, RuntimeUnavailable, first_line
@@ -24,14 +29,18 @@ from runtimes.tensorrt.engine import Device, TensorRTEngine
 from runtimes.tensorrt.inspector import summary
 from runtimes.tensorrt.target import cuda_devices
 from runtimes.tensorrt_rtx.builder import LIBRARY, Log, Network
+from runtimes.tensorrt_rtx.runtime_config import cache_path, runtime_config
+
+if TYPE_CHECKING:
+    import tensorrt_rtx as trt
 
 name = "tensorrt_rtx"
 description = "NVIDIA TensorRT for RTX on CUDA; also builds engines for GPUs that are not here (never run on one)"
 devices = ("cuda",)
 source: Literal[".onnx"] = ".onnx"
-precisions = {"cuda": ("fp32", "fp16", "int8")}
+precisions = {"cuda": ("fp32", "fp16", "bf16", "fp8", "int8", "int4")}
 own = ()
-int8 = Int8Style(activations="int8", convolutions=True, rest="fp16")
+int8 = Int8Style(activations="int8", convolutions=True, rest="fp16", int4="DequantizeLinear")
 
 PACKAGE = "tensorrt-rtx-cu12"
 GET = f"pip install {PACKAGE} cuda-bindings"
@@ -86,22 +95,28 @@ def gpus() -> tuple[str, ...]:
 def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Build `<name of the ONNX file>.engine` for the GPU of this machine in `out` and return its path.
 
+    A file beside it holds the kernels of the usual sizes, compiled for this GPU; see `runtime_config`.
+
     Raises:
         RuntimeUnavailable: The library or the GPU is not available.
         BuildError: The file violates a quantization rule, or the library refused it or the GPU.
     """
     check_available(name, missing(), devices, options)
-    return _built(source, out / f"{source.stem}.engine", options, PRESENT, None)
+    path = _built(source, out / f"{source.stem}.engine", options, (PRESENT,), None)
+    _compile_kernels(path)
+    return path
 
 
 def build_for(source: Path, out: Path, options: BuildOptions, gpu: str, progress: Progress | None = None) -> Path:
     """Build `<name of the ONNX file>.<gpu>.engine` in `out`, with or without a GPU; see `AheadOfTime.build_for`."""
-    known = gpus()
-    if gpu not in known:
+    names, known = gpu.split("+"), gpus()
+    lacking = [name for name in names if name not in known]
+    if lacking:
         raise RuntimeUnavailable(
-            f"{builder_version()} builds no engine for GPU {gpu!r}; expected one of: {', '.join(known)}."
+            f"{builder_version()} builds no engine for GPU {lacking[0]!r}; expected one of: {', '.join(known)}."
         )
-    return _built(source, out / f"{source.stem}.{gpu}.engine", options, gpu.upper(), progress)
+    capabilities = [name.upper() for name in names]
+    return _built(source, out / f"{source.stem}.{gpu}.engine", options, capabilities, progress)
 
 
 def network_layers(source: Path) -> LayerCounts:
@@ -119,6 +134,11 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
         BuildError: The file is no engine, or was built for another GPU or version.
     """
     check_available(name, missing(), devices, options)
+    return _opened(path)[0]
+
+
+def _opened(path: Path) -> tuple[TensorRTEngine, trt.IRuntimeCache]:
+    """Return an open engine and its cache of compiled kernels."""
     _check_builder()
     import tensorrt_rtx as trt
 
@@ -130,18 +150,28 @@ def load(path: Path, options: BuildOptions) -> TensorRTEngine:
         runtime = trt.Runtime(logger)
         refused = "it was built for another GPU or another version, or is damaged: build it again"
         engine = required(runtime.deserialize_cuda_engine(path.read_bytes()), refused)
-        context = required(engine.create_execution_context(), "it created no execution context, possibly for memory")
-        device = Device(resources)
+        device = Device(resources)  # makes a CUDA context current, which the cache of kernels needs
+        config, cache = runtime_config(engine, path)
+        no_context = "it created no execution context, possibly for memory"
+        context = required(engine.create_execution_context(config), no_context)
         opened = TensorRTEngine(
             engine,
             context,
             device,
-            keep=(logger, runtime),
+            keep=(logger, runtime, config, cache),
             said=log.errors,
             json=trt.LayerInformationFormat.JSON,
         )
         device.held = resources.pop_all()
-    return opened
+    return opened, cache
+
+
+def _compile_kernels(path: Path) -> None:
+    """Run an engine once at its usual sizes, on zeros, and write the kernels that this compiled beside it."""
+    engine, cache = _opened(path)
+    with engine:
+        engine.bind({key: np.zeros(engine.usual_shape(key), engine.input_dtypes[key]) for key in engine.inputs})()
+        write_engine(cache_path(path), cache.serialize())
 
 
 def layers(path: Path, options: BuildOptions) -> LayerCounts:
@@ -161,8 +191,10 @@ def _check_builder() -> None:
         raise RuntimeUnavailable(f"{LIBRARY} is installed but cannot be loaded: {first_line(error)}.") from error
 
 
-def _built(source: Path, path: Path, options: BuildOptions, capability: str, progress: Progress | None) -> Path:
-    """Build an engine for a compute capability by its name in the library, and write it to `path`.
+def _built(
+    source: Path, path: Path, options: BuildOptions, capabilities: Sequence[str], progress: Progress | None
+) -> Path:
+    """Build one engine for compute capabilities by their names in the library, and write it to `path`.
 
     The file is written outside the block that turns exceptions into a BuildError: an OSError says that a disk is full.
     """
@@ -171,7 +203,9 @@ def _built(source: Path, path: Path, options: BuildOptions, capability: str, pro
 
     qdq_rules.check(source)
     network = Network.of(source)
-    with build_errors(f"{LIBRARY} cannot build {source.name} for {capability}", network.log.errors, library=LIBRARY):
-        engine = network.engine(options, trt.ComputeCapability.__members__[capability], progress)
+    failure = f"{LIBRARY} cannot build {source.name} for {' and '.join(capabilities)}"
+    with build_errors(failure, network.log.errors, library=LIBRARY):
+        members = [trt.ComputeCapability.__members__[capability] for capability in capabilities]
+        engine = network.engine(options, members, progress)
     write_engine(path, engine)
     return path

@@ -33,7 +33,7 @@ from runtimes.base.protocols import PRECISIONS
         ({"drop": "25 %"}, "neither a number nor a site name"),
         ({"metric": "size"}, "cosine or influence"),
         ({"int8": "static8"}, "static or dynamic"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'; expected auto or fp32 or fp16 or bf16 or int8 or"),
+        ({"precision": "fp4"}, "unknown precision 'fp4'; expected auto or fp32 or fp16 or bf16 or fp8 or int8 or"),
         ({"precision": "fp16", "int8": "static"}, "found --int8 and --precision fp16; give one"),
         ({"precision": "int8", "int8": "dynamic"}, "found --int8 and --precision int8; give one"),
         ({"precision": "auto", "int8": "static"}, "found --int8 and --precision auto; give one"),

@@ -130,6 +130,6 @@ def _rows_left(module: Any, tokens: int, token: int) -> list[int] | None:
             module(input_ids=torch.full((1, tokens), token))
         except _EndOfLookupsError:
             pass
-        except (IndexError, RuntimeError):
+        except Exception:  # such as the ValueError of CLIP's text model for a text that is too long
             return None
     return lookups.rows_left

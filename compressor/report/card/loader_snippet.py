@@ -1,7 +1,7 @@
 """The Python snippet of a model card, which loads an exported engine and runs it.
 
 It needs neither Compressor nor torch, timm or transformers. The exception is a checkpoint, which needs transformers, or
-vLLM if it lacks single branches.
+vLLM if it lacks single branches. A GGUF file is opened by llama.cpp.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ENGINES = {
     "torch": "model.pt2",
     "executorch": "model.pte",
     "transformers": "config.json",
+    "gguf": "model.gguf",
 }
 PACKAGES = {
     "onnxruntime": ("onnxruntime",),
@@ -42,8 +43,14 @@ PACKAGES = {
     "torch": ("torch",),
     "executorch": ("executorch",),
     "transformers": ("torch", "transformers"),
+    "gguf": ("xllamacpp",),
     "vllm": ("vllm",),
 }
+PROGRAMS = (
+    "Other programs: `llama-cli -m model.gguf` or `llama-server -m model.gguf` (llama.cpp); `ollama create NAME -f "
+    "Modelfile`, where the file `Modelfile` holds the line `FROM ./model.gguf` (Ollama); `lms import model.gguf` (LM "
+    "Studio)."
+)
 GPU_ENGINES = ("tensorrt", "tensorrt_rtx")
 TITLES = {
     "onnxruntime": "ONNX Runtime",
@@ -52,9 +59,11 @@ TITLES = {
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "tensorrt_rtx": "TensorRT for RTX",
+    "onnxruntime_rtx": "ONNX Runtime with TensorRT for RTX",
     "torch": "PyTorch (AOTInductor)",
     "executorch": "ExecuTorch (XNNPACK)",
     "transformers": "transformers",
+    "gguf": "llama.cpp",
 }
 
 
@@ -89,6 +98,9 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
     runtime = _runtime(content, folder if engine_folder is None else engine_folder, cached)
     if runtime == "transformers":
         return _served(content, folder) if serving(content) else _checkpoint(content, folder, cached)
+    if runtime == "gguf":
+        text = templates().get_template("load_llama_cpp.py.j2").render(file=ENGINES["gguf"])
+        return Loader(text.strip(), PACKAGES["gguf"], runtime, (PROGRAMS,))
     picture = preprocessing_recipe.picture(folder) if model["inputs"][:1] == ["pixel_values"] else None
     tokenizer = preprocessing_recipe.tokenizer(folder) if "input_ids" in model["inputs"] else None
     text = (
@@ -264,6 +276,8 @@ def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple
         )
     elif runtime != target:
         remarks.append(f"This code opens `model.onnx` with ONNX Runtime, not the engine of {target}.")
+    if runtime == "onnxruntime" and target in GPU_ENGINES and content["settings"]["precision"] == "bf16":
+        remarks.append("ONNX Runtime has no bf16 kernels for the CPU, so this code needs a device that has them.")
     if runtime in GPU_ENGINES:
         remarks.append(
             f"The engine runs only on the GPU model and the {TITLES[runtime]} version that it was built with."

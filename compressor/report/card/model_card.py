@@ -48,11 +48,18 @@ ANEW = (
 MEANINGS = {
     "fp16": "The engine computes in fp16, and normalisation and softmax in fp32.",
     "bf16": "The engine computes in bfloat16.",
+    "fp8": "Weights and the activations they multiply are fp8 (E4M3), with activation scales from calibration data.",
     "int8": "Weights and the activations they multiply are int8, with activation ranges from calibration data.",
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
 }
+STORED = {
+    "fp16": "Matrices are stored as F16.",
+    "int8": "Matrices are stored as Q8_0 (8 bits, with a scale for each 32 values).",
+    "int4": "Matrices are stored as Q4_0 (4 bits, with a scale for each 32 values), embedding and head as Q8_0.",
+}
 CLASSES = 10  # classes that the card names
+INT4_IN_FP16 = "Weights are int4, with a scale per block; products compute in fp16, normalisation and softmax in fp32."
 ONLY_STORED = "Weights are stored in {}, but no layer of the engine computes in it."
 INT8 = (
     "int8 is faster on hardware with 8-bit dot products (AVX-512 VNNI, AMX, Arm's dot product, tensor cores). On other "
@@ -182,6 +189,8 @@ def _classes(model: Json) -> str:
 
 def _library(content: Json) -> str:
     """Return the hub's name of the library that opens the exported model."""
+    if content["settings"]["target"] == "gguf":
+        return "gguf"
     if not _is_checkpoint(content):
         return "onnx"
     return "vllm" if serving(content) else "transformers"
@@ -192,6 +201,8 @@ def _is_checkpoint(content: Json) -> bool:
 
 
 def _form(content: Json) -> str:
+    if _library(content) == "gguf":
+        return "a GGUF file"
     return "a checkpoint" if _is_checkpoint(content) else "an engine"
 
 
@@ -244,7 +255,7 @@ def _rows(content: Json) -> Iterator[str]:
     alone = exact_rewrites.cells(content, variants)
     if alone is not None:
         yield _row(exact_rewrites.LABEL.strip(), alone)
-    file = "checkpoint" if _is_checkpoint(content) else "ONNX file"
+    file = "checkpoint" if _is_checkpoint(content) else "GGUF file" if _library(content) == "gguf" else "ONNX file"
     yield _row(f"{file}, MB", [f"{size['bytes'] / 1e6:.2f}" for size in sizes])
     if any(size["cache"] for size in sizes):
         yield _row("KV cache per token, bytes", [f"{size['cache']}" for size in sizes])
@@ -307,11 +318,19 @@ def _changed(content: Json) -> str:
     lines = [f"{len(plan['changes'])}{total} residual branches were changed (rule {code(plan['rule'])})."]
     if settings["precision"] != "fp32":
         unused = is_unused(settings["precision"], content["engine"])
-        lines.append(ONLY_STORED.format(settings["precision"]) if unused else MEANINGS[settings["precision"]])
+        lines.append(ONLY_STORED.format(settings["precision"]) if unused else _meaning(content))
     if healed is not None:
         how = prose(f"{healed['method']}: {healed['note']}")
         lines.append(f"The remaining weights were adapted without labels ({how}).")
     return " ".join(lines)
+
+
+def _meaning(content: Json) -> str:
+    precision = content["settings"]["precision"]
+    if content["settings"]["target"] == "gguf":
+        return STORED[precision]
+    halved = precision == "int4" and content["precision"]["result"].get("rest") == "fp16"
+    return INT4_IN_FP16 if halved else MEANINGS[precision]
 
 
 def _limits(content: Json) -> Iterator[str]:

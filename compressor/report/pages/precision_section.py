@@ -71,7 +71,7 @@ def _description(facts: Json, limit: float | None) -> str:
     in_float = f" In float for accuracy: {', '.join(names)}." if names else ""
     ranges = f" Activation ranges: {_method(facts | {'method': facts['calibration']})}." if facts["calibration"] else ""
     rest = f", the rest in {facts['rest']}" if facts.get("rest", "fp32") != "fp32" else ""
-    return f"{first} {facts['nodes']} nodes in int8{rest}.{ranges}{in_float}"
+    return f"{first} {facts['nodes']} nodes in {facts['precision'].removesuffix('-dynamic')}{rest}.{ranges}{in_float}"
 
 
 def _method(calibration: Json) -> str:

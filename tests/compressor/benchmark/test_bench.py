@@ -23,7 +23,7 @@ from compressor.errors import SettingsError
 from compressor.measure import latency as engine_timing
 from compressor.measure import peak_memory
 from compressor.quality.chance import ChanceError
-from compressor.quantize.fp16 import to_fp16
+from compressor.quantize.half_precision import to_fp16
 from compressor.report.factorial import cells_of
 from compressor.report.report import Report
 from compressor.settings import Settings

@@ -103,7 +103,7 @@ def test_int8_parses_with_and_without_a_value(arguments: list[str], int8: str | 
         (["export", "--heal-budget", "0"], 2, "heal-budget is 0; expected a finite number above 0"),
         (["export", "--heal", "prayer"], 2, "'--heal'"),
         (["export", "--cost", "time"], 2, "'--cost'"),
-        (["export", "--precision", "fp8"], 2, "'--precision'"),
+        (["export", "--precision", "fp4"], 2, "'--precision'"),
         (["export", "--calibration", "median"], 2, "'--calibration'"),
         (["export", "--int8", "--precision", "fp16"], 2, "give one of them"),
         (["export", "--precision", "fp16"], 1, "target onnxruntime has no fp16 on cpu; it has fp32, int8"),

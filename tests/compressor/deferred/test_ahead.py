@@ -13,6 +13,7 @@ from compressor.deferred.ahead import build_ahead
 from compressor.deferred.check_package import read_package
 from compressor.deferred.parser import parsed_by
 from compressor.errors import FolderError
+from compressor.pipeline import export as pipeline
 from compressor.report.engine_text import describe_measurements
 from compressor.target.gpus import Gpus
 from compressor.workspace.progress import Steps
@@ -110,8 +111,8 @@ def export(data, output, **options):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     pytest.importorskip("onnxruntime", reason="it measures in place of the GPU")
     common = {"model": Residual(2), "example_inputs": torch.zeros(2, 32), "data": str(data), "rounds": 1, "drop": "1"}
-    options = {"target": "tensorrt_rtx", **options}
-    return compressor.export(**common, task="image-classification", output=output, **options)
+    options = common | {"target": "tensorrt_rtx"} | options
+    return compressor.export(**options, task="image-classification", output=output)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,28 @@ def test_an_export_builds_engines_that_a_device_can_complete(exported):
     assert set(engine["parser"]["files"]) == {"original", "baseline", "result"}
 
 
+@pytest.mark.parametrize(
+    ("precision", "words", "loses"),
+    [
+        ("bf16", "computes in bfloat16", (0.0, 0.5)),
+        pytest.param("fp8", "are fp8 (E4M3)", (0.0, 1.0), marks=pytest.mark.slow),
+        ("int4", "Weights are int4, with a scale per block; products compute in fp16", (0.0, 5.0)),
+    ],
+)
+def test_an_export_in_other_precisions_is_measured_in_their_arithmetic(data, tmp_path, precision, words, loses):
+    folder = tmp_path / "out"
+    report = export(data, folder, gpu="sm89", precision=precision, max_precision_loss=100.0)
+    engine = read_package(folder)["report"]["engine"]
+    assert engine["ahead_of_time"]["layers"]["precisions"][precision] > 0
+    assert words in (folder / "README.md").read_text()
+    features = {each.feature: each.reason for each in report.limitations}
+    half = "bf16" if precision == "bf16" else "fp16"
+    assert f"measured with {half} arithmetic" in features[f"{precision} on the device"]
+    assert ("int4 of all matrices" in features) == (precision == "int4")  # the head has four classes
+    assert loses[0] <= report.precision["result"]["loss"] <= loses[1]
+    assert 0 < report.parity["result"] < 0.2  # rounding, and no more
+
+
 def test_a_float32_export_leaves_out_turing_with_the_reason(data, tmp_path):
     report = export(data, tmp_path / "out")
     part = json.loads((tmp_path / "out" / "report.json").read_text())["engine"]["ahead_of_time"]
@@ -147,6 +170,32 @@ def test_a_deferred_export_for_tensorrt_is_held_to_the_parser(data, tmp_path):
     assert "parser on the device" in {each.feature for each in report.limitations}
     parser = read_package(tmp_path / "out")["report"]["engine"]["parser"]
     assert parser["builder"] == rtx.builder_version()
+
+
+class Folding(torch.nn.Module):
+    """A branch whose operator NVIDIA's parser lacks (Col2Im)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.fold = torch.nn.Linear(32, 32), torch.nn.Fold((4, 4), (2, 2), stride=2)
+        self.head = torch.nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = x + self.linear(x).relu()
+        return self.head(x + self.fold(x.reshape(-1, 8, 4)).flatten(1))
+
+
+def test_an_operator_that_the_parser_lacks_is_refused_before_the_search(tmp_path, monkeypatch):
+    def search(*_):
+        raise AssertionError("the search began")
+
+    monkeypatch.setattr(pipeline, "choose_plan", search)
+    torch.manual_seed(0)
+    module = Folding().eval()
+    data = labelled_rows(tmp_path / "rows.npz", module, 120)
+    with pytest.raises(BuildError, match=r"layer model\.fold, node .*its parser does not support Col2Im"):
+        export(data, tmp_path / "out", model=module, gpu="sm89")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.npz"]
 
 
 def test_a_full_disk_while_building_leaves_no_folder(data, tmp_path, monkeypatch):

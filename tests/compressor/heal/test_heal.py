@@ -49,11 +49,15 @@ class Tensors:
     def __len__(self):
         return len(self.indices)
 
-    def batches(self, size):
-        for start in range(0, len(self), size):
-            part = list(self.indices[start : start + size])
+    def bounded_groups(self, size):
+        return [list(self.indices[start : start + size]) for start in range(0, len(self), size)]
+
+    def bounded_batches(self, size):
+        for part in self.bounded_groups(size):
             feeds = {name: value[part] for name, value in self.feeds.items()}
             yield Batch(feeds, None, 1, tuple(map(str, part)))
+
+    batches = bounded_batches
 
 
 class Residual(torch.nn.Module):

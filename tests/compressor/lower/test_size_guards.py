@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import compressor
 from compressor import models
 from compressor.limitations import Limitation
-from compressor.lower.size_guards import SizeError, check_sizes
+from compressor.lower.size_guards import SizeError, check_sizes, size_guards
 from compressor.lower.trace import TraceError, trace, trace_with_guards
+from passes.torch_internals import holds
+from tests.decoders import saved
 from tests.samples import Tensors, traced
 
 RNG = np.random.default_rng(0)
@@ -125,3 +128,28 @@ def test_a_branch_on_the_contents_of_a_mask_is_refused() -> None:
 @pytest.mark.parametrize("name", ["hf_bert", "hf_llama", "hf_clip_text"])
 def test_the_number_of_positions_and_equal_sizes_are_no_conditions(name: str) -> None:
     assert trace_with_guards(traced(name)[0])[1] == ()
+
+
+class Mixture(Tokens):
+    """Calls a minimum of a size and a number, as a mixture of experts does."""
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        return x if torch.sym_min(2048, x.shape[1]) <= x.shape[1] else torch.relu(x)
+
+
+def test_conditions_that_call_functions_of_torch_are_evaluated() -> None:
+    assert holds("torch.sym_min(3, L['tensors'][0].size()[1]) <= L['tensors'][0].size()[1]", [torch.zeros(1, 5)])
+    assert not holds("torch.sym_min(3, L['tensors'][0].size()[1]) < 3", [torch.zeros(1, 5)])
+    assert checked(Mixture(), 8) == []
+
+
+def test_the_mask_is_as_long_as_the_cache_and_the_new_tokens(tmp_path: Path) -> None:
+    model = models.load(saved(tmp_path, "Llama"))
+    names = list(model.inputs)
+    mask, ids = names.index("attention_mask"), names.index("input_ids")
+    past = next(number for number, name in enumerate(names) if name.startswith("past"))
+    sizes = [f"L['tensors'][{number}].size()[{axis}]" for number, axis in ((past, 2), (ids, 1), (mask, 1))]
+    program: Any = SimpleNamespace(_guards_code=[f"{sizes[0]} + {sizes[1]} + ((-1)*{sizes[2]}) <= 0"])
+    assert size_guards(program, model) == ()
+    program = SimpleNamespace(_guards_code=[f"{sizes[0]} + {sizes[1]} + ((-1)*{sizes[2]}) < 0"])
+    assert [str(each) for each in size_guards(program, model)]

@@ -535,3 +535,17 @@ def test_an_adapter_on_the_hub_is_refused_with_the_call_that_merges_it(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(ModelError, match=r"owner/adapter is an adapter of peft for owner/base"):
         load("owner/adapter")
+
+
+def test_a_classifier_that_fails_on_its_own_sizes_is_refused_in_a_sentence(tmp_path):
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    module = transformers.ViTForImageClassification(config)
+    module.save_pretrained(tmp_path)
+    model = load(str(tmp_path))
+    model.module.vit.embeddings.position_embeddings = torch.nn.Parameter(torch.zeros(1, 3, 16))
+    with pytest.raises(ModelError, match=r"fails on inputs of its own sizes, pixel_values \[2, 3, 16, 16\]"):
+        model.classes()

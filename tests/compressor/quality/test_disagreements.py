@@ -19,7 +19,7 @@ class Rows:
     def __len__(self):
         return self.count
 
-    def batches(self, size):
+    def bounded_batches(self, size):
         for start in range(0, self.count, size):
             part = np.arange(start, min(start + size, self.count))
             labels = None if self.labels is None else self.labels[part]

@@ -363,7 +363,7 @@ class Fixed:
     def __len__(self):
         return len(self.values)
 
-    def batches(self, size):
+    def bounded_batches(self, size):
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             ids = tuple(str(index) for index in range(*part.indices(len(self))))

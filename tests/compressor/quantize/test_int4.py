@@ -11,9 +11,10 @@ import numpy.typing as npt
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from compressor.errors import CompressorError
-from compressor.quantize.int4 import BLOCK, to_int4
+from compressor.quantize.int4 import BLOCK, quantize_blocks, to_int4, to_int4_blocks
 from tests.onnx_files import H, K, count, initializers, mlp, node, normal, run, save
 
 pytest.importorskip("onnxruntime")
@@ -64,7 +65,7 @@ def test_product_equals_numpy_with_the_rounded_weight(tmp_path: Path, width: int
     ]
     weights = {"spread": normal(K, width, seed=1), "w": normal(width, H, seed=2), "b": normal(H, seed=3)}
     path, x = save(tmp_path / "f.onnx", nodes, weights, ["y", "wide"]), normal(2, 5, K)
-    assert to_int4(path, tmp_path / "q.onnx") == 2
+    assert to_int4(path, tmp_path / "q.onnx").nodes == 2
     y, wide = run(tmp_path / "q.onnx", x)
     products = quantized(tmp_path / "q.onnx")
     assert len(products) == 2
@@ -97,7 +98,7 @@ def test_gemm_with_bias_is_quantized(tmp_path: Path, transposed: bool) -> None:
     ]
     weights = {"w": np.ascontiguousarray(w.T) if transposed else w, "b": normal(H), "axes": np.array([1])}
     path, x = save(tmp_path / "f.onnx", nodes, weights, ["y"]), normal(8, 4, K)
-    assert to_int4(path, tmp_path / "q.onnx") == 1
+    assert to_int4(path, tmp_path / "q.onnx").nodes == 1
     (product,) = quantized(tmp_path / "q.onnx").values()
     weight, step = dequantized(tmp_path / "q.onnx", product)
     assert (np.abs(weight - w) <= 1.001 * step).all()  # not transposed
@@ -116,7 +117,7 @@ def test_tied_embedding_is_quantized_only_for_the_product(tmp_path: Path) -> Non
         node("MatMul", ["x0", "head"], "y"),
     ]
     path = save(tmp_path / "f.onnx", nodes, {"table": table, "row": np.array(3)}, ["y"])
-    assert to_int4(path, tmp_path / "q.onnx") == 1
+    assert to_int4(path, tmp_path / "q.onnx").nodes == 1
     np.testing.assert_array_equal(initializers(tmp_path / "q.onnx")["table"], table)
     assert count(tmp_path / "q.onnx", "Transpose") == 0
     weight, step = dequantized(tmp_path / "q.onnx", quantized(tmp_path / "q.onnx")["y"])
@@ -138,7 +139,7 @@ def test_activation_products_and_small_weights_are_unchanged(tmp_path: Path) -> 
     nodes.insert(0, node("ReduceMean", ["x", "axes"], "flat", keepdims=0))
     weights = {"w": normal(K, K), "small": normal(K, 8), "half": normal(K, K), "axes": np.array([1])}
     path = save(tmp_path / "f.onnx", nodes, weights, ["scores", "few", "scaled"])
-    assert to_int4(path, tmp_path / "q.onnx") == 1
+    assert to_int4(path, tmp_path / "q.onnx").nodes == 1
     after = {n.name: n for n in onnx.load(str(tmp_path / "q.onnx")).graph.node}
     for before in nodes:
         assert before.name == "node_a" or after[before.name] == before, f"{before.name} was changed"
@@ -156,7 +157,7 @@ def test_nodes_without_names_are_distinguished(tmp_path: Path) -> None:
     for unnamed in model.graph.node:
         unnamed.name = ""
     onnx.save(model, str(path))
-    assert to_int4(path, tmp_path / "q.onnx") == 2
+    assert to_int4(path, tmp_path / "q.onnx").nodes == 2
     assert set(quantized(tmp_path / "q.onnx")) == {"h0", "y0"}
 
 
@@ -206,3 +207,63 @@ def test_output_is_silent_and_logging_is_restored(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "q.onnx").is_file()
+
+
+# ---- blocks of standard ONNX
+
+
+@pytest.mark.parametrize(("width", "block"), [(K, 32), (3 * K, 32), (48, 16)])
+def test_blocks_are_those_of_dequantize_linear(tmp_path: Path, width: int, block: int) -> None:
+    """The weight within half a step, or clipped by at most a quarter of the largest of its block."""
+    nodes = [node("MatMul", ["x", "spread"], "wide"), node("MatMul", ["wide", "w"], "y")]
+    weights = {"spread": normal(K, width, seed=1), "w": normal(width, H, seed=2)}
+    path = save(tmp_path / "f.onnx", nodes, weights, ["y"])
+    done = to_int4_blocks(path, tmp_path / "q.onnx")
+    assert (done.nodes, done.kept) == (2, ())
+    model = onnx.load(str(tmp_path / "q.onnx"))
+    onnx.checker.check_model(model, full_check=True)
+    steps, scale = (initializers(tmp_path / "q.onnx")[f"int8/{name}"] for name in ("w", "w/scale"))
+    assert (steps.dtype.name, steps.shape, scale.shape) == ("int4", (width, H), (width // block, H))
+    wide, original = steps.astype(np.float32) * scale.repeat(block, axis=0), weights["w"]
+    clipped = np.abs(steps.astype(int)) == 7
+    limit = np.where(clipped, 0.25 * np.abs(original), 0) + 0.501 * scale.repeat(block, axis=0)
+    assert (np.abs(wide - original) <= limit).all()
+    (expected,) = ReferenceEvaluator(model).run(None, {"x": (x := normal(2, 5, K))})
+    first = initializers(tmp_path / "q.onnx")
+    spread = first["int8/spread"].astype(np.float32) * first["int8/spread/scale"].repeat(32, axis=0)
+    np.testing.assert_allclose(x @ spread @ wide, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_clipping_lowers_the_error_of_a_block() -> None:
+    weight = normal(320, 64)
+    steps, scale = quantize_blocks(weight, BLOCK)
+    plain = np.abs(weight.reshape(-1, BLOCK, 64)).max(axis=1).repeat(BLOCK, axis=0) / 7
+    error = np.square(steps * scale.repeat(BLOCK, axis=0) - weight)
+    unclipped = np.square(np.rint(weight / plain) * plain - weight)
+    sums = [each.reshape(-1, BLOCK, 64).sum(axis=1) for each in (error, unclipped)]
+    assert (sums[0] <= sums[1] * 1.0001).all()
+    assert sums[0].mean() < 0.95 * sums[1].mean()
+
+
+def test_matrices_without_whole_blocks_stay_in_float_with_the_reason(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "spread"], "wide"), node("MatMul", ["wide", "w"], "y")]
+    weights = {"spread": normal(K, 40), "w": normal(40, H)}
+    path = save(tmp_path / "f.onnx", nodes, weights, ["y"])
+    done = to_int4_blocks(path, tmp_path / "q.onnx")
+    assert done.nodes == 1
+    assert [(kept.node, kept.reason) for kept in done.kept] == [
+        ("node_y", "40 input channels, which blocks of 16 do not divide")
+    ]
+    np.testing.assert_array_equal(initializers(tmp_path / "q.onnx")["w"], weights["w"])
+    (tmp_path / "q.onnx").unlink()
+    path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
+    with pytest.raises(CompressorError, match="nothing to quantize to int4"):
+        to_int4_blocks(path, tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_small_matrices_are_said_to_stay_in_float(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], "a"), node("MatMul", ["a", "small"], "y")]
+    path = save(tmp_path / "f.onnx", nodes, {"w": normal(K, K), "small": normal(K, 8)}, ["y"])
+    for quantize in (to_int4, to_int4_blocks):
+        assert [kept.node for kept in quantize(path, tmp_path / "q.onnx").kept] == ["node_y"]

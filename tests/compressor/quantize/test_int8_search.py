@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -45,6 +46,27 @@ from tests.onnx_files import (
 from tests.processors import exact_int8
 
 pytest.importorskip("onnxruntime")
+
+
+def test_fp8_equals_rounding_to_e4m3_in_numpy(tmp_path: Path) -> None:
+    x, w = normal(6, 5, K, seed=9), MLP_WEIGHTS
+    done = quantize(mlp(tmp_path / "f.onnx"), tmp_path / "q.onnx", feeds_of(x), activations="fp8", calibration="minmax")
+    assert (done.nodes, done.kept, done.samples, done.activations) == (2, (), 6, "fp8")
+
+    def rounded(value: Array, largest: Any) -> Array:
+        scale = np.asarray(largest / 448, np.float32)
+        return (value / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+
+    def linear(value: Array, calibrating: Array, weight: Array, bias: Array) -> Array:
+        return rounded(value, np.abs(calibrating).max()) @ rounded(weight, np.abs(weight).max(axis=0)) + bias
+
+    float_hidden = np.maximum(x @ w["w1"] + w["b1"], 0)
+    hidden = np.maximum(linear(x, x, w["w1"], w["b1"]), 0)
+    expected = linear(hidden, float_hidden, w["w2"], w["b2"])
+    # A hidden value between two steps may round to either: an eighth of the value at most.
+    assert np.abs(run(tmp_path / "q.onnx", x)[0] - expected).max() < 0.02 * np.abs(expected).max()
+    exact = run(tmp_path / "f.onnx", x)[0]
+    assert 0.01 < np.linalg.norm(expected - exact) / np.linalg.norm(exact) < 0.06  # 3 bits of mantissa
 
 
 @exact_int8

@@ -50,10 +50,13 @@ def test_error_names_the_targets_with_the_precision() -> None:
 
 
 def test_error_without_a_target_with_the_precision() -> None:
-    with pytest.raises(PrecisionError, match=r"^target onnxruntime has no int4 on cuda; it has fp32, fp16 there\.$"):
-        check_precision(runtime("onnxruntime"), "int4", "cuda")
-    with pytest.raises(PrecisionError, match=r"int8 on cuda needs --target tensorrt( or \w+)*\.$"):
-        check_precision(runtime("onnxruntime"), "int8", "cuda")
+    for precision, words in (
+        ("int8-dynamic", r"^target onnxruntime has no int8-dynamic on cuda; it has fp32, fp16 there\.$"),
+        ("int4", r"int4 on cuda needs --target onnxruntime_rtx or tensorrt_rtx\.$"),
+        ("int8", r"int8 on cuda needs --target onnxruntime_rtx or tensorrt or tensorrt_rtx\.$"),
+    ):
+        with pytest.raises(PrecisionError, match=words):
+            check_precision(runtime("onnxruntime"), precision, "cuda")
 
 
 def test_unsupported_device_has_no_precision_except_fp32() -> None:

@@ -173,3 +173,40 @@ def test_a_branch_followed_by_a_map_can_neither_be_fitted_nor_dropped(rewriter):
         rewriter.changed(folded, sites[1], "linear")
     dropped = rewriter.changed(folded, sites[1], "drop")
     assert torch.equal(outputs(dropped, rewriter.split), outputs(folded, rewriter.split))
+
+
+class TestNested:
+    """Units of a target that drops whole blocks, or the attention of a block alone."""
+
+    @pytest.fixture
+    def nested(self, subject):
+        return Rewriter(*subject, nested=True)
+
+    def test_units_are_blocks_and_the_later_attentions(self, nested):
+        blocks = dict.fromkeys(site.block for site in nested.sites)
+        attentions = [site.name for site in nested.sites if site.kind == "attention"][1:]
+        assert list(nested.units) == [*blocks, *attentions]
+        assert {len(nested.units[name]) for name in attentions} == {1}
+
+    def test_a_block_whose_attention_is_gone_loses_the_rest(self, nested):
+        block = nested.sites[-1].block
+        (attention,) = (site.name for site in nested.sites if (site.block, site.kind) == (block, "attention"))
+        graph = nested.changed(nested.changed(nested.original, attention, "drop"), block, "drop")
+        names = dict.fromkeys((site.name for site in nested.units[block]), "drop")
+        expected = nested.apply_changes(names)
+        assert torch.equal(outputs(graph, nested.split), outputs(expected, nested.split))
+        assert calls(graph) == calls(expected) < calls(nested.original)
+        assert calls(nested.changed(graph, attention, "drop")) == calls(graph)  # nothing is left to drop
+
+    def test_what_the_target_cannot_express_is_refused(self, nested):
+        first, second = list(dict.fromkeys(site.block for site in nested.sites))[:2]
+        attention = next(site.name for site in nested.sites if (site.block, site.kind) == (second, "attention"))
+        with pytest.raises(PassError, match="the first block that is left would have no attention"):
+            nested.changed(nested.changed(nested.original, attention, "drop"), first, "drop")
+        with pytest.raises(PassError, match="can only be dropped; found linear"):
+            nested.changed(nested.original, second, "linear")
+        with pytest.raises(PassError, match="no block would be left"):
+            nested.apply_changes({site.name: "drop" for site in nested.sites})
+        mlp = next(site.name for site in nested.sites if (site.block, site.kind) == (second, "mlp"))
+        with pytest.raises(PassError, match="only whole units can be changed"):
+            nested.apply_changes({mlp: "drop"})

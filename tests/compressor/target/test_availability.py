@@ -28,7 +28,8 @@ def test_precisions_that_only_the_device_can_measure_are_not_deferred(target: st
 def test_engines_from_exported_programs_are_not_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime("openvino"), "source", ".pt2")
     with pytest.raises(
-        AvailabilityError, match="target openvino builds engines with torch on this machine; leave out --defer"
+        AvailabilityError,
+        match="target openvino needs the torch model, so its engines are built on this machine; leave out --defer",
     ):
         check_target(Settings(target="openvino", defer_build=True))
 

@@ -39,6 +39,7 @@ def test_with_a_gpu_its_engine_is_built_as_for_any_target(monkeypatch):
 def test_names_are_read_once_each_in_their_order():
     found = gpus_ahead(rtx_settings(gpu=" SM89, sm86,sm89"))
     assert (found.names, found.named) == (("sm89", "sm86"), True)
+    assert gpus_ahead(rtx_settings(gpu="sm86 + SM89,sm86")).names == ("sm86+sm89", "sm86")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,8 @@ def test_names_are_read_once_each_in_their_order():
     [
         ("rtx4090", SettingsError, "found --gpu 'rtx4090'; expected compute capabilities"),
         ("sm86,", SettingsError, "found --gpu ''"),
+        ("sm86+", SettingsError, r"found --gpu 'sm86\+'; .* or by \+ for those that share an engine"),
+        ("sm86+sm90", RuntimeUnavailable, "found --gpu sm90|Found --gpu sm90"),
         (
             "sm90",
             RuntimeUnavailable,

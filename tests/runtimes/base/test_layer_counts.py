@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compressor.lower.write_onnx import lower
 from compressor.quantize.convert import convert
-from compressor.quantize.fp16 import to_fp16
+from compressor.quantize.half_precision import to_fp16
 from compressor.report import engine_layers as report_layers
 from runtimes import openvino
 from runtimes.base.layer_counts import count_layers, precision_of

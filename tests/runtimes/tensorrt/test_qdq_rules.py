@@ -18,7 +18,7 @@ from compressor.data import splits as data_module
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
 from compressor.quantize.convert import convert
-from compressor.quantize.fp16 import to_fp16
+from compressor.quantize.half_precision import to_fp16
 from runtimes.tensorrt import qdq_rules as qdq
 from runtimes.tensorrt import target
 from tests.paths import SHARED_DATA

@@ -28,7 +28,7 @@ from compressor.measure import engine_builder
 from compressor.measure import latency as engine_timing
 from compressor.pipeline import export as pipeline
 from compressor.quantize.convert import convert
-from compressor.quantize.fp16 import HalfError, to_fp16
+from compressor.quantize.half_precision import HalfError, to_fp16
 from compressor.quantize.int8_search import quantize
 from compressor.settings import Settings
 from runtimes.base.protocols import BuildError, BuildOptions, LayerCounts, RuntimesError, RuntimeUnavailable
@@ -1152,7 +1152,8 @@ def test_dynamic_int8_and_a_missing_target_are_refused_before_any_work(tmp_path,
             "onnxruntime",
             "cuda",
             "static",
-            "no int8 on cuda; it has fp32, fp16 there; int8 on cuda needs --target tensorrt or tensorrt_rtx.",
+            "no int8 on cuda; it has fp32, fp16 there; int8 on cuda needs --target onnxruntime_rtx or tensorrt or "
+            "tensorrt_rtx.",
         ),
         ("onnxruntime", "cuda", "dynamic", "has no int8-dynamic on cuda; it has fp32, fp16 there."),
         ("tensorrt", "cpu", "static", "tensorrt has no int8 on cpu; int8 on cpu needs --target"),

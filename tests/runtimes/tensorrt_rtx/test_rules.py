@@ -30,7 +30,7 @@ LARGER = {"activation", "axis", "float weight", "bias"}
 
 
 def engine_bytes(network):
-    return network.engine(OPTIONS, trt.ComputeCapability.SM89, None).nbytes
+    return network.engine(OPTIONS, [trt.ComputeCapability.SM89], None).nbytes
 
 
 @pytest.fixture(scope="module")

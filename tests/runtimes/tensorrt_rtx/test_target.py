@@ -105,6 +105,21 @@ def test_an_engine_for_every_gpu(trt, tmp_path):
     assert len(set(contents)) == len(built)  # each for a compute capability of its own
 
 
+def test_several_gpus_share_one_engine_with_one_copy_of_the_weights(trt, tmp_path):
+    source, names = linear(tmp_path / "model.onnx"), "sm86+sm89+sm120"
+    shared = target.build_for(source, tmp_path, OPTIONS, names)
+    assert shared.name == f"model.{names}.engine"
+    alone = [target.build_for(source, tmp_path, OPTIONS, gpu) for gpu in names.split("+")]
+    content, weight = shared.read_bytes(), np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    assert content.count(weight.tobytes()) == 1
+    assert content not in [path.read_bytes() for path in alone]
+    assert len(content) < sum(path.stat().st_size for path in alone)
+    with pytest.raises(BuildError, match=r"for SM75 and SM89: .*FP32 GEMM"):
+        target.build_for(source, tmp_path, OPTIONS, "sm75+sm89")
+    with pytest.raises(RuntimeUnavailable, match="no engine for GPU 'sm90'"):
+        target.build_for(source, tmp_path, OPTIONS, "sm89+sm90")
+
+
 def test_turing_has_no_float32_product(trt, tmp_path):
     with pytest.raises(BuildError, match=r"cannot build model\.onnx for SM75: .*FP32 GEMM is not supported"):
         target.build_for(linear(tmp_path / "model.onnx"), tmp_path, OPTIONS, TURING)
@@ -123,7 +138,7 @@ def test_messages_reach_the_build_that_caused_them(trt, tmp_path):
     first = Network.of(quantized(tmp_path / "first.onnx"))
     second = Network.of(linear(tmp_path / "second.onnx"))
     with pytest.raises(Refused):
-        second.engine(OPTIONS, trt.ComputeCapability.SM75, None)
+        second.engine(OPTIONS, [trt.ComputeCapability.SM75], None)
     assert first.log.errors == []
     assert "FP32 GEMM" in second.log.errors[-1]
 

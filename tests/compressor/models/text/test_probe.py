@@ -34,6 +34,7 @@ MODELS = {
     "XLNetModel": XLNET,
     "LlamaModel": SIZES,
     "T5EncoderModel": T5,
+    "CLIPTextModel": SIZES,
 }
 OFFSET = ("Roberta", "XLMRoberta", "Camembert", "Longformer", "MPNet", "Esm", "Data2VecText", "IBert")
 NONE = ("XLNet", "Llama", "T5")
@@ -51,7 +52,7 @@ def test_the_limit_is_where_calls_begin_to_fail(name):
     with torch.inference_mode():
         module(input_ids=torch.full((1, 60 if limit is None else limit), token))
         if limit is not None:
-            with pytest.raises((IndexError, RuntimeError)):
+            with pytest.raises((IndexError, RuntimeError, ValueError)):
                 module(input_ids=torch.full((1, limit + 1), token))
 
 
@@ -134,3 +135,37 @@ def test_a_model_that_needs_more_than_token_ids_is_refused_in_one_sentence(tmp_p
     folder = save_letters(save_model(tmp_path, name, config, **fields), pad_token="<pad>", unk_token="<unk>")
     with pytest.raises(ModelError, match=rf"is a {name}, which does not give .*{reason}.*; pass it as a module"):
         models.load(folder)
+
+
+LLAVA = {
+    "text_config": SIZES | {"model_type": "llama"},
+    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 16, "num_hidden_layers": 1,
+                      "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16, "patch_size": 8,
+                      "projection_dim": 16},
+    "image_token_index": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "fields", "said"),
+    [
+        (
+            "LlavaModel",
+            "LlavaConfig",
+            LLAVA,
+            "input pixel_values: the model also takes images, but the export does not.",
+        ),
+        ("BartModel", "BartConfig", SEQ2SEQ, "input decoder_input_ids: the export does not take it; the decoder reads"),
+    ],
+)
+def test_inputs_that_a_text_model_also_takes_are_named(tmp_path, name, config, fields, said):
+    folder = save_letters(save_model(tmp_path, name, config, **fields), pad_token="<pad>", unk_token="<unk>")
+    limitations = [str(each) for each in models.load(folder, task="feature-extraction").limitations]
+    assert [each for each in limitations if each.startswith(said)]
+
+
+def test_a_text_model_names_no_other_inputs(tmp_path):
+    folder = save_letters(save_model(tmp_path, "BertModel", "BertConfig", **SIZES), pad_token="<pad>")
+    assert not [
+        each for each in models.load(folder).limitations if "pixel" in each.feature or "decoder" in each.feature
+    ]

@@ -1,6 +1,7 @@
 """Tests of the model card: its header as the hub's client reads it, its figures, and its snippet, which is run."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from runtimes import openvino, runtime
 from runtimes.base.protocols import BuildOptions
 from runtimes.onnxruntime import target as onnxruntime
 from runtimes.tensorrt import target as tensorrt
+from tests.paths import ROOT
 from tests.runtimes.tensorrt.test_target import fake, save, value  # noqa: F401  (`fake` is a fixture)
 
 pytest.importorskip("onnxruntime", reason="the tests run the snippets")
@@ -260,12 +262,15 @@ def test_the_snippet_of_a_target_built_by_torch_runs_without_compressor(folders,
     np.testing.assert_allclose(np.load(folder / "answer.npy"), wanted, rtol=0, atol=SAME)
 
 
-def test_the_snippet_of_tensorrt_runs_on_a_fake(folders, fake, monkeypatch, capsys):  # noqa: F811
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt_rtx"])
+def test_the_snippet_of_tensorrt_runs_on_a_fake(folders, fake, monkeypatch, capsys, target):  # noqa: F811
     """Without a GPU, the fake checks the calls of the API and their order."""
     model, folder = folders["image"]
     built = tensorrt.build(folder / "model.onnx", folder, replace(OPTIONS, device="cuda"))
-    content = report(model, "tensorrt")
+    content = report(model, target)
     text = loader.make_snippet(content, folder).text
+    assert f"import {target} as trt" in text
+    monkeypatch.setitem(sys.modules, target, fake.trt)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(fake.trt, "Logger", fake.trt.ILogger, raising=False)
     names = {}
@@ -277,6 +282,44 @@ def test_the_snippet_of_tensorrt_runs_on_a_fake(folders, fake, monkeypatch, caps
         fake.streams.clear()
     np.testing.assert_allclose(names["answer"], expected("image", model, folder, onnxruntime), rtol=0, atol=SAME)
     assert capsys.readouterr().out.strip()
+
+
+def rtx_snippet(model, folder):
+    """Write the snippet of TensorRT for RTX and an engine of the real builder."""
+    rtx = runtime("tensorrt_rtx")
+    if (reason := rtx.missing_builder()) is not None:
+        pytest.skip(reason)
+    shutil.copy(rtx.build_for(folder / "model.onnx", folder, OPTIONS, "sm89"), folder / "model.engine")
+    (folder / "lines.py").write_text(loader.make_snippet(report(model, "tensorrt_rtx"), folder).text)
+
+
+def test_the_snippet_of_tensorrt_rtx_opens_its_engine_as_far_as_there_is_a_driver(folders, tmp_path):
+    """The real library reads the engine and asks for the driver, which is missing here."""
+    if runtime("tensorrt_rtx").missing() is None:
+        pytest.skip("there is a GPU")
+    model, source = folders["image"]
+    folder = shutil.copytree(source, tmp_path / "out")
+    rtx_snippet(model, folder)
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=folder, capture_output=True, text=True, check=False)
+    assert "CUDA" in done.stdout + done.stderr
+    assert "'NoneType' object has no attribute 'create_execution_context'" in done.stderr
+
+
+@pytest.mark.slow  # mypy reads NumPy
+def test_the_snippet_of_tensorrt_rtx_fits_the_type_stubs_of_the_library(folders, tmp_path):
+    model, source = folders["image"]
+    folder = shutil.copytree(source, tmp_path / "out")
+    rtx_snippet(model, folder)
+    stubs = next(ROOT.glob("typings/tensorrt-rtx-*"))
+    lines = (folder / "lines.py").read_text()
+    # Without None, as the snippet ends where the library returns it. The last line shows that the stubs are read.
+    command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--config-file=", "--no-strict-optional"]
+    (folder / "lines.py").write_text(f"{lines}\ncontext.no_such_call()\n")
+    checked = {**os.environ, "MYPYPATH": str(stubs)}
+    done = subprocess.run([*command, "lines.py"], cwd=folder, env=checked, capture_output=True, text=True, check=False)
+    faults = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(faults) == 1, done.stdout
+    assert '"IExecutionContext" has no attribute "no_such_call"' in faults[0]
 
 
 class Echo:

@@ -1,4 +1,4 @@
-"""Tests of fp16: the rounding error, the range of values and weights, and the rules of ONNX's full checker.
+"""Tests of fp16 and bf16: the rounding error, the range of values and weights, and the rules of ONNX's full checker.
 
 The oracle is ONNX's reference evaluator, which computes in NumPy's float16. ONNX Runtime computes fp16 in float32 on a
 CPU, so it hides overflow.
@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from compressor.quantize.fp16 import KEPT, LARGEST, HalfError, check_file, to_fp16
+from compressor.quantize.half_precision import BF16_OPSET, KEPT, LARGEST, HalfError, check_file, to_bf16, to_fp16
 from compressor.quantize.intermediate_values import absolute_maxima
 from compressor.quantize.qdq_rewrite import QuantizeError
 from tests.onnx_files import K, feeds_of, initializers, mlp, node, normal, normed, normed_parts, run, save
@@ -313,3 +313,38 @@ def test_maxima_are_those_of_all_samples(tmp_path: Path) -> None:
         assert found[name] == pytest.approx(np.abs(value).max(), rel=1e-5)
     with pytest.raises(QuantizeError, match="no calibration data; fp16 needs at least one batch"):
         absolute_maxima(path, tmp_path / "work.onnx", feeds_of(), lambda _: None)
+
+
+# ---- bf16
+
+
+def test_bf16_keeps_every_layer_whatever_its_values_are(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "kernel"], "c"), node("MatMul", ["c", "w"], "y")]
+    weights = {"kernel": 1e6 * normal(5, 5, 1), "w": 1e-7 * normal(K, K)}  # beyond and below fp16
+    path, x = save(tmp_path / "f.onnx", nodes, weights, ["y"]), normal(6, 5, K)
+    with pytest.raises(HalfError, match="Every layer"):
+        to_fp16(path, tmp_path / "h.onnx", maxima_of(path, x))
+    assert to_bf16(path, tmp_path / "b.onnx").kept == ()
+    types = inferred(tmp_path / "b.onnx")
+    assert {types[name] for name in ("kernel", "w", "c")} == {TensorProto.BFLOAT16}
+    assert types["x"] == types["y"] == TensorProto.FLOAT
+    for name, weight in weights.items():
+        error = np.abs(initializers(tmp_path / "b.onnx")[name].astype(np.float32) / weight - 1)
+        assert 2**-10 < error.max() <= 2**-8  # half a unit of 8 significant bits
+
+
+def test_bf16_keeps_norms_in_float32_and_raises_the_opset(tmp_path: Path) -> None:
+    path = normed(tmp_path / "f.onnx")
+    to_bf16(path, tmp_path / "b.onnx")
+    types, model = inferred(tmp_path / "b.onnx"), onnx.load(str(tmp_path / "b.onnx"))
+    norms = [each for each in model.graph.node if each.op_type == "LayerNormalization"]
+    assert {types[name] for each in norms for name in (*each.input, *each.output)} == {TensorProto.FLOAT}
+    assert types["w1"] == TensorProto.BFLOAT16
+    assert [each.version for each in model.opset_import if not each.domain] == [BF16_OPSET]
+
+
+def test_bf16_of_a_model_without_weights_raises(tmp_path: Path) -> None:
+    path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
+    with pytest.raises(HalfError, match=r"^f\.onnx has no float32 weight, so there is nothing to convert to bf16;"):
+        to_bf16(path, tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()

@@ -1,7 +1,7 @@
-"""Conversion of an ONNX file to fp16; nodes whose values exceed its range or precision stay in float32.
+"""Conversion of an ONNX file to fp16 or bf16; nodes that need more range or precision stay in float32.
 
 Each node computes in one type. Casts stand only between nodes of different types, so a value between two float32 nodes
-is never fp16. The converters of ONNX Runtime and of onnxconverter-common cast every output of a float32 node to fp16
+is never half. The converters of ONNX Runtime and of onnxconverter-common cast every output of a float32 node to fp16
 and back (microsoft/onnxruntime issue 21345), clip weights, and append casts out of order, which ONNX's checker rejects.
 """
 
@@ -22,7 +22,8 @@ from compressor.errors import CompressorError
 from compressor.quantize.intermediate_values import load_typed
 from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, PREFIX, PRODUCTS, Kept, module_of, save
 
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+FLOAT, FP16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+NAMES = {FP16: "fp16", BF16: "bf16"}
 
 LARGEST = 65_504.0
 """The largest finite fp16 number."""
@@ -61,9 +62,12 @@ MOVING = frozenset(
 SCALES_SINCE = 19
 """The first opset in which the scale of QuantizeLinear may be fp16."""
 
+BF16_OPSET = 22
+"""The first opset in which every operator that has an fp16 form has a bf16 form, convolutions among them."""
+
 
 class HalfError(CompressorError):
-    """A model cannot be converted to fp16."""
+    """A model cannot be converted to fp16 or bf16."""
 
 
 class Excess(NamedTuple):
@@ -75,10 +79,10 @@ class Excess(NamedTuple):
 
 @dataclass(frozen=True)
 class Half:
-    """Result of `to_fp16`.
+    """Result of `to_fp16` and `to_bf16`.
 
     Args:
-        nodes: number of nodes that compute in fp16.
+        nodes: number of nodes that compute in 16 bits.
         kept: layers that stay in float32 because of their values, one entry per torch module.
     """
 
@@ -109,18 +113,55 @@ def to_fp16(source: Path, destination: Path, maxima: Mapping[str, float]) -> Hal
     """
     model = load_typed(source)
     _check_scales(model, source)
-    excess = _float32_nodes(model.graph, maxima)
+    return _converted(model, source, destination, _Format(FP16, maxima))
+
+
+def to_bf16(source: Path, destination: Path) -> Half:
+    """Convert a float32 ONNX file to bf16 and opset 22; inputs and outputs stay float32.
+
+    bf16 has the range of float32 and 8 significant bits, so no value needs to be checked. A node stays in float32 if
+    its operator is in `KEPT`, if it has no bf16 form in ONNX, or if it computes on integers.
+
+    Args:
+        source: float32 ONNX file without int8 products.
+        destination: output path; may equal `source`.
+
+    Raises:
+        HalfError: no node would compute in bf16, or the written file fails ONNX's checker.
+    """
+    return _converted(load_typed(source, opset=BF16_OPSET), source, destination, _Format(BF16, None))
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A 16-bit type, and the maxima of values that its range must hold; None for a type with the range of float32."""
+
+    dtype: ir.DataType
+    maxima: Mapping[str, float] | None
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.dtype]
+
+    @property
+    def schema_type(self) -> str:
+        return f"tensor({self.dtype.name.lower()})"
+
+
+def _converted(model: ir.Model, source: Path, destination: Path, half: _Format) -> Half:
+    """Convert a loaded model and write it."""
+    excess = _float32_nodes(model.graph, half)
     layers = _layers(excess)
     halves = {node for node in model.graph if node not in excess}
-    if not any(_weights(node) for node in halves):
-        raise HalfError(_nothing_to_convert(source, layers))
-    _Conversion(model.graph, halves).apply()
+    if not any(_weights(node, half) for node in halves):
+        raise HalfError(_nothing_to_convert(source, layers, half))
+    _Conversion(model.graph, halves, half).apply()
     common.TopologicalSortPass()(model)
     common.NameFixPass()(model)
     written = ir.to_proto(model)
     del written.graph.value_info[:]
     save(written, destination, EXTERNAL_ABOVE)
-    check_file(destination)
+    check_file(destination, half.name)
     return Half(len(halves), layers)
 
 
@@ -150,9 +191,10 @@ def _check_scales(model: ir.Model, source: Path) -> None:
         )
 
 
-def _nothing_to_convert(source: Path, layers: Sequence[Kept]) -> str:
+def _nothing_to_convert(source: Path, layers: Sequence[Kept], half: _Format) -> str:
     if not layers:
-        return f"{source.name} has no float32 weight, so there is nothing to convert to fp16; choose another precision."
+        nothing = f"{source.name} has no float32 weight, so there is nothing to convert to {half.name}"
+        return f"{nothing}; choose another precision."
     return (
         f"Every layer of {source.name} with weights exceeds the range of fp16 (such as {layers[0].module}: "
         f"{layers[0].reason}), so there is nothing to convert; choose another precision."
@@ -162,20 +204,20 @@ def _nothing_to_convert(source: Path, layers: Sequence[Kept]) -> str:
 # ---- which nodes stay in float32
 
 
-def _float32_nodes(graph: ir.Graph, maxima: Mapping[str, float]) -> dict[ir.Node, Excess]:
+def _float32_nodes(graph: ir.Graph, half: _Format) -> dict[ir.Node, Excess]:
     """Return the nodes that stay in float32, with the reason; nodes without a float value are among them."""
     positional = _positional(graph)
-    kept = {node: Excess() for node in graph if node in positional or _by_rule(node)}
+    kept = {node: Excess() for node in graph if node in positional or _by_rule(node, half)}
     kept |= {node: Excess() for node in graph if node not in kept and _is_enclosed(node, kept)}
-    reach = _reach(graph, maxima, positional)
-    for node in graph:
-        if node not in kept and (found := _excess(node, reach)) is not None:
-            kept[node] = found
+    if half.maxima is not None:
+        reach = _reach(graph, half.maxima, positional)
+        found = {node: _excess(node, reach, half) for node in graph if node not in kept}
+        kept |= {node: excess for node, excess in found.items() if excess is not None}
     return _with_products(graph, kept)
 
 
-def _by_rule(node: ir.Node) -> bool:
-    """Return whether a node stays in float32 whatever its values are: it is in `KEPT` or has no fp16 form."""
+def _by_rule(node: ir.Node, half: _Format) -> bool:
+    """Return whether a node stays in float32 whatever its values are: it is in `KEPT` or has no half form."""
     if node.op_type in KEPT or node.domain not in ("", "ai.onnx") or "dtype" in node.attributes:
         return True
     bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -186,14 +228,14 @@ def _by_rule(node: ir.Node) -> bool:
         return True
     outputs = [i for i, value in enumerate(node.outputs) if value.dtype == FLOAT]
     schema = _schema(node)
-    has_floats = bool(outputs or half_inputs(node))
-    return not has_floats or not all(_allows_half(schema.outputs, i) for i in outputs)
+    has_floats = bool(outputs or half_inputs(node, half))
+    return not has_floats or not all(_allows_half(schema.outputs, i, half) for i in outputs)
 
 
-def half_inputs(node: ir.Node) -> list[int]:
-    """Return the positions of the float32 inputs that the operator also accepts in fp16."""
+def half_inputs(node: ir.Node, half: _Format) -> list[int]:
+    """Return the positions of the float32 inputs that the operator also accepts in 16 bits."""
     inputs = [i for i, value in enumerate(node.inputs) if value is not None and value.dtype == FLOAT]
-    return [i for i in inputs if _allows_half(_schema(node).inputs, i)]
+    return [i for i in inputs if _allows_half(_schema(node).inputs, i, half)]
 
 
 def _schema(node: ir.Node) -> onnx.defs.OpSchema:
@@ -205,8 +247,8 @@ def _opset(graph: ir.Graph) -> int:
     return next(version for domain, version in graph.opset_imports.items() if domain in ("", "ai.onnx"))
 
 
-def _allows_half(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> bool:
-    return "tensor(float16)" in parameters[min(index, len(parameters) - 1)].types  # the last one may be variadic
+def _allows_half(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int, half: _Format) -> bool:
+    return half.schema_type in parameters[min(index, len(parameters) - 1)].types  # the last one may be variadic
 
 
 def _positional(graph: ir.Graph) -> set[ir.Node]:
@@ -257,10 +299,12 @@ def _largest(value: ir.Value, reach: Mapping[str, float]) -> float:
     return reach.get(str(value.name), 0.0)
 
 
-def _excess(node: ir.Node, reach: Mapping[str, float]) -> Excess | None:
+def _excess(node: ir.Node, reach: Mapping[str, float], half: _Format) -> Excess | None:
     """Return why the values of a node do not fit fp16, or None if they do."""
-    found = [excess for name, weight in _weights(node) if (excess := _weight_excess(node, name, weight)) is not None]
-    values = [node.inputs[i] for i in half_inputs(node)] + [each for each in node.outputs if each.dtype == FLOAT]
+    found = [
+        excess for name, weight in _weights(node, half) if (excess := _weight_excess(node, name, weight)) is not None
+    ]
+    values = [node.inputs[i] for i in half_inputs(node, half)] + [each for each in node.outputs if each.dtype == FLOAT]
     for value in values:
         if value is None or value.is_initializer() or (largest := _measured(str(value.name), reach)) is None:
             continue
@@ -278,9 +322,9 @@ def _measured(name: str, reach: Mapping[str, float]) -> float | None:
     return reach.get(name.removeprefix(PREFIX).rpartition("/")[0])
 
 
-def _weights(node: ir.Node) -> list[tuple[str, npt.NDArray[np.float32]]]:
-    """Return the constant inputs of a node that may become fp16, by name."""
-    inputs = [node.inputs[i] for i in half_inputs(node)] if node.domain in ("", "ai.onnx") else []
+def _weights(node: ir.Node, half: _Format) -> list[tuple[str, npt.NDArray[np.float32]]]:
+    """Return the constant inputs of a node that may become half, by name."""
+    inputs = [node.inputs[i] for i in half_inputs(node, half)] if node.domain in ("", "ai.onnx") else []
     return [(str(value.name), value.const_value.numpy()) for value in inputs if value is not None and value.const_value]
 
 
@@ -334,15 +378,16 @@ def _layers(excess: Mapping[ir.Node, Excess]) -> tuple[Kept, ...]:
 
 @dataclass
 class _Conversion:
-    """Conversion of the nodes `halves` of a graph, with casts where float32 and fp16 meet."""
+    """Conversion of the nodes `halves` of a graph, with casts where float32 and the 16-bit type meet."""
 
     graph: ir.Graph
     halves: set[ir.Node]
+    half: _Format
     casts: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def apply(self) -> None:
         """Convert weights, insert casts, and cast the graph outputs back to float32."""
-        wanted = {(node, i) for node in self.halves for i in half_inputs(node)}
+        wanted = {(node, i) for node in self.halves for i in half_inputs(node, self.half)}
         produced = [value for node in self.graph for value in node.outputs if value.dtype == FLOAT]
         for weight in [each for each in self.graph.initializers.values() if each.dtype == FLOAT]:
             self._convert_weight(weight, wanted)
@@ -359,13 +404,13 @@ class _Conversion:
         halves = [use for use in uses if (use.node, use.idx) in wanted]
         if not halves or weight.const_value is None:
             return
-        tensor = ir.tensor(weight.const_value.numpy().astype(np.float16), name=weight.name)
+        tensor = ir.tensor(weight.const_value.numpy().astype(self.half.dtype.numpy()), name=weight.name)
         if len(halves) == len(uses) and not weight.is_graph_output():
-            weight.const_value, weight.dtype = tensor, HALF
+            weight.const_value, weight.dtype = tensor, self.half.dtype
             return
-        name = f"{weight.name}/fp16"
+        name = f"{weight.name}/{self.half.name}"
         tensor.name = name
-        copy = ir.Value(name=name, const_value=tensor, type=ir.TensorType(HALF), shape=weight.shape)
+        copy = ir.Value(name=name, const_value=tensor, type=ir.TensorType(self.half.dtype), shape=weight.shape)
         self.graph.register_initializer(copy)
         for use in halves:
             use.node.replace_input_with(use.idx, copy)
@@ -375,24 +420,24 @@ class _Conversion:
         is_half = value.producer() in self.halves
         others = [use for use in value.uses() if ((use.node, use.idx) in wanted) != is_half]
         if others:
-            cast = self._cast(value, FLOAT if is_half else HALF)
+            cast = self._cast(value, FLOAT if is_half else self.half.dtype)
             for use in others:
                 use.node.replace_input_with(use.idx, cast)
 
     def _convert_output(self, value: ir.Value) -> None:
-        """Set the type of a value to fp16; a graph output keeps its name and type behind a cast."""
+        """Set the type of a value to the 16-bit type; a graph output keeps its name and type behind a cast."""
         if value.is_graph_output():
             name, position = value.name, list(self.graph.outputs).index(value)
             cast = self._cast(value, FLOAT)
-            value.name, cast.name, cast.shape = f"{name}/fp16", name, value.shape
+            value.name, cast.name, cast.shape = f"{name}/{self.half.name}", name, value.shape
             self.graph.outputs[position] = cast
-        value.dtype = HALF
+        value.dtype = self.half.dtype
         node = value.producer()
         if node is not None and node.op_type == "Cast":
-            node.attributes["to"] = ir.AttrInt64("to", HALF)
+            node.attributes["to"] = ir.AttrInt64("to", self.half.dtype)
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        name = f"{value.name}/{'fp32' if dtype == FLOAT else 'fp16'}"
+        name = f"{value.name}/{'fp32' if dtype == FLOAT else self.half.name}"
         node = ir.node("Cast", [value], {"to": dtype}, name=name)
         producer = value.producer()
         if producer is None:

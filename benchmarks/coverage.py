@@ -1,0 +1,289 @@
+"""Export every architecture of transformers with a small random model, and hold each file to transformers itself.
+
+    python benchmarks/coverage.py [--only NAME ...] [--seconds 150]
+
+Each configuration class is reduced to a few narrow layers by the names of its fields, and saved as a checkpoint with
+random weights. It is then loaded, traced and written as `compressor export FOLDER --data random` does. The ONNX file is
+run at another batch size and another length than those of the trace, with and without padding, and its first output
+is compared with that of the transformers class. The outcomes are:
+
+- passes: the file agrees with transformers;
+- refused: the command ended with a sentence, which is recorded;
+- fault: a traceback, a wrong output, or an input of the class that the file lacks without a limitation that says so;
+- not built: the class cannot be made from the reduced configuration, which says nothing about Compressor.
+
+Results are in benchmarks/results/coverage.json; `python benchmarks/tables.py` writes the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+REDUCED = {
+    32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
+    "decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
+    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts",
+    2: "num_key_value_heads num_kv_heads n_head_kv num_hidden_layers n_layer n_layers num_layers encoder_layers "
+    "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts",
+    8: "head_dim kv_channels d_kv attention_head_size patch_size",
+    64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
+    "shared_expert_intermediate_size ffn_hidden_size",
+    128: "max_position_embeddings n_positions",
+    120: "vocab_size",
+}
+SIZES = {name: size for size, names in REDUCED.items() for name in names.split()}
+HEADS = (
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "SEQUENCE_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+    "IMAGE_TEXT_TO_TEXT",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "AUDIO_CLASSIFICATION",
+    "SPEECH_SEQ_2_SEQ",
+    "",
+)
+LARGEST = 60_000_000  # parameters; a larger one was not reduced
+CLOSE = 1e-3  # of the largest output
+ROWS, LENGTH = 3, 11
+
+
+def small_fields(config_class: Any) -> dict[str, Any]:
+    """Return the fields of a configuration that make it small; parts are reduced likewise."""
+    default = config_class()
+    fields: dict[str, Any] = {}
+    for name, value in default.to_dict().items():
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, int) and name in SIZES:
+            fields[name] = min(value, SIZES[name])
+        elif isinstance(value, int) and name.endswith("_token_id") and value >= SIZES["vocab_size"]:
+            fields[name] = 3
+        elif isinstance(value, list | tuple) and value and all(isinstance(each, int) for each in value):
+            if name in ("depths", "num_layers", "layers"):
+                fields[name] = [min(each, 2) for each in value]
+            elif name in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths"):
+                fields[name] = [16 * min(2**stage, 4) for stage in range(len(value))]
+    for name in getattr(config_class, "sub_configs", None) or {}:
+        part = getattr(default, name, None)
+        if hasattr(type(part), "model_type"):
+            fields[name] = small_fields(type(part))
+    return fields
+
+
+def class_of(config: Any) -> Any:
+    """Return the class that users load a configuration with: that of its first head in `HEADS`.
+
+    Raises:
+        ValueError: no automatic class of transformers opens it.
+    """
+    from transformers.models.auto import modeling_auto
+
+    for head in HEADS:
+        mapping = getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING" if head else "MODEL_MAPPING")
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple | list) else found
+    raise ValueError("part of another model: no automatic class opens it")
+
+
+def small_model(model_type: str) -> Any:
+    """Return a small model of an architecture with random weights."""
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class: Any = CONFIG_MAPPING[model_type]
+    config = config_class(**small_fields(config_class))
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in class_of(config)(config).parameters())
+    if parameters > LARGEST:
+        raise ValueError(f"not reduced: {parameters:,} parameters")
+    torch.manual_seed(0)
+    return class_of(config)(config).eval()
+
+
+def judged(model_type: str, folder: Path) -> dict[str, Any]:
+    """Return the outcome of one architecture."""
+    try:
+        module = small_model(model_type)
+        module.save_pretrained(folder / "model")
+    except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
+        return {"outcome": "not built", "detail": _sentence(error)}
+    found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
+    return found | _exported(module, folder)
+
+
+def _exported(module: Any, folder: Path) -> dict[str, Any]:
+    """Load, trace and write a checkpoint as an export does, and compare the file."""
+    from compressor.errors import CompressorError
+    from compressor.lower.fold_graph import fold_graph
+    from compressor.lower.traced_model import load
+    from compressor.lower.write_onnx import lower
+    from compressor.settings import Settings
+    from compressor.workspace.progress import Steps
+    from passes.base import PassError
+
+    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none")
+    try:
+        subject = load(settings, Steps(None))
+        path = lower(fold_graph(subject.graph), subject.model, folder / "model.onnx")
+    except (CompressorError, PassError) as error:
+        return {"outcome": "refused", "detail": _sentence(error)}
+    except Exception as error:  # what a user would see as a traceback
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno}"
+        return {"outcome": "fault", "detail": f"traceback: {_sentence(error)} ({place})"}
+    found = {"task": subject.model.task, "sites": len(subject.sites)}
+    said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
+    return found | {"limitations": said} | compared(module, path)
+
+
+def compared(module: Any, path: Path) -> dict[str, Any]:
+    """Compare the file with the class of transformers at another batch size and length, with and without padding."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = {each.name: each for each in session.get_inputs()}
+    found: dict[str, Any] = {"inputs": [name for name in inputs if not name.startswith("past")]}
+    worst = 0.0
+    try:
+        for padded in (False, True) if "attention_mask" in inputs else (False,):
+            worst = max(worst, _difference(module, session, inputs, padded))
+    except Exception as error:
+        return found | {"outcome": "fault", "detail": f"the file cannot be compared: {_sentence(error)}"}
+    found["difference"] = worst
+    if not worst <= CLOSE:
+        return found | {"outcome": "fault", "detail": f"differs from transformers by {worst:.1e}"}
+    return found | {"outcome": "passes", "detail": ""}
+
+
+def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool) -> float:
+    """Return the largest difference of the first output, relative to its largest value, at tokens that count."""
+    import torch
+
+    feeds = _feeds(module, inputs, padded)
+    own = {name: torch.from_numpy(feeds[name]) for name in feeds if not name.startswith("past")}
+    accepted = set(_parameters(module))
+    with torch.inference_mode():
+        answer = module(**{name: value for name, value in own.items() if name in accepted})
+    name = session.get_outputs()[0].name
+    expected = answer[name] if name in answer else next(iter(answer.values()))
+    (value,) = session.run([name], feeds)
+    expected = expected.float().numpy()
+    if value.shape != expected.shape:
+        raise ValueError(f"output {name} has shape {value.shape}, expected {expected.shape}")
+    mask = feeds.get("attention_mask")
+    if mask is not None and value.shape[:2] == mask.shape:
+        value, expected = value[mask.astype(bool)], expected[mask.astype(bool)]
+    return float(np.abs(value - expected).max() / np.abs(expected).max().clip(1e-6))
+
+
+def _feeds(module: Any, inputs: dict[str, Any], padded: bool) -> dict[str, np.ndarray]:
+    """Return random inputs of `ROWS` rows and, of texts, `LENGTH` tokens, two of one row being padding if `padded`."""
+    rng = np.random.default_rng(5)
+    mask = np.ones((ROWS, LENGTH), np.int64)
+    if padded:
+        mask[1, -2:] = 0
+    vocabulary = module.config.get_text_config().vocab_size if "input_ids" in inputs else 0
+    feeds: dict[str, np.ndarray] = {}
+    for name, each in inputs.items():
+        sizes = [size if isinstance(size, int) else None for size in each.shape]
+        if name == "input_ids":
+            ids = rng.integers(5, vocabulary, (ROWS, LENGTH))
+            feeds[name] = np.where(mask == 1, ids, module.config.get_text_config().pad_token_id or 0)
+        elif name == "attention_mask":
+            feeds[name] = mask
+        elif name == "position_ids":
+            feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)
+        elif name == "token_type_ids":
+            feeds[name] = np.zeros((ROWS, LENGTH), np.int64)
+        elif name.startswith("past"):
+            feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
+        else:
+            feeds[name] = rng.standard_normal([ROWS, *(size or LENGTH for size in sizes[1:])]).astype(np.float32)
+    return feeds
+
+
+def _parameters(module: Any) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _shuffled(name: str) -> bytes:
+    """Return the key of an order in which the first names are a random draw, for a run that ends early."""
+    return hashlib.sha256(name.encode()).digest()
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:300]
+
+
+def _run(model_type: str, sent: Any) -> None:
+    """Judge an architecture in a process of its own, which may crash or hang."""
+    warnings.simplefilter("ignore")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "critical"
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        sent.send(judged(model_type, Path(folder)))
+
+
+def outcome_of(model_type: str, seconds: float) -> dict[str, Any]:
+    """Judge an architecture within a time limit."""
+    context = multiprocessing.get_context("fork")
+    received, sent = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(model_type, sent))
+    start = time.perf_counter()
+    process.start()
+    sent.close()
+    found: dict[str, Any] = {"outcome": "fault", "detail": f"not finished after {seconds:g} s"}
+    if received.poll(seconds):
+        try:
+            found = received.recv()
+        except EOFError:
+            found = {"outcome": "fault", "detail": "the process ended without a word"}
+    process.kill()
+    process.join()
+    return found | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+@click.command()
+@click.option("--only", multiple=True, help="Name of an architecture, repeatable.  [default: all]")
+@click.option("--again", is_flag=True, help="Also judge architectures that are in the results already.")
+@click.option("--seconds", default=150.0, show_default=True, help="Time limit of one architecture.")
+def main(only: tuple[str, ...], again: bool, seconds: float) -> None:
+    """Judge the architectures and write the results."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    import compressor.api  # imported before the processes start, so that each does not import it again  # noqa: F401
+    from compressor.models import transformers as loader  # noqa: F401
+
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"architectures": {}}
+    found["transformers"] = transformers.__version__
+    for model_type in only or sorted(CONFIG_MAPPING, key=_shuffled):
+        if model_type in found["architectures"] and not (again or only):
+            continue
+        outcome = found["architectures"][model_type] = outcome_of(model_type, seconds)
+        click.echo(f"{model_type}: {outcome['outcome']} {outcome['detail'][:200]} ({outcome['seconds']} s)", err=True)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    click.echo(Counter(each["outcome"] for each in found["architectures"].values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The table of benchmarks/coverage.py: what becomes of a small random model of each architecture of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+# Kinds of refusals, by a part of their sentences; the first that fits counts.
+KINDS = {
+    "a head that is not supported": "has a head that is not supported",
+    "Unrecognized configuration class": "has a head that is not supported",
+    "of token ids alone": "needs other inputs than texts",
+    "could not be traced": "cannot be traced by torch.export",
+    "cannot be written as ONNX": "has an operator without an ONNX form",
+    "KV cache": "keeps a cache of another kind than keys and values",
+    "no residual branch": "has no residual branch",
+    "could not load": "cannot be loaded by transformers from its own checkpoint",
+    "": "other",
+}
+
+
+def coverage() -> str | None:
+    """Return the table, or None without results."""
+    return coverage_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
+
+
+def coverage_table(found: Row) -> str:
+    """Return a row with the architectures of each outcome, refusals by kind."""
+    judged = {name: row for name, row in found["architectures"].items() if row["outcome"] != "not built"}
+    groups: dict[str, list[str]] = {}
+    for name, row in sorted(judged.items()):
+        groups.setdefault(_group(row), []).append(name)
+    count = len(judged)
+    lines = [f"| transformers {found['transformers']} | architectures | names |", "|---|---|---|"]
+    for group, names in sorted(groups.items(), key=lambda each: (_rank(each[0]), -len(each[1]))):
+        lines.append(f"| {group} | {len(names)} ({len(names) / count:.0%}) | {', '.join(names)} |")
+    largest = max((row["difference"] for row in judged.values() if row["outcome"] == "passes"), default=0.0)
+    left = len(found["architectures"]) - count
+    lines += [
+        "",
+        f"{count} architectures were judged; {left} others could not be made small by the names of their fields, or "
+        f"are parts of another model. The largest difference of a file that passes is {largest:.1e}.",
+    ]
+    lines += [f"- fault, {name}: {row['detail']}" for name, row in judged.items() if row["outcome"] == "fault"]
+    return "\n".join(lines)
+
+
+def _group(row: Row) -> str:
+    if row["outcome"] != "refused":
+        return str(row["outcome"])
+    return f"refused: {next(kind for part, kind in KINDS.items() if part in row['detail'])}"
+
+
+def _rank(group: str) -> int:
+    return ("passes", "fault").index(group) if group in ("passes", "fault") else 2

@@ -1,0 +1,1 @@
+"""GGUF files of rewritten language models: what the format can express, weights and tokenizer."""

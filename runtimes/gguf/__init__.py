@@ -1,0 +1,1 @@
+"""Target `gguf`: GGUF files, run by llama.cpp."""

@@ -1,0 +1,61 @@
+"""Mixtures of experts are written as ONNX, and their limitation states the memory of a token."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+from compressor import models
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models.text.experts import use_writable_experts
+from passes.graph.sites import find_sites
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+CLOSE = 1e-5
+
+
+def mixture(name):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**SMALL)).eval()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", pytest.param("GptOss", marks=pytest.mark.slow)])
+def test_a_mixture_is_written_with_each_token_in_its_own_experts(name, tmp_path):
+    module = mixture(name)
+    module.save_pretrained(tmp_path / "model")
+    model = models.load(tmp_path / "model")
+    assert [each.feature for each in model.limitations].count("mixture of experts") == 1
+    graph = trace(model)
+    assert [site.kind for site in find_sites(graph)] == ["attention", "mlp"] * 2
+    path = lower(fold_graph(graph), model, tmp_path / "model.onnx")
+
+    ids = torch.randint(3, 64, (3, 11), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = module(ids).logits.numpy()  # in the usual form, which the file cannot have
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {each.name: np.zeros((3, 2, 0, 8), np.float32) for each in session.get_inputs() if "past" in each.name}
+    feeds |= {"input_ids": ids.numpy(), "attention_mask": np.ones((3, 11), np.int64)}
+    feeds["position_ids"] = np.tile(np.arange(11), (3, 1))
+    (logits,) = session.run(["logits"], feeds)
+    np.testing.assert_allclose(logits, expected, atol=CLOSE, rtol=0)
+
+
+def test_the_limitation_states_the_megabytes_of_the_chosen_experts():
+    module = mixture("Mixtral")
+    (limitation,) = use_writable_experts(module)
+    largest = 2 * 48 * 32  # gate and up of one expert
+    assert f"up to {2 * largest * 4 / 1e6:.3g} MB a token" in limitation.reason
+
+
+def test_a_model_without_experts_is_left_as_it_is():
+    config = transformers.LlamaConfig(**SMALL)
+    module = transformers.LlamaForCausalLM(config)
+    assert use_writable_experts(module) == ()
+    assert use_writable_experts(torch.nn.Linear(2, 2)) == ()
