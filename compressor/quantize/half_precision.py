@@ -28,6 +28,9 @@ NAMES = {FP16: "fp16", BF16: "bf16"}
 LARGEST = 65_504.0
 """The largest finite fp16 number."""
 
+LARGEST_BF16 = 2.0**127 * (2 - 2**-7)
+"""The largest finite bf16 number, 0.4 % below that of float32, which masks may contain."""
+
 HEADROOM = 2.0
 """Values must stay below `LARGEST` by this factor, because samples after calibration may have larger values."""
 
@@ -119,8 +122,9 @@ def to_fp16(source: Path, destination: Path, maxima: Mapping[str, float]) -> Hal
 def to_bf16(source: Path, destination: Path) -> Half:
     """Convert a float32 ONNX file to bf16 and opset 22; inputs and outputs stay float32.
 
-    bf16 has the range of float32 and 8 significant bits, so no value needs to be checked. A node stays in float32 if
-    its operator is in `KEPT`, if it has no bf16 form in ONNX, or if it computes on integers.
+    bf16 has 8 significant bits and nearly the range of float32, so values are not measured. A node stays in float32 if
+    its operator is in `KEPT`, if it has no bf16 form in ONNX, if it computes on integers, or if it reads a mask that
+    reaches the end of the range, where bf16 is infinite.
 
     Args:
         source: float32 ONNX file without int8 products.
@@ -129,19 +133,27 @@ def to_bf16(source: Path, destination: Path) -> Half:
     Raises:
         HalfError: no node would compute in bf16, or the written file fails ONNX's checker.
     """
-    return _converted(load_typed(source, opset=BF16_OPSET), source, destination, _Format(BF16, None))
+    return _converted(load_typed(source, opset=BF16_OPSET), source, destination, _Format(BF16, {}))
 
 
 @dataclass(frozen=True)
 class _Format:
-    """A 16-bit type, and the maxima of values that its range must hold; None for a type with the range of float32."""
+    """A 16-bit type, and the maxima of values that its range must hold."""
 
     dtype: ir.DataType
-    maxima: Mapping[str, float] | None
+    maxima: Mapping[str, float]
 
     @property
     def name(self) -> str:
         return NAMES[self.dtype]
+
+    @property
+    def largest(self) -> float:
+        return LARGEST if self.dtype == FP16 else LARGEST_BF16
+
+    @property
+    def smallest(self) -> float:
+        return SMALLEST if self.dtype == FP16 else 0.0
 
     @property
     def schema_type(self) -> str:
@@ -196,7 +208,7 @@ def _nothing_to_convert(source: Path, layers: Sequence[Kept], half: _Format) -> 
         nothing = f"{source.name} has no float32 weight, so there is nothing to convert to {half.name}"
         return f"{nothing}; choose another precision."
     return (
-        f"Every layer of {source.name} with weights exceeds the range of fp16 (such as {layers[0].module}: "
+        f"Every layer of {source.name} with weights exceeds the range of {half.name} (such as {layers[0].module}: "
         f"{layers[0].reason}), so there is nothing to convert; choose another precision."
     )
 
@@ -209,10 +221,9 @@ def _float32_nodes(graph: ir.Graph, half: _Format) -> dict[ir.Node, Excess]:
     positional = _positional(graph)
     kept = {node: Excess() for node in graph if node in positional or _by_rule(node, half)}
     kept |= {node: Excess() for node in graph if node not in kept and _is_enclosed(node, kept)}
-    if half.maxima is not None:
-        reach = _reach(graph, half.maxima, positional)
-        found = {node: _excess(node, reach, half) for node in graph if node not in kept}
-        kept |= {node: excess for node, excess in found.items() if excess is not None}
+    reach = _reach(graph, half.maxima, positional)
+    found = {node: _excess(node, reach, half) for node in graph if node not in kept}
+    kept |= {node: excess for node, excess in found.items() if excess is not None}
     return _with_products(graph, kept)
 
 
@@ -300,17 +311,16 @@ def _largest(value: ir.Value, reach: Mapping[str, float]) -> float:
 
 
 def _excess(node: ir.Node, reach: Mapping[str, float], half: _Format) -> Excess | None:
-    """Return why the values of a node do not fit fp16, or None if they do."""
-    found = [
-        excess for name, weight in _weights(node, half) if (excess := _weight_excess(node, name, weight)) is not None
-    ]
+    """Return why the values of a node do not fit the type, or None if they do."""
+    weighed = (_weight_excess(node, weight, half) for _, weight in _weights(node, half))
+    found = [excess for excess in weighed if excess is not None]
     values = [node.inputs[i] for i in half_inputs(node, half)] + [each for each in node.outputs if each.dtype == FLOAT]
     for value in values:
         if value is None or value.is_initializer() or (largest := _measured(str(value.name), reach)) is None:
             continue
-        if not largest <= LARGEST / HEADROOM:
+        if not largest <= half.largest / HEADROOM:
             found.append(Excess(largest, f"largest value {largest:.2g}"))
-        elif 0 < largest < SMALLEST:
+        elif 0 < largest < half.smallest:
             found.append(Excess(largest, f"largest value {largest:.2g}, below the normal range of fp16"))
     return max(found, default=None)
 
@@ -328,11 +338,13 @@ def _weights(node: ir.Node, half: _Format) -> list[tuple[str, npt.NDArray[np.flo
     return [(str(value.name), value.const_value.numpy()) for value in inputs if value is not None and value.const_value]
 
 
-def _weight_excess(node: ir.Node, name: str, weight: npt.NDArray[np.float32]) -> Excess | None:
+def _weight_excess(node: ir.Node, weight: npt.NDArray[np.float32], half: _Format) -> Excess | None:
     finite = weight[np.isfinite(weight)].astype(np.float64)  # fp16 has infinities
     largest = float(np.abs(finite).max(initial=0.0))
-    if largest > LARGEST:
+    if largest > half.largest:
         return Excess(largest, f"largest weight {largest:.2g}")
+    if half.dtype == BF16:
+        return None
     error = finite.astype(np.float16) - finite
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         lost = bool((np.abs(error) > SCALE_ROUNDING * np.abs(finite)).any())

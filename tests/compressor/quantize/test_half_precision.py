@@ -343,6 +343,30 @@ def test_bf16_keeps_norms_in_float32_and_raises_the_opset(tmp_path: Path) -> Non
     assert [each.version for each in model.opset_import if not each.domain] == [BF16_OPSET]
 
 
+def test_bf16_keeps_a_mask_at_the_end_of_the_range_finite(tmp_path: Path) -> None:
+    """Rows that are masked whole have a uniform softmax; with infinities they would be NaN."""
+    lowest = float(np.finfo(np.float32).min)
+    nodes = [
+        node("MatMul", ["x", "w"], "scores"),
+        node("Cast", ["ones"], "flags", to=TensorProto.BOOL),
+        node("Where", ["flags", "lowest", "zero"], "mask"),
+        node("Add", ["scores", "mask"], "masked"),
+        node("Softmax", ["masked"], "p"),
+        node("MatMul", ["p", "w"], "y"),
+    ]
+    nodes.insert(0, node("Shape", ["x"], "shape"))
+    nodes.insert(
+        1, node("ConstantOfShape", ["shape"], "ones", value=helper.make_tensor("one", TensorProto.INT64, [1], [1]))
+    )
+    weights = {"w": normal(K, K), "lowest": np.float32(lowest), "zero": np.float32(0)}
+    path, x = save(tmp_path / "f.onnx", nodes, {k: np.asarray(v) for k, v in weights.items()}, ["y"]), normal(2, 5, K)
+    to_bf16(path, tmp_path / "b.onnx")
+    types = inferred(tmp_path / "b.onnx")
+    assert types["masked"] == TensorProto.FLOAT
+    assert types["scores"] == types["w"] == TensorProto.BFLOAT16
+    assert np.isfinite(run(path, x)[0]).all()
+
+
 def test_bf16_of_a_model_without_weights_raises(tmp_path: Path) -> None:
     path = save(tmp_path / "f.onnx", [node("Relu", ["x"], "y")], {}, ["y"])
     with pytest.raises(HalfError, match=r"^f\.onnx has no float32 weight, so there is nothing to convert to bf16;"):
