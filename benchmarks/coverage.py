@@ -40,7 +40,8 @@ REDUCED = {
     "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts",
     2: "num_key_value_heads num_kv_heads n_head_kv num_hidden_layers n_layer n_layers num_layers encoder_layers "
     "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts",
-    8: "head_dim kv_channels d_kv attention_head_size patch_size",
+    8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim",
+    16: "kv_lora_rank q_lora_rank",
     64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
     "shared_expert_intermediate_size ffn_hidden_size",
     128: "max_position_embeddings n_positions",
@@ -79,6 +80,8 @@ def small_fields(config_class: Any) -> dict[str, Any]:
                 fields[name] = [min(each, 2) for each in value]
             elif name in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths"):
                 fields[name] = [16 * min(2**stage, 4) for stage in range(len(value))]
+    if "kv_lora_rank" in fields:  # latent attention has as many heads of keys and values as of queries
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     for name in getattr(config_class, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         if hasattr(type(part), "model_type"):

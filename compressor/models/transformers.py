@@ -254,7 +254,7 @@ def _wrap(
         sentence_transformers.prepare_tokenizer(processors, sentence_files, location)
     if not image:
         _check_text_model(module, task, location)
-    inputs = ("pixel_values",) if image else _text_inputs(module, processors)
+    inputs = ("pixel_values",) if image else _text_inputs(module, processors, location)
     signature = _signature(task, inputs)
     sized = _sized(module, signature.call, processors, image_size, location) if image else None
     longest = None if image else _max_length(module, processors, sentence_files)
@@ -400,15 +400,28 @@ def _check_text_model(module: Any, task: str, location: str) -> None:
         ) from error
 
 
-def _text_inputs(module: Any, tokenizer: Any) -> tuple[str, ...]:
-    """Return the names of the inputs that the tokenizer returns and the module uses."""
+def _text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
+    """Return the names of the inputs that the tokenizer returns and the module uses.
+
+    Raises:
+        ModelError: the module fails on a text with an attention mask or token types, though it takes them.
+    """
     offered = tokenizer.model_input_names if tokenizer is not None else ["input_ids", "attention_mask"]
     inputs = text()
     ids = {"input_ids": inputs["input_ids"]}
-    with calling(module):
-        takes_mask = "attention_mask" in offered and accepts(module, ids, "attention_mask", inputs["attention_mask"])
-        type_ids = torch.zeros_like(inputs["input_ids"])
-        takes_types = "token_type_ids" in offered and computes_with(module, ids, "token_type_ids", type_ids)
+    type_ids = torch.zeros_like(inputs["input_ids"])
+    try:
+        with calling(module):
+            takes_mask = "attention_mask" in offered and accepts(
+                module, ids, "attention_mask", inputs["attention_mask"]
+            )
+            takes_types = "token_type_ids" in offered and computes_with(module, ids, "token_type_ids", type_ids)
+    except Exception as error:  # modules raise errors of all kinds
+        raise ModelError(
+            f"{location} is a {type(module).__name__}, which takes a text but fails on one with an attention mask or "
+            f"token types ({first_line(error)}); check its config, or pass it as a module of your own, "
+            "package.module:factory."
+        ) from error
     used = {"input_ids": True, "attention_mask": takes_mask, "token_type_ids": takes_types}
     return tuple(name for name, is_used in used.items() if is_used)
 

@@ -39,14 +39,15 @@ class Causal:
     Attributes:
         token_inputs: inputs that come from the data.
         derived_inputs: inputs that are derived from them: the position ids.
-        heads: number of key-value heads and head dimension of each layer.
+        sizes: number of heads and head dimension of the keys and of the values of each layer. They differ where the
+            cache holds a compressed form of both, as in DeepSeek-V2's latent attention (Liu et al. 2024).
         argument: keyword argument of the module that takes the cache.
         entry: name of the cache in the module's output.
     """
 
     token_inputs: tuple[str, ...]
     derived_inputs: tuple[str, ...]
-    heads: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     argument: str
     entry: str
 
@@ -65,7 +66,7 @@ class Causal:
         """Return the mapping from an output of one call to the input of the next call."""
         return {
             f"present.{layer}.{part}": f"past_key_values.{layer}.{part}"
-            for layer in range(len(self.heads))
+            for layer in range(len(self.sizes))
             for part in ("key", "value")
         }
 
@@ -129,7 +130,7 @@ class Causal:
         )
 
     def _past(self) -> dict[str, tuple[int, int]]:
-        return dict(zip(self.state.values(), (heads for heads in self.heads for _ in "kv"), strict=True))
+        return dict(zip(self.state.values(), (size for layer in self.sizes for size in layer), strict=True))
 
 
 def _cache(layers: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
@@ -207,7 +208,13 @@ def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:
             raise NoCacheError(f"a call with a cache fails with {type(error).__name__}: {first_line(error)}") from error
     data_inputs = tuple(name for name in data_inputs if name != "position_ids")
     derived = ("position_ids",) if takes_positions else ()
-    return Causal(data_inputs, derived, tuple((keys.shape[1], keys.shape[3]) for keys, _ in layers), argument, entry)
+    sizes = tuple((_size(keys), _size(values)) for keys, values in layers)
+    return Causal(data_inputs, derived, sizes, argument, entry)
+
+
+def _size(part: torch.Tensor) -> tuple[int, int]:
+    """Return the number of heads and the head dimension of keys or values."""
+    return part.shape[1], part.shape[3]
 
 
 def _initial_cache(module: Any) -> tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -229,16 +236,16 @@ def _initial_cache(module: Any) -> tuple[str, list[tuple[torch.Tensor, torch.Ten
 
 
 def _keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the keys and values of every layer, [1, heads, tokens, head dimension] each."""
+    """Return the keys and values of every layer, [1, heads, tokens, head dimension] each, of as many tokens."""
     layers = []
     for number, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor) or keys.ndim != 4:
+        if not all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in (keys, values)):
             raise NoCacheError(f"layer {number} of its cache ({type(layer).__name__}) has no keys and values")
-        if keys.shape != values.shape:
+        if (keys.shape[0], keys.shape[2]) != (values.shape[0], values.shape[2]):
             raise NoCacheError(
                 f"layer {number} of its cache has keys {list(keys.shape)} and values {list(values.shape)}; expected "
-                "equal shapes"
+                "the same number of rows and tokens"
             )
         layers.append((keys, values))
     if not layers:
