@@ -23,6 +23,7 @@ from tests.decoders import DECODERS, saved
 CACHED = "decoder "  # decoders with a KV cache, beside those of TRANSFORMERS without one
 LOADERS = {each.name: each.load for each in (*TIMM, *TRANSFORMERS)}
 UNPARSED = {"volo": "Col2Im"}  # the operator that TensorRT's parser lacks
+UNBUILT = (("hf_albert", "int4"),)  # the builder of TensorRT for RTX 1.7 fails with an internal error
 NAMES = (*LOADERS, *(f"{CACHED}{name}" for name in DECODERS))
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 FORMS = (*PRECISIONS, "fp16, tokens merged", "int8, map fused")

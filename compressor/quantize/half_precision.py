@@ -54,6 +54,9 @@ KEPT = frozenset(
 """Operators that stay in float32: norms, softmax and reductions, whose sums and squares exceed the range of fp16, and
 functions that amplify the rounding of their input."""
 
+KEPT_IN_BF16 = frozenset({"HardSwish", "Mish"})
+"""Operators that TensorRT's parser takes in fp16 and not in bf16 (1.7)."""
+
 MOVING = frozenset(
     {
         *("Cast", "Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
@@ -229,7 +232,9 @@ def _float32_nodes(graph: ir.Graph, half: _Format) -> dict[ir.Node, Excess]:
 
 def _by_rule(node: ir.Node, half: _Format) -> bool:
     """Return whether a node stays in float32 whatever its values are: it is in `KEPT` or has no half form."""
-    if node.op_type in KEPT or node.domain not in ("", "ai.onnx") or "dtype" in node.attributes:
+    if node.op_type in KEPT or (half.dtype == BF16 and node.op_type in KEPT_IN_BF16):
+        return True
+    if node.domain not in ("", "ai.onnx") or "dtype" in node.attributes:
         return True
     bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     if any(attribute.type in bodies for attribute in node.attributes.values()):

@@ -333,6 +333,15 @@ def test_bf16_keeps_every_layer_whatever_its_values_are(tmp_path: Path) -> None:
         assert 2**-10 < error.max() <= 2**-8  # half a unit of 8 significant bits
 
 
+def test_bf16_keeps_what_the_parser_of_tensorrt_has_in_fp16_alone(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], "a"), node("HardSwish", ["a"], "b"), node("MatMul", ["b", "w"], "y")]
+    path = save(tmp_path / "f.onnx", nodes, {"w": normal(K, K)}, ["y"])
+    to_bf16(path, tmp_path / "b.onnx")
+    to_fp16(path, tmp_path / "h.onnx", {})
+    assert kinds(tmp_path / "b.onnx", "HardSwish") == {TensorProto.FLOAT}
+    assert kinds(tmp_path / "h.onnx", "HardSwish") == {TensorProto.FLOAT16}
+
+
 def test_bf16_keeps_norms_in_float32_and_raises_the_opset(tmp_path: Path) -> None:
     path = normed(tmp_path / "f.onnx")
     to_bf16(path, tmp_path / "b.onnx")

@@ -262,6 +262,14 @@ def test_matrices_without_whole_blocks_stay_in_float_with_the_reason(tmp_path: P
     assert not (tmp_path / "q.onnx").exists()
 
 
+def test_a_shared_weight_is_stored_and_dequantized_once(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], "a"), node("MatMul", ["a", "w"], "y")]
+    path = save(tmp_path / "f.onnx", nodes, {"w": normal(K, K)}, ["y"])
+    assert to_int4_blocks(path, tmp_path / "q.onnx").nodes == 2
+    assert count(tmp_path / "q.onnx", "DequantizeLinear") == 1
+    assert set(initializers(tmp_path / "q.onnx")) == {"int8/w", "int8/w/scale"}
+
+
 def test_small_matrices_are_said_to_stay_in_float(tmp_path: Path) -> None:
     nodes = [node("MatMul", ["x", "w"], "a"), node("MatMul", ["a", "small"], "y")]
     path = save(tmp_path / "f.onnx", nodes, {"w": normal(K, K), "small": normal(K, 8)}, ["y"])
