@@ -240,7 +240,11 @@ def _keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     layers = []
     for number, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in (keys, values)):
+        if (
+            not isinstance(keys, torch.Tensor)
+            or not isinstance(values, torch.Tensor)
+            or {keys.ndim, values.ndim} != {4}
+        ):
             raise NoCacheError(f"layer {number} of its cache ({type(layer).__name__}) has no keys and values")
         if (keys.shape[0], keys.shape[2]) != (values.shape[0], values.shape[2]):
             raise NoCacheError(
