@@ -43,6 +43,8 @@ MODULES = {
     "positions of Llama 3": {"rope_parameters": LLAMA3},
 }
 
+RARE = ("wide heads", "scaled positions")
+
 
 def mistral(**changed):
     config = transformers.MistralConfig(**small(num_hidden_layers=4).config.to_dict() | changed)
@@ -85,7 +87,9 @@ def fields(path):
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in RARE else ()) for name in MODULES]
+)
 def test_every_form_of_a_llama_computes_the_same(name, tmp_path):
     traced = Traced(saved(tmp_path / "model", small(num_hidden_layers=4, **MODULES[name])))
     for places, architecture in (((), "llama"), (((2, "attention"),), "deci")):
@@ -185,6 +189,7 @@ TEXTS = ("hello world", "Hello, 12 worlds!\n\nhell", "é→ hello", "")
 @pytest.mark.parametrize("tokenizer", [byte_level, sentencepiece])
 def test_llama_cpp_tokenizes_as_transformers_does(tokenizer, tmp_path):
     theirs = tokenizer()
+    theirs.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     module = small(vocab_size=len(theirs) + 3)
     traced = Traced(saved(tmp_path / "model", module, theirs))
     vocabulary.check_tokenizer(traced.model)
@@ -196,16 +201,9 @@ def test_llama_cpp_tokenizes_as_transformers_does(tokenizer, tmp_path):
     assert content["tokenizer.ggml.tokens"][-3:] == [f"[PAD{len(theirs) + number}]" for number in range(3)]
     assert content["tokenizer.ggml.token_type"][-3:] == [gguf.TokenType.UNUSED] * 3
     assert content["tokenizer.ggml.bos_token_id"] == theirs.bos_token_id
+    assert content["tokenizer.chat_template"] == theirs.chat_template
     begins = traced.model.tokenizer("a").input_ids[0] == theirs.bos_token_id
     assert content["tokenizer.ggml.add_bos_token"] == begins
-
-
-def test_the_chat_template_goes_into_the_file(tmp_path):
-    tokenizer = byte_level()
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    traced = Traced(saved(tmp_path / "model", tokenizer=tokenizer))
-    path = writer.write(traced.graph, traced.model, tmp_path / "small.gguf")
-    assert fields(path)["tokenizer.chat_template"] == tokenizer.chat_template
 
 
 def test_the_tokenizer_of_a_gguf_file_is_copied(tmp_path):
