@@ -137,9 +137,9 @@ def quantize_blocks(
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Round a weight [K, N] to steps in [-7, 7] with a scale for each block of `block` rows in a column; return both.
 
-    >>> steps, scale = quantize_blocks(np.array([[3.5], [-7.0]], np.float32), block=2)
+    >>> steps, scale = quantize_blocks(np.array([[3.0], [-7.0]], np.float32), block=2)
     >>> steps.ravel().tolist(), scale.tolist()
-    ([4, -7], [[1.0]])
+    ([3, -7], [[1.0]])
     """
     blocks = weight.reshape(-1, block, weight.shape[1])
     largest = np.abs(blocks).max(axis=1, keepdims=True)

@@ -121,7 +121,7 @@ def test_decode_step_equals_the_whole_text(engines, model, ids, tmp_path, name):
     assert ready.step["input_ids"].shape == (ROWS, 1)
     assert ready.prompt["input_ids"].shape == (ROWS, CONTEXT)
     assert ready.cache == per_token * CONTEXT * ROWS
-    assert {value.shape[2] for key, value in ready.step.items() if key.startswith("past")} <= {CONTEXT}
+    assert {value.shape[2] for key, value in ready.step.items() if key.startswith("past_key_values")} <= {CONTEXT}
     assert ready.difference <= (INT8 if "int8" in name else CLOSE)
     if "int8" not in name:  # dynamic ranges depend on the input of a call
         np.testing.assert_allclose(step["logits"][:, 0], at_once["logits"][:, -1], atol=CLOSE, rtol=0)

@@ -115,7 +115,7 @@ def test_a_decode_step_continues_from_the_engines_own_cache(subject, tmp_path, d
     assert prompt["input_ids"].shape == (2, 9)
     assert token["input_ids"].shape == (2, 1)
     assert token["attention_mask"].shape == (2, 9 + 3 + 1)
-    assert {value.shape[2] for name, value in token.items() if name.startswith("past")} == (
+    assert {value.shape[2] for name, value in token.items() if name.startswith("past_key_values")} == (
         {12} if dropped < 2 else set()
     )
     for name, value in token.items():

@@ -100,7 +100,7 @@ def test_cuda_agrees_with_the_cpu(relu):
 
 @pytest.mark.parametrize(("threads", "spinning"), [(None, True), (2, False)])
 def test_session_options(threads, spinning):
-    found = target._session_options(ort, BuildOptions(threads=threads, spinning=spinning))
+    found = target.session_options(BuildOptions(threads=threads, spinning=spinning))
     assert found.intra_op_num_threads == (threads if threads is not None else 0)  # 0: one for each physical core
     assert found.inter_op_num_threads == 1
     assert found.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL

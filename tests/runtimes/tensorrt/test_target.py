@@ -1210,7 +1210,9 @@ def test_lengths_range_from_one_to_the_longest_sample():
             chunks = (lengths[start : start + size] for start in range(0, len(lengths), size))
             return (types.SimpleNamespace(feeds={"ids": np.zeros((len(chunk), max(chunk)))}) for chunk in chunks)
 
-        return types.SimpleNamespace(batches=batches, samples=types.SimpleNamespace(rows_per_sample=2))
+        split = types.SimpleNamespace(batches=batches, samples=types.SimpleNamespace(rows_per_sample=2))
+        split.middle = lambda count: split
+        return split
 
     parts = (part(3, 4), part(*[5] * 40, 19), part(8, 2), part(6, 11, 7))
     data = types.SimpleNamespace(calibration=parts[0], validation=parts[1], test=parts[-1], parts=parts)
