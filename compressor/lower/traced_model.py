@@ -145,7 +145,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0) -> TracedMo
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
-        check_self_parity(model, graph, next(tensor_batches(data.calibration, SELF_SAMPLES)))
+        check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
     return TracedModel(model, data, graph, sites, costs)
 
 
