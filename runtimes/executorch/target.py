@@ -180,7 +180,9 @@ class ExecutorchEngine(Closing[Any]):
                     f"Input {key!r}: found shape {list(value.shape)}; expected at most {list(self._largest[key])}, "
                     "the largest shape the file was built for."
                 )
-        return [torch.from_numpy(np.array(feeds[key], order="C")) for key in self.inputs]
+        tensors = [torch.from_numpy(np.array(feeds[key], order="C")) for key in self.inputs]
+        # NumPy gives an empty array, such as a KV cache without tokens, strides of 0, on which ExecuTorch aborts.
+        return [tensor if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
 
     def _execute(self, tensors: list[Any]) -> list[Any]:
         method, _ = self._live()

@@ -270,3 +270,25 @@ def test_not_installed_is_one_sentence(monkeypatch, tmp_path, module):
         target.build(tmp_path / "model.pt2", tmp_path, OPTIONS)
     with pytest.raises(RuntimeUnavailable, match=r"^Target executorch cannot be used here"):
         target.load(tmp_path / target.FILE, OPTIONS)
+
+
+class Cached(torch.nn.Module):
+    """Appends x to a cache of any length, also an empty one."""
+
+    def forward(self, x, past):
+        return (torch.cat([past, x], dim=1) * 2.0,)
+
+
+def test_an_empty_cache_is_an_input_like_any_other(folder):
+    """ExecuTorch ends the process on the strides that NumPy gives an empty array."""
+    axes = ({0: torch.export.Dim.DYNAMIC}, dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC))
+    example = (torch.ones(2, 3, 8), torch.ones(2, 4, 8))
+    source = saved(folder / "c.pt2", Cached(), example, axes, ["x", "past"], ["present"])
+    (folder / "cached").mkdir()
+    built = target.build(source, folder / "cached", BuildOptions(threads=1, batches=(1, 1, 4), lengths=(0, 4, 6)))
+    x = np.random.default_rng(0).random((2, 3, 8), dtype=np.float32)
+    with target.load(built, OPTIONS) as engine:
+        for tokens in (0, 5):
+            past = np.ones((2, tokens, 8), np.float32)
+            expected = np.concatenate([past, x], axis=1) * 2
+            np.testing.assert_array_equal(engine.run({"x": x, "past": past})["present"], expected)
