@@ -39,8 +39,8 @@ def use_writable_experts(module: Any) -> tuple[Limitation, ...]:
     largest = max(weight.numel() // len(weight) for weight in stacked)
     megabytes = chosen * largest * 4 / 1e6
     reason = (
-        f"an engine reads the weights of the {chosen} chosen experts for each token, up to {megabytes:,.3g} MB a token in "
-        "float32, so that a long prompt takes much memory; send it in parts"
+        f"an engine reads the weights of the {chosen} chosen experts for each token, up to {megabytes:,.3g} MB a token "
+        "in float32, so that a long prompt takes much memory; send it in parts"
     )
     return (Limitation("mixture of experts", reason),)
 
