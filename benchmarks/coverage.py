@@ -208,7 +208,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool) -> dict[str, np.nd
         sizes = [size if isinstance(size, int) else None for size in each.shape]
         if name == "input_ids":
             ids = rng.integers(5, vocabulary, (ROWS, LENGTH))
-            feeds[name] = np.where(mask == 1, ids, module.config.get_text_config().pad_token_id or 0)
+            feeds[name] = np.where(mask == 1, ids, getattr(module.config.get_text_config(), "pad_token_id", None) or 0)
         elif name == "attention_mask":
             feeds[name] = mask
         elif name == "position_ids":
