@@ -17,7 +17,6 @@ Results are in benchmarks/results/coverage.json; `python benchmarks/tables.py` w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -228,11 +227,6 @@ def _parameters(module: Any) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def _shuffled(name: str) -> bytes:
-    """Return the key of an order in which the first names are a random draw, for a run that ends early."""
-    return hashlib.sha256(name.encode()).digest()
-
-
 def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:300]
 
@@ -275,11 +269,13 @@ def main(only: tuple[str, ...], again: bool, seconds: float) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     import compressor.api  # imported before the processes start, so that each does not import it again  # noqa: F401
+    from compressor.data.splits import shuffled
     from compressor.models import transformers as loader  # noqa: F401
 
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"architectures": {}}
     found["transformers"] = transformers.__version__
-    for model_type in only or sorted(CONFIG_MAPPING, key=_shuffled):
+    names = list(CONFIG_MAPPING)
+    for model_type in only or (names[place] for place in shuffled(names, 0)):  # a run that ends early is a random draw
         if model_type in found["architectures"] and not (again or only):
             continue
         outcome = found["architectures"][model_type] = outcome_of(model_type, seconds)

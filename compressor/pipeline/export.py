@@ -178,7 +178,8 @@ def _compressed(
     latency = timer.totals(parts)
     reported = [each for each in variants if each.reported]
     engine = _engine(rewritten, reported, evaluator, folder, settings, steps, gpus)
-    without_genai = genai_config.write(folder, engines["result"].name, settings.target, subject.model, rewritten.folded)
+    device, file = builder.options.device, engines["result"].name
+    without_genai = genai_config.write(folder, file, settings.target, device, subject.model, rewritten.folded)
     names = [each.name for each in reported]
     report = Report(
         command=command,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from compressor.limitations import Limitation
@@ -25,22 +24,27 @@ def use_writable_experts(module: Any) -> tuple[Limitation, ...]:
         module: a model of transformers; its experts are switched in place.
 
     Returns:
-        The limitation that states this memory; none for a model without such experts.
+        The limitation that states this memory; none for a model without experts, or whose experts have one form only.
     """
     if not hasattr(module, "set_experts_implementation"):
         return ()
     stacked = [weight for part in module.modules() if _is_mixture(part) for weight in _stacked(part)]
     if not stacked:
         return ()
-    with contextlib.suppress(ValueError):  # the class has no other form than its own
+    try:
         module.set_experts_implementation(WRITABLE)
+    except ValueError:  # the class has no other form than its own
+        return ()
     config = module.config.get_text_config()
-    chosen = next((int(getattr(config, name)) for name in CHOSEN if isinstance(getattr(config, name, None), int)), 1)
-    largest = max(weight.numel() // len(weight) for weight in stacked)
-    megabytes = chosen * largest * 4 / 1e6
+    chosen = next((count for name in CHOSEN if isinstance(count := getattr(config, name, None), int)), None)
+    megabytes = max(weight.numel() // len(weight) for weight in stacked) * 4 / 1e6
+    if chosen is None:
+        size = f"chosen experts for each token, up to {megabytes:,.3g} MB for each of them (the config names no number)"
+    else:
+        size = f"{chosen} chosen experts for each token, up to {chosen * megabytes:,.3g} MB a token"
     reason = (
-        f"an engine reads the weights of the {chosen} chosen experts for each token, up to {megabytes:,.3g} MB a token "
-        "in float32, so that a long prompt takes much memory; send it in parts"
+        f"an engine reads the weights of the {size} in float32, so that a long prompt takes much memory; send it in "
+        "parts"
     )
     return (Limitation("mixture of experts", reason),)
 

@@ -33,13 +33,14 @@ OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_v
 SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "length_penalty")
 
 
-def write(folder: Path, engine: str, target: str, model: Model, graph: Graph) -> tuple[Limitation, ...]:
+def write(folder: Path, engine: str, target: str, device: str, model: Model, graph: Graph) -> tuple[Limitation, ...]:
     """Write the file into the folder of an export of a language model with a KV cache.
 
     Args:
         folder: output folder.
         engine: name of the file that ONNX Runtime opens.
         target: name of the target; nothing is written for targets other than `TARGETS`.
+        device: device of the engine; the file selects ONNX Runtime's CPU provider.
         model: the model before the export.
         graph: the graph of the engine.
 
@@ -48,7 +49,7 @@ def write(folder: Path, engine: str, target: str, model: Model, graph: Graph) ->
     """
     if target not in TARGETS or not graph.state:
         return ()
-    reason = why_not(graph, model)
+    reason = why_not(graph, model) if device == "cpu" else f"it was not tried with engines on {device}"
     if reason is not None:
         return (Limitation("ONNX Runtime GenAI", f"the folder has no {FILE}, because {reason}"),)
     (folder / FILE).write_text(json.dumps(content(engine, model, graph, shared=TARGETS[target]), indent=2) + "\n")

@@ -10,6 +10,7 @@ from compressor import models
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
+from compressor.models.text import experts
 from compressor.models.text.experts import use_writable_experts
 from passes.graph.sites import find_sites
 
@@ -52,6 +53,23 @@ def test_the_limitation_states_the_megabytes_of_the_chosen_experts():
     (limitation,) = use_writable_experts(module)
     largest = 2 * 48 * 32  # gate and up of one expert
     assert f"up to {2 * largest * 4 / 1e6:.3g} MB a token" in limitation.reason
+
+
+def test_an_unknown_number_of_chosen_experts_is_said(monkeypatch):
+    module = mixture("Mixtral")
+    monkeypatch.setattr(experts, "CHOSEN", ())
+    (limitation,) = use_writable_experts(module)
+    assert f"up to {2 * 48 * 32 * 4 / 1e6:.3g} MB for each of them (the config names no number)" in limitation.reason
+
+
+def test_experts_of_one_form_only_have_no_limitation(monkeypatch):
+    module = mixture("Mixtral")
+
+    def refuse(form):
+        raise ValueError(form)
+
+    monkeypatch.setattr(module, "set_experts_implementation", refuse)
+    assert use_writable_experts(module) == ()
 
 
 def test_a_model_without_experts_is_left_as_it_is():

@@ -53,7 +53,7 @@ def test_generation_is_that_of_torch_token_for_token(dropped, target, tmp_path):
     model, graph = dropped
     source = lower(fold_graph(graph), model, tmp_path / "model.onnx")
     engine = target_named(target).build(source, tmp_path, BuildOptions(device="cpu"))
-    assert write(tmp_path, engine.name, target, model, graph) == ()
+    assert write(tmp_path, engine.name, target, "cpu", model, graph) == ()
     opened = onnxruntime_genai.Model(str(tmp_path))
     parameters = onnxruntime_genai.GeneratorParams(opened)
     parameters.set_search_options(max_length=LENGTH, do_sample=False)
@@ -66,7 +66,7 @@ def test_generation_is_that_of_torch_token_for_token(dropped, target, tmp_path):
 
 def test_the_layers_are_those_with_a_cache(dropped, tmp_path):
     model, graph = dropped
-    write(tmp_path, "model.fused.onnx", "onnxruntime_fused", model, graph)
+    write(tmp_path, "model.fused.onnx", "onnxruntime_fused", "cpu", model, graph)
     found = json.loads((tmp_path / FILE).read_text())
     decoder = found["model"]["decoder"]
     assert (decoder["filename"], decoder["num_hidden_layers"]) == ("model.fused.onnx", LAYERS - 1)
@@ -77,13 +77,15 @@ def test_the_layers_are_those_with_a_cache(dropped, tmp_path):
 
 def test_no_file_is_written_where_it_could_not_be_opened(dropped, tmp_path):
     model, graph = dropped
-    assert write(tmp_path, "openvino_model.xml", "openvino", model, graph) == ()
+    assert write(tmp_path, "openvino_model.xml", "openvino", "cpu", model, graph) == ()
     endless = replace(model, preprocess=replace(model.preprocess, longest=None))
-    (limitation,) = write(tmp_path, "model.onnx", "onnxruntime", endless, graph)
+    (limitation,) = write(tmp_path, "model.onnx", "onnxruntime", "cpu", endless, graph)
     assert str(limitation) == (
         "ONNX Runtime GenAI: the folder has no genai_config.json, because the maximum number of tokens of the model is "
         "unknown."
     )
+    (limitation,) = write(tmp_path, "model.onnx", "onnxruntime", "cuda", model, graph)
+    assert "because it was not tried with engines on cuda" in str(limitation)
     assert not list(tmp_path.iterdir())
 
 
