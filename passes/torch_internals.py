@@ -35,6 +35,7 @@ __all__ = [
     "SOFTMAX",
     "UNSAFE_VIEWS",
     "FakeTensorMode",
+    "OpOverload",
     "arguments",
     "enable_python_dispatcher",
     "expression",

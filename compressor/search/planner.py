@@ -509,6 +509,7 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
     # These settings only affect steps after the search, so a journal stays valid if they change.
     later = {"output", "force", "rounds", "heal_budget", "speedup", "latency", "confidence"}
     later |= {"max_precision_loss", "calibration", "factorial", "points"}
+    later |= {"workers", "ray"}  # every executor gives the same values
     options = {key: value for key, value in settings.to_dict().items() if key not in later}
     data = subject.data.describe()
     identity = [
@@ -527,7 +528,7 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
 def output_divergence(subject: TracedModel, samples: Split, steps: Steps) -> OutputDivergence:
     """Run the original on the samples, for measurements of the output divergence of rewritten graphs."""
     with steps.step("run the original"):
-        return OutputDivergence(subject.graph, subject.model, samples)
+        return OutputDivergence(subject.graph, subject.model, samples, subject.executor)
 
 
 def score(subject: TracedModel, steps: Steps, bounds: MemoryBudget | None = None) -> Scores:
