@@ -51,7 +51,7 @@ class EvaluatedOutput:
         values = [outputs[name] for name in (self.answer, *self.stacked)]
         return torch.stack(values, 1) if isinstance(values[0], torch.Tensor) else np.stack(values, 1)
 
-    def among(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    def evaluated_in(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return it from the outputs of a graph, in the order of `outputs`.
 
         A rewritten graph may lack the last ones, such as the cache of an attention that was removed.
@@ -131,8 +131,8 @@ class Model:
         return self.evaluated_output.of(outputs)
 
     def evaluated_in(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the output that quality is measured on from the outputs of a graph, see `EvaluatedOutput.among`."""
-        return self.evaluated_output.among(outputs)
+        """Return the output that quality is measured on from the outputs of a graph, see `EvaluatedOutput`."""
+        return self.evaluated_output.evaluated_in(outputs)
 
     def classes(self) -> int | None:
         """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks.

@@ -64,7 +64,7 @@ class _Comparison:
         return len(original), found
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        answer = self.output.among(outputs)
+        answer = self.output.evaluated_in(outputs)
         return subsample_tokens(answer) if self.head.by_token else answer
 
     def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:

@@ -298,7 +298,7 @@ def prepare_search(
     preview = preview_of(subject, measured, steps)
     with steps.step("validate the original"):
         validation = ValidationLoss(
-            subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget
+            subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget, subject.executor
         )
     if journal is None:  # created after the first runs, so that a model that fails on its data leaves no file
         journal = journal_of(subject, settings)

@@ -135,7 +135,7 @@ def search_on_digits(executor, split):
     search = Search(
         Rewriter(graph, sites, split),
         OutputDivergence(graph, model, split, executor),
-        ValidationLoss(graph, model, data.validation, "accuracy"),
+        ValidationLoss(graph, model, data.validation, "accuracy", executor=executor),
         multiply_add_cost_model(graph, {"run": call}),
         ("drop", "linear"),
         5.0,
