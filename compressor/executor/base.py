@@ -50,6 +50,34 @@ class Executor(Protocol):
         ...
 
 
+@dataclass
+class Batches:
+    """Batches of data over which an executor maps functions; see `passes.base.over_batches`.
+
+    Attributes:
+        executor: runs the functions.
+        make: returns a new iterator over the batches.
+    """
+
+    executor: Executor
+    make: Callable[[], Iterable[Any]]
+    _shared: Iterable[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.make())
+
+    def map(self, function: Callable[[Any], Result]) -> Iterator[Result]:
+        """Yield the result of a function for each batch, in order."""
+        if self._shared is None:
+            self._shared = self.executor.share_each(self.make)
+        shared = self.executor.share(function)
+        return self.executor.run(_applied, ((shared, batch) for batch in self._shared))
+
+
+def _applied(function: Callable[[Any], Result], batch: Any) -> Result:
+    return function(batch)
+
+
 class InProcess:
     """Runs one call after the other in this process. Handles are the values themselves."""
 

@@ -99,7 +99,9 @@ class OnRay:
         self._shared = SharedTensors(ray.put)
         options = {"num_cpus": 1, "max_retries": RETRIES}
         self._task = ray.remote(**options)(_call)
-        self._task_of_kept = ray.remote(num_returns=2, **options)(_call_and_pack)
+        self._task_of_kept = ray.remote(num_returns=2, **options)(_call_and_tell)
+        for _ in range(workers):  # nobody waits for these: the workers import torch while the model is loaded
+            self._task.remote(bool)
 
     def share(self, value: Value) -> Value:
         """Put a value into the object store, and those of its tensors that are not there yet."""
@@ -129,9 +131,9 @@ class OnRay:
             for call in calls:
                 waiting.append(self._task.remote(function, *call))
                 if len(waiting) >= AHEAD * self.workers:
-                    yield _result(waiting.popleft())
+                    yield _value(_result(waiting.popleft()))
             while waiting:
-                yield _result(waiting.popleft())
+                yield _value(_result(waiting.popleft()))
         finally:
             _abandon(waiting)
 
@@ -173,17 +175,18 @@ def _sentence(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------------- on a worker
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function on the values of its arguments, with one thread."""
+def _call(function: Callable[..., Any], *arguments: Any) -> Packed:
+    """Call a function on the values of its arguments, with one thread; the values of an iterator become a list."""
     import torch
 
     torch.set_num_threads(1)
-    return function(*map(_value, arguments))
+    result = function(*map(_value, arguments))
+    return packed(list(result) if isinstance(result, Iterator) else result)
 
 
-def _call_and_pack(function: Callable[..., Any], *arguments: Any) -> tuple[Packed, None]:
-    """Return the packed result of a call, which stays in the object store, and None, which says that it is there."""
-    return packed(_call(function, *arguments)), None
+def _call_and_tell(function: Callable[..., Any], *arguments: Any) -> tuple[Packed, None]:
+    """Return the result of a call, which stays in the object store, and None, which says that it is there."""
+    return _call(function, *arguments), None
 
 
 def _value(argument: Any) -> Any:

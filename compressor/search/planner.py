@@ -14,6 +14,7 @@ from compressor import __version__
 from compressor.choices import GGUF, TRANSFORMERS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
+from compressor.executor.base import Batches
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules
 from compressor.lower.traced_model import TracedModel
@@ -149,7 +150,8 @@ def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
         checkpoint.check_blocks(subject.sites, subject.model)
     fixed = _fixed(subject, settings) if settings.drop == "auto" else {}
     nested = settings.target == GGUF
-    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, nested=nested, fixed=fixed)
+    calibration, runs = subject.data.calibration, subject.executor
+    return Rewriter(subject.graph, subject.sites, calibration, whole=whole, nested=nested, fixed=fixed, executor=runs)
 
 
 def _fixed(subject: TracedModel, settings: Settings) -> dict[str, str]:
@@ -539,7 +541,7 @@ def score(subject: TracedModel, steps: Steps, bounds: MemoryBudget | None = None
     split = subject.data.calibration.sparse(SCORED_TOKENS, SCORED_TEXTS)
     with steps.step("score the sites") as tick:
         rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)
-        batches = with_progress(tensor_batches(split, rows), len(split), tick)
+        batches = Batches(subject.executor, lambda: with_progress(tensor_batches(split, rows), len(split), tick))
         return apply(Score(room), subject.graph, batches)
 
 

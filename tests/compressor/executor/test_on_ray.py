@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compressor.errors import SettingsError
-from compressor.executor.base import ExecutorError, InProcess
+from compressor.executor.base import Batches, ExecutorError, InProcess
 from compressor.executor.on_ray import OnRay, executor_for
 from compressor.executor.packed import SharedTensors, packed
 from compressor.measure.workload import Call
@@ -21,6 +21,8 @@ from compressor.search.cost_model import multiply_add_cost_model
 from compressor.search.greedy import Search
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
+from passes.analysis.redundancy import Score
+from passes.base import apply
 from passes.execute.interpreter import run
 from tests.samples import digits
 
@@ -133,7 +135,7 @@ def search_on_digits(executor, split):
     sites = every[::4]
     call = Call.alone({name: value[:1].numpy() for name, value in model.example.items()})
     search = Search(
-        Rewriter(graph, sites, split),
+        Rewriter(graph, sites, split, executor=executor),
         OutputDivergence(graph, model, split, executor),
         ValidationLoss(graph, model, data.validation, "accuracy", executor=executor),
         multiply_add_cost_model(graph, {"run": call}),
@@ -164,6 +166,18 @@ def test_a_search_is_the_same_to_the_bit_for_any_number_of_workers(on_ray, worke
     for feeds in tensor_batches(split):
         for left, right in zip(run(search.reduced, feeds), run(expected.reduced, feeds), strict=True):
             assert torch.equal(left, right)
+
+
+@needs_ray
+def test_scores_are_the_same_to_the_bit(on_ray):
+    _, data, graph, _ = digits()
+    first, second = (
+        apply(Score(), graph, Batches(executor, functools.partial(tensor_batches, data.calibration, 8)))
+        for executor in (InProcess(), on_ray)
+    )
+    assert (first.samples, first.sites, first.blocks) == (second.samples, second.sites, second.blocks)
+    for name in ("similarity", "tokens", "angular", "ends"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch):
