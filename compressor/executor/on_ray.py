@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import util
@@ -34,8 +35,15 @@ INSTALL = "pip install 'compressor-ai[ray]' (or pip install ray)"
 
 
 @contextlib.contextmanager
-def executor_for(workers: int | None, address: str | None) -> Iterator[Executor]:
+def executor_for(
+    workers: int | None, address: str | None, show: Callable[[str], None] = lambda text: None
+) -> Iterator[Executor]:
     """Yield the executor of the options ``--workers`` and ``--ray``; without them, this process.
+
+    Args:
+        workers: number of workers; None takes all cores of the cluster.
+        address: address of a cluster; None starts Ray on this machine.
+        show: called with a line on the workers, their rate and what is left.
 
     Raises:
         ExecutorError: Ray is not installed, or the cluster cannot be reached.
@@ -46,7 +54,7 @@ def executor_for(workers: int | None, address: str | None) -> Iterator[Executor]
     if util.find_spec("ray") is None:
         raise ExecutorError(f"--workers and --ray need Ray, which is not installed: {INSTALL}.")
     with _connected(workers, address) as cores:
-        yield OnRay(cores if workers is None else workers)
+        yield OnRay(cores if workers is None else workers, show)
 
 
 @contextlib.contextmanager
@@ -92,10 +100,10 @@ def _check_address(address: str) -> None:
 class OnRay:
     """Runs calls as tasks of Ray. Handles are references to its object store."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, show: Callable[[str], None] = lambda text: None) -> None:
         import ray
 
-        self.workers = workers
+        self.workers, self.show = workers, show
         self._shared = SharedTensors(ray.put)
         options = {"num_cpus": 1, "max_retries": RETRIES}
         self._task = ray.remote(**options)(_call)
@@ -126,14 +134,16 @@ class OnRay:
 
     def run(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
         """Yield the result of each call, in order, with `AHEAD` calls for each worker on the way."""
-        waiting: collections.deque[Any] = collections.deque()
+        left, waiting, start = collections.deque(calls), collections.deque[Any](), time.perf_counter()
+        total = len(left)
         try:
-            for call in calls:
-                waiting.append(self._task.remote(function, *call))
-                if len(waiting) >= AHEAD * self.workers:
-                    yield _value(_result(waiting.popleft()))
-            while waiting:
-                yield _value(_result(waiting.popleft()))
+            for done in range(total):
+                while left and len(waiting) < AHEAD * self.workers:
+                    waiting.append(self._task.remote(function, *left.popleft()))
+                result = _value(_result(waiting.popleft()))
+                rate = (done + 1) / (time.perf_counter() - start)
+                self.show(f"{self.workers} workers, {rate:.1f} shards/s, {total - done - 1} left")
+                yield result
         finally:
             _abandon(waiting)
 

@@ -145,7 +145,7 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     with (
         output_folder(output, force=settings.force, say=steps.say) as folder,
         scratch_folder(output) as scratch,
-        executor_for(settings.workers, settings.ray) as executor,
+        executor_for(settings.workers, settings.ray, steps.show) as executor,
     ):
         if settings.max_memory is not None:
             report, subject = export_offloaded.compressed(settings, folder, steps, command)

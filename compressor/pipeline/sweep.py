@@ -54,7 +54,7 @@ def sweep(
     with (
         output_folder(output, force=settings.force, say=steps.say) as folder,
         scratch_folder(output) as scratch,
-        executor_for(settings.workers, settings.ray) as executor,
+        executor_for(settings.workers, settings.ray, steps.show) as executor,
     ):
         subject = check_original(load(settings, steps, executor=executor), steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
