@@ -23,6 +23,7 @@ import tables_large
 import tables_llama_cpp
 import tables_llm
 import tables_matrix
+import tables_scale
 import tables_targets
 import tables_tensorrt
 from tables_tokens import tokens, tokens_operators
@@ -150,6 +151,7 @@ TABLES = {
     "decode": tables_decode.decode,
     "budget": tables_budget.budget,
     "large": tables_large.large,
+    "scale": tables_scale.scale,
     "fusion": tables_fusion.fusion,
     "tensorrt": tables_tensorrt.tensorrt,
     "llm": tables_llm.llm,

@@ -355,6 +355,52 @@ def test_the_table_of_a_model_larger_than_memory():
     assert "2.00 billion parameters in 20 blocks: 4.00 GB on disk, 8.00 GB (7.45 GiB) in float32; 24 texts" in lines[-1]
 
 
+# --------------------------------------------------------------------------------------------- made-up results: scale
+
+COSTS = {"rewrite": 0.02, "price": 0.01, "compare": 0.01, "pack": 0.01, "packed_bytes": 4e4, "share": 3.0,
+         "task": 1e-3, "write_byte": 1e-9, "read_byte": 1e-11, "multiply_adds_per_second": 5e10}  # fmt: skip
+
+
+def measured_scale(**costs):
+    seconds = {
+        "this process, 1 thread": {"original": 1.0, "measure": 8.0},
+        "this process, 2 threads": {"original": 1.0, "measure": 5.0},
+        "4 workers": {"original": 2.0, "measure": 5.0, "start": 7.0},
+    }
+    timing = {"model": "m", "candidates": 4, "samples": 64, "shards": 2, "sites": 24, "nodes": 384, "same": [],
+              "seconds": seconds, "costs": COSTS | costs, "environment": {"cores": 2}}  # fmt: skip
+    return {"timing": timing}
+
+
+def test_the_share_of_time_lost_is_that_of_the_cores_that_are_used():
+    lines = script("tables_scale").scale_tables(measured_scale()).splitlines()
+    assert lines[2:5] == [
+        "| this process, 1 thread |  | 8.00 | 0% | no |",
+        "| this process, 2 threads |  | 5.00 | 20% | no |",
+        "| 4 workers | 7.0 | 5.00 | 20% | no |",
+    ]
+
+
+def test_a_search_on_paper_takes_what_its_steps_take():
+    """With one worker nothing waits: the work is that of the forward passes, counted by hand."""
+    module = script("tables_scale")
+    model = module.Large(parameters=1e9, sites=10, tokens=100, shards=8, validated=4, changes=3, bytes_each=2)
+    parts = module.predicted(measured_scale(), model, 1e11, 1)
+    sweeps = 8 + 2 * (1 + 10 / 2) + 3 * 2 * (1 + 6 / 2) + 3 * 8 * (1 + 2 / 2) + 4 * 4
+    assert parts["workers"] == pytest.approx(sweeps * 1e9 * 100 / 1e11)
+    assert parts["driver"] == pytest.approx((10 + 3 * 6 + 3 * 2) * 0.05 * 10 / 24)
+    assert parts["tasks"] == pytest.approx((8 + 2 + 3 * 2 + 3 * 8 + 4 * 4) * 1e-3)
+    assert parts["weights"] == pytest.approx(2e9 * 1e-9)
+
+
+def test_a_search_on_paper_stops_to_gain_where_something_else_takes_the_time():
+    module = script("tables_scale")
+    few, many = (module.stops(measured_scale(), module.Large(sites=each), 1e12) for each in (2, 2000))
+    assert few[0] <= many[0]
+    assert module.stops(measured_scale(rewrite=1e4), module.Large(), 1e14)[1] == "driver"
+    assert module.stops(measured_scale(task=1e3), module.Large(), 1e14)[1] == "tasks"
+
+
 # ----------------------------------------------------------------------------------------------- made-up results: llm
 
 
@@ -611,6 +657,15 @@ def test_decode_runs_on_a_small_model(tmp_path):
     assert "| dynamic, 32 | Compressor, compressed int8 |" in text
     assert "| dynamic, 32 | fused, compressed int8 |" in text
     assert text.count("both / product") == 8
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_that_loses_a_node_is_the_same_to_the_bit():
+    found = script("scale").cluster()
+    assert found["same"]
+    assert (found["left"], found["nodes"]) == (3, 4)
+    assert found["shards"] > found["killed_after"]
+    assert found["changes"] > 1
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from compressor.choices import AUTO
 from compressor.errors import SettingsError
 from compressor.executor.base import Executor, ExecutorError, InProcess
 from compressor.executor.packed import Bytes, Packed, SharedTensors, packed
+from compressor.workspace.environment import own_memory
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -31,6 +33,9 @@ Result = TypeVar("Result")
 AHEAD = 2  # calls that wait for each worker, so that it need not wait for the next one
 RETRIES = 3  # times that a call runs again after its worker died; more would never end for a call that kills it
 REACHED = 5.0  # seconds in which an address has to answer
+MEMORY = 2**30  # bytes that the first calls ask for; torch and the libraries take most of it
+SPARE = 1.25  # factor on the memory that calls took, for the next ones
+STEP = 2**28  # bytes by which the memory that is asked for grows
 INSTALL = "pip install 'compressor-ai[ray]' (or pip install ray)"
 
 
@@ -63,6 +68,9 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    if ray.is_initialized():  # by the program that calls Compressor
+        yield _cores()
+        return
     if address not in (None, AUTO):
         _check_address(str(address))
     chosen = {"num_cpus": workers, "include_dashboard": False} if address is None else {"address": address}
@@ -73,7 +81,7 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **chosen)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)  # Ray sets one of its own
-        yield int(ray.cluster_resources().get("CPU", 1))
+        yield _cores()
     except (OSError, RuntimeError, ValueError) as error:
         if ray.is_initialized():
             raise
@@ -81,6 +89,12 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
         raise ExecutorError(f"Ray cannot {place}: {_sentence(error)}.") from error
     finally:
         ray.shutdown()
+
+
+def _cores() -> int:
+    import ray
+
+    return max(int(ray.cluster_resources().get("CPU", 1)), 1)
 
 
 def _check_address(address: str) -> None:
@@ -98,18 +112,20 @@ def _check_address(address: str) -> None:
 
 
 class OnRay:
-    """Runs calls as tasks of Ray. Handles are references to its object store."""
+    """Runs calls as tasks of Ray. Handles are references to its object store.
+
+    Ray starts a task where a core and its `memory` are free: what the calls before it took, and some more.
+    """
 
     def __init__(self, workers: int, show: Callable[[str], None] = lambda text: None) -> None:
         import ray
 
-        self.workers, self.show = workers, show
+        self.workers, self.show, self.memory = workers, show, MEMORY
         self._shared = SharedTensors(ray.put)
-        options = {"num_cpus": 1, "max_retries": RETRIES}
-        self._task = ray.remote(**options)(_call)
-        self._task_of_kept = ray.remote(num_returns=2, **options)(_call_and_tell)
-        for _ in range(workers):  # nobody waits for these: the workers import torch while the model is loaded
-            self._task.remote(bool)
+        self._task = ray.remote(num_cpus=1, num_returns=2, max_retries=RETRIES)(_call)
+        # The workers import torch while the model is loaded. The first results are waited for, so that no worker still
+        # starts while something is timed.
+        self._starting = [self._task.remote(bool)[0] for _ in range(workers)]
 
     def share(self, value: Value) -> Value:
         """Put a value into the object store, and those of its tensors that are not there yet."""
@@ -127,25 +143,54 @@ class OnRay:
 
     def keep(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Sequence[Result]:
         """Run all calls, and leave their results in the object store."""
-        handles = [self._task_of_kept.remote(function, *call) for call in calls]
-        for _, done in handles:
-            _result(done)
-        return [kept for kept, _ in handles]
+        while self._starting:
+            _result(self._starting.pop())
+        handles = [self._submitted(function, call) for call in calls]
+        for _, taken in handles:
+            self._note(_result(taken))
+        kept: list[Any] = [result for result, _ in handles]
+        return kept
 
     def run(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
         """Yield the result of each call, in order, with `AHEAD` calls for each worker on the way."""
-        left, waiting, start = collections.deque(calls), collections.deque[Any](), time.perf_counter()
+        left, waiting, start = collections.deque(calls), collections.deque[tuple[Any, Any]](), time.perf_counter()
         total = len(left)
         try:
             for done in range(total):
                 while left and len(waiting) < AHEAD * self.workers:
-                    waiting.append(self._task.remote(function, *left.popleft()))
-                result = _value(_result(waiting.popleft()))
+                    waiting.append(self._submitted(function, left.popleft()))
+                handle, taken = waiting.popleft()
+                result = _value(_result(handle))
+                self._note(_result(taken))
                 rate = (done + 1) / (time.perf_counter() - start)
                 self.show(f"{self.workers} workers, {rate:.1f} shards/s, {total - done - 1} left")
                 yield result
         finally:
-            _abandon(waiting)
+            _abandon([handle for handle, _ in waiting])
+
+    def _submitted(self, function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Submit a call; return the handles of its result and of the memory that its worker took."""
+        task = self._task.options(memory=self.memory)
+        result, taken = task.remote(function, *call)
+        return result, taken
+
+    def _note(self, taken: int | None) -> None:
+        """Ask for the memory that a worker took from now on.
+
+        Raises:
+            ExecutorError: no machine has as much, so that the next call would wait for ever.
+        """
+        import ray
+
+        if taken is None or taken * SPARE <= self.memory:
+            return
+        self.memory = math.ceil(taken * SPARE / STEP) * STEP
+        most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+        if self.memory > most:
+            raise ExecutorError(
+                f"a worker takes {self.memory / 2**30:.2g} GiB, but no machine of the cluster has more than "
+                f"{most / 2**30:.2g} GiB for workers; use machines with more memory, or fewer --workers."
+            )
 
 
 def _result(handle: Any) -> Any:
@@ -185,18 +230,17 @@ def _sentence(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------------- on a worker
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Packed:
-    """Call a function on the values of its arguments, with one thread; the values of an iterator become a list."""
+def _call(function: Callable[..., Any], *arguments: Any) -> tuple[Packed, int | None]:
+    """Call a function on the values of its arguments, with one thread; the values of an iterator become a list.
+
+    Returns:
+        The result, and the bytes of memory of this process alone.
+    """
     import torch
 
     torch.set_num_threads(1)
     result = function(*map(_value, arguments))
-    return packed(list(result) if isinstance(result, Iterator) else result)
-
-
-def _call_and_tell(function: Callable[..., Any], *arguments: Any) -> tuple[Packed, None]:
-    """Return the result of a call, which stays in the object store, and None, which says that it is there."""
-    return _call(function, *arguments), None
+    return packed(list(result) if isinstance(result, Iterator) else result), own_memory()
 
 
 def _value(argument: Any) -> Any:

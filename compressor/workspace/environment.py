@@ -66,6 +66,13 @@ def held_memory() -> int | None:
     return None
 
 
+def own_memory() -> int | None:
+    """Return the current memory of this process alone in bytes, without files and what it shares; None if unknown."""
+    with contextlib.suppress(OSError, StopIteration):
+        return _process_status("RssAnon")
+    return None
+
+
 def _process_status(name: str) -> int:
     """Return a field of /proc/self/status, which Linux states in kB, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -29,7 +29,7 @@ from tests.samples import digits
 needs_ray = pytest.mark.skipif(util.find_spec("ray") is None, reason="Ray is not installed")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def on_ray():
     """Start Ray once, with two workers: it takes seconds."""
     with executor_for(2, None) as executor:
@@ -117,6 +117,15 @@ def test_calls_run_in_other_processes_with_one_thread(on_ray):
 @needs_ray
 def test_a_call_whose_worker_dies_runs_again(on_ray, tmp_path):
     assert list(on_ray.run(die_once, [(tmp_path / "tried",)])) == [7]
+
+
+@needs_ray
+def test_calls_ask_for_the_memory_that_their_workers_took(on_ray):
+    executor = OnRay(2)
+    before = executor.memory
+    with pytest.raises(ExecutorError, match=r"a worker takes 7\.5e\+03 GiB, but no machine of the cluster has more"):
+        executor._note(6000 * 2**30)
+    assert executor.memory > before
 
 
 @needs_ray
