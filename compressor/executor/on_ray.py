@@ -68,11 +68,14 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    if ray.is_initialized():  # by the program that calls Compressor
-        yield _cores()
-        return
     if address not in (None, AUTO):
         _check_address(str(address))
+    if ray.is_initialized():  # by the program that calls Compressor
+        present = ray.get_runtime_context().gcs_address
+        if address not in (None, AUTO, present):
+            raise ExecutorError(f"this program is connected to Ray at {present}, not at {address}; leave out --ray.")
+        yield _cores()
+        return
     chosen = {"num_cpus": workers, "include_dashboard": False} if address is None else {"address": address}
     terminated = signal.getsignal(signal.SIGTERM)
     try:
