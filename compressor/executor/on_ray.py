@@ -66,6 +66,7 @@ def executor_for(
 def _connected(workers: int | None, address: str | None) -> Iterator[int]:
     """Start Ray on this machine, or connect to a cluster; yield its number of cores."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what fails is raised too
     import ray
 
     if address not in (None, AUTO):
@@ -88,6 +89,10 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
     except (OSError, RuntimeError, ValueError) as error:
         if ray.is_initialized():
             raise
+        if address == AUTO and isinstance(error, ConnectionError):
+            raise ExecutorError(
+                "--ray auto finds no cluster that this machine belongs to; start one with `ray start --head`."
+            ) from error
         place = "start on this machine" if address is None else f"connect to {address}"
         raise ExecutorError(f"Ray cannot {place}: {_sentence(error)}.") from error
     finally:
