@@ -66,7 +66,6 @@ def executor_for(
 def _connected(workers: int | None, address: str | None) -> Iterator[int]:
     """Start Ray on this machine, or connect to a cluster; yield its number of cores."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what fails is raised too
     import ray
 
     if address not in (None, AUTO):

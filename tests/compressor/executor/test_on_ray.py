@@ -21,6 +21,7 @@ from compressor.search.cost_model import multiply_add_cost_model
 from compressor.search.greedy import Search
 from compressor.search.rewriter import Rewriter
 from compressor.settings import Settings
+from compressor.workspace.environment import own_memory
 from passes.analysis.redundancy import Score
 from passes.base import apply
 from passes.execute.interpreter import run
@@ -112,6 +113,23 @@ def test_calls_run_in_other_processes_with_one_thread(on_ray):
     found = set(on_ray.run(threads_and_process, ((),) * 8))
     assert {threads for threads, _ in found} == {1}
     assert os.getpid() not in {process for _, process in found}
+
+
+def memory_with(tensor):
+    """Return the process, and its own memory while it reads a tensor."""
+    assert float(tensor.sum()) == len(tensor)
+    return os.getpid(), own_memory()
+
+
+@needs_ray
+@pytest.mark.skipif(own_memory() is None, reason="this system does not report the memory of a process alone")
+def test_workers_read_the_weights_of_their_machine_in_place(on_ray):
+    mebibyte = 2**20
+    small, large = (on_ray.share(torch.ones(size)) for size in (8, 32 * mebibyte))
+    without, having = (dict(on_ray.run(memory_with, [(each,)] * 8)) for each in (small, large))
+    both = without.keys() & having.keys()
+    assert both
+    assert all(having[process] - without[process] < 32 * mebibyte for process in both)  # the tensor takes 128 MiB
 
 
 @needs_ray
