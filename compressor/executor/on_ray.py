@@ -88,14 +88,19 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
     except (OSError, RuntimeError, ValueError) as error:
         if ray.is_initialized():
             raise
-        if address == AUTO and isinstance(error, ConnectionError):
-            raise ExecutorError(
-                "--ray auto finds no cluster that this machine belongs to; start one with `ray start --head`."
-            ) from error
         place = "start on this machine" if address is None else f"connect to {address}"
-        raise ExecutorError(f"Ray cannot {place}: {_sentence(error)}.") from error
+        raise ExecutorError(f"Ray cannot {place}: {_sentence(error)}{_way_round(error, address)}.") from error
     finally:
         ray.shutdown()
+
+
+def _way_round(error: Exception, address: str | None) -> str:
+    """Return what to do where no cluster answers, which Ray does not say, as the end of a sentence."""
+    if address is None or not isinstance(error, ConnectionError):
+        return ""
+    if address == AUTO:
+        return "; start a cluster with `ray start --head`, or give --workers"
+    return "; where the cluster asks for a token, as Ray's do by default, set RAY_AUTH_MODE=token"
 
 
 def _cores() -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from compressor.choices import AUTO
+from compressor.commands import InspectSettings
 from compressor.errors import SettingsError
 from compressor.settings import Settings
 from compressor.target.registry import target_named
@@ -47,8 +48,19 @@ def _of_search(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "metric", f"which ranks sites for a number or a share, with --drop {drop}; give --drop such as 4 or 25%"
     if drop == "none" or drop.endswith(".json"):
         yield "actions", f"but --drop {drop} chooses no action; give another --drop"
+    if _runs_nothing(settings):
+        for name in ("workers", "ray"):
+            yield name, f"whose processes choose a plan or fit maps, with --drop {drop}; give --drop auto or a number"
     if settings.heal == "none":
         yield "heal_budget", "which is the time limit of healing, without healing; give --heal"
+
+
+def _runs_nothing(settings: Settings) -> bool:
+    """Return whether an export neither searches nor ranks, and fits no map."""
+    if isinstance(settings, InspectSettings) or settings.drop == AUTO or settings.drop.endswith(".json"):
+        return False
+    named = settings.drop == "none" or bool(parse(settings.drop).names)
+    return named and settings.chosen_actions == ("drop",)
 
 
 def _of_engine(settings: Settings) -> Iterator[tuple[str, str]]:

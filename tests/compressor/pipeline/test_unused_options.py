@@ -27,6 +27,8 @@ REFUSED = [
     ({"drop": "blocks.1.mlp", "metric": "output"}, "with --drop blocks.1.mlp; give --drop such as 4 or 25%"),
     ({"drop": "plan.json", "metric": "random"}, "with --drop plan.json; give --drop such as 4 or 25%"),
     ({"drop": "plan.json", "actions": "linear"}, "found --actions linear, but --drop plan.json chooses no action"),
+    ({"drop": "none", "workers": 2}, "found --workers 2, whose processes choose a plan or fit maps, with --drop none"),
+    ({"drop": "blocks.1.mlp", "ray": "auto"}, "found --ray auto, whose processes choose a plan"),
     ({"target": "tensorrt", "threads": 2}, "found --threads 2, but engines of tensorrt run on the GPU; choose another"),
 ]
 USED: list[dict[str, Any]] = [
@@ -40,7 +42,8 @@ USED: list[dict[str, Any]] = [
     {"drop": "25%", "metric": "output", "search_samples": 8, "actions": "linear"},
     {"drop": "attention:2", "metric": "random"},
     {"drop": "none", "metric": "output", "search_samples": 8},
-    {"drop": "blocks.1.mlp", "actions": "linear"},
+    {"drop": "blocks.1.mlp", "actions": "linear", "workers": 2},
+    {"drop": "4", "ray": "auto"},
     {"target": "tensorrt", "threads": 2, "defer_build": True},
 ]
 
