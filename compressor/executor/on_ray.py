@@ -76,7 +76,9 @@ def _connected(workers: int | None, address: str | None) -> Iterator[int]:
             raise ExecutorError(f"this program is connected to Ray at {present}, not at {address}; leave out --ray.")
         yield _cores()
         return
-    chosen = {"num_cpus": workers, "include_dashboard": False} if address is None else {"address": address}
+    # "local": without an address, Ray would look for a cluster of this machine first.
+    alone = {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    chosen = alone if address is None else {"address": address}
     terminated = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():

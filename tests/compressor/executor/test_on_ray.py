@@ -1,6 +1,7 @@
 """Tests of the executors: the results of a search do not depend on where it runs, nor on workers that die."""
 
 import functools
+import itertools
 import os
 import signal
 import socket
@@ -183,9 +184,17 @@ def search_here():
 @needs_ray
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_search_is_the_same_to_the_bit_for_any_number_of_workers(on_ray, workers):
-    split = digits()[1].calibration
+    """With two workers, one of them is killed in the middle."""
+    split, shards = digits()[1].calibration, itertools.count(1)
     assert len(list(split.bounded_groups(BATCH))) > 1
-    search, expected = search_on_digits(OnRay(workers), split), search_here()
+    _, victim = next(on_ray.run(threads_and_process, [()]))
+
+    def kill_one(text):
+        if next(shards) == 9 and workers == 2:
+            os.kill(victim, signal.SIGKILL)
+
+    search, expected = search_on_digits(OnRay(workers, kill_one), split), search_here()
+    assert next(shards) > 20
     assert search.steps == expected.steps
     assert search.front.added == expected.front.added
     assert (search.refused, search.sweeps) == (expected.refused, expected.sweeps)
