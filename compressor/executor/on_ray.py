@@ -263,15 +263,18 @@ def _value(argument: Any) -> Any:
     return _unpacked(argument) if argument.shared else argument.value(lambda arrays: arrays)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _unpacked(value: Packed) -> Any:
     """Return a shared value; it is unpacked once for many calls."""
     return value.value(_arrays)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _arrays(handle: Any) -> list[Bytes]:
-    """Return arrays of the object store, which all workers of a machine read in place."""
+    """Return arrays of the object store, which all workers of a machine read in place.
+
+    Only the last ones are held, as what is held here cannot leave the store.
+    """
     import ray
 
     arrays: list[Bytes] = ray.get(handle)

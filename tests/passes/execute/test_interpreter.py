@@ -1,5 +1,7 @@
 """Tests of the interpreter: runs equal rewritten graphs and separate runs bit for bit."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +57,41 @@ def test_forks_equal_separate_runs(case):
     assert set(received) == {None, *kept}
     for name, outputs in received.items():
         assert equal(outputs, run(dropped(graph, *skipped, *([name] if name else [])), model.example))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickled_joint_run_gives_the_same_values_in_any_number_of_parts(name):
+    model, graph, sites = traced(name)
+    forks = SharedPrefixRun(graph, {site.name: dropped(graph, site.name) for site in sites})
+    expected = {}
+    forks.run(model.example, expected.__setitem__)
+    restored = pickle.loads(pickle.dumps(forks))
+    assert restored.share == forks.share
+    for count in (0, 1, 3, 99):
+        received, parts = {}, restored.parts(count)
+        assert len(parts) == min(max(count, 1), len(sites))
+        for part in parts:
+            pickle.loads(pickle.dumps(part)).run(model.example, received.__setitem__)
+        assert received.keys() == expected.keys()
+        assert all(equal(received[key], expected[key]) for key in expected)
+
+
+def test_a_part_runs_the_main_graph_only_up_to_its_last_fork(monkeypatch):
+    model, graph, sites = traced("vit")
+    forks = SharedPrefixRun(graph, {site.name: dropped(graph, site.name) for site in sites})
+    steps, step = [], Program.step
+
+    def counted(program, node, values):
+        steps.append((program, node))
+        return step(program, node, values)
+
+    monkeypatch.setattr(Program, "step", counted)
+    first, second = forks.parts(2)
+    for part, whole in ((first, True), (second, False)):
+        steps.clear()
+        part.run(model.example, lambda *_: None)
+        ran = sum(program is forks.main for program, _ in steps)
+        assert (ran == sum(node.op != "placeholder" for node in forks.main.order)) is whole
 
 
 def test_forks_compute_only_changed_nodes(monkeypatch):
