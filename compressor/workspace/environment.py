@@ -23,6 +23,7 @@ PACKAGES = (
     "gguf",
     "xllamacpp",
     "numpy",
+    "ray",
 )
 
 
