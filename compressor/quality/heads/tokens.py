@@ -62,8 +62,9 @@ class NextTokens(Tokens):
 
     def columns(self, metric: str, batch: Batch, answer: Array, original: Array | None) -> Columns:
         """Sum the negative log-likelihoods of next tokens, without padding, context and the first token of a text."""
-        targets, before = batch.feeds["input_ids"][:, 1:], None if original is None else original[:, :-1]
-        return likelihood_columns(answer[:, :-1], targets, self.scored(batch)[:, :-1], before)
+        targets, ahead = batch.feeds["input_ids"][:, 1:], answer[:, :-1]
+        before = ahead if original is answer else None if original is None else original[:, :-1]
+        return likelihood_columns(ahead, targets, self.scored(batch)[:, :-1], before)
 
     def lower_bound(self, metric: str, columns: Columns, reference: Columns, before: float) -> float:
         """Return the loss if the remaining tokens have a negative log-likelihood of 0."""
@@ -141,10 +142,10 @@ def likelihood_columns(answer: Array, targets: Array, scored: Array, original: A
         wanted = torch.from_numpy(np.ascontiguousarray(targets[row]))
         parts = ((part[kept].float(), target[kept]) for part, target, kept in chunks(logits, wanted, mask))
         nll = sum(float(torch.nn.functional.cross_entropy(*part, reduction="sum")) for part in parts)
-        agreeing = 0.0
-        if original is not None:
-            agreeing = float((logits.argmax(-1).numpy() == original[row].argmax(-1))[scored[row]].sum())
-        rows.append((nll, float(scored[row].sum()), agreeing))
+        count = agreeing = float(scored[row].sum())
+        if original is not None and original is not answer:
+            agreeing = float((answer[row].argmax(-1) == original[row].argmax(-1))[scored[row]].sum())
+        rows.append((nll, count, agreeing))
     nlls, tokens, agreements = np.array(rows, dtype=np.float64).T
     columns = {"nll": nlls, "tokens": tokens}
     return columns if original is None else columns | {"agreement": agreements / np.maximum(tokens, 1.0)}
