@@ -19,6 +19,8 @@ from compressor.models.preprocess import Preprocess
 if TYPE_CHECKING:
     from compressor.models.class_names import ClassNames
 
+MIDDLE = 3  # samples that `Split.middle` takes at least, however long they are
+
 __all__ = ["Batch", "Data", "DataError", "Shares", "Skipped", "Split", "load"]
 
 
@@ -178,8 +180,16 @@ class Split:
         total = sum(self.tokens.get(index, 0) for index in self.indices)
         return self.head(max(least, len(self) * tokens // total)) if total else self
 
-    def middle(self, n: int) -> Split:
-        """Return a subset of at most `n` samples in the middle: of texts, those of about the median length."""
+    def middle(self, n: int, tokens: int | None = None) -> Split:
+        """Return a subset of at most `n` samples in the middle: of texts, those of about the median length.
+
+        Args:
+            n: maximum number of samples.
+            tokens: tokens of texts in sum; texts that have more are fewer than `n`, but at least `MIDDLE`. None: any.
+        """
+        median = self.tokens.get(self.indices[len(self.indices) // 2], 0)
+        if tokens is not None and median:
+            n = min(n, max(MIDDLE, tokens // median))
         start = max(0, (len(self.indices) - n) // 2)
         return replace(self, indices=self.indices[start : start + n])
 

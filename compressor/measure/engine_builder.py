@@ -25,6 +25,7 @@ from passes.graph.graph import Graph
 from runtimes.base.protocols import BuildOptions, Engine, Feeds, Runtime
 
 PARITY_ROWS = 8  # rows of real samples on which engines are compared with torch
+PARITY_TOKENS = 512  # their tokens in sum; texts that have more are fewer, see `Split.middle`
 
 
 @dataclasses.dataclass(frozen=True)
