@@ -187,9 +187,9 @@ class Split:
             n: maximum number of samples.
             tokens: tokens of texts in sum; texts that have more are fewer than `n`, but at least `MIDDLE`. None: any.
         """
-        median = self.tokens.get(self.indices[len(self.indices) // 2], 0)
-        if tokens is not None and median:
-            n = min(n, max(MIDDLE, tokens // median))
+        if tokens is not None:
+            median = self.tokens.get(self.indices[len(self.indices) // 2], 0)
+            n = min(n, max(MIDDLE, tokens // median)) if median else n
         start = max(0, (len(self.indices) - n) // 2)
         return replace(self, indices=self.indices[start : start + n])
 

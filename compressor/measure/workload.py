@@ -219,14 +219,35 @@ def memory_mapped(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray
         yield name, np.load(folder / f"{number}.npy", mmap_mode="r")
 
 
+class LastEngine:
+    """The engine that was opened last; it is closed before another one is opened."""
+
+    def __init__(self) -> None:
+        self._opener: Callable[[], Engine] | None = None
+        self._engine: Engine | None = None
+
+    def open(self, opener: Callable[[], Engine]) -> Engine:
+        """Return the engine of an opener, which is called unless it was the last one."""
+        if self._engine is None or opener is not self._opener:
+            self.close()
+            self._opener, self._engine = opener, opener()
+        return self._engine
+
+    def close(self) -> None:
+        """Close the engine, if one is open."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
 class EngineWithFeeds:
     """An engine with feeds of its own, so that one interleaved run can time several kinds of calls.
 
-    The engine is opened on entry and closed on exit.
+    The engine is opened on entry and closed on exit. With `last`, it stays open for other feeds of the same opener.
     """
 
-    def __init__(self, opener: Callable[[], Engine], feeds: Feeds) -> None:
-        self._opener, self._feeds = opener, feeds
+    def __init__(self, opener: Callable[[], Engine], feeds: Feeds, last: LastEngine | None = None) -> None:
+        self._opener, self._feeds, self._last = opener, feeds, last
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
         """Bind the feeds of this engine; the argument is ignored."""
@@ -234,11 +255,12 @@ class EngineWithFeeds:
 
     def __enter__(self) -> EngineWithFeeds:
         """Open the engine."""
-        self._engine = self._opener()
+        self._engine = self._opener() if self._last is None else self._last.open(self._opener)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the engine."""
-        self._engine.close()
+        if self._last is None:
+            self._engine.close()
