@@ -9,8 +9,8 @@ import pytest
 
 from compressor.lower.write_onnx import lower
 from compressor.models.text.kv_cache import positions
-from compressor.quantize.int4 import to_int4
 from compressor.quantize.int8_search import quantize
+from compressor.quantize.weight_only import to_int4
 from passes.base import apply
 from passes.rewrite.drop import Drop
 from runtimes.base.protocols import BuildOptions, RuntimesError
