@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 import torch
-from smollm2_engines import ENGINES, exported, factorial, products, timing
+from smollm2_engines import ENGINES, exported, factorial, products, task, timing
 from smollm2_subject import (
     DENSE,
     DESIGNS,
@@ -50,7 +50,7 @@ from passes.graph.cache_state import bytes_per_token
 from passes.graph.graph import Graph
 
 RESULTS = Path(__file__).parent / "results" / "smollm2.json"
-PARTS = ("quality", "export", "factorial", "healing")
+PARTS = ("quality", "export", "factorial", "healing", "task")
 HEAL_SECONDS = 240.0
 HEALED = tuple(
     (design, method)
@@ -148,7 +148,12 @@ def main(
         if part == "export":
             exported(subject, engines or tuple(ENGINES))
         else:
-            rows = {"quality": quality, "healing": partial(healing, seconds=heal_seconds), "factorial": factorial}
+            rows = {
+                "quality": quality,
+                "healing": partial(healing, seconds=heal_seconds),
+                "factorial": factorial,
+                "task": task,
+            }
             results.rows(part, rows[part](subject))
 
 

@@ -20,6 +20,7 @@ from smollm2_subject import DENSE, ORIGINAL, Design, Row, Subject
 
 from compressor.benchmark.contenders import EngineEntry
 from compressor.benchmark.decode_timing import Generation, measure
+from compressor.benchmark.lm_eval_tasks import TaskOptions, evaluate_tasks
 from compressor.benchmark.runner import BenchRunner, Condition, Engines
 from compressor.measure.engine_builder import EngineBuilder, with_input_sizes
 from compressor.measure.engine_parity import engine_parity
@@ -307,3 +308,51 @@ def _opened(path: Path, threads: int, *, table: bool = True) -> OnnxRuntimeEngin
         options.add_session_config_entry(LOOKUP_TABLE, "0")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return OnnxRuntimeEngine(session, device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- a task of lm-eval
+
+TASK, WORDS, CHOICE_WORDS, CHOICES = "wikitext_next", 40, 16, 4
+
+
+def task(subject: Subject) -> dict[str, Callable[[], Row]]:
+    """Return the measurement of lm-eval's accuracy on a task made of the test paragraphs, for every plan.
+
+    A question has the first `WORDS` words of a paragraph. The choices are its next `CHOICE_WORDS` words and those of
+    three other paragraphs.
+    """
+    return {TASK: lambda: _task(subject)}
+
+
+def _task(subject: Subject) -> Row:
+    with tempfile.TemporaryDirectory(dir=subject.work) as scratch:
+        folder = Path(scratch)
+        rows = list(_questions(subject))
+        (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+        (folder / f"{TASK}.yaml").write_text(
+            f"task: {TASK}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'rows.json'}\n"
+            "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_target: gold\n"
+            "doc_to_choice: choices\nmetric_list:\n  - metric: acc\nmetadata:\n  version: 1.0\n"
+        )
+        plans = {"dense" if not design.percent else design.name: design for design in PLANS}
+        files, options = Files(subject.work), BuildOptions(threads=1)
+        openers = {
+            name: partial(runtime(PLAIN).load, files.path(Cell(PLAIN, design, "fp32")), options)
+            for name, design in plans.items()
+        }
+        asked = TaskOptions((TASK,), include_path=str(folder))
+        found = evaluate_tasks(openers, subject.traced.model, asked, against="dense", length=None, steps=Steps())
+    assert found is not None
+    accuracy = {each.engine: {"value": each.value, "error": each.error} for each in found.results}
+    return {"questions": len(rows), "choices": CHOICES, "accuracy": accuracy, "lm_eval": found.release}
+
+
+def _questions(subject: Subject) -> Iterator[Row]:
+    lines = Path(subject.traced.data.source).read_text().splitlines()
+    texts = [lines[int(name)].split() for name in subject.test.ids]
+    endings = [" " + " ".join(words[WORDS : WORDS + CHOICE_WORDS]) for words in texts]
+    for number, words in enumerate(texts):
+        gold = number % CHOICES
+        others = [endings[(number + offset) % len(texts)] for offset in range(1, CHOICES)]
+        yield {"context": " ".join(words[:WORDS]), "choices": [*others[:gold], endings[number], *others[gold:]],
+               "gold": gold}  # fmt: skip
