@@ -193,6 +193,13 @@ def _facts(found: Row) -> Iterator[str]:
             f"Timed: a prompt of {timed['context']} tokens, a further token behind it, {timed['threads']} thread"
             f"{'s' * (timed['threads'] > 1)}, {timed['rounds']} interleaved bursts."
         )
+    for row in found.get("task", {}).values():
+        scores = (f"{name} {each['value']:.3f} ± {each['error']:.3f}" for name, each in row["accuracy"].items())
+        yield ""
+        yield (
+            f"Accuracy by lm-eval (± standard error) at naming the continuation of a test paragraph, {row['questions']} "
+            f"questions with {row['choices']} choices each ({1 / row['choices']:.2f} by chance): {', '.join(scores)}."
+        )
     if CLAIMED in found.get("quality", {}):
         yield ""
         yield _claim(found)
