@@ -197,8 +197,9 @@ def _facts(found: Row) -> Iterator[str]:
         scores = (f"{name} {each['value']:.3f} ± {each['error']:.3f}" for name, each in row["accuracy"].items())
         yield ""
         yield (
-            f"Accuracy by lm-eval (± standard error) at naming the continuation of a test paragraph, "
-            f"{row['questions']} questions with {row['choices']} choices each ({1 / row['choices']:.2f} by chance): {', '.join(scores)}."
+            "Accuracy by lm-eval (± standard error) at naming the continuation of a test paragraph, "
+            f"{row['questions']} questions with {row['choices']} choices each ({1 / row['choices']:.2f} by chance): "
+            f"{', '.join(scores)}."
         )
     if CLAIMED in found.get("quality", {}):
         yield ""
