@@ -52,6 +52,7 @@ MEANINGS = {
     "int8": "Weights and the activations they multiply are int8, with activation ranges from calibration data.",
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
+    "int2": "Weights are int2 (-2, -1, 0 or 1 times the scale of a block of 32), and need ONNX Runtime 1.27 or newer.",
 }
 STORED = {
     "fp16": "Matrices are stored as F16.",
