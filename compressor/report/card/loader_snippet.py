@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 EMBEDDING = "sentence_embedding"
+FLOATS = ("pixel_values", "input_values", "input_features")
 TEMPLATES = Path(__file__).parent / "templates"
 # The engine file of each target that has its own format, and the packages that open it.
 ENGINES = {
@@ -196,7 +197,7 @@ def decision(model: Json) -> str:
         return ""
     if model["task"] == "image-segmentation":
         return ".argmax(1)"
-    by_token = model["task"] in ("question-answering", "fill-mask", "text-generation")
+    by_token = model["task"] in ("question-answering", "fill-mask", "text-generation", "automatic-speech-recognition")
     return ".argmax(-1)" if by_token or model["task"].endswith("classification") else ".shape"
 
 
@@ -261,7 +262,7 @@ def _arrays(content: Json, folder: Path) -> dict[str, tuple[tuple[int, ...], str
     timed = content["timed_inputs"]
     arrays: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in content["model"]["inputs"]:
-        default = tuple(timed.get(name, (1,))[1:]), "float32" if name == "pixel_values" else "int64"
+        default = tuple(timed.get(name, (1,))[1:]), "float32" if name in FLOATS else "int64"
         shape, dtype = configured.get(name, default)
         arrays[name] = (1, *shape), "bool_" if dtype == "bool" else dtype
     return arrays

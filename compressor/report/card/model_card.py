@@ -40,6 +40,9 @@ USES = {
     "fill-mask": "fills in masked words",
     "image-segmentation": "classifies the pixels of images",
     "depth-estimation": "estimates the depth of images",
+    "audio-classification": "classifies sound",
+    "audio-frame-classification": "classifies the frames of sound",
+    "automatic-speech-recognition": "transcribes speech",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "
