@@ -118,7 +118,11 @@ def small_model(model_type: str) -> Any:
     if parameters > LARGEST:
         raise ValueError(f"not reduced: {parameters:,} parameters")
     torch.manual_seed(0)
-    return class_of(config)(config).eval()
+    module = class_of(config)(config).eval()
+    for weight in module.parameters():
+        if weight.ndim > 1 and not weight.any():  # AFMoE's router: equal scores have no order
+            torch.nn.init.normal_(weight, std=0.02)
+    return module
 
 
 def judged(model_type: str, folder: Path) -> dict[str, Any]:
