@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 NAME = "README.md"
+CACHES = ("past_key_values.", "past_conv.", "present.", "present_conv.")
 USES = {
     "image-classification": "classifies images",
     "image-feature-extraction": "extracts features from images",
@@ -216,9 +217,9 @@ def _reader(content: Json) -> str:
 
 def _listed(names: list[str]) -> str:
     """List names in Markdown; the caches of a language model as one entry."""
-    plain = [code(name) for name in names if not name.startswith(("past_key_values.", "present."))]
-    caches = [name for name in names if name.startswith(("past_key_values.", "present."))]
-    return ", ".join([*plain, *([code(f"{caches[0].split('.')[0]}.*")] if caches else [])])
+    plain = [code(name) for name in names if not name.startswith(CACHES)]
+    caches = dict.fromkeys(f"{name.split('.')[0]}.*" for name in names if name.startswith(CACHES))
+    return ", ".join([*plain, *map(code, caches)])
 
 
 def _rows(content: Json) -> Iterator[str]:
