@@ -17,6 +17,9 @@ TASKS = (
     "fill-mask",
     "image-segmentation",
     "depth-estimation",
+    "audio-classification",
+    "audio-frame-classification",
+    "automatic-speech-recognition",
 )
 # What a classifier predicts, in the words of transformers' configs.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

@@ -377,7 +377,7 @@ def _check_usable(
     if not usable and faults:
         first = min(faults)
         raise DataError(
-            f"none of the {len(faults)} images in {spec} can be decoded (first: {ids[first]}: {faults[first]}); "
+            f"none of the {len(faults)} files in {spec} can be decoded (first: {ids[first]}: {faults[first]}); "
             "check that the files were copied completely"
         )
     if len(usable) < 3:

@@ -8,7 +8,7 @@ the prompt and half of the new tokens, because the latency of a decode step grow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,8 +121,7 @@ def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]
         step = feeds_with_cache(ids, generate.behind)
         shapes = {name: tuple(value.shape) for name, value in step.items()}
         for name in model.state.values():
-            _, heads, _, width = model.example[name].shape
-            shapes[name] = (settings.batch, heads, generate.behind, width)
+            shapes[name] = _cache_shape(model, name, settings.batch, generate.behind)
         calls[TOKEN] = Call(generate.new, step, shapes, partial(_filled_cache, model, ids[:, :-1]))
     return calls
 
@@ -201,14 +200,27 @@ def feeds_with_cache(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.ND
 
 
 def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    """Yield an empty KV cache for the layers that the engine still has; each tensor is [rows, heads, 0, width]."""
+    """Yield an empty cache for the layers that the engine still has.
+
+    Keys and values are [rows, heads, 0, width]; the state of a convolution is zero, [rows, channels, kernel].
+    """
     for name in model.state.values():
         if name in engine.inputs:
-            shape = engine.input_shapes[name]
-            heads, width = model.example[name].shape[1::2] if shape is None else (shape[1], shape[3])
-            assert heads is not None
-            assert width is not None
-            yield name, np.zeros((rows, heads, 0, width), dtype=engine.input_dtypes[name])
+            shape = _cache_shape(model, name, rows, 0, engine.input_shapes[name])
+            yield name, np.zeros(shape, dtype=engine.input_dtypes[name])
+
+
+def _cache_shape(
+    model: Model, name: str, rows: int, tokens: int, own: Sequence[int | None] | None = None
+) -> tuple[int, ...]:
+    """Return the shape of an input of the cache for a number of rows and of tokens so far.
+
+    An engine states its `own` fixed sizes: where layers were dropped, a name may belong to another layer than before.
+    """
+    sizes: Sequence[int] = model.example[name].shape
+    fixed = [size if other is None else other for size, other in zip(sizes, own or [None] * len(sizes), strict=True)]
+    growing = model.dynamic_axes[name]
+    return tuple(rows if axis == 0 else tokens if axis in growing else size for axis, size in enumerate(fixed))
 
 
 def memory_mapped(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from compressor.models.class_names import ClassNames
 
-Kind = Literal["image", "text", "tensor"]
+Kind = Literal["image", "text", "audio", "tensor"]
+# Clips, each float32 [samples], to the inputs of a batch.
+Listen = Callable[[Sequence[npt.NDArray[np.float32]]], dict[str, npt.NDArray[Any]]]
 Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
 
 
@@ -64,6 +66,12 @@ class Preprocess:
         class_names: names of the classes; None if the model does not name them.
         lengths: returns the number of tokens of each text, optionally with second texts, without truncation.
         limit: number of tokens to which `text` truncates; None if it does not truncate.
+        audio: converts mono clips at `rate` samples per second, each float32 [samples], to the inputs of a batch,
+            padded to the longest clip; None without a feature extractor.
+        rate: samples per second of the clips.
+        seconds: length to which longer clips are cut.
+        frames: numbers of frames of the output for clips of some numbers of samples; None if they are unknown.
+        varying: axis of each input, besides the first, whose size varies from batch to batch.
     """
 
     inputs: tuple[str, ...]
@@ -93,6 +101,11 @@ class Preprocess:
 
     lengths: Callable[[list[str], list[str] | None], list[int]] | None = None
     limit: int | None = None
+    audio: Listen | None = None
+    rate: int = 0
+    seconds: float = 0.0
+    frames: Callable[[Sequence[int]], npt.NDArray[Any]] | None = None
+    varying: Mapping[str, int] = field(default_factory=dict)
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

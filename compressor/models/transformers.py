@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,8 @@ from compressor.choices import ImageSize
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names
+from compressor.models.audio.features import find_features
+from compressor.models.audio.inputs import find_inputs, frames_of, takes_sound
 from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
@@ -45,6 +48,9 @@ HEADS = {
     "ForMaskedLM": "fill-mask",
     "ForSemanticSegmentation": "image-segmentation",
     "ForDepthEstimation": "depth-estimation",
+    "ForAudioClassification": "audio-classification",
+    "ForAudioFrameClassification": "audio-frame-classification",
+    "ForCTC": "automatic-speech-recognition",
 }
 AUTO = {
     "image-classification": "AutoModelForImageClassification",
@@ -55,6 +61,9 @@ AUTO = {
     "fill-mask": "AutoModelForMaskedLM",
     "image-segmentation": "AutoModelForSemanticSegmentation",
     "depth-estimation": "AutoModelForDepthEstimation",
+    "audio-classification": "AutoModelForAudioClassification",
+    "audio-frame-classification": "AutoModelForAudioFrameClassification",
+    "automatic-speech-recognition": "AutoModelForCTC",
 }
 # The outputs of heads that are evaluated, by their names in transformers; those of all other heads are hidden states.
 OUTPUTS = {
@@ -66,6 +75,9 @@ OUTPUTS = {
     "image-segmentation": ("logits",),
     "question-answering": ("start_logits", "end_logits"),
     "depth-estimation": ("predicted_depth",),
+    "audio-classification": ("logits",),
+    "audio-frame-classification": ("logits",),
+    "automatic-speech-recognition": ("logits",),
 }
 # Inputs of another kind than texts or images alone, by their names in transformers.
 OTHER_INPUTS = {
@@ -181,7 +193,8 @@ def _task(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         return "sentence-similarity"
     for ending, task in HEADS.items():
         if architecture.endswith(ending):
-            return task
+            sound = task == "text-classification" and takes_sound(getattr(transformers, architecture, None))
+            return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
     features = "image-feature-extraction" if hasattr(config, "image_size") else "feature-extraction"
     if architecture and not _is_bare(architecture):
         raise ModelError(
@@ -247,6 +260,8 @@ def _wrap(
     cache: bool = True,
     image_size: ImageSize = None,
 ) -> Model:
+    if takes_sound(module):
+        return _wrap_sound(module, location, task, options, random_weights, untrained)
     image = module.main_input_name == "pixel_values"
     experts = use_writable_experts(module)
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
@@ -302,6 +317,53 @@ def _wrap(
         find = partial(_optional, location, revision=options["revision"])
         return sentence_transformers.embedding(model, sentence_files, find, location)
     return model if task != "text-generation" else with_cache(model, cache)
+
+
+def _wrap_sound(
+    module: Any, location: str, task: str, options: dict[str, Any], random_weights: bool, untrained: tuple[str, ...]
+) -> Model:
+    """Return the model of a module that takes sound, with its feature extractor."""
+    extractor, tokenizer = _feature_extractor(location, options), _tokenizer(location, options)
+    features = None if extractor is None else find_features(extractor, module.main_input_name)
+    found = find_inputs(module, lambda names: _signature(task, names).call, features, location)
+    signature = _signature(task, found.names)
+    frames = frames_of(module, signature.call, found, signature.outputs.index(signature.answer))
+    return Model(
+        name=Path(location).name if Path(location).is_dir() else location,
+        source="transformers",
+        task=task,
+        module=module,
+        call=signature.call,
+        inputs=found.names,
+        outputs=signature.outputs,
+        answer=signature.answer,
+        example=found.example,
+        dynamic_axes=found.axes,
+        preprocess=found.preprocess(frames),
+        save=partial(_save_sound, module, extractor, tokenizer),
+        untrained=untrained,
+        revision=options["revision"],
+        hub_id=None if random_weights or Path(location).is_dir() else location,
+        random_weights=random_weights,
+        limitations=(*found.limitations, *_other_inputs(module, found.names)),
+        class_names=_class_names(module.config) if task.endswith("classification") else None,
+    )
+
+
+def _feature_extractor(location: str, options: dict[str, Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # AST's own settings leave some mel filters empty
+            return transformers.AutoFeatureExtractor.from_pretrained(location, **options)
+    except Exception as error:  # transformers does not wrap the errors of damaged files
+        _check_absent("feature extractor", PROCESSOR_FILES, location, options, error)
+        return None
+
+
+def _save_sound(module: Any, extractor: Any, tokenizer: Any, folder: Path) -> None:
+    _save(module, extractor, {}, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _class_names(config: Any) -> class_names.ClassNames | None:

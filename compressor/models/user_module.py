@@ -38,6 +38,9 @@ AXES = {
     "token-classification": 3,
     "fill-mask": 3,
     "depth-estimation": 3,
+    "audio-classification": 2,
+    "audio-frame-classification": 3,
+    "automatic-speech-recognition": 3,
     "image-segmentation": 4,
 }
 # What the output must be instead, by its number of axes.

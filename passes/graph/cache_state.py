@@ -6,7 +6,7 @@ The cache of a layer is removed together with the attention that reads it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from passes.graph.edit import replace_input, set_inputs_and_outputs
 from passes.graph.graph import ancestors_of, aten, output_values, value_of
@@ -35,7 +35,7 @@ def remove_dead_state(graph: Graph) -> tuple[str, ...]:
     inputs = dict(zip(graph.inputs, graph.placeholders(), strict=True))
     needed = ancestors_of([node for name, node in outputs.items() if name not in graph.state])
     pairs = list(graph.state.items())
-    kept = [(present, past) for present, past in pairs if outputs[present] in needed]
+    kept = [(present, past) for present, past in pairs if _is_alive(outputs[present], inputs[past], needed)]
     removed = tuple(present for present, past in pairs if (present, past) not in kept)
     if not removed:
         return ()
@@ -55,10 +55,21 @@ def remove_dead_state(graph: Graph) -> tuple[str, ...]:
     return removed
 
 
+def _is_alive(present: fx.Node, past: fx.Node, needed: Collection[fx.Node]) -> bool:
+    """Return whether an output depends on a state: on the new one, or on values of the old one, not its sizes alone.
+
+    The state of a convolution is cut off behind what the layer computes, so no other output depends on the new one.
+    """
+    return present in needed or any(user in needed for user in past.users if user.target is not aten.sym_size.int)
+
+
 def bytes_per_token(graph: Graph) -> int:
-    """Return the bytes by which the state of one row grows with each token; 0 for a graph without state."""
+    """Return the bytes by which the state of one row grows with each token; 0 for a graph without state.
+
+    The state of a convolution does not grow.
+    """
     values = dict(zip(graph.outputs, map(value_of, output_values(graph)), strict=True))
-    states = (values[name] for name in graph.state)
+    states = (values[name] for name in graph.state if any(not isinstance(size, int) for size in values[name].shape[1:]))
     return sum(value.itemsize * math.prod(size for size in value.shape if isinstance(size, int)) for value in states)
 
 
@@ -68,6 +79,6 @@ def _read_size_from_another(graph: Graph, node: fx.Node, others: Collection[fx.N
         if reader.target is aten.sym_size.int:
             size = value_of(reader)
             for other in others:
-                if str(value_of(other).shape[reader.args[1]]) == str(size):
+                if dict(enumerate(map(str, value_of(other).shape))).get(cast(int, reader.args[1])) == str(size):
                     replace_input(graph, reader, node, other)
                     break

@@ -10,7 +10,7 @@ from compressor.quality.heads.pixels import PixelClasses
 from compressor.quality.heads.regression import Regression
 from compressor.quality.heads.single_class import SingleClass
 from compressor.quality.heads.spans import Spans
-from compressor.quality.heads.tokens import MaskedTokens, NextTokens, TokenClasses
+from compressor.quality.heads.tokens import Frames, MaskedTokens, NextTokens, TokenClasses
 
 HEADS: dict[str, Head] = {
     "text-generation": NextTokens(),
@@ -20,10 +20,12 @@ HEADS: dict[str, Head] = {
     "image-segmentation": PixelClasses(),
     "depth-estimation": Depth(),
     "sentence-similarity": SentenceEmbedding(),
+    "audio-frame-classification": Frames(),
+    "automatic-speech-recognition": Frames(),
     "feature-extraction": Features(),
     "image-feature-extraction": Features(),
 }
-# The heads of image and text classification, by the problem type of the config.
+# The heads of the classification of images, texts and sound, by the problem type of the config.
 CLASSIFIERS: dict[str, Head] = {
     "single_label_classification": SingleClass(),
     "multi_label_classification": LabelSets(),

@@ -1,4 +1,4 @@
-"""One decision per token: the next token, a masked token, or the class of a token."""
+"""One decision per token: the next token, a masked token, or the class of a token or of a frame of sound."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tokens(Head):
         ids = batch.feeds["input_ids"]
         return batch.feeds.get("attention_mask", np.ones_like(ids)).astype(bool)
 
-    def divergence_mask(self, batch: Batch) -> Array:
+    def divergence_mask(self, batch: Batch) -> Array | None:
         """Return the mask of scored positions."""
         return self.scored(batch)
 
@@ -123,6 +123,29 @@ class TokenClasses(Tokens):
         """Return the regret (for accuracy) or disagreement so far, over all scored tokens."""
         bound = bound_of_regret if metric == "token_accuracy" else bound_of_agreement
         return bound(columns, reference)
+
+
+class Frames(Tokens):
+    """Logits of the classes of frames of sound, such as the characters of a CTC model [rows, frames, classes].
+
+    A frame is about 20 ms. Frames of padding are left out where the data tells them apart.
+    """
+
+    metrics: ClassVar[Metrics] = {None: "frame_agreement"}
+    scales = SCALES
+
+    def columns(self, metric: str, batch: Batch, answer: Array, original: Array | None) -> Columns:
+        """Return ``agreement`` and ``regret``, each the mean over the scored ``tokens``, here frames, of a clip."""
+        scored = np.ones(answer.shape[:2], dtype=bool) if batch.scored is None else batch.scored
+        return agreement_columns(scored, answer, original)
+
+    def divergence_mask(self, batch: Batch) -> Array | None:
+        """Return the mask of frames that are not padding; None if the data does not tell."""
+        return batch.scored
+
+    def lower_bound(self, metric: str, columns: Columns, reference: Columns, before: float) -> float:
+        """Return the disagreement so far, over all scored frames."""
+        return bound_of_agreement(columns, reference)
 
 
 def likelihood_columns(answer: Array, targets: Array, scored: Array, original: Array | None) -> Columns:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 EMBEDDING = "sentence_embedding"
+FLOATS = ("pixel_values", "input_values", "input_features")
 TEMPLATES = Path(__file__).parent / "templates"
 # The engine file of each target that has its own format, and the packages that open it.
 ENGINES = {
@@ -116,6 +117,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
             takes=content["engine"].get("inputs", model["inputs"]),
             gives=content["engine"].get("outputs", model["outputs"]),
             caches=_caches(content),
+            convolutions=any(name.startswith("past_conv.") for name in model["inputs"]),
             picture=picture,
             tokenizer=tokenizer,
             prompt=preprocessing_recipe.prompt(folder) if EMBEDDING in model["outputs"] else "",
@@ -196,7 +198,7 @@ def decision(model: Json) -> str:
         return ""
     if model["task"] == "image-segmentation":
         return ".argmax(1)"
-    by_token = model["task"] in ("question-answering", "fill-mask", "text-generation")
+    by_token = model["task"] in ("question-answering", "fill-mask", "text-generation", "automatic-speech-recognition")
     return ".argmax(-1)" if by_token or model["task"].endswith("classification") else ".shape"
 
 
@@ -232,11 +234,12 @@ def _runtime(content: Json, folder: Path, cached: bool) -> str:
     return target if built and not (cached and target in GPU_ENGINES) else "onnxruntime"
 
 
-def _caches(content: Json) -> dict[str, tuple[int, int]]:
-    """Return the number of heads and the head size of each cache input of the engine."""
-    inputs = content["engine"].get("inputs", ())
+def _caches(content: Json) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each cache input of the engine before the first token."""
     shapes = content["timed_inputs"]
-    return {name: (shapes[name][1], shapes[name][3]) for name in inputs if name.startswith("past_key_values.")}
+    names = [name for name in content["engine"].get("inputs", ()) if name.startswith("past_")]
+    keys = [name for name in names if name.startswith("past_key_values.")]
+    return {name: (1, shapes[name][1], *((0, shapes[name][3]) if name in keys else shapes[name][2:])) for name in names}
 
 
 def _portable(content: Json) -> bool:
@@ -261,7 +264,7 @@ def _arrays(content: Json, folder: Path) -> dict[str, tuple[tuple[int, ...], str
     timed = content["timed_inputs"]
     arrays: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in content["model"]["inputs"]:
-        default = tuple(timed.get(name, (1,))[1:]), "float32" if name == "pixel_values" else "int64"
+        default = tuple(timed.get(name, (1,))[1:]), "float32" if name in FLOATS else "int64"
         shape, dtype = configured.get(name, default)
         arrays[name] = (1, *shape), "bool_" if dtype == "bool" else dtype
     return arrays

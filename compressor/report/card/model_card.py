@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 NAME = "README.md"
+CACHES = ("past_key_values.", "past_conv.", "present.", "present_conv.")
 USES = {
     "image-classification": "classifies images",
     "image-feature-extraction": "extracts features from images",
@@ -40,6 +41,9 @@ USES = {
     "fill-mask": "fills in masked words",
     "image-segmentation": "classifies the pixels of images",
     "depth-estimation": "estimates the depth of images",
+    "audio-classification": "classifies sound",
+    "audio-frame-classification": "classifies the frames of sound",
+    "automatic-speech-recognition": "transcribes speech",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "
@@ -214,9 +218,9 @@ def _reader(content: Json) -> str:
 
 def _listed(names: list[str]) -> str:
     """List names in Markdown; the caches of a language model as one entry."""
-    plain = [code(name) for name in names if not name.startswith(("past_key_values.", "present."))]
-    caches = [name for name in names if name.startswith(("past_key_values.", "present."))]
-    return ", ".join([*plain, *([code(f"{caches[0].split('.')[0]}.*")] if caches else [])])
+    plain = [code(name) for name in names if not name.startswith(CACHES)]
+    caches = dict.fromkeys(f"{name.split('.')[0]}.*" for name in names if name.startswith(CACHES))
+    return ", ".join([*plain, *map(code, caches)])
 
 
 def _rows(content: Json) -> Iterator[str]:
