@@ -52,6 +52,7 @@ MOST_ROWS = 65_536  # of a batch
 MOST_TOKENS = 2**24
 MOST_THREADS = 4_096
 MOST_ROUNDS = 10_000
+MOST_WORKERS = 65_536
 MOST_PIXELS = 16_384  # of a side of an image
 
 DYNAMIC: Final = "dynamic"

@@ -71,8 +71,9 @@ ENGINE = ("target", "precision", "int8", "device", "threads", "batch", "generate
 QUANTIZATION = ("factorial", "calibration", "max_precision_loss")
 BUILD = ("defer_build", "gpu", "portable_engine")
 FOLDER = ("output", "force")
+SPREAD = ("workers", "ray")
 
 # Fields that a command takes after those of SUBJECT, in the order of --help.
-EXPORT = ("max_memory", "drop", "metric", *SEARCH, *GOALS, *ENGINE, *QUANTIZATION, *BUILD, *FOLDER)
-SWEEP = (*SEARCH, "points", *ENGINE, *FOLDER)
-INSPECT = ("max_memory", "metric", "output", "study", "against_data")
+EXPORT = ("max_memory", "drop", "metric", *SEARCH, *GOALS, *ENGINE, *QUANTIZATION, *BUILD, *FOLDER, *SPREAD)
+SWEEP = (*SEARCH, "points", *ENGINE, *FOLDER, *SPREAD)
+INSPECT = ("max_memory", "metric", "output", "study", "against_data", *SPREAD)

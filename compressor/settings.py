@@ -27,6 +27,7 @@ from compressor.choices import (
     MOST_ROWS,
     MOST_THREADS,
     MOST_TOKENS,
+    MOST_WORKERS,
     PRECISIONS,
     PROBLEM_TYPES,
     SHORT_FORMS,
@@ -253,6 +254,19 @@ class Settings:
         unset="that of the model's preprocessing",
         metavar="SIZE",
     )
+    workers: int | None = option(
+        None,
+        "Processes of Ray that run the model over the data, of one core each; the results are those of one process.",
+        unset="this process; with --ray, the cores of the cluster",
+        least=1,
+        most=MOST_WORKERS,
+    )
+    ray: str | None = option(
+        None,
+        "Cluster of Ray whose workers run the model over the data: HOST:PORT, as `ray start --head` prints it, or auto "
+        "for the one that this machine belongs to.",
+        metavar="ADDRESS",
+    )
     search_samples: int = option(64, "Calibration samples used to measure effects on the model's output.", least=1)
     rounds: int = option(10, "Timed bursts per engine; 2 for a quick look.", least=1, most=MOST_ROUNDS)
     seed: int = option(0, "Seed of the data split and of --metric random.")
@@ -323,7 +337,7 @@ def _check_precision(settings: Settings) -> None:
 
 
 def _check_texts(settings: Settings) -> None:
-    for name in ("model", "data", "output", "drop", "prices"):
+    for name in ("model", "data", "output", "drop", "prices", "ray"):
         value = getattr(settings, name)
         if isinstance(value, str) and not value.strip():
             raise SettingsError(f"{name} is empty; give a value, or leave the option out for its default.")
@@ -490,6 +504,8 @@ def _check_memory(settings: Settings) -> None:
         f"--generate {settings.generate}": settings.generate is not None,
         "--random-weights": settings.random_weights,
         f"--image-size {settings.image_size}": settings.image_size is not None,
+        f"--workers {settings.workers}": settings.workers is not None,
+        f"--ray {settings.ray}": settings.ray is not None,
     }
     option = next((name for name, used in unsupported.items() if used), None)
     if option is not None:

@@ -46,6 +46,17 @@ class Addable(Protocol):
 Sums = TypeVar("Sums", bound=Addable)
 
 
+def over_batches(
+    batch: Callable[[Mapping[str, torch.Tensor]], Result_co], data: Iterable[Mapping[str, torch.Tensor]] | None
+) -> Iterable[Result_co]:
+    """Yield the result of a function for each batch, in order.
+
+    Data with a method `map` runs the function itself, such as in other processes.
+    """
+    run: Callable[..., Iterable[Result_co]] | None = getattr(data, "map", None)
+    return map(batch, data or ()) if run is None else run(batch)
+
+
 def sum_over_batches(
     batch: Callable[[Mapping[str, torch.Tensor]], Sums], data: Iterable[Mapping[str, torch.Tensor]] | None, name: str
 ) -> Sums:
@@ -60,8 +71,7 @@ def sum_over_batches(
         PassError: `data` holds no batch.
     """
     total: Sums | None = None
-    for feeds in data or ():
-        part = batch(feeds)
+    for part in over_batches(batch, data):
         total = part if total is None else total + part
     if total is None:
         raise PassError(f"{name} got no batches of data; expected at least one.")

@@ -65,8 +65,7 @@ class DraftEvaluator:
     _effects: OutputDivergence = field(init=False)
 
     def __post_init__(self) -> None:
-        self._effects = OutputDivergence(self.original, self.model, self.validation.split)
-        self._effects.scales = (1.0,)  # the divergence in the report is unscaled
+        self._effects = OutputDivergence(self.original, self.model, self.validation.split, scaled=False)
 
     def standing(self, graph: Graph, *, below: float | None = None) -> Standing | None:
         """Measure the loss and the divergence of a graph; return None if the divergence is not less than `below`."""

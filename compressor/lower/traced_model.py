@@ -14,6 +14,7 @@ from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, Samples
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
+from compressor.executor.base import Executor, InProcess
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.self_parity import check_self_parity
@@ -72,11 +73,12 @@ class ModelAndData:
 
 @dataclasses.dataclass(frozen=True)
 class TracedModel(ModelAndData):
-    """A model and its data, with the traced graph, its sites and their costs."""
+    """A model and its data, with the traced graph, its sites and their costs; `executor` runs it over the data."""
 
     graph: Graph
     sites: tuple[Site, ...]
     costs: Costs
+    executor: Executor = dataclasses.field(default_factory=InProcess, repr=False)
 
 
 def model_facts(subject: TracedModel) -> dict[str, Any]:
@@ -106,8 +108,10 @@ def _image_facts(model: Model) -> dict[str, Any]:
     return {"image_size": size, "interpolate_pos_encoding": model.interpolates}
 
 
-def load(settings: Settings, steps: Steps, *, decision: float = 0.0) -> TracedModel:
+def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: Executor | None = None) -> TracedModel:
     """Load model and data, trace the model and find its sites; `decision` is the share of the decision split.
+
+    `executor` runs the model over the data; None is this process.
 
     Raises:
         CompressorError: the model or the data cannot be loaded, they do not fit together, the model cannot be traced,
@@ -146,7 +150,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0) -> TracedMo
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
         check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
-    return TracedModel(model, data, graph, sites, costs)
+    return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
 
 
 def check_original(subject: TracedModel, steps: Steps) -> TracedModel:

@@ -31,6 +31,36 @@ class ModelError(CompressorError):
 
 
 @dataclass(frozen=True)
+class EvaluatedOutput:
+    """The output of a model that quality is measured on.
+
+    Attributes:
+        outputs: names of all outputs, in order.
+        answer: name of the output.
+        stacked: names of further outputs that are evaluated with it.
+    """
+
+    outputs: tuple[str, ...]
+    answer: str
+    stacked: tuple[str, ...] = ()
+
+    def of(self, outputs: Mapping[str, Any]) -> Any:
+        """Return it from outputs by name; several outputs [rows, ...] become [rows, outputs, ...]."""
+        if not self.stacked:
+            return outputs[self.answer]
+        values = [outputs[name] for name in (self.answer, *self.stacked)]
+        return torch.stack(values, 1) if isinstance(values[0], torch.Tensor) else np.stack(values, 1)
+
+    def evaluated_in(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return it from the outputs of a graph, in the order of `outputs`.
+
+        A rewritten graph may lack the last ones, such as the cache of an attention that was removed.
+        """
+        value: torch.Tensor = self.of(dict(zip(self.outputs, outputs, strict=False)))
+        return value
+
+
+@dataclass(frozen=True)
 class Model:
     """A module with the metadata and functions that export and evaluation need.
 
@@ -83,6 +113,13 @@ class Model:
     class_names: ClassNames | None = None
     gguf_file: Path | None = None
 
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
+
+    @property
+    def evaluated_output(self) -> EvaluatedOutput:
+        """Return the output that quality is measured on."""
+        return EvaluatedOutput(self.outputs, self.answer, self.stacked)
+
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
@@ -91,19 +128,11 @@ class Model:
 
     def evaluated(self, outputs: Mapping[str, Any]) -> Any:
         """Return the output that quality is measured on; several outputs [rows, ...] become [rows, outputs, ...]."""
-        if not self.stacked:
-            return outputs[self.answer]
-        values = [outputs[name] for name in (self.answer, *self.stacked)]
-        return torch.stack(values, 1) if isinstance(values[0], torch.Tensor) else np.stack(values, 1)
-
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
+        return self.evaluated_output.of(outputs)
 
     def evaluated_in(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the output that quality is measured on from the outputs of a graph, in the order of `outputs`.
-
-        A rewritten graph may lack the last ones, such as the cache of an attention that was removed.
-        """
-        return self.evaluated(dict(zip(self.outputs, outputs, strict=False)))
+        """Return the output that quality is measured on from the outputs of a graph, see `EvaluatedOutput`."""
+        return self.evaluated_output.evaluated_in(outputs)
 
     def classes(self) -> int | None:
         """Return the number of classes, labels or numbers of a head that predicts them; None for other tasks.

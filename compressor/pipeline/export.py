@@ -16,6 +16,7 @@ from compressor.data.splits import Data
 from compressor.deferred import package
 from compressor.deferred.ahead import build_ahead
 from compressor.deferred.parser import parsed_by
+from compressor.executor.on_ray import executor_for
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
@@ -141,11 +142,16 @@ def export(settings: Settings, *, console: Console | None = None, command: str =
     steps, output = Steps(console), Path(settings.output)
     if settings.max_memory is not None:
         export_offloaded.check_target(settings)
-    with output_folder(output, force=settings.force, say=steps.say) as folder, scratch_folder(output) as scratch:
+    with (
+        output_folder(output, force=settings.force, say=steps.say) as folder,
+        scratch_folder(output) as scratch,
+        executor_for(settings.workers, settings.ray, steps.show) as executor,
+    ):
         if settings.max_memory is not None:
             report, subject = export_offloaded.compressed(settings, folder, steps, command)
         else:
-            subject = check_original(load(settings, steps, decision=share_of(settings)), steps)
+            subject = load(settings, steps, decision=share_of(settings), executor=executor)
+            subject = check_original(subject, steps)
             subject.model.save(folder)
             evaluator = graph_evaluator(subject, target, options, settings, scratch)
             report = _compressed(subject, settings, evaluator, folder, steps, command, gpus)

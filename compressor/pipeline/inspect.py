@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from compressor.commands import InspectSettings
 from compressor.errors import SettingsError
+from compressor.executor.base import Executor
+from compressor.executor.on_ray import executor_for
 from compressor.limitations import Limitation
 from compressor.lower.traced_model import (
     TracedModel,
@@ -53,12 +55,15 @@ def inspect(settings: InspectSettings, *, console: Console | None = None) -> Ins
         )
     output = Path(settings.output)
     # Only a run within a memory limit has temporary files.
-    with contextlib.nullcontext() if settings.max_memory is None else output_lock(output, steps.say):
-        return _inspection(settings, steps)
+    with (
+        contextlib.nullcontext() if settings.max_memory is None else output_lock(output, steps.say),
+        executor_for(settings.workers, settings.ray, steps.show) as executor,
+    ):
+        return _inspection(settings, steps, executor)
 
 
-def _inspection(settings: InspectSettings, steps: Steps) -> Inspection:
-    subject = load(settings, steps)
+def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> Inspection:
+    subject = load(settings, steps, executor=executor)
     doubts = () if settings.max_memory is not None else _doubts(subject, steps)
     others = []
     for source in settings.against_data:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from compressor.choices import AUTO
 from compressor.commands import SweepSettings
 from compressor.errors import SettingsError
+from compressor.executor.on_ray import executor_for
 from compressor.lower.traced_model import check_original, index_errors_as_data_errors, load
 from compressor.measure.graph_evaluator import graph_evaluator
 from compressor.pipeline.unused_options import refuse_unused
@@ -50,8 +51,12 @@ def sweep(
     target, options = check_target(settings)
     steps = Steps(console)
     output = Path(settings.output)
-    with output_folder(output, force=settings.force, say=steps.say) as folder, scratch_folder(output) as scratch:
-        subject = check_original(load(settings, steps), steps)
+    with (
+        output_folder(output, force=settings.force, say=steps.say) as folder,
+        scratch_folder(output) as scratch,
+        executor_for(settings.workers, settings.ray, steps.show) as executor,
+    ):
+        subject = check_original(load(settings, steps, executor=executor), steps)
         evaluator = graph_evaluator(subject, target, options, settings, scratch)
         with index_errors_as_data_errors(subject):
             rewriter = make_rewriter(subject, settings)

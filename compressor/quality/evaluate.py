@@ -15,6 +15,7 @@ import torch
 from compressor.data.splits import Batch, Split
 from compressor.errors import CompressorError
 from compressor.models import Model
+from compressor.models.base import EvaluatedOutput
 from compressor.quality.disagreements import Disagreement, largest_regret
 from compressor.quality.heads.base import Head
 from compressor.quality.intervals import Array, Columns, Figure, bootstrap, by_text
@@ -258,7 +259,9 @@ def _divergence_column(head: Head, batch: Batch, answer: Array, original: Array)
     return means
 
 
-def graph_runner(model: Model, run: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]) -> Runner:
+def graph_runner(
+    model: Model | EvaluatedOutput, run: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]
+) -> Runner:
     """Wrap a function from tensors to the outputs of `model` as a runner on numpy arrays."""
 
     def answer(feeds: Mapping[str, Array]) -> Array:

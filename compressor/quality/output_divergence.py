@@ -5,25 +5,73 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressor.data.splits import Split
+from compressor.executor.base import Executor, InProcess
 from compressor.models import Model
+from compressor.models.base import EvaluatedOutput
 from compressor.quality.evaluate import EvaluationError, tensor_batches
+from compressor.quality.heads.base import Head
 from compressor.quality.heads.registry import head_for
 from passes.analysis.redundancy import MASK
 from passes.base import apply
-from passes.execute.interpreter import Program, SharedPrefixRun
+from passes.execute.interpreter import Program
+from passes.execute.shared_prefix import SharedPrefixRun
 from passes.graph.graph import Graph, Site
 from passes.rewrite.drop import Drop
 
 Key = TypeVar("Key", bound=Hashable)
+Sums = tuple[int, dict[Key | None, npt.NDArray[np.float64]]]  # number of rows; by graph, a sum for each scale
 
 POSITIONS = 64  # tokens per text at which the divergence of a language model is measured
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """How the output of a graph is compared with that of the original, on one batch."""
+
+    head: Head
+    scales: tuple[float, ...]
+    output: EvaluatedOutput
+    model: str
+
+    @torch.inference_mode()
+    def answer(self, program: Program, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the original; return its output, of texts at `POSITIONS` tokens."""
+        answer = self._answer(program.run(feeds))
+        if not bool(torch.isfinite(answer).all()):
+            raise EvaluationError(f"{self.model} gave NaN or infinity on calibration data; check its weights.")
+        return answer
+
+    def divergences(
+        self, forks: SharedPrefixRun[Key], feeds: Mapping[str, torch.Tensor], original: torch.Tensor
+    ) -> Sums[Key]:
+        """Return the divergence of each graph of a joint run, and the number of rows."""
+        mask, found = self._mask(feeds, original), dict[Key | None, npt.NDArray[np.float64]]()
+
+        def receive(key: Key | None, outputs: tuple[torch.Tensor, ...]) -> None:
+            answer = self._answer(outputs)
+            sums = [float(self.head.divergence(answer * scale, original, mask).sum()) for scale in self.scales]
+            found[key] = np.array(sums)
+
+        forks.run(feeds, receive)
+        return len(original), found
+
+    def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        answer = self.output.evaluated_in(outputs)
+        return subsample_tokens(answer) if self.head.by_token else answer
+
+    def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
+        mask = feeds.get(MASK)
+        if mask is None or original.ndim < 3:
+            return None
+        return subsample_tokens(mask) if self.head.by_token else mask
 
 
 @dataclass
@@ -31,7 +79,8 @@ class OutputDivergence:
     """Output divergence of rewritten graphs from the original on a few calibration samples.
 
     The outputs of the original are kept in memory (for language models at `POSITIONS` tokens per text); activations are
-    not. `sweeps` counts forward passes over the samples, each weighted by the share of the graph's nodes that ran.
+    not. The divergence is taken at the best scale of the head, or without scaling if `scaled` is false. `sweeps` counts
+    forward passes over the samples, each weighted by the share of the graph's nodes that run in one process.
 
     Raises:
         EvaluationError: the output of the original contains NaN or infinity.
@@ -40,18 +89,17 @@ class OutputDivergence:
     graph: Graph
     model: Model
     split: Split
+    executor: Executor = field(default_factory=InProcess)
+    scaled: bool = True
     sweeps: float = 0.0
-    _originals: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.head = head_for(self.model.task, self.model.problem_type)
-        self.scales = self.head.scales
-        program = Program(self.graph)
-        with torch.inference_mode():
-            for feeds in tensor_batches(self.split):
-                self._originals.append(self._answer(program.run(feeds)))
-        if not all(bool(torch.isfinite(answer).all()) for answer in self._originals):
-            raise EvaluationError(f"{self.model.name} gave NaN or infinity on calibration data; check its weights.")
+        head = head_for(self.model.task, self.model.problem_type)
+        self.scales = head.scales if self.scaled else (1.0,)
+        self.compared = _Comparison(head, self.scales, self.model.evaluated_output, self.model.name)
+        self._feeds = self.executor.share_each(partial(tensor_batches, self.split))
+        program = self.executor.share(Program(self.graph))
+        self._originals = self.executor.keep(self.compared.answer, ((program, feeds) for feeds in self._feeds))
         self.sweeps += 1
 
     def measure(self, main: Graph, variants: Mapping[Key, Graph]) -> tuple[float, dict[Key, float]]:
@@ -60,23 +108,17 @@ class OutputDivergence:
         The divergence is the mean over rows at the best scale, and infinity where an output is not finite.
         """
         forks = SharedPrefixRun(main, variants)
-        sums: dict[Key | None, npt.NDArray[np.float64]] = {key: np.zeros(len(self.scales)) for key in (None, *variants)}
-        rows = 0
-        for original, feeds in zip(self._originals, tensor_batches(self.split), strict=True):
-            mask = self._mask(feeds, original)
-
-            def receive(
-                key: Key | None,
-                outputs: tuple[torch.Tensor, ...],
-                original: torch.Tensor = original,
-                mask: torch.Tensor | None = mask,
-            ) -> None:
-                sums[key] += self._divergences(self._answer(outputs), original, mask)
-
-            forks.run(feeds, receive)
-            rows += len(original)
+        parts = [self.executor.share(part) for part in forks.parts(self.executor.workers // len(self._originals))]
+        batches = zip(self._feeds, self._originals, strict=True)
+        calls = ((part, *batch) for batch in batches for part in parts)
+        sums: dict[Key | None, Any] = dict.fromkeys((None, *variants), 0.0)
+        total = 0
+        for rows, found in self.executor.run(self.compared.divergences, calls):
+            total += rows if None in found else 0
+            for key, divergences in found.items():
+                sums[key] = sums[key] + divergences
         self.sweeps += forks.share
-        means = {key: _least(total / rows) for key, total in sums.items()}
+        means = {key: _least(each / total) for key, each in sums.items()}
         return means[None], {key: means[key] for key in variants}
 
     def of_units(self, units: Sequence[Sequence[Site]]) -> list[float]:
@@ -87,22 +129,6 @@ class OutputDivergence:
             apply(Drop(tuple(site.name for site in unit)), variants[number])
         _, divergences = self.measure(self.graph, variants)
         return [divergences[number] for number in range(len(units))]
-
-    def _divergences(
-        self, answer: torch.Tensor, original: torch.Tensor, mask: torch.Tensor | None
-    ) -> npt.NDArray[np.float64]:
-        """Return the divergence summed over rows, for each scale."""
-        return np.array([float(self.head.divergence(answer * scale, original, mask).sum()) for scale in self.scales])
-
-    def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        answer = self.model.evaluated_in(outputs)
-        return subsample_tokens(answer) if self.head.by_token else answer
-
-    def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
-        mask = feeds.get(MASK)
-        if mask is None or original.ndim < 3:
-            return None
-        return subsample_tokens(mask) if self.head.by_token else mask
 
 
 def subsample_tokens(values: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,17 +12,19 @@ import torch
 
 from compressor.choices import ACCURACY, DIVERGENCE
 from compressor.data.splits import Batch, Split
+from compressor.executor.base import Executor, InProcess
 from compressor.models import Model
+from compressor.models.base import EvaluatedOutput
 from compressor.quality.budget import Budget
 from compressor.quality.evaluate import (
     BATCH,
     EvaluationError,
-    Runner,
     graph_runner,
     join,
     metric_value,
     sample_columns,
 )
+from compressor.quality.heads.base import Head
 from compressor.quality.heads.registry import head_for
 from compressor.quality.intervals import Array, Columns
 from passes.execute.interpreter import Program
@@ -55,6 +56,7 @@ class ValidationLoss:
     split: Split
     metric: str
     budget: str = ACCURACY
+    executor: Executor = field(default_factory=InProcess)
     sweeps: float = 0.0
     _originals: list[Array | None] = field(default_factory=list)
     _whole: Columns = field(default_factory=dict)
@@ -62,9 +64,15 @@ class ValidationLoss:
     def __post_init__(self) -> None:
         self.head = head_for(self.model.task, self.model.problem_type)
         self.bounded = Budget(self.head, self.metric, self.budget)
-        self._whole = join(list(self._columns(self.graph, first=True)))
+        compares, diverging = self.bounded.compares, self.budget == DIVERGENCE
+        output, name = self.model.evaluated_output, self.model.name
+        self._measured = _Measured(self.head, self.metric, compares, diverging, output, name)
+        self._program = self.executor.share(Program(self.graph))
+        self._batches = self.executor.share_each(lambda: self.split.bounded_batches(BATCH))
+        self._whole = join(list(self._whole_columns()))
         self._before = metric_value(self.metric, self._whole)
         self._hardest_first()
+        self._answers = self.executor.share_each(lambda: self._originals)
 
     @property
     def evaluations(self) -> float:
@@ -84,7 +92,7 @@ class ValidationLoss:
         """
         parts: list[Columns] = []
         try:
-            for part in self._columns(graph, first=False):
+            for part in self._columns(graph):
                 parts.append(part)
                 columns = join(parts)
                 bound = self.bounded.lower_bound(columns, self._whole, self._before)
@@ -97,7 +105,7 @@ class ValidationLoss:
     def sample_losses(self, graph: Graph) -> Array | None:
         """Return the loss of each sample as a share of 1, see `Budget.sample_losses`; all ones for NaN or infinity."""
         try:
-            return self.bounded.sample_losses(join(list(self._columns(graph, first=False))))
+            return self.bounded.sample_losses(join(list(self._columns(graph))))
         except EvaluationError:
             return np.ones(len(self.split))
 
@@ -113,35 +121,71 @@ class ValidationLoss:
         ends = np.cumsum([len(group) for group in self.split.bounded_groups(BATCH)])
         self._originals = list(np.split(answers[order], ends[:-1]))
         self._whole = {name: column[order] for name, column in self._whole.items()}
+        self._batches = self.executor.share_each(lambda: self.split.bounded_batches(BATCH))
 
     def _samples(self, columns: Columns) -> int:
         done = len(next(iter(columns.values())))
         return done * len(self.split) // len(next(iter(self._whole.values())))
 
-    @torch.inference_mode()
-    def _columns(self, graph: Graph, *, first: bool) -> Iterator[Columns]:
-        answer_of, diverging = graph_runner(self.model, Program(graph).run), self.budget == DIVERGENCE
-        for index, batch in enumerate(self.split.bounded_batches(BATCH)):
-            answer = answer_of(batch.feeds)
-            self.sweeps += len(batch.ids) / len(self.split)
-            if first:
-                self._keep(answer)
-            original = answer if first else self._original(index, batch)
-            yield sample_columns(self.head, self.metric, batch, answer, original, self.model.name, diverging=diverging)
+    def _whole_columns(self) -> Iterator[Columns]:
+        """Run the original on all batches, and keep its outputs if the metric compares with them."""
+        calls = ((self._program, batch) for batch in self._batches)
+        for columns, answer in self.executor.run(self._measured.original, calls):
+            self._keep(answer)
+            yield columns
+        self.sweeps += 1
 
-    def _keep(self, answer: Array) -> None:
-        """Keep an output of the original if the metric compares with it and the outputs so far fit in `KEPT` bytes."""
+    def _columns(self, graph: Graph) -> Iterator[Columns]:
+        program = self.executor.share(Program(graph))
+        batches = zip(self._batches, self._answers, strict=True)
+        calls = ((program, self._program, *batch) for batch in batches)
+        for samples, columns in self.executor.run(self._measured.changed, calls):
+            self.sweeps += samples / len(self.split)
+            yield columns
+
+    def _keep(self, answer: Array | None) -> None:
+        """Keep an output of the original if the outputs so far fit in `KEPT` bytes."""
         kept = sum(original.nbytes for original in self._originals if original is not None)
-        fits = self.bounded.compares and kept + answer.nbytes <= KEPT
-        self._originals.append(answer if fits else None)
+        self._originals.append(answer if answer is not None and kept + answer.nbytes <= KEPT else None)
 
-    def _original(self, index: int, batch: Batch) -> Array | None:
-        """Return the output of the original for a batch, computed again if it was not kept."""
-        if self._originals[index] is not None or not self.bounded.compares:
-            return self._originals[index]
-        self.sweeps += len(batch.ids) / len(self.split)
-        return self._run_original(batch.feeds)
 
-    @functools.cached_property
-    def _run_original(self) -> Runner:
-        return graph_runner(self.model, Program(self.graph).run)
+@dataclass(frozen=True)
+class _Measured:
+    """The columns of one batch that a loss is computed from.
+
+    Attributes:
+        head: how outputs are evaluated.
+        metric: the metric.
+        compares: whether the loss compares with the outputs of the original.
+        diverging: whether it needs the divergence from them.
+        output: the output that is evaluated.
+        model: name of the model.
+    """
+
+    head: Head
+    metric: str
+    compares: bool
+    diverging: bool
+    output: EvaluatedOutput
+    model: str
+
+    @torch.inference_mode()
+    def original(self, program: Program, batch: Batch) -> tuple[Columns, Array | None]:
+        """Return the columns of the original, and its output if losses compare with it."""
+        answer = graph_runner(self.output, program.run)(batch.feeds)
+        return self._columns(batch, answer, answer), answer if self.compares else None
+
+    @torch.inference_mode()
+    def changed(self, program: Program, before: Program, batch: Batch, original: Array | None) -> tuple[int, Columns]:
+        """Return the number of samples that ran and the columns of a rewritten graph.
+
+        The original, `before`, runs again if its output was not kept.
+        """
+        runs = 1
+        if original is None and self.compares:
+            original, runs = graph_runner(self.output, before.run)(batch.feeds), 2
+        answer = graph_runner(self.output, program.run)(batch.feeds)
+        return runs * len(batch.ids), self._columns(batch, answer, original)
+
+    def _columns(self, batch: Batch, answer: Array, original: Array | None) -> Columns:
+        return sample_columns(self.head, self.metric, batch, answer, original, self.model, diverging=self.diverging)

@@ -110,7 +110,7 @@ class Decision:
             return None
         with steps.step("run the original on fresh samples"):
             losses = ValidationLoss(
-                subject.graph, subject.model, subject.data.decision, subject.metric, settings.budget
+                subject.graph, subject.model, subject.data.decision, subject.metric, settings.budget, subject.executor
             )
         if confidence is not None and losses.sample_losses(subject.graph) is None:
             judged = losses.bounded.judged

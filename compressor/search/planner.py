@@ -14,6 +14,7 @@ from compressor import __version__
 from compressor.choices import GGUF, TRANSFORMERS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
+from compressor.executor.base import Batches
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules
 from compressor.lower.traced_model import TracedModel
@@ -149,7 +150,8 @@ def make_rewriter(subject: TracedModel, settings: Settings) -> Rewriter:
         checkpoint.check_blocks(subject.sites, subject.model)
     fixed = _fixed(subject, settings) if settings.drop == "auto" else {}
     nested = settings.target == GGUF
-    return Rewriter(subject.graph, subject.sites, subject.data.calibration, whole=whole, nested=nested, fixed=fixed)
+    calibration, runs = subject.data.calibration, subject.executor
+    return Rewriter(subject.graph, subject.sites, calibration, whole=whole, nested=nested, fixed=fixed, executor=runs)
 
 
 def _fixed(subject: TracedModel, settings: Settings) -> dict[str, str]:
@@ -298,7 +300,7 @@ def prepare_search(
     preview = preview_of(subject, measured, steps)
     with steps.step("validate the original"):
         validation = ValidationLoss(
-            subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget
+            subject.graph, subject.model, subject.data.validation, subject.metric, settings.budget, subject.executor
         )
     if journal is None:  # created after the first runs, so that a model that fails on its data leaves no file
         journal = journal_of(subject, settings)
@@ -509,6 +511,7 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
     # These settings only affect steps after the search, so a journal stays valid if they change.
     later = {"output", "force", "rounds", "heal_budget", "speedup", "latency", "confidence"}
     later |= {"max_precision_loss", "calibration", "factorial", "points"}
+    later |= {"workers", "ray"}  # every executor gives the same values
     options = {key: value for key, value in settings.to_dict().items() if key not in later}
     data = subject.data.describe()
     identity = [
@@ -527,7 +530,7 @@ def journal_of(subject: TracedModel, settings: Settings) -> Journal:
 def output_divergence(subject: TracedModel, samples: Split, steps: Steps) -> OutputDivergence:
     """Run the original on the samples, for measurements of the output divergence of rewritten graphs."""
     with steps.step("run the original"):
-        return OutputDivergence(subject.graph, subject.model, samples)
+        return OutputDivergence(subject.graph, subject.model, samples, subject.executor)
 
 
 def score(subject: TracedModel, steps: Steps, bounds: MemoryBudget | None = None) -> Scores:
@@ -538,7 +541,7 @@ def score(subject: TracedModel, steps: Steps, bounds: MemoryBudget | None = None
     split = subject.data.calibration.sparse(SCORED_TOKENS, SCORED_TEXTS)
     with steps.step("score the sites") as tick:
         rows, room = (BATCH, None) if bounds is None else (bounds.rows, bounds.room)
-        batches = with_progress(tensor_batches(split, rows), len(split), tick)
+        batches = Batches(subject.executor, lambda: with_progress(tensor_batches(split, rows), len(split), tick))
         return apply(Score(room), subject.graph, batches)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from compressor.data.splits import Split
+from compressor.executor.base import Batches, Executor, InProcess
 from compressor.quality.evaluate import tensor_batches
 from passes.analysis.least_squares import Fit, Fits, Replacement
 from passes.analysis.replaceme_cosine import FitCosine
@@ -32,6 +31,7 @@ class Rewriter:
         original: graph of the traced model.
         sites: all sites, in order.
         split: calibration samples for the fits.
+        executor: runs the model over them.
         sweeps: forward passes over `split`: two for each fit (of the original and of the current graph), and two per
             epoch for ``replaceme-cosine``, which is trained.
         whole: change whole blocks, which are removed including their norms, in place of single sites.
@@ -48,9 +48,11 @@ class Rewriter:
     whole: bool = False
     nested: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict)
+    executor: Executor = field(default_factory=InProcess)
     units: dict[str, tuple[Site, ...]] = field(init=False)
     _by_name: dict[str, Site] = field(default_factory=dict)
     _protected: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _batches: dict[tuple[int, ...], Batches] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._by_name = {site.name: site for site in self.sites}
@@ -74,7 +76,12 @@ class Rewriter:
         if not sites:
             return {}
         self.sweeps += 2 * len(samples) / len(self.split)
-        return apply(Fit(self.original, sites, all_tokens=all_tokens), current.fork(), tensor_batches(samples))
+        step = Fit(self.original, sites, all_tokens=all_tokens)
+        return apply(step, current.fork(), self._batches_of(samples))
+
+    def _batches_of(self, samples: Split) -> Batches:
+        """Return the feeds of a split, which every fit on it shares."""
+        return self._batches.setdefault(tuple(samples.indices), Batches(self.executor, lambda: tensor_batches(samples)))
 
     def changed(self, current: Graph, name: str, action: str, fits: Fits | None = None) -> Graph:
         """Return a fork of `current` with one more unit changed; without `fits`, fit the map of the action first.
@@ -122,7 +129,7 @@ class Rewriter:
 
     def _learned(self, current: Graph, name: str) -> Replacement:
         step = FitCosine(self.original, self._by_name[name])
-        stand_in = apply(step, current.fork(), _Batches(self.split))
+        stand_in = apply(step, current.fork(), self._batches_of(self.split))
         self.sweeps += 2 * step.epochs
         return stand_in
 
@@ -185,16 +192,6 @@ class Rewriter:
             PassError: an action cannot be applied to its site; the message gives the reason.
         """
         return self.reduced(self.apply_changes(changes), changes)
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """The feeds of a split as tensors; can be iterated several times."""
-
-    split: Split
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return tensor_batches(self.split)
 
 
 def _replaceable(graph: Graph, site: Site) -> bool:

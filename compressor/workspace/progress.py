@@ -31,6 +31,7 @@ class Steps:
 
     console: Console | None = None
     done: list[Step] = field(default_factory=list)
+    _tick: Tick | None = None
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Tick]:
@@ -38,7 +39,9 @@ class Steps:
         start = time.perf_counter()
         reset_peak_memory()
         with self._bar(name) as tick:
+            self._tick = tick
             yield tick
+        self._tick = None
         self.done.append(Step(name, time.perf_counter() - start, peak_memory()))
         if self.console is not None:
             from rich.markup import escape
@@ -46,6 +49,11 @@ class Steps:
             self.console.print(
                 f"[green]✓[/green] {escape(name)} [dim]{self.done[-1].seconds:.1f} s[/dim]", highlight=False
             )
+
+    def show(self, text: str) -> None:
+        """Show a text beside the progress bar of the current step, if there is one."""
+        if self._tick is not None:
+            self._tick(text=text)
 
     def say(self, message: str) -> None:
         """Show a sentence on the console."""

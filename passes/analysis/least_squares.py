@@ -25,7 +25,7 @@ import torch
 from passes.analysis.redundancy import MASK, rows_of
 from passes.analysis.site_location import locate_site
 from passes.analysis.token_liveness import live_parts
-from passes.base import PassError
+from passes.base import PassError, over_batches
 from passes.execute.interpreter import PartialRun
 from passes.graph.graph import Graph, Site
 
@@ -256,8 +256,8 @@ class Fit:
             PassError: there is no data, a site is no longer in the graph, or values are not finite.
         """
         sweep = Sweep(self, graph)
-        for number, feeds in enumerate(data or ()):
-            for (site, source), regression in sweep.batch(feeds):
+        for number, regressions in enumerate(over_batches(sweep.batch, data)):
+            for (site, source), regression in regressions:
                 sums = sweep.sums[site, source]
                 half = number % 2
                 sums[half] = regression if sums[half] is None else sums[half] + regression

@@ -174,7 +174,6 @@ class _Sweep:
         self.states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
         self.dims = {site.trunk: site.channel_dim for site in sites} | {site.root: site.channel_dim for site in sites}
         self.ends = {members[-1].root: name for name, members in self.blocks.items()}
-        self.nodes = {node.name: node for node in graph.nodes()}
         branches = {site.branch for site in sites if site.add != site.root}
         self.program = Program(graph, keep={*self.states, *self.ends, *branches}, outputs=())
         self.position = {node.name: position for position, node in enumerate(self.program.order)}
@@ -184,6 +183,11 @@ class _Sweep:
         self.at_root: dict[str, list[Site]] = {}
         for site in sites:
             self.at_root.setdefault(site.root, []).append(site)
+
+    @property
+    def nodes(self) -> Mapping[str, fx.Node]:
+        """Return the nodes of the program by name."""
+        return self.program.named
 
     @torch.inference_mode()
     def batch(self, feeds: Mapping[str, torch.Tensor]) -> Scores:

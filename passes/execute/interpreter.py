@@ -1,31 +1,32 @@
-"""Interpreter of a graph: runs it node by node, with branches skipped or together with variants of it.
+"""Interpreter of a graph: runs it node by node, with branches skipped.
 
-A run that replaces the add of a skipped branch by its other operand equals the rewritten graph bit for bit. Variants
-share the weights of the graph, so that scoring and search need neither an export nor a second copy of the model.
+A run that replaces the add of a skipped branch by its other operand equals the rewritten graph bit for bit, so that
+scoring needs neither an export nor a second copy of the model.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from passes.execute.instructions import Instruction, instructions_of
 from passes.execute.offloaded_weights import in_memory
 from passes.graph.graph import ancestors_of, attribute, live_nodes, output_values, resolve_dropped_adds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from passes.graph.graph import Graph, Site
-
-Key = TypeVar("Key")
 
 
 class Program:
     """Execution plan of a graph: the nodes to run, in order, and the last use of each value.
+
+    A pickled program is restored as an `InstructionProgram`, because fx nodes cannot be sent to another process.
 
     Args:
         graph: traced model; must not be edited while the program is in use.
@@ -43,6 +44,7 @@ class Program:
         outputs: Collection[str] | None = None,
     ) -> None:
         self.graph = graph
+        self.inputs = dict(zip(graph.inputs, graph.placeholders(), strict=True))
         self.stand_in = resolve_dropped_adds(graph, skip)
         kept = {self._resolve(node) for node in graph.nodes() if node.name in keep}
         named_outputs = zip(graph.outputs, output_values(graph), strict=True)
@@ -52,6 +54,11 @@ class Program:
         self.order = [node for node in graph.nodes() if node in live and node.op != "output"]
         self.constants = {node: attribute(graph, node) for node in self.order if node.op == "get_attr"}
         self.last_uses = self._last_uses(kept)
+
+    @functools.cached_property
+    def named(self) -> dict[str, fx.Node]:
+        """Return the nodes of `order` by name."""
+        return {node.name: node for node in self.order}
 
     def _resolve(self, node: fx.Node) -> fx.Node:
         return self.stand_in.get(node, node)
@@ -88,7 +95,7 @@ class Program:
 
     def start(self, feeds: Mapping[str, torch.Tensor]) -> dict[fx.Node, Any]:
         """Return the values of the input nodes."""
-        return {node: feeds[name] for node, name in zip(self.graph.placeholders(), self.graph.inputs, strict=True)}
+        return {node: feeds[name] for name, node in self.inputs.items()}
 
     def walk(self, values: dict[fx.Node, Any], *, start: int = 0, stop: int | None = None) -> Iterator[fx.Node]:
         """Compute the nodes of `order` from `start` to `stop`; yield each before its inputs are freed."""
@@ -101,11 +108,58 @@ class Program:
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the outputs for one batch."""
-        return _finish(self, self.start(feeds), 0)
+        return self.finish(self.start(feeds))
+
+    def finish(self, values: dict[fx.Node, Any], start: int = 0) -> tuple[torch.Tensor, ...]:
+        """Compute all nodes of `order` from `start` on, and return the outputs."""
+        for _ in self.walk(values, start=start):
+            pass
+        return self.results(values)
 
     def results(self, values: Mapping[fx.Node, Any]) -> tuple[torch.Tensor, ...]:
         """Return the outputs after every node has run."""
         return tuple(values[node] for node in self.outputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        nodes = instructions_of((*self.inputs.values(), *self.order), self.graph, self._resolve)
+        return InstructionProgram, (
+            tuple(nodes.values()),
+            {name: nodes[node] for name, node in self.inputs.items()},
+            [nodes[node] for node in self.order],
+            [nodes[node] for node in self.outputs],
+            {nodes[node]: value for node, value in self.constants.items()},
+            {nodes[node]: [nodes[source] for source in sources] for node, sources in self.last_uses.items()},
+        )
+
+
+class InstructionProgram(Program):
+    """A program without its graph, restored in another process. It computes the same values."""
+
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        inputs: dict[str, Any],
+        order: list[Any],
+        outputs: list[Any],
+        constants: dict[Any, Any],
+        last_uses: dict[Any, list[Any]],
+    ) -> None:
+        self.instructions = instructions
+        self.inputs, self.order, self.outputs = inputs, order, outputs
+        self.constants, self.last_uses = constants, last_uses
+
+    def step(self, node: Any, values: dict[Any, Any]) -> Any:
+        """Compute the value of one instruction from the values that it reads."""
+        if node.op == "get_attr":
+            return self.constants[node]
+        args, kwargs = node.arguments(lambda position: values[self.instructions[position]])
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = self.instructions, self.inputs, self.order, self.outputs, self.constants, self.last_uses
+        return InstructionProgram, state
 
 
 @torch.inference_mode()
@@ -120,61 +174,6 @@ def run(graph: Graph, feeds: Mapping[str, torch.Tensor], *, skip: Collection[Sit
     return Program(graph, skip).run(feeds)
 
 
-class SharedPrefixRun(Generic[Key]):
-    """Joint run of a graph and several variants of it, which computes shared nodes once.
-
-    The main graph runs once a batch. As soon as it has computed all values that a variant shares with it, the nodes of
-    the variant after its first difference are computed from those values. No value is kept after the batch.
-
-    Args:
-        main: graph that the variants are derived from.
-        variants: rewritten forks of it, in which unchanged nodes keep their names.
-    """
-
-    def __init__(self, main: Graph, variants: Mapping[Key, Graph]) -> None:
-        position = {node.name: index for index, node in enumerate(Program(main).order)}
-        self.tails = sorted((_tail(key, main, variant, position) for key, variant in variants.items()), key=_fork)
-        self.main = Program(main, keep={name for tail in self.tails for name in tail.shared.values()})
-
-    @property
-    def share(self) -> float:
-        """Return the cost of one run in forward passes of the main graph, by the number of computed nodes."""
-        tails = sum(_calls(tail.program.order[tail.start :]) for tail in self.tails)
-        return 1.0 + tails / max(_calls(self.main.order), 1)
-
-    @torch.inference_mode()
-    def run(
-        self, feeds: Mapping[str, torch.Tensor], receive: Callable[[Key | None, tuple[torch.Tensor, ...]], None]
-    ) -> None:
-        """Run one batch; pass `receive` each variant's key and outputs, then None and the outputs of the main graph."""
-        values = self.main.start(feeds)
-        by_name = {node.name: node for node in self.main.order}
-        computed, trunk_run = 0, self.main.walk(values)
-        for tail in self.tails:
-            for _ in range(tail.fork - computed):
-                next(trunk_run)
-            computed = max(computed, tail.fork)
-            common = {node: values[by_name[name]] for node, name in tail.shared.items()}
-            receive(tail.key, _finish(tail.program, tail.program.constants | common, tail.start))
-        for _ in trunk_run:
-            pass
-        receive(None, self.main.results(values))
-
-
-@dataclass(frozen=True)
-class _Tail(Generic[Key]):
-    """Nodes of a variant from position `start` on, which can run after `fork` nodes of the main program.
-
-    `shared` maps each node whose value is reused to the name of that node in the main graph.
-    """
-
-    key: Key
-    program: Program
-    start: int
-    fork: int
-    shared: Mapping[fx.Node, str]
-
-
 class PartialRun:
     """Partial run of a graph up to the last of the named nodes.
 
@@ -185,8 +184,8 @@ class PartialRun:
 
     def __init__(self, graph: Graph, names: Collection[str]) -> None:
         self.program = Program(graph, keep=names)
-        self.wanted = {node.name: node for node in self.program.order if node.name in names}
-        self.last = max(index for index, node in enumerate(self.program.order) if node.name in self.wanted)
+        self.wanted = tuple(node.name for node in self.program.order if node.name in names)
+        self.last = max(index for index, node in enumerate(self.program.order) if node.name in names)
 
     @torch.inference_mode()
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -194,49 +193,4 @@ class PartialRun:
         values = self.program.start(feeds)
         for _ in itertools.islice(self.program.walk(values), self.last + 1):
             pass
-        return {name: values[node] for name, node in self.wanted.items()}
-
-
-def _tail(key: Key, main: Graph, variant: Graph, position: Mapping[str, int]) -> _Tail[Key]:
-    program = Program(variant)
-    same = _unchanged(main, variant, program.order, position)
-    changed = (index for index, node in enumerate(program.order) if node.op != "get_attr" and node not in same)
-    start = next(changed, len(program.order))
-    read = {source for node in program.order[start:] for source in node.all_input_nodes} | set(program.outputs)
-    before = {node for node in program.order[:start] if node.op != "get_attr"}
-    shared = {node: node.name for node in read & before}
-    fork = max((position[name] + 1 for name in shared.values()), default=0)
-    return _Tail(key, program, start, fork, shared)
-
-
-def _unchanged(main: Graph, variant: Graph, order: Sequence[fx.Node], position: Mapping[str, int]) -> set[fx.Node]:
-    """Return the nodes of a variant that compute the same value as the node of the same name in the main graph."""
-    originals = {node.name: node for node in main.nodes() if node.name in position}
-    same: set[fx.Node] = set()
-    for node in order:
-        twin = originals.get(node.name)
-        if twin is None or (node.op, node.target) != (twin.op, twin.target) or _args(node) != _args(twin):
-            continue
-        replaced = node.op == "get_attr" and attribute(variant, node) is not attribute(main, twin)
-        if not replaced and same.issuperset(node.all_input_nodes):
-            same.add(node)
-    return same
-
-
-def _args(node: fx.Node) -> str:
-    return str((node.args, node.kwargs))  # nodes print as their names
-
-
-def _fork(tail: _Tail[Any]) -> int:
-    return tail.fork
-
-
-def _calls(nodes: Sequence[fx.Node]) -> int:
-    """Return the number of nodes that compute; parameters, which precede all other nodes, cost nothing."""
-    return sum(node.op.startswith("call") for node in nodes)
-
-
-def _finish(program: Program, values: dict[fx.Node, Any], start: int) -> tuple[torch.Tensor, ...]:
-    for _ in program.walk(values, start=start):
-        pass
-    return program.results(values)
+        return {name: values[self.program.named[name]] for name in self.wanted}

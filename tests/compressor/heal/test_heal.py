@@ -186,8 +186,7 @@ def test_healing_decreases_divergence_without_more_loss(method):
     result, report, *_ = quick_healed(method)
     assert report.kept
     assert result is not fork
-    effects = OutputDivergence(graph, model, validation.split)
-    effects.scales = (1.0,)
+    effects = OutputDivergence(graph, model, validation.split, scaled=False)
     for stated, measured in ((report.before, fork), (report.after, result)):
         assert stated["divergence"] == effects.measure(measured, {})[0]
         assert stated["loss"] == validation.loss(measured).percent
@@ -275,8 +274,7 @@ def test_healing_works_on_merged_tokens(method):
         progress=lambda *_: None,
         unmerged=graph.fork(),
     )
-    effects = OutputDivergence(graph, model, validation.split)
-    effects.scales = (1.0,)
+    effects = OutputDivergence(graph, model, validation.split, scaled=False)
     assert report.before["divergence"] == effects.measure(merged, {})[0] > 0.0
     assert report.after["divergence"] == effects.measure(result, {})[0]
     assert report.sample_steps > 0

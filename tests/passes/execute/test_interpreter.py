@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.base import apply
-from passes.execute.interpreter import Program, SharedPrefixRun, run
+from passes.execute.interpreter import Program, run
+from passes.execute.shared_prefix import SharedPrefixRun
 from passes.graph.edit import insert_constant, remove_dead, replace_input
 from passes.rewrite.drop import Drop
 from tests.samples import traced

@@ -1,0 +1,1 @@
+"""Where the measurements of a search run: in this process, or on workers of Ray."""
