@@ -12,6 +12,8 @@ TASKS = (
     "feature-extraction",
     "sentence-similarity",
     "text-generation",
+    "text2text-generation",
+    "automatic-speech-recognition",
     "token-classification",
     "question-answering",
     "fill-mask",

@@ -36,6 +36,24 @@ class Aligned:
 
 
 @dataclass(frozen=True)
+class DecoderSide:
+    """How the inputs of the decoder of an encoder-decoder are made.
+
+    Attributes:
+        encode: tokenizes target texts, without padding; None without a tokenizer.
+        shift: returns the decoder inputs for labels, both int64 [rows, tokens].
+        generate: returns the tokens that the original generates greedily from each row of encoder inputs, the start
+            token first.
+        generated: maximum number of tokens that it generates.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]] | None
+    shift: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+    generate: Callable[[dict[str, npt.NDArray[Any]]], list[list[int]]]
+    generated: int
+
+
+@dataclass(frozen=True)
 class Preprocess:
     """The preprocessing that belongs to a model.
 
@@ -64,6 +82,7 @@ class Preprocess:
         class_names: names of the classes; None if the model does not name them.
         lengths: returns the number of tokens of each text, optionally with second texts, without truncation.
         limit: number of tokens to which `text` truncates; None if it does not truncate.
+        decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
     """
 
     inputs: tuple[str, ...]
@@ -93,6 +112,7 @@ class Preprocess:
 
     lengths: Callable[[list[str], list[str] | None], list[int]] | None = None
     limit: int | None = None
+    decoder: DecoderSide | None = None
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

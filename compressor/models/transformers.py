@@ -18,6 +18,7 @@ from compressor.choices import ImageSize
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names
+from compressor.models import encoder_decoder
 from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
@@ -55,6 +56,8 @@ AUTO = {
     "fill-mask": "AutoModelForMaskedLM",
     "image-segmentation": "AutoModelForSemanticSegmentation",
     "depth-estimation": "AutoModelForDepthEstimation",
+    encoder_decoder.TEXT: "AutoModelForSeq2SeqLM",
+    encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
 }
 # The outputs of heads that are evaluated, by their names in transformers; those of all other heads are hidden states.
 OUTPUTS = {
@@ -175,6 +178,9 @@ def _task(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         ModelError: the head is not supported.
     """
     architecture = (config.architectures or [""])[0]
+    from_to = encoder_decoder.task_of(config, architecture, location)
+    if from_to is not None:
+        return from_to
     # A cross-encoder also has files of sentence-transformers, but it scores a pair instead of embedding a sentence.
     embeds = "modules.json" in sentence_files or "config_sentence_transformers.json" in sentence_files
     if embeds and not architecture.endswith("ForSequenceClassification"):
@@ -247,6 +253,8 @@ def _wrap(
     cache: bool = True,
     image_size: ImageSize = None,
 ) -> Model:
+    if task in encoder_decoder.TASKS:
+        return _wrap_encoder_decoder(module, location, task, options, random_weights, untrained, cache)
     image = module.main_input_name == "pixel_values"
     experts = use_writable_experts(module)
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
@@ -302,6 +310,71 @@ def _wrap(
         find = partial(_optional, location, revision=options["revision"])
         return sentence_transformers.embedding(model, sentence_files, find, location)
     return model if task != "text-generation" else with_cache(model, cache)
+
+
+def _wrap_encoder_decoder(
+    module: Any,
+    location: str,
+    task: str,
+    options: dict[str, Any],
+    random_weights: bool,
+    untrained: tuple[str, ...],
+    cache: bool,
+) -> Model:
+    tokenizer = _tokenizer(location, options)
+    features = _feature_extractor(location, options) if task == encoder_decoder.SPEECH else None
+    # The mask is an input, because the decoder needs it for padded sources.
+    inputs = ("input_features",) if task == encoder_decoder.SPEECH else ("input_ids", "attention_mask")
+    parts = encoder_decoder.parts_of(module, task, inputs, tokenizer, location, cache=cache)
+    longest = None if task == encoder_decoder.SPEECH else _max_length(module.get_encoder(), tokenizer, {})
+    source = {name: value for name, value in parts.data_example.items() if name in inputs}
+    padding = causal_padding(tokenizer, module.config) if tokenizer is not None else None
+    preprocess = (
+        Preprocess(parts.call.data_inputs, "tensor", as_numpy(parts.data_example))
+        if task == encoder_decoder.SPEECH
+        else _text_preprocess(inputs, source, tokenizer, longest, padding)
+    )
+    return Model(
+        name=Path(location).name if Path(location).is_dir() else location,
+        source="transformers",
+        task=task,
+        module=module,
+        call=parts.call.call,
+        inputs=parts.call.inputs,
+        outputs=parts.call.outputs,
+        answer="logits",
+        example=parts.call.example(parts.data_example),
+        dynamic_axes=parts.call.dynamic_axes,
+        preprocess=replace(
+            preprocess,
+            inputs=parts.call.data_inputs,
+            example=as_numpy(parts.data_example),
+            complete=parts.call.complete,
+            decoder=parts.decoder,
+        ),
+        save=partial(_save_with_features, module, tokenizer, features),
+        untrained=untrained,
+        revision=options["revision"],
+        hub_id=None if random_weights or Path(location).is_dir() else location,
+        random_weights=random_weights,
+        tokenizer=tokenizer,
+        state=parts.call.state,
+        limitations=tuple(_text_limitations(tokenizer, inputs, longest)) if task == encoder_decoder.TEXT else (),
+    )
+
+
+def _feature_extractor(location: str, options: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoFeatureExtractor.from_pretrained(location, **options)
+    except Exception as error:  # as for image processors; without one, arrays of features work as data
+        _check_absent("feature extractor", PROCESSOR_FILES, location, options, error)
+        return None
+
+
+def _save_with_features(module: Any, tokenizer: Any, features: Any, folder: Path) -> None:
+    _save(module, tokenizer, {}, folder)
+    if features is not None:
+        features.save_pretrained(folder)
 
 
 def _class_names(config: Any) -> class_names.ClassNames | None:

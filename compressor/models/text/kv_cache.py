@@ -112,8 +112,8 @@ class Causal:
             torch._check(part.shape[2] == tokens)
         cache = _cache(zip(past[::2], past[1::2], strict=True))
         output = module(**plain, **{self.argument: cache}, use_cache=True)
-        present = [part for layer in _entry(output, self.entry).layers for part in (layer.keys, layer.values)]
-        return (_entry(output, "logits"), *present)
+        present = [part for layer in output_entry(output, self.entry).layers for part in (layer.keys, layer.values)]
+        return (output_entry(output, "logits"), *present)
 
     def of(self, model: Model) -> Model:
         """Return the model with its cache as additional inputs and outputs."""
@@ -136,11 +136,11 @@ class Causal:
 def _cache(layers: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
     """Return a cache with the given keys and values of each layer."""
     cache = DynamicCache()
-    cache.layers = [_layer(keys, values) for keys, values in layers]
+    cache.layers = [filled_layer(keys, values) for keys, values in layers]
     return cache
 
 
-def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+def filled_layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     """Return a cache layer with these keys and values; `update` would concatenate them to an empty tensor."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
@@ -148,7 +148,7 @@ def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     return layer
 
 
-def _entry(output: Any, name: str) -> Any:
+def output_entry(output: Any, name: str) -> Any:
     """Return an entry of an output by name; the output is a mapping, as in transformers, or has attributes."""
     return output[name] if isinstance(output, Mapping) else getattr(output, name)
 
@@ -208,11 +208,11 @@ def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:
             raise NoCacheError(f"a call with a cache fails with {type(error).__name__}: {first_line(error)}") from error
     data_inputs = tuple(name for name in data_inputs if name != "position_ids")
     derived = ("position_ids",) if takes_positions else ()
-    sizes = tuple((_size(keys), _size(values)) for keys, values in layers)
+    sizes = tuple((heads_and_width(keys), heads_and_width(values)) for keys, values in layers)
     return Causal(data_inputs, derived, sizes, argument, entry)
 
 
-def _size(part: torch.Tensor) -> tuple[int, int]:
+def heads_and_width(part: torch.Tensor) -> tuple[int, int]:
     """Return the number of heads and the head dimension of keys or values."""
     return part.shape[1], part.shape[3]
 
@@ -232,10 +232,10 @@ def _initial_cache(module: Any) -> tuple[str, list[tuple[torch.Tensor, torch.Ten
     caches = [name for name, value in entries.items() if hasattr(value, "layers")]
     if not caches:
         raise NoCacheError(f"its output contains no cache, only {', '.join(entries) or type(output).__name__}")
-    return caches[0], _keys_and_values(entries[caches[0]])
+    return caches[0], keys_and_values(entries[caches[0]])
 
 
-def _keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the keys and values of every layer, [1, heads, tokens, head dimension] each, of as many tokens."""
     layers = []
     for number, layer in enumerate(cache.layers):
@@ -267,7 +267,7 @@ def _argument(module: Any, entry: str, layers: list[tuple[torch.Tensor, torch.Te
         except Exception as error:  # a different argument name, or any error of the model's own code
             refusals.append(first_line(error))
             continue
-        if _keys_and_values(_entry(output, entry))[0][0].shape[2] == TOKENS + 1:
+        if keys_and_values(output_entry(output, entry))[0][0].shape[2] == TOKENS + 1:
             return name
     reason = f" ({refusals[0]})" if refusals else ""
     raise NoCacheError(f"it returns a cache but does not accept one as {' or '.join(names)}{reason}")

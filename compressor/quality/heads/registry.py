@@ -10,10 +10,12 @@ from compressor.quality.heads.pixels import PixelClasses
 from compressor.quality.heads.regression import Regression
 from compressor.quality.heads.single_class import SingleClass
 from compressor.quality.heads.spans import Spans
-from compressor.quality.heads.tokens import MaskedTokens, NextTokens, TokenClasses
+from compressor.quality.heads.tokens import MaskedTokens, NextTokens, TargetTokens, TokenClasses
 
 HEADS: dict[str, Head] = {
     "text-generation": NextTokens(),
+    "text2text-generation": TargetTokens(),
+    "automatic-speech-recognition": TargetTokens(),
     "fill-mask": MaskedTokens(),
     "token-classification": TokenClasses(),
     "question-answering": Spans(),
