@@ -20,6 +20,9 @@ TASKS = (
     "image-segmentation",
     "depth-estimation",
 )
+# The tasks of encoder-decoders, which are exported as the files of an encoder and its decoder, and the targets for them.
+ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
+ENCODER_DECODER_TARGETS = ("onnxruntime", "openvino")
 # What a classifier predicts, in the words of transformers' configs.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.

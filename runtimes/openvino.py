@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.base.encoder_decoder import STEMS, EncoderDecoderEngine, opened, parts_of
 from runtimes.base.layer_counts import count_layers
 from runtimes.base.protocols import (
     BuildError,
@@ -38,6 +40,7 @@ NOTED = ("compressor", "precision")  # path of the build precision in the rt_inf
 NO_LAYERS = ("Const", "Input", "Output")
 ATTENTIONS = ("ScaledDotProductAttention", "ScaledDotProductAttentionWithKVCache", "SDPA")
 FILE = "openvino_model.xml"  # the file name that optimum-intel's OVModel classes expect
+PART = "openvino_{}.xml"  # and those of the encoder and the decoder of an encoder-decoder
 
 
 def missing() -> str | None:
@@ -65,20 +68,27 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         _check_processor(core, options.precision)
         model = core.read_model(str(source))
         model.set_rt_info(options.precision, [*NOTED])
-        openvino.save_model(model, str(out / FILE), compress_to_fp16=options.precision == "fp16")
+        file = out / (PART.format(source.stem) if source.stem in STEMS else FILE)
+        openvino.save_model(model, str(file), compress_to_fp16=options.precision == "fp16")
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot read {source.name}: {_reason(error)}.") from error
-    return out / FILE
+    return file
 
 
-def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
-    """Compile the IR that build() wrote for low latency, in its build precision.
+def load(path: Path, options: BuildOptions) -> OpenVinoEngine | EncoderDecoderEngine:
+    """Compile the IR that build() wrote for low latency, in its build precision; an encoder with its decoder.
 
     Raises:
         RuntimeUnavailable: OpenVINO or the device is not available.
         BuildError: OpenVINO refused the model.
     """
     check_available(name, missing(), devices, options)
+    if (parts := parts_of(path)) is not None:
+        return opened(parts, partial(_load_file, options=options))
+    return _load_file(path, options)
+
+
+def _load_file(path: Path, options: BuildOptions) -> OpenVinoEngine:
     import openvino
 
     if not path.is_file():
@@ -102,7 +112,8 @@ def layers(path: Path, options: BuildOptions) -> LayerCounts:
     Raises:
         RuntimesError: As in load().
     """
-    with load(path, options) as engine:
+    check_available(name, missing(), devices, options)
+    with _load_file(path, options) as engine:
         nodes = [layer for layer in engine.described() if layer["layerType"] not in NO_LAYERS]
     kinds = [layer["layerType"] for layer in nodes]
     # A fused attention is one node, or one generated kernel that lists the layers it was made from.

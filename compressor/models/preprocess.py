@@ -45,12 +45,16 @@ class DecoderSide:
         generate: returns the tokens that the original generates greedily from each row of encoder inputs, the start
             token first.
         generated: maximum number of tokens that it generates.
+        start: the token with which the decoder starts.
+        longest: maximum number of tokens of a target.
     """
 
     encode: Callable[[list[str]], list[list[int]]] | None
     shift: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
     generate: Callable[[dict[str, npt.NDArray[Any]]], list[list[int]]]
     generated: int
+    start: int
+    longest: int
 
 
 @dataclass(frozen=True)

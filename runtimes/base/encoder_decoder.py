@@ -8,7 +8,7 @@ with each token, and those of cross-attentions stay.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,15 +57,14 @@ def parts_of(path: Path) -> tuple[Path, Path, Path] | None:
 class EncoderDecoderEngine:
     """The engines of an encoder and its decoder as one engine, with the inputs and outputs of both towers.
 
-    Feeds without a cache run the encoder and the first call of the decoder. If the caches of self-attentions are not
-    empty, the decoder with caches runs. It takes the caches of cross-attentions from the feeds; without them, they are
-    computed by the encoder and a first call.
+    Feeds with a source run the encoder and the first call of the decoder. If the caches of self-attentions are not
+    empty, the decoder with caches runs too, with the caches of cross-attentions from the first call. Feeds without a
+    source are those of a further token: they hold all caches.
     """
 
     def __init__(self, encoder: Engine, decoder: Engine, with_past: Engine) -> None:
         self._encoder, self._decoder, self._with_past = encoder, decoder, with_past
         self._pasts = tuple(name for name in with_past.inputs if is_self(name))
-        self._crosses = tuple(name for name in with_past.inputs if is_cross(name))
         mask = (MASK,) if MASK not in encoder.inputs and ENCODER_MASK in decoder.inputs else ()
         self.inputs: tuple[str, ...] = (*encoder.inputs, *mask, DECODER_IDS, *self._pasts)
         presents = [name for name in decoder.outputs if name.startswith(PRESENT)]
@@ -81,8 +80,8 @@ class EncoderDecoderEngine:
         return getattr(owner, fact)[{DECODER_IDS: IDS, MASK: ENCODER_MASK}.get(name, name)]
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """Run one inference from host memory to host memory; a step with all caches returns no encoder states."""
-        if self._holds_all(feeds):
+        """Run one inference from host memory to host memory; that of a further token returns no encoder states."""
+        if not self._has_source(feeds):
             return self._with_past.run(_step(feeds))
         hidden = self._encoder.run(feeds)[LAST_HIDDEN]
         outputs = self._decoder.run(_first(feeds, hidden)) | {ENCODER_HIDDEN: hidden}
@@ -96,11 +95,11 @@ class EncoderDecoderEngine:
 
         The hidden states of the encoder are computed once and stay on the device: the decoder runs on the same ones.
         """
-        if self._holds_all(feeds):
+        if not self._has_source(feeds):
             return self._with_past.bind(_step(feeds))
         if any(feeds[name].shape[2] for name in self._pasts if name in feeds):
             raise RuntimesError(
-                "The caches of self-attentions are not empty; expected the caches of cross-attentions beside them."
+                "The caches of self-attentions are not empty; expected the caches of cross-attentions and no source."
             )
         encoder = self._encoder.bind(feeds)
         decoder = self._decoder.bind(_first(feeds, self._encoder.run(feeds)[LAST_HIDDEN]))
@@ -111,8 +110,8 @@ class EncoderDecoderEngine:
 
         return call
 
-    def _holds_all(self, feeds: Feeds) -> bool:
-        return bool(self._crosses) and all(name in feeds for name in self._crosses)
+    def _has_source(self, feeds: Feeds) -> bool:
+        return all(name in feeds for name in self._encoder.inputs)
 
     def close(self) -> None:
         """Free threads and memory of the three engines. Closing twice is allowed."""
@@ -159,6 +158,7 @@ def greedy(
         outputs = engine.run(feeds)
         tokens = np.concatenate([tokens, outputs["logits"][:, -1:].argmax(-1)], 1)
         feeds |= {past_of(name): value for name, value in outputs.items() if name.startswith(PRESENT)}
+        feeds = {name: value for name, value in feeds.items() if name == MASK or name.startswith(PAST)}
         feeds[DECODER_IDS] = tokens[:, -1:]
     return tokens
 
@@ -183,6 +183,3 @@ def _of_decoder(feeds: Feeds) -> Mapping[str, npt.NDArray[Any]]:
     return renamed | {IDS: feeds[DECODER_IDS]}
 
 
-def names_of(parts: tuple[Path, Path, Path]) -> Iterator[str]:
-    """Yield the names of the files."""
-    yield from (part.name for part in parts)

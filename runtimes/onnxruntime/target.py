@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.base.encoder_decoder import EncoderDecoderEngine, opened, parts_of
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -73,12 +75,13 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    load(source, options).close()
+    check_available(name, missing(), devices, options)
+    _load_file(source, options).close()
     return source
 
 
-def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
-    """Open an ONNX file, with all graph optimisations.
+def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine | EncoderDecoderEngine:
+    """Open an ONNX file, with all graph optimisations; the file of an encoder with those of its decoder.
 
     Args:
         path: The model; external data lies in the same folder.
@@ -89,6 +92,12 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
         BuildError: ONNX Runtime refused the model.
     """
     check_available(name, missing(), devices, options)
+    if (parts := parts_of(path)) is not None:
+        return opened(parts, partial(_load_file, options=options))
+    return _load_file(path, options)
+
+
+def _load_file(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")
     return OnnxRuntimeEngine(_open(path, options), device=options.device)

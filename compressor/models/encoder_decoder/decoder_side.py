@@ -95,10 +95,10 @@ def decoder_side(module: Any, tokenizer: Any, longest: int, location: str) -> De
     """
     decoder = _Decoder(module, tokenizer, longest)
     try:
-        decoder.shift(np.array([[1, 2]]))
+        start = int(decoder.shift(np.array([[1, 2]]))[0, 0])
     except Exception as error:  # modules raise errors of all kinds
         raise ModelError(
             f"{location} does not say with which token its decoder starts ({first_line(error)}); set "
             "decoder_start_token_id in its config.json."
         ) from error
-    return DecoderSide(decoder.encode if tokenizer is not None else None, decoder.shift, decoder.generate, GENERATED)
+    return DecoderSide(decoder.encode if tokenizer is not None else None, decoder.shift, decoder.generate, GENERATED, start, longest)
