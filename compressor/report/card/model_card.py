@@ -35,6 +35,8 @@ USES = {
     "feature-extraction": "extracts features from its inputs",
     "sentence-similarity": "embeds sentences for comparison",
     "text-generation": "generates text",
+    "text2text-generation": "generates a text from a text",
+    "automatic-speech-recognition": "transcribes speech",
     "token-classification": "classifies the tokens of texts",
     "question-answering": "finds the answer to a question in a text",
     "fill-mask": "fills in masked words",
