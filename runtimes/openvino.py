@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -37,6 +37,7 @@ own = ("fp16", "bf16")
 int8 = Int8Style(activations="uint8", convolutions=False, quantizers=("compressor", "nncf"))
 
 NOTED = ("compressor", "precision")  # path of the build precision in the rt_info of the IR
+OUTPUTS = ("compressor", "outputs")  # path of the names of the outputs
 NO_LAYERS = ("Const", "Input", "Output")
 ATTENTIONS = ("ScaledDotProductAttention", "ScaledDotProductAttentionWithKVCache", "SDPA")
 FILE = "openvino_model.xml"  # the file name that optimum-intel's OVModel classes expect
@@ -68,6 +69,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         _check_processor(core, options.precision)
         model = core.read_model(str(source))
         model.set_rt_info(options.precision, [*NOTED])
+        model.set_rt_info(",".join(map(_port_name, model.outputs)), [*OUTPUTS])
         file = out / (PART.format(source.stem) if source.stem in STEMS else FILE)
         openvino.save_model(model, str(file), compress_to_fp16=options.precision == "fp16")
     except RuntimeError as error:
@@ -101,7 +103,7 @@ def _load_file(path: Path, options: BuildOptions) -> OpenVinoEngine:
         model = core.read_model(str(path))
         # Explicit, because by default OpenVINO computes float32 models in bfloat16 if the processor supports it.
         settings["INFERENCE_PRECISION_HINT"] = "bf16" if _build_precision(model) == "bf16" else "f32"
-        return OpenVinoEngine(core.compile_model(model, "CPU", settings))
+        return OpenVinoEngine(core.compile_model(model, "CPU", settings), _output_names(model))
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
 
@@ -128,11 +130,12 @@ def layers(path: Path, options: BuildOptions) -> LayerCounts:
 class OpenVinoEngine(Closing[Any]):
     """A compiled OpenVINO model with one inference request; see runtimes.base.Engine."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, outputs: Sequence[str]) -> None:
         super().__init__(compiled.create_infer_request())
-        self._ports = {_port_name(port): port for port in (*compiled.inputs, *compiled.outputs)}
-        self.inputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.inputs)
-        self.outputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.outputs)
+        self._ports = {_port_name(port): port for port in compiled.inputs}
+        self.inputs: tuple[str, ...] = tuple(self._ports)
+        self._ports |= dict(zip(outputs, compiled.outputs, strict=True))
+        self.outputs: tuple[str, ...] = tuple(outputs)
         self.input_dtypes: DTypes = {
             key: np.dtype(self._ports[key].get_element_type().to_dtype()) for key in self.inputs
         }
@@ -188,6 +191,13 @@ def _reason(error: BaseException) -> str:
 def _port_name(port: Any) -> str:
     """Return the ONNX name of an input or output; OpenVINO may add other names."""
     return str(port.get_any_name())
+
+
+def _output_names(model: Any) -> list[str]:
+    """Return the names of the outputs in the ONNX file, which build() recorded: OpenVINO may name them after nodes."""
+    if not model.has_rt_info([*OUTPUTS]):
+        return [_port_name(port) for port in model.outputs]
+    return str(model.get_rt_info([*OUTPUTS]).astype(str)).split(",")
 
 
 def _shape(port: Any) -> tuple[int | None, ...]:

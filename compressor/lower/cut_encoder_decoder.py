@@ -31,6 +31,7 @@ from runtimes.base.encoder_decoder import (
     IDS,
     LAST_HIDDEN,
     MASK,
+    PAST,
     PRESENT,
     WITH_PAST,
     is_cross,
@@ -107,6 +108,12 @@ def _layer_of(name: str) -> tuple[int, str]:
     return int(layer), rest
 
 
+def _order_of_input(value: ir.Value) -> tuple[int, str]:
+    """Order inputs as Optimum expects them: the caches last, by layer; it feeds them by their positions."""
+    name = str(value.name)
+    return _layer_of(name) if name.startswith(PAST) else (-1, "")
+
+
 class _Part:
     """One part of a model, which is edited in place."""
 
@@ -125,7 +132,7 @@ class _Part:
             value.name = name
         own |= added
         self.graph.inputs.clear()
-        self.graph.inputs.extend(own.values())
+        self.graph.inputs.extend(sorted(own.values(), key=_order_of_input))
         self._empty_pasts([value for name, value in before.items() if is_self(name) and name not in inputs], own)
         self._resize([value for name, value in before.items() if name not in inputs], own)
         for old, new in outputs.items():
