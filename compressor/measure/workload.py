@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from compressor.errors import SettingsError
 from compressor.models.base import most_tokens
+from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
 
@@ -68,12 +69,16 @@ class Call:
         shapes: shapes of all inputs, including those of the KV cache.
         filled: function that computes the KV cache of an engine, for a decode step; None for a call without a cache. It
             takes a function that opens the engine, and the path of a new folder to store the cache in.
+        given: outputs of the graph that an earlier call has computed: the caches of cross-attentions.
+        left_out: outputs of the graph that this call does not compute: the hidden states of an encoder.
     """
 
     times: int
     inputs: Feeds
     shapes: Mapping[str, tuple[int, ...]]
     filled: Callable[[Callable[[], Engine], Path], Feeds] | None = None
+    given: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @staticmethod
     def alone(inputs: Feeds) -> Call:
@@ -160,7 +165,11 @@ def _source_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths)
         step: dict[str, npt.NDArray[np.generic]] = {"decoder_input_ids": target[:, :1]}
         step |= {name: value for name, value in source.items() if name == "attention_mask"}
         filled = partial(_filled_caches, model, model.preprocess.complete({**source, "decoder_input_ids": target}))
-        calls[TOKEN] = Call(lengths.new, step, {name: tuple(value.shape) for name, value in step.items()}, filled)
+        shapes = {name: tuple(value.shape) for name, value in first.items()}
+        for name in (past for past in model.state.values() if past in shapes):
+            shapes[name] = (batch, shapes[name][1], lengths.behind, shapes[name][3])
+        given = tuple(present for present, past in model.state.items() if past not in model.inputs)
+        calls[TOKEN] = Call(lengths.new, step, shapes, filled, given, (ENCODER_HIDDEN,))
     return calls
 
 
