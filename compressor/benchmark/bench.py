@@ -167,7 +167,9 @@ def _set_up(
     context_lengths = contexts(settings.context, model)
     export_settings = _export_settings(settings, folders)
     with steps.step("load the data") as tick:
-        data_and_model = _with_targets(settings, loaded, model, load_data(export_settings, model, tick, decision=_decision_share(folders)))
+        data_and_model = _with_targets(
+            settings, loaded, model, load_data(export_settings, model, tick, decision=_decision_share(folders))
+        )
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
 

@@ -171,7 +171,10 @@ class _Part:
             if not past.uses() or self.stem != DECODER:
                 continue
             assert past.shape is not None
-            sizes = ir.tensor([int(past.shape[1]), 0, int(past.shape[3])], name=f"{past.name} sizes")
+            heads, width = past.shape[1], past.shape[3]
+            assert isinstance(heads, int)
+            assert isinstance(width, int)
+            sizes = ir.tensor([heads, 0, width], name=f"{past.name} sizes")
             sizes_node = ir.node("Constant", [], {"value": sizes})
             rows = ir.node("Shape", [own[IDS]], {"start": 0, "end": 1})
             shape = ir.node("Concat", [rows.outputs[0], sizes_node.outputs[0]], {"axis": 0})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -153,6 +153,7 @@ def _source_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths)
     model, decoder = subject.model, subject.model.preprocess.decoder
     assert decoder is not None
     assert model.preprocess.complete is not None
+    source: dict[str, npt.NDArray[Any]]
     if lengths.source == "tokens":
         ids = token_ids(subject.data.test, batch, lengths.prompt)
         source = {"input_ids": ids, "attention_mask": np.ones_like(ids)}

@@ -34,10 +34,17 @@ def _added(layers: Sequence[LayerCounts | None]) -> LayerCounts | None:
     known = [each for each in layers if each is not None]
     if len(known) < 2:
         return known[0] if known else None
-    counts = [sum((Counter(getattr(each, fact)) for each in known), Counter()) for fact in ("precisions", "kinds")]
+    precisions, kinds = Counter[str](), Counter[str]()
+    for each in known:
+        precisions.update(each.precisions)
+        kinds.update(each.kinds)
     fused = [each.fused_attention for each in known]
-    attention = None if None in fused else all(fused)
-    return LayerCounts(sum(each.count for each in known), *(dict(each.most_common()) for each in counts), attention)
+    return LayerCounts(
+        sum(each.count for each in known),
+        dict(precisions.most_common()),
+        dict(kinds.most_common()),
+        None if None in fused else all(fused),
+    )
 
 
 def describe_layers(engine: Mapping[str, Any]) -> Iterator[str]:

@@ -181,5 +181,3 @@ def _of_decoder(feeds: Feeds) -> Mapping[str, npt.NDArray[Any]]:
     renamed = {name: value for name, value in feeds.items() if name.startswith(PAST)}
     renamed |= {ENCODER_MASK: feeds[MASK]} if MASK in feeds else {}
     return renamed | {IDS: feeds[DECODER_IDS]}
-
-

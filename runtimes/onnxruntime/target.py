@@ -75,8 +75,7 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    check_available(name, missing(), devices, options)
-    _load_file(source, options).close()
+    load_file(source, options).close()
     return source
 
 
@@ -91,13 +90,14 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine | EncoderDecode
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    check_available(name, missing(), devices, options)
     if (parts := parts_of(path)) is not None:
-        return opened(parts, partial(_load_file, options=options))
-    return _load_file(path, options)
+        return opened(parts, partial(load_file, options=options))
+    return load_file(path, options)
 
 
-def _load_file(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
+def load_file(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
+    """Open one ONNX file. Raises the errors of load()."""
+    check_available(name, missing(), devices, options)
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")
     return OnnxRuntimeEngine(_open(path, options), device=options.device)

@@ -55,9 +55,7 @@ def _classes(mapping: Any) -> set[str]:
     return {name for value in values for name in ((value,) if isinstance(value, str) else value)}
 
 
-def parts_of(
-    module: Any, task: str, inputs: tuple[str, ...], tokenizer: Any, location: str, *, cache: bool
-) -> Parts:
+def parts_of(module: Any, task: str, inputs: tuple[str, ...], tokenizer: Any, location: str, *, cache: bool) -> Parts:
     """Return how an encoder-decoder is called and evaluated.
 
     Args:
@@ -110,7 +108,7 @@ def _spectrogram(module: Any, location: str) -> tuple[int, int]:
     config, encoder = module.config, module.get_encoder()
     bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
     strides = [getattr(encoder, name).stride[0] for name in ("conv1", "conv2") if hasattr(encoder, name)]
-    if module.main_input_name != "input_features" or None in (bins, positions) or len(strides) != 2:
+    if module.main_input_name != "input_features" or bins is None or positions is None or len(strides) != 2:
         raise ModelError(
             f"{location} is a {type(module).__name__}, whose encoder does not take spectrograms of one length as "
             "Whisper's does; expected a Whisper."

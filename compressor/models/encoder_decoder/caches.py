@@ -147,7 +147,7 @@ class EncoderDecoder:
         return dict(zip(self.pasts.values(), (size for layer in self.sizes for size in layer), strict=True))
 
 
-class _ComputedOnce(DynamicLayer):
+class _ComputedOnce(DynamicLayer):  # type: ignore[misc]
     """An empty layer of a cache that holds the keys and values that it gets, without appending them to an empty one."""
 
     def update(

@@ -101,4 +101,6 @@ def decoder_side(module: Any, tokenizer: Any, longest: int, location: str) -> De
             f"{location} does not say with which token its decoder starts ({first_line(error)}); set "
             "decoder_start_token_id in its config.json."
         ) from error
-    return DecoderSide(decoder.encode if tokenizer is not None else None, decoder.shift, decoder.generate, GENERATED, start, longest)
+    return DecoderSide(
+        decoder.encode if tokenizer is not None else None, decoder.shift, decoder.generate, GENERATED, start, longest
+    )
