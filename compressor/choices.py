@@ -12,6 +12,8 @@ TASKS = (
     "feature-extraction",
     "sentence-similarity",
     "text-generation",
+    "text2text-generation",
+    "automatic-speech-recognition",
     "token-classification",
     "question-answering",
     "fill-mask",
@@ -19,8 +21,12 @@ TASKS = (
     "depth-estimation",
     "audio-classification",
     "audio-frame-classification",
-    "automatic-speech-recognition",
+    "ctc",
 )
+CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
+# The tasks of encoder-decoders, which are exported as the files of an encoder and its decoder, and the targets for them.
+ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
+ENCODER_DECODER_TARGETS = ("onnxruntime", "openvino")
 # What a classifier predicts, in the words of transformers' configs.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.

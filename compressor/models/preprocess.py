@@ -38,6 +38,28 @@ class Aligned:
 
 
 @dataclass(frozen=True)
+class DecoderSide:
+    """How the inputs of the decoder of an encoder-decoder are made.
+
+    Attributes:
+        encode: tokenizes target texts, without padding; None without a tokenizer.
+        shift: returns the decoder inputs for labels, both int64 [rows, tokens].
+        generate: returns the tokens that the original generates greedily from each row of encoder inputs, the start
+            token first.
+        generated: maximum number of tokens that it generates.
+        start: the token with which the decoder starts.
+        longest: maximum number of tokens of a target.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]] | None
+    shift: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+    generate: Callable[[dict[str, npt.NDArray[Any]]], list[list[int]]]
+    generated: int
+    start: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class Preprocess:
     """The preprocessing that belongs to a model.
 
@@ -72,6 +94,7 @@ class Preprocess:
         seconds: length to which longer clips are cut.
         frames: numbers of frames of the output for clips of some numbers of samples; None if they are unknown.
         varying: axis of each input, besides the first, whose size varies from batch to batch.
+        decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
     """
 
     inputs: tuple[str, ...]
@@ -106,6 +129,7 @@ class Preprocess:
     seconds: float = 0.0
     frames: Callable[[Sequence[int]], npt.NDArray[Any]] | None = None
     varying: Mapping[str, int] = field(default_factory=dict)
+    decoder: DecoderSide | None = None
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from compressor.choices import CTC
 from compressor.errors import Terminated
 from compressor.limitations import Limitation
 from compressor.models import class_names
@@ -40,7 +41,7 @@ AXES = {
     "depth-estimation": 3,
     "audio-classification": 2,
     "audio-frame-classification": 3,
-    "automatic-speech-recognition": 3,
+    CTC: 3,
     "image-segmentation": 4,
 }
 # What the output must be instead, by its number of axes.

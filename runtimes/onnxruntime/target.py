@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.base.encoder_decoder import EncoderDecoderEngine, opened, parts_of
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -95,12 +97,12 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    load(source, options).close()
+    load_file(source, options).close()
     return source
 
 
-def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
-    """Open an ONNX file, with all graph optimisations.
+def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine | EncoderDecoderEngine:
+    """Open an ONNX file, with all graph optimisations; the file of an encoder with those of its decoder.
 
     Args:
         path: The model; external data lies in the same folder.
@@ -110,6 +112,13 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
+    if (parts := parts_of(path)) is not None:
+        return opened(parts, partial(load_file, options=options))
+    return load_file(path, options)
+
+
+def load_file(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
+    """Open one ONNX file. Raises the errors of load()."""
     check_available(name, missing(), devices, options)
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")

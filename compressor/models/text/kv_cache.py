@@ -132,12 +132,12 @@ class Causal:
         cache = _cache(self._layers(past))
         output = module(**plain, **{self.argument: cache}, use_cache=True)
         present: list[torch.Tensor] = []
-        for layer, size in zip(_entry(output, self.entry).layers, self.sizes, strict=True):
+        for layer, size in zip(output_entry(output, self.entry).layers, self.sizes, strict=True):
             if isinstance(size, Convolution):
                 present.append(layer.conv_states[0][..., -size.kernel :])
             else:
                 present += [layer.keys, layer.values]
-        return (_entry(output, "logits"), *present)
+        return (output_entry(output, "logits"), *present)
 
     def of(self, model: Model) -> Model:
         """Return the model with its cache as additional inputs and outputs."""
@@ -173,7 +173,7 @@ class Causal:
 def _cache(layers: Iterator[State]) -> DynamicCache:
     """Return a cache with the given state of each layer."""
     cache = DynamicCache()
-    cache.layers = [_convolution(each) if isinstance(each, torch.Tensor) else _layer(*each) for each in layers]
+    cache.layers = [_convolution(each) if isinstance(each, torch.Tensor) else filled_layer(*each) for each in layers]
     return cache
 
 
@@ -189,7 +189,7 @@ def _convolution(state: torch.Tensor) -> LinearAttentionLayer:
     return layer
 
 
-def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+def filled_layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     """Return a cache layer with these keys and values; `update` would concatenate them to an empty tensor."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
@@ -197,7 +197,7 @@ def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     return layer
 
 
-def _entry(output: Any, name: str) -> Any:
+def output_entry(output: Any, name: str) -> Any:
     """Return an entry of an output by name; the output is a mapping, as in transformers, or has attributes."""
     return output[name] if isinstance(output, Mapping) else getattr(output, name)
 
@@ -266,7 +266,12 @@ def _size(state: State) -> KeysAndValues | Convolution:
     if isinstance(state, torch.Tensor):
         return Convolution(state.shape[1], state.shape[2])
     keys, values = state
-    return (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
+    return heads_and_width(keys), heads_and_width(values)
+
+
+def heads_and_width(part: torch.Tensor) -> tuple[int, int]:
+    """Return the number of heads and the head dimension of keys or values."""
+    return part.shape[1], part.shape[3]
 
 
 def _initial_cache(module: Any) -> tuple[str, list[State]]:
@@ -317,6 +322,20 @@ def _states(cache: Any) -> list[State]:
     return layers
 
 
+def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the keys and values of every layer of a cache, [1, heads, tokens, head dimension] each.
+
+    Raises:
+        NoCacheError: a layer has other state, or its keys and values differ in rows or tokens.
+    """
+    pairs = []
+    for number, state in enumerate(_states(cache)):
+        if isinstance(state, torch.Tensor):
+            raise NoCacheError(f"layer {number} of its cache has the state of a convolution, not keys and values")
+        pairs.append(state)
+    return pairs
+
+
 def _of_convolution(layer: LinearAttentionLayer, number: int) -> torch.Tensor:
     """Return the state of a layer with one convolution and nothing else."""
     if any(state is not None for state in layer.recurrent_states.values()):
@@ -342,7 +361,7 @@ def _argument(module: Any, entry: str, layers: list[State]) -> str:
         except Exception as error:  # a different argument name, or any error of the model's own code
             refusals.append(first_line(error))
             continue
-        if _tokens(_states(_entry(output, entry))) == TOKENS + 1:
+        if _tokens(_states(output_entry(output, entry))) == TOKENS + 1:
             return name
     reason = f" ({refusals[0]})" if refusals else ""
     raise NoCacheError(f"it returns a cache but does not accept one as {' or '.join(names)}{reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.choices import CTC
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.depth import Depth
 from compressor.quality.heads.features import Features, SentenceEmbedding
@@ -10,10 +11,12 @@ from compressor.quality.heads.pixels import PixelClasses
 from compressor.quality.heads.regression import Regression
 from compressor.quality.heads.single_class import SingleClass
 from compressor.quality.heads.spans import Spans
-from compressor.quality.heads.tokens import Frames, MaskedTokens, NextTokens, TokenClasses
+from compressor.quality.heads.tokens import Frames, MaskedTokens, NextTokens, TargetTokens, TokenClasses
 
 HEADS: dict[str, Head] = {
     "text-generation": NextTokens(),
+    "text2text-generation": TargetTokens(),
+    "automatic-speech-recognition": TargetTokens(),
     "fill-mask": MaskedTokens(),
     "token-classification": TokenClasses(),
     "question-answering": Spans(),
@@ -21,7 +24,7 @@ HEADS: dict[str, Head] = {
     "depth-estimation": Depth(),
     "sentence-similarity": SentenceEmbedding(),
     "audio-frame-classification": Frames(),
-    "automatic-speech-recognition": Frames(),
+    CTC: Frames(),
     "feature-extraction": Features(),
     "image-feature-extraction": Features(),
 }

@@ -95,6 +95,19 @@ class MaskedTokens(Tokens):
         return bound_of_likelihood(metric, columns, reference, before)
 
 
+class TargetTokens(MaskedTokens):
+    """Logits of the tokens of a target, of an encoder-decoder; the labels are these tokens.
+
+    Without targets, the decoder reads what the original generated, and results are compared with the original.
+    """
+
+    metrics: ClassVar[Metrics] = {"tokens": "perplexity", None: "token_agreement"}
+
+    def scored(self, batch: Batch) -> Array:
+        """Return the mask of the tokens of the targets; all tokens of random data."""
+        return np.ones(batch.feeds["decoder_input_ids"].shape, dtype=bool) if batch.scored is None else batch.scored
+
+
 class TokenClasses(Tokens):
     """Logits of the classes of tokens, such as named entities."""
 

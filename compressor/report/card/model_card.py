@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from compressor.choices import CTC, ENCODER_DECODER_TASKS
 from compressor.limitations import Limitation
 from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
@@ -36,6 +37,8 @@ USES = {
     "feature-extraction": "extracts features from its inputs",
     "sentence-similarity": "embeds sentences for comparison",
     "text-generation": "generates text",
+    "text2text-generation": "generates a text from a text",
+    "automatic-speech-recognition": "transcribes speech",
     "token-classification": "classifies the tokens of texts",
     "question-answering": "finds the answer to a question in a text",
     "fill-mask": "fills in masked words",
@@ -43,7 +46,7 @@ USES = {
     "depth-estimation": "estimates the depth of images",
     "audio-classification": "classifies sound",
     "audio-frame-classification": "classifies the frames of sound",
-    "automatic-speech-recognition": "transcribes speech",
+    CTC: "transcribes speech",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "
@@ -130,7 +133,7 @@ def _header(content: Json, folder: Path) -> ModelCardData:
         license=None if model["random_weights"] else preprocessing_recipe.licence(folder),
         metrics=[result.metric_type for result in results or ()] or None,
         model_name=f"{model['name'].rpartition('/')[2]}-compressed" if results else None,
-        pipeline_tag=model["task"],
+        pipeline_tag=ENCODER_DECODER_TASKS[1] if model["task"] == CTC else model["task"],
         tags=list(dict.fromkeys([*tags, *(["pruned"] if content["plan"]["changes"] else [])])),
         ignore_metadata_errors=False,
         **quantized,

@@ -33,4 +33,4 @@ def test_ctc_agrees_frame_by_frame(tmp_path):
     assert 0 < done.quality.figures["result"].value < 100.0
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["model"]["inputs"] == ["input_values", "attention_mask"]
-    assert content["model"]["task"] == "automatic-speech-recognition"
+    assert content["model"]["task"] == "ctc"

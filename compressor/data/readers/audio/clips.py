@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from compressor.choices import CTC
 from compressor.data.class_folders import FilesOf, find_files
 from compressor.data.readers.audio.decode import (
     OTHERS,
@@ -33,7 +34,7 @@ CHUNK = 64  # clips decoded between two reports of progress
 KEPT = 512 * 1024**2  # bytes of decoded clips in memory; others are decoded again
 STEP = 0.02  # seconds in a frame, the usual unit of speech models: batches are bounded by their number
 PATHS = ("file", "path", "file_name", "filename", "audio", "wav")
-FRAMEWISE = ("automatic-speech-recognition", "audio-frame-classification")
+FRAMEWISE = (CTC, "audio-frame-classification")
 
 
 @dataclass

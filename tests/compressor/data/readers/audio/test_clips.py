@@ -74,7 +74,7 @@ def test_class_folders_are_labels_and_clips_are_padded_with_a_mask(tmp_path):
 
 def test_frames_of_padding_are_not_scored(tmp_path):
     frames = lambda counts: np.asarray(counts) // 320  # noqa: E731
-    samples = reading(tones(tmp_path, 2), "automatic-speech-recognition", prepared(frames=frames))
+    samples = reading(tones(tmp_path, 2), "ctc", prepared(frames=frames))
     assert samples.labels is None
     assert "labels of the data" in [limitation.feature for limitation in samples.limitations]
     assert samples.targets([0, 1]).scored.sum(1).tolist() == [25, 37]
