@@ -24,6 +24,7 @@ import tables_llama_cpp
 import tables_llm
 import tables_matrix
 import tables_scale
+import tables_smollm2
 import tables_targets
 import tables_tensorrt
 from tables_tokens import tokens, tokens_operators
@@ -156,6 +157,7 @@ TABLES = {
     "tensorrt": tables_tensorrt.tensorrt,
     "llm": tables_llm.llm,
     "llama_cpp": tables_llama_cpp.llama_cpp,
+    "smollm2": tables_smollm2.smollm2,
     "matrix": tables_matrix.matrix,
     "rivals": tables_matrix.rivals,
     "tokens": tokens,

@@ -12,12 +12,21 @@ TASKS = (
     "feature-extraction",
     "sentence-similarity",
     "text-generation",
+    "text2text-generation",
+    "automatic-speech-recognition",
     "token-classification",
     "question-answering",
     "fill-mask",
     "image-segmentation",
     "depth-estimation",
+    "audio-classification",
+    "audio-frame-classification",
+    "ctc",
 )
+CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
+# The tasks of encoder-decoders, which are exported as the files of an encoder and its decoder, and the targets for them.
+ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
+ENCODER_DECODER_TARGETS = ("onnxruntime", "openvino")
 # What a classifier predicts, in the words of transformers' configs.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.
@@ -27,7 +36,7 @@ GGUF = "gguf"
 
 # Copied from runtimes.base.protocols and passes.plan.selection, which import NumPy and torch; a test compares them.
 DEVICES = ("cpu", "cuda")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4", "int2")
 METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
 
 COSTS = ("latency", "macs")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import fx
     from torch.export import ExportedProgram
 
+# OpOverload: the type of operators in a graph.
 # FakeTensorMode: tensors with a shape and a type but no elements. Offloaded weights need it for shape-only runs.
 # enable_python_dispatcher: without it, addcmul rejects fake operands that broadcast.
 # tree_leaves: the tensors in the nested value of a node. `fx.node.map_aggregate` is public, but treats named tuples of

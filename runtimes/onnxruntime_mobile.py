@@ -72,7 +72,7 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
         BuildError: ONNX Runtime refused the model.
     """
     check_available(name, missing(), devices, options)
-    return onnxruntime.load(path, options)
+    return onnxruntime.load_file(path, options)
 
 
 def layers(path: Path, options: BuildOptions) -> None:

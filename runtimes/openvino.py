@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.base.encoder_decoder import STEMS, EncoderDecoderEngine, opened, parts_of
 from runtimes.base.layer_counts import count_layers
 from runtimes.base.protocols import (
     BuildError,
@@ -35,9 +37,11 @@ own = ("fp16", "bf16")
 int8 = Int8Style(activations="uint8", convolutions=False, quantizers=("compressor", "nncf"))
 
 NOTED = ("compressor", "precision")  # path of the build precision in the rt_info of the IR
+OUTPUTS = ("compressor", "outputs")  # path of the names of the outputs
 NO_LAYERS = ("Const", "Input", "Output")
 ATTENTIONS = ("ScaledDotProductAttention", "ScaledDotProductAttentionWithKVCache", "SDPA")
 FILE = "openvino_model.xml"  # the file name that optimum-intel's OVModel classes expect
+PART = "openvino_{}.xml"  # and those of the encoder and the decoder of an encoder-decoder
 
 
 def missing() -> str | None:
@@ -65,20 +69,28 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         _check_processor(core, options.precision)
         model = core.read_model(str(source))
         model.set_rt_info(options.precision, [*NOTED])
-        openvino.save_model(model, str(out / FILE), compress_to_fp16=options.precision == "fp16")
+        model.set_rt_info(",".join(map(_port_name, model.outputs)), [*OUTPUTS])
+        file = out / (PART.format(source.stem) if source.stem in STEMS else FILE)
+        openvino.save_model(model, str(file), compress_to_fp16=options.precision == "fp16")
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot read {source.name}: {_reason(error)}.") from error
-    return out / FILE
+    return file
 
 
-def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
-    """Compile the IR that build() wrote for low latency, in its build precision.
+def load(path: Path, options: BuildOptions) -> OpenVinoEngine | EncoderDecoderEngine:
+    """Compile the IR that build() wrote for low latency, in its build precision; an encoder with its decoder.
 
     Raises:
         RuntimeUnavailable: OpenVINO or the device is not available.
         BuildError: OpenVINO refused the model.
     """
     check_available(name, missing(), devices, options)
+    if (parts := parts_of(path)) is not None:
+        return opened(parts, partial(_load_file, options=options))
+    return _load_file(path, options)
+
+
+def _load_file(path: Path, options: BuildOptions) -> OpenVinoEngine:
     import openvino
 
     if not path.is_file():
@@ -91,7 +103,7 @@ def load(path: Path, options: BuildOptions) -> OpenVinoEngine:
         model = core.read_model(str(path))
         # Explicit, because by default OpenVINO computes float32 models in bfloat16 if the processor supports it.
         settings["INFERENCE_PRECISION_HINT"] = "bf16" if _build_precision(model) == "bf16" else "f32"
-        return OpenVinoEngine(core.compile_model(model, "CPU", settings))
+        return OpenVinoEngine(core.compile_model(model, "CPU", settings), _output_names(model))
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot compile {path.name}: {_reason(error)}.") from error
 
@@ -102,7 +114,8 @@ def layers(path: Path, options: BuildOptions) -> LayerCounts:
     Raises:
         RuntimesError: As in load().
     """
-    with load(path, options) as engine:
+    check_available(name, missing(), devices, options)
+    with _load_file(path, options) as engine:
         nodes = [layer for layer in engine.described() if layer["layerType"] not in NO_LAYERS]
     kinds = [layer["layerType"] for layer in nodes]
     # A fused attention is one node, or one generated kernel that lists the layers it was made from.
@@ -117,11 +130,12 @@ def layers(path: Path, options: BuildOptions) -> LayerCounts:
 class OpenVinoEngine(Closing[Any]):
     """A compiled OpenVINO model with one inference request; see runtimes.base.Engine."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, outputs: Sequence[str]) -> None:
         super().__init__(compiled.create_infer_request())
-        self._ports = {_port_name(port): port for port in (*compiled.inputs, *compiled.outputs)}
-        self.inputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.inputs)
-        self.outputs: tuple[str, ...] = tuple(_port_name(port) for port in compiled.outputs)
+        self._ports = {_port_name(port): port for port in compiled.inputs}
+        self.inputs: tuple[str, ...] = tuple(self._ports)
+        self._ports |= dict(zip(outputs, compiled.outputs, strict=True))
+        self.outputs: tuple[str, ...] = tuple(outputs)
         self.input_dtypes: DTypes = {
             key: np.dtype(self._ports[key].get_element_type().to_dtype()) for key in self.inputs
         }
@@ -177,6 +191,13 @@ def _reason(error: BaseException) -> str:
 def _port_name(port: Any) -> str:
     """Return the ONNX name of an input or output; OpenVINO may add other names."""
     return str(port.get_any_name())
+
+
+def _output_names(model: Any) -> list[str]:
+    """Return the names of the outputs in the ONNX file, which build() recorded: OpenVINO may name them after nodes."""
+    if not model.has_rt_info([*OUTPUTS]):
+        return [_port_name(port) for port in model.outputs]
+    return str(model.get_rt_info([*OUTPUTS]).astype(str)).split(",")
 
 
 def _shape(port: Any) -> tuple[int | None, ...]:

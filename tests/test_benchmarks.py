@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -463,6 +464,82 @@ def test_the_table_of_llama_cpp():
     assert "a prompt of 128 tokens, a further token behind 192, 1 thread; xllamacpp 1.2 on a chip" in lines[10]
 
 
+# ------------------------------------------------------------------------------------------- made-up results: smollm2
+
+
+def smollm2_row(kind, percent, changes, perplexity, metric="cosine", action="drop"):
+    row = {
+        "kind": kind,
+        "percent": percent,
+        "metric": metric,
+        "action": action,
+        "changes": dict.fromkeys(changes, action),
+    }
+    lost = 100 * (perplexity / 20 - 1)
+    row["cache_bytes_per_token"] = 1000 - 10 * len(changes)
+    return row | {"parameters": 100_000_000 - 1_000_000 * len(changes),
+                  "perplexity": figure(perplexity), "loss": figure(lost), "agreement": figure(75.0), "equal_texts": 3,
+                  "leading": figure(12.0)}  # fmt: skip
+
+
+@pytest.fixture
+def smollm2_results():
+    rows = {
+        "original": smollm2_row("attention", 0, "", 20.0),
+        "attention 50%": smollm2_row("attention", 50, "abcdefghij", 80.0),
+        "block 50%": smollm2_row("block", 50, "abcdefghij", 2000.0),
+    }
+    healed = {"kept": True, "seconds": 100.0, "sample_steps": 7}
+    half = smollm2_row("attention", 50, "abcdefghij", 40.0) | {"design": "attention 50%", "method": "distill"}
+    cell = {"plan": "attention 50%", "precision": "int8-dynamic", "bytes": 2_000_000, "excess": figure(-5.0)}
+    timed = {"median": 5.0, "tokens_per_second": 200.0, "speedup": {"dense": over(1.1), "float": over(2.0)}}
+    engine = {"engine": "gguf", "plan": "attention 50%", "precision": "int4", "bytes": 1_000_000, "cache_bytes": 1000}
+    both = {"cell": "gguf, attention 50%, int4", "part": "token", "ratio": over(0.9), "verdict": "less"}
+    product = {"milliseconds": 0.08, "over_float": over(2.0), "over_4_bits": over(0.8), "bytes": 1_000_000}
+    return {
+        "quality": rows,
+        "healing": {"attention 50%, distill": half | {"healed": healed}},
+        "factorial": {"cell": smollm2_row("attention", 50, "abcdefghij", 90.0) | cell},
+        "timing": {"rows": {"x": engine | {"first": timed, "token": timed}}, "interactions": [both],
+                   "absent": ["torch"], "context": 128, "threads": 1, "rounds": 4},
+        "products": {"inputs": 1024, "outputs": 3072, "rows": {"1": {"2 bits": product}}},
+        "model": "tiny", "prompts": {"count": 20, "tokens": 32, "new": 64}, "environment": {"processor": "a chip"},
+        "task": {"task": {"questions": 60, "choices": 4, "accuracy": {"dense": {"value": 0.5, "error": 0.06}}}},
+        "texts": {"calibration": 5, "test": 6}, "tokens": {"calibration": 700, "test": 9000},
+    }  # fmt: skip
+
+
+def test_the_tables_of_smollm2(smollm2_results):
+    lines = script("tables_smollm2").smollm2_table(smollm2_results).splitlines()
+    tail = "| 75.0 | 3 of 20 | 12.0 (11.0–13.0) |"
+    assert lines[2] == f"| original | – | 20.00 | – {tail} 100.0 M | 1,000 B |"
+    assert lines[3].startswith(
+        f"| attention, 50 % (10) | cosine (LLM-Drop) | 80.00 | +300.00 (+299.00 to +301.00) {tail} 90.0 M | 900 B |"
+    )
+    assert "| 2000.00 | 100x (100x to 100x) |" in lines[4]
+    assert lines[8].startswith("| attention 50% | distill | 100 | 7 | +300.00 (+299.00 to +301.00) | +100.00 (")
+    assert lines[8].endswith("| 75.0 → 75.0 | 50% |")  # log 2 of log 4
+    assert lines[12].startswith("| attention 50% | int8 | 2 MB | 90.00 | +350.00 (")
+    assert lines[12].endswith("| -5.00 (-6.00 to -4.00) |")
+    assert lines[16].startswith("| llama.cpp | attention 50% | int4 | 1 MB | 200 | 1.10x (1.00–1.20) | 200.0 | 1.10x (")
+    assert lines[19].startswith(
+        "- S_both / (S_prune x S_quant), further token: 1 less. llama.cpp, attention 50%, int4 0.90 ("
+    )
+    assert lines[20] == "- Not timed: torch."
+    assert lines[24].startswith("| 2 bits | 1.00 MB | 80 | 2.00x (1.90–2.10) | 0.80x (")
+    assert "60 questions with 4 choices each (0.25 by chance): dense 0.500 ± 0.060." in "\n".join(lines)
+    assert "They hold 10.0% of the parameters, so a step that reads every weight once is at most 1.11x" in lines[-1]
+    assert "Measured, a further token: llama.cpp int4 1.10x (1.00–1.20)." in lines[-1]
+
+
+def test_a_part_of_smollm2_that_was_not_measured_has_no_table(smollm2_results):
+    for part in ("healing", "factorial", "timing", "products", "task"):
+        del smollm2_results[part]
+    text = script("tables_smollm2").smollm2_table(smollm2_results)
+    assert text.count("\n|---") == 1
+    assert "Measured, a further token" not in text
+
+
 @pytest.mark.parametrize(
     ("ratio", "loss", "verdict"),
     [
@@ -728,6 +805,54 @@ def test_llama_cpp_runs_on_a_small_model(monkeypatch, tmp_path):
         assert made["same_next_token"] >= made["tokens"] - 1
         assert made["largest_gap"] < 0.05 * made["spread"]
     assert "| F16 | 1 |" in script("tables_llama_cpp").llama_cpp_table(found)
+
+
+@pytest.mark.slow
+def test_smollm2_runs_on_a_small_model(monkeypatch, tmp_path):
+    from tests.gguf_files import VOCABULARY, small
+    from tests.llama_cpp import saved
+
+    smollm2, of_engines, shared = (script(name) for name in ("smollm2", "smollm2_engines", "smollm2_subject"))
+    half = shared.Design("attention", 50)
+    for name, value in {
+        "DESIGNS": (half, shared.Design("joint", 25, "output")),
+        "HEALED": ((half, "closed-form"),),
+    }.items():
+        monkeypatch.setattr(smollm2, name, value)
+    monkeypatch.setattr(of_engines, "PLANS", (shared.DENSE, half))
+    monkeypatch.setattr(of_engines, "FURTHER", shared.Design("block", 50))
+    monkeypatch.setattr(of_engines, "CONTEXT", 12)
+    for module in (shared, smollm2):
+        monkeypatch.setattr(module, "PROMPT", 4)
+        monkeypatch.setattr(module, "NEW", 8)
+    folder = saved(tmp_path / "llama", small(num_hidden_layers=4))
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY - 2, (40, 40)))
+    monkeypatch.setattr(smollm2, "LENGTH", 40)
+    common = ["--model", str(folder), "--data", str(tmp_path / "tokens.npy"), "--work", str(tmp_path / "work"),
+              "--output", str(tmp_path / "found.json")]  # fmt: skip
+    parts = [f"--part={part}" for part in smollm2.PARTS if part != "task"]  # the task needs texts
+    engines = [f"--engine={engine}" for engine in of_engines.ENGINES if engine != "torch"]
+    smollm2.main([*common, *parts, *engines, "--heal-seconds", "5"], standalone_mode=False)
+    smollm2.main([*common, "--timing", "--rounds", "2"], standalone_mode=False)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["quality"]) == ["original", "attention 50%", "joint 25%, output"]
+    assert found["quality"]["original"]["agreement"]["value"] == 100
+    assert found["quality"]["original"]["leading"]["value"] == 8
+    assert (
+        found["quality"]["attention 50%"]["cache_bytes_per_token"] * 2
+        == found["quality"]["original"]["cache_bytes_per_token"]
+    )
+    assert abs(found["factorial"]["onnxruntime, dense, float"]["loss"]["value"]) < 1e-3
+    assert abs(found["factorial"]["onnxruntime, dense, int2"]["loss"]["value"]) > 1e-3
+    assert set(found["timing"]["absent"]) == {
+        f"torch, {plan}, {low}" for plan in ("dense", "attention 50%") for low in ("float", "int8")
+    }
+    assert {each["part"] for each in found["timing"]["interactions"]} == {"first", "token"}
+    assert "2 bits, no table" in found["products"]["rows"]["1"]
+    before = found["quality"]
+    smollm2.main([*common, *parts[:1]], standalone_mode=False)
+    assert json.loads((tmp_path / "found.json").read_text())["quality"] == before  # no row is measured twice
+    assert "attention, 50 % (2)" in script("tables_smollm2").smollm2_table(found)
 
 
 def test_tables_and_scripts_use_the_same_method_names(of_criteria):

@@ -18,6 +18,7 @@ from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner
 from compressor.choices import GGUF, parse_image_size
 from compressor.data.readers.hub import looks_like
+from compressor.data.splits import Data
 from compressor.errors import SettingsError
 from compressor.lower.traced_model import ModelAndData, load_data
 from compressor.measure.workload import timing_feeds
@@ -104,6 +105,7 @@ def _compared(settings: BenchSettings, scratch: Path, steps: Steps, command: str
             *_hidden_overflow(runner),
             *_last_logits(runner),
             *_weight_types(runner.entries),
+            *_one_call(runner),
         ),
     )
 
@@ -122,6 +124,15 @@ def _hidden_overflow(runner: BenchRunner) -> Iterator[str]:
                 f"{entry.name}: ONNX Runtime computes fp16 in float32 on the CPU, so these figures hide overflow and "
                 "are not those of a device with fp16 arithmetic."
             )
+
+
+def _one_call(runner: BenchRunner) -> Iterator[str]:
+    """Yield what is timed of an encoder-decoder."""
+    if runner.loaded.model.is_encoder_decoder:
+        yield (
+            "The time is that of one call of the encoder and of the decoder on all tokens of a target; `compressor "
+            "export` times the generation token by token."
+        )
 
 
 def _last_logits(runner: BenchRunner) -> Iterator[str]:
@@ -156,9 +167,22 @@ def _set_up(
     context_lengths = contexts(settings.context, model)
     export_settings = _export_settings(settings, folders)
     with steps.step("load the data") as tick:
-        data_and_model = ModelAndData(model, load_data(export_settings, model, tick, decision=_decision_share(folders)))
+        data_and_model = _with_targets(
+            settings, loaded, model, load_data(export_settings, model, tick, decision=_decision_share(folders))
+        )
     feeds = {batch: timing_feeds(data_and_model.data.test, batch) for batch in settings.batch}
     return BenchRunner(data_and_model, export_settings, entries, against, settings.conditions, feeds, context_lengths)
+
+
+def _with_targets(settings: BenchSettings, loaded: Mapping[str, Model], model: Model, data: Data) -> ModelAndData:
+    """Return the model with its data; refuse sources without targets if no original is there to generate them."""
+    generated = model.is_encoder_decoder and data.label_kind is None and not data.random
+    if generated and settings.model is None and not loaded:
+        raise BenchError(
+            f"{data.source} has no targets, which the original would generate, but a folder does not hold it; name the "
+            "original with --model, or give data with a column of targets."
+        )
+    return ModelAndData(model, data)
 
 
 def _check_unused(settings: BenchSettings, entries: Sequence[EngineEntry]) -> None:
@@ -219,6 +243,8 @@ def _model(settings: BenchSettings, folders: Mapping[str, ExportFolder], loaded:
         model = _load(settings.model, settings)
     elif folders or loaded:
         first = _first_model(next(iter(folders.values()), None), loaded)
+        if first.is_encoder_decoder and loaded:  # the model around a folder's engine has no weights to generate with
+            first = next(iter(loaded.values()))
         # A compressed checkpoint has fewer cache inputs: take the model with the most.
         model = max((first, *loaded.values()), key=lambda each: len(each.state))
     else:

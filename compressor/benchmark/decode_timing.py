@@ -84,6 +84,13 @@ def contexts(requested: tuple[int, ...] | None, model: Model) -> tuple[int, ...]
     Raises:
         SettingsError: the model has no KV cache, or too few positions.
     """
+    if model.is_encoder_decoder:
+        if requested:
+            raise SettingsError(
+                f"--context times the tokens of causal language models; {model.name} is an encoder-decoder, which is "
+                "timed on one call of both towers here, and on a generation by `compressor export`: leave --context out."
+            )
+        return ()
     if not model.state:
         if requested:
             raise SettingsError(f"--context needs a language model with a KV cache; {model.name} does {model.task}.")

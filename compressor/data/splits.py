@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.class_labels import with_class_numbers
+from compressor.data.decoder_inputs import DECODER_IDS, with_decoder_inputs
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
 from compressor.data.sliding_windows import TOKENS, Window, resolve_window, window_batches
@@ -18,6 +19,8 @@ from compressor.models.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from compressor.models.class_names import ClassNames
+
+MIDDLE = 3  # samples that `Split.middle` takes at least, however long they are
 
 __all__ = ["Batch", "Data", "DataError", "Shares", "Skipped", "Split", "load"]
 
@@ -178,8 +181,16 @@ class Split:
         total = sum(self.tokens.get(index, 0) for index in self.indices)
         return self.head(max(least, len(self) * tokens // total)) if total else self
 
-    def middle(self, n: int) -> Split:
-        """Return a subset of at most `n` samples in the middle: of texts, those of about the median length."""
+    def middle(self, n: int, tokens: int | None = None) -> Split:
+        """Return a subset of at most `n` samples in the middle: of texts, those of about the median length.
+
+        Args:
+            n: maximum number of samples.
+            tokens: tokens of texts in sum; texts that have more are fewer than `n`, but at least `MIDDLE`. None: any.
+        """
+        if tokens is not None:
+            median = self.tokens.get(self.indices[len(self.indices) // 2], 0)
+            n = min(n, max(MIDDLE, tokens // median)) if median else n
         start = max(0, (len(self.indices) - n) // 2)
         return replace(self, indices=self.indices[start : start + n])
 
@@ -292,15 +303,15 @@ def load(
     window = resolve_window(max_length, stride, preprocess.longest) if task == "text-generation" else None
     if window is not None:
         preprocess = preprocess.limited(window.length)
-    samples = read(spec, preprocess, task=task, seed=seed, revision=revision)
+    decoder = None if spec == "random" else preprocess.decoder
+    source = preprocess if decoder is None else _without_decoder_inputs(preprocess)
+    samples = read(spec, source, task=task, seed=seed, revision=revision)
     if task.endswith("classification"):
         samples = with_class_numbers(samples, class_names, spec)
     window = window if samples.whole is not None else None
     if window is not None:
         samples = replace(samples, feeds=_first_windows(samples.feeds, window))
     windows = None if window is None else Windows(window, preprocess.complete or dict)
-    if preprocess.complete is not None:
-        samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
     order = shuffled(samples.ids, seed)[: shares.total]
     faults = samples.faults(order, progress)
     check_unknown(samples, [index for index in order if index not in faults], preprocess, spec)
@@ -309,6 +320,10 @@ def load(
     unusable = sorted((*faults.items(), *lengths.faults.items()))
     skipped = (*samples.skipped, *(Skipped(samples.ids[index], reason) for index, reason in unusable))
     _check_usable(spec, usable, skipped, faults, samples.ids)
+    if decoder is not None:
+        samples = with_decoder_inputs(samples, decoder, spec)
+    if preprocess.complete is not None:
+        samples = replace(samples, feeds=_completed(samples.feeds, preprocess.complete))
     limit = preprocess.limit if window is None else window.length
     tokens = {index: count if limit is None else min(count, limit) for index, count in lengths.tokens.items()}
     splits = _split(samples, usable, shares, windows, tokens)
@@ -348,6 +363,11 @@ def _first_windows(feeds: Callable[[Sequence[int]], Feeds], window: Window) -> C
     return lambda indices: {name: array[:, : window.length] for name, array in feeds(indices).items()}
 
 
+def _without_decoder_inputs(preprocess: Preprocess) -> Preprocess:
+    """Return the preprocessing of the sources alone."""
+    return replace(preprocess, inputs=tuple(name for name in preprocess.inputs if name != DECODER_IDS))
+
+
 def _completed(feeds: Callable[[Sequence[int]], Feeds], complete: Callable[[Feeds], Feeds]) -> Callable[..., Feeds]:
     return lambda indices: complete(feeds(indices))
 
@@ -367,7 +387,7 @@ def _check_usable(
     if not usable and faults:
         first = min(faults)
         raise DataError(
-            f"none of the {len(faults)} images in {spec} can be decoded (first: {ids[first]}: {faults[first]}); "
+            f"none of the {len(faults)} files in {spec} can be decoded (first: {ids[first]}: {faults[first]}); "
             "check that the files were copied completely"
         )
     if len(usable) < 3:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 def bounded_reader(path: Path) -> Any:
@@ -15,7 +19,7 @@ def bounded_reader(path: Path) -> Any:
     Raises:
         ValueError: the file is truncated, or is not a GGUF file.
     """
-    from gguf import GGUFReader
+    from gguf.gguf_reader import GGUFReader
 
     def get(reader: Any, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         values = GGUFReader._get(reader, offset, dtype, count, override_order)
@@ -24,3 +28,21 @@ def bounded_reader(path: Path) -> Any:
         return values
 
     return type("Reader", (GGUFReader,), {"_get": get})(path)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[Callable[[Path], Any]]:
+    """Yield a `bounded_reader` that reads each file once, and make transformers use it.
+
+    Replaces `gguf.GGUFReader` and `gguf.get_tensor_name_map`. Without it, transformers reads the metadata three times
+    and builds the table of names for each tensor: two thirds of the time to load a model of 135 million parameters.
+    """
+    import gguf
+
+    read = functools.cache(bounded_reader)
+    names = functools.cache(gguf.get_tensor_name_map)
+    with (
+        mock.patch.object(gguf, "GGUFReader", lambda path: read(Path(path).resolve())),
+        mock.patch.object(gguf, "get_tensor_name_map", names),
+    ):
+        yield lambda path: read(path.resolve())

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from torch._export.utils import _is_cia_op, _is_preservable_cia_op
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import ExportedProgram
+from torch.onnx._internal.exporter import _decomp, _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-__all__ = ["one_registry"]
+__all__ = ["decomposed_by", "one_registry"]
 
 _build = ONNXRegistry.from_torchlib
 
@@ -45,4 +49,35 @@ def one_registry() -> Iterator[None]:
         return _copy_of_registry(opset_version)
 
     with mock.patch.object(ONNXRegistry, "from_torchlib", from_torchlib):
+        yield
+
+
+_decompose = _fx_passes.decompose_with_registry
+
+
+@contextlib.contextmanager
+def decomposed_by(nodes: Callable[[ExportedProgram, Callable[[Any], bool], dict[Any, Any]], bool]) -> Iterator[None]:
+    """Decompose the operators that have no translation to ONNX by a function that edits the program in place.
+
+    Replaces `decompose_with_registry`, which traces the whole program again: more than half of the time of an export.
+    It still does so if the function returns False.
+
+    Args:
+        nodes: takes a program, whether an operator is left as it is, and the decompositions of the other operators. It
+            returns False if it cannot decompose one of them.
+    """
+
+    def decomposed(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
+        translated = set(_decomp.get_onnx_implemented_overloads(registry))
+        table = _decomp.create_onnx_friendly_decomposition_table(translated)
+
+        def kept(target: Any) -> bool:
+            if not isinstance(target, OpOverload):
+                return not isinstance(target, HigherOrderOperator)
+            composite = _is_cia_op(target) and not _is_preservable_cia_op(target)
+            return target in translated and target not in table and not composite
+
+        return program if nodes(program, kept, table) else _decompose(program, registry)
+
+    with mock.patch.object(_fx_passes, "decompose_with_registry", decomposed):
         yield

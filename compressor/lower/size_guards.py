@@ -97,7 +97,7 @@ def _example(model: Model, batch: int, more: int) -> dict[str, torch.Tensor]:
             for axis, size in enumerate(model.example[name].shape)
         ]
         feeds[name] = torch.empty(shape, device="meta")
-    caches = [name for name in model.state.values() if name in feeds]
+    caches = [name for name in model.state.values() if name in feeds and len(model.dynamic_axes[name]) > 1]
     if caches and "attention_mask" in feeds:
         (axis,) = (axis for axis in model.dynamic_axes[caches[0]] if axis != 0)
         length = feeds[caches[0]].shape[axis] + feeds["input_ids"].shape[1]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from compressor import models
-from compressor.choices import GGUF, TRANSFORMERS
+from compressor.choices import ENCODER_DECODER_TARGETS, GGUF, TRANSFORMERS
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, Samples
@@ -130,6 +130,8 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             cache=settings.cache,
             image_size=settings.pixels,
         )
+    if model.is_encoder_decoder:
+        _check_encoder_decoder(model, settings)
     if settings.target == TRANSFORMERS:
         checkpoint.check_model(model, settings.drop)
     if settings.target == GGUF:
@@ -151,6 +153,21 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
     with steps.step("compare torch with itself"):
         check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
+
+
+def _check_encoder_decoder(model: Model, settings: Settings) -> None:
+    """Refuse what the files of an encoder and its decoder are not written for."""
+    if settings.target not in ENCODER_DECODER_TARGETS:
+        raise SubjectError(
+            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and --target "
+            f"{settings.target} takes one file; give --target {' or '.join(ENCODER_DECODER_TARGETS)}."
+        )
+    if settings.defer_build or settings.factorial:
+        option = "--defer-build" if settings.defer_build else "--factorial"
+        raise SubjectError(
+            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and {option} takes "
+            f"one file for each engine; leave {option} out."
+        )
 
 
 def check_original(subject: TracedModel, steps: Steps) -> TracedModel:

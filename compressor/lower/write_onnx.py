@@ -19,11 +19,12 @@ import torch
 
 from compressor.errors import CompressorError
 from compressor.internals.onnxscript import rules_by_operator
-from compressor.internals.torch_onnx import one_registry
+from compressor.internals.torch_onnx import decomposed_by, one_registry
 from compressor.lower.checkpoint import CONFIG, write
 from compressor.lower.disk_initializers import stream_offloaded_initializers
 from compressor.lower.exported_program import exported_program
 from compressor.lower.gguf import writer
+from compressor.lower.onnx_operators import decompose_nodes
 from compressor.models.base import first_line
 from passes.base import apply
 from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
@@ -88,7 +89,7 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
     graph = _with_flat_attention(graph)
     try:
-        with _quiet(), torch.no_grad(), one_registry(), rules_by_operator():
+        with _quiet(), torch.no_grad(), one_registry(), decomposed_by(decompose_nodes), rules_by_operator():
             program = torch.onnx.export(
                 *_source(graph, model),
                 dynamo=True,

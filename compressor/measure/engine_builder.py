@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from compressor.lower.checkpoint import CONFIG
+from compressor.lower.cut_encoder_decoder import cut
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.traced_model import ModelAndData
 from compressor.lower.write_onnx import lower
@@ -22,9 +23,11 @@ from compressor.target.stand_in import load_for_quality
 from compressor.workspace.folder_errors import readable_errors
 from compressor.workspace.output_folder import copy_onnx, engine_bytes
 from passes.graph.graph import Graph
+from runtimes.base.encoder_decoder import parts_of
 from runtimes.base.protocols import BuildOptions, Engine, Feeds, Runtime
 
 PARITY_ROWS = 8  # rows of real samples on which engines are compared with torch
+PARITY_TOKENS = 512  # their tokens in sum; texts that have more are fewer, see `Split.middle`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +73,18 @@ class EngineBuilder:
         samples = self.calibration_batches if source.precision in self.target.own else None
         options = dataclasses.replace(self.options, precision=source.precision, samples=samples)
         with readable_errors(self.scratch.parent, needed=engine_bytes(source.path)):
-            built = self.target.build(source.path, folder, options)
+            built = self._built(source.path, folder, options)
         if source.path.suffix in (".pt2", ".gguf"):
             self.compiled[source] = built
         return built
+
+    def _built(self, path: Path, folder: Path, options: BuildOptions) -> Path:
+        """Build the engine of a file: of an encoder-decoder, those of its parts; return the path of the first."""
+        if not self.subject.model.is_encoder_decoder:
+            return self.target.build(path, folder, options)
+        parts = parts_of(cut(path, folder))
+        assert parts is not None
+        return [self.target.build(part, folder, options) for part in parts][0]
 
     def ship(self, source: Source, folder: Path) -> tuple[Source, Path]:
         """Build an engine in the output folder, and copy the ONNX file that it is built from, if any.
@@ -83,6 +94,8 @@ class EngineBuilder:
         """
         if self.target.source == CONFIG:
             return source, Path(shutil.copytree(source.path.parent, folder, dirs_exist_ok=True), source.path.name)
+        if self.subject.model.is_encoder_decoder:
+            return source, self.build(source, folder)
         if self.target.source == ".onnx":
             source = source._replace(path=copy_onnx(source.path, folder / "model.onnx"))
             return source, self.build(source, folder)

@@ -11,7 +11,7 @@ import torch
 from compressor.lower.checkpoint import ADVICE, CONFIG
 from compressor.lower.trace import images_of
 from compressor.lower.traced_model import index_errors_as_data_errors
-from compressor.measure.engine_builder import PARITY_ROWS, EngineBuilder
+from compressor.measure.engine_builder import PARITY_ROWS, PARITY_TOKENS, EngineBuilder
 from compressor.measure.llama_cpp_parity import llama_cpp_parity
 from compressor.models.base import as_numpy
 from compressor.quality.parity import REPORT_IT, Parity, Reference, check_parity, largest_parity
@@ -40,7 +40,7 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         ParityError: the outputs differ by more than the tolerance.
     """
     subject = builder.subject
-    batches = [next(subject.data.calibration.middle(PARITY_ROWS).batches(PARITY_ROWS)).feeds]
+    batches = [next(subject.data.calibration.middle(PARITY_ROWS, PARITY_TOKENS).batches(PARITY_ROWS)).feeds]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
     batches += [as_numpy(images_of(subject.model, size)) for size in subject.model.sizes[1:]]

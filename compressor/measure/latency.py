@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from compressor.measure.engine_builder import EngineBuilder
-from compressor.measure.workload import RUN, Call, EngineWithFeeds, total_latency
+from compressor.measure.workload import RUN, Call, EngineWithFeeds, LastEngine, total_latency
 from compressor.workspace.progress import Steps
 from runtimes.base.protocols import Feeds
 from runtimes.base.timing import MIN_RUNS, WARMUP_RUNS, Latency, Timeable, interleave
@@ -50,7 +51,7 @@ class EngineTimer:
             Latencies by engine and call.
         """
         # A prefill can take seconds.
-        min_runs, warmup_runs = (3, 1) if builder.subject.model.state else (MIN_RUNS, WARMUP_RUNS)
+        min_runs, warmup_runs = (2, 1) if builder.subject.model.state else (MIN_RUNS, WARMUP_RUNS)
         timing = partial(time_engines, rounds=self.rounds, steps=steps, min_runs=min_runs, warmup_runs=warmup_runs)
         return self._interleaved(builder, engines, timing)
 
@@ -98,15 +99,18 @@ class EngineTimer:
     def _interleaved(
         self, builder: EngineBuilder, engines: Mapping[str, Path], interleaved: Callable[..., dict[str, Latency]]
     ) -> dict[str, dict[str, Latency]]:
-        """Time all calls of all engines in one interleaved run."""
+        """Time all calls of all engines in one interleaved run, in which the calls of an engine follow each other."""
         openers = builder.openers(engines)
         if list(self.calls) == [RUN]:
             return {name: {RUN: latency} for name, latency in interleaved(openers, self.calls[RUN].inputs).items()}
-        pairs = [(name, call) for call in self.calls for name in engines]
-        with tempfile.TemporaryDirectory(dir=builder.scratch) as caches:
+        pairs = [(name, call) for name in engines for call in self.calls]
+        with tempfile.TemporaryDirectory(dir=builder.scratch) as caches, contextlib.closing(LastEngine()) as last:
             engines_with_feeds = {
                 f"{name}, {call}": partial(
-                    EngineWithFeeds, openers[name], self.calls[call].feeds(openers[name], Path(caches, f"{number}"))
+                    EngineWithFeeds,
+                    openers[name],
+                    self.calls[call].feeds(openers[name], Path(caches, f"{number}")),
+                    last,
                 )
                 for number, (name, call) in enumerate(pairs)
             }

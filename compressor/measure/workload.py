@@ -4,22 +4,24 @@ The workload of a model without a KV cache is one call on real inputs. A languag
 generation: one prefill call with the prompt, and one decode step per new token. The latency of the generation is the
 sum of that of the prefill and, for each new token, that of a representative decode step. The cache of this step holds
 the prompt and half of the new tokens, because the latency of a decode step grows about linearly with its cache length.
+In place of the prefill, an encoder-decoder runs its encoder and the first call of its decoder on a source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from compressor.errors import SettingsError
 from compressor.models.base import most_tokens
+from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from compressor.settings import Settings
 
 USUAL = 128  # default number of prompt tokens, and of new tokens
+SOURCE = 64  # default number of source tokens of an encoder-decoder
+USUAL_TARGET = 32  # default number of new tokens of an encoder-decoder
 BATCH = 32  # texts read at a time
 TIMING_CANDIDATES = 32  # samples from which the one of median length is timed
 RUN, PROMPT, TOKEN = "run", "prompt", "token"
@@ -40,17 +44,19 @@ class GenerationLengths:
     """Lengths of the generation that a language model is timed on.
 
     Attributes:
-        prompt: tokens of the prompt.
+        prompt: tokens of the prompt, or length of the source of an encoder-decoder.
         new: tokens that are generated; 0 times the prefill alone.
+        source: unit of the length of a source, ``tokens`` or ``frames``; None for a prompt.
     """
 
     prompt: int
     new: int
+    source: str | None = None
 
     @property
     def behind(self) -> int:
-        """Length of the cache of the representative decode step, in tokens."""
-        return self.prompt + self.new // 2
+        """Length of the cache of the representative decode step, in tokens; at least the start token of a decoder."""
+        return self.prompt + self.new // 2 if self.source is None else max(1, self.new // 2)
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,16 @@ class Call:
         shapes: shapes of all inputs, including those of the KV cache.
         filled: function that computes the KV cache of an engine, for a decode step; None for a call without a cache. It
             takes a function that opens the engine, and the path of a new folder to store the cache in.
+        given: outputs of the graph that an earlier call has computed: the caches of cross-attentions.
+        left_out: outputs of the graph that this call does not compute: the hidden states of an encoder.
     """
 
     times: int
     inputs: Feeds
     shapes: Mapping[str, tuple[int, ...]]
     filled: Callable[[Callable[[], Engine], Path], Feeds] | None = None
+    given: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @staticmethod
     def alone(inputs: Feeds) -> Call:
@@ -94,6 +104,8 @@ def generation_lengths(settings: Settings, model: Model) -> GenerationLengths | 
         if lengths is not None:
             raise SettingsError(f"--generate needs a language model with a KV cache; {model.name} does {model.task}.")
         return None
+    if model.is_encoder_decoder:
+        return _of_source(settings, model)
     most = most_tokens(model)
     if lengths is not None:
         if most is not None and sum(lengths) > most:
@@ -106,12 +118,78 @@ def generation_lengths(settings: Settings, model: Model) -> GenerationLengths | 
     return GenerationLengths(prompt, 0 if settings.defer_build else prompt)
 
 
+def _of_source(settings: Settings, model: Model) -> GenerationLengths:
+    """Return the lengths of the source and of the target to time; by default those of the example and `USUAL_TARGET`.
+
+    Raises:
+        SettingsError: ``--generate`` gives more tokens than the model takes, or a length of speech, which is fixed.
+    """
+    decoder, first = model.preprocess.decoder, model.inputs[0]
+    assert decoder is not None
+    unit, length = ("tokens", SOURCE) if first == "input_ids" else ("frames", model.example[first].shape[-1])
+    longest = model.preprocess.longest
+    if settings.generated is None:
+        most = length if longest is None or unit == "frames" else min(longest, length)
+        return GenerationLengths(most, max(1, min(USUAL_TARGET, decoder.longest // 2)), unit)
+    source, new = settings.generated
+    if unit == "frames" and source != length:
+        raise SettingsError(
+            f"--generate {source}:{new} gives a source of {source}, but {model.name} reads {length} frames of sound at "
+            f"a time; give {length}:{new}."
+        )
+    if (unit == "tokens" and longest is not None and source > longest) or new > decoder.longest:
+        raise SettingsError(
+            f"--generate {source}:{new} does not fit {model.name}, which takes sources of {longest} and targets of "
+            f"{decoder.longest} tokens; give fewer tokens."
+        )
+    return GenerationLengths(source, new, unit)
+
+
+def _source_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths) -> dict[str, Call]:
+    """Return the calls of the generation of an encoder-decoder: the encoder with the first token, and a further token.
+
+    The target repeats the start token, because the time of a token does not depend on it.
+    """
+    model, decoder = subject.model, subject.model.preprocess.decoder
+    assert decoder is not None
+    assert model.preprocess.complete is not None
+    source: dict[str, npt.NDArray[Any]]
+    if lengths.source == "tokens":
+        ids = token_ids(subject.data.test, batch, lengths.prompt)
+        source = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    else:
+        source = {model.inputs[0]: timing_feeds(subject.data.test, batch)[model.inputs[0]]}
+    target = np.full((batch, lengths.behind), decoder.start, dtype=np.int64)
+    first = model.preprocess.complete({**source, "decoder_input_ids": target[:, :1]})
+    calls = {PROMPT: Call.alone(first)}
+    if lengths.new:
+        step: dict[str, npt.NDArray[np.generic]] = {"decoder_input_ids": target[:, :1]}
+        step |= {name: value for name, value in source.items() if name == "attention_mask"}
+        filled = partial(_filled_caches, model, model.preprocess.complete({**source, "decoder_input_ids": target}))
+        shapes = {name: tuple(value.shape) for name, value in first.items()}
+        for name in (past for past in model.state.values() if past in shapes):
+            shapes[name] = (batch, shapes[name][1], lengths.behind, shapes[name][3])
+        given = tuple(present for present, past in model.state.items() if past not in model.inputs)
+        calls[TOKEN] = Call(lengths.new, step, shapes, filled, given, (ENCODER_HIDDEN,))
+    return calls
+
+
+def _filled_caches(model: Model, feeds: Feeds, opener: Callable[[], Engine], folder: Path) -> Feeds:
+    """Compute all caches of an encoder-decoder from a source and the tokens so far."""
+    with opener() as engine:
+        outputs = engine.run(feeds)
+    cache = {before: outputs[after] for after, before in model.state.items() if after in outputs}
+    return dict(memory_mapped(cache, folder))
+
+
 def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]:
     """Return the calls of the workload by name: one call, or those of a generation."""
     model, split = subject.model, subject.data.test
     generate = generation_lengths(settings, model)
     if generate is None:
         return {RUN: Call.alone(timing_feeds(split, settings.batch))}
+    if model.is_encoder_decoder:
+        return _source_calls(subject, settings.batch, generate)
     ids = token_ids(split, settings.batch, generate.behind + 1)
     prompt = ids[:, : generate.prompt]
     prompt_feeds = {"input_ids": prompt, "attention_mask": np.ones_like(prompt)}
@@ -121,8 +199,7 @@ def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]
         step = feeds_with_cache(ids, generate.behind)
         shapes = {name: tuple(value.shape) for name, value in step.items()}
         for name in model.state.values():
-            _, heads, _, width = model.example[name].shape
-            shapes[name] = (settings.batch, heads, generate.behind, width)
+            shapes[name] = _cache_shape(model, name, settings.batch, generate.behind)
         calls[TOKEN] = Call(generate.new, step, shapes, partial(_filled_cache, model, ids[:, :-1]))
     return calls
 
@@ -201,14 +278,27 @@ def feeds_with_cache(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.ND
 
 
 def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    """Yield an empty KV cache for the layers that the engine still has; each tensor is [rows, heads, 0, width]."""
+    """Yield an empty cache for the layers that the engine still has.
+
+    Keys and values are [rows, heads, 0, width]; the state of a convolution is zero, [rows, channels, kernel].
+    """
     for name in model.state.values():
         if name in engine.inputs:
-            shape = engine.input_shapes[name]
-            heads, width = model.example[name].shape[1::2] if shape is None else (shape[1], shape[3])
-            assert heads is not None
-            assert width is not None
-            yield name, np.zeros((rows, heads, 0, width), dtype=engine.input_dtypes[name])
+            shape = _cache_shape(model, name, rows, 0, engine.input_shapes[name])
+            yield name, np.zeros(shape, dtype=engine.input_dtypes[name])
+
+
+def _cache_shape(
+    model: Model, name: str, rows: int, tokens: int, own: Sequence[int | None] | None = None
+) -> tuple[int, ...]:
+    """Return the shape of an input of the cache for a number of rows and of tokens so far.
+
+    An engine states its `own` fixed sizes: where layers were dropped, a name may belong to another layer than before.
+    """
+    sizes: Sequence[int] = model.example[name].shape
+    fixed = [size if other is None else other for size, other in zip(sizes, own or [None] * len(sizes), strict=True)]
+    growing = model.dynamic_axes[name]
+    return tuple(rows if axis == 0 else tokens if axis in growing else size for axis, size in enumerate(fixed))
 
 
 def memory_mapped(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
@@ -219,14 +309,35 @@ def memory_mapped(cache: Feeds, folder: Path) -> Iterator[tuple[str, npt.NDArray
         yield name, np.load(folder / f"{number}.npy", mmap_mode="r")
 
 
+class LastEngine:
+    """The engine that was opened last; it is closed before another one is opened."""
+
+    def __init__(self) -> None:
+        self._opener: Callable[[], Engine] | None = None
+        self._engine: Engine | None = None
+
+    def open(self, opener: Callable[[], Engine]) -> Engine:
+        """Return the engine of an opener, which is called unless it was the last one."""
+        if self._engine is None or opener is not self._opener:
+            self.close()
+            self._opener, self._engine = opener, opener()
+        return self._engine
+
+    def close(self) -> None:
+        """Close the engine, if one is open."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
 class EngineWithFeeds:
     """An engine with feeds of its own, so that one interleaved run can time several kinds of calls.
 
-    The engine is opened on entry and closed on exit.
+    The engine is opened on entry and closed on exit. With `last`, it stays open for other feeds of the same opener.
     """
 
-    def __init__(self, opener: Callable[[], Engine], feeds: Feeds) -> None:
-        self._opener, self._feeds = opener, feeds
+    def __init__(self, opener: Callable[[], Engine], feeds: Feeds, last: LastEngine | None = None) -> None:
+        self._opener, self._feeds, self._last = opener, feeds, last
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
         """Bind the feeds of this engine; the argument is ignored."""
@@ -234,11 +345,12 @@ class EngineWithFeeds:
 
     def __enter__(self) -> EngineWithFeeds:
         """Open the engine."""
-        self._engine = self._opener()
+        self._engine = self._opener() if self._last is None else self._last.open(self._opener)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the engine."""
-        self._engine.close()
+        if self._last is None:
+            self._engine.close()

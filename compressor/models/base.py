@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressor.choices import ENCODER_DECODER_TASKS
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import OBJECT, read_json
@@ -77,7 +78,8 @@ class Model:
         random_weights: no checkpoint was read, so quality must not be reported.
         tokenizer: transformers tokenizer of a text model; None if the model has none.
         problem_type: problem type of a classifier, as in configs of transformers; None for other tasks.
-        state: output name to the input name that it feeds in the next call, such as the KV cache.
+        state: output name to the input name that it feeds in the next call, such as the KV cache. The caches of
+            cross-attentions are no inputs of an encoder-decoder, but of the file of its decoder.
         sizes: heights and widths at which a graph with dynamic height and width is compared with the module.
         interpolates: `call` makes a model of transformers interpolate its position embeddings.
         limitations: features that the model lacks here, and properties that were assumed.
@@ -119,6 +121,11 @@ class Model:
     def evaluated_output(self) -> EvaluatedOutput:
         """Return the output that quality is measured on."""
         return EvaluatedOutput(self.outputs, self.answer, self.stacked)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Return whether the model has an encoder and a decoder, whose files are exported one by one."""
+        return self.task in ENCODER_DECODER_TASKS
 
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...

@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from compressor.internals.gguf import bounded_reader
+from compressor.internals.gguf import bounded_reader, read_once
 from compressor.internals.transformers import quiet, with_random_weights, without_bar
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, load_error_reason
@@ -109,9 +109,10 @@ def load(
             f"--max-memory reads weights from safetensors files as they are, but {location} is a GGUF file; leave "
             "--max-memory out, or save the model with save_pretrained once and pass that folder."
         )
-    content = _read(path)
-    _check_complete(path, content)
-    with quiet(), without_bar(), _empty_folder(path.stem) as empty:
+    _check_packages(path)
+    with quiet(), without_bar(), read_once() as reader, _empty_folder(path.stem) as empty:
+        content = _read(path, reader)
+        _check_complete(path, content)
         # transformers uses an absolute path as it is, and the empty folder provides no other files.
         options = {"gguf_file": str(path.resolve())}
         try:
@@ -219,11 +220,11 @@ def _types(tensors: Iterable[tuple[str, int]]) -> str:
     return ", ".join([f"{first} ({counts[first]} tensors)", *(f"{kind} ({counts[kind]})" for kind in others)])
 
 
-def _read(path: Path) -> _Content:
-    """Read the metadata of a file. Of the weights, only the divisors of the rotary frequencies are read.
+def _check_packages(path: Path) -> None:
+    """Check that the packages are installed with which transformers reads GGUF files.
 
     Raises:
-        ModelError: a package is missing, or the file is damaged, truncated or not a GGUF file.
+        ModelError: one is missing.
     """
     absent = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if absent:
@@ -231,6 +232,15 @@ def _read(path: Path) -> _Content:
             f"{path} is a GGUF file, for which transformers needs the packages gguf and accelerate, but "
             f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed; {_INSTALL}."
         )
+
+
+def _read(path: Path, reader: Callable[[Path], Any] = bounded_reader) -> _Content:
+    """Read the metadata of a file. Of the weights, only the divisors of the rotary frequencies are read.
+
+    Raises:
+        ModelError: a package is missing, or the file is damaged, truncated or not a GGUF file.
+    """
+    _check_packages(path)
     with path.open("rb") as file:
         begin = file.read(len(MAGIC))
     if begin != MAGIC:
@@ -239,7 +249,7 @@ def _read(path: Path) -> _Content:
             "pointer or an error page may have been saved in its place)."
         )
     try:
-        return _content(bounded_reader(path))
+        return _content(reader(path))
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ModelError(
             f"{path} cannot be read as GGUF ({load_error_reason(error)}): it is damaged, truncated, or newer than the "

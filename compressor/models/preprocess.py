@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from compressor.models.class_names import ClassNames
 
-Kind = Literal["image", "text", "tensor"]
+Kind = Literal["image", "text", "audio", "tensor"]
+# Clips, each float32 [samples], to the inputs of a batch.
+Listen = Callable[[Sequence[npt.NDArray[np.float32]]], dict[str, npt.NDArray[Any]]]
 Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
 
 
@@ -33,6 +35,28 @@ class Aligned:
     words: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
     texts: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DecoderSide:
+    """How the inputs of the decoder of an encoder-decoder are made.
+
+    Attributes:
+        encode: tokenizes target texts, without padding; None without a tokenizer.
+        shift: returns the decoder inputs for labels, both int64 [rows, tokens].
+        generate: returns the tokens that the original generates greedily from each row of encoder inputs, the start
+            token first.
+        generated: maximum number of tokens that it generates.
+        start: the token with which the decoder starts.
+        longest: maximum number of tokens of a target.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]] | None
+    shift: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+    generate: Callable[[dict[str, npt.NDArray[Any]]], list[list[int]]]
+    generated: int
+    start: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,13 @@ class Preprocess:
         class_names: names of the classes; None if the model does not name them.
         lengths: returns the number of tokens of each text, optionally with second texts, without truncation.
         limit: number of tokens to which `text` truncates; None if it does not truncate.
+        audio: converts mono clips at `rate` samples per second, each float32 [samples], to the inputs of a batch,
+            padded to the longest clip; None without a feature extractor.
+        rate: samples per second of the clips.
+        seconds: length to which longer clips are cut.
+        frames: numbers of frames of the output for clips of some numbers of samples; None if they are unknown.
+        varying: axis of each input, besides the first, whose size varies from batch to batch.
+        decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
     """
 
     inputs: tuple[str, ...]
@@ -93,6 +124,12 @@ class Preprocess:
 
     lengths: Callable[[list[str], list[str] | None], list[int]] | None = None
     limit: int | None = None
+    audio: Listen | None = None
+    rate: int = 0
+    seconds: float = 0.0
+    frames: Callable[[Sequence[int]], npt.NDArray[Any]] | None = None
+    varying: Mapping[str, int] = field(default_factory=dict)
+    decoder: DecoderSide | None = None
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

@@ -10,11 +10,11 @@ from compressor.choices import PROBLEM_TYPES
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError
 
-CLASSIFIERS = ("image-classification", "text-classification")
+CLASSIFIERS = ("image-classification", "text-classification", "audio-classification")
 
 
 def with_problem_type(model: Model, requested: str | None) -> Model:
-    """Return the model with its problem type, for image and text classifiers; its preprocessing learns the classes.
+    """Return the model with its problem type, if it is a classifier; its preprocessing learns the classes.
 
     The requested type comes first, then ``problem_type`` of the config. A model of transformers without it whose config
     has a single label predicts a number, as in transformers' own loss functions. All others predict one class.
@@ -36,8 +36,8 @@ def with_problem_type(model: Model, requested: str | None) -> Model:
         if requested is None:
             return model
         raise ModelError(
-            f"--problem-type is for image and text classifiers, but the task of {model.name} is {model.task}; leave "
-            "--problem-type out."
+            f"--problem-type is for classifiers of images, texts and sound, but the task of {model.name} is "
+            f"{model.task}; leave --problem-type out."
         )
     found = _of_config(config, model.name)
     limitations = () if requested is not None else tuple(_assumed(config, found))

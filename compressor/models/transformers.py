@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +15,12 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from compressor.choices import ImageSize
+from compressor.choices import CTC, ImageSize
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
-from compressor.models import class_names
+from compressor.models import class_names, encoder_decoder
+from compressor.models.audio.features import find_features
+from compressor.models.audio.inputs import find_inputs, frames_of, takes_sound
 from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
@@ -45,6 +48,9 @@ HEADS = {
     "ForMaskedLM": "fill-mask",
     "ForSemanticSegmentation": "image-segmentation",
     "ForDepthEstimation": "depth-estimation",
+    "ForAudioClassification": "audio-classification",
+    "ForAudioFrameClassification": "audio-frame-classification",
+    "ForCTC": CTC,
 }
 AUTO = {
     "image-classification": "AutoModelForImageClassification",
@@ -55,6 +61,11 @@ AUTO = {
     "fill-mask": "AutoModelForMaskedLM",
     "image-segmentation": "AutoModelForSemanticSegmentation",
     "depth-estimation": "AutoModelForDepthEstimation",
+    "audio-classification": "AutoModelForAudioClassification",
+    "audio-frame-classification": "AutoModelForAudioFrameClassification",
+    CTC: "AutoModelForCTC",
+    encoder_decoder.TEXT: "AutoModelForSeq2SeqLM",
+    encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
 }
 # The outputs of heads that are evaluated, by their names in transformers; those of all other heads are hidden states.
 OUTPUTS = {
@@ -66,6 +77,9 @@ OUTPUTS = {
     "image-segmentation": ("logits",),
     "question-answering": ("start_logits", "end_logits"),
     "depth-estimation": ("predicted_depth",),
+    "audio-classification": ("logits",),
+    "audio-frame-classification": ("logits",),
+    CTC: ("logits",),
 }
 # Inputs of another kind than texts or images alone, by their names in transformers.
 OTHER_INPUTS = {
@@ -122,7 +136,7 @@ def load(
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
             sentence_files = sentence_transformers.find_files(partial(_optional, location, revision=revision))
-            resolved_task = task or _task(config, sentence_files, location)
+            resolved_task = _ctc_or(task, config) or _task(config, sentence_files, location)
             check_counts(config, location)
             if isinstance(config, nemotron_nas.NemotronNasConfig):
                 nemotron_nas.block_shapes(config, location)
@@ -168,6 +182,12 @@ def _optional(location: str, name: str, revision: str | None) -> Path | None:
     return cached(location, name, revision)
 
 
+def _ctc_or(task: str | None, config: Any) -> str | None:
+    """Return a given task; of speech recognition, for which the hub has one name, that of a CTC head if it has one."""
+    ctc = task == encoder_decoder.SPEECH and (config.architectures or [""])[0].endswith("ForCTC")
+    return CTC if ctc else task
+
+
 def _task(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     """Return the task of the head that the config names.
 
@@ -175,13 +195,17 @@ def _task(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         ModelError: the head is not supported.
     """
     architecture = (config.architectures or [""])[0]
+    from_to = encoder_decoder.task_of(config, architecture, location)
+    if from_to is not None:
+        return from_to
     # A cross-encoder also has files of sentence-transformers, but it scores a pair instead of embedding a sentence.
     embeds = "modules.json" in sentence_files or "config_sentence_transformers.json" in sentence_files
     if embeds and not architecture.endswith("ForSequenceClassification"):
         return "sentence-similarity"
     for ending, task in HEADS.items():
         if architecture.endswith(ending):
-            return task
+            sound = task == "text-classification" and takes_sound(getattr(transformers, architecture, None))
+            return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
     features = "image-feature-extraction" if hasattr(config, "image_size") else "feature-extraction"
     if architecture and not _is_bare(architecture):
         raise ModelError(
@@ -247,6 +271,10 @@ def _wrap(
     cache: bool = True,
     image_size: ImageSize = None,
 ) -> Model:
+    if task in encoder_decoder.TASKS:
+        return _wrap_encoder_decoder(module, location, task, options, random_weights, untrained, cache)
+    if takes_sound(module):
+        return _wrap_sound(module, location, task, options, random_weights, untrained)
     image = module.main_input_name == "pixel_values"
     experts = use_writable_experts(module)
     processors = _image_processor(location, options) if image else _tokenizer(location, options)
@@ -302,6 +330,104 @@ def _wrap(
         find = partial(_optional, location, revision=options["revision"])
         return sentence_transformers.embedding(model, sentence_files, find, location)
     return model if task != "text-generation" else with_cache(model, cache)
+
+
+def _wrap_encoder_decoder(
+    module: Any,
+    location: str,
+    task: str,
+    options: dict[str, Any],
+    random_weights: bool,
+    untrained: tuple[str, ...],
+    cache: bool,
+) -> Model:
+    tokenizer = _tokenizer(location, options)
+    features = _feature_extractor(location, options) if task == encoder_decoder.SPEECH else None
+    # The mask is an input, because the decoder needs it for padded sources.
+    inputs = ("input_features",) if task == encoder_decoder.SPEECH else ("input_ids", "attention_mask")
+    parts = encoder_decoder.parts_of(module, task, inputs, tokenizer, location, cache=cache)
+    longest = None if task == encoder_decoder.SPEECH else _max_length(module.get_encoder(), tokenizer, {})
+    source = {name: value for name, value in parts.data_example.items() if name in inputs}
+    padding = causal_padding(tokenizer, module.config) if tokenizer is not None else None
+    preprocess = (
+        Preprocess(parts.call.data_inputs, "tensor", as_numpy(parts.data_example))
+        if task == encoder_decoder.SPEECH
+        else _text_preprocess(inputs, source, tokenizer, longest, padding)
+    )
+    return Model(
+        name=Path(location).name if Path(location).is_dir() else location,
+        source="transformers",
+        task=task,
+        module=module,
+        call=parts.call.call,
+        inputs=parts.call.inputs,
+        outputs=parts.call.outputs,
+        answer="logits",
+        example=parts.call.example(parts.data_example),
+        dynamic_axes=parts.call.dynamic_axes,
+        preprocess=replace(
+            preprocess,
+            inputs=parts.call.data_inputs,
+            example=as_numpy(parts.data_example),
+            complete=parts.call.complete,
+            decoder=parts.decoder,
+        ),
+        save=partial(_save_sound, module, features, tokenizer),
+        untrained=untrained,
+        revision=options["revision"],
+        hub_id=None if random_weights or Path(location).is_dir() else location,
+        random_weights=random_weights,
+        tokenizer=tokenizer,
+        state=parts.call.state,
+        limitations=tuple(_text_limitations(tokenizer, inputs, longest)) if task == encoder_decoder.TEXT else (),
+    )
+
+
+def _wrap_sound(
+    module: Any, location: str, task: str, options: dict[str, Any], random_weights: bool, untrained: tuple[str, ...]
+) -> Model:
+    """Return the model of a module that takes sound, with its feature extractor."""
+    extractor, tokenizer = _feature_extractor(location, options), _tokenizer(location, options)
+    features = None if extractor is None else find_features(extractor, module.main_input_name)
+    found = find_inputs(module, lambda names: _signature(task, names).call, features, location)
+    signature = _signature(task, found.names)
+    frames = frames_of(module, signature.call, found, signature.outputs.index(signature.answer))
+    return Model(
+        name=Path(location).name if Path(location).is_dir() else location,
+        source="transformers",
+        task=task,
+        module=module,
+        call=signature.call,
+        inputs=found.names,
+        outputs=signature.outputs,
+        answer=signature.answer,
+        example=found.example,
+        dynamic_axes=found.axes,
+        preprocess=found.preprocess(frames),
+        save=partial(_save_sound, module, extractor, tokenizer),
+        untrained=untrained,
+        revision=options["revision"],
+        hub_id=None if random_weights or Path(location).is_dir() else location,
+        random_weights=random_weights,
+        limitations=(*found.limitations, *_other_inputs(module, found.names)),
+        class_names=_class_names(module.config) if task.endswith("classification") else None,
+    )
+
+
+def _feature_extractor(location: str, options: dict[str, Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # AST's own settings leave some mel filters empty
+            return transformers.AutoFeatureExtractor.from_pretrained(location, **options)
+    except Exception as error:  # transformers does not wrap the errors of damaged files
+        _check_absent("feature extractor", PROCESSOR_FILES, location, options, error)
+        return None
+
+
+def _save_sound(module: Any, extractor: Any, tokenizer: Any, folder: Path) -> None:
+    _save(module, tokenizer, {}, folder)
+    if extractor is not None:
+        extractor.save_pretrained(folder)
 
 
 def _class_names(config: Any) -> class_names.ClassNames | None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from compressor.choices import CTC
 from compressor.errors import Terminated
 from compressor.limitations import Limitation
 from compressor.models import class_names
@@ -38,6 +39,9 @@ AXES = {
     "token-classification": 3,
     "fill-mask": 3,
     "depth-estimation": 3,
+    "audio-classification": 2,
+    "audio-frame-classification": 3,
+    CTC: 3,
     "image-segmentation": 4,
 }
 # What the output must be instead, by its number of axes.

@@ -33,6 +33,7 @@ SHARES = ("f1", "exact_match", "mean_iou", "token_accuracy")  # scores of 0 for 
 METRICS = ("accuracy", "perplexity", "masked_perplexity", "mae", *RANKED, *SHARES)
 MARGIN = 0.1  # share of the way from chance to a perfect model that counts as no better than chance
 FEWEST = 8  # texts, or sentence pairs; fewer give no interval
+TEXTS = 4  # texts of a language model in a batch; a trained one is better than chance after the first few
 GAIN = 0.2  # accuracy that another numbering must add to be reported
 SAMPLES_PER_CLASS = 10  # fewest samples by which another numbering is reported
 
@@ -196,7 +197,7 @@ def check_original(graph: Graph, model: Model, split: Split, metric: str, source
     run, answer_of = _Run(metric), graph_runner(model, Program(graph).run)
     numbering = split.samples.numbering
     doubtful = metric == "accuracy" and numbering is not None and numbering.by == "order"
-    for batch in split.whole(BATCH) if metric == "perplexity" else split.bounded_batches(BATCH):
+    for batch in split.whole(TEXTS) if metric == "perplexity" else split.bounded_batches(BATCH):
         answer = answer_of(batch.feeds)
         run.outputs = answer.shape[-1]
         run.parts.append(sample_columns(head, metric, batch, answer, None, model.name, diverging=False))

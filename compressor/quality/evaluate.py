@@ -234,7 +234,8 @@ def sample_columns(
     Raises:
         EvaluationError: `answer` contains NaN or infinity.
     """
-    finite = np.isfinite(answer).reshape(len(answer), -1).all(1)
+    rows = answer.reshape(len(answer), -1)
+    finite = np.isfinite(rows.min(1)) & np.isfinite(rows.max(1))  # NaN is the extreme of any row that has one
     if not finite.all():
         first = batch.ids[int(finite.argmin()) // batch.rows_per_sample]
         raise EvaluationError(f"{name} gave NaN or infinity for sample {first}; check its weights.")
@@ -246,6 +247,8 @@ def sample_columns(
 
 def _divergence_column(head: Head, batch: Batch, answer: Array, original: Array) -> Array:
     """Compute the divergence from the original's output per sample, row by row to limit the memory in use."""
+    if answer is original:
+        return np.zeros(len(answer) // batch.rows_per_sample)
     mask = head.divergence_mask(batch)
     rows = []
     for row in range(len(answer)):

@@ -147,6 +147,9 @@ METRICS = {
     ),
     "entity_f1": Metric("micro-averaged F1 of entities in %", "F1 of entities", "%", "f1", _micro_f1),
     "token_agreement": _comparison("tokens with the same class as by the original in %", "token agreement"),
+    "frame_agreement": _comparison(
+        "frames with the same class as by the original in %", "frame agreement", hub="frame_agreement"
+    ),
     "perplexity": Metric("perplexity", "perplexity", "", "perplexity", _perplexity, relative=True),
     "masked_perplexity": Metric(
         "perplexity of masked tokens", "masked perplexity", "", "perplexity", _perplexity, relative=True

@@ -12,13 +12,13 @@ from typing import Literal
 
 from compressor.choices import AUTO, Calibration
 from compressor.quantize.half_precision import to_bf16, to_fp16
-from compressor.quantize.int4 import to_int4, to_int4_blocks
 from compressor.quantize.int8_search import quantize
 from compressor.quantize.intermediate_values import absolute_maxima
 from compressor.quantize.nncf import to_int8 as nncf_to_int8
 from compressor.quantize.output_error import SQUARED, Judge
 from compressor.quantize.precision import Converted, Source
 from compressor.quantize.qdq_rewrite import Kept
+from compressor.quantize.weight_only import to_int2, to_int4, to_int4_blocks
 from runtimes.base.protocols import Feeds, Int8Style
 
 OURS = "compressor"
@@ -99,6 +99,8 @@ def convert(
             facts = replace(facts, float32=_in_fp16(destination, destination, feeds, progress))
     elif precision == "int4":
         facts = replace(facts, by="onnxruntime", unquantized=to_int4(source, destination).kept)  # its tools write int4
+    elif precision == "int2":
+        facts = replace(facts, unquantized=to_int2(source, destination).kept)
     else:
         nncf_to_int8(source, destination, feeds)
     return facts if loss is None else replace(facts, loss=float(loss(destination)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtimes.base.protocols import BuildOptions, Runtime, RuntimesError
+from runtimes.base.encoder_decoder import parts_of
+from runtimes.base.protocols import BuildOptions, LayerCounts, Runtime, RuntimesError
 
 KINDS = 8  # maximum number of kinds listed on a page
 
@@ -15,14 +17,34 @@ KINDS = 8  # maximum number of kinds listed on a page
 def layers_of(target: Runtime, path: Path, options: BuildOptions) -> dict[str, Any] | None:
     """Return the layers of an engine as plain JSON values; None if the runtime does not report them.
 
+    Those of an encoder-decoder are the layers of its encoder and of the first call of its decoder.
+
     An error of the runtime does not stop the export, as the engine works without the description: the result then
     holds only the message, under ``unknown``.
     """
     try:
-        layers = target.layers(path, options)
+        layers = _added([target.layers(part, options) for part in (parts_of(path) or (path,))[:2]])
     except RuntimesError as error:
         return {"unknown": str(error)}
     return None if layers is None else asdict(layers)
+
+
+def _added(layers: Sequence[LayerCounts | None]) -> LayerCounts | None:
+    """Return the layers of an engine, or those of an encoder and of the first call of its decoder together."""
+    known = [each for each in layers if each is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    precisions, kinds = Counter[str](), Counter[str]()
+    for each in known:
+        precisions.update(each.precisions)
+        kinds.update(each.kinds)
+    fused = [each.fused_attention for each in known]
+    return LayerCounts(
+        sum(each.count for each in known),
+        dict(precisions.most_common()),
+        dict(kinds.most_common()),
+        None if None in fused else all(fused),
+    )
 
 
 def describe_layers(engine: Mapping[str, Any]) -> Iterator[str]:

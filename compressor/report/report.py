@@ -353,9 +353,11 @@ def describe_calls(generation: Mapping[str, Any]) -> str:
     'a prompt of 512 tokens'
     """
     prompt, new, behind = (generation[name] for name in ("prompt", "new", "behind"))
+    unit = generation.get("source")
+    start = f"a prompt of {prompt} tokens" if unit is None else f"a source of {prompt} {unit}"
     if not new:
-        return f"a prompt of {prompt} tokens"
-    return f"a prompt of {prompt} tokens and {new} new tokens, each with a cache of {behind} tokens"
+        return start
+    return f"{start} and {new} new tokens, each with a cache of {behind} tokens"
 
 
 def _unit(unit: str) -> str:

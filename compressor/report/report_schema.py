@@ -391,6 +391,7 @@ class Generation(TypedDict):  # noqa: D101
     prompt: Count
     new: Count
     behind: Count
+    source: NotRequired[Literal["tokens", "frames"] | None]
     calls: dict[Variant, Calls]
 
 

@@ -101,7 +101,7 @@ def multiply_add_cost_model(graph: Graph, calls: Mapping[str, Call]) -> CostMode
     return CostModel(
         "multiply-adds",
         {
-            name: CallCostModel(Counter(graph, call.shapes), call.times, call.shapes, call.times * COUNTED)
+            name: CallCostModel(_counter(graph, call), call.times, call.shapes, call.times * COUNTED)
             for name, call in calls.items()
         },
     )
@@ -134,9 +134,13 @@ def fit_latency_cost_model(
     )
 
 
+def _counter(graph: Graph, call: Call) -> Counter:
+    return Counter(graph, call.shapes, call.given, call.left_out)
+
+
 def _price(graph: Graph, call: Call, designs: Mapping[str, Graph], timings: Mapping[str, float]) -> CallCostModel:
     """Fit the linear model of one call to its milliseconds on the engines of the designs."""
-    counter = Counter(graph, call.shapes)
+    counter = _counter(graph, call)
     rows = np.array([_features(counter.count(design)) for design in designs.values()])
     measured = np.array([call.times * timings[name] for name in designs])
     scale = rows.max(0)

@@ -26,6 +26,7 @@ from compressor.workspace.output_lock import (
     temporary_folder,
 )
 from compressor.workspace.special_files import special_kind
+from runtimes.base.encoder_decoder import parts_of
 
 __all__ = [
     "MANIFEST",
@@ -189,7 +190,12 @@ def engine_bytes(path: Path) -> int:
     """Return the size of an engine's file in bytes.
 
     Weights in separate files count: the external data of ONNX, the .bin of OpenVINO, the safetensors of a checkpoint.
+    So do the files of the decoder, given that of the encoder.
     """
+    return sum(map(_file_bytes, parts_of(path) or (path,)))
+
+
+def _file_bytes(path: Path) -> int:
     if path.name == "config.json":
         return sum(part.stat().st_size for part in path.parent.rglob("*.safetensors"))
     weights = (path.with_name(path.name + ".data"), *([path.with_suffix(".bin")] if path.suffix == ".xml" else []))

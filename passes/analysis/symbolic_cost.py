@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from passes.analysis.multiply_adds import counted, multiply_adds
 from passes.analysis.token_liveness import live_parts
-from passes.graph.graph import value_of
+from passes.graph.graph import output_values, value_of
 from passes.graph.sites import ATTENTION_OPS, CONV_OPS, LINEAR_OPS, PRODUCTS, aten
 from passes.torch_internals import expression
 
@@ -97,20 +97,35 @@ class Shapes:
 
 
 class Counter:
-    """Work counter for forks of one traced graph at fixed input shapes. Counts of single operators are cached."""
+    """Work counter for forks of one traced graph at fixed input shapes. Counts of single operators are cached.
 
-    def __init__(self, graph: Graph, inputs: Mapping[str, tuple[int, ...]]) -> None:
+    Args:
+        graph: the traced graph.
+        inputs: input name to shape.
+        given: names of outputs that an earlier call has computed, such as the caches of cross-attentions.
+        left_out: names of outputs that the call does not compute and does not need.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Mapping[str, tuple[int, ...]],
+        given: Collection[str] = (),
+        left_out: Collection[str] = (),
+    ) -> None:
         self.shapes = Shapes(graph, inputs)
         self.counted: dict[str, int] = {}
+        self.given, self.left_out = given, left_out
 
     def count(self, graph: Graph) -> Work:
         """Return the work of one forward pass without dead tokens (`passes.rewrite.narrow_tokens`)."""
-        read = live_parts(graph)
+        read, computed = live_parts(graph), self._computed(graph)
         products = attention = elements = operators = 0
         for node in graph.nodes():
             self.shapes.learn(node)
             if (
                 node.op != "call_function"
+                or node not in computed
                 or node.target in FREE
                 or not isinstance(value_of(node), torch.Tensor | list | tuple)
             ):
@@ -124,6 +139,20 @@ class Counter:
             else:
                 elements += round(share * self._elements(value_of(node)))
         return Work(products, attention, elements, operators)
+
+    def _computed(self, graph: Graph) -> Collection[fx.Node]:
+        """Return the nodes that the call computes."""
+        if not self.given and not self.left_out:
+            return graph.nodes()
+        outputs = dict(zip(graph.outputs, output_values(graph), strict=True))
+        known = {outputs[name] for name in self.given if name in outputs}
+        seen = {node for name, node in outputs.items() if name not in self.left_out and node not in known}
+        stack = list(seen)
+        while stack:
+            sources = {source for source in stack.pop().all_input_nodes if source not in known} - seen
+            seen |= sources
+            stack += sources
+        return seen
 
     def _share(self, node: fx.Node, part: AxisRange | None) -> float:
         """Return the fraction of a value that is read; the cost of an operator is proportional to its rows."""

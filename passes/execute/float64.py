@@ -4,7 +4,8 @@ Weights are cast one at a time when an operator reads them, so that there is no 
 
 A *decision* is an operator whose result changes in steps: top-k, sorting, comparisons, rounding to integers. If two
 candidates differ by less than the rounding of float32, two correct implementations may decide differently, and their
-outputs differ by more than rounding.
+outputs differ by more than rounding. The order of candidates that are equal is not defined at all: torch's top-k takes
+another one of them than ONNX's, which takes the first.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ ROUNDING = operators(
     "sgn.default", "floor_divide.default", "floor_divide.Scalar", "div.Tensor_mode", "div.Scalar_mode",
     "heaviside.default", "fake_quantize_per_tensor_affine.default", "fake_quantize_per_channel_affine.default",
 )  # fmt: skip
+# Operators that order candidates, without a rule for equal ones. Of several largest, argmax takes the first everywhere.
+ORDERING = operators(
+    "topk.default", "sort.default", "sort.stable", "argsort.default", "argsort.stable", "kthvalue.default"
+)
 # Two implementations of float32 differ by a few times the difference of either from float64: sums in another order,
 # approximations of exp and erf. Measured with ONNX Runtime on DeiT-Tiny, MiniLM and a small Llama: at most 5.2 times.
 SPREAD = 16.0
@@ -89,8 +94,9 @@ class BesideFloat64:
         single: outputs in the type of the model.
         double: outputs in float64.
         flips: node to the rows [rows] in which float32 and float64 decide differently.
-        decisions: node to its result in float64, for nodes whose floating operands were rounded.
-        disturbance: node to the rounding of each of its floating operands [rows], times `SPREAD`.
+        decisions: node to its result in float64, for nodes whose floating operands were rounded, or that order them.
+        disturbance: node to the rounding of each of its floating operands [rows], times `SPREAD`; of an operator that
+            orders them, at least what parts equal ones.
     """
 
     single: Outputs
@@ -129,6 +135,8 @@ def run_beside(graph: Graph, feeds: Mapping[str, torch.Tensor]) -> BesideFloat64
         if node.op != "call_function" or (decided := _decided(node, right[node])) is None:
             continue
         rounding = {source: _rounding(left[source], right[source], rows) for source in _floating(node, left)}
+        if node.target in ORDERING:
+            rounding = {source: errors.maximum(_resolution(right[source], rows)) for source, errors in rounding.items()}
         rounding = {source: errors for source, errors in rounding.items() if errors.any()}
         if rounding:
             decisions[node], disturbance[node] = decided, rounding
@@ -162,6 +170,13 @@ def _rounding(single: torch.Tensor, double: torch.Tensor, rows: int) -> Rows:
     """Return the largest difference of each row [rows], times `SPREAD`; infinite and NaN values count as equal."""
     difference = (single.double() - double.double()).abs().nan_to_num(0.0, 0.0, 0.0)
     return SPREAD * _per_row(difference, rows).amax(1) if difference.numel() else torch.zeros(rows)
+
+
+def _resolution(value: torch.Tensor, rows: int) -> Rows:
+    """Return the distance of neighbouring float32 numbers at the largest of each row [rows], which parts equal ones."""
+    size = value.abs().nan_to_num(0.0, 0.0, 0.0)
+    eps = torch.finfo(torch.float32).eps
+    return eps * _per_row(size, rows).amax(1).clamp(min=1e-30) if size.numel() else torch.zeros(rows)
 
 
 def _differing(left: torch.Tensor, right: torch.Tensor, rows: int) -> Rows:

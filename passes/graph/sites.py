@@ -28,6 +28,8 @@ CHANNELS_FIRST_OPS = CONV_OPS | {
     aten.max_pool2d.default,
 }
 NORM_OPS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+CROSS_ATTENTION = "cross_attention"  # the kind of an attention whose keys and values come from another sequence
+ATTENTIONS = ("attention", CROSS_ATTENTION)
 
 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
@@ -83,6 +85,13 @@ class _Finder:
         self.index = {node: position for position, node in enumerate(self.order)}
         self.ancestors = self._ancestor_masks()
         self.from_weights = {node for node in self.order if self._is_constant(node)}
+        states = set(graph.state.values())
+        placeholders = zip(graph.inputs, graph.placeholders(), strict=True)
+        self.data_inputs = self._mask([node for name, node in placeholders if name not in states])
+        self.parameters = self._mask([node for node in self.order if node.op == "get_attr"])
+
+    def _mask(self, nodes: Collection[fx.Node]) -> int:
+        return sum(1 << self.index[node] for node in nodes)
 
     def _ancestor_masks(self) -> list[int]:
         """Return the bit mask of the ancestors of each node. Sizes have none, because shapes are not data."""
@@ -134,7 +143,7 @@ class _Finder:
         if not weights:
             return None
         region = sum(1 << self.index[node] for node in nodes)
-        kind = self._kind(nodes)
+        kind = self._kind(nodes, trunk)
         return _Candidate(add, branch, trunk, root, region, nodes, weights, kind, _channel_dim(trunk, nodes))
 
     def _region(self, branch: fx.Node, trunk: fx.Node) -> tuple[fx.Node, ...]:
@@ -158,9 +167,9 @@ class _Finder:
         tables = [node for node in seen if node.op == "get_attr"]
         return tuple(node for node in tables if isinstance(attribute(self.graph, node), torch.nn.Parameter))
 
-    def _kind(self, nodes: tuple[fx.Node, ...]) -> str:
+    def _kind(self, nodes: tuple[fx.Node, ...], trunk: fx.Node) -> str:
         if self._is_attention(nodes):
-            return "attention"
+            return CROSS_ATTENTION if self._reads_another_sequence(nodes, trunk) else "attention"
         spatial = [node for node in nodes if node.target in CONV_OPS and not _is_pointwise(node)]
         if spatial:
             return "conv"
@@ -174,6 +183,28 @@ class _Finder:
             return True
         products = [node for node in nodes if node.target in PRODUCTS and self._multiplies_activations(node)]
         return len(products) >= 2 or (bool(products) and any(node.target in SOFTMAX_OPS for node in nodes))
+
+    def _reads_another_sequence(self, nodes: tuple[fx.Node, ...], trunk: fx.Node) -> bool:
+        """Return whether the keys or values of an attention are computed from other inputs than those of the trunk.
+
+        That tells the attention of a decoder to its encoder from one that shares the keys of an earlier layer.
+        """
+        operands = (operand for node in nodes for operand in self._attended(node))
+        return any(self._is_of_another_sequence(operand, trunk) for operand in operands)
+
+    def _attended(self, node: fx.Node) -> list[fx.Node]:
+        """Return the keys and values of fused attention, or both operands of a product of activations."""
+        if node.target in ATTENTION_OPS:
+            return [operand for operand in node.args[1:3] if isinstance(operand, fx.Node)]
+        if node.target in PRODUCTS and self._multiplies_activations(node):
+            return [source for source in node.all_input_nodes if _is_tensor(source)]
+        return []
+
+    def _is_of_another_sequence(self, operand: fx.Node, trunk: fx.Node) -> bool:
+        sources = self.ancestors[self.index[operand]]
+        inputs = self.data_inputs & sources
+        missing = self.data_inputs & (self.ancestors[self.index[trunk]] | 1 << self.index[trunk]) & ~sources
+        return not self._depends(operand, trunk) and bool(inputs and missing and self.parameters & sources)
 
     def _maps_features(self, node: fx.Node) -> bool:
         """Return whether a product is a linear map written as ``x @ W.T``, as in Falcon, or one of chosen experts."""
@@ -370,7 +401,7 @@ def _block_names(graph: Graph, candidates: list[_Candidate], bases: list[str]) -
     for candidate, base in zip(candidates, bases, strict=True):
         path = _up_to_last_number(_module_path(candidate.root).removeprefix(graph.prefix)) or _up_to_last_number(base)
         repeats = (base, candidate.kind) in members
-        restarts = not path and candidate.kind == "attention" and "attention" in [kind for _, kind in members]
+        restarts = not path and candidate.kind in ATTENTIONS and candidate.kind in [kind for _, kind in members]
         if path != key or repeats or restarts:
             key, members, count = path, [], count + 1
         members.append((base, candidate.kind))
@@ -390,7 +421,7 @@ def _join_sublayers(blocks: list[str], kinds: list[str]) -> list[str]:
             members[_up_to_last_number(block.rpartition(".")[0])].append(position)
     for parent, positions in members.items():
         parts = [kinds[position] for position in positions]
-        if parent and parts == ["attention"] * (len(parts) - 1) + ["mlp"] and len(parts) > 1:
+        if parent and len(parts) > 1 and parts[-1] == "mlp" and all(part in ATTENTIONS for part in parts[:-1]):
             for position in positions:
                 joined[position] = parent
     return joined

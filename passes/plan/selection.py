@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from passes.graph.graph import Site
 
 METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
-KINDS = ("attention", "mlp", "block", "conv", "other")
-_COUNTED = re.compile(r"(?:(?P<kind>[a-z]+):)?(?P<number>\d+)(?P<percent>%)?")
+KINDS = ("attention", "cross_attention", "mlp", "block", "conv", "other")
+_COUNTED = re.compile(r"(?:(?P<kind>[a-z_]+):)?(?P<number>\d+)(?P<percent>%)?")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.base.encoder_decoder import EncoderDecoderEngine, opened, parts_of
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -37,7 +39,7 @@ devices = ("cpu", "cuda")
 source: Literal[".onnx"] = ".onnx"
 # The CUDA provider has no kernels for Q/DQ or dynamic quantization: it would compute the former in float and leave the
 # latter to the CPU. The CPU has few 16-bit kernels: it would compute in float and cast before and after.
-precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4"), "cuda": ("fp32", "fp16")}
+precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4", "int2"), "cuda": ("fp32", "fp16")}
 own = ()
 # The CPU kernels run a convolution in int8 only if its output is quantized too. uint8 activations lose less quality.
 int8 = Int8Style(activations="uint8", convolutions=False)
@@ -48,6 +50,10 @@ ERRORS_ONLY = 3
 NUMPY_KINDS = frozenset(
     {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
 )
+# Products with 2-bit weights were tried in releases 1.22 to 1.32: 1.23 and older do not open the file, and 1.24 to 1.26
+# leave out the bias by look-up table (onnxruntime#28742).
+TWO_BITS_SINCE = (1, 27)
+LOOKUP_TABLE = "mlas.use_lut_gemm"  # products of float32 with 2-bit weights alone
 GET_CUDA = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 
 
@@ -63,6 +69,24 @@ def missing() -> str | None:
     return None
 
 
+def two_bits_missing() -> str | None:
+    """Return None if the installed ONNX Runtime computes products with 2-bit weights, else the reason and the fix."""
+    if (reason := missing()) is not None:
+        return reason
+    import onnxruntime as ort
+
+    if _release(ort) >= TWO_BITS_SINCE:
+        return None
+    return (
+        f"int2 needs ONNX Runtime 1.27 or newer; found {ort.__version__}, which does not open 2-bit weights or leaves "
+        "out the bias of their products: pip install --upgrade onnxruntime"
+    )
+
+
+def _release(ort: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in ort.__version__.split(".")[:2])
+
+
 def build(source: Path, out: Path, options: BuildOptions) -> Path:
     """Check that ONNX Runtime opens the model and return `source`, which is the engine of this target.
 
@@ -73,12 +97,12 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    load(source, options).close()
+    load_file(source, options).close()
     return source
 
 
-def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
-    """Open an ONNX file, with all graph optimisations.
+def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine | EncoderDecoderEngine:
+    """Open an ONNX file, with all graph optimisations; the file of an encoder with those of its decoder.
 
     Args:
         path: The model; external data lies in the same folder.
@@ -88,6 +112,13 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
+    if (parts := parts_of(path)) is not None:
+        return opened(parts, partial(load_file, options=options))
+    return load_file(path, options)
+
+
+def load_file(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:
+    """Open one ONNX file. Raises the errors of load()."""
     check_available(name, missing(), devices, options)
     if not path.is_file():
         raise BuildError(f"There is no ONNX file {path}.")
@@ -220,6 +251,8 @@ def session_options(options: BuildOptions) -> Any:
     if options.threads is not None:
         result.intra_op_num_threads = options.threads
     result.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    if _release(ort) >= TWO_BITS_SINCE:
+        result.add_session_config_entry(LOOKUP_TABLE, "1")
     return result
 
 

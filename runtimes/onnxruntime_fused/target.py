@@ -26,7 +26,7 @@ name = "onnxruntime_fused"
 description = "ONNX Runtime on the CPU with its own fused operators; writes model.fused.onnx"
 devices = ("cpu",)
 source: Literal[".onnx"] = ".onnx"
-precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4")}
+precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4", "int2")}
 own = ()
 int8 = Int8Style(activations="uint8", convolutions=False)
 
@@ -85,7 +85,7 @@ def load(path: Path, options: BuildOptions) -> onnxruntime.OnnxRuntimeEngine:
         BuildError: ONNX Runtime refused the model.
     """
     check_available(name, missing(), devices, options)
-    return onnxruntime.load(path, options)
+    return onnxruntime.load_file(path, options)
 
 
 def layers(path: Path, options: BuildOptions) -> LayerCounts | None:

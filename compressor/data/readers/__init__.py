@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.data.readers.arrays import read_arrays
+from compressor.data.readers.audio.clips import read_clip_table, read_clips
 from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
 from compressor.data.readers.images import read_folder
@@ -18,7 +19,10 @@ from compressor.models.preprocess import Preprocess
 from compressor.workspace.special_files import first_special
 
 FILES = (".npy", ".npz", ".txt", ".csv", ".tsv", ".jsonl", ".conll", ".iob", ".bio")
-FORMS = "an image folder, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as owner/name, or random"
+FORMS = (
+    "a folder of images or sound, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as "
+    "owner/name, or random"
+)
 
 
 def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: str | None) -> Samples:
@@ -47,6 +51,8 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
 
 
 def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+    if preprocess.kind == "audio":
+        return read_clips(path, spec, preprocess, task)
     if task == "depth-estimation" and (images := images_beside(path)) is not None:
         return read_images_alone(images, spec, preprocess)
     folders = mask_folders(path) if task == "image-segmentation" else None
@@ -59,6 +65,8 @@ def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: i
         return read_arrays(path, spec, preprocess, task)
     if suffix == ".txt":
         return read_lines(path, spec, preprocess, task, seed)
+    if suffix in (".csv", ".tsv") and preprocess.kind == "audio":
+        return read_clip_table(path, spec, preprocess, task)
     if suffix in (".csv", ".tsv"):
         return read_table(path, spec, preprocess, task, seed)
     if suffix == ".jsonl":

@@ -88,6 +88,7 @@ class Samples:
         shown: returns the image or text of a sample for display; None for numeric data.
         whole: returns the tokens of a text without padding or truncation, [tokens] by input name; None for other data.
         pairs: each sample has two texts.
+        target_texts: the text that an encoder-decoder is to generate for each sample; None if the data has none.
         targets: returns the labels and the scored positions of the samples at the given positions, for labels that
             depend on the tokenization, see `Targets`.
         limitations: expected properties that the source lacks, and assumptions about it.
@@ -110,6 +111,7 @@ class Samples:
     shown: Callable[[int], Image.Image | str] | None = None
     whole: Callable[[int], Feeds] | None = None
     pairs: bool = False
+    target_texts: Sequence[str] | None = None
     targets: Callable[[Sequence[int]], Targets] | None = None
     limitations: tuple[Limitation, ...] = ()
     findings: Callable[[], tuple[Limitation, ...]] = tuple

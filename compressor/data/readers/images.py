@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped, dims
+from compressor.data.class_folders import FilesOf, find_files
+from compressor.data.readers.base import Array, Feeds, Progress, Samples, Skipped, dims
 from compressor.data.readers.decode_image import BrokenImageError, Conversion, Decoded, decode, limitations_of
 from compressor.data.sample_cache import Store
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
-from compressor.workspace.special_files import special_kind
 
 # PIL's own table also lists formats for which it has only stubs (.h5, .grib), and formats that are not images.
 _COMMON = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
 _OTHERS = (".avif", ".bmp", ".gif", ".jp2", ".npy", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff")
 SUFFIXES = frozenset((*_COMMON, *_OTHERS))
-PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
+FILES = FilesOf("image", SUFFIXES)
 CHUNK = 64  # images prepared at a time while checking; 39 MB at 3 x 224 x 224
 
 
@@ -120,84 +121,21 @@ def pictures(
 
 def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
     """Read an image folder: the sorted class folders are the class names; a flat folder has no labels."""
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    flat = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir() and _is_image(entry.name))
-    _check_layout(name, classes, flat)
-    found = [(file, -1) for file in flat] or [
-        (file, label) for label, class_folder in enumerate(classes) for file in _files(folder, class_folder)
-    ]
-    skipped = tuple(_special(folder, [file for file, _ in found]))
-    files = [(file, label) for file, label in found if file not in {special.id for special in skipped}]
-    if not files:
-        unreadable = f" (skipped {skipped[0].id}: {skipped[0].reason})" if skipped else ""
-        raise DataError(
-            f"the folder {name} holds no images{unreadable}; expected image files ({_suffixes()}) or class folders of "
-            "image files"
-        )
-    ids = tuple(file for file, _ in files)
-    source = pictures(name, ids, lambda index: _open(folder / ids[index]), preprocess)
-    labels = None if flat else np.array([label for _, label in files], dtype=np.int64)
-    reading = "flat image folder" if flat else f"image folder, {len(classes)} class folders"
-    kind: LabelKind | None = None if flat else "class"
+    found = find_files(folder, name, FILES)
+    source = pictures(name, found.ids, lambda index: _open(folder / found.ids[index]), preprocess)
     return Samples(
-        ids,
+        found.ids,
         source.feeds,
-        reading,
-        labels=labels,
-        label_kind=kind,
-        class_names=None if flat else tuple(classes),
-        skipped=skipped,
+        found.reading(FILES),
+        labels=found.labels,
+        label_kind=None if found.labels is None else "class",
+        class_names=found.classes,
+        skipped=tuple(starmap(Skipped, found.skipped)),
         faults=source.faults,
         shown=source.shown,
         findings=source.findings,
-        limitations=tuple(_limitations(folder, files)),
+        limitations=found.limitations,
     )
-
-
-def _special(folder: Path, files: Sequence[str]) -> Iterator[Skipped]:
-    """Yield the images that must not be opened, because they are no files."""
-    for file in files:
-        kind = special_kind(folder / file)
-        if kind is not None:
-            yield Skipped(file, f"{kind}, not a file")
-
-
-def _limitations(folder: Path, images: Sequence[tuple[str, int]]) -> Iterator[Limitation]:
-    """Yield a limitation for files that are not read."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    others = sorted({path.suffix.lower() or path.name for path in files if not _is_image(path.name)})
-    if len(files) > len(images):
-        yield Limitation(
-            "files of the data",
-            f"{len(files) - len(images)} of {len(files)} not read because of their extension ({', '.join(others[:3])})",
-        )
-
-
-def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str]) -> None:
-    if classes and flat:
-        raise DataError(
-            f"the folder {name} holds {len(flat)} images beside {len(classes)} folders; "
-            "expected either images or class folders only; move one of the two away"
-        )
-    if classes and {part.lower() for part in classes} <= PARTS:
-        raise DataError(
-            f"the folder {name} holds splits of a dataset ({', '.join(classes)}); pass one of them as --data"
-        )
-
-
-def _files(folder: Path, class_folder: str) -> list[str]:
-    names = []
-    for root, _, files in os.walk(folder / class_folder):
-        names += [(Path(root) / file).relative_to(folder).as_posix() for file in files if _is_image(file)]
-    return sorted(names)
-
-
-def _is_image(file: str) -> bool:
-    return not file.startswith(".") and Path(file).suffix.lower() in SUFFIXES
-
-
-def _suffixes() -> str:
-    return ", ".join(sorted(SUFFIXES))
 
 
 def _open(path: Path) -> Image.Image | Array:

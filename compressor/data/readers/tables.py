@@ -39,9 +39,11 @@ CLASSES = ("label", "labels", "class", "target", "category", "sentiment", "inten
 SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "rating")
 LABEL_SETS = ("labels", "label", "classes", "categories", "tags")
 LABELS = (*CLASSES, *SCORES)
+SOURCES = ("source", "src", "source_text", "article", "input")
+TARGETS = ("target", "tgt", "target_text", "summary", "highlights", "translation", "transcript", "output", "answer")
 FEW = 10  # rows; in a shorter table, labels may be 0, 1, 2 by chance
 NUMBERINGS = ("", "id", "idx", "index", "row", "guid")
-NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *LABELS])
+NAMES = frozenset([*TEXTS, *(name for pair in PAIRS for name in pair), *LABELS, *SOURCES, *TARGETS])
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def table_samples(
         found = _with_label_sets(table, name, preprocess, skipped)
         if found is not None:
             return found
+    if preprocess.decoder is not None:
+        return _with_targets(table, name, preprocess, skipped)
     columns = choose(table, name, task)
     paired = len(columns.texts) == 2 and task != "text-classification"
     kind = _label_kind(table, columns, task, paired, preprocess.problem_type)
@@ -128,6 +132,50 @@ def table_samples(
     )
 
 
+def _with_targets(table: Table, name: str, preprocess: Preprocess, skipped: Sequence[Skipped]) -> Samples:
+    """Read the sources of an encoder-decoder, and its targets if the table has a column for them."""
+    columns = Columns(source_and_target(table, name), None)
+    reasons = [_fault(row, columns, None) for row in table.rows]
+    kept = [number for number, reason in enumerate(reasons) if reason is None]
+    sources, *targets = [[table.rows[number][index] for number in kept] for index in columns.texts]
+    source = tokens(name, sources, None, False, preprocess)
+    titles = [f"{role} {table.title(index)}" for role, index in zip(("source", "target"), columns.texts, strict=False)]
+    unusable = [Skipped(id, reason) for id, reason in zip(table.ids, reasons, strict=True) if reason is not None]
+    return Samples(
+        ids=tuple(table.ids[number] for number in kept),
+        feeds=source.feeds,
+        reading=f"table {'with' if table.header else 'without'} header: {', '.join(titles)}",
+        skipped=(*skipped, *unusable),
+        shown=source.shown,
+        target_texts=targets[0] if targets else None,
+        limitations=tuple(_limitations(table, columns, "")),
+        lengths=None if preprocess.lengths is None else source.lengths,
+    )
+
+
+def source_and_target(table: Table, name: str) -> tuple[int, ...]:
+    """Choose the column of the sources, and that of the targets if there is one, by their names or by their content.
+
+    Raises:
+        DataError: the columns are ambiguous.
+    """
+    texts = [index for index in _column_indices(table) if not _are_numbers(table.column(index))]
+    target = next((table.header.index(title) for title in TARGETS if title in table.header), None)
+    named = [table.header.index(title) for title in (*SOURCES, *TEXTS) if title in table.header]
+    source = next((index for index in named if index != target), None)
+    rest = [index for index in texts if index not in (source, target)]
+    if source is None and rest:
+        source, *rest = rest
+    if source is None or (rest and len(texts) > 2 and not named):
+        raise DataError(
+            f"{name} has {len(texts)} columns that look like texts; expected one, or two, a source and its target; add "
+            "a header with the names source and target"
+        )
+    if target is None and not named and rest:
+        target = rest[0]
+    return (source,) if target is None else (source, target)
+
+
 def _limitations(table: Table, columns: Columns, task: str) -> Iterator[Limitation]:
     """Yield limitations for quotes and for columns that are not read; name the label column if there are others."""
     if not table.quoted:
@@ -135,7 +183,7 @@ def _limitations(table: Table, columns: Columns, task: str) -> Iterator[Limitati
     unread = [index for index in _column_indices(table) if index not in (*columns.texts, columns.label)]
     if unread:
         titles = ", ".join(table.title(index) for index in unread)
-        also = "" if columns.label is not None or task == "text-generation" else "; no column is used as label"
+        also = "" if columns.label is not None or task in ("", "text-generation") else "; no column is used as label"
         if columns.label is not None and any(table.header[index] in LABELS for index in unread if table.header):
             also = f"; {table.title(columns.label)} is used as label"
         yield Limitation("columns of the data", f"{titles} not read{also}")

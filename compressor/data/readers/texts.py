@@ -140,6 +140,8 @@ def text_samples(source: Tokens, ids: tuple[str, ...], reading: str, task: str, 
             "a .csv or .jsonl file"
         )
     lengths = None if preprocess.lengths is None else source.lengths
+    if preprocess.decoder is not None:
+        return Samples(ids, source.feeds, reading, shown=source.shown, lengths=lengths)
     if task in ("fill-mask", "token-classification"):
         masks = task == "fill-mask"
         aligned = (

@@ -3,6 +3,10 @@
 Inputs and outputs have the names of Optimum, so that its ONNX classes and generation loops written for them work. The
 inputs ``past_key_values.N.key`` and ``.value`` and the outputs ``present.N.key`` and ``.value`` have the shape
 [batch, heads, tokens, head dimension]. Prefill is a call with an empty cache.
+
+A layer with a short convolution in place of attention, as in LFM2, keeps the last inputs of its convolution: the input
+``past_conv.N`` and the output ``present_conv.N``, [batch, channels, kernel], as transformers.js names them. Before the
+first token they are zero, as the padding of the convolution is.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, first_line
@@ -25,11 +29,25 @@ Feeds = dict[str, npt.NDArray[Any]]
 PAST_TOKENS = 5  # cache length of the example; torch.export treats the sizes 0 and 1 as constants
 # Name of the cache in the arguments and outputs of a decoder: since transformers 5.24, and in earlier releases.
 CACHE_NAMES = ("cache", "past_key_values")
+MATRIX = 4  # axes of keys and values
 LEFT_OUT = Limitation("KV cache", "left out by --no-cache, so every new token recomputes the whole text")
 
 
 class NoCacheError(Exception):
     """A module that cannot be called with a cache; the message is the reason, a clause without a full stop."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The state of a layer with a short convolution: its last `kernel` inputs."""
+
+    channels: int
+    kernel: int
+
+
+# Number of heads and head dimension of the keys and of the values.
+KeysAndValues = tuple[tuple[int, int], tuple[int, int]]
+State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # of a layer: that of a convolution, or keys and values
 
 
 @dataclass(frozen=True)
@@ -40,14 +58,15 @@ class Causal:
         token_inputs: inputs that come from the data.
         derived_inputs: inputs that are derived from them: the position ids.
         sizes: number of heads and head dimension of the keys and of the values of each layer. They differ where the
-            cache holds a compressed form of both, as in DeepSeek-V2's latent attention (Liu et al. 2024).
+            cache holds a compressed form of both, as in DeepSeek-V2's latent attention (Liu et al. 2024). For a layer
+            with a convolution, its channels and its kernel.
         argument: keyword argument of the module that takes the cache.
         entry: name of the cache in the module's output.
     """
 
     token_inputs: tuple[str, ...]
     derived_inputs: tuple[str, ...]
-    sizes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    sizes: tuple[KeysAndValues | Convolution, ...]
     argument: str
     entry: str
 
@@ -64,18 +83,23 @@ class Causal:
     @property
     def state(self) -> dict[str, str]:
         """Return the mapping from an output of one call to the input of the next call."""
-        return {
-            f"present.{layer}.{part}": f"past_key_values.{layer}.{part}"
-            for layer in range(len(self.sizes))
-            for part in ("key", "value")
-        }
+        names: dict[str, str] = {}
+        for layer, size in enumerate(self.sizes):
+            if isinstance(size, Convolution):
+                names[f"present_conv.{layer}"] = f"past_conv.{layer}"
+            else:
+                names |= {f"present.{layer}.{part}": f"past_key_values.{layer}.{part}" for part in ("key", "value")}
+        return names
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Return the dynamic axes of every input."""
         axes = {name: {0: "batch", 1: "sequence"} for name in (*self.token_inputs, *self.derived_inputs)}
         axes["attention_mask"] = {0: "batch", 1: "total_sequence"}
-        return axes | {name: {0: "batch", 2: "past_sequence"} for name in self.state.values()}
+        return axes | {
+            name: {0: "batch"} | ({2: "past_sequence"} if len(shape) == MATRIX else {})
+            for name, shape in self._past(1, 0).items()
+        }
 
     def example(self, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Add a short, unmasked KV cache to the example inputs.
@@ -86,10 +110,7 @@ class Causal:
         rows = len(tokens["input_ids"])
         mask = torch.cat([torch.ones(rows, PAST_TOKENS, dtype=torch.int64), tokens["attention_mask"]], 1)
         generator = torch.Generator().manual_seed(0)
-        past = {
-            name: torch.randn(rows, heads, PAST_TOKENS, width, generator=generator)
-            for name, (heads, width) in self._past().items()
-        }
+        past = {name: torch.randn(shape, generator=generator) for name, shape in self._past(rows, PAST_TOKENS).items()}
         position_ids = torch.from_numpy(positions(mask.numpy(), tokens["input_ids"].shape[1]))
         values = {**tokens, "attention_mask": mask, "position_ids": position_ids}
         return {name: values[name] for name in (*self.token_inputs, *self.derived_inputs)} | past
@@ -98,22 +119,25 @@ class Causal:
         """Add the derived inputs to feeds of the data: position ids and an empty cache."""
         rows, tokens = feeds["input_ids"].shape
         derived = {"position_ids": positions(feeds["attention_mask"], tokens)} if self.derived_inputs else {}
-        past = {
-            name: np.zeros((rows, heads, 0, width), dtype=np.float32) for name, (heads, width) in self._past().items()
-        }
+        past = {name: np.zeros(shape, dtype=np.float32) for name, shape in self._past(rows, 0).items()}
         return {**feeds, **derived, **past}
 
     def call(self, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return logits [rows, tokens, vocabulary], then the keys and values of all tokens so far for each layer."""
+        """Return logits [rows, tokens, vocabulary], then the state of each layer, see `state`."""
         plain = dict(zip((*self.token_inputs, *self.derived_inputs), tensors, strict=False))
         past = tensors[len(plain) :]
-        tokens = past[0].shape[2]
-        for part in past[1:]:  # torch.export does not know that all layers have the same length
-            torch._check(part.shape[2] == tokens)
-        cache = _cache(zip(past[::2], past[1::2], strict=True))
+        lengths = [part.shape[2] for part in past if part.ndim == MATRIX]
+        for length in lengths[1:]:  # torch.export does not know that all layers have the same length
+            torch._check(length == lengths[0])
+        cache = _cache(self._layers(past))
         output = module(**plain, **{self.argument: cache}, use_cache=True)
-        present = [part for layer in _entry(output, self.entry).layers for part in (layer.keys, layer.values)]
-        return (_entry(output, "logits"), *present)
+        present: list[torch.Tensor] = []
+        for layer, size in zip(output_entry(output, self.entry).layers, self.sizes, strict=True):
+            if isinstance(size, Convolution):
+                present.append(layer.conv_states[0][..., -size.kernel :])
+            else:
+                present += [layer.keys, layer.values]
+        return (output_entry(output, "logits"), *present)
 
     def of(self, model: Model) -> Model:
         """Return the model with its cache as additional inputs and outputs."""
@@ -129,18 +153,43 @@ class Causal:
             state=self.state,
         )
 
-    def _past(self) -> dict[str, tuple[int, int]]:
-        return dict(zip(self.state.values(), (size for layer in self.sizes for size in layer), strict=True))
+    def _past(self, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each input of the cache, for a number of rows and of tokens so far."""
+        shapes: list[tuple[int, ...]] = []
+        for size in self.sizes:
+            if isinstance(size, Convolution):
+                shapes.append((rows, size.channels, size.kernel))
+            else:
+                shapes += [(rows, heads, tokens, width) for heads, width in size]
+        return dict(zip(self.state.values(), shapes, strict=True))
+
+    def _layers(self, past: tuple[torch.Tensor, ...]) -> Iterator[State]:
+        """Yield the state of each layer from the inputs of the cache."""
+        parts = iter(past)
+        for size in self.sizes:
+            yield next(parts) if isinstance(size, Convolution) else (next(parts), next(parts))
 
 
-def _cache(layers: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """Return a cache with the given keys and values of each layer."""
+def _cache(layers: Iterator[State]) -> DynamicCache:
+    """Return a cache with the given state of each layer."""
     cache = DynamicCache()
-    cache.layers = [_layer(keys, values) for keys, values in layers]
+    cache.layers = [_convolution(each) if isinstance(each, torch.Tensor) else filled_layer(*each) for each in layers]
     return cache
 
 
-def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+def _convolution(state: torch.Tensor) -> LinearAttentionLayer:
+    """Return a cache layer with the last inputs of a convolution.
+
+    It records its past, so that it neither writes into `state` nor takes another path for a single token.
+    """
+    layer = LinearAttentionLayer()
+    layer.lazy_initialization(conv_states=state)
+    layer.conv_states[0], layer.has_previous_state[0] = state, True
+    layer.activate_past_recording()
+    return layer
+
+
+def filled_layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     """Return a cache layer with these keys and values; `update` would concatenate them to an empty tensor."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
@@ -148,7 +197,7 @@ def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     return layer
 
 
-def _entry(output: Any, name: str) -> Any:
+def output_entry(output: Any, name: str) -> Any:
     """Return an entry of an output by name; the output is a mapping, as in transformers, or has attributes."""
     return output[name] if isinstance(output, Mapping) else getattr(output, name)
 
@@ -208,17 +257,25 @@ def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:
             raise NoCacheError(f"a call with a cache fails with {type(error).__name__}: {first_line(error)}") from error
     data_inputs = tuple(name for name in data_inputs if name != "position_ids")
     derived = ("position_ids",) if takes_positions else ()
-    sizes = tuple((_size(keys), _size(values)) for keys, values in layers)
+    sizes = tuple(_size(layer) for layer in layers)
     return Causal(data_inputs, derived, sizes, argument, entry)
 
 
-def _size(part: torch.Tensor) -> tuple[int, int]:
+def _size(state: State) -> KeysAndValues | Convolution:
+    """Return the sizes of the state of a layer."""
+    if isinstance(state, torch.Tensor):
+        return Convolution(state.shape[1], state.shape[2])
+    keys, values = state
+    return heads_and_width(keys), heads_and_width(values)
+
+
+def heads_and_width(part: torch.Tensor) -> tuple[int, int]:
     """Return the number of heads and the head dimension of keys or values."""
     return part.shape[1], part.shape[3]
 
 
-def _initial_cache(module: Any) -> tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Call a module with a short text; return the name of the cache in its output, and each layer's keys and values."""
+def _initial_cache(module: Any) -> tuple[str, list[State]]:
+    """Call a module with a short text; return the name of the cache in its output, and the state of each layer."""
     try:
         output = module(**text(), use_cache=True)
     except TypeError as error:  # no such argument
@@ -232,13 +289,19 @@ def _initial_cache(module: Any) -> tuple[str, list[tuple[torch.Tensor, torch.Ten
     caches = [name for name, value in entries.items() if hasattr(value, "layers")]
     if not caches:
         raise NoCacheError(f"its output contains no cache, only {', '.join(entries) or type(output).__name__}")
-    return caches[0], _keys_and_values(entries[caches[0]])
+    return caches[0], _states(entries[caches[0]])
 
 
-def _keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the keys and values of every layer, [1, heads, tokens, head dimension] each, of as many tokens."""
-    layers = []
+def _states(cache: Any) -> list[State]:
+    """Return the state of every layer: keys and values, [1, heads, tokens, head dimension] each, of as many tokens.
+
+    That of a convolution is [1, channels, kernel].
+    """
+    layers: list[State] = []
     for number, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionLayer):
+            layers.append(_of_convolution(layer, number))
+            continue
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if (
             not isinstance(keys, torch.Tensor)
@@ -254,10 +317,41 @@ def _keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         layers.append((keys, values))
     if not layers:
         raise NoCacheError("its cache has no layers")
+    if all(isinstance(state, torch.Tensor) for state in layers):
+        raise NoCacheError("no layer of its cache has keys and values")
     return layers
 
 
-def _argument(module: Any, entry: str, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the keys and values of every layer of a cache, [1, heads, tokens, head dimension] each.
+
+    Raises:
+        NoCacheError: a layer has other state, or its keys and values differ in rows or tokens.
+    """
+    pairs = []
+    for number, state in enumerate(_states(cache)):
+        if isinstance(state, torch.Tensor):
+            raise NoCacheError(f"layer {number} of its cache has the state of a convolution, not keys and values")
+        pairs.append(state)
+    return pairs
+
+
+def _of_convolution(layer: LinearAttentionLayer, number: int) -> torch.Tensor:
+    """Return the state of a layer with one convolution and nothing else."""
+    if any(state is not None for state in layer.recurrent_states.values()):
+        raise NoCacheError(
+            f"layer {number} of its cache keeps a recurrent state, which a graph for any number of tokens would "
+            "compute in a loop over them"
+        )
+    states: list[torch.Tensor | None] = list(layer.conv_states.values())
+    if len(states) != 1 or states[0] is None:
+        raise NoCacheError(
+            f"layer {number} of its cache ({type(layer).__name__}) has {len(states)} states; expected one"
+        )
+    return states[0]
+
+
+def _argument(module: Any, entry: str, layers: list[State]) -> str:
     """Return the keyword argument for the cache: the one for which the returned cache is longer by the new token."""
     names, refusals = tuple(dict.fromkeys((entry, *CACHE_NAMES))), []
     for name in names:
@@ -267,7 +361,12 @@ def _argument(module: Any, entry: str, layers: list[tuple[torch.Tensor, torch.Te
         except Exception as error:  # a different argument name, or any error of the model's own code
             refusals.append(first_line(error))
             continue
-        if _keys_and_values(_entry(output, entry))[0][0].shape[2] == TOKENS + 1:
+        if _tokens(_states(output_entry(output, entry))) == TOKENS + 1:
             return name
     reason = f" ({refusals[0]})" if refusals else ""
     raise NoCacheError(f"it returns a cache but does not accept one as {' or '.join(names)}{reason}")
+
+
+def _tokens(layers: list[State]) -> int:
+    """Return the number of tokens of the keys and values."""
+    return next(int(state[0].shape[2]) for state in layers if not isinstance(state, torch.Tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.choices import CTC
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.depth import Depth
 from compressor.quality.heads.features import Features, SentenceEmbedding
@@ -10,20 +11,24 @@ from compressor.quality.heads.pixels import PixelClasses
 from compressor.quality.heads.regression import Regression
 from compressor.quality.heads.single_class import SingleClass
 from compressor.quality.heads.spans import Spans
-from compressor.quality.heads.tokens import MaskedTokens, NextTokens, TokenClasses
+from compressor.quality.heads.tokens import Frames, MaskedTokens, NextTokens, TargetTokens, TokenClasses
 
 HEADS: dict[str, Head] = {
     "text-generation": NextTokens(),
+    "text2text-generation": TargetTokens(),
+    "automatic-speech-recognition": TargetTokens(),
     "fill-mask": MaskedTokens(),
     "token-classification": TokenClasses(),
     "question-answering": Spans(),
     "image-segmentation": PixelClasses(),
     "depth-estimation": Depth(),
     "sentence-similarity": SentenceEmbedding(),
+    "audio-frame-classification": Frames(),
+    CTC: Frames(),
     "feature-extraction": Features(),
     "image-feature-extraction": Features(),
 }
-# The heads of image and text classification, by the problem type of the config.
+# The heads of the classification of images, texts and sound, by the problem type of the config.
 CLASSIFIERS: dict[str, Head] = {
     "single_label_classification": SingleClass(),
     "multi_label_classification": LabelSets(),

@@ -1,4 +1,4 @@
-"""One decision per token: the next token, a masked token, or the class of a token."""
+"""One decision per token: the next token, a masked token, or the class of a token or of a frame of sound."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tokens(Head):
         ids = batch.feeds["input_ids"]
         return batch.feeds.get("attention_mask", np.ones_like(ids)).astype(bool)
 
-    def divergence_mask(self, batch: Batch) -> Array:
+    def divergence_mask(self, batch: Batch) -> Array | None:
         """Return the mask of scored positions."""
         return self.scored(batch)
 
@@ -62,8 +62,9 @@ class NextTokens(Tokens):
 
     def columns(self, metric: str, batch: Batch, answer: Array, original: Array | None) -> Columns:
         """Sum the negative log-likelihoods of next tokens, without padding, context and the first token of a text."""
-        targets, before = batch.feeds["input_ids"][:, 1:], None if original is None else original[:, :-1]
-        return likelihood_columns(answer[:, :-1], targets, self.scored(batch)[:, :-1], before)
+        targets, ahead = batch.feeds["input_ids"][:, 1:], answer[:, :-1]
+        before = ahead if original is answer else None if original is None else original[:, :-1]
+        return likelihood_columns(ahead, targets, self.scored(batch)[:, :-1], before)
 
     def lower_bound(self, metric: str, columns: Columns, reference: Columns, before: float) -> float:
         """Return the loss if the remaining tokens have a negative log-likelihood of 0."""
@@ -92,6 +93,19 @@ class MaskedTokens(Tokens):
         if metric == "token_agreement":
             return bound_of_agreement(columns, reference)
         return bound_of_likelihood(metric, columns, reference, before)
+
+
+class TargetTokens(MaskedTokens):
+    """Logits of the tokens of a target, of an encoder-decoder; the labels are these tokens.
+
+    Without targets, the decoder reads what the original generated, and results are compared with the original.
+    """
+
+    metrics: ClassVar[Metrics] = {"tokens": "perplexity", None: "token_agreement"}
+
+    def scored(self, batch: Batch) -> Array:
+        """Return the mask of the tokens of the targets; all tokens of random data."""
+        return np.ones(batch.feeds["decoder_input_ids"].shape, dtype=bool) if batch.scored is None else batch.scored
 
 
 class TokenClasses(Tokens):
@@ -124,6 +138,29 @@ class TokenClasses(Tokens):
         return bound(columns, reference)
 
 
+class Frames(Tokens):
+    """Logits of the classes of frames of sound, such as the characters of a CTC model [rows, frames, classes].
+
+    A frame is about 20 ms. Frames of padding are left out where the data tells them apart.
+    """
+
+    metrics: ClassVar[Metrics] = {None: "frame_agreement"}
+    scales = SCALES
+
+    def columns(self, metric: str, batch: Batch, answer: Array, original: Array | None) -> Columns:
+        """Return ``agreement`` and ``regret``, each the mean over the scored ``tokens``, here frames, of a clip."""
+        scored = np.ones(answer.shape[:2], dtype=bool) if batch.scored is None else batch.scored
+        return agreement_columns(scored, answer, original)
+
+    def divergence_mask(self, batch: Batch) -> Array | None:
+        """Return the mask of frames that are not padding; None if the data does not tell."""
+        return batch.scored
+
+    def lower_bound(self, metric: str, columns: Columns, reference: Columns, before: float) -> float:
+        """Return the disagreement so far, over all scored frames."""
+        return bound_of_agreement(columns, reference)
+
+
 def likelihood_columns(answer: Array, targets: Array, scored: Array, original: Array | None) -> Columns:
     """Return ``nll`` and ``tokens`` per row, and ``agreement`` with the original's most probable tokens.
 
@@ -141,10 +178,10 @@ def likelihood_columns(answer: Array, targets: Array, scored: Array, original: A
         wanted = torch.from_numpy(np.ascontiguousarray(targets[row]))
         parts = ((part[kept].float(), target[kept]) for part, target, kept in chunks(logits, wanted, mask))
         nll = sum(float(torch.nn.functional.cross_entropy(*part, reduction="sum")) for part in parts)
-        agreeing = 0.0
-        if original is not None:
-            agreeing = float((logits.argmax(-1).numpy() == original[row].argmax(-1))[scored[row]].sum())
-        rows.append((nll, float(scored[row].sum()), agreeing))
+        count = agreeing = float(scored[row].sum())
+        if original is not None and original is not answer:
+            agreeing = float((answer[row].argmax(-1) == original[row].argmax(-1))[scored[row]].sum())
+        rows.append((nll, count, agreeing))
     nlls, tokens, agreements = np.array(rows, dtype=np.float64).T
     columns = {"nll": nlls, "tokens": tokens}
     return columns if original is None else columns | {"agreement": agreements / np.maximum(tokens, 1.0)}

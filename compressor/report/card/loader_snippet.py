@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.choices import CTC, ENCODER_DECODER_TASKS
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 EMBEDDING = "sentence_embedding"
+FLOATS = ("pixel_values", "input_values", "input_features")
+TOWERS = ("decoder", "encoder")  # whose tokens give the keys of a self-attention, and of a cross-attention
 TEMPLATES = Path(__file__).parent / "templates"
 # The engine file of each target that has its own format, and the packages that open it.
 ENGINES = {
@@ -94,6 +97,8 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
         engine_folder: the folder with the engine, if it is not in `folder` yet.
     """
     model = content["model"]
+    if model["task"] in ENCODER_DECODER_TASKS:
+        return _encoder_decoder(content, folder)
     cached = any(name.startswith("past_key_values.") for name in model["inputs"])
     runtime = _runtime(content, folder if engine_folder is None else engine_folder, cached)
     if runtime == "transformers":
@@ -116,6 +121,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
             takes=content["engine"].get("inputs", model["inputs"]),
             gives=content["engine"].get("outputs", model["outputs"]),
             caches=_caches(content),
+            convolutions=any(name.startswith("past_conv.") for name in model["inputs"]),
             picture=picture,
             tokenizer=tokenizer,
             prompt=preprocessing_recipe.prompt(folder) if EMBEDDING in model["outputs"] else "",
@@ -131,6 +137,44 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
     packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
     prepared = picture is not None or tokenizer is not None or not _prepares(content)
     return Loader(text.strip(), packages, runtime, _remarks(content, runtime, cached, prepared))
+
+
+def _encoder_decoder(content: Json, folder: Path) -> Loader:
+    """Return the snippet for the files of an encoder and its decoder: a loop that generates greedily with all caches."""
+    model, runtime = content["model"], str(content["settings"]["target"])
+    frames = None if "input_ids" in model["inputs"] else content["timed_inputs"][model["inputs"][0]][1:]
+    tokenizer = preprocessing_recipe.tokenizer(folder) is not None
+    text = (
+        templates()
+        .get_template("load_encoder_decoder.py.j2")
+        .render(
+            runtime=runtime,
+            providers=_providers(content),
+            hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
+            tokenizer=tokenizer,
+            frames=frames,
+            prompt=preprocessing_recipe.decoder_prompt(folder),
+            ends=preprocessing_recipe.ends(folder),
+        )
+    )
+    remarks = ["Generation is greedy and uses the caches: the encoder runs once, and each new token is one call."]
+    if runtime == "onnxruntime":
+        remarks.append(_of_optimum(content))
+    packages = ("numpy", *PACKAGES[runtime], *(("tokenizers",) if tokenizer else ()))
+    return Loader(text.strip(), packages, runtime, tuple(remarks))
+
+
+def _of_optimum(content: Json) -> str:
+    """Return whether Optimum opens the files: it expects both caches in every layer that has any."""
+    outputs, speech = content["engine"]["outputs"], content["model"]["task"] != "text2text-generation"
+    kinds = [[name for name in outputs if name.startswith("present.") and f".{part}." in name] for part in TOWERS]
+    name = "ORTModelForSpeechSeq2Seq" if speech else "ORTModelForSeq2SeqLM"
+    if len({len(kind) for kind in kinds}) == 1:
+        return f"`optimum.onnxruntime.{name}` opens this folder too."
+    return (
+        f"`optimum.onnxruntime.{name}` does not open this folder: it expects as many caches of self-attentions as of "
+        f"cross-attentions, and the plan left {len(kinds[0]) // 2} and {len(kinds[1]) // 2}."
+    )
 
 
 def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
@@ -196,7 +240,7 @@ def decision(model: Json) -> str:
         return ""
     if model["task"] == "image-segmentation":
         return ".argmax(1)"
-    by_token = model["task"] in ("question-answering", "fill-mask", "text-generation")
+    by_token = model["task"] in ("question-answering", "fill-mask", "text-generation", CTC)
     return ".argmax(-1)" if by_token or model["task"].endswith("classification") else ".shape"
 
 
@@ -232,11 +276,12 @@ def _runtime(content: Json, folder: Path, cached: bool) -> str:
     return target if built and not (cached and target in GPU_ENGINES) else "onnxruntime"
 
 
-def _caches(content: Json) -> dict[str, tuple[int, int]]:
-    """Return the number of heads and the head size of each cache input of the engine."""
-    inputs = content["engine"].get("inputs", ())
+def _caches(content: Json) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each cache input of the engine before the first token."""
     shapes = content["timed_inputs"]
-    return {name: (shapes[name][1], shapes[name][3]) for name in inputs if name.startswith("past_key_values.")}
+    names = [name for name in content["engine"].get("inputs", ()) if name.startswith("past_")]
+    keys = [name for name in names if name.startswith("past_key_values.")]
+    return {name: (1, shapes[name][1], *((0, shapes[name][3]) if name in keys else shapes[name][2:])) for name in names}
 
 
 def _portable(content: Json) -> bool:
@@ -261,7 +306,7 @@ def _arrays(content: Json, folder: Path) -> dict[str, tuple[tuple[int, ...], str
     timed = content["timed_inputs"]
     arrays: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in content["model"]["inputs"]:
-        default = tuple(timed.get(name, (1,))[1:]), "float32" if name == "pixel_values" else "int64"
+        default = tuple(timed.get(name, (1,))[1:]), "float32" if name in FLOATS else "int64"
         shape, dtype = configured.get(name, default)
         arrays[name] = (1, *shape), "bool_" if dtype == "bool" else dtype
     return arrays

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from compressor.choices import CTC, ENCODER_DECODER_TASKS
 from compressor.limitations import Limitation
 from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 NAME = "README.md"
+CACHES = ("past_key_values.", "past_conv.", "present.", "present_conv.")
 USES = {
     "image-classification": "classifies images",
     "image-feature-extraction": "extracts features from images",
@@ -35,11 +37,16 @@ USES = {
     "feature-extraction": "extracts features from its inputs",
     "sentence-similarity": "embeds sentences for comparison",
     "text-generation": "generates text",
+    "text2text-generation": "generates a text from a text",
+    "automatic-speech-recognition": "transcribes speech",
     "token-classification": "classifies the tokens of texts",
     "question-answering": "finds the answer to a question in a text",
     "fill-mask": "fills in masked words",
     "image-segmentation": "classifies the pixels of images",
     "depth-estimation": "estimates the depth of images",
+    "audio-classification": "classifies sound",
+    "audio-frame-classification": "classifies the frames of sound",
+    CTC: "transcribes speech",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "
@@ -52,6 +59,7 @@ MEANINGS = {
     "int8": "Weights and the activations they multiply are int8, with activation ranges from calibration data.",
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
+    "int2": "Weights are int2 (-2, -1, 0 or 1 times the scale of a block of 32), and need ONNX Runtime 1.27 or newer.",
 }
 STORED = {
     "fp16": "Matrices are stored as F16.",
@@ -125,7 +133,7 @@ def _header(content: Json, folder: Path) -> ModelCardData:
         license=None if model["random_weights"] else preprocessing_recipe.licence(folder),
         metrics=[result.metric_type for result in results or ()] or None,
         model_name=f"{model['name'].rpartition('/')[2]}-compressed" if results else None,
-        pipeline_tag=model["task"],
+        pipeline_tag=ENCODER_DECODER_TASKS[1] if model["task"] == CTC else model["task"],
         tags=list(dict.fromkeys([*tags, *(["pruned"] if content["plan"]["changes"] else [])])),
         ignore_metadata_errors=False,
         **quantized,
@@ -213,9 +221,9 @@ def _reader(content: Json) -> str:
 
 def _listed(names: list[str]) -> str:
     """List names in Markdown; the caches of a language model as one entry."""
-    plain = [code(name) for name in names if not name.startswith(("past_key_values.", "present."))]
-    caches = [name for name in names if name.startswith(("past_key_values.", "present."))]
-    return ", ".join([*plain, *([code(f"{caches[0].split('.')[0]}.*")] if caches else [])])
+    plain = [code(name) for name in names if not name.startswith(CACHES)]
+    caches = dict.fromkeys(f"{name.split('.')[0]}.*" for name in names if name.startswith(CACHES))
+    return ", ".join([*plain, *map(code, caches)])
 
 
 def _rows(content: Json) -> Iterator[str]:

@@ -113,6 +113,15 @@ def start(folder: Path) -> int:
     return token if isinstance(token, int) else 0
 
 
+def decoder_prompt(folder: Path) -> list[int]:
+    """Return the tokens with which a decoder starts: the start token, and the first one that is always generated."""
+    found = []
+    for key in ("decoder_start_token_id", "forced_bos_token_id"):
+        stated = (read_config(folder, name).get(key) for name in ("generation_config.json", "config.json"))
+        found.append(next((token for token in stated if isinstance(token, int)), None))
+    return [token for token in found if token is not None]
+
+
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape of a sample and the NumPy type of each input of a user's module."""
     inputs = read_config(folder, "config.json").get("inputs")

@@ -42,6 +42,16 @@ def test_the_middle_of_a_split_has_texts_of_the_median_length(tmp_path):
     assert data.test.middle(1000).ids == data.test.ids
 
 
+def test_the_middle_has_fewer_texts_if_they_are_long_but_at_least_three(tmp_path):
+    data = load(texts(tmp_path / "texts.txt"), replace(words(), unknown=None), task="feature-extraction")
+    median = data.test.tokens[data.test.indices[len(data.test) // 2]]
+    assert len(data.test.middle(8, tokens=5 * median)) == 5
+    assert len(data.test.middle(8, tokens=9 * median)) == 8
+    assert len(data.test.middle(8, tokens=1)) == 3
+    assert len(data.test.middle(2, tokens=1)) == 2
+    assert len(replace(data.test, tokens={}).middle(8, tokens=1)) == 8  # not texts
+
+
 @given(st.lists(st.integers(1, TOKENS + 100), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 2))
 def test_bounded_batches_are_as_large_as_their_bounds_allow(lengths, most, rows):
     lengths = sorted(lengths, reverse=True)

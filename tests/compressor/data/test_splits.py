@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from compressor.data.readers import FORMS
 from compressor.data.sample_cache import Store
 from compressor.data.splits import Data, DataError, Shares, Split, load, shuffled
 from compressor.errors import CompressorError
@@ -736,9 +737,6 @@ def refused(spec: str, prepare: Preprocess, task: str = "feature-extraction") ->
     return str(caught.value)
 
 
-FORMS = "an image folder, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as owner/name, or random"
-
-
 def test_rejected_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
@@ -768,7 +766,7 @@ def test_rejected_paths_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "the folder split holds splits of a dataset (train, val); pass one of them as --data"
     )
     assert refused("broken", vision()) == (
-        "none of the 4 images in broken can be decoded (first: 0.png: not an image that can be identified); check "
+        "none of the 4 files in broken can be decoded (first: 0.png: not an image that can be identified); check "
         "that the files were copied completely"
     )
 

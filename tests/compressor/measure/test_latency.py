@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from compressor.measure.latency import AGAIN, REPEATS, STEADY, EngineTimer
-from compressor.measure.workload import RUN, Call
+from compressor.measure.workload import RUN, Call, EngineWithFeeds, LastEngine
 from compressor.report.collect_limitations import of_timings
 from runtimes.base.timing import Latency
 
@@ -53,3 +53,34 @@ def test_timings_that_stay_unsteady_are_a_limitation(timer):
     assert len(rounds) == REPEATS
     assert timer.unsteady == [0.5]
     assert "took 50% longer when it was timed again" in next(iter(of_timings(timer.unsteady))).reason
+
+
+class Recorded:
+    """An engine that records when it is opened, bound and closed."""
+
+    def __init__(self, name, events):
+        self.name, self.events = name, events
+        events.append(f"open {name}")
+
+    def bind(self, feeds):
+        self.events.append(f"{self.name} {feeds}")
+        return lambda: None
+
+    def close(self):
+        self.events.append(f"close {self.name}")
+
+
+def test_the_calls_of_an_engine_share_one_opening_and_one_engine_is_open_at_a_time():
+    events, last = [], LastEngine()
+    openers = {name: lambda name=name: Recorded(name, events) for name in "AB"}
+    for name, feeds in (("A", "1"), ("A", "2"), ("B", "1"), ("A", "1")):
+        with EngineWithFeeds(openers[name], feeds, last) as engine:
+            engine.bind({})
+    last.close()
+    last.close()
+    wanted = ["open A", "A 1", "A 2", "close A", "open B", "B 1", "close B", "open A", "A 1", "close A"]
+    assert events == wanted
+    events.clear()
+    with EngineWithFeeds(openers["A"], "1") as engine:
+        engine.bind({})
+    assert events == ["open A", "A 1", "close A"]

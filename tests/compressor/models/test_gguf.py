@@ -273,6 +273,16 @@ def test_an_array_longer_than_the_file_is_rejected(tiny, tmp_path):
         quantization_of(tmp_path / "m.gguf")
 
 
+def test_a_file_is_read_once_and_the_next_load_reads_it_again(tiny, monkeypatch):
+    path, _ = tiny
+    reader, build, read = gguf.GGUFReader, gguf.GGUFReader.__init__, []
+    monkeypatch.setattr(reader, "__init__", lambda self, *args: (read.append(args), build(self, *args))[1])
+    for count in (1, 2):
+        load(path)
+        assert len(read) == count
+    assert gguf.GGUFReader is reader
+
+
 @pytest.mark.parametrize("architecture", ["clip", "rwkv6"])
 def test_an_architecture_that_transformers_cannot_read_is_rejected(tmp_path, architecture):
     path = written(tmp_path / "m.gguf", small(), architecture=architecture)

@@ -24,7 +24,7 @@ from compressor.quality.evaluate import (
     loss_figure,
     metric_value,
 )
-from compressor.quality.heads.base import CHUNK as POSITIONS
+from compressor.quality.heads.base import CHUNK as LOGITS
 from compressor.quality.heads.features import SentenceEmbedding
 from compressor.quality.heads.registry import head_for
 from compressor.quality.metrics import LARGEST_NLL
@@ -485,7 +485,8 @@ class Largest(TorchDispatchMode):
 
 def test_long_text_is_evaluated_in_chunks():
     """Log-probabilities of all positions would take several times the memory of the logits."""
-    tokens, vocabulary = 20 * POSITIONS, 50
+    vocabulary = 50
+    tokens = 20 * LOGITS // vocabulary
     answer, original = normal(1, tokens, vocabulary), normal(1, tokens, vocabulary, seed=1)
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, tokens))
     text = Batch({"input_ids": ids, "attention_mask": np.ones_like(ids)}, None, 1, ("a",))

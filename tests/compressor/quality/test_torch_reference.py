@@ -136,3 +136,38 @@ def test_an_operator_without_float64_is_noted() -> None:
     assert reference.notes == (
         "the rounding of torch and its ties were not measured, because the model did not run in float64 (only float32)",
     )
+
+
+class Gated(torch.nn.Module):
+    """Adds one of three vectors, that of the largest score; in about half of the rows, two scores are equal."""
+
+    def __init__(self, *, sort: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.sort = torch.nn.Linear(8, 8), sort
+        self.experts = torch.nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.relu(x[:, :1]) * torch.tensor([1.0, 2.0, 1.0]) - torch.tensor([0.0, 0.0, 1.0])
+        chosen = scores.sort(-1, descending=True)[1][:, 0] if self.sort else scores.topk(1)[1][:, 0]
+        return x + self.inner(x) + self.experts[chosen]
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_candidates_that_are_equal_are_ties_although_nothing_was_rounded(sort: bool) -> None:
+    """The order of equal candidates is not defined: an engine may take another one than torch."""
+    module = Gated(sort=sort)
+    graph, x = graph_of(module), ROWS["x"]
+    tied = x[:, 0] <= 0
+    clear = int((~tied).nonzero()[0])
+    assert 0 < int(tied.sum()) < 8
+    with torch.inference_mode():
+        trunk = x + module.inner(x)
+        first, second = (torch.where(tied[:, None], trunk + expert, module(x)).numpy() for expert in module.experts[:2])
+    found = output_of(module)
+    other = second if np.allclose(found, first, atol=1e-6) else first
+    (note,) = checked(graph, other).notes
+    assert note.startswith(f"{int(tied.sum())} of 8 rows are ties")
+    other[clear] += 0.01
+    with pytest.raises(ParityError, match=rf"row {clear}, "):
+        checked(graph, other)

@@ -42,7 +42,7 @@ def test_error_names_the_targets_with_the_precision() -> None:
     others = [name for name in targets() if "bf16" in runtime(name).precisions.get("cpu", ())]
     assert "openvino" in others
     assert str(caught.value) == (
-        "target onnxruntime has no bf16 on cpu; it has fp32, int8, int8-dynamic, int4 there; "
+        "target onnxruntime has no bf16 on cpu; it has fp32, int8, int8-dynamic, int4, int2 there; "
         f"bf16 on cpu needs --target {' or '.join(others)}."
     )
     with pytest.raises(PrecisionError, match=r"int4 on cpu needs --target (\w+ or )*onnxruntime"):

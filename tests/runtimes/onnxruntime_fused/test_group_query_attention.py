@@ -9,8 +9,8 @@ import pytest
 
 from compressor.lower.write_onnx import lower
 from compressor.models.text.kv_cache import positions
-from compressor.quantize.int4 import to_int4
 from compressor.quantize.int8_search import quantize
+from compressor.quantize.weight_only import to_int2, to_int4
 from passes.base import apply
 from passes.rewrite.drop import Drop
 from runtimes.base.protocols import BuildOptions, RuntimesError
@@ -178,15 +178,15 @@ def test_pruned_models_agree_with_their_portable_file(folder, dropped):
                 engine.cache(1, 8)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "int4", "int2"])
 def test_quantized_files_are_fused_too(folder, precision):
     """The attention itself computes in float in all of them."""
     need_exact_int8(precision)
     path = folder / f"{precision}.onnx"
     ids, mask = texts()
     source = portable("LlamaConfig", folder)
-    if precision == "int4":
-        to_int4(source, path)
+    if precision in ("int4", "int2"):
+        (to_int4 if precision == "int4" else to_int2)(source, path)
     else:
         with onnxruntime.load(source, ONE) as plain:
             feeds = [token_feeds(ids, mask, 0, TOKENS) | empty(plain, ROWS)]

@@ -163,7 +163,7 @@ def test_a_fifo_in_an_image_folder_is_skipped_with_a_reason(images, name, count,
 @pytest.mark.parametrize("name", ["x.npy", "x.txt", "x.csv", "x", "x.png"])
 def test_a_fifo_is_not_opened(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name} is a FIFO, not a file; expected an image folder"):
+    with pytest.raises(DataError, match=f"{name} is a FIFO, not a file; expected a folder of images"):
         read(str(tmp_path / name), preprocess(), task="image-classification", seed=0, revision=None)
     with pytest.raises(DataError, match="/dev/zero is a device, not a file"):
         read("/dev/zero", preprocess(), task="image-classification", seed=0, revision=None)

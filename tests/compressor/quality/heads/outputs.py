@@ -77,6 +77,8 @@ def _cases():
     yield Case("next tokens", head_for("text-generation"), (TOKENS, CLASSES), tokens=True), "perplexity"
     yield from ((masked, metric) for metric in ("masked_perplexity", "token_agreement"))
     yield from ((tagged, metric) for metric in ("token_accuracy", "token_agreement"))
+    frames = Case("frames", head_for("ctc"), (TOKENS, CLASSES), tokens=True)
+    yield frames, "frame_agreement"
     yield from ((answers, metric) for metric in ("exact_match", "span_agreement"))
     yield from ((pixels, metric) for metric in ("mean_iou", "pixel_agreement"))
     yield Case("depth", head_for("depth-estimation"), (4, 6), positive=True), "depth_agreement"

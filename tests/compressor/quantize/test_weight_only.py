@@ -1,4 +1,4 @@
-"""Tests of int4: the arithmetic against numpy, and the contents of the file."""
+"""Tests of int4 and int2: the arithmetic against numpy, and the contents of the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from compressor.errors import CompressorError
-from compressor.quantize.int4 import BLOCK, quantize_blocks, to_int4, to_int4_blocks
+from compressor.quantize.weight_only import (
+    BLOCK,
+    TERNARY,
+    TWO_BITS,
+    quantize_blocks,
+    quantize_two_bits,
+    to_int2,
+    to_int4,
+    to_int4_blocks,
+)
+from runtimes.base.protocols import BuildOptions
+from runtimes.onnxruntime import target
 from tests.onnx_files import H, K, count, initializers, mlp, node, normal, run, save
 
 pytest.importorskip("onnxruntime")
@@ -199,7 +210,7 @@ def test_output_is_silent_and_logging_is_restored(tmp_path: Path) -> None:
     """The test runs in a subprocess, because ONNX Runtime's quantizer configures logging on its first import."""
     path = mlp(tmp_path / "f.onnx")
     program = (
-        "import logging, sys\nfrom pathlib import Path\nfrom compressor.quantize.int4 import to_int4\n"
+        "import logging, sys\nfrom pathlib import Path\nfrom compressor.quantize.weight_only import to_int4\n"
         "state = lambda: (logging.root.level, list(logging.root.handlers), logging.root.manager.disable)\n"
         "logging.disable(5)\nbefore = state()\n"
         f"to_int4(Path({str(path)!r}), Path({str(tmp_path / 'q.onnx')!r}))\nassert state() == before, state()\n"
@@ -275,3 +286,89 @@ def test_small_matrices_are_said_to_stay_in_float(tmp_path: Path) -> None:
     path = save(tmp_path / "f.onnx", nodes, {"w": normal(K, K), "small": normal(K, 8)}, ["y"])
     for quantize in (to_int4, to_int4_blocks):
         assert [kept.node for kept in quantize(path, tmp_path / "q.onnx").kept] == ["node_y"]
+
+
+# ---- two bits
+
+
+def two_bit_weight(path: Path, product: onnx.NodeProto) -> Doubles:
+    """Decode the [K, N] weight of a product from its 2 bits, scales and the default zero point."""
+    values, sizes = initializers(path), {attribute.name: attribute.i for attribute in product.attribute}
+    packed, scale = values[product.input[1]], values[product.input[2]]
+    assert (sizes["bits"], sizes["block_size"], packed.dtype, len(product.input)) == (2, BLOCK, np.uint8, 3)
+    assert packed.shape == (sizes["N"], -(-sizes["K"] // BLOCK), BLOCK // 4)  # four weights in a byte
+    codes = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(*packed.shape[:2], BLOCK)
+    weight = (codes - 2.0) * scale[..., None].astype(np.float64)
+    return np.asarray(weight.reshape(sizes["N"], -1)[:, : sizes["K"]].T)
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(K, H), (48, H), (128, 256)])  # the last one by look-up table
+@pytest.mark.parametrize("steps", [TWO_BITS, TERNARY])
+def test_two_bit_product_equals_numpy_with_the_rounded_weight(
+    tmp_path: Path, width: int, outputs: int, steps: tuple[int, int]
+) -> None:
+    nodes = [
+        node("MatMul", ["x", "spread"], "wide"),
+        node("MatMul", ["wide", "w"], "y0"),
+        node("Add", ["y0", "b"], "y"),
+    ]
+    weights = {"spread": normal(K, width), "w": normal(width, outputs, seed=2), "b": 9 * normal(outputs, seed=3)}
+    path, x = save(tmp_path / "f.onnx", nodes, weights, ["y", "wide"]), normal(2, 5, K)
+    assert to_int2(path, tmp_path / "q.onnx", steps=steps).nodes == 2
+    with target.load(tmp_path / "q.onnx", BuildOptions(threads=1)) as engine:
+        found = engine.run({"x": x})
+    products = quantized(tmp_path / "q.onnx")
+    for name, value, output in (("wide", x, found["wide"]), ("y0", found["wide"], found["y"] - weights["b"])):
+        weight = two_bit_weight(tmp_path / "q.onnx", products[name])
+        exact = value.astype(np.float64)
+        slack = rounding(exact, weight) + FLOAT32 * (np.abs(value) @ np.abs(weight) + 30)
+        assert (np.abs(output - exact @ weight) <= slack).all()
+
+
+def test_a_gemm_in_two_bits_keeps_its_bias(tmp_path: Path) -> None:
+    weights = {"w": normal(H, K, seed=1), "b": 9 * normal(H, seed=2), "axes": np.array([1])}
+    nodes = [
+        node("ReduceMean", ["x", "axes"], "pooled", keepdims=0),
+        node("Gemm", ["pooled", "w", "b"], "y", transB=1),
+    ]
+    path, x = save(tmp_path / "f.onnx", nodes, weights, ["y"]), normal(8, 4, K)
+    to_int2(path, tmp_path / "q.onnx")
+    weight = two_bit_weight(tmp_path / "q.onnx", *quantized(tmp_path / "q.onnx").values())
+    assert np.corrcoef(weight.ravel(), weights["w"].T.ravel())[0, 1] > 0.9  # not transposed
+    np.testing.assert_allclose(run(tmp_path / "q.onnx", x)[0], x.mean(1) @ weight + weights["b"], atol=0.5)
+    assert (tmp_path / "q.onnx").stat().st_size < path.stat().st_size
+
+
+def test_a_ternary_weight_is_reproduced() -> None:
+    """Each block has a scale of its own, as a BitNet weight has one for the whole matrix."""
+    steps = np.random.default_rng(0).integers(-1, 2, (64, 24)).astype(np.float32)
+    weight = steps * np.repeat(np.abs(normal(2, 24)) + 0.1, BLOCK, axis=0)
+    for allowed in (TWO_BITS, TERNARY):
+        found, scale = quantize_two_bits(weight, BLOCK, allowed)
+        np.testing.assert_array_equal(found * scale.repeat(BLOCK, axis=0), weight)
+
+
+def test_two_bits_have_less_error_than_three_steps_and_than_half_of_the_largest_weight() -> None:
+    weight = normal(320, 64)
+
+    def error(steps: npt.NDArray[np.int8], scale: npt.NDArray[np.float32]) -> float:
+        return float(np.square(steps * scale.repeat(BLOCK, axis=0) - weight).mean())
+
+    four, three = (error(*quantize_two_bits(weight, BLOCK, steps)) for steps in (TWO_BITS, TERNARY))
+    scale = np.abs(weight.reshape(-1, BLOCK, 64)).max(axis=1) / 2  # ONNX Runtime's quantizer
+    steps = np.clip(np.rint(weight / scale.repeat(BLOCK, axis=0)), *TWO_BITS)
+    assert four < 0.8 * three
+    assert four < 0.9 * error(steps.astype(np.int8), scale)
+
+
+@pytest.mark.parametrize("release", ["1.23.2", "1.26.0"])
+def test_releases_that_lose_the_bias_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    path = mlp(tmp_path / "f.onnx")
+    monkeypatch.setattr("onnxruntime.__version__", release)
+    with pytest.raises(
+        CompressorError, match=rf"^int2 needs ONNX Runtime 1\.27 or newer; found {release}, .*: pip inst"
+    ):
+        to_int2(path, tmp_path / "q.onnx")
+    assert not (tmp_path / "q.onnx").exists()
+    with target.load(path, BuildOptions(threads=1)) as engine:  # other files still run
+        assert engine.run({"x": normal(1, 2, K)})["y"].shape == (1, 2, 24)

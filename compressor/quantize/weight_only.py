@@ -1,7 +1,7 @@
-"""Weight-only int4 quantization of an ONNX file, which speeds up memory-bound products such as those of decode.
+"""Weight-only int4 and int2 quantization of an ONNX file, for memory-bound products such as those of decode.
 
 There are two forms. MatMulNBits is an operator of ONNX Runtime. DequantizeLinear with blocks is standard ONNX since
-opset 21, and what TensorRT reads.
+opset 21, and what TensorRT reads; it holds int4.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from compressor.errors import CompressorError
 from compressor.quantize.qdq_rewrite import (
@@ -38,6 +38,10 @@ from compressor.quantize.qdq_rewrite import (
     save,
 )
 from runtimes.base.protocols import first_line
+from runtimes.onnxruntime.target import two_bits_missing
+
+CONTRIBUTED = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 
 BLOCK = 32
 """Weights per scale: the smallest block size that ONNX Runtime's kernels accept, and the most accurate."""
@@ -56,13 +60,24 @@ CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """Shares of the largest weight of a block that its largest step may stand for; larger weights are clipped."""
 
 
-class Int4Error(CompressorError):
-    """A model cannot be quantized to int4."""
+TWO_BITS = (-2, 1)
+"""The smallest and the largest step of a symmetric 2-bit weight; the zero point is 2, that of MatMulNBits."""
+
+TERNARY = (-1, 1)
+"""The steps of a ternary weight (BitNet b1.58: Ma et al. 2024, arXiv:2402.17764)."""
+
+SHARES = tuple(np.linspace(1.0, 0.35, 14))
+"""Shares of the largest weight of a block that are tried as the scale of its 2-bit steps. For 32 normal weights, the
+scale of least squared error lies at 0.45 (four steps) and 0.6 (ternary) of the largest one on average."""
+
+
+class WeightOnlyError(CompressorError):
+    """A model cannot be quantized to int4 or int2."""
 
 
 @dataclass(frozen=True)
-class Int4:
-    """Result of `to_int4` and `to_int4_blocks`.
+class WeightOnly:
+    """Result of `to_int4`, `to_int4_blocks` and `to_int2`.
 
     Args:
         nodes: number of quantized nodes.
@@ -73,7 +88,7 @@ class Int4:
     kept: tuple[Kept, ...]
 
 
-def to_int4(source: Path, destination: Path) -> Int4:
+def to_int4(source: Path, destination: Path) -> WeightOnly:
     """Quantize the Linear weights of a float32 ONNX file to 4 bits, as MatMulNBits nodes of ONNX Runtime.
 
     Blocks of 32 weights along the input channels share a scale and a zero point; weights are rounded to nearest.
@@ -81,17 +96,17 @@ def to_int4(source: Path, destination: Path) -> Int4:
     the nodes.
 
     Raises:
-        Int4Error: ONNX Runtime's tools are not installed or fail, or the file has no node to quantize.
+        WeightOnlyError: ONNX Runtime's tools are not installed or fail, or the file has no node to quantize.
     """
     try:
         with _quiet():
             from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     except ImportError as error:
-        raise Int4Error(
+        raise WeightOnlyError(
             "Quantization to int4 needs ONNX Runtime, which is not installed: run pip install onnxruntime"
         ) from error
     model = load(source)
-    linears, kept = _linears(model, source)
+    linears, kept = _linears(model, source, "int4")
     edit = Edit(model.graph)
     for node, linear in paired(model.graph, linears):
         if linear is None:
@@ -104,10 +119,10 @@ def to_int4(source: Path, destination: Path) -> Int4:
     products = {*outputs, *(f"{PREFIX}{output}/product" for output in outputs)}
     others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.output[0] not in products]
     save(_in_four_bits(MatMulNBitsQuantizer, model, others, source.name), destination, EXTERNAL_ABOVE)
-    return Int4(len(linears), kept)
+    return WeightOnly(len(linears), kept)
 
 
-def to_int4_blocks(source: Path, destination: Path) -> Int4:
+def to_int4_blocks(source: Path, destination: Path) -> WeightOnly:
     """Quantize the Linear weights of a float32 ONNX file to 4 bits, each with a DequantizeLinear of opset 21.
 
     Blocks of 32 weights along the input channels share a scale, or of 16 where 32 does not divide these. Weights are
@@ -115,11 +130,11 @@ def to_int4_blocks(source: Path, destination: Path) -> Int4:
     of the largest weight.
 
     Raises:
-        Int4Error: The file has no node to quantize.
+        WeightOnlyError: The file has no node to quantize.
         QuantizeError: A weight has NaN or infinity.
     """
     model = in_opset(load(source), TYPED_OPSET)
-    linears, kept = _linears(model, source, whole_blocks=True)
+    linears, kept = _linears(model, source, "int4", whole_blocks=True)
     edit = Edit(model.graph)
     for node, linear in paired(model.graph, linears):
         if linear is None:
@@ -129,7 +144,77 @@ def to_int4_blocks(source: Path, destination: Path) -> Int4:
     replace_nodes(model.graph, edit.nodes)
     remove_unused(model.graph, {linear.weight for linear in linears})
     save(model, destination, EXTERNAL_ABOVE)
-    return Int4(len(linears), kept)
+    return WeightOnly(len(linears), kept)
+
+
+def to_int2(source: Path, destination: Path, *, steps: tuple[int, int] = TWO_BITS) -> WeightOnly:
+    """Quantize the Linear weights of a float32 ONNX file to 2 bits, as MatMulNBits nodes of ONNX Runtime.
+
+    Blocks of 32 weights along the input channels share a scale; the zero point is 2. The scale is the one of least
+    squared error among `SHARES` and both signs. Blocks of a ternary weight are reproduced. ONNX Runtime's own quantizer
+    takes a half of the largest weight as the scale, which turns one of the signs of a ternary weight into a half.
+
+    Args:
+        source: the float32 file.
+        destination: the file to write.
+        steps: `TWO_BITS`, or `TERNARY` for weights of -1, 0 and 1 times the scale.
+
+    Raises:
+        WeightOnlyError: this release of ONNX Runtime cannot compute such products, or the file has no node to quantize.
+        QuantizeError: a weight has NaN or infinity.
+    """
+    if (reason := two_bits_missing()) is not None:
+        raise WeightOnlyError(reason)
+    model = load(source)
+    linears, kept = _linears(model, source, "int2")
+    edit = Edit(model.graph)
+    for node, linear in paired(model.graph, linears):
+        if linear is None:
+            edit.nodes.append(node)
+        else:
+            _product_of_two_bits(edit, linear, steps)
+    replace_nodes(model.graph, edit.nodes)
+    remove_unused(model.graph, {linear.weight for linear in linears})
+    if all(each.domain != CONTRIBUTED for each in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(CONTRIBUTED, 1))
+    save(model, destination, EXTERNAL_ABOVE)
+    return WeightOnly(len(linears), kept)
+
+
+def quantize_two_bits(
+    weight: npt.NDArray[np.float32], block: int, steps: tuple[int, int] = TWO_BITS
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Round a weight [K, N] to the steps, with a scale for each block of `block` rows in a column; return both.
+
+    A scale may be negative, so that the step without a counterpart, -2, stands for weights of either sign.
+
+    >>> found, scale = quantize_two_bits(np.array([[0.5], [0.0], [-1.0], [0.5]], np.float32), block=4)
+    >>> found.ravel().tolist(), scale.tolist()
+    ([1, 0, -2, 1], [[0.5]])
+    """
+    blocks = weight.reshape(-1, block, weight.shape[1])
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    best = np.full(largest.shape, np.inf, np.float32)
+    found, scales = np.zeros(blocks.shape, np.int8), np.ones(largest.shape, np.float32)
+    for share in (sign * share for share in SHARES for sign in (1, -1)):
+        scale = np.where(largest > 0, largest * share, 1).astype(np.float32)
+        rounded = np.clip(np.rint(blocks / scale), *steps)
+        error = np.square(rounded * scale - blocks).sum(axis=1, keepdims=True)
+        better = error < best
+        best, scales = np.where(better, error, best), np.where(better, scale, scales)
+        found = np.where(better, rounded, found).astype(np.int8)
+    return found.reshape(weight.shape), scales[:, 0]
+
+
+def pack_two_bits(steps: npt.NDArray[np.int8], block: int) -> npt.NDArray[np.uint8]:
+    """Store steps [K, N] as MatMulNBits reads them, [N, blocks, bytes of a block]: four in a byte, the first lowest.
+
+    >>> pack_two_bits(np.array([[-2], [-1], [0], [1]], np.int8), block=4).tolist()
+    [[[228]]]
+    """
+    codes = (steps.T - TWO_BITS[0]).astype(np.uint8).reshape(steps.shape[1], -1, block // 4, 4)
+    packed: npt.NDArray[np.uint8] = (codes << np.array([0, 2, 4, 6], np.uint8)).sum(axis=-1, dtype=np.uint8)
+    return packed
 
 
 def quantize_blocks(
@@ -156,12 +241,12 @@ def quantize_blocks(
 
 
 def _linears(
-    model: onnx.ModelProto, source: Path, *, whole_blocks: bool = False
+    model: onnx.ModelProto, source: Path, precision: str, *, whole_blocks: bool = False
 ) -> tuple[list[Linear], tuple[Kept, ...]]:
     """Return the nodes to quantize, and those with a matrix that stay in float; `whole_blocks` takes no partial block.
 
     Raises:
-        Int4Error: There is no node to quantize.
+        WeightOnlyError: There is no node to quantize.
     """
     linears, kept = candidates(model, convolutions=False)
     convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
@@ -174,21 +259,47 @@ def _linears(
         kept += [Kept(each.node, each.module, f"{channels[each.output]} {reason}") for each in partial]
         linears = [each for each in linears if each not in partial]
     if not linears:
-        raise Int4Error(
+        raise WeightOnlyError(
             f"{source.name} has no MatMul or Gemm with a constant float32 weight of at least {SMALLEST} x {SMALLEST}, "
-            "so there is nothing to quantize to int4; choose another precision."
+            f"so there is nothing to quantize to {precision}; choose another precision."
         )
     return linears, tuple(kept)
+
+
+def _product_of_two_bits(edit: Edit, linear: Linear, steps: tuple[int, int]) -> None:
+    """Add the product of an activation with a 2-bit weight, and Add for the bias."""
+    base = f"{PREFIX}{linear.weight}{'/flipped' if linear.flip else ''}"
+    dims = edit.weights[linear.weight][0].dims
+    inputs, outputs = (dims[1], dims[0]) if linear.flip else (dims[0], dims[1])
+    if base not in edit.made:
+        weight = np.pad(_weight(edit, linear), ((0, -inputs % BLOCK), (0, 0)))
+        found, scale = quantize_two_bits(weight, BLOCK, steps)
+        edit.constant(base, pack_two_bits(found, BLOCK))
+        edit.constant(f"{base}/scale", np.ascontiguousarray(scale.T))
+    product = f"{PREFIX}{linear.output}/product" if linear.bias else linear.output
+    sizes = {"K": inputs, "N": outputs, "bits": 2, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
+    edit.node("MatMulNBits", [linear.activation, base, f"{base}/scale"], [product], domain=CONTRIBUTED, **sizes)
+    if linear.bias:
+        edit.node("Add", [product, linear.bias], [linear.output])
+
+
+def _weight(edit: Edit, linear: Linear) -> npt.NDArray[np.float32]:
+    """Return the float weight [K, N].
+
+    Raises:
+        QuantizeError: it has NaN or infinity.
+    """
+    weight = numpy_helper.to_array(edit.weights[linear.weight][0])
+    if not np.isfinite(weight).all():
+        raise QuantizeError(f"Weight {linear.weight} of {linear.node} has NaN or infinity; check the model.")
+    return weight.T if linear.flip else weight
 
 
 def _blocks(edit: Edit, linear: Linear) -> str:
     """Add the int4 weight and its DequantizeLinear; return the name of the dequantized weight [K, N]."""
     base = f"{PREFIX}{linear.weight}{'/flipped' if linear.flip else ''}"
     names = (base, f"{base}/scale")
-    weight = numpy_helper.to_array(edit.weights[linear.weight][0])
-    if not np.isfinite(weight).all():
-        raise QuantizeError(f"Weight {linear.weight} of {linear.node} has NaN or infinity; check the model.")
-    weight = weight.T if linear.flip else weight
+    weight = _weight(edit, linear)
     block = BLOCK if len(weight) % BLOCK == 0 else SMALL_BLOCK
     if base not in edit.made:
         steps, scale = quantize_blocks(weight, block)
@@ -201,7 +312,7 @@ def _in_four_bits(quantizer: Any, model: onnx.ModelProto, others: list[str], nam
     """Quantize all products but those named in `others` with a quantizer of ONNX Runtime.
 
     Raises:
-        Int4Error: it fails.
+        WeightOnlyError: it fails.
     """
     try:
         with _quiet():
@@ -209,7 +320,7 @@ def _in_four_bits(quantizer: Any, model: onnx.ModelProto, others: list[str], nam
             made.process()
     except Exception as error:  # the tools raise errors of NumPy, of onnx and their own
         reason = f"ONNX Runtime's tools cannot quantize {name} to int4: {first_line(error)}"
-        raise Int4Error(f"{reason}; choose another precision.") from error
+        raise WeightOnlyError(f"{reason}; choose another precision.") from error
     quantized: onnx.ModelProto = made.model.model
     return quantized
 

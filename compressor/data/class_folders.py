@@ -1,0 +1,132 @@
+"""Folders of files with a folder for each class, such as those of images and of sound."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.errors import DataError
+from compressor.limitations import Limitation
+from compressor.workspace.special_files import special_kind
+
+PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
+
+
+@dataclass(frozen=True)
+class FilesOf:
+    """A kind of files.
+
+    Attributes:
+        one: its name, such as ``image``.
+        suffixes: the extensions, in lower case.
+    """
+
+    one: str
+    suffixes: frozenset[str]
+
+    def holds(self, file: str) -> bool:
+        """Return whether a file has one of the extensions and is not hidden."""
+        return not file.startswith(".") and Path(file).suffix.lower() in self.suffixes
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The files of a folder.
+
+    Attributes:
+        ids: paths relative to the folder; sorted, class by class.
+        classes: the sorted names of the class folders, empty ones included; None for files without classes.
+        labels: position of the class of each file; None without classes.
+        skipped: paths that must not be opened, because they are no files, each with the reason.
+        limitations: the files that are not read.
+    """
+
+    ids: tuple[str, ...]
+    classes: tuple[str, ...] | None
+    labels: npt.NDArray[np.int64] | None
+    skipped: tuple[tuple[str, str], ...]
+    limitations: tuple[Limitation, ...]
+
+    def reading(self, kind: FilesOf) -> str:
+        """Return a description of how the folder was interpreted."""
+        if self.classes is None:
+            return f"flat {kind.one} folder"
+        return f"{kind.one} folder, {len(self.classes)} class folders"
+
+
+def find_files(folder: Path, name: str, kind: FilesOf) -> ClassFolders:
+    """Find the files of a folder: the sorted class folders are the class names; a flat folder has no labels.
+
+    Args:
+        folder: the folder.
+        name: its name in messages.
+        kind: the files that are read.
+
+    Raises:
+        DataError: it has no such files, files beside folders, or the splits of a dataset.
+    """
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    flat = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir() and kind.holds(entry.name))
+    _check_layout(name, classes, flat, kind)
+    found = [(file, -1) for file in flat] or [
+        (file, label) for label, class_folder in enumerate(classes) for file in _files(folder, class_folder, kind)
+    ]
+    skipped = tuple(_special(folder, [file for file, _ in found]))
+    files = [(file, label) for file, label in found if file not in dict(skipped)]
+    if not files:
+        unreadable = f" (skipped {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
+        suffixes = ", ".join(sorted(kind.suffixes))
+        raise DataError(
+            f"the folder {name} holds no {kind.one}s{unreadable}; expected {kind.one} files ({suffixes}) or class "
+            f"folders of {kind.one} files"
+        )
+    return ClassFolders(
+        tuple(file for file, _ in files),
+        None if flat else tuple(classes),
+        None if flat else np.array([label for _, label in files], dtype=np.int64),
+        skipped,
+        tuple(_limitations(folder, len(files), kind)),
+    )
+
+
+def _special(folder: Path, files: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the samples that must not be opened, because they are no files."""
+    for file in files:
+        kind = special_kind(folder / file)
+        if kind is not None:
+            yield file, f"{kind}, not a file"
+
+
+def _limitations(folder: Path, count: int, kind: FilesOf) -> Iterator[Limitation]:
+    """Yield a limitation for files that are not read."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    others = sorted({path.suffix.lower() or path.name for path in files if not kind.holds(path.name)})
+    if len(files) > count:
+        yield Limitation(
+            "files of the data",
+            f"{len(files) - count} of {len(files)} not read because of their extension ({', '.join(others[:3])})",
+        )
+
+
+def _check_layout(name: str, classes: Sequence[str], flat: Sequence[str], kind: FilesOf) -> None:
+    if classes and flat:
+        raise DataError(
+            f"the folder {name} holds {len(flat)} {kind.one}s beside {len(classes)} folders; "
+            f"expected either {kind.one}s or class folders only; move one of the two away"
+        )
+    if classes and {part.lower() for part in classes} <= PARTS:
+        raise DataError(
+            f"the folder {name} holds splits of a dataset ({', '.join(classes)}); pass one of them as --data"
+        )
+
+
+def _files(folder: Path, class_folder: str, kind: FilesOf) -> list[str]:
+    names = []
+    for root, _, files in os.walk(folder / class_folder):
+        names += [(Path(root) / file).relative_to(folder).as_posix() for file in files if kind.holds(file)]
+    return sorted(names)

@@ -1,0 +1,1 @@
+"""Readers of sound: clips in folders and tables."""

@@ -1,0 +1,84 @@
+"""Replacement of the operators that torch.onnx cannot translate by ones that it can, node by node."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from passes.graph.graph import value_of
+from passes.torch_internals import OpOverload, enable_python_dispatcher, is_mutable
+
+Table = dict[Any, Callable[..., Any]]
+
+
+def decompose_nodes(program: ExportedProgram, kept: Callable[[Any], bool], table: Table) -> bool:
+    """Decompose the operators of a program in place, each on its own, with its traced values.
+
+    `ExportedProgram.run_decompositions` traces the whole program again for the same result, which takes most of the
+    time of an export.
+
+    Args:
+        program: program without operators that write into a tensor.
+        kept: whether an operator is left as it is.
+        table: decompositions of other operators. Composite operators without an entry are decomposed by torch.
+
+    Returns:
+        False if an operator cannot be decomposed on its own; the program then still computes the same.
+    """
+    nodes = program.graph
+    for node in list(nodes.nodes):
+        if node.op != "call_function" or kept(node.target):
+            continue
+        if not isinstance(node.target, OpOverload):
+            return False
+        value = _decomposed(node, kept, table)
+        if value is None:
+            return False
+        if isinstance(value, fx.Node):
+            program.graph_signature.replace_all_uses(node.name, value.name)
+        _replace(node, value)
+    nodes.eliminate_dead_code()
+    program.graph_module.recompile()
+    return True
+
+
+def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any:
+    """Insert the decomposition of a node before it.
+
+    Returns:
+        The node that computes its value, or as many as the value has parts; None, and nothing is inserted, if the
+        decomposition has an operator that is not kept, or a constant.
+    """
+    inputs, nodes = node.all_input_nodes, node.graph
+
+    def call(*values: Any) -> Any:
+        given = dict(zip(inputs, values, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with enable_python_dispatcher():
+        part = make_fx(call, decomposition_table=table)(*map(value_of, inputs)).graph
+    calls = [each for each in part.nodes if each.op not in ("placeholder", "output")]
+    if not all(each.op == "call_function" and kept(each.target) and not is_mutable(each.target) for each in calls):
+        return None
+    copies = dict(zip(part.find_nodes(op="placeholder"), inputs, strict=True))
+    with nodes.inserting_before(node):
+        for each in calls:
+            copies[each] = nodes.node_copy(each, copies.__getitem__)
+            copies[each].meta = {**node.meta, "val": value_of(each)}
+    return fx.node.map_arg(part.output_node().args[0], copies.__getitem__)
+
+
+def _replace(node: fx.Node, value: Any) -> None:
+    """Replace a node, or each part of its value if it has several."""
+    if isinstance(value, fx.Node):
+        node.replace_all_uses_with(value)
+        return
+    for reader in list(node.users):
+        assert reader.target is operator.getitem
+        reader.replace_all_uses_with(value[reader.args[1]])

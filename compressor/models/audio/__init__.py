@@ -1,0 +1,1 @@
+"""Models of transformers that take sound: their inputs, and the features of clips."""

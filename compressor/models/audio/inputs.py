@@ -1,0 +1,190 @@
+"""The inputs of models of transformers that take sound, found out by calling the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressor.limitations import Limitation
+from compressor.models.audio.features import MASK, Array, Features, noise
+from compressor.models.base import ModelError, first_line
+from compressor.models.preprocess import Preprocess
+
+MAIN = ("input_values", "input_features")  # the main inputs of models of sound: a waveform, or a spectrogram
+SEQUENCE = "sequence"
+SECONDS = (1.0, 0.75)  # lengths of the two clips of the example
+SAMPLES = 16_000  # of the example without a feature extractor
+FRAMES = 128
+# Names of the width of a spectrogram, and of its length where it is fixed, in the configs of transformers.
+WIDTHS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "num_mel_features", "input_dim")
+LENGTHS = ("max_length", "max_source_positions")
+WAVEFORM = 2  # axes of a batch of waveforms
+FRAMEWISE = 3  # axes of an output with one row for each frame
+STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
+
+Call = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class SoundInputs:
+    """The inputs of a model of sound.
+
+    Attributes:
+        names: names of the inputs in order.
+        example: a batch of two, the second clip shorter where clips have any length.
+        axes: the dynamic axes of each input.
+        features: the features of clips; None if the model has no feature extractor.
+        limitations: what is missing or was assumed.
+    """
+
+    names: tuple[str, ...]
+    example: dict[str, torch.Tensor]
+    axes: dict[str, dict[int, str]]
+    features: Features | None
+    limitations: tuple[Limitation, ...]
+
+    def preprocess(self, frames: Callable[[Sequence[int]], Array] | None) -> Preprocess:
+        """Return the preprocessing of clips; `frames` counts the frames of the output, see `Preprocess`."""
+        arrays = {name: value.numpy() for name, value in self.example.items()}
+        varying = {name: next((axis for axis in axes if axis), 0) for name, axes in self.axes.items()}
+        varying = {name: axis for name, axis in varying.items() if axis}
+        found = self.features
+        if found is None:
+            return Preprocess(self.names, "audio", arrays, varying=varying)
+        return Preprocess(
+            self.names,
+            "audio",
+            arrays,
+            audio=found,
+            rate=found.rate,
+            seconds=found.seconds,
+            frames=frames,
+            varying=varying,
+        )
+
+
+def takes_sound(kind: Any) -> bool:
+    """Return whether the main input of a class of transformers, or of a model, is sound."""
+    return getattr(kind, "main_input_name", None) in MAIN
+
+
+def find_inputs(
+    module: Any, call: Callable[[tuple[str, ...]], Call], features: Features | None, location: str
+) -> SoundInputs:
+    """Find the inputs that a model takes, of those that its feature extractor returns.
+
+    Args:
+        module: a model of transformers.
+        call: returns the function that calls the module with the inputs of the given names.
+        features: the features of clips; None without a feature extractor.
+        location: name of the model in messages.
+
+    Raises:
+        ModelError: the model fails on every input that was tried.
+    """
+    main = module.main_input_name
+    if features is None:
+        return _without_features(module, call((main,)), main, location)
+    clips = [noise(features.rate, seconds) for seconds in SECONDS]
+    example = {name: torch.from_numpy(value) for name, value in features(clips).items()}
+    reasons = []
+    for names in dict.fromkeys((features.inputs, (main,))):
+        reason = _refusal(module, call(names), [example[name] for name in names])
+        if reason is None:
+            axes = {name: {0: "batch"} | ({features.axes[name]: SEQUENCE} if features.axes else {}) for name in names}
+            limits = tuple(_limitations(features, names))
+            return SoundInputs(names, {name: example[name] for name in names}, axes, features.only(names), limits)
+        reasons.append(reason)
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in example.items())
+    raise ModelError(
+        f"{location} is a {type(module).__name__}, which fails on what its feature extractor returns for two clips, "
+        f"{shapes} ({reasons[0]}); check its config and preprocessor_config.json."
+    )
+
+
+def frames_of(module: Any, call: Call, inputs: SoundInputs, answer: int) -> Callable[[Sequence[int]], Array] | None:
+    """Return the function that counts the frames of the output for clips of some numbers of samples.
+
+    A convolution with kernel k and stride s makes (n - k) // s + 1 frames of n. Return None if the config names no
+    convolutions, or if the output has another number of frames for the example.
+
+    Args:
+        module: a model that takes waveforms.
+        call: calls the module with its inputs.
+        inputs: the inputs of the module.
+        answer: position of the output with one row for each frame.
+    """
+    config, waveform = module.config, inputs.example[inputs.names[0]]
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if waveform.ndim != WAVEFORM or not (isinstance(kernels, Sequence) and isinstance(strides, Sequence)):
+        return None
+    counts = partial(_frames, tuple(zip(kernels, strides, strict=True)))
+    with torch.inference_mode():
+        output = call(module, *inputs.example.values())[answer]
+    return counts if output.ndim == FRAMEWISE and output.shape[1] == counts([waveform.shape[1]])[0] else None
+
+
+def _frames(convolutions: Sequence[tuple[int, int]], samples: Sequence[int]) -> Array:
+    counts = np.asarray(samples, dtype=np.int64)
+    for kernel, stride in convolutions:
+        counts = (counts - kernel) // stride + 1
+    return counts.clip(min=0)
+
+
+def _limitations(features: Features, names: tuple[str, ...]) -> Iterator[Limitation]:
+    if not features.axes:
+        reason = f"all are padded or cut to {features.seconds:.3g} s, as the model takes them"
+        yield Limitation("length of the clips", reason)
+    elif MASK not in names:
+        reason = "the model takes no mask, so it also reads the zeros behind a clip that is shorter than its batch"
+        yield Limitation("padding of the clips", reason)
+
+
+def _without_features(module: Any, call: Call, main: str, location: str) -> SoundInputs:
+    """Return the inputs of a model without a feature extractor, by the first shape that it takes."""
+    reasons = []
+    for shape, axis in _shapes(module.config, main):
+        example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        reason = _refusal(module, call, [example])
+        if reason is None:
+            axes = {0: "batch"} | ({axis: SEQUENCE} if axis and _varies(module, call, example, axis) else {})
+            limitation = Limitation(
+                "preprocessing", "the model has no feature extractor, so the data must be preprocessed arrays"
+            )
+            return SoundInputs((main,), {main: example}, {main: axes}, None, (limitation,))
+        reasons.append(reason)
+    raise ModelError(
+        f"{location} is a {type(module).__name__} without a feature extractor, and it fails on every shape of {main} "
+        f"that its config suggests ({reasons[-1] if reasons else 'none'}); add its preprocessor_config.json."
+    )
+
+
+def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shapes of a clip, each with the axis of time, from the numbers in a config."""
+    if main == MAIN[0]:
+        yield (SAMPLES,), 1
+    widths = [width for name in WIDTHS if isinstance(width := getattr(config, name, None), int)]
+    lengths = [length for name in LENGTHS if isinstance(length := getattr(config, name, None), int)]
+    for width in dict.fromkeys(widths):
+        yield from (((length, width), 0) for length in lengths)
+        yield from (((width, STEPS * length), 0) for length in lengths)
+        yield (FRAMES, width), 1
+
+
+def _varies(module: Any, call: Call, example: torch.Tensor, axis: int) -> bool:
+    return _refusal(module, call, [example.narrow(axis, 0, example.shape[axis] * 3 // 4)]) is None
+
+
+def _refusal(module: Any, call: Call, tensors: Sequence[torch.Tensor]) -> str | None:
+    """Return the reason why a module fails on some inputs; None if it does not."""
+    try:
+        with torch.inference_mode():
+            call(module, *tensors)
+    except Exception as error:  # modules raise errors of all kinds
+        return first_line(error)
+    return None

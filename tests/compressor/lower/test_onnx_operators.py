@@ -1,0 +1,72 @@
+"""Decomposition of operators without a translation to ONNX."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+from compressor.lower.onnx_operators import decompose_nodes
+
+aten = torch.ops.aten
+
+
+class Parts(torch.nn.Module):
+    """Has an operator with several results, one whose result is an output, and one that reads a size."""
+
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        return first.reshape(-1, 2) * second.shape[0], second.flatten(1)
+
+
+def program_of(module, *inputs):
+    batch = {0: torch.export.Dim("batch")}
+    return torch.export.export(module.eval(), inputs, dynamic_shapes=tuple(batch for _ in inputs))
+
+
+def targets(program):
+    return {node.target for node in program.graph.nodes if node.op == "call_function"}
+
+
+def test_operators_are_decomposed_in_place_and_the_program_computes_the_same(monkeypatch):
+    x = torch.randn(3, 4, 2)
+    program = program_of(Parts(), x)
+    expected = program.module()(x)
+    composite = {aten.chunk.default, aten.reshape.default, aten.flatten.using_ints}
+    assert composite <= targets(program)
+    table = torch.export.default_decompositions().materialize()
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", None)  # nothing is traced again
+    assert decompose_nodes(program, lambda target: target not in composite, table)
+    assert not composite & targets(program)
+    assert all("val" in node.meta for node in program.graph.nodes if node.op == "call_function")
+    program.graph.lint()
+    for rows in (3, 5):
+        y = torch.randn(rows, 4, 2)
+        torch.testing.assert_close(program.module()(y), Parts()(y), rtol=0, atol=0)
+    torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
+
+
+class Loop(torch.nn.Module):
+    """Has a subgraph of its own, which cannot be decomposed as a node."""
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+def test_what_cannot_be_decomposed_on_its_own_is_reported_and_still_computes_the_same():
+    x = torch.randn(3, 4)
+    program = program_of(Loop(), x)
+    known = targets(program)
+    assert not decompose_nodes(program, lambda target: not isinstance(target, torch._ops.HigherOrderOperator), {})
+    assert targets(program) == known
+    torch.testing.assert_close(program.module()(x), Loop()(x))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_decomposition_must_consist_of_operators_that_are_kept(kept):
+    x = torch.randn(3, 4, 2)
+    program = program_of(torch.nn.Flatten(), x)
+    allowed = {aten.view.default, aten.sym_size.int} if kept else {aten.sym_size.int}
+    assert decompose_nodes(program, allowed.__contains__, {}) is kept
+    assert (aten.view.default in targets(program)) is kept
+    assert (aten.flatten.using_ints in targets(program)) is not kept

@@ -1,0 +1,106 @@
+"""Models of sound are loaded with the inputs that they take, and exported as they compute."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+from compressor import models
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models import ModelError
+from tests.sound_models import RATE, spectrogram_transformer, tone, wav2vec2
+
+CLOSE = 1e-4  # float32 kernels of torch and ONNX Runtime
+
+
+def feeds_of(folder, seconds):
+    """Return what transformers itself prepares for tones of some lengths."""
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    clips = [tone(each, 400.0, seed).astype(np.float32) for seed, each in enumerate(seconds)]
+    return dict(extractor(clips, sampling_rate=RATE, return_tensors="np", padding=True))
+
+
+@pytest.mark.parametrize(
+    ("head", "masked"),
+    [
+        ("Wav2Vec2ForCTC", True),
+        ("Wav2Vec2ForSequenceClassification", False),
+        pytest.param("Wav2Vec2ForSequenceClassification", True, marks=pytest.mark.slow),
+        pytest.param("Wav2Vec2ForAudioFrameClassification", True, marks=pytest.mark.slow),
+        pytest.param("Wav2Vec2Model", True, marks=pytest.mark.slow),
+        pytest.param("HubertForCTC", True, marks=pytest.mark.slow),
+        pytest.param("WavLMForCTC", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_takes_clips_of_any_length_and_number(tmp_path, head, masked):
+    module = wav2vec2(tmp_path, head, masked=masked)
+    model = models.load(tmp_path)
+    path = lower(trace(model), model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for seconds in ((0.7, 0.7, 0.7), (1.3, 0.4), (0.3,)):  # without padding, with it, and a single clip
+        feeds = {
+            name: value.astype(np.int64 if "mask" in name else np.float32)
+            for name, value in feeds_of(tmp_path, seconds).items()
+        }
+        with torch.inference_mode():
+            expected = module(**{name: torch.from_numpy(value) for name, value in feeds.items()})[0].numpy()
+        (found,) = session.run(None, feeds)
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=CLOSE * np.abs(expected).max())
+
+
+def test_tasks_follow_the_class_and_its_main_input(tmp_path):
+    wav2vec2(tmp_path / "classes", "Wav2Vec2ForSequenceClassification")
+    wav2vec2(tmp_path / "frames", "Wav2Vec2ForAudioFrameClassification")
+    wav2vec2(tmp_path / "bare", "Wav2Vec2Model")
+    spectrogram_transformer(tmp_path / "ast")
+    tasks = {folder.name: models.load(folder).task for folder in tmp_path.iterdir()}
+    assert tasks == {
+        "classes": "audio-classification",
+        "frames": "audio-frame-classification",
+        "bare": "feature-extraction",
+        "ast": "audio-classification",
+    }
+
+
+def test_a_mask_is_taken_where_the_extractor_returns_one(tmp_path):
+    wav2vec2(tmp_path / "masked")
+    wav2vec2(tmp_path / "zeros", masked=False)
+    masked, zeros = (models.load(tmp_path / name) for name in ("masked", "zeros"))
+    assert masked.inputs == ("input_values", "attention_mask")
+    assert zeros.inputs == ("input_values",)
+    assert "padding of the clips" in [limitation.feature for limitation in zeros.limitations]
+    assert masked.dynamic_axes["attention_mask"] == {0: "batch", 1: "sequence"}
+
+
+def test_frames_are_counted_as_the_convolutions_make_them(tmp_path):
+    module = wav2vec2(tmp_path)
+    samples = [1600, 7777, 16_000]
+    with torch.inference_mode():
+        frames = [module(torch.zeros(1, count)).logits.shape[1] for count in samples]
+    assert models.load(tmp_path).preprocess.frames(samples).tolist() == frames
+
+
+def test_without_a_feature_extractor_the_shape_comes_from_the_config(tmp_path):
+    spectrogram_transformer(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    model = models.load(tmp_path)
+    assert list(model.example["input_values"].shape) == [2, 128, 16]
+    assert model.preprocess.audio is None
+    assert "preprocessing" in [limitation.feature for limitation in model.limitations]
+
+
+def test_a_damaged_feature_extractor_is_refused(tmp_path):
+    wav2vec2(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"the feature extractor of .* cannot be read"):
+        models.load(tmp_path)
+
+
+def test_an_extractor_that_does_not_fit_is_refused(tmp_path):
+    spectrogram_transformer(tmp_path)
+    transformers.ASTFeatureExtractor(max_length=64, num_mel_bins=16).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="fails on what its feature extractor returns"):
+        models.load(tmp_path)

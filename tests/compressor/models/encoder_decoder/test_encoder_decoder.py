@@ -1,0 +1,213 @@
+"""Encoder-decoders: how they are called, their sites and caches, the inputs of their decoder, and what is refused."""
+
+import csv
+import functools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from compressor import models
+from compressor.data import splits
+from compressor.errors import CompressorError
+from compressor.internals.transformers import quiet
+from compressor.lower.trace import trace
+from compressor.models import ModelError
+from compressor.quality.evaluate import evaluate, graph_runner
+from compressor.quality.heads.registry import head_for
+from passes.base import apply
+from passes.execute.interpreter import run
+from passes.graph.cache_state import bytes_per_token
+from passes.graph.sites import find_sites
+from passes.plan.selection import choose, parse
+from passes.rewrite.drop import Drop
+from tests.encoder_decoders import DROPPED, build, generated, saved, sentences, source
+
+TASK = "text2text-generation"
+CLOSE = 1e-5  # relative; sums in another order
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("encoder_decoders")
+
+
+@functools.cache
+def loaded(kind, folder):
+    return models.load(str(saved(kind, folder)))
+
+
+@functools.cache
+def traced(kind, folder):
+    return trace(loaded(kind, folder))
+
+
+def test_sites_of_both_towers_are_told_apart(shared):
+    sites = find_sites(traced("bart", shared))
+    layer = ["attention", "mlp"] * 2 + ["attention", "cross_attention", "mlp"] * 2
+    assert [site.kind for site in sites] == layer
+    assert [site.name for site in sites if site.kind == "cross_attention"] == [
+        f"model.decoder.layers.{number}.encoder_attn" for number in range(2)
+    ]
+    assert len({site.block for site in sites}) == 4
+    plan = choose(parse("cross_attention:1"), sites, "reverse", model="bart")
+    assert list(plan.changes) == ["model.decoder.layers.1.encoder_attn"]
+    assert [plan for plan in choose(parse("attention:4"), sites, "reverse", model="bart").changes] == [
+        site.name for site in sites if site.kind == "attention"
+    ][::-1]
+
+
+def test_a_dropped_attention_takes_its_cache_with_it(shared):
+    graph = traced("bart", shared).fork()
+    before = bytes_per_token(graph)
+    apply(Drop(DROPPED["bart"]), graph)
+    # The remaining self-attention of layer 1 and cross-attention of layer 0 are both called layer 0.
+    assert [name for name in graph.inputs if name.startswith("past")] == [
+        "past_key_values.0.decoder.key", "past_key_values.0.decoder.value",
+    ]  # fmt: skip
+    assert list(graph.outputs[2:]) == [f"present.0.{part}.{name}" for part in ("decoder", "encoder") for name in KV]
+    assert bytes_per_token(graph) == before // 2
+
+
+KV = ("key", "value")
+
+
+def test_positions_keep_one_cache_if_every_self_attention_is_dropped(shared):
+    """The learned positions of BART's decoder begin at the length of the cache."""
+    graph = traced("bart", shared).fork()
+    names = tuple(f"model.decoder.layers.{number}.self_attn" for number in range(2))
+    apply(Drop(names), graph)
+    assert [name for name in graph.inputs if name.startswith("past")] == ["past_key_values.0.decoder.key"]
+    example = dict(loaded("bart", shared).example)
+    longer = example | {name: value[:, :, :3] for name, value in example.items() if name.startswith("past")}
+    first, second = (run(graph, {name: feeds[name] for name in graph.inputs})[0] for feeds in (example, longer))
+    assert not torch.allclose(first, second)  # the same tokens, at other positions
+
+
+def test_without_targets_the_decoder_reads_what_the_original_generates(shared, tmp_path):
+    model = loaded("bart", shared)
+    (tmp_path / "sources.txt").write_text("\n".join(sentences(8)))
+    data = splits.load(str(tmp_path / "sources.txt"), model.preprocess, task=TASK)
+    (batch,) = data.test.batches(8)
+    assert data.label_kind is None
+    assert batch.labels is None
+    (limitation,) = [each for each in data.limitations if each.feature == "targets of the data"]
+    assert "it has none, so the decoder reads up to 32 tokens that the original generates greedily" in str(limitation)
+    for row, tokens in enumerate(batch.feeds["decoder_input_ids"]):
+        length = int(batch.feeds["attention_mask"][row].sum())
+        feeds = {name: batch.feeds[name][row : row + 1, :length] for name in ("input_ids", "attention_mask")}
+        expected = generated(model.module, feeds, 32)[0]
+        scored = int(batch.scored[row].sum())
+        assert scored > 0
+        assert tokens[:scored].tolist() == expected[:scored].tolist()
+        ended = np.flatnonzero(expected[1:] == 2)
+        assert scored == (ended[0] + 1 if len(ended) else 32)
+
+
+def test_perplexity_of_targets_is_that_of_transformers(shared, tmp_path):
+    model, graph, tokenizer = loaded("bart", shared), traced("bart", shared), loaded("bart", shared).tokenizer
+    pairs = list(zip(sentences(12), sentences(12, seed=1), strict=True))
+    with (tmp_path / "pairs.csv").open("w") as file:
+        csv.writer(file).writerows([("source", "target"), *pairs])
+    data = splits.load(str(tmp_path / "pairs.csv"), model.preprocess, task=TASK)
+    assert data.label_kind == "tokens"
+    runner = graph_runner(model, lambda feeds: run(graph, {name: feeds[name] for name in graph.inputs}))
+    found = evaluate(data.test, {"m": runner}, head=head_for(TASK), metric="perplexity", reference="m").value("m")
+    total = count = 0.0
+    for index in map(int, data.test.ids):
+        inputs = tokenizer(pairs[index][0], return_tensors="pt", return_token_type_ids=False)
+        labels = tokenizer(text_target=pairs[index][1], return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            total += float(model.module(**inputs, labels=labels).loss) * labels.shape[1]
+        count += labels.shape[1]
+    assert found == pytest.approx(np.exp(total / count), rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("header", "columns", "reading"),
+    [
+        (("article", "summary"), "st", "source 'article', target 'summary'"),
+        (("target", "source"), "ts", "source 'source', target 'target'"),
+        (("text",), "s", "source 'text'"),
+        (None, "st", "source 0, target 1"),
+    ],
+)
+def test_columns_of_sources_and_targets(header, columns, reading, shared, tmp_path):
+    texts = {"s": sentences(6), "t": sentences(6, seed=1)}
+    rows = list(zip(*(texts[each] for each in columns), strict=True))
+    with (tmp_path / "table.csv").open("w") as file:
+        csv.writer(file).writerows([*([header] if header else []), *rows])
+    data = splits.load(str(tmp_path / "table.csv"), loaded("bart", shared).preprocess, task=TASK)
+    assert data.reading.endswith(f"header: {reading}")
+    assert data.label_kind == ("tokens" if "t" in columns else None)
+
+
+def test_ambiguous_columns_are_refused(shared, tmp_path):
+    with (tmp_path / "table.csv").open("w") as file:
+        csv.writer(file).writerows(zip(sentences(6), sentences(6, seed=1), sentences(6, seed=2), strict=True))
+    with pytest.raises(CompressorError, match="3 columns that look like texts; expected one, or two, a source and its"):
+        splits.load(str(tmp_path / "table.csv"), loaded("bart", shared).preprocess, task=TASK)
+
+
+def test_random_spectrograms(shared):
+    model = loaded("whisper", shared)
+    assert model.task == "automatic-speech-recognition"
+    data = splits.load("random", model.preprocess, task=model.task)
+    batch = next(data.test.batches(2))
+    assert batch.feeds["input_features"].shape == (2, *source("whisper", 0)["input_features"].shape[1:])
+    assert head_for(model.task).scored(batch).shape == batch.feeds["decoder_input_ids"].shape
+
+
+def test_features_without_targets(shared, tmp_path):
+    model = loaded("whisper", shared)
+    features = np.random.default_rng(0).standard_normal((6, *model.example["input_features"].shape[1:]))
+    np.save(tmp_path / "features.npy", features.astype(np.float32))
+    data = splits.load(str(tmp_path / "features.npy"), model.preprocess, task=model.task)
+    batch = next(data.test.batches(1))
+    expected = generated(model.module, {"input_features": batch.feeds["input_features"]}, 32)
+    tokens = int(batch.scored.sum())
+    assert batch.feeds["decoder_input_ids"].tolist() == expected[:, :tokens].tolist()
+
+
+def test_no_cache_is_refused(shared):
+    with pytest.raises(ModelError, match=r"--no-cache is for causal language models; .*bart is an encoder-decoder"):
+        models.load(str(saved("bart", shared)), cache=False)
+
+
+def test_encoder_decoders_from_images_are_refused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
+    text = transformers.BertConfig(vocab_size=20, is_decoder=True, add_cross_attention=True, **sizes)
+    with quiet():
+        config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
+        transformers.VisionEncoderDecoderModel(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        ModelError, match="an encoder-decoder from images to texts, which is not supported; expected an"
+    ):
+        models.load(str(tmp_path / "m"))
+
+
+def test_an_encoder_decoder_without_a_cache_is_refused(tmp_path):
+    with quiet():
+        config = transformers.ProphetNetConfig(
+            vocab_size=30, hidden_size=16, encoder_ffn_dim=16, decoder_ffn_dim=16, num_encoder_layers=1,
+            num_decoder_layers=1, num_encoder_attention_heads=2, num_decoder_attention_heads=2,
+            max_position_embeddings=32,
+        )  # fmt: skip
+        config.decoder_start_token_id = None
+        transformers.ProphetNetForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(CompressorError) as refused:
+        trace(models.load(str(tmp_path / "m")))
+    assert str(tmp_path / "m") in str(refused.value) or "m could not be traced" in str(refused.value)
+
+
+def test_no_start_token_is_refused(tmp_path):
+    module = build("t5")
+    module.config.decoder_start_token_id = None
+    with quiet():
+        module.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        ModelError, match="does not say with which token its decoder starts .*set decoder_start_token_id"
+    ):
+        models.load(str(tmp_path / "m"))

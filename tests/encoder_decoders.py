@@ -1,0 +1,109 @@
+"""Small encoder-decoders with random weights, and their greedy generation in transformers."""
+
+import functools
+import random
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from compressor.internals.transformers import quiet
+
+WORDS = "the a dog cat runs fast over hill and river sees big small red blue tree house old new man woman walks".split()
+VOCABULARY, FRAMES, BINS = 48, 40, 12
+TEXT = ("bart", "t5")
+KINDS = (*TEXT, "whisper")
+# A self-attention of the decoder and a cross-attention of another layer.
+DROPPED = {
+    "bart": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
+    "t5": ("decoder.block.1.layer.0.SelfAttention", "decoder.block.0.layer.1.EncDecAttention"),
+    "whisper": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
+}
+_TOWERS = {
+    "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 1, "bos_token_id": 0,
+    "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS = {
+    "bart": _TOWERS | {"max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None},
+    "t5": {
+        "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+        "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "tie_word_embeddings": False,
+    },
+    "whisper": _TOWERS
+    | {"max_source_positions": FRAMES // 2, "max_target_positions": 64, "num_mel_bins": BINS}
+    | {"decoder_start_token_id": 3, "suppress_tokens": [], "begin_suppress_tokens": []},
+}  # fmt: skip
+CLASSES = {"bart": "Bart", "t5": "T5", "whisper": "Whisper"}
+
+
+def build(kind, **changes):
+    """A model whose branches matter, and whose best token is far from the second best."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(**CONFIGS[kind] | changes)
+    module = getattr(transformers, f"{CLASSES[kind]}ForConditionalGeneration")(config).eval()
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+@functools.cache
+def saved(kind, folder):
+    """The folder of a model, with a tokenizer of words for texts."""
+    path = folder / kind
+    with quiet():
+        build(kind).save_pretrained(path)
+    if kind in TEXT:
+        tokenizer().save_pretrained(path)
+    return path
+
+
+def tokenizer():
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {word: number for number, word in enumerate([*specials, *WORDS])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    end = ("</s>", vocabulary["</s>"])
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[end]
+    )
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **names)
+
+
+def sentences(count, seed=0):
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(3, 9))) for _ in range(count)]
+
+
+def source(kind, tokens):
+    """Two rows of inputs of the encoder; the second text is padded."""
+    generator = np.random.default_rng(tokens)
+    if kind == "whisper":
+        return {"input_features": generator.standard_normal((2, BINS, FRAMES)).astype(np.float32)}
+    ids = generator.integers(4, len(WORDS), (2, tokens))
+    mask = np.ones_like(ids)
+    mask[1, tokens // 2 :], ids[1, tokens // 2 :] = 0, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def without(module, names):
+    """The module with branches that are zero: the oracle of a dropped attention."""
+    for name in names:
+        attention = module.get_submodule(name)
+        output = attention.out_proj if hasattr(attention, "out_proj") else attention.o
+        for parameter in output.parameters():
+            torch.nn.init.zeros_(parameter)
+    return module
+
+
+def generated(module, feeds, new):
+    """Greedy tokens of transformers, so many whatever they are, with its own cache."""
+    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    with quiet(), torch.inference_mode():
+        found = transformers.GenerationMixin.generate(
+            module, **tensors, do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=None, pad_token_id=1
+        )
+    return found.numpy()
