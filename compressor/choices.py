@@ -20,6 +20,7 @@ TASKS = (
     "audio-classification",
     "audio-frame-classification",
     "automatic-speech-recognition",
+    "video-classification",
 )
 # What a classifier predicts, in the words of transformers' configs.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

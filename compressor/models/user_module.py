@@ -41,6 +41,7 @@ AXES = {
     "audio-classification": 2,
     "audio-frame-classification": 3,
     "automatic-speech-recognition": 3,
+    "video-classification": 2,
     "image-segmentation": 4,
 }
 # What the output must be instead, by its number of axes.
