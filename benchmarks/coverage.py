@@ -25,11 +25,14 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+
+Judge = Callable[[str, Path], dict[str, Any]]
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 REDUCED = {
@@ -138,27 +141,33 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
 
 def _exported(module: Any, folder: Path) -> dict[str, Any]:
     """Load, trace and write a checkpoint as an export does, and compare the file."""
-    from compressor.errors import CompressorError
     from compressor.lower.fold_graph import fold_graph
     from compressor.lower.traced_model import load
     from compressor.lower.write_onnx import lower
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
-    from passes.base import PassError
 
     settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none")
     try:
         subject = load(settings, Steps(None))
         path = lower(fold_graph(subject.graph), subject.model, folder / "model.onnx")
-    except (CompressorError, PassError) as error:
-        return {"outcome": "refused", "detail": _sentence(error)}
-    except Exception as error:  # what a user would see as a traceback
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno}"
-        return {"outcome": "fault", "detail": f"traceback: {_sentence(error)} ({place})"}
+    except Exception as error:
+        return refusal(error)
     found = {"task": subject.model.task, "sites": len(subject.sites)}
     said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
     return found | {"limitations": said} | compared(module, path)
+
+
+def refusal(error: Exception) -> dict[str, Any]:
+    """Return the outcome of an export that stopped: a sentence, or what a user would see as a traceback."""
+    from compressor.errors import CompressorError
+    from passes.base import PassError
+
+    if isinstance(error, CompressorError | PassError):
+        return {"outcome": "refused", "detail": _sentence(error)}
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno}"
+    return {"outcome": "fault", "detail": f"traceback: {_sentence(error)} ({place})"}
 
 
 def compared(module: Any, path: Path) -> dict[str, Any]:
@@ -238,20 +247,20 @@ def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:300]
 
 
-def _run(model_type: str, sent: Any) -> None:
+def _run(judge: Judge, name: str, sent: Any) -> None:
     """Judge an architecture in a process of its own, which may crash or hang."""
     warnings.simplefilter("ignore")
     os.environ["TRANSFORMERS_VERBOSITY"] = "critical"
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-        sent.send(judged(model_type, Path(folder)))
+        sent.send(judge(name, Path(folder)))
 
 
-def outcome_of(model_type: str, seconds: float) -> dict[str, Any]:
+def in_process(judge: Judge, name: str, seconds: float) -> dict[str, Any]:
     """Judge an architecture within a time limit."""
     context = multiprocessing.get_context("fork")
     received, sent = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(model_type, sent))
+    process = context.Process(target=_run, args=(judge, name, sent))
     start = time.perf_counter()
     process.start()
     sent.close()
@@ -285,7 +294,7 @@ def main(only: tuple[str, ...], again: bool, seconds: float) -> None:
     for model_type in only or (names[place] for place in shuffled(names, 0)):  # a run that ends early is a random draw
         if model_type in found["architectures"] and not (again or only):
             continue
-        outcome = found["architectures"][model_type] = outcome_of(model_type, seconds)
+        outcome = found["architectures"][model_type] = in_process(judged, model_type, seconds)
         click.echo(f"{model_type}: {outcome['outcome']} {outcome['detail'][:200]} ({outcome['seconds']} s)", err=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(Counter(each["outcome"] for each in found["architectures"].values()))

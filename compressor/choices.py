@@ -22,6 +22,7 @@ TASKS = (
     "audio-classification",
     "audio-frame-classification",
     "ctc",
+    "video-classification",
 )
 CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
 # The tasks of encoder-decoders, which are exported as the files of an encoder and its decoder, and the targets for them.

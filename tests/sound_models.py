@@ -15,13 +15,14 @@ NAMES = {"id2label": dict(enumerate(TONES)), "label2id": {name: number for numbe
 def wav2vec2(folder: Path, head: str = "Wav2Vec2ForCTC", *, masked: bool = True, **options):
     """Save a Wav2Vec2 with two convolutions; with `masked`, its extractor returns an attention mask."""
     torch.manual_seed(0)
-    config = transformers.Wav2Vec2Config(
+    kind = getattr(transformers, head)
+    config = kind.config_class(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
         conv_kernel=(80, 3), conv_stride=(40, 2), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
         vocab_size=20, classifier_proj_size=8, initializer_range=0.4, feat_extract_norm="layer" if masked else "group",
         do_stable_layer_norm=masked, **options,
     )  # fmt: skip
-    module = getattr(transformers, head)(config).eval()
+    module = kind(config).eval()
     module.save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(return_attention_mask=masked).save_pretrained(folder)
     return module

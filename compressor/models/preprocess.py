@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from compressor.models.class_names import ClassNames
 
-Kind = Literal["image", "text", "audio", "tensor"]
+Kind = Literal["image", "text", "audio", "video", "tensor"]
 # Clips, each float32 [samples], to the inputs of a batch.
 Listen = Callable[[Sequence[npt.NDArray[np.float32]]], dict[str, npt.NDArray[Any]]]
 Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
@@ -93,6 +93,9 @@ class Preprocess:
         rate: samples per second of the clips.
         seconds: length to which longer clips are cut.
         frames: numbers of frames of the output for clips of some numbers of samples; None if they are unknown.
+        video: converts the `clip` frames of a clip, PIL images, to float32 [frames, channels, height, width]; None
+            without a video processor.
+        clip: number of frames of a clip.
         varying: axis of each input, besides the first, whose size varies from batch to batch.
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
     """
@@ -128,6 +131,8 @@ class Preprocess:
     rate: int = 0
     seconds: float = 0.0
     frames: Callable[[Sequence[int]], npt.NDArray[Any]] | None = None
+    video: Callable[[Sequence[Image.Image]], npt.NDArray[np.float32]] | None = None
+    clip: int = 0
     varying: Mapping[str, int] = field(default_factory=dict)
     decoder: DecoderSide | None = None
 

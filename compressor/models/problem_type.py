@@ -10,7 +10,7 @@ from compressor.choices import PROBLEM_TYPES
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError
 
-CLASSIFIERS = ("image-classification", "text-classification", "audio-classification")
+CLASSIFIERS = ("image-classification", "text-classification", "audio-classification", "video-classification")
 
 
 def with_problem_type(model: Model, requested: str | None) -> Model:
@@ -36,7 +36,7 @@ def with_problem_type(model: Model, requested: str | None) -> Model:
         if requested is None:
             return model
         raise ModelError(
-            f"--problem-type is for classifiers of images, texts and sound, but the task of {model.name} is "
+            f"--problem-type is for classifiers, but the task of {model.name} is "
             f"{model.task}; leave --problem-type out."
         )
     found = _of_config(config, model.name)

@@ -20,8 +20,9 @@ from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names, encoder_decoder
 from compressor.models.audio.features import find_features
-from compressor.models.audio.inputs import find_inputs, frames_of, takes_sound
+from compressor.models.audio.inputs import find_inputs, frames_of, takes_series, takes_sound
 from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
+from compressor.models.config_shapes import CLIPS
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess, Tokenise
@@ -31,6 +32,7 @@ from compressor.models.text.experts import use_writable_experts
 from compressor.models.text.kv_cache import with_cache
 from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
 from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text
+from compressor.models.video.inputs import find_input, takes_videos
 from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
@@ -51,6 +53,7 @@ HEADS = {
     "ForAudioClassification": "audio-classification",
     "ForAudioFrameClassification": "audio-frame-classification",
     "ForCTC": CTC,
+    "ForVideoClassification": "video-classification",
 }
 AUTO = {
     "image-classification": "AutoModelForImageClassification",
@@ -66,6 +69,7 @@ AUTO = {
     CTC: "AutoModelForCTC",
     encoder_decoder.TEXT: "AutoModelForSeq2SeqLM",
     encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
+    "video-classification": "AutoModelForVideoClassification",
 }
 # The outputs of heads that are evaluated, by their names in transformers; those of all other heads are hidden states.
 OUTPUTS = {
@@ -80,6 +84,7 @@ OUTPUTS = {
     "audio-classification": ("logits",),
     "audio-frame-classification": ("logits",),
     CTC: ("logits",),
+    "video-classification": ("logits",),
 }
 # Inputs of another kind than texts or images alone, by their names in transformers.
 OTHER_INPUTS = {
@@ -206,7 +211,8 @@ def _task(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         if architecture.endswith(ending):
             sound = task == "text-classification" and takes_sound(getattr(transformers, architecture, None))
             return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
-    features = "image-feature-extraction" if hasattr(config, "image_size") else "feature-extraction"
+    images = hasattr(config, "image_size") and not any(hasattr(config, name) for name in CLIPS)
+    features = "image-feature-extraction" if images else "feature-extraction"
     if architecture and not _is_bare(architecture):
         raise ModelError(
             f"{location} is a {architecture}, a head that is not supported; expected one of "
@@ -273,7 +279,9 @@ def _wrap(
 ) -> Model:
     if task in encoder_decoder.TASKS:
         return _wrap_encoder_decoder(module, location, task, options, random_weights, untrained, cache)
-    if takes_sound(module):
+    if takes_videos(module):
+        return _wrap_videos(module, location, task, options, random_weights, untrained)
+    if takes_sound(module) or takes_series(module):
         return _wrap_sound(module, location, task, options, random_weights, untrained)
     image = module.main_input_name == "pixel_values"
     experts = use_writable_experts(module)
@@ -386,7 +394,7 @@ def _wrap_encoder_decoder(
 def _wrap_sound(
     module: Any, location: str, task: str, options: dict[str, Any], random_weights: bool, untrained: tuple[str, ...]
 ) -> Model:
-    """Return the model of a module that takes sound, with its feature extractor."""
+    """Return the model of a module that takes sound or a time series, with its feature extractor."""
     extractor, tokenizer = _feature_extractor(location, options), _tokenizer(location, options)
     features = None if extractor is None else find_features(extractor, module.main_input_name)
     found = find_inputs(module, lambda names: _signature(task, names).call, features, location)
@@ -412,6 +420,42 @@ def _wrap_sound(
         limitations=(*found.limitations, *_other_inputs(module, found.names)),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
+
+
+def _wrap_videos(
+    module: Any, location: str, task: str, options: dict[str, Any], random_weights: bool, untrained: tuple[str, ...]
+) -> Model:
+    """Return the model of a module that takes videos, with its video processor."""
+    processor = _video_processor(location, options)
+    signature = _signature(task, (module.main_input_name,))
+    found = find_input(module, signature.call, processor, location)
+    return Model(
+        name=Path(location).name if Path(location).is_dir() else location,
+        source="transformers",
+        task=task,
+        module=module,
+        call=signature.call,
+        inputs=(found.name,),
+        outputs=signature.outputs,
+        answer=signature.answer,
+        example={found.name: found.example},
+        dynamic_axes={found.name: {0: "batch"}},
+        preprocess=found.preprocess,
+        save=partial(_save, module, processor, {}),
+        untrained=untrained,
+        revision=options["revision"],
+        hub_id=None if random_weights or Path(location).is_dir() else location,
+        random_weights=random_weights,
+        limitations=(*found.limitations, *_other_inputs(module, (found.name,))),
+        class_names=_class_names(module.config) if task.endswith("classification") else None,
+    )
+
+
+def _video_processor(location: str, options: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoVideoProcessor.from_pretrained(location, **options)
+    except Exception:  # older checkpoints have an image processor, which takes the frames of a clip
+        return _image_processor(location, options)
 
 
 def _feature_extractor(location: str, options: dict[str, Any]) -> Any:

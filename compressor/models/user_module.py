@@ -42,6 +42,7 @@ AXES = {
     "audio-classification": 2,
     "audio-frame-classification": 3,
     CTC: 3,
+    "video-classification": 2,
     "image-segmentation": 4,
 }
 # What the output must be instead, by its number of axes.

@@ -14,13 +14,14 @@ from compressor.data.readers.random_inputs import random_samples
 from compressor.data.readers.records import read_conll, read_jsonl
 from compressor.data.readers.tables import read_table
 from compressor.data.readers.texts import read_lines
+from compressor.data.readers.video.frame_folders import read_videos
 from compressor.errors import DataError
 from compressor.models.preprocess import Preprocess
 from compressor.workspace.special_files import first_special
 
 FILES = (".npy", ".npz", ".txt", ".csv", ".tsv", ".jsonl", ".conll", ".iob", ".bio")
 FORMS = (
-    "a folder of images or sound, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as "
+    "a folder of images, sound or frames, a .npy, .npz, .txt, .csv, .tsv, .jsonl or .conll file, a hub dataset as "
     "owner/name, or random"
 )
 
@@ -51,6 +52,8 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
 
 
 def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+    if preprocess.kind == "video":
+        return read_videos(path, spec, preprocess)
     if preprocess.kind == "audio":
         return read_clips(path, spec, preprocess, task)
     if task == "depth-estimation" and (images := images_beside(path)) is not None:

@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 USUAL = 30.0  # seconds to which clips are cut, if the features take clips of any length
 LONGEST = 64.0  # seconds of noise in which the end of features of one length is searched
 PRECISION = 0.01  # seconds, of that search
-MASK = "attention_mask"
+MASK = "mask"  # end of the names of masks: attention_mask, padding_mask, input_features_mask
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def _extracted(extractor: Any, clips: Sequence[Array], rate: int, options: Mappi
 
 def _of_model(name: str, values: Any) -> Array:
     """Return an array with the type that models take: int64 masks, float32 features."""
-    return np.asarray(values, dtype=np.int64 if name.endswith("mask") else np.float32)
+    return np.asarray(values, dtype=np.int64 if name.endswith(MASK) else np.float32)
 
 
 def _arrays(values: Mapping[str, Any], main: str) -> tuple[str, ...]:
-    return (main, *((MASK,) if MASK in values else ()))
+    return (main, *(name for name in values if name.endswith(MASK)))
 
 
 def _varying(long: Any, short: Any) -> int:

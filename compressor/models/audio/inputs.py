@@ -12,22 +12,16 @@ import torch
 
 from compressor.limitations import Limitation
 from compressor.models.audio.features import MASK, Array, Features, noise
-from compressor.models.base import ModelError, first_line
+from compressor.models.base import ModelError
+from compressor.models.config_shapes import Call, find_shape, refusal
 from compressor.models.preprocess import Preprocess
 
 MAIN = ("input_values", "input_features")  # the main inputs of models of sound: a waveform, or a spectrogram
+SERIES = "past_values"  # the main input of models of time series
 SEQUENCE = "sequence"
 SECONDS = (1.0, 0.75)  # lengths of the two clips of the example
-SAMPLES = 16_000  # of the example without a feature extractor
-FRAMES = 128
-# Names of the width of a spectrogram, and of its length where it is fixed, in the configs of transformers.
-WIDTHS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "num_mel_features", "input_dim")
-LENGTHS = ("max_length", "max_source_positions")
 WAVEFORM = 2  # axes of a batch of waveforms
 FRAMEWISE = 3  # axes of an output with one row for each frame
-STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
-
-Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class SoundInputs:
         varying = {name: axis for name, axis in varying.items() if axis}
         found = self.features
         if found is None:
-            return Preprocess(self.names, "audio", arrays, varying=varying)
+            return Preprocess(self.names, "tensor" if SERIES in self.names else "audio", arrays, varying=varying)
         return Preprocess(
             self.names,
             "audio",
@@ -66,6 +60,11 @@ class SoundInputs:
             frames=frames,
             varying=varying,
         )
+
+
+def takes_series(kind: Any) -> bool:
+    """Return whether the main input of a model is a time series."""
+    return getattr(kind, "main_input_name", None) == SERIES
 
 
 def takes_sound(kind: Any) -> bool:
@@ -94,7 +93,7 @@ def find_inputs(
     example = {name: torch.from_numpy(value) for name, value in features(clips).items()}
     reasons = []
     for names in dict.fromkeys((features.inputs, (main,))):
-        reason = _refusal(module, call(names), [example[name] for name in names])
+        reason = refusal(module, call(names), [example[name] for name in names])
         if reason is None:
             axes = {name: {0: "batch"} | ({features.axes[name]: SEQUENCE} if features.axes else {}) for name in names}
             limits = tuple(_limitations(features, names))
@@ -140,51 +139,16 @@ def _limitations(features: Features, names: tuple[str, ...]) -> Iterator[Limitat
     if not features.axes:
         reason = f"all are padded or cut to {features.seconds:.3g} s, as the model takes them"
         yield Limitation("length of the clips", reason)
-    elif MASK not in names:
+    elif not any(name.endswith(MASK) for name in names):
         reason = "the model takes no mask, so it also reads the zeros behind a clip that is shorter than its batch"
         yield Limitation("padding of the clips", reason)
 
 
 def _without_features(module: Any, call: Call, main: str, location: str) -> SoundInputs:
     """Return the inputs of a model without a feature extractor, by the first shape that it takes."""
-    reasons = []
-    for shape, axis in _shapes(module.config, main):
-        example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        reason = _refusal(module, call, [example])
-        if reason is None:
-            axes = {0: "batch"} | ({axis: SEQUENCE} if axis and _varies(module, call, example, axis) else {})
-            limitation = Limitation(
-                "preprocessing", "the model has no feature extractor, so the data must be preprocessed arrays"
-            )
-            return SoundInputs((main,), {main: example}, {main: axes}, None, (limitation,))
-        reasons.append(reason)
-    raise ModelError(
-        f"{location} is a {type(module).__name__} without a feature extractor, and it fails on every shape of {main} "
-        f"that its config suggests ({reasons[-1] if reasons else 'none'}); add its preprocessor_config.json."
-    )
-
-
-def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Yield shapes of a clip, each with the axis of time, from the numbers in a config."""
-    if main == MAIN[0]:
-        yield (SAMPLES,), 1
-    widths = [width for name in WIDTHS if isinstance(width := getattr(config, name, None), int)]
-    lengths = [length for name in LENGTHS if isinstance(length := getattr(config, name, None), int)]
-    for width in dict.fromkeys(widths):
-        yield from (((length, width), 0) for length in lengths)
-        yield from (((width, STEPS * length), 0) for length in lengths)
-        yield (FRAMES, width), 1
-
-
-def _varies(module: Any, call: Call, example: torch.Tensor, axis: int) -> bool:
-    return _refusal(module, call, [example.narrow(axis, 0, example.shape[axis] * 3 // 4)]) is None
-
-
-def _refusal(module: Any, call: Call, tensors: Sequence[torch.Tensor]) -> str | None:
-    """Return the reason why a module fails on some inputs; None if it does not."""
-    try:
-        with torch.inference_mode():
-            call(module, *tensors)
-    except Exception as error:  # modules raise errors of all kinds
-        return first_line(error)
-    return None
+    example, axis = find_shape(module, call, main, location)
+    axes = {0: "batch"} | ({axis: SEQUENCE} if axis else {})
+    reason = "the model has no feature extractor, so the data must be preprocessed arrays"
+    if main == SERIES:
+        reason = f"the data must be arrays {list(example.shape[1:])}, as the model's config has them"
+    return SoundInputs((main,), {main: example}, {main: axes}, None, (Limitation("preprocessing", reason),))

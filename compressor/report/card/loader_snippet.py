@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 EMBEDDING = "sentence_embedding"
-FLOATS = ("pixel_values", "input_values", "input_features")
 TOWERS = ("decoder", "encoder")  # whose tokens give the keys of a self-attention, and of a cross-attention
+VIDEOS = 5  # axes of a batch of videos
+FLOATS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
 TEMPLATES = Path(__file__).parent / "templates"
 # The engine file of each target that has its own format, and the packages that open it.
 ENGINES = {
@@ -106,7 +107,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
     if runtime == "gguf":
         text = templates().get_template("load_llama_cpp.py.j2").render(file=ENGINES["gguf"])
         return Loader(text.strip(), PACKAGES["gguf"], runtime, (PROGRAMS,))
-    picture = preprocessing_recipe.picture(folder) if model["inputs"][:1] == ["pixel_values"] else None
+    picture = preprocessing_recipe.picture(folder) if _takes_images(content) else None
     tokenizer = preprocessing_recipe.tokenizer(folder) if "input_ids" in model["inputs"] else None
     text = (
         templates()
@@ -182,7 +183,7 @@ def _checkpoint(content: Json, folder: Path, cached: bool) -> Loader:
     (architecture,) = read_config(folder, "config.json")["architectures"]
     inputs, outputs = content["model"]["inputs"], content["model"]["outputs"]
     colour = preprocessing_recipe.channels(folder) == 3
-    picture = colour and "pixel_values" in inputs and (folder / "preprocessor_config.json").is_file()
+    picture = colour and _takes_images(content) and (folder / "preprocessor_config.json").is_file()
     tokenizer = "input_ids" in inputs and (folder / "tokenizer_config.json").is_file()
     if EMBEDDING in outputs and tokenizer:
         text = templates().get_template("load_sentence_transformers.py.j2").render()
@@ -297,7 +298,13 @@ def _providers(content: Json) -> str:
 
 def _prepares(content: Json) -> bool:
     """Return whether the inputs are preprocessed images or tokenized texts."""
-    return content["model"]["inputs"][:1] == ["pixel_values"] or "input_ids" in content["model"]["inputs"]
+    return _takes_images(content) or "input_ids" in content["model"]["inputs"]
+
+
+def _takes_images(content: Json) -> bool:
+    """Return whether the first input is a batch of images, not of videos."""
+    shape = content["timed_inputs"].get("pixel_values", ())
+    return content["model"]["inputs"][:1] == ["pixel_values"] and len(shape) != VIDEOS
 
 
 def _arrays(content: Json, folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -47,6 +47,7 @@ USES = {
     "audio-classification": "classifies sound",
     "audio-frame-classification": "classifies the frames of sound",
     CTC: "transcribes speech",
+    "video-classification": "classifies videos",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "
@@ -295,7 +296,7 @@ def _conditions(content: Json) -> Iterator[str]:
     target = TITLES.get(settings["target"], settings["target"])
     late = engine.get("state") == "deferred"
     shapes = ", ".join(
-        f"{code(name)} {shape}" for name, shape in content["timed_inputs"].items() if "past_" not in name
+        f"{code(name)} {shape}" for name, shape in content["timed_inputs"].items() if not name.startswith(CACHES)
     )
     inputs = describe_calls(content["generation"]) if content.get("generation") else f"inputs {shapes}"
     threads = f", {settings['threads']} threads" if settings["threads"] else ""

@@ -1,0 +1,1 @@
+"""Readers of videos: folders with the frames of each clip."""

@@ -1,0 +1,91 @@
+"""Shapes of inputs from the numbers in a config of transformers, for models without a preprocessor.
+
+The first shape with which a call of the model succeeds is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from compressor.models.base import ModelError, first_line
+
+SAMPLES = 16_000  # of a waveform
+FRAMES = 128  # of a spectrogram
+STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
+# Names of sizes in the configs of transformers.
+WIDTHS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "num_mel_features", "input_dim")
+LENGTHS = ("max_length", "max_source_positions")
+CLIPS = ("num_frames", "frames_per_clip")
+SIDES = ("image_size", "crop_size")
+COLOURS = ("num_channels", "in_chans")
+
+Call = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch.Tensor, int]:
+    """Return a batch of two random samples that a model takes, and the axis that may have any size; 0 without one.
+
+    Args:
+        module: a model of transformers.
+        call: calls it with its main input.
+        main: name of this input.
+        location: name of the model in messages.
+
+    Raises:
+        ModelError: the model fails on every shape that was tried.
+    """
+    reasons = []
+    for shape, axis in _shapes(module.config, main):
+        example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        reason = refusal(module, call, [example])
+        if reason is None:
+            return example, axis if axis and _varies(module, call, example, axis) else 0
+        reasons.append(reason)
+    raise ModelError(
+        f"{location} is a {type(module).__name__} without a preprocessor, and it fails on every shape of {main} that "
+        f"its config suggests ({reasons[-1] if reasons else 'none'}); add its preprocessor_config.json, or pass it as "
+        "a module of your own, package.module:factory, with example inputs."
+    )
+
+
+def refusal(module: Any, call: Call, tensors: Sequence[torch.Tensor]) -> str | None:
+    """Return the reason why a module fails on some inputs; None if it does not."""
+    try:
+        with torch.inference_mode():
+            call(module, *tensors)
+    except Exception as error:  # modules raise errors of all kinds
+        return first_line(error)
+    return None
+
+
+def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield shapes of a sample, each with the axis of time, counted with the batch as axis 0."""
+    if main == "input_values":
+        yield (SAMPLES,), 1
+        yield (1, SAMPLES), 2
+    if main in ("input_values", "input_features"):
+        for width in _numbers(config, WIDTHS):
+            yield from (((length, width), 0) for length in _numbers(config, LENGTHS))
+            yield from (((width, STEPS * length), 0) for length in _numbers(config, LENGTHS))
+            yield (FRAMES, width), 1
+    if main.startswith("pixel_values"):
+        for frames in _numbers(config, CLIPS):
+            for side in _numbers(config, SIDES):
+                yield from (((frames, channels, side, side), 0) for channels in _numbers(config, COLOURS))
+    if main == "past_values":
+        for length in _numbers(config, ("context_length",)):
+            yield from (((length, channels), 0) for channels in _numbers(config, ("num_input_channels",)))
+
+
+def _numbers(config: Any, names: Sequence[str]) -> list[int]:
+    """Return the whole numbers of these names in a config and in its parts, such as that of an encoder."""
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
+    found = [getattr(part, name, None) for part in parts for name in names]
+    return list(dict.fromkeys(number for number in found if isinstance(number, int) and number > 0))
+
+
+def _varies(module: Any, call: Call, example: torch.Tensor, axis: int) -> bool:
+    return refusal(module, call, [example.narrow(axis, 0, example.shape[axis] * 3 // 4)]) is None

@@ -1,0 +1,1 @@
+"""Models of transformers that take videos: clips with a fixed number of frames."""
