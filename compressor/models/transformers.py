@@ -326,7 +326,8 @@ def _wrap_encoder_decoder(
     # The mask is an input, because the decoder needs it for padded sources.
     inputs = ("input_features",) if task == encoder_decoder.SPEECH else ("input_ids", "attention_mask")
     parts = encoder_decoder.parts_of(module, task, inputs, tokenizer, location, cache=cache)
-    longest = None if task == encoder_decoder.SPEECH else _max_length(module.get_encoder(), tokenizer, {})
+    encoder = module.get_encoder() if hasattr(module.get_encoder(), "config") else module
+    longest = None if task == encoder_decoder.SPEECH else _max_length(encoder, tokenizer, {})
     source = {name: value for name, value in parts.data_example.items() if name in inputs}
     padding = causal_padding(tokenizer, module.config) if tokenizer is not None else None
     preprocess = (
