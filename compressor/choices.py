@@ -20,7 +20,7 @@ TASKS = (
     "image-segmentation",
     "depth-estimation",
 )
-# The tasks of encoder-decoders, which are exported as the files of an encoder and its decoder, and the targets for them.
+# The tasks of encoder-decoders, which are exported as files of an encoder and its decoder, and the targets for them.
 ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
 ENCODER_DECODER_TARGETS = ("onnxruntime", "openvino")
 # What a classifier predicts, in the words of transformers' configs.

@@ -18,8 +18,8 @@ from compressor.choices import ImageSize
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models import class_names
-from compressor.models import encoder_decoder
 from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
+from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess, Tokenise

@@ -1,8 +1,8 @@
 """State that a model passes to its next call, such as a KV cache.
 
 The cache of a layer is removed together with the attention that reads it. An encoder-decoder has two kinds: the cache
-of a self-attention is an input and an output of the graph, and that of a cross-attention is an output alone, which later
-calls read instead of computing it.
+of a self-attention is an input and an output of the graph, and that of a cross-attention is an output alone, which
+later calls read instead of computing it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _renumbered(
 
 
 def bytes_per_token(graph: Graph) -> int:
-    """Return the bytes by which the state of one row grows with each token, of the decoder where there is an encoder."""
+    """Return the bytes by which the state of one row grows with each token; cross-attentions add none."""
     values = dict(zip(graph.outputs, map(value_of, output_values(graph)), strict=True))
     states = (values[name] for name, past in graph.state.items() if past in graph.inputs)
     return sum(value.itemsize * math.prod(size for size in value.shape if isinstance(size, int)) for value in states)

@@ -78,8 +78,8 @@ class Graph:
     """An fx graph of ATen operators with named inputs and outputs, edited in place by `passes.graph.edit` only.
 
     ``prefix`` is the attribute path of the user's model in the traced module; it is removed from the names of sites.
-    ``state`` maps the name of an output to the name of the input that it becomes in the next call, such as a KV cache. The
-    cache of a cross-attention, which is computed once, is no input of the graph.
+    ``state`` maps the name of an output to the name of the input that it becomes in the next call, such as a KV cache.
+    The cache of a cross-attention, which is computed once, is no input of the graph.
     ``values`` holds the traced values that edits derived; forks share it.
     """
 

@@ -69,7 +69,7 @@ def check_generation(kind, dropped, encoder, target="onnxruntime"):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_without_a_self_attention_and_a_cross_attention(kind, shared, tmp_path):
-    model, encoder = lowered(kind, DROPPED[kind], shared, tmp_path)
+    _, encoder = lowered(kind, DROPPED[kind], shared, tmp_path)
     check_generation(kind, DROPPED[kind], encoder)
     names = [value.name for value in onnx.load(tmp_path / "decoder_with_past_model.onnx").graph.input]
     caches = [f"past_key_values.0.{part}.{name}" for part in ("decoder", "encoder") for name in ("key", "value")]
@@ -80,11 +80,15 @@ def test_generation_without_a_self_attention_and_a_cross_attention(kind, shared,
 def test_generation_of_the_whole_model(kind, shared):
     model, encoder = dense(kind, shared)
     check_generation(kind, (), encoder)
-    with runtime("onnxruntime").load(encoder.with_name("whole.onnx"), ONE) as whole, runtime("onnxruntime").load(
-        encoder, ONE
-    ) as engine:
+    with (
+        runtime("onnxruntime").load(encoder.with_name("whole.onnx"), ONE) as whole,
+        runtime("onnxruntime").load(encoder, ONE) as engine,
+    ):
         assert (engine.inputs, engine.outputs) == (model.inputs, model.outputs) == (whole.inputs, whole.outputs)
-        for tensors in (model.example, {name: value[:1] for name, value in model.example.items()}):  # caches of 5 tokens
+        for tensors in (
+            model.example,
+            {name: value[:1] for name, value in model.example.items()},
+        ):  # caches of 5 tokens
             feeds = {name: value.numpy() for name, value in tensors.items()}
             expected, found = whole.run(feeds), engine.run(feeds)
             assert all(np.array_equal(expected[name], found[name]) for name in whole.outputs)  # the same nodes
@@ -94,7 +98,9 @@ def test_inputs_stand_in_the_order_of_optimum(shared):
     """Optimum feeds caches by their positions: those of a layer together, its self-attention first."""
     _, encoder = dense("bart", shared)
     decoder, further = (onnx.load(part).graph for part in parts_of(encoder)[1:])
-    caches = [f"{layer}.{part}.{name}" for layer in "01" for part in ("decoder", "encoder") for name in ("key", "value")]
+    caches = [
+        f"{layer}.{part}.{name}" for layer in "01" for part in ("decoder", "encoder") for name in ("key", "value")
+    ]
     assert [value.name for value in decoder.output] == ["logits", *(f"present.{name}" for name in caches)]
     assert [value.name for value in decoder.input] == ["input_ids", "encoder_attention_mask", "encoder_hidden_states"]
     assert [value.name for value in further.input][2:] == [f"past_key_values.{name}" for name in caches]

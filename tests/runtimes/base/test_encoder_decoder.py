@@ -55,7 +55,11 @@ def engine(tmp_path):
 
     def summed(own, cross):
         sums = [node("ReduceSum", [value, "tokens"], f"sum {value}", keepdims=0) for value in (own, cross)]
-        rows = [masked, node("ReduceSum", ["mask", "head"], "rows", keepdims=1), node("Unsqueeze", ["rows", "head"], "r")]
+        rows = [
+            masked,
+            node("ReduceSum", ["mask", "head"], "rows", keepdims=1),
+            node("Unsqueeze", ["rows", "head"], "r"),
+        ]
         added = [node("Add", [f"sum {own}", f"sum {cross}"], "both"), node("Add", ["both", "r"], "logits")]
         return [*sums, *rows, *added]
 
@@ -119,4 +123,6 @@ def test_bound_calls_are_the_first_one_and_a_further_token(engine):
     step = {name: np.ones((1, 1, 2, 1), np.float32) for name in CACHES}
     engine.bind({**step, "attention_mask": np.array([[1, 1]]), "decoder_input_ids": np.array([[1]])})()
     with pytest.raises(RuntimesError, match=r"expects .*past_key_values\.0\.encoder\.key"):
-        engine.bind({CACHES[0]: step[CACHES[0]], "attention_mask": np.array([[1]]), "decoder_input_ids": np.array([[1]])})
+        engine.bind(
+            {CACHES[0]: step[CACHES[0]], "attention_mask": np.array([[1]]), "decoder_input_ids": np.array([[1]])}
+        )

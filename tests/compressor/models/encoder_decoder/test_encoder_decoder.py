@@ -53,9 +53,8 @@ def test_sites_of_both_towers_are_told_apart(shared):
     assert len({site.block for site in sites}) == 4
     plan = choose(parse("cross_attention:1"), sites, "reverse", model="bart")
     assert list(plan.changes) == ["model.decoder.layers.1.encoder_attn"]
-    assert [plan for plan in choose(parse("attention:4"), sites, "reverse", model="bart").changes] == [
-        site.name for site in sites if site.kind == "attention"
-    ][::-1]
+    own = [site.name for site in sites if site.kind == "attention"]
+    assert list(choose(parse("attention:4"), sites, "reverse", model="bart").changes) == own[::-1]
 
 
 def test_a_dropped_attention_takes_its_cache_with_it(shared):
@@ -182,7 +181,9 @@ def test_encoder_decoders_from_images_are_refused(tmp_path):
     with quiet():
         config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
         transformers.VisionEncoderDecoderModel(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(ModelError, match="an encoder-decoder from images to texts, which is not supported; expected an"):
+    with pytest.raises(
+        ModelError, match="an encoder-decoder from images to texts, which is not supported; expected an"
+    ):
         models.load(str(tmp_path / "m"))
 
 
@@ -193,11 +194,10 @@ def test_an_encoder_decoder_without_a_cache_is_refused(tmp_path):
             num_decoder_layers=1, num_encoder_attention_heads=2, num_decoder_attention_heads=2,
             max_position_embeddings=32,
         )  # fmt: skip
-        config.decoder_start_token_id = None
+        config.decoder_start_token_id = 0
         transformers.ProphetNetForConditionalGeneration(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(CompressorError) as refused:
-        trace(models.load(str(tmp_path / "m")))
-    assert str(tmp_path / "m") in str(refused.value) or "m could not be traced" in str(refused.value)
+    with pytest.raises(ModelError, match="told apart by their caches: it returns a cache but does not accept one"):
+        models.load(str(tmp_path / "m"))
 
 
 def test_no_start_token_is_refused(tmp_path):
@@ -205,5 +205,7 @@ def test_no_start_token_is_refused(tmp_path):
     module.config.decoder_start_token_id = None
     with quiet():
         module.save_pretrained(tmp_path / "m")
-    with pytest.raises(ModelError, match="does not say with which token its decoder starts .*set decoder_start_token_id"):
+    with pytest.raises(
+        ModelError, match=r"does not say with which token its decoder starts .*set decoder_start_token_id"
+    ):
         models.load(str(tmp_path / "m"))
