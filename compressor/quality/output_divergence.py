@@ -15,7 +15,7 @@ from compressor.data.splits import Split
 from compressor.models import Model
 from compressor.quality.evaluate import EvaluationError, tensor_batches
 from compressor.quality.heads.registry import head_for
-from passes.analysis.redundancy import MASK
+from passes.analysis.redundancy import output_mask
 from passes.base import apply
 from passes.execute.interpreter import Program, SharedPrefixRun
 from passes.graph.graph import Graph, Site
@@ -99,7 +99,7 @@ class OutputDivergence:
         return subsample_tokens(answer) if self.head.by_token else answer
 
     def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
-        mask = feeds.get(MASK)
+        mask = output_mask(feeds)
         if mask is None or original.ndim < 3:
             return None
         return subsample_tokens(mask) if self.head.by_token else mask

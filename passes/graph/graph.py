@@ -197,6 +197,19 @@ def is_sum(node: fx.Node) -> bool:
     )
 
 
+def dependents_of(graph: Graph, inputs: Collection[str]) -> frozenset[str]:
+    """Return the names of all nodes whose values are computed from some of the named inputs; of none, no nodes."""
+    named = zip(graph.inputs, graph.placeholders(), strict=True)
+    stack = [node for name, node in named if name in inputs]
+    seen = set(stack)
+    while stack:
+        for reader in stack.pop().users:
+            if reader not in seen:
+                seen.add(reader)
+                stack.append(reader)
+    return frozenset(node.name for node in seen)
+
+
 def resolve_dropped_adds(graph: Graph, dropped: Collection[Site]) -> dict[fx.Node, fx.Node]:
     """Map each add to the value that replaces it if the branches of `dropped` are zero.
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 import transformers
 
-from compressor import models
+from compressor import export, inspect, models
 from compressor.data import splits
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, SettingsError
 from compressor.internals.transformers import quiet
 from compressor.lower.trace import trace
 from compressor.models import ModelError
 from compressor.quality.evaluate import evaluate, graph_runner
 from compressor.quality.heads.registry import head_for
+from passes.analysis.redundancy import Score, output_mask
 from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.cache_state import bytes_per_token
@@ -70,6 +71,36 @@ def test_a_dropped_attention_takes_its_cache_with_it(shared):
 
 
 KV = ("key", "value")
+
+
+def test_the_mask_of_the_source_is_not_that_of_the_target(shared):
+    """With as many tokens in the target as in the source, padding of the source must not hide tokens of the target."""
+    model, graph = loaded("bart", shared), traced("bart", shared)
+    feeds = model.example | {"decoder_input_ids": model.example["input_ids"]}
+    rows, tokens = feeds["attention_mask"].shape
+    scores = apply(Score(), graph, [feeds])
+    counted = {site.name: scores.sites[site.name].tokens for site in find_sites(graph)}
+    expected = {True: int(feeds["attention_mask"].sum()), False: rows * tokens}
+    assert counted == {name: expected[".encoder." in name] for name in counted}
+    assert output_mask(feeds) is None
+    assert output_mask({"attention_mask": feeds["attention_mask"]}) is feeds["attention_mask"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heal", ["closed-form", "distill"])
+def test_effects_on_the_output_and_healing(heal, shared, tmp_path):
+    (tmp_path / "sources.txt").write_text("\n".join(sentences(16)))
+    report = export(
+        str(saved("bart", shared)), data=str(tmp_path / "sources.txt"), drop="cross_attention:1", metric="output",
+        heal=heal, heal_budget=2.0, output=str(tmp_path / "out"), rounds=1,
+    ).to_dict()  # fmt: skip
+    assert report["healed"]["method"] == heal
+    assert report["healed"]["after"]["divergence"] <= report["healed"]["before"]["divergence"]
+
+
+def test_a_study_is_refused(shared):
+    with pytest.raises(SettingsError, match="found --study, which compares the tokens of one sequence, but bart is an"):
+        inspect(str(saved("bart", shared)), data="random", study=True)
 
 
 def test_positions_keep_one_cache_if_every_self_attention_is_dropped(shared):
