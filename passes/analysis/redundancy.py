@@ -259,10 +259,8 @@ class _Sweep:
         for members in self._same_shape(values):
             indices = torch.tensor(members)
             pair = indices[:, None], indices
-            states, mask = (
-                [self._state(values, index) for index in members],
-                self._mask(self.states[members[0]], record),
-            )
+            states = [self._state(values, index) for index in members]
+            mask = self._mask(self.states[members[0]], record)
             rows = [rows_of(value, dim, mask) for value, dim in states]
             sums[pair], angles[pair] = _pair_sums(rows)
             tokens[pair] = ends[pair] = float(len(rows[0]))

@@ -88,6 +88,13 @@ def bytes_per_token(graph: Graph) -> int:
     return sum(value.itemsize * math.prod(size for size in value.shape if isinstance(size, int)) for value in states)
 
 
+def bytes_per_source_token(graph: Graph) -> int:
+    """Return the bytes of the caches of cross-attentions for each token of a source; 0 for a graph without any."""
+    values = dict(zip(graph.outputs, map(value_of, output_values(graph)), strict=True))
+    states = [values[name] for name, past in graph.state.items() if past not in graph.inputs]
+    return sum(value.itemsize * int(value.shape[1]) * int(value.shape[3]) for value in states)
+
+
 def _read_size_from_another(graph: Graph, node: fx.Node, others: Collection[fx.Node]) -> None:
     """Let the `sym_size` nodes that read `node` read another state input with the same size."""
     for reader in list(node.users):

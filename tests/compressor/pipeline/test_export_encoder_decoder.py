@@ -55,6 +55,7 @@ def test_the_folder_holds_the_files_of_both_towers(exported):
     assert report["parity"]["result"] < 1e-4
     kinds = [site["kind"] for site in report["model"]["sites"]]
     assert kinds.count("cross_attention") == 2
+    assert "The caches of cross-attentions take 256 bytes for each token of a source (baseline 512)." in report["notes"]
     assert not [each for each in report["limitations"] if each["feature"] == "ONNX Runtime GenAI"]
 
 
