@@ -25,7 +25,7 @@ TASKS = (
     "video-classification",
 )
 CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
-# The tasks of encoder-decoders, which are exported as the files of an encoder and its decoder, and the targets for them.
+# The tasks of encoder-decoders, which are exported as files of an encoder and its decoder, and the targets for them.
 ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
 ENCODER_DECODER_TARGETS = ("onnxruntime", "openvino")
 # What a classifier predicts, in the words of transformers' configs.

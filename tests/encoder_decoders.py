@@ -10,7 +10,30 @@ import transformers
 
 from compressor.internals.transformers import quiet
 
-WORDS = "the a dog cat runs fast over hill and river sees big small red blue tree house old new man woman walks".split()
+WORDS = [
+    "the",
+    "a",
+    "dog",
+    "cat",
+    "runs",
+    "fast",
+    "over",
+    "hill",
+    "and",
+    "river",
+    "sees",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "tree",
+    "house",
+    "old",
+    "new",
+    "man",
+    "woman",
+    "walks",
+]
 VOCABULARY, FRAMES, BINS = 48, 40, 12
 TEXT = ("bart", "t5")
 KINDS = (*TEXT, "whisper")

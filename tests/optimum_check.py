@@ -18,6 +18,8 @@ CLASSES = {
     "text-classification": "SequenceClassification",
     "image-classification": "ImageClassification",
     "text-generation": "CausalLM",
+    "text2text-generation": "Seq2SeqLM",
+    "automatic-speech-recognition": "SpeechSeq2Seq",
 }
 TEXT = "A man plays a flute."
 

@@ -107,6 +107,7 @@ def workspace(tmp_path_factory):
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "my_llm")
     encoder(folder / "my_encoder")
+    translator(folder / "my_translator")
     rows = (f"{' '.join(f'w{token}' for token in rng.integers(3, 40, 6))},{index % 2}" for index in range(40))
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     return folder
@@ -120,13 +121,28 @@ def encoder(folder):
         max_position_embeddings=32, initializer_range=0.2,
     )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def translator(folder):
+    """A small T5 with the same words."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0, eos_token_id=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def word_tokenizer():
     words = ["<pad>", "<unk>", "<s>", *(f"w{token}" for token in range(3, 40))]
     plain = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="<unk>")
     )
     plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     fast = transformers.PreTrainedTokenizerFast
-    fast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return fast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>")
 
 
 def brief(openers, feeds, **options):
@@ -207,7 +223,8 @@ def test_command(line, workspace, monkeypatch):
 def check_folder(folder, *, checkpoint):
     """Hold an exported folder to the pages of its files and of report.json."""
     files = set(json.loads((folder / "manifest.json").read_text())["files"])
-    model = "model.safetensors" if checkpoint else "model.onnx"
+    whole = "encoder_model.onnx" if (folder / "encoder_model.onnx").is_file() else "model.onnx"
+    model = "model.safetensors" if checkpoint else whole
     assert {"plan.json", "report.json", "report.html", "README.md", "config.json", model} <= files
     page = PAGES["docs/reference/folder.md"]
     patterns = [pattern for row in cells(page, "| file | what |") for pattern in re.findall(r"`([^`]+)`", row[0])]

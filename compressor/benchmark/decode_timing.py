@@ -87,8 +87,8 @@ def contexts(requested: tuple[int, ...] | None, model: Model) -> tuple[int, ...]
     if model.is_encoder_decoder:
         if requested:
             raise SettingsError(
-                f"--context times the tokens of causal language models; {model.name} is an encoder-decoder, which is "
-                "timed on one call of both towers here, and on a generation by `compressor export`: leave --context out."
+                f"--context times the tokens of causal language models; {model.name} is an encoder-decoder, timed "
+                "on one call of both towers here, and on a generation by `compressor export`: leave --context out."
             )
         return ()
     if not model.state:

@@ -17,7 +17,7 @@ from compressor.data.splits import Split
 from compressor.models import Model
 from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import subsample_tokens
-from passes.analysis.redundancy import MASK
+from passes.analysis.redundancy import output_mask
 from passes.execute.interpreter import Program
 from passes.graph.edit import replace_parameter
 from passes.graph.graph import Graph, attribute
@@ -236,7 +236,7 @@ class Distillation:
         target = self._target(part, feeds)
         with cheaper():
             answer = self._read(self.student.run(feeds))
-        mask = feeds.get(MASK)
+        mask = output_mask(feeds)
         loss = self.head.training_loss(answer, target, None if mask is None else self._spaced(mask))
         for tensor in self.student.trained():
             tensor.grad = None

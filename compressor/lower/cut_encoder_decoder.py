@@ -114,6 +114,13 @@ def _order_of_input(value: ir.Value) -> tuple[int, str]:
     return _layer_of(name) if name.startswith(PAST) else (-1, "")
 
 
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """Return the nodes that read a value, or a cast of it, as files in half precision hold for caches."""
+    readers = [use.node for use in value.uses()]
+    casts = [node.outputs[0] for node in readers if node.op_type == "Cast"]
+    return [*readers, *(use.node for cast in casts for use in cast.uses())]
+
+
 class _Part:
     """One part of a model, which is edited in place."""
 
@@ -157,13 +164,18 @@ class _Part:
         new = ir.Value(name=name, shape=value.shape, type=value.type)
         producer = value.producer()
         if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
-            half = producer.inputs[0]
-            if half.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-                cast = ir.node("Cast", [new], {"to": half.dtype})
+            half, kind = producer.inputs[0], self._half_type()
+            if kind is not None:
+                cast = ir.node("Cast", [new], {"to": kind})
                 self.graph.insert_before(self.graph[0], cast)
                 ir.convenience.replace_all_uses_with(half, cast.outputs[0])
         ir.convenience.replace_all_uses_with(value, new)
         return new
+
+    def _half_type(self) -> int | None:
+        """Return the type of 16 bits that the file computes in; None for float32. Its values need not note theirs."""
+        casts = (node.attributes["to"].as_int() for node in self.graph if node.op_type == "Cast")
+        return next((kind for kind in casts if kind in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)), None)
 
     def _empty_pasts(self, pasts: Sequence[ir.Value], own: Values) -> None:
         """Replace caches by empty ones, [batch, heads, 0, width]."""
@@ -186,7 +198,7 @@ class _Part:
     def _resize(self, foreign: Sequence[ir.Value], own: Values) -> None:
         """Read sizes of inputs that the part does not have from its own inputs with the same size."""
         for value in foreign:
-            for node in [use.node for use in value.uses()]:
+            for node in _readers(value):
                 start = node.attributes.get_int("start", 0) if node.op_type == "Shape" else None
                 if start is None or node.attributes.get_int("end", -1) != start + 1:
                     continue

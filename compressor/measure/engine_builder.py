@@ -84,7 +84,8 @@ class EngineBuilder:
             return self.target.build(path, folder, options)
         parts = parts_of(cut(path, folder))
         assert parts is not None
-        return [self.target.build(part, folder, options) for part in parts][0]
+        encoder, *_ = [self.target.build(part, folder, options) for part in parts]
+        return encoder
 
     def ship(self, source: Source, folder: Path) -> tuple[Source, Path]:
         """Build an engine in the output folder, and copy the ONNX file that it is built from, if any.

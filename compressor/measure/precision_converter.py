@@ -24,7 +24,7 @@ from compressor.quantize.half_precision import check_file
 from compressor.quantize.output_error import Judge
 from compressor.quantize.precision import Converted, Source, Trial, choose_precision
 from compressor.workspace.progress import Steps, Tick
-from passes.analysis.redundancy import MASK
+from passes.analysis.redundancy import output_mask
 from runtimes.base.protocols import RuntimesError
 
 Key = TypeVar("Key")
@@ -112,7 +112,7 @@ class PrecisionConverter:
 
         def distance(outputs: Mapping[str, Any], exact: Mapping[str, Any], feeds: Mapping[str, Any]) -> float:
             changed, original = (torch.from_numpy(np.asarray(model.evaluated(each))) for each in (outputs, exact))
-            mask = feeds.get(MASK) if original.ndim > 2 else None
+            mask = output_mask(feeds) if original.ndim > 2 else None
             return float(head.divergence(changed, original, None if mask is None else torch.from_numpy(mask)).mean())
 
         return Judge((model.answer, *model.stacked), distance)

@@ -18,11 +18,12 @@ import transformers
 from compressor.choices import CTC, ImageSize
 from compressor.internals.transformers import cached, quiet, with_random_weights
 from compressor.limitations import Limitation
-from compressor.models import class_names, encoder_decoder
+from compressor.models import class_names
 from compressor.models.audio.features import find_features
 from compressor.models.audio.inputs import find_inputs, frames_of, takes_series, takes_sound
 from compressor.models.base import Model, ModelError, as_numpy, first_line, load_error_reason, no_language_model
 from compressor.models.config_shapes import CLIPS
+from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
 from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess, Tokenise
@@ -354,7 +355,8 @@ def _wrap_encoder_decoder(
     # The mask is an input, because the decoder needs it for padded sources.
     inputs = ("input_features",) if task == encoder_decoder.SPEECH else ("input_ids", "attention_mask")
     parts = encoder_decoder.parts_of(module, task, inputs, tokenizer, location, cache=cache)
-    longest = None if task == encoder_decoder.SPEECH else _max_length(module.get_encoder(), tokenizer, {})
+    encoder = module.get_encoder() if hasattr(module.get_encoder(), "config") else module
+    longest = None if task == encoder_decoder.SPEECH else _max_length(encoder, tokenizer, {})
     source = {name: value for name, value in parts.data_example.items() if name in inputs}
     padding = causal_padding(tokenizer, module.config) if tokenizer is not None else None
     preprocess = (

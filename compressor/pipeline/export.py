@@ -57,7 +57,7 @@ from compressor.workspace.json_files import utf8
 from compressor.workspace.output_folder import engine_bytes, output_folder, scratch_folder
 from compressor.workspace.progress import Steps
 from passes.analysis.counted_cost import Costs
-from passes.graph.cache_state import bytes_per_token
+from passes.graph.cache_state import bytes_per_source_token, bytes_per_token
 from passes.graph.edit import with_weights
 from passes.graph.graph import Graph
 from runtimes.base.timing import Latency
@@ -503,12 +503,19 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
         notes.append(f"Healing ({settings.heal}): skipped, because the plan changes nothing.")
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
-    notes += [*precision_notes(report), *recipe_notes(report)]
+    notes += [*precision_notes(report), *recipe_notes(report), *_cross_caches(subject, rewritten)]
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
     if subject.data.skipped:
         notes.append(f"{len(subject.data.skipped)} unreadable samples were skipped: {_skipped_ids(subject.data)}.")
     return (*notes, *report.missed(), *report.exceeded())
+
+
+def _cross_caches(subject: TracedModel, rewritten: _Rewritten) -> Iterator[str]:
+    """Yield the size of the caches of cross-attentions before and after."""
+    before, after = (bytes_per_source_token(graph) for graph in (subject.graph, rewritten.folded))
+    if before:
+        yield f"The caches of cross-attentions take {after} bytes for each token of a source (baseline {before})."
 
 
 def _unchanged(report: Report, settings: Settings) -> str:

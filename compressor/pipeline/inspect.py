@@ -64,6 +64,11 @@ def inspect(settings: InspectSettings, *, console: Console | None = None) -> Ins
 
 def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> Inspection:
     subject = load(settings, steps, executor=executor)
+    if settings.study and subject.model.is_encoder_decoder:
+        raise SettingsError(
+            f"found --study, which compares the tokens of one sequence, but {subject.model.name} is an encoder-decoder "
+            "with two; leave --study out."
+        )
     doubts = () if settings.max_memory is not None else _doubts(subject, steps)
     others = []
     for source in settings.against_data:

@@ -19,7 +19,7 @@ from compressor.models.base import EvaluatedOutput
 from compressor.quality.evaluate import EvaluationError, tensor_batches
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.registry import head_for
-from passes.analysis.redundancy import MASK
+from passes.analysis.redundancy import output_mask
 from passes.base import apply
 from passes.execute.interpreter import Program
 from passes.execute.shared_prefix import SharedPrefixRun
@@ -68,7 +68,7 @@ class _Comparison:
         return subsample_tokens(answer) if self.head.by_token else answer
 
     def _mask(self, feeds: Mapping[str, torch.Tensor], original: torch.Tensor) -> torch.Tensor | None:
-        mask = feeds.get(MASK)
+        mask = output_mask(feeds)
         if mask is None or original.ndim < 3:
             return None
         return subsample_tokens(mask) if self.head.by_token else mask

@@ -27,6 +27,7 @@ import torch
 from passes.base import PassError, sum_over_batches
 from passes.execute.interpreter import Program
 from passes.execute.sections import SectionBudget, partition, run_in_sections, section_ends
+from passes.graph.graph import dependents_of
 from passes.graph.sites import find_sites
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from passes.graph.graph import Graph, Site
 
 MASK = "attention_mask"
+TARGETS = ("decoder_input_ids",)  # inputs of a decoder beside an encoder, whose tokens `MASK` does not describe
 MATRIX = 2  # number of axes of a matrix
 
 
@@ -174,6 +176,7 @@ class _Sweep:
         self.states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
         self.dims = {site.trunk: site.channel_dim for site in sites} | {site.root: site.channel_dim for site in sites}
         self.ends = {members[-1].root: name for name, members in self.blocks.items()}
+        self.of_decoder = dependents_of(graph, TARGETS)
         branches = {site.branch for site in sites if site.add != site.root}
         self.program = Program(graph, keep={*self.states, *self.ends, *branches}, outputs=())
         self.position = {node.name: position for position, node in enumerate(self.program.order)}
@@ -222,13 +225,17 @@ class _Sweep:
 
     def _observe(self, node: fx.Node, values: dict[fx.Node, Any], record: _BatchRecord) -> None:
         for site in self.at_root.get(node.name, ()):
-            record.sites[site.name] = self._site(site, values, record.mask)
+            record.sites[site.name] = self._site(site, values, self._mask(site.root, record))
         if node.name in self.ends:
             name = self.ends[node.name]
-            record.blocks[name] = self._block(self.blocks[name], values, record.mask)
+            record.blocks[name] = self._block(self.blocks[name], values, self._mask(node.name, record))
 
     def _scores(self, values: dict[fx.Node, Any], record: _BatchRecord) -> Scores:
-        return Scores(record.samples, record.sites, record.blocks, self.states, *self._pairs(values, record.mask))
+        return Scores(record.samples, record.sites, record.blocks, self.states, *self._pairs(values, record))
+
+    def _mask(self, name: str, record: _BatchRecord) -> torch.Tensor | None:
+        """Return the padding mask of a state; None for a decoder beside an encoder, whose padding is not known."""
+        return None if name in self.of_decoder else record.mask
 
     def _release(self, end: fx.Node, values: dict[fx.Node, Any], record: _BatchRecord) -> None:
         """Reduce the states of a finished block to the rows of the angular distance, unless they are still read."""
@@ -237,7 +244,7 @@ class _Sweep:
         for state in (name for name in self.states if self.last_read.get(name, -1) <= self.position[end.name]):
             value = values.get(self.nodes[state])
             if value is not None and value.ndim > MATRIX:
-                values[self.nodes[state]] = _end_rows(value, self.dims[state], record.mask)
+                values[self.nodes[state]] = _end_rows(value, self.dims[state], self._mask(state, record))
 
     def _site(self, site: Site, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> Moments:
         before, change = values[self.nodes[site.trunk]].float(), values[self.nodes[site.branch]].float()
@@ -249,7 +256,7 @@ class _Sweep:
             return Moments()
         return _moments(first.float(), last.float(), members[0].channel_dim, mask, members[0].block)
 
-    def _pairs(self, values: dict[fx.Node, Any], mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def _pairs(self, values: dict[fx.Node, Any], record: _BatchRecord) -> tuple[torch.Tensor, ...]:
         """Return sums for each pair of states of one shape: cosines, their token count, angles, their token count."""
         count = len(self.states)
         sums, tokens, angles, ends = torch.zeros(4, count, count, dtype=torch.float64)
@@ -257,6 +264,7 @@ class _Sweep:
             indices = torch.tensor(members)
             pair = indices[:, None], indices
             states = [self._state(values, index) for index in members]
+            mask = self._mask(self.states[members[0]], record)
             rows = [rows_of(value, dim, mask) for value, dim in states]
             sums[pair], angles[pair] = _pair_sums(rows)
             tokens[pair] = ends[pair] = float(len(rows[0]))
@@ -266,16 +274,25 @@ class _Sweep:
         return sums, tokens, angles, ends
 
     def _same_shape(self, values: dict[fx.Node, Any]) -> list[list[int]]:
-        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        groups: dict[tuple[tuple[int, ...], int, bool], list[int]] = {}
         for index in range(len(self.states)):
             value, dim = self._state(values, index)
-            groups.setdefault((tuple(value.shape), dim), []).append(index)
+            of_decoder = self.states[index] in self.of_decoder
+            groups.setdefault((tuple(value.shape), dim, of_decoder), []).append(index)
         return list(groups.values())
 
     def _state(self, values: dict[fx.Node, Any], index: int) -> tuple[torch.Tensor, int]:
         """Return a state and its feature axis, which is the last one for states that were reduced to rows."""
         value = values[self.nodes[self.states[index]]]
         return value, min(self.dims[self.states[index]], value.ndim - 1)
+
+
+def output_mask(feeds: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the padding mask of the tokens of the output: that of the input tokens, if these are the same tokens.
+
+    The outputs of a decoder beside an encoder belong to other tokens, whose padding is not known.
+    """
+    return None if any(name in feeds for name in TARGETS) else feeds.get(MASK)
 
 
 def rows_of(value: torch.Tensor, channel_dim: int, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """State that a model passes to its next call, such as a KV cache.
 
 The cache of a layer is removed together with the attention that reads it. An encoder-decoder has two kinds: the cache
-of a self-attention is an input and an output of the graph, and that of a cross-attention is an output alone, which later
-calls read instead of computing it.
+of a self-attention is an input and an output of the graph, and that of a cross-attention is an output alone, which
+later calls read instead of computing it.
 """
 
 from __future__ import annotations
@@ -93,12 +93,20 @@ def _renumbered(
 def bytes_per_token(graph: Graph) -> int:
     """Return the bytes by which the state of one row grows with each token; 0 for a graph without state.
 
-    The state of a convolution does not grow. Of a model with an encoder, the state of the decoder counts.
+    The state of a convolution does not grow. Of a model with an encoder, the state of the decoder's
+    self-attentions counts.
     """
     values = dict(zip(graph.outputs, map(value_of, output_values(graph)), strict=True))
     own = (values[name] for name, past in graph.state.items() if past in graph.inputs)
     states = (value for value in own if any(not isinstance(size, int) for size in value.shape[1:]))
     return sum(value.itemsize * math.prod(size for size in value.shape if isinstance(size, int)) for value in states)
+
+
+def bytes_per_source_token(graph: Graph) -> int:
+    """Return the bytes of the caches of cross-attentions for each token of a source; 0 for a graph without any."""
+    values = dict(zip(graph.outputs, map(value_of, output_values(graph)), strict=True))
+    states = [values[name] for name, past in graph.state.items() if past not in graph.inputs]
+    return sum(value.itemsize * int(value.shape[1]) * int(value.shape[3]) for value in states)
 
 
 def _read_size_from_another(graph: Graph, node: fx.Node, others: Collection[fx.Node]) -> None:

@@ -78,8 +78,8 @@ class Graph:
     """An fx graph of ATen operators with named inputs and outputs, edited in place by `passes.graph.edit` only.
 
     ``prefix`` is the attribute path of the user's model in the traced module; it is removed from the names of sites.
-    ``state`` maps the name of an output to the name of the input that it becomes in the next call, such as a KV cache. The
-    cache of a cross-attention, which is computed once, is no input of the graph.
+    ``state`` maps the name of an output to the name of the input that it becomes in the next call, such as a KV cache.
+    The cache of a cross-attention, which is computed once, is no input of the graph.
     ``values`` holds the traced values that edits derived; forks share it.
     """
 
@@ -195,6 +195,19 @@ def is_sum(node: fx.Node) -> bool:
     return (
         plain and isinstance(value_of(node), torch.Tensor) and sum(isinstance(arg, fx.Node) for arg in node.args) == 2
     )
+
+
+def dependents_of(graph: Graph, inputs: Collection[str]) -> frozenset[str]:
+    """Return the names of all nodes whose values are computed from some of the named inputs; of none, no nodes."""
+    named = zip(graph.inputs, graph.placeholders(), strict=True)
+    stack = [node for name, node in named if name in inputs]
+    seen = set(stack)
+    while stack:
+        for reader in stack.pop().users:
+            if reader not in seen:
+                seen.add(reader)
+                stack.append(reader)
+    return frozenset(node.name for node in seen)
 
 
 def resolve_dropped_adds(graph: Graph, dropped: Collection[Site]) -> dict[fx.Node, fx.Node]:

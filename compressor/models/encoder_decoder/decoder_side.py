@@ -95,12 +95,14 @@ def decoder_side(module: Any, tokenizer: Any, longest: int, location: str) -> De
     """
     decoder = _Decoder(module, tokenizer, longest)
     try:
-        start = int(decoder.shift(np.array([[1, 2]]))[0, 0])
+        shifted = int(decoder.shift(np.array([[5, 2]]))[0, 0])
     except Exception as error:  # modules raise errors of all kinds
         raise ModelError(
             f"{location} does not say with which token its decoder starts ({first_line(error)}); set "
             "decoder_start_token_id in its config.json."
         ) from error
+    stated = getattr(module.generation_config, "decoder_start_token_id", None)
+    start = stated if isinstance(stated, int) else shifted
     return DecoderSide(
         decoder.encode if tokenizer is not None else None, decoder.shift, decoder.generate, GENERATED, start, longest
     )

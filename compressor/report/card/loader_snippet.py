@@ -141,7 +141,7 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
 
 
 def _encoder_decoder(content: Json, folder: Path) -> Loader:
-    """Return the snippet for the files of an encoder and its decoder: a loop that generates greedily with all caches."""
+    """Return the snippet for the files of an encoder and its decoder: a greedy loop with all caches."""
     model, runtime = content["model"], str(content["settings"]["target"])
     frames = None if "input_ids" in model["inputs"] else content["timed_inputs"][model["inputs"][0]][1:]
     tokenizer = preprocessing_recipe.tokenizer(folder) is not None

@@ -12,6 +12,8 @@ from compressor.lower.cut_encoder_decoder import CutError, cut
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower
+from compressor.quantize.half_precision import to_fp16
+from passes.analysis.symbolic_cost import Counter
 from passes.base import apply
 from passes.rewrite.drop import Drop
 from runtimes.base.encoder_decoder import greedy, parts_of
@@ -69,7 +71,7 @@ def check_generation(kind, dropped, encoder, target="onnxruntime"):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_without_a_self_attention_and_a_cross_attention(kind, shared, tmp_path):
-    model, encoder = lowered(kind, DROPPED[kind], shared, tmp_path)
+    _, encoder = lowered(kind, DROPPED[kind], shared, tmp_path)
     check_generation(kind, DROPPED[kind], encoder)
     names = [value.name for value in onnx.load(tmp_path / "decoder_with_past_model.onnx").graph.input]
     caches = [f"past_key_values.0.{part}.{name}" for part in ("decoder", "encoder") for name in ("key", "value")]
@@ -105,6 +107,42 @@ def test_inputs_stand_in_the_order_of_optimum(shared):
     assert [value.name for value in decoder.input] == ["input_ids", "encoder_attention_mask", "encoder_hidden_states"]
     assert [value.name for value in further.input][2:] == [f"past_key_values.{name}" for name in caches]
     assert [value.name for value in further.output][1:] == [f"present.{name}" for name in caches if "decoder" in name]
+
+
+@pytest.mark.parametrize("kind", ["bart", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+def test_a_file_in_half_precision_is_cut_at_its_half_values(kind, shared, tmp_path):
+    """The outputs of such a file are casts, and nodes read the values before them."""
+    model, encoder = dense(kind, shared)
+    graph = onnx.load(encoder.with_name("whole.onnx")).graph
+    names = [*(name for node in graph.node for name in node.output), *(value.name for value in graph.input)]
+    to_fp16(encoder.with_name("whole.onnx"), tmp_path / "half.onnx", dict.fromkeys(names, 1.0))
+    feeds = {name: value.numpy() for name, value in model.example.items()}
+    backend = runtime("onnxruntime")
+    with (
+        backend.load(tmp_path / "half.onnx", ONE) as whole,
+        backend.load(cut(tmp_path / "half.onnx", tmp_path), ONE) as engine,
+    ):
+        expected, found = whole.run(feeds), engine.run(feeds)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    further = onnx.load(tmp_path / "decoder_with_past_model.onnx").graph
+    assert not [value.name for value in further.input if value.name == "encoder_hidden_states"]
+
+
+@pytest.mark.parametrize("kind", ["bart"])
+def test_a_further_token_costs_nothing_in_the_encoder(kind, shared):
+    _, graph = traced(kind, shared)
+    shapes = {name: tuple(value.shape) for name, value in traced(kind, shared)[0].example.items()}
+    crosses = [name for name in graph.outputs if ".encoder." in name]
+    further = Counter(graph, shapes, crosses, ("encoder_last_hidden_state",)).count(graph)
+    longer = {
+        name: (shape[0], 99) if name in ("input_ids", "attention_mask") else shape for name, shape in shapes.items()
+    }
+    assert Counter(graph, longer, crosses, ("encoder_last_hidden_state",)).count(graph).products == further.products
+    whole = Counter(graph, shapes).count(graph)
+    rows, source = shapes["input_ids"]
+    encoder = 2 * rows * source * (4 * 32 * 32 + 2 * 32 * 48)  # two layers: four maps of attention, two of the MLP
+    crossed = 2 * rows * source * (2 * 32 * 32)  # keys and values of two cross-attentions
+    assert whole.products - further.products == encoder + crossed
 
 
 @pytest.mark.slow
