@@ -148,6 +148,7 @@ TABLES = {
     "cost": cost,
     "headline": headline,
     "coverage": tables_coverage.coverage,
+    "coverage_timm": tables_coverage.coverage_timm,
     "criteria": tables_criteria.criteria,
     "decode": tables_decode.decode,
     "budget": tables_budget.budget,

@@ -10,6 +10,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
+TIMM = RESULTS.with_name("coverage_timm.json")
 # Kinds of refusals, by a part of their sentences; the first that fits counts.
 KINDS = {
     "a head that is not supported": "has a head that is not supported",
@@ -19,7 +20,7 @@ KINDS = {
     "cannot be written as ONNX": "has an operator without an ONNX form",
     "KV cache": "keeps a cache of another kind than keys and values",
     "no residual branch": "has no residual branch",
-    "could not load": "cannot be loaded by transformers from its own checkpoint",
+    "transformers could not load": "cannot be loaded by transformers from its own checkpoint",
     "": "other",
 }
 
@@ -27,6 +28,27 @@ KINDS = {
 def coverage() -> str | None:
     """Return the table, or None without results."""
     return coverage_table(json.loads(RESULTS.read_text())) if RESULTS.exists() else None
+
+
+def coverage_timm() -> str | None:
+    """Return the table of timm's families, or None without results."""
+    return timm_table(json.loads(TIMM.read_text())) if TIMM.exists() else None
+
+
+def timm_table(found: Row) -> str:
+    """Return a row with the families of each outcome, and the largest difference."""
+    groups: dict[str, list[str]] = {}
+    for name, row in sorted(found["families"].items()):
+        groups.setdefault(_group(row), []).append(name)
+    lines = [f"| timm {found['timm']} | families | names |", "|---|---|---|"]
+    for group, names in sorted(groups.items(), key=lambda each: (_rank(each[0]), -len(each[1]))):
+        lines.append(f"| {group} | {len(names)} | {', '.join(names)} |")
+    rows = found["families"].values()
+    largest = max((row["difference"] for row in rows if row["outcome"] == "passes"), default=0.0)
+    lines += ["", f"The largest difference of a file that passes is {largest:.1e}."]
+    faults = {name: row for name, row in found["families"].items() if row["outcome"] == "fault"}
+    lines += [f"- fault, {name}: {row['detail']}" for name, row in faults.items()]
+    return "\n".join(lines)
 
 
 def coverage_table(found: Row) -> str:
