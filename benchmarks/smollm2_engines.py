@@ -66,7 +66,7 @@ class Cell:
     def name(self) -> str:
         """Name in the results."""
         plan = self.design.name if self.design.percent else "dense"
-        return f"{self.engine}, {plan}, {cell_precision(self.precision).replace('fp32', 'float')}"
+        return f"{self.engine}, {plan}, {'float' if self.precision == 'fp32' else self.precision.replace(INT8, 'int8')}"
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def _line(*values: str) -> str:
 def _quality(found: Row) -> Iterator[str]:
     prompts = found["prompts"]
     equal = f"greedy texts equal for {prompts['new']} tokens"
-    yield from _table("layers", "chosen by", "perplexity", "lost, %", "same next token, %", equal,
+    yield from _table("layers (branches changed)", "chosen by", "perplexity", "lost, %", "same next token, %", equal,
                       "equal tokens before another", "parameters", "cache per token")  # fmt: skip
     for row in found["quality"].values():
         yield _line(*_named(row), *_measured(row, prompts["count"]))
