@@ -151,6 +151,11 @@ def _timing(found: Row) -> Iterator[str]:
         verdicts = [each["verdict"] for each in rows]
         counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in dict.fromkeys(verdicts))
         yield f"- S_both / (S_prune x S_quant), {words}: {counts}. " + "; ".join(map(_interaction, rows)) + "."
+    worst = max(timed["rows"].values(), key=lambda row: float(row["difference"]))
+    yield (
+        f"- A step with the cache differs from the whole text by at most {worst['difference']:.2g} of the spread of the "
+        f"logits ({TARGETS[worst['engine']]}, {worst['plan']}, {_precision(worst['precision'])})."
+    )
     if timed["absent"]:
         yield f"- Not timed: {', '.join(timed['absent'])}."
 
