@@ -216,7 +216,7 @@ def timing(subject: Subject, rounds: int, threads: int) -> Row:
     against = Cell(PLAIN, DENSE, "fp32").name
     runner = BenchRunner(subject.traced, subject.settings, entries, against, (Condition(1, threads),), {}, (CONTEXT,))
     with tempfile.TemporaryDirectory(dir=subject.work) as scratch:
-        # Dynamic int8 rounds one token in another range than a whole text: 0.5 on SmolLM2. Exports check the float files.
+        # Dynamic int8 rounds one token in another range than a whole text: 0.5 here. Exports check the float files.
         made = measure(runner, engines, rounds, Path(scratch), Steps(), allowed=np.inf)
     found = {each.name: each for each in made}
     rows = {cell.name: _timed(cell, found) | {"bytes": engine_bytes(files.path(cell))} for cell in there}

@@ -153,8 +153,8 @@ def _timing(found: Row) -> Iterator[str]:
         yield f"- S_both / (S_prune x S_quant), {words}: {counts}. " + "; ".join(map(_interaction, rows)) + "."
     worst = max(timed["rows"].values(), key=lambda row: float(row["difference"]))
     yield (
-        f"- A step with the cache differs from the whole text by at most {worst['difference']:.2g} of the spread of the "
-        f"logits ({TARGETS[worst['engine']]}, {worst['plan']}, {_precision(worst['precision'])})."
+        f"- A step with the cache differs from the whole text by at most {worst['difference']:.2g} of the spread of "
+        f"the logits ({TARGETS[worst['engine']]}, {worst['plan']}, {_precision(worst['precision'])})."
     )
     if timed["absent"]:
         yield f"- Not timed: {', '.join(timed['absent'])}."
