@@ -210,7 +210,7 @@ def distance(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) 
     return float((np.linalg.norm(found - expected, axis=-1) / np.maximum(spread, np.finfo(np.float32).tiny)).max())
 
 
-def _checked(entry: EngineEntry, prepared: Prepared, allowed: float) -> Prepared:
+def _checked(entry: EngineEntry, prepared: Prepared, allowed: float = MAX_DISTANCE) -> Prepared:
     if not prepared.difference <= allowed:  # also refuses NaN
         raise BenchError(
             f"{entry.name} does not continue its prompt: logits with its KV cache differ from those of the whole text "
