@@ -63,7 +63,7 @@ def _line(*values: str) -> str:
 def _quality(found: Row) -> Iterator[str]:
     prompts = found["prompts"]
     equal = f"greedy texts equal for {prompts['new']} tokens"
-    yield from _table("layers", "chosen by", "perplexity", "lost, %", "same next token, %", equal,
+    yield from _table("layers (branches changed)", "chosen by", "perplexity", "lost, %", "same next token, %", equal,
                       "equal tokens before another", "parameters", "cache per token")  # fmt: skip
     for row in found["quality"].values():
         yield _line(*_named(row), *_measured(row, prompts["count"]))
@@ -151,6 +151,11 @@ def _timing(found: Row) -> Iterator[str]:
         verdicts = [each["verdict"] for each in rows]
         counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in dict.fromkeys(verdicts))
         yield f"- S_both / (S_prune x S_quant), {words}: {counts}. " + "; ".join(map(_interaction, rows)) + "."
+    worst = max(timed["rows"].values(), key=lambda row: float(row["difference"]))
+    yield (
+        f"- A step with the cache differs from the whole text by at most {worst['difference']:.2g} of the spread of "
+        f"the logits ({TARGETS[worst['engine']]}, {worst['plan']}, {_precision(worst['precision'])})."
+    )
     if timed["absent"]:
         yield f"- Not timed: {', '.join(timed['absent'])}."
 

@@ -493,7 +493,14 @@ def smollm2_results():
     half = smollm2_row("attention", 50, "abcdefghij", 40.0) | {"design": "attention 50%", "method": "distill"}
     cell = {"plan": "attention 50%", "precision": "int8-dynamic", "bytes": 2_000_000, "excess": figure(-5.0)}
     timed = {"median": 5.0, "tokens_per_second": 200.0, "speedup": {"dense": over(1.1), "float": over(2.0)}}
-    engine = {"engine": "gguf", "plan": "attention 50%", "precision": "int4", "bytes": 1_000_000, "cache_bytes": 1000}
+    engine = {
+        "engine": "gguf",
+        "plan": "attention 50%",
+        "precision": "int4",
+        "bytes": 1_000_000,
+        "cache_bytes": 1000,
+        "difference": 0.5,
+    }
     both = {"cell": "gguf, attention 50%, int4", "part": "token", "ratio": over(0.9), "verdict": "less"}
     product = {"milliseconds": 0.08, "over_float": over(2.0), "over_4_bits": over(0.8), "bytes": 1_000_000}
     return {
@@ -525,8 +532,8 @@ def test_the_tables_of_smollm2(smollm2_results):
     assert lines[19].startswith(
         "- S_both / (S_prune x S_quant), further token: 1 less. llama.cpp, attention 50%, int4 0.90 ("
     )
-    assert lines[20] == "- Not timed: torch."
-    assert lines[24].startswith("| 2 bits | 1.00 MB | 80 | 2.00x (1.90–2.10) | 0.80x (")
+    assert lines[21] == "- Not timed: torch."
+    assert lines[25].startswith("| 2 bits | 1.00 MB | 80 | 2.00x (1.90–2.10) | 0.80x (")
     assert "60 questions with 4 choices each (0.25 by chance): dense 0.500 ± 0.060." in "\n".join(lines)
     assert "They hold 10.0% of the parameters, so a step that reads every weight once is at most 1.11x" in lines[-1]
     assert "Measured, a further token: llama.cpp int4 1.10x (1.00–1.20)." in lines[-1]

@@ -106,7 +106,9 @@ def contexts(requested: tuple[int, ...] | None, model: Model) -> tuple[int, ...]
     return requested
 
 
-def measure(runner: BenchRunner, engines: Engines, rounds: int, scratch: Path, steps: Steps) -> tuple[Generation, ...]:
+def measure(
+    runner: BenchRunner, engines: Engines, rounds: int, scratch: Path, steps: Steps, *, allowed: float = MAX_DISTANCE
+) -> tuple[Generation, ...]:
     """Time prefill and decode of every engine under every condition in one interleaved run.
 
     Args:
@@ -115,6 +117,7 @@ def measure(runner: BenchRunner, engines: Engines, rounds: int, scratch: Path, s
         rounds: timed bursts of each engine.
         scratch: folder for the caches, which together may not fit into memory.
         steps: recorder of the progress.
+        allowed: largest difference of a decode step from the whole text.
 
     Raises:
         BenchError: a decode step does not continue its prompt (see `MAX_DISTANCE`).
@@ -127,7 +130,7 @@ def measure(runner: BenchRunner, engines: Engines, rounds: int, scratch: Path, s
         for context in runner.contexts
         for entry in runner.entries
     ]
-    prepared = _prepared(runner, engines, runs, scratch, steps)
+    prepared = _prepared(runner, engines, runs, scratch, steps, allowed)
     openers = {
         _key(*run, part): partial(EngineWithFeeds, _opener(runner, engines, *run[:2]), feeds)
         for run in runs
@@ -150,7 +153,7 @@ def measure(runner: BenchRunner, engines: Engines, rounds: int, scratch: Path, s
 
 
 def _prepared(
-    runner: BenchRunner, engines: Engines, runs: Sequence[Run], scratch: Path, steps: Steps
+    runner: BenchRunner, engines: Engines, runs: Sequence[Run], scratch: Path, steps: Steps, allowed: float
 ) -> dict[tuple[str, int, int], Prepared]:
     """Return the checked inputs of every run, which do not depend on the thread count."""
     prepared: dict[tuple[str, int, int], Prepared] = {}
@@ -162,7 +165,7 @@ def _prepared(
                 ids = token_ids(runner.loaded.data.test, condition.batch, context + 1)
                 with _opener(runner, engines, entry, condition)() as engine:
                     inputs = prepare(engine, runner.loaded.model, ids, scratch / f"cache{number}")
-                prepared[key] = _checked(entry, inputs)
+                prepared[key] = _checked(entry, inputs, allowed)
     return prepared
 
 
@@ -214,10 +217,10 @@ def distance(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) 
     return float((np.linalg.norm(found - expected, axis=-1) / np.maximum(spread, np.finfo(np.float32).tiny)).max())
 
 
-def _checked(entry: EngineEntry, prepared: Prepared) -> Prepared:
-    if not prepared.difference <= MAX_DISTANCE:  # also refuses NaN
+def _checked(entry: EngineEntry, prepared: Prepared, allowed: float = MAX_DISTANCE) -> Prepared:
+    if not prepared.difference <= allowed:  # also refuses NaN
         raise BenchError(
             f"{entry.name} does not continue its prompt: logits with its KV cache differ from those of the whole text "
-            f"by {prepared.difference:.2g} of their spread; expected at most {MAX_DISTANCE:g}. Export it again."
+            f"by {prepared.difference:.2g} of their spread; expected at most {allowed:g}. Export it again."
         )
     return prepared
