@@ -223,8 +223,9 @@ def test_command(line, workspace, monkeypatch):
 def check_folder(folder, *, checkpoint):
     """Hold an exported folder to the pages of its files and of report.json."""
     files = set(json.loads((folder / "manifest.json").read_text())["files"])
-    whole = "encoder_model.onnx" if (folder / "encoder_model.onnx").is_file() else "model.onnx"
-    model = "model.safetensors" if checkpoint else whole
+    others = ("encoder_model.onnx", "model.gguf")
+    model = next((name for name in others if (folder / name).is_file()), "model.onnx")
+    model = "model.safetensors" if checkpoint else model
     assert {"plan.json", "report.json", "report.html", "README.md", "config.json", model} <= files
     page = PAGES["docs/reference/folder.md"]
     patterns = [pattern for row in cells(page, "| file | what |") for pattern in re.findall(r"`([^`]+)`", row[0])]
@@ -243,12 +244,17 @@ def check_folder(folder, *, checkpoint):
 )
 def test_python_snippet(snippet, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
-    for made in re.findall(r"\w+(?=/model\.onnx)", snippet):
+    for made in re.findall(r"\w+(?=/model\.onnx)|(?<=onnxruntime_genai\.Model\(\")\w+", snippet):
         make(made)
     capsys.readouterr()
     exec(compile(snippet, "documentation", "exec"), {})
-    if "print(" in snippet:
-        quality, speedup = map(float, capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    if "onnxruntime_genai" in snippet:
+        tokens = [int(number) for number in re.findall(r"\d+", printed)]
+        assert tokens[:3] == [1, 20, 33]
+        assert len(tokens) > 3
+    elif "print(" in snippet:
+        quality, speedup = map(float, printed.split())
         assert 0 <= quality <= 100
         assert speedup > 0
 
