@@ -14,6 +14,7 @@ from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves, tree_structure
 
@@ -49,6 +50,7 @@ __all__ = [
     "holds",
     "is_mutable",
     "lazy_graph_module",
+    "make_fx",
     "new_symbolic_size",
     "operators",
     "registries",

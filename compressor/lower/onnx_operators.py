@@ -6,12 +6,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from passes.graph.graph import value_of
-from passes.torch_internals import OpOverload, enable_python_dispatcher, is_mutable
+from passes.graph.graph import aten, value_of
+from passes.torch_internals import OpOverload, enable_python_dispatcher, is_mutable, make_fx
 
 Table = dict[Any, Callable[..., Any]]
 
@@ -59,6 +59,8 @@ def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any
     def call(*values: Any) -> Any:
         given = dict(zip(inputs, values, strict=True))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        if node.target is aten.reshape.default:
+            return _reshaped(*args)  # type: ignore[arg-type]
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     with enable_python_dispatcher():
@@ -72,6 +74,12 @@ def _decomposed(node: fx.Node, kept: Callable[[Any], bool], table: Table) -> Any
             copies[each] = nodes.node_copy(each, copies.__getitem__)
             copies[each].meta = {**node.meta, "val": value_of(each)}
     return fx.node.map_arg(part.output_node().args[0], copies.__getitem__)
+
+
+def _reshaped(values: torch.Tensor, shape: Any) -> torch.Tensor:
+    """Reshape through a copy, as the strides that were recorded may be wrong after an edit; ONNX has no strides."""
+    copy = aten.clone.default(values, memory_format=torch.contiguous_format)
+    return aten.view.default(copy, shape)  # type: ignore[no-any-return]
 
 
 def _replace(node: fx.Node, value: Any) -> None:

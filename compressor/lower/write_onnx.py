@@ -86,21 +86,10 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     Weights go into a second file, named as the ONNX file plus ``.data``, if they exceed 2 GB or were read from disk one
     by one.
     """
-    shapes = tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs)
     graph = _with_flat_attention(graph)
     try:
-        with _quiet(), torch.no_grad(), one_registry(), decomposed_by(decompose_nodes), rules_by_operator():
-            program = torch.onnx.export(
-                *_source(graph, model),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=shapes,
-                input_names=list(graph.inputs),
-                output_names=list(graph.outputs),
-                verbose=False,
-                optimize=False,  # weights that stay on disk are replaced first
-            )
-            assert program is not None
+        with _quiet(), torch.no_grad(), one_registry(), rules_by_operator():
+            program = _translated(graph, model)
             _check_dynamic_axes(program.model, model)
             streamed = stream_offloaded_initializers(program.model)
             program.optimize()
@@ -112,6 +101,30 @@ def _to_onnx(graph: Graph, model: Model, path: Path) -> Path:
     with _quiet():  # a single file with its weights would be assembled in memory
         program.save(str(path), external_data=streamed)
     return path
+
+
+def _translated(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
+    """Translate a graph to ONNX; if a value has other strides than were recorded, it is traced again for that."""
+    try:
+        with decomposed_by(decompose_nodes):
+            return _exported(graph, model)
+    except Exception:  # the exporter's errors have no common base; the second attempt raises those that remain
+        return _exported(graph, model)
+
+
+def _exported(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
+    program = torch.onnx.export(
+        *_source(graph, model),
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs),
+        input_names=list(graph.inputs),
+        output_names=list(graph.outputs),
+        verbose=False,
+        optimize=False,  # weights that stay on disk are replaced first
+    )
+    assert program is not None
+    return program
 
 
 def _with_flat_attention(graph: Graph) -> Graph:

@@ -76,6 +76,8 @@ def _cases():
     yield from ((numbers, metric) for metric in ("mae", "rank_correlation", "r_squared"))
     yield Case("next tokens", head_for("text-generation"), (TOKENS, CLASSES), tokens=True), "perplexity"
     yield from ((masked, metric) for metric in ("masked_perplexity", "token_agreement"))
+    translated = Case("target tokens", head_for("text2text-generation"), (TOKENS, CLASSES), by_token, tokens=True)
+    yield from ((translated, metric) for metric in ("perplexity", "token_agreement"))
     yield from ((tagged, metric) for metric in ("token_accuracy", "token_agreement"))
     frames = Case("frames", head_for("ctc"), (TOKENS, CLASSES), tokens=True)
     yield frames, "frame_agreement"
