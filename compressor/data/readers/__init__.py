@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compressor.data.readers.arrays import read_arrays
 from compressor.data.readers.audio.clips import read_clip_table, read_clips
+from compressor.data.readers.audio.decode import WAV
 from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
 from compressor.data.readers.images import read_folder
@@ -59,7 +60,19 @@ def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Sa
     if task == "depth-estimation" and (images := images_beside(path)) is not None:
         return read_images_alone(images, spec, preprocess)
     folders = mask_folders(path) if task == "image-segmentation" else None
-    return read_folder(path, spec, preprocess) if folders is None else read_masks(*folders, spec, preprocess)
+    try:
+        return read_folder(path, spec, preprocess) if folders is None else read_masks(*folders, spec, preprocess)
+    except DataError:
+        _check_no_sound(path, spec, preprocess)
+        raise
+
+
+def _check_no_sound(path: Path, spec: str, preprocess: Preprocess) -> None:
+    if (clip := next(path.rglob(f"*{WAV}"), None)) is not None:
+        raise DataError(
+            f"{spec} holds sound ({clip.name}), but this model has the inputs {', '.join(preprocess.inputs)} and no "
+            "reader of sound; expected its inputs in a .npy or .npz file, made by its feature extractor"
+        )
 
 
 def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: int) -> Samples:

@@ -24,6 +24,12 @@ def reading(folder, task="audio-classification", preprocess=None):
     return read(str(folder), preprocess or prepared(), task=task, seed=0, revision=None)
 
 
+def test_a_model_without_a_reader_of_sound_says_so(tmp_path):
+    spectrogram = {"input_features": np.zeros((2, 80, 100), np.float32)}
+    with pytest.raises(DataError, match=r"holds sound \(.*\.wav\), but this model has the inputs input_features"):
+        reading(tones(tmp_path, 2), preprocess=Preprocess(tuple(spectrogram), "tensor", spectrogram))
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32"])
 def test_every_depth_gives_the_same_values(tmp_path, dtype):
     samples, kind = tone(0.5, 300.0, 0), np.dtype(dtype)
