@@ -185,9 +185,7 @@ def _compressed(
     reported = [each for each in variants if each.reported]
     engine = _engine(rewritten, reported, evaluator, folder, settings, steps, gpus)
     device, file = builder.options.device, engines["result"].name
-    without_genai: tuple[Limitation, ...] = ()
-    if not subject.model.is_encoder_decoder:
-        without_genai = genai_config.write(folder, file, settings.target, device, subject.model, rewritten.folded)
+    without_genai = genai_config.write(folder, file, settings.target, device, subject.model, rewritten.folded)
     names = [each.name for each in reported]
     report = Report(
         command=command,
