@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,11 @@ def to_int4(source: Path, destination: Path) -> WeightOnly:
         ) from error
     model = load(source)
     linears, kept = _linears(model, source, "int4")
-    edit = Edit(model.graph)
-    for node, linear in paired(model.graph, linears):
-        if linear is None:
-            edit.nodes.append(node)
-        else:
-            edit.product(linear, (linear.activation, edit.plain_weight(linear)), linear.output)
-    replace_nodes(model.graph, edit.nodes)
-    remove_unused(model.graph, {linear.weight for linear in linears})
+    _replace_products(
+        model.graph,
+        linears,
+        lambda edit, linear: edit.product(linear, (linear.activation, edit.plain_weight(linear)), linear.output),
+    )
     outputs = [linear.output for linear in linears]
     products = {*outputs, *(f"{PREFIX}{output}/product" for output in outputs)}
     others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.output[0] not in products]
@@ -135,14 +132,11 @@ def to_int4_blocks(source: Path, destination: Path) -> WeightOnly:
     """
     model = in_opset(load(source), TYPED_OPSET)
     linears, kept = _linears(model, source, "int4", whole_blocks=True)
-    edit = Edit(model.graph)
-    for node, linear in paired(model.graph, linears):
-        if linear is None:
-            edit.nodes.append(node)
-        else:
-            edit.product(linear, (linear.activation, _blocks(edit, linear)), linear.output)
-    replace_nodes(model.graph, edit.nodes)
-    remove_unused(model.graph, {linear.weight for linear in linears})
+    _replace_products(
+        model.graph,
+        linears,
+        lambda edit, linear: edit.product(linear, (linear.activation, _blocks(edit, linear)), linear.output),
+    )
     save(model, destination, EXTERNAL_ABOVE)
     return WeightOnly(len(linears), kept)
 
@@ -167,14 +161,7 @@ def to_int2(source: Path, destination: Path, *, steps: tuple[int, int] = TWO_BIT
         raise WeightOnlyError(reason)
     model = load(source)
     linears, kept = _linears(model, source, "int2")
-    edit = Edit(model.graph)
-    for node, linear in paired(model.graph, linears):
-        if linear is None:
-            edit.nodes.append(node)
-        else:
-            _product_of_two_bits(edit, linear, steps)
-    replace_nodes(model.graph, edit.nodes)
-    remove_unused(model.graph, {linear.weight for linear in linears})
+    _replace_products(model.graph, linears, lambda edit, linear: _product_of_two_bits(edit, linear, steps))
     if all(each.domain != CONTRIBUTED for each in model.opset_import):
         model.opset_import.append(helper.make_opsetid(CONTRIBUTED, 1))
     save(model, destination, EXTERNAL_ABOVE)
@@ -238,6 +225,20 @@ def quantize_blocks(
         best, scales = np.where(better, error, best), np.where(better, scale, scales)
         steps = np.where(better, rounded, steps).astype(np.int8)
     return steps.reshape(weight.shape), scales[:, 0]
+
+
+def _replace_products(
+    graph: onnx.GraphProto, linears: Sequence[Linear], insert: Callable[[Edit, Linear], object]
+) -> None:
+    """Let `insert` add the nodes of each Linear in place of those that it has, and remove weights without a reader."""
+    edit = Edit(graph)
+    for node, linear in paired(graph, linears):
+        if linear is None:
+            edit.nodes.append(node)
+        else:
+            insert(edit, linear)
+    replace_nodes(graph, edit.nodes)
+    remove_unused(graph, {linear.weight for linear in linears})
 
 
 def _linears(
