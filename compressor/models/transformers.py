@@ -301,10 +301,7 @@ def _wrap(
     if sized is not None:
         axes, processors = sized.sizing.axes, sized.processor
     model = Model(
-        name=Path(location).name if Path(location).is_dir() else location,
-        source="transformers",
-        task=task,
-        module=module,
+        **_facts(module, location, task, options, random_weights, untrained),
         call=signature.call if sized is None else sized.call,
         inputs=inputs,
         outputs=signature.outputs,
@@ -318,10 +315,6 @@ def _wrap(
             else _image_preprocess(module, processors, sized.sizing)
         ),
         save=partial(_save, module, processors, sentence_files),
-        untrained=untrained,
-        revision=options["revision"],
-        hub_id=None if random_weights or Path(location).is_dir() else location,
-        random_weights=random_weights,
         tokenizer=None if image else processors,
         sizes=() if sized is None else sized.sizing.checked,
         interpolates=sized is not None and sized.interpolates,
@@ -339,6 +332,23 @@ def _wrap(
         find = partial(_optional, location, revision=options["revision"])
         return sentence_transformers.embedding(model, sentence_files, find, location)
     return model if task != "text-generation" else with_cache(model, cache)
+
+
+def _facts(
+    module: Any, location: str, task: str, options: dict[str, Any], random_weights: bool, untrained: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return the fields of a `Model` that do not depend on its kind."""
+    folder = Path(location).is_dir()
+    return {
+        "name": Path(location).name if folder else location,
+        "source": "transformers",
+        "task": task,
+        "module": module,
+        "untrained": untrained,
+        "revision": options["revision"],
+        "hub_id": None if random_weights or folder else location,
+        "random_weights": random_weights,
+    }
 
 
 def _wrap_encoder_decoder(
@@ -365,10 +375,7 @@ def _wrap_encoder_decoder(
         else _text_preprocess(inputs, source, tokenizer, longest, padding)
     )
     return Model(
-        name=Path(location).name if Path(location).is_dir() else location,
-        source="transformers",
-        task=task,
-        module=module,
+        **_facts(module, location, task, options, random_weights, untrained),
         call=parts.call.call,
         inputs=parts.call.inputs,
         outputs=parts.call.outputs,
@@ -383,10 +390,6 @@ def _wrap_encoder_decoder(
             decoder=parts.decoder,
         ),
         save=partial(_save_sound, module, features, tokenizer),
-        untrained=untrained,
-        revision=options["revision"],
-        hub_id=None if random_weights or Path(location).is_dir() else location,
-        random_weights=random_weights,
         tokenizer=tokenizer,
         state=parts.call.state,
         limitations=tuple(_text_limitations(tokenizer, inputs, longest)) if task == encoder_decoder.TEXT else (),
@@ -403,10 +406,7 @@ def _wrap_sound(
     signature = _signature(task, found.names)
     frames = frames_of(module, signature.call, found, signature.outputs.index(signature.answer))
     return Model(
-        name=Path(location).name if Path(location).is_dir() else location,
-        source="transformers",
-        task=task,
-        module=module,
+        **_facts(module, location, task, options, random_weights, untrained),
         call=signature.call,
         inputs=found.names,
         outputs=signature.outputs,
@@ -415,10 +415,6 @@ def _wrap_sound(
         dynamic_axes=found.axes,
         preprocess=found.preprocess(frames),
         save=partial(_save_sound, module, extractor, tokenizer),
-        untrained=untrained,
-        revision=options["revision"],
-        hub_id=None if random_weights or Path(location).is_dir() else location,
-        random_weights=random_weights,
         limitations=(*found.limitations, *_other_inputs(module, found.names)),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
@@ -432,10 +428,7 @@ def _wrap_videos(
     signature = _signature(task, (module.main_input_name,))
     found = find_input(module, signature.call, processor, location)
     return Model(
-        name=Path(location).name if Path(location).is_dir() else location,
-        source="transformers",
-        task=task,
-        module=module,
+        **_facts(module, location, task, options, random_weights, untrained),
         call=signature.call,
         inputs=(found.name,),
         outputs=signature.outputs,
@@ -444,10 +437,6 @@ def _wrap_videos(
         dynamic_axes={found.name: {0: "batch"}},
         preprocess=found.preprocess,
         save=partial(_save, module, processor, {}),
-        untrained=untrained,
-        revision=options["revision"],
-        hub_id=None if random_weights or Path(location).is_dir() else location,
-        random_weights=random_weights,
         limitations=(*found.limitations, *_other_inputs(module, (found.name,))),
         class_names=_class_names(module.config) if task.endswith("classification") else None,
     )
