@@ -25,7 +25,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,19 @@ def in_process(judge: Judge, name: str, seconds: float) -> dict[str, Any]:
     return found | {"seconds": round(time.perf_counter() - start, 1)}
 
 
+def judge_all(
+    names: Iterable[str], judge: Judge, rows: dict[str, Any], seconds: float, *, again: bool
+) -> Iterator[str]:
+    """Judge each name, enter it in `rows` and yield it; names that `rows` has are skipped unless `again`."""
+    for name in names:
+        if name in rows and not again:
+            continue
+        outcome = rows[name] = in_process(judge, name, seconds)
+        click.echo(f"{name}: {outcome['outcome']} {outcome['detail'][:200]} ({outcome['seconds']} s)", err=True)
+        yield name
+    click.echo(Counter(each["outcome"] for each in rows.values()))
+
+
 @click.command()
 @click.option("--only", multiple=True, help="Name of an architecture, repeatable.  [default: all]")
 @click.option("--again", is_flag=True, help="Also judge architectures that are in the results already.")
@@ -292,13 +305,10 @@ def main(only: tuple[str, ...], again: bool, seconds: float) -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"architectures": {}}
     found["transformers"] = transformers.__version__
     names = list(CONFIG_MAPPING)
-    for model_type in only or (names[place] for place in shuffled(names, 0)):  # a run that ends early is a random draw
-        if model_type in found["architectures"] and not (again or only):
-            continue
-        outcome = found["architectures"][model_type] = in_process(judged, model_type, seconds)
-        click.echo(f"{model_type}: {outcome['outcome']} {outcome['detail'][:200]} ({outcome['seconds']} s)", err=True)
+    drawn = only or [names[place] for place in shuffled(names, 0)]  # a run that ends early is a random draw
+    rows = found["architectures"]
+    for _ in judge_all(drawn, judged, rows, seconds, again=again or bool(only)):
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    click.echo(Counter(each["outcome"] for each in found["architectures"].values()))
 
 
 if __name__ == "__main__":

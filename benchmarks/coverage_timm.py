@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
-from coverage import CLOSE, in_process, refusal
+from coverage import CLOSE, judge_all, refusal
 
 RESULTS = Path(__file__).parent / "results" / "coverage_timm.json"
 BATCHES = (3, 1)
@@ -120,13 +120,9 @@ def main(only: tuple[str, ...], again: bool, seconds: float) -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"families": {}}
     found["timm"] = timm.__version__
     names = sorted({timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in timm.list_models()})
-    for family in only or [names[place] for place in shuffled(names, 0)]:
-        if family in found["families"] and not (again or only):
-            continue
-        outcome = found["families"][family] = in_process(judged, family, seconds)
-        click.echo(f"{family}: {outcome['outcome']} {outcome['detail'][:200]} ({outcome['seconds']} s)", err=True)
+    drawn = only or [names[place] for place in shuffled(names, 0)]
+    for _ in judge_all(drawn, judged, found["families"], seconds, again=again or bool(only)):
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    click.echo(Counter(each["outcome"] for each in found["families"].values()))
 
 
 if __name__ == "__main__":
