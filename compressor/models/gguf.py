@@ -26,7 +26,8 @@ from compressor.internals.gguf import bounded_reader, read_once
 from compressor.internals.transformers import quiet, with_random_weights, without_bar
 from compressor.limitations import Limitation
 from compressor.models.base import Model, ModelError, load_error_reason
-from compressor.models.transformers import _kind, _task, _wrap
+from compressor.models.pretrained.loaded import Loaded
+from compressor.models.transformers import class_of, task_of, wrap
 from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.models.weights.stored_dtypes import exact_dtypes
 
@@ -119,7 +120,7 @@ def load(
             config = _config(path, content, empty, options)
             resolved_task = task or _task_of(config, location)
             check_counts(config, location)
-            kind = _kind(config, resolved_task)
+            kind = class_of(config, resolved_task)
             check_parameters(partial(with_random_weights, kind, config), location, random_weights=random_weights)
             module, untrained = _module(kind, config, random_weights, empty, options)
         except ModelError:
@@ -135,7 +136,7 @@ def load(
         _clear_quantization(module, path)
         _check_shapes(location, content, module)
         own = {"revision": None, "trust_remote_code": False, **options}
-        model = _wrap(module.eval().float(), empty, resolved_task, own, {}, random_weights, untrained, cache)
+        model = wrap(Loaded(module.eval().float(), empty, resolved_task, own, {}, random_weights, untrained, cache))
     if model.tokenizer is not None:
         model.tokenizer.name_or_path = path.stem
     stored = {kind for kind, _ in content.tensors.values()}
@@ -364,7 +365,7 @@ def _task_of(config: Any, location: str) -> str:
         return CAUSAL
     if config.is_encoder_decoder and not config.architectures:
         raise ValueError("encoder-decoder models are not supported")
-    return _task(config, {}, location)
+    return task_of(config, {}, location)
 
 
 def _module(

@@ -19,7 +19,7 @@ from compressor.report.card.config_schema import read_config
 PLAIN = ("ViT", "DeiT", "Bit", "CLIP", "Siglip", "Beit")
 FILTERS = ("NEAREST", "LANCZOS", "BILINEAR", "BICUBIC", "BOX", "HAMMING")  # Pillow's, by number
 UNLIMITED = 10**6  # transformers writes a far larger number for a tokenizer without a maximum length
-LONGEST = 2048  # the length at which compressor.models.transformers truncates texts without another limit
+LONGEST = 2048  # the length at which compressor.models.pretrained.text truncates texts without another limit
 
 
 @dataclass(frozen=True)

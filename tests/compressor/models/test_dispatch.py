@@ -422,7 +422,8 @@ def test_a_sentence_model_on_the_hub_is_read_like_a_folder(tmp_path: Path, monke
 def test_the_maximum_length_of_a_sentence_model_is_read_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = pytest.importorskip("compressor.models.transformers")
+    text = pytest.importorskip("compressor.models.pretrained.text")
+    processors = pytest.importorskip("compressor.models.pretrained.processors")
     folder = sentence(tmp_path / "m", "mean_tokens")
     requests = []
 
@@ -431,20 +432,20 @@ def test_the_maximum_length_of_a_sentence_model_is_read_from_the_hub(
         assert flags["_raise_exceptions_for_missing_entries"] is False
         return str(folder / name) if (folder / name).is_file() else None
 
-    monkeypatch.setattr(source.transformers.utils, "cached_file", cached_file)
+    monkeypatch.setattr(processors.transformers.utils, "cached_file", cached_file)
     model = load(folder)
     requests.clear()
-    monkeypatch.setattr(source.Path, "is_dir", lambda _: False)  # so that the files are requested from the hub
-    sentence_files = source.sentence_transformers.find_files(
-        partial(source._optional, "nobody/sentences", revision="v1")
+    monkeypatch.setattr(processors.Path, "is_dir", lambda _: False)  # so that the files are requested from the hub
+    sentence_files = text.sentence_transformers.find_files(
+        partial(processors.optional_file, "nobody/sentences", revision="v1")
     )
     assert set(requests) == {
         ("nobody/sentences", name, "v1") for name in (*sentence_files, "config_sentence_transformers.json")
     }
     assert set(sentence_files) == {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
     tokenizer = type("Tokenizer", (), {"model_max_length": 512})
-    assert source._max_length(model.module, tokenizer, sentence_files) == 7
-    assert source._max_length(model.module, tokenizer, {}) == SMALL["max_position_embeddings"]
+    assert text.max_length(model.module, tokenizer, sentence_files) == 7
+    assert text.max_length(model.module, tokenizer, {}) == SMALL["max_position_embeddings"]
 
 
 def test_a_cross_encoder_is_a_classifier(tmp_path: Path) -> None:

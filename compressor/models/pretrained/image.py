@@ -1,0 +1,90 @@
+"""Models of transformers that take images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from compressor.choices import ImageSize
+from compressor.limitations import Limitation
+from compressor.models.base import Model, as_numpy
+from compressor.models.image_size import CONFIG_SIZE, Call, SizedModel, Sizing, fit_statistics, pixels, sized_model
+from compressor.models.image_size import text as size_text
+from compressor.models.preprocess import Preprocess
+from compressor.models.pretrained.loaded import Loaded
+from compressor.models.pretrained.processors import image_processor, save
+from compressor.models.pretrained.signature import other_inputs, signature_of
+
+INPUT = "pixel_values"
+IMAGE_DEFAULTS = {"image_size": 224, "num_channels": 3}  # if the config lacks them, as the configs of ResNets do
+
+
+def wrap(loaded: Loaded) -> Model:
+    """Return the model at the requested size of images, with its image processor."""
+    module = loaded.module
+    signature = signature_of(loaded.task, (INPUT,))
+    processor = image_processor(loaded.location, loaded.options)
+    sized = _sized(module, signature.call, processor, loaded.image_size, loaded.location)
+    return Model(
+        **loaded.fields,
+        call=sized.call,
+        inputs=(INPUT,),
+        outputs=signature.outputs,
+        answer=signature.answer,
+        example=sized.sizing.example(_channels(module)),
+        dynamic_axes=sized.sizing.axes,
+        preprocess=_preprocess(module, sized.processor, sized.sizing),
+        save=partial(save, module, sized.processor, loaded.sentence_files),
+        sizes=sized.sizing.checked,
+        interpolates=sized.interpolates,
+        limitations=(*_limitations(module, sized), *other_inputs(module, (INPUT,))),
+        class_names=loaded.class_names,
+    )
+
+
+def _limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
+    """Yield the limitations of an image model."""
+    if sized.processor is None:
+        yield Limitation("preprocessing", "the model has no image processor, so the data must be preprocessed arrays")
+    config = _vision_config(module)
+    yield from sized.limitations
+    for name, assumed in IMAGE_DEFAULTS.items():
+        if getattr(config, name, None) is None:
+            known = name == "image_size" and sized.sizing.size != _configured_size(module)
+            used = f"{size_text(sized.sizing.size)} is used" if known else f"{assumed} is assumed"
+            yield Limitation(f"{name} of the config", f"the config does not specify it, so {used}")
+
+
+def _vision_config(module: Any) -> Any:
+    return getattr(module.config, "vision_config", module.config)
+
+
+def _channels(module: Any) -> int:
+    return int(getattr(_vision_config(module), "num_channels", None) or IMAGE_DEFAULTS["num_channels"])
+
+
+def _configured_size(module: Any) -> tuple[int, int]:
+    size = getattr(_vision_config(module), "image_size", None) or IMAGE_DEFAULTS["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _sized(module: Any, call: Call, processor: Any, image_size: ImageSize, location: str) -> SizedModel:
+    """Return the model at the requested size of images, or at that of its image processor."""
+    channels = _channels(module)
+    _, limits = fit_statistics(processor, channels)
+    sized = sized_model(module, call, processor, _configured_size(module), channels, image_size, location)
+    own = sized.limitations
+    if getattr(_vision_config(module), "image_size", None) is None:  # there is no size that could differ
+        own = tuple(limitation for limitation in own if limitation.feature != CONFIG_SIZE)
+    return replace(sized, limitations=(*own, *limits))
+
+
+def _preprocess(module: Any, processor: Any, sizing: Sizing) -> Preprocess:
+    channels = _channels(module)
+    refused, _ = fit_statistics(processor, channels)
+    convert = None if processor is None or refused else partial(pixels, processor)
+    arrays = as_numpy(sizing.prepared(channels))
+    return Preprocess(("pixel_values",), "image", arrays, image=convert, no_image=refused)

@@ -1,0 +1,116 @@
+"""Tokenizers, image processors and feature extractors of a checkpoint, read from it and written into an export."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from compressor.internals.transformers import cached
+from compressor.models.base import ModelError, load_error_reason
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def optional_file(location: str, name: str, revision: str | None) -> Path | None:
+    """Return the path of a file of a local folder or of a hub repository; None if the file does not exist."""
+    if Path(location).is_dir():
+        path = Path(location) / name
+        return path if path.is_file() else None
+    return cached(location, name, revision)
+
+
+def image_processor(location: str, options: dict[str, Any]) -> Any:
+    """Return the image processor of a checkpoint; None if it has none."""
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(location, **options)
+    # transformers does not wrap the errors of damaged files. Without an image processor, float arrays work as data.
+    except Exception as error:
+        _check_absent("image processor", PROCESSOR_FILES, location, options, error)
+        return None
+
+
+def video_processor(location: str, options: dict[str, Any]) -> Any:
+    """Return the video processor of a checkpoint or, in older ones, its image processor; None if it has neither."""
+    try:
+        return transformers.AutoVideoProcessor.from_pretrained(location, **options)
+    except Exception:  # older checkpoints have an image processor, which takes the frames of a clip
+        return image_processor(location, options)
+
+
+def feature_extractor(location: str, options: dict[str, Any]) -> Any:
+    """Return the feature extractor of a checkpoint; None if it has none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # AST's own settings leave some mel filters empty
+            return transformers.AutoFeatureExtractor.from_pretrained(location, **options)
+    except Exception as error:  # transformers does not wrap the errors of damaged files
+        _check_absent("feature extractor", PROCESSOR_FILES, location, options, error)
+        return None
+
+
+def tokenizer_of(location: str, options: dict[str, Any]) -> Any:
+    """Return the tokenizer of a checkpoint, with a padding token; None if it has none."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
+    except Exception as error:  # as above; without a tokenizer, token ids still work as data
+        _check_absent("tokenizer", TOKENIZER_FILES, location, options, error)
+        return None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        return None  # without files, transformers creates an empty tokenizer that knows no word
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check_absent(
+    kind: str, names: tuple[str, ...], location: str, options: dict[str, Any], error: BaseException
+) -> None:
+    """Check that a preprocessor that could not be loaded has no files, so that broken files are not ignored.
+
+    Raises:
+        ModelError: one of the files exists.
+    """
+    present = [name for name in names if optional_file(location, name, options["revision"]) is not None]
+    if present:
+        raise ModelError(
+            f"the {kind} of {location} cannot be read ({present[0]}: {load_error_reason(error)}); repair the file, or "
+            "remove it and pass preprocessed model inputs as data."
+        ) from error
+
+
+def save(module: Any, processor: Any, sentence_files: dict[str, Path], folder: Path) -> None:
+    """Write config, preprocessor, generation config and files of sentence-transformers into a folder."""
+    module.config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+        _use_older_tokenizer_class(folder / "tokenizer_config.json")
+    if getattr(module, "generation_config", None) is not None and module.can_generate():
+        module.generation_config.save_pretrained(folder)
+    for name, original in sentence_files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(original.read_bytes())
+
+
+def save_sound(module: Any, extractor: Any, tokenizer: Any, folder: Path) -> None:
+    """Write config, tokenizer and feature extractor into a folder."""
+    save(module, tokenizer, {}, folder)
+    if extractor is not None:
+        extractor.save_pretrained(folder)
+
+
+def _use_older_tokenizer_class(path: Path) -> None:
+    """Replace a tokenizer class that transformers 4, which Optimum needs, does not have by an equivalent one."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if '"TokenizersBackend"' in text:
+        path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")

@@ -1,0 +1,262 @@
+"""Models of transformers that take texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressor.limitations import Limitation
+from compressor.models.base import Model, ModelError, as_numpy, first_line
+from compressor.models.preprocess import Preprocess, Tokenise
+from compressor.models.pretrained.loaded import Loaded
+from compressor.models.pretrained.processors import save, tokenizer_of
+from compressor.models.pretrained.signature import Signature, other_inputs, signature_of
+from compressor.models.text import sentence_transformers
+from compressor.models.text.aligned_tokens import tokenize_aligned
+from compressor.models.text.experts import use_writable_experts
+from compressor.models.text.kv_cache import with_cache
+from compressor.models.text.padding import Padding, allow_batches, causal_padding, encode, find_padding
+from compressor.models.text.probe import accepts, calling, computes_with, position_limit, text
+from compressor.workspace.json_files import OBJECT, JsonFileError, read_json
+
+EXAMPLE_TOKENS = 16
+USUAL = 2048  # maximum number of tokens of a text, if the maximum length of the model is unknown
+UNLIMITED = 10**6  # tokenizers without a limit report a number like 1e30
+
+
+def wrap(loaded: Loaded) -> Model:
+    """Return the model, with its tokenizer; a language model has its KV cache.
+
+    Raises:
+        ModelError: the module does not give the outputs of its task for a text, or its cache cannot be detected.
+    """
+    module, location, task = loaded.module, loaded.location, loaded.task
+    experts = use_writable_experts(module)
+    tokenizer = tokenizer_of(location, loaded.options)
+    if tokenizer is not None:
+        sentence_transformers.prepare_tokenizer(tokenizer, loaded.sentence_files, location)
+    _check_text_model(module, task, location)
+    inputs = _text_inputs(module, tokenizer, location)
+    signature = signature_of(task, inputs)
+    longest = max_length(module, tokenizer, loaded.sentence_files)
+    padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task)
+    example = _text_example(module, inputs, longest)
+    model = Model(
+        **loaded.fields,
+        call=signature.call,
+        inputs=inputs,
+        outputs=signature.outputs,
+        answer=signature.answer,
+        stacked=signature.outputs[1:] if task == "question-answering" else (),
+        example=example,
+        dynamic_axes={name: {0: "batch", 1: "sequence"} for name in inputs},
+        preprocess=text_preprocess(inputs, example, tokenizer, longest, padding),
+        save=partial(save, module, tokenizer, loaded.sentence_files),
+        tokenizer=tokenizer,
+        limitations=(
+            *text_limitations(tokenizer, inputs, longest),
+            *padding_limitations,
+            *experts,
+            *other_inputs(module, inputs),
+        ),
+        class_names=loaded.class_names,
+    )
+    return model if task != "text-generation" else with_cache(model, loaded.cache)
+
+
+def text_limitations(tokenizer: Any, inputs: tuple[str, ...], longest: int | None) -> Iterator[Limitation]:
+    """Yield the limitations of a text model."""
+    if tokenizer is None:
+        yield Limitation("tokenizer", "the model has no tokenizer, so the data must be token ids")
+        return
+    if tokenizer.pad_token is None:
+        yield Limitation("padding token", "the tokenizer has none and no end token; padding is masked")
+    elif tokenizer.pad_token == tokenizer.eos_token:
+        yield Limitation("padding token", f"the end token {tokenizer.eos_token} is used for padding and is masked")
+    left_out = [name for name in tokenizer.model_input_names if name not in inputs]
+    if left_out:
+        yield Limitation(f"input {', '.join(left_out)}", "the tokenizer returns it, but the export does not take it")
+    if longest is None:
+        yield Limitation(
+            "length", f"the maximum number of tokens of the model is unknown, so texts are truncated to {USUAL} tokens"
+        )
+
+
+def _check_text_model(module: Any, task: str, location: str) -> None:
+    """Check that a module gives the outputs of a task for token ids alone.
+
+    Encoder-decoders also need the tokens of the decoder, or an end token in every text; CLIP also needs an image; an
+    encoder can return a pooled output only.
+
+    Raises:
+        ModelError: it fails, or returns other outputs.
+    """
+    signature = signature_of(task, ("input_ids",))
+    try:
+        with calling(module):
+            signature.call(module, text()["input_ids"])
+    except Exception as error:  # modules raise errors of all kinds
+        raise ModelError(
+            f"{location} is a {type(module).__name__}, which does not give {' and '.join(signature.outputs)} for any "
+            f"text of token ids alone ({first_line(error)}); pass it as a module of your own, package.module:factory, "
+            "whose forward takes tensors and returns the output that you need."
+        ) from error
+
+
+def _text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
+    """Return the names of the inputs that the tokenizer returns and the module uses.
+
+    Raises:
+        ModelError: the module fails on a text with an attention mask or token types, though it takes them.
+    """
+    offered = tokenizer.model_input_names if tokenizer is not None else ["input_ids", "attention_mask"]
+    inputs = text()
+    ids = {"input_ids": inputs["input_ids"]}
+    type_ids = torch.zeros_like(inputs["input_ids"])
+    try:
+        with calling(module):
+            takes_mask = "attention_mask" in offered and accepts(
+                module, ids, "attention_mask", inputs["attention_mask"]
+            )
+            takes_types = "token_type_ids" in offered and computes_with(module, ids, "token_type_ids", type_ids)
+    except Exception as error:  # modules raise errors of all kinds
+        raise ModelError(
+            f"{location} is a {type(module).__name__}, which takes a text but fails on one with an attention mask or "
+            f"token types ({first_line(error)}); check its config, or pass it as a module of your own, "
+            "package.module:factory."
+        ) from error
+    used = {"input_ids": True, "attention_mask": takes_mask, "token_type_ids": takes_types}
+    return tuple(name for name, is_used in used.items() if is_used)
+
+
+def _text_example(module: Any, inputs: tuple[str, ...], longest: int | None) -> dict[str, torch.Tensor]:
+    """Return two rows of tokens, the second with padding, so that the mask is not constant."""
+    vocabulary = module.config.get_text_config().vocab_size
+    tokens = EXAMPLE_TOKENS if longest is None else min(EXAMPLE_TOKENS, longest)
+    ids = torch.randint(0, vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, tokens * 3 // 4 :] = 0
+    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {name: values[name] for name in inputs}
+
+
+def _padding(
+    module: Any, signature: Signature, inputs: tuple[str, ...], tokenizer: Any, task: str
+) -> tuple[Padding | None, list[Limitation]]:
+    """Return the padding of texts, and its limitations; the files of the tokenizer are made to agree with it."""
+    config = module.config.get_text_config()
+    position = signature.outputs.index(signature.answer)
+
+    def answer(feeds: dict[str, npt.NDArray[Any]]) -> torch.Tensor:
+        with torch.inference_mode():
+            return signature.call(module, *(torch.from_numpy(feeds[name]) for name in inputs))[position]
+
+    if tokenizer is None:
+        return None, allow_batches(answer, config, inputs)
+    if task == "text-generation":
+        return causal_padding(tokenizer, config), []
+    padding, limitations = find_padding(answer, tokenizer, config, inputs)
+    tokenizer.padding_side = padding.side
+    if padding.token in tokenizer.all_special_ids and padding.token != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding.token)
+    return padding, limitations
+
+
+def text_preprocess(
+    inputs: tuple[str, ...],
+    example: dict[str, torch.Tensor],
+    processor: Any,
+    longest: int | None,
+    padding: Padding | None,
+) -> Preprocess:
+    """Return what makes inputs of texts; without a tokenizer, the data must be token ids."""
+    arrays = as_numpy(example)
+    if processor is None or padding is None:
+        return Preprocess(inputs, "text", arrays, longest=longest)
+    limit = USUAL if longest is None else longest
+    return Preprocess(
+        inputs,
+        "text",
+        arrays,
+        text=_truncating(processor, inputs, padding, limit),
+        align=partial(tokenize_aligned, processor, inputs, limit) if processor.is_fast else None,
+        special=frozenset(processor.all_special_ids),
+        unknown=_unknown(processor),
+        tokenizer=f"{type(processor).__name__} of {Path(str(processor.name_or_path)).name}",
+        mask_token=processor.mask_token_id,
+        class_first=getattr(processor, "cls_token_id", None) is not None,
+        whole=partial(_untruncated, processor, inputs),
+        cut=partial(_truncating, processor, inputs, padding),
+        lengths=partial(_lengths, processor),
+        longest=longest,
+        limit=limit,
+    )
+
+
+def _unknown(tokenizer: Any) -> int | None:
+    """Return the token id of unknown words; None if it also ends, pads or masks texts, as in GPT-2."""
+    others = (f"{role}_token_id" for role in ("bos", "eos", "pad", "cls", "sep", "mask"))
+    token = tokenizer.unk_token_id
+    return None if token in [getattr(tokenizer, name, None) for name in others] else token
+
+
+def _tokens(
+    tokenizer: Any, inputs: tuple[str, ...], padding: Padding, longest: int, texts: list[str], second: list[str] | None
+) -> dict[str, npt.NDArray[Any]]:
+    encoded = encode(tokenizer, texts, second, inputs, truncation=True, max_length=longest)
+    rows = {name: encoded[name] for name in inputs if name in encoded}
+    return dict(padding.pad(rows, tokenizer.pad_token_type_id))
+
+
+def _truncating(tokenizer: Any, inputs: tuple[str, ...], padding: Padding, longest: int) -> Tokenise:
+    return partial(_tokens, tokenizer, inputs, padding, longest)
+
+
+def _untruncated(tokenizer: Any, inputs: tuple[str, ...], text: str) -> dict[str, npt.NDArray[Any]]:
+    """Tokenize a text of any length, without the tokenizer's warning about the maximum length of the model."""
+    encoded = encode(tokenizer, [text], None, inputs)
+    return {name: np.array(encoded[name][0], dtype=np.int64) for name in inputs if name in encoded}
+
+
+def _lengths(tokenizer: Any, texts: list[str], second: list[str] | None) -> list[int]:
+    """Return the numbers of tokens of texts of any length, with the special tokens."""
+    return [len(row) for row in encode(tokenizer, texts, second, ())["input_ids"]]
+
+
+def max_length(module: Any, tokenizer: Any, sentence_files: dict[str, Path]) -> int | None:
+    """Return the maximum number of tokens: the minimum of the limits of tokenizer, positions and sentence-transformers.
+
+    The limit of the positions is the number in the config or, where the module has fewer, that of the module, which its
+    tokenizer is then made to agree with. Return None if there is no limit.
+    """
+    config = module.config.get_text_config()
+    stated = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
+    limits_file = sentence_files.get("sentence_bert_config.json")
+    if limits_file is not None:
+        stated.append(_sentence_config(limits_file).get("max_seq_length"))
+    limits = [limit for limit in stated if limit is not None and limit > 0]  # XLNet's config has -1
+    learned = position_limit(module, getattr(config, "pad_token_id", None))
+    if learned is not None and learned < min(limits, default=UNLIMITED):
+        limits.append(learned)
+        if tokenizer is not None:
+            tokenizer.model_max_length = learned
+    longest = min(limits, default=UNLIMITED)
+    return int(longest) if longest < UNLIMITED else None
+
+
+def _sentence_config(path: Path) -> dict[str, Any]:
+    """Read a JSON file of sentence-transformers.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    try:
+        return read_json(path, OBJECT, remedy="download the model again")
+    except (FileNotFoundError, JsonFileError) as error:
+        raise ModelError(str(error)) from error
