@@ -38,7 +38,7 @@ GGUF = "gguf"
 # Copied from runtimes.base.protocols and passes.plan.selection, which import NumPy and torch; a test compares them.
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int8-weight-only", "int4", "int2")
-METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
+METRICS = ("cosine", "influence", "angular", "span", "random", "reverse", "output")
 
 COSTS = ("latency", "macs")
 # What `--max-loss` bounds, see compressor.quality.budget.
