@@ -135,6 +135,8 @@ def with_input_sizes(options: BuildOptions, subject: ModelAndData, settings: Set
     """
     parts = subject.data.parts
     rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
+    if subject.model.has_two_towers:  # the number of texts is that of the classes
+        rows = max(rows, *map(len, next(parts[0].batches(1)).feeds.values()))
     options = dataclasses.replace(options, batches=(1, settings.batch, rows))
     axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis == 1]
     if not axes:

@@ -120,7 +120,8 @@ def _padding(
 
     def answer(feeds: dict[str, npt.NDArray[Any]]) -> torch.Tensor:
         with torch.inference_mode():
-            return tower(**{name: torch.from_numpy(feeds[name]) for name in names})
+            features: torch.Tensor = tower(**{name: torch.from_numpy(feeds[name]) for name in names})
+        return features
 
     config = tower.config.get_text_config()
     padding, limitations = find_padding(answer, tokenizer, config, names)
@@ -153,14 +154,14 @@ def _sized_call(call: Call, chosen: SizedModel) -> Call:
 
 def _check_call(module: Any, call: Call, location: str) -> None:
     """Raise `ModelError` if the model does not take images as pixels, as SigLIP 2 for any size, which takes patches."""
-    size = getattr(module.config.vision_config, "image_size", None)
+    size, outputs = getattr(module.config.vision_config, "image_size", None), signature_of(ZERO_SHOT, ()).outputs
     try:
         with torch.inference_mode():
             side = size if isinstance(size, int) else 224
             call(module, torch.zeros(1, channels_of(module), side, side))
     except Exception as error:  # modules raise errors of all kinds
         raise ModelError(
-            f"{location} is a {type(module).__name__}, which does not give {', '.join(signature_of(ZERO_SHOT, ()).outputs)} for images "
-            f"[rows, channels, height, width] and texts ({first_line(error)}); pass it as a module of your own, "
+            f"{location} is a {type(module).__name__}, which does not give {', '.join(outputs)} for images [rows, "
+            f"channels, height, width] and texts ({first_line(error)}); pass it as a module of your own, "
             "package.module:factory."
         ) from error
