@@ -20,7 +20,11 @@ _TEXT = _TOWER | {"vocab_size": END + 1, "max_position_embeddings": POSITIONS, "
 _VISION = _TOWER | {"image_size": SIZE, "patch_size": PATCH}
 _ROBERTA = _TEXT | {"max_position_embeddings": POSITIONS + 1, "eos_token_id": END}
 CONFIGS = {
-    "clip": {"text_config": _TEXT | {"eos_token_id": END}, "vision_config": _VISION, "projection_dim": 24},
+    "clip": {
+        "text_config": _TEXT | {"eos_token_id": END, "projection_dim": 24},
+        "vision_config": _VISION | {"projection_dim": 24},
+        "projection_dim": 24,
+    },
     "siglip": {"text_config": _TEXT | {"eos_token_id": END}, "vision_config": _VISION},
     "altclip": {"text_config": _ROBERTA | {"project_dim": 32}, "vision_config": _VISION, "projection_dim": 24},
     "chinese_clip": {"text_config": _ROBERTA, "vision_config": _VISION, "projection_dim": 24},
@@ -45,6 +49,7 @@ def build(kind):
 def tokenizer(kind="clip"):
     vocabulary = {word: number for number, word in enumerate([*SPECIALS, *WORDS, "</s>"])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.normalizer = tokenizers.normalizers.Lowercase()
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[(each, vocabulary[each]) for each in ("<s>", "</s>")]

@@ -16,6 +16,7 @@ from compressor.data.rows import take_rows
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.executor.base import Executor, InProcess
+from compressor.limitations import Limitation
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.self_parity import check_self_parity
@@ -257,7 +258,18 @@ def evaluated_on(model: Model, data: Data) -> Model:
         return model
     if data.prompts is not None:
         return dataclasses.replace(model, class_names=data.prompts.names)
-    return dataclasses.replace(model, task="feature-extraction", answer="image_embeds", stacked=("text_embeds",))
+    why = Limitation(
+        "zero-shot accuracy",
+        "not measured, because the data has a text for each image instead of class names; the embeddings of both are "
+        "compared with those of the original",
+    )
+    return dataclasses.replace(
+        model,
+        task="feature-extraction",
+        answer="image_embeds",
+        stacked=("text_embeds",),
+        limitations=model.limitations if data.random else (*model.limitations, why),
+    )
 
 
 def _check_prompt_options(settings: Settings, model: Model) -> None:
