@@ -43,6 +43,13 @@ class ClassPrompts:
         """The prompts, by class number."""
         return tuple(self.template.replace(TEMPLATE_GAP, names[0]) for names in self.names.names)
 
+    def sentence(self) -> str:
+        """Return a sentence with the classes and the template."""
+        return (
+            f"Zero-shot: {len(self.names):,} class names ({listed(self.names.known(len(self.names)))}; from "
+            f"{self.source}) in the prompt {self.template!r}."
+        )
+
     def describe(self) -> dict[str, Any]:
         """Return the entry of report.json, as JSON values."""
         return {

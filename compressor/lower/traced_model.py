@@ -98,6 +98,7 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "outputs": list(model.outputs),
         "id2label": None if model.class_names is None else model.class_names.id2label(),
         **_image_facts(model),
+        **({"text_length": model.preprocess.padded} if model.has_two_towers else {}),
         "sites": [dataclasses.asdict(site) for site in subject.sites],
     }
 

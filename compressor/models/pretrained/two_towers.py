@@ -80,6 +80,7 @@ def wrap(loaded: Loaded) -> Model:
             example=as_numpy(example),
             image=images.image,
             no_image=images.no_image,
+            padded=None if padding is None else padding.least or None,
             template=SIGMOID_TEMPLATE if hasattr(module, "logit_bias") else SOFTMAX_TEMPLATE,
         ),
         save=partial(save_sound, module, chosen.processor, tokenizer),
