@@ -23,8 +23,12 @@ TASKS = (
     "audio-frame-classification",
     "ctc",
     "video-classification",
+    "zero-shot-image-classification",
 )
 CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
+# The task of models with a tower of images and a tower of texts, whose classes are texts, such as CLIP.
+ZERO_SHOT: Final = "zero-shot-image-classification"
+TEMPLATE_GAP = "{}"  # what a class name replaces in a prompt template
 # The tasks of encoder-decoders, which are exported as files of an encoder and its decoder, and the targets for them.
 ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
 ENCODER_DECODER_TARGETS = ("onnxruntime", "openvino")

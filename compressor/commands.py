@@ -54,6 +54,8 @@ SUBJECT = (
     "data",
     "task",
     "problem_type",
+    "class_names",
+    "prompt_template",
     "revision",
     "trust_remote_code",
     "random_weights",

@@ -32,6 +32,7 @@ from compressor.choices import (
     PROBLEM_TYPES,
     SHORT_FORMS,
     TASKS,
+    TEMPLATE_GAP,
     TRANSFORMERS,
     Calibration,
     ImageSize,
@@ -212,6 +213,18 @@ class Settings:
         choices=TASKS,
         metavar="TEXT",
     )
+    class_names: str | Path | None = option(
+        None,
+        "Models of images and texts (CLIP): file with a class name a line, or FOLDER, a tab and NAME.",
+        unset="the names of the class folders",
+        metavar="FILE",
+    )
+    prompt_template: str | None = option(
+        None,
+        "Models of images and texts (CLIP): prompt of a class, with {} for its name.",
+        unset="'a photo of a {}.', for SigLIP 'This is a photo of {}.'",
+        metavar="TEXT",
+    )
     problem_type: str | None = option(
         None,
         "What a classifier predicts, if its config does not say: "
@@ -323,7 +336,12 @@ class Settings:
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in API_ONLY}
         named = self.model is None or isinstance(self.model, str | Path)
         plain["model"] = text(self.model) if named else type(self.model).__name__
-        return plain | {"data": text(self.data), "prices": text(self.prices), "output": str(self.output)}
+        return plain | {
+            "data": text(self.data),
+            "prices": text(self.prices),
+            "class_names": text(self.class_names),
+            "output": str(self.output),
+        }
 
 
 def _check_precision(settings: Settings) -> None:
@@ -337,10 +355,15 @@ def _check_precision(settings: Settings) -> None:
 
 
 def _check_texts(settings: Settings) -> None:
-    for name in ("model", "data", "output", "drop", "prices", "ray"):
+    for name in ("model", "data", "output", "drop", "prices", "ray", "class_names"):
         value = getattr(settings, name)
         if isinstance(value, str) and not value.strip():
             raise SettingsError(f"{name} is empty; give a value, or leave the option out for its default.")
+    if settings.prompt_template is not None and settings.prompt_template.count(TEMPLATE_GAP) != 1:
+        raise SettingsError(
+            f"--prompt-template {settings.prompt_template!r}: expected a text with one {TEMPLATE_GAP}, which stands "
+            "for the name of a class."
+        )
 
 
 def _check_actions(settings: Settings) -> None:

@@ -20,7 +20,7 @@ from compressor.choices import GGUF, parse_image_size
 from compressor.data.readers.hub import looks_like
 from compressor.data.splits import Data
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import ModelAndData, load_data
+from compressor.lower.traced_model import ModelAndData, evaluated_on, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
 from compressor.models.weights.stored_dtypes import describe_dtypes
@@ -182,7 +182,7 @@ def _with_targets(settings: BenchSettings, loaded: Mapping[str, Model], model: M
             f"{data.source} has no targets, which the original would generate, but a folder does not hold it; name the "
             "original with --model, or give data with a column of targets."
         )
-    return ModelAndData(model, data)
+    return ModelAndData(evaluated_on(model, data), data)
 
 
 def _check_unused(settings: BenchSettings, entries: Sequence[EngineEntry]) -> None:
@@ -300,6 +300,8 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder
         samples=settings.samples,
         max_length=exported.get("max_length") if settings.max_length is None else settings.max_length,
         image_size=settings.image_size,
+        class_names=exported.get("class_names"),
+        prompt_template=exported.get("prompt_template"),
         stride=exported.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,
         rounds=settings.rounds,
         seed=settings.seed,

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from compressor import models
-from compressor.choices import ENCODER_DECODER_TARGETS, GGUF, TRANSFORMERS
+from compressor.choices import ENCODER_DECODER_TARGETS, GGUF, TRANSFORMERS, ZERO_SHOT
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, Samples
+from compressor.data.rows import take_rows
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.executor.base import Executor, InProcess
+from compressor.limitations import Limitation
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.self_parity import check_self_parity
@@ -96,6 +98,7 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "outputs": list(model.outputs),
         "id2label": None if model.class_names is None else model.class_names.id2label(),
         **_image_facts(model),
+        **({"text_length": model.preprocess.padded} if model.has_two_towers else {}),
         "sites": [dataclasses.asdict(site) for site in subject.sites],
     }
 
@@ -132,6 +135,8 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         )
     if model.is_encoder_decoder:
         _check_encoder_decoder(model, settings)
+    if model.has_two_towers:
+        _check_two_towers(model, settings)
     if settings.target == TRANSFORMERS:
         checkpoint.check_model(model, settings.drop)
     if settings.target == GGUF:
@@ -139,6 +144,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         vocabulary.check_tokenizer(model)
     with steps.step("load the data") as tick:
         data = load_data(settings, model, tick, decision=decision)
+        model = evaluated_on(model, data)
     for limitation in data.limitations:
         if limitation.feature == CLASS_ORDER:  # it decides on all figures, so it is shown before the search
             steps.warn(str(limitation))
@@ -170,6 +176,20 @@ def _check_encoder_decoder(model: Model, settings: Settings) -> None:
         )
 
 
+def _check_two_towers(model: Model, settings: Settings) -> None:
+    """Refuse what takes rows of one batch, or a config that counts the blocks of one tower."""
+    if settings.target == TRANSFORMERS:
+        raise SubjectError(
+            f"{model.name} has a tower of images and one of texts, and --target {TRANSFORMERS} leaves out blocks of "
+            "one list; choose another --target."
+        )
+    if settings.defer_build:
+        raise SubjectError(
+            f"{model.name} takes images and texts in batches of their own, and --defer-build stores rows of one batch; "
+            "leave --defer-build out."
+        )
+
+
 def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
     """Return the model and data with a limitation if the original is not certain to be better than chance on it.
 
@@ -189,6 +209,8 @@ def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
     """Return the costs at the sizes of real samples, because the multiply-adds of a text depend on its length."""
     feeds = next(tensor_batches(data.calibration.middle(COST_SAMPLES), COST_SAMPLES))
+    if model.has_two_towers:  # a sample is an image and a text
+        feeds = take_rows(feeds, range(len(next(iter(feeds.values())))))
     try:
         return Costs(graph, feeds)
     except (IndexError, RuntimeError) as error:
@@ -202,6 +224,7 @@ def load_data(settings: Settings, model: Model, tick: Tick, *, decision: float =
         CompressorError: the data cannot be read, or does not fit the model.
     """
     source = settings.data
+    _check_prompt_options(settings, model)
     if model.task != "text-generation" and (settings.max_length, settings.stride) != (None, None):
         raise SubjectError(
             f"--max-length and --stride cut the texts of language models; {model.name} does {model.task}."
@@ -217,11 +240,51 @@ def load_data(settings: Settings, model: Model, tick: Tick, *, decision: float =
         max_length=settings.max_length,
         stride=settings.stride,
         class_names=model.class_names,
+        names_file=settings.class_names,
+        template=settings.prompt_template,
     )
-    _check_labels(data, model)
+    _check_labels(data, evaluated_on(model, data))
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
         raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
     return data
+
+
+def evaluated_on(model: Model, data: Data) -> Model:
+    """Return a model of images and texts as its data evaluates it; other models stay as they are.
+
+    With class names it is a classifier, whose classes are the prompts. Without them, as with pairs of images and texts,
+    the embeddings of both towers are evaluated, [rows, 2, width].
+    """
+    if model.task != ZERO_SHOT:
+        return model
+    if data.prompts is not None:
+        return dataclasses.replace(model, class_names=data.prompts.names)
+    why = Limitation(
+        "zero-shot accuracy",
+        "not measured, because the data has a text for each image instead of class names; the embeddings of both are "
+        "compared with those of the original",
+    )
+    return dataclasses.replace(
+        model,
+        task="feature-extraction",
+        answer="image_embeds",
+        stacked=("text_embeds",),
+        limitations=model.limitations if data.random else (*model.limitations, why),
+    )
+
+
+def _check_prompt_options(settings: Settings, model: Model) -> None:
+    """Refuse options for the prompts of classes where the classes are no texts, or nothing is evaluated."""
+    for option, value in (("--class-names", settings.class_names), ("--prompt-template", settings.prompt_template)):
+        if value is None:
+            continue
+        if model.task != ZERO_SHOT:
+            raise SubjectError(
+                f"{option} is for models of images and texts such as CLIP, but {model.name} does {model.task}; leave "
+                f"{option} out."
+            )
+        if settings.data == "random":
+            raise SubjectError(f"found {option} with random data, which has no classes; leave {option} out.")
 
 
 def _check_labels(data: Data, model: Model) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.choices import ENCODER_DECODER_TASKS
+from compressor.choices import ENCODER_DECODER_TASKS, ZERO_SHOT
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import OBJECT, read_json
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIGS = ("config.json", "generation_config.json")
 LONGEST = 200
+PER_IMAGE = "logits_per_image"  # [images, texts]: the similarities of a model with two towers
 _UNREACHABLE = "the hub cannot be reached and no copy is cached; connect to the network, or pass a downloaded folder"
 
 
@@ -128,6 +129,11 @@ class Model:
         """Return whether the model has an encoder and a decoder, whose files are exported one by one."""
         return self.task in ENCODER_DECODER_TASKS
 
+    @property
+    def has_two_towers(self) -> bool:
+        """Return whether the model has a tower of images and a tower of texts, each with a batch of its own."""
+        return PER_IMAGE in self.outputs
+
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
@@ -148,6 +154,8 @@ class Model:
         Raises:
             ModelError: the model fails on its example inputs.
         """
+        if self.task == ZERO_SHOT:  # its classes are texts, which come with the data
+            return None if self.class_names is None else len(self.class_names)
         axis = 1 if self.task == "image-segmentation" else -1
         if not (self.task.endswith("classification") or axis == 1):
             return None

@@ -285,7 +285,8 @@ class _Interpolating:
         return getattr(self.module, name)
 
 
-def _call_interpolating(call: Call, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def call_interpolating(call: Call, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Call a module so that it interpolates its position embeddings."""
     return call(_Interpolating(module), *tensors)
 
 
@@ -332,7 +333,7 @@ def sized_model(
             processor if prepared in (None, image_size) else resized_processor(processor, image_size, channels, name)
         )
         size = image_size
-    calls: dict[bool, Call] = {False: call, True: partial(_call_interpolating, call)}
+    calls: dict[bool, Call] = {False: call, True: partial(call_interpolating, call)}
     if image_size == DYNAMIC:
         interpolates, dynamic = _other_sizes(calls, module, channels, size, name)
     else:

@@ -100,6 +100,9 @@ class Preprocess:
         clip: number of frames of a clip.
         varying: axis of each input, besides the first, whose size varies from batch to batch.
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
+        padded: number of tokens to which every text is padded; None for the longest text of the batch.
+        template: makes a prompt of the name of a class, with ``{}`` in its place; empty for models whose classes are
+            no texts.
     """
 
     inputs: tuple[str, ...]
@@ -137,6 +140,8 @@ class Preprocess:
     clip: int = 0
     varying: Mapping[str, int] = field(default_factory=dict)
     decoder: DecoderSide | None = None
+    padded: int | None = None
+    template: str = ""
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
-from compressor.choices import CTC, ImageSize
+from compressor.choices import CTC, ZERO_SHOT, ImageSize
 from compressor.internals.transformers import quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models.audio.inputs import takes_series, takes_sound
@@ -19,7 +20,7 @@ from compressor.models.base import Model, ModelError, load_error_reason, no_lang
 from compressor.models.config_shapes import CLIPS
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
-from compressor.models.pretrained import image, sound, text, video
+from compressor.models.pretrained import image, sound, text, two_towers, video
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import optional_file
 from compressor.models.text import nemotron_nas, sentence_transformers
@@ -60,6 +61,7 @@ AUTO = {
     encoder_decoder.TEXT: "AutoModelForSeq2SeqLM",
     encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
     "video-classification": "AutoModelForVideoClassification",
+    ZERO_SHOT: "AutoModelForZeroShotImageClassification",
 }
 
 
@@ -144,6 +146,8 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         ModelError: the head is not supported.
     """
     architecture = (config.architectures or [""])[0]
+    if architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+        return ZERO_SHOT
     from_to = encoder_decoder.task_of(config, architecture, location)
     if from_to is not None:
         return from_to
@@ -205,6 +209,8 @@ def wrap(loaded: Loaded) -> Model:
     """Return the model of a loaded module, by what it takes."""
     if loaded.task in encoder_decoder.TASKS:
         return pretrained_encoder_decoder.wrap(loaded)
+    if loaded.task == ZERO_SHOT:
+        return two_towers.wrap(loaded)
     if takes_videos(loaded.module):
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):

@@ -502,6 +502,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
     notes += [*precision_notes(report), *recipe_notes(report), *_cross_caches(subject, rewritten)]
+    notes += [] if subject.data.prompts is None else [subject.data.prompts.sentence()]
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
     if subject.data.skipped:

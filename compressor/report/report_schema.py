@@ -121,10 +121,20 @@ class Fractions(TypedDict):
     decision: NotRequired[Annotated[float, Field(ge=0, lt=1)]]
 
 
+@with_config(_EXACT)
+class Prompts(TypedDict):
+    """The classes of a model of images and texts, as texts."""
+
+    template: Text
+    class_names: list[Text]
+    class_names_from: Text
+
+
 @with_config(_KEPT)
 class Data(TypedDict):
     """The data of an export."""
 
+    prompts: NotRequired[Prompts | None]
     source: Text
     reading: Text
     random: bool
@@ -203,6 +213,7 @@ class Model(BenchModel):
     hub_id: NotRequired[Text | None]
     inputs: Annotated[list[Text], Field(min_length=1)]
     outputs: Annotated[list[Text], Field(min_length=1)]
+    text_length: NotRequired[Count | None]
     sites: list[Site]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from compressor.choices import ZERO_SHOT
 from compressor.data.readers.arrays import read_arrays
 from compressor.data.readers.audio.clips import read_clip_table, read_clips
 from compressor.data.readers.audio.decode import WAV
 from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
+from compressor.data.readers.image_text.captions import read_captions
+from compressor.data.readers.image_text.pairs import metadata_of
 from compressor.data.readers.images import read_folder
 from compressor.data.readers.masks import images_beside, mask_folders, read_images_alone, read_masks
 from compressor.data.readers.random_inputs import random_samples
@@ -59,6 +63,8 @@ def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Sa
         return read_clips(path, spec, preprocess, task)
     if task == "depth-estimation" and (images := images_beside(path)) is not None:
         return read_images_alone(images, spec, preprocess)
+    if task == ZERO_SHOT and (metadata := metadata_of(path)) is not None:
+        return read_captions(metadata, spec, preprocess)
     folders = mask_folders(path) if task == "image-segmentation" else None
     try:
         return read_folder(path, spec, preprocess) if folders is None else read_masks(*folders, spec, preprocess)
@@ -78,7 +84,8 @@ def _check_no_sound(path: Path, spec: str, preprocess: Preprocess) -> None:
 def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: int) -> Samples:
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz"):
-        return read_arrays(path, spec, preprocess, task)
+        samples = read_arrays(path, spec, preprocess, task)
+        return replace(samples, has_texts=True) if task == ZERO_SHOT else samples
     if suffix == ".txt":
         return read_lines(path, spec, preprocess, task, seed)
     if suffix in (".csv", ".tsv", ".jsonl") and preprocess.kind == "audio":

@@ -94,6 +94,7 @@ class Samples:
         limitations: expected properties that the source lacks, and assumptions about it.
         findings: returns the limitations that were found while samples were decoded, such as scaled values.
         lengths: returns the numbers of tokens of the rows of each sample without truncation; None for other data.
+        has_texts: each image has a text of its own, whose tokens are among the feeds.
     """
 
     ids: tuple[str, ...]
@@ -116,6 +117,7 @@ class Samples:
     limitations: tuple[Limitation, ...] = ()
     findings: Callable[[], tuple[Limitation, ...]] = tuple
     lengths: Callable[[Sequence[int]], Sequence[Sequence[int]]] | None = None
+    has_texts: bool = False
 
 
 SHOWN = 40  # characters of a wrong label in a message

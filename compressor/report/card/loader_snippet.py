@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import CTC, ENCODER_DECODER_TASKS
+from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 EMBEDDING = "sentence_embedding"
+PER_IMAGE = "logits_per_image"
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+PROMPTS = 5  # of the classes, at most
 TOWERS = ("decoder", "encoder")  # whose tokens give the keys of a self-attention, and of a cross-attention
 VIDEOS = 5  # axes of a batch of videos
 FLOATS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
@@ -128,7 +131,9 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
             prompt=preprocessing_recipe.prompt(folder) if EMBEDDING in model["outputs"] else "",
             cached=cached,
             inputs=model["inputs"],
-            arrays={} if picture or tokenizer or cached else _arrays(content, folder),
+            arrays=_unprepared(content, folder, picture is not None, tokenizer is not None, cached),
+            prompts=_prompts(content),
+            padded=model.get("text_length"),
             output=answer(model["outputs"]),
             start=preprocessing_recipe.start(folder),
             ends=preprocessing_recipe.ends(folder),
@@ -138,6 +143,30 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
     packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
     prepared = picture is not None or tokenizer is not None or not _prepares(content)
     return Loader(text.strip(), packages, runtime, _remarks(content, runtime, cached, prepared))
+
+
+def _two_towers(content: Json) -> bool:
+    return PER_IMAGE in content["model"]["outputs"]
+
+
+def _prompts(content: Json) -> list[str]:
+    """Return the first prompts of the classes of a model of images and texts, or two texts; empty for other models."""
+    if not _two_towers(content):
+        return []
+    found = content["data"].get("prompts")
+    if found is None:
+        return ["a photo of a cat", "a photo of a dog"]
+    return [found["template"].replace(TEMPLATE_GAP, name) for name in found["class_names"][:PROMPTS]]
+
+
+def _unprepared(
+    content: Json, folder: Path, pictures: bool, texts: bool, cached: bool
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the inputs that the snippet does not prepare, with their shapes and types."""
+    if not _two_towers(content):
+        return {} if pictures or texts or cached else _arrays(content, folder)
+    done = (*(["pixel_values"] if pictures else []), *(TOKENS if texts else []))
+    return {name: array for name, array in _arrays(content, folder).items() if name not in done}
 
 
 def _encoder_decoder(content: Json, folder: Path) -> Loader:
@@ -340,6 +369,11 @@ def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple
         remarks.append(
             "The code prints the first token of each answer; `end_logits` give the last. Encode a question with its "
             "context as a pair."
+        )
+    if _two_towers(content):
+        remarks.append(
+            "`vision_model.onnx` and `text_model.onnx` hold the towers alone, under the names of transformers.js; "
+            "their features are not divided by their norm."
         )
     if not prepared and cached:
         remarks.append("The folder holds no tokenizer that this code can read, so it takes token ids.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from compressor.choices import CTC, ENCODER_DECODER_TASKS
+from compressor.choices import CTC, ENCODER_DECODER_TASKS, ZERO_SHOT
 from compressor.limitations import Limitation
 from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
@@ -48,6 +48,7 @@ USES = {
     "audio-frame-classification": "classifies the frames of sound",
     CTC: "transcribes speech",
     "video-classification": "classifies videos",
+    ZERO_SHOT: "compares images with texts, such as the names of classes",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "

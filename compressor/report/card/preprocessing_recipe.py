@@ -71,6 +71,7 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     if not content:
         return None
     stated = [options.get("model_max_length"), config.get("max_position_embeddings")]
+    stated.append((config.get("text_config") or {}).get("max_position_embeddings"))
     stated.append(read_config(folder, "sentence_bert_config.json").get("max_seq_length"))
     longest = int(min((limit for limit in stated if limit is not None and limit > 0), default=LONGEST))
     # A tokenizer without a padding token pads with the end-of-text token.

@@ -1,0 +1,1 @@
+"""The files of the towers of a model of images and texts."""
