@@ -62,11 +62,11 @@ def cut(path: Path, folder: Path) -> Path:
     for stem, part in ((ENCODER, _encoder), (DECODER, _decoder), (WITH_PAST, _with_past)):
         model = ir.load(path)
         _Part(model, stem).keep(*part(model))
-        _save(model, folder / f"{stem}.onnx")
+        save(model, folder / f"{stem}.onnx")
     return folder / f"{ENCODER}.onnx"
 
 
-def _save(model: ir.Model, path: Path) -> None:
+def save(model: ir.Model, path: Path) -> None:
     """Save a model, with its weights in `<name>.data` next to it if they are too large for one file."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -108,7 +108,7 @@ def _layer_of(name: str) -> tuple[int, str]:
     return int(layer), rest
 
 
-def _order_of_input(value: ir.Value) -> tuple[int, str]:
+def order_of_input(value: ir.Value) -> tuple[int, str]:
     """Order inputs as Optimum expects them: the caches last, by layer; it feeds them by their positions."""
     name = str(value.name)
     return _layer_of(name) if name.startswith(PAST) else (-1, "")
@@ -139,7 +139,7 @@ class _Part:
             value.name = name
         own |= added
         self.graph.inputs.clear()
-        self.graph.inputs.extend(sorted(own.values(), key=_order_of_input))
+        self.graph.inputs.extend(sorted(own.values(), key=order_of_input))
         self._empty_pasts([value for name, value in before.items() if is_self(name) and name not in inputs], own)
         self._resize([value for name, value in before.items() if name not in inputs], own)
         for old, new in outputs.items():

@@ -135,6 +135,11 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         )
     if model.is_encoder_decoder:
         _check_encoder_decoder(model, settings)
+    elif settings.merge_decoder:
+        raise SubjectError(
+            f"--merge-decoder merges the files of the decoder of an encoder-decoder, and the task of {model.name} is "
+            f"{model.task}; leave --merge-decoder out."
+        )
     if model.has_two_towers:
         _check_two_towers(model, settings)
     if settings.target == TRANSFORMERS:
