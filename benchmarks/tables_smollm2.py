@@ -26,7 +26,13 @@ TARGETS = {
     "gguf": "llama.cpp",
     "torch": "torch (AOTInductor)",
 }
-PRECISIONS = {"fp32": "float", "int8": "int8", "int8-dynamic": "int8", "int8-weight-only": "int8 weights", "int4": "int4"}
+PRECISIONS = {
+    "fp32": "float",
+    "int8": "int8",
+    "int8-dynamic": "int8",
+    "int8-weight-only": "int8 weights",
+    "int4": "int4",
+}
 PARTS = {"first": "prompt", "token": "further token"}
 
 

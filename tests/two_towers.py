@@ -110,7 +110,7 @@ def write_captions(folder, each=8):
 
 @functools.cache
 def trained(folder):
-    """A CLIP that has learned the names of the colours."""
+    """The folder of a CLIP that has learned the names of the colours."""
     torch.manual_seed(0)
     module = transformers.CLIPModel(transformers.CLIPConfig(**CONFIGS["clip"])).train()
     texts = tokenizer()([f"a photo of a {colour}." for colour in COLOURS], padding=True, return_tensors="pt")
@@ -124,4 +124,4 @@ def trained(folder):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return save(module.eval(), folder / "trained")
+    return save(module.eval(), folder / "my_clip")

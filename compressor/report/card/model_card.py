@@ -67,7 +67,8 @@ MEANINGS = {
 STORED = {
     "fp16": "Matrices are stored as F16.",
     "int8": "Matrices are stored as Q8_0 (8 bits, with a scale for each 32 values).",
-    "int4": "Matrices are stored as Q4_0 (4 bits, with a scale for each 32 values), embedding and head as Q8_0.",
+    "int4": "Matrices are stored as Q4_0 (4 bits, with a scale for each 32 values) or, where far closer, as Q4_1 (with "
+    "an offset too), embedding and head as Q8_0.",
 }
 CLASSES = 10  # classes that the card names
 INT4_IN_FP16 = "Weights are int4, with a scale per block; products compute in fp16, normalisation and softmax in fp32."
