@@ -173,11 +173,10 @@ def _check_encoder_decoder(model: Model, settings: Settings) -> None:
             f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and --target "
             f"{settings.target} takes one file; give --target {' or '.join(ENCODER_DECODER_TARGETS)}."
         )
-    if settings.defer_build or settings.factorial:
-        option = "--defer-build" if settings.defer_build else "--factorial"
+    if settings.defer_build:
         raise SubjectError(
-            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and {option} takes "
-            f"one file for each engine; leave {option} out."
+            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and --defer-build "
+            "takes one file for each engine; leave --defer-build out."
         )
 
 
