@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.choices import ENCODER_DECODER_TASKS
+from compressor.choices import ENCODER_DECODER_TASKS, VISION_LANGUAGE
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import OBJECT, read_json
@@ -126,6 +126,16 @@ class Model:
     def is_encoder_decoder(self) -> bool:
         """Return whether the model has an encoder and a decoder, whose files are exported one by one."""
         return self.task in ENCODER_DECODER_TASKS
+
+    @property
+    def is_vision_language(self) -> bool:
+        """Return whether the model generates texts from images and texts."""
+        return self.task == VISION_LANGUAGE
+
+    @property
+    def has_parts(self) -> bool:
+        """Return whether the model is exported as one file for each of its parts."""
+        return self.is_encoder_decoder or self.is_vision_language
 
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
