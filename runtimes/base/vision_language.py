@@ -29,6 +29,11 @@ FACTS, IMAGE_TOKEN = "vision_language.json", "image_token_id"  # a file beside t
 Array = npt.NDArray[Any]
 
 
+def is_image(name: str) -> bool:
+    """Return whether an input of the whole model is one of the vision encoder, such as ``pixel_attention_mask``."""
+    return name.startswith("pixel_")
+
+
 def past_of(present: str) -> str:
     """Return the input that an output becomes in the next call.
 

@@ -31,11 +31,11 @@ from runtimes.base.vision_language import (
     IMAGE_TOKEN,
     MASK,
     PAST,
-    PIXELS,
     POSITIONS,
     PRESENT,
     TEXT_EMBEDS,
     VISION,
+    is_image,
 )
 
 EXPECTED = "a language model that reads the image through the embeddings of its tokens alone"
@@ -64,7 +64,7 @@ def cut(path: Path, folder: Path, image_token: int) -> Path:
 
 
 def _vision(model: ir.Model) -> Kept:
-    images = [name for name in names(model.graph.inputs) if name.startswith(PIXELS)]
+    images = [name for name in names(model.graph.inputs) if is_image(name)]
     return {name: name for name in images}, {}, {FEATURES: FEATURES}
 
 
