@@ -25,8 +25,9 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     """Build the float engine of a file and compare its outputs with those of a graph.
 
     The engine runs a batch of samples and a single sample, which reveals a batch size that is fixed in the file. A
-    language model also runs its example inputs, which have a KV cache of some tokens, one that reads images a text of
-    another length, and a model with dynamic height and width an image of another size. llama.cpp runs the batch of samples, see `llama_cpp_parity`.
+    language model also runs its example inputs, which have a KV cache of some tokens. One that reads images also runs a
+    text of another length, and a model with dynamic height and width an image of another size. llama.cpp runs the batch
+    of samples, see `llama_cpp_parity`.
 
     Args:
         builder: builds and opens the engine.
@@ -40,7 +41,9 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         ParityError: the outputs differ by more than the tolerance.
     """
     subject = builder.subject
-    batches = [next(subject.data.calibration.middle(PARITY_ROWS, PARITY_TOKENS).batches(PARITY_ROWS)).feeds]
+    batches: list[Feeds] = [
+        next(subject.data.calibration.middle(PARITY_ROWS, PARITY_TOKENS).batches(PARITY_ROWS)).feeds
+    ]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
     if subject.model.is_vision_language:

@@ -15,6 +15,8 @@ from compressor.models.vision_language.call import VisionLanguage
 from compressor.models.vision_language.image_features import MASK, image_features, takes_tiles
 from runtimes.base.vision_language import PIXELS
 
+# Arguments of get_image_features that are no inputs: those of the config stand for them.
+KNOWN = {PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy"}
 TYPES = "token_type_ids"
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
@@ -59,6 +61,9 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
     if not hasattr(module, "get_image_features") or not isinstance(image_token, int):
         missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
         raise _refused(module, location, f"has {missing}")
+    others = sorted(set(inspect.signature(module.get_image_features).parameters) - KNOWN)
+    if others:
+        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels, as its images vary in size")
     images = _images(module, location)
     try:
         with torch.inference_mode():
