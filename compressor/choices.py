@@ -41,8 +41,8 @@ GGUF = "gguf"
 
 # Copied from runtimes.base.protocols and passes.plan.selection, which import NumPy and torch; a test compares them.
 DEVICES = ("cpu", "cuda")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4", "int2")
-METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int8-weight-only", "int4", "int2")
+METRICS = ("cosine", "influence", "angular", "span", "random", "reverse", "output")
 
 COSTS = ("latency", "macs")
 # What `--max-loss` bounds, see compressor.quality.budget.
@@ -53,7 +53,7 @@ HEAL_METHODS = ("none", "closed-form", "distill")
 
 AUTO = "auto"
 # The values of --int8, which is short for --precision.
-SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic"}
+SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic", "weight-only": "int8-weight-only"}
 
 Calibration = Literal["typical", "minmax", "percentile", "entropy", "mse"]
 CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)

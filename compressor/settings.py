@@ -174,7 +174,7 @@ class Settings:
     )
     int8: str | None = option(
         None,
-        "Short for --precision int8; with the value dynamic, for --precision int8-dynamic.",
+        "Short for --precision int8; with the value dynamic or weight-only, for int8-dynamic or int8-weight-only.",
         choices=tuple(SHORT_FORMS),
         bare="static",
     )

@@ -96,6 +96,30 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **names)
 
 
+def speech_tokenizer(**options):
+    """A tokenizer of Whisper that knows bytes, the tokens of its prompts, and two languages."""
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|translate|>", "<|transcribe|>"]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*letters, *names, "<|notimestamps|>"])}
+    found = transformers.WhisperTokenizer(vocab=vocabulary, merges=[], **options)
+    found.add_special_tokens({"additional_special_tokens": [*names[1:], "<|notimestamps|>"]})
+    found.set_prefix_tokens()
+    return found
+
+
+def listener(folder, *, language="english", **changes):
+    """Save a Whisper that reads a second of sound, with its feature extractor and its tokenizer."""
+    words = speech_tokenizer(language=language, task="transcribe") if language else speech_tokenizer()
+    start, end = (words.convert_tokens_to_ids(f"<|{name}|>") for name in ("startoftranscript", "endoftext"))
+    ids = {"decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": end, "bos_token_id": end}
+    module = build("whisper", **ids, max_source_positions=50, vocab_size=len(words), **changes)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=BINS, chunk_length=1)
+    with quiet():
+        for each in (module, words, extractor):
+            each.save_pretrained(folder)
+    return module, extractor, words
+
+
 def sentences(count, seed=0):
     generator = random.Random(seed)
     return [" ".join(generator.choices(WORDS, k=generator.randint(3, 9))) for _ in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -252,3 +253,13 @@ def most_tokens(model: Model) -> int | None:
     """Return the number of positions of a model of transformers; None if its config states no limit."""
     most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
     return most if isinstance(most, int) else None
+
+
+def copy_sharing_tensors(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a module with the same tensors as parameters and buffers.
+
+    A module may keep tensors of a call, such as relative positions. Where a call is made with tensors without elements,
+    a copy keeps them.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

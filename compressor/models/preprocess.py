@@ -49,6 +49,7 @@ class DecoderSide:
         generated: maximum number of tokens that it generates.
         start: the token with which the decoder starts.
         longest: maximum number of tokens of a target.
+        prompt: the tokens behind the start token that the decoder is given, not asked for: those of language and task.
     """
 
     encode: Callable[[list[str]], list[list[int]]] | None
@@ -57,6 +58,7 @@ class DecoderSide:
     generated: int
     start: int
     longest: int
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,21 @@ class Scores:
         """Return the mean cosine similarity of every pair of states, [states, states]; NaN where shapes differ."""
         return self.similarity / torch.where(self.tokens > 0, self.tokens, math.nan)
 
+    def similarity_of_all_tokens(self) -> torch.Tensor:
+        """Return `similarity_matrix`.
+
+        Raises:
+            PassError: the states were compared at the last tokens alone, as `Score` does with `room`.
+        """
+        compared, all_tokens = float(self.tokens.max()), max(moments.tokens for moments in self.sites.values())
+        if compared < all_tokens:
+            raise PassError(
+                f"the states of all blocks were compared at {compared:.0f} of {all_tokens} tokens, because they do not "
+                "fit into memory at once; choose the metric angular, which reads these tokens, or leave --max-memory "
+                "out."
+            )
+        return self.similarity_matrix()
+
     def angular_matrix(self) -> torch.Tensor:
         """Return the mean angular distance in [0, 1] of every pair of states; NaN where shapes differ."""
         return self.angular / torch.where(self.ends > 0, self.ends, math.nan)

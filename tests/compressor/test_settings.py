@@ -193,6 +193,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         ({}, "fp32"),
         ({"int8": "static"}, "int8"),
         ({"int8": "dynamic"}, "int8-dynamic"),
+        ({"int8": "weight-only"}, "int8-weight-only"),
         ({"precision": "int8", "int8": "static"}, "int8"),
         ({"precision": "int8-dynamic", "factorial": True}, "int8-dynamic"),
         ({"precision": "auto"}, "auto"),

@@ -88,7 +88,7 @@ def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: i
         return replace(samples, has_texts=True) if task == ZERO_SHOT else samples
     if suffix == ".txt":
         return read_lines(path, spec, preprocess, task, seed)
-    if suffix in (".csv", ".tsv") and preprocess.kind == "audio":
+    if suffix in (".csv", ".tsv", ".jsonl") and preprocess.kind == "audio":
         return read_clip_table(path, spec, preprocess, task)
     if suffix in (".csv", ".tsv"):
         return read_table(path, spec, preprocess, task, seed)

@@ -183,7 +183,7 @@ def _encoder_decoder(content: Json, folder: Path) -> Loader:
             hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
             tokenizer=tokenizer,
             frames=frames,
-            prompt=preprocessing_recipe.decoder_prompt(folder),
+            prompt=(preprocessing_recipe.transcript_prompt if frames else preprocessing_recipe.decoder_prompt)(folder),
             ends=preprocessing_recipe.ends(folder),
         )
     )
