@@ -97,7 +97,7 @@ def load(
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
             sentence_files = sentence_transformers.find_files(partial(optional_file, location, revision=revision))
-            resolved_task = _ctc_or(task, config) or task_of(config, sentence_files, location)
+            resolved_task = _whole(_ctc_or(task, config), config) or task_of(config, sentence_files, location)
             check_counts(config, location)
             if isinstance(config, nemotron_nas.NemotronNasConfig):
                 nemotron_nas.block_shapes(config, location)
@@ -142,6 +142,16 @@ def _ctc_or(task: str | None, config: Any) -> str | None:
     return CTC if ctc else task
 
 
+def _whole(task: str | None, config: Any) -> str | None:
+    """Return a given task; for the features of a model of images and texts, that of the whole model."""
+    features = task == "feature-extraction" and _has_two_towers((config.architectures or [""])[0])
+    return ZERO_SHOT if features else task
+
+
+def _has_two_towers(architecture: str) -> bool:
+    return architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
 def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     """Return the task of the head that the config names.
 
@@ -149,7 +159,7 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         ModelError: the head is not supported.
     """
     architecture = (config.architectures or [""])[0]
-    if architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+    if _has_two_towers(architecture):
         return ZERO_SHOT
     from_to = encoder_decoder.task_of(config, architecture, location)
     if from_to is not None:
