@@ -71,7 +71,7 @@ SEARCH = ("actions", "tokens", "cost", "prices", "max_loss", "budget")
 GOALS = ("confidence", "speedup", "latency", "heal", "heal_budget")
 ENGINE = ("target", "precision", "int8", "device", "threads", "batch", "generate", "rounds")
 QUANTIZATION = ("factorial", "calibration", "max_precision_loss")
-BUILD = ("defer_build", "gpu", "portable_engine")
+BUILD = ("defer_build", "gpu", "portable_engine", "merge_decoder")
 FOLDER = ("output", "force")
 SPREAD = ("workers", "ray")
 

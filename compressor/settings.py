@@ -236,6 +236,11 @@ class Settings:
     trust_remote_code: bool = option(False, "Let a hub repository run code of its own.")
     random_weights: bool = option(False, "Build the model with random weights (speed only).")
     cache: bool = option(True, "Language models: do not use a KV cache; each new token then recomputes the whole text.")
+    merge_decoder: bool = option(
+        False,
+        "Encoder-decoders: also write decoder_model_merged.onnx, which is both files of the decoder in one, with the "
+        "weights once. transformers.js opens it.",
+    )
     device: str | None = option(None, "Device of the engine.", unset="the target's first choice", choices=DEVICES)
     threads: int | None = option(None, "Threads of the engine.", unset="the runtime's own", least=1, most=MOST_THREADS)
     batch: int = option(1, "Batch size of the latency measurement.", least=1, most=MOST_ROWS)

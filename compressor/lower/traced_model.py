@@ -133,6 +133,11 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             cache=settings.cache,
             image_size=settings.pixels,
         )
+    if settings.merge_decoder and not model.is_encoder_decoder:
+        raise SubjectError(
+            f"--merge-decoder merges the files of the decoder of an encoder-decoder, and the task of {model.name} is "
+            f"{model.task}; leave --merge-decoder out."
+        )
     if model.has_two_towers:
         _check_two_towers(model, settings)
     if model.has_parts:

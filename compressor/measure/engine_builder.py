@@ -12,9 +12,9 @@ from pathlib import Path
 
 from compressor.lower.checkpoint import CONFIG
 from compressor.lower.cut import encoder_decoder, vision_language
+from compressor.lower.cut.two_towers import cut_towers
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.traced_model import ModelAndData
-from compressor.lower.two_towers.cut import cut_towers
 from compressor.lower.write_onnx import lower
 from compressor.measure.workload import generation_lengths, workload_calls
 from compressor.quality.evaluate import BATCH

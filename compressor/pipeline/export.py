@@ -20,6 +20,7 @@ from compressor.executor.on_ray import executor_for
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
+from compressor.lower.cut.merge_decoder import merge
 from compressor.lower.nemotron_nas.engine_rules import serving
 from compressor.lower.traced_model import TracedModel, check_original, index_errors_as_data_errors, load, model_facts
 from compressor.measure.engine_builder import EngineBuilder
@@ -313,6 +314,9 @@ def _built(
     if factorial:
         variants = factorial_cells.with_cells(variants, settings.precision)
     variants = build_variants(variants, builder, folder, steps)
+    if settings.merge_decoder:
+        with steps.step("merge the files of the decoder"):
+            merge(folder)
     files = frozenset(set(folder.iterdir()) - found)
     return _Shipped(rewritten, variants, settings, trials, conversions, factorial, files)
 

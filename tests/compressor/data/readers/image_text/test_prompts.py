@@ -100,9 +100,7 @@ def test_tiles_are_padded_with_empty_ones(loaded, tmp_path):
 
 def test_a_folder_without_texts_is_refused(loaded, tmp_path):
     picture(0).save(tmp_path / "a.png")
-    with pytest.raises(
-        DataError, match=r"no metadata\.jsonl and no metadata\.csv; expected a meta"
-    ):
+    with pytest.raises(DataError, match=r"no metadata\.jsonl and no metadata\.csv; expected a meta"):
         load(str(tmp_path), loaded["llava"])
 
 
