@@ -1,0 +1,209 @@
+"""Image tokens dropped in stages: equal to a plain loop over the layers, in prompts and in further tokens."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import MistralConfig
+
+from passes.base import PassError, apply
+from passes.execute.interpreter import run
+from passes.image_tokens.image_tokens import DropImageTokens
+from tests.image_tokens import (
+    KV_HEADS,
+    LAYERS,
+    STATE,
+    WIDTH,
+    Pyramid,
+    call,
+    empty,
+    feeds,
+    traced,
+    vision_language_model,
+)
+
+STAGES = ((1, 0.5), (3, 0.25))
+IMAGE, TEXT = 12, 6
+SAME = {"rtol": 0, "atol": 2e-5}  # logits of size 5, sums in float32 in another order
+
+
+@pytest.fixture(scope="module")
+def model():
+    return vision_language_model()
+
+
+@pytest.fixture(scope="module")
+def dense(model):
+    return traced(model)
+
+
+@pytest.fixture(scope="module")
+def dropped(dense):
+    graph = dense.fork()
+    apply(DropImageTokens(STAGES), graph)
+    return graph
+
+
+def prompt(rows=1, seed=0, images=IMAGE):
+    """Return embeddings, image mask and attention mask: 2 tokens of text, an image, and more text."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = images + TEXT
+    image = torch.zeros(rows, tokens, dtype=torch.int64)
+    image[:, 2 : 2 + images] = 1
+    embeds = torch.randn(rows, tokens, WIDTH, generator=generator)
+    return embeds, image, torch.ones(rows, tokens, dtype=torch.int64)
+
+
+def lengths(graph, outputs):
+    return [outputs[f"present.{layer}.key"].shape[2] for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("method", ["attention", "norm"])
+def test_a_prompt_equals_a_loop_over_the_layers(model, dense, method):
+    graph = dense.fork()
+    apply(DropImageTokens(STAGES, method), graph)
+    given = prompt()
+    outputs, _ = call(graph, feeds(graph, *given, empty(graph, 1)))
+    expected = Pyramid(model, STAGES, method)
+    torch.testing.assert_close(outputs["logits"], expected(*given), **SAME)
+    assert lengths(graph, outputs) == [18, 12, 12, 9]  # 12 image tokens, 6, 6 and 3, beside 6 of text
+    for layer, cached in enumerate(expected.cache.layers):
+        torch.testing.assert_close(outputs[f"present.{layer}.key"], cached.keys, **SAME)
+        torch.testing.assert_close(outputs[f"present.{layer}.value"], cached.values, **SAME)
+    assert torch.equal(outputs["present_tokens.1"], expected.cached[1])
+    assert torch.equal(outputs["present_tokens.3"], expected.cached[3])
+
+
+def generated(step, embedding, given, tokens=8):
+    """Return greedily generated tokens and the last logits."""
+    embeds, image, attended = given
+    found = []
+    for _ in range(tokens):
+        logits = step(embeds, image, attended)[:, -1]
+        found.append(logits.argmax(-1))
+        embeds = embedding(found[-1])[:, None]
+        image = torch.zeros(len(embeds), 1, dtype=torch.int64)
+        attended = torch.cat([attended, torch.ones(len(embeds), 1, dtype=torch.int64)], 1)
+    return torch.stack(found, 1), logits
+
+
+def stepping(graph, rows):
+    """Return a function that calls a graph and keeps its state."""
+    state = empty(graph, rows)
+
+    def step(*given):
+        nonlocal state
+        outputs, state = call(graph, feeds(graph, *given, state))
+        return outputs["logits"]
+
+    return step
+
+
+def padded(given, padding):
+    """Return a prompt with the first tokens of the second row as padding."""
+    embeds, image, attended = (part.clone() for part in given)
+    attended[1, :padding] = 0
+    image[1] = image[1].roll(padding)
+    return embeds, image, attended
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_generation_equals_a_loop_over_the_layers(model, dropped, rows):
+    given = prompt(rows, seed=1) if rows == 1 else padded(prompt(rows, seed=1), 3)
+    embedding = model.get_input_embeddings()
+    found, logits = generated(stepping(dropped, rows), embedding, given)
+    expected, wanted = generated(Pyramid(model, STAGES), embedding, given)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, wanted, **SAME)
+
+
+def test_sliding_windows_count_the_tokens_that_were_dropped():
+    model = vision_language_model(lambda **sizes: MistralConfig(**sizes, sliding_window=14))
+    graph = traced(model)
+    apply(DropImageTokens(STAGES), graph)
+    given, embedding = prompt(2), model.get_input_embeddings()
+    found, logits = generated(stepping(graph, 2), embedding, given)
+    expected, wanted = generated(Pyramid(model, STAGES), embedding, given)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, wanted, **SAME)
+
+
+@pytest.mark.parametrize("stages", [((1, 1.0),), ((2, 0.0),)])
+def test_nothing_is_dropped_if_all_is_kept_or_no_token_is_of_an_image(model, dense, stages):
+    graph = dense.fork()
+    apply(DropImageTokens(stages), graph)
+    embeds, image, attended = prompt(2)
+    image = image if stages[0][1] else torch.zeros_like(image)
+    outputs, _ = call(graph, feeds(graph, embeds, image, attended, empty(graph, 2)))
+    expected, _ = call(dense, feeds(dense, embeds, image, attended, empty(dense, 2)))
+    for name, value in expected.items():
+        torch.testing.assert_close(outputs[name], value, **SAME)
+
+
+def test_the_image_of_a_later_call_is_dropped_too(model, dropped):
+    step, loop = stepping(dropped, 1), Pyramid(model, STAGES)
+    for seed, images in ((1, IMAGE), (2, 8)):
+        embeds, image, new = prompt(seed=seed, images=images)
+        attended = new if seed == 1 else torch.cat([attended, new], 1)
+        torch.testing.assert_close(step(embeds, image, attended), loop(embeds, image, attended), **SAME)
+
+
+def test_rows_lose_as_many_image_tokens_as_the_row_with_the_fewest(dropped):
+    embeds, image, attended = prompt(2)
+    image[1, 8:] = 0  # 6 image tokens of 12: it loses 3 and 5
+    outputs, _ = call(dropped, feeds(dropped, embeds, image, attended, empty(dropped, 2)))
+    assert lengths(dropped, outputs) == [18, 15, 15, 13]
+    for row in range(2):
+        text = (image[row] == 0).nonzero()[:, 0].tolist()
+        assert set(text) <= set(outputs["present_tokens.3"][row].tolist())
+
+
+def test_the_random_choice_depends_on_the_seed_alone(dense):
+    kept = []
+    for seed in (0, 0, 1):
+        graph = dense.fork()
+        apply(DropImageTokens(((1, 0.5),), "random", seed), graph)
+        for data in (0, 1):
+            outputs, _ = call(graph, feeds(graph, *prompt(seed=data, images=40), empty(graph, 1)))
+            kept.append(outputs["present_tokens.1"][0].tolist())
+    assert kept[0] == kept[1] == kept[2] == kept[3]
+    assert kept[4] == kept[5] != kept[0]
+    assert len(kept[0]) == 20 + TEXT
+    assert np.diff([place for place in kept[0] if 2 <= place < 42]).max() > 1  # not one piece
+
+
+def test_the_inputs_are_added_behind_those_of_the_model(dense, dropped):
+    assert dropped.inputs == (*dense.inputs, "image_token_mask", "past_tokens.1", "past_tokens.3")
+    assert dropped.outputs == (*dense.outputs, "present_tokens.1", "present_tokens.3")
+    assert dropped.state == STATE | {f"present_tokens.{depth}": f"past_tokens.{depth}" for depth in (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (((),), "found no stage"),
+        ((((0, 0.5),),), "found the depths \\[0\\]"),
+        ((((2, 0.5), (2, 0.25)),), "found the depths \\[2, 2\\]"),
+        ((((1, 0.5), (2, 0.75)),), "found the shares"),
+        ((((1, 1.5),),), "found the shares"),
+        ((((1, 0.5),), "best"), "found the method 'best'; expected attention, norm, random"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(PassError, match=message):
+        DropImageTokens(*options)
+
+
+def test_a_depth_behind_the_last_block_is_refused_and_leaves_the_graph(dense):
+    graph = dense.fork()
+    before = graph.signature()
+    with pytest.raises(PassError, match=r"depth 4, but the last block with an attention is number 3"):
+        DropImageTokens(((1, 0.5), (4, 0.25))).run(graph)
+    assert graph.signature() == before
+    assert graph.inputs == dense.inputs
+
+
+def test_a_graph_without_a_cache_is_refused(dense):
+    graph = dense.fork()
+    graph.state = {}
+    with pytest.raises(PassError, match="found no attention with a KV cache"):
+        DropImageTokens(STAGES).run(graph)
