@@ -23,7 +23,9 @@ TASKS = (
     "audio-frame-classification",
     "ctc",
     "video-classification",
+    "image-text-to-text",
 )
+VISION_LANGUAGE: Final = "image-text-to-text"
 CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
 # The tasks of encoder-decoders, which are exported as files of an encoder and its decoder, and the targets for them.
 ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")

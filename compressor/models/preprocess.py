@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from compressor.models.class_names import ClassNames
 
-Kind = Literal["image", "text", "audio", "video", "tensor"]
+Kind = Literal["image", "text", "audio", "video", "image-text", "tensor"]
 # Clips, each float32 [samples], to the inputs of a batch.
 Listen = Callable[[Sequence[npt.NDArray[np.float32]]], dict[str, npt.NDArray[Any]]]
 Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
@@ -98,6 +98,8 @@ class Preprocess:
         clip: number of frames of a clip.
         varying: axis of each input, besides the first, whose size varies from batch to batch.
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
+        image_token: token id of the placeholders of an image in a text; None for models of one of the two.
+        image_tokens: number of placeholders of an image, or of a tile of one.
     """
 
     inputs: tuple[str, ...]
@@ -135,6 +137,8 @@ class Preprocess:
     clip: int = 0
     varying: Mapping[str, int] = field(default_factory=dict)
     decoder: DecoderSide | None = None
+    image_token: int | None = None
+    image_tokens: int = 0
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

@@ -20,10 +20,12 @@ from compressor.models.config_shapes import CLIPS
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
 from compressor.models.pretrained import image, sound, text, video
+from compressor.models.pretrained import vision_language as pretrained_vision_language
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import optional_file
 from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.video.inputs import takes_videos
+from compressor.models.vision_language import parts as vision_language
 from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
@@ -60,6 +62,7 @@ AUTO = {
     encoder_decoder.TEXT: "AutoModelForSeq2SeqLM",
     encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
     "video-classification": "AutoModelForVideoClassification",
+    vision_language.TASK: "AutoModelForImageTextToText",
 }
 
 
@@ -147,6 +150,8 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     from_to = encoder_decoder.task_of(config, architecture, location)
     if from_to is not None:
         return from_to
+    if vision_language.is_vision_language(architecture):
+        return vision_language.TASK
     # A cross-encoder also has files of sentence-transformers, but it scores a pair instead of embedding a sentence.
     embeds = "modules.json" in sentence_files or "config_sentence_transformers.json" in sentence_files
     if embeds and not architecture.endswith("ForSequenceClassification"):
@@ -205,6 +210,8 @@ def wrap(loaded: Loaded) -> Model:
     """Return the model of a loaded module, by what it takes."""
     if loaded.task in encoder_decoder.TASKS:
         return pretrained_encoder_decoder.wrap(loaded)
+    if loaded.task == vision_language.TASK:
+        return pretrained_vision_language.wrap(loaded)
     if takes_videos(loaded.module):
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):
