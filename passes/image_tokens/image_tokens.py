@@ -142,7 +142,7 @@ class _Stages:
         named = dict(zip(self.graph.inputs, self.graph.placeholders(), strict=True))
         if IDS not in named:
             raise PassError(f"found the inputs {', '.join(named)}; expected {IDS}, which tell image tokens from text.")
-        call = functools.partial(insert_call, self.graph, before=named[IDS].next)
+        call = functools.partial(insert_call, self.graph, before=self.graph.placeholders()[-1].next)
         return call(aten.to.dtype, call(aten.eq.Scalar, named[IDS], self.options.image_token), torch.int64)
 
     def _check_sizes(self, first: CachedAttention) -> None:
@@ -325,21 +325,9 @@ class _Stage:
         call, rows = self.call, value_of(self.trunk).shape[0]
         ranked = ranking.kept_in_order(call, score, self.image)
         removed = ranking.removed_tokens(call, self.stages.image, self.share)
-        symbol = new_size(self.graph, f"sequence_{self.depth}", EXAMPLE + 2 * self.depth + 1)
-        before = self.first_reader
-        dropped = insert_call_of_value(self.graph, aten.item.default, removed, value=0, before=before)
-        dropped.meta["val"] = symbol  # any symbol: only the difference below has a size that is known
-        self.count = insert_call_of_value(self.graph, operator.sub, self.tokens, dropped, value=symbol, before=before)
-        kept = insert_call_of_value(
-            self.graph,
-            aten.slice.Tensor,
-            ranked,
-            1,
-            0,
-            self.count,
-            value=empty_like(self.graph, self.trunk, (rows, symbol), torch.int64),
-            before=before,
-        )
+        first = self._first_places(removed)
+        kept = call(aten.index_select.default, ranked, 1, first)
+        self.count = call(aten.sym_size.int, first, 0)
         self.relative = call(operator.getitem, call(aten.sort.default, kept, 1), 0)
         self.original = self.relative
         if self.before is not None:
@@ -349,6 +337,21 @@ class _Stage:
         name = f"present_tokens.{self.depth}"
         insert_output(self.graph, name, self.columns)
         self.graph.state = {**self.graph.state, name: f"past_tokens.{self.depth}"}
+
+    def _first_places(self, removed: fx.Node) -> fx.Node:
+        """Return the numbers from 0, as many as tokens remain; their number depends on the data."""
+        options = {"dtype": torch.int64, "device": value_of(self.trunk).device}
+        places = self.call(aten.arange.default, self.call(aten.sym_size.int, self.trunk, 1), options=options)
+        remaining = self.call(aten.lt.Scalar, self.call(aten.add.Tensor, places, removed), self.tokens)
+        size = new_size(self.graph, f"sequence_{self.depth}", EXAMPLE + 2 * self.depth + 1)
+        found = insert_call_of_value(
+            self.graph,
+            aten.nonzero.default,
+            remaining,
+            value=empty_like(self.graph, self.trunk, (size, 1), torch.int64),
+            before=self.first_reader,
+        )
+        return self.call(aten.squeeze.dim, found, 1)
 
     def _narrow(self, region: set[fx.Node]) -> None:
         """Let all nodes behind the stage compute the remaining tokens."""

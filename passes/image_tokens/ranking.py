@@ -36,7 +36,7 @@ def removed_tokens(call: Call, image: fx.Node, share: float) -> fx.Node:
     """
     total = call(aten.sum.dim_IntList, image, [1])
     kept = call(aten.floor_divide.default, call(aten.mul.Tensor, total, round(share * PARTS)), PARTS)
-    return call(aten.amin.default, call(aten.sub.Tensor, total, kept))
+    return call(aten.amin.default, call(aten.sub.Tensor, total, kept), [0])
 
 
 def attention_received(call: Call, fused: fx.Node, query: fx.Node, keys: fx.Node, mask: fx.Node | None) -> fx.Node:
