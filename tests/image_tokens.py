@@ -72,9 +72,7 @@ def traced(model):
     example = (torch.randn(2, 7, WIDTH), mask, torch.arange(5, 12).repeat(2, 1), *past)
     axes = ({0: DYNAMIC, 1: DYNAMIC},) * 3 + ({0: DYNAMIC, 2: DYNAMIC},) * len(past)
     with torch.no_grad():
-        program = torch.export.export(
-            WithCache(model).eval(), example, dynamic_shapes={"tensors": axes}, strict=False
-        )
+        program = torch.export.export(WithCache(model).eval(), example, dynamic_shapes={"tensors": axes}, strict=False)
     inputs = ("inputs_embeds", "attention_mask", "position_ids", *STATE.values())
     graph = Graph(program.module(check_guards=False), inputs, ("logits", *STATE), "model.", state=STATE)
     apply(Clean(), graph)
@@ -84,8 +82,9 @@ def traced(model):
 def empty(graph, rows):
     """Return the state before the first call, for a number of rows."""
     past = {
-        name: torch.zeros(rows, 0, dtype=torch.int64) if name.startswith("past_tokens") else
-        torch.zeros(rows, KV_HEADS, 0, HEAD)
+        name: torch.zeros(rows, 0, dtype=torch.int64)
+        if name.startswith("past_tokens")
+        else torch.zeros(rows, KV_HEADS, 0, HEAD)
         for name in graph.state.values()
     }
     return {name: past[name] for name in graph.inputs if name in past}

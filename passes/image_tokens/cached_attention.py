@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -102,12 +102,12 @@ def _caches(graph: Graph) -> Mapping[fx.Node, tuple[fx.Node, fx.Node]]:
     """Map the input of each cache of keys to the new keys and to all keys."""
     outputs = dict(zip(graph.outputs, output_values(graph), strict=True))
     inputs = dict(zip(graph.inputs, graph.placeholders(), strict=True))
-    caches = {}
+    caches: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for present, past in graph.state.items():
         joined = outputs[present]
-        parts = joined.args[0] if joined.target == aten.cat.default else ()
-        if present.endswith(".key") and past in inputs and len(parts) == 2 and parts[0] is inputs[past]:  # type: ignore[arg-type,index]
-            caches[inputs[past]] = (parts[1], joined)  # type: ignore[index]
+        parts = cast("tuple[fx.Node, ...]", joined.args[0]) if joined.target == aten.cat.default else ()
+        if present.endswith(".key") and past in inputs and len(parts) == 2 and parts[0] is inputs[past]:
+            caches[inputs[past]] = (parts[1], joined)
     return caches
 
 

@@ -9,7 +9,6 @@ import torch
 
 from passes.analysis.token_axis import option
 from passes.graph.graph import value_of
-from passes.image_tokens.subset import take
 
 if TYPE_CHECKING:
     from torch import fx
@@ -92,13 +91,17 @@ def random_scores(call: Call, image: fx.Node, seed: int) -> fx.Node:
     return call(aten.unsqueeze.default, result, 0)
 
 
-def kept_in_order(call: Call, score: fx.Node, image: fx.Node) -> fx.Node:
+def text_first(call: Call, score: fx.Node, image: fx.Node) -> fx.Node:
     """Return the indices of all tokens, the tokens of text first, then image tokens by falling score, ``[B, S]``."""
     first = FIRST[value_of(score).dtype]
     is_image = call(aten.ne.Scalar, image, 0)
     ranked = call(aten.where.ScalarOther, is_image, score, first)
-    both = call(aten.sort.default, ranked, 1, True)
-    return call(operator.getitem, both, 1)
+    return call(operator.getitem, call(aten.sort.default, ranked, 1, True), 1)
+
+
+def ascending(call: Call, indices: fx.Node) -> fx.Node:
+    """Return the indices of each row in ascending order, ``[B, n]``."""
+    return call(operator.getitem, call(aten.sort.default, indices, 1), 0)
 
 
 def last_token(call: Call, mask: fx.Node | None, tokens: fx.Node, count: Any) -> fx.Node:
@@ -124,6 +127,3 @@ def last_token(call: Call, mask: fx.Node | None, tokens: fx.Node, count: Any) ->
 def _length(call: Call, node: fx.Node, axis: int) -> Any:
     size = value_of(node).shape[axis]
     return size if isinstance(size, int) else call(aten.sym_size.int, node, axis)
-
-
-__all__ = ["attention_received", "kept_in_order", "last_token", "low_norm", "random_scores", "removed_tokens", "take"]

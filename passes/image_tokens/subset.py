@@ -126,9 +126,7 @@ class Subset:
         return self.known[key]
 
     def _is_original(self, value: fx.Node) -> bool:
-        return not any(
-            self.sizes.stale(size) and not self.first.stale(size) for size in sizes_of(value)
-        )
+        return not any(self.sizes.stale(size) and not self.first.stale(size) for size in sizes_of(value))
 
     def _rank(self, reader: fx.Node, value: fx.Node) -> int:
         """Return the number of axes that a value is broadcast to, so that its first axis is that of the rows."""

@@ -1,15 +1,21 @@
 """Image tokens dropped in stages: equal to a plain loop over the layers, in prompts and in further tokens."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from transformers import MistralConfig
 
+from compressor import models
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models.base import Model
 from passes.base import PassError, apply
 from passes.execute.interpreter import run
-from passes.image_tokens.image_tokens import DropImageTokens
+from passes.graph.graph import value_of
+from passes.image_tokens.image_tokens import DropImageTokens, stage_of_state
+from tests import vision_language_models
 from tests.image_tokens import (
-    KV_HEADS,
     LAYERS,
     STATE,
     WIDTH,
@@ -21,6 +27,7 @@ from tests.image_tokens import (
     vision_language_model,
 )
 
+PARTS = ("key", "value")
 STAGES = ((1, 0.5), (3, 0.25))
 IMAGE, TEXT = 12, 6
 SAME = {"rtol": 0, "atol": 2e-5}  # logits of size 5, sums in float32 in another order
@@ -53,7 +60,7 @@ def prompt(rows=1, seed=0, images=IMAGE):
     return embeds, image, torch.ones(rows, tokens, dtype=torch.int64)
 
 
-def lengths(graph, outputs):
+def lengths(outputs):
     return [outputs[f"present.{layer}.key"].shape[2] for layer in range(LAYERS)]
 
 
@@ -65,7 +72,7 @@ def test_a_prompt_equals_a_loop_over_the_layers(model, dense, method):
     outputs, _ = call(graph, feeds(graph, *given, empty(graph, 1)))
     expected = Pyramid(model, STAGES, method)
     torch.testing.assert_close(outputs["logits"], expected(*given), **SAME)
-    assert lengths(graph, outputs) == [18, 12, 12, 9]  # 12 image tokens, 6, 6 and 3, beside 6 of text
+    assert lengths(outputs) == [18, 12, 12, 9]  # 12 image tokens, 6, 6 and 3, beside 6 of text
     for layer, cached in enumerate(expected.cache.layers):
         torch.testing.assert_close(outputs[f"present.{layer}.key"], cached.keys, **SAME)
         torch.testing.assert_close(outputs[f"present.{layer}.value"], cached.values, **SAME)
@@ -140,10 +147,10 @@ def test_nothing_is_dropped_if_all_is_kept_or_no_token_is_of_an_image(model, den
 
 
 def test_the_image_of_a_later_call_is_dropped_too(model, dropped):
-    step, loop = stepping(dropped, 1), Pyramid(model, STAGES)
+    step, loop, attended = stepping(dropped, 1), Pyramid(model, STAGES), torch.zeros(1, 0, dtype=torch.int64)
     for seed, images in ((1, IMAGE), (2, 8)):
         embeds, image, new = prompt(seed=seed, images=images)
-        attended = new if seed == 1 else torch.cat([attended, new], 1)
+        attended = torch.cat([attended, new], 1)
         torch.testing.assert_close(step(embeds, image, attended), loop(embeds, image, attended), **SAME)
 
 
@@ -151,7 +158,7 @@ def test_rows_lose_as_many_image_tokens_as_the_row_with_the_fewest(dropped):
     embeds, image, attended = prompt(2)
     image[1, 8:] = 0  # 6 image tokens of 12: it loses 3 and 5
     outputs, _ = call(dropped, feeds(dropped, embeds, image, attended, empty(dropped, 2)))
-    assert lengths(dropped, outputs) == [18, 15, 15, 13]
+    assert lengths(outputs) == [18, 15, 15, 13]
     for row in range(2):
         text = (image[row] == 0).nonzero()[:, 0].tolist()
         assert set(text) <= set(outputs["present_tokens.3"][row].tolist())
@@ -169,6 +176,11 @@ def test_the_random_choice_depends_on_the_seed_alone(dense):
     assert kept[4] == kept[5] != kept[0]
     assert len(kept[0]) == 20 + TEXT
     assert np.diff([place for place in kept[0] if 2 <= place < 42]).max() > 1  # not one piece
+
+
+def test_every_cache_has_the_length_of_its_stage(dropped):
+    expected = {f"past_key_values.{layer}.{part}": depth for layer, depth in ((1, 1), (2, 1), (3, 3)) for part in PARTS}
+    assert stage_of_state(dropped) == expected | {"past_tokens.1": 1, "past_tokens.3": 3}
 
 
 def test_the_inputs_are_added_behind_those_of_the_model(dense, dropped):
@@ -207,3 +219,80 @@ def test_a_graph_without_a_cache_is_refused(dense):
     graph.state = {}
     with pytest.raises(PassError, match="found no attention with a KV cache"):
         DropImageTokens(STAGES).run(graph)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A vision-language model, and its graph from pixels and token ids to logits."""
+    model = models.load(str(vision_language_models.saved("llava", tmp_path_factory.mktemp("models"))))
+    return model, trace(model)
+
+
+def test_image_tokens_are_told_by_their_ids(whole):
+    model, graph = whole
+    given = {name: torch.from_numpy(value) for name, value in vision_language_models.inputs("llava", 5).items()}
+    is_image = (given["input_ids"] == vision_language_models.TOKEN).long()
+    found, named = graph.fork(), graph.fork()
+    apply(DropImageTokens(((1, 0.5),), image_token=vision_language_models.TOKEN), found)
+    apply(DropImageTokens(((1, 0.5),)), named)
+    assert found.inputs == (*graph.inputs, "past_tokens.1")
+    feeds = {name: torch.from_numpy(value) for name, value in model.preprocess.complete(asnumpy(given)).items()}
+    feeds |= {"past_tokens.1": torch.zeros(2, 0, dtype=torch.int64), "image_token_mask": is_image}
+    outputs = dict(zip(found.outputs, run(found, {name: feeds[name] for name in found.inputs}), strict=True))
+    expected = run(named, {name: feeds[name] for name in named.inputs})
+    for value, wanted in zip(outputs.values(), expected, strict=True):
+        assert torch.equal(value, wanted)
+    assert outputs["logits"].shape[1] == given["input_ids"].shape[1] - 2  # 2 of 4 image tokens
+    with pytest.raises(PassError, match="expected input_ids"):
+        DropImageTokens(((1, 0.5),), image_token=1).run(traced(vision_language_model()))
+
+
+def asnumpy(tensors):
+    return {name: value.detach().numpy() for name, value in tensors.items()}
+
+
+def written(model, graph):
+    """A description of the language model for the ONNX writer."""
+    axes = {name: {0: "batch", 1: "sequence"} for name in graph.inputs}
+    axes["attention_mask"] = {0: "batch", 1: "total_sequence"}
+    nodes = dict(zip(graph.inputs, graph.placeholders(), strict=True))
+    for name in graph.state.values():
+        axis = 1 if name.startswith("past_tokens") else 2
+        axes[name] = {0: "batch", axis: f"past_{value_of(nodes[name]).shape[axis]}"}
+    return Model(
+        "llava",
+        "",
+        "text-generation",
+        model,
+        model.forward,
+        graph.inputs,
+        graph.outputs,
+        "logits",
+        {},
+        axes,
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["attention", *(pytest.param(method, marks=pytest.mark.slow) for method in ("norm", "random"))]
+)
+def test_the_onnx_file_generates_the_same(model, dense, tmp_path, method):
+    graph = dense.fork()
+    apply(DropImageTokens(STAGES, method), graph)
+    session = onnxruntime.InferenceSession(lower(graph, written(model, graph), tmp_path / "model.onnx"))
+    state = empty(graph, 2)
+
+    def step(*given):
+        nonlocal state
+        values = session.run(graph.outputs, asnumpy(feeds(graph, *given, state)))
+        outputs = {name: torch.from_numpy(value) for name, value in zip(graph.outputs, values, strict=True)}
+        state = {past: outputs[present] for present, past in graph.state.items()}
+        return outputs["logits"]
+
+    given, embedding = padded(prompt(2, seed=4), 2), model.get_input_embeddings()
+    found, logits = generated(step, embedding, given)
+    expected, wanted = generated(stepping(graph, 2), embedding, given)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, wanted, **SAME)
