@@ -27,9 +27,9 @@ TASKS = (
 )
 VISION_LANGUAGE: Final = "image-text-to-text"
 CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
-# The tasks of encoder-decoders, which are exported as files of an encoder and its decoder, and the targets for them.
+# The tasks of encoder-decoders, and the targets for models of several files: those, and vision-language models.
 ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
-ENCODER_DECODER_TARGETS = ("onnxruntime", "openvino")
+PARTS_TARGETS = ("onnxruntime", "openvino")
 # What a classifier predicts, in the words of transformers' configs.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # The target that writes a checkpoint. Named here because the settings must not import the code that writes it.

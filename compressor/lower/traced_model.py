@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from compressor import models
-from compressor.choices import ENCODER_DECODER_TARGETS, GGUF, TRANSFORMERS
+from compressor.choices import GGUF, PARTS_TARGETS, TRANSFORMERS
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, Samples
@@ -130,8 +130,8 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             cache=settings.cache,
             image_size=settings.pixels,
         )
-    if model.is_encoder_decoder:
-        _check_encoder_decoder(model, settings)
+    if model.has_parts:
+        _check_parts(model, settings)
     if settings.target == TRANSFORMERS:
         checkpoint.check_model(model, settings.drop)
     if settings.target == GGUF:
@@ -155,18 +155,23 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
 
 
-def _check_encoder_decoder(model: Model, settings: Settings) -> None:
-    """Refuse what the files of an encoder and its decoder are not written for."""
-    if settings.target not in ENCODER_DECODER_TARGETS:
+def _check_parts(model: Model, settings: Settings) -> None:
+    """Refuse what the files of the parts of a model are not written for."""
+    parts = (
+        "an encoder-decoder, whose encoder and decoder"
+        if model.is_encoder_decoder
+        else ("a vision-language model, whose vision tower and language model")
+    )
+    if settings.target not in PARTS_TARGETS:
         raise SubjectError(
-            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and --target "
-            f"{settings.target} takes one file; give --target {' or '.join(ENCODER_DECODER_TARGETS)}."
+            f"{model.name} is {parts} are files of their own, and --target {settings.target} takes one file; give "
+            f"--target {' or '.join(PARTS_TARGETS)}."
         )
     if settings.defer_build or settings.factorial:
         option = "--defer-build" if settings.defer_build else "--factorial"
         raise SubjectError(
-            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and {option} takes "
-            f"one file for each engine; leave {option} out."
+            f"{model.name} is {parts} are files of their own, and {option} takes one file for each engine; leave "
+            f"{option} out."
         )
 
 

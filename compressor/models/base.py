@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.choices import ENCODER_DECODER_TASKS
+from compressor.choices import ENCODER_DECODER_TASKS, VISION_LANGUAGE
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import OBJECT, read_json
@@ -126,6 +126,16 @@ class Model:
     def is_encoder_decoder(self) -> bool:
         """Return whether the model has an encoder and a decoder, whose files are exported one by one."""
         return self.task in ENCODER_DECODER_TASKS
+
+    @property
+    def is_vision_language(self) -> bool:
+        """Return whether the model generates texts from images and texts."""
+        return self.task == VISION_LANGUAGE
+
+    @property
+    def has_parts(self) -> bool:
+        """Return whether the model is exported as one file for each of its parts."""
+        return self.is_encoder_decoder or self.is_vision_language
 
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
@@ -242,5 +252,8 @@ def hub_error_reason(error: BaseException) -> str | None:
 
 def most_tokens(model: Model) -> int | None:
     """Return the number of positions of a model of transformers; None if its config states no limit."""
-    most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    config = getattr(model.module, "config", None)
+    if config is not None and model.is_vision_language:
+        config = config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
     return most if isinstance(most, int) else None

@@ -98,6 +98,9 @@ class Preprocess:
         clip: number of frames of a clip.
         varying: axis of each input, besides the first, whose size varies from batch to batch.
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
+        image_text: converts an image and its text to the inputs of one row; None without a processor.
+        placeholder: what stands for an image in a text.
+        padding: token id with which texts beside images are padded.
         image_token: token id of the placeholders of an image in a text; None for models of one of the two.
         image_tokens: number of placeholders of an image, or of a tile of one.
     """
@@ -137,6 +140,9 @@ class Preprocess:
     clip: int = 0
     varying: Mapping[str, int] = field(default_factory=dict)
     decoder: DecoderSide | None = None
+    image_text: Callable[[Image.Image, str], dict[str, npt.NDArray[Any]]] | None = None
+    placeholder: str = ""
+    padding: int = 0
     image_token: int | None = None
     image_tokens: int = 0
 

@@ -42,7 +42,7 @@ from compressor.report.pages.export_page import PAGE, html
 from compressor.report.pages.sample_previews import previews
 from compressor.report.precision_notes import precision_notes
 from compressor.report.recipe_notes import recipe_notes
-from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict
+from compressor.report.report import REPORT, Quality, Report, Size, latency_to_dict, shares_of_time
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
 from compressor.search.planner import Choice, choose_plan
@@ -502,6 +502,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
     notes += [*precision_notes(report), *recipe_notes(report), *_cross_caches(subject, rewritten)]
+    notes += [] if report.generation is None else shares_of_time(report.generation)
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]
     if subject.data.skipped:

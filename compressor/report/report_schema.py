@@ -382,6 +382,7 @@ class Environment(TypedDict):  # noqa: D101
 
 @with_config(_KEPT)
 class Calls(TypedDict):  # noqa: D101
+    image: NotRequired[Latency]
     prompt: Latency
     token: NotRequired[Latency]
 
@@ -392,6 +393,7 @@ class Generation(TypedDict):  # noqa: D101
     new: Count
     behind: Count
     source: NotRequired[Literal["tokens", "frames"] | None]
+    images: NotRequired[Count]
     calls: dict[Variant, Calls]
 
 

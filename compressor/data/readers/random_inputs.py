@@ -16,7 +16,7 @@ def random_samples(preprocess: Preprocess, seed: int) -> Samples:
     """Return random inputs with the shapes and dtypes of the example; a sample does not depend on its batch.
 
     Floats are standard normal. Integers are uniform in [0, maximum of the example]. Masks are those of the example,
-    because a random attention mask could hide whole rows.
+    because a random attention mask could hide whole rows. Placeholders of images stand where they do in the example.
     """
 
     def feeds(indices: Sequence[int]) -> Feeds:
@@ -28,7 +28,17 @@ def random_samples(preprocess: Preprocess, seed: int) -> Samples:
 
 def _row(preprocess: Preprocess, seed: int, index: int) -> Feeds:
     generator = np.random.default_rng([seed, index])
-    return {name: _values(generator, name, preprocess.example[name], index) for name in preprocess.inputs}
+    row = {name: _values(generator, name, preprocess.example[name], index) for name in preprocess.inputs}
+    if preprocess.image_token is not None:
+        example = preprocess.example["input_ids"]
+        row["input_ids"] = _with_images(row["input_ids"], example[index % len(example)], preprocess.image_token)
+    return row
+
+
+def _with_images(ids: Array, example: Array, token: int) -> Array:
+    """Return tokens with the placeholders of an example, and no others; another token is taken in their place."""
+    others = np.where(ids == token, ids - 1 if token else ids + 1, ids)
+    return np.where(example == token, token, others)
 
 
 def _values(generator: np.random.Generator, name: str, example: Array, index: int) -> Array:

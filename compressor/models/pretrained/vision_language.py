@@ -9,7 +9,9 @@ from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import processor_of, save_vision_language
 from compressor.models.pretrained.text import max_length
+from compressor.models.text.padding import causal_padding
 from compressor.models.vision_language.parts import parts_of
+from compressor.models.vision_language.processor import prepare
 
 
 def wrap(loaded: Loaded) -> Model:
@@ -35,6 +37,10 @@ def wrap(loaded: Loaded) -> Model:
             "image-text",
             as_numpy(parts.data_example),
             complete=parts.call.complete,
+            image_text=None if processor is None else partial(prepare, processor, parts.call.data_inputs),
+            placeholder=str(getattr(processor, "image_token", "")),
+            padding=0 if tokenizer is None else causal_padding(tokenizer, module.config.get_text_config()).token,
+            tokenizer=type(processor).__name__,
             longest=max_length(module, tokenizer, {}),
             image_token=parts.call.image_token,
             image_tokens=parts.image_tokens,

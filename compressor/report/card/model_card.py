@@ -48,6 +48,7 @@ USES = {
     "audio-frame-classification": "classifies the frames of sound",
     CTC: "transcribes speech",
     "video-classification": "classifies videos",
+    "image-text-to-text": "generates text from an image and a text",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from compressor import models
-from compressor.lower.cut_encoder_decoder import CutError, cut
+from compressor.lower.cut.encoder_decoder import cut
+from compressor.lower.cut.part import CutError
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower

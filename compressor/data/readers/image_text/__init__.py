@@ -1,0 +1,1 @@
+"""Readers of images with texts, for vision-language models."""
