@@ -74,6 +74,18 @@ FOLDER = ("output", "force")
 SPREAD = ("workers", "ray")
 
 # Fields that a command takes after those of SUBJECT, in the order of --help.
-EXPORT = ("max_memory", "drop", "metric", *SEARCH, *GOALS, *ENGINE, *QUANTIZATION, *BUILD, *FOLDER, *SPREAD)
+EXPORT = (
+    "max_memory",
+    "drop",
+    "metric",
+    "image_tokens",
+    *SEARCH,
+    *GOALS,
+    *ENGINE,
+    *QUANTIZATION,
+    *BUILD,
+    *FOLDER,
+    *SPREAD,
+)
 SWEEP = (*SEARCH, "points", *ENGINE, *FOLDER, *SPREAD)
 INSPECT = ("max_memory", "metric", "output", "study", "against_data", *SPREAD)

@@ -83,7 +83,7 @@ def empty(graph, rows):
     """Return the state before the first call, for a number of rows."""
     past = {
         name: torch.zeros(rows, 0, dtype=torch.int64)
-        if name.startswith("past_tokens")
+        if name.endswith(".tokens")
         else torch.zeros(rows, KV_HEADS, 0, HEAD)
         for name in graph.state.values()
     }

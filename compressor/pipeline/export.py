@@ -21,7 +21,14 @@ from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
 from compressor.lower.nemotron_nas.engine_rules import serving
-from compressor.lower.traced_model import TracedModel, check_original, index_errors_as_data_errors, load, model_facts
+from compressor.lower.traced_model import (
+    TracedModel,
+    check_original,
+    index_errors_as_data_errors,
+    load,
+    model_facts,
+    without_image_tokens,
+)
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines, quality_on_test
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
@@ -267,6 +274,7 @@ def _adapted(
     """Heal the graph of a choice for at most `seconds`, and fold it."""
     with index_errors_as_data_errors(subject):
         choice, graph, healed = _healed(choice, subject, settings, seconds, steps)
+        graph = without_image_tokens(graph, subject.model, settings)
     return _Rewritten(choice, graph, evaluator.builder.fold(graph), healed)
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 Method = Literal["attention", "norm", "random"]
-IMAGE_MASK, IDS, PAST = "image_token_mask", "input_ids", "past_tokens."
+IMAGE_MASK, IDS = "image_token_mask", "input_ids"
+INDICES = ".tokens"  # end of the names of state that holds which tokens are in a cache
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DropImageTokens:
     ``image_token_mask`` ``[batch, sequence]`` int64, 1 for the image tokens of the call. A call without image tokens
     drops nothing, as that for a further token. The graph gets state besides:
 
-    - ``past_tokens.8`` ``[batch, past_sequence_8]`` and ``present_tokens.8``, for a stage at depth 8: which of the
+    - ``past_key_values.8.tokens`` ``[batch, past_sequence_8]`` and ``present.8.tokens``, for a stage at depth 8: which of the
       tokens so far the caches behind the stage hold, as indices into ``attention_mask``.
 
     The logits are those of the remaining tokens; the last is that of the last token.
@@ -142,10 +143,6 @@ def _attention(attentions: Sequence[CachedAttention], depth: int) -> CachedAtten
 
 def stage_of_state(graph: Graph) -> dict[str, int]:
     """Return the depth of the stage before each input of state; those before the first stage are left out."""
-    depths = {size_of_state(graph, name): int(name[len(PAST) :]) for name in graph.state.values() if _is_index(name)}
-    found = {name: depths.get(size_of_state(graph, name)) for name in graph.state.values() if name in graph.inputs}
-    return {name: depth for name, depth in found.items() if depth is not None}
-
-
-def _is_index(name: str) -> bool:
-    return name.startswith(PAST)
+    lengths = {name: size_of_state(graph, name) for name in graph.state.values() if name in graph.inputs}
+    depths = {lengths[name]: int(name.split(".")[1]) for name in lengths if name.endswith(INDICES)}
+    return {name: depths[length] for name, length in lengths.items() if length in depths}

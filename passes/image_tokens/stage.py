@@ -132,9 +132,9 @@ class Stage:
         if self.before is not None:
             original = self.call(aten.gather.default, previous, 1, relative)
         columns = self.call(aten.cat.default, [past_tokens, self.call(aten.add.Tensor, original, past)], 1)
-        name = f"present_tokens.{self.depth}"
+        name = f"present.{self.depth}.tokens"
         insert_output(self.graph, name, columns)
-        self.graph.state = {**self.graph.state, name: f"past_tokens.{self.depth}"}
+        self.graph.state = {**self.graph.state, name: f"past_key_values.{self.depth}.tokens"}
         own_past = self.call(aten.sym_size.int, past_tokens, 1)
         self._narrow(region, self._subset(original, relative, columns, count, own_past))
         return Kept(self.depth, self.trunk, original, past_tokens)
@@ -163,7 +163,7 @@ class Stage:
                         set_arguments(self.graph, reader, self.model.first.past, 2)
                 resize(self.graph, node, axis, size)
         rows = value_of(self.trunk).shape[0]
-        return insert_input(self.graph, f"past_tokens.{self.depth}", self.trunk, (rows, size), INT), caches
+        return insert_input(self.graph, f"past_key_values.{self.depth}.tokens", self.trunk, (rows, size), INT), caches
 
     def _computed_from(self, nodes: Collection[fx.Node]) -> set[fx.Node]:
         found: set[fx.Node] = set()

@@ -196,6 +196,9 @@ def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_posit
     return tokens
 
 
-def _empty(shape: tuple[int | None, ...] | None, rows: int) -> npt.NDArray[np.float32]:
+def _empty(shape: tuple[int | None, ...] | None, rows: int) -> Array:
+    """Return an empty cache; of one whose image tokens are dropped, also the indices of its tokens, [rows, 0]."""
     assert shape is not None
+    if len(shape) == 2:
+        return np.zeros((rows, 0), np.int64)
     return np.zeros((rows, shape[1] or 0, 0, shape[3] or 0), np.float32)

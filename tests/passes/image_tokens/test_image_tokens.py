@@ -76,8 +76,8 @@ def test_a_prompt_equals_a_loop_over_the_layers(model, dense, method):
     for layer, cached in enumerate(expected.cache.layers):
         torch.testing.assert_close(outputs[f"present.{layer}.key"], cached.keys, **SAME)
         torch.testing.assert_close(outputs[f"present.{layer}.value"], cached.values, **SAME)
-    assert torch.equal(outputs["present_tokens.1"], expected.cached[1])
-    assert torch.equal(outputs["present_tokens.3"], expected.cached[3])
+    assert torch.equal(outputs["present.1.tokens"], expected.cached[1])
+    assert torch.equal(outputs["present.3.tokens"], expected.cached[3])
 
 
 def generated(step, embedding, given, tokens=8):
@@ -161,7 +161,7 @@ def test_rows_lose_as_many_image_tokens_as_the_row_with_the_fewest(dropped):
     assert lengths(outputs) == [18, 15, 15, 13]
     for row in range(2):
         text = (image[row] == 0).nonzero()[:, 0].tolist()
-        assert set(text) <= set(outputs["present_tokens.3"][row].tolist())
+        assert set(text) <= set(outputs["present.3.tokens"][row].tolist())
 
 
 def test_the_random_choice_depends_on_the_seed_alone(dense):
@@ -171,7 +171,7 @@ def test_the_random_choice_depends_on_the_seed_alone(dense):
         apply(DropImageTokens(((1, 0.5),), "random", seed), graph)
         for data in (0, 1):
             outputs, _ = call(graph, feeds(graph, *prompt(seed=data, images=40), empty(graph, 1)))
-            kept.append(outputs["present_tokens.1"][0].tolist())
+            kept.append(outputs["present.1.tokens"][0].tolist())
     assert kept[0] == kept[1] == kept[2] == kept[3]
     assert kept[4] == kept[5] != kept[0]
     assert len(kept[0]) == 20 + TEXT
@@ -180,13 +180,13 @@ def test_the_random_choice_depends_on_the_seed_alone(dense):
 
 def test_every_cache_has_the_length_of_its_stage(dropped):
     expected = {f"past_key_values.{layer}.{part}": depth for layer, depth in ((1, 1), (2, 1), (3, 3)) for part in PARTS}
-    assert stage_of_state(dropped) == expected | {"past_tokens.1": 1, "past_tokens.3": 3}
+    assert stage_of_state(dropped) == expected | {"past_key_values.1.tokens": 1, "past_key_values.3.tokens": 3}
 
 
 def test_the_inputs_are_added_behind_those_of_the_model(dense, dropped):
-    assert dropped.inputs == (*dense.inputs, "image_token_mask", "past_tokens.1", "past_tokens.3")
-    assert dropped.outputs == (*dense.outputs, "present_tokens.1", "present_tokens.3")
-    assert dropped.state == STATE | {f"present_tokens.{depth}": f"past_tokens.{depth}" for depth in (1, 3)}
+    assert dropped.inputs == (*dense.inputs, "image_token_mask", "past_key_values.1.tokens", "past_key_values.3.tokens")
+    assert dropped.outputs == (*dense.outputs, "present.1.tokens", "present.3.tokens")
+    assert dropped.state == STATE | {f"present.{depth}.tokens": f"past_key_values.{depth}.tokens" for depth in (1, 3)}
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ def test_image_tokens_are_told_by_their_ids(whole):
     found, named = graph.fork(), graph.fork()
     apply(DropImageTokens(((1, 0.5),), image_token=vision_language_models.TOKEN), found)
     apply(DropImageTokens(((1, 0.5),)), named)
-    assert found.inputs == (*graph.inputs, "past_tokens.1")
+    assert found.inputs == (*graph.inputs, "past_key_values.1.tokens")
     feeds = {name: torch.from_numpy(value) for name, value in model.preprocess.complete(asnumpy(given)).items()}
-    feeds |= {"past_tokens.1": torch.zeros(2, 0, dtype=torch.int64), "image_token_mask": is_image}
+    feeds |= {"past_key_values.1.tokens": torch.zeros(2, 0, dtype=torch.int64), "image_token_mask": is_image}
     outputs = dict(zip(found.outputs, run(found, {name: feeds[name] for name in found.inputs}), strict=True))
     expected = run(named, {name: feeds[name] for name in named.inputs})
     for value, wanted in zip(outputs.values(), expected, strict=True):
@@ -257,7 +257,7 @@ def written(model, graph):
     axes["attention_mask"] = {0: "batch", 1: "total_sequence"}
     nodes = dict(zip(graph.inputs, graph.placeholders(), strict=True))
     for name in graph.state.values():
-        axis = 1 if name.startswith("past_tokens") else 2
+        axis = 1 if name.endswith(".tokens") else 2
         axes[name] = {0: "batch", axis: f"past_{value_of(nodes[name]).shape[axis]}"}
     return Model(
         "llava",
