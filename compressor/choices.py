@@ -103,10 +103,10 @@ def parse_image_tokens(value: str) -> ImageTokens | None:
             "as random:50%@8"
         )
     depths, shares = [depth for depth, _ in found], [share for _, share in found]
-    if depths != sorted(set(depths)) or depths[0] < 1 or shares != sorted(set(shares), reverse=True) or shares[0] >= 1:
-        raise ValueError(
-            f"--image-tokens {value}: expected blocks that rise from 1, and shares that fall from below 100%"
-        )
+    if depths != sorted(set(depths)) or depths[0] < 1:
+        raise ValueError(f"--image-tokens {value}: expected blocks that rise, from 1 on")
+    if shares != sorted(set(shares), reverse=True) or shares[0] >= 1:
+        raise ValueError(f"--image-tokens {value}: expected shares that fall, from below 100% on")
     return ImageTokens(method or RANKINGS[0], tuple(found))
 
 

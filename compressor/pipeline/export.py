@@ -42,7 +42,7 @@ from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
-from compressor.report import engine_layers, exact_rewrites
+from compressor.report import engine_layers, exact_rewrites, image_token_stages
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of, of_timings
 from compressor.report.pages.export_page import PAGE, html
@@ -217,6 +217,9 @@ def _compressed(
         engine=engine,
         factorial=factorial_cells.measured(latency, quality, variants, settings, folder) if factorial else None,
         evidence=_evidence(rewritten, subject),
+        image_tokens=image_token_stages.facts(
+            settings.image_stages, _generation(parts, timer.calls, settings, subject), rewritten.folded, subject.graph
+        ),
         exact={"multiply_adds": Costs(builder.fold(subject.graph), subject.costs.example).total.multiply_adds},
         limitations=(
             *limitations_of(
@@ -510,6 +513,7 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
     notes += [*precision_notes(report), *recipe_notes(report), *_cross_caches(subject, rewritten)]
+    notes += image_token_stages.sentences(report.image_tokens)
     notes += [] if report.generation is None else shares_of_time(report.generation)
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]

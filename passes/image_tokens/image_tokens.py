@@ -52,8 +52,8 @@ class DropImageTokens:
     ``image_token_mask`` ``[batch, sequence]`` int64, 1 for the image tokens of the call. A call without image tokens
     drops nothing, as that for a further token. The graph gets state besides:
 
-    - ``past_key_values.8.tokens`` ``[batch, past_sequence_8]`` and ``present.8.tokens``, for a stage at depth 8: which of the
-      tokens so far the caches behind the stage hold, as indices into ``attention_mask``.
+    - ``past_key_values.8.tokens`` ``[batch, past_sequence_8]`` and ``present.8.tokens``, for a stage at depth 8: which
+      of the tokens so far the caches behind the stage hold, as indices into ``attention_mask``.
 
     The logits are those of the remaining tokens; the last is that of the last token.
 
