@@ -111,7 +111,7 @@ class Pyramid:
         self.stages, self.method = dict(stages), method
         self.window = getattr(self.text.config, "sliding_window", None)
         self.cache = DynamicCache()
-        self.cached = [torch.zeros(0)] * LAYERS  # [rows, tokens], places in the text
+        self.cached = [torch.zeros(0)] * len(self.text.layers)  # [rows, tokens], places in the text
 
     @torch.no_grad()
     def __call__(self, embeds, image, attended):

@@ -126,7 +126,8 @@ class Stage:
         image = self.model.image
         if self.before is not None:
             image = self.call(aten.gather.default, image, 1, previous)
-        score = self._score(region, image, previous, past, tokens)
+        keys = None if self.model.method == "random" else self._copied(self.attention.keys, region, None)
+        score = self._score(region, keys, image, previous, past, tokens)
         relative, count = self._select(score, image, tokens)
         original = relative
         if self.before is not None:
@@ -136,7 +137,10 @@ class Stage:
         insert_output(self.graph, name, columns)
         self.graph.state = {**self.graph.state, name: f"past_key_values.{self.depth}.tokens"}
         own_past = self.call(aten.sym_size.int, past_tokens, 1)
-        self._narrow(region, self._subset(original, relative, columns, count, own_past))
+        subset = self._subset(original, relative, columns, count, own_past)
+        if keys is not None:  # they are known for all tokens, so the projection need not run again
+            subset.mapped[self.attention.keys] = take(self.call, keys, 2, relative)
+        self._narrow(region, subset)
         return Kept(self.depth, self.trunk, original, past_tokens)
 
     # ------------------------------------------------------------------------------------------------------- caches
@@ -195,12 +199,17 @@ class Stage:
         return self.call(aten.arange.default, count, options=options)
 
     def _score(
-        self, region: set[fx.Node], image: fx.Node, previous: fx.Node, past: fx.Node, tokens: fx.Node
+        self,
+        region: set[fx.Node],
+        keys: fx.Node | None,
+        image: fx.Node,
+        previous: fx.Node,
+        past: fx.Node,
+        tokens: fx.Node,
     ) -> fx.Node:
         """Insert the score of each token of the trunk, ``[B or 1, S]``."""
-        if self.model.method == "random":
+        if keys is None:
             return ranking.random_scores(self.call, image, self.model.seed + self.depth)
-        keys = self._copied(self.attention.keys, region, None)
         if self.model.method == "norm":
             return ranking.low_norm(self.call, keys)
         fused = self.attention.fused([node for node in self.graph.nodes() if node in region])
@@ -274,7 +283,7 @@ class Stage:
 
     def _narrow(self, region: set[fx.Node], subset: Subset) -> None:
         """Let all nodes of the region compute the remaining tokens."""
-        for node in [node for node in self.graph.nodes() if node in region]:
+        for node in [node for node in self.graph.nodes() if node in region and node not in subset.mapped]:
             args, kwargs = subset.arguments(node, region)
             set_arguments(self.graph, node, *args, options=kwargs)
             if any(sizes.stale(size) for sizes in (self.model.sizes, self.sizes) for size in sizes_of(node)):

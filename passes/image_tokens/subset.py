@@ -182,8 +182,11 @@ def take(call: Call, value: fx.Node, axis: int, index: fx.Node) -> fx.Node:
         ``[B, ..., n, ...]``.
     """
     sizes = value_of(value).shape
-    if all(isinstance(size, int) and size == 1 for size in sizes[1:axis]) and axis < len(sizes) - 1:
-        return _take_rows(call, value, axis, index)
+    if axis < len(sizes) - 1:
+        if all(isinstance(size, int) and size == 1 for size in sizes[1:axis]):
+            return _take_rows(call, value, axis, index)
+        taken = _take_rows(call, call(aten.transpose.int, value, 1, axis), 1, index)
+        return call(aten.transpose.int, taken, 1, axis)
     between = index
     for position in range(1, len(sizes)):
         if position != axis:
