@@ -25,7 +25,7 @@ from compressor.models.base import most_tokens
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
-from runtimes.base.vision_language import FEATURES
+from runtimes.base.vision_language import FEATURES, is_image
 
 if TYPE_CHECKING:
     from compressor.data.splits import Split
@@ -224,13 +224,9 @@ def _image_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths) 
 
 def _pictures(subject: ModelAndData, batch: int) -> dict[str, npt.NDArray[np.generic]]:
     """Return images of the data, as many tiles of each as the example has."""
-    example, names = subject.model.preprocess.example, subject.model.preprocess.inputs
-    feeds = {name: value for name, value in timing_feeds(subject.data.test, batch).items() if name.startswith("pixel")}
-    return {
-        name: np.resize(feeds[name], (batch, *example[name].shape[1:])) if example[name].ndim > 4 else feeds[name]
-        for name in names
-        if name in feeds
-    }
+    example = {name: value for name, value in subject.model.preprocess.example.items() if is_image(name)}
+    feeds = timing_feeds(subject.data.test, batch)
+    return {name: np.resize(feeds[name], (batch, *value.shape[1:])) for name, value in example.items()}
 
 
 def _features(pixels: Feeds, opener: Callable[[], Engine], folder: Path) -> Feeds:

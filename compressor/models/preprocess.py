@@ -103,6 +103,7 @@ class Preprocess:
         padding: token id with which texts beside images are padded.
         image_token: token id of the placeholders of an image in a text; None for models of one of the two.
         image_tokens: number of placeholders of an image, or of a tile of one.
+        bidirectional: each token of a text reads all others, so that it predicts none of them.
     """
 
     inputs: tuple[str, ...]
@@ -145,6 +146,7 @@ class Preprocess:
     padding: int = 0
     image_token: int | None = None
     image_tokens: int = 0
+    bidirectional: bool = False
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

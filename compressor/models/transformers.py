@@ -150,8 +150,6 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     from_to = encoder_decoder.task_of(config, architecture, location)
     if from_to is not None:
         return from_to
-    if vision_language.is_vision_language(architecture):
-        return vision_language.TASK
     # A cross-encoder also has files of sentence-transformers, but it scores a pair instead of embedding a sentence.
     embeds = "modules.json" in sentence_files or "config_sentence_transformers.json" in sentence_files
     if embeds and not architecture.endswith("ForSequenceClassification"):
@@ -160,6 +158,8 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         if architecture.endswith(ending):
             sound = task == "text-classification" and takes_sound(getattr(transformers, architecture, None))
             return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
+    if vision_language.is_vision_language(architecture):
+        return vision_language.TASK
     images = hasattr(config, "image_size") and not any(hasattr(config, name) for name in CLIPS)
     features = "image-feature-extraction" if images else "feature-extraction"
     if architecture and not _is_bare(architecture):

@@ -23,19 +23,33 @@ IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 PIXELS = "pixel_values"
 # Values at which the graph of a whole model is cut; in the files, the embeddings of tokens are inputs_embeds too.
 FEATURES, TEXT_EMBEDS, EMBEDS = "image_features", "text_embeds", "inputs_embeds"
-PAST, PRESENT = "past_key_values.", "present."
 FACTS, IMAGE_TOKEN = "vision_language.json", "image_token_id"  # a file beside the others, and its entry
 
 Array = npt.NDArray[Any]
 
 
+def is_image(name: str) -> bool:
+    """Return whether an input of the whole model is one of the vision encoder, such as ``pixel_attention_mask``."""
+    return name.startswith("pixel_")
+
+
 def past_of(present: str) -> str:
     """Return the input that an output becomes in the next call.
 
-    >>> past_of("present.0.key")
-    'past_key_values.0.key'
+    >>> past_of("present.0.key"), past_of("present_tokens.8")
+    ('past_key_values.0.key', 'past_tokens.8')
     """
-    return PAST + present.removeprefix(PRESENT)
+    return present.replace("present.", "past_key_values.", 1).replace("present_", "past_", 1)
+
+
+def is_past(name: str) -> bool:
+    """Return whether an input is state of an earlier call: the cache, or what else the language model keeps."""
+    return name.startswith("past_")
+
+
+def is_present(name: str) -> bool:
+    """Return whether an output is the state of the next call."""
+    return name.startswith(("present.", "present_"))
 
 
 def parts_of(path: Path) -> tuple[Path, Path, Path] | None:
@@ -184,21 +198,21 @@ def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_posit
         The prompt and the new tokens, int64 [rows, tokens].
     """
     tokens, mask = prompt[IDS], prompt[MASK]
-    shapes = {name: shape for name, shape in engine.input_shapes.items() if name.startswith(PAST)}
-    feeds: dict[str, Array] = dict(prompt) | {name: _empty(shape, len(tokens)) for name, shape in shapes.items()}
+    feeds: dict[str, Array] = dict(prompt) | {
+        name: _empty(engine, name, len(tokens)) for name in engine.inputs if is_past(name)
+    }
     for _ in range(new):
         positions = (mask.cumsum(1) - 1).clip(min=0)[:, -feeds[IDS].shape[1] :] + first_position
         outputs = engine.run({**feeds, MASK: mask, POSITIONS: positions.astype(np.int64)})
         tokens = np.concatenate([tokens, outputs["logits"][:, -1:].argmax(-1)], 1)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
-        feeds = {past_of(name): value for name, value in outputs.items() if name.startswith(PRESENT)}
+        feeds = {past_of(name): value for name, value in outputs.items() if is_present(name)}
         feeds[IDS] = tokens[:, -1:]
     return tokens
 
 
-def _empty(shape: tuple[int | None, ...] | None, rows: int) -> Array:
-    """Return an empty cache; of one whose image tokens are dropped, also the indices of its tokens, [rows, 0]."""
+def _empty(engine: VisionLanguageEngine, name: str, rows: int) -> Array:
+    """Return the state before the first token: no entries on the axes that grow."""
+    shape = engine.input_shapes[name]
     assert shape is not None
-    if len(shape) == 2:
-        return np.zeros((rows, 0), np.int64)
-    return np.zeros((rows, shape[1] or 0, 0, shape[3] or 0), np.float32)
+    return np.zeros((rows, *(size or 0 for size in shape[1:])), engine.input_dtypes[name])

@@ -28,17 +28,20 @@ def random_samples(preprocess: Preprocess, seed: int) -> Samples:
 
 def _row(preprocess: Preprocess, seed: int, index: int) -> Feeds:
     generator = np.random.default_rng([seed, index])
-    row = {name: _values(generator, name, preprocess.example[name], index) for name in preprocess.inputs}
-    if preprocess.image_token is not None:
-        example = preprocess.example["input_ids"]
-        row["input_ids"] = _with_images(row["input_ids"], example[index % len(example)], preprocess.image_token)
+    token, example = preprocess.image_token, preprocess.example
+    if token is None:
+        return {name: _values(generator, name, example[name], index) for name in preprocess.inputs}
+    is_image = example["input_ids"] == token  # the placeholder may have the largest id, behind the vocabulary
+    texts = {**example, "input_ids": np.where(is_image, 0, example["input_ids"])}
+    row = {name: _values(generator, name, texts[name], index) for name in preprocess.inputs}
+    row["input_ids"] = _with_images(row["input_ids"], is_image[index % len(is_image)], token)
     return row
 
 
-def _with_images(ids: Array, example: Array, token: int) -> Array:
-    """Return tokens with the placeholders of an example, and no others; another token is taken in their place."""
+def _with_images(ids: Array, is_image: Array, token: int) -> Array:
+    """Return tokens with placeholders where `is_image` is true; others are replaced by the token before them."""
     others = np.where(ids == token, ids - 1 if token else ids + 1, ids)
-    return np.where(example == token, token, others)
+    return np.where(is_image, token, others)
 
 
 def _values(generator: np.random.Generator, name: str, example: Array, index: int) -> Array:

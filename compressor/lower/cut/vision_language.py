@@ -20,7 +20,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compressor.lower.cut.part import Kept, Part, Values, layer_of, names, save
+from compressor.lower.cut.part import Kept, Part, Values, names, save
 from runtimes.base.vision_language import (
     DECODER,
     EMBED,
@@ -30,12 +30,12 @@ from runtimes.base.vision_language import (
     IDS,
     IMAGE_TOKEN,
     MASK,
-    PAST,
-    PIXELS,
     POSITIONS,
-    PRESENT,
     TEXT_EMBEDS,
     VISION,
+    is_image,
+    is_past,
+    is_present,
 )
 
 EXPECTED = "a language model that reads the image through the embeddings of its tokens alone"
@@ -64,7 +64,7 @@ def cut(path: Path, folder: Path, image_token: int) -> Path:
 
 
 def _vision(model: ir.Model) -> Kept:
-    images = [name for name in names(model.graph.inputs) if name.startswith(PIXELS)]
+    images = [name for name in names(model.graph.inputs) if is_image(name)]
     return {name: name for name in images}, {}, {FEATURES: FEATURES}
 
 
@@ -74,8 +74,7 @@ def _embed(model: ir.Model) -> Kept:
 
 def _decoder(model: ir.Model) -> Kept:
     inputs, outputs = names(model.graph.inputs), names(model.graph.outputs)
-    pasts = sorted((name for name in inputs if name.startswith(PAST)), key=layer_of)
-    presents = sorted((name for name in outputs if name.startswith(PRESENT)), key=layer_of)
+    pasts, presents = filter(is_past, inputs), filter(is_present, outputs)
     kept = [name for name in (IDS, MASK, POSITIONS, *pasts) if name in inputs]
     return {name: name for name in kept}, {EMBEDS: EMBEDS}, {name: name for name in ("logits", *presents)}
 

@@ -44,6 +44,7 @@ def wrap(loaded: Loaded) -> Model:
             longest=max_length(module, tokenizer, {}),
             image_token=parts.call.image_token,
             image_tokens=parts.image_tokens,
+            bidirectional=parts.call.bidirectional,
         ),
         save=partial(save_vision_language, module, processor),
         tokenizer=tokenizer,

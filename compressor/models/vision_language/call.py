@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from compressor.models.text.kv_cache import Causal
 from compressor.models.vision_language.image_features import image_features
-from runtimes.base.vision_language import EMBEDS, FEATURES, IDS, TEXT_EMBEDS
+from runtimes.base.vision_language import EMBEDS, FEATURES, IDS, MASK, TEXT_EMBEDS
 
 Feeds = dict[str, npt.NDArray[Any]]
 
@@ -31,11 +30,13 @@ class VisionLanguage:
         image_inputs: inputs of the vision tower, ``pixel_values`` first.
         causal: the call of the language model.
         image_token: token id of the placeholders of images.
+        bidirectional: tokens of the prompt also attend to later ones, as in PaliGemma; a single further token has none.
     """
 
     image_inputs: tuple[str, ...]
     causal: Causal
     image_token: int
+    bidirectional: bool = False
 
     @property
     def data_inputs(self) -> tuple[str, ...]:
@@ -73,11 +74,17 @@ class VisionLanguage:
         images, (ids, *rest) = tensors[:count], tensors[count:]
         torch._check(images[0].shape[0] == ids.shape[0])
         features = image_features(module, *images)
-        text = module.get_input_embeddings()(ids)
-        merged = merge(features, text, ids == self.image_token)
+        is_image = ids == self.image_token
+        table = module.get_input_embeddings()
+        known = ids if self.image_token < table.weight.shape[0] else torch.where(is_image, 0, ids)
+        text = table(known)
+        merged = merge(features, text, is_image)
 
         def language(**arguments: Any) -> Any:
             del arguments[IDS]
+            if self.bidirectional:
+                mask = arguments[MASK].to(torch.bool)[:, None, None, :]
+                arguments[MASK] = mask.expand(-1, 1, ids.shape[1], -1)
             return module(inputs_embeds=merged, **arguments)
 
         return (*self.causal.call(language, ids, *rest), features, text, merged)
@@ -97,12 +104,3 @@ def merge(features: torch.Tensor, text: torch.Tensor, is_image: torch.Tensor) ->
     number = (is_image.to(torch.int64).cumsum(1) - 1).clamp(min=0, max=features.shape[1] - 1)
     placed = features.gather(1, number[..., None].expand(-1, -1, features.shape[2]))
     return torch.where(is_image[..., None], placed, text)
-
-
-def check_placeholders(feeds: Mapping[str, npt.NDArray[Any]], image_token: int, expected: int) -> str | None:
-    """Return what is wrong with the number of placeholders of a row; None if each row has `expected`."""
-    counts = (feeds[IDS] == image_token).sum(1)
-    wrong = np.flatnonzero(counts != expected)
-    if not len(wrong):
-        return None
-    return f"row {wrong[0]} has {counts[wrong[0]]} placeholders of image tokens (id {image_token}), expected {expected}"

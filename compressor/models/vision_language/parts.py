@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from compressor.models.vision_language.call import VisionLanguage
 from compressor.models.vision_language.image_features import MASK, image_features, takes_tiles
 from runtimes.base.vision_language import PIXELS
 
+# Arguments of get_image_features that are no inputs: those of the config stand for them.
+KNOWN = {PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy"}
+TYPES = "token_type_ids"
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
 SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
@@ -57,6 +61,9 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
     if not hasattr(module, "get_image_features") or not isinstance(image_token, int):
         missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
         raise _refused(module, location, f"has {missing}")
+    others = sorted(set(inspect.signature(module.get_image_features).parameters) - KNOWN)
+    if others:
+        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels, as its images vary in size")
     images = _images(module, location)
     try:
         with torch.inference_mode():
@@ -68,10 +75,12 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
         causal = detect_cache(module, ("input_ids", "attention_mask"))
     except NoCacheError as error:
         raise _refused(module, location, f"has no cache that can be detected: {error}") from error
-    call = VisionLanguage(tuple(images), causal, image_token)
     example = images | _tokens(module, image_token, features.shape[1])
-    _check_same(call, module, example, location)
-    return Parts(call, example, features.shape[1])
+    types = _token_types(module, example, image_token, location)
+    call = VisionLanguage(tuple(images), causal, image_token, bidirectional=bool(types))
+    _check_same(call, module, example, types, location)
+    tiles = images[PIXELS].shape[1] if takes_tiles(module) else 1
+    return Parts(call, example, features.shape[1] // tiles)
 
 
 def _refused(module: Any, location: str, reason: str) -> ModelError:
@@ -104,7 +113,37 @@ def _tokens(module: Any, image_token: int, count: int) -> dict[str, torch.Tensor
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _check_same(call: VisionLanguage, module: Any, example: dict[str, torch.Tensor], location: str) -> None:
+def _token_types(
+    module: Any, example: dict[str, torch.Tensor], image_token: int, location: str
+) -> dict[str, torch.Tensor]:
+    """Return the token types with which a module reads the whole prompt at once; empty if it reads it in order.
+
+    Its processor returns zeros for a prompt, as PaliGemma's does.
+
+    Raises:
+        ModelError: token types decide which tokens attend to later ones, as the images of Gemma 3 do.
+    """
+    if "token_type_ids" not in inspect.signature(module.forward).parameters:
+        return {}
+    is_image = (example["input_ids"] == image_token).to(torch.int64)
+    with torch.inference_mode():
+        plain, prompt, images = (
+            module(**example, **types).logits for types in ({}, {TYPES: torch.zeros_like(is_image)}, {TYPES: is_image})
+        )
+    if not torch.allclose(plain, prompt, atol=SAME):
+        return {TYPES: torch.zeros_like(is_image)}
+    if not torch.allclose(plain, images, atol=SAME):
+        raise _refused(module, location, "lets the tokens of an image attend to later ones, which no file can be told")
+    return {}
+
+
+def _check_same(
+    call: VisionLanguage,
+    module: Any,
+    example: dict[str, torch.Tensor],
+    types: dict[str, torch.Tensor],
+    location: str,
+) -> None:
     """Check that the parts compute together what the module computes.
 
     Raises:
@@ -115,7 +154,7 @@ def _check_same(call: VisionLanguage, module: Any, example: dict[str, torch.Tens
     feeds = [torch.from_numpy(empty[name]) for name in call.inputs]
     try:
         with torch.inference_mode():
-            expected = module(**example).logits
+            expected = module(**example, **types).logits
             found = call.call(module, *feeds)[0]
     except Exception as error:  # modules raise errors of all kinds
         raise _refused(module, location, f"fails on an image and {tokens} tokens ({first_line(error)})") from error

@@ -184,7 +184,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             processor=processor,
             image_token=preprocessing_recipe.image_token(folder),
             image_tokens=content["generation"]["images"],
-            arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel")},
+            arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
             caches=caches,
             indices=indices,
             ends=preprocessing_recipe.ends(folder),

@@ -55,7 +55,7 @@ def read_captions(folder: Path, name: str, preprocess: Preprocess) -> Samples:
         tuple(f"{row}: {file}" for row, (file, _) in enumerate(records)),  # an image may have several texts
         source.feeds,
         f"images with the texts of {METADATA}",
-        label_kind="tokens",
+        label_kind=None if preprocess.bidirectional else "tokens",
         targets=source.targets,
         faults=source.faults,
         shown=source.shown,
@@ -93,12 +93,18 @@ def _records(folder: Path, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _limitations(texts: Sequence[str], preprocess: Preprocess) -> Iterator[Limitation]:
-    """Yield what is done where texts do not say where their image stands."""
+    """Yield where images stand if the texts do not say it, and why the texts are no targets."""
     without = sum(preprocess.placeholder not in text for text in texts)
     if without:
         yield Limitation(
             "place of the images",
             f"{without:,} of {len(texts):,} texts hold no {preprocess.placeholder}, so the image stands before them",
+        )
+    if preprocess.bidirectional:
+        yield Limitation(
+            "targets of the data",
+            "the model reads a prompt at once, each token all others, so it predicts none of them: results are "
+            "compared with the original",
         )
 
 
@@ -133,7 +139,7 @@ class _Captions:
         """Return the next token of each position as its label, where it is a token of the text behind the image."""
         ids = [self._prepared(index)["input_ids"] for index in indices]
         labels = _padded([self._labels(row) for row in ids], IGNORED)
-        return Targets(labels, labels != IGNORED)
+        return Targets(None if self.preprocess.bidirectional else labels, labels != IGNORED)
 
     def lengths(self, indices: Sequence[int]) -> list[list[int]]:
         """Return the number of tokens of each sample, the placeholders of its image included."""
