@@ -68,7 +68,9 @@ def test_the_files_generate_what_a_loop_over_the_layers_does(model, exported):
 
 def empty(engine):
     shapes = {name: engine.input_shapes[name] for name in engine.inputs if name.startswith("past_")}
-    return {name: np.zeros((2, *(size or 0 for size in shapes[name][1:])), engine.input_dtypes[name]) for name in shapes}
+    return {
+        name: np.zeros((2, *(size or 0 for size in shapes[name][1:])), engine.input_dtypes[name]) for name in shapes
+    }
 
 
 def test_the_report_says_stages_and_cache(exported):
@@ -112,7 +114,7 @@ def test_a_block_that_the_model_lacks_is_refused_before_the_search(model, tmp_pa
 
 
 def test_models_without_images_and_texts_are_refused(tmp_path):
-    with pytest.raises(CompressorError, match="of a vision-language model, but .* does image-classification"):
+    with pytest.raises(CompressorError, match=r"of a vision-language model, but .* does image-classification"):
         export(image_tokens="50%@1", drop="none", output=str(tmp_path / "out"))
 
 
