@@ -52,7 +52,7 @@ WARMUP = 1
 
 
 def configured(folder: Path, width: int, layers: int) -> Path:
-    """Write the config of a LLaVA with a small vision tower; its image has 54 x 54 features, of which 2,880 are used."""
+    """Write the config of a LLaVA with a small vision tower: 54 x 54 features of an image, of which 2,880 are used."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(

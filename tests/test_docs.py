@@ -35,6 +35,7 @@ from passes.base import apply
 from passes.execute.interpreter import run
 from runtimes.base.protocols import BuildOptions, Engine, Runtime
 from runtimes.base.timing import interleave
+from tests import vision_language_models
 from tests.gguf_files import small, written
 from tests.paths import ROOT
 from tests.samples import digits, five_blocks, worded
@@ -108,6 +109,7 @@ def workspace(tmp_path_factory):
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "my_llm")
     encoder(folder / "my_encoder")
     translator(folder / "my_translator")
+    vision_language_models.saved("llava", folder).rename(folder / "my_llava")
     rows = (f"{' '.join(f'w{token}' for token in rng.integers(3, 40, 6))},{index % 2}" for index in range(40))
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     return folder
