@@ -37,12 +37,12 @@ from compressor.measure.variant import Variant, build_variants, convert_variants
 from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.models.text import genai_config
-from compressor.pipeline import export_offloaded, factorial_cells
+from compressor.pipeline import export_offloaded, factorial_cells, image_token_stages
 from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.quantize.precision import Converted, Trial
-from compressor.report import engine_layers, exact_rewrites, image_token_stages
+from compressor.report import engine_layers, exact_rewrites
 from compressor.report.card import model_card
 from compressor.report.collect_limitations import limitations_of, of_timings
 from compressor.report.pages.export_page import PAGE, html
