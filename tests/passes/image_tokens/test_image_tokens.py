@@ -28,6 +28,7 @@ from tests.image_tokens import (
 )
 
 PARTS = ("key", "value")
+SLOW = pytest.mark.slow
 STAGES = ((1, 0.5), (3, 0.25))
 IMAGE, TEXT = 12, 6
 SAME = {"rtol": 0, "atol": 2e-5}  # logits of size 5, sums in float32 in another order
@@ -247,6 +248,51 @@ def test_image_tokens_are_told_by_their_ids(whole):
         DropImageTokens(((1, 0.5),), image_token=1).run(traced(vision_language_model()))
 
 
+class Hidden:
+    """Hides dropped tokens from all others in the layers behind a depth; an oracle for any model of transformers."""
+
+    def __init__(self, kept, tokens):
+        seen = torch.zeros(len(kept), tokens, dtype=torch.bool).scatter(1, kept, torch.ones_like(kept).bool())
+        self.seen = seen[:, None, None] | torch.eye(tokens, dtype=torch.bool)  # a dropped token sees itself: no NaN
+
+    def __call__(self, layer, args, kwargs):
+        mask = kwargs["attention_mask"]
+        masked = mask & self.seen if mask.dtype == torch.bool else mask.masked_fill(~self.seen, -1e9)
+        return args, kwargs | {"attention_mask": masked}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind == "paligemma" else pytest.mark.slow)
+        for kind in vision_language_models.KINDS
+    ],
+)
+def test_dropping_equals_hiding_in_models_of_every_kind(kind, tmp_path):
+    model = models.load(str(vision_language_models.saved(kind, tmp_path)))
+    graph = trace(model)
+    apply(DropImageTokens(((1, 0.5),), image_token=vision_language_models.TOKEN), graph)
+    given = {name: torch.from_numpy(value) for name, value in vision_language_models.inputs(kind, 5).items()}
+    for name, first in (("input_ids", [[1], [1]]), ("attention_mask", [[1], [0]])):  # padding, so that a mask is made
+        given[name] = torch.cat([torch.tensor(first), given[name]], 1)
+    complete = {name: torch.from_numpy(value) for name, value in model.preprocess.complete(asnumpy(given)).items()}
+    complete["past_key_values.1.tokens"] = torch.zeros(2, 0, dtype=torch.int64)
+    outputs = dict(zip(graph.outputs, run(graph, {name: complete[name] for name in graph.inputs}), strict=True))
+    kept, tokens = outputs["present.1.tokens"], given["input_ids"].shape[1]
+    assert kept.shape[1] < tokens
+    text = next(each for name, each in model.module.named_modules() if name.endswith(("language_model", "text_model")))
+    for layer in text.layers[1:]:
+        layer.register_forward_pre_hook(Hidden(kept, tokens), with_kwargs=True)
+    given["position_ids"] = complete["position_ids"]
+    if kind == "paligemma":  # which reads its whole prompt in both directions
+        given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+    with torch.no_grad():
+        logits = model.module(**given).logits
+    rows = torch.arange(2)[:, None]
+    real = given["attention_mask"][rows, kept].bool()
+    torch.testing.assert_close(outputs["logits"][real], logits[rows, kept][real], rtol=0, atol=1e-4)
+
+
 def asnumpy(tensors):
     return {name: value.detach().numpy() for name, value in tensors.items()}
 
@@ -275,9 +321,7 @@ def written(model, graph):
     )
 
 
-@pytest.mark.parametrize(
-    "method", ["attention", *(pytest.param(method, marks=pytest.mark.slow) for method in ("norm", "random"))]
-)
+@pytest.mark.parametrize("method", ["attention", *(pytest.param(method, marks=SLOW) for method in ("norm", "random"))])
 def test_the_onnx_file_generates_the_same(model, dense, tmp_path, method):
     graph = dense.fork()
     apply(DropImageTokens(STAGES, method), graph)
