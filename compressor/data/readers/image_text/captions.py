@@ -142,8 +142,8 @@ class _Captions:
         return Targets(None if self.preprocess.bidirectional else labels, labels != IGNORED)
 
     def lengths(self, indices: Sequence[int]) -> list[list[int]]:
-        """Return the number of tokens of each sample, the placeholders of its image included."""
-        return [[len(self._prepared(index)["input_ids"])] for index in indices]
+        """Return the number of tokens of each sample, the placeholders of its image included; 1 of one with a fault."""
+        return [[len(self.tokens.get(index, (0,)))] for index in indices]
 
     def shown(self, index: int) -> Image.Image:
         """Return the decoded image, before preprocessing."""
