@@ -200,7 +200,9 @@ def _vision_language(content: Json, folder: Path) -> Loader:
     """Return the snippet for the files of a vision-language model: a greedy loop for one image and a text."""
     runtime, timed = str(content["settings"]["target"]), content["timed_inputs"]
     processor = preprocessing_recipe.processes_images_and_texts(folder)
-    caches = {name: timed[name][1::2] for name in content["engine"]["inputs"] if name.startswith("past_key_values.")}
+    pasts = [name for name in content["engine"]["inputs"] if name.startswith("past_key_values.")]
+    caches = {name: timed[name][1::2] for name in pasts if not name.endswith(".tokens")}
+    indices = [name for name in pasts if name.endswith(".tokens")]  # of the tokens that --image-tokens keeps
     text = (
         templates()
         .get_template("load_vision_language.py.j2")
@@ -213,6 +215,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             image_tokens=content["generation"]["images"],
             arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
             caches=caches,
+            indices=indices,
             ends=preprocessing_recipe.ends(folder),
         )
     )
@@ -220,7 +223,13 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         "Generation is greedy and uses the cache: the vision encoder runs once, and each new token is one call of the "
         "embeddings and of the decoder."
     ]
-    if runtime == "onnxruntime":
+    if indices:
+        remarks.append(
+            "The decoder drops image tokens from its prompt. It reads `input_ids` to know them, and each cache of "
+            "fewer tokens comes with the indices of its tokens, which go from output to input as the cache does; "
+            "loops of other libraries do not pass them on."
+        )
+    elif runtime == "onnxruntime":
         remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
     packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))
     return Loader(text.strip(), packages, runtime, tuple(remarks))
