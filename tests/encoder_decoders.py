@@ -10,7 +10,7 @@ import transformers
 
 from compressor import models
 from compressor.internals.transformers import quiet
-from compressor.lower.cut_encoder_decoder import cut
+from compressor.lower.cut.encoder_decoder import cut
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
 from compressor.lower.write_onnx import lower

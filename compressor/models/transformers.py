@@ -21,10 +21,12 @@ from compressor.models.config_shapes import CLIPS
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
 from compressor.models.pretrained import image, sound, text, two_towers, video
+from compressor.models.pretrained import vision_language as pretrained_vision_language
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import optional_file
 from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.video.inputs import takes_videos
+from compressor.models.vision_language import parts as vision_language
 from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
@@ -62,6 +64,7 @@ AUTO = {
     encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
     "video-classification": "AutoModelForVideoClassification",
     ZERO_SHOT: "AutoModelForZeroShotImageClassification",
+    vision_language.TASK: "AutoModelForImageTextToText",
 }
 
 
@@ -94,7 +97,7 @@ def load(
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
             sentence_files = sentence_transformers.find_files(partial(optional_file, location, revision=revision))
-            resolved_task = _ctc_or(task, config) or task_of(config, sentence_files, location)
+            resolved_task = _whole(_ctc_or(task, config), config) or task_of(config, sentence_files, location)
             check_counts(config, location)
             if isinstance(config, nemotron_nas.NemotronNasConfig):
                 nemotron_nas.block_shapes(config, location)
@@ -139,6 +142,16 @@ def _ctc_or(task: str | None, config: Any) -> str | None:
     return CTC if ctc else task
 
 
+def _whole(task: str | None, config: Any) -> str | None:
+    """Return a given task; for the features of a model of images and texts, that of the whole model."""
+    features = task == "feature-extraction" and _has_two_towers((config.architectures or [""])[0])
+    return ZERO_SHOT if features else task
+
+
+def _has_two_towers(architecture: str) -> bool:
+    return architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
 def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     """Return the task of the head that the config names.
 
@@ -146,7 +159,7 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         ModelError: the head is not supported.
     """
     architecture = (config.architectures or [""])[0]
-    if architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+    if _has_two_towers(architecture):
         return ZERO_SHOT
     from_to = encoder_decoder.task_of(config, architecture, location)
     if from_to is not None:
@@ -159,6 +172,8 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         if architecture.endswith(ending):
             sound = task == "text-classification" and takes_sound(getattr(transformers, architecture, None))
             return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
+    if vision_language.is_vision_language(architecture):
+        return vision_language.TASK
     images = hasattr(config, "image_size") and not any(hasattr(config, name) for name in CLIPS)
     features = "image-feature-extraction" if images else "feature-extraction"
     if architecture and not _is_bare(architecture):
@@ -211,6 +226,8 @@ def wrap(loaded: Loaded) -> Model:
         return pretrained_encoder_decoder.wrap(loaded)
     if loaded.task == ZERO_SHOT:
         return two_towers.wrap(loaded)
+    if loaded.task == vision_language.TASK:
+        return pretrained_vision_language.wrap(loaded)
     if takes_videos(loaded.module):
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):

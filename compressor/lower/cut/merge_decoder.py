@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from compressor.lower.cut_encoder_decoder import order_of_input, save
+from compressor.lower.cut.part import order_of_input, save
 from runtimes.base.encoder_decoder import DECODER, MERGED, PRESENT, WITH_PAST, is_cross
 
 USE_CACHE = "use_cache_branch"
@@ -25,7 +25,7 @@ Values = dict[str, ir.Value]
 def merge(folder: Path) -> Path:
     """Write the merged file of a decoder beside its two files in a folder, and return its path.
 
-    Both files must be cut from one file, see `compressor.lower.cut_encoder_decoder`: weights of one name are the same.
+    Both files must be cut from one file, see `compressor.lower.cut.encoder_decoder`: weights of one name are the same.
     """
     first, further = (ir.load(folder / f"{stem}.onnx") for stem in (DECODER, WITH_PAST))
     outputs = list(first.graph.outputs)

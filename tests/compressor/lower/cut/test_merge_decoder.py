@@ -5,8 +5,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from compressor.lower.cut.encoder_decoder import cut
 from compressor.lower.cut.merge_decoder import merge
-from compressor.lower.cut_encoder_decoder import cut
 from compressor.quantize.half_precision import to_fp16
 from tests.encoder_decoders import DROPPED, TEXT, build, generated, lowered, source, without
 
@@ -82,7 +82,7 @@ def test_half_precision_and_weights_beside_the_file(shared, tmp_path, monkeypatc
     graph = onnx.load(tmp_path / "whole.onnx").graph
     names = [*(name for node in graph.node for name in node.output), *(value.name for value in graph.input)]
     to_fp16(tmp_path / "whole.onnx", tmp_path / "half.onnx", dict.fromkeys(names, 1.0))
-    monkeypatch.setattr("compressor.lower.cut_encoder_decoder.EXTERNAL_ABOVE", 0)
+    monkeypatch.setattr("compressor.lower.cut.part.EXTERNAL_ABOVE", 0)
     cut(tmp_path / "half.onnx", tmp_path)
     check("bart", (), encoder.parent)
     assert (tmp_path / "decoder_model_merged.onnx.data").is_file()

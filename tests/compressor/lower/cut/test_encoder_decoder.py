@@ -7,7 +7,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from compressor.lower.cut_encoder_decoder import CutError, cut
+from compressor.lower.cut.encoder_decoder import cut
+from compressor.lower.cut.part import CutError
 from compressor.quantize.half_precision import to_fp16
 from passes.analysis.symbolic_cost import Counter
 from runtimes.base.encoder_decoder import greedy, parts_of
