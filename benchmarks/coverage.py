@@ -25,7 +25,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def small_fields(config_class: Any) -> dict[str, Any]:
             continue
         if isinstance(value, int) and name in SIZES:
             fields[name] = min(value, SIZES[name])
-        elif isinstance(value, int) and name.endswith("_token_id") and value >= SIZES["vocab_size"]:
+        elif isinstance(value, int) and name.endswith(("_token_id", "_token_index")) and value >= SIZES["vocab_size"]:
             fields[name] = 3
         elif isinstance(value, list | tuple) and value and all(isinstance(each, int) for each in value):
             if name in ("depths", "num_layers", "layers"):
@@ -156,7 +156,8 @@ def _exported(module: Any, folder: Path) -> dict[str, Any]:
         return refusal(error)
     found = {"task": subject.model.task, "sites": len(subject.sites)}
     said = [str(each) for each in (*subject.model.limitations, *subject.data.limitations)]
-    return found | {"limitations": said} | compared(module, path)
+    placeholders = placeholders_of(subject.model)
+    return found | {"limitations": said} | compared(module, path, placeholders)
 
 
 def refusal(error: Exception) -> dict[str, Any]:
@@ -171,7 +172,13 @@ def refusal(error: Exception) -> dict[str, Any]:
     return {"outcome": "fault", "detail": f"traceback: {_sentence(error)} ({place})"}
 
 
-def compared(module: Any, path: Path) -> dict[str, Any]:
+def placeholders_of(model: Any) -> list[int]:
+    """Return the placeholders of the image of the example, tokens that stand for it; none for other models."""
+    token = model.preprocess.image_token
+    return [] if token is None else [each for each in model.example["input_ids"][0].tolist() if each == token]
+
+
+def compared(module: Any, path: Path, placeholders: Sequence[int] = ()) -> dict[str, Any]:
     """Compare the file with the class of transformers at another batch size and length, with and without padding."""
     import onnxruntime
 
@@ -181,7 +188,7 @@ def compared(module: Any, path: Path) -> dict[str, Any]:
     worst = 0.0
     try:
         for padded in (False, True) if "attention_mask" in inputs else (False,):
-            worst = max(worst, _difference(module, session, inputs, padded))
+            worst = max(worst, _difference(module, session, inputs, padded, placeholders))
     except Exception as error:
         return found | {"outcome": "fault", "detail": f"the file cannot be compared: {_sentence(error)}"}
     found["difference"] = worst
@@ -190,13 +197,15 @@ def compared(module: Any, path: Path) -> dict[str, Any]:
     return found | {"outcome": "passes", "detail": ""}
 
 
-def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool) -> float:
+def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequence[int]) -> float:
     """Return the largest difference of the first output, relative to its largest value, at tokens that count."""
     import torch
 
-    feeds = _feeds(module, inputs, padded)
+    feeds = _feeds(module, inputs, padded, placeholders)
     own = {name: torch.from_numpy(feeds[name]) for name in feeds if not name.startswith(PAST)}
     accepted = set(_parameters(module))
+    if placeholders and "token_type_ids" in accepted:  # as processors return for a prompt
+        own["token_type_ids"] = torch.zeros_like(own["input_ids"])
     with torch.inference_mode():
         answer = module(**{name: value for name, value in own.items() if name in accepted})
     name = session.get_outputs()[0].name
@@ -211,10 +220,14 @@ def _difference(module: Any, session: Any, inputs: dict[str, Any], padded: bool)
     return float(np.abs(value - expected).max() / np.abs(expected).max().clip(1e-6))
 
 
-def _feeds(module: Any, inputs: dict[str, Any], padded: bool) -> dict[str, np.ndarray]:
-    """Return random inputs of `ROWS` rows and, of texts, `LENGTH` tokens, two of one row being padding if `padded`."""
+def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return random inputs of `ROWS` rows and, of texts, `LENGTH` tokens, two of one row being padding if `padded`.
+
+    The placeholders of an image stand before the tokens of its text.
+    """
     rng = np.random.default_rng(5)
-    mask = np.ones((ROWS, LENGTH), np.int64)
+    length = len(placeholders) + LENGTH
+    mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0
     vocabulary = module.config.get_text_config().vocab_size if "input_ids" in inputs else 0
@@ -222,19 +235,23 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool) -> dict[str, np.nd
     for name, each in inputs.items():
         sizes = [size if isinstance(size, int) else None for size in each.shape]
         if name == "input_ids":
-            ids = rng.integers(5, vocabulary, (ROWS, LENGTH))
+            ids = rng.integers(5, vocabulary, (ROWS, length))
+            ids[np.isin(ids, placeholders)] = 4
+            ids[:, : len(placeholders)] = placeholders
             feeds[name] = np.where(mask == 1, ids, getattr(module.config.get_text_config(), "pad_token_id", None) or 0)
         elif name == "attention_mask":
             feeds[name] = mask
         elif name == "position_ids":
             feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)
         elif name == "token_type_ids":
-            feeds[name] = np.zeros((ROWS, LENGTH), np.int64)
+            feeds[name] = np.zeros((ROWS, length), np.int64)
         elif name.startswith(PAST):
             feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
+        elif each.type == "tensor(bool)":
+            feeds[name] = np.ones([ROWS, *(2 if size is None else size for size in sizes[1:])], bool)
         else:
-            length = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, LENGTH)
-            feeds[name] = rng.standard_normal([ROWS, *(size or length for size in sizes[1:])]).astype(np.float32)
+            long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
+            feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)
     return feeds
 
 

@@ -28,6 +28,7 @@ from compressor.choices import (
     MOST_THREADS,
     MOST_TOKENS,
     MOST_WORKERS,
+    NO_STAGES,
     PRECISIONS,
     PROBLEM_TYPES,
     SHORT_FORMS,
@@ -36,7 +37,9 @@ from compressor.choices import (
     TRANSFORMERS,
     Calibration,
     ImageSize,
+    ImageTokens,
     parse_image_size,
+    parse_image_tokens,
 )
 from compressor.errors import SettingsError
 from compressor.options import check_options, documented, option
@@ -111,6 +114,12 @@ class Settings:
         "Tokens to merge in vision transformers and encoders: auto (by search, with --drop auto), none, a number after "
         "every attention (8), one number for each attention (8,8,0,...), or the share merged by half of the depth "
         "(50%).",
+    )
+    image_tokens: str = option(
+        NO_STAGES,
+        "Vision-language models: image tokens that are kept in the language model's prompt behind some of its blocks, "
+        "such as 50%@8,25%@16, ranked by the attention of the last token; norm:50%@8 and random:50%@8 rank otherwise.",
+        metavar="SHARE@BLOCK,...",
     )
     max_loss: float | None = option(
         None,
@@ -236,6 +245,11 @@ class Settings:
     trust_remote_code: bool = option(False, "Let a hub repository run code of its own.")
     random_weights: bool = option(False, "Build the model with random weights (speed only).")
     cache: bool = option(True, "Language models: do not use a KV cache; each new token then recomputes the whole text.")
+    merge_decoder: bool = option(
+        False,
+        "Encoder-decoders: also write decoder_model_merged.onnx, which is both files of the decoder in one, with the "
+        "weights once. transformers.js opens it.",
+    )
     device: str | None = option(None, "Device of the engine.", unset="the target's first choice", choices=DEVICES)
     threads: int | None = option(None, "Threads of the engine.", unset="the runtime's own", least=1, most=MOST_THREADS)
     batch: int = option(1, "Batch size of the latency measurement.", least=1, most=MOST_ROWS)
@@ -300,6 +314,7 @@ class Settings:
             _check_data,
             _check_memory,
             _check_image_size,
+            _check_image_tokens,
         ):
             check(self)
 
@@ -322,6 +337,11 @@ class Settings:
     def pixels(self) -> ImageSize:
         """Return height and width of `image_size`, ``dynamic``, or None."""
         return parse_image_size(self.image_size)
+
+    @property
+    def image_stages(self) -> ImageTokens | None:
+        """Return the method and the stages of `image_tokens`, or None."""
+        return parse_image_tokens(self.image_tokens)
 
     @property
     def chosen_actions(self) -> tuple[str, ...]:
@@ -522,6 +542,7 @@ def _check_memory(settings: Settings) -> None:
         f"--actions {settings.actions}": settings.chosen_actions != ("drop",),
         f"--heal {settings.heal}": settings.heal != "none",
         f"--tokens {settings.tokens}": settings.tokens not in ("auto", "none"),
+        f"--image-tokens {settings.image_tokens}": settings.image_tokens != NO_STAGES,
         "--factorial": settings.factorial,
         f"--precision {settings.precision}": settings.precision != "fp32",
         f"--generate {settings.generate}": settings.generate is not None,
@@ -536,6 +557,13 @@ def _check_memory(settings: Settings) -> None:
             f"found {option} with --max-memory, which runs the model block by block and only ranks and drops; give "
             "--drop with a number, site names or a plan file, and leave the other options at their defaults."
         )
+
+
+def _check_image_tokens(settings: Settings) -> None:
+    try:
+        parse_image_tokens(settings.image_tokens)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from error
 
 
 def _check_image_size(settings: Settings) -> None:

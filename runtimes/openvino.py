@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base.encoder_decoder import STEMS, EncoderDecoderEngine, opened, parts_of
+from runtimes.base.encoder_decoder import EncoderDecoderEngine
 from runtimes.base.layer_counts import count_layers
+from runtimes.base.part_files import STEMS, open_parts
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -27,6 +28,7 @@ from runtimes.base.protocols import (
     check_feeds,
 )
 from runtimes.base.registry import check_available
+from runtimes.base.vision_language import VisionLanguageEngine
 
 name = "openvino"
 description = "OpenVINO on the CPU; writes openvino_model.xml and .bin beside model.onnx"
@@ -41,7 +43,7 @@ OUTPUTS = ("compressor", "outputs")  # path of the names of the outputs
 NO_LAYERS = ("Const", "Input", "Output")
 ATTENTIONS = ("ScaledDotProductAttention", "ScaledDotProductAttentionWithKVCache", "SDPA")
 FILE = "openvino_model.xml"  # the file name that optimum-intel's OVModel classes expect
-PART = "openvino_{}.xml"  # and those of the encoder and the decoder of an encoder-decoder
+PART = "openvino_{}.xml"  # and those of a model of several files
 
 
 def missing() -> str | None:
@@ -77,17 +79,16 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
     return file
 
 
-def load(path: Path, options: BuildOptions) -> OpenVinoEngine | EncoderDecoderEngine:
-    """Compile the IR that build() wrote for low latency, in its build precision; an encoder with its decoder.
+def load(path: Path, options: BuildOptions) -> OpenVinoEngine | EncoderDecoderEngine | VisionLanguageEngine:
+    """Compile the IR that build() wrote for low latency, in its build precision; or all files of a model of several.
 
     Raises:
         RuntimeUnavailable: OpenVINO or the device is not available.
         BuildError: OpenVINO refused the model.
     """
     check_available(name, missing(), devices, options)
-    if (parts := parts_of(path)) is not None:
-        return opened(parts, partial(_load_file, options=options))
-    return _load_file(path, options)
+    several = open_parts(path, partial(_load_file, options=options))
+    return _load_file(path, options) if several is None else several
 
 
 def _load_file(path: Path, options: BuildOptions) -> OpenVinoEngine:

@@ -8,7 +8,14 @@ import tokenizers
 import torch
 import transformers
 
+from compressor import models
 from compressor.internals.transformers import quiet
+from compressor.lower.cut.encoder_decoder import cut
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from passes.base import apply
+from passes.rewrite.drop import Drop
 
 WORDS = [
     "the",
@@ -154,3 +161,18 @@ def generated(module, feeds, new):
             module, **tensors, do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=None, pad_token_id=1
         )
     return found.numpy()
+
+
+@functools.cache
+def traced(kind, folder):
+    model = models.load(str(saved(kind, folder)))
+    return model, trace(model)
+
+
+def lowered(kind, dropped, shared, folder):
+    """The model, and the path of its encoder beside the whole file, whole.onnx."""
+    model, graph = traced(kind, shared)
+    graph = graph.fork()
+    if dropped:
+        apply(Drop(dropped), graph)
+    return model, cut(lower(fold_graph(graph), model, folder / "whole.onnx"), folder)

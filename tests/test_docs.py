@@ -35,6 +35,7 @@ from passes.base import apply
 from passes.execute.interpreter import run
 from runtimes.base.protocols import BuildOptions, Engine, Runtime
 from runtimes.base.timing import interleave
+from tests import vision_language_models
 from tests.gguf_files import small, written
 from tests.paths import ROOT
 from tests.samples import digits, five_blocks, worded
@@ -113,6 +114,7 @@ def workspace(tmp_path_factory):
     write_pictures(folder / "pictures")
     write_captions(folder / "captions")
     (folder / "names.txt").write_text("\n".join(COLOURS))
+    vision_language_models.saved("llava", folder).rename(folder / "my_llava")
     rows = (f"{' '.join(f'w{token}' for token in rng.integers(3, 40, 6))},{index % 2}" for index in range(40))
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     return folder

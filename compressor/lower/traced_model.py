@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compressor import models
-from compressor.choices import ENCODER_DECODER_TARGETS, GGUF, TRANSFORMERS, ZERO_SHOT
+from compressor.choices import GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, Samples
@@ -24,6 +24,7 @@ from compressor.lower.size_guards import check_sizes
 from compressor.lower.trace import trace_with_guards
 from compressor.models import Model
 from compressor.models.base import first_line
+from compressor.models.vision_language.image_token_stages import with_indices, with_state
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.heads.base import Head
@@ -32,8 +33,13 @@ from compressor.quality.heads.registry import head_for
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
+from passes.base import apply
 from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
+from passes.image_tokens.image_tokens import DropImageTokens
+
+if TYPE_CHECKING:
+    from passes.image_tokens.image_tokens import Method
 
 COST_SAMPLES = 8  # samples over which multiply-adds are averaged
 SELF_SAMPLES = 3  # samples on which torch is compared with itself, unlike the two of the traced example
@@ -133,10 +139,18 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             cache=settings.cache,
             image_size=settings.pixels,
         )
-    if model.is_encoder_decoder:
-        _check_encoder_decoder(model, settings)
+    if settings.merge_decoder and not model.is_encoder_decoder:
+        raise SubjectError(
+            f"--merge-decoder merges the files of the decoder of an encoder-decoder, and the task of {model.name} is "
+            f"{model.task}; leave --merge-decoder out."
+        )
     if model.has_two_towers:
         _check_two_towers(model, settings)
+    stages = settings.image_stages
+    if stages is not None:
+        model = with_indices(_with_images(model, settings), [depth for depth, _ in stages.stages])
+    if model.has_parts:
+        _check_parts(model, settings)
     if settings.target == TRANSFORMERS:
         checkpoint.check_model(model, settings.drop)
     if settings.target == GGUF:
@@ -155,24 +169,61 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         sites = find_sites(graph)
         if not sites:
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
+        if stages is not None:
+            without_image_tokens(graph, model, settings)  # asked first: a search takes long
+            model = with_state(model, [depth for depth, _ in stages.stages])
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
         check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
 
 
-def _check_encoder_decoder(model: Model, settings: Settings) -> None:
-    """Refuse what the files of an encoder and its decoder are not written for."""
-    if settings.target not in ENCODER_DECODER_TARGETS:
+def without_image_tokens(graph: Graph, model: Model, settings: Settings) -> Graph:
+    """Return a fork that drops image tokens as ``--image-tokens`` says, or the graph without it.
+
+    Raises:
+        PassError: the language model does not allow it.
+    """
+    stages = settings.image_stages
+    if stages is None:
+        return graph
+    fork = graph.fork()
+    method = cast("Method", stages.method)
+    apply(DropImageTokens(stages.stages, method, settings.seed, model.preprocess.image_token), fork)
+    return fork
+
+
+def _with_images(model: Model, settings: Settings) -> Model:
+    """Return a vision-language model; refuse any other.
+
+    Raises:
+        SubjectError: the model reads no images with its texts.
+    """
+    if model.is_vision_language:
+        return model
+    raise SubjectError(
+        f"--image-tokens {settings.image_tokens} drops image tokens from the prompt of a vision-language model, but "
+        f"{model.name} does {model.task}; leave --image-tokens out."
+    )
+
+
+def _check_parts(model: Model, settings: Settings) -> None:
+    """Refuse what the files of the parts of a model are not written for."""
+    parts = (
+        "an encoder-decoder, whose encoder and decoder"
+        if model.is_encoder_decoder
+        else ("a vision-language model, whose vision tower and language model")
+    )
+    if settings.target not in PARTS_TARGETS:
         raise SubjectError(
-            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and --target "
-            f"{settings.target} takes one file; give --target {' or '.join(ENCODER_DECODER_TARGETS)}."
+            f"{model.name} is {parts} are files of their own, and --target {settings.target} takes one file; give "
+            f"--target {' or '.join(PARTS_TARGETS)}."
         )
     if settings.defer_build or settings.factorial:
         option = "--defer-build" if settings.defer_build else "--factorial"
         raise SubjectError(
-            f"{model.name} is an encoder-decoder, whose encoder and decoder are files of their own, and {option} takes "
-            f"one file for each engine; leave {option} out."
+            f"{model.name} is {parts} are files of their own, and {option} takes one file for each engine; leave "
+            f"{option} out."
         )
 
 

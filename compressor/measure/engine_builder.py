@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from compressor.lower.checkpoint import CONFIG
-from compressor.lower.cut_encoder_decoder import cut
+from compressor.lower.cut import encoder_decoder, vision_language
+from compressor.lower.cut.two_towers import cut_towers
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.traced_model import ModelAndData
-from compressor.lower.two_towers.cut import cut_towers
 from compressor.lower.write_onnx import lower
 from compressor.measure.workload import generation_lengths, workload_calls
 from compressor.quality.evaluate import BATCH
@@ -24,7 +24,7 @@ from compressor.target.stand_in import load_for_quality
 from compressor.workspace.folder_errors import readable_errors
 from compressor.workspace.output_folder import copy_onnx, engine_bytes
 from passes.graph.graph import Graph
-from runtimes.base.encoder_decoder import parts_of
+from runtimes.base.part_files import part_files
 from runtimes.base.protocols import BuildOptions, Engine, Feeds, Runtime
 
 PARITY_ROWS = 8  # rows of real samples on which engines are compared with torch
@@ -80,13 +80,19 @@ class EngineBuilder:
         return built
 
     def _built(self, path: Path, folder: Path, options: BuildOptions) -> Path:
-        """Build the engine of a file: of an encoder-decoder, those of its parts; return the path of the first."""
-        if not self.subject.model.is_encoder_decoder:
-            return self.target.build(path, folder, options)
-        parts = parts_of(cut(path, folder))
-        assert parts is not None
-        encoder, *_ = [self.target.build(part, folder, options) for part in parts]
-        return encoder
+        """Build the engine of a file: of a model of several files, those of its parts; return the path of the first."""
+        first, *_ = [self.target.build(part, folder, options) for part in part_files(self._cut(path, folder))]
+        return first
+
+    def _cut(self, path: Path, folder: Path) -> Path:
+        """Write the files of the parts of a model of several files, and return the first; else the file itself."""
+        model = self.subject.model
+        if model.is_encoder_decoder:
+            return encoder_decoder.cut(path, folder)
+        if model.is_vision_language:
+            assert model.preprocess.image_token is not None
+            return vision_language.cut(path, folder, model.preprocess.image_token)
+        return path
 
     def ship(self, source: Source, folder: Path) -> tuple[Source, Path]:
         """Build an engine in the output folder, and copy the ONNX file that it is built from, if any.
@@ -98,7 +104,7 @@ class EngineBuilder:
         """
         if self.target.source == CONFIG:
             return source, Path(shutil.copytree(source.path.parent, folder, dirs_exist_ok=True), source.path.name)
-        if self.subject.model.is_encoder_decoder:
+        if self.subject.model.has_parts:
             return source, self.build(source, folder)
         if self.target.source == ".onnx":
             source = source._replace(path=copy_onnx(source.path, folder / "model.onnx"))

@@ -13,7 +13,7 @@ from compressor.lower.trace import images_of
 from compressor.lower.traced_model import index_errors_as_data_errors
 from compressor.measure.engine_builder import PARITY_ROWS, PARITY_TOKENS, EngineBuilder
 from compressor.measure.llama_cpp_parity import llama_cpp_parity
-from compressor.models.base import as_numpy
+from compressor.models.base import Model, as_numpy
 from compressor.quality.parity import REPORT_IT, Parity, Reference, check_parity, largest_parity
 from compressor.quality.torch_reference import reference_of, torch_outputs, with_rounding
 from compressor.quantize.precision import Source
@@ -25,8 +25,9 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
     """Build the float engine of a file and compare its outputs with those of a graph.
 
     The engine runs a batch of samples and a single sample, which reveals a batch size that is fixed in the file. A
-    language model also runs its example inputs, which have a KV cache of some tokens, and a model with dynamic height
-    and width an image of another size. llama.cpp runs the batch of samples, see `llama_cpp_parity`.
+    language model also runs its example inputs, which have a KV cache of some tokens. One that reads images also runs a
+    text of another length, and a model with dynamic height and width an image of another size. llama.cpp runs the batch
+    of samples, see `llama_cpp_parity`.
 
     Args:
         builder: builds and opens the engine.
@@ -40,9 +41,13 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         ParityError: the outputs differ by more than the tolerance.
     """
     subject = builder.subject
-    batches = [next(subject.data.calibration.middle(PARITY_ROWS, PARITY_TOKENS).batches(PARITY_ROWS)).feeds]
+    batches: list[Feeds] = [
+        next(subject.data.calibration.middle(PARITY_ROWS, PARITY_TOKENS).batches(PARITY_ROWS)).feeds
+    ]
     if graph.state:  # the KV cache is empty in the data
         batches.append(as_numpy(subject.model.example))
+    if subject.model.is_vision_language:
+        batches.append(_shorter(batches[0], subject.model))
     batches += [as_numpy(images_of(subject.model, size)) for size in subject.model.sizes[1:]]
     with (
         builder.target.load(builder.build(Source(path)), builder.options) as engine,
@@ -53,6 +58,12 @@ def engine_parity(builder: EngineBuilder, path: Path, graph: Graph) -> Parity:
         advice = ADVICE if builder.target.source == CONFIG else REPORT_IT
         check = partial(graph_parity, graph, engine, name=path.name, advice=advice)
         return largest_parity([check(feeds, alone=number == 0) for number, feeds in enumerate(batches)])
+
+
+def _shorter(feeds: Feeds, model: Model) -> Feeds:
+    """Return feeds of a language model with an empty cache without the last token."""
+    lengths = {name for name, axes in model.dynamic_axes.items() if axes.get(1, "").endswith("sequence")}
+    return {name: value[:, :-1] if name in lengths else value for name, value in feeds.items()}
 
 
 def graph_parity(

@@ -4,7 +4,8 @@ The workload of a model without a KV cache is one call on real inputs. A languag
 generation: one prefill call with the prompt, and one decode step per new token. The latency of the generation is the
 sum of that of the prefill and, for each new token, that of a representative decode step. The cache of this step holds
 the prompt and half of the new tokens, because the latency of a decode step grows about linearly with its cache length.
-In place of the prefill, an encoder-decoder runs its encoder and the first call of its decoder on a source.
+In place of the prefill, an encoder-decoder runs its encoder and the first call of its decoder on a source. Before the
+prefill, a vision-language model runs its vision encoder on an image, whose tokens are part of the prompt.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from compressor.models.base import most_tokens
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
+from runtimes.base.vision_language import FEATURES, is_image
 
 if TYPE_CHECKING:
     from compressor.data.splits import Split
@@ -37,7 +39,7 @@ SOURCE = 64  # default number of source tokens of an encoder-decoder
 USUAL_TARGET = 32  # default number of new tokens of an encoder-decoder
 BATCH = 32  # texts read at a time
 TIMING_CANDIDATES = 32  # samples from which the one of median length is timed
-RUN, PROMPT, TOKEN = "run", "prompt", "token"
+RUN, IMAGE, PROMPT, TOKEN = "run", "image", "prompt", "token"
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class GenerationLengths:
         prompt: tokens of the prompt, or length of the source of an encoder-decoder.
         new: tokens that are generated; 0 times the prefill alone.
         source: unit of the length of a source, ``tokens`` or ``frames``; None for a prompt.
+        images: image tokens among those of the prompt.
     """
 
     prompt: int
     new: int
     source: str | None = None
+    images: int = 0
 
     @property
     def behind(self) -> int:
@@ -108,15 +112,27 @@ def generation_lengths(settings: Settings, model: Model) -> GenerationLengths | 
     if model.is_encoder_decoder:
         return _of_source(settings, model)
     most = most_tokens(model)
+    images = tokens_of_images(model)
     if lengths is not None:
+        if lengths[0] <= images:
+            raise SettingsError(
+                f"--generate {lengths[0]}:{lengths[1]} gives a prompt of {lengths[0]} tokens, but an image of "
+                f"{model.name} has {images} alone; give more."
+            )
         if most is not None and sum(lengths) > most:
             raise SettingsError(
                 f"--generate {lengths[0]}:{lengths[1]} does not fit {model.name}, which has {most} positions; give "
                 "fewer tokens."
             )
-        return GenerationLengths(*lengths)
-    prompt = USUAL if most is None else max(1, min(USUAL, most // 2))
-    return GenerationLengths(prompt, 0 if settings.defer_build else prompt)
+        return GenerationLengths(*lengths, images=images)
+    text = USUAL if most is None else max(1, min(USUAL, (most - images) // 2))
+    return GenerationLengths(images + text, 0 if settings.defer_build else text, images=images)
+
+
+def tokens_of_images(model: Model) -> int:
+    """Return the number of image tokens in the prompt that is timed, those of the example; 0 for other models."""
+    token = model.preprocess.image_token
+    return 0 if token is None else int((model.preprocess.example["input_ids"][0] == token).sum())
 
 
 def _of_source(settings: Settings, model: Model) -> GenerationLengths:
@@ -183,6 +199,48 @@ def _filled_caches(model: Model, feeds: Feeds, opener: Callable[[], Engine], fol
     return dict(memory_mapped(cache, folder))
 
 
+def _image_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths) -> dict[str, Call]:
+    """Return the calls of the generation of a vision-language model: the image, the prompt, and a further token."""
+    model, images = subject.model, tokens_of_images(subject.model)
+    assert model.preprocess.complete is not None
+    pixels = _pictures(subject, batch)
+    text = token_ids(subject.data.test, batch, lengths.behind + 1 - images, model.preprocess.image_token)
+    ids = np.concatenate([np.full((batch, images), model.preprocess.image_token, dtype=np.int64), text], 1)
+    prompt = {"input_ids": ids[:, : lengths.prompt], "attention_mask": np.ones((batch, lengths.prompt), np.int64)}
+    first = model.preprocess.complete({**pixels, **prompt})
+    shapes = {name: tuple(value.shape) for name, value in first.items()}
+    others = tuple(name for name in model.outputs if name != FEATURES)
+    calls = {IMAGE: Call(1, pixels, shapes, left_out=others)}
+    tokens = {name: value for name, value in first.items() if name not in pixels}
+    calls[PROMPT] = Call(1, tokens, shapes, partial(_features, pixels), given=(FEATURES,))
+    if lengths.new:
+        step = feeds_with_cache(ids, lengths.behind)
+        longer = shapes | {name: tuple(value.shape) for name, value in step.items() if name in shapes}
+        for name in model.state.values():
+            longer[name] = _cache_shape(model, name, batch, lengths.behind)
+        whole = partial(_filled_cache, model, ids[:, :-1], pixels)
+        calls[TOKEN] = Call(lengths.new, _without_past(step), longer, whole, given=(FEATURES,))
+    return calls
+
+
+def _pictures(subject: ModelAndData, batch: int) -> dict[str, npt.NDArray[np.generic]]:
+    """Return images of the data, as many tiles of each as the example has."""
+    example = {name: value for name, value in subject.model.preprocess.example.items() if is_image(name)}
+    feeds = timing_feeds(subject.data.test, batch)
+    return {name: np.resize(feeds[name], (batch, *value.shape[1:])) for name, value in example.items()}
+
+
+def _features(pixels: Feeds, opener: Callable[[], Engine], folder: Path) -> Feeds:
+    """Compute the features of images by the vision encoder of an engine."""
+    with opener() as engine:
+        return {FEATURES: engine.run(pixels)[FEATURES]}
+
+
+def _without_past(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
+    """Return feeds without the earlier tokens, which only engines that keep the cache themselves read."""
+    return {name: value for name, value in feeds.items() if name != PAST}
+
+
 def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]:
     """Return the calls of the workload by name: one call, or those of a generation."""
     model, split = subject.model, subject.data.test
@@ -191,6 +249,8 @@ def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]
         return {RUN: Call.alone(timing_feeds(split, settings.batch))}
     if model.is_encoder_decoder:
         return _source_calls(subject, settings.batch, generate)
+    if model.is_vision_language:
+        return _image_calls(subject, settings.batch, generate)
     ids = token_ids(split, settings.batch, generate.behind + 1)
     prompt = ids[:, : generate.prompt]
     prompt_feeds = {"input_ids": prompt, "attention_mask": np.ones_like(prompt)}
@@ -201,7 +261,7 @@ def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]
         shapes = {name: tuple(value.shape) for name, value in step.items()}
         for name in model.state.values():
             shapes[name] = _cache_shape(model, name, settings.batch, generate.behind)
-        calls[TOKEN] = Call(generate.new, step, shapes, partial(_filled_cache, model, ids[:, :-1]))
+        calls[TOKEN] = Call(generate.new, step, shapes, partial(_filled_cache, model, ids[:, :-1], {}))
     return calls
 
 
@@ -237,10 +297,12 @@ def total_latency(calls: Mapping[str, Call], latencies: Mapping[str, Latency]) -
     )
 
 
-def _filled_cache(model: Model, ids: npt.NDArray[np.int64], opener: Callable[[], Engine], folder: Path) -> Feeds:
+def _filled_cache(
+    model: Model, ids: npt.NDArray[np.int64], images: Feeds, opener: Callable[[], Engine], folder: Path
+) -> Feeds:
     """Compute the KV cache of an engine for tokens [rows, tokens]; it is read from files when an engine binds it."""
     with opener() as engine:
-        outputs = engine.run(feeds_with_cache(ids, 0) | dict(empty_cache(engine, model, len(ids))))
+        outputs = engine.run({**images, **feeds_with_cache(ids, 0), **dict(empty_cache(engine, model, len(ids)))})
         cache = {before: outputs[after] for after, before in model.state.items() if before in engine.inputs}
     return dict(memory_mapped(cache, folder))
 
@@ -248,13 +310,20 @@ def _filled_cache(model: Model, ids: npt.NDArray[np.int64], opener: Callable[[],
 # ------------------------------------------------------------------------------------------------- feeds of generation
 
 
-def token_ids(split: Split, rows: int, tokens: int) -> npt.NDArray[np.int64]:
-    """Return real tokens [rows, tokens]: the concatenated texts without padding, repeated if they are too short."""
+def token_ids(split: Split, rows: int, tokens: int, excluded: int | None = None) -> npt.NDArray[np.int64]:
+    """Return real tokens [rows, tokens]: the concatenated texts without padding, repeated if they are too short.
+
+    Args:
+        split: the texts.
+        rows: number of rows.
+        tokens: tokens of a row.
+        excluded: token id that is left out, that of the placeholders of images.
+    """
     texts: list[npt.NDArray[np.int64]] = []
     count = 0
     for batch in split.batches(BATCH):
         ids, mask = batch.feeds["input_ids"], batch.feeds["attention_mask"]
-        texts.append(ids[mask.astype(bool)])
+        texts.append(ids[mask.astype(bool) & (ids != excluded)])
         count += texts[-1].size
         if count >= rows * tokens:
             break

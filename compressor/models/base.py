@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.choices import ENCODER_DECODER_TASKS, ZERO_SHOT
+from compressor.choices import ENCODER_DECODER_TASKS, VISION_LANGUAGE, ZERO_SHOT
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import OBJECT, read_json
@@ -41,14 +41,19 @@ class EvaluatedOutput:
         outputs: names of all outputs, in order.
         answer: name of the output.
         stacked: names of further outputs that are evaluated with it.
+        places: name of an output with the indices of the tokens that the answer is for, [rows, remaining tokens], of a
+            model that drops tokens. The answer at a dropped token is that at the last one that remains before it.
     """
 
     outputs: tuple[str, ...]
     answer: str
     stacked: tuple[str, ...] = ()
+    places: str = ""
 
     def of(self, outputs: Mapping[str, Any]) -> Any:
         """Return it from outputs by name; several outputs [rows, ...] become [rows, outputs, ...]."""
+        if self.places in outputs:
+            return at_every_token(outputs[self.answer], outputs[self.places])
         if not self.stacked:
             return outputs[self.answer]
         values = [outputs[name] for name in (self.answer, *self.stacked)]
@@ -63,6 +68,24 @@ class EvaluatedOutput:
         return value
 
 
+def at_every_token(values: npt.NDArray[Any], places: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values of all tokens from those of the tokens that remain.
+
+    Args:
+        values: [rows, remaining tokens, ...].
+        places: indices of the remaining tokens, ascending, [rows, remaining tokens]; the last token remains.
+
+    Returns:
+        [rows, tokens, ...]; a dropped token has the value of the last remaining one before it.
+
+    >>> at_every_token(np.array([[5, 7, 9]]), np.array([[0, 2, 3]])).tolist()
+    [[5, 5, 7, 9]]
+    """
+    everywhere = np.arange(places[0, -1] + 1)
+    sources = [np.searchsorted(row, everywhere, side="right") - 1 for row in places]
+    return np.stack([value[source.clip(min=0)] for value, source in zip(values, sources, strict=True)])
+
+
 @dataclass(frozen=True)
 class Model:
     """A module with the metadata and functions that export and evaluation need.
@@ -72,6 +95,7 @@ class Model:
         call: calls the module with its inputs in order and returns its outputs in order.
         answer: name of the output that quality is measured on.
         stacked: names of further outputs that are evaluated with it, such as the logits of the end of a span.
+        places: name of the output with the indices of the tokens that remain, see `EvaluatedOutput`; empty for none.
         example: input name to tensor, with a batch size of two.
         dynamic_axes: input name to {axis: name}, e.g. ``{0: "batch", 1: "sequence"}``.
         untrained: names of the parameters that the checkpoint lacks; a traced graph must not read them.
@@ -109,6 +133,7 @@ class Model:
     random_weights: bool = False
     tokenizer: Any = None
     stacked: tuple[str, ...] = ()
+    places: str = ""
     problem_type: str | None = None
     state: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
@@ -122,7 +147,7 @@ class Model:
     @property
     def evaluated_output(self) -> EvaluatedOutput:
         """Return the output that quality is measured on."""
-        return EvaluatedOutput(self.outputs, self.answer, self.stacked)
+        return EvaluatedOutput(self.outputs, self.answer, self.stacked, self.places)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -133,6 +158,16 @@ class Model:
     def has_two_towers(self) -> bool:
         """Return whether the model has a tower of images and a tower of texts, each with a batch of its own."""
         return PER_IMAGE in self.outputs
+
+    @property
+    def is_vision_language(self) -> bool:
+        """Return whether the model generates texts from images and texts."""
+        return self.task == VISION_LANGUAGE
+
+    @property
+    def has_parts(self) -> bool:
+        """Return whether the model is exported as one file for each of its parts."""
+        return self.is_encoder_decoder or self.is_vision_language
 
     @overload
     def evaluated(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
@@ -251,7 +286,10 @@ def hub_error_reason(error: BaseException) -> str | None:
 
 def most_tokens(model: Model) -> int | None:
     """Return the number of positions of a model of transformers; None if its config states no limit."""
-    most = getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+    config = getattr(model.module, "config", None)
+    if config is not None and model.is_vision_language:
+        config = config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
     return most if isinstance(most, int) else None
 
 

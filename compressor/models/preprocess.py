@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from compressor.models.class_names import ClassNames
 
-Kind = Literal["image", "text", "audio", "video", "tensor"]
+Kind = Literal["image", "text", "audio", "video", "image-text", "tensor"]
 # Clips, each float32 [samples], to the inputs of a batch.
 Listen = Callable[[Sequence[npt.NDArray[np.float32]]], dict[str, npt.NDArray[Any]]]
 Tokenise = Callable[[list[str], list[str] | None], dict[str, npt.NDArray[Any]]]
@@ -103,6 +103,12 @@ class Preprocess:
         padded: number of tokens to which every text is padded; None for the longest text of the batch.
         template: makes a prompt of the name of a class, with ``{}`` in its place; empty for models whose classes are
             no texts.
+        image_text: converts an image and its text to the inputs of one row; None without a processor.
+        placeholder: what stands for an image in a text.
+        padding: token id with which texts beside images are padded.
+        image_token: token id of the placeholders of an image in a text; None for models of one of the two.
+        image_tokens: number of placeholders of an image, or of a tile of one.
+        bidirectional: each token of a text reads all others, so that it predicts none of them.
     """
 
     inputs: tuple[str, ...]
@@ -142,6 +148,12 @@ class Preprocess:
     decoder: DecoderSide | None = None
     padded: int | None = None
     template: str = ""
+    image_text: Callable[[Image.Image, str], dict[str, npt.NDArray[Any]]] | None = None
+    placeholder: str = ""
+    padding: int = 0
+    image_token: int | None = None
+    image_tokens: int = 0
+    bidirectional: bool = False
 
     def limited(self, length: int) -> Preprocess:
         """Return a copy that truncates texts to `length` tokens."""

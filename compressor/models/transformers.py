@@ -21,10 +21,12 @@ from compressor.models.config_shapes import CLIPS
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
 from compressor.models.pretrained import image, sound, text, two_towers, video
+from compressor.models.pretrained import vision_language as pretrained_vision_language
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import optional_file
 from compressor.models.text import nemotron_nas, sentence_transformers
 from compressor.models.video.inputs import takes_videos
+from compressor.models.vision_language import parts as vision_language
 from compressor.models.weights.config_checks import check_counts, check_parameters
 from compressor.models.weights.lazy_weights import module_on_disk
 from compressor.models.weights.stored_dtypes import dtypes_by_path, dtypes_in, weight_files
@@ -62,6 +64,7 @@ AUTO = {
     encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
     "video-classification": "AutoModelForVideoClassification",
     ZERO_SHOT: "AutoModelForZeroShotImageClassification",
+    vision_language.TASK: "AutoModelForImageTextToText",
 }
 
 
@@ -169,6 +172,8 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         if architecture.endswith(ending):
             sound = task == "text-classification" and takes_sound(getattr(transformers, architecture, None))
             return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
+    if vision_language.is_vision_language(architecture):
+        return vision_language.TASK
     images = hasattr(config, "image_size") and not any(hasattr(config, name) for name in CLIPS)
     features = "image-feature-extraction" if images else "feature-extraction"
     if architecture and not _is_bare(architecture):
@@ -221,6 +226,8 @@ def wrap(loaded: Loaded) -> Model:
         return pretrained_encoder_decoder.wrap(loaded)
     if loaded.task == ZERO_SHOT:
         return two_towers.wrap(loaded)
+    if loaded.task == vision_language.TASK:
+        return pretrained_vision_language.wrap(loaded)
     if takes_videos(loaded.module):
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):

@@ -64,10 +64,11 @@ def inspect(settings: InspectSettings, *, console: Console | None = None) -> Ins
 
 def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> Inspection:
     subject = load(settings, steps, executor=executor)
-    if settings.study and subject.model.is_encoder_decoder:
+    if settings.study and subject.model.has_parts:
+        kind = "an encoder-decoder" if subject.model.is_encoder_decoder else "a vision-language model"
         raise SettingsError(
-            f"found --study, which compares the tokens of one sequence, but {subject.model.name} is an encoder-decoder "
-            "with two; leave --study out."
+            f"found --study, which compares the tokens of one sequence, but {subject.model.name} is {kind} with two; "
+            "leave --study out."
         )
     if settings.study and subject.model.has_two_towers:
         raise SettingsError(

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtimes.base.encoder_decoder import parts_of
+from runtimes.base.encoder_decoder import WITH_PAST
+from runtimes.base.part_files import part_files
 from runtimes.base.protocols import BuildOptions, LayerCounts, Runtime, RuntimesError
 
 KINDS = 8  # maximum number of kinds listed on a page
@@ -17,20 +18,20 @@ KINDS = 8  # maximum number of kinds listed on a page
 def layers_of(target: Runtime, path: Path, options: BuildOptions) -> dict[str, Any] | None:
     """Return the layers of an engine as plain JSON values; None if the runtime does not report them.
 
-    Those of an encoder-decoder are the layers of its encoder and of the first call of its decoder.
+    Those of a model of several files are added up; of an encoder-decoder, without those of the later calls.
 
     An error of the runtime does not stop the export, as the engine works without the description: the result then
     holds only the message, under ``unknown``.
     """
     try:
-        layers = _added([target.layers(part, options) for part in (parts_of(path) or (path,))[:2]])
+        layers = _added([target.layers(part, options) for part in part_files(path) if WITH_PAST not in part.stem])
     except RuntimesError as error:
         return {"unknown": str(error)}
     return None if layers is None else asdict(layers)
 
 
 def _added(layers: Sequence[LayerCounts | None]) -> LayerCounts | None:
-    """Return the layers of an engine, or those of an encoder and of the first call of its decoder together."""
+    """Return the layers of the files of an engine together."""
     known = [each for each in layers if each is not None]
     if len(known) < 2:
         return known[0] if known else None

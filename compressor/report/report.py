@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 REPORT = "report.json"
+# Rows of the calls of a generation, by their names in the report.
+CALLS = {"image": "  image, ms", "prompt": "  prompt, ms", "token": "  each new token, ms"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class Report:
         generation: of a language model with a KV cache, the numbers of `prompt` tokens and `new` tokens that `latency`
             covers, and the latency of each call: ``prompt`` (prefill) and ``token`` (decode with a cache of `behind`
             tokens).
+        image_tokens: the stages of ``--image-tokens``, the tokens that remain and the bytes of the cache; None without
+            any.
         exact: the ``multiply_adds`` of the unchanged model after exact rewrites (folding, removal of tokens that no
             output depends on), which the baseline lacks; None if they are not known.
         limitations: the features that this export lacks, and the assumptions that were made.
@@ -152,6 +156,7 @@ class Report:
     generation: dict[str, Any] | None = None
     limitations: tuple[Limitation, ...] = ()
     exact: dict[str, int] | None = None
+    image_tokens: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values; latencies hold every raw sample, in milliseconds."""
@@ -266,11 +271,12 @@ class Report:
         yield from self._calls(variants)
 
     def _calls(self, variants: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """Yield the latency of the prefill call and of the decode call of a language model."""
-        if self.generation is not None and self.generation["new"]:
-            for call, label in (("prompt", "  prompt, ms"), ("token", "  each new token, ms")):
-                medians = (self.generation["calls"][name][call]["median"] for name in variants)
-                yield label, *(f"{median:.2f}" for median in medians)
+        """Yield the latency of each call of a generation, if there are several."""
+        if self.generation is None or len(self.generation["calls"]["result"]) == 1:
+            return
+        for call in self.generation["calls"]["result"]:
+            medians = (self.generation["calls"][name][call]["median"] for name in variants)
+            yield CALLS[call], *(f"{median:.2f}" for median in medians)
 
     def summary(self) -> str:
         """Return the changes, the conditions of the measurements, the notes and the limitations, one per line."""
@@ -353,11 +359,27 @@ def describe_calls(generation: Mapping[str, Any]) -> str:
     'a prompt of 512 tokens'
     """
     prompt, new, behind = (generation[name] for name in ("prompt", "new", "behind"))
-    unit = generation.get("source")
+    unit, images = generation.get("source"), generation.get("images", 0)
     start = f"a prompt of {prompt} tokens" if unit is None else f"a source of {prompt} {unit}"
+    start = f"an image and {start}, {images} of them of the image," if images else start
     if not new:
-        return start
+        return start.rstrip(",")
     return f"{start} and {new} new tokens, each with a cache of {behind} tokens"
+
+
+def shares_of_time(generation: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the share of the latency that each part of a vision-language model takes; nothing for other models."""
+    if not generation.get("images"):
+        return
+    times = {"image": 1, "prompt": 1, "token": generation["new"]}
+    parts = {"image": "the vision encoder", "prompt": "the language model's prompt", "token": "its new tokens"}
+    texts = {}
+    for variant in ("result", "baseline"):
+        spent = {name: times[name] * call["median"] for name, call in generation["calls"][variant].items()}
+        total = sum(spent.values())
+        texts[variant] = {name: f"{100 * each / total:.0f} %" for name, each in spent.items()}
+    shares = ", ".join(f"{parts[name]} {share} ({texts['baseline'][name]})" for name, share in texts["result"].items())
+    yield f"Shares of the latency, of the result and in brackets of the baseline: {shares}."
 
 
 def _unit(unit: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from compressor.choices import MOST_PIXELS, MOST_ROUNDS, MOST_ROWS, MOST_THREADS, MOST_TOKENS, PROBLEM_TYPES
+from compressor.choices import MOST_PIXELS, MOST_ROUNDS, MOST_ROWS, MOST_THREADS, MOST_TOKENS, PROBLEM_TYPES, RANKINGS
 from compressor.errors import FolderError
 from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report.report import REPORT
@@ -393,6 +393,7 @@ class Environment(TypedDict):  # noqa: D101
 
 @with_config(_KEPT)
 class Calls(TypedDict):  # noqa: D101
+    image: NotRequired[Latency]
     prompt: Latency
     token: NotRequired[Latency]
 
@@ -403,6 +404,7 @@ class Generation(TypedDict):  # noqa: D101
     new: Count
     behind: Count
     source: NotRequired[Literal["tokens", "frames"] | None]
+    images: NotRequired[Count]
     calls: dict[Variant, Calls]
 
 
@@ -504,6 +506,28 @@ class DeferredEngine(BenchEngine):
     parser: NotRequired[Parser | UnknownLayers]
 
 
+class _ImageStage(TypedDict):
+    block: Count
+    share: Annotated[float, Field(ge=0, le=1)]
+    tokens: TokenCount
+
+
+class _CacheBytes(TypedDict):
+    prompt: TokenCount
+    baseline: Count
+    result: Count
+
+
+@with_config(_EXACT)
+class ImageTokens(TypedDict):
+    """The stages at which image tokens are dropped, and the bytes of the cache behind the prompt."""
+
+    method: Annotated[str, _one_of(*RANKINGS)]
+    tokens: TokenCount
+    stages: list[_ImageStage]
+    cache: _CacheBytes
+
+
 @with_config(_KEPT)
 class DeferredReport(BenchReport):
     """A report of an export whose engine is built on a device."""
@@ -533,6 +557,7 @@ class DeferredReport(BenchReport):
     generation: Generation | None
     limitations: NotRequired[list[Limitation]]
     exact: NotRequired[Exact | None]
+    image_tokens: NotRequired[ImageTokens | None]
 
 
 def _fitting(report: DeferredReport) -> DeferredReport:

@@ -26,7 +26,7 @@ from compressor.workspace.output_lock import (
     temporary_folder,
 )
 from compressor.workspace.special_files import special_kind
-from runtimes.base.encoder_decoder import parts_of
+from runtimes.base.part_files import part_files
 
 __all__ = [
     "MANIFEST",
@@ -190,9 +190,9 @@ def engine_bytes(path: Path) -> int:
     """Return the size of an engine's file in bytes.
 
     Weights in separate files count: the external data of ONNX, the .bin of OpenVINO, the safetensors of a checkpoint.
-    So do the files of the decoder, given that of the encoder.
+    So do the other files of a model of several, given the first.
     """
-    return sum(map(_file_bytes, parts_of(path) or (path,)))
+    return sum(map(_file_bytes, part_files(path)))
 
 
 def _file_bytes(path: Path) -> int:

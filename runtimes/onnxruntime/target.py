@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.base.encoder_decoder import EncoderDecoderEngine, opened, parts_of
+from runtimes.base.encoder_decoder import EncoderDecoderEngine
+from runtimes.base.part_files import open_parts
 from runtimes.base.protocols import (
     BuildError,
     BuildOptions,
@@ -29,6 +30,7 @@ from runtimes.base.protocols import (
     first_line,
 )
 from runtimes.base.registry import check_available, is_installed
+from runtimes.base.vision_language import VisionLanguageEngine
 from runtimes.onnxruntime.io_binding import BoundCall, BoundRows, InPlaceKVCache, run_errors
 from runtimes.onnxruntime.kv_cache_io import shared_buffers, split_rows
 from runtimes.onnxruntime.optimized_graph import summary
@@ -101,8 +103,8 @@ def build(source: Path, out: Path, options: BuildOptions) -> Path:
     return source
 
 
-def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine | EncoderDecoderEngine:
-    """Open an ONNX file, with all graph optimisations; the file of an encoder with those of its decoder.
+def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine | EncoderDecoderEngine | VisionLanguageEngine:
+    """Open an ONNX file, with all graph optimisations; the first of several files with the others.
 
     Args:
         path: The model; external data lies in the same folder.
@@ -112,9 +114,8 @@ def load(path: Path, options: BuildOptions) -> OnnxRuntimeEngine | EncoderDecode
         RuntimeUnavailable: ONNX Runtime or its CUDA provider is not available.
         BuildError: ONNX Runtime refused the model.
     """
-    if (parts := parts_of(path)) is not None:
-        return opened(parts, partial(load_file, options=options))
-    return load_file(path, options)
+    several = open_parts(path, partial(load_file, options=options))
+    return load_file(path, options) if several is None else several
 
 
 def load_file(path: Path, options: BuildOptions) -> OnnxRuntimeEngine:

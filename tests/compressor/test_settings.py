@@ -171,6 +171,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
     not_in_sweep = {
         "drop",
         "metric",
+        "image_tokens",
         "confidence",
         "speedup",
         "latency",
@@ -182,6 +183,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "defer_build",
         "gpu",
         "portable_engine",
+        "merge_decoder",
         "factorial",
     }
     assert set(fields) - set(sweep) == not_in_sweep

@@ -13,6 +13,7 @@ from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
 from compressor.data.readers.image_text.captions import read_captions
 from compressor.data.readers.image_text.pairs import metadata_of
+from compressor.data.readers.image_text.prompts import read_prompts
 from compressor.data.readers.images import read_folder
 from compressor.data.readers.masks import images_beside, mask_folders, read_images_alone, read_masks
 from compressor.data.readers.random_inputs import random_samples
@@ -57,6 +58,8 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
 
 
 def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
+    if preprocess.kind == "image-text":
+        return read_prompts(path, spec, preprocess)
     if preprocess.kind == "video":
         return read_videos(path, spec, preprocess)
     if preprocess.kind == "audio":

@@ -16,7 +16,7 @@ def random_samples(preprocess: Preprocess, seed: int) -> Samples:
     """Return random inputs with the shapes and dtypes of the example; a sample does not depend on its batch.
 
     Floats are standard normal. Integers are uniform in [0, maximum of the example]. Masks are those of the example,
-    because a random attention mask could hide whole rows.
+    because a random attention mask could hide whole rows. Placeholders of images stand where they do in the example.
     """
 
     def feeds(indices: Sequence[int]) -> Feeds:
@@ -28,7 +28,20 @@ def random_samples(preprocess: Preprocess, seed: int) -> Samples:
 
 def _row(preprocess: Preprocess, seed: int, index: int) -> Feeds:
     generator = np.random.default_rng([seed, index])
-    return {name: _values(generator, name, preprocess.example[name], index) for name in preprocess.inputs}
+    token, example = preprocess.image_token, preprocess.example
+    if token is None:
+        return {name: _values(generator, name, example[name], index) for name in preprocess.inputs}
+    is_image = example["input_ids"] == token  # the placeholder may have the largest id, behind the vocabulary
+    texts = {**example, "input_ids": np.where(is_image, 0, example["input_ids"])}
+    row = {name: _values(generator, name, texts[name], index) for name in preprocess.inputs}
+    row["input_ids"] = _with_images(row["input_ids"], is_image[index % len(is_image)], token)
+    return row
+
+
+def _with_images(ids: Array, is_image: Array, token: int) -> Array:
+    """Return tokens with placeholders where `is_image` is true; others are replaced by the token before them."""
+    others = np.where(ids == token, ids - 1 if token else ids + 1, ids)
+    return np.where(is_image, token, others)
 
 
 def _values(generator: np.random.Generator, name: str, example: Array, index: int) -> Array:

@@ -4,7 +4,7 @@ Inputs and outputs have the names of Optimum. ``past_key_values.N.decoder.key`` 
 cache of the self-attention of layer N, [batch, heads, tokens so far, head dimension]. ``present.N.encoder.key`` are the
 keys of its cross-attention, [batch, heads, source tokens, head dimension], which depend on the encoder alone. They have
 no input here: the file of the decoder that is cut from the graph reads them as ``past_key_values.N.encoder.key``, see
-`compressor.lower.cut_encoder_decoder`.
+`compressor.lower.cut.encoder_decoder`.
 """
 
 from __future__ import annotations

@@ -73,6 +73,16 @@ def tokenizer_of(location: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
+def processor_of(location: str, options: dict[str, Any]) -> Any:
+    """Return the processor of images and texts of a checkpoint; None if it has none."""
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(location, **options)
+    except Exception as error:  # as above; without a processor, arrays of all inputs still work as data
+        _check_absent("processor", PROCESSOR_FILES, location, options, error)
+        return None
+    return processor if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer") else None
+
+
 def _check_absent(
     kind: str, names: tuple[str, ...], location: str, options: dict[str, Any], error: BaseException
 ) -> None:
@@ -107,6 +117,11 @@ def save_sound(module: Any, extractor: Any, tokenizer: Any, folder: Path) -> Non
     save(module, tokenizer, {}, folder)
     if extractor is not None:
         extractor.save_pretrained(folder)
+
+
+def save_vision_language(module: Any, processor: Any, folder: Path) -> None:
+    """Write config, generation config, and the processor with its tokenizer and image processor into a folder."""
+    save(module, processor, {}, folder)
 
 
 def _use_older_tokenizer_class(path: Path) -> None:

@@ -47,7 +47,7 @@ def write(folder: Path, engine: str, target: str, device: str, model: Model, gra
     Returns:
         The limitation that says why there is no file; none if there is one or none is expected.
     """
-    if target not in TARGETS or not graph.state or model.is_encoder_decoder:
+    if target not in TARGETS or not graph.state or model.has_parts:
         return ()
     reason = why_not(graph, model) if device == "cpu" else f"it was not tried with engines on {device}"
     if reason is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.choices import CTC, ZERO_SHOT
+from compressor.choices import CTC, VISION_LANGUAGE, ZERO_SHOT
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.depth import Depth
 from compressor.quality.heads.features import Features, SentenceEmbedding
@@ -11,12 +11,20 @@ from compressor.quality.heads.pixels import PixelClasses
 from compressor.quality.heads.regression import Regression
 from compressor.quality.heads.single_class import SingleClass
 from compressor.quality.heads.spans import Spans
-from compressor.quality.heads.tokens import Frames, MaskedTokens, NextTokens, TargetTokens, TokenClasses
+from compressor.quality.heads.tokens import (
+    Frames,
+    MaskedTokens,
+    NextTokens,
+    TargetTokens,
+    TextsBehindImages,
+    TokenClasses,
+)
 
 HEADS: dict[str, Head] = {
     "text-generation": NextTokens(),
     "text2text-generation": TargetTokens(),
     "automatic-speech-recognition": TargetTokens(),
+    VISION_LANGUAGE: TextsBehindImages(),
     "fill-mask": MaskedTokens(),
     "token-classification": TokenClasses(),
     "question-answering": Spans(),

@@ -108,6 +108,12 @@ class TargetTokens(MaskedTokens):
         return np.ones(batch.feeds["decoder_input_ids"].shape, dtype=bool) if batch.scored is None else batch.scored
 
 
+class TextsBehindImages(MaskedTokens):
+    """Logits of the next token, of a vision-language model; the labels are the tokens of the text behind the image."""
+
+    metrics: ClassVar[Metrics] = {"tokens": "perplexity", None: "token_agreement"}
+
+
 class TokenClasses(Tokens):
     """Logits of the classes of tokens, such as named entities."""
 

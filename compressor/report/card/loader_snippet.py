@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP
+from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_LANGUAGE
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
 
@@ -103,6 +103,8 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
     model = content["model"]
     if model["task"] in ENCODER_DECODER_TASKS:
         return _encoder_decoder(content, folder)
+    if model["task"] == VISION_LANGUAGE:
+        return _vision_language(content, folder)
     cached = any(name.startswith("past_key_values.") for name in model["inputs"])
     runtime = _runtime(content, folder if engine_folder is None else engine_folder, cached)
     if runtime == "transformers":
@@ -191,6 +193,45 @@ def _encoder_decoder(content: Json, folder: Path) -> Loader:
     if runtime == "onnxruntime":
         remarks.append(_of_optimum(content))
     packages = ("numpy", *PACKAGES[runtime], *(("tokenizers",) if tokenizer else ()))
+    return Loader(text.strip(), packages, runtime, tuple(remarks))
+
+
+def _vision_language(content: Json, folder: Path) -> Loader:
+    """Return the snippet for the files of a vision-language model: a greedy loop for one image and a text."""
+    runtime, timed = str(content["settings"]["target"]), content["timed_inputs"]
+    processor = preprocessing_recipe.processes_images_and_texts(folder)
+    pasts = [name for name in content["engine"]["inputs"] if name.startswith("past_key_values.")]
+    caches = {name: timed[name][1::2] for name in pasts if not name.endswith(".tokens")}
+    indices = [name for name in pasts if name.endswith(".tokens")]  # of the tokens that --image-tokens keeps
+    text = (
+        templates()
+        .get_template("load_vision_language.py.j2")
+        .render(
+            runtime=runtime,
+            providers=_providers(content),
+            hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
+            processor=processor,
+            image_token=preprocessing_recipe.image_token(folder),
+            image_tokens=content["generation"]["images"],
+            arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
+            caches=caches,
+            indices=indices,
+            ends=preprocessing_recipe.ends(folder),
+        )
+    )
+    remarks = [
+        "Generation is greedy and uses the cache: the vision encoder runs once, and each new token is one call of the "
+        "embeddings and of the decoder."
+    ]
+    if indices:
+        remarks.append(
+            "The decoder drops image tokens from its prompt. It reads `input_ids` to know them, and each cache of "
+            "fewer tokens comes with the indices of its tokens, which go from output to input as the cache does; "
+            "loops of other libraries do not pass them on."
+        )
+    elif runtime == "onnxruntime":
+        remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
+    packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))
     return Loader(text.strip(), packages, runtime, tuple(remarks))
 
 

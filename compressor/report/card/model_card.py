@@ -49,6 +49,7 @@ USES = {
     CTC: "transcribes speech",
     "video-classification": "classifies videos",
     ZERO_SHOT: "compares images with texts, such as the names of classes",
+    "image-text-to-text": "generates text from an image and a text",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "

@@ -34,8 +34,9 @@ def sources(shared):
 def exported(shared, sources):
     folder = shared / "small"
     report = export(
-        str(saved("bart", shared)), data=str(sources), drop=",".join(DROPPED["bart"]), output=str(folder), rounds=2
-    )
+        str(saved("bart", shared)), data=str(sources), drop=",".join(DROPPED["bart"]), output=str(folder), rounds=2,
+        merge_decoder=True,
+    )  # fmt: skip
     return folder, report.to_dict()
 
 
@@ -43,6 +44,7 @@ def test_the_folder_holds_the_files_of_both_towers(exported):
     folder, report = exported
     files = {path.name for path in folder.iterdir()}
     assert FILES | {"config.json", "generation_config.json", "tokenizer.json"} <= files
+    assert "decoder_model_merged.onnx" in files
     assert "model.onnx" not in files
     assert report["engine"]["file"] == "encoder_model.onnx"
     assert report["sizes"]["result"]["bytes"] == sum((folder / name).stat().st_size for name in FILES)
@@ -107,6 +109,7 @@ def test_bench_needs_targets_or_the_original(exported, sources, tmp_path):
         ({"factorial": True, "precision": "int8"}, "--factorial takes one file for each engine; leave --factorial out"),
         ({"generate": "65:4"}, "--generate 65:4 does not fit bart, which takes sources of 64 and targets of 64 tokens"),
         ({"cache": False}, "--no-cache is for causal language models"),
+        ({"target": "openvino", "merge_decoder": True}, "which merges ONNX files of an encoder-decoder, but target"),
     ],
 )
 def test_what_the_files_do_not_take_is_refused(options, reason, shared, tmp_path):

@@ -11,9 +11,9 @@ import transformers
 
 from compressor import models
 from compressor.internals.transformers import quiet
+from compressor.lower.cut.two_towers import TEXT, VISION, TowerError, cut_towers
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.trace import trace
-from compressor.lower.two_towers.cut import TEXT, VISION, TowerError, cut_towers
 from compressor.lower.write_onnx import lower
 from compressor.quantize.half_precision import to_fp16
 from passes.base import apply

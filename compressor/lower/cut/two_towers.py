@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from compressor.errors import CompressorError
-from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE
+from compressor.lower.cut.part import save
 
 VISION, TEXT = "vision_model.onnx", "text_model.onnx"
 OUTPUTS = {VISION: "image_embeds", TEXT: "text_embeds"}
@@ -63,9 +63,7 @@ def _write(path: Path, destination: Path, output: str, *, projected: bool) -> Pa
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
     _check(graph, destination.name)
-    tensors = (value.const_value for value in graph.initializers.values())
-    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    ir.save(model, destination, external_data=f"{destination.name}.data" if size > EXTERNAL_ABOVE else None)
+    save(model, destination)
     return destination
 
 

@@ -1,1 +1,0 @@
-"""The files of the towers of a model of images and texts."""

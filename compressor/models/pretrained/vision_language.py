@@ -1,0 +1,52 @@
+"""Vision-language models of transformers, with their processor of images and texts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from compressor.models.base import Model, as_numpy
+from compressor.models.preprocess import Preprocess
+from compressor.models.pretrained.loaded import Loaded
+from compressor.models.pretrained.processors import processor_of, save_vision_language
+from compressor.models.pretrained.text import max_length
+from compressor.models.text.padding import causal_padding
+from compressor.models.vision_language.parts import parts_of
+from compressor.models.vision_language.processor import prepare
+
+
+def wrap(loaded: Loaded) -> Model:
+    """Return the model: one call for images, texts and the cache.
+
+    Raises:
+        ModelError: the model takes images in another form, or has no cache that can be detected.
+    """
+    module, location = loaded.module, loaded.location
+    processor = processor_of(location, loaded.options)
+    tokenizer = getattr(processor, "tokenizer", None)
+    parts = parts_of(module, location, cache=loaded.cache)
+    return Model(
+        **loaded.fields,
+        call=parts.call.call,
+        inputs=parts.call.inputs,
+        outputs=parts.call.outputs,
+        answer="logits",
+        example=parts.call.example(parts.data_example),
+        dynamic_axes=parts.call.dynamic_axes,
+        preprocess=Preprocess(
+            parts.call.data_inputs,
+            "image-text",
+            as_numpy(parts.data_example),
+            complete=parts.call.complete,
+            image_text=None if processor is None else partial(prepare, processor, parts.call.data_inputs),
+            placeholder=str(getattr(processor, "image_token", "")),
+            padding=0 if tokenizer is None else causal_padding(tokenizer, module.config.get_text_config()).token,
+            tokenizer=type(processor).__name__,
+            longest=max_length(module, tokenizer, {}),
+            image_token=parts.call.image_token,
+            image_tokens=parts.image_tokens,
+            bidirectional=parts.call.bidirectional,
+        ),
+        save=partial(save_vision_language, module, processor),
+        tokenizer=tokenizer,
+        state=parts.call.causal.state,
+    )

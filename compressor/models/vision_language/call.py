@@ -1,0 +1,106 @@
+"""The call of a vision-language model with its KV cache: one graph for images, for texts, and for every further token.
+
+The graph reads images and the tokens of a text in which each image has its placeholders, one for each of its features.
+It returns, besides the logits and the cache, the values at which it is cut into files, see
+`compressor.lower.cut_vision_language`: the features of the images, the embeddings of the tokens, and the embeddings in
+which features stand in the places of placeholders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from compressor.models.text.kv_cache import Causal
+from compressor.models.vision_language.image_features import image_features
+from runtimes.base.vision_language import EMBEDS, FEATURES, IDS, MASK, TEXT_EMBEDS
+
+Feeds = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class VisionLanguage:
+    """How a vision-language model is called with its cache.
+
+    Attributes:
+        image_inputs: inputs of the vision tower, ``pixel_values`` first.
+        causal: the call of the language model.
+        image_token: token id of the placeholders of images.
+        bidirectional: tokens of the prompt also attend to later ones, as in PaliGemma; a single further token has none.
+    """
+
+    image_inputs: tuple[str, ...]
+    causal: Causal
+    image_token: int
+    bidirectional: bool = False
+
+    @property
+    def data_inputs(self) -> tuple[str, ...]:
+        """Return the names of the inputs that come from the data."""
+        return (*self.image_inputs, *self.causal.token_inputs)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Return all input names in order."""
+        return (*self.image_inputs, *self.causal.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Return all output names in order."""
+        return (*self.causal.outputs, FEATURES, TEXT_EMBEDS, EMBEDS)
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Return the dynamic axes of every input; images have a fixed size, and tiles a varying number."""
+        tiles = {1: "tiles"} if len(self.image_inputs) > 1 else {}
+        return {name: {0: "batch", **tiles} for name in self.image_inputs} | self.causal.dynamic_axes
+
+    def example(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add a short cache to the example inputs of the data."""
+        tokens = self.causal.example({name: values[name] for name in self.causal.token_inputs})
+        return {name: values[name] for name in self.image_inputs} | tokens
+
+    def complete(self, feeds: Feeds) -> Feeds:
+        """Add position ids and an empty cache to feeds of the data."""
+        return self.causal.complete(feeds)
+
+    def call(self, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return logits [rows, tokens, vocabulary], the cache, and the values at which the graph is cut."""
+        count = len(self.image_inputs)
+        images, (ids, *rest) = tensors[:count], tensors[count:]
+        torch._check(images[0].shape[0] == ids.shape[0])
+        features = image_features(module, *images)
+        is_image = ids == self.image_token
+        table = module.get_input_embeddings()
+        known = ids if self.image_token < table.weight.shape[0] else torch.where(is_image, 0, ids)
+        text = table(known)
+        merged = merge(features, text, is_image)
+
+        def language(**arguments: Any) -> Any:
+            del arguments[IDS]
+            if self.bidirectional:
+                mask = arguments[MASK].to(torch.bool)[:, None, None, :]
+                arguments[MASK] = mask.expand(-1, 1, ids.shape[1], -1)
+            return module(inputs_embeds=merged, **arguments)
+
+        return (*self.causal.call(language, ids, *rest), features, text, merged)
+
+
+def merge(features: torch.Tensor, text: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:
+    """Return embeddings [rows, tokens, width] in which placeholder number k of a row is replaced by its feature k.
+
+    transformers does the same with ``masked_scatter`` over all rows, which has no form in ONNX that depends on a row
+    alone.
+
+    Args:
+        features: features of the images of each row, [rows, image tokens, width].
+        text: embeddings of all tokens, [rows, tokens, width].
+        is_image: whether a token is a placeholder, bool [rows, tokens].
+    """
+    number = (is_image.to(torch.int64).cumsum(1) - 1).clamp(min=0, max=features.shape[1] - 1)
+    placed = features.gather(1, number[..., None].expand(-1, -1, features.shape[2]))
+    return torch.where(is_image[..., None], placed, text)

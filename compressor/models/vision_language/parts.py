@@ -1,0 +1,169 @@
+"""The parts of a vision-language model of transformers: its call with the cache, its example, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.models.auto import modeling_auto
+
+from compressor.models.base import ModelError, first_line
+from compressor.models.text.kv_cache import NoCacheError, detect_cache
+from compressor.models.vision_language.call import VisionLanguage
+from compressor.models.vision_language.image_features import MASK, image_features, takes_tiles
+from runtimes.base.vision_language import PIXELS
+
+# Arguments of get_image_features that are no inputs: those of the config stand for them.
+KNOWN = {PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy"}
+TYPES = "token_type_ids"
+TASK = "image-text-to-text"
+TEXT_TOKENS = 8  # of the example behind the image
+SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
+EXPECTED = (
+    "expected a model such as LLaVA or SmolVLM, whose vision tower turns each image into the same number of tokens"
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a vision-language model is called, its example inputs from the data, and the tokens of an image."""
+
+    call: VisionLanguage
+    data_example: dict[str, torch.Tensor]
+    image_tokens: int
+
+
+def is_vision_language(architecture: str) -> bool:
+    """Return whether a class of transformers generates texts from images and texts."""
+    values = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return architecture in {name for value in values for name in ((value,) if isinstance(value, str) else value)}
+
+
+def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
+    """Return how a vision-language model is called and evaluated.
+
+    Args:
+        module: the model.
+        location: name of the model in messages.
+        cache: whether to trace it with its cache.
+
+    Raises:
+        ModelError: the model takes images in another form, has no cache, or computes something else than the parts.
+    """
+    if not cache:
+        raise ModelError(
+            f"--no-cache is for causal language models; {location} is a vision-language model, whose files hold the "
+            "cache: leave --no-cache out."
+        )
+    image_token = getattr(module.config, "image_token_id", None)
+    if not hasattr(module, "get_image_features") or not isinstance(image_token, int):
+        missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
+        raise _refused(module, location, f"has {missing}")
+    others = sorted(set(inspect.signature(module.get_image_features).parameters) - KNOWN)
+    if others:
+        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels, as its images vary in size")
+    images = _images(module, location)
+    try:
+        with torch.inference_mode():
+            features = image_features(module, *images.values())
+    except Exception as error:  # modules raise errors of all kinds
+        shape = list(images[PIXELS].shape)
+        raise _refused(module, location, f"does not take images {shape} alone ({first_line(error)})") from error
+    try:
+        causal = detect_cache(module, ("input_ids", "attention_mask"))
+    except NoCacheError as error:
+        raise _refused(module, location, f"has no cache that can be detected: {error}") from error
+    example = images | _tokens(module, image_token, features.shape[1])
+    types = _token_types(module, example, image_token, location)
+    call = VisionLanguage(tuple(images), causal, image_token, bidirectional=bool(types))
+    _check_same(call, module, example, types, location)
+    tiles = images[PIXELS].shape[1] if takes_tiles(module) else 1
+    return Parts(call, example, features.shape[1] // tiles)
+
+
+def _refused(module: Any, location: str, reason: str) -> ModelError:
+    return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}.")
+
+
+def _images(module: Any, location: str) -> dict[str, torch.Tensor]:
+    """Return two rows of random images of the size in the config, two tiles each if the model cuts images."""
+    vision = getattr(module.config, "vision_config", None)
+    size = getattr(vision, "image_size", None)
+    if size is None:
+        raise _refused(module, location, "has no image_size in the vision_config of its config, as its images vary")
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(vision, "num_channels", 3)
+    generator = torch.Generator().manual_seed(0)
+    if not takes_tiles(module):
+        return {PIXELS: torch.randn(2, channels, height, width, generator=generator)}
+    pixels = torch.randn(2, 2, channels, height, width, generator=generator)
+    return {PIXELS: pixels, MASK: torch.ones(2, 2, height, width, dtype=torch.bool)}
+
+
+def _tokens(module: Any, image_token: int, count: int) -> dict[str, torch.Tensor]:
+    """Return two texts: a token, the placeholders of an image, and a few tokens, of which the second has less."""
+    vocabulary = module.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (2, 1 + count + TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids[ids == image_token] = (image_token + 1) % vocabulary
+    ids[:, 1 : 1 + count] = image_token
+    mask = torch.ones_like(ids)
+    mask[1, -TEXT_TOKENS // 4 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _token_types(
+    module: Any, example: dict[str, torch.Tensor], image_token: int, location: str
+) -> dict[str, torch.Tensor]:
+    """Return the token types with which a module reads the whole prompt at once; empty if it reads it in order.
+
+    Its processor returns zeros for a prompt, as PaliGemma's does.
+
+    Raises:
+        ModelError: token types decide which tokens attend to later ones, as the images of Gemma 3 do.
+    """
+    if "token_type_ids" not in inspect.signature(module.forward).parameters:
+        return {}
+    is_image = (example["input_ids"] == image_token).to(torch.int64)
+    with torch.inference_mode():
+        plain, prompt, images = (
+            module(**example, **types).logits for types in ({}, {TYPES: torch.zeros_like(is_image)}, {TYPES: is_image})
+        )
+    if not torch.allclose(plain, prompt, atol=SAME):
+        return {TYPES: torch.zeros_like(is_image)}
+    if not torch.allclose(plain, images, atol=SAME):
+        raise _refused(module, location, "lets the tokens of an image attend to later ones, which no file can be told")
+    return {}
+
+
+def _check_same(
+    call: VisionLanguage,
+    module: Any,
+    example: dict[str, torch.Tensor],
+    types: dict[str, torch.Tensor],
+    location: str,
+) -> None:
+    """Check that the parts compute together what the module computes.
+
+    Raises:
+        ModelError: the logits differ, or the module fails on its example.
+    """
+    tokens = example["input_ids"].shape[1]
+    empty = call.complete({name: value.numpy() for name, value in example.items()})
+    feeds = [torch.from_numpy(empty[name]) for name in call.inputs]
+    try:
+        with torch.inference_mode():
+            expected = module(**example, **types).logits
+            found = call.call(module, *feeds)[0]
+    except Exception as error:  # modules raise errors of all kinds
+        raise _refused(module, location, f"fails on an image and {tokens} tokens ({first_line(error)})") from error
+    kept = example["attention_mask"].bool()
+    difference = float((found - expected)[kept].abs().max() / expected[kept].abs().max().clamp(min=1e-12))
+    if not difference <= SAME:
+        raise _refused(
+            module,
+            location,
+            f"computes other logits than its vision tower, projector and language model do one after the other (by "
+            f"{difference:.1e} of the largest)",
+        )

@@ -1,0 +1,174 @@
+"""Vision-language models: their one graph, its sites and cache, and what is refused."""
+
+import functools
+
+import pytest
+import torch
+import transformers
+
+from compressor import inspect, models
+from compressor.choices import VISION_LANGUAGE
+from compressor.errors import SettingsError
+from compressor.internals.transformers import quiet
+from compressor.lower.trace import trace
+from compressor.models import ModelError
+from compressor.models.vision_language.call import merge
+from compressor.models.vision_language.image_features import image_features
+from compressor.models.vision_language.parts import parts_of
+from passes.base import apply
+from passes.execute.interpreter import run
+from passes.graph.cache_state import bytes_per_token
+from passes.graph.sites import find_sites
+from passes.rewrite.drop import Drop
+from tests.vision_language_models import DROPPED, KINDS, TILED, TOKEN, build, config, saved
+
+CLOSE = 1e-5  # relative; sums in another order
+OTHERS = tuple(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("vision_language")
+
+
+@functools.cache
+def loaded(kind, folder):
+    return models.load(str(saved(kind, folder)))
+
+
+@functools.cache
+def traced(kind, folder):
+    return trace(loaded(kind, folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_task_and_the_inputs(kind, shared):
+    model = loaded(kind, shared)
+    images = model.inputs[: model.inputs.index("input_ids")]
+    assert model.task == VISION_LANGUAGE
+    assert images == (("pixel_values", "pixel_attention_mask") if kind in TILED else ("pixel_values",))
+    assert model.preprocess.image_token == TOKEN
+    assert model.preprocess.bidirectional == (kind == "paligemma")
+
+
+def test_sites_of_both_parts_have_names_that_tell_them_apart(shared):
+    sites = find_sites(traced("llava", shared))
+    parts = [site.name.split(".")[1] for site in sites]
+    assert parts == ["vision_tower"] * 4 + ["language_model"] * 4  # the last layer of the tower is not read
+    assert [site.kind for site in sites] == ["attention", "mlp"] * 4
+    assert sites[4].trunk == traced("llava", shared).module.graph.output_node().args[0][-1].name
+
+
+@pytest.mark.parametrize("kind", ["llava", "idefics3", *OTHERS])
+def test_the_graph_computes_what_the_module_does_at_another_length_and_batch(kind, shared):
+    model, graph = loaded(kind, shared), traced(kind, shared)
+    longer = {}
+    for name, array in model.preprocess.example.items():
+        value = torch.from_numpy(array)
+        more = value[:1] if value.ndim > 2 else torch.cat([value[:1], value[:1, -3:]], 1)
+        longer[name] = torch.cat([more] * 3)
+    module, types = build(kind), {}
+    if kind == "paligemma":
+        types = {"token_type_ids": torch.zeros_like(longer["input_ids"])}
+    feeds = model.preprocess.complete({name: value.numpy() for name, value in longer.items()})
+    with torch.inference_mode():
+        expected = module(**longer, **types).logits
+    found = run(graph, {name: torch.from_numpy(feeds[name]) for name in graph.inputs})[0]
+    assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
+
+
+def test_a_dropped_attention_of_the_language_model_takes_its_cache_with_it(shared):
+    graph = traced("llava", shared).fork()
+    before = bytes_per_token(graph)
+    apply(Drop(DROPPED["llava"]), graph)
+    assert [name for name in graph.inputs if name.startswith("past")] == [
+        "past_key_values.0.key", "past_key_values.0.value",
+    ]  # fmt: skip
+    assert bytes_per_token(graph) == before // 2
+
+
+def test_tiles_of_padding_change_nothing(shared):
+    module = build("idefics3")
+    pixels, mask = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2, 8, 8, dtype=torch.bool)
+    padded = torch.cat([pixels, torch.zeros(1, 1, 3, 8, 8)], 1), torch.cat([mask, torch.zeros(1, 1, 8, 8) > 0], 1)
+    with torch.inference_mode():
+        short, long = image_features(module, pixels, mask), image_features(module, *padded)
+        own = torch.stack(module.get_image_features(*padded).pooler_output)
+    assert torch.allclose(long[:, : short.shape[1]], short, rtol=CLOSE, atol=CLOSE)
+    assert torch.allclose(own, short, rtol=CLOSE, atol=CLOSE)
+    assert torch.isfinite(long).all()
+
+
+def test_features_are_placed_as_transformers_does():
+    ids = torch.tensor([[0, TOKEN, 0, TOKEN], [TOKEN, TOKEN, 0, 0]])
+    features, text = torch.randn(2, 2, 5), torch.randn(2, 4, 5)
+    is_image = ids == TOKEN
+    assert torch.equal(merge(features, text, is_image), text.masked_scatter(is_image[..., None], features))
+
+
+REFUSED = {
+    "qwen2_vl": (
+        lambda: transformers.Qwen2VLConfig(
+            text_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+                         "num_key_value_heads": 2, "vocab_size": 60,
+                         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+        ),
+        "takes image_grid_thw beside the pixels, as its images vary in size; expected a model such as LLaVA",
+    ),
+    "llava_next": (
+        lambda: transformers.LlavaNextConfig(**{
+            name: value for name, value in config("llava").to_dict().items()
+            if name in ("vision_config", "text_config", "image_token_index")
+        }),
+        "takes image_sizes beside the pixels",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_whose_images_vary_in_size_are_refused_by_what_they_take(kind):
+    make, reason = REFUSED[kind]
+    module = transformers.AutoModelForImageTextToText.from_config(make()).eval()
+    with pytest.raises(ModelError, match=f"m is a {type(module).__name__}, which {reason}"):
+        parts_of(module, "m", cache=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda module: setattr(module.config.vision_config, "image_size", 16), "does not take images .* alone"),
+        (lambda module: setattr(module.config.vision_config, "image_size", None), "has no image_size in the vision_co"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(change, reason):
+    module = build("llava")
+    change(module)
+    with pytest.raises(ModelError, match=reason):
+        parts_of(module, "m", cache=True)
+
+
+def test_a_module_that_computes_something_else_is_refused():
+    module = build("llava")
+    module.lm_head.register_forward_hook(lambda layer, args, output: output + args[0].mean((0, 1)).sum())
+    counted = iter(range(100))
+    module.lm_head.register_forward_hook(lambda layer, args, output: output * (1 + next(counted)))
+    with pytest.raises(ModelError, match="computes other logits than its vision tower, projector and lan"):
+        parts_of(module, "m", cache=True)
+
+
+def test_no_cache_is_refused(shared):
+    with pytest.raises(ModelError, match=r"--no-cache is for causal language models; .*llava is a vision-language"):
+        models.load(str(saved("llava", shared)), cache=False)
+
+
+def test_a_study_is_refused(shared):
+    with pytest.raises(SettingsError, match=r"found --study, .* but llava is a vision-language model with two; leave"):
+        inspect(str(saved("llava", shared)), data="random", study=True)
+
+
+def test_the_language_model_alone_goes_as_before(tmp_path):
+    """A class that ends in ForCausalLM and also takes images keeps its task."""
+    with quiet():
+        transformers.LlamaForCausalLM(config("llava").text_config).save_pretrained(tmp_path / "m")
+    assert models.load(str(tmp_path / "m")).task == "text-generation"
