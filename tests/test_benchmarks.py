@@ -773,10 +773,10 @@ def test_decode_runs_on_a_small_model(tmp_path):
 @pytest.mark.slow
 def test_image_tokens_runs_on_a_small_model(tmp_path):
     benchmark = script("image_tokens")
-    folder = benchmark.configured(tmp_path / "llava", 64, 4)
+    folder = benchmark.configured(tmp_path / "llava", 128, 4)
     files, graphs, model = benchmark.forms(folder, 4, tmp_path)
     found = benchmark.measure(files, graphs, model, 32, 2)
-    by_token = 2 * 64 * 4  # keys and values of one layer, in bytes
+    by_token = 2 * 128 * 4  # keys and values of one layer, in bytes
     kept = (32, 16, 8, 4)  # image tokens by layer; the indices of each stage take 8 bytes a token
     expected = sum((benchmark.TEXT + each) * (by_token + 8 * (number > 0)) for number, each in enumerate(kept))
     for name in ("attention fp32", "norm fp32", "random fp32", "attention int4"):

@@ -41,19 +41,20 @@ class EvaluatedOutput:
         outputs: names of all outputs, in order.
         answer: name of the output.
         stacked: names of further outputs that are evaluated with it.
-        places: name of an output with the indices of the tokens that the answer is for, [rows, remaining tokens], of a
-            model that drops tokens. The answer at a dropped token is that at the last one that remains before it.
+        places: names of outputs with indices of tokens, [rows, remaining tokens], of a model that drops tokens; the
+            answer is for those of the shortest. At a dropped token it is that at the last one that remains before it.
     """
 
     outputs: tuple[str, ...]
     answer: str
     stacked: tuple[str, ...] = ()
-    places: str = ""
+    places: tuple[str, ...] = ()
 
     def of(self, outputs: Mapping[str, Any]) -> Any:
         """Return it from outputs by name; several outputs [rows, ...] become [rows, outputs, ...]."""
-        if self.places in outputs:
-            return at_every_token(outputs[self.answer], outputs[self.places])
+        places = [outputs[name] for name in self.places if name in outputs]
+        if places:
+            return at_every_token(outputs[self.answer], min(places, key=lambda each: int(each.shape[1])))
         if not self.stacked:
             return outputs[self.answer]
         values = [outputs[name] for name in (self.answer, *self.stacked)]
@@ -95,7 +96,7 @@ class Model:
         call: calls the module with its inputs in order and returns its outputs in order.
         answer: name of the output that quality is measured on.
         stacked: names of further outputs that are evaluated with it, such as the logits of the end of a span.
-        places: name of the output with the indices of the tokens that remain, see `EvaluatedOutput`; empty for none.
+        places: names of the outputs with the indices of the tokens that remain, see `EvaluatedOutput`.
         example: input name to tensor, with a batch size of two.
         dynamic_axes: input name to {axis: name}, e.g. ``{0: "batch", 1: "sequence"}``.
         untrained: names of the parameters that the checkpoint lacks; a traced graph must not read them.
@@ -133,7 +134,7 @@ class Model:
     random_weights: bool = False
     tokenizer: Any = None
     stacked: tuple[str, ...] = ()
-    places: str = ""
+    places: tuple[str, ...] = ()
     problem_type: str | None = None
     state: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()

@@ -68,6 +68,7 @@ from passes.analysis.counted_cost import Costs
 from passes.graph.cache_state import bytes_per_source_token, bytes_per_token
 from passes.graph.edit import with_weights
 from passes.graph.graph import Graph
+from passes.image_tokens.image_tokens import stage_of_state
 from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
@@ -400,6 +401,12 @@ def _lost(rewritten: _Rewritten, subject: TracedModel) -> Iterator[Limitation]:
             "calibrated probabilities",
             "the loss of accuracy to expect takes the original's probabilities as they are, without a fitted "
             "temperature; an original that is too confident overstates it, one that is too modest understates it",
+        )
+    if stage_of_state(rewritten.folded) and subject.no_quality_because is None:
+        yield Limitation(
+            "image tokens",
+            "quality is that of whole texts, so the token that ranks image tokens is the last of the answer, not of "
+            "the question as in generation",
         )
     merging = None if search is None else search.why_no_merging()
     if merging is not None:

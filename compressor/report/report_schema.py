@@ -90,6 +90,7 @@ class BenchSettings(TypedDict):
     model: Text | None
     data: NotRequired[Text | None]
     cache: NotRequired[bool]
+    image_tokens: NotRequired[Text]
     max_length: NotRequired[Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None]
     stride: NotRequired[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None]
 

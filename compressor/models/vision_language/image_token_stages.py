@@ -49,9 +49,9 @@ def with_indices(model: Model, depths: Collection[int]) -> Model:
 
 
 def with_state(model: Model, depths: Collection[int]) -> Model:
-    """Return a model whose state has the indices of the tokens in the caches behind stages, from the first to the last.
+    """Return a model whose state has the indices of the tokens in the caches behind stages.
 
     Those of the last stage tell which tokens the logits are of.
     """
     state = {f"present.{depth}.tokens": f"past_key_values.{depth}.tokens" for depth in depths}
-    return replace(model, state={**model.state, **state}, places=list(state)[-1])
+    return replace(model, state={**model.state, **state}, places=tuple(state))

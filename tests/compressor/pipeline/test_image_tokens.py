@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from compressor import export
+from compressor import bench, export
 from compressor.errors import CompressorError
 from compressor.internals.transformers import quiet
 from passes.base import PassError
@@ -116,6 +116,15 @@ def test_a_block_that_the_model_lacks_is_refused_before_the_search(model, tmp_pa
 def test_models_without_images_and_texts_are_refused(tmp_path):
     with pytest.raises(CompressorError, match=r"of a vision-language model, but .* does image-classification"):
         export(image_tokens="50%@1", drop="none", output=str(tmp_path / "out"))
+
+
+def test_bench_times_prompt_and_tokens_of_the_folder(exported, tmp_path):
+    folder, _ = exported
+    found = bench(str(folder), data="random", samples=6, rounds=1, output=str(tmp_path / "bench.json")).to_dict()
+    (measured,) = found["generation"]["measurements"]
+    assert measured["engine"] == "llava"
+    by_token = 2 * 2 * 8 * 4
+    assert measured["cache_bytes"] <= measured["context"] * 2 * by_token + 8 * measured["context"]
 
 
 def test_settings_are_in_the_report(exported):
