@@ -35,9 +35,11 @@ from passes.base import apply
 from passes.execute.interpreter import run
 from runtimes.base.protocols import BuildOptions, Engine, Runtime
 from runtimes.base.timing import interleave
+from tests.encoder_decoders import sentences
 from tests.gguf_files import small, written
 from tests.paths import ROOT
 from tests.samples import digits, five_blocks, worded
+from tests.vision_language_models import picture, saved
 
 DOCS = ROOT / "docs"
 PAGES = {
@@ -108,6 +110,8 @@ def workspace(tmp_path_factory):
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "my_llm")
     encoder(folder / "my_encoder")
     translator(folder / "my_translator")
+    shutil.copytree(saved("llava", folder), folder / "my_llava")
+    captions(folder / "my_captions")
     rows = (f"{' '.join(f'w{token}' for token in rng.integers(3, 40, 6))},{index % 2}" for index in range(40))
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     return folder
@@ -122,6 +126,15 @@ def encoder(folder):
     )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+
+
+def captions(folder):
+    """A folder of images with their texts, for a vision-language model."""
+    folder.mkdir()
+    records = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(sentences(8))]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for number, record in enumerate(records):
+        picture(number).save(folder / record["file_name"])
 
 
 def translator(folder):
