@@ -236,7 +236,7 @@ def test_command(line, workspace, monkeypatch):
 def check_folder(folder, *, checkpoint):
     """Hold an exported folder to the pages of its files and of report.json."""
     files = set(json.loads((folder / "manifest.json").read_text())["files"])
-    others = ("encoder_model.onnx", "model.gguf")
+    others = ("encoder_model.onnx", "vision_encoder.onnx", "model.gguf")
     model = next((name for name in others if (folder / name).is_file()), "model.onnx")
     model = "model.safetensors" if checkpoint else model
     assert {"plan.json", "report.json", "report.html", "README.md", "config.json", model} <= files
