@@ -43,6 +43,13 @@ def builder(folder: Path, target: Any = None, no_quality: str | None = "the data
     split = Tensors({"x": normal(40, 5, K)})
     data = SimpleNamespace(calibration=split, validation=split, test=split)
     names = {"name": "fake", "task": "feature-extraction", "problem_type": None, "answer": "y", "stacked": ()}
-    model = SimpleNamespace(**names, state={}, is_encoder_decoder=False, evaluated=lambda outputs: outputs["y"])
+    model = SimpleNamespace(
+        **names,
+        state={},
+        is_encoder_decoder=False,
+        is_vision_language=False,
+        has_parts=False,
+        evaluated=lambda outputs: outputs["y"],
+    )
     subject: Any = SimpleNamespace(data=data, model=model, metric="similarity", no_quality_because=no_quality)
     return EngineBuilder(subject, Target() if target is None else target, BuildOptions(), folder)
