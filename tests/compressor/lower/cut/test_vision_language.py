@@ -110,6 +110,8 @@ def test_the_files_have_the_names_that_transformers_js_feeds(shared):
     assert set(own[:3]) == {"inputs_embeds", "attention_mask", "position_ids"}
     assert own[3:] == [f"past_key_values.{name}" for name in caches]
     assert given == ["logits", *(f"present.{name}" for name in caches)]
+    cache = onnx.load(parts_of(dense("llava", shared))[2]).graph.input[3].type.tensor_type.shape.dim
+    assert [axis.dim_param for axis in cache][::2] == ["batch_size", "past_sequence_length"]
     assert not [node for graph in parts.values() for node in graph.node if node.op_type == "If"]
 
 
@@ -190,6 +192,15 @@ def test_files_without_the_noted_placeholder_are_refused(shared, tmp_path):
     for part in parts_of(dense("llava", shared)):
         (tmp_path / part.name).write_bytes(part.read_bytes())
     with pytest.raises(RuntimesError, match=rf"There is no {FACTS} beside vision_encoder\.onnx; copy the whole folder"):
+        runtime("onnxruntime").load(tmp_path / "vision_encoder.onnx", ONE)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"image_token_id": "x"}'])
+def test_a_damaged_note_is_refused(text, shared, tmp_path):
+    for part in parts_of(dense("llava", shared)):
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    (tmp_path / FACTS).write_text(text)
+    with pytest.raises(RuntimesError, match=r"vision_language\.json does not note image_token_id .*; export the model"):
         runtime("onnxruntime").load(tmp_path / "vision_encoder.onnx", ONE)
 
 
