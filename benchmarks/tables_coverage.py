@@ -15,6 +15,9 @@ TIMM = RESULTS.with_name("coverage_timm.json")
 KINDS = {
     "a head that is not supported": "has a head that is not supported",
     "Unrecognized configuration class": "has a head that is not supported",
+    "beside the pixels": "reads images of varying size",
+    "expected a model such as LLaVA": "reads images and texts in another way",
+    "from images to texts": "is an encoder-decoder from images",
     "of token ids alone": "needs other inputs than texts",
     "could not be traced": "cannot be traced by torch.export",
     "cannot be written as ONNX": "has an operator without an ONNX form",

@@ -35,11 +35,12 @@ from passes.base import apply
 from passes.execute.interpreter import run
 from runtimes.base.protocols import BuildOptions, Engine, Runtime
 from runtimes.base.timing import interleave
-from tests import vision_language_models
+from tests.encoder_decoders import sentences
 from tests.gguf_files import small, written
 from tests.paths import ROOT
 from tests.samples import digits, five_blocks, worded
 from tests.two_towers import COLOURS, trained, write_captions, write_pictures
+from tests.vision_language_models import picture, saved
 
 DOCS = ROOT / "docs"
 PAGES = {
@@ -114,7 +115,8 @@ def workspace(tmp_path_factory):
     write_pictures(folder / "pictures")
     write_captions(folder / "captions")
     (folder / "names.txt").write_text("\n".join(COLOURS))
-    vision_language_models.saved("llava", folder).rename(folder / "my_llava")
+    shutil.copytree(saved("llava", folder), folder / "my_llava")
+    captions(folder / "my_captions")
     rows = (f"{' '.join(f'w{token}' for token in rng.integers(3, 40, 6))},{index % 2}" for index in range(40))
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     return folder
@@ -129,6 +131,15 @@ def encoder(folder):
     )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
+
+
+def captions(folder):
+    """A folder of images with their texts, for a vision-language model."""
+    folder.mkdir()
+    records = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(sentences(8))]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for number, record in enumerate(records):
+        picture(number).save(folder / record["file_name"])
 
 
 def translator(folder):
@@ -230,7 +241,7 @@ def test_command(line, workspace, monkeypatch):
 def check_folder(folder, *, checkpoint):
     """Hold an exported folder to the pages of its files and of report.json."""
     files = set(json.loads((folder / "manifest.json").read_text())["files"])
-    others = ("encoder_model.onnx", "model.gguf")
+    others = ("encoder_model.onnx", "vision_encoder.onnx", "model.gguf")
     model = next((name for name in others if (folder / name).is_file()), "model.onnx")
     model = "model.safetensors" if checkpoint else model
     assert {"plan.json", "report.json", "report.html", "README.md", "config.json", model} <= files

@@ -128,7 +128,12 @@ def _hidden_overflow(runner: BenchRunner) -> Iterator[str]:
 
 
 def _one_call(runner: BenchRunner) -> Iterator[str]:
-    """Yield what is timed of an encoder-decoder."""
+    """Yield what is timed of a model of several parts."""
+    if runner.loaded.model.is_vision_language:
+        yield (
+            "The time is that of one call of all parts on an image and its text; `compressor export` times the image, "
+            "the prompt and each new token."
+        )
     if runner.loaded.model.is_encoder_decoder:
         yield (
             "The time is that of one call of the encoder and of the decoder on all tokens of a target; `compressor "

@@ -84,11 +84,12 @@ def contexts(requested: tuple[int, ...] | None, model: Model) -> tuple[int, ...]
     Raises:
         SettingsError: the model has no KV cache, or too few positions.
     """
-    if model.is_encoder_decoder:
+    if model.has_parts:
         if requested:
+            kind = "an encoder-decoder" if model.is_encoder_decoder else "a vision-language model"
             raise SettingsError(
-                f"--context times the tokens of causal language models; {model.name} is an encoder-decoder, timed "
-                "on one call of both towers here, and on a generation by `compressor export`: leave --context out."
+                f"--context times the tokens of causal language models; {model.name} is {kind}, timed on one call of "
+                "all parts here, and on a generation by `compressor export`: leave --context out."
             )
         return ()
     if not model.state:

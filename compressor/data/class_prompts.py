@@ -19,6 +19,7 @@ from compressor.limitations import Limitation
 from compressor.models.class_names import ClassNames
 from compressor.models.preprocess import Preprocess
 
+AT_ONCE = 128  # images beside the prompts of as many classes or more
 FOLDERS = "the class names of the data"
 
 
@@ -100,7 +101,8 @@ def with_class_prompts(
             f"{spec} has the class names {listed(list(samples.numbering.numbers))}, none of which is in "
             f"{Path(str(file)).name} ({listed(names.known())}); give a line for each: NAME, or FOLDER, a tab and NAME"
         )
-    return replace(samples, feeds=_beside(samples.feeds, tokens)), prompts
+    at_once = min(len(names), AT_ONCE)
+    return replace(samples, feeds=_beside(samples.feeds, tokens), at_once=at_once), prompts
 
 
 def read_class_names(path: Path) -> ClassNames:

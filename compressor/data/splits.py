@@ -144,6 +144,7 @@ class Split:
     def bounded_groups(self, batch_size: int) -> Iterator[tuple[int, ...]]:
         """Yield the positions of the samples in each of the `bounded_batches`."""
         batch: tuple[int, ...] = ()
+        batch_size = max(batch_size, self.samples.at_once)
         for index in self.indices:
             longer = (*batch, index)
             padded = len(longer) * self.samples.rows_per_sample * max(self.tokens.get(each, 0) for each in longer)

@@ -219,7 +219,7 @@ def _check_parts(model: Model, settings: Settings) -> None:
             f"{model.name} is {parts} are files of their own, and --target {settings.target} takes one file; give "
             f"--target {' or '.join(PARTS_TARGETS)}."
         )
-    if settings.defer_build or settings.factorial:
+    if settings.defer_build or (settings.factorial and not model.is_encoder_decoder):
         option = "--defer-build" if settings.defer_build else "--factorial"
         raise SubjectError(
             f"{model.name} is {parts} are files of their own, and {option} takes one file for each engine; leave "

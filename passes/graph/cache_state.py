@@ -28,7 +28,7 @@ def remove_dead_state(graph: Graph) -> tuple[str, ...]:
 
     The remaining state takes over the names that become free, so that the layers stay numbered without a gap. If the
     layers differ in the number or the width of their heads, each keeps its name, because the name identifies its
-    shape. If a node still reads the length of a removed input, it reads that of a remaining input instead.
+    shape. If a node still reads a size of a removed input, it reads that of a remaining input instead.
 
     Returns:
         The former names of the removed outputs.
@@ -45,7 +45,9 @@ def remove_dead_state(graph: Graph) -> tuple[str, ...]:
     removed = tuple(present for present, past in pairs if (present, past) not in kept)
     if not removed:
         return ()
+    pasts = {past for _, past in pairs}
     remaining = [inputs[past] for _, past in kept if past in inputs]
+    remaining += [node for name, node in inputs.items() if name not in pasts]  # as many rows, if no state remains
     for present in removed:
         if graph.state[present] in inputs:
             _read_size_from_another(graph, inputs[graph.state[present]], remaining)
@@ -110,7 +112,7 @@ def bytes_per_source_token(graph: Graph) -> int:
 
 
 def _read_size_from_another(graph: Graph, node: fx.Node, others: Collection[fx.Node]) -> None:
-    """Let the `sym_size` nodes that read `node` read another state input with the same size."""
+    """Let the `sym_size` nodes that read `node` read another input with the same size."""
     for reader in list(node.users):
         if reader.target is aten.sym_size.int:
             size = value_of(reader)

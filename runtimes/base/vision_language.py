@@ -7,7 +7,6 @@ the tokens. The first call of the decoder reads them all, with an empty cache; e
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
+from runtimes.base.json_text import JsonTextError, parse
 from runtimes.base.protocols import DTypes, Engine, Feeds, RuntimesError, Shapes
 
 VISION, EMBED, DECODER = STEMS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -173,15 +174,33 @@ def opened(parts: tuple[Path, Path, Path], load: Callable[[Path], Engine]) -> Vi
     """Open the three files of a vision-language model; close what was opened if one fails.
 
     Raises:
-        RuntimesError: the file that notes the placeholder is missing.
+        RuntimesError: the file that notes the placeholder is missing or damaged.
     """
     facts = parts[0].with_name(FACTS)
     if not facts.is_file():
         raise RuntimesError(f"There is no {FACTS} beside {parts[0].name}; copy the whole folder of the export.")
+    image_token = _image_token(facts)
     with contextlib.ExitStack() as stack:
         vision, embed, decoder = (stack.enter_context(load(part)) for part in parts)
         stack.pop_all()
-    return VisionLanguageEngine(vision, embed, decoder, int(json.loads(facts.read_text())[IMAGE_TOKEN]))
+    return VisionLanguageEngine(vision, embed, decoder, image_token)
+
+
+def _image_token(facts: Path) -> int:
+    """Return the id of the image token.
+
+    Raises:
+        RuntimesError: the file does not hold it.
+    """
+    try:
+        found = parse(facts.read_bytes(), TypeAdapter(dict[str, int]))
+    except JsonTextError as error:
+        raise RuntimesError(f"{FACTS} cannot be read ({error}); export the model again.") from error
+    if IMAGE_TOKEN not in found:
+        raise RuntimesError(
+            f"{FACTS} holds {', '.join(found) or 'nothing'}; expected {IMAGE_TOKEN}, the id of a token."
+        )
+    return found[IMAGE_TOKEN]
 
 
 def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_position: int = 0) -> npt.NDArray[np.int64]:

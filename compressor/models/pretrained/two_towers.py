@@ -102,8 +102,8 @@ def _text_tower(module: Any, location: str) -> TextTower:
     """
     if not (hasattr(module, "get_text_features") and hasattr(module, "get_image_features")):
         raise ModelError(
-            f"{location} is a {type(module).__name__}, whose images and texts do not have a tower each; expected a "
-            "model such as CLIP or SigLIP."
+            f"{location} is a {type(module).__name__}, which does not give features of images alone and of texts "
+            "alone; expected a model such as CLIP or SigLIP."
         )
     return TextTower(module).eval()
 

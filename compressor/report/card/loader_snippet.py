@@ -200,9 +200,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
     """Return the snippet for the files of a vision-language model: a greedy loop for one image and a text."""
     runtime, timed = str(content["settings"]["target"]), content["timed_inputs"]
     processor = preprocessing_recipe.processes_images_and_texts(folder)
-    pasts = [name for name in content["engine"]["inputs"] if name.startswith("past_key_values.")]
-    caches = {name: timed[name][1::2] for name in pasts if not name.endswith(".tokens")}
-    indices = [name for name in pasts if name.endswith(".tokens")]  # of the tokens that --image-tokens keeps
+    indices = any(name.endswith(".tokens") for name in content["engine"]["inputs"])  # those of --image-tokens
     text = (
         templates()
         .get_template("load_vision_language.py.j2")
@@ -214,7 +212,6 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             image_token=preprocessing_recipe.image_token(folder),
             image_tokens=content["generation"]["images"],
             arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
-            caches=caches,
             indices=indices,
             ends=preprocessing_recipe.ends(folder),
         )

@@ -132,3 +132,12 @@ def test_an_input_with_fewer_rows_begins_again():
     assert {name: value.tolist() for name, value in taken.items()} == {
         "pixel_values": [2, 3, 0, 1, 2], "input_ids": [2, 0, 1, 2, 0],
     }  # fmt: skip
+
+
+def test_many_classes_have_large_batches_of_images(shared, preprocess, tmp_path):
+    """Each batch computes all prompts, so there are as many images as classes in it."""
+    (tmp_path / "names.txt").write_text("\n".join(f"cat {'the ' * count}dog" for count in range(40)))
+    data = load(shared, "flat", preprocess["clip"], names_file=tmp_path / "names.txt")
+    assert data.test.samples.at_once == 40
+    split = load(shared, "pictures", preprocess["clip"]).test
+    assert [len(batch.ids) for batch in split.bounded_batches(3)] == [4]  # of four classes

@@ -106,7 +106,6 @@ def test_bench_needs_targets_or_the_original(exported, sources, tmp_path):
         ),
         ({"target": "transformers"}, "--target transformers takes one file"),
         ({"defer_build": True}, "--defer-build takes one file for each engine; leave --defer-build out"),
-        ({"factorial": True, "precision": "int8"}, "--factorial takes one file for each engine; leave --factorial out"),
         ({"generate": "65:4"}, "--generate 65:4 does not fit bart, which takes sources of 64 and targets of 64 tokens"),
         ({"cache": False}, "--no-cache is for causal language models"),
         ({"target": "openvino", "merge_decoder": True}, "which merges ONNX files of an encoder-decoder, but target"),
@@ -123,6 +122,24 @@ def test_the_length_of_speech_is_fixed(shared, tmp_path):
         SettingsError, match="gives a source of 10, but whisper reads 40 frames of sound at a time; give 40:4"
     ):
         export(str(saved("whisper", shared)), data="random", drop="none", generate="10:4", output=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_every_cell_of_a_factorial_has_its_three_files(target, shared, sources, tmp_path):
+    precision = "int8-dynamic" if target == "onnxruntime" else "int8"
+    report = export(
+        str(saved("bart", shared)), data=str(sources), drop="attention:1", precision=precision, factorial=True,
+        output=str(tmp_path / "out"), rounds=1, target=target,
+    ).to_dict()  # fmt: skip
+    cells = report["factorial"]["cells"]
+    assert cells.pop("compressed int8")["file"] == "encoder_model.onnx"
+    for name, cell in cells.items():
+        encoder = tmp_path / "out" / cell["file"]
+        assert cell["file"] == f"factorial/{name.replace(' ', '.')}/encoder_model.onnx"
+        assert {path.name for path in encoder.parent.iterdir()} == FILES
+    sizes = [sum(path.stat().st_size for path in (tmp_path / "out" / cell["file"]).parent.iterdir())
+             for cell in (cells["dense float"], cells["compressed float"], cells["dense int8"])]  # fmt: skip
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.slow

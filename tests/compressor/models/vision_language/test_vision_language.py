@@ -87,6 +87,15 @@ def test_a_dropped_attention_of_the_language_model_takes_its_cache_with_it(share
     assert bytes_per_token(graph) == before // 2
 
 
+def test_without_any_attention_of_the_language_model_there_is_no_cache(shared):
+    """The vision tower reads the number of rows, which is that of the cache too, from another input."""
+    model, graph = loaded("llava", shared), traced("llava", shared).fork()
+    apply(Drop(tuple(f"model.language_model.layers.{number}.self_attn" for number in range(2))), graph)
+    assert not [name for name in graph.inputs if name.startswith("past")]
+    outputs = run(graph, {name: value[:1] for name, value in model.example.items() if name in graph.inputs})
+    assert outputs[0].shape[:2] == (1, model.example["input_ids"].shape[1])
+
+
 def test_tiles_of_padding_change_nothing(shared):
     module = build("idefics3")
     pixels, mask = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2, 8, 8, dtype=torch.bool)
