@@ -41,7 +41,7 @@ from passes.base import PassError
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from passes.plan.plan import with_action
-from passes.plan.selection import choose, parse
+from passes.plan.selection import SCORED, choose, parse
 
 Grown = tuple[Mapping[str, str], float]  # changes, and an upper bound of the share that they save
 
@@ -118,7 +118,7 @@ class Bench:
 def plans(bench: Bench, method: Method) -> Iterator[Grown]:
     """Yield the growing plans of a published method, with the savings of deletion, an upper bound for its action."""
     subject, steps = bench.subject, Steps()
-    needs_scores = method.metric in ("cosine", "influence", "angular")
+    needs_scores = method.metric in SCORED
     scores = score(subject, steps) if needs_scores else None
     effect = None
     if method.metric == "output":

@@ -42,10 +42,10 @@ from runtimes.onnxruntime.target import LOOKUP_TABLE, OnnxRuntimeEngine, session
 PLAIN, FUSED = "onnxruntime", "onnxruntime_fused"
 PLANS = (DENSE, Design("attention", 25), Design("attention", 50))
 FURTHER = Design("block", 10)  # in the factorial of quality alone
-INT8 = "int8-dynamic"
+INT8, WEIGHTS = "int8-dynamic", "int8-weight-only"
 ENGINES = {
-    PLAIN: ("fp32", INT8, "int4"),
-    FUSED: ("fp32", INT8, "int4"),
+    PLAIN: ("fp32", INT8, WEIGHTS, "int4"),
+    FUSED: ("fp32", INT8, WEIGHTS, "int4"),
     "gguf": ("fp32", "int8", "int4"),
     "torch": ("fp32", INT8),
 }

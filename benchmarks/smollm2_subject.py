@@ -57,14 +57,14 @@ class Design:
     @property
     def name(self) -> str:
         """Name of the row and of the files."""
-        further = {"cosine": "", "angular": ""}.get(self.metric, f", {self.metric}")
+        further = "" if self.metric == "cosine" else f", {self.metric}"
         return f"{self.kind} {self.percent}%{further}{'' if self.action == 'drop' else f', {self.action}'}"
 
 
 DENSE = Design("attention", 0)
 DESIGNS = (
     *(Design(kind, percent) for kind in ("attention", "mlp", "block", "joint") for percent in (10, 25, 50)),
-    *(Design("block", percent, "angular", "replaceme") for percent in (10, 25)),
+    *(Design("block", percent, metric, "replaceme") for metric in ("angular", "span") for percent in (10, 25)),
     *(Design(kind, percent, "output") for kind in ("attention", "joint") for percent in (25, 50)),
 )
 

@@ -19,6 +19,7 @@ import tables_coverage
 import tables_criteria
 import tables_decode
 import tables_fusion
+import tables_image_tokens
 import tables_large
 import tables_llama_cpp
 import tables_llm
@@ -155,6 +156,7 @@ TABLES = {
     "large": tables_large.large,
     "scale": tables_scale.scale,
     "fusion": tables_fusion.fusion,
+    "image_tokens": tables_image_tokens.image_tokens,
     "tensorrt": tables_tensorrt.tensorrt,
     "llm": tables_llm.llm,
     "llama_cpp": tables_llama_cpp.llama_cpp,

@@ -17,7 +17,8 @@ CLAIMED = "attention 50%"  # the plan of the published sentence
 METHODS = {
     ("cosine", "drop"): "cosine (LLM-Drop)",
     ("output", "drop"): "effect on the output",
-    ("angular", "replaceme"): "blocks in a row, linear map (ReplaceMe)",
+    ("angular", "replaceme"): "blocks in a row by the angle at the last token, linear map (ReplaceMe)",
+    ("span", "replaceme"): "blocks in a row by the cosine of all tokens, linear map (ReplaceMe)",
 }
 TARGETS = {
     "onnxruntime": "ONNX Runtime",
@@ -25,7 +26,13 @@ TARGETS = {
     "gguf": "llama.cpp",
     "torch": "torch (AOTInductor)",
 }
-PRECISIONS = {"fp32": "float", "int8": "int8", "int8-dynamic": "int8", "int4": "int4"}
+PRECISIONS = {
+    "fp32": "float",
+    "int8": "int8",
+    "int8-dynamic": "int8",
+    "int8-weight-only": "int8 weights",
+    "int4": "int4",
+}
 PARTS = {"first": "prompt", "token": "further token"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 TASKS = (
     "image-classification",
@@ -23,10 +23,14 @@ TASKS = (
     "audio-frame-classification",
     "ctc",
     "video-classification",
+    "zero-shot-image-classification",
     "image-text-to-text",
 )
 VISION_LANGUAGE: Final = "image-text-to-text"
 CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
+# The task of models with a tower of images and a tower of texts, whose classes are texts, such as CLIP.
+ZERO_SHOT: Final = "zero-shot-image-classification"
+TEMPLATE_GAP = "{}"  # what a class name replaces in a prompt template
 # The tasks of encoder-decoders, and the targets for models of several files: those, and vision-language models.
 ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
 PARTS_TARGETS = ("onnxruntime", "openvino")
@@ -39,8 +43,8 @@ GGUF = "gguf"
 
 # Copied from runtimes.base.protocols and passes.plan.selection, which import NumPy and torch; a test compares them.
 DEVICES = ("cpu", "cuda")
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4", "int2")
-METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int8-weight-only", "int4", "int2")
+METRICS = ("cosine", "influence", "angular", "span", "random", "reverse", "output")
 
 COSTS = ("latency", "macs")
 # What `--max-loss` bounds, see compressor.quality.budget.
@@ -51,7 +55,7 @@ HEAL_METHODS = ("none", "closed-form", "distill")
 
 AUTO = "auto"
 # The values of --int8, which is short for --precision.
-SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic"}
+SHORT_FORMS = {"static": "int8", "dynamic": "int8-dynamic", "weight-only": "int8-weight-only"}
 
 Calibration = Literal["typical", "minmax", "percentile", "entropy", "mse"]
 CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
@@ -67,6 +71,47 @@ MOST_PIXELS = 16_384  # of a side of an image
 DYNAMIC: Final = "dynamic"
 # Height and width in pixels, `DYNAMIC`, or None for the size that the model's preprocessing gives.
 ImageSize = tuple[int, int] | Literal["dynamic"] | None
+
+
+RANKINGS = ("attention", "norm", "random")  # methods of --image-tokens
+NO_STAGES = "none"
+
+
+class ImageTokens(NamedTuple):
+    """The value of --image-tokens: the method, and pairs of a depth and the share of image tokens kept behind it."""
+
+    method: str
+    stages: tuple[tuple[int, float], ...]
+
+
+def parse_image_tokens(value: str) -> ImageTokens | None:
+    """Return the stages of the value of --image-tokens; None for none.
+
+    Raises:
+        ValueError: the value has another form, or depths that do not rise or shares that do not fall.
+
+    >>> parse_image_tokens("50%@8,25%@16")
+    ImageTokens(method='attention', stages=((8, 0.5), (16, 0.25)))
+    >>> parse_image_tokens("random:12.5%@4").stages
+    ((4, 0.125),)
+    """
+    if value == NO_STAGES:
+        return None
+    method, _, rest = value.rpartition(":")
+    parts = [re.fullmatch(r"(\d+(?:\.\d+)?)%@(\d+)", part.strip()) for part in rest.split(",")]
+    found = [(int(part[2]), float(part[1]) / 100) for part in parts if part is not None]
+    if len(found) < len(parts) or (method or RANKINGS[0]) not in RANKINGS:
+        raise ValueError(
+            f"--image-tokens {value}: expected the share of image tokens that is kept and the block before which the "
+            f"others go, such as 50%@8,25%@16, and in front of it another method ({' or '.join(RANKINGS[1:])}), such "
+            "as random:50%@8"
+        )
+    depths, shares = [depth for depth, _ in found], [share for _, share in found]
+    if depths != sorted(set(depths)) or depths[0] < 1:
+        raise ValueError(f"--image-tokens {value}: expected blocks that rise, from 1 on")
+    if shares != sorted(set(shares), reverse=True) or shares[0] >= 1:
+        raise ValueError(f"--image-tokens {value}: expected shares that fall, from below 100% on")
+    return ImageTokens(method or RANKINGS[0], tuple(found))
 
 
 def parse_image_size(value: str | int | None) -> ImageSize:

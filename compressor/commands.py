@@ -54,6 +54,8 @@ SUBJECT = (
     "data",
     "task",
     "problem_type",
+    "class_names",
+    "prompt_template",
     "revision",
     "trust_remote_code",
     "random_weights",
@@ -66,14 +68,15 @@ SUBJECT = (
     "seed",
 )
 SEARCH = ("actions", "tokens", "cost", "prices", "max_loss", "budget")
+IMAGES = ("image_tokens",)
 GOALS = ("confidence", "speedup", "latency", "heal", "heal_budget")
 ENGINE = ("target", "precision", "int8", "device", "threads", "batch", "generate", "rounds")
 QUANTIZATION = ("factorial", "calibration", "max_precision_loss")
-BUILD = ("defer_build", "gpu", "portable_engine")
+BUILD = ("defer_build", "gpu", "portable_engine", "merge_decoder")
 FOLDER = ("output", "force")
 SPREAD = ("workers", "ray")
 
 # Fields that a command takes after those of SUBJECT, in the order of --help.
-EXPORT = ("max_memory", "drop", "metric", *SEARCH, *GOALS, *ENGINE, *QUANTIZATION, *BUILD, *FOLDER, *SPREAD)
+EXPORT = ("max_memory", "drop", "metric", *IMAGES, *SEARCH, *GOALS, *ENGINE, *QUANTIZATION, *BUILD, *FOLDER, *SPREAD)
 SWEEP = (*SEARCH, "points", *ENGINE, *FOLDER, *SPREAD)
 INSPECT = ("max_memory", "metric", "output", "study", "against_data", *SPREAD)

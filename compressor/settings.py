@@ -28,14 +28,18 @@ from compressor.choices import (
     MOST_THREADS,
     MOST_TOKENS,
     MOST_WORKERS,
+    NO_STAGES,
     PRECISIONS,
     PROBLEM_TYPES,
     SHORT_FORMS,
     TASKS,
+    TEMPLATE_GAP,
     TRANSFORMERS,
     Calibration,
     ImageSize,
+    ImageTokens,
     parse_image_size,
+    parse_image_tokens,
 )
 from compressor.errors import SettingsError
 from compressor.options import check_options, documented, option
@@ -111,6 +115,12 @@ class Settings:
         "every attention (8), one number for each attention (8,8,0,...), or the share merged by half of the depth "
         "(50%).",
     )
+    image_tokens: str = option(
+        NO_STAGES,
+        "Vision-language models: image tokens that are kept in the language model's prompt behind some of its blocks, "
+        "such as 50%@8,25%@16, ranked by the attention of the last token; norm:50%@8 and random:50%@8 rank otherwise.",
+        metavar="SHARE@BLOCK,...",
+    )
     max_loss: float | None = option(
         None,
         "Largest loss that --drop auto accepts, decided on samples that the search does not see, in %: points of a "
@@ -173,7 +183,7 @@ class Settings:
     )
     int8: str | None = option(
         None,
-        "Short for --precision int8; with the value dynamic, for --precision int8-dynamic.",
+        "Short for --precision int8; with the value dynamic or weight-only, for int8-dynamic or int8-weight-only.",
         choices=tuple(SHORT_FORMS),
         bare="static",
     )
@@ -212,6 +222,18 @@ class Settings:
         choices=TASKS,
         metavar="TEXT",
     )
+    class_names: str | Path | None = option(
+        None,
+        "Models of images and texts (CLIP): file with a class name a line, or FOLDER, a tab and NAME.",
+        unset="the names of the class folders",
+        metavar="FILE",
+    )
+    prompt_template: str | None = option(
+        None,
+        "Models of images and texts (CLIP): prompt of a class, with {} for its name.",
+        unset="'a photo of a {}.', for SigLIP 'This is a photo of {}.'",
+        metavar="TEXT",
+    )
     problem_type: str | None = option(
         None,
         "What a classifier predicts, if its config does not say: "
@@ -223,6 +245,11 @@ class Settings:
     trust_remote_code: bool = option(False, "Let a hub repository run code of its own.")
     random_weights: bool = option(False, "Build the model with random weights (speed only).")
     cache: bool = option(True, "Language models: do not use a KV cache; each new token then recomputes the whole text.")
+    merge_decoder: bool = option(
+        False,
+        "Encoder-decoders: also write decoder_model_merged.onnx, which is both files of the decoder in one, with the "
+        "weights once. transformers.js opens it.",
+    )
     device: str | None = option(None, "Device of the engine.", unset="the target's first choice", choices=DEVICES)
     threads: int | None = option(None, "Threads of the engine.", unset="the runtime's own", least=1, most=MOST_THREADS)
     batch: int = option(1, "Batch size of the latency measurement.", least=1, most=MOST_ROWS)
@@ -287,6 +314,7 @@ class Settings:
             _check_data,
             _check_memory,
             _check_image_size,
+            _check_image_tokens,
         ):
             check(self)
 
@@ -311,6 +339,11 @@ class Settings:
         return parse_image_size(self.image_size)
 
     @property
+    def image_stages(self) -> ImageTokens | None:
+        """Return the method and the stages of `image_tokens`, or None."""
+        return parse_image_tokens(self.image_tokens)
+
+    @property
     def chosen_actions(self) -> tuple[str, ...]:
         """Return the actions allowed on a site, with the default of `actions` filled in."""
         if self.actions is not None:
@@ -323,7 +356,12 @@ class Settings:
         plain = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in API_ONLY}
         named = self.model is None or isinstance(self.model, str | Path)
         plain["model"] = text(self.model) if named else type(self.model).__name__
-        return plain | {"data": text(self.data), "prices": text(self.prices), "output": str(self.output)}
+        return plain | {
+            "data": text(self.data),
+            "prices": text(self.prices),
+            "class_names": text(self.class_names),
+            "output": str(self.output),
+        }
 
 
 def _check_precision(settings: Settings) -> None:
@@ -337,10 +375,15 @@ def _check_precision(settings: Settings) -> None:
 
 
 def _check_texts(settings: Settings) -> None:
-    for name in ("model", "data", "output", "drop", "prices", "ray"):
+    for name in ("model", "data", "output", "drop", "prices", "ray", "class_names"):
         value = getattr(settings, name)
         if isinstance(value, str) and not value.strip():
             raise SettingsError(f"{name} is empty; give a value, or leave the option out for its default.")
+    if settings.prompt_template is not None and settings.prompt_template.count(TEMPLATE_GAP) != 1:
+        raise SettingsError(
+            f"--prompt-template {settings.prompt_template!r}: expected a text with one {TEMPLATE_GAP}, which stands "
+            "for the name of a class."
+        )
 
 
 def _check_actions(settings: Settings) -> None:
@@ -499,6 +542,7 @@ def _check_memory(settings: Settings) -> None:
         f"--actions {settings.actions}": settings.chosen_actions != ("drop",),
         f"--heal {settings.heal}": settings.heal != "none",
         f"--tokens {settings.tokens}": settings.tokens not in ("auto", "none"),
+        f"--image-tokens {settings.image_tokens}": settings.image_tokens != NO_STAGES,
         "--factorial": settings.factorial,
         f"--precision {settings.precision}": settings.precision != "fp32",
         f"--generate {settings.generate}": settings.generate is not None,
@@ -513,6 +557,13 @@ def _check_memory(settings: Settings) -> None:
             f"found {option} with --max-memory, which runs the model block by block and only ranks and drops; give "
             "--drop with a number, site names or a plan file, and leave the other options at their defaults."
         )
+
+
+def _check_image_tokens(settings: Settings) -> None:
+    try:
+        parse_image_tokens(settings.image_tokens)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from error
 
 
 def _check_image_size(settings: Settings) -> None:

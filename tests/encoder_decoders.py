@@ -8,7 +8,14 @@ import tokenizers
 import torch
 import transformers
 
+from compressor import models
 from compressor.internals.transformers import quiet
+from compressor.lower.cut.encoder_decoder import cut
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from passes.base import apply
+from passes.rewrite.drop import Drop
 
 WORDS = [
     "the",
@@ -96,6 +103,30 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **names)
 
 
+def speech_tokenizer(**options):
+    """A tokenizer of Whisper that knows bytes, the tokens of its prompts, and two languages."""
+    names = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|translate|>", "<|transcribe|>"]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*letters, *names, "<|notimestamps|>"])}
+    found = transformers.WhisperTokenizer(vocab=vocabulary, merges=[], **options)
+    found.add_special_tokens({"additional_special_tokens": [*names[1:], "<|notimestamps|>"]})
+    found.set_prefix_tokens()
+    return found
+
+
+def listener(folder, *, language="english", **changes):
+    """Save a Whisper that reads a second of sound, with its feature extractor and its tokenizer."""
+    words = speech_tokenizer(language=language, task="transcribe") if language else speech_tokenizer()
+    start, end = (words.convert_tokens_to_ids(f"<|{name}|>") for name in ("startoftranscript", "endoftext"))
+    ids = {"decoder_start_token_id": start, "eos_token_id": end, "pad_token_id": end, "bos_token_id": end}
+    module = build("whisper", **ids, max_source_positions=50, vocab_size=len(words), **changes)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=BINS, chunk_length=1)
+    with quiet():
+        for each in (module, words, extractor):
+            each.save_pretrained(folder)
+    return module, extractor, words
+
+
 def sentences(count, seed=0):
     generator = random.Random(seed)
     return [" ".join(generator.choices(WORDS, k=generator.randint(3, 9))) for _ in range(count)]
@@ -130,3 +161,18 @@ def generated(module, feeds, new):
             module, **tensors, do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=None, pad_token_id=1
         )
     return found.numpy()
+
+
+@functools.cache
+def traced(kind, folder):
+    model = models.load(str(saved(kind, folder)))
+    return model, trace(model)
+
+
+def lowered(kind, dropped, shared, folder):
+    """The model, and the path of its encoder beside the whole file, whole.onnx."""
+    model, graph = traced(kind, shared)
+    graph = graph.fork()
+    if dropped:
+        apply(Drop(dropped), graph)
+    return model, cut(lower(fold_graph(graph), model, folder / "whole.onnx"), folder)

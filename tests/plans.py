@@ -30,8 +30,8 @@ def moments(cosine, angular=0.5):
     return Moments(10, 10, 10 * cosine, 10 * angular, 1.0)
 
 
-def scores_of(sites, cosine, *, angular=None, blocks=None):
-    """Return scores with a planted cosine for each site and angular distances of shape [states, states]."""
+def scores_of(sites, cosine, *, angular=None, similarity=None, blocks=None):
+    """Return scores with a planted cosine for each site, and planted matrices [states, states]."""
     states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
     count = len(states)
     matrix = torch.full((count, count), 0.9, dtype=torch.float64) if angular is None else angular
@@ -43,8 +43,8 @@ def scores_of(sites, cosine, *, angular=None, blocks=None):
         {site.name: moments(cosine(site), 1 - cosine(site)) for site in sites},
         planted,
         states,
-        ones,
-        ones,
+        10 * (ones if similarity is None else similarity),
+        10 * ones,
         matrix,
         ones,
     )

@@ -340,6 +340,33 @@ def test_the_table_of_generation():
     assert "at most 2.0e-02 of their spread; 2 cores." in lines[-1]
 
 
+# --------------------------------------------------------------------------------------- made-up results: image tokens
+
+
+def test_the_table_of_image_tokens():
+    def row(prompt, cache, **facts):
+        return {"prompt": {"median_ms": 800 / prompt, "ratio": over(prompt)}, "cache_bytes": cache,
+                "token": {"median_ms": 8.0, "ratio": over(1.0)}, **facts}  # fmt: skip
+
+    forms = {
+        "dense fp32": row(1.0, 4e6, difference=1e-6, same_tokens=1.0),
+        "attention fp32": row(2.0, 2e6, difference=0.1, same_tokens=0.99),
+        "attention int4": row(1.6, 2e6),
+        "interactions": {"prompt": {"int4": over(0.8)}, "token": {"int4": over(1.0)}},
+    }
+    found = {"width": 512, "layers": 8, "text": 64, "stages": [[2, 0.5], [4, 0.125]], "runs": 5, "quiet": False,
+             "environment": {"cores": 2}, "prompts": {"2880": forms}}  # fmt: skip
+    lines = script("tables_image_tokens").image_tokens_table(found).splitlines()
+    assert lines[3] == (
+        "| 2,880 | attention, fp32 | 400.0 ms, 2.00x (1.90–2.10) | 8.0 ms, 1.00x (0.90–1.10) | 2.00 MB (50%) |"
+    )
+    assert lines[6] == "- 2,880 image tokens, the prompt: both gains / their product: int4 0.800 (0.700–0.900)."
+    assert "50.0% behind block 2, 12.5% behind block 4" in lines[8]
+    assert "**other work ran on the machine**" in lines[8]
+    assert "at least 99.0% of the kept tokens are the same at every stage" in lines[9]
+    assert lines[9].endswith("logits differ by at most 1.0e-06 of the largest.")
+
+
 # --------------------------------------------------------------------------------------------- made-up results: large
 
 
@@ -741,6 +768,21 @@ def test_decode_runs_on_a_small_model(tmp_path):
     assert "| dynamic, 32 | Compressor, compressed int8 |" in text
     assert "| dynamic, 32 | fused, compressed int8 |" in text
     assert text.count("both / product") == 8
+
+
+@pytest.mark.slow
+def test_image_tokens_runs_on_a_small_model(tmp_path):
+    benchmark = script("image_tokens")
+    folder = benchmark.configured(tmp_path / "llava", 128, 4)
+    files, graphs, model = benchmark.forms(folder, 4, tmp_path)
+    found = benchmark.measure(files, graphs, model, 32, 2)
+    by_token = 2 * 128 * 4  # keys and values of one layer, in bytes
+    kept = (32, 16, 8, 4)  # image tokens by layer; the indices of each stage take 8 bytes a token
+    expected = sum((benchmark.TEXT + each) * (by_token + 8 * (number > 0)) for number, each in enumerate(kept))
+    for name in ("attention fp32", "norm fp32", "random fp32", "attention int4"):
+        assert found[name]["cache_bytes"] == expected
+    assert found["dense fp32"]["cache_bytes"] == 4 * (benchmark.TEXT + 32) * by_token
+    assert found["random fp32"]["same_tokens"] == 1
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from tests.encoder_decoders import sentences
 from tests.gguf_files import small, written
 from tests.paths import ROOT
 from tests.samples import digits, five_blocks, worded
+from tests.two_towers import COLOURS, trained, write_captions, write_pictures
 from tests.vision_language_models import picture, saved
 
 DOCS = ROOT / "docs"
@@ -110,6 +111,10 @@ def workspace(tmp_path_factory):
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "my_llm")
     encoder(folder / "my_encoder")
     translator(folder / "my_translator")
+    trained(folder)
+    write_pictures(folder / "pictures")
+    write_captions(folder / "captions")
+    (folder / "names.txt").write_text("\n".join(COLOURS))
     shutil.copytree(saved("llava", folder), folder / "my_llava")
     captions(folder / "my_captions")
     rows = (f"{' '.join(f'w{token}' for token in rng.integers(3, 40, 6))},{index % 2}" for index in range(40))

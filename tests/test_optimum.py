@@ -248,17 +248,18 @@ def test_optimum_generates_token_for_token(name, target, exported, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("drop", ["none", "dropped"])
 @pytest.mark.parametrize("kind", ["bart", "t5", "whisper"])
-def test_optimum_generates_with_the_files_of_an_encoder_and_its_decoder(kind, drop, tmp_path):
-    """Whisper's own class starts its answer behind the start token."""
+def test_optimum_generates_with_the_files_of_an_encoder_and_its_decoder(kind, drop, merged, tmp_path):
+    """Whisper's own class starts its answer behind the start token. Optimum prefers the merged file."""
     import compressor
     from tests.encoder_decoders import DROPPED, build, generated, saved, source, without
 
     dropped = DROPPED[kind] if drop == "dropped" else ()
     compressor.export(
         str(saved(kind, tmp_path)), data="random", samples=48, rounds=1, threads=1, target="onnxruntime",
-        output=tmp_path / "out", drop=",".join(dropped) or "none",
+        output=tmp_path / "out", drop=",".join(dropped) or "none", merge_decoder=merged,
     )  # fmt: skip
     task = "automatic-speech-recognition" if kind == "whisper" else "text2text-generation"
     feeds = source(kind, 7)

@@ -16,13 +16,14 @@ from compressor.benchmark.decode_timing import contexts, measure
 from compressor.benchmark.lm_eval_tasks import check_model, evaluate_tasks
 from compressor.benchmark.results import Comparison
 from compressor.benchmark.runner import BenchRunner
-from compressor.choices import GGUF, parse_image_size
+from compressor.choices import GGUF, NO_STAGES, parse_image_size, parse_image_tokens
 from compressor.data.readers.hub import looks_like
 from compressor.data.splits import Data
 from compressor.errors import SettingsError
-from compressor.lower.traced_model import ModelAndData, load_data
+from compressor.lower.traced_model import ModelAndData, evaluated_on, load_data
 from compressor.measure.workload import timing_feeds
 from compressor.models import Model
+from compressor.models.vision_language.image_token_stages import with_indices, with_state
 from compressor.models.weights.stored_dtypes import describe_dtypes
 from compressor.report.collect_limitations import of_subject
 from compressor.settings import Settings
@@ -187,7 +188,7 @@ def _with_targets(settings: BenchSettings, loaded: Mapping[str, Model], model: M
             f"{data.source} has no targets, which the original would generate, but a folder does not hold it; name the "
             "original with --model, or give data with a column of targets."
         )
-    return ModelAndData(model, data)
+    return ModelAndData(evaluated_on(model, data), data)
 
 
 def _check_unused(settings: BenchSettings, entries: Sequence[EngineEntry]) -> None:
@@ -254,9 +255,27 @@ def _model(settings: BenchSettings, folders: Mapping[str, ExportFolder], loaded:
         model = max((first, *loaded.values()), key=lambda each: len(each.state))
     else:
         raise SettingsError("only ONNX files were given; name the model whose preprocessing they use with --model.")
+    depths = _depths_of_stages(folders)
+    model = with_state(with_indices(model, depths), depths) if depths else model
     random = [folder.report["model"]["random_weights"] for folder in folders.values()]
     random += [each.random_weights for each in loaded.values()]
     return dataclasses.replace(model, random_weights=any(random) or (model.random_weights and not random))
+
+
+def _depths_of_stages(folders: Mapping[str, ExportFolder]) -> list[int]:
+    """Return the depths at which engines of folders drop image tokens, which need inputs beside those of the model.
+
+    Raises:
+        BenchError: a report has stages of another form.
+    """
+    depths: set[int] = set()
+    for name, folder in folders.items():
+        try:
+            stages = parse_image_tokens(folder.report["settings"].get("image_tokens", NO_STAGES))
+        except ValueError as error:
+            raise BenchError(f"{name}: {error}.") from error
+        depths |= set() if stages is None else {depth for depth, _ in stages.stages}
+    return sorted(depths)
 
 
 def _first_model(folder: ExportFolder | None, loaded: Mapping[str, Model]) -> Model:
@@ -305,6 +324,8 @@ def _export_settings(settings: BenchSettings, folders: Mapping[str, ExportFolder
         samples=settings.samples,
         max_length=exported.get("max_length") if settings.max_length is None else settings.max_length,
         image_size=settings.image_size,
+        class_names=exported.get("class_names"),
+        prompt_template=exported.get("prompt_template"),
         stride=exported.get("stride") if (settings.max_length, settings.stride) == (None, None) else settings.stride,
         rounds=settings.rounds,
         seed=settings.seed,

@@ -219,7 +219,8 @@ def _check_inputs_and_outputs(name: str, engine: Engine, loaded: ModelAndData) -
     model = loaded.model
     required = set(model.inputs) - set(model.state.values())
     required -= {"position_ids"} if isinstance(engine, HoldsCache) else set()
-    if not required <= set(engine.inputs) <= set(model.inputs) or model.answer not in engine.outputs:
+    known = {*model.inputs, *model.state.values()}
+    if not required <= set(engine.inputs) <= known or model.answer not in engine.outputs:
         raise BenchError(
             f"{name} maps {', '.join(engine.inputs)} to {', '.join(engine.outputs)}, but {model.name} maps "
             f"{', '.join(model.inputs)} to {model.answer}; measure models of one kind, or name the model with --model."

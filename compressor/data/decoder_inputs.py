@@ -37,6 +37,7 @@ def with_decoder_inputs(samples: Samples, decoder: DecoderSide, name: str) -> Sa
 
     def prepare(indices: Sequence[int]) -> Prepared:
         ids, labels = rows(indices)
+        labels[:, : len(decoder.prompt)] = IGNORED
         scored = labels != IGNORED
         return {**samples.feeds(indices), DECODER_IDS: ids}, Targets(labels if labelled else None, scored)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.choices import ZERO_SHOT
 from compressor.data.class_labels import with_class_numbers
+from compressor.data.class_prompts import ClassPrompts, with_class_prompts
 from compressor.data.decoder_inputs import DECODER_IDS, with_decoder_inputs
 from compressor.data.readers import read
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped
@@ -141,6 +144,7 @@ class Split:
     def bounded_groups(self, batch_size: int) -> Iterator[tuple[int, ...]]:
         """Yield the positions of the samples in each of the `bounded_batches`."""
         batch: tuple[int, ...] = ()
+        batch_size = max(batch_size, self.samples.at_once)
         for index in self.indices:
             longer = (*batch, index)
             padded = len(longer) * self.samples.rows_per_sample * max(self.tokens.get(each, 0) for each in longer)
@@ -216,6 +220,7 @@ class Data:
     """The splits of a data source, with the settings and the findings of reading it.
 
     `decision` holds the samples on which a budget decides between the plans of a search; None without such a budget.
+    `prompts` are the classes of images as texts; None for all models but those of images and texts.
     """
 
     source: str
@@ -232,6 +237,7 @@ class Data:
     limitations: tuple[Limitation, ...] = ()
     pairs: bool = False
     decision: Split | None = None
+    prompts: ClassPrompts | None = None
 
     @property
     def parts(self) -> tuple[Split, ...]:
@@ -260,6 +266,7 @@ class Data:
             },
             "total": shares.total,
             "window": None if self.window is None else asdict(self.window),
+            "prompts": None if self.prompts is None else self.prompts.describe(),
             "sizes": {part.name: len(part) for part in self.parts},
             "skipped": [{"id": sample.id, "reason": sample.reason} for sample in self.skipped],
             "test_ids": list(self.test.ids),
@@ -278,6 +285,8 @@ def load(
     max_length: int | None = None,
     stride: int | None = None,
     class_names: ClassNames | None = None,
+    names_file: str | Path | None = None,
+    template: str | None = None,
 ) -> Data:
     """Read, check and split the data.
 
@@ -295,6 +304,8 @@ def load(
             2,048 tokens.
         stride: stride of the windows in tokens; by default half of the length.
         class_names: names of the model's classes, by which class names in the data are numbered.
+        names_file: file of class names for a model of images and texts; by default those of the data.
+        template: prompt template for class names; by default that of the model.
 
     Raises:
         DataError: the data cannot be read, does not fit the model, or has fewer than three usable samples.
@@ -306,7 +317,10 @@ def load(
     decoder = None if spec == "random" else preprocess.decoder
     source = preprocess if decoder is None else _without_decoder_inputs(preprocess)
     samples = read(spec, source, task=task, seed=seed, revision=revision)
-    if task.endswith("classification"):
+    prompts = None
+    if task == ZERO_SHOT and spec != "random":
+        samples, prompts = with_class_prompts(samples, preprocess, spec, file=names_file, template=template)
+    elif task.endswith("classification"):
         samples = with_class_numbers(samples, class_names, spec)
     window = window if samples.whole is not None else None
     if window is not None:
@@ -342,6 +356,7 @@ def load(
         window=window,
         limitations=(*samples.limitations, *samples.findings(), *lengths.limitations),
         pairs=samples.pairs,
+        prompts=prompts,
     )
 
 

@@ -24,10 +24,10 @@ from compressor.heal.distill import Draft
 from compressor.models import Model
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.output_divergence import OutputDivergence
-from passes.analysis.redundancy import MASK, TARGETS, rows_of
+from passes.analysis.redundancy import MASK, rows_of, without_mask
 from passes.execute.interpreter import PartialRun
 from passes.graph.edit import replace_parameter, with_weights
-from passes.graph.graph import Graph, Site, attribute, dependents_of, output_values
+from passes.graph.graph import Graph, Site, attribute, output_values
 from passes.graph.sites import aten
 
 STRENGTHS = (1e-4, 1e-2, 1e-1, 1.0, 10.0)  # ridge strengths, relative to the mean square of the map's inputs
@@ -147,13 +147,13 @@ def moments(graph: Graph, original: Graph, split: Split, spot: RefitTarget) -> M
     node = next(node for node in graph.nodes() if node.name == spot.map)
     source, biased = node.all_input_nodes[0].name, len(node.args) > 2
     now, before = PartialRun(graph, {source, spot.behind}), PartialRun(original, {spot.behind})
-    of_decoder = dependents_of(graph, TARGETS)
+    unmasked = without_mask(graph)
     xx: Any = 0
     ex: Any = 0
     for feeds in tensor_batches(split):
         present, goal = now.run(feeds), before.run(feeds)
         error = goal[spot.behind] - present[spot.behind]
-        mask = feeds.get(MASK) if error.ndim > 2 and spot.behind not in of_decoder else None
+        mask = feeds.get(MASK) if error.ndim > 2 and spot.behind not in unmasked else None
         x, e = (rows_of(value, spot.channel_dim, mask).double() for value in (present[source], error))
         x = torch.cat([x, torch.full((len(x), 1), float(biased), dtype=x.dtype)], dim=1)
         xx, ex = xx + x.T @ x, ex + e.T @ x

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compressor import models
-from compressor.choices import GGUF, PARTS_TARGETS, TRANSFORMERS
+from compressor.choices import GGUF, PARTS_TARGETS, TRANSFORMERS, ZERO_SHOT
 from compressor.data import splits as data_module
 from compressor.data.class_labels import listed
 from compressor.data.readers.base import CLASS_ORDER, Samples
+from compressor.data.rows import take_rows
 from compressor.data.splits import Data, Shares
 from compressor.errors import CompressorError
 from compressor.executor.base import Executor, InProcess
+from compressor.limitations import Limitation
 from compressor.lower import checkpoint
 from compressor.lower.gguf import rules, vocabulary
 from compressor.lower.self_parity import check_self_parity
@@ -22,6 +24,7 @@ from compressor.lower.size_guards import check_sizes
 from compressor.lower.trace import trace_with_guards
 from compressor.models import Model
 from compressor.models.base import first_line
+from compressor.models.vision_language.image_token_stages import with_indices, with_state
 from compressor.quality import chance
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.heads.base import Head
@@ -30,8 +33,13 @@ from compressor.quality.heads.registry import head_for
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps, Tick
 from passes.analysis.counted_cost import Costs
+from passes.base import apply
 from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
+from passes.image_tokens.image_tokens import DropImageTokens
+
+if TYPE_CHECKING:
+    from passes.image_tokens.image_tokens import Method
 
 COST_SAMPLES = 8  # samples over which multiply-adds are averaged
 SELF_SAMPLES = 3  # samples on which torch is compared with itself, unlike the two of the traced example
@@ -96,6 +104,7 @@ def model_facts(subject: TracedModel) -> dict[str, Any]:
         "outputs": list(model.outputs),
         "id2label": None if model.class_names is None else model.class_names.id2label(),
         **_image_facts(model),
+        **({"text_length": model.preprocess.padded} if model.has_two_towers else {}),
         "sites": [dataclasses.asdict(site) for site in subject.sites],
     }
 
@@ -130,6 +139,16 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
             cache=settings.cache,
             image_size=settings.pixels,
         )
+    if settings.merge_decoder and not model.is_encoder_decoder:
+        raise SubjectError(
+            f"--merge-decoder merges the files of the decoder of an encoder-decoder, and the task of {model.name} is "
+            f"{model.task}; leave --merge-decoder out."
+        )
+    if model.has_two_towers:
+        _check_two_towers(model, settings)
+    stages = settings.image_stages
+    if stages is not None:
+        model = with_indices(_with_images(model, settings), [depth for depth, _ in stages.stages])
     if model.has_parts:
         _check_parts(model, settings)
     if settings.target == TRANSFORMERS:
@@ -139,6 +158,7 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         vocabulary.check_tokenizer(model)
     with steps.step("load the data") as tick:
         data = load_data(settings, model, tick, decision=decision)
+        model = evaluated_on(model, data)
     for limitation in data.limitations:
         if limitation.feature == CLASS_ORDER:  # it decides on all figures, so it is shown before the search
             steps.warn(str(limitation))
@@ -149,10 +169,42 @@ def load(settings: Settings, steps: Steps, *, decision: float = 0.0, executor: E
         sites = find_sites(graph)
         if not sites:
             raise SubjectError(f"{model.name} has no residual branch (y = x + f(x)), so there is nothing to drop.")
+        if stages is not None:
+            without_image_tokens(graph, model, settings)  # asked first: a search takes long
+            model = with_state(model, [depth for depth, _ in stages.stages])
         costs = _costs(graph, model, data)
     with steps.step("compare torch with itself"):
         check_self_parity(model, graph, next(tensor_batches(data.calibration.middle(SELF_SAMPLES), SELF_SAMPLES)))
     return TracedModel(model, data, graph, sites, costs, InProcess() if executor is None else executor)
+
+
+def without_image_tokens(graph: Graph, model: Model, settings: Settings) -> Graph:
+    """Return a fork that drops image tokens as ``--image-tokens`` says, or the graph without it.
+
+    Raises:
+        PassError: the language model does not allow it.
+    """
+    stages = settings.image_stages
+    if stages is None:
+        return graph
+    fork = graph.fork()
+    method = cast("Method", stages.method)
+    apply(DropImageTokens(stages.stages, method, settings.seed, model.preprocess.image_token), fork)
+    return fork
+
+
+def _with_images(model: Model, settings: Settings) -> Model:
+    """Return a vision-language model; refuse any other.
+
+    Raises:
+        SubjectError: the model reads no images with its texts.
+    """
+    if model.is_vision_language:
+        return model
+    raise SubjectError(
+        f"--image-tokens {settings.image_tokens} drops image tokens from the prompt of a vision-language model, but "
+        f"{model.name} does {model.task}; leave --image-tokens out."
+    )
 
 
 def _check_parts(model: Model, settings: Settings) -> None:
@@ -167,11 +219,25 @@ def _check_parts(model: Model, settings: Settings) -> None:
             f"{model.name} is {parts} are files of their own, and --target {settings.target} takes one file; give "
             f"--target {' or '.join(PARTS_TARGETS)}."
         )
-    if settings.defer_build or settings.factorial:
+    if settings.defer_build or (settings.factorial and not model.is_encoder_decoder):
         option = "--defer-build" if settings.defer_build else "--factorial"
         raise SubjectError(
             f"{model.name} is {parts} are files of their own, and {option} takes one file for each engine; leave "
             f"{option} out."
+        )
+
+
+def _check_two_towers(model: Model, settings: Settings) -> None:
+    """Refuse what takes rows of one batch, or a config that counts the blocks of one tower."""
+    if settings.target == TRANSFORMERS:
+        raise SubjectError(
+            f"{model.name} has a tower of images and one of texts, and --target {TRANSFORMERS} leaves out blocks of "
+            "one list; choose another --target."
+        )
+    if settings.defer_build:
+        raise SubjectError(
+            f"{model.name} takes images and texts in batches of their own, and --defer-build stores rows of one batch; "
+            "leave --defer-build out."
         )
 
 
@@ -194,6 +260,8 @@ def check_original(subject: TracedModel, steps: Steps) -> TracedModel:
 def _costs(graph: Graph, model: Model, data: Data) -> Costs:
     """Return the costs at the sizes of real samples, because the multiply-adds of a text depend on its length."""
     feeds = next(tensor_batches(data.calibration.middle(COST_SAMPLES), COST_SAMPLES))
+    if model.has_two_towers:  # a sample is an image and a text
+        feeds = take_rows(feeds, range(len(next(iter(feeds.values())))))
     try:
         return Costs(graph, feeds)
     except (IndexError, RuntimeError) as error:
@@ -207,6 +275,7 @@ def load_data(settings: Settings, model: Model, tick: Tick, *, decision: float =
         CompressorError: the data cannot be read, or does not fit the model.
     """
     source = settings.data
+    _check_prompt_options(settings, model)
     if model.task != "text-generation" and (settings.max_length, settings.stride) != (None, None):
         raise SubjectError(
             f"--max-length and --stride cut the texts of language models; {model.name} does {model.task}."
@@ -222,11 +291,51 @@ def load_data(settings: Settings, model: Model, tick: Tick, *, decision: float =
         max_length=settings.max_length,
         stride=settings.stride,
         class_names=model.class_names,
+        names_file=settings.class_names,
+        template=settings.prompt_template,
     )
-    _check_labels(data, model)
+    _check_labels(data, evaluated_on(model, data))
     if model.task == "text-generation" and not data.random and data.label_kind != "tokens":
         raise SubjectError(f"{data.source} holds no texts or token ids, which a language model needs.")
     return data
+
+
+def evaluated_on(model: Model, data: Data) -> Model:
+    """Return a model of images and texts as its data evaluates it; other models stay as they are.
+
+    With class names it is a classifier, whose classes are the prompts. Without them, as with pairs of images and texts,
+    the embeddings of both towers are evaluated, [rows, 2, width].
+    """
+    if model.task != ZERO_SHOT:
+        return model
+    if data.prompts is not None:
+        return dataclasses.replace(model, class_names=data.prompts.names)
+    why = Limitation(
+        "zero-shot accuracy",
+        "not measured, because the data has a text for each image instead of class names; the embeddings of both are "
+        "compared with those of the original",
+    )
+    return dataclasses.replace(
+        model,
+        task="feature-extraction",
+        answer="image_embeds",
+        stacked=("text_embeds",),
+        limitations=model.limitations if data.random else (*model.limitations, why),
+    )
+
+
+def _check_prompt_options(settings: Settings, model: Model) -> None:
+    """Refuse options for the prompts of classes where the classes are no texts, or nothing is evaluated."""
+    for option, value in (("--class-names", settings.class_names), ("--prompt-template", settings.prompt_template)):
+        if value is None:
+            continue
+        if model.task != ZERO_SHOT:
+            raise SubjectError(
+                f"{option} is for models of images and texts such as CLIP, but {model.name} does {model.task}; leave "
+                f"{option} out."
+            )
+        if settings.data == "random":
+            raise SubjectError(f"found {option} with random data, which has no classes; leave {option} out.")
 
 
 def _check_labels(data: Data, model: Model) -> None:

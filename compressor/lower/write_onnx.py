@@ -27,6 +27,7 @@ from compressor.lower.gguf import writer
 from compressor.lower.onnx_operators import decompose_nodes
 from compressor.models.base import first_line
 from passes.base import apply
+from passes.image_tokens.image_tokens import stage_of_state
 from passes.rewrite.flatten_attention import FlattenAttention, can_flatten
 from passes.torch_internals import generate_code, is_mutable
 
@@ -117,7 +118,7 @@ def _exported(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
         *_source(graph, model),
         dynamo=True,
         opset_version=OPSET,
-        dynamic_shapes=tuple(dict(model.dynamic_axes.get(name, {})) for name in graph.inputs),
+        dynamic_shapes=_names_of_axes(graph, model),
         input_names=list(graph.inputs),
         output_names=list(graph.outputs),
         verbose=False,
@@ -125,6 +126,15 @@ def _exported(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
     )
     assert program is not None
     return program
+
+
+def _names_of_axes(graph: Graph, model: Model) -> tuple[dict[int, str], ...]:
+    """Return the names of the dynamic axes of each input; a cache behind a stage has a length of its own."""
+    stages = stage_of_state(graph)
+    axes = {name: dict(model.dynamic_axes.get(name, {})) for name in graph.inputs}
+    for name, depth in stages.items():
+        axes[name] = {axis: each if axis == 0 else f"{each}_{depth}" for axis, each in axes[name].items()}
+    return tuple(axes.values())
 
 
 def _with_flat_attention(graph: Graph) -> Graph:

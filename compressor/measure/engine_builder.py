@@ -12,6 +12,7 @@ from pathlib import Path
 
 from compressor.lower.checkpoint import CONFIG
 from compressor.lower.cut import encoder_decoder, vision_language
+from compressor.lower.cut.two_towers import cut_towers
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.traced_model import ModelAndData
 from compressor.lower.write_onnx import lower
@@ -96,6 +97,8 @@ class EngineBuilder:
     def ship(self, source: Source, folder: Path) -> tuple[Source, Path]:
         """Build an engine in the output folder, and copy the ONNX file that it is built from, if any.
 
+        Of a model of images and texts, the files of its towers are written too.
+
         Returns:
             The source that the engine was built from, and the path of the engine.
         """
@@ -105,6 +108,8 @@ class EngineBuilder:
             return source, self.build(source, folder)
         if self.target.source == ".onnx":
             source = source._replace(path=copy_onnx(source.path, folder / "model.onnx"))
+            if self.subject.model.has_two_towers:
+                cut_towers(source.path, folder, projected=hasattr(self.subject.model.module, "text_projection"))
             return source, self.build(source, folder)
         built = self.build(source)
         return source, Path(shutil.copy(built, folder / built.name))
@@ -141,6 +146,8 @@ def with_input_sizes(options: BuildOptions, subject: ModelAndData, settings: Set
     """
     parts = subject.data.parts
     rows = max(settings.batch, PARITY_ROWS, BATCH * parts[0].samples.rows_per_sample)
+    if subject.model.has_two_towers:  # the number of texts is that of the classes
+        rows = max(rows, *map(len, next(parts[0].batches(1)).feeds.values()))
     options = dataclasses.replace(options, batches=(1, settings.batch, rows))
     axes = [(name, axis) for name, free in subject.model.dynamic_axes.items() for axis in free if axis == 1]
     if not axes:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from compressor.data.rows import take_rows
 from compressor.errors import SettingsError
 from compressor.models.base import most_tokens
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
@@ -264,12 +265,14 @@ def workload_calls(subject: ModelAndData, settings: Settings) -> dict[str, Call]
 
 
 def timing_feeds(split: Split, batch: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Return exactly `batch` rows of real inputs of median length, repeated if the split is smaller."""
+    """Return exactly `batch` rows of real inputs of median length, repeated if the split is smaller.
+
+    A model of images and texts gets `batch` of each.
+    """
     few = (part.feeds for part in split.middle(max(batch, TIMING_CANDIDATES)).batches(batch))
     by_size = sorted(few, key=lambda feeds: sum(value[0].size for value in feeds.values()))
     feeds = by_size[len(by_size) // 2]
-    rows = len(next(iter(feeds.values())))
-    return {name: np.concatenate([value] * (-(-batch // rows)))[:batch] for name, value in feeds.items()}
+    return take_rows(feeds, range(batch))
 
 
 def total_latency(calls: Mapping[str, Call], latencies: Mapping[str, Latency]) -> Latency:

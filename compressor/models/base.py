@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.choices import ENCODER_DECODER_TASKS, VISION_LANGUAGE
+from compressor.choices import ENCODER_DECODER_TASKS, VISION_LANGUAGE, ZERO_SHOT
 from compressor.errors import CompressorError
 from compressor.limitations import Limitation
 from compressor.workspace.json_files import OBJECT, read_json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIGS = ("config.json", "generation_config.json")
 LONGEST = 200
+PER_IMAGE = "logits_per_image"  # [images, texts]: the similarities of a model with two towers
 _UNREACHABLE = "the hub cannot be reached and no copy is cached; connect to the network, or pass a downloaded folder"
 
 
@@ -39,14 +41,20 @@ class EvaluatedOutput:
         outputs: names of all outputs, in order.
         answer: name of the output.
         stacked: names of further outputs that are evaluated with it.
+        places: names of outputs with indices of tokens, [rows, remaining tokens], of a model that drops tokens; the
+            answer is for those of the shortest. At a dropped token it is that at the last one that remains before it.
     """
 
     outputs: tuple[str, ...]
     answer: str
     stacked: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
 
     def of(self, outputs: Mapping[str, Any]) -> Any:
         """Return it from outputs by name; several outputs [rows, ...] become [rows, outputs, ...]."""
+        places = [outputs[name] for name in self.places if name in outputs]
+        if places:
+            return at_every_token(outputs[self.answer], min(places, key=lambda each: int(each.shape[1])))
         if not self.stacked:
             return outputs[self.answer]
         values = [outputs[name] for name in (self.answer, *self.stacked)]
@@ -61,6 +69,24 @@ class EvaluatedOutput:
         return value
 
 
+def at_every_token(values: npt.NDArray[Any], places: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values of all tokens from those of the tokens that remain.
+
+    Args:
+        values: [rows, remaining tokens, ...].
+        places: indices of the remaining tokens, ascending, [rows, remaining tokens]; the last token remains.
+
+    Returns:
+        [rows, tokens, ...]; a dropped token has the value of the last remaining one before it.
+
+    >>> at_every_token(np.array([[5, 7, 9]]), np.array([[0, 2, 3]])).tolist()
+    [[5, 5, 7, 9]]
+    """
+    everywhere = np.arange(places[0, -1] + 1)
+    sources = [np.searchsorted(row, everywhere, side="right") - 1 for row in places]
+    return np.stack([value[source.clip(min=0)] for value, source in zip(values, sources, strict=True)])
+
+
 @dataclass(frozen=True)
 class Model:
     """A module with the metadata and functions that export and evaluation need.
@@ -70,6 +96,7 @@ class Model:
         call: calls the module with its inputs in order and returns its outputs in order.
         answer: name of the output that quality is measured on.
         stacked: names of further outputs that are evaluated with it, such as the logits of the end of a span.
+        places: names of the outputs with the indices of the tokens that remain, see `EvaluatedOutput`.
         example: input name to tensor, with a batch size of two.
         dynamic_axes: input name to {axis: name}, e.g. ``{0: "batch", 1: "sequence"}``.
         untrained: names of the parameters that the checkpoint lacks; a traced graph must not read them.
@@ -107,6 +134,7 @@ class Model:
     random_weights: bool = False
     tokenizer: Any = None
     stacked: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
     problem_type: str | None = None
     state: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
@@ -120,12 +148,17 @@ class Model:
     @property
     def evaluated_output(self) -> EvaluatedOutput:
         """Return the output that quality is measured on."""
-        return EvaluatedOutput(self.outputs, self.answer, self.stacked)
+        return EvaluatedOutput(self.outputs, self.answer, self.stacked, self.places)
 
     @property
     def is_encoder_decoder(self) -> bool:
         """Return whether the model has an encoder and a decoder, whose files are exported one by one."""
         return self.task in ENCODER_DECODER_TASKS
+
+    @property
+    def has_two_towers(self) -> bool:
+        """Return whether the model has a tower of images and a tower of texts, each with a batch of its own."""
+        return PER_IMAGE in self.outputs
 
     @property
     def is_vision_language(self) -> bool:
@@ -157,6 +190,8 @@ class Model:
         Raises:
             ModelError: the model fails on its example inputs.
         """
+        if self.task == ZERO_SHOT:  # its classes are texts, which come with the data
+            return None if self.class_names is None else len(self.class_names)
         axis = 1 if self.task == "image-segmentation" else -1
         if not (self.task.endswith("classification") or axis == 1):
             return None
@@ -257,3 +292,13 @@ def most_tokens(model: Model) -> int | None:
         config = getattr(config, "text_config", None)
     most = getattr(config, "max_position_embeddings", None)
     return most if isinstance(most, int) else None
+
+
+def copy_sharing_tensors(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a module with the same tensors as parameters and buffers.
+
+    A module may keep tensors of a call, such as relative positions. Where a call is made with tensors without elements,
+    a copy keeps them.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

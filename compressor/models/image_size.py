@@ -19,7 +19,7 @@ from PIL import Image
 
 from compressor.choices import DYNAMIC, ImageSize
 from compressor.limitations import Limitation
-from compressor.models.base import ModelError, first_line, fixed_size
+from compressor.models.base import ModelError, copy_sharing_tensors, first_line, fixed_size
 from passes.torch_internals import FakeTensorMode
 
 Size = tuple[int, int]
@@ -90,16 +90,18 @@ def text(size: Sequence[int]) -> str:
 def refusal(call: Call, module: Any, channels: int, size: Size) -> str | None:
     """Return the reason why a model does not compute an image of a size; None if it does.
 
-    Only shapes are propagated. A model that cannot run without values is run on one image.
+    Only shapes are propagated. A model that cannot run without values is run on one image. The module is copied because
+    some keep tensors of a call, such as the relative positions of ConViT; the copy shares the weights.
     """
     pixels = noise(1, channels, size)
     # Errors of a model have no common base: shapes raise RuntimeError, AssertionError, ValueError and others.
     try:
+        copied = copy_sharing_tensors(module)
         with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            call(module, mode.from_tensor(pixels))
+            call(copied, mode.from_tensor(pixels))
     except Exception:
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 call(module, pixels)
         except Exception as error:
             return first_line(error)
@@ -283,7 +285,8 @@ class _Interpolating:
         return getattr(self.module, name)
 
 
-def _call_interpolating(call: Call, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def call_interpolating(call: Call, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Call a module so that it interpolates its position embeddings."""
     return call(_Interpolating(module), *tensors)
 
 
@@ -330,7 +333,7 @@ def sized_model(
             processor if prepared in (None, image_size) else resized_processor(processor, image_size, channels, name)
         )
         size = image_size
-    calls: dict[bool, Call] = {False: call, True: partial(_call_interpolating, call)}
+    calls: dict[bool, Call] = {False: call, True: partial(call_interpolating, call)}
     if image_size == DYNAMIC:
         interpolates, dynamic = _other_sizes(calls, module, channels, size, name)
     else:

@@ -49,6 +49,7 @@ class DecoderSide:
         generated: maximum number of tokens that it generates.
         start: the token with which the decoder starts.
         longest: maximum number of tokens of a target.
+        prompt: the tokens behind the start token that the decoder is given, not asked for: those of language and task.
     """
 
     encode: Callable[[list[str]], list[list[int]]] | None
@@ -57,6 +58,7 @@ class DecoderSide:
     generated: int
     start: int
     longest: int
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class Preprocess:
         clip: number of frames of a clip.
         varying: axis of each input, besides the first, whose size varies from batch to batch.
         decoder: how the inputs of the decoder are made; None for models without an encoder and a decoder.
+        padded: number of tokens to which every text is padded; None for the longest text of the batch.
+        template: makes a prompt of the name of a class, with ``{}`` in its place; empty for models whose classes are
+            no texts.
         image_text: converts an image and its text to the inputs of one row; None without a processor.
         placeholder: what stands for an image in a text.
         padding: token id with which texts beside images are padded.
@@ -141,6 +146,8 @@ class Preprocess:
     clip: int = 0
     varying: Mapping[str, int] = field(default_factory=dict)
     decoder: DecoderSide | None = None
+    padded: int | None = None
+    template: str = ""
     image_text: Callable[[Image.Image, str], dict[str, npt.NDArray[Any]]] | None = None
     placeholder: str = ""
     padding: int = 0

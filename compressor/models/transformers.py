@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
-from compressor.choices import CTC, ImageSize
+from compressor.choices import CTC, ZERO_SHOT, ImageSize
 from compressor.internals.transformers import quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models.audio.inputs import takes_series, takes_sound
@@ -19,7 +20,7 @@ from compressor.models.base import Model, ModelError, load_error_reason, no_lang
 from compressor.models.config_shapes import CLIPS
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
-from compressor.models.pretrained import image, sound, text, video
+from compressor.models.pretrained import image, sound, text, two_towers, video
 from compressor.models.pretrained import vision_language as pretrained_vision_language
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import optional_file
@@ -62,6 +63,7 @@ AUTO = {
     encoder_decoder.TEXT: "AutoModelForSeq2SeqLM",
     encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
     "video-classification": "AutoModelForVideoClassification",
+    ZERO_SHOT: "AutoModelForZeroShotImageClassification",
     vision_language.TASK: "AutoModelForImageTextToText",
 }
 
@@ -95,7 +97,7 @@ def load(
         try:
             config = transformers.AutoConfig.from_pretrained(location, **options)
             sentence_files = sentence_transformers.find_files(partial(optional_file, location, revision=revision))
-            resolved_task = _ctc_or(task, config) or task_of(config, sentence_files, location)
+            resolved_task = _whole(_ctc_or(task, config), config) or task_of(config, sentence_files, location)
             check_counts(config, location)
             if isinstance(config, nemotron_nas.NemotronNasConfig):
                 nemotron_nas.block_shapes(config, location)
@@ -140,6 +142,16 @@ def _ctc_or(task: str | None, config: Any) -> str | None:
     return CTC if ctc else task
 
 
+def _whole(task: str | None, config: Any) -> str | None:
+    """Return a given task; for the features of a model of images and texts, that of the whole model."""
+    features = task == "feature-extraction" and _has_two_towers((config.architectures or [""])[0])
+    return ZERO_SHOT if features else task
+
+
+def _has_two_towers(architecture: str) -> bool:
+    return architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
 def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     """Return the task of the head that the config names.
 
@@ -147,6 +159,8 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
         ModelError: the head is not supported.
     """
     architecture = (config.architectures or [""])[0]
+    if _has_two_towers(architecture):
+        return ZERO_SHOT
     from_to = encoder_decoder.task_of(config, architecture, location)
     if from_to is not None:
         return from_to
@@ -210,6 +224,8 @@ def wrap(loaded: Loaded) -> Model:
     """Return the model of a loaded module, by what it takes."""
     if loaded.task in encoder_decoder.TASKS:
         return pretrained_encoder_decoder.wrap(loaded)
+    if loaded.task == ZERO_SHOT:
+        return two_towers.wrap(loaded)
     if loaded.task == vision_language.TASK:
         return pretrained_vision_language.wrap(loaded)
     if takes_videos(loaded.module):

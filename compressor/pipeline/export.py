@@ -20,8 +20,16 @@ from compressor.executor.on_ray import executor_for
 from compressor.heal.heal import Healed, heal
 from compressor.limitations import Limitation
 from compressor.lower.checkpoint import rounded
+from compressor.lower.cut.merge_decoder import merge
 from compressor.lower.nemotron_nas.engine_rules import serving
-from compressor.lower.traced_model import TracedModel, check_original, index_errors_as_data_errors, load, model_facts
+from compressor.lower.traced_model import (
+    TracedModel,
+    check_original,
+    index_errors_as_data_errors,
+    load,
+    model_facts,
+    without_image_tokens,
+)
 from compressor.measure.engine_builder import EngineBuilder
 from compressor.measure.engine_quality import evaluate_engines, quality_on_test
 from compressor.measure.graph_evaluator import GraphEvaluator, graph_evaluator
@@ -30,7 +38,7 @@ from compressor.measure.variant import Variant, build_variants, convert_variants
 from compressor.measure.workload import Call, generation_lengths
 from compressor.models.base import disable_use_cache
 from compressor.models.text import genai_config
-from compressor.pipeline import export_offloaded, factorial_cells
+from compressor.pipeline import export_offloaded, factorial_cells, image_token_stages
 from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.evaluate import Evaluation, EvaluationError
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
@@ -60,6 +68,7 @@ from passes.analysis.counted_cost import Costs
 from passes.graph.cache_state import bytes_per_source_token, bytes_per_token
 from passes.graph.edit import with_weights
 from passes.graph.graph import Graph
+from passes.image_tokens.image_tokens import stage_of_state
 from runtimes.base.timing import Latency
 
 if TYPE_CHECKING:
@@ -210,6 +219,9 @@ def _compressed(
         engine=engine,
         factorial=factorial_cells.measured(latency, quality, variants, settings, folder) if factorial else None,
         evidence=_evidence(rewritten, subject),
+        image_tokens=image_token_stages.facts(
+            settings.image_stages, _generation(parts, timer.calls, settings, subject), rewritten.folded, subject.graph
+        ),
         exact={"multiply_adds": Costs(builder.fold(subject.graph), subject.costs.example).total.multiply_adds},
         limitations=(
             *limitations_of(
@@ -267,6 +279,7 @@ def _adapted(
     """Heal the graph of a choice for at most `seconds`, and fold it."""
     with index_errors_as_data_errors(subject):
         choice, graph, healed = _healed(choice, subject, settings, seconds, steps)
+        graph = without_image_tokens(graph, subject.model, settings)
     return _Rewritten(choice, graph, evaluator.builder.fold(graph), healed)
 
 
@@ -313,6 +326,9 @@ def _built(
     if factorial:
         variants = factorial_cells.with_cells(variants, settings.precision)
     variants = build_variants(variants, builder, folder, steps)
+    if settings.merge_decoder:
+        with steps.step("merge the files of the decoder"):
+            merge(folder)
     files = frozenset(set(folder.iterdir()) - found)
     return _Shipped(rewritten, variants, settings, trials, conversions, factorial, files)
 
@@ -385,6 +401,12 @@ def _lost(rewritten: _Rewritten, subject: TracedModel) -> Iterator[Limitation]:
             "calibrated probabilities",
             "the loss of accuracy to expect takes the original's probabilities as they are, without a fitted "
             "temperature; an original that is too confident overstates it, one that is too modest understates it",
+        )
+    if stage_of_state(rewritten.folded) and subject.no_quality_because is None:
+        yield Limitation(
+            "image tokens",
+            "quality is that of whole texts, so the token that ranks image tokens is the last of the answer, not of "
+            "the question as in generation",
         )
     merging = None if search is None else search.why_no_merging()
     if merging is not None:
@@ -502,6 +524,8 @@ def _notes(report: Report, settings: Settings, subject: TracedModel, rewritten: 
     if settings.factorial and report.factorial is None:
         notes.append("Factorial: skipped, because the plan changes nothing.")
     notes += [*precision_notes(report), *recipe_notes(report), *_cross_caches(subject, rewritten)]
+    notes += [] if subject.data.prompts is None else [subject.data.prompts.sentence()]
+    notes += image_token_stages.sentences(report.image_tokens)
     notes += [] if report.generation is None else shares_of_time(report.generation)
     exact = exact_rewrites.sentence(report.to_dict())
     notes += [] if exact is None else [exact]

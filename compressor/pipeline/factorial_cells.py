@@ -15,6 +15,7 @@ from compressor.settings import Settings
 from compressor.workspace.output_folder import copy_onnx
 from passes.graph.graph import Graph
 from passes.plan.plan import merged_tokens
+from runtimes.base.encoder_decoder import ENCODER, parts_of
 from runtimes.base.timing import Latency
 
 FOLDER = "factorial"
@@ -82,15 +83,25 @@ def measured(
 
 
 def _measured_again(variant: Variant) -> Path:
-    """Return the file that `bench` measures again: the ONNX file, or the GGUF file, which is made in the precision."""
+    """Return the file that `bench` measures again: the ONNX file, or the GGUF file, which is made in the precision.
+
+    Of an encoder-decoder it is the ONNX file of the encoder; those of the decoder lie beside it.
+    """
     engine = variant.engine
+    if engine is not None and parts_of(engine) is not None:
+        return engine.with_name(f"{ENCODER}.onnx")
     return engine if engine is not None and engine.suffix == ".gguf" else variant.source.path
 
 
 def _file(cell: str, path: Path, folder: Path) -> str:
-    """Return the name of a cell's file in the folder; copy the file unless it is the result itself."""
+    """Return the name of a cell's file in the folder; copy the file, and those beside it, unless it is the result."""
     if path.parent == folder:
         return path.name
+    if (parts := parts_of(path)) is not None:
+        own = folder / FOLDER / cell.replace(" ", ".")
+        own.mkdir()
+        copied = [copy_onnx(part, own / part.name) for part in parts]
+        return copied[0].relative_to(folder).as_posix()
     name = f"{FOLDER}/{cell.replace(' ', '.')}{'.gguf' if path.suffix == '.gguf' else '.onnx'}"
     copy_onnx(path, folder / name)
     return name

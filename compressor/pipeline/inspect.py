@@ -70,6 +70,11 @@ def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> 
             f"found --study, which compares the tokens of one sequence, but {subject.model.name} is {kind} with two; "
             "leave --study out."
         )
+    if settings.study and subject.model.has_two_towers:
+        raise SettingsError(
+            f"found --study, which compares the tokens of one sequence, but {subject.model.name} has a tower of images "
+            "and one of texts; leave --study out."
+        )
     doubts = () if settings.max_memory is not None else _doubts(subject, steps)
     others = []
     for source in settings.against_data:

@@ -30,8 +30,8 @@ def refuse_unused(settings: Settings) -> None:
         value = getattr(settings, name)
         if value != DEFAULTS[name]:
             option = f"--{name.replace('_', '-')}"
-            text = f"{value:g}" if isinstance(value, float) else value
-            raise SettingsError(f"found {option} {text}, {reason}, or leave {option} out.")
+            text = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+            raise SettingsError(f"found {option}{text}, {reason}, or leave {option} out.")
 
 
 def _of_search(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -72,6 +72,9 @@ def _of_engine(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "calibration", f"but target {target} sets the ranges of int8 itself; choose another --target"
     if precision == "fp32":
         yield "max_precision_loss", "which bounds the loss of a precision below fp32; give --precision"
+    if target != "onnxruntime":
+        reason = f"which merges ONNX files of an encoder-decoder, but target {target} writes others"
+        yield "merge_decoder", f"{reason}; give --target onnxruntime"
     if target_named(target).devices == ("cuda",) and not settings.defer_build:
         yield "threads", f"but engines of {target} run on the GPU; choose another --target"
     if ahead_of_time(target_named(target)) is None:

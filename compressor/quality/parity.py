@@ -122,6 +122,12 @@ class Reference:
         chosen = {name: np.atleast_1d(value) for name, value in chosen.items()}
         return dataclasses.replace(self, expected=chosen, ties=None if self.ties is None else self.ties[rows])
 
+    def ties_of(self, expected: Array) -> Array | None:
+        """Return the ties of the rows of an output; one with other rows, such as texts, has the largest."""
+        if self.ties is None or len(self.ties) == len(expected):
+            return self.ties
+        return np.full(len(expected), self.ties.max(initial=0.0))
+
     def with_rounding(
         self, single: Arrays, double: Arrays, ties: Array, floor: Mapping[str, float], notes: tuple[str, ...]
     ) -> Reference:
@@ -204,11 +210,11 @@ def differences(reference: Reference, outputs: Arrays) -> dict[str, Array]:
 
     Rows with ties and outputs of integers and booleans are left out.
     """
-    clear = slice(None) if reference.ties is None else reference.ties == 0
     found = {}
     for name, value in reference.expected.items():
         if not is_exact(value):
-            scale = reference.scale[name]
+            scale, ties = reference.scale[name], reference.ties_of(value)
+            clear = slice(None) if ties is None else ties == 0
             relative = _relative(value, np.atleast_1d(outputs[name]), scale)[clear]
             found[name] = relative.max(axis=_pooled(scale), keepdims=True, initial=0.0)
     return found
@@ -270,9 +276,10 @@ def _compare(output: str, reference: Reference, value: Array, name: str) -> _Com
     _check_finite(expected, output, name)
     largest, excess, faulty = 0.0, 0.0, 0
     place: tuple[int, ...] = ()
+    ties = reference.ties_of(expected)
     for row in range(len(expected) if expected.size else 0):
         relative = _relative(expected[row : row + 1], value[row : row + 1], scale)
-        tie = 0.0 if reference.ties is None else float(reference.ties[row])
+        tie = 0.0 if ties is None else float(ties[row])
         over = _over(relative, np.maximum(reference.allowed[output], tie))
         largest = largest if tie else max(largest, float(relative.max()))
         faulty += bool((over > 1.0).any())
@@ -308,7 +315,8 @@ def _fault(place: tuple[int, ...], reference: Reference, output: str, value: Arr
     reach = _scales(expected[value_here], scale[channel_here])
     relative = float(_relative(expected[value_here], value[value_here], reach).max())
     allowed = float(np.broadcast_to(reference.allowed[output], scale.shape)[channel])
-    allowed = allowed if reference.ties is None else max(allowed, float(reference.ties[place[0]]))
+    ties = reference.ties_of(expected)
+    allowed = allowed if ties is None else max(allowed, float(ties[place[0]]))
     return f"by {relative:.2e} of its channel's scale ({float(reach.max()):.3g}), expected at most {allowed:g}"
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import Calibration
+from compressor.data.rows import take_rows
 from compressor.quantize.intermediate_values import Batch, save_with_outputs, stream
 from compressor.quantize.qdq_rewrite import PREFIX, Activations, Edit, QuantizeError, Range, activation_grid, load
 
@@ -155,9 +156,9 @@ def histograms(source: Path, work: Path, found: Extremes, feeds: Callable[[], It
 def _few_rows(feeds: Iterator[Batch], most: int) -> Iterator[Batch]:
     """Yield the first `most` samples in batches of at most `ROWS`."""
     for batch in feeds:
-        rows = min(len(next(iter(batch.values()))), most)
+        rows = min(max(map(len, batch.values())), most)
         for start in range(0, rows, ROWS):
-            yield {name: value[start : min(start + ROWS, rows)] for name, value in batch.items()}
+            yield take_rows(batch, range(start, min(start + ROWS, rows)))
         most -= rows
         if most <= 0:
             return

@@ -18,7 +18,7 @@ from compressor.quantize.nncf import to_int8 as nncf_to_int8
 from compressor.quantize.output_error import SQUARED, Judge
 from compressor.quantize.precision import Converted, Source
 from compressor.quantize.qdq_rewrite import Kept
-from compressor.quantize.weight_only import to_int2, to_int4, to_int4_blocks
+from compressor.quantize.weight_only import to_int2, to_int4, to_int4_blocks, to_int8
 from runtimes.base.protocols import Feeds, Int8Style
 
 OURS = "compressor"
@@ -97,8 +97,9 @@ def convert(
         facts = replace(facts, unquantized=to_int4_blocks(source, destination).kept, rest=style.rest)
         if style.rest == "fp16":
             facts = replace(facts, float32=_in_fp16(destination, destination, feeds, progress))
-    elif precision == "int4":
-        facts = replace(facts, by="onnxruntime", unquantized=to_int4(source, destination).kept)  # its tools write int4
+    elif precision in ("int8-weight-only", "int4"):  # the tools of ONNX Runtime write both
+        write = to_int4 if precision == "int4" else to_int8
+        facts = replace(facts, by="onnxruntime", unquantized=write(source, destination).kept)
     elif precision == "int2":
         facts = replace(facts, unquantized=to_int2(source, destination).kept)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 
+from compressor.data.rows import take_rows
 from compressor.errors import CompressorError
 from compressor.quantize.qdq_rewrite import EXTERNAL_ABOVE, load, save
 from runtimes.base.protocols import Feeds, first_line
@@ -45,8 +46,8 @@ def to_int8(source: Path, destination: Path, feeds: Callable[[], Iterator[Feeds]
 
 
 def _rows(batch: Feeds) -> Iterator[Feeds]:
-    for row in range(len(next(iter(batch.values())))):
-        yield {name: value[row : row + 1] for name, value in batch.items()}
+    for row in range(max(map(len, batch.values()))):
+        yield take_rows(batch, [row])
 
 
 @contextlib.contextmanager

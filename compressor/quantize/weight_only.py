@@ -1,4 +1,4 @@
-"""Weight-only int4 and int2 quantization of an ONNX file, for memory-bound products such as those of decode.
+"""Weight-only int8, int4 and int2 quantization of an ONNX file, for memory-bound products such as those of decode.
 
 There are two forms. MatMulNBits is an operator of ONNX Runtime. DequantizeLinear with blocks is standard ONNX since
 opset 21, and what TensorRT reads; it holds int4.
@@ -72,12 +72,12 @@ scale of least squared error lies at 0.45 (four steps) and 0.6 (ternary) of the 
 
 
 class WeightOnlyError(CompressorError):
-    """A model cannot be quantized to int4 or int2."""
+    """A model cannot be quantized to int8, int4 or int2 weights."""
 
 
 @dataclass(frozen=True)
 class WeightOnly:
-    """Result of `to_int4`, `to_int4_blocks` and `to_int2`.
+    """Result of `to_int8`, `to_int4`, `to_int4_blocks` and `to_int2`.
 
     Args:
         nodes: number of quantized nodes.
@@ -98,15 +98,33 @@ def to_int4(source: Path, destination: Path) -> WeightOnly:
     Raises:
         WeightOnlyError: ONNX Runtime's tools are not installed or fail, or the file has no node to quantize.
     """
+    return _in_bits(4, source, destination)
+
+
+def to_int8(source: Path, destination: Path) -> WeightOnly:
+    """Quantize the Linear weights of a float32 ONNX file to 8 bits, as MatMulNBits nodes of ONNX Runtime.
+
+    As `to_int4`. Activations have no range in the file, so values that are far larger than all others, as in the
+    trunk of language models (Sun et al. 2024, arXiv:2402.17762), do not coarsen the steps of a whole tensor: the
+    kernel rounds each block of 32 values of a token with a scale of its own.
+
+    Raises:
+        WeightOnlyError: ONNX Runtime's tools are not installed or fail, or the file has no node to quantize.
+    """
+    return _in_bits(8, source, destination)
+
+
+def _in_bits(bits: int, source: Path, destination: Path) -> WeightOnly:
+    """Write the nodes of `to_int4` or `to_int8`. Raises their errors."""
     try:
         with _quiet():
             from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     except ImportError as error:
         raise WeightOnlyError(
-            "Quantization to int4 needs ONNX Runtime, which is not installed: run pip install onnxruntime"
+            f"Quantization to int{bits} needs ONNX Runtime, which is not installed: run pip install onnxruntime"
         ) from error
     model = load(source)
-    linears, kept = _linears(model, source, "int4")
+    linears, kept = _linears(model, source, f"int{bits}")
     _replace_products(
         model.graph,
         linears,
@@ -115,7 +133,7 @@ def to_int4(source: Path, destination: Path) -> WeightOnly:
     outputs = [linear.output for linear in linears]
     products = {*outputs, *(f"{PREFIX}{output}/product" for output in outputs)}
     others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.output[0] not in products]
-    save(_in_four_bits(MatMulNBitsQuantizer, model, others, source.name), destination, EXTERNAL_ABOVE)
+    save(_by_onnxruntime(MatMulNBitsQuantizer, bits, model, others, source.name), destination, EXTERNAL_ABOVE)
     return WeightOnly(len(linears), kept)
 
 
@@ -309,7 +327,7 @@ def _blocks(edit: Edit, linear: Linear) -> str:
     return edit.once("DequantizeLinear", names, f"{base}/float", axis=0, block_size=block)
 
 
-def _in_four_bits(quantizer: Any, model: onnx.ModelProto, others: list[str], name: str) -> onnx.ModelProto:
+def _by_onnxruntime(quantizer: Any, bits: int, model: onnx.ModelProto, others: list[str], name: str) -> onnx.ModelProto:
     """Quantize all products but those named in `others` with a quantizer of ONNX Runtime.
 
     Raises:
@@ -317,10 +335,10 @@ def _in_four_bits(quantizer: Any, model: onnx.ModelProto, others: list[str], nam
     """
     try:
         with _quiet():
-            made = quantizer(model, bits=4, block_size=BLOCK, accuracy_level=ACCURACY_LEVEL, nodes_to_exclude=others)
+            made = quantizer(model, bits=bits, block_size=BLOCK, accuracy_level=ACCURACY_LEVEL, nodes_to_exclude=others)
             made.process()
     except Exception as error:  # the tools raise errors of NumPy, of onnx and their own
-        reason = f"ONNX Runtime's tools cannot quantize {name} to int4: {first_line(error)}"
+        reason = f"ONNX Runtime's tools cannot quantize {name} to int{bits}: {first_line(error)}"
         raise WeightOnlyError(f"{reason}; choose another precision.") from error
     quantized: onnx.ModelProto = made.model.model
     return quantized

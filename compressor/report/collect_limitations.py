@@ -296,7 +296,7 @@ def _saturating(precision: str, converted: Mapping[str, Converted], engine: Mapp
     deferred = engine.get("state") == "deferred"
     measured_here = deferred or str(engine.get("target")).startswith("onnxruntime")
     exact = deferred and _half_type(precision, converted) is not None
-    if not (precision.startswith("int8") and measured_here) or exact:
+    if not (precision in ("int8", "int8-dynamic") and measured_here) or exact:
         return
     from compressor.target.saturation import int8_saturates
 

@@ -40,7 +40,7 @@ def cells_of(reduced: str) -> tuple[str, ...]:
 
 
 def cell_precision(precision: str) -> str:
-    """Return the name of a precision in cells: static and dynamic int8 are both ``int8``.
+    """Return the name of a precision in cells: all forms of int8 are ``int8``.
 
     >>> cell_precision("int8-dynamic"), cell_precision("int4")
     ('int8', 'int4')

@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from compressor.target.registry import target_named
+
 if TYPE_CHECKING:
     from compressor.report.report import Report
 
 Json = Mapping[str, Any]
+INT8_DYNAMIC, WEIGHT_ONLY = "int8-dynamic", "int8-weight-only"
 
 
 def precision_notes(report: Report) -> Iterator[str]:
@@ -34,6 +37,8 @@ def precision_notes(report: Report) -> Iterator[str]:
             f"{precision} alone loses {loss.value:.2f} % on test data (95 % interval {loss.low:.2f} to "
             f"{loss.high:.2f}), above the limit of {limit:g} %."
         )
+    if exceeds_limit(report):
+        yield from _weight_only(report, precision)
     yield from _no_faster(report, precision)
 
 
@@ -72,6 +77,17 @@ def exceeds_limit(report: Report) -> bool:
     measured = None if report.quality is None else report.quality.lost_by_precision
     losses = (facts["loss"], None if measured is None else measured.value)
     return any(loss is not None and not loss <= limit for loss in losses)
+
+
+def _weight_only(report: Report, precision: str) -> Iterator[str]:
+    """Yield the remedy for a language model whose activations have no common scale in int8."""
+    if report.generation is None or precision not in ("int8", INT8_DYNAMIC):
+        return
+    if WEIGHT_ONLY in target_named(report.settings["target"]).precisions.get(report.settings["device"], ()):
+        yield (
+            f"A few activations of language models are thousands of times larger than the others, which {precision} "
+            f"rounds to nothing; --precision {WEIGHT_ONLY} gives each block of 32 a scale of its own."
+        )
 
 
 def _no_faster(report: Report, precision: str) -> Iterator[str]:

@@ -124,6 +124,8 @@ class Report:
         generation: of a language model with a KV cache, the numbers of `prompt` tokens and `new` tokens that `latency`
             covers, and the latency of each call: ``prompt`` (prefill) and ``token`` (decode with a cache of `behind`
             tokens).
+        image_tokens: the stages of ``--image-tokens``, the tokens that remain and the bytes of the cache; None without
+            any.
         exact: the ``multiply_adds`` of the unchanged model after exact rewrites (folding, removal of tokens that no
             output depends on), which the baseline lacks; None if they are not known.
         limitations: the features that this export lacks, and the assumptions that were made.
@@ -154,6 +156,7 @@ class Report:
     generation: dict[str, Any] | None = None
     limitations: tuple[Limitation, ...] = ()
     exact: dict[str, int] | None = None
+    image_tokens: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values; latencies hold every raw sample, in milliseconds."""

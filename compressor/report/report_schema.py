@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from compressor.choices import MOST_PIXELS, MOST_ROUNDS, MOST_ROWS, MOST_THREADS, MOST_TOKENS, PROBLEM_TYPES
+from compressor.choices import MOST_PIXELS, MOST_ROUNDS, MOST_ROWS, MOST_THREADS, MOST_TOKENS, PROBLEM_TYPES, RANKINGS
 from compressor.errors import FolderError
 from compressor.quality.metrics import LABEL_FREE, METRICS
 from compressor.report.report import REPORT
@@ -90,6 +90,7 @@ class BenchSettings(TypedDict):
     model: Text | None
     data: NotRequired[Text | None]
     cache: NotRequired[bool]
+    image_tokens: NotRequired[Text]
     max_length: NotRequired[Annotated[int, Field(ge=2, le=MOST_TOKENS)] | None]
     stride: NotRequired[Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None]
 
@@ -121,10 +122,20 @@ class Fractions(TypedDict):
     decision: NotRequired[Annotated[float, Field(ge=0, lt=1)]]
 
 
+@with_config(_EXACT)
+class Prompts(TypedDict):
+    """The classes of a model of images and texts, as texts."""
+
+    template: Text
+    class_names: list[Text]
+    class_names_from: Text
+
+
 @with_config(_KEPT)
 class Data(TypedDict):
     """The data of an export."""
 
+    prompts: NotRequired[Prompts | None]
     source: Text
     reading: Text
     random: bool
@@ -203,6 +214,7 @@ class Model(BenchModel):
     hub_id: NotRequired[Text | None]
     inputs: Annotated[list[Text], Field(min_length=1)]
     outputs: Annotated[list[Text], Field(min_length=1)]
+    text_length: NotRequired[Count | None]
     sites: list[Site]
 
 
@@ -495,6 +507,28 @@ class DeferredEngine(BenchEngine):
     parser: NotRequired[Parser | UnknownLayers]
 
 
+class _ImageStage(TypedDict):
+    block: Count
+    share: Annotated[float, Field(ge=0, le=1)]
+    tokens: TokenCount
+
+
+class _CacheBytes(TypedDict):
+    prompt: TokenCount
+    baseline: Count
+    result: Count
+
+
+@with_config(_EXACT)
+class ImageTokens(TypedDict):
+    """The stages at which image tokens are dropped, and the bytes of the cache behind the prompt."""
+
+    method: Annotated[str, _one_of(*RANKINGS)]
+    tokens: TokenCount
+    stages: list[_ImageStage]
+    cache: _CacheBytes
+
+
 @with_config(_KEPT)
 class DeferredReport(BenchReport):
     """A report of an export whose engine is built on a device."""
@@ -524,6 +558,7 @@ class DeferredReport(BenchReport):
     generation: Generation | None
     limitations: NotRequired[list[Limitation]]
     exact: NotRequired[Exact | None]
+    image_tokens: NotRequired[ImageTokens | None]
 
 
 def _fitting(report: DeferredReport) -> DeferredReport:

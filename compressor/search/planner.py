@@ -40,7 +40,7 @@ from passes.analysis.redundancy import Score, Scores
 from passes.base import PassError, apply
 from passes.graph.graph import Graph, Site
 from passes.plan.plan import Plan, with_action, with_token_merging
-from passes.plan.selection import choose, parse
+from passes.plan.selection import SCORED, choose, parse
 
 # Tokens of texts that sites are scored on. On SmolLM2-135M and WikiText-2, the rankings by 6,000 and 12,000 tokens have
 # a rank correlation of 0.9992 and 0.9995 with that by 61,636 tokens.
@@ -171,7 +171,7 @@ def _fixed_plan(
         return _replay(Path(settings.drop), subject.sites), {}, {}
     selection = parse(settings.drop)
     metric = None if selection.names else settings.metric
-    scores = score(subject, steps, bounds) if metric in ("cosine", "influence", "angular") else None
+    scores = score(subject, steps, bounds) if metric in SCORED else None
     samples = subject.data.calibration.head(settings.search_samples)
     effects = output_divergence(subject, samples, steps) if metric == "output" else None
     alone: dict[str, float] = {}

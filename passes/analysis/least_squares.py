@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from passes.analysis.redundancy import MASK, TARGETS, rows_of
+from passes.analysis.redundancy import MASK, rows_of, without_mask
 from passes.analysis.site_location import locate_site
 from passes.analysis.token_liveness import live_parts
 from passes.base import PassError, over_batches
 from passes.execute.interpreter import PartialRun
-from passes.graph.graph import Graph, Site, dependents_of
+from passes.graph.graph import Graph, Site
 
 if TYPE_CHECKING:
     from passes.analysis.slicing_rules import AxisRange
@@ -276,7 +276,7 @@ class Sweep:
         self.read = {} if fit.all_tokens else live_parts(graph)
         self.dims = {site.name: site.channel_dim for site in fit.sites}
         self.roots = {site.name: site.root for site in fit.sites}
-        self.of_decoder = dependents_of(graph, TARGETS)
+        self.unmasked = without_mask(graph)
         self.sums: dict[tuple[str, str], list[Any]] = {}
         for name, place in self.places.items():
             for source in self.sources:
@@ -298,7 +298,7 @@ class Sweep:
         """
         original, current = self.before.run(feeds), self.now.run(feeds)
         for name, place in self.places.items():
-            mask = None if place.root in self.of_decoder else feeds.get(MASK)
+            mask = None if place.root in self.unmasked else feeds.get(MASK)
             without_branch = current[place.root] - current[place.branch]  # the trunk plus any parallel branches
             state_after = original[self.roots[name]]
             for source in self.sources:

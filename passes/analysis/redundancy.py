@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MASK = "attention_mask"
 TARGETS = ("decoder_input_ids",)  # inputs of a decoder beside an encoder, whose tokens `MASK` does not describe
+IMAGES, TOKENS = ("pixel_values",), ("input_ids",)
 MATRIX = 2  # number of axes of a matrix
 
 
@@ -122,6 +123,21 @@ class Scores:
         """Return the mean cosine similarity of every pair of states, [states, states]; NaN where shapes differ."""
         return self.similarity / torch.where(self.tokens > 0, self.tokens, math.nan)
 
+    def similarity_of_all_tokens(self) -> torch.Tensor:
+        """Return `similarity_matrix`.
+
+        Raises:
+            PassError: the states were compared at the last tokens alone, as `Score` does with `room`.
+        """
+        compared, all_tokens = float(self.tokens.max()), max(moments.tokens for moments in self.sites.values())
+        if compared < all_tokens:
+            raise PassError(
+                f"the states of all blocks were compared at {compared:.0f} of {all_tokens} tokens, because they do not "
+                "fit into memory at once; choose the metric angular, which reads these tokens, or leave --max-memory "
+                "out."
+            )
+        return self.similarity_matrix()
+
     def angular_matrix(self) -> torch.Tensor:
         """Return the mean angular distance in [0, 1] of every pair of states; NaN where shapes differ."""
         return self.angular / torch.where(self.ends > 0, self.ends, math.nan)
@@ -176,7 +192,7 @@ class _Sweep:
         self.states = tuple(dict.fromkeys([*(site.trunk for site in sites), sites[-1].root]))
         self.dims = {site.trunk: site.channel_dim for site in sites} | {site.root: site.channel_dim for site in sites}
         self.ends = {members[-1].root: name for name, members in self.blocks.items()}
-        self.of_decoder = dependents_of(graph, TARGETS)
+        self.unmasked = without_mask(graph)
         branches = {site.branch for site in sites if site.add != site.root}
         self.program = Program(graph, keep={*self.states, *self.ends, *branches}, outputs=())
         self.position = {node.name: position for position, node in enumerate(self.program.order)}
@@ -234,8 +250,8 @@ class _Sweep:
         return Scores(record.samples, record.sites, record.blocks, self.states, *self._pairs(values, record))
 
     def _mask(self, name: str, record: _BatchRecord) -> torch.Tensor | None:
-        """Return the padding mask of a state; None for a decoder beside an encoder, whose padding is not known."""
-        return None if name in self.of_decoder else record.mask
+        """Return the padding mask of a state; None for tokens that it does not describe."""
+        return None if name in self.unmasked else record.mask
 
     def _release(self, end: fx.Node, values: dict[fx.Node, Any], record: _BatchRecord) -> None:
         """Reduce the states of a finished block to the rows of the angular distance, unless they are still read."""
@@ -277,14 +293,23 @@ class _Sweep:
         groups: dict[tuple[tuple[int, ...], int, bool], list[int]] = {}
         for index in range(len(self.states)):
             value, dim = self._state(values, index)
-            of_decoder = self.states[index] in self.of_decoder
-            groups.setdefault((tuple(value.shape), dim, of_decoder), []).append(index)
+            unmasked = self.states[index] in self.unmasked
+            groups.setdefault((tuple(value.shape), dim, unmasked), []).append(index)
         return list(groups.values())
 
     def _state(self, values: dict[fx.Node, Any], index: int) -> tuple[torch.Tensor, int]:
         """Return a state and its feature axis, which is the last one for states that were reduced to rows."""
         value = values[self.nodes[self.states[index]]]
         return value, min(self.dims[self.states[index]], value.ndim - 1)
+
+
+def without_mask(graph: Graph) -> frozenset[str]:
+    """Return the names of the nodes whose tokens `MASK` does not describe.
+
+    They are the tokens of a decoder beside an encoder, and the patches of images beside a tower of texts.
+    """
+    of_images = dependents_of(graph, IMAGES) - dependents_of(graph, TOKENS)
+    return dependents_of(graph, TARGETS) | of_images
 
 
 def output_mask(feeds: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from passes.graph.graph import ASSERTIONS, VIEWS, Graph, GraphError, aten, live_nodes, resolve_dropped_adds, value_of
+from passes.graph.graph import (
+    ASSERTIONS,
+    VIEWS,
+    Graph,
+    GraphError,
+    aten,
+    live_nodes,
+    output_values,
+    resolve_dropped_adds,
+    value_of,
+)
 from passes.torch_internals import fake_mode, hint, new_symbolic_size, registries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from passes.graph.graph import Site
     from passes.torch_internals import FakeTensorMode
@@ -51,6 +61,82 @@ def insert_call(
         node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
     propagate_fake_value(graph, node)
     return node
+
+
+def insert_call_of_value(graph: Graph, target: Callable[..., Any], *args: Any, value: Any, before: fx.Node) -> fx.Node:
+    """Insert a call of an operator before a node, with a given traced value.
+
+    For operators whose sizes depend on the elements of their inputs: torch can derive no size of such a value.
+
+    Args:
+        graph: graph to edit.
+        target: ATen operator.
+        args: positional arguments; nodes among them must precede `before`.
+        value: the traced value, of the mode of the graph.
+        before: node that follows the new one, which takes over its module path.
+    """
+    with graph.module.graph.inserting_before(before):
+        node = graph.module.graph.call_function(target, args)
+    if "nn_module_stack" in before.meta:
+        node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
+    node.meta["val"] = value
+    return node
+
+
+def insert_input(graph: Graph, name: str, like: fx.Node, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+    """Insert an input after the others, with the given sizes, and add its name to those of the graph.
+
+    Args:
+        graph: graph to edit.
+        name: name of the input.
+        like: node whose device and fake tensor mode its traced value has.
+        sizes: numbers or symbolic sizes.
+        dtype: type of its elements.
+    """
+    last = graph.placeholders()[-1]
+    with graph.module.graph.inserting_after(last):
+        node = graph.module.graph.placeholder(re.sub(r"\W", "_", name))
+    node.meta["val"] = empty_like(graph, like, sizes, dtype)
+    graph.inputs = (*graph.inputs, name)
+    graph.module.graph.set_codegen(fx.graph.CodeGen())  # that of torch.export expects the traced inputs
+    return node
+
+
+def empty_like(graph: Graph, like: fx.Node, sizes: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+    """Return a traced (fake) value with the given sizes, on the device of another value."""
+    mode = _mode(graph.module.graph)
+    assert mode is not None  # the inputs of a traced graph are fake tensors
+    with mode:
+        return torch.empty(list(sizes), dtype=dtype, device=value_of(like).device)
+
+
+def insert_output(graph: Graph, name: str, node: fx.Node) -> None:
+    """Add an output after the others."""
+    (output,) = [each for each in graph.nodes() if each.op == "output"]
+    output.args = ((*output_values(graph), node),)
+    graph.outputs = (*graph.outputs, name)
+    graph.module.graph.set_codegen(fx.graph.CodeGen())
+
+
+def resize(graph: Graph, node: fx.Node, axis: int, size: Any) -> None:
+    """Give an input another symbolic size along one axis; its readers keep their traced values."""
+    value = value_of(node)
+    sizes = [size if position == axis else each for position, each in enumerate(value.shape)]
+    node.meta["val"] = empty_like(graph, node, sizes, value.dtype)
+
+
+def new_size(graph: Graph, name: str, example: int) -> torch.SymInt:
+    """Return a symbolic size with a symbol of its own (see `resymbolize_size`)."""
+    mode = _mode(graph.module.graph)
+    assert mode is not None
+    size: torch.SymInt = new_symbolic_size(mode, example, name)
+    return size
+
+
+def move_before(nodes: Sequence[fx.Node], before: fx.Node) -> None:
+    """Move nodes in front of another one, in their order."""
+    for node in nodes:
+        before.prepend(node)
 
 
 def insert_constant(graph: Graph, name: str, tensor: torch.Tensor, *, before: fx.Node) -> fx.Node:
@@ -140,9 +226,11 @@ def replace_input(graph: Graph, reader: fx.Node, old: fx.Node, new: fx.Node) -> 
     reader.replace_input_with(old, new)
 
 
-def set_arguments(graph: Graph, node: fx.Node, *args: Any) -> None:
-    """Replace the positional arguments of a node and derive its traced value again."""
+def set_arguments(graph: Graph, node: fx.Node, *args: Any, options: Mapping[str, Any] | None = None) -> None:
+    """Replace the arguments of a node and derive its traced value again; without `options`, keyword arguments stay."""
     node.args = args
+    if options is not None:
+        node.kwargs = dict(options)
     propagate_fake_value(graph, node)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from passes.analysis.redundancy import Scores
     from passes.graph.graph import Site
 
-METRICS = ("cosine", "influence", "angular", "random", "reverse", "output")
+METRICS = ("cosine", "influence", "angular", "span", "random", "reverse", "output")
+SCORED = ("cosine", "influence", "angular", "span")  # metrics that read the scores of one sweep
 KINDS = ("attention", "cross_attention", "mlp", "block", "conv", "other")
 _COUNTED = re.compile(r"(?:(?P<kind>[a-z_]+):)?(?P<number>\d+)(?P<percent>%)?")
 
@@ -84,7 +85,7 @@ def choose(
         sites: all sites of the model, in order.
         metric: one of `METRICS`.
         model: name of the model to write into the plan.
-        scores: redundancy scores; required by ``cosine``, ``influence`` and ``angular``.
+        scores: redundancy scores; required by the metrics in `SCORED`.
         effect: function that measures the change of the model's output without each unit; required by ``output``.
         seed: seed of ``random``.
         action: action for the chosen units, see `with_action`.
@@ -92,7 +93,7 @@ def choose(
 
     Raises:
         PassError: a name or the metric is unknown, the selection exceeds the number of units, no span of this length
-            can be chosen (``angular``), or the metric lacks its scores or effects.
+            can be chosen (``angular`` and ``span``), or the metric lacks its scores or effects.
     """
     return with_action(_choose(selection, sites, metric, model, scores, effect, seed, fixed or {}), action)
 
@@ -113,8 +114,8 @@ def _choose(
     kept = {name: reason for name, reason in fixed.items() if name in units}
     count = _count(selection, units, kept)
     units = {name: members for name, members in units.items() if name not in kept}
-    if metric == "angular" and selection.unit in ("site", "block") and count and scores is not None:
-        inside, reasons = _closest_span(units, count, scores)
+    if metric in ("angular", "span") and selection.unit in ("site", "block") and count and scores is not None:
+        inside, reasons = _closest_span(units, count, scores, metric)
         return _plan(selection, sites, model, metric, units, inside, reasons, kept)
     values = _values(units, metric, scores, effect, seed)
     # NaN, the value of a block whose input and output differ in shape, goes last.
@@ -180,13 +181,17 @@ def _value_text(metric: str, value: float) -> str:
     return f"{1.0 - value if metric == 'cosine' else value:.4g}"
 
 
-def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -> tuple[list[str], dict[str, str]]:
-    """Return the `count` consecutive units with the least angular distance, and a reason for every unit.
+def _closest_span(
+    units: Mapping[str, list[Site]], count: int, scores: Scores, metric: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return the `count` consecutive units with the least distance, and a reason for every unit.
 
-    The distance is that between the input and the output of the span (Gromov et al. 2024). A span starts and ends at
-    states of the trunk, so it contains both or none of two branches that are added to the same state.
+    The distance is that between the input and the output of the span: for ``angular`` the angle, at the last token of a
+    text (Gromov et al. 2024), for ``span`` 1 - cosine over all tokens (ReplaceMe, Shopkhoev et al. 2025). A span starts
+    and ends at states of the trunk, so it contains both or none of two branches that are added to the same state.
     """
-    names, distances = list(units), scores.angular_matrix()
+    names = list(units)
+    distances = scores.angular_matrix() if metric == "angular" else 1.0 - scores.similarity_of_all_tokens()
     states = [scores.states.index(units[name][0].trunk) for name in names] + [len(scores.states) - 1]
     starts = [index for index in range(len(names) + 1) if index == 0 or states[index] != states[index - 1]]
     spans = [
@@ -201,7 +206,7 @@ def _closest_span(units: Mapping[str, list[Site]], count: int, scores: Scores) -
     distance, best = min(finite)
     inside = names[best : best + count]
     span = f"the closest of {len(finite)} spans of {count} ({distance:.4g})"
-    return inside, {name: f"angular: {'in' if name in inside else 'not in'} {span}" for name in names}
+    return inside, {name: f"{metric}: {'in' if name in inside else 'not in'} {span}" for name in names}
 
 
 def _by_name(selection: Selection, sites: Sequence[Site], model: str) -> Plan:

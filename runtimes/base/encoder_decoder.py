@@ -19,6 +19,7 @@ import numpy.typing as npt
 from runtimes.base.protocols import DTypes, Engine, Feeds, RuntimesError, Shapes
 
 ENCODER, DECODER, WITH_PAST = STEMS = ("encoder_model", "decoder_model", "decoder_with_past_model")
+MERGED = "decoder_model_merged"  # both files of the decoder in one, for other programs
 # Names in the files, and names in the graph that holds both towers.
 HIDDEN, ENCODER_HIDDEN, LAST_HIDDEN = "encoder_hidden_states", "encoder_last_hidden_state", "last_hidden_state"
 ENCODER_MASK, MASK = "encoder_attention_mask", "attention_mask"

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 DEVICES = ("cpu", "cuda")
 # The precision of an engine's matrix products. fp8 is E4M3 with scales as in int8; int8-dynamic computes activation
-# ranges at run time; int4 and int2 quantize only weights. All other operators compute in float: 16 bits for fp16 and
-# bf16, otherwise that of `Int8Style.rest`.
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int4", "int2")
+# ranges at run time; int8-weight-only, int4 and int2 quantize only weights. All other operators compute in float: 16
+# bits for fp16 and bf16, otherwise that of `Int8Style.rest`.
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int8-dynamic", "int8-weight-only", "int4", "int2")
 
 Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
 DTypes: TypeAlias = Mapping[str, "np.dtype[Any]"]

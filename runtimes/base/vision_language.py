@@ -179,14 +179,28 @@ def opened(parts: tuple[Path, Path, Path], load: Callable[[Path], Engine]) -> Vi
     facts = parts[0].with_name(FACTS)
     if not facts.is_file():
         raise RuntimesError(f"There is no {FACTS} beside {parts[0].name}; copy the whole folder of the export.")
-    try:
-        noted = parse(facts.read_bytes(), TypeAdapter(dict[str, int]))[IMAGE_TOKEN]
-    except (JsonTextError, KeyError) as error:
-        raise RuntimesError(f"{facts.name} does not note {IMAGE_TOKEN} ({error}); export the model again.") from error
+    image_token = _image_token(facts)
     with contextlib.ExitStack() as stack:
         vision, embed, decoder = (stack.enter_context(load(part)) for part in parts)
         stack.pop_all()
-    return VisionLanguageEngine(vision, embed, decoder, noted)
+    return VisionLanguageEngine(vision, embed, decoder, image_token)
+
+
+def _image_token(facts: Path) -> int:
+    """Return the id of the image token.
+
+    Raises:
+        RuntimesError: the file does not hold it.
+    """
+    try:
+        found = parse(facts.read_bytes(), TypeAdapter(dict[str, int]))
+    except JsonTextError as error:
+        raise RuntimesError(f"{FACTS} cannot be read ({error}); export the model again.") from error
+    if IMAGE_TOKEN not in found:
+        raise RuntimesError(
+            f"{FACTS} holds {', '.join(found) or 'nothing'}; expected {IMAGE_TOKEN}, the id of a token."
+        )
+    return found[IMAGE_TOKEN]
 
 
 def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_position: int = 0) -> npt.NDArray[np.int64]:

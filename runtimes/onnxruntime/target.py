@@ -41,7 +41,7 @@ devices = ("cpu", "cuda")
 source: Literal[".onnx"] = ".onnx"
 # The CUDA provider has no kernels for Q/DQ or dynamic quantization: it would compute the former in float and leave the
 # latter to the CPU. The CPU has few 16-bit kernels: it would compute in float and cast before and after.
-precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4", "int2"), "cuda": ("fp32", "fp16")}
+precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int8-weight-only", "int4", "int2"), "cuda": ("fp32", "fp16")}
 own = ()
 # The CPU kernels run a convolution in int8 only if its output is quantized too. uint8 activations lose less quality.
 int8 = Int8Style(activations="uint8", convolutions=False)

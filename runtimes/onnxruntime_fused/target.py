@@ -26,7 +26,7 @@ name = "onnxruntime_fused"
 description = "ONNX Runtime on the CPU with its own fused operators; writes model.fused.onnx"
 devices = ("cpu",)
 source: Literal[".onnx"] = ".onnx"
-precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int4", "int2")}
+precisions = {"cpu": ("fp32", "int8", "int8-dynamic", "int8-weight-only", "int4", "int2")}
 own = ()
 int8 = Int8Style(activations="uint8", convolutions=False)
 

@@ -171,6 +171,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
     not_in_sweep = {
         "drop",
         "metric",
+        "image_tokens",
         "confidence",
         "speedup",
         "latency",
@@ -182,6 +183,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         "defer_build",
         "gpu",
         "portable_engine",
+        "merge_decoder",
         "factorial",
     }
     assert set(fields) - set(sweep) == not_in_sweep
@@ -193,6 +195,7 @@ def test_the_api_takes_every_setting_with_the_same_default() -> None:
         ({}, "fp32"),
         ({"int8": "static"}, "int8"),
         ({"int8": "dynamic"}, "int8-dynamic"),
+        ({"int8": "weight-only"}, "int8-weight-only"),
         ({"precision": "int8", "int8": "static"}, "int8"),
         ({"precision": "int8-dynamic", "factorial": True}, "int8-dynamic"),
         ({"precision": "auto"}, "auto"),

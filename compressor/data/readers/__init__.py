@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from compressor.choices import ZERO_SHOT
 from compressor.data.readers.arrays import read_arrays
 from compressor.data.readers.audio.clips import read_clip_table, read_clips
 from compressor.data.readers.audio.decode import WAV
 from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
 from compressor.data.readers.image_text.captions import read_captions
+from compressor.data.readers.image_text.pairs import metadata_of
+from compressor.data.readers.image_text.prompts import read_prompts
 from compressor.data.readers.images import read_folder
 from compressor.data.readers.masks import images_beside, mask_folders, read_images_alone, read_masks
 from compressor.data.readers.random_inputs import random_samples
@@ -55,13 +59,15 @@ def read(spec: str, preprocess: Preprocess, *, task: str, seed: int, revision: s
 
 def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Samples:
     if preprocess.kind == "image-text":
-        return read_captions(path, spec, preprocess)
+        return read_prompts(path, spec, preprocess)
     if preprocess.kind == "video":
         return read_videos(path, spec, preprocess)
     if preprocess.kind == "audio":
         return read_clips(path, spec, preprocess, task)
     if task == "depth-estimation" and (images := images_beside(path)) is not None:
         return read_images_alone(images, spec, preprocess)
+    if task == ZERO_SHOT and (metadata := metadata_of(path)) is not None:
+        return read_captions(metadata, spec, preprocess)
     folders = mask_folders(path) if task == "image-segmentation" else None
     try:
         return read_folder(path, spec, preprocess) if folders is None else read_masks(*folders, spec, preprocess)
@@ -81,10 +87,11 @@ def _check_no_sound(path: Path, spec: str, preprocess: Preprocess) -> None:
 def _read_file(path: Path, spec: str, preprocess: Preprocess, task: str, seed: int) -> Samples:
     suffix = path.suffix.lower()
     if suffix in (".npy", ".npz"):
-        return read_arrays(path, spec, preprocess, task)
+        samples = read_arrays(path, spec, preprocess, task)
+        return replace(samples, has_texts=True) if task == ZERO_SHOT else samples
     if suffix == ".txt":
         return read_lines(path, spec, preprocess, task, seed)
-    if suffix in (".csv", ".tsv") and preprocess.kind == "audio":
+    if suffix in (".csv", ".tsv", ".jsonl") and preprocess.kind == "audio":
         return read_clip_table(path, spec, preprocess, task)
     if suffix in (".csv", ".tsv"):
         return read_table(path, spec, preprocess, task, seed)

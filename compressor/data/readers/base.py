@@ -94,6 +94,9 @@ class Samples:
         limitations: expected properties that the source lacks, and assumptions about it.
         findings: returns the limitations that were found while samples were decoded, such as scaled values.
         lengths: returns the numbers of tokens of the rows of each sample without truncation; None for other data.
+        at_once: least number of samples in a batch, if the split has as many: each batch computes the prompts of all
+            classes beside them.
+        has_texts: each image has a text of its own, whose tokens are among the feeds.
     """
 
     ids: tuple[str, ...]
@@ -116,6 +119,8 @@ class Samples:
     limitations: tuple[Limitation, ...] = ()
     findings: Callable[[], tuple[Limitation, ...]] = tuple
     lengths: Callable[[Sequence[int]], Sequence[Sequence[int]]] | None = None
+    at_once: int = 1
+    has_texts: bool = False
 
 
 SHOWN = 40  # characters of a wrong label in a message

@@ -122,7 +122,7 @@ def pictures(
 def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
     """Read an image folder: the sorted class folders are the class names; a flat folder has no labels."""
     found = find_files(folder, name, FILES)
-    source = pictures(name, found.ids, lambda index: _open(folder / found.ids[index]), preprocess)
+    source = pictures(name, found.ids, lambda index: open_image(folder / found.ids[index]), preprocess)
     return Samples(
         found.ids,
         source.feeds,
@@ -138,7 +138,7 @@ def read_folder(folder: Path, name: str, preprocess: Preprocess) -> Samples:
     )
 
 
-def _open(path: Path) -> Image.Image | Array:
+def open_image(path: Path) -> Image.Image | Array:
     """Open an image file, or read an array of a .npy file; Python objects in it are refused."""
     if path.suffix.lower() != ".npy":
         return Image.open(path)

@@ -32,6 +32,16 @@ def read_jsonl(path: Path, name: str, preprocess: Preprocess, task: str, seed: i
     Raises:
         DataError: a line is no JSON object, or the fields do not fit the task.
     """
+    records, ids = read_records(path, name)
+    return record_samples(records, ids, name, preprocess, task, seed)
+
+
+def read_records(path: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the JSON objects of a file with one per line, and their ids; empty lines are ignored.
+
+    Raises:
+        DataError: a line is no JSON object, or there is none.
+    """
     records, ids = [], []
     for row, line in enumerate(text_of(path, name).split("\n")):
         if not line.strip():
@@ -44,7 +54,13 @@ def read_jsonl(path: Path, name: str, preprocess: Preprocess, task: str, seed: i
         ids.append(str(row))
     if not records:
         raise DataError(f"{name} holds no samples; expected one JSON object per line")
-    return record_samples(records, ids, name, preprocess, task, seed)
+    return records, ids
+
+
+def table_of(records: Sequence[Record], ids: Sequence[str]) -> tuple[Table, list[str]]:
+    """Return the fields of records with text or numbers as a table, and the names of the others."""
+    nested = [field for field in _fields(records) if any(isinstance(each.get(field), list | dict) for each in records)]
+    return _table(records, ids, nested), nested
 
 
 def read_conll(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
@@ -221,8 +237,8 @@ def _plain(
     records: Sequence[Record], ids: Sequence[str], name: str, preprocess: Preprocess, task: str, seed: int
 ) -> Samples:
     """Return the samples of records as those of a table; fields with lists or objects are not read, which is said."""
-    nested = [field for field in _fields(records) if any(isinstance(each.get(field), list | dict) for each in records)]
-    samples = table_samples(_table(records, ids, nested), name, preprocess, task, seed)
+    table, nested = table_of(records, ids)
+    samples = table_samples(table, name, preprocess, task, seed)
     if not nested:
         return samples
     limitation = Limitation("fields of the data", f"{', '.join(nested)} not read, because they are lists or objects")

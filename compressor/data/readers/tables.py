@@ -7,7 +7,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -189,8 +189,10 @@ def _limitations(table: Table, columns: Columns, task: str) -> Iterator[Limitati
         yield Limitation("columns of the data", f"{titles} not read{also}")
 
 
-def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
+def parse(text: str, name: str, titles: Container[str] = NAMES) -> tuple[Table, tuple[Skipped, ...]]:
     """Parse the text of a file into a table; skip rows whose number of cells differs from that of most rows.
+
+    A first line with one of `titles` is a header.
 
     The separator is the comma, semicolon or tab that splits the lines most evenly. csv.Sniffer uses letter frequencies
     and may choose a letter of the texts as separator. Quotes enclose cells. In a tab-separated file in which they do
@@ -203,7 +205,7 @@ def parse(text: str, name: str) -> tuple[Table, tuple[Skipped, ...]]:
     if not lines:
         raise DataError(f"{name} holds no rows; expected texts with optional labels")
     width = _width(lines)
-    header = tuple(column_name(cell) for cell in lines[0]) if _is_header(lines, width) else ()
+    header = tuple(column_name(cell) for cell in lines[0]) if _is_header(lines, width, titles) else ()
     rows = list(enumerate(lines[1:] if header else lines))
     ragged = [
         Skipped(str(row), f"{len(cells)} columns, expected {width}") for row, cells in rows if len(cells) != width
@@ -294,13 +296,13 @@ def _width(lines: Sequence[Sequence[str]]) -> int:
     return Counter(len(cells) for cells in lines).most_common(1)[0][0]
 
 
-def _is_header(lines: Sequence[Sequence[str]], width: int) -> bool:
+def _is_header(lines: Sequence[Sequence[str]], width: int, titles: Container[str]) -> bool:
     first, rest = lines[0], [cells for cells in lines[1:] if len(cells) == width]
     if len(first) != width or any(_number(cell) is not None for cell in first):
         return False
     # A name that occurs again below the first line is a class label, not a title
     columns = list(zip(*rest, strict=True)) or [()] * width
-    if any(column_name(cell) in NAMES and cell not in columns[index] for index, cell in enumerate(first)):
+    if any(column_name(cell) in titles and cell not in columns[index] for index, cell in enumerate(first)):
         return True
     return bool(rest) and any(_are_numbers(column) for column in columns)
 

@@ -40,7 +40,7 @@ def save(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_ABOVE else None)
 
 
-def _order_of_input(value: ir.Value) -> tuple[int, str]:
+def order_of_input(value: ir.Value) -> tuple[int, str]:
     """Order inputs as Optimum expects them: the caches last, by layer; it feeds them by their positions."""
     name = str(value.name)
     return layer_of(name) if name.startswith(PAST) else (-1, "")
@@ -83,7 +83,7 @@ class Part:
             value.name = name
         own |= added
         self.graph.inputs.clear()
-        self.graph.inputs.extend(sorted(own.values(), key=_order_of_input))
+        self.graph.inputs.extend(sorted(own.values(), key=order_of_input))
         foreign = [value for name, value in before.items() if name not in inputs]
         self.replace(foreign, own)
         self._resize(foreign, own)

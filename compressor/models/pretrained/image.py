@@ -26,25 +26,25 @@ def wrap(loaded: Loaded) -> Model:
     module = loaded.module
     signature = signature_of(loaded.task, (INPUT,))
     processor = image_processor(loaded.location, loaded.options)
-    sized = _sized(module, signature.call, processor, loaded.image_size, loaded.location)
+    chosen = sized(module, signature.call, processor, loaded.image_size, loaded.location)
     return Model(
         **loaded.fields,
-        call=sized.call,
+        call=chosen.call,
         inputs=(INPUT,),
         outputs=signature.outputs,
         answer=signature.answer,
-        example=sized.sizing.example(_channels(module)),
-        dynamic_axes=sized.sizing.axes,
-        preprocess=_preprocess(module, sized.processor, sized.sizing),
-        save=partial(save, module, sized.processor, loaded.sentence_files),
-        sizes=sized.sizing.checked,
-        interpolates=sized.interpolates,
-        limitations=(*_limitations(module, sized), *other_inputs(module, (INPUT,))),
+        example=chosen.sizing.example(channels_of(module)),
+        dynamic_axes=chosen.sizing.axes,
+        preprocess=image_preprocess(module, chosen.processor, chosen.sizing),
+        save=partial(save, module, chosen.processor, loaded.sentence_files),
+        sizes=chosen.sizing.checked,
+        interpolates=chosen.interpolates,
+        limitations=(*image_limitations(module, chosen), *other_inputs(module, (INPUT,))),
         class_names=loaded.class_names,
     )
 
 
-def _limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
+def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
     """Yield the limitations of an image model."""
     if sized.processor is None:
         yield Limitation("preprocessing", "the model has no image processor, so the data must be preprocessed arrays")
@@ -61,7 +61,8 @@ def _vision_config(module: Any) -> Any:
     return getattr(module.config, "vision_config", module.config)
 
 
-def _channels(module: Any) -> int:
+def channels_of(module: Any) -> int:
+    """Return the number of channels of the images of a model."""
     return int(getattr(_vision_config(module), "num_channels", None) or IMAGE_DEFAULTS["num_channels"])
 
 
@@ -71,19 +72,20 @@ def _configured_size(module: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _sized(module: Any, call: Call, processor: Any, image_size: ImageSize, location: str) -> SizedModel:
+def sized(module: Any, call: Call, processor: Any, image_size: ImageSize, location: str) -> SizedModel:
     """Return the model at the requested size of images, or at that of its image processor."""
-    channels = _channels(module)
+    channels = channels_of(module)
     _, limits = fit_statistics(processor, channels)
-    sized = sized_model(module, call, processor, _configured_size(module), channels, image_size, location)
-    own = sized.limitations
+    found = sized_model(module, call, processor, _configured_size(module), channels, image_size, location)
+    own = found.limitations
     if getattr(_vision_config(module), "image_size", None) is None:  # there is no size that could differ
         own = tuple(limitation for limitation in own if limitation.feature != CONFIG_SIZE)
-    return replace(sized, limitations=(*own, *limits))
+    return replace(found, limitations=(*own, *limits))
 
 
-def _preprocess(module: Any, processor: Any, sizing: Sizing) -> Preprocess:
-    channels = _channels(module)
+def image_preprocess(module: Any, processor: Any, sizing: Sizing) -> Preprocess:
+    """Return what makes inputs of images; without an image processor, the data must be arrays."""
+    channels = channels_of(module)
     refused, _ = fit_statistics(processor, channels)
     convert = None if processor is None or refused else partial(pixels, processor)
     arrays = as_numpy(sizing.prepared(channels))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor.choices import CTC
+from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
 
 OUTPUTS = {
@@ -26,6 +26,7 @@ OUTPUTS = {
     "audio-frame-classification": ("logits",),
     CTC: ("logits",),
     "video-classification": ("logits",),
+    ZERO_SHOT: ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
 }
 OTHER_INPUTS = {
     "pixel_values": "images",

@@ -42,7 +42,7 @@ def wrap(loaded: Loaded) -> Model:
     if tokenizer is not None:
         sentence_transformers.prepare_tokenizer(tokenizer, loaded.sentence_files, location)
     _check_text_model(module, task, location)
-    inputs = _text_inputs(module, tokenizer, location)
+    inputs = text_inputs(module, tokenizer, location)
     signature = signature_of(task, inputs)
     longest = max_length(module, tokenizer, loaded.sentence_files)
     padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task)
@@ -109,7 +109,7 @@ def _check_text_model(module: Any, task: str, location: str) -> None:
         ) from error
 
 
-def _text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
+def text_inputs(module: Any, tokenizer: Any, location: str) -> tuple[str, ...]:
     """Return the names of the inputs that the tokenizer returns and the module uses.
 
     Raises:

@@ -30,20 +30,21 @@ SPECIAL = ("pad", "eos", "unk", "sep", "cls", "bos", "mask")  # in the order in 
 
 @dataclass(frozen=True)
 class Padding:
-    """Token id of the padding and the side on which rows are padded, ``right`` or ``left``."""
+    """Token id of the padding, the side on which rows are padded, ``right`` or ``left``, and the least length."""
 
     token: int
     side: str
+    least: int = 0
 
     def pad(self, rows: Rows, type_token: int = 0) -> dict[str, npt.NDArray[np.int64]]:
-        """Pad rows to the longest one.
+        """Pad rows to the longest one, or to the least length.
 
         Args:
             rows: one list of integers for each text, by input name.
             type_token: value of token_type_ids at padding.
 
         Returns:
-            int64 [rows, longest row] by input name; the attention mask is 0 at padding.
+            int64 [rows, longest row, or `least`] by input name; the attention mask is 0 at padding.
 
         >>> Padding(9, "right").pad({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]})["input_ids"].tolist()
         [[1, 2], [3, 9]]
@@ -52,7 +53,7 @@ class Padding:
         return {name: self._padded(values, fill.get(name, 0)) for name, values in rows.items()}
 
     def _padded(self, rows: Sequence[Sequence[int]], fill: int) -> npt.NDArray[np.int64]:
-        padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+        padded = np.full((len(rows), max(self.least, *map(len, rows))), fill, dtype=np.int64)
         for target, row in zip(padded, rows, strict=True):
             if len(row):
                 target[slice(0, len(row)) if self.side == RIGHT else slice(-len(row), None)] = row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.choices import CTC, VISION_LANGUAGE
+from compressor.choices import CTC, VISION_LANGUAGE, ZERO_SHOT
 from compressor.quality.heads.base import Head
 from compressor.quality.heads.depth import Depth
 from compressor.quality.heads.features import Features, SentenceEmbedding
@@ -35,6 +35,7 @@ HEADS: dict[str, Head] = {
     CTC: Frames(),
     "feature-extraction": Features(),
     "image-feature-extraction": Features(),
+    ZERO_SHOT: SingleClass(),  # the classes are texts
 }
 # The heads of the classification of images, texts and sound, by the problem type of the config.
 CLASSIFIERS: dict[str, Head] = {

@@ -104,11 +104,41 @@ class Vocabulary(TypedDict, total=False):
 
 
 @with_config(_OPEN)
+class TemplateToken(TypedDict):
+    """A special token in the template of tokenizer.json."""
+
+    id: str
+
+
+@with_config(_OPEN)
+class TemplatePiece(TypedDict, total=False):
+    """A part of the template of tokenizer.json: a special token, or the place of a text."""
+
+    SpecialToken: TemplateToken
+
+
+@with_config(_OPEN)
+class TemplateIds(TypedDict):
+    """The ids of a special token of the template of tokenizer.json."""
+
+    ids: list[int]
+
+
+@with_config(_OPEN)
+class PostProcessor(TypedDict, total=False):
+    """The part of tokenizer.json that adds special tokens to a text; only templates have these fields."""
+
+    single: list[TemplatePiece]
+    special_tokens: dict[str, TemplateIds]
+
+
+@with_config(_OPEN)
 class TokenizerFile(TypedDict, total=False):
     """tokenizer.json of the library tokenizers."""
 
     added_tokens: list[NumberedToken]
     model: Vocabulary
+    post_processor: PostProcessor | None
 
 
 @with_config(_OPEN)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.choices import CTC, ENCODER_DECODER_TASKS, VISION_LANGUAGE
+from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_LANGUAGE
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 
 EMBEDDING = "sentence_embedding"
+PER_IMAGE = "logits_per_image"
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+PROMPTS = 5  # of the classes, at most
 TOWERS = ("decoder", "encoder")  # whose tokens give the keys of a self-attention, and of a cross-attention
 VIDEOS = 5  # axes of a batch of videos
 FLOATS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
@@ -130,7 +133,9 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
             prompt=preprocessing_recipe.prompt(folder) if EMBEDDING in model["outputs"] else "",
             cached=cached,
             inputs=model["inputs"],
-            arrays={} if picture or tokenizer or cached else _arrays(content, folder),
+            arrays=_unprepared(content, folder, picture is not None, tokenizer is not None, cached),
+            prompts=_prompts(content),
+            padded=model.get("text_length"),
             output=answer(model["outputs"]),
             start=preprocessing_recipe.start(folder),
             ends=preprocessing_recipe.ends(folder),
@@ -140,6 +145,30 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
     packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
     prepared = picture is not None or tokenizer is not None or not _prepares(content)
     return Loader(text.strip(), packages, runtime, _remarks(content, runtime, cached, prepared))
+
+
+def _two_towers(content: Json) -> bool:
+    return PER_IMAGE in content["model"]["outputs"]
+
+
+def _prompts(content: Json) -> list[str]:
+    """Return the first prompts of the classes of a model of images and texts, or two texts; empty for other models."""
+    if not _two_towers(content):
+        return []
+    found = content["data"].get("prompts")
+    if found is None:
+        return ["a photo of a cat", "a photo of a dog"]
+    return [found["template"].replace(TEMPLATE_GAP, name) for name in found["class_names"][:PROMPTS]]
+
+
+def _unprepared(
+    content: Json, folder: Path, pictures: bool, texts: bool, cached: bool
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the inputs that the snippet does not prepare, with their shapes and types."""
+    if not _two_towers(content):
+        return {} if pictures or texts or cached else _arrays(content, folder)
+    done = (*(["pixel_values"] if pictures else []), *(TOKENS if texts else []))
+    return {name: array for name, array in _arrays(content, folder).items() if name not in done}
 
 
 def _encoder_decoder(content: Json, folder: Path) -> Loader:
@@ -156,7 +185,7 @@ def _encoder_decoder(content: Json, folder: Path) -> Loader:
             hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
             tokenizer=tokenizer,
             frames=frames,
-            prompt=preprocessing_recipe.decoder_prompt(folder),
+            prompt=(preprocessing_recipe.transcript_prompt if frames else preprocessing_recipe.decoder_prompt)(folder),
             ends=preprocessing_recipe.ends(folder),
         )
     )
@@ -171,6 +200,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
     """Return the snippet for the files of a vision-language model: a greedy loop for one image and a text."""
     runtime, timed = str(content["settings"]["target"]), content["timed_inputs"]
     processor = preprocessing_recipe.processes_images_and_texts(folder)
+    indices = any(name.endswith(".tokens") for name in content["engine"]["inputs"])  # those of --image-tokens
     text = (
         templates()
         .get_template("load_vision_language.py.j2")
@@ -182,6 +212,7 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             image_token=preprocessing_recipe.image_token(folder),
             image_tokens=content["generation"]["images"],
             arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
+            indices=indices,
             ends=preprocessing_recipe.ends(folder),
         )
     )
@@ -189,7 +220,13 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         "Generation is greedy and uses the cache: the vision encoder runs once, and each new token is one call of the "
         "embeddings and of the decoder."
     ]
-    if runtime == "onnxruntime":
+    if indices:
+        remarks.append(
+            "The decoder drops image tokens from its prompt. It reads `input_ids` to know them, and each cache of "
+            "fewer tokens comes with the indices of its tokens, which go from output to input as the cache does; "
+            "loops of other libraries do not pass them on."
+        )
+    elif runtime == "onnxruntime":
         remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
     packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))
     return Loader(text.strip(), packages, runtime, tuple(remarks))
@@ -370,6 +407,11 @@ def _remarks(content: Json, runtime: str, cached: bool, prepared: bool) -> tuple
         remarks.append(
             "The code prints the first token of each answer; `end_logits` give the last. Encode a question with its "
             "context as a pair."
+        )
+    if _two_towers(content):
+        remarks.append(
+            "`vision_model.onnx` and `text_model.onnx` hold the towers alone, under the names of transformers.js; "
+            "their features are not divided by their norm."
         )
     if not prepared and cached:
         remarks.append("The folder holds no tokenizer that this code can read, so it takes token ids.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from compressor.choices import CTC, ENCODER_DECODER_TASKS
+from compressor.choices import CTC, ENCODER_DECODER_TASKS, ZERO_SHOT
 from compressor.limitations import Limitation
 from compressor.quality.metrics import EXPECTED_LOSS, LABEL_FREE, METRICS
 from compressor.report import exact_rewrites
@@ -48,6 +48,7 @@ USES = {
     "audio-frame-classification": "classifies the frames of sound",
     CTC: "transcribes speech",
     "video-classification": "classifies videos",
+    ZERO_SHOT: "compares images with texts, such as the names of classes",
     "image-text-to-text": "generates text from an image and a text",
 }
 ANEW = (
@@ -60,13 +61,15 @@ MEANINGS = {
     "fp8": "Weights and the activations they multiply are fp8 (E4M3), with activation scales from calibration data.",
     "int8": "Weights and the activations they multiply are int8, with activation ranges from calibration data.",
     "int8-dynamic": "Weights and the activations they multiply are int8, with activation ranges computed at run time.",
+    "int8-weight-only": "Weights are int8, with a scale per block; so are the activations they multiply, at run time.",
     "int4": "Weights are int4, with a scale per block; the activations they multiply are rounded to int8 at run time.",
     "int2": "Weights are int2 (-2, -1, 0 or 1 times the scale of a block of 32), and need ONNX Runtime 1.27 or newer.",
 }
 STORED = {
     "fp16": "Matrices are stored as F16.",
     "int8": "Matrices are stored as Q8_0 (8 bits, with a scale for each 32 values).",
-    "int4": "Matrices are stored as Q4_0 (4 bits, with a scale for each 32 values), embedding and head as Q8_0.",
+    "int4": "Matrices are stored as Q4_0 (4 bits, with a scale for each 32 values) or, where far closer, as Q4_1 (with "
+    "an offset too), embedding and head as Q8_0.",
 }
 CLASSES = 10  # classes that the card names
 INT4_IN_FP16 = "Weights are int4, with a scale per block; products compute in fp16, normalisation and softmax in fp32."
@@ -362,7 +365,7 @@ def _limits(content: Json) -> Iterator[str]:
         )
         if METRICS[quality["metric"]].compares:
             yield "No labels were used: the figure is the closeness to the original model, not the accuracy."
-    if settings["precision"].startswith("int8"):
+    if settings["precision"] in ("int8", "int8-dynamic"):
         yield INT8
     if settings["target"] == "onnxruntime" or content["engine"].get("state") == "deferred":
         yield "The ONNX file contains no preprocessing: preprocess its inputs as for the original model."

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def tokenizer(folder: Path) -> Tokenizer | None:
     if not content:
         return None
     stated = [options.get("model_max_length"), config.get("max_position_embeddings")]
+    stated.append((config.get("text_config") or {}).get("max_position_embeddings"))
     stated.append(read_config(folder, "sentence_bert_config.json").get("max_seq_length"))
     longest = int(min((limit for limit in stated if limit is not None and limit > 0), default=LONGEST))
     # A tokenizer without a padding token pads with the end-of-text token.
@@ -120,6 +122,20 @@ def decoder_prompt(folder: Path) -> list[int]:
         stated = (read_config(folder, name).get(key) for name in ("generation_config.json", "config.json"))
         found.append(next((token for token in stated if isinstance(token, int)), None))
     return [token for token in found if token is not None]
+
+
+def transcript_prompt(folder: Path) -> list[int]:
+    """Return the start token of a decoder of speech, and those of language and task behind it.
+
+    The tokenizer of Whisper puts them before a text; without one, only the start token is known.
+    """
+    found = decoder_prompt(folder)
+    template = read_config(folder, "tokenizer.json").get("post_processor") or {}
+    before = takewhile(lambda piece: "SpecialToken" in piece, template.get("single", ()))
+    listed = template.get("special_tokens", {})
+    names = [piece["SpecialToken"]["id"] for piece in before]
+    prompt = [token for name in names if name in listed for token in listed[name]["ids"]]
+    return prompt if found and prompt[:1] == found[:1] else found
 
 
 def processes_images_and_texts(folder: Path) -> bool:

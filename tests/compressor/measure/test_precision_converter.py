@@ -92,7 +92,7 @@ def test_the_conversion_uses_the_calibration_and_runs_once_for_a_file(tmp_path: 
     assert not source.path.exists()
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "int8-weight-only", "int4"])
 def test_a_file_that_the_full_checker_rejects_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:

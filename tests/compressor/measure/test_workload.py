@@ -80,9 +80,8 @@ def test_the_default_generation_is_as_long_as_the_positions_allow(subject):
     assert generation_lengths(settings(generate="9:3"), subject.model) == GenerationLengths(9, 3)
     assert GenerationLengths(9, 3).behind == 10
     assert generation_lengths(settings(generate="32:0"), subject.model) == GenerationLengths(32, 0)
-    endless = SimpleNamespace(
-        state=subject.model.state, module=None, is_encoder_decoder=False, is_vision_language=False
-    )
+    one = {"is_encoder_decoder": False, "is_vision_language": False, "has_two_towers": False}
+    endless = SimpleNamespace(state=subject.model.state, module=None, **one)
     assert generation_lengths(settings(), endless) == GenerationLengths(128, 128)
     assert generation_lengths(settings(defer_build=True), endless) == GenerationLengths(128, 0)
 
@@ -90,7 +89,9 @@ def test_the_default_generation_is_as_long_as_the_positions_allow(subject):
 def test_a_generation_that_does_not_fit_is_refused(subject):
     with pytest.raises(SettingsError, match=r"--generate 30:3 does not fit .* 32 positions"):
         generation_lengths(settings(generate="30:3"), subject.model)
-    picture = SimpleNamespace(state={}, name="vit", task="image-classification", is_encoder_decoder=False)
+    picture = SimpleNamespace(
+        state={}, name="vit", task="image-classification", is_encoder_decoder=False, has_two_towers=False
+    )
     assert generation_lengths(settings(), picture) is None
     with pytest.raises(SettingsError, match="vit does image-classification"):
         generation_lengths(settings(generate="8:8"), picture)

@@ -310,3 +310,16 @@ def test_a_model_whose_own_size_is_no_multiple_of_its_patch_is_a_limitation(tmp_
         timm.models.save_for_hf(module, tmp_path, model_args=sizes)
         used = f"{side} x {side} pixels, only the first {side // patch * patch} x {side // patch * patch}"
     assert limits(models.load(tmp_path))["pixels at the edge"].startswith(f"of {used} change the output; ")
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "efficientvit_m0"])
+def test_a_module_that_keeps_tensors_of_a_call_computes_as_before(name):
+    """Both keep relative positions, in a buffer and in a dict; a call with shapes alone must not replace them."""
+    model = models.load(name, random_weights=True)
+    images = torch.rand(1, *model.example[model.inputs[0]].shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (found,) = model.call(model.module, images)
+    expected = timm.create_model(name).eval()
+    expected.load_state_dict(model.module.state_dict())
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, expected(images))

@@ -34,8 +34,9 @@ def sources(shared):
 def exported(shared, sources):
     folder = shared / "small"
     report = export(
-        str(saved("bart", shared)), data=str(sources), drop=",".join(DROPPED["bart"]), output=str(folder), rounds=2
-    )
+        str(saved("bart", shared)), data=str(sources), drop=",".join(DROPPED["bart"]), output=str(folder), rounds=2,
+        merge_decoder=True,
+    )  # fmt: skip
     return folder, report.to_dict()
 
 
@@ -43,6 +44,7 @@ def test_the_folder_holds_the_files_of_both_towers(exported):
     folder, report = exported
     files = {path.name for path in folder.iterdir()}
     assert FILES | {"config.json", "generation_config.json", "tokenizer.json"} <= files
+    assert "decoder_model_merged.onnx" in files
     assert "model.onnx" not in files
     assert report["engine"]["file"] == "encoder_model.onnx"
     assert report["sizes"]["result"]["bytes"] == sum((folder / name).stat().st_size for name in FILES)
@@ -104,9 +106,9 @@ def test_bench_needs_targets_or_the_original(exported, sources, tmp_path):
         ),
         ({"target": "transformers"}, "--target transformers takes one file"),
         ({"defer_build": True}, "--defer-build takes one file for each engine; leave --defer-build out"),
-        ({"factorial": True, "precision": "int8"}, "--factorial takes one file for each engine; leave --factorial out"),
         ({"generate": "65:4"}, "--generate 65:4 does not fit bart, which takes sources of 64 and targets of 64 tokens"),
         ({"cache": False}, "--no-cache is for causal language models"),
+        ({"target": "openvino", "merge_decoder": True}, "which merges ONNX files of an encoder-decoder, but target"),
     ],
 )
 def test_what_the_files_do_not_take_is_refused(options, reason, shared, tmp_path):
@@ -120,6 +122,24 @@ def test_the_length_of_speech_is_fixed(shared, tmp_path):
         SettingsError, match="gives a source of 10, but whisper reads 40 frames of sound at a time; give 40:4"
     ):
         export(str(saved("whisper", shared)), data="random", drop="none", generate="10:4", output=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_every_cell_of_a_factorial_has_its_three_files(target, shared, sources, tmp_path):
+    precision = "int8-dynamic" if target == "onnxruntime" else "int8"
+    report = export(
+        str(saved("bart", shared)), data=str(sources), drop="attention:1", precision=precision, factorial=True,
+        output=str(tmp_path / "out"), rounds=1, target=target,
+    ).to_dict()  # fmt: skip
+    cells = report["factorial"]["cells"]
+    assert cells.pop("compressed int8")["file"] == "encoder_model.onnx"
+    for name, cell in cells.items():
+        encoder = tmp_path / "out" / cell["file"]
+        assert cell["file"] == f"factorial/{name.replace(' ', '.')}/encoder_model.onnx"
+        assert {path.name for path in encoder.parent.iterdir()} == FILES
+    sizes = [sum(path.stat().st_size for path in (tmp_path / "out" / cell["file"]).parent.iterdir())
+             for cell in (cells["dense float"], cells["compressed float"], cells["dense int8"])]  # fmt: skip
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.slow

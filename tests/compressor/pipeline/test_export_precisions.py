@@ -58,12 +58,14 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return common | {"drop": "none", "rounds": 1, "task": "image-classification", "output": tmp_path / "out"}
 
 
-@pytest.mark.parametrize(("precision", "by"), [("int4", "onnxruntime"), ("int2", "compressor")])
+@pytest.mark.parametrize(
+    ("precision", "by"), [("int8-weight-only", "onnxruntime"), ("int4", "onnxruntime"), ("int2", "compressor")]
+)
 def test_an_export_has_weights_of_few_bits(subject: dict[str, Any], tmp_path: Path, precision: str, by: str) -> None:
     report = compressor.export(**subject, precision=precision, max_precision_loss=100.0)
     assert count(tmp_path / "out" / "model.onnx", "MatMulNBits") == 3
     assert (report.precision["result"]["precision"], report.precision["result"]["by"]) == (precision, by)
-    assert f"Weights are {precision}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"Weights are {precision.removesuffix('-weight-only')}" in (tmp_path / "out" / "README.md").read_text()
     assert report.precision["result"]["loss"] > 0
     assert list(report.latency) == ["original", "baseline", "result"]
 

@@ -29,6 +29,7 @@ REFUSED = [
     ({"drop": "plan.json", "actions": "linear"}, "found --actions linear, but --drop plan.json chooses no action"),
     ({"drop": "none", "workers": 2}, "found --workers 2, whose processes choose a plan or fit maps, with --drop none"),
     ({"drop": "blocks.1.mlp", "ray": "auto"}, "found --ray auto, whose processes choose a plan"),
+    ({"target": "openvino", "merge_decoder": True}, "found --merge-decoder, which merges ONNX files of an encoder-"),
     ({"target": "tensorrt", "threads": 2}, "found --threads 2, but engines of tensorrt run on the GPU; choose another"),
 ]
 USED: list[dict[str, Any]] = [
@@ -45,6 +46,7 @@ USED: list[dict[str, Any]] = [
     {"drop": "blocks.1.mlp", "actions": "linear", "workers": 2},
     {"drop": "4", "ray": "auto"},
     {"target": "tensorrt", "threads": 2, "defer_build": True},
+    {"merge_decoder": True},
 ]
 
 

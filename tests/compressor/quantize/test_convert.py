@@ -32,6 +32,7 @@ def converted(path: Path, precision: str, style: Int8Style = CPU, **options: Any
         ("fp16", OURS, "Cast", 2),
         ("int8", OURS, "QuantizeLinear", 2),
         ("int8-dynamic", OURS, "MatMulInteger", 2),
+        ("int8-weight-only", "onnxruntime", "MatMulNBits", 2),
         ("int4", "onnxruntime", "MatMulNBits", 2),
         ("int2", OURS, "MatMulNBits", 2),
     ],
@@ -48,7 +49,7 @@ def test_each_precision_is_written_and_measured(tmp_path: Path, precision: str, 
     assert (facts.precision, facts.by, facts.loss, facts.tried) == (precision, by, 0.05, ())
     assert measured == [tmp_path / "out.onnx"]
     assert count(measured[0], op) == nodes
-    assert (facts.quantized is None) == precision.startswith(("fp", "int4", "int2"))
+    assert (facts.quantized is None) == precision.startswith(("fp", "int8-weight-only", "int4", "int2"))
     exact, low = run(path, x)[0], run(measured[0], x)[0]
     # The error of 4 bits is about a tenth of a weight, that of 2 bits a third to a half; that of 8 bits 0.09 where sums
     # of products saturate at 16 bits.

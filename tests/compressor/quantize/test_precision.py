@@ -42,7 +42,7 @@ def test_error_names_the_targets_with_the_precision() -> None:
     others = [name for name in targets() if "bf16" in runtime(name).precisions.get("cpu", ())]
     assert "openvino" in others
     assert str(caught.value) == (
-        "target onnxruntime has no bf16 on cpu; it has fp32, int8, int8-dynamic, int4, int2 there; "
+        "target onnxruntime has no bf16 on cpu; it has fp32, int8, int8-dynamic, int8-weight-only, int4, int2 there; "
         f"bf16 on cpu needs --target {' or '.join(others)}."
     )
     with pytest.raises(PrecisionError, match=r"int4 on cpu needs --target (\w+ or )*onnxruntime"):
@@ -67,7 +67,7 @@ def test_unsupported_device_has_no_precision_except_fp32() -> None:
 
 
 def test_short_forms_map_to_precisions() -> None:
-    assert {form: SHORT_FORMS[form] for form in ("static", "dynamic")} == SHORT_FORMS
+    assert {form: SHORT_FORMS[form] for form in ("static", "dynamic", "weight-only")} == SHORT_FORMS
     assert set(SHORT_FORMS.values()) < set(PRECISIONS)
 
 

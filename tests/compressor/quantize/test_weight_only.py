@@ -1,9 +1,10 @@
-"""Tests of int4 and int2: the arithmetic against numpy, and the contents of the file."""
+"""Tests of int8, int4 and int2 weights: the arithmetic against numpy, and the contents of the file."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,18 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from compressor.errors import CompressorError
+from compressor.quantize.int8_search import quantize as quantize_int8
 from compressor.quantize.weight_only import (
     BLOCK,
     TERNARY,
     TWO_BITS,
+    WeightOnly,
     quantize_blocks,
     quantize_two_bits,
     to_int2,
     to_int4,
     to_int4_blocks,
+    to_int8,
 )
 from runtimes.base.protocols import BuildOptions
 from runtimes.onnxruntime import target
@@ -39,17 +43,21 @@ def quantized(path: Path) -> dict[str, onnx.NodeProto]:
     return {n.output[0]: n for n in nodes if n.op_type == "MatMulNBits" and n.domain == "com.microsoft"}
 
 
+def unpacked(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    return values if bits == 8 else np.stack([values & 15, values >> 4], axis=-1)
+
+
 def dequantized(path: Path, product: onnx.NodeProto) -> tuple[Doubles, Doubles]:
-    """Decode the [K, N] weight of a product from its 4 bits, scales and zero points; return it and the steps."""
+    """Decode the [K, N] weight of a product from its 8 or 4 bits, scales and zero points; return it and the steps."""
     values = initializers(path)
     sizes = {attribute.name: attribute.i for attribute in product.attribute}
     packed, scale = values[product.input[1]], values[product.input[2]]
-    assert (sizes["bits"], sizes["block_size"], packed.dtype) == (4, BLOCK, np.uint8)
+    bits = sizes["bits"]
+    assert (sizes["block_size"], packed.dtype) == (BLOCK, np.uint8)
     blocks = -(-sizes["K"] // BLOCK)
-    assert packed.size == sizes["N"] * blocks * BLOCK // 2  # two weights in a byte
-    levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(sizes["N"], blocks, BLOCK)
-    zeros = values[product.input[3]].reshape(sizes["N"], -1)
-    zero = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(sizes["N"], -1)[:, :blocks]
+    assert packed.size == sizes["N"] * blocks * BLOCK * bits // 8  # four bits: two weights in a byte
+    levels = unpacked(packed, bits).reshape(sizes["N"], blocks, BLOCK)
+    zero = unpacked(values[product.input[3]].reshape(sizes["N"], -1), bits).reshape(sizes["N"], -1)[:, :blocks]
     step = np.repeat(scale.reshape(sizes["N"], blocks, 1).astype(np.float64), BLOCK, axis=2)
     weight = (levels - zero[..., None].astype(np.float64)) * step
     return tuple(part.reshape(sizes["N"], -1)[:, : sizes["K"]].T for part in (weight, step))  # type: ignore[return-value]
@@ -67,7 +75,10 @@ def rounding(x: Doubles, weight: Doubles) -> Doubles:
 
 
 @pytest.mark.parametrize("width", [K, 3 * K, 48])
-def test_product_equals_numpy_with_the_rounded_weight(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("quantize", "bits"), [(to_int8, 8), (to_int4, 4)])
+def test_product_equals_numpy_with_the_rounded_weight(
+    tmp_path: Path, width: int, quantize: Callable[[Path, Path], WeightOnly], bits: int
+) -> None:
     """Some widths leave the last block partly filled."""
     nodes = [
         node("MatMul", ["x", "spread"], "wide"),
@@ -76,7 +87,7 @@ def test_product_equals_numpy_with_the_rounded_weight(tmp_path: Path, width: int
     ]
     weights = {"spread": normal(K, width, seed=1), "w": normal(width, H, seed=2), "b": normal(H, seed=3)}
     path, x = save(tmp_path / "f.onnx", nodes, weights, ["y", "wide"]), normal(2, 5, K)
-    assert to_int4(path, tmp_path / "q.onnx").nodes == 2
+    assert quantize(path, tmp_path / "q.onnx").nodes == 2
     y, wide = run(tmp_path / "q.onnx", x)
     products = quantized(tmp_path / "q.onnx")
     assert len(products) == 2
@@ -85,12 +96,28 @@ def test_product_equals_numpy_with_the_rounded_weight(tmp_path: Path, width: int
         (products["y0"], wide, y - weights["b"], weights["w"]),
     ):
         weight, step = dequantized(tmp_path / "q.onnx", product)
+        assert step.max() <= (np.ptp(np.append(original, 0.0)) / (2**bits - 1)) * (1 + FLOAT32)
         # Half a step, and another half from rounding of the zero point.
         assert (np.abs(weight - original) <= 1.001 * step).all()
         assert np.abs(weight - original).max() > 0
         expected = value.astype(np.float64) @ weight
         slack = rounding(value.astype(np.float64), weight) + FLOAT32 * (np.abs(value) @ np.abs(weight))
         assert (np.abs(output - expected) <= slack).all()
+
+
+def test_int8_weights_keep_what_a_massive_activation_hides_from_dynamic_int8(tmp_path: Path) -> None:
+    """One value of a token is 10,000 times the others, as in language models; the others still count."""
+    path, x = save(tmp_path / "f.onnx", [node("MatMul", ["x", "w"], "y")], {"w": normal(K, H)}, ["y"]), normal(2, 5, K)
+    x[0, 0, 0] = 1e4
+    exact = run(path, x)[0]
+    to_int8(path, tmp_path / "weights.onnx")
+    quantize_int8(path, tmp_path / "dynamic.onnx", lambda: iter([{"x": x}]), mode="dynamic", activations="uint8")
+    kept, hidden = (
+        np.linalg.norm((run(tmp_path / name, x)[0] - exact)[0, 1:]) / np.linalg.norm(exact[0, 1:])
+        for name in ("weights.onnx", "dynamic.onnx")
+    )
+    assert kept < 0.02
+    assert hidden > 0.5  # one scale for the whole tensor: the other tokens are rounded to zero
 
 
 def test_file_size_is_below_a_fifth(tmp_path: Path) -> None:

@@ -72,6 +72,22 @@ def test_an_exceeded_limit_is_a_sentence_and_a_row_of_the_table(made: Report, se
     assert limit_row(made) == ([row] if sentences else [])
 
 
+@pytest.mark.parametrize(("precision", "target"), [("int8", "onnxruntime"), ("int8-dynamic", "onnxruntime_fused")])
+def test_a_language_model_that_loses_much_in_int8_is_told_of_weight_only(precision: str, target: str) -> None:
+    def sentences(precision: str, target: str, generation: dict[str, int] | None, loss: float) -> list[str]:
+        made = of(loss, loss, precision=precision)
+        settings = made.settings | {"target": target, "device": "cpu"}
+        found = precision_notes(replace(made, settings=settings, generation=generation))
+        return [each for each in found if "--precision int8-weight-only" in each]
+
+    prompt = {"prompt": 8, "new": 8}
+    assert len(sentences(precision, target, prompt, 3.0)) == 1
+    assert sentences(precision, target, prompt, 0.1) == []
+    assert sentences(precision, target, None, 3.0) == []  # no language model
+    assert sentences(precision, "executorch", prompt, 3.0) == []  # it has no such precision
+    assert sentences("int4", target, prompt, 3.0) == []
+
+
 def test_a_precision_that_is_not_faster_is_a_sentence() -> None:
     made = of()
     slow = replace(made, latency=made.latency | {"baseline": Latency(((2.5,),))})

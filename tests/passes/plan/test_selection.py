@@ -1,5 +1,6 @@
 """Tests of every form of --drop, and of every metric on planted scores."""
 
+import dataclasses
 import json
 import math
 
@@ -143,6 +144,28 @@ def test_angular_takes_the_closest_span(text, inside):
     assert "(0.1)" in plan.decisions[0].reason
 
 
+@pytest.mark.parametrize(("text", "inside"), [("4", range(5, 9)), ("block:2", range(6, 10))])
+def test_span_takes_the_span_that_turns_all_tokens_least(text, inside):
+    """The angles at the last tokens are least elsewhere, as on paragraphs that all end in a full stop."""
+    count = len(SITES) + 1
+    similarity, distances = torch.full((2, count, count), 0.1, dtype=torch.float64)
+    similarity[inside[0], inside[-1] + 1] = 0.9
+    distances[0, 4] = 0.01
+    scores = scores_of(SITES, lambda _: 0.5, angular=distances, similarity=similarity)
+    plan = plan_for(text, "span", scores=scores)
+    assert plan.order == tuple(SITES[position].name for position in inside)
+    reasons = {decision.reason for decision in plan.decisions if decision.action != "keep"}
+    assert [reason.startswith("span: in the closest of") and "(0.1)" in reason for reason in reasons] == [True]
+    assert plan_for(text, "angular", scores=scores).order == tuple(site.name for site in SITES[:4])
+
+
+def test_span_needs_a_comparison_at_all_tokens():
+    scores = scores_of(SITES, lambda _: 0.5)
+    few = dataclasses.replace(scores, tokens=scores.tokens / 5)
+    with pytest.raises(PassError, match=r"compared at 2 of 10 tokens.*choose the metric angular"):
+        plan_for("4", "span", scores=few)
+
+
 def test_angular_ranks_one_kind_by_its_own_distances():
     scores = scores_of(SITES, lambda site: 0.5 + 0.01 * site.order)
     assert plan_for("mlp:2", "angular", scores=scores).order == ("b.5.mlp", "b.4.mlp")
@@ -213,6 +236,7 @@ def test_output_measures_the_effect_of_each_unit():
         ("output", "needs measured effects"),
         ("cosine", "needs scores"),
         ("angular", "needs scores"),
+        ("span", "needs scores"),
         ("taste", "unknown metric"),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from runtimes.base.protocols import RuntimesError
-from runtimes.base.vision_language import VisionLanguageEngine, merge, parts_of, past_of
+from runtimes.base.vision_language import FACTS, STEMS, VisionLanguageEngine, merge, opened, parts_of, past_of
 
 PLACEHOLDER, WIDTH = 9, 2
 
@@ -104,3 +104,19 @@ def test_other_files_have_no_parts(tmp_path):
     assert parts_of(tmp_path / "model.onnx") is None
     assert parts_of(tmp_path / "vision_encoder.onnx") is None
     assert past_of("present.3.value") == "past_key_values.3.value"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", r"vision_language\.json cannot be read \("),
+        ('{"image_token_id": "9"}', "cannot be read .*should be a valid integer"),
+        ("{}", "holds nothing; expected image_token_id, a token id"),
+        (None, r"There is no vision_language\.json beside"),
+    ],
+)
+def test_a_folder_without_the_image_token_is_refused(text, reason, tmp_path):
+    if text is not None:
+        (tmp_path / FACTS).write_text(text)
+    with pytest.raises(RuntimesError, match=reason):
+        opened(tuple(tmp_path / f"{stem}.onnx" for stem in STEMS), lambda path: pytest.fail(f"{path} was opened"))

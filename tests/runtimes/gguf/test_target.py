@@ -4,6 +4,7 @@ import gc
 
 import numpy as np
 import pytest
+import torch
 
 from runtimes.base.protocols import PAST, BuildError, BuildOptions, HoldsCache, RuntimesError, RuntimeUnavailable
 from runtimes.gguf import internals, target
@@ -133,6 +134,28 @@ def test_precisions_are_the_types_of_the_matrices(source, built, precision, loss
     with target.load(made, OPTIONS) as lower, target.load(built, OPTIONS) as whole:
         found, expected = (each.run(feeds())["logits"] for each in (lower, whole))
     assert np.linalg.norm(found - expected) < loss * np.linalg.norm(expected)
+
+
+def test_weights_that_were_rounded_to_four_bits_before_are_reproduced(tmp_path):
+    from dataclasses import replace
+
+    module, kinds = small(), {}
+    for number, (name, weight) in enumerate(module.model.layers.named_parameters()):
+        if weight.ndim > 1:
+            kind = gguf.GGMLQuantizationType[("Q4_0", "Q4_1")[number % 2]]
+            stored = gguf.quants.quantize(weight.detach().numpy(), kind)
+            weight.data.copy_(torch.from_numpy(gguf.quants.dequantize(stored, kind)))
+            kinds[name] = kind.name
+    path = written(tmp_path / "rounded.gguf", module)
+    made = target.build(path, tmp_path, replace(OPTIONS, precision="int4"))
+    before = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    found = [
+        tensor for tensor in gguf.GGUFReader(made).tensors if tensor.name.startswith("blk") and tensor.n_elements > 64
+    ]
+    for tensor in found:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_allclose(values, before[tensor.name], rtol=0, atol=2e-3 * np.abs(before[tensor.name]).max())
+    assert {tensor.tensor_type.name for tensor in found} == set(kinds.values())
 
 
 def test_metadata_survives_a_change_of_precision(source, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import starmap
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from compressor.data.readers.audio.decode import (
     limitations_of,
 )
 from compressor.data.readers.base import Array, Feeds, LabelKind, Progress, Samples, Skipped, Targets
-from compressor.data.readers.tables import CLASSES, Table, parse
+from compressor.data.readers.records import read_records, table_of
+from compressor.data.readers.tables import CLASSES, NAMES, Table, parse
 from compressor.data.readers.texts import text_of
 from compressor.errors import DataError
 from compressor.limitations import Limitation
@@ -34,7 +35,10 @@ CHUNK = 64  # clips decoded between two reports of progress
 KEPT = 512 * 1024**2  # bytes of decoded clips in memory; others are decoded again
 STEP = 0.02  # seconds in a frame, the usual unit of speech models: batches are bounded by their number
 PATHS = ("file", "path", "file_name", "filename", "audio", "wav")
+TRANSCRIPTS = ("transcription", "transcript", "text", "sentence", "normalized_text", "target")
 FRAMEWISE = (CTC, "audio-frame-classification")
+# The files in which the package datasets keeps what it knows of the clips of a folder (its "audiofolder").
+METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 @dataclass
@@ -126,11 +130,15 @@ class Clips:
 
 
 def read_clips(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
-    """Read a folder of sound files: sorted class folders are the class names; a flat folder has no labels.
+    """Read a folder of sound files, by its metadata file if it has one.
+
+    Without metadata, sorted class folders are the class names, and a flat folder has no labels.
 
     Raises:
         DataError: the folder holds no sound files, or the model has no feature extractor.
     """
+    if (metadata := _metadata(path, name)) is not None:
+        return read_clip_table(metadata, f"{name}/{metadata.name}", preprocess, task)
     kind = _kind()
     unread = next(
         (file for file in path.rglob("*") if file.suffix.lower() in OTHERS and not kind.holds(file.name)), None
@@ -147,18 +155,22 @@ def read_clips(path: Path, name: str, preprocess: Preprocess, task: str) -> Samp
 
 
 def read_clip_table(path: Path, name: str, preprocess: Preprocess, task: str) -> Samples:
-    """Read a .csv or .tsv file with a column of sound files, relative to it, and optionally one of classes.
+    """Read a table with a column of sound files, relative to it, and optionally one of classes or of transcripts.
+
+    A .jsonl file is a table whose columns are the fields of its objects.
 
     Raises:
         DataError: the table has no column of files, or the model has no feature extractor.
     """
-    table, ragged = parse(text_of(path, name), name)
+    table, skipped, nested = _table(path, name)
     column = next((table.header.index(title) for title in PATHS if title in table.header), None)
     if column is None:
         titles = ", ".join(table.header) or "none"
         raise DataError(
             f"{name} has the columns {titles}; expected a header with a column of sound files, {' or '.join(PATHS[:3])}"
         )
+    if preprocess.decoder is not None:
+        return _transcribed(table, column, path.parent, name, preprocess, skipped, nested)
     files = tuple(path.parent / cell.strip() for cell in table.column(column))
     label = next((table.header.index(title) for title in CLASSES if title in table.header), None)
     cells = None if label is None else [cell.strip() for cell in table.column(label)]
@@ -166,11 +178,68 @@ def read_clip_table(path: Path, name: str, preprocess: Preprocess, task: str) ->
     labels = None if cells is None else np.unique(cells, return_inverse=True)[1].astype(np.int64).reshape(-1)
     source = _clips(name, table.ids, files, preprocess)
     reading = f"table of sound files {table.title(column)}" + ("" if label is None else f", class {table.title(label)}")
-    return _samples(source, reading, labels, names, task, ragged, tuple(_unread(table, (column, label))))
+    limitations = tuple(_unread(table, (column, label), nested))
+    return _samples(source, reading, labels, names, task, skipped, limitations)
 
 
-def _unread(table: Table, read: Sequence[int | None]) -> Iterator[Limitation]:
+def _metadata(path: Path, name: str) -> Path | None:
+    """Return the metadata file of a folder; None if it has none.
+
+    Raises:
+        DataError: the metadata files are in folders below, or in a format that is not read.
+    """
+    found = next((path / file for file in METADATA if (path / file).is_file()), None)
+    if found is not None:
+        return found
+    if (path / "metadata.parquet").is_file():
+        raise DataError(f"{name} holds metadata.parquet, which is not read; convert it to metadata.csv")
+    below = next((file for entry in METADATA for file in path.glob(f"*/{entry}")), None)
+    if below is not None:
+        raise DataError(
+            f"{name} holds {below.relative_to(path)}, which describes a folder of its own; pass {name}/"
+            f"{below.parent.name}"
+        )
+    return None
+
+
+def _table(path: Path, name: str) -> tuple[Table, tuple[Skipped, ...], list[str]]:
+    """Return a table, its rows that cannot be read, and its fields that are lists or objects."""
+    if path.suffix.lower() == ".jsonl":
+        table, nested = table_of(*read_records(path, name))
+        return table, (), nested
+    table, ragged = parse(text_of(path, name), name, NAMES | {*PATHS, *TRANSCRIPTS})
+    return table, tuple(ragged), []
+
+
+def _transcribed(
+    table: Table,
+    column: int,
+    folder: Path,
+    name: str,
+    preprocess: Preprocess,
+    skipped: tuple[Skipped, ...],
+    nested: Sequence[str],
+) -> Samples:
+    """Return clips with the texts that the decoder is to write; rows without a text are skipped."""
+    spoken = next((table.header.index(title) for title in TRANSCRIPTS if title in table.header), None)
+    texts = [None if spoken is None else row[spoken].strip() for row in table.rows]
+    kept = [number for number, text in enumerate(texts) if text != ""]
+    empty = (Skipped(id, "its transcript is empty") for id, text in zip(table.ids, texts, strict=True) if text == "")
+    files = tuple(folder / table.rows[number][column].strip() for number in kept)
+    source = _clips(name, tuple(table.ids[number] for number in kept), files, preprocess)
+    reading = f"table of sound files {table.title(column)}"
+    limitations = tuple(_unread(table, (column, spoken), nested))
+    if spoken is None:
+        return _samples(source, reading, None, None, "", skipped, limitations)
+    samples = _samples(source, f"{reading}, transcript {table.title(spoken)}", None, None, "", skipped, limitations)
+    return replace(
+        samples, skipped=(*samples.skipped, *empty), target_texts=tuple(str(texts[number]) for number in kept)
+    )
+
+
+def _unread(table: Table, read: Sequence[int | None], nested: Sequence[str]) -> Iterator[Limitation]:
     titles = [table.title(index) for index in range(len(table.header)) if index not in read]
+    titles += map(repr, nested)
     if titles:
         yield Limitation("columns of the data", f"{', '.join(titles)} not read")
 
@@ -185,9 +254,10 @@ def _samples(
     limitations: tuple[Limitation, ...],
 ) -> Samples:
     """Return the samples of clips; classes of clips are no labels of their frames."""
-    framewise = task in FRAMEWISE
-    if framewise and labels is not None:
-        limit = Limitation("labels of the data", f"classes of clips are no labels for {task}; they are not read")
+    framewise, decoded = task in FRAMEWISE, source.preprocess.decoder is not None
+    if (framewise or decoded) and labels is not None:
+        reason = "classes of clips are no transcripts" if decoded else f"classes of clips are no labels for {task}"
+        limit = Limitation("labels of the data", f"{reason}; they are not read")
         labels, classes, limitations = None, None, (*limitations, limit)
     kind: LabelKind | None = None if labels is None else "class"
     counts = framewise and source.preprocess.frames is not None

@@ -1,1 +1,1 @@
-"""Readers of images with texts, for vision-language models."""
+"""Folders of images with a text for each, in the convention of ``datasets``: metadata.jsonl or metadata.csv."""

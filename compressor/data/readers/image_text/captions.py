@@ -1,255 +1,54 @@
-"""Reader of folders in the convention of ``imagefolder`` of Hugging Face Datasets: images, and their texts in a file.
-
-``metadata.jsonl`` holds a JSON object for each image, with ``file_name``, its path in the folder, and ``text``.
-"""
+"""Reader of images with a text each, for models that take both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
-from compressor.data.readers.base import Array, Feeds, Progress, Samples, Targets
-from compressor.data.readers.decode_image import BrokenImageError, Conversion, decode, limitations_of
-from compressor.data.readers.texts import text_of
-from compressor.data.readers.token_targets import IGNORED
-from compressor.data.sample_cache import Store
+from compressor.data.readers.base import Feeds, Samples
+from compressor.data.readers.image_text.pairs import Pairs, read_pairs
+from compressor.data.readers.images import open_image, pictures
 from compressor.errors import DataError
-from compressor.limitations import Limitation
-from compressor.models.base import first_line
 from compressor.models.preprocess import Preprocess
-from compressor.workspace.special_files import special_kind
-from runtimes.base.json_text import OBJECT, JsonTextError, parse
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-METADATA, FILE, TEXT = "metadata.jsonl", "file_name", "text"
-CHANNELS = 3
-EXPECTED = f'a {METADATA} in it with a line {{"{FILE}": "cat.png", "{TEXT}": "What is this? A cat."}} for each image'
 
 
-def read_captions(folder: Path, name: str, preprocess: Preprocess) -> Samples:
-    """Read a folder of images with their texts; ids are the paths of the images.
+def read_captions(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
+    """Read a folder of images with a text each: a row of the image and a row of the text for each pair.
 
-    The text behind the image is what the model is evaluated on: each of its tokens is predicted from the image and the
-    tokens before.
+    Args:
+        metadata: the metadata file of the folder, see `compressor.data.readers.image_text.pairs`.
+        name: name of the folder in messages.
+        preprocess: preprocessing of a model of images and texts.
 
     Raises:
-        DataError: the folder has no file of texts, a line of it lacks an entry, or the model has no processor.
+        DataError: the file cannot be read, or the model has no image processor or no tokenizer.
     """
-    if preprocess.image_text is None:
+    pairs = read_pairs(metadata, name)
+    if preprocess.text is None:
         raise DataError(
-            f"{name} holds images and texts, but the model has no processor; add its processor_config.json, "
-            "preprocessor_config.json and tokenizer files, or pass --data random"
+            f"{name} holds images with texts, but the model has no tokenizer; add its tokenizer files (tokenizer.json, "
+            "tokenizer_config.json)"
         )
-    records = list(_records(folder, name))
-    texts = [text for _, text in records]
-    source = _Captions(folder, tuple(file for file, _ in records), tuple(texts), preprocess)
+    source = pictures(name, pairs.ids, lambda index: open_image(metadata.parent / pairs.files[index]), preprocess)
     return Samples(
-        tuple(f"{row}: {file}" for row, (file, _) in enumerate(records)),  # an image may have several texts
-        source.feeds,
-        f"images with the texts of {METADATA}",
-        label_kind=None if preprocess.bidirectional else "tokens",
-        targets=source.targets,
+        pairs.ids,
+        lambda indices: source.feeds(indices) | _tokens(preprocess, pairs, indices),
+        f"images with texts {pairs.field!r} of {metadata.name}",
+        skipped=pairs.skipped,
         faults=source.faults,
         shown=source.shown,
-        lengths=source.lengths,
-        limitations=tuple(_limitations(texts, preprocess)),
         findings=source.findings,
+        limitations=pairs.limitations,
+        lengths=lambda indices: _lengths(preprocess, pairs, indices),
+        has_texts=True,
     )
 
 
-def _records(folder: Path, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the path of each image and its text.
-
-    Raises:
-        DataError: there is no file of texts, or a line of it lacks an entry.
-    """
-    path = folder / METADATA
-    if not path.is_file():
-        raise DataError(f"the folder {name} holds no {METADATA}; expected {EXPECTED}")
-    found = 0
-    for row, line in enumerate(text_of(path, f"{name}/{METADATA}").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = parse(line, OBJECT)
-        except JsonTextError as error:
-            raise DataError(f"line {row} of {name}/{METADATA} is no JSON object ({error}); expected one") from error
-        file, text = record.get(FILE), record.get(TEXT)
-        if not isinstance(file, str) or not isinstance(text, str):
-            missing = FILE if not isinstance(file, str) else TEXT
-            raise DataError(f"line {row} of {name}/{METADATA} has no text {missing!r}; expected {EXPECTED}")
-        yield file, text
-        found += 1
-    if not found:
-        raise DataError(f"{name}/{METADATA} is empty; expected {EXPECTED}")
+def _tokens(preprocess: Preprocess, pairs: Pairs, indices: Sequence[int]) -> Feeds:
+    assert preprocess.text is not None
+    return preprocess.text([pairs.texts[index] for index in indices], None)
 
 
-def _limitations(texts: Sequence[str], preprocess: Preprocess) -> Iterator[Limitation]:
-    """Yield where images stand if the texts do not say it, and why the texts are no targets."""
-    without = sum(preprocess.placeholder not in text for text in texts)
-    if without:
-        yield Limitation(
-            "place of the images",
-            f"{without:,} of {len(texts):,} texts hold no {preprocess.placeholder}, so the image stands before them",
-        )
-    if preprocess.bidirectional:
-        yield Limitation(
-            "targets of the data",
-            "the model reads a prompt at once, each token all others, so it predicts none of them: results are "
-            "compared with the original",
-        )
-
-
-@dataclass(frozen=True)
-class _Captions:
-    """Images with texts, prepared by the processor of the model one by one, and padded on the right in a batch.
-
-    Attributes:
-        folder: the folder of the images.
-        files: path of each image in it.
-        texts: text of each image.
-        preprocess: preprocessing of the model.
-        tokens: the prepared tokens by position, without the pixels.
-        pixels: the prepared pixels of images that have one size, as long as there is space.
-        conversions: what was converted in each decoded image, by position.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    texts: tuple[str, ...]
-    preprocess: Preprocess
-    tokens: dict[int, Array] = field(default_factory=dict)
-    pixels: dict[str, Store] = field(default_factory=dict)
-    conversions: dict[int, Conversion] = field(default_factory=dict)
-
-    def feeds(self, indices: Sequence[int]) -> Feeds:
-        """Return the inputs of samples, padded to the longest text and to the most tiles of the batch."""
-        rows = [self._prepared(index) for index in indices]
-        return {name: _padded([row[name] for row in rows], self._fill(name)) for name in self.preprocess.inputs}
-
-    def targets(self, indices: Sequence[int]) -> Targets:
-        """Return the next token of each position as its label, where it is a token of the text behind the image."""
-        ids = [self._prepared(index)["input_ids"] for index in indices]
-        labels = _padded([self._labels(row) for row in ids], IGNORED)
-        return Targets(None if self.preprocess.bidirectional else labels, labels != IGNORED)
-
-    def lengths(self, indices: Sequence[int]) -> list[list[int]]:
-        """Return the number of tokens of each sample, the placeholders of its image included; 1 of one with a fault."""
-        return [[len(self.tokens.get(index, (0,)))] for index in indices]
-
-    def shown(self, index: int) -> Image.Image:
-        """Return the decoded image, before preprocessing."""
-        return self._decoded(index)
-
-    def findings(self) -> tuple[Limitation, ...]:
-        """Return the limitations of the images that were decoded so far."""
-        return tuple(limitations_of(tuple(self.conversions.values())))
-
-    def faults(self, indices: Sequence[int], progress: Progress | None) -> Mapping[int, str]:
-        """Prepare samples once; return the reasons of those that cannot be used, by position."""
-        broken: dict[int, str] = {}
-        for done, index in enumerate(indices, 1):
-            reason = self._fault(index)
-            if reason is not None:
-                broken[index] = reason
-            if progress is not None:
-                progress(done, len(indices))
-        return broken
-
-    def _fault(self, index: int) -> str | None:
-        kind = special_kind(self.folder / self.files[index])
-        if kind is not None:
-            return f"{kind}, not a file"
-        try:
-            row = self._prepared(index)["input_ids"]
-        except BrokenImageError as error:
-            return str(error)
-        longest = self.preprocess.longest
-        if longest is not None and len(row) > longest:
-            return f"the image and its text have {len(row):,} tokens, more than the {longest:,} of the model"
-        return None if (self._labels(row) != IGNORED).any() else "no text stands behind the image"
-
-    def _labels(self, ids: Array) -> Array:
-        """Return the next tokens [tokens], from the last token of the image on; the last token predicts nothing."""
-        images = np.flatnonzero(ids == self.preprocess.image_token)
-        labels = np.full(len(ids), IGNORED, dtype=np.int64)
-        first = int(images[-1]) if len(images) else 0
-        labels[first:-1] = ids[first + 1 :]
-        return labels
-
-    def _fill(self, name: str) -> int:
-        return self.preprocess.padding if name == "input_ids" else 0
-
-    def _prepared(self, index: int) -> Feeds:
-        """Return the inputs of one sample without the axis of rows.
-
-        Raises:
-            BrokenImageError: the image cannot be decoded.
-            DataError: the processor fails.
-        """
-        stored = {name: store.get(index) for name, store in self.pixels.items() if index in store}
-        if index in self.tokens and stored:
-            ids = self.tokens[index]
-            return {"input_ids": ids, "attention_mask": np.ones_like(ids)} | stored
-        assert self.preprocess.image_text is not None
-        try:
-            found = self.preprocess.image_text(self._decoded(index), self.texts[index])
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise DataError(
-                f"the processor of the model fails for {self.files[index]} and its text ({first_line(error)}); check "
-                "its config, and that the text holds its image no more than once"
-            ) from error
-        self._check(found, index)
-        self._store(found, index)
-        return found
-
-    def _check(self, found: Feeds, index: int) -> None:
-        """Check that the processor leaves as many placeholders as the model has features, and images of its size.
-
-        Raises:
-            DataError: it does not.
-        """
-        pixels = found[self.preprocess.inputs[0]]
-        expected = self.preprocess.example[self.preprocess.inputs[0]]
-        if pixels.shape[-3:] != expected.shape[-3:]:
-            raise DataError(
-                f"the processor of the model makes images {list(pixels.shape[-3:])}, but the model takes "
-                f"{list(expected.shape[-3:])}; check its preprocessor_config.json"
-            )
-        tiles = len(pixels) if pixels.ndim > CHANNELS else 1
-        count = int((found["input_ids"] == self.preprocess.image_token).sum())
-        wanted = tiles * self.preprocess.image_tokens
-        if count != wanted:
-            raise DataError(
-                f"the processor of the model makes {count} image tokens of {self.files[index]}, but the model has "
-                f"{wanted} features for it; check the patch_size and the strategy in its processor_config.json"
-            )
-
-    def _store(self, found: Feeds, index: int) -> None:
-        self.tokens[index] = found["input_ids"]
-        first = self.preprocess.inputs[0]
-        if found[first].ndim == CHANNELS:  # tiles vary in number
-            if first not in self.pixels:
-                self.pixels[first] = Store(found[first].shape, found[first].dtype)
-            self.pixels[first].put(index, found[first])
-
-    def _decoded(self, index: int) -> Image.Image:
-        decoded = decode(partial(Image.open, self.folder / self.files[index]), CHANNELS)
-        self.conversions[index] = decoded.conversion
-        return decoded.shown()
-
-
-def _padded(rows: Sequence[Array], fill: int) -> Array:
-    """Return arrays of the same number of axes as one, the first axis padded behind each to that of the longest."""
-    padded = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-    return padded
+def _lengths(preprocess: Preprocess, pairs: Pairs, indices: Sequence[int]) -> list[list[int]]:
+    assert preprocess.lengths is not None
+    return [[length] for length in preprocess.lengths([pairs.texts[index] for index in indices], None)]

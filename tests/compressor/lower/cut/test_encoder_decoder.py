@@ -7,43 +7,22 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from compressor import models
 from compressor.lower.cut.encoder_decoder import cut
 from compressor.lower.cut.part import CutError
-from compressor.lower.fold_graph import fold_graph
-from compressor.lower.trace import trace
-from compressor.lower.write_onnx import lower
 from compressor.quantize.half_precision import to_fp16
 from passes.analysis.symbolic_cost import Counter
-from passes.base import apply
-from passes.rewrite.drop import Drop
 from runtimes.base.encoder_decoder import greedy, parts_of
 from runtimes.base.protocols import BuildOptions
 from runtimes.base.registry import runtime
-from tests.encoder_decoders import DROPPED, KINDS, build, generated, saved, source, without
+from tests.encoder_decoders import DROPPED, KINDS, build, generated, lowered, source, traced, without
 
 ONE = BuildOptions(threads=1)
 NEW = 10
 
 
-@functools.cache
-def traced(kind, folder):
-    model = models.load(str(saved(kind, folder)))
-    return model, trace(model)
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("encoder_decoders")
-
-
-def lowered(kind, dropped, shared, folder):
-    """The model, and the path of its encoder beside the whole file, whole.onnx."""
-    model, graph = traced(kind, shared)
-    graph = graph.fork()
-    if dropped:
-        apply(Drop(dropped), graph)
-    return model, cut(lower(fold_graph(graph), model, folder / "whole.onnx"), folder)
 
 
 @functools.cache

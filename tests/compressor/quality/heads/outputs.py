@@ -85,6 +85,9 @@ def _cases():
     yield from ((pixels, metric) for metric in ("mean_iou", "pixel_agreement"))
     yield Case("depth", head_for("depth-estimation"), (4, 6), positive=True), "depth_agreement"
     yield Case("features", head_for("feature-extraction"), (CLASSES,)), "fidelity"
+    zero_shot = Case("classes as texts", head_for("zero-shot-image-classification"), (CLASSES,), classes[3])
+    yield from ((zero_shot, metric) for metric in ("accuracy", "agreement"))
+    yield Case("embeddings of two towers", head_for("feature-extraction"), (2, CLASSES)), "fidelity"
     yield Case("embedding", head_for("sentence-similarity"), (CLASSES,)), "fidelity"
 
 
