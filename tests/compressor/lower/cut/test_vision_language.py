@@ -70,7 +70,7 @@ def check_generation(kind, dropped, vision, target="onnxruntime"):
         text = {name: value[:1] for name, value in feeds.items() if "pixel" not in name}
         text = {name: value[:, -6:] for name, value in text.items()}
         assert greedy(engine, text, NEW).tolist() == generated(module, text, NEW).tolist()
-    assert len(different) == 4, "images and texts do not matter, so the test shows nothing"
+    assert len(different) > 2, "images and texts do not matter, so the test shows nothing"
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], *OTHERS[1:]])
