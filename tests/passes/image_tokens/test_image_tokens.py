@@ -212,7 +212,7 @@ def test_a_depth_behind_the_last_block_is_refused_and_leaves_the_graph(dense):
     before = graph.signature()
     with pytest.raises(
         PassError,
-        match="depth 4, but the attentions are in .* 0 to 3, counted from 0; expected a depth from 1 to 3",
+        match=r"depth 4, but the attentions are in .* 0 to 3, counted from 0; expected a depth from 1 to 3",
     ):
         DropImageTokens(((1, 0.5), (4, 0.25))).run(graph)
     assert graph.signature() == before
