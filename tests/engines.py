@@ -45,8 +45,11 @@ def builder(folder: Path, target: Any = None, no_quality: str | None = "the data
     names = {"name": "fake", "task": "feature-extraction", "problem_type": None, "answer": "y", "stacked": ()}
     model = SimpleNamespace(
         **names,
-        **dict.fromkeys(("is_encoder_decoder", "is_vision_language", "has_two_towers", "has_parts"), False),
         state={},
+        is_encoder_decoder=False,
+        is_vision_language=False,
+        has_parts=False,
+        has_two_towers=False,
         evaluated=lambda outputs: outputs["y"],
     )
     subject: Any = SimpleNamespace(data=data, model=model, metric="similarity", no_quality_because=no_quality)

@@ -130,15 +130,16 @@ class DropImageTokens:
 
 
 def _attention(attentions: Sequence[CachedAttention], depth: int) -> CachedAttention:
-    """Return the first attention at a depth or behind it."""
-    behind = [each for each in attentions if each.depth >= depth]
-    if not behind:
-        last = attentions[-1].depth
-        raise PassError(
-            f"found a stage at depth {depth}, but the last block with an attention is number {last}, counted from 0; "
-            f"expected depths from 1 to {last}."
-        )
-    return behind[0]
+    """Return the first attention at a depth or behind it.
+
+    It is none of the first attention, whose cache tells the number of all tokens so far.
+    """
+    first, last = attentions[0].depth, attentions[-1].depth
+    if first < depth <= last:
+        return next(each for each in attentions if each.depth >= depth)
+    blocks = f"the attentions are in the blocks {first} to {last}, counted from 0"
+    expected = f"a depth from {first + 1} to {last}" if first < last else "a language model with several attentions"
+    raise PassError(f"found a stage at depth {depth}, but {blocks}; expected {expected}.")
 
 
 def stage_of_state(graph: Graph) -> dict[str, int]:

@@ -108,7 +108,7 @@ def test_wrong_stages_are_refused(model, value, message):
 
 
 def test_a_block_that_the_model_lacks_is_refused_before_the_search(model, tmp_path):
-    with pytest.raises(PassError, match="depth 7, but the last block with an attention is number 1"):
+    with pytest.raises(PassError, match="depth 7, but the attentions are in the blocks 0 to 1"):
         export(str(model), **OPTIONS, image_tokens="50%@7", output=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

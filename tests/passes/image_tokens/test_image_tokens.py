@@ -14,6 +14,7 @@ from passes.base import PassError, apply
 from passes.execute.interpreter import run
 from passes.graph.graph import value_of
 from passes.image_tokens.image_tokens import DropImageTokens, stage_of_state
+from passes.rewrite.drop import Drop
 from tests import vision_language_models
 from tests.image_tokens import (
     LAYERS,
@@ -209,10 +210,29 @@ def test_wrong_options_are_refused(options, message):
 def test_a_depth_behind_the_last_block_is_refused_and_leaves_the_graph(dense):
     graph = dense.fork()
     before = graph.signature()
-    with pytest.raises(PassError, match=r"depth 4, but the last block with an attention is number 3"):
+    with pytest.raises(
+        PassError,
+        match=r"depth 4, but the attentions are in .* 0 to 3, counted from 0; expected a depth from 1 to 3",
+    ):
         DropImageTokens(((1, 0.5), (4, 0.25))).run(graph)
     assert graph.signature() == before
     assert graph.inputs == dense.inputs
+
+
+def test_stages_count_blocks_whose_attention_was_dropped(dense):
+    model, graph = vision_language_model(), dense.fork()
+    first, second = (f"model.language_model.layers.{layer}.self_attn" for layer in (0, 1))
+    torch.nn.init.zeros_(model.get_submodule(f"{second}.o_proj").weight)
+    apply(Drop((second,)), graph)
+    apply(DropImageTokens(((2, 0.5), (3, 0.25))), graph)
+    given = prompt(seed=5)
+    outputs, _ = call(graph, feeds(graph, *given, empty(graph, 1)))
+    torch.testing.assert_close(outputs["logits"], Pyramid(model, ((2, 0.5), (3, 0.25)))(*given), **SAME)
+    assert [outputs[f"present.{layer}.key"].shape[2] for layer in range(LAYERS - 1)] == [18, 12, 9]
+    without_first = dense.fork()
+    apply(Drop((first,)), without_first)
+    with pytest.raises(PassError, match="blocks 1 to 3, counted from 0; expected a depth from 2 to 3"):
+        DropImageTokens(((1, 0.5),)).run(without_first)
 
 
 def test_a_graph_without_a_cache_is_refused(dense):
