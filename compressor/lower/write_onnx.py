@@ -39,6 +39,18 @@ OPSET = 20
 NAMES = "compressor.json"  # file in the .pt2 archive with the names of the inputs and outputs
 
 
+# Names of axes of models with a cache, as in Optimum's files: transformers.js gives an empty cache as many rows as the
+# axis batch_size tells.
+OPTIMUM_AXES = {
+    "batch": "batch_size",
+    "sequence": "sequence_length",
+    "past_sequence": "past_sequence_length",
+    "total_sequence": "total_sequence_length",
+    "decoder_sequence": "decoder_sequence_length",
+    "past_decoder_sequence": "past_decoder_sequence_length",
+}
+
+
 class LowerError(CompressorError):
     """A graph that could not be written as ONNX, or exported by torch."""
 
@@ -131,7 +143,11 @@ def _exported(graph: Graph, model: Model) -> torch.onnx.ONNXProgram:
 def _names_of_axes(graph: Graph, model: Model) -> tuple[dict[int, str], ...]:
     """Return the names of the dynamic axes of each input; a cache behind a stage has a length of its own."""
     stages = stage_of_state(graph)
-    axes = {name: dict(model.dynamic_axes.get(name, {})) for name in graph.inputs}
+    own = OPTIMUM_AXES if model.state else {}
+    axes = {
+        name: {axis: own.get(each, each) for axis, each in model.dynamic_axes.get(name, {}).items()}
+        for name in graph.inputs
+    }
     for name, depth in stages.items():
         axes[name] = {axis: each if axis == 0 else f"{each}_{depth}" for axis, each in axes[name].items()}
     return tuple(axes.values())

@@ -38,13 +38,6 @@ from runtimes.base.vision_language import (
     is_present,
 )
 
-# Names of axes as in Optimum's files: transformers.js gives an empty cache as many rows as the axis batch_size tells.
-AXES = {
-    "batch": "batch_size",
-    "sequence": "sequence_length",
-    "past_sequence": "past_sequence_length",
-    "total_sequence": "total_sequence_length",
-}
 EXPECTED = "a language model that reads the image through the embeddings of its tokens alone"
 
 
@@ -65,18 +58,9 @@ def cut(path: Path, folder: Path, image_token: int) -> Path:
     for stem, part in ((VISION, _vision), (EMBED, _embed), (DECODER, _decoder)):
         model = ir.load(path)
         _File(model, stem, expected=EXPECTED, always=(EMBEDS,)).keep(*part(model))
-        _rename_axes(model)
         save(model, folder / f"{stem}.onnx")
     (folder / FACTS).write_text(json.dumps({IMAGE_TOKEN: image_token}) + "\n")
     return folder / f"{VISION}.onnx"
-
-
-def _rename_axes(model: ir.Model) -> None:
-    """Rename the dynamic axes of all values."""
-    computed = (value for node in model.graph for value in node.outputs)
-    for value in {*model.graph.inputs, *model.graph.outputs, *computed}:
-        if value.shape is not None:
-            value.shape = ir.Shape([AXES.get(str(size), size) for size in value.shape])
 
 
 def _vision(model: ir.Model) -> Kept:

@@ -12,6 +12,7 @@ from compressor.lower.trace import trace
 from compressor.lower.write_onnx import OPSET, lower
 from compressor.models import load
 from passes.execute.interpreter import run
+from tests.decoders import saved
 
 
 class Residual(torch.nn.Module):
@@ -57,3 +58,13 @@ def test_a_program_that_cannot_be_written_raises_and_does_not_end_the_process(tm
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.export.load(lower(graph, model, tmp_path / "m.pt2")).module()(torch.zeros(3, 8))[0].shape == (3, 4)
+
+
+def test_axes_of_a_language_model_have_the_names_of_optimum(tmp_path: Path) -> None:
+    """transformers.js looks the number of rows of an empty cache up by the name batch_size."""
+    model = load(str(saved(tmp_path / "llama", "Llama")))
+    values = onnx.load(str(lower(trace(model), model, tmp_path / "m.onnx"))).graph.input
+    axes = {value.name: [each.dim_param for each in value.type.tensor_type.shape.dim] for value in values}
+    assert axes["input_ids"] == axes["position_ids"] == ["batch_size", "sequence_length"]
+    assert axes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert axes["past_key_values.0.key"] == ["batch_size", "", "past_sequence_length", ""]
