@@ -44,7 +44,10 @@ def builder(folder: Path, target: Any = None, no_quality: str | None = "the data
     data = SimpleNamespace(calibration=split, validation=split, test=split)
     names = {"name": "fake", "task": "feature-extraction", "problem_type": None, "answer": "y", "stacked": ()}
     model = SimpleNamespace(
-        **names, state={}, is_encoder_decoder=False, has_two_towers=False, evaluated=lambda outputs: outputs["y"]
+        **names,
+        **dict.fromkeys(("is_encoder_decoder", "is_vision_language", "has_two_towers", "has_parts"), False),
+        state={},
+        evaluated=lambda outputs: outputs["y"],
     )
     subject: Any = SimpleNamespace(data=data, model=model, metric="similarity", no_quality_because=no_quality)
     return EngineBuilder(subject, Target() if target is None else target, BuildOptions(), folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from compressor.data.readers.texts import text_of
 from compressor.data.text_lengths import MOST_UNKNOWN
 from compressor.errors import DataError
 from compressor.limitations import Limitation
-from compressor.models.class_names import ClassNames
+from compressor.models.class_names import ClassNames, words_of_synsets
 from compressor.models.preprocess import Preprocess
 
 AT_ONCE = 128  # images beside the prompts of as many classes or more
 FOLDERS = "the class names of the data"
+SYNSET = re.compile(r"n\d{8}")  # a noun of WordNet, as the folders of ImageNet are named
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,31 @@ def _names(samples: Samples, spec: str, file: str | Path | None) -> ClassNames:
             f"{spec} has no class names, which the model reads as texts; give --class-names FILE with a name a line, a "
             "folder of images for each class, or a text for each image in metadata.jsonl"
         )
-    return _checked(tuple(_readable(name) for name in samples.class_names), spec)
+    return _checked(tuple(map(_readable, _words_of_synsets(samples.class_names, spec))), spec)
 
 
-def _readable(name: str) -> tuple[str, ...]:
-    """Return a name of a folder as words, and as it is."""
-    return tuple(dict.fromkeys([" ".join(name.replace("_", " ").split()) or name, name]))
+def _words_of_synsets(names: Sequence[str], spec: str) -> list[tuple[str, ...]]:
+    """Return each name of a folder, behind the first word of its WordNet synset if all are synsets of ImageNet.
+
+    Raises:
+        DataError: all have the form of a synset, and one is none of ImageNet.
+    """
+    if not all(SYNSET.fullmatch(name) for name in names):
+        return [(name,) for name in names]
+    words = words_of_synsets()
+    unknown = next((name for name in names if name not in words), None)
+    if unknown is not None:
+        raise DataError(f"{spec} has the folder {unknown}, which is no synset of ImageNet; give names by --class-names")
+    first = [words[name].split(", ")[0] for name in names]
+    # Synsets may share their first word, as the crane that flies and the one that lifts; a definition follows there.
+    defined = words_of_synsets(defined=True) if len(set(first)) < len(first) else {}
+    shared = {word for word in first if first.count(word) > 1}
+    return [(defined[name] if word in shared else word, name) for name, word in zip(names, first, strict=True)]
+
+
+def _readable(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the first name of a folder as words, and all as they are."""
+    return tuple(dict.fromkeys([" ".join(names[0].replace("_", " ").split()) or names[0], *names]))
 
 
 def _checked(names: tuple[tuple[str, ...], ...], source: str) -> ClassNames:
@@ -171,6 +192,17 @@ def _limitations(prompts: ClassPrompts, tokens: Feeds, preprocess: Preprocess) -
         yield Limitation(
             "prompt template",
             f"{prompts.template!r} is assumed for {len(prompts.names):,} classes; give --prompt-template for another",
+        )
+    if prompts.source == FOLDERS and all(SYNSET.fullmatch(names[-1]) for names in prompts.names.names):
+        yield Limitation(
+            "class names",
+            f"the folders are synsets of WordNet, so {prompts.names.names[0][-1]} is read as "
+            f"{prompts.names.names[0][0]!r}, its first word; give --class-names for others",
+        )
+    elif all(names[0].isdecimal() for names in prompts.names.names):
+        yield Limitation(
+            "class names",
+            f"they are numbers, so a prompt is {prompts.prompts[0]!r}; give --class-names FILE if they have names",
         )
     if preprocess.lengths is not None and preprocess.limit is not None:
         long = sum(length > preprocess.limit for length in preprocess.lengths(list(prompts.prompts), None))

@@ -112,7 +112,7 @@ def generation_lengths(settings: Settings, model: Model) -> GenerationLengths | 
     if model.is_encoder_decoder:
         return _of_source(settings, model)
     most = most_tokens(model)
-    images = tokens_of_images(model)
+    images = tokens_of_images(model) if model.is_vision_language else 0
     if lengths is not None:
         if lengths[0] <= images:
             raise SettingsError(
@@ -130,9 +130,8 @@ def generation_lengths(settings: Settings, model: Model) -> GenerationLengths | 
 
 
 def tokens_of_images(model: Model) -> int:
-    """Return the number of image tokens in the prompt that is timed, those of the example; 0 for other models."""
-    token = model.preprocess.image_token
-    return 0 if token is None else int((model.preprocess.example["input_ids"][0] == token).sum())
+    """Return the number of image tokens in the prompt that is timed: those of the example."""
+    return int((model.preprocess.example["input_ids"][0] == model.preprocess.image_token).sum())
 
 
 def _of_source(settings: Settings, model: Model) -> GenerationLengths:

@@ -288,8 +288,8 @@ def hub_error_reason(error: BaseException) -> str | None:
 def most_tokens(model: Model) -> int | None:
     """Return the number of positions of a model of transformers; None if its config states no limit."""
     config = getattr(model.module, "config", None)
-    if config is not None and model.is_vision_language:
-        config = config.get_text_config()
+    if not hasattr(config, "max_position_embeddings"):  # that of a vision-language model has parts
+        config = getattr(config, "text_config", None)
     most = getattr(config, "max_position_embeddings", None)
     return most if isinstance(most, int) else None
 

@@ -185,6 +185,21 @@ def _imagenet(subset: str) -> ClassNames:
     return ClassNames(tuple(map(_unique, info.label_descriptions(), info.label_names())))
 
 
+def words_of_synsets(*, defined: bool = False) -> dict[str, str]:
+    """Return the words of each synset of ImageNet, such as ``tench, Tinca tinca`` of ``n01440764``.
+
+    Args:
+        defined: whether the definition follows, as in ``crane: large long-necked wading bird``.
+    """
+    from timm.data import ImageNetInfo
+
+    words: dict[str, str] = {}
+    for subset in ("imagenet-22k", "imagenet-1k"):  # the larger one lacks synsets of the smaller one
+        info = ImageNetInfo(subset)
+        words |= dict(zip(info.label_names(), info.label_descriptions(detailed=defined), strict=True))
+    return words
+
+
 def _unique(*names: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 

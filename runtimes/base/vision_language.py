@@ -197,9 +197,7 @@ def _image_token(facts: Path) -> int:
     except JsonTextError as error:
         raise RuntimesError(f"{FACTS} cannot be read ({error}); export the model again.") from error
     if IMAGE_TOKEN not in found:
-        raise RuntimesError(
-            f"{FACTS} holds {', '.join(found) or 'nothing'}; expected {IMAGE_TOKEN}, the id of a token."
-        )
+        raise RuntimesError(f"{FACTS} holds {', '.join(found) or 'nothing'}; expected {IMAGE_TOKEN}, a token id.")
     return found[IMAGE_TOKEN]
 
 

@@ -1,12 +1,14 @@
 """Class names as texts: where they come from, how labels find them, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from compressor import models
 from compressor.choices import ZERO_SHOT
 from compressor.data import splits
-from compressor.data.class_prompts import read_class_names
+from compressor.data.class_prompts import _words_of_synsets, read_class_names
 from compressor.data.rows import take_rows
 from compressor.errors import DataError
 from tests.two_towers import COLOURS, END, picture, saved, tokenizer, write_captions, write_pictures
@@ -141,3 +143,42 @@ def test_many_classes_have_large_batches_of_images(shared, preprocess, tmp_path)
     assert data.test.samples.at_once == 40
     split = load(shared, "pictures", preprocess["clip"]).test
     assert [len(batch.ids) for batch in split.bounded_batches(3)] == [4]  # of four classes
+
+
+def of_folders(shared, preprocess, names):
+    folder = shared / "-".join(names)
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for seed in range(2):
+            picture(tuple(COLOURS)[number], seed).save(folder / name / f"{seed}.png")
+    # The tokenizer of the tests knows few words.
+    return load(shared, folder.name, replace(preprocess["clip"], unknown=None))
+
+
+def test_synsets_are_read_as_their_words_which_is_said(shared, preprocess):
+    """n02012849 and n03126707 are both cranes first of all."""
+    data = of_folders(shared, preprocess, ["n01440764", "n02012849", "n03126707"])
+    named = {names[-1]: names[0] for names in data.prompts.names.names}
+    assert named["n01440764"] == "tench"
+    assert named["n02012849"] != named["n03126707"]
+    assert named["n02012849"].startswith("crane: large long-necked wading bird")
+    (said,) = [str(each) for each in data.limitations if each.feature == "class names"]
+    assert "n01440764 is read as 'tench'" in said
+
+
+def test_numbers_as_class_names_are_said(shared, preprocess):
+    data = of_folders(shared, preprocess, ["0", "1"])
+    (said,) = [str(each) for each in data.limitations if each.feature == "class names"]
+    assert "a prompt is 'a photo of a 0.'" in said
+
+
+def test_a_synset_that_is_none_is_refused(shared, preprocess):
+    with pytest.raises(DataError, match=r"the folder n99999999, which is no synset of ImageNet; give names by"):
+        of_folders(shared, preprocess, ["n01440764", "n99999999"])
+
+
+def test_all_classes_of_imagenet_have_a_name_of_their_own():
+    from timm.data import ImageNetInfo
+
+    names = _words_of_synsets(ImageNetInfo("imagenet-1k").label_names(), "pictures")
+    assert len({first for first, _ in names}) == 1000

@@ -111,7 +111,7 @@ def test_other_files_have_no_parts(tmp_path):
     [
         ("{", r"vision_language\.json cannot be read \("),
         ('{"image_token_id": "9"}', "cannot be read .*should be a valid integer"),
-        ("{}", "holds nothing; expected image_token_id, the id of a token"),
+        ("{}", "holds nothing; expected image_token_id, a token id"),
         (None, r"There is no vision_language\.json beside"),
     ],
 )

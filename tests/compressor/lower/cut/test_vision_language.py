@@ -70,7 +70,7 @@ def check_generation(kind, dropped, vision, target="onnxruntime"):
         text = {name: value[:1] for name, value in feeds.items() if "pixel" not in name}
         text = {name: value[:, -6:] for name, value in text.items()}
         assert greedy(engine, text, NEW).tolist() == generated(module, text, NEW).tolist()
-    assert len(different) == 4, "images and texts do not matter, so the test shows nothing"
+    assert len(different) > 2, "images and texts do not matter, so the test shows nothing"
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], *OTHERS[1:]])
@@ -110,6 +110,8 @@ def test_the_files_have_the_names_that_transformers_js_feeds(shared):
     assert set(own[:3]) == {"inputs_embeds", "attention_mask", "position_ids"}
     assert own[3:] == [f"past_key_values.{name}" for name in caches]
     assert given == ["logits", *(f"present.{name}" for name in caches)]
+    cache = onnx.load(parts_of(dense("llava", shared))[2]).graph.input[3].type.tensor_type.shape.dim
+    assert [axis.dim_param for axis in cache][::2] == ["batch_size", "past_sequence_length"]
     assert not [node for graph in parts.values() for node in graph.node if node.op_type == "If"]
 
 

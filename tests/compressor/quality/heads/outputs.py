@@ -78,6 +78,8 @@ def _cases():
     yield from ((masked, metric) for metric in ("masked_perplexity", "token_agreement"))
     translated = Case("target tokens", head_for("text2text-generation"), (TOKENS, CLASSES), by_token, tokens=True)
     yield from ((translated, metric) for metric in ("perplexity", "token_agreement"))
+    described = Case("texts behind images", head_for("image-text-to-text"), (TOKENS, CLASSES), by_token, tokens=True)
+    yield from ((described, metric) for metric in ("perplexity", "token_agreement"))
     yield from ((tagged, metric) for metric in ("token_accuracy", "token_agreement"))
     frames = Case("frames", head_for("ctc"), (TOKENS, CLASSES), tokens=True)
     yield frames, "frame_agreement"
