@@ -1,6 +1,6 @@
 """Time generation at a real model size: half of the attention layers dropped, float and quantized, two contexts.
 
-    python benchmarks/decode.py [--precision int8-dynamic|int8|int4] [--layers 28] [--context 128,2048] [--rounds 4]
+    python benchmarks/decode.py [--precision int8-dynamic|int8-weight-only|int4|...] [--layers 28] [--context 128,2048] [--rounds 4]
 
 The model has the shapes of Qwen3-0.6B and random weights: only speed is measured. Its vocabulary is reduced to 32,000,
 so that a float file stays below 2 GB; a larger one would add the same matrix product to every engine. The model is
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "decode.json"
 LAYERS = 28
 CONTEXTS = "128,2048"
 FUSED = "onnxruntime_fused"
-PRECISIONS = ("int8-dynamic", "int8", "int4")
+PRECISIONS = ("int8-dynamic", "int8-weight-only", "int8", "int4")
 DATA = ("--data", "random", "--samples", "6", "--random-weights")
 
 
