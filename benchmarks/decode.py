@@ -1,6 +1,6 @@
 """Time generation at a real model size: half of the attention layers dropped, float and quantized, two contexts.
 
-    python benchmarks/decode.py [--precision int8-dynamic|int8-weight-only|int4|...] [--layers 28] [--context 128,2048] [--rounds 4]
+    python benchmarks/decode.py [--precision int8-dynamic|int8-weight-only|int4|...] [--layers 28] [--context 128,2048]
 
 The model has the shapes of Qwen3-0.6B and random weights: only speed is measured. Its vocabulary is reduced to 32,000,
 so that a float file stays below 2 GB; a larger one would add the same matrix product to every engine. The model is
