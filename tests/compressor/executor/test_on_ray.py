@@ -182,7 +182,7 @@ def search_here():
 
 
 @needs_ray
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_search_is_the_same_to_the_bit_for_any_number_of_workers(on_ray, workers):
     """With two workers, one of them is killed in the middle."""
     split, shards = digits()[1].calibration, itertools.count(1)

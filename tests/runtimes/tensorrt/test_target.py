@@ -1216,7 +1216,7 @@ def test_lengths_range_from_one_to_the_longest_sample():
 
     parts = (part(3, 4), part(*[5] * 40, 19), part(8, 2), part(6, 11, 7))
     data = types.SimpleNamespace(calibration=parts[0], validation=parts[1], test=parts[-1], parts=parts)
-    model = types.SimpleNamespace(state={}, dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
+    model = types.SimpleNamespace(state={}, has_two_towers=False, dynamic_axes={"ids": {0: "batch", 1: "sequence"}})
     subject = types.SimpleNamespace(data=data, model=model)
     found = engine_builder.with_input_sizes(OPTIONS, subject, Settings(batch=2))
     assert (found.batches, found.lengths) == ((1, 2, 64), (1, 11, 19))
