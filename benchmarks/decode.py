@@ -21,6 +21,8 @@ from typing import Any
 
 import click
 
+from compressor.workspace.output_folder import write_manifest
+
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 LAYERS = 28
 CONTEXTS = "128,2048"
@@ -79,6 +81,7 @@ def retargeted(folder: Path, copy: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     report["settings"]["target"] = FUSED
     (copy / "report.json").write_text(json.dumps(report))
+    write_manifest(copy)
 
 
 def slim(content: dict[str, Any]) -> dict[str, Any]:
