@@ -179,15 +179,15 @@ def opened(parts: tuple[Path, Path, Path], load: Callable[[Path], Engine]) -> Vi
     facts = parts[0].with_name(FACTS)
     if not facts.is_file():
         raise RuntimesError(f"There is no {FACTS} beside {parts[0].name}; copy the whole folder of the export.")
-    image_token = _image_token(facts)
+    image_token = image_token_of(facts)
     with contextlib.ExitStack() as stack:
         vision, embed, decoder = (stack.enter_context(load(part)) for part in parts)
         stack.pop_all()
     return VisionLanguageEngine(vision, embed, decoder, image_token)
 
 
-def _image_token(facts: Path) -> int:
-    """Return the id of the image token.
+def image_token_of(facts: Path) -> int:
+    """Return the id of the image token that the file `FACTS` holds.
 
     Raises:
         RuntimesError: the file does not hold it.

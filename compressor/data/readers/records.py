@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,25 @@ def read_records(path: Path, name: str) -> tuple[list[dict[str, Any]], list[str]
     Raises:
         DataError: a line is no JSON object, or there is none.
     """
-    records, ids = [], []
-    for row, line in enumerate(text_of(path, name).split("\n")):
-        if not line.strip():
-            continue
-        try:
-            record = parse(line, OBJECT)
-        except JsonTextError as error:
-            raise DataError(f"line {row + 1} of {name} is no JSON object ({error}); expected one per line") from error
-        records.append(record)
-        ids.append(str(row))
-    if not records:
+    found = list(json_lines(path, name))
+    if not found:
         raise DataError(f"{name} holds no samples; expected one JSON object per line")
-    return records, ids
+    return [record for _, record in found], [str(row) for row, _ in found]
+
+
+def json_lines(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each line, from 0, and its JSON object; empty lines are left out.
+
+    Raises:
+        DataError: a line is no JSON object.
+    """
+    for row, line in enumerate(text_of(path, name).split("\n")):
+        if line.strip():
+            try:
+                yield row, parse(line, OBJECT)
+            except JsonTextError as error:
+                reason = f"line {row + 1} of {name} is no JSON object ({error})"
+                raise DataError(f"{reason}; expected one per line") from error
 
 
 def table_of(records: Sequence[Record], ids: Sequence[str]) -> tuple[Table, list[str]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_LANGUAGE
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
+from runtimes.base.vision_language import FACTS, image_token_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -114,33 +115,29 @@ def make_snippet(content: Json, folder: Path, engine_folder: Path | None = None)
         return Loader(text.strip(), PACKAGES["gguf"], runtime, (PROGRAMS,))
     picture = preprocessing_recipe.picture(folder) if _takes_images(content) else None
     tokenizer = preprocessing_recipe.tokenizer(folder) if "input_ids" in model["inputs"] else None
-    text = (
-        templates()
-        .get_template("load.py.j2")
-        .render(
-            runtime=runtime.partition("_")[0],
-            library=runtime,
-            file=ENGINES.get(runtime, "model.onnx"),
-            providers=_providers(content),
-            portable=_portable(content),
-            hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
-            takes=content["engine"].get("inputs", model["inputs"]),
-            gives=content["engine"].get("outputs", model["outputs"]),
-            caches=_caches(content),
-            convolutions=any(name.startswith("past_conv.") for name in model["inputs"]),
-            picture=picture,
-            tokenizer=tokenizer,
-            prompt=preprocessing_recipe.prompt(folder) if EMBEDDING in model["outputs"] else "",
-            cached=cached,
-            inputs=model["inputs"],
-            arrays=_unprepared(content, folder, picture is not None, tokenizer is not None, cached),
-            prompts=_prompts(content),
-            padded=model.get("text_length"),
-            output=answer(model["outputs"]),
-            start=preprocessing_recipe.start(folder),
-            ends=preprocessing_recipe.ends(folder),
-            decision=decision(model),
-        )
+    text = _rendered(
+        "load.py.j2",
+        content,
+        runtime=runtime.partition("_")[0],
+        library=runtime,
+        file=ENGINES.get(runtime, "model.onnx"),
+        portable=_portable(content),
+        takes=content["engine"].get("inputs", model["inputs"]),
+        gives=content["engine"].get("outputs", model["outputs"]),
+        caches=_caches(content),
+        convolutions=any(name.startswith("past_conv.") for name in model["inputs"]),
+        picture=picture,
+        tokenizer=tokenizer,
+        prompt=preprocessing_recipe.prompt(folder) if EMBEDDING in model["outputs"] else "",
+        cached=cached,
+        inputs=model["inputs"],
+        arrays=_unprepared(content, folder, picture is not None, tokenizer is not None, cached),
+        prompts=_prompts(content),
+        padded=model.get("text_length"),
+        output=answer(model["outputs"]),
+        start=preprocessing_recipe.start(folder),
+        ends=preprocessing_recipe.ends(folder),
+        decision=decision(model),
     )
     packages = ("numpy", *PACKAGES[runtime], *(("pillow",) if picture else ()), *(("tokenizers",) if tokenizer else ()))
     prepared = picture is not None or tokenizer is not None or not _prepares(content)
@@ -171,23 +168,26 @@ def _unprepared(
     return {name: array for name, array in _arrays(content, folder).items() if name not in done}
 
 
+def _rendered(template: str, content: Json, **values: Any) -> str:
+    """Return a template with its values and those of every engine: runtime, providers and hint of the precision."""
+    settings = content["settings"]
+    hint = "bf16" if settings["precision"] == "bf16" else "f32"
+    shared = {"runtime": str(settings["target"]), "providers": _providers(content), "hint": hint}
+    return templates().get_template(template).render(shared | values)
+
+
 def _encoder_decoder(content: Json, folder: Path) -> Loader:
     """Return the snippet for the files of an encoder and its decoder: a greedy loop with all caches."""
     model, runtime = content["model"], str(content["settings"]["target"])
     frames = None if "input_ids" in model["inputs"] else content["timed_inputs"][model["inputs"][0]][1:]
     tokenizer = preprocessing_recipe.tokenizer(folder) is not None
-    text = (
-        templates()
-        .get_template("load_encoder_decoder.py.j2")
-        .render(
-            runtime=runtime,
-            providers=_providers(content),
-            hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
-            tokenizer=tokenizer,
-            frames=frames,
-            prompt=(preprocessing_recipe.transcript_prompt if frames else preprocessing_recipe.decoder_prompt)(folder),
-            ends=preprocessing_recipe.ends(folder),
-        )
+    text = _rendered(
+        "load_encoder_decoder.py.j2",
+        content,
+        tokenizer=tokenizer,
+        frames=frames,
+        prompt=(preprocessing_recipe.transcript_prompt if frames else preprocessing_recipe.decoder_prompt)(folder),
+        ends=preprocessing_recipe.ends(folder),
     )
     remarks = ["Generation is greedy and uses the caches: the encoder runs once, and each new token is one call."]
     if runtime == "onnxruntime":
@@ -201,20 +201,15 @@ def _vision_language(content: Json, folder: Path) -> Loader:
     runtime, timed = str(content["settings"]["target"]), content["timed_inputs"]
     processor = preprocessing_recipe.processes_images_and_texts(folder)
     indices = any(name.endswith(".tokens") for name in content["engine"]["inputs"])  # those of --image-tokens
-    text = (
-        templates()
-        .get_template("load_vision_language.py.j2")
-        .render(
-            runtime=runtime,
-            providers=_providers(content),
-            hint="bf16" if content["settings"]["precision"] == "bf16" else "f32",
-            processor=processor,
-            image_token=preprocessing_recipe.image_token(folder),
-            image_tokens=content["generation"]["images"],
-            arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
-            indices=indices,
-            ends=preprocessing_recipe.ends(folder),
-        )
+    text = _rendered(
+        "load_vision_language.py.j2",
+        content,
+        processor=processor,
+        image_token=image_token_of(folder / FACTS),
+        image_tokens=content["generation"]["images"],
+        arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
+        indices=indices,
+        ends=preprocessing_recipe.ends(folder),
     )
     remarks = [
         "Generation is greedy and uses the cache: the vision encoder runs once, and each new token is one call of the "

@@ -143,13 +143,6 @@ def processes_images_and_texts(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
-def image_token(folder: Path) -> int:
-    """Return the id of the placeholders of images; 0 if the config has none."""
-    config = read_config(folder, "config.json")
-    token = config.get("image_token_id", config.get("image_token_index"))
-    return token if isinstance(token, int) else 0
-
-
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape of a sample and the NumPy type of each input of a user's module."""
     inputs = read_config(folder, "config.json").get("inputs")

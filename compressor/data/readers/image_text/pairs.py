@@ -16,11 +16,11 @@ from typing import Any
 
 from compressor.data.readers.base import Skipped
 from compressor.data.readers.images import SUFFIXES
+from compressor.data.readers.records import json_lines
 from compressor.data.readers.texts import HOLDS_NUL, NUL, text_of
 from compressor.errors import DataError
 from compressor.limitations import Limitation
 from compressor.workspace.special_files import special_kind
-from runtimes.base.json_text import OBJECT, JsonTextError, parse
 
 FILES = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"
@@ -65,7 +65,7 @@ def read_pairs(metadata: Path, name: str) -> Pairs:
     Raises:
         DataError: the file cannot be read, or has no usable record.
     """
-    records = list(_records(metadata, f"{metadata.name} of {name}"))
+    records = _records(metadata, f"{metadata.name} of {name}")
     fields = list(dict.fromkeys(field for record in records for field in record))
     field = next((each for each in TEXTS if each in fields), None)
     if FILE_NAME not in fields or field is None:
@@ -90,24 +90,15 @@ def read_pairs(metadata: Path, name: str) -> Pairs:
     return Pairs(_ids(files), files, texts, field, skipped, limitations)
 
 
-def _records(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metadata file.
+def _records(path: Path, name: str) -> list[dict[str, Any]]:
+    """Return the records of a metadata file.
 
     Raises:
         DataError: a line is no JSON object.
     """
-    text = text_of(path, name)
     if path.suffix == ".csv":
-        yield from csv.DictReader(io.StringIO(text, newline=""))
-        return
-    for row, line in enumerate(text.split("\n")):
-        if line.strip():
-            try:
-                yield parse(line, OBJECT)
-            except JsonTextError as error:
-                raise DataError(
-                    f"line {row + 1} of {name} is no JSON object ({error}); expected one per line"
-                ) from error
+        return list(csv.DictReader(io.StringIO(text_of(path, name), newline="")))
+    return [record for _, record in json_lines(path, name)]
 
 
 def _fault(record: Record, field: str, folder: Path) -> str | None:
