@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from compressor.data.splits import Split
-from compressor.heal.distill import Draft
+from compressor.heal.distill import NO_WEIGHT, Draft, NotStartedError
 from compressor.models import Model
 from compressor.quality.evaluate import tensor_batches
 from compressor.quality.output_divergence import OutputDivergence
@@ -67,10 +67,15 @@ def refit_closed_form(
         sites: sites of the original; those that the graph lacks are left out.
         seconds: wall time in seconds.
         unmerged: the rewritten fork before tokens are merged; None if none are.
+
+    Raises:
+        NotStartedError: no map can be refitted, or there is only one sample.
     """
     start, spots = time.perf_counter(), find_spots(graph, original, model, sites)
-    if not spots or len(calibration) < 2:
-        return
+    if not spots:
+        raise NotStartedError(NO_WEIGHT)
+    if len(calibration) < 2:
+        raise NotStartedError("found 1 calibration sample, expected at least 2; give more samples")
     fitting, choosing = (dataclasses.replace(calibration, indices=calibration.indices[part::2]) for part in (0, 1))
     effects = OutputDivergence(original, model, choosing)
     best, _ = effects.measure(graph, {})

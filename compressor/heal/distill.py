@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from compressor.data.splits import Split
+from compressor.errors import CompressorError
 from compressor.models import Model
 from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import subsample_tokens
@@ -26,6 +27,7 @@ from passes.graph.sites import LINEAR_OPS
 CACHE = 2**28  # bytes; limit of the cache of teacher outputs
 SMALLEST_CROP = 0.6  # smallest area of a crop as a share of the image
 LONGEST_GRADIENT = 1.0
+TIMED = 2  # steps before the training, of which the last is timed
 JUDGING = 0.3  # largest share of the time for the evaluation of drafts
 
 
@@ -48,6 +50,11 @@ class Recipe:
 
 
 RECIPE = Recipe()
+NO_WEIGHT = "no weight after the changed sites can be adapted"
+
+
+class NotStartedError(CompressorError):
+    """No draft can be made; the message is the reason, as a clause."""
 
 
 class Student:
@@ -141,8 +148,7 @@ def distil(
     """Train a student, initialised from `graph`, on the outputs of `original` and yield drafts.
 
     The number of steps is estimated from the time of the first two and limited by the recipe. The targets are the
-    logits or features of the original; images are cropped and mirrored at random. Yields nothing if the time is too
-    short or no parameter can be trained.
+    logits or features of the original; images are cropped and mirrored at random.
 
     Args:
         graph: rewritten fork; it is not modified.
@@ -153,17 +159,27 @@ def distil(
         seconds: wall time in seconds, including the evaluation of drafts.
         check: seconds that the evaluation of one draft takes.
         seed: seed of batches, crops and initial factors.
+
+    Raises:
+        NotStartedError: no parameter can be trained, or the time is too short for `Recipe.fewest` steps.
     """
     recipe, start = RECIPE, time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     student = Student(graph, blocks, recipe, generator)
     if not student.trained():
-        return
+        raise NotStartedError(NO_WEIGHT)
     lesson = Distillation(student, original, model, calibration, recipe, generator)
     checks = max(1, min(recipe.checks, int(seconds * JUDGING / max(check, 1e-6))))
-    steps = _affordable(lesson, seconds - (time.perf_counter() - start) - checks * check, recipe)
+    left = seconds - (time.perf_counter() - start) - checks * check
+    step_seconds = _step_seconds(lesson)
+    steps = min(recipe.steps, int(left / step_seconds) - TIMED)
     if steps < recipe.fewest:
-        return
+        least = (recipe.fewest + TIMED) * step_seconds + check
+        raise NotStartedError(
+            f"the time budget is too short: {recipe.fewest} training steps, the fewest, take about {least:.0f} s "
+            f"(a step {step_seconds:.1f} s, judging a draft {check:.1f} s), and {max(seconds, 0.0):.0f} s were left; "
+            "give more with --heal-budget"
+        )
     optimizer = torch.optim.AdamW(student.trained(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=0.0)
     due = {steps * number // checks for number in range(1, checks + 1)}
     for step in range(steps):
@@ -186,15 +202,12 @@ def _schedule(done: float, warmup: float, least: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _affordable(lesson: Distillation, seconds: float, recipe: Recipe) -> int:
-    """Estimate the number of steps that fit in the time by timing two steps, whose gradients are discarded."""
-    start = time.perf_counter()
-    lesson.learn()
-    first = time.perf_counter()
-    lesson.learn()
-    step_seconds = max(time.perf_counter() - first, 1e-6)
-    left = seconds - (time.perf_counter() - start)
-    return max(0, min(recipe.steps, int(left / step_seconds)))
+def _step_seconds(lesson: Distillation) -> float:
+    """Time one training step after a first one; the gradients of both are discarded."""
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        lesson.learn()
+    return max(time.perf_counter() - start, 1e-6)
 
 
 class Distillation:

@@ -11,7 +11,7 @@ from compressor.choices import HEAL_METHODS
 from compressor.data.splits import Split
 from compressor.errors import CompressorError
 from compressor.heal.closed_form import refit_closed_form
-from compressor.heal.distill import Draft, distil
+from compressor.heal.distill import JUDGING, RECIPE, Draft, NotStartedError, distil
 from compressor.models import Model
 from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import ROUNDING, ValidationLoss
@@ -19,6 +19,7 @@ from passes.graph.graph import Graph, Site
 from passes.graph.sites import find_sites
 
 LEAST_GAIN = 0.01  # smallest relative decrease of the divergence that is kept; a smaller one is sampling noise
+FEW = 8  # fewest validation samples on which drafts are judged
 PATIENCE = 3  # consecutive drafts without improvement after which training stops
 
 
@@ -30,7 +31,8 @@ class HealError(CompressorError):
 class Standing:
     """Validation loss in percent by the reported metric, and label-free divergence of a graph.
 
-    The divergence is KL(original || graph) in nats for logits and 1 - cosine for features.
+    The divergence is KL(original || graph) in nats for logits and 1 - cosine for features. Of a draft that is judged on
+    few samples, the loss is that of the graph before healing until it is measured.
     """
 
     loss: float
@@ -41,14 +43,16 @@ class Standing:
 class Healed:
     """Report of healing; `before` and `after` contain ``loss`` and ``divergence`` on validation data.
 
-    `sample_steps` is the number of training steps (one batch each), or of linear maps tried in closed form. If `kept`
-    is false, the graph is unchanged and `note` states the reason.
+    `sample_steps` is the number of training steps (one batch each), or of linear maps tried in closed form. `judged` is
+    the number of validation samples on which divergences were measured; losses are those on all of them. If `kept` is
+    false, the graph is unchanged and `note` states the reason.
     """
 
     method: str
     kept: bool
     seconds: float
     sample_steps: int
+    judged: int
     before: Mapping[str, float]
     after: Mapping[str, float]
     note: str
@@ -56,26 +60,84 @@ class Healed:
 
 @dataclass
 class DraftEvaluator:
-    """Evaluator of graphs on validation data; it measures the loss only of graphs that improve the divergence."""
+    """Evaluator of graphs on validation data.
+
+    Attributes:
+        original: graph of the original.
+        model: model that it was traced from.
+        validation: measures losses.
+        samples: validation samples on which divergences are measured. If they are all, the loss of each draft that
+            improves the divergence is measured; if they are fewer, only that of the best draft.
+        seconds: duration of the last evaluation.
+    """
 
     original: Graph
     model: Model
     validation: ValidationLoss
-    seconds: float = 0.0  # duration of the last measurement of both divergence and loss
+    samples: Split
+    seconds: float = 0.0
     _effects: OutputDivergence = field(init=False)
 
     def __post_init__(self) -> None:
-        self._effects = OutputDivergence(self.original, self.model, self.validation.split, scaled=False)
+        self._effects = OutputDivergence(self.original, self.model, self.samples, scaled=False)
 
-    def standing(self, graph: Graph, *, below: float | None = None) -> Standing | None:
-        """Measure the loss and the divergence of a graph; return None if the divergence is not less than `below`."""
+    @classmethod
+    def within(
+        cls, original: Graph, model: Model, validation: ValidationLoss, graph: Graph, seconds: float
+    ) -> DraftEvaluator:
+        """Return an evaluator on as many validation samples as can judge all drafts in `JUDGING` of the seconds.
+
+        The time is estimated from `FEW` samples, which are used at least.
+        """
+        split = validation.split
+        if len(split) <= FEW:
+            return cls(original, model, validation, split)
+        probe = cls(original, model, validation, _spread(split, FEW))
+        probe.divergence(graph)
+        affordable = JUDGING * seconds / (RECIPE.checks * max(probe.seconds / FEW, 1e-9))  # passes of one sample
+        if affordable >= 2 * len(split):  # one for the divergence, one for the loss
+            return cls(original, model, validation, split)
+        count = min(int(affordable), len(split) - 1)
+        return probe if count <= FEW else cls(original, model, validation, _spread(split, count))
+
+    @property
+    def whole(self) -> bool:
+        """Whether divergences are measured on all validation samples."""
+        return len(self.samples) == len(self.validation.split)
+
+    @property
+    def where(self) -> str:
+        """The samples on which divergences are measured, as words of a sentence."""
+        return (
+            "validation data"
+            if self.whole
+            else f"{len(self.samples)} of {len(self.validation.split)} validation samples"
+        )
+
+    def divergence(self, graph: Graph) -> float:
+        """Measure the divergence of a graph."""
         start = time.perf_counter()
         divergence, _ = self._effects.measure(graph, {})
-        if below is not None and not divergence < below:
+        self.seconds = time.perf_counter() - start
+        return divergence
+
+    def standing(self, graph: Graph, before: Standing, *, below: float) -> Standing | None:
+        """Measure the divergence of a draft, and its loss if all samples are used.
+
+        None if the divergence is not less than `below`.
+        """
+        start = time.perf_counter()
+        divergence = self.divergence(graph)
+        if not divergence < below:
             return None
-        standing = Standing(self.validation.loss(graph).percent, divergence)
+        standing = Standing(self.validation.loss(graph).percent if self.whole else before.loss, divergence)
         self.seconds = time.perf_counter() - start
         return standing
+
+
+def _spread(split: Split, count: int) -> Split:
+    """Return `count` samples at equal distances."""
+    return dataclasses.replace(split, indices=split.indices[:: len(split) // count][:count])
 
 
 def heal(
@@ -108,7 +170,8 @@ def heal(
         validation: measures the loss of drafts.
         changed: sites that were rewritten.
         budget: time budget in seconds; one measurement may exceed it.
-        seed: seed of all random draws. Results are reproducible unless the budget ends the work.
+        seed: seed of all random draws. Results are reproducible unless the budget ends the work, or is too short to
+            judge drafts on all validation samples.
         progress: called with steps done, total steps and a line of text.
         stored: rounds the weights of a draft to the types in which the result stores them, before it is measured.
         unmerged: the rewritten fork before tokens are merged; None if none are.
@@ -122,24 +185,33 @@ def heal(
     if method not in HEAL_METHODS:
         raise HealError(f"unknown healing method {method!r}; expected one of {', '.join(HEAL_METHODS)}.")
     start = time.perf_counter()
-    judge = DraftEvaluator(original, model, validation)
-    before = judge.standing(graph)
-    assert before is not None
-    left = budget - (time.perf_counter() - start)
-    drafts = _drafts(method, graph, original, model, calibration, changed, left, judge.seconds, seed, unmerged)
-    best, after, steps, refused = graph, before, 0, 0
-    for draft, standing in _judged(drafts, judge, before, progress, stored):
-        steps = draft.step
-        if standing is not None and _loses_no_more(standing, before):
-            best, after = draft.graph, standing
-        else:
-            refused += standing is not None
+    judge = DraftEvaluator.within(original, model, validation, graph, budget)
+    divergence, passed = judge.divergence(graph), time.perf_counter()
+    before = Standing(validation.loss(graph).percent, divergence)
+    one_pass = time.perf_counter() - passed
+    check = judge.seconds + (one_pass if judge.whole else 0.0)
+    left = budget - (time.perf_counter() - start) - (0.0 if judge.whole else one_pass)
+    drafts = _drafts(method, graph, original, model, calibration, changed, left, check, seed, unmerged)
+    best, after, steps, refused, reason = graph, before, 0, 0, ""
+    try:
+        for draft, standing in _judged(drafts, judge, before, progress, stored):
+            steps = draft.step
+            if standing is not None and _loses_no_more(standing, before):
+                best, after = draft.graph, standing
+            else:
+                refused += standing is not None
+    except NotStartedError as error:
+        reason = str(error)
+    if best is not graph and not judge.whole:
+        after = dataclasses.replace(after, loss=validation.loss(best).percent)
+        if not _loses_no_more(after, before):
+            best, after, refused = graph, before, 1
     kept = after.divergence < before.divergence * (1 - LEAST_GAIN)
-    note = _note(method, kept, steps, refused, before, after)
+    note = f"not healed: {reason}" if reason else _note(method, kept, steps, refused, before, after, judge.where)
     final = after if kept else before
-    spent = time.perf_counter() - start
+    spent, judged = time.perf_counter() - start, len(judge.samples)
     return best if kept else graph, Healed(
-        method, kept, spent, steps, dataclasses.asdict(before), dataclasses.asdict(final), note
+        method, kept, spent, steps, judged, dataclasses.asdict(before), dataclasses.asdict(final), note
     )
 
 
@@ -179,7 +251,7 @@ def _judged(
     least, fruitless = before.divergence, 0
     for unrounded in drafts:
         draft = dataclasses.replace(unrounded, graph=stored(unrounded.graph))
-        standing = judge.standing(draft.graph, below=least)
+        standing = judge.standing(draft.graph, before, below=least)
         fruitless = fruitless + 1 if standing is None else 0
         if standing is not None and _loses_no_more(standing, before):
             least = standing.divergence
@@ -193,15 +265,15 @@ def _loses_no_more(standing: Standing, before: Standing) -> bool:
     return standing.loss <= before.loss + ROUNDING
 
 
-def _note(method: str, kept: bool, steps: int, refused: int, before: Standing, after: Standing) -> str:
+def _note(method: str, kept: bool, steps: int, refused: int, before: Standing, after: Standing, where: str) -> str:
     """Describe the outcome in a sentence."""
     if method == "none":
         return "not healed: the method is none"
     if kept:
         share = 1 - after.divergence / before.divergence
-        return f"healed: the divergence on validation data decreased by {share:.0%}, and the loss did not increase"
+        return f"healed: the divergence on {where} decreased by {share:.0%}, and the loss did not increase"
     if not steps:
-        return "not healed: the time budget is too short to start, or no weight after the changed sites can be adapted"
+        return "not healed: no site was changed"
     if refused:
-        return "rolled back: the divergence on validation data decreased, but the loss increased"
-    return f"rolled back: no draft decreased the divergence on validation data by more than {LEAST_GAIN:.0%}"
+        return f"rolled back: the divergence on {where} decreased, but the loss increased"
+    return f"rolled back: no draft decreased the divergence on {where} by more than {LEAST_GAIN:.0%}"

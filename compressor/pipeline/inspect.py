@@ -24,6 +24,7 @@ from compressor.pipeline.unused_options import refuse_unused
 from compressor.quality.chance import ChanceError
 from compressor.report.collect_limitations import of_weight_types
 from compressor.report.inspection import Inspection
+from compressor.search.last_tokens import of_last_tokens
 from compressor.search.planner import output_divergence, score
 from compressor.study.study import study as studied
 from compressor.workspace.output_lock import output_lock
@@ -103,6 +104,7 @@ def _inspection(settings: InspectSettings, steps: Steps, executor: Executor) -> 
             *subject.model.limitations,
             *subject.data.limitations,
             *of_weight_types(subject.model, "the scores are those of the float32 weights"),
+            *of_last_tokens(subject),
             *doubts,
         ),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from compressor.heal import distill
 from compressor.heal import heal as heal_module
 from compressor.heal.closed_form import comparable, find_spots, refit_closed_form
 from compressor.heal.distill import Distillation, Recipe, Student, cropped
-from compressor.heal.heal import HealError, heal
+from compressor.heal.heal import DraftEvaluator, HealError, heal
 from compressor.lower.trace import trace
 from compressor.quality.heads.registry import head_for
 from compressor.quality.output_divergence import OutputDivergence
@@ -238,7 +239,49 @@ def test_zero_budget_returns_a_valid_graph(method):
     result.check()
     assert report.kept == (result is not fork)
     assert report.after["divergence"] <= report.before["divergence"]
-    assert method != "distill" or (report.sample_steps == 0 and "too short" in report.note)
+    assert method != "distill" or report.sample_steps == 0
+    assert method != "distill" or re.search(r"8 training steps, .*, take about \d+ s .* 0 s were left", report.note)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("seconds", [0.0, LONG])
+def test_a_short_budget_judges_drafts_on_few_samples(seconds):
+    """All validation samples judge where the budget allows it. The divergence is that on the samples stated."""
+    model, _, graph, fork, _, validation = digits()
+    judge = DraftEvaluator.within(graph, model, validation, fork, seconds)
+    assert judge.whole == (seconds == LONG)
+    assert len(judge.samples) == (heal_module.FEW if seconds == 0.0 else len(validation.split))
+    assert set(judge.samples.indices) <= set(validation.split.indices)
+    effects = OutputDivergence(graph, model, judge.samples, scaled=False)
+    assert judge.divergence(fork) == effects.measure(fork, {})[0]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("loses", [False, True])
+def test_the_best_of_drafts_judged_on_few_samples_is_held_to_all(monkeypatch, loses):
+    """The loss of one draft only is measured, on all samples; it is rolled back if the draft loses more."""
+    _, data, _, fork, _, _ = digits()
+    measured = []
+
+    class Counting:
+        split = data.validation
+
+        def loss(self, graph):
+            measured.append(graph)
+            return Loss(0.1 if loses and graph is not fork else 0.0, len(self.split))
+
+    few = dataclasses.replace(data.validation, indices=data.validation.indices[:20])
+    monkeypatch.setattr(
+        DraftEvaluator,
+        "within",
+        lambda original, model, validation, *_: DraftEvaluator(original, model, validation, few),
+    )
+    result, report = healed("distill", validation=Counting())
+    assert report.kept == (not loses)
+    assert [graph is fork for graph in measured] == [True, False]
+    assert (result is fork) == loses
+    assert report.judged == 20
+    assert ("but the loss increased" if loses else "20 of 120 validation samples") in report.note
 
 
 @functools.cache
