@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from passes.merge_tokens.matching import Count, Stage
 
 aten = torch.ops.aten
+MERGING = ("merge", "tome", "atm")
+DROPPING = ("attention", "norm")
 LOWEST = -1e30  # replaces minus infinity, because 0 * -inf is NaN
 
 
@@ -34,9 +36,14 @@ class Reduction:
     unmerge: bool | None
 
     @property
+    def merges(self) -> bool:
+        """True if tokens are averaged, False if they are dropped."""
+        return self.method in MERGING
+
+    @property
     def spreads(self) -> bool:
         """True if a value for each token can be restored to its original length."""
-        return self.method == "merge" and self.unmerge is not False
+        return self.merges and self.unmerge is not False
 
 
 class Stages:

@@ -104,16 +104,34 @@ def _seed():
 # --------------------------------------------------------------------------------------------- reference and options
 
 
+def by_cosine(keys, states, received, sizes, token, other):
+    """Rank of a link in Bolya et al., section 3."""
+    return torch.cosine_similarity(keys[token], keys[other], dim=0).item()
+
+
+def by_size(keys, states, received, sizes, token, other):
+    """Rank of a link in Lee and Choi, arXiv 2505.15160."""
+    n, m = sizes[token].item(), sizes[other].item()
+    return n * m / (n + m) * (by_cosine(keys, states, received, sizes, token, other) - 1)
+
+
+def by_attention(keys, states, received, sizes, token, other):
+    """Rank of a link by the attention that its first token receives, and the difference of the states."""
+    return received[token].item() * (torch.cosine_similarity(states[token], states[other], dim=0).item() - 1)
+
+
+LINKS = {"tome": by_cosine, "atm": by_size, "merge": by_attention}
+
+
 @torch.no_grad()
-def reference_merge(x, k, sizes, amount):
+def reference_merge(x, keys, received, sizes, amount, rank_of):
     """Merge as in Bolya et al., section 3, token by token, in the order first token, A by rank, B."""
-    tokens, keys = list(x), k.mean(0)
-    free = list(range(1, len(tokens)))
+    free = list(range(1, len(x)))
     a, b = free[::2], free[1::2]
     links = []
     for token in a:
-        similar = [torch.cosine_similarity(keys[token], keys[other], dim=0).item() for other in b]
-        links.append((max(similar), token, b[int(np.argmax(similar))]))
+        ranks = [rank_of(keys, x, received, sizes, token, other) for other in b]
+        links.append((max(ranks), token, b[int(np.argmax(ranks))]))
     links = sorted(links, key=lambda link: -link[0])
     groups = {token: [token] for token in (0, *(token for _, token, _ in links[amount:]), *b)}
     for _, token, other in links[:amount]:
@@ -124,27 +142,32 @@ def reference_merge(x, k, sizes, amount):
 
 
 @torch.no_grad()
-def reference_run(trunk, x, amounts):
+def reference_run(trunk, x, amounts, rank_of):
     """Return the class token of one sample, with one number of merged tokens per block."""
     x = torch.cat([trunk.cls[0], x])
     sizes = torch.ones(len(x))
     for block, amount in zip(trunk.blocks, amounts, strict=True):
         y = x[None] + block.attention(x[None], sizes[None])
-        keys = block.heads(x[None])[1][0]
-        x, sizes = reference_merge(y[0], keys, sizes, amount)
+        q, k, _ = block.heads(x[None])
+        weights = (q[0] @ k[0].transpose(-2, -1) * (WIDTH // HEADS) ** -0.5 + sizes.log()).softmax(-1)
+        x, sizes = reference_merge(y[0], k[0].mean(0), weights.mean(0)[0], sizes, amount, rank_of)
         x = x + block.mlp(x[None])[0]
     return trunk.norm(x)[0]
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_merging_follows_the_paper(explicit):
+@pytest.mark.parametrize("method", LINKS)
+def test_merging_follows_the_reference(method, explicit):
     trunk = Trunk(explicit=explicit).eval()
     original = traced(trunk, 13)
-    graph = reduced(original, ("blocks.0", 4), ("blocks.1", 3), ("blocks.2", 2))
+    graph = reduced(original, ("blocks.0", 4), ("blocks.1", 3), ("blocks.2", 2), method=method)
     x = torch.randn(3, 13, WIDTH)
-    expected = torch.stack([reference_run(trunk, sample, (4, 3, 2)) for sample in x])
+    expected = torch.stack([reference_run(trunk, sample, (4, 3, 2), LINKS[method]) for sample in x])
     torch.testing.assert_close(outputs(graph, x)[0], expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
     assert (outputs(original, x)[0] - expected).abs().max() > 1e-3  # merging changes the output
+    for other in LINKS.keys() - {method}:  # which merges other tokens
+        different = torch.stack([reference_run(trunk, sample, (4, 3, 2), LINKS[other]) for sample in x])
+        assert (different - expected).abs().max() > 1e-3
 
 
 def test_zero_tokens_do_not_change_the_graph():
@@ -282,7 +305,7 @@ def test_invalid_options_raise():
         ReduceTokens((("blocks.9", 1),)).run(graph)
     with pytest.raises(PassError, match="share below"):
         ReduceTokens((("blocks.0", 0.5),))
-    with pytest.raises(PassError, match="merge, attention or norm"):
+    with pytest.raises(PassError, match="merge, tome, atm, attention or norm"):
         ReduceTokens((), method="random")  # type: ignore[arg-type]
     with pytest.raises(PassError, match="reads the first 1 tokens by position"):
         ReduceTokens((("blocks.0", 1),), protected=0).run(graph)
