@@ -60,6 +60,14 @@ def insert_reduction(call: Any, root: fx.Node, amount: float, attended: Attentio
         resymbolize_size(past.graph, count)
     if method == "attention":
         return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, dtype)
+    if method in ("evit", "unary") and attended.real is not None:
+        raise PassError(f"the method {method} has no rule for padding; use merge.")
+    if method == "evit":
+        return arithmetic.keep_and_fuse(call, _received(call, attended, protected), count, protected, sizes, dtype)
+    if method == "unary":
+        score, features = _received(call, attended, protected), _states(call, root)
+        new_index = arithmetic.merge_lowest(call, score, features, count, protected)
+        return arithmetic.merge(call, new_index, count, sizes, dtype)
     if method == "norm":
         score = call(aten.linalg_vector_norm.default, _mean_keys(call, attended), 2, [-1])
         return arithmetic.keep(call, score, count, protected, sizes, dtype)
@@ -76,8 +84,12 @@ def _links(call: Any, root: fx.Node, attended: AttentionOperands, past: Stages) 
     if method == "atm":
         sizes = past.done[-1].sizes if past.done else None
         return _mean_keys(call, attended), arithmetic.Links(attended.real, sizes=sizes)
-    features = root if value_of(root).dtype == torch.float32 else call(aten.to.dtype, root, torch.float32)
-    return features, arithmetic.Links(attended.real, received=_received(call, attended, past.reduction.protected))
+    received = _received(call, attended, past.reduction.protected)
+    return _states(call, root), arithmetic.Links(attended.real, received=received)
+
+
+def _states(call: Any, root: fx.Node) -> fx.Node:
+    return root if value_of(root).dtype == torch.float32 else call(aten.to.dtype, root, torch.float32)
 
 
 def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Reduction) -> Count:
@@ -94,7 +106,7 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
     if not isinstance(old, int):
         return removed
     free = old - reduction.protected
-    return max(0, min(removed, (free - 1) // 2 if reduction.merges else free - 1))
+    return max(0, min(removed, (free - 1) // 2 if reduction.in_pairs else free - 1))
 
 
 def _mean_keys(call: Any, attended: AttentionOperands) -> fx.Node:
@@ -115,8 +127,8 @@ def _received(call: Any, attended: AttentionOperands, protected: int) -> fx.Node
     if weights is None:
         if attended.query is None:
             raise PassError(
-                f"the attention with the keys {attended.keys.name} has no softmax, so nothing tells how much attention a "
-                "token receives; use the method tome or norm."
+                f"the attention with the keys {attended.keys.name} has no softmax, and no token's share of it is "
+                "known; use the method tome or norm."
             )
         weights = arithmetic.attention_weights(
             call, attended.query, attended.keys, attended.mask, attended.scale, protected

@@ -198,28 +198,87 @@ def _assign(call: Call, new_index: fx.Node, count: Count, dtype: torch.dtype) ->
     return call(aten.to.dtype, call(aten.eq.Tensor, row, rows), dtype)
 
 
-def merge(call: Call, new_index: fx.Node, count: Count, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:
-    """Replace tokens with the same new index by their average, weighted by size (section 3, tracking token size)."""
+def merge(
+    call: Call,
+    new_index: fx.Node,
+    count: Count,
+    sizes: fx.Node | None,
+    dtype: torch.dtype,
+    weights: fx.Node | None = None,
+) -> Stage:
+    """Replace tokens with the same new index by their average.
+
+    It is weighted by size (section 3, tracking token size), or else by `weights` ``[B, N]``.
+    """
     assign = _assign(call, new_index, count, dtype)
-    weights = assign if sizes is None else call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, sizes, 1))
-    total = call(aten.sum.dim_IntList, weights, [-1])
-    mean = call(aten.div.Tensor, weights, call(aten.unsqueeze.default, total, 2))
-    return Stage(count, assign, mean, total)
+    by_size = assign if sizes is None else call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, sizes, 1))
+    total = call(aten.sum.dim_IntList, by_size, [-1])
+    if weights is None:
+        return Stage(count, assign, call(aten.div.Tensor, by_size, call(aten.unsqueeze.default, total, 2)), total)
+    weighted = call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, weights, 1))
+    norm = call(aten.sum.dim_IntList, weighted, [-1], True)
+    return Stage(count, assign, call(aten.div.Tensor, weighted, norm), total)
 
 
 def keep(call: Call, score: fx.Node, count: Count, protected: int, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:
     """Keep the protected tokens and those of highest score; `score` is ``[B, N]``."""
-    free = call(aten.slice.Tensor, score, 1, protected, LAST)
-    new_index = call(aten.add.Tensor, _rank(call, free), float(protected))
-    if protected:
-        zero = _zero(call, new_index)
-        new_index = call(aten.cat.default, [call(aten.add.Tensor, zero, _range(call, protected)), new_index], 1)
+    new_index = _behind_protected(call, _free_rank(call, score, protected), protected)
     assign = _assign(call, new_index, count, dtype)
     kept_sizes = sizes
     if sizes is not None:
         product = call(aten.matmul.default, assign, call(aten.unsqueeze.default, sizes, 2))
         kept_sizes = call(aten.squeeze.dim, product, 2)
     return Stage(count, assign, assign, kept_sizes)
+
+
+def keep_and_fuse(
+    call: Call, score: fx.Node, count: Count, protected: int, sizes: fx.Node | None, dtype: torch.dtype
+) -> Stage:
+    """Keep the tokens of highest score, and average all others, weighted by score, into one more (EViT).
+
+    See Liang et al., Not All Patches are What You Need, ICLR 2022, section 3.2.
+    """
+    new_index = _behind_protected(call, _free_rank(call, score, protected), protected)
+    last = minus(call, count, 1)
+    clamped = call(aten.where.self, call(aten.lt.Scalar, new_index, last), new_index, _constant(call, new_index, last))
+    return merge(call, clamped, count, sizes, dtype, weights=score)
+
+
+def merge_lowest(call: Call, score: fx.Node, features: fx.Node, count: Count, protected: int) -> fx.Node:
+    """Assign the tokens of lowest score to the remaining tokens with the most similar features (cosine).
+
+    A score of each token in place of one of each pair is more stable in deep blocks (Yang, arXiv 2604.16745).
+
+    Returns:
+        ``[B, N]`` float32, the index of each old token among the new ones.
+    """
+    rank, kept = _free_rank(call, score, protected), minus(call, count, protected)
+    norm = call(aten.linalg_vector_norm.default, features, 2, [-1], True)
+    unit = call(aten.div.Tensor, features, call(aten.clamp_min.default, norm, 1e-6))
+    free = call(aten.slice.Tensor, unit, 1, protected, LAST)
+    scores = call(aten.matmul.default, free, call(aten.transpose.int, free, 1, 2))
+    stays = call(aten.lt.Scalar, rank, kept)
+    allowed = call(aten.where.ScalarOther, call(aten.unsqueeze.default, stays, 1), scores, NEVER)
+    partner = call(aten.gather.default, rank, 1, call(aten.argmax.default, allowed, -1))
+    return _behind_protected(call, call(aten.where.self, stays, rank, partner), protected)
+
+
+def _free_rank(call: Call, score: fx.Node, protected: int) -> fx.Node:
+    return _rank(call, call(aten.slice.Tensor, score, 1, protected, LAST))
+
+
+def _behind_protected(call: Call, free: fx.Node, protected: int) -> fx.Node:
+    """Return new indices of all tokens ``[B, N]`` from those of the tokens that are not protected."""
+    if not protected:
+        return free
+    zero = _zero(call, free)
+    front = call(aten.add.Tensor, zero, _range(call, protected))
+    return call(aten.cat.default, [front, call(aten.add.Tensor, free, float(protected))], 1)
+
+
+def _constant(call: Call, vector: fx.Node, value: Count) -> fx.Node:
+    """Return ``[B, 1]`` filled with a count."""
+    return call(aten.add.Tensor, _zero(call, vector), value)
 
 
 def apply_matrix(call: Call, matrix: fx.Node, value: fx.Node, batch: int, axis: int, start: int) -> fx.Node:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from passes.merge_tokens.matching import Count, Stage
 
 aten = torch.ops.aten
-MERGING = ("merge", "tome", "atm")
+MERGING = ("merge", "tome", "atm", "unary", "evit")
+IN_PAIRS = MERGING[:3]
 DROPPING = ("attention", "norm")
 LOWEST = -1e30  # replaces minus infinity, because 0 * -inf is NaN
 
@@ -39,6 +40,11 @@ class Reduction:
     def merges(self) -> bool:
         """True if tokens are averaged, False if they are dropped."""
         return self.method in MERGING
+
+    @property
+    def in_pairs(self) -> bool:
+        """True if half of the unprotected tokens at most can be removed at once."""
+        return self.method in IN_PAIRS
 
     @property
     def spreads(self) -> bool:

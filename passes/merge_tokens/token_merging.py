@@ -43,11 +43,13 @@ class ReduceTokens:
         schedule: pairs of a block or attention site and the number of tokens to remove, or the share (a float below
             0.5) of the unprotected tokens. A dynamic token axis takes shares only.
         method: ``merge`` averages similar tokens by the matching of Token Merging (Bolya et al., ICLR 2023) and weights
-            later attention by token size; similar are tokens whose states point the same way, and those that receive
-            little attention merge first, from the class token if there is one, otherwise on average. Published methods
-            for comparison: ``tome`` is Token Merging itself, whose similarity is that of the keys. ``atm`` weights it
-            by token sizes (Lee and Choi, arXiv 2505.15160). ``attention`` keeps the tokens that receive the most
-            attention, and ``norm`` those with the largest key norms; both drop the others.
+            later attention by token size. Similar are tokens whose states point the same way. Those that receive
+            little attention merge first: from the class token if there is one, otherwise on average. The other
+            methods are published ones, for comparison. ``tome`` is Token Merging itself, whose similarity is that of
+            the keys. ``atm`` weights it by token sizes (Lee and Choi, arXiv 2505.15160). ``unary`` merges the tokens
+            that receive the least attention into the most similar of the others (Yang, arXiv 2604.16745). ``evit``
+            averages them into one token (Liang et al., ICLR 2022). ``attention`` drops them, and ``norm`` drops those
+            with the smallest key norms.
         protected: number of leading tokens that are never removed. None protects leading tokens made of parameters
             (class, registers) and tokens that later operators read by position.
         unmerge: True restores the original length of outputs with a value for each token. None does so for methods
@@ -59,7 +61,7 @@ class ReduceTokens:
     """
 
     schedule: tuple[tuple[str, Amount], ...]
-    method: Literal["merge", "tome", "atm", "attention", "norm"] = "merge"
+    method: Literal["merge", "tome", "atm", "unary", "evit", "attention", "norm"] = "merge"
     protected: int | None = None
     unmerge: bool | None = None
     trusted: bool = False
