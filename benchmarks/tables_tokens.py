@@ -83,23 +83,25 @@ def token_methods() -> str | None:
     return None if part is None else methods_table(part)
 
 
-def methods_table(part: Row) -> str:
-    """Return the table of methods by schedule; a method better or worse than the first outside the interval is marked.
+def methods_table(models: Mapping[str, Row]) -> str:
+    """Return the table of methods by model and schedule; what differs from ToMe outside the interval is marked.
 
     Args:
-        part: the part `methods` of the results.
+        models: the part `methods` of the results.
     """
     lines = [
-        "| tokens removed | method | multiply-adds | divergence | against the first | top-1 lost | against the first |",
-        "|---|---|---|---|---|---|---|",
+        "| model | tokens removed | method | multiply-adds | divergence | against tome | points lost | against tome |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in part["rows"]:
-        against = row["divergence_against_base"]
-        verdict = ", better" if against["high"] < 0 else ", worse" if against["low"] > 0 else ""
-        cells = [row["schedule"], row["method"], f"{row['saved']:.1%} less", f"{row['divergence']['value']:.4f}"]
-        cells.append(f"{against['value']:+.4f} ({against['low']:+.4f} to {against['high']:+.4f}){verdict}")
-        cells += [interval(row["loss"]), interval(row["loss_against_base"])]
-        lines.append(f"| {' | '.join(cells)} |")
+    for model, part in models.items():
+        for row in part["rows"]:
+            against = row["divergence_against_base"]
+            verdict = ", better" if against["high"] < 0 else ", worse" if against["low"] > 0 else ""
+            cells = [model, row["schedule"], row["method"], f"{row['saved']:.1%} less"]
+            cells.append(f"{row['divergence']['value']:.4f}")
+            cells.append(f"{against['value']:+.4f} ({against['low']:+.4f} to {against['high']:+.4f}){verdict}")
+            cells += [interval(row["loss"]), interval(row["loss_against_base"])]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
