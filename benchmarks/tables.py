@@ -28,7 +28,7 @@ import tables_scale
 import tables_smollm2
 import tables_targets
 import tables_tensorrt
-from tables_tokens import tokens, tokens_operators
+from tables_tokens import token_methods, tokens, tokens_operators
 
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
@@ -165,6 +165,7 @@ TABLES = {
     "rivals": tables_matrix.rivals,
     "tokens": tokens,
     "tokens_operators": tokens_operators,
+    "token_methods": token_methods,
     "targets": tables_targets.targets,
 }
 

@@ -77,6 +77,34 @@ def _aims(rows: Sequence[Row]) -> str:
     return f"Aims, float at batch 1: {'; '.join(verdicts)}."
 
 
+def token_methods() -> str | None:
+    """Return the table of the methods of token reduction, or None without results."""
+    part = results().get("methods")
+    return None if part is None else methods_table(part)
+
+
+def methods_table(models: Mapping[str, Row]) -> str:
+    """Return the table of methods by model and schedule; what differs from ToMe outside the interval is marked.
+
+    Args:
+        models: the part `methods` of the results.
+    """
+    lines = [
+        "| model | tokens removed | method | multiply-adds | divergence | against tome | points lost | against tome |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model, part in models.items():
+        for row in part["rows"]:
+            against = row["divergence_against_base"]
+            verdict = ", better" if against["high"] < 0 else ", worse" if against["low"] > 0 else ""
+            cells = [model, row["schedule"], row["method"], f"{row['saved']:.1%} less"]
+            cells.append(f"{row['divergence']['value']:.4f}")
+            cells.append(f"{against['value']:+.4f} ({against['low']:+.4f} to {against['high']:+.4f}){verdict}")
+            cells += [interval(row["loss"]), interval(row["loss_against_base"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tokens_operators() -> str | None:
     """Return the tables of multiply-adds against time by operator type, or None without results."""
     part = results().get("large")

@@ -1,11 +1,12 @@
 """Measure the latency gain and the quality loss of token merging.
 
-    python benchmarks/tokens.py --data-root ../shared/data [--part deit] [--part large] [--rounds 10]
+    python benchmarks/tokens.py --data-root ../shared/data [--part deit] [--part large] [--part methods] [--rounds 10]
 
 Part `deit`: DeiT-Tiny on real images, with fixed schedules and with plans of the search (all actions), in float and
 int8, at batch sizes 1 and 8. Part `large`: ViT-B/16 and ViT-L/16 at 384 pixels with random weights, speed only, with
-the time of each operator type. All designs of one precision and batch size are timed in one interleaved run. The script
-writes benchmarks/results/tokens.json; `python benchmarks/tables.py` writes the tables.
+the time of each operator type. Part `methods`: methods of token reduction at equal schedules, quality only. All
+designs of one precision and batch size are timed in one interleaved run. The script writes
+benchmarks/results/tokens.json; `python benchmarks/tables.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import click
 import torch
 from main_job import brief, sources
 from rich.console import Console
+from token_methods import CASES, methods
 
 from compressor.lower.fold_graph import fold_graph
 from compressor.lower.traced_model import TracedModel, load
@@ -292,8 +294,8 @@ def operators(onnx: Path, feeds: Feeds, runs: int = PROFILED, threads: int | Non
     "--part",
     "chosen",
     multiple=True,
-    type=click.Choice(("deit", "large")),
-    help="Part to measure; repeatable.  [default: both]",
+    type=click.Choice(("deit", "large", "methods")),
+    help="Part to measure; repeatable.  [default: all]",
 )
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed bursts per engine.")
 def main(data_root: Path, chosen: tuple[str, ...], rounds: int) -> None:
@@ -309,6 +311,10 @@ def main(data_root: Path, chosen: tuple[str, ...], rounds: int) -> None:
     for large in LARGE if "large" in chosen or not chosen else ():
         click.echo(large.model, err=True)
         results.setdefault("large", {})[large.model] = timed(large, rounds, steps)
+        _write(results)
+    for name, case in CASES.items() if "methods" in chosen or not chosen else ():
+        click.echo(name, err=True)
+        results.setdefault("methods", {})[name] = methods(case, where, steps)
         _write(results)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compressor.lower.traced_model import load
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.quality.budget import Budget
 from compressor.quality.heads.single_class import SingleClass
@@ -132,6 +133,22 @@ def test_the_table_of_tokens(of_tokens):
     # The second aim is missed: int8, however fast, does not count.
     assert "1.4x at a loss of at most 1 on test data: reached by “auto, at most 1 % loss”" in lines[-1]
     assert "1.7x at a loss of at most 2 on test data: missed" in lines[-1]
+
+
+def test_the_table_of_token_methods_marks_what_lies_outside_the_interval(of_tokens):
+    def row(method, divergence):
+        return {
+            "schedule": "25% at 3", "method": method, "saved": 0.25, "divergence": figure(divergence, 0.01),
+            "divergence_against_base": figure(divergence - 0.1, 0.02),
+            "loss": figure(1.0), "loss_against_base": figure(0.0),
+        }  # fmt: skip
+
+    rows = [row("tome", 0.1), row("merge", 0.05), row("evit", 0.2)]
+    lines = of_tokens.methods_table({"vit": {"rows": rows}}).splitlines()
+    assert lines[2].startswith("| vit | 25% at 3 | tome | 25.0% less | 0.1000 | +0.0000 (-0.0200 to +0.0200) | +1.00")
+    assert "-0.0500 (-0.0700 to -0.0300), better |" in lines[3]
+    assert "+0.1000 (+0.0800 to +0.1200), worse |" in lines[4]
+    assert len({line.count(" | ") for line in lines[2:]} | {lines[0].count(" | ")}) == 1
 
 
 def test_the_table_of_operators_explains_the_difference(of_tokens):
@@ -957,6 +974,28 @@ def test_tokens_measures_designs_on_the_sample(of_tokens, untimed):
     assert len(merged["changes"]) == 12
     assert merged["multiply_adds"] < first["multiply_adds"]
     assert "Aims" in of_tokens.tokens_table(found)
+
+
+def test_token_methods_are_compared_on_the_sample(of_tokens):
+    module = script("token_methods")
+    case = module.Case(None, None, ("tome", "merge", "attention"), {"25% at 2": {2: 0.25}}, samples=60)
+    found = module.methods(case, {}, Steps())
+    tome, merge, dropped = found["rows"]
+    assert found["samples"] == 30  # half of the samples are test data
+    assert tome["divergence_against_base"]["value"] == tome["loss_against_base"]["value"] == 0.0
+    assert 0 < merge["divergence"]["value"] < dropped["divergence"]["value"]
+    assert 0.1 < dropped["saved"] < tome["saved"] + 0.01 < 0.2  # matching costs little
+    assert "| digits | 25% at 2 | merge |" in of_tokens.methods_table({"digits": found})
+
+
+def test_unseen_samples_are_those_that_no_choice_was_made_on():
+    module = script("token_methods")
+    subject = load(Settings(samples=60), Steps())
+    rest = module.unseen(subject, 40).indices
+    total = len(subject.data.test.samples.ids)
+    assert len(rest) == total - 40
+    assert not set(rest) & set(np.random.default_rng(0).permutation(total)[:40].tolist())
+    assert module.unseen(subject, None) is subject.data.test
 
 
 def test_operators_are_sorted_by_time(tmp_path):

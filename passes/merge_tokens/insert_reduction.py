@@ -60,12 +60,36 @@ def insert_reduction(call: Any, root: fx.Node, amount: float, attended: Attentio
         resymbolize_size(past.graph, count)
     if method == "attention":
         return arithmetic.keep(call, _received(call, attended, protected), count, protected, sizes, dtype)
-    keys = _mean_keys(call, attended)
+    if method in ("evit", "unary") and attended.real is not None:
+        raise PassError(f"the method {method} has no rule for padding; use merge.")
+    if method == "evit":
+        return arithmetic.keep_and_fuse(call, _received(call, attended, protected), count, protected, sizes, dtype)
+    if method == "unary":
+        score, features = _received(call, attended, protected), _states(call, root)
+        new_index = arithmetic.merge_lowest(call, score, features, count, protected)
+        return arithmetic.merge(call, new_index, count, sizes, dtype)
     if method == "norm":
-        score = call(aten.linalg_vector_norm.default, keys, 2, [-1])
+        score = call(aten.linalg_vector_norm.default, _mean_keys(call, attended), 2, [-1])
         return arithmetic.keep(call, score, count, protected, sizes, dtype)
-    new_index = arithmetic.match(call, keys, protected, removed, attended.real)
+    features, links = _links(call, root, attended, past)
+    new_index = arithmetic.match(call, features, protected, removed, links)
     return arithmetic.merge(call, new_index, count, sizes, dtype)
+
+
+def _links(call: Any, root: fx.Node, attended: AttentionOperands, past: Stages) -> tuple[fx.Node, arithmetic.Links]:
+    """Return the features by which tokens are similar, and what links are ranked by, of a merging method."""
+    method = past.reduction.method
+    if method == "tome":
+        return _mean_keys(call, attended), arithmetic.Links(attended.real)
+    if method == "atm":
+        sizes = past.done[-1].sizes if past.done else None
+        return _mean_keys(call, attended), arithmetic.Links(attended.real, sizes=sizes)
+    received = _received(call, attended, past.reduction.protected)
+    return _states(call, root), arithmetic.Links(attended.real, received=received)
+
+
+def _states(call: Any, root: fx.Node) -> fx.Node:
+    return root if value_of(root).dtype == torch.float32 else call(aten.to.dtype, root, torch.float32)
 
 
 def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Reduction) -> Count:
@@ -82,7 +106,7 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
     if not isinstance(old, int):
         return removed
     free = old - reduction.protected
-    return max(0, min(removed, (free - 1) // 2 if reduction.method == "merge" else free - 1))
+    return max(0, min(removed, (free - 1) // 2 if reduction.in_pairs else free - 1))
 
 
 def _mean_keys(call: Any, attended: AttentionOperands) -> fx.Node:
@@ -98,13 +122,15 @@ def _mean_keys(call: Any, attended: AttentionOperands) -> fx.Node:
 
 
 def _received(call: Any, attended: AttentionOperands, protected: int) -> fx.Node:
+    """Return the attention that each token receives, ``[B, N]`` float32."""
     weights = attended.weights
     if weights is None:
-        assert attended.query is not None
-        return arithmetic.attention_received(
+        if attended.query is None:
+            raise PassError(
+                f"the attention with the keys {attended.keys.name} has no softmax, and no token's share of it is "
+                "known; use the method tome or norm."
+            )
+        weights = arithmetic.attention_weights(
             call, attended.query, attended.keys, attended.mask, attended.scale, protected
         )
-    if len(value_of(weights).shape) == 4:
-        weights = call(aten.mean.dim, weights, [1])
-    received: fx.Node = call(aten.select.int, weights, 1, 0) if protected else call(aten.mean.dim, weights, [1])
-    return received
+    return arithmetic.attention_received(call, weights, protected, attended.real)

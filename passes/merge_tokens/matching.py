@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 LAST = 2**63 - 1
 FLOAT = {"dtype": torch.float32}
 # Cosines lie in [-1, 1]. Pairs of padding tokens rank above every real pair, mixed pairs below.
-PADDING_FIRST, NEVER = 4.0, -2.0
+PADDING_FIRST, NEVER, LAST_RANK = 4.0, -2.0, -1e9
 
 Count = Any  # int, or the node of a symbolic integer
 
@@ -45,6 +45,18 @@ class Stage:
     assign: fx.Node
     mean: fx.Node
     sizes: fx.Node | None
+
+
+class Links(NamedTuple):
+    """What links between tokens are ranked by, beside their similarity.
+
+    ``real`` ``[B, N]`` bool is False for padding, which merges first and only with padding; None without padding.
+    ``received`` ``[B, N]`` is the attention that each token receives. ``sizes`` ``[B, N]`` are the sizes of the tokens.
+    """
+
+    real: fx.Node | None = None
+    received: fx.Node | None = None
+    sizes: fx.Node | None = None
 
 
 def minus(call: Call, left: Count, right: Count) -> Count:
@@ -68,30 +80,38 @@ def removed_tokens(call: Call, count: Count, protected: int, amount: int | float
     return call(operator.floordiv, call(operator.mul, free, parts), 1000)
 
 
-def match(call: Call, keys: fx.Node, protected: int, removed: Count, real: fx.Node | None) -> fx.Node:
+def match(call: Call, features: fx.Node, protected: int, removed: Count, links: Links) -> fx.Node:
     """Compute bipartite soft matching (Bolya et al., Token Merging, ICLR 2023, section 3).
 
     The unprotected tokens alternate between sets A and B. Each token of A is linked to the token of B with the most
-    similar key (cosine). The `removed` most similar links are merged into B. The new order is the protected tokens, the
+    similar features (cosine). The first `removed` links are merged into B. The new order is the protected tokens, the
     rest of A by rank, then B.
+
+    Links rank by their cosine c, as in the paper. With ``links.received`` they rank by what merging costs: a (1 - c),
+    lowest first, with the attention a that the token of A receives. With ``links.sizes`` the cost of merging tokens of
+    sizes n and m is n m / (n + m) (1 - c), which decides on the partner too (Lee and Choi, arXiv 2505.15160).
 
     Args:
         call: function that inserts a node.
-        keys: ``[B, N, d]``, one key per token.
+        features: ``[B, N, d]``, one vector per token.
         protected: number of leading tokens that are never merged.
         removed: number of links to merge.
-        real: ``[B, N]`` bool, False for padding, which merges first and only with padding; None without padding.
+        links: what links are ranked by.
 
     Returns:
         ``[B, N]`` float32, the index of each old token among the new ones.
     """
-    norm = call(aten.linalg_vector_norm.default, keys, 2, [-1], True)
-    unit = call(aten.div.Tensor, keys, call(aten.clamp_min.default, norm, 1e-6))
-    first, second = (call(aten.slice.Tensor, unit, 1, protected + side, LAST, 2) for side in (0, 1))
+    norm = call(aten.linalg_vector_norm.default, features, 2, [-1], True)
+    unit = call(aten.div.Tensor, features, call(aten.clamp_min.default, norm, 1e-6))
+    first, second = _sides(call, unit, protected)
     scores = call(aten.matmul.default, first, call(aten.transpose.int, second, 1, 2))
-    if real is not None:
-        scores = _separate_padding(call, scores, real, protected)
+    if links.sizes is not None:
+        scores = _less_size(call, scores, links.sizes, protected)
+    if links.real is not None:
+        scores = _separate_padding(call, scores, links.real, protected)
     best, partner = call(aten.amax.default, scores, [-1]), call(aten.argmax.default, scores, -1)
+    if links.received is not None:
+        best = _less_attended(call, best, _sides(call, links.received, protected)[0])
     rank = _rank(call, best)
     in_a = _size(call, best)
     kept = minus(call, in_a, removed)
@@ -102,7 +122,29 @@ def match(call: Call, keys: fx.Node, protected: int, removed: Count, real: fx.No
     indices = [call(aten.add.Tensor, zero, _range(call, protected)), index_a] if protected else [index_a]
     index_b = call(aten.add.Tensor, _range(call, _size(call, second)), plus(call, kept, protected))
     by_set = call(aten.cat.default, [*indices, call(aten.add.Tensor, zero, index_b)], 1)
-    return call(aten.index_select.default, by_set, 1, _original_order(call, _size(call, keys), protected, in_a))
+    return call(aten.index_select.default, by_set, 1, _original_order(call, _size(call, features), protected, in_a))
+
+
+def _sides(call: Call, value: fx.Node, protected: int) -> tuple[fx.Node, fx.Node]:
+    """Return the entries of the sets A and B on axis 1."""
+    first, second = (call(aten.slice.Tensor, value, 1, protected + side, LAST, 2) for side in (0, 1))
+    return first, second
+
+
+def _less_attended(call: Call, best: fx.Node, received: fx.Node) -> fx.Node:
+    """Return minus a (1 - c) for each link; links of padding stay first, and links that must not merge last."""
+    cost = call(aten.mul.Tensor, received, call(aten.sub.Tensor, best, 1.0))
+    padding_first = call(aten.where.self, call(aten.gt.Scalar, best, 2.0), best, cost)
+    return call(aten.where.ScalarOther, call(aten.gt.Scalar, best, NEVER + 0.5), padding_first, LAST_RANK)
+
+
+def _less_size(call: Call, cosine: fx.Node, sizes: fx.Node, protected: int) -> fx.Node:
+    """Return minus n m / (n + m) (1 - c) for each pair ``[B, A, B]``, divided by the sum of all sizes."""
+    total = call(aten.sum.dim_IntList, sizes, [-1], True)
+    first, second = _sides(call, call(aten.div.Tensor, sizes, total), protected)
+    rows, columns = call(aten.unsqueeze.default, first, 2), call(aten.unsqueeze.default, second, 1)
+    both = call(aten.div.Tensor, call(aten.mul.Tensor, rows, columns), call(aten.add.Tensor, rows, columns))
+    return call(aten.mul.Tensor, both, call(aten.sub.Tensor, cosine, 1.0))
 
 
 def _size(call: Call, node: fx.Node, axis: int = 1) -> Count:
@@ -121,7 +163,7 @@ def _zero(call: Call, vector: fx.Node) -> fx.Node:
 
 def _separate_padding(call: Call, scores: fx.Node, real: fx.Node, protected: int) -> fx.Node:
     """Rank pairs of padding tokens first and pairs of a padding and a real token last."""
-    first, second = (call(aten.slice.Tensor, real, 1, protected + side, LAST, 2) for side in (0, 1))
+    first, second = _sides(call, real, protected)
     rows, columns = call(aten.unsqueeze.default, first, 2), call(aten.unsqueeze.default, second, 1)
     padding = call(aten.to.dtype, call(aten.logical_not.default, columns), torch.float32)
     raised = call(aten.add.Tensor, scores, call(aten.mul.Tensor, padding, PADDING_FIRST))
@@ -156,28 +198,87 @@ def _assign(call: Call, new_index: fx.Node, count: Count, dtype: torch.dtype) ->
     return call(aten.to.dtype, call(aten.eq.Tensor, row, rows), dtype)
 
 
-def merge(call: Call, new_index: fx.Node, count: Count, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:
-    """Replace tokens with the same new index by their average, weighted by size (section 3, tracking token size)."""
+def merge(
+    call: Call,
+    new_index: fx.Node,
+    count: Count,
+    sizes: fx.Node | None,
+    dtype: torch.dtype,
+    weights: fx.Node | None = None,
+) -> Stage:
+    """Replace tokens with the same new index by their average.
+
+    It is weighted by size (section 3, tracking token size), or else by `weights` ``[B, N]``.
+    """
     assign = _assign(call, new_index, count, dtype)
-    weights = assign if sizes is None else call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, sizes, 1))
-    total = call(aten.sum.dim_IntList, weights, [-1])
-    mean = call(aten.div.Tensor, weights, call(aten.unsqueeze.default, total, 2))
-    return Stage(count, assign, mean, total)
+    by_size = assign if sizes is None else call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, sizes, 1))
+    total = call(aten.sum.dim_IntList, by_size, [-1])
+    if weights is None:
+        return Stage(count, assign, call(aten.div.Tensor, by_size, call(aten.unsqueeze.default, total, 2)), total)
+    weighted = call(aten.mul.Tensor, assign, call(aten.unsqueeze.default, weights, 1))
+    norm = call(aten.sum.dim_IntList, weighted, [-1], True)
+    return Stage(count, assign, call(aten.div.Tensor, weighted, norm), total)
 
 
 def keep(call: Call, score: fx.Node, count: Count, protected: int, sizes: fx.Node | None, dtype: torch.dtype) -> Stage:
     """Keep the protected tokens and those of highest score; `score` is ``[B, N]``."""
-    free = call(aten.slice.Tensor, score, 1, protected, LAST)
-    new_index = call(aten.add.Tensor, _rank(call, free), float(protected))
-    if protected:
-        zero = _zero(call, new_index)
-        new_index = call(aten.cat.default, [call(aten.add.Tensor, zero, _range(call, protected)), new_index], 1)
+    new_index = _behind_protected(call, _free_rank(call, score, protected), protected)
     assign = _assign(call, new_index, count, dtype)
     kept_sizes = sizes
     if sizes is not None:
         product = call(aten.matmul.default, assign, call(aten.unsqueeze.default, sizes, 2))
         kept_sizes = call(aten.squeeze.dim, product, 2)
     return Stage(count, assign, assign, kept_sizes)
+
+
+def keep_and_fuse(
+    call: Call, score: fx.Node, count: Count, protected: int, sizes: fx.Node | None, dtype: torch.dtype
+) -> Stage:
+    """Keep the tokens of highest score, and average all others, weighted by score, into one more (EViT).
+
+    See Liang et al., Not All Patches are What You Need, ICLR 2022, section 3.2.
+    """
+    new_index = _behind_protected(call, _free_rank(call, score, protected), protected)
+    last = minus(call, count, 1)
+    clamped = call(aten.where.self, call(aten.lt.Scalar, new_index, last), new_index, _constant(call, new_index, last))
+    return merge(call, clamped, count, sizes, dtype, weights=score)
+
+
+def merge_lowest(call: Call, score: fx.Node, features: fx.Node, count: Count, protected: int) -> fx.Node:
+    """Assign the tokens of lowest score to the remaining tokens with the most similar features (cosine).
+
+    A score of each token in place of one of each pair is more stable in deep blocks (Yang, arXiv 2604.16745).
+
+    Returns:
+        ``[B, N]`` float32, the index of each old token among the new ones.
+    """
+    rank, kept = _free_rank(call, score, protected), minus(call, count, protected)
+    norm = call(aten.linalg_vector_norm.default, features, 2, [-1], True)
+    unit = call(aten.div.Tensor, features, call(aten.clamp_min.default, norm, 1e-6))
+    free = call(aten.slice.Tensor, unit, 1, protected, LAST)
+    scores = call(aten.matmul.default, free, call(aten.transpose.int, free, 1, 2))
+    stays = call(aten.lt.Scalar, rank, kept)
+    allowed = call(aten.where.ScalarOther, call(aten.unsqueeze.default, stays, 1), scores, NEVER)
+    partner = call(aten.gather.default, rank, 1, call(aten.argmax.default, allowed, -1))
+    return _behind_protected(call, call(aten.where.self, stays, rank, partner), protected)
+
+
+def _free_rank(call: Call, score: fx.Node, protected: int) -> fx.Node:
+    return _rank(call, call(aten.slice.Tensor, score, 1, protected, LAST))
+
+
+def _behind_protected(call: Call, free: fx.Node, protected: int) -> fx.Node:
+    """Return new indices of all tokens ``[B, N]`` from those of the tokens that are not protected."""
+    if not protected:
+        return free
+    zero = _zero(call, free)
+    front = call(aten.add.Tensor, zero, _range(call, protected))
+    return call(aten.cat.default, [front, call(aten.add.Tensor, free, float(protected))], 1)
+
+
+def _constant(call: Call, vector: fx.Node, value: Count) -> fx.Node:
+    """Return ``[B, 1]`` filled with a count."""
+    return call(aten.add.Tensor, _zero(call, vector), value)
 
 
 def apply_matrix(call: Call, matrix: fx.Node, value: fx.Node, batch: int, axis: int, start: int) -> fx.Node:
@@ -232,12 +333,10 @@ def from_token(call: Call, vector: fx.Node, start: int) -> fx.Node:
     return call(aten.cat.default, [ones, vector], 1)
 
 
-def attention_received(
+def attention_weights(
     call: Call, query: fx.Node, keys: fx.Node, mask: fx.Node | None, scale: float, protected: int
 ) -> fx.Node:
-    """Return the attention that each token receives, ``[B, N]``.
-
-    It is the attention of the first token if a token is protected, otherwise the mean over all tokens.
+    """Return attention weights ``[B, H, 1, N]`` of the first token if it is protected, else all ``[B, H, N, N]``.
 
     Args:
         call: function that inserts a node.
@@ -259,4 +358,28 @@ def attention_received(
             if boolean
             else call(aten.add.Tensor, scores, mask)
         )
-    return call(aten.mean.dim, call(aten.softmax.int, scores, -1), [1, 2])
+    return call(aten.softmax.int, scores, -1)
+
+
+def attention_received(call: Call, weights: fx.Node, protected: int, real: fx.Node | None) -> fx.Node:
+    """Return the attention that each token receives, ``[B, N]`` float32, averaged over heads.
+
+    It is the attention of the first token if it is protected, otherwise the mean over all tokens; over those that are
+    no padding, it is their sum.
+
+    Args:
+        call: function that inserts a node.
+        weights: ``[B, (H,) N, N]``, or ``[B, H, 1, N]`` of the first token.
+        protected: number of protected tokens; the first is the class token.
+        real: ``[B, N]`` bool, False for padding; None without padding.
+    """
+    if len(value_of(weights).shape) == 4:
+        weights = call(aten.mean.dim, weights, [1])
+    if value_of(weights).dtype != torch.float32:
+        weights = call(aten.to.dtype, weights, torch.float32)
+    if protected:
+        return call(aten.select.int, weights, 1, 0)
+    if real is None:
+        return call(aten.mean.dim, weights, [1])
+    queries = call(aten.unsqueeze.default, call(aten.to.dtype, real, torch.float32), 1)
+    return call(aten.squeeze.dim, call(aten.matmul.default, queries, weights), 1)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from passes.merge_tokens.matching import Count, Stage
 
 aten = torch.ops.aten
+MERGING = ("merge", "tome", "atm", "unary", "evit")
+IN_PAIRS = MERGING[:3]
+DROPPING = ("attention", "norm")
 LOWEST = -1e30  # replaces minus infinity, because 0 * -inf is NaN
 
 
@@ -34,9 +37,19 @@ class Reduction:
     unmerge: bool | None
 
     @property
+    def merges(self) -> bool:
+        """True if tokens are averaged, False if they are dropped."""
+        return self.method in MERGING
+
+    @property
+    def in_pairs(self) -> bool:
+        """True if half of the unprotected tokens at most can be removed at once."""
+        return self.method in IN_PAIRS
+
+    @property
     def spreads(self) -> bool:
         """True if a value for each token can be restored to its original length."""
-        return self.method == "merge" and self.unmerge is not False
+        return self.merges and self.unmerge is not False
 
 
 class Stages:

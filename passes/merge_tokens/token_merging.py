@@ -11,7 +11,7 @@ from passes.base import PassError, Rewritten
 from passes.graph.edit import remove_dead
 from passes.graph.sites import find_sites
 from passes.merge_tokens.propagate import ReductionPropagator
-from passes.merge_tokens.stages import Reduction
+from passes.merge_tokens.stages import DROPPING, MERGING, Reduction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,13 +42,18 @@ class ReduceTokens:
     Args:
         schedule: pairs of a block or attention site and the number of tokens to remove, or the share (a float below
             0.5) of the unprotected tokens. A dynamic token axis takes shares only.
-        method: ``merge`` averages tokens with similar keys (Token Merging, Bolya et al., ICLR 2023) and weights later
-            attention by token size. ``attention`` keeps the tokens that receive the most attention, from the class
-            token if there is one, otherwise on average. ``norm`` keeps the tokens with the largest key norms.
+        method: ``merge`` averages similar tokens by the matching of Token Merging (Bolya et al., ICLR 2023) and weights
+            later attention by token size. Similar are tokens whose states point the same way. Those that receive
+            little attention merge first: from the class token if there is one, otherwise on average. The other
+            methods are published ones, for comparison. ``tome`` is Token Merging itself, whose similarity is that of
+            the keys. ``atm`` weights it by token sizes (Lee and Choi, arXiv 2505.15160). ``unary`` merges the tokens
+            that receive the least attention into the most similar of the others (Yang, arXiv 2604.16745). ``evit``
+            averages them into one token (Liang et al., ICLR 2022). ``attention`` drops them, and ``norm`` drops those
+            with the smallest key norms.
         protected: number of leading tokens that are never removed. None protects leading tokens made of parameters
             (class, registers) and tokens that later operators read by position.
-        unmerge: True restores the original length of outputs with a value for each token. None does so for ``merge``
-            only, because a dropped token has no value.
+        unmerge: True restores the original length of outputs with a value for each token. None does so for methods
+            that merge only, because a dropped token has no value.
         trusted: True skips the trial run on a fork. It requires that `protected` was returned by `protects` for this
             model and that the graph is a fork, which an error may leave half edited.
 
@@ -56,7 +61,7 @@ class ReduceTokens:
     """
 
     schedule: tuple[tuple[str, Amount], ...]
-    method: Literal["merge", "attention", "norm"] = "merge"
+    method: Literal["merge", "tome", "atm", "unary", "evit", "attention", "norm"] = "merge"
     protected: int | None = None
     unmerge: bool | None = None
     trusted: bool = False
@@ -68,8 +73,9 @@ class ReduceTokens:
         """Convert a mapping to a schedule, and check method and amounts."""
         if isinstance(self.schedule, Mapping):
             object.__setattr__(self, "schedule", tuple(self.schedule.items()))
-        if self.method not in ("merge", "attention", "norm"):
-            raise PassError(f"found the method {self.method!r}; expected merge, attention or norm.")
+        if self.method not in (*MERGING, *DROPPING):
+            methods = ", ".join((*MERGING, *DROPPING[:-1]))
+            raise PassError(f"found the method {self.method!r}; expected {methods} or {DROPPING[-1]}.")
         for name, amount in self.schedule:
             if amount < 0 or (isinstance(amount, float) and amount >= 0.5):
                 raise PassError(

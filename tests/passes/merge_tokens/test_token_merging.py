@@ -104,16 +104,34 @@ def _seed():
 # --------------------------------------------------------------------------------------------- reference and options
 
 
+def by_cosine(keys, states, received, sizes, token, other):
+    """Rank of a link in Bolya et al., section 3."""
+    return torch.cosine_similarity(keys[token], keys[other], dim=0).item()
+
+
+def by_size(keys, states, received, sizes, token, other):
+    """Rank of a link in Lee and Choi, arXiv 2505.15160."""
+    n, m = sizes[token].item(), sizes[other].item()
+    return n * m / (n + m) * (by_cosine(keys, states, received, sizes, token, other) - 1)
+
+
+def by_attention(keys, states, received, sizes, token, other):
+    """Rank of a link by the attention that its first token receives, and the difference of the states."""
+    return received[token].item() * (torch.cosine_similarity(states[token], states[other], dim=0).item() - 1)
+
+
+LINKS = {"tome": by_cosine, "atm": by_size, "merge": by_attention}
+
+
 @torch.no_grad()
-def reference_merge(x, k, sizes, amount):
+def reference_merge(x, keys, received, sizes, amount, rank_of):
     """Merge as in Bolya et al., section 3, token by token, in the order first token, A by rank, B."""
-    tokens, keys = list(x), k.mean(0)
-    free = list(range(1, len(tokens)))
+    free = list(range(1, len(x)))
     a, b = free[::2], free[1::2]
     links = []
     for token in a:
-        similar = [torch.cosine_similarity(keys[token], keys[other], dim=0).item() for other in b]
-        links.append((max(similar), token, b[int(np.argmax(similar))]))
+        ranks = [rank_of(keys, x, received, sizes, token, other) for other in b]
+        links.append((max(ranks), token, b[int(np.argmax(ranks))]))
     links = sorted(links, key=lambda link: -link[0])
     groups = {token: [token] for token in (0, *(token for _, token, _ in links[amount:]), *b)}
     for _, token, other in links[:amount]:
@@ -124,27 +142,32 @@ def reference_merge(x, k, sizes, amount):
 
 
 @torch.no_grad()
-def reference_run(trunk, x, amounts):
+def reference_run(trunk, x, amounts, rank_of):
     """Return the class token of one sample, with one number of merged tokens per block."""
     x = torch.cat([trunk.cls[0], x])
     sizes = torch.ones(len(x))
     for block, amount in zip(trunk.blocks, amounts, strict=True):
         y = x[None] + block.attention(x[None], sizes[None])
-        keys = block.heads(x[None])[1][0]
-        x, sizes = reference_merge(y[0], keys, sizes, amount)
+        q, k, _ = block.heads(x[None])
+        weights = (q[0] @ k[0].transpose(-2, -1) * (WIDTH // HEADS) ** -0.5 + sizes.log()).softmax(-1)
+        x, sizes = reference_merge(y[0], k[0].mean(0), weights.mean(0)[0], sizes, amount, rank_of)
         x = x + block.mlp(x[None])[0]
     return trunk.norm(x)[0]
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_merging_follows_the_paper(explicit):
+@pytest.mark.parametrize("method", LINKS)
+def test_merging_follows_the_reference(method, explicit):
     trunk = Trunk(explicit=explicit).eval()
     original = traced(trunk, 13)
-    graph = reduced(original, ("blocks.0", 4), ("blocks.1", 3), ("blocks.2", 2))
+    graph = reduced(original, ("blocks.0", 4), ("blocks.1", 3), ("blocks.2", 2), method=method)
     x = torch.randn(3, 13, WIDTH)
-    expected = torch.stack([reference_run(trunk, sample, (4, 3, 2)) for sample in x])
+    expected = torch.stack([reference_run(trunk, sample, (4, 3, 2), LINKS[method]) for sample in x])
     torch.testing.assert_close(outputs(graph, x)[0], expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
     assert (outputs(original, x)[0] - expected).abs().max() > 1e-3  # merging changes the output
+    for other in LINKS.keys() - {method}:  # which merges other tokens
+        different = torch.stack([reference_run(trunk, sample, (4, 3, 2), LINKS[other]) for sample in x])
+        assert (different - expected).abs().max() > 1e-3
 
 
 def test_zero_tokens_do_not_change_the_graph():
@@ -176,20 +199,40 @@ def test_batch_equals_single_samples(method):
         torch.testing.assert_close(outputs(edited, x)[0], alone, rtol=1e-4, atol=1e-5)  # products of other batch sizes
 
 
-def test_attention_method_keeps_tokens_attended_by_the_class_token():
+def by_lowest_attention(method, y, received, amount):
+    """Return the tokens after the first block: class token, and the others by attention, highest first."""
+    order = [1 + token for token in received.argsort(descending=True).tolist()]
+    kept, removed = order[: len(order) - amount], order[len(order) - amount :]
+    if method == "evit":
+        kept, removed = kept[:-1], [kept[-1], *removed]
+        weights = received[[token - 1 for token in removed]]
+        fused = (y[removed] * weights[:, None]).sum(0) / weights.sum()
+        return torch.cat([y[[0, *kept]], fused[None]]), [1.0] * (1 + len(kept)) + [float(len(removed))]
+    groups = {token: [token] for token in (0, *kept)}
+    for token in removed if method == "unary" else ():
+        similar = [torch.cosine_similarity(y[token], y[other], dim=0).item() for other in kept]
+        groups[kept[int(np.argmax(similar))]].append(token)
+    return torch.stack([y[group].mean(0) for group in groups.values()]), [
+        float(len(group)) for group in groups.values()
+    ]
+
+
+@pytest.mark.parametrize("method", ["attention", "unary", "evit"])
+def test_methods_that_remove_the_least_attended_tokens(method):
     trunk = Trunk(depth=2).eval()
     x = torch.randn(2, 11, WIDTH)
-    actual = outputs(reduced(traced(trunk, 11), ("blocks.0", 5), method="attention"), x)[0]
+    actual = outputs(reduced(traced(trunk, 11), ("blocks.0", 5), method=method), x)[0]
     expected = []
     with torch.no_grad():
+        first, second = trunk.blocks
         for sample in x:
-            y = torch.cat([trunk.cls[0], sample])[None]
-            q, k, _ = trunk.blocks[0].heads(y)
-            weights = (q[:, :, :1] @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5).softmax(-1).mean(1)[0, 0, 1:]
-            kept = sorted(weights.argsort(descending=True)[:6].tolist())
-            y = (y + trunk.blocks[0].attention(y))[:, [0, *[1 + token for token in kept]]]
-            y = trunk.blocks[1](y + trunk.blocks[0].mlp(y))
-            expected.append(trunk.norm(y)[0, 0])
+            start = torch.cat([trunk.cls[0], sample])[None]
+            q, k, _ = first.heads(start)
+            received = (q[:, :, :1] @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5).softmax(-1).mean(1)[0, 0, 1:]
+            y, sizes = by_lowest_attention(method, (start + first.attention(start))[0], received, 5)
+            y = y[None] + first.mlp(y[None])
+            y = y + second.attention(y, torch.tensor([sizes]))
+            expected.append(trunk.norm(y + second.mlp(y))[0, 0])
     torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-5)  # float32 in another order
 
 
@@ -282,7 +325,7 @@ def test_invalid_options_raise():
         ReduceTokens((("blocks.9", 1),)).run(graph)
     with pytest.raises(PassError, match="share below"):
         ReduceTokens((("blocks.0", 0.5),))
-    with pytest.raises(PassError, match="merge, attention or norm"):
+    with pytest.raises(PassError, match="merge, tome, atm, unary, evit, attention or norm"):
         ReduceTokens((), method="random")  # type: ignore[arg-type]
     with pytest.raises(PassError, match="reads the first 1 tokens by position"):
         ReduceTokens((("blocks.0", 1),), protected=0).run(graph)
@@ -304,6 +347,37 @@ def test_outputs_do_not_depend_on_padding():
     ]
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)  # float32 sums over other columns
     torch.testing.assert_close(results[0][0][:, :8], results[1][0][:, :8], rtol=1e-4, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """Blocks over tokens of which the last are padding; no token is read by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(explicit=False) for _ in range(2)])
+
+    def forward(self, x, real):
+        for block in self.blocks:
+            q, k, v = block.heads(x)
+            mask = real[:, None, None, :]
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + block.proj(mixed.transpose(1, 2).reshape(x.shape))
+            x = x + block.mlp(x)
+        return x
+
+
+def test_attention_of_padding_does_not_count():
+    """Without a class token the attention of all tokens decides what merges; the queries of padding must not."""
+    real = torch.tensor([[True] * 8 + [False] * 4])
+    example = (torch.randn(1, 12, WIDTH), real)
+    graph = trace(models.load(Masked().eval(), example_inputs=example))
+    edited = reduced(graph, ("blocks.0", 4))
+    left, right = graph.inputs
+    for seed in range(8):
+        x = torch.randn(1, 12, WIDTH, generator=torch.Generator().manual_seed(seed))
+        other = torch.where(real[..., None], x, torch.randn(1, 12, WIDTH))
+        first, second = (run(edited, {left: tokens, right: real})[0][:, :8] for tokens in (x, other))
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)  # float32 sums over other columns
 
 
 def test_symbolic_lengths_do_not_nest():
