@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_LANGUAGE
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
-from runtimes.base.vision_language import FACTS, image_token_of
+from runtimes.base.vision_language import FACTS, IMAGE_TOKEN, MERGE, read_facts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
