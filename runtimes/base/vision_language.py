@@ -43,6 +43,11 @@ def is_image(name: str) -> bool:
     return name.startswith("pixel_") or name in (GRID, SIZES)
 
 
+def grid_input(model_type: str) -> str:
+    """Return the name of the input of the grids in the vision encoder's file, given the type in the model's config."""
+    return SHORT_GRID if model_type == "qwen2_vl" else GRID
+
+
 def past_of(present: str) -> str:
     """Return the input that an output becomes in the next call.
 

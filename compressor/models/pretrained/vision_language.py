@@ -16,7 +16,7 @@ from compressor.models.vision_language.call import VisionLanguage
 from compressor.models.vision_language.images import OneSize
 from compressor.models.vision_language.parts import Parts, parts_of
 from compressor.models.vision_language.processor import lead_of, prepare
-from runtimes.base.vision_language import GRID, SHORT_GRID
+from runtimes.base.vision_language import grid_input
 
 
 def wrap(loaded: Loaded) -> Model:
@@ -64,10 +64,8 @@ def wrap(loaded: Loaded) -> Model:
 
 
 def _grid(call: VisionLanguage, module: Any) -> GridInput | None:
-    """Return how the vision encoder takes grids; transformers.js has another name for the input of Qwen2-VL."""
-    if call.merge is None:
-        return None
-    return GridInput(call.merge, SHORT_GRID if module.config.model_type == "qwen2_vl" else GRID)
+    """Return how the vision encoder takes grids of patches."""
+    return None if call.merge is None else GridInput(call.merge, grid_input(module.config.model_type))
 
 
 def _limitations(parts: Parts) -> tuple[Limitation, ...]:
