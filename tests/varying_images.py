@@ -12,17 +12,21 @@ from tests.encoder_decoders import WORDS, tokenizer
 
 PATCH = 4
 START, END, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
-IMAGE = {"qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
-LEAD = {"qwen2_vl": f"{START}<|image_pad|>{END}", "qwen2_5_vl": f"{START}<|image_pad|>{END}"}
-KINDS = ("qwen2_vl", "qwen2_5_vl")
+GRIDS = ("qwen2_vl", "qwen2_5_vl")
+KINDS = (*GRIDS, "llava_next")
+IMAGE = {"llava_next": "<image>"} | dict.fromkeys(GRIDS, "<|image_pad|>")
+LEAD = {"llava_next": "<image>"} | dict.fromkeys(GRIDS, f"{START}<|image_pad|>{END}")
+SIDE = 8  # of a tile
 TOKEN = 4 + len(WORDS)  # id of the placeholder
 VOCABULARY = 48
+PINPOINTS = [[8, 16], [16, 8], [16, 16], [24, 8], [8, 24]]
 SIZES = ((24, 40), (48, 16))  # height and width in pixels
 INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "input_ids", "attention_mask")
 # A branch of the vision tower and an attention of the language model.
 DROPPED = {
     "qwen2_vl": ("model.visual.blocks.0.mlp", "model.language_model.layers.0.self_attn"),
     "qwen2_5_vl": ("model.visual.blocks.1.attn", "model.language_model.layers.1.self_attn"),
+    "llava_next": ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.0.self_attn"),
 }
 _TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -51,6 +55,15 @@ def config(kind):
         return transformers.Qwen2_5_VLConfig(
             text_config=_TEXT | {"rope_parameters": rope}, vision_config=vision, **tokens
         )
+    if kind == "llava_next":
+        vision = {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": SIDE, "patch_size": PATCH,
+        }  # fmt: skip
+        return transformers.LlavaNextConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**_TEXT),
+            image_token_id=TOKEN, image_grid_pinpoints=PINPOINTS,
+        )  # fmt: skip
     raise ValueError(kind)
 
 
@@ -67,6 +80,15 @@ def build(kind):
 def processor(kind):
     """The processor of a kind, whose images keep their size if the model allows it."""
     words = tokenizer()
+    if kind == "llava_next":
+        words.add_special_tokens({"additional_special_tokens": [IMAGE[kind]]})
+        images = transformers.LlavaNextImageProcessor(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
+        )
+        return transformers.LlavaNextProcessor(
+            images, words, patch_size=PATCH, num_additional_image_tokens=1, vision_feature_select_strategy="default",
+            image_token=IMAGE[kind],
+        )  # fmt: skip
     words.add_special_tokens({"additional_special_tokens": [IMAGE[kind], VIDEO, START, END]})
     images = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": PATCH**2, "longest_edge": 10000}, patch_size=PATCH

@@ -16,7 +16,8 @@ from compressor.models.vision_language.call import VisionLanguage
 from compressor.models.vision_language.image_features import MASK, takes_tiles
 from compressor.models.vision_language.images import Images, OneSize
 from compressor.models.vision_language.patch_grids import PatchGrids, patch_grids
-from runtimes.base.vision_language import GRID, PIXELS
+from compressor.models.vision_language.tile_grids import tile_grids
+from runtimes.base.vision_language import GRID, PIXELS, SIZES
 
 # Arguments of get_image_features that are no inputs: those of the config stand for them.
 KNOWN = {PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy"}
@@ -98,11 +99,12 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
     Raises:
         ModelError: it is none that is known.
     """
-    if others == [GRID]:
-        grids = patch_grids(module)
-        if isinstance(grids, str):
-            raise _refused(module, location, grids)
-        return grids
+    form = {(GRID,): patch_grids, (SIZES,): tile_grids}.get(tuple(others))
+    if form is not None:
+        found = form(module)
+        if isinstance(found, str):
+            raise _refused(module, location, found)
+        return found
     if others:
         raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels, as its images vary in size")
     vision = getattr(module.config, "vision_config", None)
