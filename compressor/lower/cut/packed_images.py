@@ -93,11 +93,23 @@ def _flat(nodes: _Nodes, features: ir.Value, packed: ir.Value, grids: ir.Value, 
 
 
 def put_axes_first(model: ir.Model) -> None:
-    """Let a decoder read positions as ``[3, rows, tokens]``, if it reads them."""
+    """Let a decoder read positions as ``[3, rows, tokens]``, if it reads them.
+
+    A decoder whose first step is to put the axes first reads the new input instead of that step's result: two steps
+    that cancel out would leave the input with a second name in OpenVINO.
+    """
     graph = model.graph
     for value in [each for each in graph.inputs if each.name == POSITIONS]:
         assert value.shape is not None
         first = ir.Value(name=POSITIONS, shape=ir.Shape([AXES, *value.shape[:2]]), type=value.type)
         value.name = f"rows of {POSITIONS}"
         graph.inputs[graph.inputs.index(value)] = first
-        ir.convenience.replace_all_uses_with(value, _Nodes(graph, graph[0])("Transpose", first, perm=[1, 2, 0]))
+        for node in [use.node for use in value.uses() if _puts_axes_first(use.node)]:
+            ir.convenience.replace_all_uses_with(node.outputs[0], first)
+            graph.remove(node, safe=True)
+        if value.uses():
+            ir.convenience.replace_all_uses_with(value, _Nodes(graph, graph[0])("Transpose", first, perm=[1, 2, 0]))
+
+
+def _puts_axes_first(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", ())) == [2, 0, 1]

@@ -22,6 +22,7 @@ from runtimes.base.grid_positions import grid_positions
 from runtimes.base.vision_language import EMBEDS, FEATURES, GRID, IDS, MASK, POSITIONS, TEXT_EMBEDS
 
 Feeds = dict[str, npt.NDArray[Any]]
+TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class VisionLanguage:
         bidirectional: tokens of the prompt also attend to later ones, as in PaliGemma; a single further token has none.
         merge: side of the square of patches that an image token stands for, of a model whose positions have three axes,
             ``position_ids`` [rows, tokens, 3]; None for positions of one axis.
+        within_images: tokens of an image also attend to later ones of the same image, as in Gemma 3.
     """
 
     images: Images
@@ -42,6 +44,7 @@ class VisionLanguage:
     image_token: int
     bidirectional: bool = False
     merge: int | None = None
+    within_images: bool = False
 
     @property
     def image_inputs(self) -> tuple[str, ...]:
@@ -103,11 +106,45 @@ class VisionLanguage:
             if self.bidirectional:
                 mask = arguments[MASK].to(torch.bool)[:, None, None, :]
                 arguments[MASK] = mask.expand(-1, 1, ids.shape[1], -1)
+            if self.within_images:
+                arguments[MASK] = masks_within_images(is_image, arguments[MASK], module.config.get_text_config())
             if self.merge is not None:
                 arguments[POSITIONS] = arguments[POSITIONS].permute(2, 0, 1)
-            return module(inputs_embeds=merged, **arguments)
+            return language_of(module)(inputs_embeds=merged, **arguments)
 
         return (*self.causal.call(language, ids, *rest), features, text, merged)
+
+
+def language_of(module: Any) -> Any:
+    """Return what computes the logits from embeddings: the module, or its language model, as in BLIP-2.
+
+    BLIP-2's own forward always reads pixels.
+    """
+    return module.language_model if getattr(module.config, "use_decoder_only_language_model", False) else module
+
+
+def masks_within_images(is_image: torch.Tensor, mask: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+    """Return which tokens attend to which by the type of a layer, bool [rows, 1, tokens, all tokens].
+
+    A token attends to those before it and, in an image, to all tokens of it; in layers with a sliding window, to none
+    farther back than the window. A padding token attends to itself, so that none attends to nothing.
+
+    Args:
+        is_image: which of the tokens of this call stand for an image, bool [rows, tokens].
+        mask: 0 at padding, int64 [rows, all tokens so far].
+        config: config of the language model.
+    """
+    every, new = mask.shape[1], is_image.shape[1]
+    pad = torch.nn.functional.pad
+    begins = is_image & ~pad(is_image, (1, -1))
+    image = pad(torch.where(is_image, begins.cumsum(1), 0), (every - new, 0))  # number of the image, 0 for text
+    key, query = torch.arange(every)[None, None], torch.arange(every - new, every)[None, :, None]
+    same = (image[:, None, :] == image[:, every - new :, None]) & (image[:, None, :] > 0)
+    full = ((key <= query) | same) & mask.to(torch.bool)[:, None, :] | (key == query)
+    masks = {"full_attention": full}
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = full & (key > query - config.sliding_window)
+    return {kind: each[:, None] for kind, each in masks.items()}
 
 
 def merge(features: torch.Tensor, text: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:

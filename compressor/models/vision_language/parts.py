@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from compressor.models.base import ModelError, first_line
 from compressor.models.text.kv_cache import NoCacheError, detect_cache
-from compressor.models.vision_language.call import VisionLanguage
+from compressor.models.vision_language.call import TYPES, VisionLanguage, language_of
 from compressor.models.vision_language.image_features import MASK, takes_tiles
 from compressor.models.vision_language.images import Images, OneSize
 from compressor.models.vision_language.patch_grids import PatchGrids, patch_grids
@@ -21,7 +21,6 @@ from runtimes.base.vision_language import GRID, PIXELS, SIZES
 
 # Arguments of get_image_features that are no inputs: those of the config stand for them.
 KNOWN = {PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy"}
-TYPES = "token_type_ids"
 ROWS = 2
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
@@ -77,14 +76,21 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
         raise _refused(module, location, f"does not take images {shape} alone ({first_line(error)})") from error
     images = images.of_length(features.shape[1])
     try:
-        causal = detect_cache(module, ("input_ids", "attention_mask"))
+        causal = detect_cache(language_of(module), ("input_ids", "attention_mask"))
     except NoCacheError as error:
         raise _refused(module, location, f"has no cache that can be detected: {error}") from error
     counts = [images.tokens({name: value[row] for name, value in pictures.items()}) for row in range(ROWS)]
     example = pictures | _tokens(module, image_token, counts)
-    types = _token_types(module, images, example, image_token, location)
+    types = _token_types(module, images, example, image_token)
     merge = images.merge if isinstance(images, PatchGrids) else None
-    call = VisionLanguage(images, causal, image_token, bidirectional=bool(types), merge=merge)
+    call = VisionLanguage(
+        images,
+        causal,
+        image_token,
+        bidirectional=bool(types) and not types[TYPES].any(),
+        merge=merge,
+        within_images=bool(types) and bool(types[TYPES].any()),
+    )
     _check_same(call, module, example, types, location)
     return Parts(call, example, counts[0])
 
@@ -149,16 +155,14 @@ def _unreserved(reserved: torch.Tensor, vocabulary: int) -> int:
 
 
 def _token_types(
-    module: Any, images: Images, example: dict[str, torch.Tensor], image_token: int, location: str
+    module: Any, images: Images, example: dict[str, torch.Tensor], image_token: int
 ) -> dict[str, torch.Tensor]:
-    """Return the token types with which a module reads the whole prompt at once; empty if it reads it in order.
+    """Return the token types with which a module reads a prompt; empty if it reads each token in order.
 
-    Its processor returns zeros for a prompt, as PaliGemma's does.
-
-    Raises:
-        ModelError: token types decide which tokens attend to later ones, as the images of Gemma 3 do.
+    They are zero where it reads the whole prompt at once, as PaliGemma does, and 1 at image tokens that attend to later
+    ones of their image, as in Gemma 3. The processors of both return them for a prompt.
     """
-    if "token_type_ids" not in inspect.signature(module.forward).parameters:
+    if TYPES not in inspect.signature(module.forward).parameters:
         return {}
     is_image = (example["input_ids"] == image_token).to(torch.int64)
     arguments = images.arguments(example, is_image.bool())
@@ -169,7 +173,7 @@ def _token_types(
     if not torch.allclose(plain, prompt, atol=SAME):
         return {TYPES: torch.zeros_like(is_image)}
     if not torch.allclose(plain, both, atol=SAME):
-        raise _refused(module, location, "lets the tokens of an image attend to later ones, which no file can be told")
+        return {TYPES: is_image}
     return {}
 
 
