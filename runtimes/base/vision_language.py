@@ -34,6 +34,7 @@ SIZES = "image_sizes"  # height and width of each image in pixels, before it was
 FEATURES, TEXT_EMBEDS, EMBEDS = "image_features", "text_embeds", "inputs_embeds"
 FACTS, IMAGE_TOKEN = "vision_language.json", "image_token_id"  # a file beside the others, and its entry
 MERGE = "spatial_merge_size"  # its entry for models with grids of patches
+READS_IDS = "decoder_reads_input_ids"  # its entry, 1, for decoders that ask which tokens are of an image
 
 Array = npt.NDArray[Any]
 
@@ -250,7 +251,7 @@ def opened(parts: tuple[Path, Path, Path], load: Callable[[Path], Engine]) -> Vi
 
 
 def read_facts(facts: Path) -> dict[str, int]:
-    """Return what the file `FACTS` holds: the id of the image token, and `MERGE` for grids of patches.
+    """Return what the file `FACTS` holds: the id of the image token, and the entries above.
 
     Raises:
         RuntimesError: the file does not hold the id.

@@ -38,6 +38,7 @@ from runtimes.base.vision_language import (
     MASK,
     MERGE,
     POSITIONS,
+    READS_IDS,
     TEXT_EMBEDS,
     VISION,
     is_image,
@@ -63,6 +64,7 @@ def cut(path: Path, folder: Path, image_token: int, grid: GridInput | None = Non
     Raises:
         CutError: the language model reads values of the vision tower other than the features.
     """
+    facts = {IMAGE_TOKEN: image_token} | ({} if grid is None else {MERGE: grid.merge})
     for stem, part in ((VISION, _vision), (EMBED, _embed), (DECODER, _decoder)):
         model = ir.load(path)
         _File(model, stem, expected=EXPECTED, always=(EMBEDS,)).keep(*part(model))
@@ -70,8 +72,9 @@ def cut(path: Path, folder: Path, image_token: int, grid: GridInput | None = Non
             pack_images(model, grid.merge, grid.file_input)
         if grid is not None and stem == DECODER:
             put_axes_first(model)
+        if stem == DECODER and IDS in names(model.graph.inputs):
+            facts[READS_IDS] = 1
         save(model, folder / f"{stem}.onnx")
-    facts = {IMAGE_TOKEN: image_token} | ({} if grid is None else {MERGE: grid.merge})
     (folder / FACTS).write_text(json.dumps(facts) + "\n")
     return folder / f"{VISION}.onnx"
 

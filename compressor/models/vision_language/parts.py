@@ -20,7 +20,9 @@ from compressor.models.vision_language.tile_grids import tile_grids
 from runtimes.base.vision_language import GRID, PIXELS, SIZES
 
 # Arguments of get_image_features that are no inputs: those of the config stand for them.
-KNOWN = {PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy"}
+KNOWN = {
+    PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding",
+}  # fmt: skip
 ROWS = 2
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
@@ -65,6 +67,8 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
     if not hasattr(module, "get_image_features") or not isinstance(image_token, int):
         missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
         raise _refused(module, location, f"has {missing}")
+    if getattr(module.config, "use_decoder_only_language_model", True) is False:
+        raise _refused(module, location, "has a language model with an encoder, whose caches these files do not hold")
     others = sorted(set(inspect.signature(module.get_image_features).parameters) - KNOWN)
     images = _images(module, location, others)
     pictures = images.example()

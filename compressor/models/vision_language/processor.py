@@ -24,13 +24,18 @@ def prepare(
         image: the image.
         text: its text.
     """
-    placed = text if processor.image_token in text else f"{lead}{text}"
+    placed = text if str(processor.image_token) in text else f"{lead}{text}"
     found = processor(images=[image], text=[placed], return_tensors="np")
     return {name: _as_input(name, np.asarray(images.row(found, name))) for name in inputs}
 
 
 def lead_of(processor: Any, config: Any) -> str:
-    """Return what stands for an image before a text: its placeholder, between the tokens that enclose it, if any."""
+    """Return what stands for an image before a text: its placeholder, between the tokens that enclose it, if any.
+
+    The processor of BLIP-2, which has query tokens, puts them before every text itself.
+    """
+    if hasattr(processor, "num_query_tokens"):
+        return ""
     ids = (getattr(config, "vision_start_token_id", None), getattr(config, "vision_end_token_id", None))
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or None in ids:

@@ -55,6 +55,7 @@ class Config(TypedDict, total=False):
     vision_config: dict[str, JsonValue] | None
     vision_start_token_id: int
     vision_end_token_id: int
+    num_query_tokens: int
     model_type: str
     inputs: dict[str, Input]
 

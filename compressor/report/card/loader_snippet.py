@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_LANGUAGE
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
-from runtimes.base.vision_language import FACTS, IMAGE_TOKEN, MERGE, PIXELS, grid_input, read_facts
+from runtimes.base.vision_language import FACTS, IMAGE_TOKEN, MERGE, PIXELS, READS_IDS, SIZES, grid_input, read_facts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -219,6 +219,9 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         patches=arrays[PIXELS][0],
         grid_input=grid_input(config.get("model_type", "")),
         indices=indices,
+        reads_ids=READS_IDS in facts,
+        sizes=SIZES in timed,
+        queries="num_query_tokens" in config,
         ends=preprocessing_recipe.ends(folder),
     )
     remarks = [
@@ -231,6 +234,13 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             "fewer tokens comes with the indices of its tokens, which go from output to input as the cache does; "
             "loops of other libraries do not pass them on."
         )
+    elif READS_IDS in facts:
+        remarks.append(
+            "The decoder reads `input_ids` too: they tell which tokens are of an image and attend to later ones of it. "
+            "transformers.js does not pass them on."
+        )
+    elif SIZES in timed:
+        remarks.append("transformers.js has no class that passes `image_sizes` to the vision encoder.")
     elif runtime == "onnxruntime":
         remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
     packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))
