@@ -44,9 +44,7 @@ def config(kind):
     }  # fmt: skip
     if kind == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": PATCH}
-        return transformers.Qwen2VLConfig(
-            text_config=_TEXT | {"rope_parameters": rope}, vision_config=vision, **tokens
-        )
+        return transformers.Qwen2VLConfig(text_config=_TEXT | {"rope_parameters": rope}, vision_config=vision, **tokens)
     if kind == "qwen2_5_vl":
         vision = {
             "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 4,

@@ -15,7 +15,7 @@ TOKEN = 4 + len(WORDS)  # id of the placeholder
 VOCABULARY = 48
 TILED = ("idefics3", "smolvlm")
 INPUTS = ("pixel_values", "pixel_attention_mask", "input_ids", "attention_mask")
-OUTPUTS = ("fc2", "out_proj", "o_proj", "down_proj")  # last maps of branches
+OUTPUTS = ("fc2", "out_proj", "o_proj", "down_proj", "proj")  # last maps of branches
 KINDS = ("llava", "idefics3", "smolvlm", "paligemma", "gemma3", "blip_2")
 GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 # A branch of the vision tower and an attention of the language model.

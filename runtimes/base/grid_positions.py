@@ -13,9 +13,7 @@ Array = npt.NDArray[Any]
 AXES = 3
 
 
-def grid_positions(
-    ids: Array, mask: Array, grids: Array | None, image_token: int, merge: int
-) -> npt.NDArray[np.int64]:
+def grid_positions(ids: Array, mask: Array, grids: Array | None, image_token: int, merge: int) -> npt.NDArray[np.int64]:
     """Return the positions of the tokens of prompts, [rows, tokens, 3]: frame, row and column.
 
     A token of text has the same position on all axes, one behind the largest before it. The tokens of an image have the

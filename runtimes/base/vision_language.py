@@ -130,7 +130,9 @@ class VisionLanguageEngine:
         merge: side of the square of patches that an image token stands for; None for images of one size.
     """
 
-    def __init__(self, vision: Engine, embed: Engine, decoder: Engine, image_token: int, merge: int | None = None) -> None:
+    def __init__(
+        self, vision: Engine, embed: Engine, decoder: Engine, image_token: int, merge: int | None = None
+    ) -> None:
         self._vision, self._embed, self._decoder, self.image_token = vision, embed, decoder, image_token
         self.merge = merge
         others = tuple(name for name in decoder.inputs if name not in (EMBEDS, IDS))
@@ -139,7 +141,7 @@ class VisionLanguageEngine:
         self.outputs: tuple[str, ...] = (*decoder.outputs, FEATURES, TEXT_EMBEDS, EMBEDS)
         self.input_dtypes: DTypes = {name: self._fact("input_dtypes", name) for name in self.inputs}
         shapes: Shapes = {name: self._fact("input_shapes", name) for name in self.inputs}
-        self.input_shapes: Shapes = shapes | ({} if merge is None else self._row_shapes(shapes))
+        self.input_shapes: Shapes = shapes if merge is None else {**shapes, **self._row_shapes(shapes)}
 
     def _fact(self, fact: str, name: str) -> Any:
         owner = self._vision if name in self._images else self._embed if name == IDS else self._decoder

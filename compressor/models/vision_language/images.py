@@ -62,7 +62,9 @@ class OneSize:
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Return the inputs in order with their dynamic axes."""
-        return {PIXELS: {0: "batch"}} if not self.tiled else dict.fromkeys((PIXELS, MASK), {0: "batch", 1: "tiles"})
+        if not self.tiled:
+            return {PIXELS: {0: "batch"}}
+        return {name: {0: "batch", 1: "tiles"} for name in (PIXELS, MASK)}
 
     def example(self) -> Tensors:
         """Return two rows of random images, two tiles each if the model cuts images."""
@@ -88,6 +90,6 @@ class OneSize:
         """Return an input of the only row."""
         return found[name][0]
 
-    def arguments(self, example: Tensors, is_image: torch.Tensor) -> Tensors:  # noqa: ARG002
+    def arguments(self, example: Tensors, is_image: torch.Tensor) -> Tensors:
         """Return the example: the module takes the same inputs."""
         return example

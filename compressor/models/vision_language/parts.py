@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,8 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
     Raises:
         ModelError: it is none that is known.
     """
-    form = {(GRID,): patch_grids, (SIZES,): tile_grids}.get(tuple(others))
+    forms: dict[tuple[str, ...], Callable[[Any], Images | str]] = {(GRID,): patch_grids, (SIZES,): tile_grids}
+    form = forms.get(tuple(others))
     if form is not None:
         found = form(module)
         if isinstance(found, str):
@@ -172,7 +173,8 @@ def _token_types(
     arguments = images.arguments(example, is_image.bool())
     with torch.inference_mode():
         plain, prompt, both = (
-            module(**arguments, **types).logits for types in ({}, {TYPES: torch.zeros_like(is_image)}, {TYPES: is_image})
+            module(**arguments, **types).logits
+            for types in ({}, {TYPES: torch.zeros_like(is_image)}, {TYPES: is_image})
         )
     if not torch.allclose(plain, prompt, atol=SAME):
         return {TYPES: torch.zeros_like(is_image)}

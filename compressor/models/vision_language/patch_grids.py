@@ -68,10 +68,11 @@ class PatchGrids:
             for block, mask in zip(tower.blocks, masks, strict=True):
                 hidden = block(hidden, cu_seqlens=mask, position_embeddings=rotary)
         found = tower.merger(hidden)
-        known = places.known.unflatten(1, (-1, self.merge**2))[..., 0]
-        return found.reshape(rows, -1, found.shape[-1]) * known[..., None]
+        known = places.known.reshape(rows, -1, self.merge**2)[..., 0]
+        placed: torch.Tensor = found.reshape(rows, -1, found.shape[-1]) * known[..., None]
+        return placed
 
-    def of_length(self, features: int) -> PatchGrids:  # noqa: ARG002
+    def of_length(self, features: int) -> PatchGrids:
         """Return the same: the grid tells the number of features."""
         return self
 
@@ -182,15 +183,19 @@ def _attend(
     heads = attention.qkv(hidden).reshape(rows * patches, 3, attention.num_heads, -1)
     query, key, value = heads.unbind(1)
     query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-    by_row = [each.reshape(rows, patches, attention.num_heads, -1).transpose(1, 2) for each in (query, key, value)]
-    found = torch.nn.functional.scaled_dot_product_attention(*by_row, attn_mask=cu_seqlens, scale=attention.scaling)
+    query, key, value = (
+        each.reshape(rows, patches, attention.num_heads, -1).transpose(1, 2) for each in (query, key, value)
+    )
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=cu_seqlens, scale=attention.scaling
+    )
     projected: torch.Tensor = attention.proj(found.transpose(1, 2).reshape(rows * patches, -1))
     return projected
 
 
 def patch_grids(module: Any) -> PatchGrids | str:
     """Return the images of a model of the form of Qwen2-VL, or what it lacks, a clause without a full stop."""
-    tower = getattr(getattr(module, "model", None), "visual", None)
+    tower: Any = getattr(getattr(module, "model", None), "visual", None)
     missing = [name for name in TOWER if not hasattr(tower, name)]
     if missing:
         return f"has a vision tower without {' and '.join(missing)}"

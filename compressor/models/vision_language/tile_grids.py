@@ -67,7 +67,7 @@ class TileGrids:
         places, known = self._layout(sizes).places(tiles)
         return table.gather(1, places[..., None].expand(-1, -1, width)) * known[..., None]
 
-    def of_length(self, features: int) -> TileGrids:  # noqa: ARG002
+    def of_length(self, features: int) -> TileGrids:
         """Return the same: the sizes tell the number of features."""
         return self
 
@@ -79,7 +79,7 @@ class TileGrids:
         """Return an input of the only row."""
         return found[name][0]
 
-    def arguments(self, example: Tensors, is_image: torch.Tensor) -> Tensors:  # noqa: ARG002
+    def arguments(self, example: Tensors, is_image: torch.Tensor) -> Tensors:
         """Return the example: the module takes the same inputs."""
         return example
 

@@ -13,7 +13,10 @@ from tests.encoder_decoders import sentences
 from tests.varying_images import SIZES, picture
 
 GENERATED = 20  # tokens at most, by the lines of a card
-KINDS = {**dict.fromkeys(varying_images.KINDS, varying_images), **dict.fromkeys(("gemma3", "blip_2"), vision_language_models)}
+KINDS = {
+    **dict.fromkeys(varying_images.KINDS, varying_images),
+    **dict.fromkeys(("gemma3", "blip_2"), vision_language_models),
+}
 FIRST, *REST = KINDS
 ALL = [FIRST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in REST)]
 
@@ -48,10 +51,12 @@ def test_the_lines_of_the_card_generate_what_transformers_does(kind, shared, cap
     assert report["parity"]["result"] < 1e-4
     assert report["quality"]["metric"] == "perplexity"
     assert report["sizes"]["result"]["cache"] * 2 == report["sizes"]["baseline"]["cache"]
-    varying = [each for each in report["limitations"] if str(each).startswith("size")]
+    varying = [each for each in report["limitations"] if each["feature"] == "size of the timed image"]
     assert len(varying) == (own is varying_images)
     loader = make_snippet(report, tmp_path / "out")
-    assert ("transformers.js expects these files" in " ".join(loader.remarks)) == (kind in (*varying_images.GRIDS, "blip_2"))
+    assert ("transformers.js expects these files" in " ".join(loader.remarks)) == (
+        kind in (*varying_images.GRIDS, "blip_2")
+    )
     monkeypatch.chdir(tmp_path / "out")
     exec(loader.text.replace("What is this?", " the dog runs").replace("processor.decode(answer)", "answer"), {})
     answer = json.loads(capsys.readouterr().out)
@@ -68,7 +73,9 @@ def test_the_lines_of_the_card_generate_what_transformers_does(kind, shared, cap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", varying_images.KINDS)
-def test_without_a_processor_the_lines_take_arrays_and_random_data_is_timed(kind, shared, captions, tmp_path, monkeypatch, capsys):
+def test_without_a_processor_the_lines_take_arrays_and_random_data_is_timed(
+    kind, shared, captions, tmp_path, monkeypatch, capsys
+):
     bare = tmp_path / "bare"
     with vision_language_models.quiet():
         varying_images.build(kind).save_pretrained(bare)

@@ -88,7 +88,10 @@ def test_the_files_have_the_names_and_axes_that_transformers_js_feeds(kind, shar
     vision, _, decoder = (onnx.load(part).graph for part in parts_of(files(kind, DROPPED[kind], shared)))
     grid = "grid_thw" if kind == "qwen2_vl" else "image_grid_thw"
     assert [value.name for value in vision.input] == ["pixel_values", grid]
-    assert [[axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in vision.input] == [[0, 96], [0, 3]]
+    assert [[axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in vision.input] == [
+        [0, 96],
+        [0, 3],
+    ]
     assert [value.name for value in vision.output] == [FEATURES]
     (positions,) = [value for value in decoder.input if value.name == "position_ids"]
     axes = [axis.dim_value or axis.dim_param for axis in positions.type.tensor_type.shape.dim]

@@ -48,7 +48,9 @@ def test_features_are_those_of_transformers_for_any_size_and_next_to_a_larger_im
 def padded(small, large):
     """Two rows, of which the first is followed by zeros, or the second."""
     longest = max(small.shape[1], large.shape[1])
-    both = [torch.cat([each, each.new_zeros(1, longest - each.shape[1], *each.shape[2:])], 1) for each in (small, large)]
+    both = [
+        torch.cat([each, each.new_zeros(1, longest - each.shape[1], *each.shape[2:])], 1) for each in (small, large)
+    ]
     return torch.cat(both)
 
 
