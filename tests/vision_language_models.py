@@ -15,14 +15,17 @@ TOKEN = 4 + len(WORDS)  # id of the placeholder
 VOCABULARY = 48
 TILED = ("idefics3", "smolvlm")
 INPUTS = ("pixel_values", "pixel_attention_mask", "input_ids", "attention_mask")
-OUTPUTS = ("fc2", "out_proj", "o_proj", "down_proj")  # last maps of branches
-KINDS = ("llava", "idefics3", "smolvlm", "paligemma")
+OUTPUTS = ("fc2", "out_proj", "o_proj", "down_proj", "proj")  # last maps of branches
+KINDS = ("llava", "idefics3", "smolvlm", "paligemma", "gemma3", "blip_2")
+GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 # A branch of the vision tower and an attention of the language model.
 DROPPED = {
     "llava": ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.0.self_attn"),
     "idefics3": ("model.vision_model.encoder.layers.0.mlp", "model.text_model.layers.0.self_attn"),
     "smolvlm": ("model.vision_model.encoder.layers.0.self_attn", "model.text_model.layers.1.self_attn"),
     "paligemma": ("model.vision_tower.encoder.layers.0.mlp", "model.language_model.layers.0.self_attn"),
+    "gemma3": ("model.vision_tower.encoder.layers.1.mlp", "model.language_model.layers.0.self_attn"),
+    "blip_2": ("vision_model.encoder.layers.0.mlp", "language_model.model.decoder.layers.0.self_attn"),
 }
 _TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -56,6 +59,23 @@ def config(kind):
             ),
             text_config=_TEXT | {"model_type": "gemma", "head_dim": 8},
             image_token_index=TOKEN, projection_dim=32, hidden_size=32, pad_token_id=1,
+        )  # fmt: skip
+    if kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        return transformers.Gemma3Config(
+            vision_config=_VISION | {"num_hidden_layers": 2, "vision_use_head": False},
+            text_config=_TEXT | {"head_dim": 8, "sliding_window": 8, "layer_types": layers},
+            mm_tokens_per_image=4, image_token_index=TOKEN, boi_token_index=TOKEN + 1, eoi_token_index=TOKEN + 2,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+    if kind == "blip_2":
+        text = {name: value for name, value in _TEXT.items() if name != "intermediate_size"}
+        return transformers.Blip2Config(
+            vision_config=_VISION | {"num_hidden_layers": 2},
+            qformer_config={name: _VISION[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+            | {"num_hidden_layers": 2, "encoder_hidden_size": 32, "vocab_size": VOCABULARY},
+            text_config=text | {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},
+            num_query_tokens=4, image_token_index=TOKEN,
         )  # fmt: skip
     raise ValueError(kind)
 
@@ -93,6 +113,18 @@ def processor(kind):
         images = transformers.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
         images.image_seq_length = (SIDE // PATCH) ** 2
         return transformers.PaliGemmaProcessor(images, words())
+    if kind == "gemma3":
+        tokens = tokenizer()
+        tokens.add_special_tokens({"additional_special_tokens": [*GEMMA.values()]})
+        names = {name: getattr(tokens, name) for name in ("bos_token", "pad_token", "eos_token", "unk_token")}
+        own = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokens.backend_tokenizer, model_max_length=64, extra_special_tokens=GEMMA, **names
+        )
+        images = transformers.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
+        return transformers.Gemma3Processor(images, own, image_seq_length=4)
+    if kind == "blip_2":
+        images = transformers.BlipImageProcessor(size={"height": SIDE, "width": SIDE})
+        return transformers.Blip2Processor(images, words(), num_query_tokens=4)
     raise ValueError(kind)
 
 
@@ -117,7 +149,10 @@ def inputs(kind, words, rows=2):
     texts = [
         f"{IMAGE} " + " ".join(WORDS[(row + number) % len(WORDS)] for number in range(words)) for row in range(rows)
     ]
-    found = processor(kind)(images=[picture(row) for row in range(rows)], text=texts, return_tensors="np")
+    own = {"gemma3": GEMMA["boi_token"], "blip_2": ""}.get(kind, IMAGE)  # BLIP-2's puts the image before every text
+    texts = [text.replace(IMAGE, own) for text in texts]
+    pictures = [[picture(row)] if kind == "gemma3" else picture(row) for row in range(rows)]
+    found = processor(kind)(images=pictures, text=texts, return_tensors="np")
     values = {name: np.asarray(found[name]) for name in INPUTS if name in found}
     return {name: value.astype(bool) if "pixel_a" in name else value for name, value in values.items()}
 
@@ -137,6 +172,8 @@ def generated(module, feeds, new):
     tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
     if module.config.model_type == "paligemma":
         tensors["token_type_ids"] = torch.zeros_like(tensors["input_ids"])  # as its processor returns for a prompt
+    if module.config.model_type == "gemma3":
+        tensors["token_type_ids"] = (tensors["input_ids"] == TOKEN).long()  # likewise
     with quiet(), torch.inference_mode():
         found = module.generate(
             **tensors, do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=None, pad_token_id=1

@@ -91,7 +91,7 @@ class EngineBuilder:
             return encoder_decoder.cut(path, folder)
         if model.is_vision_language:
             assert model.preprocess.image_token is not None
-            return vision_language.cut(path, folder, model.preprocess.image_token)
+            return vision_language.cut(path, folder, model.preprocess.image_token, model.preprocess.grid)
         return path
 
     def ship(self, source: Source, folder: Path) -> tuple[Source, Path]:

@@ -26,7 +26,7 @@ from compressor.models.base import most_tokens
 from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
-from runtimes.base.vision_language import FEATURES, is_image
+from runtimes.base.vision_language import FEATURES, GRID, POSITIONS, SIZES, is_image
 
 if TYPE_CHECKING:
     from compressor.data.splits import Split
@@ -213,7 +213,7 @@ def _image_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths) 
     tokens = {name: value for name, value in first.items() if name not in pixels}
     calls[PROMPT] = Call(1, tokens, shapes, partial(_features, pixels), given=(FEATURES,))
     if lengths.new:
-        step = feeds_with_cache(ids, lengths.behind)
+        step = _with_axes(feeds_with_cache(ids, lengths.behind), model)
         longer = shapes | {name: tuple(value.shape) for name, value in step.items() if name in shapes}
         for name in model.state.values():
             longer[name] = _cache_shape(model, name, batch, lengths.behind)
@@ -223,10 +223,13 @@ def _image_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths) 
 
 
 def _pictures(subject: ModelAndData, batch: int) -> dict[str, npt.NDArray[np.generic]]:
-    """Return images of the data, as many tiles of each as the example has."""
-    example = {name: value for name, value in subject.model.preprocess.example.items() if is_image(name)}
+    """Return images of the data, as many tiles or patches of each as the first image of the example has."""
+    example = {name: value[:1] for name, value in subject.model.preprocess.example.items() if is_image(name)}
     feeds = timing_feeds(subject.data.test, batch)
-    return {name: np.resize(feeds[name], (batch, *value.shape[1:])) for name, value in example.items()}
+    return {
+        name: np.resize(value if name in (GRID, SIZES) else feeds[name], (batch, *value.shape[1:]))
+        for name, value in example.items()
+    }
 
 
 def _features(pixels: Feeds, opener: Callable[[], Engine], folder: Path) -> Feeds:
@@ -301,7 +304,8 @@ def _filled_cache(
 ) -> Feeds:
     """Compute the KV cache of an engine for tokens [rows, tokens]; it is read from files when an engine binds it."""
     with opener() as engine:
-        outputs = engine.run({**images, **feeds_with_cache(ids, 0), **dict(empty_cache(engine, model, len(ids)))})
+        tokens = _with_axes(feeds_with_cache(ids, 0), model)
+        outputs = engine.run({**images, **tokens, **dict(empty_cache(engine, model, len(ids)))})
         cache = {before: outputs[after] for after, before in model.state.items() if before in engine.inputs}
     return dict(memory_mapped(cache, folder))
 
@@ -346,6 +350,14 @@ def feeds_with_cache(ids: npt.NDArray[np.int64], start: int) -> dict[str, npt.ND
     if start:
         feeds[PAST] = ids[:, :start]
     return feeds
+
+
+def _with_axes(feeds: dict[str, npt.NDArray[np.generic]], model: Model) -> dict[str, npt.NDArray[np.generic]]:
+    """Return feeds whose positions have the axes of the model, [rows, tokens, axes], all the same, as those of text."""
+    example = model.example.get(POSITIONS)
+    if example is None or example.ndim == feeds[POSITIONS].ndim:
+        return feeds
+    return feeds | {POSITIONS: np.repeat(feeds[POSITIONS][..., None], example.shape[-1], -1)}
 
 
 def empty_cache(engine: Engine, model: Model, rows: int) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:

@@ -62,6 +62,19 @@ class DecoderSide:
 
 
 @dataclass(frozen=True)
+class GridInput:
+    """How a vision encoder takes images as grids of patches.
+
+    Attributes:
+        merge: side of the square of patches that an image token stands for.
+        file_input: name of the input of the grids in its file.
+    """
+
+    merge: int
+    file_input: str
+
+
+@dataclass(frozen=True)
 class Preprocess:
     """The preprocessing that belongs to a model.
 
@@ -107,7 +120,8 @@ class Preprocess:
         placeholder: what stands for an image in a text.
         padding: token id with which texts beside images are padded.
         image_token: token id of the placeholders of an image in a text; None for models of one of the two.
-        image_tokens: number of placeholders of an image, or of a tile of one.
+        image_tokens: number of placeholders of the image of a row, given its inputs without the axis of rows.
+        grid: how the vision encoder takes grids of patches; None for images of one size.
         bidirectional: each token of a text reads all others, so that it predicts none of them.
     """
 
@@ -152,7 +166,8 @@ class Preprocess:
     placeholder: str = ""
     padding: int = 0
     image_token: int | None = None
-    image_tokens: int = 0
+    image_tokens: Callable[[Mapping[str, npt.NDArray[Any]]], int] | None = None
+    grid: GridInput | None = None
     bidirectional: bool = False
 
     def limited(self, length: int) -> Preprocess:

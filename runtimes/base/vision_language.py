@@ -2,6 +2,10 @@
 
 The vision encoder runs once for an image, and its features stand in the places of placeholders among the embeddings of
 the tokens. The first call of the decoder reads them all, with an empty cache; every later call reads one more token.
+
+In models with grids of patches, such as Qwen2-VL, the vision encoder takes the patches of all images behind each other,
+and the decoder takes positions ``[3, rows, tokens]``. The engine takes a row for each image, as the graph of the whole
+model does: patches ``[rows, patches, values]``, padded behind, and positions ``[rows, tokens, 3]``.
 """
 
 from __future__ import annotations
@@ -16,22 +20,33 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
+from runtimes.base.grid_positions import AXES, grid_positions, next_positions
 from runtimes.base.json_text import JsonTextError, parse
 from runtimes.base.protocols import DTypes, Engine, Feeds, RuntimesError, Shapes
 
 VISION, EMBED, DECODER = STEMS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 PIXELS = "pixel_values"
+# Frames, height and width of each image in patches; Qwen2-VL's own files have the shorter name in transformers.js.
+GRID, SHORT_GRID = "image_grid_thw", "grid_thw"
+SIZES = "image_sizes"  # height and width of each image in pixels, before it was cut into tiles
 # Values at which the graph of a whole model is cut; in the files, the embeddings of tokens are inputs_embeds too.
 FEATURES, TEXT_EMBEDS, EMBEDS = "image_features", "text_embeds", "inputs_embeds"
 FACTS, IMAGE_TOKEN = "vision_language.json", "image_token_id"  # a file beside the others, and its entry
+MERGE = "spatial_merge_size"  # its entry for models with grids of patches
+READS_IDS = "decoder_reads_input_ids"  # its entry, 1, for decoders that ask which tokens are of an image
 
 Array = npt.NDArray[Any]
 
 
 def is_image(name: str) -> bool:
     """Return whether an input of the whole model is one of the vision encoder, such as ``pixel_attention_mask``."""
-    return name.startswith("pixel_")
+    return name.startswith("pixel_") or name in (GRID, SIZES)
+
+
+def grid_input(model_type: str) -> str:
+    """Return the name of the input of the grids in the vision encoder's file, given the type in the model's config."""
+    return SHORT_GRID if model_type == "qwen2_vl" else GRID
 
 
 def past_of(present: str) -> str:
@@ -88,30 +103,65 @@ def merge(features: Array, text: Array, is_image: npt.NDArray[np.bool_]) -> Arra
     return merged
 
 
+def in_rows(features: Array, counts: Array, longest: int) -> Array:
+    """Return the features of images that stand behind each other in a row each, padded with zeros behind.
+
+    Args:
+        features: those of all images, [features, width].
+        counts: number of features of each image, [images].
+        longest: number of features of a row.
+
+    >>> in_rows(np.ones((3, 1)), np.array([1, 2]), 2)[..., 0].tolist()
+    [[1.0, 0.0], [1.0, 1.0]]
+    """
+    rows = np.zeros((len(counts), longest, features.shape[-1]), features.dtype)
+    rows[np.arange(longest) < counts[:, None]] = features
+    return rows
+
+
 class VisionLanguageEngine:
     """The engines of a vision encoder, the embeddings and a decoder as one engine.
 
     Feeds with images run all three. Feeds with ``image_features`` leave the vision encoder out, and feeds with images
     alone leave the two others out; without both, the tokens are text alone, as every further token is.
+
+    Attributes:
+        image_token: token id of the placeholders.
+        merge: side of the square of patches that an image token stands for; None for images of one size.
     """
 
-    def __init__(self, vision: Engine, embed: Engine, decoder: Engine, image_token: int) -> None:
+    def __init__(
+        self, vision: Engine, embed: Engine, decoder: Engine, image_token: int, merge: int | None = None
+    ) -> None:
         self._vision, self._embed, self._decoder, self.image_token = vision, embed, decoder, image_token
+        self.merge = merge
         others = tuple(name for name in decoder.inputs if name not in (EMBEDS, IDS))
-        self.inputs: tuple[str, ...] = (*vision.inputs, IDS, *others)
+        self._images = {GRID if name == SHORT_GRID else name: name for name in vision.inputs}
+        self.inputs: tuple[str, ...] = (*self._images, IDS, *others)
         self.outputs: tuple[str, ...] = (*decoder.outputs, FEATURES, TEXT_EMBEDS, EMBEDS)
         self.input_dtypes: DTypes = {name: self._fact("input_dtypes", name) for name in self.inputs}
-        self.input_shapes: Shapes = {name: self._fact("input_shapes", name) for name in self.inputs}
+        shapes: Shapes = {name: self._fact("input_shapes", name) for name in self.inputs}
+        self.input_shapes: Shapes = shapes if merge is None else {**shapes, **self._row_shapes(shapes)}
 
     def _fact(self, fact: str, name: str) -> Any:
-        owner = self._vision if name in self._vision.inputs else self._embed if name == IDS else self._decoder
-        return getattr(owner, fact)[name]
+        owner = self._vision if name in self._images else self._embed if name == IDS else self._decoder
+        return getattr(owner, fact)[self._images.get(name, name)]
+
+    @staticmethod
+    def _row_shapes(shapes: Shapes) -> Shapes:
+        """Return the shapes of patches and positions with an axis of rows in front."""
+        own: dict[str, tuple[int | None, ...] | None] = {}
+        if (patches := shapes.get(PIXELS)) is not None:
+            own[PIXELS] = (None, *patches)
+        if POSITIONS in shapes:
+            own[POSITIONS] = (None, None, AXES)
+        return own
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Run one inference from host memory to host memory; what the feeds leave out is not returned."""
         outputs: dict[str, Array] = {}
         if self._has_images(feeds):
-            outputs[FEATURES] = self._vision.run(self._of_vision(feeds))[FEATURES]
+            outputs[FEATURES] = self._features(feeds)
         if IDS not in feeds:
             return outputs
         outputs[TEXT_EMBEDS] = self._embed.run({IDS: feeds[IDS]})[EMBEDS]
@@ -138,21 +188,37 @@ class VisionLanguageEngine:
         return call
 
     def _embedded(self, feeds: Feeds) -> Array:
-        features = self._vision.run(self._of_vision(feeds)) if self._has_images(feeds) else {}
+        features = {FEATURES: self._features(feeds)} if self._has_images(feeds) else {}
         return self._merged({**feeds, **features}, self._embed.run({IDS: feeds[IDS]})[EMBEDS])
+
+    def _features(self, feeds: Feeds) -> Array:
+        """Return the features of images, [rows, image tokens, width]."""
+        found = self._vision.run(self._of_vision(feeds))[FEATURES]
+        if self.merge is None:
+            return found
+        counts = feeds[GRID].prod(1) // self.merge**2
+        return in_rows(found, counts, feeds[PIXELS].shape[1] // self.merge**2)
 
     def _merged(self, feeds: Mapping[str, Array], text: Array) -> Array:
         features = feeds.get(FEATURES)
         return text if features is None else merge(features, text, feeds[IDS] == self.image_token)
 
     def _has_images(self, feeds: Feeds) -> bool:
-        return all(name in feeds for name in self._vision.inputs)
+        return all(name in feeds for name in self._images)
 
     def _of_vision(self, feeds: Feeds) -> dict[str, Array]:
-        return {name: feeds[name] for name in self._vision.inputs}
+        own = {file: feeds[name] for name, file in self._images.items()}
+        if self.merge is not None:
+            own[PIXELS] = np.concatenate(
+                [patches[:count] for patches, count in zip(own[PIXELS], feeds[GRID].prod(1).tolist(), strict=True)]
+            )
+        return own
 
     def _of_decoder(self, feeds: Feeds, embedded: Array) -> dict[str, Array]:
-        return {name: embedded if name == EMBEDS else feeds[name] for name in self._decoder.inputs}
+        own = {name: embedded if name == EMBEDS else feeds[name] for name in self._decoder.inputs}
+        if self.merge is not None and POSITIONS in own:
+            own[POSITIONS] = np.ascontiguousarray(own[POSITIONS].transpose(2, 0, 1))
+        return own
 
     def close(self) -> None:
         """Free threads and memory of the three engines. Closing twice is allowed."""
@@ -179,18 +245,18 @@ def opened(parts: tuple[Path, Path, Path], load: Callable[[Path], Engine]) -> Vi
     facts = parts[0].with_name(FACTS)
     if not facts.is_file():
         raise RuntimesError(f"There is no {FACTS} beside {parts[0].name}; copy the whole folder of the export.")
-    image_token = image_token_of(facts)
+    found = read_facts(facts)
     with contextlib.ExitStack() as stack:
         vision, embed, decoder = (stack.enter_context(load(part)) for part in parts)
         stack.pop_all()
-    return VisionLanguageEngine(vision, embed, decoder, image_token)
+    return VisionLanguageEngine(vision, embed, decoder, found[IMAGE_TOKEN], found.get(MERGE))
 
 
-def image_token_of(facts: Path) -> int:
-    """Return the id of the image token that the file `FACTS` holds.
+def read_facts(facts: Path) -> dict[str, int]:
+    """Return what the file `FACTS` holds: the id of the image token, and the entries above.
 
     Raises:
-        RuntimesError: the file does not hold it.
+        RuntimesError: the file does not hold the id.
     """
     try:
         found = parse(facts.read_bytes(), TypeAdapter(dict[str, int]))
@@ -198,7 +264,7 @@ def image_token_of(facts: Path) -> int:
         raise RuntimesError(f"{FACTS} cannot be read ({error}); export the model again.") from error
     if IMAGE_TOKEN not in found:
         raise RuntimesError(f"{FACTS} holds {', '.join(found) or 'nothing'}; expected {IMAGE_TOKEN}, a token id.")
-    return found[IMAGE_TOKEN]
+    return found
 
 
 def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_position: int = 0) -> npt.NDArray[np.int64]:
@@ -209,7 +275,7 @@ def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_posit
         prompt: inputs of the processor: images if there are any, ``input_ids`` and ``attention_mask``; rows that are
             padded on the left generate together.
         new: number of tokens to generate; an end token does not stop it.
-        first_position: position of the first token, 0 in most models.
+        first_position: position of the first token, 0 in most models; those of three axes begin at 0.
 
     Returns:
         The prompt and the new tokens, int64 [rows, tokens].
@@ -218,8 +284,14 @@ def greedy(engine: VisionLanguageEngine, prompt: Feeds, new: int, *, first_posit
     feeds: dict[str, Array] = dict(prompt) | {
         name: _empty(engine, name, len(tokens)) for name in engine.inputs if is_past(name)
     }
+    positions = np.zeros(0, np.int64)
     for _ in range(new):
-        positions = (mask.cumsum(1) - 1).clip(min=0)[:, -feeds[IDS].shape[1] :] + first_position
+        if engine.merge is None:
+            positions = (mask.cumsum(1) - 1).clip(min=0)[:, -feeds[IDS].shape[1] :] + first_position
+        elif len(positions):
+            positions = next_positions(positions)
+        else:
+            positions = grid_positions(tokens, mask, feeds.get(GRID), engine.image_token, engine.merge)
         outputs = engine.run({**feeds, MASK: mask, POSITIONS: positions.astype(np.int64)})
         tokens = np.concatenate([tokens, outputs["logits"][:, -1:].argmax(-1)], 1)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)

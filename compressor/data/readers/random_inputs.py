@@ -10,13 +10,15 @@ from compressor.data.readers.base import Array, Feeds, Samples
 from compressor.models.preprocess import Preprocess
 
 ROWS = 256
+SIZES = ("image_grid_thw", "image_sizes")  # of the images of vision-language models
 
 
 def random_samples(preprocess: Preprocess, seed: int) -> Samples:
     """Return random inputs with the shapes and dtypes of the example; a sample does not depend on its batch.
 
     Floats are standard normal. Integers are uniform in [0, maximum of the example]. Masks are those of the example,
-    because a random attention mask could hide whole rows. Placeholders of images stand where they do in the example.
+    because a random attention mask could hide whole rows. Placeholders of images stand where they do in the example,
+    whose images also give the sizes.
     """
 
     def feeds(indices: Sequence[int]) -> Feeds:
@@ -45,7 +47,7 @@ def _with_images(ids: Array, is_image: Array, token: int) -> Array:
 
 
 def _values(generator: np.random.Generator, name: str, example: Array, index: int) -> Array:
-    if name.endswith("mask") or example.dtype.kind == "b":
+    if name.endswith("mask") or name in SIZES or example.dtype.kind == "b":
         return np.array(example[index % len(example)])
     if example.dtype.kind in "iu":
         integers = generator.integers(0, int(example.max()) + 1, size=example.shape[1:], dtype=np.int64)

@@ -10,6 +10,10 @@ that are its outputs, see `compressor.models.vision_language.call`:
 
 What calls them puts the features in the places of the placeholders. If the language model itself asks which tokens are
 placeholders, as it does when image tokens are left out, its file has the input ``input_ids`` too.
+
+For images as grids of patches, as in Qwen2-VL, the graph takes a row of padded patches for each image, and the file the
+patches of all images behind each other; it sorts them into rows, and their features back. Positions on three axes are
+``[3, batch, tokens]`` in the file.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from compressor.lower.cut.packed_images import pack_images, put_axes_first
 from compressor.lower.cut.part import Kept, Part, Values, names, save
+from compressor.models.preprocess import GridInput
 from runtimes.base.vision_language import (
     DECODER,
     EMBED,
@@ -30,7 +36,9 @@ from runtimes.base.vision_language import (
     IDS,
     IMAGE_TOKEN,
     MASK,
+    MERGE,
     POSITIONS,
+    READS_IDS,
     TEXT_EMBEDS,
     VISION,
     is_image,
@@ -41,13 +49,14 @@ from runtimes.base.vision_language import (
 EXPECTED = "a language model that reads the image through the embeddings of its tokens alone"
 
 
-def cut(path: Path, folder: Path, image_token: int) -> Path:
+def cut(path: Path, folder: Path, image_token: int, grid: GridInput | None = None) -> Path:
     """Write the files of the vision tower, the embeddings and the language model.
 
     Args:
         path: ONNX file of the whole model.
         folder: existing folder for the three files.
         image_token: token id of the placeholders, which is noted beside the files.
+        grid: how the vision encoder takes grids of patches; None for images of one size.
 
     Returns:
         The path of the vision encoder.
@@ -55,11 +64,18 @@ def cut(path: Path, folder: Path, image_token: int) -> Path:
     Raises:
         CutError: the language model reads values of the vision tower other than the features.
     """
+    facts = {IMAGE_TOKEN: image_token} | ({} if grid is None else {MERGE: grid.merge})
     for stem, part in ((VISION, _vision), (EMBED, _embed), (DECODER, _decoder)):
         model = ir.load(path)
         _File(model, stem, expected=EXPECTED, always=(EMBEDS,)).keep(*part(model))
+        if grid is not None and stem == VISION:
+            pack_images(model, grid.merge, grid.file_input)
+        if grid is not None and stem == DECODER:
+            put_axes_first(model)
+        if stem == DECODER and IDS in names(model.graph.inputs):
+            facts[READS_IDS] = 1
         save(model, folder / f"{stem}.onnx")
-    (folder / FACTS).write_text(json.dumps({IMAGE_TOKEN: image_token}) + "\n")
+    (folder / FACTS).write_text(json.dumps(facts) + "\n")
     return folder / f"{VISION}.onnx"
 
 

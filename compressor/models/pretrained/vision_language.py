@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+from compressor.limitations import Limitation
 from compressor.models.base import Model, as_numpy
-from compressor.models.preprocess import Preprocess
+from compressor.models.preprocess import GridInput, Preprocess
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import processor_of, save_vision_language
 from compressor.models.pretrained.text import max_length
 from compressor.models.text.padding import causal_padding
-from compressor.models.vision_language.parts import parts_of
-from compressor.models.vision_language.processor import prepare
+from compressor.models.vision_language.call import VisionLanguage
+from compressor.models.vision_language.images import OneSize
+from compressor.models.vision_language.parts import Parts, parts_of
+from compressor.models.vision_language.processor import lead_of, prepare
+from runtimes.base.vision_language import grid_input
 
 
 def wrap(loaded: Loaded) -> Model:
@@ -37,16 +42,35 @@ def wrap(loaded: Loaded) -> Model:
             "image-text",
             as_numpy(parts.data_example),
             complete=parts.call.complete,
-            image_text=None if processor is None else partial(prepare, processor, parts.call.data_inputs),
+            image_text=None
+            if processor is None
+            else partial(
+                prepare, processor, parts.call.images, parts.call.data_inputs, lead_of(processor, module.config)
+            ),
             placeholder=str(getattr(processor, "image_token", "")),
             padding=0 if tokenizer is None else causal_padding(tokenizer, module.config.get_text_config()).token,
             tokenizer=type(processor).__name__,
             longest=max_length(module, tokenizer, {}),
             image_token=parts.call.image_token,
-            image_tokens=parts.image_tokens,
+            image_tokens=parts.call.images.tokens,
+            grid=_grid(parts.call, module),
             bidirectional=parts.call.bidirectional,
         ),
         save=partial(save_vision_language, module, processor),
         tokenizer=tokenizer,
         state=parts.call.causal.state,
+        limitations=_limitations(parts),
     )
+
+
+def _grid(call: VisionLanguage, module: Any) -> GridInput | None:
+    """Return how the vision encoder takes grids of patches."""
+    return None if call.merge is None else GridInput(call.merge, grid_input(module.config.model_type))
+
+
+def _limitations(parts: Parts) -> tuple[Limitation, ...]:
+    """Return the limitations of images that vary in size: which of them is timed."""
+    if isinstance(parts.call.images, OneSize):
+        return ()
+    count = parts.image_tokens
+    return (Limitation("size of the timed image", f"images vary in size, and one of {count} image tokens is timed"),)

@@ -12,14 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.models.text.kv_cache import Causal
-from compressor.models.vision_language.image_features import image_features
-from runtimes.base.vision_language import EMBEDS, FEATURES, IDS, MASK, TEXT_EMBEDS
+from compressor.models.text.kv_cache import PAST_TOKENS, Causal
+from compressor.models.vision_language.images import Images
+from runtimes.base.grid_positions import grid_positions
+from runtimes.base.vision_language import EMBEDS, FEATURES, GRID, IDS, MASK, POSITIONS, TEXT_EMBEDS
 
 Feeds = dict[str, npt.NDArray[Any]]
+TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,26 @@ class VisionLanguage:
     """How a vision-language model is called with its cache.
 
     Attributes:
-        image_inputs: inputs of the vision tower, ``pixel_values`` first.
+        images: the images of each row, and their inputs of the vision tower.
         causal: the call of the language model.
         image_token: token id of the placeholders of images.
         bidirectional: tokens of the prompt also attend to later ones, as in PaliGemma; a single further token has none.
+        merge: side of the square of patches that an image token stands for, of a model whose positions have three axes,
+            ``position_ids`` [rows, tokens, 3]; None for positions of one axis.
+        within_images: tokens of an image also attend to later ones of the same image, as in Gemma 3.
     """
 
-    image_inputs: tuple[str, ...]
+    images: Images
     causal: Causal
     image_token: int
     bidirectional: bool = False
+    merge: int | None = None
+    within_images: bool = False
+
+    @property
+    def image_inputs(self) -> tuple[str, ...]:
+        """Return the inputs of the vision tower, ``pixel_values`` first."""
+        return tuple(self.images.dynamic_axes)
 
     @property
     def data_inputs(self) -> tuple[str, ...]:
@@ -55,25 +68,33 @@ class VisionLanguage:
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Return the dynamic axes of every input; images have a fixed size, and tiles a varying number."""
-        tiles = {1: "tiles"} if len(self.image_inputs) > 1 else {}
-        return {name: {0: "batch", **tiles} for name in self.image_inputs} | self.causal.dynamic_axes
+        """Return the dynamic axes of every input."""
+        return self.images.dynamic_axes | self.causal.dynamic_axes
 
     def example(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Add a short cache to the example inputs of the data."""
         tokens = self.causal.example({name: values[name] for name in self.causal.token_inputs})
+        if self.merge is not None:
+            places = self._positions({name: value.numpy() for name, value in values.items()})
+            tokens[POSITIONS] = torch.from_numpy(places) + PAST_TOKENS
         return {name: values[name] for name in self.image_inputs} | tokens
 
     def complete(self, feeds: Feeds) -> Feeds:
         """Add position ids and an empty cache to feeds of the data."""
-        return self.causal.complete(feeds)
+        completed = self.causal.complete(feeds)
+        return completed if self.merge is None else completed | {POSITIONS: self._positions(feeds)}
+
+    def _positions(self, feeds: Feeds) -> npt.NDArray[np.int64]:
+        """Return the positions of the tokens of prompts on three axes, [rows, tokens, 3]."""
+        assert self.merge is not None
+        return grid_positions(feeds[IDS], feeds[MASK], feeds.get(GRID), self.image_token, self.merge)
 
     def call(self, module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return logits [rows, tokens, vocabulary], the cache, and the values at which the graph is cut."""
         count = len(self.image_inputs)
         images, (ids, *rest) = tensors[:count], tensors[count:]
         torch._check(images[0].shape[0] == ids.shape[0])
-        features = image_features(module, *images)
+        features = self.images.features(module, *images)
         is_image = ids == self.image_token
         table = module.get_input_embeddings()
         known = ids if self.image_token < table.weight.shape[0] else torch.where(is_image, 0, ids)
@@ -85,9 +106,45 @@ class VisionLanguage:
             if self.bidirectional:
                 mask = arguments[MASK].to(torch.bool)[:, None, None, :]
                 arguments[MASK] = mask.expand(-1, 1, ids.shape[1], -1)
-            return module(inputs_embeds=merged, **arguments)
+            if self.within_images:
+                arguments[MASK] = masks_within_images(is_image, arguments[MASK], module.config.get_text_config())
+            if self.merge is not None:
+                arguments[POSITIONS] = arguments[POSITIONS].permute(2, 0, 1)
+            return language_of(module)(inputs_embeds=merged, **arguments)
 
         return (*self.causal.call(language, ids, *rest), features, text, merged)
+
+
+def language_of(module: Any) -> Any:
+    """Return what computes the logits from embeddings: the module, or its language model, as in BLIP-2.
+
+    BLIP-2's own forward always reads pixels.
+    """
+    return module.language_model if getattr(module.config, "use_decoder_only_language_model", False) else module
+
+
+def masks_within_images(is_image: torch.Tensor, mask: torch.Tensor, config: Any) -> dict[str, torch.Tensor]:
+    """Return which tokens attend to which by the type of a layer, bool [rows, 1, tokens, all tokens].
+
+    A token attends to those before it and, in an image, to all tokens of it; in layers with a sliding window, to none
+    farther back than the window. A padding token attends to itself, so that none attends to nothing.
+
+    Args:
+        is_image: which of the tokens of this call stand for an image, bool [rows, tokens].
+        mask: 0 at padding, int64 [rows, all tokens so far].
+        config: config of the language model.
+    """
+    every, new = mask.shape[1], is_image.shape[1]
+    pad = torch.nn.functional.pad
+    begins = is_image & ~pad(is_image, (1, -1))
+    image = pad(torch.where(is_image, begins.cumsum(1), 0), (every - new, 0))  # number of the image, 0 for text
+    key, query = torch.arange(every)[None, None], torch.arange(every - new, every)[None, :, None]
+    same = (image[:, None, :] == image[:, every - new :, None]) & (image[:, None, :] > 0)
+    full = ((key <= query) | same) & mask.to(torch.bool)[:, None, :] | (key == query)
+    masks = {"full_attention": full}
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = full & (key > query - config.sliding_window)
+    return {kind: each[:, None] for kind, each in masks.items()}
 
 
 def merge(features: torch.Tensor, text: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:

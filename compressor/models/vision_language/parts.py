@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,18 @@ from transformers.models.auto import modeling_auto
 
 from compressor.models.base import ModelError, first_line
 from compressor.models.text.kv_cache import NoCacheError, detect_cache
-from compressor.models.vision_language.call import VisionLanguage
-from compressor.models.vision_language.image_features import MASK, image_features, takes_tiles
-from runtimes.base.vision_language import PIXELS
+from compressor.models.vision_language.call import TYPES, VisionLanguage, language_of
+from compressor.models.vision_language.image_features import MASK, takes_tiles
+from compressor.models.vision_language.images import Images, OneSize
+from compressor.models.vision_language.patch_grids import PatchGrids, patch_grids
+from compressor.models.vision_language.tile_grids import tile_grids
+from runtimes.base.vision_language import GRID, PIXELS, SIZES
 
 # Arguments of get_image_features that are no inputs: those of the config stand for them.
-KNOWN = {PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy"}
-TYPES = "token_type_ids"
+KNOWN = {
+    PIXELS, MASK, "kwargs", "vision_feature_layer", "vision_feature_select_strategy", "interpolate_pos_encoding",
+}  # fmt: skip
+ROWS = 2
 TASK = "image-text-to-text"
 TEXT_TOKENS = 8  # of the example behind the image
 SAME = 1e-4  # of the largest logit: the same products, of which some are computed in another order
@@ -28,7 +34,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Parts:
-    """How a vision-language model is called, its example inputs from the data, and the tokens of an image."""
+    """How a vision-language model is called, its example inputs from the data, and the tokens of their first image."""
 
     call: VisionLanguage
     data_example: dict[str, torch.Tensor]
@@ -61,79 +67,119 @@ def parts_of(module: Any, location: str, *, cache: bool) -> Parts:
     if not hasattr(module, "get_image_features") or not isinstance(image_token, int):
         missing = "no image_token_id in its config" if image_token is None else "no get_image_features"
         raise _refused(module, location, f"has {missing}")
+    if getattr(module.config, "use_decoder_only_language_model", True) is False:
+        raise _refused(module, location, "has a language model with an encoder, whose caches these files do not hold")
     others = sorted(set(inspect.signature(module.get_image_features).parameters) - KNOWN)
-    if others:
-        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels, as its images vary in size")
-    images = _images(module, location)
+    images = _images(module, location, others)
+    pictures = images.example()
     try:
         with torch.inference_mode():
-            features = image_features(module, *images.values())
+            features = images.features(module, *pictures.values())
     except Exception as error:  # modules raise errors of all kinds
-        shape = list(images[PIXELS].shape)
+        shape = list(pictures[PIXELS].shape)
         raise _refused(module, location, f"does not take images {shape} alone ({first_line(error)})") from error
+    images = images.of_length(features.shape[1])
     try:
-        causal = detect_cache(module, ("input_ids", "attention_mask"))
+        causal = detect_cache(language_of(module), ("input_ids", "attention_mask"))
     except NoCacheError as error:
         raise _refused(module, location, f"has no cache that can be detected: {error}") from error
-    example = images | _tokens(module, image_token, features.shape[1])
-    types = _token_types(module, example, image_token, location)
-    call = VisionLanguage(tuple(images), causal, image_token, bidirectional=bool(types))
+    counts = [images.tokens({name: value[row] for name, value in pictures.items()}) for row in range(ROWS)]
+    example = pictures | _tokens(module, image_token, counts)
+    types = _token_types(module, images, example, image_token)
+    merge = images.merge if isinstance(images, PatchGrids) else None
+    call = VisionLanguage(
+        images,
+        causal,
+        image_token,
+        bidirectional=bool(types) and not types[TYPES].any(),
+        merge=merge,
+        within_images=bool(types) and bool(types[TYPES].any()),
+    )
     _check_same(call, module, example, types, location)
-    tiles = images[PIXELS].shape[1] if takes_tiles(module) else 1
-    return Parts(call, example, features.shape[1] // tiles)
+    return Parts(call, example, counts[0])
 
 
 def _refused(module: Any, location: str, reason: str) -> ModelError:
     return ModelError(f"{location} is a {type(module).__name__}, which {reason}; {EXPECTED}.")
 
 
-def _images(module: Any, location: str) -> dict[str, torch.Tensor]:
-    """Return two rows of random images of the size in the config, two tiles each if the model cuts images."""
+def _images(module: Any, location: str, others: Sequence[str]) -> Images:
+    """Return the form of the images of a module, given the arguments of its features beside the pixels.
+
+    Raises:
+        ModelError: it is none that is known.
+    """
+    forms: dict[tuple[str, ...], Callable[[Any], Images | str]] = {(GRID,): patch_grids, (SIZES,): tile_grids}
+    form = forms.get(tuple(others))
+    if form is not None:
+        found = form(module)
+        if isinstance(found, str):
+            raise _refused(module, location, found)
+        return found
+    if others:
+        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels, as its images vary in size")
     vision = getattr(module.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
     if size is None:
         raise _refused(module, location, "has no image_size in the vision_config of its config, as its images vary")
     height, width = (size, size) if isinstance(size, int) else size
-    channels = getattr(vision, "num_channels", 3)
-    generator = torch.Generator().manual_seed(0)
-    if not takes_tiles(module):
-        return {PIXELS: torch.randn(2, channels, height, width, generator=generator)}
-    pixels = torch.randn(2, 2, channels, height, width, generator=generator)
-    return {PIXELS: pixels, MASK: torch.ones(2, 2, height, width, dtype=torch.bool)}
+    return OneSize((getattr(vision, "num_channels", 3), height, width), takes_tiles(module))
 
 
-def _tokens(module: Any, image_token: int, count: int) -> dict[str, torch.Tensor]:
-    """Return two texts: a token, the placeholders of an image, and a few tokens, of which the second has less."""
+def _tokens(module: Any, image_token: int, counts: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return two texts: a token, the placeholders of an image, and a few tokens, of which the second has less.
+
+    Args:
+        module: the model.
+        image_token: token id of the placeholders.
+        counts: number of placeholders of the image of each text; shorter texts are padded behind.
+    """
     vocabulary = module.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, 1 + count + TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
-    ids[ids == image_token] = (image_token + 1) % vocabulary
-    ids[:, 1 : 1 + count] = image_token
+    longest = 1 + max(counts) + TEXT_TOKENS
+    ids = torch.randint(0, vocabulary, (ROWS, longest), generator=torch.Generator().manual_seed(0))
+    reserved = _reserved(module.config, image_token)
+    ids = torch.where(torch.isin(ids, reserved), _unreserved(reserved, vocabulary), ids)
     mask = torch.ones_like(ids)
+    for row, count in enumerate(counts):
+        ids[row, 1 : 1 + count] = image_token
+        mask[row, 1 + count + TEXT_TOKENS :] = 0
     mask[1, -TEXT_TOKENS // 4 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _reserved(config: Any, image_token: int) -> torch.Tensor:
+    """Return the ids that a text of the example does not hold: the placeholders of images and videos."""
+    video = getattr(config, "video_token_id", None)
+    return torch.tensor([image_token, *([video] if isinstance(video, int) else [])])
+
+
+def _unreserved(reserved: torch.Tensor, vocabulary: int) -> int:
+    """Return the first id above the reserved ones, or 0 behind the end, that is not reserved."""
+    ids = ((int(reserved[0]) + number) % vocabulary for number in range(1, vocabulary))
+    return next(each for each in ids if each not in reserved)
+
+
 def _token_types(
-    module: Any, example: dict[str, torch.Tensor], image_token: int, location: str
+    module: Any, images: Images, example: dict[str, torch.Tensor], image_token: int
 ) -> dict[str, torch.Tensor]:
-    """Return the token types with which a module reads the whole prompt at once; empty if it reads it in order.
+    """Return the token types with which a module reads a prompt; empty if it reads each token in order.
 
-    Its processor returns zeros for a prompt, as PaliGemma's does.
-
-    Raises:
-        ModelError: token types decide which tokens attend to later ones, as the images of Gemma 3 do.
+    They are zero where it reads the whole prompt at once, as PaliGemma does, and 1 at image tokens that attend to later
+    ones of their image, as in Gemma 3. The processors of both return them for a prompt.
     """
-    if "token_type_ids" not in inspect.signature(module.forward).parameters:
+    if TYPES not in inspect.signature(module.forward).parameters:
         return {}
     is_image = (example["input_ids"] == image_token).to(torch.int64)
+    arguments = images.arguments(example, is_image.bool())
     with torch.inference_mode():
-        plain, prompt, images = (
-            module(**example, **types).logits for types in ({}, {TYPES: torch.zeros_like(is_image)}, {TYPES: is_image})
+        plain, prompt, both = (
+            module(**arguments, **types).logits
+            for types in ({}, {TYPES: torch.zeros_like(is_image)}, {TYPES: is_image})
         )
     if not torch.allclose(plain, prompt, atol=SAME):
         return {TYPES: torch.zeros_like(is_image)}
-    if not torch.allclose(plain, images, atol=SAME):
-        raise _refused(module, location, "lets the tokens of an image attend to later ones, which no file can be told")
+    if not torch.allclose(plain, both, atol=SAME):
+        return {TYPES: is_image}
     return {}
 
 
@@ -152,9 +198,10 @@ def _check_same(
     tokens = example["input_ids"].shape[1]
     empty = call.complete({name: value.numpy() for name, value in example.items()})
     feeds = [torch.from_numpy(empty[name]) for name in call.inputs]
+    arguments = call.images.arguments(example, example["input_ids"] == call.image_token)
     try:
         with torch.inference_mode():
-            expected = module(**example, **types).logits
+            expected = module(**arguments, **types).logits
             found = call.call(module, *feeds)[0]
     except Exception as error:  # modules raise errors of all kinds
         raise _refused(module, location, f"fails on an image and {tokens} tokens ({first_line(error)})") from error

@@ -53,6 +53,10 @@ class Config(TypedDict, total=False):
     eos_token_id: int | list[int] | None
     bos_token_id: int | list[int] | None
     vision_config: dict[str, JsonValue] | None
+    vision_start_token_id: int
+    vision_end_token_id: int
+    num_query_tokens: int
+    model_type: str
     inputs: dict[str, Input]
 
 

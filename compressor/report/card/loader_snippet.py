@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_LANGUAGE
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
-from runtimes.base.vision_language import FACTS, image_token_of
+from runtimes.base.vision_language import FACTS, IMAGE_TOKEN, MERGE, PIXELS, READS_IDS, SIZES, grid_input, read_facts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -28,6 +28,7 @@ PROMPTS = 5  # of the classes, at most
 TOWERS = ("decoder", "encoder")  # whose tokens give the keys of a self-attention, and of a cross-attention
 VIDEOS = 5  # axes of a batch of videos
 FLOATS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
+ENCLOSING = ("vision_start_token_id", "vision_end_token_id")  # of an image in a text, in a config
 TEMPLATES = Path(__file__).parent / "templates"
 # The engine file of each target that has its own format, and the packages that open it.
 ENGINES = {
@@ -200,15 +201,27 @@ def _vision_language(content: Json, folder: Path) -> Loader:
     """Return the snippet for the files of a vision-language model: a greedy loop for one image and a text."""
     runtime, timed = str(content["settings"]["target"]), content["timed_inputs"]
     processor = preprocessing_recipe.processes_images_and_texts(folder)
+    facts, config = read_facts(folder / FACTS), read_config(folder, "config.json")
+    enclosing = [config[name] for name in ENCLOSING if name in config]
+    arrays = {name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")}
+    if MERGE in facts:  # the file takes the patches of all images behind each other
+        arrays[PIXELS] = arrays[PIXELS][1:]
     indices = any(name.endswith(".tokens") for name in content["engine"]["inputs"])  # those of --image-tokens
     text = _rendered(
         "load_vision_language.py.j2",
         content,
         processor=processor,
-        image_token=image_token_of(folder / FACTS),
+        image_token=facts[IMAGE_TOKEN],
         image_tokens=content["generation"]["images"],
-        arrays={name: [1, *shape[1:]] for name, shape in timed.items() if name.startswith("pixel_")},
+        arrays=arrays,
+        enclosing=enclosing if len(enclosing) == len(ENCLOSING) else [],
+        merge=facts.get(MERGE),
+        patches=arrays[PIXELS][0],
+        grid_input=grid_input(config.get("model_type", "")),
         indices=indices,
+        reads_ids=READS_IDS in facts,
+        sizes=SIZES in timed,
+        queries="num_query_tokens" in config,
         ends=preprocessing_recipe.ends(folder),
     )
     remarks = [
@@ -221,6 +234,13 @@ def _vision_language(content: Json, folder: Path) -> Loader:
             "fewer tokens comes with the indices of its tokens, which go from output to input as the cache does; "
             "loops of other libraries do not pass them on."
         )
+    elif READS_IDS in facts:
+        remarks.append(
+            "The decoder reads `input_ids` too: they tell which tokens are of an image and attend to later ones of it. "
+            "transformers.js does not pass them on."
+        )
+    elif SIZES in timed:
+        remarks.append("transformers.js has no class that passes `image_sizes` to the vision encoder.")
     elif runtime == "onnxruntime":
         remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
     packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))

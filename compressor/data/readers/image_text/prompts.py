@@ -188,16 +188,17 @@ class _Prompts:
         Raises:
             DataError: it does not.
         """
+        assert self.preprocess.image_tokens is not None
         pixels = found[self.preprocess.inputs[0]]
         expected = self.preprocess.example[self.preprocess.inputs[0]]
-        if pixels.shape[-3:] != expected.shape[-3:]:
+        axes = -1 if pixels.ndim < CHANNELS else -CHANNELS  # patches vary in number
+        if pixels.shape[axes:] != expected.shape[axes:]:
             raise DataError(
-                f"the processor of the model makes images {list(pixels.shape[-3:])}, but the model takes "
-                f"{list(expected.shape[-3:])}; check its preprocessor_config.json"
+                f"the processor of the model makes images {list(pixels.shape[axes:])}, but the model takes "
+                f"{list(expected.shape[axes:])}; check its preprocessor_config.json"
             )
-        tiles = len(pixels) if pixels.ndim > CHANNELS else 1
         count = int((found["input_ids"] == self.preprocess.image_token).sum())
-        wanted = tiles * self.preprocess.image_tokens
+        wanted = self.preprocess.image_tokens(found)
         if count != wanted:
             raise DataError(
                 f"the processor of the model makes {count} image tokens of {self.files[index]}, but the model has "

@@ -67,6 +67,8 @@ def check_generation(kind, dropped, vision, target="onnxruntime"):
             found = greedy(engine, feeds, NEW)
             assert found.tolist() == generated(module, feeds, NEW).tolist()
             different |= {tuple(row[-NEW:]) for row in found.tolist()}
+        if kind == "blip_2":  # its own forward always reads an image
+            return
         text = {name: value[:1] for name, value in feeds.items() if "pixel" not in name}
         text = {name: value[:, -6:] for name, value in text.items()}
         assert greedy(engine, text, NEW).tolist() == generated(module, text, NEW).tolist()

@@ -20,6 +20,7 @@ from passes.execute.interpreter import run
 from passes.graph.cache_state import bytes_per_token
 from passes.graph.sites import find_sites
 from passes.rewrite.drop import Drop
+from tests import varying_images
 from tests.vision_language_models import DROPPED, KINDS, TILED, TOKEN, build, config, saved
 
 CLOSE = 1e-5  # relative; sums in another order
@@ -68,8 +69,8 @@ def test_the_graph_computes_what_the_module_does_at_another_length_and_batch(kin
         more = value[:1] if value.ndim > 2 else torch.cat([value[:1], value[:1, -3:]], 1)
         longer[name] = torch.cat([more] * 3)
     module, types = build(kind), {}
-    if kind == "paligemma":
-        types = {"token_type_ids": torch.zeros_like(longer["input_ids"])}
+    if kind in ("paligemma", "gemma3"):
+        types = {"token_type_ids": (longer["input_ids"] == TOKEN).long() * (kind == "gemma3")}
     feeds = model.preprocess.complete({name: value.numpy() for name, value in longer.items()})
     with torch.inference_mode():
         expected = module(**longer, **types).logits
@@ -115,30 +116,43 @@ def test_features_are_placed_as_transformers_does():
     assert torch.equal(merge(features, text, is_image), text.masked_scatter(is_image[..., None], features))
 
 
+def without_newline():
+    module = varying_images.build("llava_next")
+    module.model.image_newline = None
+    return module
+
+
+def without_merger():
+    module = varying_images.build("qwen2_vl")
+    del module.model.visual.merger
+    return module
+
+
+def with_encoder():
+    module = build("blip_2")
+    module.config.use_decoder_only_language_model = False
+    return module
+
+
+def with_two_sizes():
+    module = build("llava")
+    own = module.get_image_features
+    module.get_image_features = lambda pixel_values, image_sizes=None, spatial_shapes=None: own(pixel_values)
+    return module
+
+
 REFUSED = {
-    "qwen2_vl": (
-        lambda: transformers.Qwen2VLConfig(
-            text_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-                         "num_key_value_heads": 2, "vocab_size": 60,
-                         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-            vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
-        ),
-        "takes image_grid_thw beside the pixels, as its images vary in size; expected a model such as LLaVA",
-    ),
-    "llava_next": (
-        lambda: transformers.LlavaNextConfig(**{
-            name: value for name, value in config("llava").to_dict().items()
-            if name in ("vision_config", "text_config", "image_token_index")
-        }),
-        "takes image_sizes beside the pixels",
-    ),
-}  # fmt: skip
+    "no newline": (without_newline, "takes image_sizes but has no image_newline, as LLaVA-NeXT has"),
+    "no merger": (without_merger, "has a vision tower without merger; expected a model such as LLaVA"),
+    "an encoder": (with_encoder, "has a language model with an encoder, whose caches these files do not hold"),
+    "other sizes": (with_two_sizes, "takes image_sizes and spatial_shapes beside the pixels, as its images vary"),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_models_whose_images_vary_in_size_are_refused_by_what_they_take(kind):
+def test_models_whose_images_have_another_form_are_refused_by_what_they_take(kind):
     make, reason = REFUSED[kind]
-    module = transformers.AutoModelForImageTextToText.from_config(make()).eval()
+    module = make().eval()
     with pytest.raises(ModelError, match=f"m is a {type(module).__name__}, which {reason}"):
         parts_of(module, "m", cache=True)
 

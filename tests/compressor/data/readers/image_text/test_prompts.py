@@ -132,7 +132,7 @@ def test_images_of_another_size_than_the_model_takes_are_refused(loaded, tmp_pat
 
 
 def test_another_number_of_image_tokens_is_refused(loaded, tmp_path):
-    wrong = replace(loaded["llava"].preprocess, image_tokens=5)
+    wrong = replace(loaded["llava"].preprocess, image_tokens=lambda row: 5)
     with pytest.raises(
         DataError, match=r"makes 4 image tokens of .*, but the model has 5 features for it; check the pa"
     ):
