@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import transformers
 
 from compressor.internals.transformers import cached
 from compressor.models.base import ModelError, load_error_reason
+from compressor.workspace.json_files import OBJECT, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,6 +21,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+TEXT_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -122,6 +125,19 @@ def save_sound(module: Any, extractor: Any, tokenizer: Any, folder: Path) -> Non
 def save_vision_language(module: Any, processor: Any, folder: Path) -> None:
     """Write config, generation config, and the processor with its tokenizer and image processor into a folder."""
     save(module, processor, {}, folder)
+    if module.config.model_type == "qwen2_vl":
+        _repeat_text_sizes(folder / "config.json")
+
+
+def _repeat_text_sizes(path: Path) -> None:
+    """Repeat the sizes of a language model beside its config of texts.
+
+    There the hub's configs of Qwen2-VL have them, and transformers.js reads them for the empty cache; transformers 5
+    writes them into ``text_config`` alone.
+    """
+    content = read_json(path, OBJECT, remedy="export the model again")
+    own = {name: content["text_config"][name] for name in TEXT_SIZES if name in content["text_config"]}
+    path.write_text(json.dumps(own | content, indent=2) + "\n", encoding="utf-8")
 
 
 def _use_older_tokenizer_class(path: Path) -> None:

@@ -53,6 +53,8 @@ def test_the_lines_of_the_card_generate_what_transformers_does(kind, shared, cap
     assert report["sizes"]["result"]["cache"] * 2 == report["sizes"]["baseline"]["cache"]
     varying = [each for each in report["limitations"] if each["feature"] == "size of the timed image"]
     assert len(varying) == (own is varying_images)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("num_hidden_layers") == (2 if kind == "qwen2_vl" else None)  # for transformers.js
     loader = make_snippet(report, tmp_path / "out")
     assert ("transformers.js expects these files" in " ".join(loader.remarks)) == (
         kind in (*varying_images.GRIDS, "blip_2")
