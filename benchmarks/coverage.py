@@ -32,24 +32,11 @@ from typing import Any
 import click
 import numpy as np
 
+from small_configs import small_fields
+
 Judge = Callable[[str, Path], dict[str, Any]]
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
-REDUCED = {
-    32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
-    "decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size",
-    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
-    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts",
-    2: "num_key_value_heads num_kv_heads n_head_kv num_hidden_layers n_layer n_layers num_layers encoder_layers "
-    "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts",
-    8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim",
-    16: "kv_lora_rank q_lora_rank",
-    64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
-    "shared_expert_intermediate_size ffn_hidden_size",
-    128: "max_position_embeddings n_positions",
-    120: "vocab_size",
-}
-SIZES = {name: size for size, names in REDUCED.items() for name in names.split()}
 HEADS = (
     "MASKED_LM",
     "CAUSAL_LM",
@@ -67,31 +54,6 @@ LARGEST = 60_000_000  # parameters; a larger one was not reduced
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
 SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
-
-
-def small_fields(config_class: Any) -> dict[str, Any]:
-    """Return the fields of a configuration that make it small; parts are reduced likewise."""
-    default = config_class()
-    fields: dict[str, Any] = {}
-    for name, value in default.to_dict().items():
-        if isinstance(value, bool):
-            continue
-        if isinstance(value, int) and name in SIZES:
-            fields[name] = min(value, SIZES[name])
-        elif isinstance(value, int) and name.endswith(("_token_id", "_token_index")) and value >= SIZES["vocab_size"]:
-            fields[name] = 3
-        elif isinstance(value, list | tuple) and value and all(isinstance(each, int) for each in value):
-            if name in ("depths", "num_layers", "layers"):
-                fields[name] = [min(each, 2) for each in value]
-            elif name in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths"):
-                fields[name] = [16 * min(2**stage, 4) for stage in range(len(value))]
-    if "kv_lora_rank" in fields:  # latent attention has as many heads of keys and values as of queries
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
-    for name in getattr(config_class, "sub_configs", None) or {}:
-        part = getattr(default, name, None)
-        if hasattr(type(part), "model_type"):
-            fields[name] = small_fields(type(part))
-    return fields
 
 
 def class_of(config: Any) -> Any:
