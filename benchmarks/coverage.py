@@ -40,17 +40,23 @@ RESULTS = Path(__file__).parent / "results" / "coverage.json"
 HEADS = (
     "MASKED_LM",
     "CAUSAL_LM",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
     "SEQUENCE_CLASSIFICATION",
     "IMAGE_CLASSIFICATION",
     "IMAGE_TEXT_TO_TEXT",
-    "SEQ_TO_SEQ_CAUSAL_LM",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION",
     "CTC",
-    "SPEECH_SEQ_2_SEQ",
+    "OBJECT_DETECTION",
+    "DEPTH_ESTIMATION",
+    "SEMANTIC_SEGMENTATION",
     "",
 )
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 60_000_000  # parameters; a larger one was not reduced
+NO_CACHE = "--no-cache"  # the option that the refusal of a cache names
+TARGETS = 7  # tokens of a target
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
 SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
@@ -79,6 +85,7 @@ def small_model(model_type: str) -> Any:
 
     config_class: Any = CONFIG_MAPPING[model_type]
     config = config_class(**small_fields(config_class))
+    _start_decoder(config)
     with torch.device("meta"):
         parameters = sum(each.numel() for each in class_of(config)(config).parameters())
     if parameters > LARGEST:
@@ -91,6 +98,14 @@ def small_model(model_type: str) -> Any:
     return module
 
 
+def _start_decoder(config: Any) -> None:
+    """State the first token and the padding of a decoder, which checkpoints of encoder-decoders state."""
+    if getattr(config, "is_encoder_decoder", False):
+        for name, token in (("decoder_start_token_id", 2), ("pad_token_id", 1), ("eos_token_id", 2)):
+            if getattr(config, name, None) is None:
+                setattr(config, name, token)
+
+
 def judged(model_type: str, folder: Path) -> dict[str, Any]:
     """Return the outcome of one architecture."""
     try:
@@ -99,10 +114,14 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
         return {"outcome": "not built", "detail": _sentence(error)}
     found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
-    return found | _exported(module, folder)
+    found |= _exported(module, folder, cache=True)
+    if found["outcome"] == "refused" and NO_CACHE in found["detail"]:
+        without = _exported(module, folder, cache=False)
+        found = {**found, **without, "option": NO_CACHE} if without["outcome"] == "passes" else found
+    return found
 
 
-def _exported(module: Any, folder: Path) -> dict[str, Any]:
+def _exported(module: Any, folder: Path, *, cache: bool) -> dict[str, Any]:
     """Load, trace and write a checkpoint as an export does, and compare the file."""
     from compressor.lower.fold_graph import fold_graph
     from compressor.lower.traced_model import load
@@ -110,7 +129,9 @@ def _exported(module: Any, folder: Path) -> dict[str, Any]:
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
 
-    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none")
+    settings = Settings(
+        model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none", cache=cache
+    )
     try:
         subject = load(settings, Steps(None))
         path = lower(fold_graph(subject.graph), subject.model, folder / "model.onnx")
@@ -207,6 +228,8 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)
         elif name == "token_type_ids":
             feeds[name] = np.zeros((ROWS, length), np.int64)
+        elif name == "decoder_input_ids":
+            feeds[name] = rng.integers(5, module.config.get_text_config(decoder=True).vocab_size, (ROWS, TARGETS))
         elif name.startswith(PAST):
             feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
         elif each.type == "tensor(bool)":
@@ -224,7 +247,7 @@ def _parameters(module: Any) -> list[str]:
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:300]
+    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:600]
 
 
 def _run(judge: Judge, name: str, sent: Any) -> None:

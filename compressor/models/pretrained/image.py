@@ -58,7 +58,8 @@ def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
 
 
 def _vision_config(module: Any) -> Any:
-    return getattr(module.config, "vision_config", module.config)
+    config = module.config
+    return next((part for name in ("vision_config", "encoder") if (part := getattr(config, name, None))), config)
 
 
 def channels_of(module: Any) -> int:
