@@ -31,7 +31,6 @@ from typing import Any
 
 import click
 import numpy as np
-
 from small_configs import small_fields
 
 Judge = Callable[[str, Path], dict[str, Any]]
@@ -85,7 +84,7 @@ def small_model(model_type: str) -> Any:
 
     config_class: Any = CONFIG_MAPPING[model_type]
     config = config_class(**small_fields(config_class))
-    _start_decoder(config)
+    _complete(config)
     with torch.device("meta"):
         parameters = sum(each.numel() for each in class_of(config)(config).parameters())
     if parameters > LARGEST:
@@ -98,12 +97,14 @@ def small_model(model_type: str) -> Any:
     return module
 
 
-def _start_decoder(config: Any) -> None:
-    """State the first token and the padding of a decoder, which checkpoints of encoder-decoders state."""
+def _complete(config: Any) -> None:
+    """State what checkpoints state: the first token and the padding of a decoder, and a language."""
     if getattr(config, "is_encoder_decoder", False):
         for name, token in (("decoder_start_token_id", 2), ("pad_token_id", 1), ("eos_token_id", 2)):
             if getattr(config, name, None) is None:
                 setattr(config, name, token)
+    if getattr(config, "default_language", "") is None:
+        config.default_language = config.languages[0]
 
 
 def judged(model_type: str, folder: Path) -> dict[str, Any]:
@@ -129,9 +130,7 @@ def _exported(module: Any, folder: Path, *, cache: bool) -> dict[str, Any]:
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
 
-    settings = Settings(
-        model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none", cache=cache
-    )
+    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none", cache=cache)
     try:
         subject = load(settings, Steps(None))
         path = lower(fold_graph(subject.graph), subject.model, folder / "model.onnx")
@@ -232,8 +231,10 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             feeds[name] = rng.integers(5, module.config.get_text_config(decoder=True).vocab_size, (ROWS, TARGETS))
         elif name.startswith(PAST):
             feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
-        elif each.type == "tensor(bool)":
-            feeds[name] = np.ones([ROWS, *(2 if size is None else size for size in sizes[1:])], bool)
+        elif each.type in ("tensor(bool)", "tensor(int64)"):  # masks of images and of sound
+            kind = bool if each.type == "tensor(bool)" else np.int64
+            long = FRAMES if "pixel" not in name else 2
+            feeds[name] = np.ones([ROWS, *(long if size is None else size for size in sizes[1:])], kind)
         else:
             long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)

@@ -14,7 +14,8 @@ REDUCED = {
     "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts moe_k n_group "
     "num_expert_group num_experts_per_token",
     8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim "
-    "rotary_dim channel_shrink_ratio",
+    "rotary_dim channel_shrink_ratio block_size global_block_size attention_window num_global_tokens",
+    7: "local_radius",
     16: "kv_lora_rank q_lora_rank",
     64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
     "shared_expert_intermediate_size ffn_hidden_size",
@@ -52,6 +53,8 @@ def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
         part = getattr(default, name, None)
         if hasattr(type(part), "model_type"):
             fields[name] = {"model_type": part.model_type} | small_fields(type(part), part)
+            if name == "decoder" and "EncoderDecoder" in config_class.__name__:  # joined from two models
+                fields[name] |= {"is_decoder": True, "add_cross_attention": True}
     return fields
 
 

@@ -140,7 +140,7 @@ def made_by(automatic: Any, config: Any) -> tuple[Any, ...]:
     Uses the attribute `_model_mapping` of automatic classes.
     """
     mapping = automatic._model_mapping
-    found = mapping[type(config)] if type(config) in mapping else ()
+    found = mapping.get(type(config), ())
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 

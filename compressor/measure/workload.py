@@ -177,7 +177,9 @@ def _source_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths)
         source = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     else:
         feeds = timing_feeds(subject.data.test, batch)
-        source = {name: value for name, value in feeds.items() if name in model.preprocess.inputs and name != DECODER_IDS}
+        source = {
+            name: value for name, value in feeds.items() if name in model.preprocess.inputs and name != DECODER_IDS
+        }
     target = np.full((batch, lengths.behind), decoder.start, dtype=np.int64)
     first = model.preprocess.complete({**source, "decoder_input_ids": target[:, :1]})
     calls = {PROMPT: Call.alone(first)}

@@ -17,7 +17,7 @@ from compressor.internals.transformers import made_by, quiet, with_random_weight
 from compressor.limitations import Limitation
 from compressor.models.audio.inputs import takes_series, takes_sound
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
-from compressor.models.config_shapes import CLIPS
+from compressor.models.config_shapes import CLIPS, main_input
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
 from compressor.models.pretrained import image, sound, text, two_towers, video
@@ -164,7 +164,9 @@ def _has_two_towers(architecture: str) -> bool:
     if architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
         return True
     named = _named(architecture)
-    return architecture.endswith("Model") and hasattr(named, "get_text_features") and hasattr(named, "get_image_features")
+    return (
+        architecture.endswith("Model") and hasattr(named, "get_text_features") and hasattr(named, "get_image_features")
+    )
 
 
 def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
@@ -252,7 +254,7 @@ def class_of(config: Any, task: str) -> Any:
 
 def _is_bare(architecture: str) -> bool:
     """Return whether the output of a class of this name is hidden states."""
-    return architecture.endswith(("Model", "Encoder", "Backbone")) and not architecture.endswith(
+    return architecture.endswith(("Model", "Encoder", "Backbone", "Transformer")) and not architecture.endswith(
         ("HeadModel", "HeadsModel")
     )
 
@@ -269,7 +271,7 @@ def wrap(loaded: Loaded) -> Model:
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):
         return sound.wrap(loaded)
-    model = image.wrap(loaded) if loaded.module.main_input_name == image.INPUT else text.wrap(loaded)
+    model = image.wrap(loaded) if main_input(loaded.module) == image.INPUT else text.wrap(loaded)
     if loaded.task == "sentence-similarity":
         find = partial(optional_file, loaded.location, revision=loaded.options["revision"])
         return sentence_transformers.embedding(model, loaded.sentence_files, find, loaded.location)

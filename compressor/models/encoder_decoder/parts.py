@@ -104,7 +104,7 @@ def text_source(module: Any) -> Source:
 
 
 def spectrogram_source(module: Any) -> Source | None:
-    """Return two spectrograms of the one length that an encoder takes: as many frames as it has positions, times strides.
+    """Return two spectrograms of the length that an encoder takes: as many frames as it has positions, times strides.
 
     Return None if the encoder does not take spectrograms of a fixed length, as that of Whisper does.
     """

@@ -12,10 +12,10 @@ import torch
 from compressor.choices import DYNAMIC
 from compressor.limitations import Limitation
 from compressor.models.audio.features import Array, find_features, noise
-from compressor.models.audio.inputs import find_inputs
+from compressor.models.audio.inputs import find_inputs, sound_input
 from compressor.models.base import Model, ModelError, as_numpy
-from compressor.models.encoder_decoder.decoder_side import language_limitations
 from compressor.models.config_shapes import Call
+from compressor.models.encoder_decoder.decoder_side import language_limitations
 from compressor.models.encoder_decoder.parts import (
     IMAGE,
     SPEECH,
@@ -95,7 +95,7 @@ def _sound(loaded: Loaded, tokenizer: Any) -> _Reader:
     language = tuple(language_limitations(module, tokenizer))
     source = spectrogram_source(module)
     if source is None:
-        features = None if extractor is None else find_features(extractor, module.main_input_name)
+        features = None if extractor is None else find_features(extractor, sound_input(module))
         found = find_inputs(module, partial(_with_targets, target_tokens(module)), features, location)
         read = Source(found.example, found.axes)
         return _Reader(read, found.preprocess(None), extractor, (*language, *found.limitations))
