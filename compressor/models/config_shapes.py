@@ -59,13 +59,18 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
     Raises:
         ModelError: the model fails on every shape that was tried.
     """
-    reasons = []
+    reasons, fixed = [], None
     for shape, axis in _shapes(module.config, main):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         reason = refusal(module, call, [example])
-        if reason is None:
-            return example, axis if axis and _varies(module, call, example, axis) else 0
-        reasons.append(reason)
+        if reason is not None:
+            reasons.append(reason)
+        elif not axis or _varies(module, call, example, axis):
+            return example, axis
+        elif fixed is None:  # a size that the config states is better than one that was made up
+            fixed = example
+    if fixed is not None:
+        return fixed, 0
     raise ModelError(
         f"{location} is a {type(module).__name__} without a preprocessor, and it fails on every shape of {main} that "
         f"its config suggests ({reasons[-1] if reasons else 'none'}); add its preprocessor_config.json, or pass it as "
@@ -90,10 +95,10 @@ def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
         yield (1, SAMPLES), 2
     if main in ("input_values", "input_features", "audio_mel"):
         for width in _numbers(config, WIDTHS):
-            yield from (((length, width), 0) for length in _numbers(config, LENGTHS))
-            yield from (((width, STEPS * length), 0) for length in _numbers(config, LENGTHS))
             yield (FRAMES, width), 1
             yield (width, FRAMES), 2
+            yield from (((length, width), 0) for length in _numbers(config, LENGTHS))
+            yield from (((width, STEPS * length), 0) for length in _numbers(config, LENGTHS))
     if main.startswith("pixel_values"):
         for frames in _numbers(config, CLIPS):
             for side in _numbers(config, SIDES):
