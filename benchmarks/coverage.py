@@ -7,7 +7,7 @@ random weights. It is then loaded, traced and written as `compressor export FOLD
 run at another batch size and another length than those of the trace, with and without padding, and its first output
 is compared with that of the transformers class. The outcomes are:
 
-- passes: the file agrees with transformers;
+- passes: the file agrees with transformers; with an option, if the refusal without it names the option;
 - refused: the command ended with a sentence, which is recorded;
 - fault: a traceback, a wrong output, or an input of the class that the file lacks without a limitation that says so;
 - not built: the class cannot be made from the reduced configuration, which says nothing about Compressor.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -54,7 +55,6 @@ HEADS = (
 )
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
 LARGEST = 64_000_000  # parameters; a larger one was not reduced
-NO_CACHE = "--no-cache"  # the option that the refusal of a cache names
 TARGETS = 7  # tokens of a target
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
@@ -115,22 +115,41 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
         return {"outcome": "not built", "detail": _sentence(error)}
     found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
-    found |= _exported(module, folder, cache=True)
-    if found["outcome"] == "refused" and NO_CACHE in found["detail"]:
-        without = _exported(module, folder, cache=False)
-        found = {**found, **without, "option": NO_CACHE} if without["outcome"] == "passes" else found
+    found |= _exported(module, folder, {})
+    for option, changes in _ways_round(found):
+        other = _exported(module if "task" not in changes else _headless(folder), folder, changes)
+        if other["outcome"] == "passes":
+            return {**found, **other, "option": option}
     return found
 
 
-def _exported(module: Any, folder: Path, *, cache: bool) -> dict[str, Any]:
-    """Load, trace and write a checkpoint as an export does, and compare the file."""
+def _ways_round(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the option that a refusal names, and the settings that it stands for."""
+    if found["outcome"] != "refused":
+        return
+    if "pass --no-cache" in found["detail"]:
+        yield "--no-cache", {"cache": False}
+    task = re.search(r"pass --task (\S+) to export", found["detail"])
+    if task is not None:
+        yield f"--task {task[1]}", {"task": task[1]}
+
+
+def _headless(folder: Path) -> Any:
+    """Return the model of a checkpoint without its head, as transformers loads it."""
+    import transformers
+
+    return transformers.AutoModel.from_pretrained(folder / "model").eval()
+
+
+def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Load, trace and write a checkpoint as an export with some other settings does, and compare the file."""
     from compressor.lower.fold_graph import fold_graph
     from compressor.lower.traced_model import load
     from compressor.lower.write_onnx import lower
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
 
-    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none", cache=cache)
+    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none", **changes)
     try:
         subject = load(settings, Steps(None))
         path = lower(fold_graph(subject.graph), subject.model, folder / "model.onnx")
@@ -248,7 +267,7 @@ def _parameters(module: Any) -> list[str]:
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:600]
+    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:900]
 
 
 def _run(judge: Judge, name: str, sent: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
+from compressor.models.base import ModelError, first_line
 
 OUTPUTS = {
     "image-classification": ("logits",),
@@ -70,11 +71,20 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
         signature: the signature of the module's task.
         module: a module of transformers.
         values: inputs of the module in order.
+
+    Raises:
+        ModelError: the module fails on these inputs alone, or returns no features.
     """
     if signature.outputs != (HIDDEN,):
         return signature
-    with torch.no_grad():
-        name, _ = _own_output(module(**values))
+    try:
+        with torch.no_grad():
+            name, _ = _own_output(module(**values))
+    except Exception as error:  # modules raise errors of all kinds
+        raise ModelError(
+            f"a {type(module).__name__} does not compute features of {' and '.join(values)} alone "
+            f"({first_line(error)}); pass it as a module of your own, package.module:factory, with example inputs."
+        ) from error
     return Signature((name,), name, signature.call)
 
 

@@ -119,7 +119,7 @@ def test_what_the_files_do_not_take_is_refused(options, reason, shared, tmp_path
 
 def test_the_length_of_speech_is_fixed(shared, tmp_path):
     with pytest.raises(
-        SettingsError, match="gives a source of 10, but whisper reads 40 frames of sound at a time; give 40:4"
+        SettingsError, match="gives a source of 10, but whisper is timed on 40 frames of its data; give 40:4"
     ):
         export(str(saved("whisper", shared)), data="random", drop="none", generate="10:4", output=str(tmp_path / "out"))
 
