@@ -206,7 +206,7 @@ def test_no_cache_is_refused(shared):
 
 
 def test_images_of_any_size_are_refused(shared):
-    with pytest.raises(ModelError, match="--image-size dynamic is for models of images alone; .*pictures also writes"):
+    with pytest.raises(ModelError, match=r"--image-size dynamic is for models of images alone; .*pictures also writes"):
         models.load(str(saved("pictures", shared)), image_size="dynamic")
 
 
