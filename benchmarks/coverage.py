@@ -7,7 +7,7 @@ random weights. It is then loaded, traced and written as `compressor export FOLD
 run at another batch size and another length than those of the trace, with and without padding, and its first output
 is compared with that of the transformers class. The outcomes are:
 
-- passes: the file agrees with transformers;
+- passes: the file agrees with transformers; with an option, if the refusal without it names the option;
 - refused: the command ended with a sentence, which is recorded;
 - fault: a traceback, a wrong output, or an input of the class that the file lacks without a limitation that says so;
 - not built: the class cannot be made from the reduced configuration, which says nothing about Compressor.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -31,73 +32,33 @@ from typing import Any
 
 import click
 import numpy as np
+from small_configs import small_fields
 
 Judge = Callable[[str, Path], dict[str, Any]]
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
-REDUCED = {
-    32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
-    "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size",
-    4: "mm_tokens_per_image num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
-    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts",
-    2: "num_key_value_heads num_kv_heads n_head_kv num_hidden_layers n_layer n_layers num_layers encoder_layers "
-    "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts",
-    8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim",
-    16: "kv_lora_rank q_lora_rank",
-    64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
-    "shared_expert_intermediate_size ffn_hidden_size",
-    128: "max_position_embeddings n_positions",
-    120: "vocab_size",
-}
-SIZES = {name: size for size, names in REDUCED.items() for name in names.split()}
 HEADS = (
     "MASKED_LM",
     "CAUSAL_LM",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
     "SEQUENCE_CLASSIFICATION",
     "IMAGE_CLASSIFICATION",
     "IMAGE_TEXT_TO_TEXT",
-    "SEQ_TO_SEQ_CAUSAL_LM",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION",
     "CTC",
-    "SPEECH_SEQ_2_SEQ",
+    "OBJECT_DETECTION",
+    "DEPTH_ESTIMATION",
+    "SEMANTIC_SEGMENTATION",
     "",
 )
 PAST = ("past_key_values.", "past_conv.")  # inputs that transformers makes itself
-LARGEST = 60_000_000  # parameters; a larger one was not reduced
+LARGEST = 64_000_000  # parameters; a larger one was not reduced
+TARGETS = 7  # tokens of a target
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
 SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
-
-
-def small_fields(config_class: Any) -> dict[str, Any]:
-    """Return the fields of a configuration that make it small; parts are reduced likewise."""
-    default = config_class()
-    fields: dict[str, Any] = {}
-    for name, value in default.to_dict().items():
-        if isinstance(value, bool):
-            continue
-        if isinstance(value, int) and name in SIZES:
-            fields[name] = min(value, SIZES[name])
-        elif isinstance(value, int) and name.endswith(("_token_id", "_token_index")) and value >= SIZES["vocab_size"]:
-            fields[name] = 3
-        elif name == "image_token_index" and value is None:  # BLIP-2: checkpoints have one
-            fields[name] = 3
-        elif name == "image_grid_pinpoints":
-            fields[name] = [[32, 64], [64, 32], [64, 64]]  # one or two tiles on each side
-        elif isinstance(value, list | tuple) and value and all(isinstance(each, int) for each in value):
-            if name in ("depths", "num_layers", "layers"):
-                fields[name] = [min(each, 2) for each in value]
-            elif name in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths"):
-                fields[name] = [16 * min(2**stage, 4) for stage in range(len(value))]
-    if "kv_lora_rank" in fields:  # latent attention has as many heads of keys and values as of queries
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
-    if "mrope_section" in (getattr(default, "ignore_keys_at_rope_validation", None) or ()):
-        fields["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2]}  # of heads of 8
-    for name in getattr(config_class, "sub_configs", None) or {}:
-        part = getattr(default, name, None)
-        if hasattr(type(part), "model_type"):
-            fields[name] = small_fields(type(part))
-    return fields
 
 
 def class_of(config: Any) -> Any:
@@ -123,6 +84,7 @@ def small_model(model_type: str) -> Any:
 
     config_class: Any = CONFIG_MAPPING[model_type]
     config = config_class(**small_fields(config_class))
+    _complete(config)
     with torch.device("meta"):
         parameters = sum(each.numel() for each in class_of(config)(config).parameters())
     if parameters > LARGEST:
@@ -135,6 +97,16 @@ def small_model(model_type: str) -> Any:
     return module
 
 
+def _complete(config: Any) -> None:
+    """State what checkpoints state: the first token and the padding of a decoder, and a language."""
+    if getattr(config, "is_encoder_decoder", False):
+        for name, token in (("decoder_start_token_id", 2), ("pad_token_id", 1), ("eos_token_id", 2)):
+            if getattr(config, name, None) is None:
+                setattr(config, name, token)
+    if getattr(config, "default_language", "") is None:
+        config.default_language = config.languages[0]
+
+
 def judged(model_type: str, folder: Path) -> dict[str, Any]:
     """Return the outcome of one architecture."""
     try:
@@ -143,18 +115,41 @@ def judged(model_type: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # any error of transformers: the reduced configuration is none that it can take
         return {"outcome": "not built", "detail": _sentence(error)}
     found = {"class": type(module).__name__, "parameters": sum(each.numel() for each in module.parameters())}
-    return found | _exported(module, folder)
+    found |= _exported(module, folder, {})
+    for option, changes in _ways_round(found):
+        other = _exported(module if "task" not in changes else _headless(folder), folder, changes)
+        if other["outcome"] == "passes":
+            return {**found, **other, "option": option}
+    return found
 
 
-def _exported(module: Any, folder: Path) -> dict[str, Any]:
-    """Load, trace and write a checkpoint as an export does, and compare the file."""
+def _ways_round(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the option that a refusal names, and the settings that it stands for."""
+    if found["outcome"] != "refused":
+        return
+    if "pass --no-cache" in found["detail"]:
+        yield "--no-cache", {"cache": False}
+    task = re.search(r"pass --task (\S+) to export", found["detail"])
+    if task is not None:
+        yield f"--task {task[1]}", {"task": task[1]}
+
+
+def _headless(folder: Path) -> Any:
+    """Return the model of a checkpoint without its head, as transformers loads it."""
+    import transformers
+
+    return transformers.AutoModel.from_pretrained(folder / "model").eval()
+
+
+def _exported(module: Any, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Load, trace and write a checkpoint as an export with some other settings does, and compare the file."""
     from compressor.lower.fold_graph import fold_graph
     from compressor.lower.traced_model import load
     from compressor.lower.write_onnx import lower
     from compressor.settings import Settings
     from compressor.workspace.progress import Steps
 
-    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none")
+    settings = Settings(model=str(folder / "model"), data="random", samples=12, drop="none", tokens="none", **changes)
     try:
         subject = load(settings, Steps(None))
         path = lower(fold_graph(subject.graph), subject.model, folder / "model.onnx")
@@ -286,10 +281,14 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
             feeds[name] = np.maximum(mask.cumsum(1) - 1, 0)
         elif name == "token_type_ids":
             feeds[name] = np.zeros((ROWS, length), np.int64)
+        elif name == "decoder_input_ids":
+            feeds[name] = rng.integers(5, module.config.get_text_config(decoder=True).vocab_size, (ROWS, TARGETS))
         elif name.startswith(PAST):
             feeds[name] = np.zeros([ROWS, *(0 if size is None else size for size in sizes[1:])], np.float32)
-        elif each.type == "tensor(bool)":
-            feeds[name] = np.ones([ROWS, *(2 if size is None else size for size in sizes[1:])], bool)
+        elif each.type in ("tensor(bool)", "tensor(int64)"):  # masks of images and of sound
+            kind = bool if each.type == "tensor(bool)" else np.int64
+            long = FRAMES if "pixel" not in name else 2
+            feeds[name] = np.ones([ROWS, *(long if size is None else size for size in sizes[1:])], kind)
         else:
             long = {"input_values": SAMPLES, "input_features": FRAMES}.get(name, 2 if placeholders else LENGTH)
             feeds[name] = rng.standard_normal([ROWS, *(size or long for size in sizes[1:])]).astype(np.float32)
@@ -303,7 +302,7 @@ def _parameters(module: Any) -> list[str]:
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:300]
+    return f"{type(error).__name__}: {error}".splitlines()[0].replace(tempfile.gettempdir(), "TMP")[:900]
 
 
 def _run(judge: Judge, name: str, sent: Any) -> None:

@@ -17,8 +17,10 @@ KINDS = {
     "Unrecognized configuration class": "has a head that is not supported",
     "beside the pixels": "reads images of varying size",
     "expected a model such as LLaVA": "reads images and texts in another way",
-    "from images to texts": "is an encoder-decoder from images",
     "of token ids alone": "needs other inputs than texts",
+    "fails on every shape": "needs other inputs than sound or a time series",
+    "does not compute features of": "needs other inputs than images",
+    "cannot be told apart by their caches": "is an encoder-decoder without the caches of transformers",
     "could not be traced": "cannot be traced by torch.export",
     "cannot be written as ONNX": "has an operator without an ONNX form",
     "KV cache": "keeps a cache of another kind than keys and values",
@@ -44,7 +46,7 @@ def timm_table(found: Row) -> str:
     for name, row in sorted(found["families"].items()):
         groups.setdefault(_group(row), []).append(name)
     lines = [f"| timm {found['timm']} | families | names |", "|---|---|---|"]
-    for group, names in sorted(groups.items(), key=lambda each: (_rank(each[0]), -len(each[1]))):
+    for group, names in sorted(groups.items(), key=lambda each: (_rank(each[0]), " with " in each[0], -len(each[1]))):
         lines.append(f"| {group} | {len(names)} | {', '.join(names)} |")
     rows = found["families"].values()
     largest = max((row["difference"] for row in rows if row["outcome"] == "passes"), default=0.0)
@@ -62,7 +64,7 @@ def coverage_table(found: Row) -> str:
         groups.setdefault(_group(row), []).append(name)
     count = len(judged)
     lines = [f"| transformers {found['transformers']} | architectures | names |", "|---|---|---|"]
-    for group, names in sorted(groups.items(), key=lambda each: (_rank(each[0]), -len(each[1]))):
+    for group, names in sorted(groups.items(), key=lambda each: (_rank(each[0]), " with " in each[0], -len(each[1]))):
         lines.append(f"| {group} | {len(names)} ({len(names) / count:.0%}) | {', '.join(names)} |")
     largest = max((row["difference"] for row in judged.values() if row["outcome"] == "passes"), default=0.0)
     left = len(found["architectures"]) - count
@@ -77,9 +79,9 @@ def coverage_table(found: Row) -> str:
 
 def _group(row: Row) -> str:
     if row["outcome"] != "refused":
-        return str(row["outcome"])
+        return f"{row['outcome']} with {row['option']}" if "option" in row else str(row["outcome"])
     return f"refused: {next(kind for part, kind in KINDS.items() if part in row['detail'])}"
 
 
 def _rank(group: str) -> int:
-    return ("passes", "fault").index(group) if group in ("passes", "fault") else 2
+    return next(place for place, start in enumerate(("passes", "fault", "")) if group.startswith(start))

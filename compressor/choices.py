@@ -25,6 +25,9 @@ TASKS = (
     "video-classification",
     "zero-shot-image-classification",
     "image-text-to-text",
+    "image-to-text",
+    "object-detection",
+    "audio-xvector",
 )
 VISION_LANGUAGE: Final = "image-text-to-text"
 CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub calls it as that by encoder-decoders
@@ -32,7 +35,7 @@ CTC: Final = "ctc"  # speech recognition by a class for each frame; the hub call
 ZERO_SHOT: Final = "zero-shot-image-classification"
 TEMPLATE_GAP = "{}"  # what a class name replaces in a prompt template
 # The tasks of encoder-decoders, and the targets for models of several files: those, and vision-language models.
-ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition")
+ENCODER_DECODER_TASKS = ("text2text-generation", "automatic-speech-recognition", "image-to-text")
 PARTS_TARGETS = ("onnxruntime", "openvino")
 # What a classifier predicts, in the words of transformers' configs.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

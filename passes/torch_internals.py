@@ -6,6 +6,7 @@ exist in torch 2.14.1 and 2.15.0. tests/test_internals.py checks each name in th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,7 +130,7 @@ def holds(guard: str, tensors: Sequence[torch.Tensor]) -> bool:
 
     Conditions call functions of torch, such as ``torch.sym_min``.
     """
-    return bool(eval(guard, {"L": {"tensors": tensors}, "torch": torch}))
+    return bool(eval(guard, {"L": {"tensors": tensors}, "torch": torch, "math": math}))
 
 
 def hint(size: Any) -> Any:

@@ -43,12 +43,14 @@ WORDS = [
 ]
 VOCABULARY, FRAMES, BINS = 48, 40, 12
 TEXT = ("bart", "t5")
-KINDS = (*TEXT, "whisper")
+KINDS = (*TEXT, "whisper", "pictures", "speech")  # pictures: ViT and TrOCR's decoder; speech: sound of any length
 # A self-attention of the decoder and a cross-attention of another layer.
 DROPPED = {
     "bart": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
     "t5": ("decoder.block.1.layer.0.SelfAttention", "decoder.block.0.layer.1.EncDecAttention"),
     "whisper": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
+    "pictures": ("decoder.model.decoder.layers.0.self_attn", "decoder.model.decoder.layers.1.encoder_attn"),
+    "speech": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.encoder_attn"),
 }
 _TOWERS = {
     "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -64,19 +66,41 @@ CONFIGS = {
     "whisper": _TOWERS
     | {"max_source_positions": FRAMES // 2, "max_target_positions": 64, "num_mel_bins": BINS}
     | {"decoder_start_token_id": 3, "suppress_tokens": [], "begin_suppress_tokens": []},
+    "speech": _TOWERS
+    | {"max_source_positions": 64, "max_target_positions": 64, "input_feat_per_channel": BINS, "conv_channels": 16}
+    | {"decoder_start_token_id": 2},
 }  # fmt: skip
-CLASSES = {"bart": "Bart", "t5": "T5", "whisper": "Whisper"}
+CLASSES = {"bart": "Bart", "t5": "T5", "whisper": "Whisper", "speech": "Speech2Text"}
+SIDE = 8  # pixels of a picture
 
 
 def build(kind, **changes):
     """A model whose branches matter, and whose best token is far from the second best."""
     torch.manual_seed(1)
-    config = getattr(transformers, f"{CLASSES[kind]}Config")(**CONFIGS[kind] | changes)
-    module = getattr(transformers, f"{CLASSES[kind]}ForConditionalGeneration")(config).eval()
+    module = _reader() if kind == "pictures" else _of_class(kind, changes)
     for parameter in module.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return module
+
+
+def _reader():
+    """A ViT whose patches a decoder of TrOCR reads."""
+    width = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    vision = transformers.ViTConfig(image_size=SIDE, patch_size=4, **width)
+    text = transformers.TrOCRConfig(
+        vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        max_position_embeddings=64, is_decoder=True, add_cross_attention=True,
+    )  # fmt: skip
+    with quiet():
+        config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
+        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 2, 1, 2
+        return transformers.VisionEncoderDecoderModel(config).eval()
+
+
+def _of_class(kind, changes):
+    config = getattr(transformers, f"{CLASSES[kind]}Config")(**CONFIGS[kind] | changes)
+    return getattr(transformers, f"{CLASSES[kind]}ForConditionalGeneration")(config).eval()
 
 
 @functools.cache
@@ -137,6 +161,10 @@ def source(kind, tokens):
     generator = np.random.default_rng(tokens)
     if kind == "whisper":
         return {"input_features": generator.standard_normal((2, BINS, FRAMES)).astype(np.float32)}
+    if kind == "pictures":
+        return {"pixel_values": generator.standard_normal((2, 3, SIDE, SIDE)).astype(np.float32)}
+    if kind == "speech":
+        return {"input_features": generator.standard_normal((2, 4 * tokens, BINS)).astype(np.float32)}
     ids = generator.integers(4, len(WORDS), (2, tokens))
     mask = np.ones_like(ids)
     mask[1, tokens // 2 :], ids[1, tokens // 2 :] = 0, 1

@@ -1039,16 +1039,18 @@ def test_the_table_of_architectures_has_the_kinds_of_refusals():
         "c": {"outcome": "not built", "detail": "ValueError"},
         "d": {"outcome": "fault", "detail": "differs from transformers by 1.0e+00"},
         "e": passes | {"difference": 3e-6},
+        "f": passes | {"option": "--no-cache"},
     }
     table = script("tables_coverage").coverage_table({"transformers": "5.24.0", "architectures": rows})
     assert table.splitlines() == [
         "| transformers 5.24.0 | architectures | names |",
         "|---|---|---|",
-        "| passes | 2 (50%) | b, e |",
-        "| fault | 1 (25%) | d |",
-        "| refused: has a head that is not supported | 1 (25%) | a |",
+        "| passes | 2 (40%) | b, e |",
+        "| passes with --no-cache | 1 (20%) | f |",
+        "| fault | 1 (20%) | d |",
+        "| refused: has a head that is not supported | 1 (20%) | a |",
         "",
-        "4 architectures were judged; 1 others could not be made small by the names of their fields, or are parts of "
+        "5 architectures were judged; 1 others could not be made small by the names of their fields, or are parts of "
         "another model. The largest difference of a file that passes is 3.0e-06.",
         "- fault, d: differs from transformers by 1.0e+00",
     ]

@@ -177,6 +177,7 @@ def test_guards_are_the_conditions_on_sizes():
     (guard,) = guards(traced)
     assert guard == "L['tensors'][0].size()[1] <= 16"
     assert [holds(guard, [torch.ones(3, size)]) for size in (16, 17)] == [True, False]
+    assert holds("math.trunc(L['tensors'][0].size()[0] / 2) == 1", [torch.ones(3)])  # as XLNet's relative positions
 
 
 def test_free_size_is_a_new_symbol(values):

@@ -29,6 +29,7 @@ __all__ = [
     "as_modules_name_them",
     "cached",
     "keep_stages",
+    "made_by",
     "quiet",
     "shards",
     "with_random_weights",
@@ -131,6 +132,16 @@ def with_random_weights(kind: Any, config: Any) -> Any:
     Uses `PreTrainedModel._from_config`; only auto classes have a public `from_config`.
     """
     return kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+
+
+def made_by(automatic: Any, config: Any) -> tuple[Any, ...]:
+    """Return the model classes that an automatic class makes from a config; empty if it does not know the config.
+
+    Uses the attribute `_model_mapping` of automatic classes.
+    """
+    mapping = automatic._model_mapping
+    found = mapping.get(type(config), ())
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
 def keep_stages(config: Any, count: int, kept: int) -> None:

@@ -15,7 +15,9 @@ from passes.base import apply
 from passes.execute.interpreter import run
 from passes.graph.graph import Graph
 from passes.rewrite.clean import Clean
+from passes.rewrite.read_size import ReadSize
 from passes.torch_internals import is_mutable
+from runtimes.base.encoder_decoder import ENCODER_HIDDEN
 from runtimes.base.protocols import suppress_output
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     guards = size_guards(traced, model)
     graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
     apply(Clean(), graph)
+    if model.is_encoder_decoder:  # the decoder is cut off, and does not read the inputs of the encoder
+        apply(ReadSize(ENCODER_HIDDEN), graph)
     for size in model.sizes:
         _check_size(graph, model, size)
     return graph, guards

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from compressor.data.rows import take_rows
 from compressor.errors import SettingsError
 from compressor.models.base import most_tokens
-from runtimes.base.encoder_decoder import ENCODER_HIDDEN
+from runtimes.base.encoder_decoder import DECODER_IDS, ENCODER_HIDDEN
 from runtimes.base.protocols import PAST, Engine, Feeds
 from runtimes.base.timing import Latency
 from runtimes.base.vision_language import FEATURES, GRID, POSITIONS, SIZES, is_image
@@ -49,7 +49,7 @@ class GenerationLengths:
     Attributes:
         prompt: tokens of the prompt, or length of the source of an encoder-decoder.
         new: tokens that are generated; 0 times the prefill alone.
-        source: unit of the length of a source, ``tokens`` or ``frames``; None for a prompt.
+        source: unit of the length of a source: ``tokens``, ``frames``, ``samples`` or ``pixels``; None for a prompt.
         images: image tokens among those of the prompt.
     """
 
@@ -142,16 +142,18 @@ def _of_source(settings: Settings, model: Model) -> GenerationLengths:
     """
     decoder, first = model.preprocess.decoder, model.inputs[0]
     assert decoder is not None
-    unit, length = ("tokens", SOURCE) if first == "input_ids" else ("frames", model.example[first].shape[-1])
+    units = {"input_ids": "tokens", "pixel_values": "pixels", "input_values": "samples"}
+    unit = units.get(first, "frames")
+    length = SOURCE if unit == "tokens" else model.example[first].shape[-1]
     longest = model.preprocess.longest
     if settings.generated is None:
-        most = length if longest is None or unit == "frames" else min(longest, length)
+        most = length if longest is None or unit != "tokens" else min(longest, length)
         return GenerationLengths(most, max(1, min(USUAL_TARGET, decoder.longest // 2)), unit)
     source, new = settings.generated
-    if unit == "frames" and source != length:
+    if unit != "tokens" and source != length:
         raise SettingsError(
-            f"--generate {source}:{new} gives a source of {source}, but {model.name} reads {length} frames of sound at "
-            f"a time; give {length}:{new}."
+            f"--generate {source}:{new} gives a source of {source}, but {model.name} is timed on {length} {unit} of "
+            f"its data; give {length}:{new}."
         )
     if (unit == "tokens" and longest is not None and source > longest) or new > decoder.longest:
         raise SettingsError(
@@ -174,7 +176,10 @@ def _source_calls(subject: ModelAndData, batch: int, lengths: GenerationLengths)
         ids = token_ids(subject.data.test, batch, lengths.prompt)
         source = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     else:
-        source = {model.inputs[0]: timing_feeds(subject.data.test, batch)[model.inputs[0]]}
+        feeds = timing_feeds(subject.data.test, batch)
+        source = {
+            name: value for name, value in feeds.items() if name in model.preprocess.inputs and name != DECODER_IDS
+        }
     target = np.full((batch, lengths.behind), decoder.start, dtype=np.int64)
     first = model.preprocess.complete({**source, "decoder_input_ids": target[:, :1]})
     calls = {PROMPT: Call.alone(first)}

@@ -5,6 +5,7 @@ The first shape with which a call of the model succeeds is taken.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,13 +17,34 @@ SAMPLES = 16_000  # of a waveform
 FRAMES = 128  # of a spectrogram
 STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
 # Names of sizes in the configs of transformers.
-WIDTHS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "num_mel_features", "input_dim")
+WIDTHS = (
+    "num_mel_bins",
+    "feature_projection_input_dim",
+    "input_feat_per_channel",
+    "num_mel_features",
+    "input_feat_size",
+    "num_mel_channels",
+    "input_dim",
+    "input_size",
+    "feature_size",
+)
 LENGTHS = ("max_length", "max_source_positions")
 CLIPS = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
 COLOURS = ("num_channels", "in_chans")
 
 Call = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def main_input(kind: Any) -> str:
+    """Return the name of the main input of a model of transformers, or of its class.
+
+    It is ``main_input_name``, or the first argument of a class that takes no input of that name.
+    """
+    taken = list(inspect.signature(kind.forward).parameters) if hasattr(kind, "forward") else []
+    stated = str(getattr(kind, "main_input_name", ""))
+    arguments = [name for name in taken if name not in ("self", "args", "kwargs")]
+    return arguments[0] if arguments and stated not in arguments else stated
 
 
 def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch.Tensor, int]:
@@ -37,13 +59,18 @@ def find_shape(module: Any, call: Call, main: str, location: str) -> tuple[torch
     Raises:
         ModelError: the model fails on every shape that was tried.
     """
-    reasons = []
+    reasons, fixed = [], None
     for shape, axis in _shapes(module.config, main):
         example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         reason = refusal(module, call, [example])
-        if reason is None:
-            return example, axis if axis and _varies(module, call, example, axis) else 0
-        reasons.append(reason)
+        if reason is not None:
+            reasons.append(reason)
+        elif not axis or _varies(module, call, example, axis):
+            return example, axis
+        elif fixed is None:  # a size that the config states is better than one that was made up
+            fixed = example
+    if fixed is not None:
+        return fixed, 0
     raise ModelError(
         f"{location} is a {type(module).__name__} without a preprocessor, and it fails on every shape of {main} that "
         f"its config suggests ({reasons[-1] if reasons else 'none'}); add its preprocessor_config.json, or pass it as "
@@ -66,11 +93,12 @@ def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
     if main == "input_values":
         yield (SAMPLES,), 1
         yield (1, SAMPLES), 2
-    if main in ("input_values", "input_features"):
+    if main in ("input_values", "input_features", "audio_mel"):
         for width in _numbers(config, WIDTHS):
+            yield (FRAMES, width), 1
+            yield (width, FRAMES), 2
             yield from (((length, width), 0) for length in _numbers(config, LENGTHS))
             yield from (((width, STEPS * length), 0) for length in _numbers(config, LENGTHS))
-            yield (FRAMES, width), 1
     if main.startswith("pixel_values"):
         for frames in _numbers(config, CLIPS):
             for side in _numbers(config, SIDES):

@@ -13,11 +13,11 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from compressor.choices import CTC, ZERO_SHOT, ImageSize
-from compressor.internals.transformers import quiet, with_random_weights
+from compressor.internals.transformers import made_by, quiet, with_random_weights
 from compressor.limitations import Limitation
 from compressor.models.audio.inputs import takes_series, takes_sound
 from compressor.models.base import Model, ModelError, load_error_reason, no_language_model
-from compressor.models.config_shapes import CLIPS
+from compressor.models.config_shapes import CLIPS, main_input
 from compressor.models.encoder_decoder import parts as encoder_decoder
 from compressor.models.pretrained import encoder_decoder as pretrained_encoder_decoder
 from compressor.models.pretrained import image, sound, text, two_towers, video
@@ -47,6 +47,14 @@ HEADS = {
     "ForAudioFrameClassification": "audio-frame-classification",
     "ForCTC": CTC,
     "ForVideoClassification": "video-classification",
+    "ForObjectDetection": "object-detection",
+    "ForXVector": "audio-xvector",
+    "ForNextSentencePrediction": "text-classification",
+}
+# Heads whose classes have names of their own, by the mapping of transformers that lists them.
+LISTED = {
+    "fill-mask": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
 AUTO = {
     "image-classification": "AutoModelForImageClassification",
@@ -62,7 +70,10 @@ AUTO = {
     CTC: "AutoModelForCTC",
     encoder_decoder.TEXT: "AutoModelForSeq2SeqLM",
     encoder_decoder.SPEECH: "AutoModelForSpeechSeq2Seq",
+    encoder_decoder.IMAGE: "AutoModelForImageTextToText",
     "video-classification": "AutoModelForVideoClassification",
+    "object-detection": "AutoModelForObjectDetection",
+    "audio-xvector": "AutoModelForAudioXVector",
     ZERO_SHOT: "AutoModelForZeroShotImageClassification",
     vision_language.TASK: "AutoModelForImageTextToText",
 }
@@ -149,7 +160,13 @@ def _whole(task: str | None, config: Any) -> str | None:
 
 
 def _has_two_towers(architecture: str) -> bool:
-    return architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    """Return whether a class gives features of images and of texts, as CLIP does, and no text from both."""
+    if architecture in modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
+        return True
+    named = _named(architecture)
+    return (
+        architecture.endswith("Model") and hasattr(named, "get_text_features") and hasattr(named, "get_image_features")
+    )
 
 
 def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
@@ -161,17 +178,16 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
     architecture = (config.architectures or [""])[0]
     if _has_two_towers(architecture):
         return ZERO_SHOT
-    from_to = encoder_decoder.task_of(config, architecture, location)
+    from_to = encoder_decoder.task_of(config, architecture)
     if from_to is not None:
         return from_to
     # A cross-encoder also has files of sentence-transformers, but it scores a pair instead of embedding a sentence.
     embeds = "modules.json" in sentence_files or "config_sentence_transformers.json" in sentence_files
     if embeds and not architecture.endswith("ForSequenceClassification"):
         return "sentence-similarity"
-    for ending, task in HEADS.items():
-        if architecture.endswith(ending):
-            sound = task == "text-classification" and takes_sound(getattr(transformers, architecture, None))
-            return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
+    head = _head(config, architecture)
+    if head is not None:
+        return head
     if vision_language.is_vision_language(architecture):
         return vision_language.TASK
     images = hasattr(config, "image_size") and not any(hasattr(config, name) for name in CLIPS)
@@ -183,6 +199,27 @@ def task_of(config: Any, sentence_files: dict[str, Path], location: str) -> str:
             "its head."
         )
     return features
+
+
+def _head(config: Any, architecture: str) -> str | None:
+    """Return the task of a head by the name of its class; None for other classes."""
+    listed = [task for task, names in LISTED.items() if architecture in names.values()]
+    if len(listed) > 1 and not getattr(config, "causal", True):  # XLM reads both sides unless its config says otherwise
+        return "fill-mask"
+    for ending, task in HEADS.items():
+        if architecture.endswith(ending) and (len(listed) != 1 or task in listed or task not in LISTED):
+            sound = task == "text-classification" and takes_sound(_named(architecture))
+            return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
+    return listed[0] if listed else None
+
+
+def _named(architecture: str) -> Any:
+    """Return the model class of transformers of a name; None if there is none.
+
+    The name comes from a file, so it must not select any other object of the package transformers.
+    """
+    named = getattr(transformers, architecture, None)
+    return named if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel) else None
 
 
 def _module(
@@ -199,23 +236,25 @@ def _module(
 
 
 def class_of(config: Any, task: str) -> Any:
-    """Return the class that loads a model for a task."""
-    return getattr(transformers, AUTO[task]) if task in AUTO else _headless((config.architectures or [""])[0])
+    """Return the class that loads a model for a task.
 
-
-def _headless(architecture: str) -> Any:
-    """Return the class of that name if its output is hidden states, such as T5EncoderModel; AutoModel otherwise.
-
-    The name comes from a file, so it must not select any other object of the package transformers.
+    It is the automatic class of the task. If that makes no model of the class that the config names, which has a head
+    for the task, it is the named class.
     """
-    named = getattr(transformers, architecture, None)
-    model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    return named if model and _is_bare(architecture) else transformers.AutoModel
+    architecture = (config.architectures or [""])[0]
+    named = _named(architecture)
+    if task not in AUTO:
+        return named if named is not None and _is_bare(architecture) else transformers.AutoModel
+    automatic = getattr(transformers, AUTO[task])
+    own = _head(config, architecture) == task or (task == ZERO_SHOT and _has_two_towers(architecture))
+    if named is None or not own or named in made_by(automatic, config) or hasattr(config, "auto_map"):
+        return automatic
+    return named
 
 
 def _is_bare(architecture: str) -> bool:
     """Return whether the output of a class of this name is hidden states."""
-    return architecture.endswith(("Model", "Encoder", "Backbone")) and not architecture.endswith(
+    return architecture.endswith(("Model", "Encoder", "Backbone", "Transformer")) and not architecture.endswith(
         ("HeadModel", "HeadsModel")
     )
 
@@ -232,7 +271,7 @@ def wrap(loaded: Loaded) -> Model:
         return video.wrap(loaded)
     if takes_sound(loaded.module) or takes_series(loaded.module):
         return sound.wrap(loaded)
-    model = image.wrap(loaded) if loaded.module.main_input_name == image.INPUT else text.wrap(loaded)
+    model = image.wrap(loaded) if main_input(loaded.module) == image.INPUT else text.wrap(loaded)
     if loaded.task == "sentence-similarity":
         find = partial(optional_file, loaded.location, revision=loaded.options["revision"])
         return sentence_transformers.embedding(model, loaded.sentence_files, find, loaded.location)

@@ -44,6 +44,8 @@ AXES = {
     CTC: 3,
     "video-classification": 2,
     "image-segmentation": 4,
+    "object-detection": 3,
+    "audio-xvector": 2,
 }
 # What the output must be instead, by its number of axes.
 NEEDS = {

@@ -150,6 +150,9 @@ METRICS = {
     "frame_agreement": _comparison(
         "frames with the same class as by the original in %", "frame agreement", hub="frame_agreement"
     ),
+    "query_agreement": _comparison(
+        "object queries with the same class as by the original in %", "query agreement", hub="query_agreement"
+    ),
     "perplexity": Metric("perplexity", "perplexity", "", "perplexity", _perplexity, relative=True),
     "masked_perplexity": Metric(
         "perplexity of masked tokens", "masked perplexity", "", "perplexity", _perplexity, relative=True

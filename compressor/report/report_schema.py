@@ -404,7 +404,7 @@ class Generation(TypedDict):  # noqa: D101
     prompt: Count
     new: Count
     behind: Count
-    source: NotRequired[Literal["tokens", "frames"] | None]
+    source: NotRequired[Literal["tokens", "frames", "samples", "pixels"] | None]
     images: NotRequired[Count]
     calls: dict[Variant, Calls]
 

@@ -11,7 +11,7 @@ from compressor.data.readers.audio.clips import read_clip_table, read_clips
 from compressor.data.readers.audio.decode import WAV
 from compressor.data.readers.base import Samples
 from compressor.data.readers.hub import looks_like, read_hub
-from compressor.data.readers.image_text.captions import read_captions
+from compressor.data.readers.image_text.captions import read_captions, read_written
 from compressor.data.readers.image_text.pairs import metadata_of
 from compressor.data.readers.image_text.prompts import read_prompts
 from compressor.data.readers.images import read_folder
@@ -68,6 +68,8 @@ def _read_folder(path: Path, spec: str, preprocess: Preprocess, task: str) -> Sa
         return read_images_alone(images, spec, preprocess)
     if task == ZERO_SHOT and (metadata := metadata_of(path)) is not None:
         return read_captions(metadata, spec, preprocess)
+    if preprocess.decoder is not None and (metadata := metadata_of(path)) is not None:
+        return read_written(metadata, spec, preprocess)
     folders = mask_folders(path) if task == "image-segmentation" else None
     try:
         return read_folder(path, spec, preprocess) if folders is None else read_masks(*folders, spec, preprocess)

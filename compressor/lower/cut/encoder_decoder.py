@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compressor.lower.cut.part import FOREIGN, Kept, Part, Values, layer_of, names, save
+from compressor.lower.cut.part import FOREIGN, Kept, Part, Values, layer_of, names, readers, save
 from runtimes.base.encoder_decoder import (
     DECODER,
     DECODER_IDS,
@@ -84,7 +84,11 @@ class _Tower(Part):
     """The encoder, or one of the two files of the decoder."""
 
     def replace(self, foreign: Sequence[ir.Value], own: Values) -> None:
-        """Replace the caches of self-attentions by empty ones, [batch, heads, 0, width], in the first call."""
+        """Replace the caches of self-attentions by empty ones, [batch, heads, 0, width], in the first call.
+
+        In a further call, the length of the source is read off the keys of a cross-attention.
+        """
+        self._read_length(own)
         for past in foreign:
             if not is_self(str(past.name).removeprefix(FOREIGN)) or not past.uses() or self.stem != DECODER:
                 continue
@@ -100,6 +104,20 @@ class _Tower(Part):
             empty = ir.node("ConstantOfShape", [shape.outputs[0]], {"value": zero})
             self.graph.insert_before(self.graph[0], [sizes_node, rows, shape, empty])
             ir.convenience.replace_all_uses_with(past, empty.outputs[0])
+
+    def _read_length(self, own: Values) -> None:
+        """Read the number of the encoder's states off the keys of a cross-attention, [batch, heads, states, width]."""
+        keys = next((value for name, value in own.items() if is_cross(name)), None)
+        states = (value for node in self.graph for value in node.outputs if value.name == ENCODER_HIDDEN)
+        hidden = next(states, None)
+        if keys is None or hidden is None:
+            return
+        for node in readers(hidden):
+            axes = tuple(node.attributes.get_int(name, 0) for name in ("start", "end"))
+            if node.op_type == "Shape" and axes == (1, 2):
+                length = ir.node("Shape", [keys], {"start": 2, "end": 3})
+                self.graph.insert_before(node, length)
+                ir.convenience.replace_all_uses_with(node.outputs[0], length.outputs[0])
 
     def with_size(self, name: str, axis: int, own: Values) -> ir.Value | None:
         """Return an own input with the size of an axis: rows are the same everywhere, and so is the source's length."""

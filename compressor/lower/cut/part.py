@@ -46,7 +46,7 @@ def order_of_input(value: ir.Value) -> tuple[int, str]:
     return layer_of(name) if name.startswith(PAST) else (-1, "")
 
 
-def _readers(value: ir.Value) -> list[ir.Node]:
+def readers(value: ir.Value) -> list[ir.Node]:
     """Return the nodes that read a value, or a cast of it, as files in half precision hold for caches."""
     readers = [use.node for use in value.uses()]
     casts = [node.outputs[0] for node in readers if node.op_type == "Cast"]
@@ -138,7 +138,7 @@ class Part:
     def _resize(self, foreign: Sequence[ir.Value], own: Values) -> None:
         """Read sizes of inputs that the part does not have from its own inputs with the same size."""
         for value in foreign:
-            for node in _readers(value):
+            for node in readers(value):
                 start = node.attributes.get_int("start", 0) if node.op_type == "Shape" else None
                 if start is None or node.attributes.get_int("end", -1) != start + 1:
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +14,19 @@ import torch
 from compressor.limitations import Limitation
 from compressor.models.audio.features import MASK, Array, Features, noise
 from compressor.models.base import ModelError
-from compressor.models.config_shapes import Call, find_shape, refusal
+from compressor.models.config_shapes import Call, find_shape, main_input, refusal
 from compressor.models.preprocess import Preprocess
 
-MAIN = ("input_values", "input_features")  # the main inputs of models of sound: a waveform, or a spectrogram
+MAIN = (
+    "input_values",
+    "input_features",
+    "audio_mel",
+)  # the main inputs of models of sound: a waveform, or a spectrogram
 SERIES = "past_values"  # the main input of models of time series
 SEQUENCE = "sequence"
 SECONDS = (1.0, 0.75)  # lengths of the two clips of the example
 WAVEFORM = 2  # axes of a batch of waveforms
+TIME = (2, 1)  # axes of the frames of a spectrogram that are tried
 FRAMEWISE = 3  # axes of an output with one row for each frame
 
 
@@ -62,14 +68,21 @@ class SoundInputs:
         )
 
 
+def sound_input(module: Any) -> str:
+    """Return the name of the input of a model that is sound or a time series; its main input if it has none."""
+    parts = (module, getattr(module, "encoder", module))  # a model that joins two reads what its encoder reads
+    mains = [main_input(part) for part in parts]
+    return next((name for name in mains if name in (*MAIN, SERIES)), mains[0])
+
+
 def takes_series(kind: Any) -> bool:
     """Return whether the main input of a model is a time series."""
-    return getattr(kind, "main_input_name", None) == SERIES
+    return main_input(kind) == SERIES
 
 
 def takes_sound(kind: Any) -> bool:
     """Return whether the main input of a class of transformers, or of a model, is sound."""
-    return getattr(kind, "main_input_name", None) in MAIN
+    return main_input(kind) in MAIN
 
 
 def find_inputs(
@@ -86,9 +99,9 @@ def find_inputs(
     Raises:
         ModelError: the model fails on every input that was tried.
     """
-    main = module.main_input_name
+    main = sound_input(module)
     if features is None:
-        return _without_features(module, call((main,)), main, location)
+        return _without_features(module, call, main, location)
     clips = [noise(features.rate, seconds) for seconds in SECONDS]
     example = {name: torch.from_numpy(value) for name, value in features(clips).items()}
     reasons = []
@@ -144,11 +157,62 @@ def _limitations(features: Features, names: tuple[str, ...]) -> Iterator[Limitat
         yield Limitation("padding of the clips", reason)
 
 
-def _without_features(module: Any, call: Call, main: str, location: str) -> SoundInputs:
-    """Return the inputs of a model without a feature extractor, by the first shape that it takes."""
+def _without_features(module: Any, call: Callable[[tuple[str, ...]], Call], main: str, location: str) -> SoundInputs:
+    """Return the inputs of a model without a feature extractor, by the first shape that it takes.
+
+    A model that fails without a mask of the frames is called with one.
+
+    Raises:
+        ModelError: the model fails on every shape that was tried.
+    """
+    masks = [name for name in inspect.signature(module.forward).parameters if name.endswith(MASK)]
+    tried: list[Callable[[], tuple[dict[str, torch.Tensor], int]]] = [
+        partial(_shaped, module, call((main,)), main, location)
+    ]
+    tried += [
+        partial(_masked, module, call((main, mask)), main, mask, axis, location) for mask in masks for axis in TIME
+    ]
+    refusals = []
+    for attempt in tried:
+        try:
+            example, axis = attempt()
+        except ModelError as error:
+            refusals.append(error)
+            continue
+        axes = {name: _axes(value, example[main], axis) for name, value in example.items()}
+        reason = "the model has no feature extractor, so the data must be preprocessed arrays"
+        if main == SERIES:
+            reason = f"the data must be arrays {list(example[main].shape[1:])}, as the model's config has them"
+        return SoundInputs(tuple(example), example, axes, None, (Limitation("preprocessing", reason),))
+    raise refusals[-1]
+
+
+def _shaped(module: Any, call: Call, main: str, location: str) -> tuple[dict[str, torch.Tensor], int]:
     example, axis = find_shape(module, call, main, location)
-    axes = {0: "batch"} | ({axis: SEQUENCE} if axis else {})
-    reason = "the model has no feature extractor, so the data must be preprocessed arrays"
-    if main == SERIES:
-        reason = f"the data must be arrays {list(example.shape[1:])}, as the model's config has them"
-    return SoundInputs((main,), {main: example}, {main: axes}, None, (Limitation("preprocessing", reason),))
+    return {main: example}, axis
+
+
+def _masked(
+    module: Any, call: Call, main: str, mask: str, time: int, location: str
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Find the shape of the main input of a model, called with a mask of all frames, which are axis `time`."""
+
+    def with_mask(model: Any, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if values.ndim <= time:
+            raise ModelError(f"{location} takes a waveform without frames.")
+        return call(model, values, _frames_of(values, time))
+
+    example, axis = find_shape(module, with_mask, main, location)
+    return {main: example, mask: _frames_of(example, time)}, axis
+
+
+def _frames_of(values: torch.Tensor, time: int) -> torch.Tensor:
+    """Return a mask with a 1 for each frame, [rows, frames]."""
+    return torch.ones(values.shape[0], values.shape[time], dtype=torch.int64)
+
+
+def _axes(value: torch.Tensor, values: torch.Tensor, axis: int) -> dict[int, str]:
+    """Return the dynamic axes of an input: the batch, and the frames where they may have any number."""
+    if not axis:
+        return {0: "batch"}
+    return {0: "batch", axis if value.ndim == values.ndim else 1: SEQUENCE}

@@ -10,7 +10,7 @@ no input here: the file of the decoder that is cut from the graph reads them as 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ class EncoderDecoder:
         cross_layers: number of cross-attentions.
         argument: keyword argument of the module that takes the cache.
         entry: name of the cache in the module's output.
+        axes: dynamic axes of the inputs of the encoder.
     """
 
     encoder_inputs: tuple[str, ...]
@@ -68,6 +69,7 @@ class EncoderDecoder:
     cross_layers: int
     argument: str
     entry: str
+    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     @property
     def data_inputs(self) -> tuple[str, ...]:
@@ -96,12 +98,10 @@ class EncoderDecoder:
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Return the dynamic axes of every input; a spectrogram has a fixed length."""
-        tokens = {name: {0: "batch", 1: "sequence"} for name in self.encoder_inputs}
-        if "input_features" in tokens:
-            tokens["input_features"] = {0: "batch"}
+        """Return the dynamic axes of every input."""
+        source = {name: dict(self.axes.get(name, {0: "batch"})) for name in self.encoder_inputs}
         past = {name: {0: "batch", 2: "past_decoder_sequence"} for name in self.pasts.values()}
-        return tokens | {DECODER_IDS: {0: "batch", 1: "decoder_sequence"}} | past
+        return source | {DECODER_IDS: {0: "batch", 1: "decoder_sequence"}} | past
 
     def example(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Add short caches of the self-attentions to the example inputs of the data."""
@@ -166,12 +166,15 @@ def _cache(layers: list[DynamicLayer], cross_layers: int) -> EncoderDecoderCache
     return EncoderDecoderCache(own, cross)
 
 
-def detect_caches(module: Any, encoder_feeds: Mapping[str, torch.Tensor]) -> EncoderDecoder:
+def detect_caches(
+    module: Any, encoder_feeds: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, str]]
+) -> EncoderDecoder:
     """Detect how a module is called with its caches, by calling it.
 
     Args:
         module: an encoder-decoder with the calling convention of transformers.
         encoder_feeds: inputs of the encoder, one row or more.
+        axes: their dynamic axes.
 
     Raises:
         NoCacheError: the module does not return or does not accept a cache with both parts; the message is the reason.
@@ -193,7 +196,7 @@ def detect_caches(module: Any, encoder_feeds: Mapping[str, torch.Tensor]) -> Enc
         sizes = tuple((heads_and_width(keys), heads_and_width(values)) for keys, values in own)
         reasons = []
         for argument in dict.fromkeys((entry, *CACHE_NAMES)):
-            found = EncoderDecoder(tuple(encoder_feeds), sizes, len(cross), argument, entry)
+            found = EncoderDecoder(tuple(encoder_feeds), sizes, len(cross), argument, entry, axes)
             try:
                 outputs = dict(zip(found.outputs, found.call(module, *found.example(feeds).values()), strict=True))
             except Exception as error:

@@ -15,9 +15,12 @@ from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import image_processor, save
-from compressor.models.pretrained.signature import other_inputs, signature_of
+from compressor.models.pretrained.signature import other_inputs, signature_of, with_own_output
 
 INPUT = "pixel_values"
+NO_BOXES = Limitation(
+    "quality of the boxes", "not stated: agreement with the original compares the classes of its object queries"
+)
 IMAGE_DEFAULTS = {"image_size": 224, "num_channels": 3}  # if the config lacks them, as the configs of ResNets do
 
 
@@ -27,6 +30,8 @@ def wrap(loaded: Loaded) -> Model:
     signature = signature_of(loaded.task, (INPUT,))
     processor = image_processor(loaded.location, loaded.options)
     chosen = sized(module, signature.call, processor, loaded.image_size, loaded.location)
+    signature = with_own_output(signature, module, chosen.sizing.prepared(channels_of(module)))
+    boxes = [NO_BOXES] if loaded.task == "object-detection" else []
     return Model(
         **loaded.fields,
         call=chosen.call,
@@ -39,7 +44,7 @@ def wrap(loaded: Loaded) -> Model:
         save=partial(save, module, chosen.processor, loaded.sentence_files),
         sizes=chosen.sizing.checked,
         interpolates=chosen.interpolates,
-        limitations=(*image_limitations(module, chosen), *other_inputs(module, (INPUT,))),
+        limitations=(*image_limitations(module, chosen), *boxes, *other_inputs(module, (INPUT,))),
         class_names=loaded.class_names,
     )
 
@@ -58,7 +63,8 @@ def image_limitations(module: Any, sized: SizedModel) -> Iterator[Limitation]:
 
 
 def _vision_config(module: Any) -> Any:
-    return getattr(module.config, "vision_config", module.config)
+    config = module.config
+    return next((part for name in ("vision_config", "encoder") if (part := getattr(config, name, None))), config)
 
 
 def channels_of(module: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from compressor.choices import CTC, ZERO_SHOT
 from compressor.limitations import Limitation
+from compressor.models.base import ModelError, first_line
 
 OUTPUTS = {
     "image-classification": ("logits",),
@@ -26,6 +27,8 @@ OUTPUTS = {
     "audio-frame-classification": ("logits",),
     CTC: ("logits",),
     "video-classification": ("logits",),
+    "object-detection": ("logits", "pred_boxes"),
+    "audio-xvector": ("embeddings", "logits"),
     ZERO_SHOT: ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
 }
 OTHER_INPUTS = {
@@ -38,6 +41,7 @@ OTHER_INPUTS = {
     "input_ids": "texts",
 }
 DECODER_IDS = "decoder_input_ids"
+HIDDEN = "last_hidden_state"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,52 @@ def signature_of(task: str, inputs: tuple[str, ...]) -> Signature:
     if names is not None:
         extra = {"use_cache": False} if task == "text-generation" else {}
         return Signature(names, names[0], partial(_head_outputs, inputs=inputs, names=names, extra=extra))
-    return Signature(("last_hidden_state",), "last_hidden_state", partial(_hidden, inputs=inputs))
+    return Signature((HIDDEN,), HIDDEN, partial(_features, inputs=inputs))
+
+
+def with_own_output(signature: Signature, module: Any, values: Mapping[str, torch.Tensor]) -> Signature:
+    """Return the signature of a module whose output has no hidden states, such as the pooled output of DPR.
+
+    Its output is the first tensor of floats that the module returns, see `_features`.
+
+    Args:
+        signature: the signature of the module's task.
+        module: a module of transformers.
+        values: inputs of the module in order.
+
+    Raises:
+        ModelError: the module fails on these inputs alone, or returns no features.
+    """
+    if signature.outputs != (HIDDEN,):
+        return signature
+    try:
+        with torch.no_grad():
+            name, _ = _own_output(module(**values))
+    except Exception as error:  # modules raise errors of all kinds
+        raise ModelError(
+            f"a {type(module).__name__} does not compute features of {' and '.join(values)} alone "
+            f"({first_line(error)}); pass it as a module of your own, package.module:factory, with example inputs."
+        ) from error
+    return Signature((name,), name, signature.call)
+
+
+def _own_output(returned: Any) -> tuple[str, torch.Tensor]:
+    """Return the name and value of the hidden states in an output, else of its first tensor of floats.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if not isinstance(returned, Mapping):
+        raise TypeError(f"it returns {type(returned).__name__}, not outputs by name")
+    entries = ((name, returned[name]) for name in (HIDDEN, *returned) if name in returned)
+    for name, value in entries:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
+            return name, value
+    raise TypeError(f"it returns no tensor of features, only {', '.join(returned)}")
+
+
+def _features(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    return (_own_output(module(**dict(zip(inputs, tensors, strict=True))))[1],)
 
 
 def _head_outputs(
@@ -63,10 +112,6 @@ def _head_outputs(
 ) -> tuple[torch.Tensor, ...]:
     returned = module(**dict(zip(inputs, tensors, strict=True)), **extra)
     return tuple(returned[name] for name in names)
-
-
-def _hidden(module: Any, *tensors: torch.Tensor, inputs: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-    return (module(**dict(zip(inputs, tensors, strict=True))).last_hidden_state,)
 
 
 def other_inputs(module: Any, inputs: tuple[str, ...]) -> Iterator[Limitation]:

@@ -16,7 +16,7 @@ from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import save, tokenizer_of
-from compressor.models.pretrained.signature import Signature, other_inputs, signature_of
+from compressor.models.pretrained.signature import Signature, other_inputs, signature_of, with_own_output
 from compressor.models.text import sentence_transformers
 from compressor.models.text.aligned_tokens import tokenize_aligned
 from compressor.models.text.experts import use_writable_experts
@@ -43,7 +43,7 @@ def wrap(loaded: Loaded) -> Model:
         sentence_transformers.prepare_tokenizer(tokenizer, loaded.sentence_files, location)
     _check_text_model(module, task, location)
     inputs = text_inputs(module, tokenizer, location)
-    signature = signature_of(task, inputs)
+    signature = _signature(module, task, inputs)
     longest = max_length(module, tokenizer, loaded.sentence_files)
     padding, padding_limitations = _padding(module, signature, inputs, tokenizer, task)
     example = _text_example(module, inputs, longest)
@@ -68,6 +68,14 @@ def wrap(loaded: Loaded) -> Model:
         class_names=loaded.class_names,
     )
     return model if task != "text-generation" else with_cache(model, loaded.cache)
+
+
+def _signature(module: Any, task: str, inputs: tuple[str, ...]) -> Signature:
+    """Return the outputs of a module for a text."""
+    values = text()
+    values["token_type_ids"] = torch.zeros_like(values["input_ids"])
+    with calling(module):
+        return with_own_output(signature_of(task, inputs), module, {name: values[name] for name in inputs})
 
 
 def text_limitations(tokenizer: Any, inputs: tuple[str, ...], longest: int | None) -> Iterator[Limitation]:

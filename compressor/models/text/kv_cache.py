@@ -11,6 +11,7 @@ first token they are zero, as the padding of the convolution is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from compressor.limitations import Limitation
@@ -30,7 +32,10 @@ PAST_TOKENS = 5  # cache length of the example; torch.export treats the sizes 0 
 # Name of the cache in the arguments and outputs of a decoder: since transformers 5.24, and in earlier releases.
 CACHE_NAMES = ("cache", "past_key_values")
 MATRIX = 4  # axes of keys and values
-LEFT_OUT = Limitation("KV cache", "left out by --no-cache, so every new token recomputes the whole text")
+RECOMPUTES = "so every new token recomputes the whole text"
+LEFT_OUT = Limitation("KV cache", f"left out by --no-cache, {RECOMPUTES}")
+NEVER = Limitation("KV cache", f"the class of transformers has none, {RECOMPUTES}")
+STATES = ("use_cache", *CACHE_NAMES, "mems", "state")  # arguments with which a class is given what it computed before
 
 
 class NoCacheError(Exception):
@@ -224,10 +229,18 @@ def with_cache(model: Model, wanted: bool) -> Model:
     try:
         return detect_cache(model.module, model.inputs).of(model)
     except NoCacheError as error:
+        if _never_caches(model.module):
+            return replace(model, limitations=(*model.limitations, NEVER))
         raise ModelError(
             f"the KV cache of {model.name} could not be detected: {error}; pass --no-cache to export without a cache, "
             "so that every new token recomputes the whole text."
         ) from error
+
+
+def _never_caches(module: Any) -> bool:
+    """Return whether a model is of a class of transformers without any cache, such as that of the first GPT."""
+    taken = inspect.signature(module.forward).parameters
+    return isinstance(module, PreTrainedModel) and "input_ids" in taken and not any(name in taken for name in STATES)
 
 
 def detect_cache(module: Any, data_inputs: tuple[str, ...]) -> Causal:

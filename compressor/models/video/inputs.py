@@ -13,7 +13,7 @@ import torch
 
 from compressor.limitations import Limitation
 from compressor.models.base import ModelError
-from compressor.models.config_shapes import CLIPS, Call, find_shape, refusal
+from compressor.models.config_shapes import CLIPS, Call, find_shape, main_input, refusal
 from compressor.models.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class VideoInput:
 def takes_videos(module: Any) -> bool:
     """Return whether a model of transformers takes clips: its main input is pixels, and its config counts frames."""
     counts = [getattr(getattr(module, "config", None), name, None) for name in CLIPS]
-    return getattr(module, "main_input_name", None) in MAIN and any(isinstance(count, int) for count in counts)
+    return main_input(module) in MAIN and any(isinstance(count, int) for count in counts)
 
 
 def find_input(module: Any, call: Call, processor: Any, location: str) -> VideoInput:
@@ -59,7 +59,7 @@ def find_input(module: Any, call: Call, processor: Any, location: str) -> VideoI
     Raises:
         ModelError: the model fails on every input that was tried.
     """
-    name = module.main_input_name
+    name = main_input(module)
     count = next(count for each in CLIPS if isinstance(count := getattr(module.config, each, None), int))
     prepared = None if processor is None else _prepared(processor, name, count)
     if prepared is None:

@@ -167,6 +167,12 @@ class Frames(Tokens):
         return bound_of_agreement(columns, reference)
 
 
+class Queries(Frames):
+    """Logits of the classes of object queries, [rows, queries, classes], of a detector; boxes are not compared."""
+
+    metrics: ClassVar[Metrics] = {None: "query_agreement"}
+
+
 def likelihood_columns(answer: Array, targets: Array, scored: Array, original: Array | None) -> Columns:
     """Return ``nll`` and ``tokens`` per row, and ``agreement`` with the original's most probable tokens.
 

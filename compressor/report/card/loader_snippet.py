@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.choices import CTC, ENCODER_DECODER_TASKS, TEMPLATE_GAP, VISION_LANGUAGE
 from compressor.report.card import markdown, preprocessing_recipe
 from compressor.report.card.config_schema import read_config
+from runtimes.base.encoder_decoder import DECODER_IDS, PAST
 from runtimes.base.vision_language import FACTS, IMAGE_TOKEN, MERGE, PIXELS, READS_IDS, SIZES, grid_input, read_facts
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 PROMPTS = 5  # of the classes, at most
 TOWERS = ("decoder", "encoder")  # whose tokens give the keys of a self-attention, and of a cross-attention
 VIDEOS = 5  # axes of a batch of videos
+OPTIMUM = {  # the class of Optimum for the files of an encoder-decoder
+    "text2text-generation": "ORTModelForSeq2SeqLM",
+    "automatic-speech-recognition": "ORTModelForSpeechSeq2Seq",
+    "image-to-text": "ORTModelForVision2Seq",
+}
 FLOATS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
 ENCLOSING = ("vision_start_token_id", "vision_end_token_id")  # of an image in a text, in a config
 TEMPLATES = Path(__file__).parent / "templates"
@@ -180,14 +186,17 @@ def _rendered(template: str, content: Json, **values: Any) -> str:
 def _encoder_decoder(content: Json, folder: Path) -> Loader:
     """Return the snippet for the files of an encoder and its decoder: a greedy loop with all caches."""
     model, runtime = content["model"], str(content["settings"]["target"])
-    frames = None if "input_ids" in model["inputs"] else content["timed_inputs"][model["inputs"][0]][1:]
+    timed = content["timed_inputs"]
+    sources = [name for name in model["inputs"] if name != DECODER_IDS and not name.startswith(PAST)]
+    arrays = {} if "input_ids" in sources else {name: (1, *timed[name][1:]) for name in sources}
     tokenizer = preprocessing_recipe.tokenizer(folder) is not None
     text = _rendered(
         "load_encoder_decoder.py.j2",
         content,
         tokenizer=tokenizer,
-        frames=frames,
-        prompt=(preprocessing_recipe.transcript_prompt if frames else preprocessing_recipe.decoder_prompt)(folder),
+        arrays=arrays,
+        processor="image processor" if "pixel_values" in arrays else "feature extractor",
+        prompt=(preprocessing_recipe.transcript_prompt if arrays else preprocessing_recipe.decoder_prompt)(folder),
         ends=preprocessing_recipe.ends(folder),
     )
     remarks = ["Generation is greedy and uses the caches: the encoder runs once, and each new token is one call."]
@@ -249,9 +258,9 @@ def _vision_language(content: Json, folder: Path) -> Loader:
 
 def _of_optimum(content: Json) -> str:
     """Return whether Optimum opens the files: it expects both caches in every layer that has any."""
-    outputs, speech = content["engine"]["outputs"], content["model"]["task"] != "text2text-generation"
+    outputs = content["engine"]["outputs"]
     kinds = [[name for name in outputs if name.startswith("present.") and f".{part}." in name] for part in TOWERS]
-    name = "ORTModelForSpeechSeq2Seq" if speech else "ORTModelForSeq2SeqLM"
+    name = OPTIMUM[content["model"]["task"]]
     if len({len(kind) for kind in kinds}) == 1:
         return f"`optimum.onnxruntime.{name}` opens this folder too."
     return (

@@ -50,6 +50,9 @@ USES = {
     "video-classification": "classifies videos",
     ZERO_SHOT: "compares images with texts, such as the names of classes",
     "image-text-to-text": "generates text from an image and a text",
+    "image-to-text": "writes the text of images",
+    "object-detection": "finds objects in images",
+    "audio-xvector": "embeds sound for comparison, such as voices",
 }
 ANEW = (
     "`compressor build` writes the device's figures to `report.json`, and also to this page if jinja2 and "

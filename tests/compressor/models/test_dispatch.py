@@ -366,7 +366,7 @@ def test_a_name_in_the_config_selects_only_models(tmp_path: Path, name: str) -> 
     assert type(load(folder, task="feature-extraction").module).__name__ == "BertModel"
 
 
-@pytest.mark.parametrize("head", ["BertForPreTraining", "BertForMultipleChoice", "BertForNextSentencePrediction"])
+@pytest.mark.parametrize("head", ["BertForPreTraining", "BertForMultipleChoice"])
 def test_a_head_that_is_not_supported_is_refused_and_not_cut_off(tmp_path: Path, head: str) -> None:
     folder = saved(tmp_path / "m", head, "BertConfig", SMALL)
     with pytest.raises(

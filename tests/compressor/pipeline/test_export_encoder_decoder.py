@@ -6,14 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+import transformers
+from PIL import Image
 
 from compressor import bench, export
 from compressor.errors import CompressorError, SettingsError
+from compressor.internals.transformers import quiet
 from compressor.report.card.loader_snippet import make_snippet
 from runtimes.base.encoder_decoder import greedy
 from runtimes.base.protocols import BuildOptions
 from runtimes.base.registry import runtime
-from tests.encoder_decoders import DROPPED, saved, sentences, tokenizer
+from tests.encoder_decoders import DROPPED, SIDE, build, generated, saved, sentences, tokenizer
 
 FILES = {"encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"}
 
@@ -119,9 +122,36 @@ def test_what_the_files_do_not_take_is_refused(options, reason, shared, tmp_path
 
 def test_the_length_of_speech_is_fixed(shared, tmp_path):
     with pytest.raises(
-        SettingsError, match="gives a source of 10, but whisper reads 40 frames of sound at a time; give 40:4"
+        SettingsError, match="gives a source of 10, but whisper is timed on 40 frames of its data; give 40:4"
     ):
         export(str(saved("whisper", shared)), data="random", drop="none", generate="10:4", output=str(tmp_path / "out"))
+
+
+def test_images_with_what_they_say(tmp_path):
+    """The perplexity of the texts is transformers' own, and the lines of the card write what transformers does."""
+    module, rng, data = build("pictures"), np.random.default_rng(0), tmp_path / "data"
+    with quiet():
+        for each in (module, tokenizer(), transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE})):
+            each.save_pretrained(tmp_path / "model")
+    data.mkdir()
+    texts = sentences(8)
+    rows = [{"file_name": f"{row}.png", "text": text} for row, text in enumerate(texts)]
+    for row in rows:
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(data / row["file_name"])
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = export(
+        str(tmp_path / "model"), data=str(data), drop="none", output=str(tmp_path / "out"), rounds=1, samples=8
+    ).to_dict()
+    assert report["quality"]["metric"] == "perplexity"
+    assert report["generation"]["source"] == "pixels"
+    text = make_snippet(report, tmp_path / "out").text.replace("tokenizer.decode(answer)", "answer")
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=tmp_path / "out", capture_output=True, text=True, check=True
+    )
+    answer = json.loads(done.stdout)
+    expected = generated(module, {"pixel_values": np.zeros((1, 3, SIDE, SIDE), np.float32)}, 20)[0].tolist()
+    assert answer == expected[: len(answer)]
+    assert len(answer) == 21 or answer[-1] == 2
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])

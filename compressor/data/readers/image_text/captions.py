@@ -44,6 +44,32 @@ def read_captions(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
     )
 
 
+def read_written(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
+    """Read a folder of images with a text each, which an encoder-decoder is to write.
+
+    Args:
+        metadata: the metadata file of the folder, see `compressor.data.readers.image_text.pairs`.
+        name: name of the folder in messages.
+        preprocess: preprocessing of the encoder.
+
+    Raises:
+        DataError: the file cannot be read, or the model has no image processor.
+    """
+    pairs = read_pairs(metadata, name)
+    source = pictures(name, pairs.ids, lambda index: open_image(metadata.parent / pairs.files[index]), preprocess)
+    return Samples(
+        pairs.ids,
+        source.feeds,
+        f"images with texts {pairs.field!r} of {metadata.name}",
+        skipped=pairs.skipped,
+        faults=source.faults,
+        shown=source.shown,
+        findings=source.findings,
+        limitations=pairs.limitations,
+        target_texts=pairs.texts,
+    )
+
+
 def _tokens(preprocess: Preprocess, pairs: Pairs, indices: Sequence[int]) -> Feeds:
     assert preprocess.text is not None
     return preprocess.text([pairs.texts[index] for index in indices], None)

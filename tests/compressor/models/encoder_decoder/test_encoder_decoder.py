@@ -205,16 +205,19 @@ def test_no_cache_is_refused(shared):
         models.load(str(saved("bart", shared)), cache=False)
 
 
-def test_encoder_decoders_from_images_are_refused(tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    vision = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
-    text = transformers.BertConfig(vocab_size=20, is_decoder=True, add_cross_attention=True, **sizes)
+def test_images_of_any_size_are_refused(shared):
+    with pytest.raises(ModelError, match=r"--image-size dynamic is for models of images alone; .*pictures also writes"):
+        models.load(str(saved("pictures", shared)), image_size="dynamic")
+
+
+def test_an_encoder_that_reads_more_than_pixels_is_refused(tmp_path):
     with quiet():
-        config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
-        transformers.VisionEncoderDecoderModel(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(
-        ModelError, match="an encoder-decoder from images to texts, which is not supported; expected an"
-    ):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "d_ff": 16, "d_kv": 8}
+        text = sizes | {"num_layers": 1, "num_heads": 2, "vocab_size": 30}
+        config = transformers.Pix2StructConfig(text_config=text, vision_config=sizes | {"patch_embed_hidden_size": 16})
+        config.decoder_start_token_id = 0
+        transformers.Pix2StructForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match="flattened_patches"):
         models.load(str(tmp_path / "m"))
 
 

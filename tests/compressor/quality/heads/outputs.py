@@ -83,6 +83,7 @@ def _cases():
     yield from ((tagged, metric) for metric in ("token_accuracy", "token_agreement"))
     frames = Case("frames", head_for("ctc"), (TOKENS, CLASSES), tokens=True)
     yield frames, "frame_agreement"
+    yield Case("object queries", head_for("object-detection"), (TOKENS, CLASSES)), "query_agreement"
     yield from ((answers, metric) for metric in ("exact_match", "span_agreement"))
     yield from ((pixels, metric) for metric in ("mean_iou", "pixel_agreement"))
     yield Case("depth", head_for("depth-estimation"), (4, 6), positive=True), "depth_agreement"

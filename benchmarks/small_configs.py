@@ -1,0 +1,136 @@
+"""Small configurations of transformers, made by the names of their fields, for benchmarks/coverage.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDUCED = {
+    32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
+    "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
+    "mm_tokens_per_image "
+    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mamba_n_heads",
+    2: "num_key_value_heads num_kv_heads n_head_kv num_hidden_layers n_layer n_layers num_layers encoder_layers "
+    "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts moe_k n_group "
+    "num_expert_group num_experts_per_token",
+    8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim "
+    "rotary_dim channel_shrink_ratio block_size global_block_size attention_window num_global_tokens",
+    7: "local_radius",
+    16: "kv_lora_rank q_lora_rank mamba_d_head",
+    64: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim moe_intermediate_size "
+    "shared_expert_intermediate_size ffn_hidden_size",
+    128: "max_position_embeddings n_positions",
+    120: "vocab_size entity_vocab_size vocab_size_per_layer_input",
+    1: "topk_group",
+}
+SIZES = {name: size for size, names in REDUCED.items() for name in names.split()}
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTHS = ("depths", "num_layers", "layers", "block_sizes", "n_attn_blocks")
+WIDTHS = ("hidden_sizes", "embed_dims", "encoder_hidden_sizes", "widths")
+HEADS = ("num_attention_heads", "num_heads", "attention_heads")
+KINDS = ("layer_types", "layers_block_type", "block_types")  # a kind for each layer
+TIED = ("stage_out_channels", "stem_out_channels", "num_groups")  # fields that widths of stages must fit
+STAGED_SIDE = 64  # pixels of an image for a model whose stages halve it
+HALVES = 4  # rotary frequencies of a head that are divided among time, height and width
+KEPT = ("out_features", "out_indices", "reshape_hidden_states", "apply_layernorm")  # what a backbone hands out
+
+
+def small_fields(config_class: Any, own: Any = None) -> dict[str, Any]:
+    """Return the fields of a configuration that make it small; parts are reduced likewise.
+
+    Args:
+        config_class: a configuration class of transformers.
+        own: the configuration of a part as the whole has it; by default that of the class.
+    """
+    default = config_class() if own is None else own
+    values = default.to_dict()
+    fields = {name: value for name, value in map(_reduced, values.items()) if value is not None}
+    _fit_layers(default, values, fields)
+    _fit_images(values, fields)
+    _fit_positions(default, values, fields)
+    if "kv_lora_rank" in fields:  # latent attention has as many heads of keys and values as of queries
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    if any(name in values for name in TIED):
+        fields = {name: value for name, value in fields.items() if name not in (*WIDTHS, "embedding_size")}
+    for name in ("num_experts_per_tok", "num_key_value_heads", "vocab_size"):
+        if values.get(name, 0) is None:
+            fields[name] = SIZES[name]
+    if "image_token_index" in values and values["image_token_index"] is None:  # BLIP-2: checkpoints have one
+        fields["image_token_index"] = 3
+    if "image_grid_pinpoints" in values:
+        fields["image_grid_pinpoints"] = [[32, 64], [64, 32], [64, 64]]  # one or two tiles on each side
+    if "attention_types" in values:  # GPT-Neo's kinds of layers, with the number of their repetitions
+        fields["attention_types"] = [[["global", "local"], 1]]
+    for name in getattr(config_class, "sub_configs", None) or {}:
+        part = getattr(default, name, None)
+        if getattr(part, "model_type", None) == "timm_backbone":
+            fields[name] = part.to_dict() | {"use_pretrained_backbone": False}
+        elif hasattr(type(part), "model_type"):
+            fields[name] = {"model_type": part.model_type} | small_fields(type(part), part)
+            if name == "decoder" and "EncoderDecoder" in config_class.__name__:  # joined from two models
+                fields[name] |= {"is_decoder": True, "add_cross_attention": True}
+    return fields
+
+
+def _reduced(item: tuple[str, Any]) -> tuple[str, Any]:
+    """Return a field with its smaller value; None for one that stays."""
+    name, value = item
+    if isinstance(value, bool):
+        return name, None
+    if isinstance(value, int):
+        if name in SIZES:
+            return name, min(value, SIZES[name])
+        beyond = name.endswith(("_token_id", "_token_index")) and value >= SIZES["vocab_size"]
+        return name, 3 if beyond else None
+    if not (isinstance(value, list | tuple) and value and all(isinstance(each, int) for each in value)):
+        return name, None
+    if name in DEPTHS:
+        return name, [min(each, 2) for each in value]
+    if name in WIDTHS:
+        return name, [16 * min(2**stage, 4) for stage in range(len(value))]
+    if name in HEADS:
+        return name, [min(2**stage, 4) for stage in range(len(value))]
+    return name, None
+
+
+def _fit_layers(default: Any, values: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Keep as many layers as every kind of layer needs, and those that a backbone hands out."""
+    name = next((name for name in LAYERS if isinstance(fields.get(name), int)), None)
+    if name is None:
+        return
+    kinds = next((list(kinds) for each in KINDS if isinstance(kinds := getattr(default, each, None), list | tuple)), [])
+    fields[name] = max([fields[name], *(kinds.index(kind) + 1 for kind in kinds)])
+    fields |= {each: values[each] for each in KEPT if values.get(each) is not None}
+    stages = values.get("out_indices")
+    if isinstance(stages, Sequence) and max(stages) > fields[name]:
+        fields.pop("out_features", None)
+        fields[name], fields["out_indices"] = len(stages), list(range(1, len(stages) + 1))
+
+
+def _fit_images(values: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Give a model whose stages halve an image one that is large enough, and heads that divide its width."""
+    stages = next((values[name] for name in (*DEPTHS, *WIDTHS) if isinstance(values.get(name), list | tuple)), None)
+    if stages is None:
+        return
+    if isinstance(values.get("window_size"), int):
+        fields["window_size"] = 2  # divides the sides of every stage
+    if isinstance(fields.get("image_size"), int):
+        fields["image_size"] = min(values["image_size"], STAGED_SIDE)
+        fields.pop("patch_size", None)
+    fields |= {each: values[each] for each in KEPT if values.get(each) is not None}
+
+
+def _fit_positions(default: Any, values: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Divide the rotary frequencies of a head among time, height and width as the configuration does."""
+    rope = values.get("rope_parameters") or {}
+    divided = "mrope_section" in getattr(type(default), "ignore_keys_at_rope_validation", ())
+    if not divided and not isinstance(rope.get("mrope_section"), list):
+        return
+    share = rope.get("partial_rotary_factor") or getattr(default, "partial_rotary_factor", None) or 1.0
+    width = round(2 * HALVES / share)
+    if "head_dim" in fields:
+        fields["head_dim"] = width
+    elif isinstance(fields.get("num_attention_heads"), int):
+        fields["hidden_size"] = width * fields["num_attention_heads"]
+    fields["rope_parameters"] = rope | {"mrope_section": [HALVES - 2, 1, 1]}

@@ -1,0 +1,151 @@
+"""Heads of transformers: which class is loaded for a checkpoint, its outputs and what is said about them."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+from compressor import models
+from compressor.internals.transformers import quiet
+from compressor.lower.fold_graph import fold_graph
+from compressor.lower.trace import trace
+from compressor.lower.write_onnx import lower
+from compressor.models import ModelError
+
+CLOSE = 1e-5
+TEXTS = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+IMAGES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+XLM = {"vocab_size": 40, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 32}
+WAVES = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "conv_dim": (8, 8),
+    "conv_kernel": (80, 3), "conv_stride": (40, 2), "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+    "tdnn_dim": (8, 8), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 12,
+}  # fmt: skip
+
+
+def saved(module, folder):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with quiet():
+        module.eval().save_pretrained(folder)
+    return str(folder)
+
+
+def detector():
+    config = transformers.YolosConfig(image_size=[32, 32], patch_size=8, num_detection_tokens=5, num_labels=3, **IMAGES)
+    return transformers.YolosForObjectDetection(config)
+
+
+def two_towers():
+    texts = {"vocab_size": 40, "max_position_embeddings": 16, "hidden_size": 16, "num_hidden_layers": 1}
+    shared = {"num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.OwlViTConfig(
+        text_config=texts | shared, vision_config=IMAGES | {"image_size": 16, "patch_size": 8}, projection_dim=8
+    )
+    return transformers.OwlViTModel(config)
+
+
+CASES = {
+    "detector": (detector, "object-detection", ("logits", "pred_boxes")),
+    "x-vectors": (
+        lambda: transformers.Wav2Vec2ForXVector(transformers.Wav2Vec2Config(**WAVES)),
+        "audio-xvector",
+        ("embeddings", "logits"),
+    ),
+    "two towers that no mapping lists": (
+        two_towers,
+        "zero-shot-image-classification",
+        ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
+    ),
+    "pairs of sentences": (
+        lambda: transformers.BertForNextSentencePrediction(transformers.BertConfig(**TEXTS)),
+        "text-classification",
+        ("logits",),
+    ),
+    "a masked language model of another name": (
+        lambda: transformers.FlaubertWithLMHeadModel(transformers.FlaubertConfig(**XLM)),
+        "fill-mask",
+        ("logits",),
+    ),
+    "a decoder of another name": (
+        lambda: transformers.BertGenerationDecoder(transformers.BertGenerationConfig(is_decoder=True, **TEXTS)),
+        "text-generation",
+        None,
+    ),
+    "a pooled output": (
+        lambda: transformers.DPRQuestionEncoder(transformers.DPRConfig(projection_dim=0, **TEXTS)),
+        "feature-extraction",
+        ("pooler_output",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_computes_what_the_named_class_does(name, tmp_path):
+    build, task, outputs = CASES[name]
+    module = build()
+    model = models.load(saved(module, tmp_path / "m"))
+    assert (model.task, type(model.module)) == (task, type(module))
+    assert outputs is None or model.outputs == outputs
+    lower(fold_graph(trace(model)), model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    feeds = {each: value.numpy() for each, value in model.example.items()}
+    with torch.inference_mode():
+        expected = module(**{each: value for each, value in model.example.items() if "past" not in each})
+    if model.state:  # with a cache of its own
+        return
+    for output, found in zip(model.outputs, session.run(list(model.outputs), feeds), strict=True):
+        wanted = expected[output].numpy()
+        assert np.abs(found - wanted).max() <= CLOSE * np.abs(wanted).max()
+
+
+def test_the_boxes_of_a_detector_have_no_quality(tmp_path):
+    model = models.load(saved(detector(), tmp_path / "m"))
+    assert any(each.feature == "quality of the boxes" and "not stated" in each.reason for each in model.limitations)
+
+
+def test_a_class_without_a_cache_is_no_error(tmp_path):
+    config = transformers.OpenAIGPTConfig(vocab_size=40, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    model = models.load(saved(transformers.OpenAIGPTLMHeadModel(config), tmp_path / "m"))
+    assert (model.task, model.outputs, model.state) == ("text-generation", ("logits",), {})
+    assert any(each.feature == "KV cache" and "has none" in each.reason for each in model.limitations)
+
+
+def test_xlm_generates_only_if_its_config_is_causal(tmp_path):
+    for causal, task in ((False, "fill-mask"), (True, "text-generation")):
+        module = transformers.XLMWithLMHeadModel(transformers.XLMConfig(causal=causal, **XLM))
+        folder = saved(module, tmp_path / task)
+        if not causal:
+            assert models.load(folder).task == task
+        else:  # it keeps the cache of earlier releases
+            with pytest.raises(ModelError, match="--no-cache"):
+                models.load(folder)
+            assert models.load(folder, cache=False).task == task
+
+
+def test_another_head_is_loaded_by_its_task(tmp_path):
+    """A named class does not stand for a task that is not its own."""
+    module = transformers.BertForNextSentencePrediction(transformers.BertConfig(**TEXTS))
+    model = models.load(saved(module, tmp_path / "m"), task="fill-mask")
+    assert type(model.module) is transformers.BertForMaskedLM
+
+
+def test_an_encoder_that_needs_a_mask_of_its_frames_gets_one(tmp_path):
+    config = transformers.AudioFlamingo3EncoderConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_mel_bins=12,
+        max_source_positions=32,
+    )  # fmt: skip
+    module = transformers.AudioFlamingo3Encoder(config)
+    model = models.load(saved(module, tmp_path / "m"))
+    assert model.inputs == ("input_features", "input_features_mask")
+    assert model.example["input_features_mask"].shape == (2, model.example["input_features"].shape[2])
+    assert model.example["input_features_mask"].all()
+
+
+def test_what_a_module_needs_besides_is_named(tmp_path):
+    config = transformers.Siglip2VisionConfig(patch_size=8, num_patches=4, **IMAGES)
+    with pytest.raises(ModelError, match=r"Siglip2VisionModel does not compute features .*'pixel_attention_mask'.*own"):
+        models.load(saved(transformers.Siglip2VisionModel(config), tmp_path / "m"))
