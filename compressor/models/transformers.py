@@ -210,7 +210,8 @@ def _head(config: Any, architecture: str) -> str | None:
         if architecture.endswith(ending) and (len(listed) != 1 or task in listed or task not in LISTED):
             sound = task == "text-classification" and takes_sound(_named(architecture))
             return "audio-classification" if sound else task  # Wav2Vec2ForSequenceClassification classifies sound
-    return listed[0] if listed else None
+    # Some vision-language models, such as Gemma 3, are listed as language models too.
+    return listed[0] if listed and not vision_language.is_vision_language(architecture) else None
 
 
 def _named(architecture: str) -> Any:
