@@ -64,7 +64,7 @@ CASES = {
         None,
         None,
         IN_PAIRS,
-        {"25% at block 2 and 6": {2: 0.25, 6: 0.25}, "30% at 2, 4 and 6": dict.fromkeys((2, 4, 6), 0.3)},
+        {"25% at 2 and 6": {2: 0.25, 6: 0.25}, "30% at 2, 4 and 6": dict.fromkeys((2, 4, 6), 0.3)},
     ),
 }
 

@@ -111,7 +111,8 @@ def match(call: Call, features: fx.Node, protected: int, removed: Count, links: 
         scores = _separate_padding(call, scores, links.real, protected)
     best, partner = call(aten.amax.default, scores, [-1]), call(aten.argmax.default, scores, -1)
     if links.received is not None:
-        best = _less_attended(call, best, _sides(call, links.received, protected)[0])
+        cost = _less_attended(call, best, _sides(call, links.received, protected)[0])
+        best = cost if links.real is None else _padding_first(call, best, cost)
     rank = _rank(call, best)
     in_a = _size(call, best)
     kept = minus(call, in_a, removed)
@@ -132,8 +133,12 @@ def _sides(call: Call, value: fx.Node, protected: int) -> tuple[fx.Node, fx.Node
 
 
 def _less_attended(call: Call, best: fx.Node, received: fx.Node) -> fx.Node:
-    """Return minus a (1 - c) for each link; links of padding stay first, and links that must not merge last."""
-    cost = call(aten.mul.Tensor, received, call(aten.sub.Tensor, best, 1.0))
+    """Return minus a (1 - c) for each link ``[B, A]``."""
+    return call(aten.mul.Tensor, received, call(aten.sub.Tensor, best, 1.0))
+
+
+def _padding_first(call: Call, best: fx.Node, cost: fx.Node) -> fx.Node:
+    """Keep links of padding in front of all others, and links that must not merge behind them."""
     padding_first = call(aten.where.self, call(aten.gt.Scalar, best, 2.0), best, cost)
     return call(aten.where.ScalarOther, call(aten.gt.Scalar, best, NEVER + 0.5), padding_first, LAST_RANK)
 
