@@ -58,6 +58,7 @@ LARGEST = 64_000_000  # parameters; a larger one was not reduced
 TARGETS = 7  # tokens of a target
 CLOSE = 1e-3  # of the largest output
 ROWS, LENGTH = 3, 11
+BLOCKS = 24  # tokens for a model whose attention has blocks of 8: it takes multiples of them, which its export says
 SAMPLES, FRAMES = 6_000, 50  # of sound: a waveform and a spectrogram
 
 
@@ -262,7 +263,7 @@ def _feeds(module: Any, inputs: dict[str, Any], padded: bool, placeholders: Sequ
     The placeholders of an image stand before the tokens of its text.
     """
     rng = np.random.default_rng(5)
-    length = len(placeholders) + LENGTH
+    length = len(placeholders) + (BLOCKS if getattr(module.config, "block_size", None) else LENGTH)
     mask = np.ones((ROWS, length), np.int64)
     if padded:
         mask[1, -2:] = 0

@@ -78,7 +78,7 @@ def trace_with_guards(model: Model) -> tuple[Graph, tuple[SizeGuard, ...]]:
     guards = size_guards(traced, model)
     graph = Graph(program.module(check_guards=False), model.inputs, model.outputs, PREFIX, state=model.state)
     apply(Clean(), graph)
-    if model.is_encoder_decoder:  # the decoder is cut off, and does not read the inputs of the encoder
+    if ENCODER_HIDDEN in model.outputs:  # the decoder is cut off, and does not read the inputs of the encoder
         apply(ReadSize(ENCODER_HIDDEN), graph)
     for size in model.sizes:
         _check_size(graph, model, size)
