@@ -18,6 +18,7 @@ VERSION = 2  # version 1 had the actions drop and keep only; such plans can stil
 FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme", "replaceme-cosine")
 PUBLISHED = ("tba", "replaceme", "replaceme-cosine")  # published methods, for comparison
 ACTIONS = ("drop", *FORMS, "merge")
+KEEP = "keep"  # the action for a site that is not changed
 
 
 def merged_tokens(action: str) -> int | float | None:
@@ -136,9 +137,9 @@ class Plan:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a name, action or reason is not text")
         for decision in self.decisions:
-            if decision.action != "keep":
+            if decision.action != KEEP:
                 form_and_rank(decision.action)
-        if sorted(self.order) != sorted(decision.site for decision in self.decisions if decision.action != "keep"):
+        if sorted(self.order) != sorted(decision.site for decision in self.decisions if decision.action != KEEP):
             raise ValueError("the field order does not list exactly the changed sites")
         if len({decision.site for decision in self.decisions}) < len(self.decisions):
             raise ValueError("a site has more than one decision")

@@ -1,0 +1,253 @@
+"""Swaps: a local improvement of the plan of a greedy search, at no higher predicted cost.
+
+A greedy search takes nothing back, although effects do not add up: a change that was the best one first can be a bad
+one beside those that came later. A swap makes one change milder or takes it back, and makes one or two others, or
+makes them stronger, so that the predicted cost is no higher. It is the level switch of EvoPress (Sieberling et al.,
+2024, arXiv 2410.14649), in the order of the expected divergence instead of at random: the divergence of the plan with
+one change less is measured, and what the other changes add is what the search measured last. The best of them are
+measured on growing subsets of the calibration samples: on few, and where they stay the best, on all. A swap is made if
+the mean of the differences in divergence over all samples is below zero by more than `NOISE` standard errors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from passes.base import PassError
+from passes.plan.plan import KEEP, PUBLISHED, form_and_rank, merged_tokens
+
+if TYPE_CHECKING:
+    from compressor.quality.output_divergence import Array, OutputDivergence
+    from compressor.search.greedy import Candidate, Search, Step
+    from passes.analysis.least_squares import Fits
+    from passes.graph.graph import Graph
+
+ROUNDING = 1e-7  # nats by which rounding alone may change a divergence
+SWAPS = 3  # swaps that one search makes at most
+TRIED = 12  # swaps that are measured on few samples
+FINALISTS = 3  # swaps that are measured on all samples
+NOISE = 2.0  # standard errors by which the divergence has to fall
+
+Changes = dict[str, str]  # action by unit, in the order in which they are applied
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A plan that is as cheap as the present one.
+
+    Attributes:
+        made: the changes that the swap makes; the action is ``keep`` for one that is taken back.
+        expected: divergence in nats; measured where it was measured, else expected.
+    """
+
+    made: tuple[Candidate, ...]
+    expected: float
+
+
+@dataclass
+class SwapRound:
+    """One search for a swap.
+
+    Attributes:
+        search: the search, whose plan is improved.
+        plan: its changes, without those of ``--tokens``.
+    """
+
+    search: Search
+    plan: Changes = field(init=False)
+    _graphs: dict[tuple[Candidate, ...], Graph] = field(default_factory=dict)  # by changes, without merged tokens
+    _swapped: dict[tuple[Candidate, ...], tuple[Graph, Graph]] = field(default_factory=dict)
+    _fits: dict[tuple[Candidate, ...], dict[str, Fits]] = field(default_factory=dict)
+    _wanted: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.plan = changes_of(self.search.steps)
+        self._graphs[()] = self.search.graphs[0]
+
+    def best(self) -> tuple[Swap, float] | None:
+        """Return the best swap and its divergence on all samples, or None if none is better beyond the noise."""
+        likely = self._refilled(self._eased())[: 4 * TRIED]
+        self._wanted = {unit for swap in likely for unit, action in swap.made if action != KEEP and _fitted(action)}
+        few = self._on_few(list(itertools.islice(self._affordable(likely), TRIED)))
+        return self._beyond_noise(sorted(few, key=lambda swap: swap.expected)[:FINALISTS])
+
+    def _eased(self) -> list[tuple[Swap, float]]:
+        """Return the plans with one change taken back or milder, by divergence on few samples, and their cost."""
+        ways = [(unit, left) for unit, action in self.plan.items() for left in (KEEP, *self._milder(unit, action))]
+        swaps = [Swap((way,), math.nan) for way in ways]
+        return [(swap, self._cost(swap)) for swap in self._on_few([swap for swap in swaps if self._possible(swap)])]
+
+    def _milder(self, unit: str, action: str) -> Iterator[str]:
+        """Yield the allowed actions on a unit that merge fewer tokens than the present one."""
+        share = merged_tokens(action)
+        for name, other in self.search.front.added:
+            fewer = merged_tokens(other)
+            if name == unit and share is not None and fewer is not None and fewer < share:
+                yield other
+
+    def _refilled(self, eased: Sequence[tuple[Swap, float]]) -> list[Swap]:
+        """Return the swaps that are expected to cost no more than the plan, those of the least divergence first."""
+        stronger = {change: self._difference(change) for change in self.search.front.added if self._stronger(change)}
+        found = []
+        for swap, cost in eased:
+            ((unit, _),) = swap.made
+            others = {change: both for change, both in stronger.items() if change[0] != unit}
+            for changes in (*((change,) for change in others), *itertools.combinations(others, 2)):
+                if len({name for name, _ in changes}) < len(changes):
+                    continue
+                added, saved = (sum(others[change][index] for change in changes) for index in (0, 1))
+                if cost - saved <= self.search.cost:
+                    found.append(Swap((*swap.made, *changes), swap.expected + added))
+        return sorted(found, key=lambda swap: swap.expected)
+
+    def _stronger(self, change: Candidate) -> bool:
+        """Return whether a change can be made in addition: to an unchanged unit, or as a stronger one to a changed."""
+        unit, action = change
+        if change in self.search.impossible:
+            return False
+        now, share = self.plan.get(unit), merged_tokens(action)
+        if now is None:
+            return True
+        merged = merged_tokens(now)
+        if merged is not None:
+            return share is not None and share > merged
+        return action == "drop" != now
+
+    def _difference(self, change: Candidate) -> tuple[float, float]:
+        """Return the divergence that a change is expected to add to the plan, and the cost that it is to save."""
+        front, now = self.search.front, (change[0], self.plan.get(change[0], KEEP))
+        added, saved = front.added[change], front.saved[change]
+        if change[1] == "drop" and now in front.added:  # instead of a map; larger merges are differences already
+            return max(added - front.added[now], 0.0), saved - front.saved[now]
+        return added, saved
+
+    def _affordable(self, swaps: Iterable[Swap]) -> Iterator[Swap]:
+        """Yield the swaps that can be made and whose predicted cost is no higher than that of the plan."""
+        for swap in swaps:
+            if self._possible(swap) and self._cost(swap) <= self.search.cost:
+                yield swap
+
+    def _on_few(self, swaps: Sequence[Swap]) -> list[Swap]:
+        """Return the swaps with their divergence on few samples."""
+        effects = self.search.effects if self.search.preview is None else self.search.preview
+        _, rows = self._measured(swaps, effects)
+        return [Swap(swap.made, float(found.mean())) for swap, found in zip(swaps, rows, strict=True)]
+
+    def _beyond_noise(self, swaps: Sequence[Swap]) -> tuple[Swap, float] | None:
+        """Return the swap of the least divergence on all samples, if it is below that of the plan beyond the noise."""
+        now, rows = self._measured(swaps, self.search.effects)
+        best, least = None, math.inf
+        for swap, found in zip(swaps, rows, strict=True):
+            if falls(now, found) and found.mean() < least:
+                best, least = swap, float(found.mean())
+        return None if best is None else (best, least)
+
+    def _measured(self, swaps: Sequence[Swap], effects: OutputDivergence) -> tuple[Array, list[Array]]:
+        """Return the divergence of the plan and of each swap by sample, from the journal where it has them."""
+        journal, size = self.search.journal, len(effects.split)
+        keys = [f"swap on {size}: {_text(self.plan)}; {_text(dict(swap.made))}" for swap in swaps]
+        base = f"swap on {size}: {_text(self.plan)}"
+        if not all(map(journal.knows, (base, *keys))):
+            graphs = {key: self.graph(swap)[1] for key, swap in zip(keys, swaps, strict=True)}
+            now, rows = effects.by_row(self.search.reduced, graphs)
+            journal.note(base, now.tolist())
+            for key, found in rows.items():
+                journal.note(key, found.tolist())
+        values = [np.array(journal.recall(key, list)) for key in (base, *keys)]
+        return values[0], values[1:]
+
+    def graph(self, swap: Swap) -> tuple[Graph, Graph]:
+        """Return the graph after a swap, before and after tokens are merged; maps are fitted on `Search.fitting`.
+
+        Raises:
+            PassError: an action cannot be applied to its unit after the others.
+        """
+        if swap.made not in self._swapped:
+            changes = after(self.plan, swap.made)
+            key: tuple[Candidate, ...] = ()
+            for unit, action in changes.items():
+                if merged_tokens(action) is None:
+                    before, key = key, (*key, (unit, action))
+                    if key not in self._graphs:
+                        self._graphs[key] = self._changed(before, unit, action)
+            search, graph = self.search, self._graphs[key]
+            merged = search.rewriter.reduced(graph, {**search.given, **search.rewriter.of_sites(changes)})
+            self._swapped[swap.made] = graph, merged
+        return self._swapped[swap.made]
+
+    def _changed(self, before: tuple[Candidate, ...], unit: str, action: str) -> Graph:
+        """Return the graph after the changes `before` and one more; all maps that may be needed there are fitted."""
+        rewriter, graph, fits = self.search.rewriter, self._graphs[before], None
+        if _fitted(action):
+            found = self._fits.setdefault(before, {})
+            if unit not in found:
+                names = {unit, *self._wanted} - {name for name, _ in before}
+                found |= rewriter.fits(graph, sorted(names), self.search.fitting)
+            fits = found.get(unit)
+        return rewriter.changed(graph, unit, action, fits)
+
+    def _possible(self, swap: Swap) -> bool:
+        try:
+            self.graph(swap)
+        except PassError:
+            return False
+        return True
+
+    def _cost(self, swap: Swap) -> float:
+        return self.search.prices.cost(self.graph(swap)[1])
+
+
+def improve(search: Search) -> None:
+    """Swap changes of a search that has ended, and search on after each swap, until no swap is better."""
+    for _ in range(SWAPS):
+        found = SwapRound(search).best() if search.steps else None
+        if found is None or not search.swap(*found):
+            return
+        search.run()
+
+
+def changes_of(steps: Iterable[Step]) -> Changes:
+    """Return the action of each changed unit after some steps of a search, in order."""
+    changes: Changes = {}
+    for step in steps:
+        changes = after(changes, (*step.swapped, (step.unit, step.action)))
+    return changes
+
+
+def after(plan: Mapping[str, str], made: Iterable[Candidate]) -> Changes:
+    """Return a plan after some changes; ``keep`` takes a change back.
+
+    >>> after({"a": "drop", "b": "merge:25%"}, [("a", "keep"), ("b", "merge:37%"), ("c", "drop")])
+    {'b': 'merge:37%', 'c': 'drop'}
+    """
+    changes = {**plan, **dict(made)}
+    return {unit: action for unit, action in changes.items() if action != KEEP}
+
+
+def falls(before: Array, now: Array) -> bool:
+    """Return whether the mean of paired values falls by more than `NOISE` standard errors of the differences.
+
+    >>> falls(np.array([1.0, 2.0, 3.0]), np.array([0.9, 1.8, 2.9]))
+    True
+    >>> falls(np.array([1.0, 2.0, 3.0]), np.array([0.5, 2.3, 3.1]))
+    False
+    """
+    difference = now - before
+    if len(difference) < 2 or not np.isfinite(difference).all():
+        return False
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    return float(difference.mean()) < -max(NOISE * error, ROUNDING)
+
+
+def _fitted(action: str) -> bool:
+    return form_and_rank(action)[0] not in ("drop", "merge", *PUBLISHED)
+
+
+def _text(changes: Mapping[str, str]) -> str:
+    return ", ".join(f"{unit}={action}" for unit, action in changes.items())
