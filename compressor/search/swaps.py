@@ -5,8 +5,11 @@ one beside those that came later. A swap makes one change milder or takes it bac
 makes them stronger, so that the predicted cost is no higher. It is the level switch of EvoPress (Sieberling et al.,
 2024, arXiv 2410.14649), in the order of the expected divergence instead of at random: the divergence of the plan with
 one change less is measured, and what the other changes add is what the search measured last. The best of them are
-measured on growing subsets of the calibration samples: on few, and where they stay the best, on all. A swap is made if
-the mean of the differences in divergence over all samples is below zero by more than `NOISE` standard errors.
+measured on growing subsets of the calibration samples: on few, and where they stay the best, on all.
+
+A swap that saves more than the plan is compared at equal cost: what it saves more counts at the price that the search
+paid last, in divergence per cost. It is made if the divergence falls, and falls at equal cost by more than `NOISE`
+standard errors of the difference over the samples.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,8 +32,9 @@ if TYPE_CHECKING:
     from passes.graph.graph import Graph
 
 ROUNDING = 1e-7  # nats by which rounding alone may change a divergence
+TINY = 1e-9  # least saving of the last change, in the unit of the cost
 SWAPS = 3  # swaps that one search makes at most
-TRIED = 12  # swaps that are measured on few samples
+TRIED = 24  # swaps that are measured on few samples
 FINALISTS = 3  # swaps that are measured on all samples
 NOISE = 2.0  # standard errors by which the divergence has to fall
 
@@ -43,11 +47,18 @@ class Swap:
 
     Attributes:
         made: the changes that the swap makes; the action is ``keep`` for one that is taken back.
-        expected: divergence in nats; measured where it was measured, else expected.
+        expected: divergence in nats, measured or estimated.
+        worth: divergence in nats that the search would pay for what the swap saves.
     """
 
     made: tuple[Candidate, ...]
     expected: float
+    worth: float = 0.0
+
+    @property
+    def score(self) -> float:
+        """Return the divergence at equal cost."""
+        return self.expected - self.worth
 
 
 @dataclass
@@ -69,13 +80,15 @@ class SwapRound:
     def __post_init__(self) -> None:
         self.plan = changes_of(self.search.steps)
         self._graphs[()] = self.search.graphs[0]
+        *_, before, last = (self.search.whole, *(step.cost for step in self.search.steps))
+        self.price = max(self.search.steps[-1].added, 0.0) / max(before - last, TINY)
 
-    def best(self) -> tuple[Swap, float] | None:
-        """Return the best swap and its divergence on all samples, or None if none is better beyond the noise."""
-        likely = self._refilled(self._eased())[: 4 * TRIED]
+    def best(self) -> Swap | None:
+        """Return the best swap, measured on all samples, or None if none is better beyond the noise."""
+        likely = self._refilled(self._eased())[: 2 * TRIED]
         self._wanted = {unit for swap in likely for unit, action in swap.made if action != KEEP and _fitted(action)}
         few = self._on_few(list(itertools.islice(self._affordable(likely), TRIED)))
-        return self._beyond_noise(sorted(few, key=lambda swap: swap.expected)[:FINALISTS])
+        return self._beyond_noise(sorted(few, key=lambda swap: swap.score)[:FINALISTS])
 
     def _eased(self) -> list[tuple[Swap, float]]:
         """Return the plans with one change taken back or milder, by divergence on few samples, and their cost."""
@@ -98,13 +111,18 @@ class SwapRound:
         for swap, cost in eased:
             ((unit, _),) = swap.made
             others = {change: both for change, both in stronger.items() if change[0] != unit}
-            for changes in (*((change,) for change in others), *itertools.combinations(others, 2)):
-                if len({name for name, _ in changes}) < len(changes):
-                    continue
+            enough = {change for change, (_, saved) in others.items() if cost - saved <= self.search.cost}
+            pairs = itertools.combinations([change for change in others if change not in enough], 2)
+            for changes in (*((change,) for change in enough), *pairs):
                 added, saved = (sum(others[change][index] for change in changes) for index in (0, 1))
-                if cost - saved <= self.search.cost:
-                    found.append(Swap((*swap.made, *changes), swap.expected + added))
-        return sorted(found, key=lambda swap: swap.expected)
+                if cost - saved <= self.search.cost and len({unit for unit, _ in changes}) == len(changes):
+                    worth = self._worth(cost - saved)
+                    found.append(Swap((*swap.made, *changes), swap.expected + added, worth))
+        return sorted(found, key=lambda swap: (swap.score, swap.made))
+
+    def _worth(self, cost: float) -> float:
+        """Return the divergence that the search would pay to reduce the cost of the plan to `cost`."""
+        return self.price * (self.search.cost - cost)
 
     def _stronger(self, change: Candidate) -> bool:
         """Return whether a change can be made in addition: to an unchanged unit, or as a stronger one to a changed."""
@@ -137,16 +155,18 @@ class SwapRound:
         """Return the swaps with their divergence on few samples."""
         effects = self.search.effects if self.search.preview is None else self.search.preview
         _, rows = self._measured(swaps, effects)
-        return [Swap(swap.made, float(found.mean())) for swap, found in zip(swaps, rows, strict=True)]
+        means = [float(found.mean()) for found in rows]
+        return [Swap(swap.made, mean, self._worth(self._cost(swap))) for swap, mean in zip(swaps, means, strict=True)]
 
-    def _beyond_noise(self, swaps: Sequence[Swap]) -> tuple[Swap, float] | None:
-        """Return the swap of the least divergence on all samples, if it is below that of the plan beyond the noise."""
+    def _beyond_noise(self, swaps: Sequence[Swap]) -> Swap | None:
+        """Return the swap of the least divergence at equal cost on all samples, if it is better beyond the noise."""
         now, rows = self._measured(swaps, self.search.effects)
-        best, least = None, math.inf
-        for swap, found in zip(swaps, rows, strict=True):
-            if falls(now, found) and found.mean() < least:
-                best, least = swap, float(found.mean())
-        return None if best is None else (best, least)
+        better = [
+            replace(swap, expected=float(found.mean()))
+            for swap, found in zip(swaps, rows, strict=True)
+            if found.mean() < now.mean() and falls(now, found - swap.worth)
+        ]
+        return min(better, key=lambda swap: swap.score, default=None)
 
     def _measured(self, swaps: Sequence[Swap], effects: OutputDivergence) -> tuple[Array, list[Array]]:
         """Return the divergence of the plan and of each swap by sample, from the journal where it has them."""
@@ -207,7 +227,7 @@ def improve(search: Search) -> None:
     """Swap changes of a search that has ended, and search on after each swap, until no swap is better."""
     for _ in range(SWAPS):
         found = SwapRound(search).best() if search.steps else None
-        if found is None or not search.swap(*found):
+        if found is None or not search.swap(found.made, found.expected):
             return
         search.run()
 
