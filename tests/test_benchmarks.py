@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compressor.lower.traced_model import load
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.quality.budget import Budget
 from compressor.quality.heads.single_class import SingleClass
+from compressor.search import greedy
 from compressor.search.planner import merge_schedule
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.plan.plan import merged_tokens
+from tests.planted_search import World
 from tests.samples import digits
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -661,6 +664,47 @@ def test_the_rules_of_a_budget_choose_along_the_path_and_are_judged_on_the_other
         "rules": {"default": found["default"] | {"speedup": 1.0}},
     }
     assert "No search changed anything: other." in script("tables_budget").budget_table({"other": {"one": still}})
+
+
+# ----------------------------------------------------------------------------------------------------- ablation
+
+
+def test_the_table_of_the_ablation():
+    row = {"changes": {"a": "drop", "b": "fuse"}, "speedup": 1.25, "divergence": 0.05, "loss": figure(0.5)}
+    row["sweeps"] = {"effects": 9.6, "fits": 0.0, "validation": 3.2}
+    rows = {"first": row, "second": row | {"change": -0.02, "change_error": 0.01}}
+    table = script("tables_ablation").ablation_table({"M": {"1": {"samples": 9, "rows": rows}}})
+    head, _, first, second = table.splitlines()
+    assert first == "| M, 1 % | first | 2 | 20.0% less | 0.0500 | – | +0.50 (-0.50 to +1.50) | 10, 0, 3 |"
+    assert "| second | 2 | 20.0% less | 0.0500 | -0.0200 (-0.0396 to -0.0004) |" in second
+    assert head.count(" | ") == first.count(" | ") == second.count(" | ")
+
+
+def test_a_search_that_measures_once_takes_the_changes_by_their_first_price(monkeypatch):
+    """The second change conflicts with the first, which a search that measures again would see."""
+    monkeypatch.setattr(greedy, "live_parts", lambda graph: {})
+    world = World(count=5, actions=("drop",), slope=1.0)
+    world.pairs[:] = 0.0
+    world.pairs[0, 1] = 0.5
+    world.own = {key: 0.1 * (int(key[0][1:]) + 1) for key in world.own}
+    world.saves = dict.fromkeys(world.saves, 10)
+    search = world.begin(limit=1.0, racing=True)
+    script("ablation").run_once(search)
+    assert search.changes == {"s0": "drop", "s1": "drop"}  # 0.1 + 0.2 + 0.5; the third would add 0.3
+    script("ablation").run_stage(again := world.begin(limit=1.0), script("ablation").Stage("drop"))
+    assert again.changes == {"s0": "drop", "s2": "drop", "s3": "drop"}
+
+
+@pytest.mark.slow
+def test_the_ablation_runs_on_the_sample():
+    module = script("ablation")
+    settings = Settings(drop="auto", cost="macs", max_loss=30.0, samples=60)
+    rows = module.measure(load(settings, Steps(None)), settings, None, "digits")
+    assert list(rows) == list(module.STAGES)
+    for row in rows.values():
+        assert row["validation_loss"] <= 30.0
+        assert row["sweeps"]["effects"] > 0.0
+    assert rows["+ swaps"]["speedup"] >= rows["+ merged tokens"]["speedup"]
 
 
 # ------------------------------------------------------------------------------------------------------------- abuse
