@@ -8,8 +8,8 @@ one change less is measured, and what the other changes add is what the search m
 measured on growing subsets of the calibration samples: on few, and where they stay the best, on all.
 
 A swap that saves more than the plan is compared at equal cost: what it saves more counts at the price that the search
-paid last, in divergence per cost. It is made if the divergence falls, and falls at equal cost by more than `NOISE`
-standard errors of the difference over the samples.
+paid last, in divergence per cost. A swap is made if the divergence falls, and if it falls at equal cost by more than
+`NOISE` standard errors of the difference over the samples.
 """
 
 from __future__ import annotations
@@ -83,12 +83,16 @@ class SwapRound:
         *_, before, last = (self.search.whole, *(step.cost for step in self.search.steps))
         self.price = max(self.search.steps[-1].added, 0.0) / max(before - last, TINY)
 
+    @property
+    def _few(self) -> OutputDivergence:
+        return self.search.effects if self.search.preview is None else self.search.preview
+
     def best(self) -> Swap | None:
         """Return the best swap, measured on all samples, or None if none is better beyond the noise."""
         likely = self._refilled(self._eased())[: 2 * TRIED]
         self._wanted = {unit for swap in likely for unit, action in swap.made if action != KEEP and _fitted(action)}
         few = self._on_few(list(itertools.islice(self._affordable(likely), TRIED)))
-        return self._beyond_noise(sorted(few, key=lambda swap: swap.score)[:FINALISTS])
+        return self._beyond_noise(self._better(few)[:FINALISTS])
 
     def _eased(self) -> list[tuple[Swap, float]]:
         """Return the plans with one change taken back or milder, by divergence on few samples, and their cost."""
@@ -116,9 +120,13 @@ class SwapRound:
             for changes in (*((change,) for change in enough), *pairs):
                 added, saved = (sum(others[change][index] for change in changes) for index in (0, 1))
                 if cost - saved <= self.search.cost and len({unit for unit, _ in changes}) == len(changes):
-                    worth = self._worth(cost - saved)
-                    found.append(Swap((*swap.made, *changes), swap.expected + added, worth))
-        return sorted(found, key=lambda swap: (swap.score, swap.made))
+                    found.append(Swap((*swap.made, *changes), swap.expected + added))
+        return sorted(found, key=lambda swap: (swap.expected, swap.made))
+
+    def _better(self, swaps: Sequence[Swap]) -> list[Swap]:
+        """Return the swaps that lower the divergence on few samples, the best at equal cost first."""
+        now = float(self._measured([], self._few)[0].mean())
+        return sorted((swap for swap in swaps if swap.expected < now), key=lambda swap: (swap.score, swap.made))
 
     def _worth(self, cost: float) -> float:
         """Return the divergence that the search would pay to reduce the cost of the plan to `cost`."""
@@ -153,8 +161,7 @@ class SwapRound:
 
     def _on_few(self, swaps: Sequence[Swap]) -> list[Swap]:
         """Return the swaps with their divergence on few samples."""
-        effects = self.search.effects if self.search.preview is None else self.search.preview
-        _, rows = self._measured(swaps, effects)
+        _, rows = self._measured(swaps, self._few)
         means = [float(found.mean()) for found in rows]
         return [Swap(swap.made, mean, self._worth(self._cost(swap))) for swap, mean in zip(swaps, means, strict=True)]
 
