@@ -3,8 +3,9 @@
     python benchmarks/ablation.py --data-root ../shared/data [--case NAME ...] [--max-loss 2 ...] [--journals FOLDER]
 
 Each search takes changes as long as the loss on its validation samples is within the budget, and its last plan is
-judged on test data that no search has seen, side by side with that of the step before. The cost is in multiply-adds.
-With `--journals`, an interrupted search is continued. Results are in benchmarks/results/ablation.json; `python
+judged on test data that no search has seen, side by side with that of the step before. The last row is a swap
+(swaps.py), which no command makes, as it did not help beyond the noise. The cost is in multiply-adds. With
+`--journals`, an interrupted search is continued. Results are in benchmarks/results/ablation.json; `python
 benchmarks/tables.py` writes the table.
 """
 
@@ -19,19 +20,20 @@ from typing import Any
 
 import click
 from main_job import sources
+from swaps import swapped
 
 from compressor.lower.traced_model import TracedModel, load
 from compressor.measure.workload import workload_calls
 from compressor.quality.evaluate import evaluate, graph_runner
-from compressor.quality.validation_loss import ValidationLoss
+from compressor.quality.validation_loss import ROUNDING, ValidationLoss
 from compressor.search import planner
 from compressor.search.cost_model import multiply_add_cost_model
 from compressor.search.greedy import Search
-from compressor.search.swaps import improve
 from compressor.settings import Settings
 from compressor.workspace.journal import Journal
 from compressor.workspace.progress import Steps
 from passes.execute.interpreter import Program
+from passes.graph.graph import Graph
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 CASES = {"DeiT-Tiny": ("deit", "images"), "MiniLM": ("minilm", "stsb")}
@@ -39,6 +41,7 @@ SAMPLES = {"MiniLM": 600}
 BUDGETS = (1.0, 2.0)
 MAPS = "drop,constant,scale,low-rank,linear,fuse"
 AS_IS = "as it is"
+SWAPS = "+ a swap"
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,10 @@ class Stage:
     Attributes:
         actions: the actions that it may take.
         again: whether effects are measured again after a change.
-        swaps: whether swaps follow.
     """
 
     actions: str
     again: bool = True
-    swaps: bool = False
 
 
 STAGES = {
@@ -61,7 +62,6 @@ STAGES = {
     "+ measured again after each change": Stage("drop"),
     "+ fitted maps": Stage(MAPS),
     "+ merged tokens": Stage(f"{MAPS},merge"),
-    "+ swaps": Stage(f"{MAPS},merge", swaps=True),
 }
 
 
@@ -82,16 +82,6 @@ def begin(subject: TracedModel, settings: Settings, journal: Journal) -> Search:
     )
 
 
-def run_stage(search: Search, stage: Stage) -> None:
-    """Run a search with the steps of a stage."""
-    if stage.again:
-        search.run()
-    else:
-        run_once(search)
-    if stage.swaps:
-        improve(search)
-
-
 def run_once(search: Search) -> None:
     """Take changes in the order of their first measurement, all samples, until one exceeds the limit."""
     front = search.front
@@ -109,21 +99,24 @@ def effort(search: Search, name: str) -> dict[str, float]:
 
     Those of a search that was interrupted are recorded by its last run; its journal holds those of a complete one.
     """
-    found = [search.sweeps, search.rewriter.sweeps, search.validation.sweeps]
-    sweeps = search.journal.recall(f"effort of {name}", lambda: found)
-    return dict(zip(("effects", "fits", "validation"), sweeps, strict=True))
+    sweeps: dict[str, float] = search.journal.recall(f"effort of {name}", lambda: effort_of(search))
+    return sweeps
 
 
-def judge(subject: TracedModel, searches: Mapping[str, Search]) -> dict[str, dict[str, Any]]:
-    """Evaluate the last plan of each search on test data: loss, divergence, and their change from the stage before."""
-    graphs = {name: search.reduced for name, search in searches.items()}
+def effort_of(search: Search) -> dict[str, float]:
+    """Return the forward passes of this run of a search, by part."""
+    return {"effects": search.sweeps, "fits": search.rewriter.sweeps, "validation": search.validation.sweeps}
+
+
+def judge(subject: TracedModel, graphs: Mapping[str, Graph]) -> dict[str, dict[str, Any]]:
+    """Evaluate the graph of each stage on test data: loss, divergence, and its change from the stage before."""
     test = planner.output_divergence(subject, subject.data.test, Steps(None))
     _, rows = test.by_row(subject.graph, graphs)
     runners = {name: graph_runner(subject.model, Program(graph).run) for name, graph in graphs.items()}
     runners[AS_IS] = graph_runner(subject.model, Program(subject.graph).run)
     evaluation = evaluate(subject.data.test, runners, head=subject.head, metric=subject.metric, reference=AS_IS)
     found: dict[str, dict[str, Any]] = {}
-    for before, name in zip((None, *searches), searches, strict=False):
+    for before, name in zip((None, *graphs), graphs, strict=False):
         found[name] = {"loss": asdict(evaluation.loss(AS_IS, name)), "divergence": float(rows[name].mean())}
         if before is not None:
             difference = rows[name] - rows[before]
@@ -134,36 +127,50 @@ def judge(subject: TracedModel, searches: Mapping[str, Search]) -> dict[str, dic
 
 def measure(subject: TracedModel, settings: Settings, journals: Path | None, case: str) -> dict[str, Any]:
     """Run all stages with one budget, and return what each of them found."""
-    searches: dict[str, Search] = {}
-    sweeps: dict[str, dict[str, float]] = {}
-    kept: dict[str, Journal] = {}  # swaps follow the search of the stage before
+    rows: dict[str, dict[str, Any]] = {}
+    graphs: dict[str, Graph] = {}
     for name, stage in STAGES.items():
         options = Settings(**{**settings.to_dict(), "actions": stage.actions})
         key = f"{case} {settings.max_loss:g} {stage.actions} {stage.again}"
         path = None if journals is None else journals / f"{key.replace(',', '-').replace(' ', '_')}.jsonl"
-        if key not in kept:
-            kept[key] = Journal(key, path)
-        search = begin(subject, options, kept[key])
-        run_stage(search, stage)
-        own = effort(search, name)
-        if stage.swaps:
-            own = {part: count + sweeps[list(searches)[-1]][part] for part, count in own.items()}
-        searches[name], sweeps[name] = search, own
-        click.echo(f"  {name}: {len(search.steps)} steps, {search.speedup:.2f}x, {sweeps[name]}", err=True)
-    judged = judge(subject, searches)
-    return {name: _row(search) | judged[name] | {"sweeps": sweeps[name]} for name, search in searches.items()}
+        search = begin(subject, options, Journal(key, path))
+        if stage.again:
+            search.run()
+        else:
+            run_once(search)
+        rows[name], graphs[name] = row_of(search) | {"sweeps": effort(search, name)}, search.reduced
+        click.echo(f"  {name}: {rows[name]}", err=True)
+    rows[SWAPS], graphs[SWAPS] = swap_row(search, rows[name])
+    click.echo(f"  {SWAPS}: {rows[SWAPS]}", err=True)
+    judged = judge(subject, graphs)
+    return {name: row | judged[name] for name, row in rows.items()}
 
 
-def _row(search: Search) -> dict[str, Any]:
+def row_of(search: Search) -> dict[str, Any]:
+    """Return the last plan of a search as plain JSON values."""
     last = search.steps[-1] if search.steps else None
     return {
         "speedup": search.speedup,
         "changes": search.changes,
-        "steps": len(search.steps),
-        "swaps": sum(bool(step.swapped) for step in search.steps),
         "search_divergence": last.divergence if last else 0.0,
         "validation_loss": last.loss if last else 0.0,
     }
+
+
+def swap_row(search: Search, before: Mapping[str, Any]) -> tuple[dict[str, Any], Graph]:
+    """Return the row and the graph after a swap; those of the search where none is made, with the reason."""
+    spent = effort_of(search)
+    found = swapped(search)
+    sweeps = {part: before["sweeps"][part] + now - spent[part] for part, now in effort_of(search).items()}
+    row = dict(before) | {"sweeps": sweeps}
+    if found is None:
+        return row | {"swap": "none is better beyond the noise"}, search.reduced
+    made = ", ".join(f"{unit} {action}" for unit, action in found.swap.made)
+    told = f"{made}: divergence {row['search_divergence']:.4f} to {found.swap.expected:.4f}"
+    if found.loss > search.limit + ROUNDING:
+        return row | {"swap": f"not made: {told}, but validation loss {found.loss:.2f} %"}, search.reduced
+    row |= {"speedup": search.whole / search.prices.cost(found.graph), "changes": found.changes, "swap": told}
+    return row | {"search_divergence": found.swap.expected, "validation_loss": found.loss}, found.graph
 
 
 @click.command()

@@ -691,7 +691,8 @@ def test_a_search_that_measures_once_takes_the_changes_by_their_first_price(monk
     search = world.begin(limit=1.0, racing=True)
     script("ablation").run_once(search)
     assert search.changes == {"s0": "drop", "s1": "drop"}  # 0.1 + 0.2 + 0.5; the third would add 0.3
-    script("ablation").run_stage(again := world.begin(limit=1.0), script("ablation").Stage("drop"))
+    again = world.begin(limit=1.0)
+    again.run()
     assert again.changes == {"s0": "drop", "s2": "drop", "s3": "drop"}
 
 
@@ -700,11 +701,11 @@ def test_the_ablation_runs_on_the_sample():
     module = script("ablation")
     settings = Settings(drop="auto", cost="macs", max_loss=30.0, samples=60)
     rows = module.measure(load(settings, Steps(None)), settings, None, "digits")
-    assert list(rows) == list(module.STAGES)
+    assert list(rows) == [*module.STAGES, module.SWAPS]
     for row in rows.values():
         assert row["validation_loss"] <= 30.0
         assert row["sweeps"]["effects"] > 0.0
-    assert rows["+ swaps"]["speedup"] >= rows["+ merged tokens"]["speedup"]
+    assert rows[module.SWAPS]["speedup"] >= rows["+ merged tokens"]["speedup"]
 
 
 # ------------------------------------------------------------------------------------------------------------- abuse

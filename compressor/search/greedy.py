@@ -20,13 +20,12 @@ from compressor.quality.output_divergence import OutputDivergence
 from compressor.quality.validation_loss import ROUNDING, Loss, ValidationLoss
 from compressor.search.cost_model import CostModel
 from compressor.search.rewriter import Rewriter
-from compressor.search.swaps import after, changes_of
 from compressor.workspace.journal import Journal
 from passes.analysis.least_squares import Fits
 from passes.analysis.token_liveness import live_parts
 from passes.base import PassError
 from passes.graph.graph import Graph, Site
-from passes.plan.plan import KEEP, PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
+from passes.plan.plan import PUBLISHED, Decision, Plan, fingerprint, form_and_rank, merged_tokens
 
 MEASURED_AT_ONCE = 6  # candidates measured at a time
 FINALISTS = 2  # candidates measured at a time on all samples, after they were the best on few
@@ -67,8 +66,6 @@ class Step:
         loss: loss on validation data after the change, in percent.
         cost: predicted cost of the graph, in the unit of the cost model.
         multiply_adds: multiply-adds of the timed calls.
-        swapped: the other changes of a swap (see `compressor.search.swaps`), which takes the place of the step before:
-            units and their actions, ``keep`` for a change that is taken back. Empty for a change of the greedy search.
     """
 
     unit: str
@@ -78,7 +75,6 @@ class Step:
     loss: float
     cost: float
     multiply_adds: int
-    swapped: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,12 +149,7 @@ class Search:
     @property
     def changes(self) -> dict[str, str]:
         """Return the action of each changed site, in order; of several merges after one site, the last."""
-        return {**self.given, **self.rewriter.of_sites(changes_of(self.steps))}
-
-    @property
-    def impossible(self) -> set[Candidate]:
-        """Return the candidates that cannot be applied, or could not at the time."""
-        return {candidate for candidate, reason in self.refused.items() if " refused: " in reason}
+        return {**self.given, **self.rewriter.of_sites({step.unit: step.action for step in self.steps})}
 
     def with_change(self, unit: str, action: str, fits: Fits | None = None) -> tuple[Graph, Graph]:
         """Return the graph with one more change, before and after tokens are merged.
@@ -310,7 +301,13 @@ class Search:
         bound = "" if lost.samples == len(self.validation.split) else f"at least (after {lost.samples} samples) "
         note = f"adds {added:.4f} divergence; validation loss {bound}{lost.percent:.2f} %"
         if lost.percent <= self.limit + ROUNDING:
-            self._accept(Step(unit, action, added, self.front.base + added, lost.percent, math.nan, 0), graph, reduced)
+            work = self.prices.count(reduced)
+            self.graph, self.reduced, self.cost = graph, reduced, self.prices.of(work)
+            self.exceeded.clear()
+            divergence = self.front.base + added
+            counted = self.prices.multiply_adds(work)
+            self.steps.append(Step(unit, action, added, divergence, lost.percent, self.cost, counted))
+            self.graphs.append(graph)
             self.fronts.append(before)
             self.front.changed(unit, action)
         else:
@@ -322,40 +319,6 @@ class Search:
             )
         if self.progress is not None:
             self.progress(f"{len(self.steps)} changed, {unit} {action}: {note}")
-
-    def _accept(self, step: Step, graph: Graph, reduced: Graph) -> None:
-        work = self.prices.count(reduced)
-        self.graph, self.reduced, self.cost = graph, reduced, self.prices.of(work)
-        self.exceeded.clear()
-        self.steps.append(replace(step, cost=self.cost, multiply_adds=self.prices.multiply_adds(work)))
-        self.graphs.append(graph)
-
-    def swap(self, made: tuple[Candidate, ...], divergence: float) -> bool:
-        """Make a swap if the loss on validation data is within the limit and the cost no higher; return whether it was.
-
-        Maps are fitted again, on all calibration samples.
-
-        Args:
-            made: the changes; the action is ``keep`` for one that is taken back.
-            divergence: output divergence after them, in nats.
-        """
-        changes = self.rewriter.of_sites(after(changes_of(self.steps), made))
-        graph = self.rewriter.apply_changes({**self.given, **changes})
-        reduced = self.rewriter.reduced(graph, {**self.given, **changes})
-        *swapped, (unit, action) = made
-        lost = self._loss(reduced, unit, f"{action}, {swapped}")
-        within = lost.percent <= self.limit + ROUNDING and self.prices.cost(reduced) <= self.cost
-        words = ", ".join(f"{name} {changed}" for name, changed in made)
-        if within:
-            before, last = self.front.copy(), self.steps[-1].divergence
-            step = Step(unit, action, divergence - last, divergence, lost.percent, math.nan, 0, tuple(swapped))
-            self._accept(step, graph, reduced)
-            self.fronts.append(before)
-            self.front.swapped(divergence)
-        if self.progress is not None:
-            became = f"divergence {divergence:.4f}; validation loss {lost.percent:.2f} %"
-            self.progress(f"swap {'made' if within else 'not made'}: {words}: {became}")
-        return within
 
     def why_no_merging(self) -> str | None:
         """Return why no attention of the model allows token merging; None if one does, or if merging is not allowed."""
@@ -384,29 +347,25 @@ class Search:
     def plan(self, model: str, rule: str, count: int | None = None) -> Plan:
         """Return the plan of the first `count` changes (None: all), with a reason for every site."""
         steps = self.steps if count is None else self.steps[:count]
-        actions = self.rewriter.of_sites(changes_of(steps))
-        made = {unit: step for step in steps for unit, _ in (*step.swapped, (step.unit, step.action))}
-        undone = self.rewriter.of_sites({step.unit: step.action for step in self.steps[len(steps) :]})
+        changed = {site.name: step for step in steps for site in self.rewriter.units[step.unit]}
+        undone = {site.name: step for step in self.steps[len(steps) :] for site in self.rewriter.units[step.unit]}
         units = {site.name: unit for unit, members in self.rewriter.units.items() for site in members}
 
         def decide(site: Site) -> Decision:
             if site.name in self.given:
                 return Decision(site.name, self.given[site.name], "set by --tokens")
-            if site.name in actions:
-                step = made[units[site.name]]
-                number = len(changes_of(steps[: steps.index(step) + 1]))
-                what = f"a swap to {step.divergence:.4f}" if step.swapped else f"adds {step.added:.4f}"
-                reason = f"{what} divergence; validation loss {step.loss:.2f} % with {number} changed"
-                return Decision(site.name, actions[site.name], reason)
+            if site.name in changed:
+                step = changed[site.name]
+                number = len({other.unit for other in steps[: steps.index(step) + 1]})
+                reason = f"adds {step.added:.4f} divergence; validation loss {step.loss:.2f} % with {number} changed"
+                return Decision(site.name, step.action, reason)
             if site.name in undone:
-                return Decision(site.name, KEEP, f"{undone[site.name]} undone: the plan ends before it")
-            if (swap := made.get(units[site.name])) is not None:
-                return Decision(site.name, KEEP, f"taken back: a swap to {swap.divergence:.4f} divergence without it")
+                return Decision(site.name, "keep", f"{undone[site.name].action} undone: the plan ends before it")
             refusals = [reason for (name, _), reason in self.refused.items() if name == units[site.name]]
-            return Decision(site.name, KEEP, "; ".join(refusals) or self.front.untried(units[site.name]))
+            return Decision(site.name, "keep", "; ".join(refusals) or self.front.untried(units[site.name]))
 
         sites = self.rewriter.sites
-        return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), (*self.given, *actions))
+        return Plan(model, fingerprint(sites), rule, "output", tuple(map(decide, sites)), (*self.given, *changed))
 
 
 @dataclass
@@ -485,28 +444,16 @@ class _Candidates:
     def changed(self, unit: str, action: str) -> None:
         """Update the candidates after a change: its unit keeps only larger merges, and all measurements are stale."""
         self.base += self.added[unit, action]
+        merged = merged_tokens(action)
         further = [
-            candidate for candidate in self.candidates if candidate[0] == unit and _further(action, candidate[1])
+            candidate
+            for candidate in self.candidates
+            if candidate[0] == unit and merged is not None and (merged_tokens(candidate[1]) or 0.0) > merged
         ]
         self.candidates = [candidate for candidate in self.candidates if candidate[0] != unit or candidate in further]
         for candidate in further:  # a larger merge adds and saves only its difference to this one
             self.added[candidate] -= self.added[unit, action]
             self.saved[candidate] -= self.saved[unit, action]
-        self._outdated()
-
-    def swapped(self, base: float) -> None:
-        """Update the candidates after a swap that leaves the divergence `base`: those of all units count again."""
-        search, plan = self.search, changes_of(self.search.steps)
-        self.base = base
-        self.candidates = [
-            (unit, action)
-            for unit, action in self.added
-            if (unit, action) not in search.impossible and (unit not in plan or _further(plan[unit], action))
-        ]
-        self._outdated()
-
-    def _outdated(self) -> None:
-        """Forget what depends on the graph before the last change."""
         self.fresh.clear()
         self.previewed.clear()
         self.fits.clear()
@@ -517,9 +464,8 @@ class _Candidates:
 
     def _update_savings(self) -> None:
         """Compute the savings of all drops again, and shift those of the fitted maps, as fewer tokens are read."""
-        changed = changes_of(self.search.steps)
         for name in dict.fromkeys(name for name, _ in self.candidates):
-            if name in changed:
+            if any(step.unit == name for step in self.search.steps):
                 continue
             cost = self.search.prices.cost(self.search.candidate(name, "drop"))
             more = self.search.cost - cost - self.saved[name, "drop"]
@@ -631,9 +577,3 @@ class _Candidates:
         search.journal.note(base, unchanged)
         for candidate, divergence in divergences.items():
             search.journal.note(keys[candidate], [divergence, search.prices.cost(variants[candidate]), ""])
-
-
-def _further(action: str, other: str) -> bool:
-    """Return whether `other` merges more tokens than `action`, so that it can follow it on the same unit."""
-    merged = merged_tokens(action)
-    return merged is not None and (merged_tokens(other) or 0.0) > merged

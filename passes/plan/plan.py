@@ -18,7 +18,6 @@ VERSION = 2  # version 1 had the actions drop and keep only; such plans can stil
 FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme", "replaceme-cosine")
 PUBLISHED = ("tba", "replaceme", "replaceme-cosine")  # published methods, for comparison
 ACTIONS = ("drop", *FORMS, "merge")
-KEEP = "keep"  # the action for a site that is not changed
 
 
 def merged_tokens(action: str) -> int | float | None:
@@ -137,9 +136,9 @@ class Plan:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a name, action or reason is not text")
         for decision in self.decisions:
-            if decision.action != KEEP:
+            if decision.action != "keep":
                 form_and_rank(decision.action)
-        if sorted(self.order) != sorted(decision.site for decision in self.decisions if decision.action != KEEP):
+        if sorted(self.order) != sorted(decision.site for decision in self.decisions if decision.action != "keep"):
             raise ValueError("the field order does not list exactly the changed sites")
         if len({decision.site for decision in self.decisions}) < len(self.decisions):
             raise ValueError("a site has more than one decision")
