@@ -24,6 +24,7 @@ def ablation_table(found: Row) -> str:
         "search",
         "changed",
         "multiply-adds",
+        "divergence, lost: search",
         "divergence, test",
         "against the row before",
         "lost, test",
@@ -35,20 +36,28 @@ def ablation_table(found: Row) -> str:
         for budget, result in budgets.items()
         for number, (name, row) in enumerate(result["rows"].items())
     ]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+    swaps = [
+        f"- {case}, {budget} %: {row['swap']}."
+        for case, budgets in found.items()
+        for budget, result in budgets.items()
+        for row in result["rows"].values()
+        if "swap" in row
+    ]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows, "", "Swaps:", "", *swaps])
 
 
 def _line(case: str, name: str, row: Row) -> str:
-    lost, sweeps = row["loss"], row["sweeps"]
+    lost, sweeps = row.get("loss"), row["sweeps"]
     cells = [
         case,
         name,
         str(len(row["changes"])),
         f"{1.0 - 1.0 / row['speedup']:.1%} less",
-        f"{row['divergence']:.4f}",
+        f"{row['search_divergence']:.4f}, {row['validation_loss']:.2f} %",
+        f"{row['divergence']:.4f}" if "divergence" in row else "–",
         _change(row),
-        f"{lost['value']:+.2f} ({lost['low']:+.2f} to {lost['high']:+.2f})",
-        ", ".join(f"{sweeps[part]:.0f}" for part in ("effects", "fits", "validation")),
+        "–" if lost is None else f"{lost['value']:+.2f} ({lost['low']:+.2f} to {lost['high']:+.2f})",
+        "–" if sweeps is None else ", ".join(f"{sweeps[part]:.0f}" for part in ("effects", "fits", "validation")),
     ]
     return f"| {' | '.join(cells)} |"
 
