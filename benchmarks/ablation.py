@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from main_job import sources
 from swaps import swapped
 
@@ -108,6 +109,7 @@ def effort_of(search: Search) -> dict[str, float]:
     return {"effects": search.sweeps, "fits": search.rewriter.sweeps, "validation": search.validation.sweeps}
 
 
+@torch.inference_mode()
 def judge(subject: TracedModel, graphs: Mapping[str, Graph]) -> dict[str, dict[str, Any]]:
     """Evaluate the graph of each stage on test data: loss, divergence, and its change from the stage before."""
     test = planner.output_divergence(subject, subject.data.test, Steps(None))
