@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tables_ablation
 import tables_abuse
 import tables_budget
 import tables_coverage
@@ -144,6 +145,7 @@ def _change(row: Row, over: str) -> str:
 
 
 TABLES = {
+    "ablation": tables_ablation.ablation,
     "abuse": tables_abuse.abuse,
     "main_job": main_job,
     "cost": cost,

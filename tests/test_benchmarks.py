@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from compressor.lower.traced_model import load
 from compressor.measure.graph_evaluator import GraphEvaluator
 from compressor.quality.budget import Budget
 from compressor.quality.heads.single_class import SingleClass
+from compressor.search import greedy
 from compressor.search.planner import merge_schedule
 from compressor.settings import Settings
 from compressor.workspace.progress import Steps
 from passes.plan.plan import merged_tokens
+from tests.planted_search import World
 from tests.samples import digits
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -678,6 +681,71 @@ def test_the_rules_of_a_budget_choose_along_the_path_and_are_judged_on_the_other
         "rules": {"default": found["default"] | {"speedup": 1.0}},
     }
     assert "No search changed anything: other." in script("tables_budget").budget_table({"other": {"one": still}})
+
+
+# ----------------------------------------------------------------------------------------------------- ablation
+
+
+def test_the_table_of_the_ablation():
+    row = {"changes": {"a": "drop", "b": "fuse"}, "speedup": 1.25, "divergence": 0.05, "loss": figure(0.5)}
+    row |= {"search_divergence": 0.04, "validation_loss": 0.9}
+    row["sweeps"] = {"effects": 9.6, "fits": 0.0, "validation": 3.2}
+    rows = {"first": row, "second": row | {"change": -0.02, "change_error": 0.01, "sweeps": None, "swap": "not made"}}
+    table = script("tables_ablation").ablation_table({"M": {"1": {"samples": 9, "rows": rows}}})
+    head, _, first, second, *_, last = table.splitlines()
+    assert last == "- M, 1 %: not made."
+    assert second.endswith("| – |")
+    assert (
+        first == "| M, 1 % | first | 2 | 20.0% less | 0.0400, 0.90 % | 0.0500 | – | +0.50 (-0.50 to +1.50) | 10, 0, 3 |"
+    )
+    assert "| second | 2 | 20.0% less | 0.0400, 0.90 % | 0.0500 | -0.0200 (-0.0396 to -0.0004) |" in second
+    assert head.count(" | ") == first.count(" | ") == second.count(" | ")
+
+
+def test_the_page_states_the_rank_correlations_of_effects_in_int8(tables):
+    module = script("int8_effects")
+    effects = json.loads(module.RESULTS.read_text())["DeiT-Tiny"]["effects"]
+    page = " ".join(tables.PAGES[0].read_text().split())
+    by_kind = ({name: pair for name, pair in effects.items() if kind in name} for kind in ("", "drop", "merge"))
+    every, drops, merges = (f"{module.correlation(part):.3f}" for part in by_kind)
+    assert f"is {every} over all {len(effects)}, {drops} over the drops and {merges} over the merges" in page
+
+
+def test_rounding_to_8_bits_errs_by_half_a_step_at_most():
+    module, values = script("int8_effects"), torch.linspace(-1.0, 3.0, 999).reshape(27, 37)
+    error = (module.rounded(values, -1.0, 3.0) - values).abs().max()
+    assert 0.2 * 4.0 / 255.0 < error <= 0.76 * 4.0 / 255.0  # the zero level itself is rounded too
+    steps = values.abs().amax(1, keepdim=True) / 127.0
+    assert ((module.rounded_weight(values) - values).abs() <= 0.501 * steps).all()
+    assert module.rounded(torch.zeros(3), 0.5, 0.9).tolist() == [0.0] * 3
+
+
+def test_a_search_that_measures_once_takes_the_changes_by_their_first_price(monkeypatch):
+    """The second change conflicts with the first, which a search that measures again would see."""
+    monkeypatch.setattr(greedy, "live_parts", lambda graph: {})
+    world = World(count=5, actions=("drop",), slope=1.0)
+    world.pairs[:] = 0.0
+    world.pairs[0, 1] = 0.5
+    world.own = {key: 0.1 * (int(key[0][1:]) + 1) for key in world.own}
+    world.saves = dict.fromkeys(world.saves, 10)
+    search = world.begin(limit=1.0, racing=True)
+    script("ablation").run_once(search)
+    assert search.changes == {"s0": "drop", "s1": "drop"}  # 0.1 + 0.2 + 0.5; the third would add 0.3
+    again = world.begin(limit=1.0)
+    again.run()
+    assert again.changes == {"s0": "drop", "s2": "drop", "s3": "drop"}
+
+
+@pytest.mark.slow
+def test_the_ablation_runs_on_the_sample():
+    module = script("ablation")
+    settings = Settings(drop="auto", cost="macs", max_loss=30.0, samples=60)
+    rows = module.measure(load(settings, Steps(None)), settings, None, "digits")
+    assert list(rows) == [*module.STAGES, module.SWAPS]
+    for row in rows.values():
+        assert row["validation_loss"] <= 30.0
+        assert row["sweeps"]["effects"] > 0.0
+    assert rows[module.SWAPS]["speedup"] >= rows["+ merged tokens"]["speedup"]
 
 
 # ------------------------------------------------------------------------------------------------------------- abuse

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,8 @@ from passes.graph.graph import Graph, Site
 from passes.rewrite.drop import Drop
 
 Key = TypeVar("Key", bound=Hashable)
-Sums = tuple[int, dict[Key | None, npt.NDArray[np.float64]]]  # number of rows; by graph, a sum for each scale
+Array = npt.NDArray[np.float64]
+Rows = dict[Key | None, Array]  # by graph, divergences [rows, scales] of one batch
 
 POSITIONS = 64  # tokens per text at which the divergence of a language model is measured
 
@@ -51,17 +52,17 @@ class _Comparison:
 
     def divergences(
         self, forks: SharedPrefixRun[Key], feeds: Mapping[str, torch.Tensor], original: torch.Tensor
-    ) -> Sums[Key]:
-        """Return the divergence of each graph of a joint run, and the number of rows."""
-        mask, found = self._mask(feeds, original), dict[Key | None, npt.NDArray[np.float64]]()
+    ) -> Rows[Key]:
+        """Return the divergence of each row at each scale, for each graph of a joint run."""
+        mask, found = self._mask(feeds, original), dict[Key | None, Array]()
 
         def receive(key: Key | None, outputs: tuple[torch.Tensor, ...]) -> None:
             answer = self._answer(outputs)
-            sums = [float(self.head.divergence(answer * scale, original, mask).sum()) for scale in self.scales]
-            found[key] = np.array(sums)
+            by_scale = [self.head.divergence(answer * scale, original, mask) for scale in self.scales]
+            found[key] = torch.stack(by_scale, -1).double().numpy()
 
         forks.run(feeds, receive)
-        return len(original), found
+        return found
 
     def _answer(self, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         answer = self.output.evaluated_in(outputs)
@@ -107,19 +108,22 @@ class OutputDivergence:
 
         The divergence is the mean over rows at the best scale, and infinity where an output is not finite.
         """
+        unchanged, divergences = self.by_row(main, variants)
+        return _mean(unchanged), {key: _mean(rows) for key, rows in divergences.items()}
+
+    def by_row(self, main: Graph, variants: Mapping[Key, Graph]) -> tuple[Array, dict[Key, Array]]:
+        """Return the divergence of each row [rows], as `measure`: of a graph and of each variant derived from it."""
         forks = SharedPrefixRun(main, variants)
         parts = [self.executor.share(part) for part in forks.parts(self.executor.workers // len(self._originals))]
         batches = zip(self._feeds, self._originals, strict=True)
         calls = ((part, *batch) for batch in batches for part in parts)
-        sums: dict[Key | None, Any] = dict.fromkeys((None, *variants), 0.0)
-        total = 0
-        for rows, found in self.executor.run(self.compared.divergences, calls):
-            total += rows if None in found else 0
-            for key, divergences in found.items():
-                sums[key] = sums[key] + divergences
+        found: dict[Key | None, list[Array]] = {key: [] for key in (None, *variants)}
+        for divergences in self.executor.run(self.compared.divergences, calls):
+            for key, rows in divergences.items():
+                found[key].append(rows)
         self.sweeps += forks.share
-        means = {key: _least(each / total) for key, each in sums.items()}
-        return means[None], {key: means[key] for key in variants}
+        best = {key: _at_best_scale(np.concatenate(parts)) for key, parts in found.items()}
+        return best[None], {key: best[key] for key in variants}
 
     def of_units(self, units: Sequence[Sequence[Site]]) -> list[float]:
         """Return the divergence of each unit: that of the graph with all sites of only this unit dropped."""
@@ -138,6 +142,12 @@ def subsample_tokens(values: torch.Tensor) -> torch.Tensor:
     return values[:, torch.linspace(0, values.shape[1] - 1, POSITIONS).long()]
 
 
-def _least(means: npt.NDArray[np.float64]) -> float:
-    finite = means[np.isfinite(means)]
-    return float(finite.min()) if finite.size else math.inf
+def _at_best_scale(rows: Array) -> Array:
+    """Return the divergences at the scale of the least finite mean, [rows] of [rows, scales]."""
+    means = rows.mean(0)
+    return rows[:, int(np.where(np.isfinite(means), means, math.inf).argmin())]
+
+
+def _mean(rows: Array) -> float:
+    mean = float(rows.mean())
+    return mean if math.isfinite(mean) else math.inf
