@@ -38,8 +38,8 @@ RESULTS = Path(__file__).parent / "results" / "coverage.json"
 REDUCED = {
     32: "hidden_size d_model n_embd embed_dim dim embedding_size hidden_dim projection_dim encoder_hidden_size "
     "out_hidden_size decoder_hidden_size n_embed model_dim emb_dim word_embed_proj_dim conv_dim_out image_size",
-    4: "mm_tokens_per_image num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
-    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
+    "num_decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts mm_tokens_per_image",
     2: "num_key_value_heads num_kv_heads n_head_kv num_hidden_layers n_layer n_layers num_layers encoder_layers "
     "decoder_layers num_decoder_layers num_encoder_layers depth num_experts_per_tok top_k_experts",
     8: "head_dim kv_channels d_kv attention_head_size patch_size qk_rope_head_dim qk_nope_head_dim v_head_dim",
@@ -78,9 +78,7 @@ def small_fields(config_class: Any) -> dict[str, Any]:
             continue
         if isinstance(value, int) and name in SIZES:
             fields[name] = min(value, SIZES[name])
-        elif isinstance(value, int) and name.endswith(("_token_id", "_token_index")) and value >= SIZES["vocab_size"]:
-            fields[name] = 3
-        elif name == "image_token_index" and value is None:  # BLIP-2: checkpoints have one
+        elif name.endswith(("_token_id", "_token_index")) and _needs_id(name, value):
             fields[name] = 3
         elif name == "image_grid_pinpoints":
             fields[name] = [[32, 64], [64, 32], [64, 64]]  # one or two tiles on each side
@@ -98,6 +96,11 @@ def small_fields(config_class: Any) -> dict[str, Any]:
         if hasattr(type(part), "model_type"):
             fields[name] = small_fields(type(part))
     return fields
+
+
+def _needs_id(name: str, value: Any) -> bool:
+    """Return whether an id lies behind the vocabulary, or is that of images, which checkpoints of BLIP-2 have."""
+    return value >= SIZES["vocab_size"] if isinstance(value, int) else name == "image_token_index" and value is None
 
 
 def class_of(config: Any) -> Any:
