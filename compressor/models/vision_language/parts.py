@@ -115,7 +115,7 @@ def _images(module: Any, location: str, others: Sequence[str]) -> Images:
             raise _refused(module, location, found)
         return found
     if others:
-        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels, as its images vary in size")
+        raise _refused(module, location, f"takes {' and '.join(others)} beside the pixels")
     vision = getattr(module.config, "vision_config", None)
     size = getattr(vision, "image_size", None)
     if size is None:

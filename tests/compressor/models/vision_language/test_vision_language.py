@@ -155,7 +155,7 @@ REFUSED = {
         "takes image_grid_thw beside the pixels, and has a vision tower with pos_embed",
     ),
     "an encoder": (with_encoder, "has a language model with an encoder, whose caches these files do not hold"),
-    "other sizes": (with_two_sizes, "takes image_sizes and spatial_shapes beside the pixels, as its images vary"),
+    "other sizes": (with_two_sizes, "takes image_sizes and spatial_shapes beside the pixels; expected"),
 }
 
 
