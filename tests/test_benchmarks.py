@@ -1130,6 +1130,14 @@ def test_an_architecture_is_judged_by_its_own_class(tmp_path):
     passes = judged("llama", tmp_path / "llama")
     assert (passes["outcome"], passes["class"], passes["sites"]) == ("passes", "LlamaForCausalLM", 4)
     assert passes["difference"] < 1e-5
-    refused = judged("qwen2_vl", tmp_path / "qwen2_vl")
+    refused = judged("llava_onevision", tmp_path / "llava_onevision")
     assert refused["outcome"] == "refused"
-    assert "takes image_grid_thw beside the pixels" in refused["detail"]
+    assert "takes batch_num_images and image_sizes and vision_aspect_ratio beside the pixels" in refused["detail"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sites"), [("qwen2_vl", 8), ("qwen2_5_vl", 8), ("llava_next", 6)])
+def test_architectures_whose_images_vary_in_size_are_compared_at_two_sizes(name, sites, tmp_path):
+    found = script("coverage").judged(name, tmp_path)
+    assert (found["outcome"], found["sites"]) == ("passes", sites)
+    assert found["difference"] < 1e-5

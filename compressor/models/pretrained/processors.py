@@ -136,9 +136,9 @@ def _repeat_text_sizes(path: Path) -> None:
     writes them into ``text_config`` alone.
     """
     content = read_json(path, OBJECT, remedy="export the model again")
-    of_texts = content["text_config"]
-    assert isinstance(of_texts, dict)
-    own = {name: of_texts[name] for name in TEXT_SIZES if name in of_texts}
+    text = content["text_config"]
+    assert isinstance(text, dict)
+    own = {name: text[name] for name in TEXT_SIZES}
     path.write_text(json.dumps(own | content, indent=2) + "\n", encoding="utf-8")
 
 

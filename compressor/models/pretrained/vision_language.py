@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from compressor.models.text.padding import causal_padding
 from compressor.models.vision_language.call import VisionLanguage
 from compressor.models.vision_language.images import OneSize
 from compressor.models.vision_language.parts import Parts, parts_of
+from compressor.models.vision_language.patch_grids import PatchGrids, window_sizes
 from compressor.models.vision_language.processor import lead_of, prepare
 from runtimes.base.vision_language import grid_input
 
@@ -59,7 +61,7 @@ def wrap(loaded: Loaded) -> Model:
         save=partial(save_vision_language, module, processor),
         tokenizer=tokenizer,
         state=parts.call.causal.state,
-        limitations=_limitations(parts),
+        limitations=tuple(_limitations(parts, module)),
     )
 
 
@@ -68,9 +70,16 @@ def _grid(call: VisionLanguage, module: Any) -> GridInput | None:
     return None if call.merge is None else GridInput(call.merge, grid_input(module.config.model_type))
 
 
-def _limitations(parts: Parts) -> tuple[Limitation, ...]:
-    """Return the limitations of images that vary in size: which of them is timed."""
-    if isinstance(parts.call.images, OneSize):
-        return ()
-    count = parts.image_tokens
-    return (Limitation("size of the timed image", f"images vary in size, and one of {count} image tokens is timed"),)
+def _limitations(parts: Parts, module: Any) -> Iterator[Limitation]:
+    """Yield which image is timed where images vary in size, what windows cost, and that no videos are taken."""
+    images = parts.call.images
+    if not isinstance(images, OneSize):
+        count = parts.image_tokens
+        yield Limitation("size of the timed image", f"images vary in size, and one of {count} image tokens is timed")
+    if isinstance(images, PatchGrids) and any(window_sizes(module.model.visual)):
+        yield Limitation(
+            "windows of the vision tower",
+            "computed by masks, so a block with windows takes the time of one whose patches all attend to each other",
+        )
+    if hasattr(module, "get_video_features"):
+        yield Limitation("videos", "the files take images and texts, no videos")

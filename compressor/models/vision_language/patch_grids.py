@@ -198,7 +198,10 @@ def patch_grids(module: Any) -> PatchGrids | str:
     tower: Any = getattr(getattr(module, "model", None), "visual", None)
     missing = [name for name in TOWER if not hasattr(tower, name)]
     if missing:
-        return f"has a vision tower without {' and '.join(missing)}"
+        return f"takes image_grid_thw beside the pixels, but has a vision tower without {' and '.join(missing)}"
+    others = sorted({name for name, _ in tower.named_children()} - set(TOWER))
+    if others:
+        return f"takes image_grid_thw beside the pixels, and has a vision tower with {' and '.join(others)} besides"
     attention = getattr(tower.blocks[0], "attn", None)
     missing = [name for name in ATTENTION if not hasattr(attention, name)]
     if missing:

@@ -182,7 +182,7 @@ def tile_grids(module: Any) -> TileGrids | str:
     """Return the images of a model of the form of LLaVA-NeXT, or what it lacks, a clause without a full stop."""
     missing = [name for name in ("image_newline", "vision_tower", "multi_modal_projector") if not _has(module, name)]
     if missing:
-        return f"takes image_sizes but has no {' and '.join(missing)}, as LLaVA-NeXT has"
+        return f"takes image_sizes beside the pixels, but has no {' and '.join(missing)}, as LLaVA-NeXT has"
     config = module.config
     pinpoints = getattr(config, "image_grid_pinpoints", None)
     side, patch = config.vision_config.image_size, config.vision_config.patch_size

@@ -104,3 +104,15 @@ def test_the_processor_gives_the_inputs_and_the_tokens_that_enclose_an_image(kin
         assert np.array_equal(bare[name], value)
     assert model.preprocess.image_tokens(prepared) == (found["input_ids"] == TOKEN).sum()
     assert (model.preprocess.grid is not None) == (kind in GRIDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_timed_and_what_is_not_taken_is_said(kind, tmp_path_factory):
+    model = models.load(str(saved(kind, tmp_path_factory.getbasetemp())))
+    stated = {each.feature: each.reason for each in model.limitations}
+    tokens = int((model.example["input_ids"][0] == TOKEN).sum())
+    assert stated.pop("size of the timed image") == f"images vary in size, and one of {tokens} image tokens is timed"
+    expected = {
+        "qwen2_vl": {"videos"}, "qwen2_5_vl": {"videos", "windows of the vision tower"}, "llava_next": set(),
+    }  # fmt: skip
+    assert set(stated) == expected[kind]

@@ -128,6 +128,12 @@ def without_merger():
     return module
 
 
+def with_another_part():
+    module = varying_images.build("qwen2_vl")
+    module.model.visual.pos_embed = torch.nn.Embedding(4, 32)
+    return module
+
+
 def with_encoder():
     module = build("blip_2")
     module.config.use_decoder_only_language_model = False
@@ -142,10 +148,14 @@ def with_two_sizes():
 
 
 REFUSED = {
-    "no newline": (without_newline, "takes image_sizes but has no image_newline, as LLaVA-NeXT has"),
-    "no merger": (without_merger, "has a vision tower without merger; expected a model such as LLaVA"),
+    "no newline": (without_newline, "takes image_sizes beside the pixels, but has no image_newline, as LLaVA-NeXT has"),
+    "no merger": (without_merger, "takes image_grid_thw beside the pixels, but has a vision tower without merger; exp"),
+    "another part": (
+        with_another_part,
+        "takes image_grid_thw beside the pixels, and has a vision tower with pos_embed",
+    ),
     "an encoder": (with_encoder, "has a language model with an encoder, whose caches these files do not hold"),
-    "other sizes": (with_two_sizes, "takes image_sizes and spatial_shapes beside the pixels, as its images vary"),
+    "other sizes": (with_two_sizes, "takes image_sizes and spatial_shapes beside the pixels; expected"),
 }
 
 
