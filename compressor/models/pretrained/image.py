@@ -15,7 +15,7 @@ from compressor.models.image_size import text as size_text
 from compressor.models.preprocess import Preprocess
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import image_processor, save
-from compressor.models.pretrained.signature import other_inputs, signature_of, with_own_output
+from compressor.models.pretrained.signature import other_features, other_inputs, signature_of, with_own_output
 
 INPUT = "pixel_values"
 NO_BOXES = Limitation(
@@ -44,7 +44,12 @@ def wrap(loaded: Loaded) -> Model:
         save=partial(save, module, chosen.processor, loaded.sentence_files),
         sizes=chosen.sizing.checked,
         interpolates=chosen.interpolates,
-        limitations=(*image_limitations(module, chosen), *boxes, *other_inputs(module, (INPUT,))),
+        limitations=(
+            *image_limitations(module, chosen),
+            *boxes,
+            *other_features(signature),
+            *other_inputs(module, (INPUT,)),
+        ),
         class_names=loaded.class_names,
     )
 

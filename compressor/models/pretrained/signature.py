@@ -88,6 +88,13 @@ def with_own_output(signature: Signature, module: Any, values: Mapping[str, torc
     return Signature((name,), name, signature.call)
 
 
+def other_features(signature: Signature) -> Iterator[Limitation]:
+    """Yield a limitation for features that are no hidden states, see `with_own_output`."""
+    (*others, name) = signature.outputs
+    if not others and name != HIDDEN and (name,) not in OUTPUTS.values():
+        yield Limitation("features", f"the model returns no {HIDDEN}, so its features are the output {name}")
+
+
 def _own_output(returned: Any) -> tuple[str, torch.Tensor]:
     """Return the name and value of the hidden states in an output, else of its first tensor of floats.
 

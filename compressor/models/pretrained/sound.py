@@ -10,7 +10,7 @@ from compressor.models.base import Model
 from compressor.models.config_shapes import main_input
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import feature_extractor, save_sound, tokenizer_of
-from compressor.models.pretrained.signature import other_inputs, signature_of, with_own_output
+from compressor.models.pretrained.signature import other_features, other_inputs, signature_of, with_own_output
 
 
 def wrap(loaded: Loaded) -> Model:
@@ -31,6 +31,6 @@ def wrap(loaded: Loaded) -> Model:
         dynamic_axes=found.axes,
         preprocess=found.preprocess(frames),
         save=partial(save_sound, module, extractor, tokenizer),
-        limitations=(*found.limitations, *other_inputs(module, found.names)),
+        limitations=(*found.limitations, *other_features(signature), *other_inputs(module, found.names)),
         class_names=loaded.class_names,
     )

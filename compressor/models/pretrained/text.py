@@ -16,7 +16,13 @@ from compressor.models.base import Model, ModelError, as_numpy, first_line
 from compressor.models.preprocess import Preprocess, Tokenise
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import save, tokenizer_of
-from compressor.models.pretrained.signature import Signature, other_inputs, signature_of, with_own_output
+from compressor.models.pretrained.signature import (
+    Signature,
+    other_features,
+    other_inputs,
+    signature_of,
+    with_own_output,
+)
 from compressor.models.text import sentence_transformers
 from compressor.models.text.aligned_tokens import tokenize_aligned
 from compressor.models.text.experts import use_writable_experts
@@ -63,6 +69,7 @@ def wrap(loaded: Loaded) -> Model:
             *text_limitations(tokenizer, inputs, longest),
             *padding_limitations,
             *experts,
+            *other_features(signature),
             *other_inputs(module, inputs),
         ),
         class_names=loaded.class_names,

@@ -8,7 +8,7 @@ from compressor.models.base import Model
 from compressor.models.config_shapes import main_input
 from compressor.models.pretrained.loaded import Loaded
 from compressor.models.pretrained.processors import save, video_processor
-from compressor.models.pretrained.signature import other_inputs, signature_of, with_own_output
+from compressor.models.pretrained.signature import other_features, other_inputs, signature_of, with_own_output
 from compressor.models.video.inputs import find_input
 
 
@@ -29,6 +29,6 @@ def wrap(loaded: Loaded) -> Model:
         dynamic_axes={found.name: {0: "batch"}},
         preprocess=found.preprocess,
         save=partial(save, module, processor, {}),
-        limitations=(*found.limitations, *other_inputs(module, (found.name,))),
+        limitations=(*found.limitations, *other_features(signature), *other_inputs(module, (found.name,))),
         class_names=loaded.class_names,
     )

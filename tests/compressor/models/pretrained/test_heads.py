@@ -90,6 +90,9 @@ def test_the_file_computes_what_the_named_class_does(name, tmp_path):
     model = models.load(saved(module, tmp_path / "m"))
     assert (model.task, type(model.module)) == (task, type(module))
     assert outputs is None or model.outputs == outputs
+    said = [each.reason for each in model.limitations if each.feature == "features"]
+    assert said == (["the model returns no last_hidden_state, so its features are the output pooler_output"]
+                    if outputs == ("pooler_output",) else [])  # fmt: skip
     lower(fold_graph(trace(model)), model, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     feeds = {each: value.numpy() for each, value in model.example.items()}
