@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from passes.merge_tokens.stages import Reduction, Stages
 
 aten = torch.ops.aten
+PAIR = 2  # tokens that one reduction needs
 
 
 class AttentionOperands(NamedTuple):
@@ -96,6 +97,9 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
     """Return the number of removed tokens, limited to the available ones.
 
     A merge removes less than half of the unprotected tokens.
+
+    Raises:
+        PassError: `amount` is a number but the token axis is dynamic, or fewer than two tokens may be removed.
     """
     if not isinstance(old, int) and isinstance(amount, int):
         raise PassError(
@@ -106,6 +110,11 @@ def _removed(call: Any, root: fx.Node, old: Count, amount: float, reduction: Red
     if not isinstance(old, int):
         return removed
     free = old - reduction.protected
+    if free < PAIR:
+        raise PassError(
+            f"{root.name} has {old} tokens, of which {reduction.protected} are protected (parameters, or read by "
+            "position), so no pair is left to merge; reduce tokens elsewhere."
+        )
     return max(0, min(removed, (free - 1) // 2 if reduction.in_pairs else free - 1))
 
 

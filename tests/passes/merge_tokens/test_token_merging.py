@@ -253,6 +253,14 @@ def test_protected_tokens_are_never_merged():
     torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 10))
 
 
+@pytest.mark.parametrize("protected", [12, 13])
+def test_a_trunk_of_protected_tokens_is_refused(protected):
+    """Such as that of query tokens, which are parameters: one token or none is left."""
+    graph = traced(Trunk(depth=2), 12)
+    with pytest.raises(PassError, match=f"has 13 tokens, of which {protected} are protected"):
+        reduced(graph, ("blocks.0", 0.25), protected=protected)
+
+
 def test_class_and_register_tokens_are_detected():
     for name, count in (("vit", 1), ("deit_distilled", 2), ("vit_registers", 5), ("hf_dinov2_registers", 5)):
         _, graph, sites = samples.traced(name)
