@@ -34,6 +34,8 @@ OPTIMUM = {  # the class of Optimum for the files of an encoder-decoder
     "image-to-text": "ORTModelForVision2Seq",
 }
 FLOATS = ("pixel_values", "pixel_values_videos", "input_values", "input_features", "past_values")
+# The model types of vision-language models whose classes in transformers.js 4.3 take the files as they are written.
+JAVASCRIPT = ("llava", "idefics3", "smolvlm", "paligemma", "qwen2_vl", "qwen2_5_vl")
 ENCLOSING = ("vision_start_token_id", "vision_end_token_id")  # of an image in a text, in a config
 TEMPLATES = Path(__file__).parent / "templates"
 # The engine file of each target that has its own format, and the packages that open it.
@@ -250,8 +252,10 @@ def _vision_language(content: Json, folder: Path) -> Loader:
         )
     elif SIZES in timed:
         remarks.append("transformers.js has no class that passes `image_sizes` to the vision encoder.")
-    elif runtime == "onnxruntime":
+    elif runtime == "onnxruntime" and config.get("model_type") in JAVASCRIPT:
         remarks.append("transformers.js expects these files in a folder `onnx/` beside `config.json`.")
+    elif runtime == "onnxruntime":
+        remarks.append(f"transformers.js 4.3 has no class for `{config.get('model_type', 'this model')}`.")
     packages = ("numpy", *PACKAGES[runtime], *(("pillow", "transformers") if processor else ()))
     return Loader(text.strip(), packages, runtime, tuple(remarks))
 
