@@ -9,6 +9,7 @@ from PIL import Image
 
 from compressor.internals.transformers import quiet
 from tests.encoder_decoders import WORDS, tokenizer
+from tests.vision_language_models import build_from
 
 PATCH = 4
 START, END, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
@@ -66,13 +67,8 @@ def config(kind):
 
 
 def build(kind):
-    """A model whose branches matter, and whose best token is far from the second best."""
-    torch.manual_seed(1)
-    module = transformers.AutoModelForImageTextToText.from_config(config(kind)).eval()
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return module
+    """The model of a kind."""
+    return build_from(config(kind))
 
 
 def processor(kind):

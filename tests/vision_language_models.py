@@ -1,6 +1,7 @@
 """Small vision-language models with random weights, their processors, and their greedy generation in transformers."""
 
 import functools
+import json
 
 import numpy as np
 import torch
@@ -81,9 +82,25 @@ def config(kind):
 
 
 def build(kind):
+    """The model of a kind."""
+    return build_from(config(kind))
+
+
+def write_captions(folder, pictures, texts):
+    """Write images and their texts as the package datasets has them; return the folder."""
+    folder.mkdir()
+    records = []
+    for number, (image, text) in enumerate(zip(pictures, texts, strict=True)):
+        image.save(folder / f"{number}.png")
+        records.append({"file_name": f"{number}.png", "text": text})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+def build_from(config):
     """A model whose branches matter, and whose best token is far from the second best."""
     torch.manual_seed(1)
-    module = transformers.AutoModelForImageTextToText.from_config(config(kind)).eval()
+    module = transformers.AutoModelForImageTextToText.from_config(config).eval()
     for parameter in module.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)

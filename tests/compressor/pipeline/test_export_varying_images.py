@@ -11,6 +11,7 @@ from compressor.report.card.loader_snippet import make_snippet
 from tests import varying_images, vision_language_models
 from tests.encoder_decoders import sentences
 from tests.varying_images import SIZES, picture
+from tests.vision_language_models import write_captions
 
 GENERATED = 20  # tokens at most, by the lines of a card
 KINDS = {
@@ -29,14 +30,8 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def captions(shared):
     """Images of two sizes; their texts hold no placeholder, so that each image stands before its text."""
-    folder = shared / "captions"
-    folder.mkdir()
-    records = []
-    for number, text in enumerate(sentences(12)):
-        picture(number, SIZES[number % 2]).save(folder / f"{number}.png")
-        records.append({"file_name": f"{number}.png", "text": text})
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return folder
+    images = [picture(number, SIZES[number % 2]) for number in range(12)]
+    return write_captions(shared / "captions", images, sentences(12))
 
 
 def exported(kind, shared, captions, folder, **options):

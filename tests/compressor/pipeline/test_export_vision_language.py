@@ -13,7 +13,7 @@ from runtimes.base.protocols import BuildOptions
 from runtimes.base.registry import runtime
 from runtimes.base.vision_language import greedy
 from tests.encoder_decoders import sentences
-from tests.vision_language_models import DROPPED, IMAGE, picture, processor, saved
+from tests.vision_language_models import DROPPED, IMAGE, picture, processor, saved, write_captions
 
 FILES = {"vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"}
 
@@ -25,14 +25,8 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captions(shared):
-    folder = shared / "captions"
-    folder.mkdir()
-    records = []
-    for number, text in enumerate(sentences(12)):
-        picture(number).save(folder / f"{number}.png")
-        records.append({"file_name": f"{number}.png", "text": f"{IMAGE} {text}"})
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return folder
+    images = [picture(number) for number in range(12)]
+    return write_captions(shared / "captions", images, [f"{IMAGE} {text}" for text in sentences(12)])
 
 
 @pytest.fixture(scope="module")

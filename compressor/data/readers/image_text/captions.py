@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compressor.data.readers.base import Feeds, Samples
@@ -29,16 +30,10 @@ def read_captions(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
             f"{name} holds images with texts, but the model has no tokenizer; add its tokenizer files (tokenizer.json, "
             "tokenizer_config.json)"
         )
-    source = pictures(name, pairs.ids, lambda index: open_image(metadata.parent / pairs.files[index]), preprocess)
-    return Samples(
-        pairs.ids,
-        lambda indices: source.feeds(indices) | _tokens(preprocess, pairs, indices),
-        f"images with texts {pairs.field!r} of {metadata.name}",
-        skipped=pairs.skipped,
-        faults=source.faults,
-        shown=source.shown,
-        findings=source.findings,
-        limitations=pairs.limitations,
+    samples = _with_images(metadata, name, preprocess, pairs)
+    return replace(
+        samples,
+        feeds=lambda indices: samples.feeds(indices) | _tokens(preprocess, pairs, indices),
         lengths=lambda indices: _lengths(preprocess, pairs, indices),
         has_texts=True,
     )
@@ -56,6 +51,11 @@ def read_written(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
         DataError: the file cannot be read, or the model has no image processor.
     """
     pairs = read_pairs(metadata, name)
+    return replace(_with_images(metadata, name, preprocess, pairs), target_texts=pairs.texts)
+
+
+def _with_images(metadata: Path, name: str, preprocess: Preprocess, pairs: Pairs) -> Samples:
+    """Return a sample for each pair, which feeds its image."""
     source = pictures(name, pairs.ids, lambda index: open_image(metadata.parent / pairs.files[index]), preprocess)
     return Samples(
         pairs.ids,
@@ -66,7 +66,6 @@ def read_written(metadata: Path, name: str, preprocess: Preprocess) -> Samples:
         shown=source.shown,
         findings=source.findings,
         limitations=pairs.limitations,
-        target_texts=pairs.texts,
     )
 
 
