@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # A convolution with string padding ("valid", "same") is a separate overload.
 CONVOLUTIONS = CONV_OPS | {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
+SIZE = aten.sym_size.int
 # View operators, which write no elements.
 FREE = frozenset(
     {
@@ -141,7 +142,7 @@ class Counter:
         return Work(products, attention, elements, operators)
 
     def _computed(self, graph: Graph) -> Collection[fx.Node]:
-        """Return the nodes that the call computes."""
+        """Return the nodes that the call computes. Reading a size of a value does not take the value."""
         if not self.given and not self.left_out:
             return graph.nodes()
         outputs = dict(zip(graph.outputs, output_values(graph), strict=True))
@@ -149,7 +150,9 @@ class Counter:
         seen = {node for name, node in outputs.items() if name not in self.left_out and node not in known}
         stack = list(seen)
         while stack:
-            sources = {source for source in stack.pop().all_input_nodes if source not in known} - seen
+            node = stack.pop()
+            needed = () if node.target is SIZE else node.all_input_nodes
+            sources = {source for source in needed if source not in known} - seen
             seen |= sources
             stack += sources
         return seen
