@@ -54,6 +54,7 @@ from compressor.report.report import REPORT, Quality, Report, Size, latency_to_d
 from compressor.search.decision import Decision, share_of
 from compressor.search.decision import sentence as decision_sentence
 from compressor.search.last_tokens import of_last_tokens
+from compressor.search.plan_file import of_earlier_rule
 from compressor.search.planner import Choice, choose_plan
 from compressor.search.site_evidence import tokens_left
 from compressor.search.stored_prices import check_prices, price_notes
@@ -229,6 +230,7 @@ def _compressed(
                 subject, settings.precision, conversions, shipped.trials, engine, [each.parity for each in reported]
             ),
             *_lost(rewritten, subject),
+            *of_earlier_rule(settings.drop),
             *(of_last_tokens(subject) if settings.metric == "angular" else ()),
             *without_genai,
             *of_timings(timer.unsteady),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from compressor.limitations import Limitation
 from compressor.workspace.json_files import read_json
 
 if TYPE_CHECKING:
     from passes.plan.plan import Plan
 
 PLAN = "plan.json"
+KEYS_ALONE = 2  # the last version of plans whose tokens were merged by their keys alone
 REMEDY = "this is not a plan.json that Compressor wrote"
 
 
@@ -62,3 +65,16 @@ def read_plan(path: Path) -> Plan:
     from passes.plan.plan import Plan
 
     return Plan.from_dict(cast("dict[str, Any]", read_plan_fields(path)))
+
+
+def of_earlier_rule(drop: str) -> Iterator[Limitation]:
+    """Yield a limitation if the value of ``--drop`` is a plan of a release that merged tokens by another rule."""
+    if not drop.endswith(".json"):
+        return
+    plan = read_plan_fields(Path(drop))
+    if plan["version"] <= KEYS_ALONE and any(each["action"].startswith("merge") for each in plan["decisions"]):
+        yield Limitation(
+            "merged tokens",
+            f"{drop} is of an earlier release, which merged tokens by their keys alone; now those that receive little "
+            "attention merge first, so the result is not that of the earlier release",
+        )

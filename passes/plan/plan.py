@@ -14,7 +14,8 @@ from passes.base import PassError
 if TYPE_CHECKING:
     from passes.graph.graph import Site
 
-VERSION = 2  # version 1 had the actions drop and keep only; such plans can still be read
+VERSION = 3  # version 1 had the actions drop and keep only, version 2 merged tokens by their keys alone
+READABLE = (1, 2, VERSION)
 FORMS = ("constant", "scale", "linear", "low-rank", "fuse", "tba", "replaceme", "replaceme-cosine")
 PUBLISHED = ("tba", "replaceme", "replaceme-cosine")  # published methods, for comparison
 ACTIONS = ("drop", *FORMS, "merge")
@@ -117,7 +118,7 @@ class Plan:
         try:
             fields = dict(content)
             version = fields.get("version")
-            if version not in (1, VERSION):
+            if version not in READABLE:
                 raise PassError(
                     f"the plan has version {version}, expected {VERSION}; create it again with this release."
                 )

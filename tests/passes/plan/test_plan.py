@@ -56,12 +56,13 @@ def test_changes_are_in_the_order_chosen():
     assert plan.dropped == ("c",)
 
 
-def test_plans_of_version_one_can_be_read():
-    """Such plans drop and keep sites only, and are written with the current version."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_plans_of_earlier_versions_can_be_read(version):
+    """They are written with the current version."""
     plan = plan_for("2")
-    old = Plan.from_dict(json.loads(edited(version=1)))
+    old = Plan.from_dict(json.loads(edited(version=version)))
     assert old == plan
-    assert json.loads(old.to_json())["version"] == 2
+    assert json.loads(old.to_json())["version"] == 3
     assert old.changes == {"b.5.mlp": "drop", "b.5.attention": "drop"}
 
 
@@ -85,8 +86,8 @@ def edited(**changes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (edited(version=3), "has version 3, expected 2"),
-        (edited(version=None), "has version None, expected 2"),
+        (edited(version=4), "has version 4, expected 3"),
+        (edited(version=None), "has version None, expected 3"),
         (edited(decisions=None), "not a plan.json"),
         (edited(decisions=[{"site": "a"}]), "not a plan.json"),
         (edited(decisions=[{"site": 3, "action": "keep", "reason": ""}], order=[]), "is not text"),
