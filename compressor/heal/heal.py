@@ -68,7 +68,7 @@ class DraftEvaluator:
         validation: measures losses.
         samples: validation samples on which divergences are measured. If they are all, the loss of each draft that
             improves the divergence is measured; if they are fewer, only that of the best draft.
-        seconds: duration of the last evaluation.
+        seconds: duration of the last measurement of a divergence.
     """
 
     original: Graph
@@ -126,13 +126,10 @@ class DraftEvaluator:
 
         None if the divergence is not less than `below`.
         """
-        start = time.perf_counter()
         divergence = self.divergence(graph)
         if not divergence < below:
             return None
-        standing = Standing(self.validation.loss(graph).percent if self.whole else before.loss, divergence)
-        self.seconds = time.perf_counter() - start
-        return standing
+        return Standing(self.validation.loss(graph).percent if self.whole else before.loss, divergence)
 
 
 def _spread(split: Split, count: int) -> Split:

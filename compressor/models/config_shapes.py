@@ -13,6 +13,8 @@ import torch
 
 from compressor.models.base import ModelError, first_line
 
+# The main inputs of models of sound: a waveform, or a spectrogram.
+SOUND = ("input_values", "input_features", "audio_mel")
 SAMPLES = 16_000  # of a waveform
 FRAMES = 128  # of a spectrogram
 STEPS = 2  # frames of a spectrogram in each position, of Whisper's encoder
@@ -93,7 +95,7 @@ def _shapes(config: Any, main: str) -> Iterator[tuple[tuple[int, ...], int]]:
     if main == "input_values":
         yield (SAMPLES,), 1
         yield (1, SAMPLES), 2
-    if main in ("input_values", "input_features", "audio_mel"):
+    if main in SOUND:
         for width in _numbers(config, WIDTHS):
             yield (FRAMES, width), 1
             yield (width, FRAMES), 2

@@ -14,14 +14,9 @@ import torch
 from compressor.limitations import Limitation
 from compressor.models.audio.features import MASK, Array, Features, noise
 from compressor.models.base import ModelError
-from compressor.models.config_shapes import Call, find_shape, main_input, refusal
+from compressor.models.config_shapes import SOUND, Call, find_shape, main_input, refusal
 from compressor.models.preprocess import Preprocess
 
-MAIN = (
-    "input_values",
-    "input_features",
-    "audio_mel",
-)  # the main inputs of models of sound: a waveform, or a spectrogram
 SERIES = "past_values"  # the main input of models of time series
 SEQUENCE = "sequence"
 SECONDS = (1.0, 0.75)  # lengths of the two clips of the example
@@ -72,7 +67,7 @@ def sound_input(module: Any) -> str:
     """Return the name of the input of a model that is sound or a time series; its main input if it has none."""
     parts = (module, getattr(module, "encoder", module))  # a model that joins two reads what its encoder reads
     mains = [main_input(part) for part in parts]
-    return next((name for name in mains if name in (*MAIN, SERIES)), mains[0])
+    return next((name for name in mains if name in (*SOUND, SERIES)), mains[0])
 
 
 def takes_series(kind: Any) -> bool:
@@ -82,7 +77,7 @@ def takes_series(kind: Any) -> bool:
 
 def takes_sound(kind: Any) -> bool:
     """Return whether the main input of a class of transformers, or of a model, is sound."""
-    return main_input(kind) in MAIN
+    return main_input(kind) in SOUND
 
 
 def find_inputs(
